@@ -1,0 +1,24 @@
+"""What can go wrong, in the words of the domain. None of these knows HTTP; `server/errors.py` gives each its status.
+
+The base is never raised itself: an operator or a client is always told which of the leaves it was.
+"""
+
+
+class HarmoniaError(Exception):
+    """Whatever Harmonia raises on purpose."""
+
+
+class ConfigError(HarmoniaError):
+    """A setting that cannot work. The message is one line that names the file, the key and the remedy."""
+
+
+class FormatError(HarmoniaError):
+    """Text or bytes that are not what their format says: a store path, a key, a base-32 digest, a NAR."""
+
+
+class StoreUnavailableError(HarmoniaError):
+    """The store's database is busy or gone: nothing can be said about any path just now."""
+
+
+class StoreObjectError(HarmoniaError):
+    """What is on disk is not what the database says of it."""

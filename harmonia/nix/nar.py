@@ -1,0 +1,186 @@
+"""NAR, the archive format of store objects (Nix `src/libutil/archive.cc`), as a lazy run of segments.
+
+A segment is `bytes` that are known, or a `FileSlice` that stands for bytes not read yet. Both have a length and can be
+sliced, and that is all that sizes, byte ranges and streaming need: no file is opened before its bytes are wanted.
+
+The grammar, where each word, name and data is its length in 8 bytes, its bytes, and zeros up to a multiple of 8::
+
+    archive   = "nix-archive-1" node
+    node      = "(" "type" (regular | symlink | directory) ")"
+    regular   = "regular" ["executable" ""] "contents" data
+    symlink   = "symlink" "target" text
+    directory = "directory" {"entry" "(" "name" text "node" node ")"}, sorted by the bytes of the names
+"""
+
+import os
+import stat
+import struct
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from harmonia.errors import StoreObjectError
+
+CHUNK_SIZE = 256 * 1024
+"""Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
+
+_WORDS_SIZE = 4096  # bytes; words are joined up to here, and no further: each joining copies what there is
+
+_pack_length = struct.Struct("<Q").pack
+
+
+def _padding(length: int) -> bytes:
+    return b"\0" * (-length % 8)
+
+
+def _words(*texts: bytes) -> bytes:
+    return b"".join(_pack_length(len(text)) + text + _padding(len(text)) for text in texts)
+
+
+_MAGIC = _words(b"nix-archive-1")
+_NAME = _words(b"entry", b"(", b"name")
+_NODE = _words(b"node")
+_REGULAR = _words(b"(", b"type", b"regular", b"contents")
+_EXECUTABLE = _words(b"(", b"type", b"regular", b"executable", b"", b"contents")
+_SYMLINK = _words(b"(", b"type", b"symlink", b"target")
+_DIRECTORY = _words(b"(", b"type", b"directory")
+_CLOSE = _words(b")")
+
+
+@dataclass(slots=True)
+class FileSlice:
+    """The bytes from `start` to `stop` of a file that was `size` bytes long when it was looked at."""
+
+    path: bytes
+    size: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, part: slice) -> Self:
+        start, stop, _ = part.indices(len(self))
+        return type(self)(self.path, self.size, self.start + start, self.start + max(start, stop))
+
+
+Segment = bytes | FileSlice
+
+
+class Entry(NamedTuple):
+    """A file system object, as much of it as a NAR holds. `mode` tells its type and whether it is executable."""
+
+    depth: int
+    """How many directories of the archive it is in: 0 for the root."""
+    path: bytes
+    """Where it is on disk. Its name in the archive is the last component."""
+    mode: int
+    size: int
+    """The length of a regular file's contents."""
+    target: bytes
+    """What a symlink points to."""
+
+
+def walk(root: bytes) -> Iterator[Entry]:
+    """The objects at and below `root` in the order of a NAR: depth first, names sorted by their bytes."""
+    levels: list[Iterator[bytes]] = [iter((root,))]
+    while levels:
+        path = next(levels[-1], None)
+        if path is None:
+            levels.pop()
+            continue
+        status = os.lstat(path)
+        depth, mode, kind = len(levels) - 1, status.st_mode, stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFREG:
+            yield Entry(depth, path, mode, status.st_size, b"")
+        elif kind == stat.S_IFDIR:
+            yield Entry(depth, path, mode, 0, b"")
+            levels.append(map((path + b"/").__add__, sorted(os.listdir(path))))
+        elif kind == stat.S_IFLNK:
+            yield Entry(depth, path, mode, 0, os.readlink(path))
+        else:
+            raise StoreObjectError(f"{os.fsdecode(path)} is no regular file, directory or symlink")
+
+
+def segments(entries: Iterable[Entry]) -> Iterator[Segment]:
+    """The archive of what `walk` found. Neighbouring words are one segment, up to a few KiB."""
+    words = _MAGIC
+    opened = 0  # directories that are not closed yet
+    for depth, path, mode, size, target in entries:
+        if len(words) > _WORDS_SIZE:
+            yield words
+            words = b""
+        # A directory below the root is closed twice: as a node, and as an entry. So is any other node.
+        close = _CLOSE * 2 if depth else _CLOSE
+        words += _CLOSE * (2 * (opened - depth))
+        opened = depth
+        if depth:
+            name = path[path.rindex(b"/") + 1 :]
+            words += b"".join((_NAME, _pack_length(len(name)), name, _padding(len(name)), _NODE))
+        if stat.S_ISREG(mode):
+            words += (_EXECUTABLE if mode & stat.S_IXUSR else _REGULAR) + _pack_length(size)
+            if size:
+                yield words
+                yield FileSlice(path, size, 0, size)
+                words = _padding(size)
+            words += close
+        elif stat.S_ISLNK(mode):
+            words += _SYMLINK + _words(target) + close
+        else:
+            words += _DIRECTORY
+            opened += 1
+    yield words + _CLOSE * max(2 * opened - 1, 0)
+
+
+def dump(path: bytes) -> Iterator[Segment]:
+    """The NAR of the file system object at `path`."""
+    return segments(walk(path))
+
+
+def window(archive: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
+    """The bytes from `start` to `stop` of a run of segments."""
+    position = 0
+    for segment in archive:
+        if position >= stop:
+            return
+        if start < position + len(segment):
+            yield segment[max(start - position, 0) : stop - position]
+        position += len(segment)
+
+
+def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+    """The bytes of a run of segments, in chunks of at least `chunk_size` (but for the last) and less than twice that.
+
+    StoreObjectError where a file is no longer as long as its slice says; OSError where it cannot be read.
+    """
+    parts: list[bytes] = []
+    size = 0
+    for segment in archive:
+        for piece in _pieces(segment, chunk_size):
+            parts.append(piece)
+            size += len(piece)
+            if size >= chunk_size:
+                yield b"".join(parts)
+                parts, size = [], 0
+    if parts:
+        yield b"".join(parts)
+
+
+def _pieces(segment: Segment, chunk_size: int) -> Iterator[bytes]:
+    if isinstance(segment, FileSlice):
+        return _contents(segment, chunk_size)
+    return (segment[start : start + chunk_size] for start in range(0, len(segment), chunk_size))
+
+
+def _contents(file: FileSlice, chunk_size: int) -> Iterator[bytes]:
+    # Plain reads, no mapping: a file that shrinks under a mapping kills the process.
+    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        position = file.start
+        while position < file.stop and (data := os.pread(descriptor, min(chunk_size, file.stop - position), position)):
+            position += len(data)
+            yield data
+        if position < file.stop or os.fstat(descriptor).st_size != file.size:
+            raise StoreObjectError(f"{os.fsdecode(file.path)} changed its length while it was read")
+    finally:
+        os.close(descriptor)
