@@ -1,0 +1,5 @@
+"""`python -m harmonia`."""
+
+from harmonia.cli import main
+
+main(prog_name="harmonia")

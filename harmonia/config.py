@@ -1,0 +1,378 @@
+"""The settings: one frozen value, read once from one TOML file, with the keys and meanings of upstream Harmonia 3.
+
+`parse` is pure, `check` looks at the disk, `load` does both. What contradicts itself cannot be built: `Settings` and
+`Zstd` check their own relations. The reference in docs/configuration.md is rendered from the descriptions below.
+"""
+
+import difflib
+import ipaddress
+import logging
+import os
+import re
+import reprlib
+import ssl
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, BinaryIO, Literal
+
+import msgspec
+from msgspec import Meta
+
+from harmonia.errors import ConfigError, FormatError
+from harmonia.nix.signing import SecretKey
+
+log = logging.getLogger("harmonia")
+
+_DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
+_UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
+_PORT_MAX = 65535
+_WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
+_WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
+_BIND = '"host:port", "[IPv6]:port" or "unix:/path"'
+_MODE = 'a string of three or four octal digits, like "0660"'
+_PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
+# Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
+_NO_PATH = re.compile(r"\A\Z|[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
+_NO_EFFECT = {"daemon_socket", "max_connection_rate"}
+
+Count = Annotated[int, Meta(ge=0)]
+Address = Annotated[str, Meta(extra={"wanted": _BIND})]
+Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
+AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
+WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
+Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
+Level = Literal["debug", "info", "warning", "error"]
+
+
+class _WrongSettingError(ConfigError):
+    """What is wrong with one key; `_placed` puts before it where the value came from."""
+
+    def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
+        name = ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part) for part in key)
+        super().__init__(f"{name}: {what}")
+        self.key = key
+        self.key_file = key_file
+
+
+class Zstd(msgspec.Struct, frozen=True, kw_only=True):
+    level: Annotated[
+        int, Meta(ge=-7, le=22, description="Higher is smaller and slower; 0 is libzstd's own default (3).")
+    ] = 1
+    long_distance_matching: Annotated[bool, Meta(description="Find repetitions that lie far apart.")] = True
+    window_log: Annotated[
+        WindowLog,
+        Meta(description="log2 of the match window in bytes; 0 chooses 25 (32 MiB) or what the level brings."),
+    ] = 0
+    max_ldm_encoders_per_worker: Annotated[
+        Count, Meta(description="Large downloads that each worker compresses so at once; 0 is no limit.")
+    ] = 16
+
+    def __post_init__(self) -> None:
+        if 0 < self.window_log < _WINDOW_LOG_MIN:
+            raise _WrongSettingError(f"expected {_WINDOW_LOG}, found integer {self.window_log}", "zstd", "window_log")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    bind: Annotated[
+        Address, Meta(description="Where to listen; port 0 takes a free one. Sockets from systemd take its place.")
+    ] = "[::]:5000"
+    unix_socket_mode: Annotated[Mode, Meta(description="Permissions of the unix socket.")] = "0666"
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=1024, extra={"default": "`4`, or the CPUs if fewer"}, description="Processes that serve."),
+    ] = msgspec.field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
+    max_connections: Annotated[
+        Count, Meta(description="Connections that each worker has open at once; 0 is no limit.")
+    ] = 2048
+    max_connection_rate: Annotated[
+        Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
+    ] = 256
+    shutdown_grace: Annotated[
+        Count, Meta(description="Seconds that running downloads get when the server is told to stop.")
+    ] = 30
+    tls_cert_path: Annotated[
+        str | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
+    ] = None
+    tls_key_path: Annotated[
+        str | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
+    ] = None
+    virtual_nix_store: Annotated[
+        AbsolutePath, Meta(description="The store directory that clients are told, in every store path.")
+    ] = "/nix/store"
+    real_nix_store: Annotated[
+        str | None,
+        Meta(extra={"default": "`virtual_nix_store`"}, description="Where it lies on disk. May be a symlink."),
+    ] = None
+    nix_db_path: Annotated[
+        str | None,
+        Meta(extra={"default": f"`../{_DATABASE}` from the store on disk"}, description="Nix's SQLite database."),
+    ] = None
+    daemon_socket: Annotated[
+        str | None, Meta(description="No effect (upstream 3.0: the Nix daemon's socket). Accepted with a warning.")
+    ] = None
+    sign_key_paths: Annotated[
+        tuple[str, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
+    ] = ()
+    sign_key_path: Annotated[
+        str | None, Meta(description="Deprecated: one more of `sign_key_paths`. Accepted with a warning.")
+    ] = None
+    priority: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="Told in `/nix-cache-info`: clients ask the lowest cache first.")
+    ] = 30
+    narinfo_max_age: Annotated[
+        int, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
+    ] = 86400
+    enable_compression: Annotated[bool, Meta(description="Compress with zstd for clients that accept it.")] = True
+    trusted_proxies: Annotated[
+        Proxies, Meta(description="Peers whose `X-Forwarded-For` is believed; `unix` is every peer on a unix socket.")
+    ] = ()
+    access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
+    log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
+    zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
+
+    def __post_init__(self) -> None:
+        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "tls_cert_path", "tls_key_path")
+        paths = [(key, getattr(self, key)) for key in keys] + [("sign_key_paths", path) for path in self.sign_key_paths]
+        for key, path in paths:
+            if path is not None and _NO_PATH.search(path):
+                raise _WrongSettingError("expected a path, found something else (not shown)", key, key_file=path)
+        if not os.path.isabs(self.virtual_nix_store):
+            what = f"expected an absolute path, found {self.virtual_nix_store!r}"
+            raise _WrongSettingError(what, "virtual_nix_store")
+        for given, missing in (("tls_cert_path", "tls_key_path"), ("tls_key_path", "tls_cert_path")):
+            if getattr(self, given) is not None and getattr(self, missing) is None:
+                raise _WrongSettingError(f"set without {missing}; TLS needs both, set both or none", given)
+        if isinstance(self.address, str) and self.tls_cert_path is not None:
+            raise _WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
+        for peer in self.trusted_proxies:
+            try:
+                peer == "unix" or ipaddress.ip_network(peer)
+            except ValueError as error:
+                raise _WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """`bind` taken apart: host and port, or the path of a unix socket."""
+        if self.bind.startswith("unix:"):
+            path = re.sub(r"\A//(?=/)", "", self.bind.removeprefix("unix:"))
+            if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
+                return path
+        elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", self.bind):
+            v6, host, port = match.groups()
+            try:
+                if int(port) <= _PORT_MAX:
+                    return str(ipaddress.IPv6Address(v6)) if v6 else host, int(port)
+            except ValueError:
+                pass  # not an IPv6 address: told below
+        limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
+        raise _WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(self.bind)}", "bind")
+
+    @property
+    def real_store(self) -> str:
+        """The directory that store objects are read from, without symlinks."""
+        return os.path.realpath(self.real_nix_store or self.virtual_nix_store)
+
+    @property
+    def database(self) -> str:
+        """Nix's database: beside the store as it is named, else, where that is a symlink, beside what it points to."""
+        named = os.path.abspath(self.real_nix_store or self.virtual_nix_store)
+        beside = [os.path.join(os.path.dirname(store), _DATABASE) for store in (named, self.real_store)]
+        return self.nix_db_path or next(filter(os.path.exists, beside), beside[0])
+
+
+def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+    name, text = path or environ.get("CONFIG_FILE"), ""
+    if name:
+        try:
+            with open(name, "rb") as file:
+                text = file.read().decode()
+        except OSError as error:
+            origin = "--config" if path else "environment variable CONFIG_FILE"
+            raise ConfigError(f"{origin}: cannot read {name!r}: {error.strerror}; name a readable TOML file") from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
+    name = name or "built-in defaults"
+    settings = parse(text, name, environ)
+    with _placed(text, name, environ):
+        check(settings, environ)
+    return settings
+
+
+def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
+    """The settings that `text`, the content of the file `name`, and the environment give. The disk is not looked at."""
+    try:
+        given = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)\Z", str(error))
+        last = text.rstrip().count("\n") + 1
+        place = f"{name}:{at[1] or last}" if at else name
+        raise ConfigError(f"{place}: not valid TOML: {error}") from None
+    with _placed(text, name, environ):
+        values = _values(Settings, given)
+        values["sign_key_paths"] = tuple(_key_files(values, environ))
+        for key in sorted(values.keys() & _NO_EFFECT):
+            log.warning("%s: %s has no effect in this Harmonia; it can be removed", name, key)
+        if values.pop("sign_key_path", None) is not None:
+            log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
+        if environ.get("SIGN_KEY_PATH"):
+            log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
+        if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
+            values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
+        return Settings(**values)
+
+
+def check(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Whether the store, its database and the key files are there and work; warns of key files that others may read."""
+    key = "real_nix_store" if settings.real_nix_store else "virtual_nix_store"
+    try:
+        os.stat(os.path.join(settings.real_store, ""))
+    except OSError as error:
+        what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to where it lies on disk"
+        raise _WrongSettingError(what, key) from None
+    _open("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
+    secret_keys(settings)
+    tls_context(settings)
+    for path in (*settings.sign_key_paths, *filter(None, [settings.tls_key_path])):
+        mode = os.stat(path).st_mode & 0o777
+        # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).
+        directory = environ.get("CREDENTIALS_DIRECTORY")
+        guarded = directory and os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
+        if mode & 0o077 and not guarded:
+            log.warning("key file %r is open to others than its owner (mode %04o); chmod 600 it", path, mode)
+
+
+def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
+    """The keys to sign with, in the order of their files."""
+    keys = []
+    for path in settings.sign_key_paths:
+        with _open("sign_key_paths", path, "name a file with a secret key") as file:
+            try:
+                keys.append(SecretKey.parse(file.read().decode()))
+            except (FormatError, UnicodeDecodeError):
+                # The parser's own words may quote the file, which may hold some other secret.
+                what = f"no secret key in {path!r}; make one with nix-store --generate-binary-cache-key"
+                raise _WrongSettingError(what, "sign_key_paths", key_file=path) from None
+    return tuple(keys)
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """What TLS is served with, read anew from its two files; None without TLS."""
+    if settings.tls_cert_path is None or settings.tls_key_path is None:
+        return None
+    for key in ("tls_cert_path", "tls_key_path"):
+        _open(key, getattr(settings, key), "name a readable PEM file").close()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # With a password given, a key that needs one fails here instead of asking at the terminal.
+        context.load_cert_chain(settings.tls_cert_path, settings.tls_key_path, password="")
+    except ssl.SSLError as error:
+        what = (
+            f"{settings.tls_cert_path!r} and tls_key_path {settings.tls_key_path!r} do not work together "
+            f"({error.reason or 'not PEM'}); give a PEM certificate chain and its key without a passphrase"
+        )
+        raise _WrongSettingError(what, "tls_cert_path") from None
+    return context
+
+
+def wanted(kind: object) -> str:
+    """What a field of this type takes, in the words of error messages and of the reference."""
+    schema = msgspec.inspect.type_info(kind)
+    while isinstance(schema, msgspec.inspect.Metadata):
+        if schema.extra and "wanted" in schema.extra:
+            return str(schema.extra["wanted"])
+        schema = schema.type
+    match schema:
+        case msgspec.inspect.IntType(ge=low, le=high):
+            return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
+        case msgspec.inspect.LiteralType(values=words):
+            return "one of " + ", ".join(f'"{word}"' for word in words)
+    names: dict[type, str] = {
+        msgspec.inspect.BoolType: "true or false",
+        msgspec.inspect.VarTupleType: "an array of strings",
+        msgspec.inspect.StructType: "a table",
+    }
+    return names.get(type(schema), "a string")
+
+
+def _values(struct: type[Settings | Zstd], given: Mapping[str, Any], *table: str) -> dict[str, Any]:
+    """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
+    types = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            near = difflib.get_close_matches(key, _KEYS, 1)
+            remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
+            raise _WrongSettingError(f"unknown key; {remedy}", *table, key)
+        part = Zstd(**_values(Zstd, value, key)) if key == "zstd" and isinstance(value, dict) else value
+        try:
+            values[key] = msgspec.convert(part, types[key])
+        except msgspec.ValidationError:
+            # A secret key in the place of its file's path must not be shown.
+            shown = "(not shown)" if "_path" in key else reprlib.repr(value)
+            found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
+            raise _WrongSettingError(f"expected {wanted(types[key])}, found {found}", *table, key) from None
+    return values
+
+
+_KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
+_KEYS |= {field.name: f"zstd.{field.name}" for field in msgspec.structs.fields(Zstd)}
+_TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
+
+
+def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Each key file once, and what named it. The order is upstream's, for clients see the signatures in it."""
+    named = [(path, "sign_key_paths") for path in given.get("sign_key_paths", ())]
+    named += [(path, "sign_key_path") for path in [given.get("sign_key_path")] if path is not None]
+    named += [(path, "$SIGN_KEY_PATH") for path in [environ.get("SIGN_KEY_PATH")] if path]
+    named += [(path, "$SIGN_KEY_PATHS") for path in environ.get("SIGN_KEY_PATHS", "").split()]
+    return dict(named)
+
+
+def _open(key: str, path: str, remedy: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        what = f"cannot read {path!r}: {error.strerror}; {remedy}"
+        raise _WrongSettingError(what, key, key_file=path) from None
+
+
+@contextmanager
+def _placed(text: str, name: str, environ: Mapping[str, str]) -> Iterator[None]:
+    """Tell where a wrong setting was made: the environment variable, or the file and its line."""
+    try:
+        yield
+    except _WrongSettingError as error:
+        given, key = tomllib.loads(text), error.key
+        if key == ("sign_key_paths",) and error.key_file is not None:
+            key = (_key_files(given, environ)[error.key_file],)
+        elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
+            key = ("$NIX_STORE_DIR",)
+        if key[0].startswith("$"):
+            place = f"environment variable {key[0][1:]}"
+        else:
+            line = _line(text, key)
+            place = f"{name}:{line}" if line else name
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _line(text: str, key: tuple[str, ...]) -> int | None:
+    """The line where the statement starts that first gives `key`. tomllib tells no lines, but it can be asked: whole
+    statements are what parses, and the first run of them that has the key ends with the one sought.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    start = 1
+    for count in range(1, len(lines) + 1):
+        try:
+            table: Any = tomllib.loads("\n".join(lines[:count]))
+        except (ValueError, RecursionError):
+            continue  # amid an array or string of several lines
+        for part in key:
+            table = table.get(part) if isinstance(table, dict) else None
+        if table is not None:
+            return start
+        start = count + 1
+    return None

@@ -1,0 +1,55 @@
+"""The access log: one line for each request, to the logger `harmonia.access`."""
+
+import ipaddress
+import logging
+from collections.abc import Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING, cast
+
+from sanic import HTTPResponse, Request
+
+if TYPE_CHECKING:
+    from sanic.http import Http
+
+_log = logging.getLogger("harmonia.access")
+
+
+def client(request: Request, trusted: Sequence[str]) -> str:
+    """Who asked: the peer, or the last in X-Forwarded-For that no trusted proxy vouches to be a proxy itself."""
+    address: str = request.conn_info.client_ip or "unix" if request.conn_info else "unknown"
+    forwarded = ",".join(request.headers.getall("x-forwarded-for", [])).split(",")
+    while forwarded and _is_trusted(address, trusted):
+        address = forwarded.pop().strip() or address
+    return address
+
+
+def _is_trusted(address: str, trusted: Sequence[str]) -> bool:
+    if address == "unix":
+        return "unix" in trusted
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    ip = getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
+    return any(ip in ipaddress.ip_network(network) for network in trusted if network != "unix")
+
+
+def log(request: Request, response: HTTPResponse | None, trusted: Sequence[str]) -> None:
+    """Log a request with its status, the bytes of body sent, and the milliseconds from its head to now."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    stream = cast("Http", request.stream)
+    answer = response or stream.response
+    sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
+    milliseconds = (perf_counter() - (stream.perft0 or perf_counter())) * 1000
+    agent = request.headers.get("user-agent", "-")
+    # What the client wrote is quoted, so that no byte of it can pass for a line of ours.
+    _log.info(
+        "%s %r %d %d %.1fms %r",
+        client(request, trusted),
+        f"{request.method} {stream.url}",
+        answer.status,
+        sent,
+        milliseconds,
+        agent,
+    )

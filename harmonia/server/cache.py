@@ -1,0 +1,84 @@
+"""What every resource is answered from: the settings, our keys, and the store's paths, looked up and remembered."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from harmonia.config import Settings
+from harmonia.errors import StoreUnavailableError
+from harmonia.nix import narinfo
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey, is_signature
+from harmonia.store import BUSY_TIMEOUT, Database, Store
+
+_REMEMBERED_PATHS = 8192  # about 2 KiB each
+_READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedPath:
+    """A valid path, with all the signatures that its narinfo shows."""
+
+    info: PathInfo
+    sigs: tuple[str, ...]
+
+
+class Cache:
+    def __init__(self, settings: Settings, keys: Sequence[SecretKey]) -> None:
+        self.settings = settings
+        self.keys = keys
+        self.store = Store(settings.virtual_nix_store, settings.real_store, settings.database)
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
+        self._watch = Database(settings.database, timeout=0)
+        self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
+
+    async def path(self, hash_part: str) -> SignedPath | None:
+        """The valid path with that hash part. StoreObjectError where its row is of no use; StoreUnavailableError."""
+        try:
+            generation: Hashable = self._watch.generation()
+        except StoreUnavailableError:
+            generation = object()  # equals no other: ask the thread, which may wait
+        seen, known = self._known.get(hash_part, (None, None))
+        if known is not None and seen == generation:
+            self._known.move_to_end(hash_part)
+            return known
+        found = await self.query(partial(self._look_up, hash_part, known))
+        if found is None:
+            self._known.pop(hash_part, None)
+            return None
+        # The generation was taken before the path was read: a change in between makes the next request look again.
+        self._known[hash_part] = generation, found
+        if len(self._known) > _REMEMBERED_PATHS:
+            self._known.popitem(last=False)
+        return found
+
+    async def query(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` finds in the store, in the one thread that may wait for its database.
+
+        StoreUnavailableError also where it waits in vain behind others.
+        """
+        try:
+            async with asyncio.timeout(BUSY_TIMEOUT + 1):
+                return await asyncio.get_running_loop().run_in_executor(self._database_thread, ask)
+        except TimeoutError:
+            raise StoreUnavailableError("the database does not answer") from None
+
+    def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:
+        info = self.store.path_info(hash_part)
+        if info is None or (known is not None and known.info == info):
+            return known if info else None
+        for sig in info.sigs:
+            if not is_signature(sig):
+                _log.warning("%s: the stored signature %r is malformed and left out", info.path, sig)
+        return SignedPath(info, tuple(narinfo.signatures(info, self.store.store_dir, self.keys)))

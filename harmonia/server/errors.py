@@ -1,0 +1,38 @@
+"""What goes wrong, as a status: decided here and nowhere else. The log gets the detail, the client the phrase."""
+
+import errno
+import logging
+from http import HTTPStatus
+
+from sanic import HTTPResponse, Request
+from sanic.exceptions import SanicException
+
+from harmonia.errors import StoreObjectError, StoreUnavailableError
+
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
+_log = logging.getLogger("harmonia")
+
+
+def response(request: Request, error: Exception) -> HTTPResponse:
+    """The response that tells of `error`, which is logged where it is not the client's own affair."""
+    headers = {"cache-control": "no-store"}
+    match error:
+        case SanicException():
+            status = HTTPStatus(error.status_code)
+            headers |= {name: str(value) for name, value in error.headers.items()}
+        case StoreUnavailableError():
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+        case OSError() if error.errno in _EXHAUSTED:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+        case OSError() | StoreObjectError():
+            # Nothing that another try would mend, and Nix goes on to the next cache only after a 404.
+            status = HTTPStatus.NOT_FOUND
+        case _:
+            status = HTTPStatus.INTERNAL_SERVER_ERROR
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["retry-after"] = "1"
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or not isinstance(error, SanicException):
+        unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
+        _log.error("%s %s: %d, %s", request.method, request.path, status, error, exc_info=unexpected)
+    return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")

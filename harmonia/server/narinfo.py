@@ -1,0 +1,30 @@
+"""`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is."""
+
+import hashlib
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.nix import base32, narinfo
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.body import Representation
+from harmonia.server.cache import Cache
+
+
+def nar_file(info: PathInfo) -> narinfo.NarFile:
+    """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
+    url = f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+    return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
+
+
+async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
+    path = await cache.path(hash_part)
+    if path is None:
+        raise NotFound
+    text = narinfo.render(path.info, cache.store.store_dir, nar_file(path.info), path.sigs).encode()
+    return Representation(
+        content_type=narinfo.CONTENT_TYPE,
+        body=text,
+        cache_control=f"public, max-age={cache.settings.narinfo_max_age}",
+        etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
+    )

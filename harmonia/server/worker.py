@@ -1,0 +1,125 @@
+"""One worker process: it serves the listening sockets until SIGTERM, then lets running downloads end."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import uvloop
+from sanic.server.async_server import AsyncioServer
+from sanic.server.protocols.http_protocol import HttpProtocol
+
+from harmonia import config
+from harmonia.config import Settings
+from harmonia.errors import ConfigError
+from harmonia.nix.signing import SecretKey
+from harmonia.server.app import create_app
+from harmonia.server.cache import Cache
+from harmonia.sockets import BACKLOG
+
+_POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+_log = logging.getLogger("harmonia")
+
+
+def run(
+    settings: Settings,
+    keys: Sequence[SecretKey],
+    listening: Sequence[socket.socket],
+    lifeline: socket.socket,
+    heartbeat: float,
+) -> None:
+    """What a worker of the supervisor does."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(Cache(settings, keys), listening, lifeline, heartbeat))
+
+
+async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float) -> None:
+    settings = cache.settings
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    tls = config.tls_context(settings)
+    loop.add_signal_handler(signal.SIGHUP, _reload, settings, tls)
+    lifeline.setblocking(False)
+    loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
+
+    app = create_app(cache)
+    protocol = _limited(settings.max_connections)
+    servers = []
+    for each in listening:
+        secured = tls if each.family != socket.AF_UNIX else None
+        server = await app.create_server(
+            sock=each, ssl=secured, protocol=protocol, backlog=BACKLOG, asyncio_server_kwargs={"start_serving": False}
+        )
+        assert server is not None  # noqa: S101 (its type allows for a way of old)
+        servers.append(server)
+    await servers[0].startup()  # type: ignore[no-untyped-call]
+    for server in servers:
+        await server.start_serving()  # type: ignore[no-untyped-call]
+    beating = asyncio.create_task(_beat(lifeline, heartbeat))
+    await stop.wait()
+    await _drain(servers, settings.shutdown_grace)
+    beating.cancel()
+
+
+async def _beat(lifeline: socket.socket, heartbeat: float) -> None:
+    while True:
+        with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
+            lifeline.send(b".")
+        await asyncio.sleep(heartbeat)
+
+
+async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
+    """Accept no more, close what is idle, and give the rest `grace` seconds."""
+    for server in servers:
+        server.close()  # type: ignore[no-untyped-call]
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + grace
+    while open_connections := [connection for server in servers for connection in server.connections]:
+        late = loop.time() >= deadline
+        for connection in open_connections:
+            if late:
+                connection.abort()
+            else:
+                connection.close_if_idle()
+        await asyncio.sleep(_POLL)
+
+
+def _reload(settings: Settings, tls: ssl.SSLContext | None) -> None:
+    """Read the certificate again, for connections yet to come. A broken one leaves the old in place."""
+    if tls is None:
+        return
+    try:
+        config.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
+        tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
+    except (ConfigError, OSError) as error:
+        _log.error("the TLS certificate is not read again: %s", error)
+    else:
+        _log.info("the TLS certificate was read again")
+
+
+def _limited(most: int) -> type[HttpProtocol]:
+    """Sanic's protocol, for at most so many connections at a time; 0 is any number."""
+    if not most:
+        return HttpProtocol
+
+    class LimitedProtocol(HttpProtocol):
+        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
+            if len(self.connections) < most:
+                super().connection_made(transport)  # type: ignore[no-untyped-call]
+            else:
+                transport.write(_FULL)
+                transport.close()
+
+        def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
+            if self.transport is not None or self.conn_info is not None:
+                super().connection_lost(exc)  # type: ignore[no-untyped-call]
+
+    return LimitedProtocol

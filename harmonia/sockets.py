@@ -1,0 +1,117 @@
+"""The sockets we listen on where systemd passes none."""
+
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from harmonia.config import Settings
+from harmonia.errors import ConfigError
+
+BACKLOG = 4096
+"""Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""
+
+_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
+    # A client may stop reading for minutes; one that is gone is known by what it no longer acknowledges.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),  # milliseconds
+)
+
+_log = logging.getLogger("harmonia")
+
+
+@contextmanager
+def listen(settings: Settings) -> Iterator[list[socket.socket]]:
+    """Listening sockets for `bind`, each connection inheriting their options. ConfigError where that cannot be."""
+    address = settings.address
+    try:
+        sockets = [_listen_unix(address, settings)] if isinstance(address, str) else _listen_tcp(*address)
+    except OSError as error:
+        what = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on: {error.strerror}"
+        raise ConfigError(
+            f"bind: {settings.bind} {what}; choose another address, or stop what listens there"
+        ) from error
+    try:
+        yield sockets
+    finally:
+        for each in sockets:
+            each.close()
+        if isinstance(address, str):
+            os.unlink(address)
+
+
+def url(listening: socket.socket, *, tls: bool) -> str:
+    """How a client on this machine reaches a listening socket."""
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{listening.getsockname()}"
+    host, port = listening.getsockname()[:2]
+    host = {"::": "localhost", "0.0.0.0": "localhost"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 (it is compared)
+    return f"{'https' if tls else 'http'}://{host}:{port}"
+
+
+def _listen_tcp(host: str, port: int) -> list[socket.socket]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(f"bind: no address is known for host {host!r}: {error.strerror}") from error
+    if host == "::" and not _has_ipv6():
+        _log.warning("bind: this machine has no IPv6; listening on 0.0.0.0 instead of [::]")
+        return _listen_tcp("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
+    sockets = []
+    try:
+        for family, *_, address in found:
+            each = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(each)
+            for level, option, value in _OPTIONS:
+                each.setsockopt(level, option, value)
+            if family == socket.AF_INET6:
+                each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            each.bind(address)
+            each.listen(BACKLOG)
+    except BaseException:
+        for each in sockets:
+            each.close()
+        raise
+    return sockets
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _listen_unix(path: str, settings: Settings) -> socket.socket:
+    _remove_stale(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        os.chmod(path, int(settings.unix_socket_mode, 8))
+        listening.listen(BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that nobody listens on any more, as an unclean end leaves behind. Anything else stays."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)

@@ -1,0 +1,54 @@
+"""What systemd gives a service and wants to hear from it: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3)."""
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+from harmonia.errors import ConfigError
+
+_FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that were passed to this process. The variables are removed, so that no child takes them.
+
+    ConfigError where something else was passed.
+    """
+    pid, count, _ = (environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if pid != str(os.getpid()):
+        return []
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count or 0)):
+        os.set_inheritable(fd, False)
+        try:
+            inherited = socket.socket(fileno=fd)
+            listening = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError:
+            listening = 0
+        if not listening:
+            raise ConfigError(
+                f"systemd passed descriptor {fd}, which does not listen: use ListenStream= in the socket unit"
+            )
+        sockets.append(inherited)
+    return sockets
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, where there is one. What it does not take is lost, as it may be."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            # A leading @ is an abstract socket's leading zero byte.
+            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError:
+            return
+
+
+def watchdog_interval() -> float | None:
+    """The seconds within which the manager wants a sign of life from this process, None where it wants none."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    return int(microseconds) / 1e6 if microseconds.isdecimal() and int(microseconds) else None
