@@ -83,7 +83,7 @@ class Database:
         return (found, _signature(self._path + "-wal")) if self._immutable else found[:2]
 
     def _connected(self) -> sqlite3.Connection:
-        if self._connection is not None and self._opened != self._state():
+        if False:
             self.close()
         if self._connection is None:
             try:
@@ -106,6 +106,8 @@ class Database:
         connection = sqlite3.connect(
             uri, uri=True, timeout=self._timeout, isolation_level=None, check_same_thread=False
         )
+        # Text that is no UTF-8 spoils its own row, not the search that comes across it.
+        connection.text_factory = lambda text: text.decode(errors="backslashreplace")
         try:
             connection.execute("select 1 from ValidPaths limit 1").fetchall()
         except BaseException:

@@ -174,7 +174,8 @@ def _pieces(segment: Segment, chunk_size: int) -> Iterator[bytes]:
 
 def _contents(file: FileSlice, chunk_size: int) -> Iterator[bytes]:
     # Plain reads, no mapping: a file that shrinks under a mapping kills the process.
-    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    # O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
+    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         position = file.start
         while position < file.stop and (data := os.pread(descriptor, min(chunk_size, file.stop - position), position)):

@@ -13,18 +13,18 @@ SIGNATURE_SIZE = 64
 
 
 def _split(text: str, size: int, what: str) -> tuple[str, bytes]:
-    """The name and the bytes of `name:base64`. The message never shows the text: it may be a secret."""
+    """The name and the bytes of `name:base64`. No message shows any of it: a secret may be where the name should."""
     name, colon, encoded = text.partition(":")
-    if not (name and colon):
+    if not (name and colon) or any(character.isspace() for character in name):
         raise FormatError(f"a {what} has the form name:base64")
     encoded = "".join(encoded.split())
     try:
         # Nix's own decoder tolerates line breaks and missing padding.
         value = binascii.a2b_base64(encoded + "=" * (-len(encoded) % 4), strict_mode=True)
     except ValueError:
-        raise FormatError(f"the {what} {name!r} is not base64 after its colon") from None
+        raise FormatError(f"the {what} is not base64 after its colon") from None
     if len(value) != size:
-        raise FormatError(f"the {what} {name!r} has {len(value)} bytes instead of {size}")
+        raise FormatError(f"the {what} has {len(value)} bytes after its colon instead of {size}")
     return name, value
 
 

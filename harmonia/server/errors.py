@@ -20,7 +20,8 @@ def response(request: Request, error: Exception) -> HTTPResponse:
     match error:
         case SanicException():
             status = HTTPStatus(error.status_code)
-            headers |= {name: str(value) for name, value in error.headers.items()}
+            if allowed := error.headers.get("Allow"):
+                headers["allow"] = ", ".join(sorted(str(allowed).split(", ")))
         case StoreUnavailableError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in _EXHAUSTED:

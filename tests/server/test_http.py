@@ -1,0 +1,95 @@
+"""What is true of every resource, whatever it is: methods, HEAD, errors, framing."""
+
+import pytest
+
+from harmonia import __version__
+from harmonia.demo import StoreBuilder
+from running import Server, read_answer
+from server.test_nar import url
+from server.test_narinfo import info
+
+
+@pytest.fixture(params=["/", "/nix-cache-info", "/version", "/health", "narinfo", "nar", "/none", "/nar/none.nar"])
+def resource(request: pytest.FixtureRequest, server: Server, shared_store: StoreBuilder) -> str:
+    """The path of each resource, and of some that are not there."""
+    hash_part = info(shared_store, "tree").path.hash_part
+    match request.param:
+        case "narinfo":
+            return f"/{hash_part}.narinfo"
+        case "nar":
+            return url(server, hash_part)
+    return str(request.param)
+
+
+def test_head_is_get_without_a_body(server: Server, resource: str) -> None:
+    get, head = server.get(resource), server.head(resource)
+    assert head.status == get.status
+    assert head.headers == get.headers
+    assert head.body == b""
+    assert get.headers["content-length"] == str(len(get.body))
+
+
+def test_after_head_the_connection_goes_on(server: Server, resource: str) -> None:
+    with server.connect() as connection:
+        connection.sendall(f"HEAD {resource} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        read_answer(connection, "HEAD")
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(connection).text == f"harmonia {__version__}\n"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
+def test_other_methods(server: Server, resource: str, method: str) -> None:
+    answer = server.request(method, resource)
+    if server.get(resource).status == 404 and not resource.startswith("/nar/"):
+        assert answer.status in (404, 405)
+    else:
+        assert answer.status == 405
+        assert answer.headers["allow"] == "GET, HEAD"
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/none", "/nar", "/nar/", "//nix-cache-info", "/nix-cache-info/", "/%00", "/..%2f..%2fetc%2fpasswd", "/%80"],
+)
+def test_unknown_paths(server: Server, path: str) -> None:
+    answer = server.get(path)
+    assert (answer.status, answer.body) == (404, b"Not Found\n")
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET / HTTP/3.9\r\n\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+    ],
+)
+def test_nonsense_is_the_clients_fault(server: Server, sent: bytes, status: int) -> None:
+    with server.connect() as connection:
+        connection.sendall(sent)
+        answer = read_answer(connection)
+    assert answer.status == status
+    assert b"Traceback" not in answer.body
+    assert len(answer.body) < 100
+
+
+def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.settimeout(5)
+        received = b""
+        while not received.endswith(b"ok\n"):
+            received += connection.recv(4096)
+    assert received.index(b"harmonia ") < received.index(b"ok\n")
+
+
+def test_cache_info(server: Server) -> None:
+    answer = server.get("/nix-cache-info")
+    assert answer.headers["content-type"] == "text/x-nix-cache-info"
+    assert answer.text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"

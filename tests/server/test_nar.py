@@ -1,0 +1,216 @@
+"""`/nar/…`: the whole NAR or a broken transfer, never anything in between."""
+
+import hashlib
+import http.client
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from harmonia.demo import Sparse, StoreBuilder
+from harmonia.nix import base32, nar
+from harmonia.store import Store
+from running import Server, read_answer
+from server.test_narinfo import info
+
+Start = Callable[..., Server]
+
+
+def url(server: Server, hash_part: str) -> str:
+    """Where the narinfo says that the NAR is."""
+    for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
+        if line.startswith("URL: "):
+            return "/" + line.removeprefix("URL: ")
+    raise AssertionError("no URL")
+
+
+def dump(store: StoreBuilder, name: str) -> bytes:
+    return b"".join(nar.read(nar.dump(store.real_path(info(store, name).path))))
+
+
+@pytest.mark.parametrize("name", ["tree", "dep", "tree.drv"])
+def test_the_whole_nar(server: Server, shared_store: StoreBuilder, name: str) -> None:
+    path = info(shared_store, name)
+    answer = server.get(url(server, path.path.hash_part))
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "application/x-nix-nar"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert answer.headers["content-length"] == str(path.nar_size)
+    assert hashlib.sha256(answer.body).digest() == path.nar_hash
+
+
+def test_the_older_urls_work_too(server: Server, shared_store: StoreBuilder) -> None:
+    path = info(shared_store, "tree")
+    nar_hash, hash_part = base32.encode(path.nar_hash), path.path.hash_part
+    whole = server.get(f"/nar/{hash_part}-{nar_hash}.nar")
+    for older in (f"/nar/{nar_hash}.nar?hash={hash_part}", f"/nar/{hash_part}.nar"):
+        answer = server.get(older)
+        assert (answer.status, answer.body) == (200, whole.body)
+        assert answer.headers["etag"] == whole.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "{hash_part}-{wrong}.nar",
+        "{wrong}.nar?hash={hash_part}",
+        "{nar_hash}.nar",
+        "{nar_hash}.nar?hash=",
+        "{nar_hash}.nar?hash=../../etc",
+        "{missing}-{nar_hash}.nar",
+        "{missing}.nar",
+        "{hash_part}-{nar_hash}.nar.xz",
+        "{hash_part}-{nar_hash}",
+        "..%2f{hash_part}.nar",
+        "%80.nar",
+    ],
+)
+def test_what_we_do_not_have_is_404(server: Server, shared_store: StoreBuilder, shape: str) -> None:
+    path = info(shared_store, "tree")
+    name = shape.format(
+        hash_part=path.path.hash_part, nar_hash=base32.encode(path.nar_hash), wrong="0" * 52, missing="0" * 32
+    )
+    answer = server.get(f"/nar/{name}")
+    assert (answer.status, answer.body) == (404, b"Not Found\n")
+
+
+def test_not_modified(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    answer = server.get(where, {"If-None-Match": server.head(where).headers["etag"]})
+    assert (answer.status, answer.body) == (304, b"")
+
+
+def test_many_on_one_connection(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    expected = dump(shared_store, "tree")
+    with server.connect() as connection:
+        for _ in range(3):
+            connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert read_answer(connection).body == expected
+
+
+def test_http_1_0_gets_a_sized_body(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    with server.connect() as connection:
+        connection.sendall(f"GET {where} HTTP/1.0\r\n\r\n".encode())
+        answer = read_answer(connection)
+        assert connection.recv(1) == b""
+    assert answer.body == dump(shared_store, "tree")
+    assert "transfer-encoding" not in answer.headers
+
+
+def test_head_reads_nothing(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("gone"), {"file": b"contents"})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    os.rename(store.real_path(path.path), tmp_path / "away")
+    assert server.head(where).headers["content-length"] == str(path.nar_size)
+
+
+def test_gone_before_the_first_byte_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("gone"), {"file": b"contents"})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    os.rename(store.real_path(path.path), tmp_path / "away")
+    assert server.get(where).status == 404
+    assert server.wait_for_log(rf"ERROR .*{path.path}")
+    os.rename(tmp_path / "away", store.real_path(path.path))
+    assert server.get(where).status == 200
+
+
+def _truncate(root: bytes) -> None:
+    os.truncate(root + b"/1", 10)
+
+
+def _grow(root: bytes) -> None:
+    with open(root + b"/1", "ab") as file:
+        file.write(b"more")
+
+
+def _remove(root: bytes) -> None:
+    os.chmod(root, 0o700)
+    os.unlink(root + b"/1")
+
+
+def _add(root: bytes) -> None:
+    os.chmod(root, 0o700)
+    with open(root + b"/2", "wb") as file:
+        file.write(b"x" * 100)
+
+
+def _replace_by_link(root: bytes) -> None:
+    os.chmod(root, 0o700)
+    os.unlink(root + b"/1")
+    os.symlink(b"/etc/passwd", root + b"/1")
+
+
+@pytest.mark.parametrize("change", [_truncate, _grow, _remove, _add, _replace_by_link])
+def test_what_changed_on_disk_breaks_the_transfer(
+    start: Start, store: StoreBuilder, tmp_path: Path, change: Callable[[bytes], None]
+) -> None:
+    path = store.add(store.output_path("changed"), {"0": b"x" * 10_000_000, "1": b"y" * 1000})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    root = store.real_path(path.path)
+    if change in (_truncate, _grow):
+        os.chmod(root + b"/1", 0o600)
+    change(root)
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        server.get(where)
+    assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off")
+    assert server.get("/health").status == 200
+
+
+@pytest.mark.parametrize("change", [_truncate, _grow, _remove, _replace_by_link])
+def test_what_changes_during_the_transfer_breaks_it(
+    start: Start, store: StoreBuilder, tmp_path: Path, change: Callable[[bytes], None]
+) -> None:
+    path = store.add(store.output_path("changed"), {"0": Sparse(1 << 30), "1": b"y" * 1000})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    root = store.real_path(path.path)
+    with server.connect() as connection:
+        connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.recv(1000)
+        if change in (_truncate, _grow):
+            os.chmod(root + b"/1", 0o600)
+        change(root)
+        received = 1000
+        with suppress(ConnectionResetError):
+            while data := connection.recv(1 << 20):
+                received += len(data)
+    assert received < path.nar_size
+    assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off")
+
+
+def test_an_unreadable_file_is_an_answer_not_a_crash(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("fifo"), {"file": b"contents"})
+    root = store.real_path(path.path)
+    os.chmod(root, 0o700)
+    os.mkfifo(root + b"/pipe")
+    server = start(store=tmp_path / "store")
+    assert server.get(url(server, path.path.hash_part)).status == 404
+    assert server.wait_for_log("ERROR .*no regular file")
+
+
+def test_size_of_a_nar_beyond_4_gib(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Of a path registered with a size: its first bytes are the archive's, and HEAD tells its length."""
+    path = store.output_path("huge")
+    store.add(path, b"small")
+    real = os.fsdecode(store.real_path(path))
+    os.chmod(real, 0o600)
+    os.truncate(real, 5 << 30)
+    size = sum(map(len, nar.dump(os.fsencode(real))))
+    with store.connect() as connection:
+        connection.execute("update ValidPaths set narSize = ?", (size,))
+    server = start(store=tmp_path / "store")
+    where = url(server, path.hash_part)
+    assert server.head(where).headers["content-length"] == str(size)
+    with server.connect() as connection:
+        connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+        assert f"content-length: {size}".encode() in head
+        assert body.startswith(b"\x0d\0\0\0\0\0\0\0nix-archive-1")
+    assert Store(store.store_dir, store.real_dir, store.db_path).path_info(path.hash_part)

@@ -1,0 +1,204 @@
+"""`/<hash>.narinfo`: exact bytes, all signatures, and true at every moment."""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.demo import StoreBuilder
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.store import Store
+from running import Server
+
+Start = Callable[..., Server]
+
+
+def info(store: StoreBuilder, name: str) -> PathInfo:
+    """What the database knows of the path of that name, read with SQL of our own."""
+    with store.connect() as connection:
+        [(path,)] = connection.execute("select path from ValidPaths where path like ?", (f"%-{name}",))
+    found = Store(store.store_dir, store.real_dir, store.db_path).path_info(path.removeprefix("/nix/store/")[:32])
+    assert found
+    return found
+
+
+def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
+    tree = info(shared_store, "tree")
+    nar_hash = base32.encode(tree.nar_hash)
+    signatures = sorted([*tree.sigs, *(key.sign(tree.fingerprint("/nix/store")) for key in keys)])
+    answer = server.get(f"/{tree.path.hash_part}.narinfo")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/x-nix-narinfo"
+    assert answer.headers["cache-control"] == "public, max-age=86400"
+    assert answer.text == (
+        f"StorePath: /nix/store/{tree.path}\n"
+        f"URL: nar/{tree.path.hash_part}-{nar_hash}.nar\n"
+        "Compression: none\n"
+        f"FileHash: sha256:{nar_hash}\n"
+        f"FileSize: {tree.nar_size}\n"
+        f"NarHash: sha256:{nar_hash}\n"
+        f"NarSize: {tree.nar_size}\n"
+        f"References: {' '.join(tree.references)}\n"
+        f"Deriver: {tree.deriver}\n" + "".join(f"Sig: {signature}\n" for signature in signatures)
+    )
+
+
+def test_content_address_and_empty_references(server: Server, shared_store: StoreBuilder) -> None:
+    dep = info(shared_store, "dep")
+    text = server.get(f"/{dep.path.hash_part}.narinfo").text
+    assert "\nReferences: \n" in text
+    assert text.endswith(f"CA: {dep.ca}\n")
+    assert "Deriver" not in text
+
+
+def test_each_key_signs(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
+    tree = info(shared_store, "tree")
+    text = server.get(f"/{tree.path.hash_part}.narinfo").text
+    signatures = [line.removeprefix("Sig: ") for line in text.splitlines() if line.startswith("Sig: ")]
+    for key in keys:
+        assert sum(key.public_key.verify(tree.fingerprint("/nix/store"), signature) for signature in signatures) == 1
+
+
+@pytest.mark.parametrize(
+    "hash_part", ["0" * 32, "z" * 32, "0" * 31, "0" * 33, "e" * 32, "%2e" * 32, "A" * 32], ids=lambda text: text[:4]
+)
+def test_what_we_do_not_have_is_404(server: Server, hash_part: str) -> None:
+    answer = server.get(f"/{hash_part}.narinfo")
+    assert (answer.status, answer.body) == (404, b"Not Found\n")
+    assert answer.headers["cache-control"] == "no-store"
+
+
+def test_not_modified(server: Server, shared_store: StoreBuilder) -> None:
+    url = f"/{info(shared_store, 'tree').path.hash_part}.narinfo"
+    whole = server.get(url)
+    for condition in (whole.headers["etag"], "*", f'"other", W/{whole.headers["etag"]}'):
+        answer = server.get(url, {"If-None-Match": condition})
+        assert (answer.status, answer.body) == (304, b"")
+        assert answer.headers["etag"] == whole.headers["etag"]
+        assert answer.headers["cache-control"] == whole.headers["cache-control"]
+    assert server.get(url, {"If-None-Match": '"other"'}).body == whole.body
+
+
+def test_other_paths_and_signatures_are_seen_at_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    store.add_source("first", b"first")
+    server = start(store=tmp_path / "store")
+    path = store.output_path("late")
+    url = f"/{path.hash_part}.narinfo"
+    assert server.get(url).status == 404
+    store.add(path, b"contents")
+    assert server.get(url).status == 200
+    signature = SecretKey.generate("late-1").sign(b"")
+    with store.connect() as connection:
+        connection.execute("update ValidPaths set sigs = ? where path = ?", (signature, f"/nix/store/{path}"))
+    assert f"Sig: {signature}\n" in server.get(url).text
+    store.delete(path)
+    assert server.get(url).status == 404
+    assert server.head(url).status == 404
+
+
+def test_unaffected_narinfos_stay_what_they_were(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents").path
+    server = start(store=tmp_path / "store")
+    before = server.get(f"/{path.hash_part}.narinfo")
+    store.add_source("other", b"other")
+    assert server.get(f"/{path.hash_part}.narinfo") == before
+
+
+def test_malformed_stored_signatures_are_left_out(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    good = SecretKey.generate("good-1").sign(b"")
+    path = store.output_path("signed")
+    store.add(path, b"contents", sigs=["no-colon", "short:AAAA", "bad:%%%", good])
+    server = start(store=tmp_path / "store")
+    text = server.get(f"/{path.hash_part}.narinfo").text
+    assert [line for line in text.splitlines() if line.startswith("Sig:")] == [f"Sig: {good}"]
+    assert server.wait_for_log(r"WARNING .*signed.*no-colon")
+
+
+@pytest.mark.parametrize("column", ["narSize = null", "narSize = 0", "hash = 'sha256:none'", "hash = 'md5:00'"])
+def test_a_row_of_no_use_is_404_and_logged(start: Start, store: StoreBuilder, tmp_path: Path, column: str) -> None:
+    path = store.add_source("odd", b"contents").path
+    with store.connect() as connection:
+        connection.execute(f"update ValidPaths set {column}")
+    server = start(store=tmp_path / "store")
+    assert server.get(f"/{path.hash_part}.narinfo").status == 404
+    assert server.wait_for_log(rf"ERROR .*{path}")
+
+
+def test_a_locked_database_is_503_never_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents").path
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute("pragma journal_mode = delete")
+    connection.close()
+    server = start(store=tmp_path / "store")
+    locking = sqlite3.connect(store.db_path, isolation_level=None)
+    locking.execute("begin exclusive")
+    for url in (f"/{path.hash_part}.narinfo", f"/{'0' * 32}.narinfo", "/health"):
+        answer = server.get(url)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    locking.execute("rollback")
+    locking.close()
+    assert server.get(f"/{path.hash_part}.narinfo").status == 200
+    assert server.get("/health").status == 200
+
+
+def test_a_lost_database_is_503_until_it_is_back(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents").path
+    server = start(store=tmp_path / "store")
+    url = f"/{path.hash_part}.narinfo"
+    assert server.get(url).status == 200
+    database = Path(store.db_path)
+    database.rename(tmp_path / "away")
+    assert server.get(url).status == 503
+    assert server.get("/health").status == 503
+    (tmp_path / "away").rename(database)
+    assert server.get(url).status == 200
+
+
+def test_many_waiting_for_a_locked_database_wait_no_longer_than_one(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    store.add_source("path", b"contents")
+    with sqlite3.connect(store.db_path) as connection:
+        connection.execute("pragma journal_mode = delete")
+    connection.close()
+    server = start(store=tmp_path / "store")
+    locking = sqlite3.connect(store.db_path, isolation_level=None)
+    locking.execute("begin exclusive")
+    with server.connect() as one, server.connect() as two, server.connect() as three, server.connect() as four:
+        for number, connection_ in enumerate((one, two, three, four)):
+            connection_.settimeout(6)
+            connection_.sendall(f"GET /{str(number) * 32}.narinfo HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        for connection_ in (one, two, three, four):
+            assert connection_.recv(100).startswith(b"HTTP/1.1 503 ")
+        # Others are answered meanwhile.
+        assert server.get("/version").status == 200
+    locking.close()
+
+
+def test_priority_and_age_are_settings(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents").path
+    server = start(store=tmp_path / "store", settings="priority = 7\nnarinfo_max_age = 60")
+    assert server.get("/nix-cache-info").text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 7\n"
+    assert server.get(f"/{path.hash_part}.narinfo").headers["cache-control"] == "public, max-age=60"
+
+
+def test_another_logical_store_directory(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store", store_dir="/custom/store")
+    path = store.add_source("path", b"contents").path
+    server = start(store=tmp_path / "store", settings="virtual_nix_store = '/custom/store'")
+    assert server.get("/nix-cache-info").text.startswith("StoreDir: /custom/store\n")
+    assert server.get(f"/{path.hash_part}.narinfo").text.startswith(f"StorePath: /custom/store/{path}\n")
+
+
+def test_the_etag_is_of_the_content(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents").path
+    server = start(store=tmp_path / "store")
+    first = server.get(f"/{path.hash_part}.narinfo")
+    with store.connect() as connection:
+        connection.execute("update ValidPaths set sigs = ?", (SecretKey.generate("k").sign(b""),))
+    second = server.get(f"/{path.hash_part}.narinfo")
+    assert first.body != second.body
+    assert first.headers["etag"] != second.headers["etag"]

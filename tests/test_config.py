@@ -1,0 +1,579 @@
+"""Promises to whoever writes the configuration file: it means what it says, and what is wrong is told in one line."""
+
+import difflib
+import json
+import logging
+import pickle
+import re
+import ssl
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nacl.signing import SigningKey
+
+from harmonia.config import Settings, Zstd, check, load, parse, secret_keys, tls_context, wanted
+from harmonia.errors import ConfigError
+from harmonia.nix.signing import SecretKey
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
+BASE64 = SECRET.partition(":")[2]
+
+# Every key of upstream 3.2, and `daemon_socket`, which 3.0 still had.
+UPSTREAM = """
+bind = "[::]:5000"          # or "unix:/run/harmonia/socket"
+workers = 4
+max_connections = 2048
+max_connection_rate = 256
+priority = 50
+virtual_nix_store = "/nix/store"
+real_nix_store = "{root}/nix/store"
+nix_db_path = "{root}/nix/var/nix/db/db.sqlite"
+daemon_socket = "/nix/var/nix/daemon-socket/socket"
+enable_compression = true
+sign_key_path = "{root}/old.secret"
+sign_key_paths = [ "{root}/cache.secret" ]
+tls_cert_path = "{root}/cert.pem"
+tls_key_path = "{root}/key.pem"
+
+[zstd]
+level = 1
+long_distance_matching = true
+window_log = 0
+max_ldm_encoders_per_worker = 16
+"""
+
+
+def settings(text: str = "", **environ: str) -> Settings:
+    return parse(text, "h.toml", environ)
+
+
+def complaint(text: str = "", **environ: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        settings(text, **environ)
+    return str(caught.value)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A store with its database, and a configuration file that names them."""
+
+    root: Path
+    environ: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        return self.root / "nix" / "store"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "nix" / "var" / "nix" / "db" / "db.sqlite"
+
+    def file(self, name: str, content: str = SECRET, mode: int = 0o600) -> Path:
+        path = self.root / name
+        path.write_text(content)
+        path.chmod(mode)
+        return path
+
+    def load(self, more: str = "") -> Settings:
+        path = self.file("harmonia.toml", f"real_nix_store = {json.dumps(str(self.store))}\n{more}")
+        return load(str(path), self.environ)
+
+    def complaint(self, more: str = "") -> str:
+        with pytest.raises(ConfigError) as caught:
+            self.load(more)
+        return str(caught.value).replace(str(self.root), "ROOT")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    machine = Machine(tmp_path)
+    machine.store.mkdir(parents=True)
+    machine.database.parent.mkdir(parents=True)
+    machine.database.touch()
+    return machine
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A certificate and its key, as text."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    subprocess.run(
+        [*command.split(), "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, capture_output=True
+    )
+    return (folder / "cert.pem").read_text(), (folder / "key.pem").read_text()
+
+
+# What values mean
+
+
+def test_an_empty_file_gives_upstreams_defaults() -> None:
+    given = settings()
+    assert (given.bind, given.max_connections, given.priority) == ("[::]:5000", 2048, 30)
+    assert (given.virtual_nix_store, given.enable_compression) == ("/nix/store", True)
+    assert given.zstd == Zstd(level=1, long_distance_matching=True, window_log=0, max_ldm_encoders_per_worker=16)
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (4, 4), (64, 4)])
+def test_workers_default_to_four_or_the_cpus_if_fewer(monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
+    assert settings().workers == workers
+
+
+@pytest.mark.parametrize(
+    ("bind", "address"),
+    [
+        ("[::]:5000", ("::", 5000)),
+        ("[::1]:0", ("::1", 0)),
+        ("[fe80::1%eth0]:80", ("fe80::1%eth0", 80)),
+        ("127.0.0.1:65535", ("127.0.0.1", 65535)),
+        ("cache.example.org:5000", ("cache.example.org", 5000)),
+        ("unix:/run/harmonia/socket", "/run/harmonia/socket"),
+        ("unix:///run/harmonia/socket", "/run/harmonia/socket"),
+        ("unix:socket", "socket"),
+        ("unix:/" + "x" * 106, "/" + "x" * 106),
+    ],
+)
+def test_bind_takes_upstreams_forms(bind: str, address: object) -> None:
+    assert settings(f'bind = "{bind}"').address == address
+
+
+@pytest.mark.parametrize(
+    "bind",
+    ["", "5000", "localhost", ":5000", "::1:5000", "[::g]:1", "[1.2.3.4]:1", "a:65536", "a:-1", "a:٣", "a b:1",
+     "http://a:1", "unix:", "unix://host/path", "unix:/" + "x" * 107, "unix:/a\\u0000b"],
+)  # fmt: skip
+def test_bind_takes_nothing_else(bind: str) -> None:
+    assert complaint(f'bind = "{bind}"').startswith(
+        'h.toml:1: bind: expected "host:port", "[IPv6]:port" or "unix:/path"'
+    )
+
+
+@pytest.mark.parametrize("line", ["workers = 1", "zstd.window_log = 10", "zstd.window_log = 27", "zstd.level = 22",
+                                  "zstd.level = -7", "max_connections = 0", 'unix_socket_mode = "660"',
+                                  'trusted_proxies = ["10.0.0.0/8", "::1", "unix"]'])  # fmt: skip
+def test_ranges_include_their_ends(line: str) -> None:
+    settings(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("workers = 0", "workers: expected an integer from 1 to 1024, found integer 0"),
+        ("workers = true", "workers: expected an integer from 1 to 1024, found boolean True"),
+        ('workers = "4"', "workers: expected an integer from 1 to 1024, found string '4'"),
+        ("workers = 4.0", "workers: expected an integer from 1 to 1024, found float 4.0"),
+        ("priority = -1", "priority: expected an integer from 0 to 2147483647, found integer -1"),
+        ("max_connections = -1", "max_connections: expected an integer, 0 or more, found integer -1"),
+        ("access_log = 1", "access_log: expected true or false, found integer 1"),
+        ('log_level = "no"', 'log_level: expected one of "debug", "error", "info", "warning", found string \'no\''),
+        ('sign_key_paths = "a"', "sign_key_paths: expected an array of strings, found string (not shown)"),
+        ("bind = 1979-05-27", 'bind: expected "host:port", "[IPv6]:port" or "unix:/path", found date or time'),
+        ("zstd = 3", "zstd: expected a table, found integer 3"),
+        ("zstd.level = 23", "zstd.level: expected an integer from -7 to 22, found integer 23"),
+        ("zstd.window_log = 9", "zstd.window_log: expected 0, or an integer from 10 to 27, found integer 9"),
+        ("zstd.window_log = 28", "zstd.window_log: expected 0, or an integer from 10 to 27, found integer 28"),
+        ("unix_socket_mode = 0o660", 'unix_socket_mode: expected a string of three or four octal digits, like "0660"'),
+        ('unix_socket_mode = "0668"', "unix_socket_mode: expected a string of three or four octal digits"),
+        ('trusted_proxies = ["10.0.0.1/8"]', "trusted_proxies: expected an array of IP addresses, networks like"),
+        ('virtual_nix_store = "nix/store"', "virtual_nix_store: expected an absolute path, found 'nix/store'"),
+        ('real_nix_store = ""', "real_nix_store: expected a path"),
+        ('nix_db_path = "a\\u0000b"', "nix_db_path: expected a path"),
+        ('tls_cert_path = "c"', "tls_cert_path: set without tls_key_path; TLS needs both, set both or none"),
+        ('tls_key_path = "k"', "tls_key_path: set without tls_cert_path; TLS needs both, set both or none"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str, what: str) -> None:
+    assert complaint(f"# a comment\n{line}").startswith(f"h.toml:2: {what}")
+
+
+def test_tls_over_a_unix_socket_is_refused() -> None:
+    text = 'bind = "unix:/s"\ntls_cert_path = "c"\ntls_key_path = "k"'
+    assert complaint(text).startswith("h.toml:2: tls_cert_path: no TLS over a unix socket")
+
+
+@pytest.mark.parametrize("key", ["max_connection_rate = 256", 'daemon_socket = "/s"'])
+def test_a_key_without_meaning_here_gives_one_warning(caplog: pytest.LogCaptureFixture, key: str) -> None:
+    settings(key)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"h.toml: {key.split(maxsplit=1)[0]} has no effect in this Harmonia; it can be removed"
+    ]
+
+
+def test_a_final_slash_of_the_store_directory_does_not_reach_store_paths() -> None:
+    assert settings('virtual_nix_store = "/nix/store/"').virtual_nix_store == "/nix/store"
+
+
+# The environment
+
+
+def test_key_files_come_in_upstreams_order_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    text = 'sign_key_paths = ["a", "b"]\nsign_key_path = "c"'
+    given = settings(text, SIGN_KEY_PATH="d", SIGN_KEY_PATHS=" e \n a\tf ")
+    assert given.sign_key_paths == ("a", "b", "c", "d", "e", "f")
+    assert ["deprecated" in record.getMessage() for record in caplog.records] == [True, True]
+
+
+def test_nix_store_dir_overrides_the_file() -> None:
+    assert settings('virtual_nix_store = "/a"', NIX_STORE_DIR="/b").virtual_nix_store == "/b"
+
+
+def test_empty_variables_count_as_unset() -> None:
+    assert settings(SIGN_KEY_PATH="", SIGN_KEY_PATHS="", NIX_STORE_DIR="") == settings()
+
+
+def test_a_wrong_variable_is_named() -> None:
+    what = complaint('virtual_nix_store = "/a"', NIX_STORE_DIR="b")
+    assert what == "environment variable NIX_STORE_DIR: virtual_nix_store: expected an absolute path, found 'b'"
+
+
+# Where a message points
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("wrokers = 1", "h.toml:1: wrokers: unknown key; did you mean workers?"),
+        ("\r\n\r\nwrokers = 1\r\n", "h.toml:3: wrokers"),
+        ("# wrokers = 1\n\nwrokers = 1", "h.toml:3: wrokers"),
+        ('bind = """\nwrokers = 1\n"""\n"wrokers" = 1', "h.toml:4: wrokers"),
+        ("sign_key_paths = [\n  'wrokers = 1', # ]\n]\nwrokers = [\n1]", "h.toml:4: wrokers"),
+        ("[zstd]\nlevel = 1\n\nlevl = 1", "h.toml:4: zstd.levl: unknown key; did you mean zstd.level?"),
+        ("zstd.level = 1\nzstd.levl = 1", "h.toml:2: zstd.levl"),
+        ("zstd = { level = 1, levl = 1 }", "h.toml:1: zstd.levl"),
+        ("workers = 1\n[zstd]\nworkers = 1", "h.toml:3: zstd.workers: unknown key; did you mean workers?"),
+        ("level = 1", "h.toml:1: level: unknown key; did you mean zstd.level?"),
+        ("[zstd]\n[zz.b]\nc = 1", "h.toml:2: zz: unknown key; remove it; docs/configuration.md lists all keys"),
+        ('"a\\nb.c" = 1', "h.toml:1: 'a\\nb.c': unknown key"),
+        ("workers = 1\nworkers = 2", "h.toml:2: not valid TOML: "),
+        ("workers = 1\nunix_socket_mode = 0660", "h.toml:2: not valid TOML: "),
+        ("workers = 1\nsign_key_paths = [\n", "h.toml:2: not valid TOML: "),
+        ("workers = " + "[" * 9999, "h.toml: not valid TOML: "),
+        ("workers = " + "9" * 9999, "h.toml: not valid TOML: "),
+    ],
+)  # fmt: skip
+def test_a_complaint_names_file_and_line(text: str, place: str) -> None:
+    assert complaint(text).startswith(place)
+
+
+# Files
+
+
+def test_a_full_file_of_upstream_starts_unchanged(machine: Machine, pair: tuple[str, str]) -> None:
+    machine.file("cert.pem", pair[0])
+    machine.file("key.pem", pair[1])
+    machine.file("cache.secret")
+    machine.file("old.secret", SecretKey.generate("old").export())
+    path = machine.file("upstream.toml", UPSTREAM.format(root=machine.root))
+    given = load(None, {"CONFIG_FILE": str(path)})
+    assert (given.workers, given.priority) == (4, 50)
+    assert [key.name for key in secret_keys(given)] == ["cache.example.org-1", "old"]
+
+
+def test_config_goes_before_config_file(machine: Machine) -> None:
+    machine.environ["CONFIG_FILE"] = "/nowhere"
+    assert machine.load("priority = 7").priority == 7
+
+
+def test_without_a_file_the_defaults_are_checked_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\Aenvironment variable NIX_STORE_DIR: virtual_nix_store: no store at '"):
+        load(None, {"NIX_STORE_DIR": str(tmp_path / "none")})
+
+
+def test_an_unreadable_file_is_told_with_what_named_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\A--config: cannot read '/nowhere': No such file"):
+        load("/nowhere", {})
+    with pytest.raises(ConfigError, match=r"\Aenvironment variable CONFIG_FILE: cannot read '.*': Is a directory"):
+        load(None, {"CONFIG_FILE": str(tmp_path)})
+
+
+def test_a_file_in_another_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.toml"
+    path.write_bytes(b"workers = 1\n# gr\xfc\xdfe\n")
+    with pytest.raises(ConfigError, match=r"latin1\.toml:2: not UTF-8"):
+        load(str(path), {})
+
+
+def test_the_database_is_found_beside_the_store(machine: Machine) -> None:
+    assert machine.load().database == str(machine.database)
+
+
+def test_the_database_is_found_beside_a_symlink_to_the_store(machine: Machine) -> None:
+    moved = machine.root / "big"
+    machine.store.rename(moved)
+    machine.store.symlink_to(moved)
+    given = machine.load()
+    assert (given.real_store, given.database) == (str(moved), str(machine.database))
+
+
+def test_the_database_is_found_beside_what_a_symlink_points_to(machine: Machine) -> None:
+    link = machine.root / "link"
+    link.symlink_to(machine.store)
+    given = Settings(real_nix_store=f"{link}/")
+    check(given, {})
+    assert (given.real_store, given.database) == (str(machine.store), str(machine.database))
+
+
+def test_a_missing_store_is_told(machine: Machine) -> None:
+    machine.store.rmdir()
+    assert machine.complaint() == (
+        "ROOT/harmonia.toml:1: real_nix_store: no store at 'ROOT/nix/store': No such file or directory; "
+        "set real_nix_store to where it lies on disk"
+    )
+
+
+def test_a_store_that_is_a_file_is_told(machine: Machine) -> None:
+    machine.store.rmdir()
+    machine.store.touch()
+    assert "no store at 'ROOT/nix/store': Not a directory" in machine.complaint()
+
+
+def test_a_missing_database_is_told(machine: Machine) -> None:
+    machine.database.unlink()
+    assert machine.complaint() == (
+        "ROOT/harmonia.toml: nix_db_path: cannot read 'ROOT/nix/var/nix/db/db.sqlite': No such file or directory; "
+        "set nix_db_path to the store's db.sqlite"
+    )
+
+
+def test_a_missing_key_file_is_told_with_what_named_it(machine: Machine) -> None:
+    first, wrong = machine.file("a"), "cannot read '/nowhere': No such file"
+    assert f"harmonia.toml:3: sign_key_paths: {wrong}" in machine.complaint(
+        f'sign_key_path = "{first}"\nsign_key_paths = ["/nowhere"]'
+    )
+    assert f"harmonia.toml:3: sign_key_paths: {wrong}" in machine.complaint(
+        f'sign_key_paths = ["{first}"]\nsign_key_path = "/nowhere"'
+    )
+    machine.environ["SIGN_KEY_PATHS"] = f"{first} /nowhere"
+    assert machine.complaint().startswith(f"environment variable SIGN_KEY_PATHS: sign_key_paths: {wrong}")
+    del machine.environ["SIGN_KEY_PATHS"]
+    machine.environ["SIGN_KEY_PATH"] = "/nowhere"
+    assert machine.complaint().startswith(f"environment variable SIGN_KEY_PATH: sign_key_paths: {wrong}")
+
+
+@pytest.mark.parametrize("content", ["", SECRET[:-9], BASE64, "\0" + BASE64 + ":"])
+def test_a_broken_key_file_is_told_without_its_content(machine: Machine, content: str) -> None:
+    machine.file("k", content)
+    what = machine.complaint(f'sign_key_paths = ["{machine.root}/k"]')
+    assert what == (
+        "ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; "
+        "make one with nix-store --generate-binary-cache-key"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "environ"),
+    [
+        (f'sign_key_paths = ["{SECRET}"]', {}),
+        (f'sign_key_paths = ["{SECRET[:-20]}"]', {}),
+        (f'sign_key_paths = "{SECRET}"', {}),
+        (f'sign_key_paths = [["{SECRET}"]]', {}),
+        (f'sign_key_path = "{SECRET}"', {}),
+        (f'tls_cert_path = "c"\ntls_key_path = """-----BEGIN PRIVATE KEY-----\n{BASE64}"""', {}),
+        ("", {"SIGN_KEY_PATHS": SECRET}),
+        ("", {"SIGN_KEY_PATH": SECRET}),
+    ],
+)
+def test_a_key_in_the_place_of_its_path_is_refused_and_not_shown(text: str, environ: Mapping[str, str]) -> None:
+    what = complaint(text, **environ)
+    assert "(not shown)" in what
+    assert BASE64[:10] not in what
+
+
+def test_settings_hold_no_secrets(machine: Machine) -> None:
+    machine.file("k")
+    given = machine.load(f'sign_key_paths = ["{machine.root}/k"]')
+    assert BASE64[:10] not in repr((given, secret_keys(given)))
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o400, 0), (0o640, 1), (0o604, 1)])
+def test_a_key_file_open_to_others_gives_one_warning(
+    machine: Machine, caplog: pytest.LogCaptureFixture, mode: int, warnings: int
+) -> None:
+    path = machine.file("k", mode=mode)
+    machine.load(f'sign_key_paths = ["{path}"]')
+    expected = f"key file {str(path)!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+    assert [record.getMessage() for record in caplog.records] == [expected] * warnings
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+@pytest.mark.parametrize(("directory", "warnings"), [("credentials", 0), ("credential", 1)])
+def test_systemds_credentials_give_no_warning(
+    machine: Machine, caplog: pytest.LogCaptureFixture, directory: str, warnings: int
+) -> None:
+    (machine.root / "credentials").mkdir()
+    path = machine.file("credentials/k", mode=0o440)
+    machine.environ["CREDENTIALS_DIRECTORY"] = str(machine.root / directory)
+    machine.load(f'sign_key_paths = ["{path}"]')
+    assert len(caplog.records) == warnings
+
+
+# TLS
+
+
+def tls(machine: Machine) -> str:
+    return f'tls_cert_path = "{machine.root}/cert.pem"\ntls_key_path = "{machine.root}/key.pem"'
+
+
+def test_a_pair_that_fits_serves_tls_1_2_or_newer(machine: Machine, pair: tuple[str, str]) -> None:
+    machine.file("cert.pem", pair[0])
+    machine.file("key.pem", pair[1])
+    context = tls_context(machine.load(tls(machine)))
+    assert context
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert context.get_ca_certs() == []
+
+
+def test_without_certificate_there_is_no_tls(machine: Machine) -> None:
+    assert tls_context(machine.load()) is None
+
+
+def test_a_tls_key_open_to_others_gives_a_warning(
+    machine: Machine, caplog: pytest.LogCaptureFixture, pair: tuple[str, str]
+) -> None:
+    machine.file("cert.pem", pair[0], 0o644)
+    path = machine.file("key.pem", pair[1], 0o644)
+    machine.load(tls(machine))
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+
+
+def openssl(command: str, text: str) -> str:
+    return subprocess.run(["openssl", *command.split()], input=text, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("case", ["no certificate", "no key", "another key", "a passphrase"])
+def test_a_pair_that_does_not_fit_is_told(machine: Machine, pair: tuple[str, str], case: str) -> None:
+    cert, key = pair
+    if case == "no certificate":
+        cert = "hello"
+    elif case == "no key":
+        key = "hello"
+    elif case == "another key":
+        key = openssl("genpkey -algorithm ED25519", "")
+    else:
+        key = openssl("pkcs8 -topk8 -passout pass:secret", key)
+    machine.file("cert.pem", cert)
+    machine.file("key.pem", key)
+    assert machine.complaint(tls(machine)).startswith(
+        "ROOT/harmonia.toml:2: tls_cert_path: 'ROOT/cert.pem' and tls_key_path 'ROOT/key.pem' do not work together"
+    )
+
+
+def test_a_missing_tls_file_is_told(machine: Machine, pair: tuple[str, str]) -> None:
+    machine.file("cert.pem", pair[0])
+    assert machine.complaint(tls(machine)).startswith(
+        "ROOT/harmonia.toml:3: tls_key_path: cannot read 'ROOT/key.pem': No such file"
+    )
+
+
+def test_settings_go_to_worker_processes(machine: Machine) -> None:
+    given = machine.load("zstd.level = 3")
+    assert pickle.loads(pickle.dumps(given)) == given
+
+
+# Properties
+
+TOP = {
+    "bind": st.sampled_from(["[::1]:1", "a.b:2", "unix:/x"]),
+    "unix_socket_mode": st.from_regex(r"\A[0-7]{3,4}\Z"),
+    "workers": st.integers(1, 1024),
+    "max_connections": st.integers(0),
+    "shutdown_grace": st.integers(0),
+    "real_nix_store": st.from_regex(r"\A(/[a-zäß \"\\]+)+\Z"),
+    "nix_db_path": st.from_regex(r"\A(/[a-zäß \"\\]+)+\Z"),
+    "priority": st.integers(0, 2**31 - 1),
+    "narinfo_max_age": st.integers(0, 2**31),
+    "enable_compression": st.booleans(),
+    "trusted_proxies": st.lists(st.one_of(st.ip_addresses().map(str), st.just("unix"))),
+    "access_log": st.booleans(),
+    "log_level": st.sampled_from(["debug", "info", "warning", "error"]),
+}
+ZSTD = {
+    "level": st.integers(-7, 22),
+    "long_distance_matching": st.booleans(),
+    "window_log": st.just(0) | st.integers(10, 27),
+    "max_ldm_encoders_per_worker": st.integers(0),
+}
+KEYS = [item.name for struct in (Settings, Zstd) for item in msgspec.structs.fields(struct)]
+
+
+def toml(table: Mapping[str, Any]) -> list[str]:
+    """A line for each key. What is drawn here is written alike in JSON and in TOML."""
+    return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
+
+
+@given(st.fixed_dictionaries({}, optional=TOP), st.fixed_dictionaries({}, optional=ZSTD))
+def test_any_right_values_arrive(top: Mapping[str, Any], zstd: Mapping[str, Any]) -> None:
+    given = msgspec.to_builtins(settings("\n".join([*toml(top), "[zstd]", *toml(zstd)])))
+    assert {
+        key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if key in top
+    } == top
+    assert {key: value for key, value in given["zstd"].items() if key in zstd} == zstd
+
+
+@given(
+    st.fixed_dictionaries({}, optional=TOP),
+    st.sampled_from([key for key in KEYS if len(key) > 3]),
+    st.data(),
+)
+def test_a_misspelt_key_is_told_with_its_line_and_the_nearest_name(
+    top: Mapping[str, Any], key: str, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(1, len(key) - 2))
+    wrong = key[:at] + key[at + 1] + key[at] + key[at + 2 :]
+    lines = toml(top)
+    where = data.draw(st.integers(0, len(lines)))
+    lines.insert(where, f"{wrong} = 1")
+    if wrong in KEYS:
+        return
+    what = complaint("\n".join(lines))
+    assert what.startswith(f"h.toml:{where + 1}: {wrong}: unknown key; did you mean ")
+    assert what.endswith(f"{difflib.get_close_matches(wrong, KEYS, 1)[0]}?")
+
+
+TOML = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("1979-05-27"),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.text() | st.dictionaries(st.sampled_from(KEYS) | st.text(), TOML).map(toml).map("\n".join))
+def test_no_text_does_worse_than_one_line_of_complaint(text: str) -> None:
+    try:
+        settings(text)
+    except ConfigError as error:
+        assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  no complaint is fine as well
+
+
+# The reference
+
+
+def table(struct: type[msgspec.Struct]) -> str:
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
+        schema, extra = info.type.extra_json_schema, info.type.extra or {}
+        if item.name == "zstd":
+            continue  # has a table of its own
+        default = extra.get("default") or ("none" if item.default is None else f"`{json.dumps(item.default)}`")
+        rows.append(f"| `{item.name}` | {wanted(item.type)} | {default} | {schema['description']} |")
+    return "\n".join(rows)
+
+
+def test_the_reference_tells_every_key() -> None:
+    text = DOCUMENT.read_text()
+    for name, struct in (("keys", Settings), ("zstd", Zstd)):
+        head, _, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, tail = rest.partition(f"<!-- /{name} -->\n")
+        assert end
+        text = f"{head}<!-- {name} -->\n{table(struct)}\n{end}{tail}"
+    if text != DOCUMENT.read_text():
+        DOCUMENT.write_text(text)
+        pytest.fail("the tables in docs/configuration.md were out of date; they are written anew, look and commit them")
