@@ -83,7 +83,7 @@ class Database:
         return (found, _signature(self._path + "-wal")) if self._immutable else found[:2]
 
     def _connected(self) -> sqlite3.Connection:
-        if False:
+        if self._connection is not None and self._opened != self._state():
             self.close()
         if self._connection is None:
             try:

@@ -1,0 +1,360 @@
+"""The demo store is a real one: Nix itself finds nothing to complain of."""
+
+import base64
+import bz2
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from harmonia import demo
+from harmonia.demo import Demo, Executable, Sparse, StoreBuilder, Symlink
+from harmonia.errors import ConfigError
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.store import Store
+
+NOBODY = 65534
+
+needs_nix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="there is no nix-store on this machine")
+
+Nix = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Demo:
+    return demo.make(str(tmp_path / "demo"))
+
+
+@pytest.fixture
+def nix(tmp_path: Path) -> Nix:
+    """Runs a command of Nix, on stores that are told to it only."""
+    config = "experimental-features = nix-command\nsubstituters =\nbuild-users-group =\n"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONFIG": config}
+
+    def run(*command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+
+    return run
+
+
+def root(directory: str | os.PathLike[str]) -> str:
+    return f"local?root={directory}"
+
+
+def infos(made: Demo) -> Iterator[PathInfo]:
+    database = f"{made.directory}/nix/var/nix/db/db.sqlite"
+    store = Store("/nix/store", f"{made.directory}/nix/store", database)
+    for path in made.paths.values():
+        info = store.path_info(path.hash_part)
+        assert info is not None
+        yield info
+    store.database.close()
+
+
+def snapshot(directory: str) -> dict[str, tuple[int, int]]:
+    """Every file, by its identity and its last change. What SQLite keeps beside a database in use is left out."""
+    found = {}
+    for parent, directories, files in os.walk(directory):
+        for name in directories + files:
+            status = os.lstat(f"{parent}/{name}")
+            if not name.startswith("db"):
+                found[f"{parent}/{name}"] = (status.st_ino, status.st_ctime_ns)
+    return found
+
+
+@pytest.mark.nix
+@needs_nix
+class TestNixAgrees:
+    def test_with_every_path(self, made: Demo, nix: Nix) -> None:
+        verified = nix("nix-store", "--store", root(made.directory), "--verify", "--check-contents")
+        assert verified.returncode == 0
+        assert "error" not in verified.stderr
+        assert "warning" not in verified.stderr
+
+    def test_with_every_path_info(self, made: Demo, nix: Nix) -> None:
+        shown = nix("nix", "path-info", "--store", root(made.directory), "--all", "--json", "--sigs")
+        theirs = {entry["path"]: entry for entry in json.loads(shown.stdout)}
+        for info in infos(made):
+            entry = theirs.pop(f"/nix/store/{info.path}")
+            assert entry["narHash"] == f"sha256-{base64.b64encode(info.nar_hash).decode()}"
+            assert entry["narSize"] == info.nar_size
+            assert sorted(entry["references"]) == [f"/nix/store/{reference}" for reference in info.references]
+            assert entry.get("deriver") == (f"/nix/store/{info.deriver}" if info.deriver else None)
+            assert entry.get("ca") == info.ca
+            assert tuple(entry.get("signatures", ())) == info.sigs
+        assert not theirs
+
+    def test_with_every_nar_hash(self, made: Demo) -> None:
+        for info in infos(made):
+            dump = ["nix-store", "--dump", f"{made.directory}/nix/store/{info.path}"]
+            nar = subprocess.run(dump, capture_output=True, check=True).stdout
+            assert (hashlib.sha256(nar).digest(), len(nar)) == (info.nar_hash, info.nar_size)
+
+    def test_that_the_paths_follow_from_their_contents_and_the_rest_is_signed(
+        self, made: Demo, nix: Nix, tmp_path: Path
+    ) -> None:
+        def copy(*options: str) -> "subprocess.CompletedProcess[str]":
+            stores = ("--from", root(made.directory), "--to", root(tmp_path / "copy"))
+            return nix("nix", "copy", *stores, *options, "--option", "require-sigs", "true")
+
+        unsigned = {info.path for info in infos(made) if info.ca}
+        signed = {info.path for info in infos(made) if info.sigs}
+        assert len(unsigned) + len(signed) == len(made.paths)
+        for name in ("hello.py", "build-hello.sh", "latest-website", "python-library-" + platform.python_version()):
+            assert copy(f"/nix/store/{made.paths[name]}").returncode == 0
+        refused = copy("--all")
+        assert refused.returncode != 0
+        assert "lacks a valid signature" in refused.stderr
+        trusted = copy("--all", "--option", "trusted-public-keys", str(made.public_key))
+        assert trusted.returncode == 0, trusted.stderr
+
+    def test_with_the_path_of_a_source(self, nix: Nix, tmp_path: Path) -> None:
+        source = tmp_path / "source-1.0"
+        source.mkdir()
+        (source / "program").write_bytes(b"#!/bin/sh\n")
+        (source / "program").chmod(0o700)
+        (source / os.fsdecode(b"\xff")).symlink_to("program")
+        (source / "empty").mkdir()
+        (source / "zeros").write_bytes(bytes(100_000))
+        tree: demo.Tree = {
+            "program": Executable(b"#!/bin/sh\n"),
+            b"\xff": Symlink("program"),
+            "empty": {},
+            "zeros": Sparse(100_000),
+        }
+        added = nix("nix-store", "--store", root(tmp_path / "theirs"), "--add", str(source)).stdout.strip()
+        assert added == f"/nix/store/{StoreBuilder(tmp_path / 'copied').add_source('source-1.0', source).path}"
+        assert added == f"/nix/store/{StoreBuilder(tmp_path / 'described').add_source('source-1.0', tree).path}"
+
+    @pytest.mark.root
+    @pytest.mark.skipif(os.geteuid() != 0, reason="not root: Nix cannot build in a chroot store")
+    def test_with_the_derivation_and_its_log_when_it_builds_it_again(self, made: Demo, nix: Nix) -> None:
+        derivation = f"/nix/store/{made.paths['hello-1.0.drv']}"
+        programs = " ".join(path for path in ("/bin", "/usr", "/lib", "/lib64") if os.path.exists(path))
+        store = ("--store", root(made.directory))
+        logged = nix("nix", "log", *store, derivation)
+        built = nix("nix-store", *store, "--realise", "--check", derivation, "--option", "sandbox-paths", programs)
+        assert built.returncode == 0, built.stderr
+        assert logged.stdout
+        assert logged.stdout in built.stderr
+
+
+def test_paths_of_all_kinds_are_in_it(made: Demo) -> None:
+    found = {info.path.name: info for info in infos(made)}
+    assert {info.ca.split(":")[0] if info.ca else "" for info in found.values()} == {"fixed", "text", ""}
+    assert 1_000_000 < sum(info.nar_size for info in found.values()) < 5_000_000
+    hello = found["hello-1.0"]
+    assert hello.path in hello.references
+    assert hello.deriver == found["hello-1.0.drv"].path
+    [signature] = hello.sigs
+    assert made.public_key.verify(hello.fingerprint("/nix/store"), signature)
+    closure = {found["demo"].path}
+    while more := {ref for info in found.values() if info.path in closure for ref in info.references} - closure:
+        closure |= more
+    assert closure >= {found[name].path for name in ("hello-1.0", "odd-names", "website")}
+    assert os.path.exists(f"{made.directory}/nix/store/{made.paths['website']}/index.html")
+
+
+def test_its_files_are_as_nix_leaves_them(made: Demo) -> None:
+    for path in made.paths.values():
+        top = f"{made.directory}/nix/store/{path}"
+        below = [f"{parent}/{name}" for parent, dirs, files in os.walk(top) for name in dirs + files]
+        for found in (top, *below):
+            status = os.lstat(found)
+            assert status.st_mtime == 1
+            assert status.st_mode & 0o7777 in (0o444, 0o555) or os.path.islink(found)
+
+
+def test_its_build_log_is_where_nix_looks_for_it(made: Demo) -> None:
+    derivation = made.paths["hello-1.0.drv"]
+    with bz2.open(f"{made.directory}/nix/var/log/nix/drvs/{derivation[:2]}/{derivation[2:]}.bz2") as log:
+        assert log.read().startswith(b"installing hello as /nix/store/")
+
+
+def test_its_script_runs_where_its_store_lies(made: Demo) -> None:
+    script = Path(made.directory, "nix/store", made.paths["hello-1.0"], "bin/hello").read_text()
+    library = f"/nix/store/{made.paths['python-library-' + platform.python_version()]}"
+    assert library in script
+    here = subprocess.run(
+        [sys.executable, "-c", script.replace("/nix/store", f"{made.directory}/nix/store")],
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(here.stdout)["library"].startswith(f"{made.directory}{library}/json/")
+
+
+def test_its_key_is_its_owners_and_signs(made: Demo) -> None:
+    secret = Path(made.directory, "secret-key")
+    assert secret.stat().st_mode & 0o777 == 0o600
+    key = SecretKey.parse(secret.read_text())
+    public = Path(made.directory, "public-key").read_text()
+    assert public == str(key.public_key) == str(made.public_key)
+    assert key.name == "demo-1"
+
+
+def test_its_settings_name_what_is_there(tmp_path: Path) -> None:
+    made = demo.make(str(tmp_path / 'an "odd" \\ place ☃'))
+    with open(made.config_path, "rb") as file:
+        settings = tomllib.load(file)
+    assert settings == {
+        "real_nix_store": f"{made.directory}/nix/store",
+        "nix_db_path": f"{made.directory}/nix/var/nix/db/db.sqlite",
+        "sign_key_paths": [f"{made.directory}/secret-key"],
+    }
+    assert all(os.path.exists(path) for path in (settings["nix_db_path"], *settings["sign_key_paths"]))
+
+
+class TestMakingItAgain:
+    def test_keeps_it(self, made: Demo) -> None:
+        before = snapshot(made.directory)
+        again = demo.make(made.directory)
+        assert (again.paths, str(again.public_key)) == (made.paths, str(made.public_key))
+        assert snapshot(made.directory) == before
+
+    def test_keeps_it_with_what_was_added_since(self, made: Demo) -> None:
+        StoreBuilder(made.directory).add_source("mine", b"added")
+        before = snapshot(made.directory)
+        assert "mine" in demo.make(made.directory).paths
+        assert snapshot(made.directory) == before
+
+    @pytest.mark.parametrize("step", ["connect", "add_source", "add", "add_derivation", "add_log"])
+    def test_repairs_an_interrupted_run(self, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreBuilder, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                demo.make(str(tmp_path / "demo"))
+        assert not (tmp_path / "demo").exists()
+        made = demo.make(str(tmp_path / "demo"))
+        assert len(list(infos(made))) == len(made.paths)
+        assert os.listdir(tmp_path) == ["demo"]
+
+    @pytest.mark.parametrize(
+        "part", ["secret-key", "nix/var/nix/db/db.sqlite", "nix/store/*-website", "nix/store/*-hello.py", "nix/store"]
+    )
+    def test_repairs_one_with_a_part_missing(self, made: Demo, part: str) -> None:
+        for path in Path(made.directory).glob(part):
+            demo.remove(os.fsencode(path))
+        again = demo.make(made.directory)
+        assert len(list(infos(again))) == len(again.paths) == len(made.paths)
+        assert os.path.exists(f"{made.directory}/secret-key")
+
+    def test_makes_one_where_an_empty_directory_is(self, tmp_path: Path) -> None:
+        (tmp_path / "demo").mkdir()
+        assert demo.make(str(tmp_path / "demo")).paths
+
+    @pytest.mark.parametrize("content", ["nix/store/precious", "harmonia.toml", "thesis.tex"])
+    def test_leaves_what_is_not_ours_alone(self, tmp_path: Path, content: str) -> None:
+        precious = tmp_path / "demo" / content
+        precious.parent.mkdir(parents=True)
+        precious.write_text("priority = 1\n")
+        with pytest.raises(ConfigError, match="is no complete demo store"):
+            demo.make(str(tmp_path / "demo"))
+        assert precious.read_text() == "priority = 1\n"
+
+    def test_makes_one_for_all_who_ask_at_once(self, tmp_path: Path) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(demo.make, [str(tmp_path / "demo")] * 4))
+        assert len({str(one.public_key) for one in made}) == 1
+        assert os.listdir(tmp_path) == ["demo"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: cannot become another user")
+def test_another_user_than_root_removes_it_as_documented(made: Demo) -> None:
+    place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
+    os.chown(place, NOBODY, NOBODY)
+    shutil.move(made.directory, f"{place}/demo")
+    subprocess.run(["chown", "-hR", f"{NOBODY}:{NOBODY}", place], check=True)
+
+    def run(command: str) -> int:
+        shell = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", command)
+        return subprocess.run(shell, cwd=place, stderr=subprocess.DEVNULL, check=False).returncode
+
+    assert run("rm -rf demo") != 0
+    assert run("chmod -R u+w demo && rm -rf demo") == 0
+    os.rmdir(place)
+
+
+class TestBuilder:
+    def test_registers_what_it_is_told(self, tmp_path: Path) -> None:
+        key = SecretKey.generate("test-1")
+        builder = StoreBuilder(tmp_path)
+        other = builder.add_source("other", b"other")
+        path = builder.output_path("mine")
+        info = builder.add(
+            path,
+            {"me": f"/nix/store/{path}".encode()},
+            references=[path, other.path],
+            deriver=builder.output_path("mine.drv"),
+            keys=[key],
+            sigs=["elsewhere-1:abc"],
+            ca="fixed:r:sha256:whatever",
+        )
+        store = Store("/nix/store", builder.real_dir, builder.db_path)
+        assert store.path_info(path.hash_part) == info
+        assert info.sigs[0] == "elsewhere-1:abc"
+        assert key.public_key.verify(info.fingerprint("/nix/store"), info.sigs[1])
+        store.database.close()
+
+    def test_can_leave_the_size_unknown(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        info = builder.add(builder.output_path("old"), b"", known_size=False)
+        assert info.nar_size == 112
+        with builder.connect() as connection:
+            assert connection.execute("select narSize from ValidPaths").fetchall() == [(None,)]
+
+    def test_keeps_references_whole(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        stranger = builder.output_path("stranger")
+        with pytest.raises(sqlite3.IntegrityError):
+            builder.add(builder.output_path("mine"), b"", references=[stranger])
+        base = builder.add_source("base", b"")
+        builder.add_source("top", b"", [base.path])
+        with pytest.raises(sqlite3.IntegrityError):
+            builder.delete(base.path)
+        assert os.path.exists(builder.real_path(base.path))
+
+    def test_deletes_rows_and_files(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        own = builder.output_path("own")
+        builder.add(own, {"directory": {"file": b""}}, references=[own])
+        derivation, _ = builder.add_derivation("d", "/bin/sh")
+        builder.delete(own)
+        builder.delete(derivation.path)
+        assert os.listdir(builder.real_dir) == []
+        with builder.connect() as connection:
+            for table in ("ValidPaths", "Refs", "DerivationOutputs"):
+                assert connection.execute(f"select * from {table}").fetchall() == []
+
+    def test_names_another_store_dir_in_what_it_computes(self, tmp_path: Path) -> None:
+        here, there = StoreBuilder(tmp_path / "1"), StoreBuilder(tmp_path / "2", "/gnu/store")
+        info = there.add_source("same", b"")
+        assert here.add_source("same", b"").path != info.path
+        store = Store("/gnu/store", there.real_dir, there.db_path)
+        assert store.path_info(info.path.hash_part) == info
+        store.database.close()
+
+    def test_opens_a_store_that_is_there(self, tmp_path: Path) -> None:
+        info = StoreBuilder(tmp_path).add_source("kept", b"")
+        StoreBuilder(tmp_path).add_source("second", b"", [info.path])
+
+    def test_writes_logs_compressed_or_not(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        derivation = builder.output_path("a.drv")
+        assert bz2.decompress(Path(builder.add_log(derivation, b"text")).read_bytes()) == b"text"
+        assert Path(builder.add_log(derivation, b"text", compressed=False)).read_bytes() == b"text"
