@@ -1,0 +1,320 @@
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmonia.errors import StoreObjectError
+from harmonia.nix import nar
+from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, Segment
+from strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
+
+segment_runs = st.lists(st.binary(max_size=40), max_size=8)
+
+
+def word(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text + bytes(-len(text) % 8)
+
+
+def reference_node(tree: Tree) -> bytes:
+    if isinstance(tree, Regular):
+        flag = word(b"executable") + word(b"") if tree.executable else b""
+        body = word(b"regular") + flag + word(b"contents") + word(tree.contents)
+    elif isinstance(tree, Symlink):
+        body = word(b"symlink") + word(b"target") + word(tree.target)
+    else:
+        body = word(b"directory")
+        for name, child in sorted(tree.items()):
+            entry = word(b"name") + word(name) + word(b"node") + reference_node(child)
+            body += word(b"entry") + word(b"(") + entry + word(b")")
+    return word(b"(") + word(b"type") + body + word(b")")
+
+
+def reference(tree: Tree) -> bytes:
+    """The grammar, and nothing clever."""
+    return word(b"nix-archive-1") + reference_node(tree)
+
+
+def whole(archive: Iterable[Segment]) -> bytes:
+    return b"".join(nar.read(archive))
+
+
+@settings(deadline=None)
+@given(trees)
+def test_is_what_the_grammar_says(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        assert whole(nar.dump(path)) == reference(tree)
+        assert sum(map(len, nar.dump(path))) == len(reference(tree))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        Regular(0),
+        Regular(5),
+        Regular(8, 0o555),
+        Regular(0, 0o744),
+        Symlink(b"dangling"),
+        {},
+        {b"a": {}},
+        {b"a": {b"b": {b"c": {}}}, b"d": Regular(1)},
+        {b"a": {b"z": Regular(1)}, b"a.b": Regular(2), b"a-b": Symlink(b"a"), b"a0": {}, b"A": Regular(0)},
+    ],
+    ids=str,
+)
+def test_small_trees(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        assert whole(nar.dump(path)) == reference(tree)
+
+
+def test_deep_trees(tmp_path: Path) -> None:
+    tree: Tree = {b"file": Regular(3)}
+    for _ in range(62):
+        tree = {b"directory": tree, b"next to it": Symlink(b"directory")}
+    path = os.fsencode(tmp_path / "root")
+    write_tree(tree, path)
+    assert whole(nar.dump(path)) == reference(tree)
+
+
+@pytest.mark.nix
+@settings(deadline=None, max_examples=30)
+@given(st.lists(trees, min_size=5, max_size=20))
+def test_is_what_nix_dumps(trees: list[Tree]) -> None:
+    """Many trees in one directory, since each example starts a process."""
+    with on_disk({b"%d" % number: tree for number, tree in enumerate(trees)}) as path:
+        nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
+        assert whole(nar.dump(path)) == nix.stdout
+
+
+@pytest.mark.nix
+@settings(deadline=None, max_examples=15)
+@given(trees)
+def test_nix_dumps_any_root_likewise(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
+        assert whole(nar.dump(path)) == nix.stdout
+
+
+@settings(deadline=None)
+@given(directories, st.integers(1, 100) | st.just(CHUNK_SIZE), st.data())
+def test_a_window_is_a_slice(tree: Directory, chunk_size: int, data: st.DataObject) -> None:
+    with on_disk(tree) as path:
+        archive, expected = list(nar.dump(path)), reference(tree)
+        for _ in range(10):
+            start, stop = data.draw(st.tuples(*[st.integers(0, len(expected) + 9)] * 2))
+            view = list(nar.window(archive, start, stop))
+            assert sum(map(len, view)) == len(expected[start:stop])
+            # Small chunks of a long file take long, and say nothing that those of a short one do not.
+            size = chunk_size if len(expected) < 10_000 else CHUNK_SIZE
+            assert b"".join(nar.read(view, size)) == expected[start:stop]
+
+
+@given(segment_runs, st.integers(0, 350), st.integers(0, 350), st.integers(1, 50))
+def test_a_window_of_a_window(run: list[bytes], start: int, stop: int, chunk_size: int) -> None:
+    expected = b"".join(run)[start:stop]
+    view = list(nar.window(run, start, stop))
+    assert b"".join(nar.read(view, chunk_size)) == expected
+    assert b"".join(nar.read(nar.window(view, 3, 20), chunk_size)) == expected[3:20]
+
+
+@given(st.integers(0, 50), st.integers(-60, 60), st.integers(-60, 60), st.integers(0, 60))
+def test_a_file_slice_is_cut_as_bytes_are(size: int, start: int, stop: int, again: int) -> None:
+    expected = range(size)[start:stop][again:]
+    cut = FileSlice(b"/file", size, 0, size)[start:stop][again:]
+    assert list(range(cut.start, cut.stop)) == list(expected)
+    assert len(cut) == len(expected)
+    assert cut.size == size
+
+
+@given(segment_runs, st.integers(1, 50))
+def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> None:
+    check_chunks(list(nar.read(run, chunk_size)), chunk_size)
+
+
+@settings(deadline=None, max_examples=30)
+@given(trees, st.sampled_from([1000, 4096, CHUNK_SIZE]))
+def test_chunks_of_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
+    with on_disk(tree) as path:
+        check_chunks(list(nar.read(nar.dump(path), chunk_size)), chunk_size)
+
+
+def check_chunks(chunks: list[bytes], chunk_size: int) -> None:
+    assert all(chunk_size <= len(chunk) < 2 * chunk_size for chunk in chunks[:-1])
+    assert all(0 < len(chunk) < 2 * chunk_size for chunk in chunks[-1:])
+
+
+def test_many_small_entries_take_neither_much_time_nor_memory() -> None:
+    """A profile has tens of thousands of symlinks in a row. To join all their words took a minute."""
+    links = [Entry(1, b"/root/%06d" % number, stat.S_IFLNK, 0, b"target") for number in range(50_000)]
+    lengths = [len(segment) for segment in nar.segments([Entry(0, b"/root", stat.S_IFDIR, 0, b""), *links])]
+    assert max(lengths) < 10_000
+    empty, with_one = len(reference({})), len(reference({b"000000": Symlink(b"target")}))
+    assert sum(lengths) == empty + 50_000 * (with_one - empty)
+
+
+# What goes wrong between the walk and the end of the download.
+
+
+@pytest.fixture(name="root")
+def make_root(tmp_path: Path) -> Path:
+    """Three files, the middle one of a hundred bytes."""
+    root = tmp_path / "root"
+    write_tree({b"a": Regular(10, 0o644), b"b": Regular(100, 0o644), b"c": Regular(10, 0o644)}, os.fsencode(root))
+    return root
+
+
+def grow(file: Path) -> None:
+    os.truncate(file, 101)
+
+
+def shrink(file: Path) -> None:
+    os.truncate(file, 99)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def vanish(file: Path) -> None:
+    file.unlink()
+
+
+def become_symlink(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to("elsewhere")
+
+
+def become_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def become_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+CHANGES = [
+    (grow, StoreObjectError, "root/b changed its length"),
+    (shrink, StoreObjectError, "root/b changed its length"),
+    (empty, StoreObjectError, "root/b changed its length"),
+    (vanish, FileNotFoundError, "root/b"),
+    (become_symlink, OSError, "root/b"),
+    (become_directory, OSError, "directory"),
+    (become_fifo, OSError, "seek"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CHANGES)
+def test_a_file_that_changes_is_an_error(
+    root: Path, change: Callable[[Path], None], error: type[Exception], message: str
+) -> None:
+    archive = list(nar.dump(os.fsencode(root)))
+    change(root / "b")
+    with pytest.raises(error, match=message):
+        whole(archive)
+
+
+@pytest.mark.parametrize("change", [grow, shrink])
+def test_a_file_that_changes_while_it_is_read(root: Path, change: Callable[[Path], None]) -> None:
+    archive = list(nar.dump(os.fsencode(root)))
+    chunks = nar.read([segment for segment in archive if isinstance(segment, FileSlice)][1:2], 40)
+    assert len(next(chunks)) == 40
+    change(root / "b")
+    with pytest.raises(StoreObjectError, match="changed its length"):
+        list(chunks)
+
+
+def test_a_window_of_a_file_that_grew_is_an_error_too(root: Path) -> None:
+    archive = list(nar.dump(os.fsencode(root)))
+    position = whole(archive).index(Regular(100).contents)
+    grow(root / "b")
+    with pytest.raises(StoreObjectError, match="changed its length"):
+        whole(nar.window(archive, position, position + 1))
+
+
+def test_a_root_that_vanished_is_not_found(root: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        whole(nar.dump(os.fsencode(root / "gone")))
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)], ids=["fifo", "socket"]
+)
+@pytest.mark.parametrize("name", ["root/d", "special"])
+def test_what_a_nar_cannot_hold_is_an_error(root: Path, make: Callable[[Path], None], name: str) -> None:
+    special = root.parent / name
+    make(special)
+    with pytest.raises(StoreObjectError, match=f"{name} is no regular file, directory or symlink"):
+        whole(nar.dump(os.fsencode(special if name == "special" else root)))
+
+
+def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    os.mkfifo(path)
+    with pytest.raises(StoreObjectError) as caught:
+        whole(nar.dump(path))
+    assert "\udcff is no regular file" in str(caught.value)
+
+
+# What is opened, and when.
+
+
+def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
+    archive = list(nar.dump(os.fsencode(root)))
+    expected = whole(archive)
+    position = expected.index(Regular(100).contents)
+    vanish(root / "a")
+    vanish(root / "c")
+    assert whole(nar.window(archive, position - 8, position + 108)) == expected[position - 8 : position + 108]
+    vanish(root / "b")
+    for start, stop in [(0, 20), (position - 8, position), (position + 100, position + 108), (position, position)]:
+        assert whole(nar.window(archive, start, stop)) == expected[start:stop]
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_file_stays_open(root: Path) -> None:
+    before = open_files()
+    whole(nar.dump(os.fsencode(root)))
+    assert open_files() == before
+
+    (file,) = [segment for segment in nar.dump(os.fsencode(root)) if len(segment) == 100]
+    half_way = nar.read([file], 10)
+    next(half_way)
+    assert open_files() == before + 1
+    half_way.close()
+    assert open_files() == before
+
+    shrink(root / "b")
+    with pytest.raises(StoreObjectError):
+        whole([file])
+    assert open_files() == before
+
+
+def test_the_end_of_a_huge_file_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 5 * 2**30 + 3
+    with open(tmp_path / "huge", "wb") as file:
+        file.seek(size - 6)
+        file.write(b"abcdef")
+    archive = list(nar.dump(os.fsencode(tmp_path / "huge")))
+    length = sum(map(len, archive))
+    assert length == len(reference(Regular(0))) + size + 5
+
+    asked = []
+    pread = os.pread
+
+    def counting_pread(descriptor: int, count: int, position: int) -> bytes:
+        asked.append(count)
+        return pread(descriptor, count, position)
+
+    monkeypatch.setattr(os, "pread", counting_pread)
+    tail = b"abcdef" + bytes(5) + word(b")")
+    assert whole(nar.window(archive, length - 100, length)) == tail.rjust(100, b"\0")
+    assert sum(asked) < 100

@@ -1,0 +1,143 @@
+import base64
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nacl.signing import SigningKey
+
+from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from strategies import STORE_DIR, content_addresses, digests, path_infos, sigs
+
+# What Nix 2.8 writes into a cache. Its key is for tests only.
+GOLDEN = """\
+StorePath: /nix/store/1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0
+URL: nar/1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6.nar
+Compression: none
+FileHash: sha256:1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6
+FileSize: 5000768
+NarHash: sha256:1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6
+NarSize: 5000768
+References: 1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0 pays67jzjqfi6vmvngybskaiqsww24a0-dep-1.0
+Deriver: 0cbibmsh8gdw1fwnjvh2n9fghv0ggxfk-top-1.0.drv
+Sig: test-1:33AouZhAz8/7tSw1acMeA3zZG7zB+rupulnk/vDUbRs69Y+xHqOxTDVfGjZ/L2sxnSArc8OEfwKH+KGEz8ZlBA==
+"""
+KEY = SecretKey.parse("test-1:MwghEDPsIZshZ5bOUvgeBbJhGkkXJGlet7RuVxpOzRguRiFB1/bierBd8R9WouqhpGv3TMOaMTC32vzr2BFaAw==")
+NAR_HASH = base32.decode("1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6")
+INFO = PathInfo(
+    path=StorePath("1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0"),
+    nar_hash=NAR_HASH,
+    nar_size=5000768,
+    references=(
+        StorePath("1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0"),
+        StorePath("pays67jzjqfi6vmvngybskaiqsww24a0-dep-1.0"),
+    ),
+    deriver=StorePath("0cbibmsh8gdw1fwnjvh2n9fghv0ggxfk-top-1.0.drv"),
+)
+
+nar_files = st.builds(
+    NarFile,
+    url=st.sampled_from(["nar/x.nar", "nar/x.nar.zst", "nar/x.nar?hash=abc"]),
+    compression=st.sampled_from(["none", "zstd", "xz"]),
+    file_hash=st.none() | digests,
+    file_size=st.none() | st.integers(0),
+)
+secret_keys = st.builds(SecretKey, st.sampled_from(["a-1", "b-1"]), st.binary(min_size=32, max_size=32).map(SigningKey))
+
+
+def parse(text: str) -> list[tuple[str, str]]:
+    """As Nix reads it: a name up to the colon, one character that it never looks at, a value up to the line's end."""
+    fields = []
+    while text:
+        name, _, text = text.partition(":")
+        value, newline, text = text[1:].partition("\n")
+        assert newline
+        fields.append((name, value))
+    return fields
+
+
+def test_is_what_nix_writes() -> None:
+    nar = NarFile(
+        url="nar/1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6.nar", file_hash=NAR_HASH, file_size=5000768
+    )
+    assert narinfo.render(INFO, STORE_DIR, nar, narinfo.signatures(INFO, STORE_DIR, [KEY])) == GOLDEN
+
+
+@given(path_infos(), nar_files, st.lists(sigs, max_size=3))
+def test_nix_reads_all_of_it_in_its_own_order(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
+    expected = [
+        ("StorePath", f"/nix/store/{info.path}"),
+        ("URL", nar.url),
+        ("Compression", nar.compression),
+        ("FileHash", nar.file_hash and "sha256:" + base32.encode(nar.file_hash)),
+        ("FileSize", None if nar.file_size is None else str(nar.file_size)),
+        ("NarHash", "sha256:" + base32.encode(info.nar_hash)),
+        ("NarSize", str(info.nar_size)),
+        ("References", " ".join(info.references)),
+        ("Deriver", info.deriver),
+        *(("Sig", sig) for sig in sigs),
+        ("CA", info.ca),
+    ]
+    text = narinfo.render(info, STORE_DIR, nar, sigs)
+    assert parse(text) == [field for field in expected if field[1] is not None]
+
+
+def test_no_references_are_a_space() -> None:
+    """Nix takes the next line for the value of a colon that ends its line."""
+    text = narinfo.render(replace(INFO, references=()), STORE_DIR, NarFile("nar/x.nar"), [])
+    assert "\nReferences: \nDeriver: " in text
+
+
+@given(path_infos(), content_addresses, st.lists(secret_keys, max_size=3))
+def test_signatures_are_sorted_and_unique(info: PathInfo, ca: str, keys: list[SecretKey]) -> None:
+    ours = {key.sign(info.fingerprint(STORE_DIR)) for key in keys}
+    stored = replace(info, sigs=(*info.sigs, *ours, *info.sigs), ca=ca)
+    assert narinfo.signatures(stored, STORE_DIR, keys) == sorted(ours | set(info.sigs))
+
+
+@given(path_infos(), st.sampled_from([STORE_DIR, "/gnu/store"]))
+def test_our_signature_is_of_the_fingerprint(info: PathInfo, store_dir: str) -> None:
+    references = ",".join(f"{store_dir}/{reference}" for reference in info.references)
+    nar_hash = base32.encode(info.nar_hash)
+    signed = f"1;{store_dir}/{info.path};sha256:{nar_hash};{info.nar_size};{references}".encode()
+    (sig,) = narinfo.signatures(replace(info, sigs=()), store_dir, [KEY])
+    assert KEY.public_key.verify(signed, sig)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda info: replace(info, path=StorePath(f"{'0' * 32}-top-1.0")),
+        lambda info: replace(info, nar_hash=bytes(32)),
+        lambda info: replace(info, nar_size=1),
+        lambda info: replace(info, references=info.references[:1]),
+    ],
+    ids=["path", "nar_hash", "nar_size", "references"],
+)
+def test_a_signature_is_of_no_other_path(change: Callable[[PathInfo], PathInfo]) -> None:
+    (sig,) = narinfo.signatures(INFO, STORE_DIR, [KEY])
+    assert not KEY.public_key.verify(change(INFO).fingerprint(STORE_DIR), sig)
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "",
+        ":",
+        "no-colon",
+        "a-1:",
+        "a-1:not base64",
+        "a-1:" + base64.b64encode(bytes(63)).decode(),
+        "a-1:" + base64.b64encode(bytes(65)).decode(),
+        ":" + base64.b64encode(bytes(64)).decode(),
+        "a-1:" + base64.b64encode(bytes(64)).decode() + "\nStorePath: /nix/store/other",
+    ],
+)
+def test_a_malformed_stored_signature_is_left_out(malformed: str) -> None:
+    good = "a-1:" + base64.b64encode(bytes(64)).decode()
+    assert narinfo.signatures(replace(INFO, sigs=(malformed, good)), STORE_DIR, []) == [good]
