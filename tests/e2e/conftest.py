@@ -1,0 +1,51 @@
+"""Fixtures with real Nix clients. A Nix that is not to be had here skips its tests, with the reason."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure, make_closure, make_sparse
+from e2e.nix_client import NIXES, Client, Nix
+
+_HOST, *_NEWER = NIXES
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(_HOST, id=_HOST.name, marks=pytest.mark.nix),
+        *(pytest.param(nix, id=nix.name, marks=pytest.mark.newer_nix) for nix in _NEWER),
+    ]
+)
+def nix(request: pytest.FixtureRequest) -> Nix:
+    """Each Nix in turn."""
+    chosen: Nix = request.param
+    if chosen.missing is not None:
+        pytest.skip(f"{chosen.name}'s Nix: {chosen.missing}")
+    return chosen
+
+
+@pytest.fixture
+def make_client(nix: Nix, tmp_path: Path) -> Callable[[str], Client]:
+    """Makes a fresh client of this test's Nix in tmp_path / name; its commands see all of tmp_path."""
+    return lambda name: Client(nix, tmp_path / name)
+
+
+@pytest.fixture
+def client(make_client: Callable[[str], Client]) -> Client:
+    return make_client("client")
+
+
+@pytest.fixture(scope="session")
+def closure(tmp_path_factory: pytest.TempPathFactory) -> Closure:
+    """A realistic closure, built once by the first Nix to be had: copy from it, never change it."""
+    usable = next((nix for nix in NIXES if nix.missing is None), None)
+    if usable is None:
+        pytest.skip("; ".join(f"{nix.name}'s Nix: {nix.missing}" for nix in NIXES))
+    return make_closure(Client(usable, tmp_path_factory.mktemp("closure") / "server"))
+
+
+@pytest.fixture(scope="session")
+def sparse_path(closure: Closure) -> str:
+    """A path of 5 GiB in the closure's store, only made for tests that ask: hashing takes ten seconds or more."""
+    return make_sparse(closure.server)

@@ -1,0 +1,228 @@
+"""Real Nix clients, each on a small machine of its own.
+
+A `Client` is a directory that looks like the root of a machine: its own /nix, /root, /etc and /tmp, and /usr borrowed
+from wherever its `Nix` lives (this machine, or a root made by newer-nix-roots.sh). A command runs in there by chroot,
+in private mount and PID namespaces. So the store dir is the real /nix/store, as signatures demand; nothing touches
+the host's /nix; two clients share nothing; and when a command ends or is killed, its mounts and processes are gone.
+
+What a client stored is to be seen from outside in `Client.store_dir` and `Client.db_path`, where a server under test
+can serve it.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+ROOTS = Path(
+    os.environ.get("HARMONIA_NIX_ROOTS")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harmonia", "nix-roots")
+)
+MAKE_ROOTS = "tests/e2e/newer-nix-roots.sh"
+
+# The directories that hold programs: symlinks into usr where / and /usr are merged.
+_PROGRAM_DIRS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+
+_NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+
+# Arguments: the machine, where its programs come from, a directory to be seen at its own path, and the command.
+# The shell stays as process 1: it reaps what the command leaves behind, and lets signals work on the command.
+_ENTER = f"""
+machine=$1 programs=$2 shared=$3; shift 3
+for dir in {" ".join(_PROGRAM_DIRS)}; do
+  [ -L "$machine/$dir" ] || [ ! -d "$machine/$dir" ] || mount --rbind "$programs/$dir" "$machine/$dir" || exit 125
+done
+mount --rbind /dev "$machine/dev" && mount -t proc proc "$machine/proc" && mount --bind "$shared" "$machine$shared" ||
+  exit 125
+chroot "$machine" "$@"
+exit $?
+"""
+
+# A machine where only root lives, and which finds itself without asking a name server.
+_ETC = {
+    "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
+    "group": "root:x:0:\nnogroup:x:65534:\n",
+    "hosts": "127.0.0.1 localhost\n::1 localhost\n",
+}
+
+_SETTINGS = {
+    "experimental-features": "nix-command ca-derivations",
+    "require-sigs": "true",
+    "substituters": "",
+    "trusted-public-keys": "",
+    # There are no build users, and no nested namespaces to count on.
+    "build-users-group": "",
+    "sandbox": "false",
+}
+
+
+@dataclass(frozen=True)
+class Nix:
+    """A Nix to test with: `name` for humans, and the root directory whose usr/bin holds its programs."""
+
+    name: str
+    root: Path
+
+    @property
+    def missing(self) -> str | None:
+        """Why this Nix cannot be used here, or None when it can."""
+        if os.geteuid() != 0:
+            return "needs root, to mount and chroot"
+        if error := _namespace_error():
+            return f"cannot make private namespaces: {error}"
+        if self.root != Path("/"):
+            return None if self.root.is_dir() else f"no {self.root}: make it with {MAKE_ROOTS}"
+        program = shutil.which("nix-store")
+        if program is None:
+            return "no nix-store on PATH"
+        if not Path(program).resolve().is_relative_to("/usr"):
+            # A client's own /nix would hide a Nix that was installed by Nix.
+            return f"{program} is not a distribution's nix-store: the real one must be below /usr"
+        return None
+
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        with tempfile.TemporaryDirectory() as scratch:
+            banner = Client(self, Path(scratch, "machine")).run("nix", "--version").text
+        numbers = re.fullmatch(r"nix \(Nix\) ([\d.]+).*", banner)
+        assert numbers, banner
+        return tuple(int(number) for number in numbers[1].split("."))
+
+
+NIXES = tuple(
+    Nix(name, root) for name, root in (("host", Path("/")), ("trixie", ROOTS / "trixie"), ("sid", ROOTS / "sid"))
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command gave back. stdout is bytes, for it may be a NAR; `text` and `lines` are for all else."""
+
+    returncode: int
+    stdout: bytes
+    stderr: str
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode().strip()
+
+    @property
+    def lines(self) -> list[str]:
+        return self.text.splitlines()
+
+
+@dataclass(frozen=True)
+class Key:
+    """A signing key pair: the file that holds the secret, and the public half as trusted-public-keys has it."""
+
+    secret_file: Path
+    public: str
+
+
+class Client:
+    """A fresh machine in `directory` with an empty store.
+
+    The parent of `directory` is seen at the same path by its commands, so files there can be passed by name.
+    """
+
+    def __init__(self, nix: Nix, directory: Path) -> None:
+        self.nix = nix
+        self.directory = directory
+        self.shared = directory.parent
+        self.settings = dict(_SETTINGS)  # nix.conf's; a test may change them between two commands
+        self.store_dir = directory / "nix/store"
+        self.db_path = directory / "nix/var/nix/db/db.sqlite"
+        self.log_dir = directory / "nix/var/log/nix"
+        for name in ("dev", "etc", "nix", "proc", "root", "tmp"):
+            (directory / name).mkdir(parents=True)
+        self._inside(self.shared).mkdir(parents=True, exist_ok=True)
+        for name in _PROGRAM_DIRS:
+            original = nix.root / name
+            if original.is_symlink():
+                (directory / name).symlink_to(original.readlink())
+            elif original.is_dir():
+                (directory / name).mkdir()
+        for name, content in _ETC.items():
+            (directory / "etc" / name).write_text(content)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The whole environment of a command; nothing comes from ours."""
+        return {
+            "HOME": "/root",
+            "LC_ALL": "C.UTF-8",
+            "NIX_CONFIG": "".join(f"{name} = {value}\n" for name, value in self.settings.items()),
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        }
+
+    def command(self, *command: str | Path) -> list[str]:
+        """The command line that runs `command` on this machine, for subprocess.Popen with our `environment`.
+
+        End it with kill(): unshare does not pass SIGTERM on, but takes everything with it when it dies.
+        """
+        enter = (*_NAMESPACES, "sh", "-c", _ENTER, "sh", self.directory, self.nix.root, self.shared)
+        return [os.fspath(word) for word in (*enter, *command)]
+
+    def run(
+        self,
+        *command: str | Path,
+        check: bool = True,
+        stdin: bytes = b"",
+        timeout: float = 120,
+        environment: Mapping[str, str] | None = None,
+    ) -> Result:
+        """Run `command` on this machine. A failure raises with all of its stderr, unless `check` is off.
+
+        `environment` is added to the client's own. After `timeout` seconds the command and its children are killed.
+        """
+        what = f"{shlex.join(map(str, command))} on {self.nix.name}'s Nix"
+        try:
+            done = subprocess.run(
+                self.command(*command),
+                check=False,
+                input=stdin,
+                capture_output=True,
+                timeout=timeout,
+                env={**self.environment, **(environment or {})},
+            )
+        except subprocess.TimeoutExpired as late:
+            raise TimeoutError(f"{what}: not done after {timeout} s:\n{_readable(late.stderr or b'')}") from None
+        result = Result(done.returncode, done.stdout, _readable(done.stderr))
+        if check and result.returncode != 0:
+            raise AssertionError(f"{what}: exit status {result.returncode}:\n{result.stderr}")
+        return result
+
+    def build(self, expression: str, *, timeout: float = 120) -> list[str]:
+        """Really build a Nix expression, without a sandbox; the outputs' store paths."""
+        return self.run("nix-build", "--no-out-link", "-", stdin=expression.encode(), timeout=timeout).lines
+
+    def generate_key(self, name: str) -> Key:
+        """Make a signing key in this client's directory, which other clients in the same `shared` can read."""
+        secret, public = self.directory / f"{name}.secret", self.directory / f"{name}.public"
+        self.run("nix-store", "--generate-binary-cache-key", name, secret, public)
+        return Key(secret, public.read_text())
+
+    def real_path(self, store_path: str) -> Path:
+        """Where a store path of this client's lies, seen from outside."""
+        return self._inside(Path(store_path))
+
+    def _inside(self, path: Path) -> Path:
+        return self.directory / path.relative_to("/")
+
+
+def _readable(output: bytes) -> str:
+    return output.decode(errors="backslashreplace")
+
+
+@cache
+def _namespace_error() -> str:
+    if shutil.which("unshare") is None:
+        return "no unshare on PATH"
+    tried = subprocess.run([*_NAMESPACES, "true"], check=False, capture_output=True, text=True, timeout=30)
+    return tried.stderr.strip() if tried.returncode else ""

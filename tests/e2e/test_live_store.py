@@ -1,0 +1,258 @@
+"""A store changes while it is served: what is said of it is true at that moment, and nobody gets half of anything."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure, build_one
+from e2e.nix_client import Client
+from running import HARMONIA, Server
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+# Another user than root. The right to read all is there only to reach this Python, which may be root's own.
+NOBODY = (
+    *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A directory that every user can reach, as pytest's own is not."""
+    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+@pytest.fixture(params=["root", "nobody"])
+def start_as(request: pytest.FixtureRequest, start: Start) -> Start:
+    """Starts servers as root, and as somebody who can write nothing in the store."""
+    program = [*NOBODY, *HARMONIA] if request.param == "nobody" else HARMONIA
+    return lambda **options: start(program=program, **options)
+
+
+@pytest.fixture
+def store(make_client: MakeClient) -> Client:
+    """The one whose store is served."""
+    return make_client("store")
+
+
+def narinfo(path: str) -> str:
+    return f"/{path.removeprefix('/nix/store/')[:32]}.narinfo"
+
+
+def nar(server: Server, path: str) -> str:
+    (url,) = (line for line in server.get(narinfo(path)).text.splitlines() if line.startswith("URL: "))
+    return "/" + url.removeprefix("URL: ")
+
+
+def holds(client: Client, path: str) -> bool:
+    return client.run("nix-store", "--check-validity", path, check=False).returncode == 0
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Wait for something that can only come while `process` runs."""
+    deadline = time.monotonic() + 60
+    while not true():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@contextmanager
+def meanwhile(client: Client, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that runs until it ends, or is killed with all that it started."""
+    with subprocess.Popen(client.command(*command), env=client.environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_every_change_is_seen_at_once(start_as: Start, store: Client, client: Client) -> None:
+    path = build_one(store, "changing-1.0", "echo changing > $out")
+    store.run("nix-store", "--delete", path)
+    # What Nix leaves beside its database decides how somebody without a right to write there can read it.
+    assert store.db_path.with_name("db.sqlite-shm").exists() == (store.nix.version >= (2, 22))
+    server = start_as(store=store.directory)
+    assert server.get(narinfo(path)).status == 404
+
+    build_one(store, "changing-1.0", "echo changing > $out")
+    url = nar(server, path)
+    assert server.get(url).body == store.run("nix-store", "--dump", path).stdout
+    assert "Sig:" not in server.get(narinfo(path)).text
+    key = store.generate_key("late-1")
+    store.run("nix", "store", "sign", "--key-file", key.secret_file, path)
+    assert "\nSig: late-1:" in server.get(narinfo(path)).text
+    client.settings |= {"substituters": server.url, "trusted-public-keys": key.public}
+    client.run("nix-store", "--realise", path)
+    client.run("nix-store", "--verify-path", path)
+
+    store.run("nix-store", "--delete", path)
+    assert server.get(narinfo(path)).status == server.get(url).status == 404
+    build_one(store, "changing-1.0", "echo changing > $out")
+    assert server.get(narinfo(path)).status == server.get(url).status == 200
+    store.run("nix-collect-garbage")
+    assert server.get(narinfo(path)).status == server.get(url).status == 404
+
+
+def test_a_daemon_that_writes_hides_nothing(start_as: Start, store: Client, tmp_path: Path) -> None:
+    """While a build runs, its process holds the database open, and what is new is in the log beside it alone."""
+    go, waiting, expression = tmp_path / "go", tmp_path / "waiting", tmp_path / "slow.nix"
+    expression.write_text(
+        f"""
+        derivation {{
+          name = "slow-1.0";
+          system = builtins.currentSystem;
+          builder = "/bin/sh";
+          args = [ "-euc" "touch {waiting}; while [ ! -e {go} ]; do sleep 0.05; done; echo slow > $out" ];
+          PATH = "/usr/bin:/bin";
+        }}
+        """
+    )
+    socket = store.directory / "nix/var/nix/daemon-socket/socket"
+    with meanwhile(store, "nix-daemon") as daemon:
+        wait_until(socket.exists, daemon)
+        store.settings["store"] = "daemon"
+        slow = store.run("nix-instantiate", expression).text
+        with meanwhile(store, "nix-store", "--realise", slow) as build:
+            wait_until(waiting.exists, build)
+            server = start_as(store=store.directory)
+            path = store.run("nix-store", "--add", expression).text
+            assert store.db_path.with_name("db.sqlite-wal").stat().st_size > 0
+            assert server.get(nar(server, path)).body == store.run("nix-store", "--dump", path).stdout
+            store.run("nix-store", "--delete", path)
+            assert server.get(narinfo(path)).status == 404
+            go.touch()
+            assert build.wait(60) == 0
+        built = store.run("nix-store", "--query", "--outputs", slow).text
+        assert server.get(nar(server, built)).body == store.run("nix-store", "--dump", built).stdout
+    assert server.get(narinfo(built)).status == 200
+
+
+# What comes while a client downloads. The store object has two files; the server is halted amid the first.
+
+
+@pytest.fixture
+def big(store: Client) -> str:
+    """A path with a file that no buffer swallows, and another after it."""
+    return build_one(store, "big-1.0", "mkdir $out; truncate --size 128M $out/a; echo end > $out/b")
+
+
+@contextmanager
+def halfway(server: Server, store: Client, client: Client, path: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A client that copies the path; the server's worker is halted as long as this lasts."""
+    (worker,) = server.workers
+    descriptors, file = f"/proc/{worker}/fd", str(store.real_path(path) / "a")
+
+    def is_read() -> bool:
+        return any(os.path.realpath(f"{descriptors}/{each}") == file for each in os.listdir(descriptors))
+
+    with meanwhile(client, *copying(server, path)) as copy:
+        wait_until(is_read, copy)
+        os.kill(worker, signal.SIGSTOP)
+        yield copy
+        if worker in server.workers:
+            os.kill(worker, signal.SIGCONT)
+        copy.wait(120)
+
+
+def copying(server: Server, path: str) -> tuple[str, ...]:
+    return ("nix", "copy", "--no-check-sigs", "--from", server.url, path)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path / "a", 1000)
+
+
+def lengthen(path: Path) -> None:
+    os.truncate(path / "a", 129 << 20)
+
+
+@pytest.mark.parametrize("damage", [remove, shorten, lengthen])
+def test_damage_to_a_path_breaks_its_download(
+    start: Start, store: Client, client: Client, big: str, damage: Callable[[Path], None]
+) -> None:
+    server = start(store=store.directory)
+    url = nar(server, big)
+    with halfway(server, store, client, big) as copy:
+        damage(store.real_path(big))
+    assert copy.returncode != 0
+    assert not holds(client, big)
+    client.run("nix-store", "--verify", "--check-contents")
+    server.wait_for_log(f"ERROR {url} breaks off")
+
+
+def restart(server: Server) -> None:
+    """What a crash and a new start are to clients: no request is answered to its end, and the address is the same."""
+    server.config.write_text(server.config.read_text().replace("127.0.0.1:0", server.url.removeprefix("http://")))
+    workers = server.workers
+    server.process.kill()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    server.stop()
+    server.start()
+
+
+def test_a_restart_amid_a_download_leaves_nothing_wrong(start: Start, store: Client, client: Client, big: str) -> None:
+    server = start(store=store.directory)
+    with halfway(server, store, client, big) as copy:
+        restart(server)
+    assert holds(client, big) == (copy.returncode == 0)
+    client.run("nix-store", "--verify", "--check-contents")
+    client.run(*copying(server, big))
+    client.run("nix-store", "--verify-path", big)
+
+
+def test_a_restart_amid_a_request_is_not_noticed(start: Start, client: Client, closure: Closure) -> None:
+    server = start(store=closure.server.directory)
+    (worker,) = server.workers
+    os.kill(worker, signal.SIGSTOP)
+    port = int(server.url.rpartition(":")[2])
+    with meanwhile(client, *copying(server, closure.top)) as copy:
+        # Linux Documentation/networking/proc_net_tcp.rst: the local address in hexadecimal, and 01 is "established".
+        wait_until(lambda: has_connection(port), copy)
+        restart(server)
+        assert copy.wait(120) == 0
+    client.run("nix-store", "--verify-path", *client.run("nix-store", "--query", "--requisites", closure.top).lines)
+
+
+def has_connection(port: int) -> bool:
+    entries = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(local.endswith(f":{port:04X}") and state == "01" for _, local, _, state, *_ in entries)
+
+
+def test_a_path_that_is_gone_from_disk_comes_from_the_next_cache(
+    start: Start, store: Client, client: Client, tmp_path: Path
+) -> None:
+    path = build_one(store, "gone-1.0", "mkdir $out; echo gone > $out/file")
+    key = store.generate_key("gone-1")
+    store.run("nix", "store", "sign", "--key-file", key.secret_file, path)
+    next_cache = f"file://{tmp_path}/static"
+    store.run("nix", "copy", "--to", next_cache, path)
+    server = start(store=store.directory)
+    shutil.rmtree(store.real_path(path))
+
+    assert server.get(nar(server, path)).status == 404
+    client.settings["trusted-public-keys"] = key.public
+    assert client.run(*copying(server, path), check=False).returncode != 0
+    assert not holds(client, path)
+    client.settings["substituters"] = f"{server.url} {next_cache}?priority=50"
+    fetched = client.run("nix-store", "--realise", path)
+    assert f"copying path '{path}' from '{server.url}'" in fetched.stderr
+    assert f"copying path '{path}' from '{next_cache}'" in fetched.stderr
+    client.run("nix-store", "--verify-path", path)

@@ -1,0 +1,197 @@
+"""A stock Nix client gets from the server what the server's own Nix has: all of it, checked, and nothing else."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure
+from e2e.nix_client import NIXES, Client
+from running import Server
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+MEBIBYTE = 1 << 20
+
+
+def serve(start: Start, closure: Closure) -> Server:
+    return start(
+        store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']\naccess_log = true"
+    )
+
+
+def trust(client: Client, server: Server, closure: Closure) -> None:
+    client.settings |= {"substituters": server.url, "trusted-public-keys": closure.key.public}
+
+
+def requisites(client: Client, path: str) -> list[str]:
+    return client.run("nix-store", "--query", "--requisites", path).lines
+
+
+def hash_part(path: str) -> str:
+    return path.removeprefix("/nix/store/")[:32]
+
+
+def requests(server: Server) -> list[tuple[str, int]]:
+    """Everything that was asked and the status it got, sorted. The server is stopped, so that the log is complete."""
+    server.stop()
+    lines = (re.search(r"'(\w+ /\S*)' (\d{3}) ", line) for line in server.log)
+    return sorted((line[1], int(line[2])) for line in lines if line and line[1] != "GET /version")
+
+
+def nar_requests(closure: Closure, paths: list[str]) -> list[str]:
+    hashes = closure.server.run("nix-store", "--query", "--hash", *paths).lines
+    return [
+        f"GET /nar/{hash_part(path)}-{nar_hash.removeprefix('sha256:')}.nar"
+        for path, nar_hash in zip(paths, hashes, strict=True)
+    ]
+
+
+def test_a_closure_is_substituted(start: Start, client: Client, closure: Closure) -> None:
+    server = serve(start, closure)
+    trust(client, server, closure)
+    paths = requisites(closure.server, closure.top)
+    client.run("nix-store", "--realise", closure.top)
+
+    assert requisites(client, closure.top) == paths
+    client.run("nix-store", "--verify-path", *paths)
+    client.run("nix", "store", "verify", "--recursive", closure.top)
+    # One request for each thing that is needed, none for anything else, and no error among them.
+    narinfos = [f"GET /{hash_part(path)}.narinfo" for path in paths]
+    asked = ["GET /nix-cache-info", *narinfos, *nar_requests(closure, paths)]
+    assert requests(server) == sorted((request, 200) for request in asked)
+
+
+def test_everything_is_copied(start: Start, client: Client, closure: Closure) -> None:
+    server = serve(start, closure)
+    trust(client, server, closure)
+    # Nix 2.8 and later Nixes disagree on the content address of a path that refers to itself.
+    alike = client.nix is closure.server.nix
+    paths = [path for name, path in closure.paths.items() if alike or name != "floating-1.0"]
+    client.run("nix", "copy", "--from", server.url, *paths)
+
+    client.run("nix-store", "--verify-path", *paths)
+    tree = closure.paths["tree-1.0"]
+    assert client.run("nix-store", "--dump", tree).stdout == closure.server.run("nix-store", "--dump", tree).stdout
+    answered = requests(server)
+    narinfos = {f"{method} /{hash_part(path)}.narinfo" for path in paths for method in ("GET", "HEAD")}
+    assert {request for request, _ in answered} <= {"GET /nix-cache-info", *narinfos, *nar_requests(closure, paths)}
+    assert {status for _, status in answered} == {200}
+    # Nix 2.8 and later ask twice or more whether a path is there, but fetch everything once.
+    fetched = [request for request, _ in answered if request.startswith("GET")]
+    assert len(fetched) == len(set(fetched)) == 1 + 2 * len(paths)
+
+
+def test_a_remote_closure_is_queried_and_verified(start: Start, client: Client, closure: Closure) -> None:
+    server = serve(start, closure)
+    trust(client, server, closure)
+    listed = client.run("nix", "path-info", "--recursive", "--store", server.url, closure.top).lines
+    assert sorted(listed) == sorted(requisites(closure.server, closure.top))
+    client.run("nix", "store", "verify", "--store", server.url, "--recursive", closure.top)
+
+
+def test_two_clients_copy_at_once(start: Start, make_client: MakeClient, closure: Closure) -> None:
+    server = serve(start, closure)
+    clients = [make_client("one"), make_client("other")]
+
+    def fetch(client: Client) -> None:
+        trust(client, server, closure)
+        client.run("nix", "copy", "--from", server.url, closure.top)
+        client.run("nix-store", "--verify-path", *requisites(client, closure.top))
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(fetch, clients))
+
+
+def test_a_path_that_is_not_there_is_a_plain_miss(start: Start, client: Client, closure: Closure) -> None:
+    server = serve(start, closure)
+    trust(client, server, closure)
+    missing = "/nix/store/00000000000000000000000000000000-missing"
+    found = client.run("nix", "path-info", "--store", server.url, missing, check=False)
+    assert found.returncode != 0
+    assert f"'{missing}' is not valid" in found.stderr
+    assert client.run("nix-store", "--realise", missing, check=False).returncode != 0
+    assert {status for request, status in requests(server) if "narinfo" in request} == {404}
+
+
+@pytest.mark.nix
+def test_nars_are_what_nix_dumps(start: Start, closure: Closure) -> None:
+    server = serve(start, closure)
+    everything = closure.server.run("nix", "path-info", "--all").lines
+    assert set(closure.paths.values()) < set(everything)  # the derivations are served as well
+    nars = [server.get(request.removeprefix("GET ")) for request in nar_requests(closure, everything)]
+    assert all(nar.headers["content-length"] == str(len(nar.body)) for nar in nars)
+    dumps = closure.server.run("sh", "-c", 'for path; do nix-store --dump "$path"; done', "sh", *everything)
+    assert b"".join(nar.body for nar in nars) == dumps.stdout
+
+
+@pytest.mark.nix
+def test_narinfos_are_what_nix_writes(start: Start, closure: Closure) -> None:
+    server = serve(start, closure)
+    static = closure.server.shared / "static"
+    cache = f"file://{static}?compression=none&secret-key={closure.key.secret_file}"
+    closure.server.run("nix", "copy", "--to", cache, *closure.paths.values())
+    for narinfo in static.glob("*.narinfo"):
+        ours, theirs = fields(server.get(f"/{narinfo.name}").text), fields(narinfo.read_text())
+        del ours["URL"], theirs["URL"]
+        assert ours == theirs
+    assert len(list(static.glob("*.narinfo"))) == len(closure.paths)
+
+
+def fields(narinfo: str) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for line in narinfo.splitlines():
+        key, value = line.split(": ", 1)
+        found[key].append(value)
+    return found
+
+
+@pytest.mark.parametrize("nix", [pytest.param(NIXES[0], id="host", marks=pytest.mark.nix)], indirect=True)
+def test_five_gibibytes_pass_through_little_memory(
+    start: Start, client: Client, closure: Closure, sparse_path: str
+) -> None:
+    server = serve(start, closure)
+    trust(client, server, closure)
+    client.run("nix", "copy", "--from", server.url, closure.paths["dep-1.0"])
+    (worker,) = server.workers
+    before = peak_memory(worker)
+    try:
+        client.run("nix", "copy", "--from", server.url, sparse_path, timeout=600)
+        assert (client.real_path(sparse_path) / "zeros").stat().st_size == 5 * 1024 * MEBIBYTE
+    finally:
+        (client.real_path(sparse_path) / "zeros").unlink(missing_ok=True)  # here, it does take room on disk
+    assert peak_memory(worker) - before < 16 * MEBIBYTE
+
+
+def peak_memory(pid: int) -> int:
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert peak
+    return int(peak[1]) * 1024
+
+
+@pytest.mark.nix
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "real_nix_store = '{store}/nix/store'",
+        "real_nix_store = '{link}'",
+        "real_nix_store = '{link}'\nnix_db_path = '{store}/nix/var/nix/db/db.sqlite'",
+    ],
+)
+def test_a_chroot_store_is_found(tmp_path: Path, closure: Closure, settings: str) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(closure.server.store_dir)
+    server = Server(tmp_path / "server", tmp_path)
+    server.config.write_text("bind = '127.0.0.1:0'\n" + settings.format(store=closure.server.directory, link=link))
+    path = closure.paths["file-1.0"]
+    server.start()
+    try:
+        for url in nar_requests(closure, [path]):
+            nar = server.get(url.removeprefix("GET "))
+            assert nar.body == closure.server.run("nix-store", "--dump", path).stdout
+    finally:
+        server.stop()
