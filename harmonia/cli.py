@@ -76,8 +76,8 @@ def serve(config_file: str | None) -> None:
         with nullcontext(inherited) if inherited else sockets.listen(settings) as listening:
             for each in listening:
                 _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
-            work = partial(worker.run, settings, keys, listening)
-            status = Supervisor(work, settings.workers, settings.shutdown_grace).run()
+            work = partial(worker.run, settings, keys)
+            status = Supervisor(work, listening, settings.workers, settings.shutdown_grace).run()
     sys.exit(status)
 
 

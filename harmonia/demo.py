@@ -15,12 +15,13 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import sqlite3
 import stat
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from glob import iglob
@@ -207,7 +208,7 @@ class StoreBuilder:
         self._register(info, known_size=known_size)
         return info
 
-    def add_source(self, name: str, tree: Tree, references: Iterable[StorePath] = ()) -> PathInfo:
+    def add_source(self, name: str, tree: Tree, references: Collection[StorePath] = ()) -> PathInfo:
         """Adds `tree` under the path that follows from its NAR, as `nix-store --add` does."""
         staged = os.fsencode(f"{self.real_dir}/.{name}")
         _write(tree, staged)
@@ -220,7 +221,7 @@ class StoreBuilder:
         self._register(info)
         return info
 
-    def add_text(self, name: str, text: bytes, references: Iterable[StorePath] = ()) -> PathInfo:
+    def add_text(self, name: str, text: bytes, references: Collection[StorePath] = ()) -> PathInfo:
         """Adds a file under the path that follows from its contents, as `builtins.toFile` does."""
         digest = hashlib.sha256(text).digest()
         path = self._path("text", digest, name, references)
@@ -280,7 +281,7 @@ class StoreBuilder:
             connection.execute("delete from ValidPaths where path = ?", (f"{self.store_dir}/{path}",))
         remove(self.real_path(path))
 
-    def _path(self, kind: str, digest: bytes, name: str, references: Iterable[StorePath] = ()) -> StorePath:
+    def _path(self, kind: str, digest: bytes, name: str, references: Collection[StorePath] = ()) -> StorePath:
         """The path that follows from a digest (Nix `src/libstore/store-dir-config.cc`, `makeStorePath`)."""
         kind = ":".join((kind, *(f"{self.store_dir}/{reference}" for reference in sorted(references))))
         whole = hashlib.sha256(f"{kind}:sha256:{digest.hex()}:{self.store_dir}:{name}".encode()).digest()
@@ -445,9 +446,10 @@ def _discard(directory: str) -> None:
     except (OSError, ValueError):
         ours = False
     if not ours:
+        quoted = shlex.quote(directory)
         raise ConfigError(
             f"{directory} exists and is no complete demo store; name another directory, or remove it:"
-            f" chmod -R u+w {directory} && rm -rf {directory}"
+            f" chmod -R u+w {quoted} && rm -rf {quoted}"
         )
     remove(os.fsencode(directory))
 

@@ -6,7 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
@@ -15,12 +15,11 @@ BACKLOG = 4096
 """Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""
 
 _OPTIONS = (
-    (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),
-    # A client may stop reading for minutes; one that is gone is known by what it no longer acknowledges.
+    # An idle client that is gone is known by what it no longer acknowledges. One that does acknowledge may stop reading
+    # for minutes: tcp(7) TCP_USER_TIMEOUT would end that too.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),  # milliseconds
 )
 
 _log = logging.getLogger("harmonia")
@@ -28,7 +27,7 @@ _log = logging.getLogger("harmonia")
 
 @contextmanager
 def listen(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Listening sockets for `bind`, each connection inheriting their options. ConfigError where that cannot be."""
+    """Listening sockets for `bind`. ConfigError where that cannot be."""
     address = settings.address
     try:
         sockets = [_listen_unix(address, settings)] if isinstance(address, str) else _listen_tcp(*address)
@@ -43,7 +42,15 @@ def listen(settings: Settings) -> Iterator[list[socket.socket]]:
         for each in sockets:
             each.close()
         if isinstance(address, str):
-            os.unlink(address)
+            with suppress(FileNotFoundError):
+                os.unlink(address)
+
+
+def notice_lost_clients(listening: socket.socket) -> None:
+    """Let the connections of a listening socket, ours or systemd's, end when nobody is there any more."""
+    if listening.family != socket.AF_UNIX:  # there the kernel always knows
+        for level, option, value in _OPTIONS:
+            listening.setsockopt(level, option, value)
 
 
 def url(listening: socket.socket, *, tls: bool) -> str:
@@ -65,11 +72,10 @@ def _listen_tcp(host: str, port: int) -> list[socket.socket]:
         return _listen_tcp("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
     sockets = []
     try:
-        for family, *_, address in found:
+        for family, *_, address in dict.fromkeys(found):  # a name may have an address twice
             each = socket.socket(family, socket.SOCK_STREAM)
             sockets.append(each)
-            for level, option, value in _OPTIONS:
-                each.setsockopt(level, option, value)
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
             each.bind(address)

@@ -1,8 +1,8 @@
 """The main process: it forks the workers that serve, replaces one that dies, and takes them all with it when it goes.
 
-It holds the listening sockets and does no work of its own. Each worker has a socket pair to it, its *lifeline*. There
-the worker writes a byte whenever its event loop comes round: so a worker that hangs is known, and systemd's watchdog
-hears only of what really serves. And there it reads the end of file when the main process is no more.
+It holds the listening sockets, to hand them on, and does no work of its own. Each worker has a socket pair to it, its
+*lifeline*. There the worker writes a byte whenever its event loop comes round: so a worker that hangs is known, and
+systemd's watchdog hears only of what really serves. And there it reads the end of file when the main process is gone.
 """
 
 import logging
@@ -27,8 +27,11 @@ _log = logging.getLogger("harmonia")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
-Work = Callable[[socket.socket, float], None]
-"""What a worker does until SIGTERM, given its lifeline and the seconds between two signs of life."""
+Work = Callable[[Sequence[socket.socket], socket.socket, float], None]
+"""What a worker does until SIGTERM: given what it listens on, its lifeline, and the seconds between signs of life.
+
+SIGHUP is ignored until it has a handler of its own.
+"""
 
 
 @dataclass
@@ -40,9 +43,10 @@ class _Worker:
 
 
 class Supervisor:
-    def __init__(self, work: Work, workers: int, grace: float) -> None:
+    def __init__(self, work: Work, listening: Sequence[socket.socket], workers: int, grace: float) -> None:
         """`grace` is how many seconds running requests get after SIGTERM; the workers keep to it by themselves."""
         self._work = work
+        self._listening = listening
         self._count = workers
         self._grace = grace
         self._workers: dict[int, _Worker] = {}
@@ -104,13 +108,14 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 # A terminal sends SIGINT to the whole group, but it is for the main process to decide.
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+                ignored = number in (signal.SIGINT, signal.SIGHUP)
+                signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             self._selector.close()
             # A copy of another worker's lifeline would hide from it that the main process is gone.
             for held in (ours, self._signals, self._wakeup, *(worker.lifeline for worker in self._workers.values())):
                 held.close()
-            self._work(theirs, self._heartbeat)
+            self._work(self._listening, theirs, self._heartbeat)
             status = 0
         except BaseException:  # noqa: BLE001 (this process has nobody else to tell)
             _log.critical("worker failed: %s", traceback.format_exc())
@@ -145,6 +150,8 @@ class Supervisor:
     def _stop(self, grace: float) -> None:
         systemd.notify("STOPPING=1")
         self._stop_at = time.monotonic() + grace + _KILL_DELAY
+        for each in self._listening:
+            each.close()  # or connections would still be taken, to wait for nobody
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: signal.Signals) -> None:

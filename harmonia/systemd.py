@@ -19,8 +19,8 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
         return []
     sockets = []
     for fd in range(_FIRST_FD, _FIRST_FD + int(count or 0)):
-        os.set_inheritable(fd, False)
         try:
+            os.set_inheritable(fd, False)
             inherited = socket.socket(fileno=fd)
             listening = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError:

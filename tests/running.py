@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 from urllib.parse import urlsplit
 
 from harmonia.demo import Sparse, StoreBuilder
@@ -122,6 +122,13 @@ class Server:
             self.process.stderr.close()
         return status
 
+    def settle(self) -> None:
+        """Wait until its one worker has seen the end of each connection that was closed before."""
+        with self.connect() as connection:
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
+            while connection.recv(4096):
+                pass
+
     @property
     def workers(self) -> list[int]:
         """The process ids of its workers."""
@@ -136,7 +143,8 @@ class Server:
             connection, target = socket.socket(socket.AF_UNIX), self.url.removeprefix("unix:")
         else:
             address = urlsplit(self.url)
-            assert address.hostname and address.port
+            assert address.hostname
+            assert address.port
             target = (address.hostname, address.port)
             family = socket.getaddrinfo(*target, type=socket.SOCK_STREAM)[0][0]
             connection = socket.socket(family)
@@ -181,6 +189,34 @@ class Sample:
         store = StoreBuilder(root)
         big = store.add(store.output_path("big"), Sparse(64 << 20))
         return cls(root, store.add_text("small", b"small\n"), big)
+
+
+class ServiceManager:
+    """What systemd is to a service: it gives it the address to notify, and reads what comes there."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is a path, or an abstract socket's name after an @."""
+        self.environment = {"NOTIFY_SOCKET": address}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def drain(self) -> None:
+        """Forget the datagrams that have come."""
+        self._socket.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self._socket.recv(4096)
+
+    def receive(self, seconds: float = 20) -> str:
+        """The next datagram. TimeoutError where none comes."""
+        self._socket.settimeout(seconds)
+        return self._socket.recv(4096).decode()
 
 
 def nar_url(info: PathInfo) -> str:

@@ -15,23 +15,29 @@ _log = logging.getLogger("harmonia.access")
 
 
 def client(request: Request, trusted: Sequence[str]) -> str:
-    """Who asked: the peer, or the last in X-Forwarded-For that no trusted proxy vouches to be a proxy itself."""
-    address: str = request.conn_info.client_ip or "unix" if request.conn_info else "unknown"
-    forwarded = ",".join(request.headers.getall("x-forwarded-for", [])).split(",")
-    while forwarded and _is_trusted(address, trusted):
-        address = forwarded.pop().strip() or address
-    return address
+    """Who asked: the peer, or the last in X-Forwarded-For that no trusted proxy vouches to be a proxy itself.
+
+    What is no IP address there names nobody: then it is the proxy that passed it on.
+    """
+    networks = [ipaddress.ip_network(network) for network in trusted if network != "unix"]
+    peer = cast("Http", request.stream).protocol.conn_info
+    address = _ip(peer.client_ip if peer else "")
+    is_proxy = any(address in network for network in networks) if address else "unix" in trusted
+    for hop in reversed(",".join(request.headers.getall("x-forwarded-for", [])).split(",")):
+        forwarded = _ip(hop)
+        if not is_proxy or forwarded is None:
+            break
+        address = forwarded
+        is_proxy = any(address in network for network in networks)
+    return str(address or "unix")
 
 
-def _is_trusted(address: str, trusted: Sequence[str]) -> bool:
-    if address == "unix":
-        return "unix" in trusted
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        ip = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone is any text
     except ValueError:
-        return False
-    ip = getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
-    return any(ip in ipaddress.ip_network(network) for network in trusted if network != "unix")
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
 
 
 def log(request: Request, response: HTTPResponse | None, trusted: Sequence[str]) -> None:

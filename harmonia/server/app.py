@@ -1,5 +1,6 @@
 """The routes, and the Sanic application made of them."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -38,8 +39,15 @@ _CONFIG: dict[str, Any] = {
 }
 
 
+class _Request(Request):
+    """Sanic's. For an answer to a URL that cannot be parsed, Sanic makes a request of it, which cannot be either."""
+
+    def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
+        super().__init__(url_bytes=b"*" if method == "NONE" else url_bytes, method=method, **rest)
+
+
 def create_app(cache: Cache) -> "Sanic[Any, Any]":
-    app = Sanic("harmonia", config=Config(_CONFIG, env_prefix=None), configure_logging=False)
+    app = Sanic("harmonia", config=Config(_CONFIG, env_prefix=None), configure_logging=False, request_class=_Request)
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     for uri, handler in _ROUTES.items():
@@ -56,6 +64,10 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
             response = await respond(request, representation, cache.readers)
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
             response = errors.response(request, error)
+        except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
+            if request.responded:
+                _logged(cache, request, None)
+            raise
         return _logged(cache, request, response)
 
     return endpoint

@@ -20,7 +20,7 @@ from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.server.app import create_app
 from harmonia.server.cache import Cache
-from harmonia.sockets import BACKLOG
+from harmonia.sockets import BACKLOG, notice_lost_clients
 
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -45,8 +45,9 @@ async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: soc
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    tls: ssl.SSLContext | None = None
+    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, tls))  # before the first read, to miss no change
     tls = config.tls_context(settings)
-    loop.add_signal_handler(signal.SIGHUP, _reload, settings, tls)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
 
@@ -54,6 +55,7 @@ async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: soc
     protocol = _limited(settings.max_connections)
     servers = []
     for each in listening:
+        notice_lost_clients(each)
         secured = tls if each.family != socket.AF_UNIX else None
         server = await app.create_server(
             sock=each, ssl=secured, protocol=protocol, backlog=BACKLOG, asyncio_server_kwargs={"start_serving": False}
@@ -77,7 +79,7 @@ async def _beat(lifeline: socket.socket, heartbeat: float) -> None:
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
-    """Accept no more, close what is idle, and give the rest `grace` seconds."""
+    """Accept no more, close whatever does not answer a request, and give the rest `grace` seconds."""
     for server in servers:
         server.close()  # type: ignore[no-untyped-call]
     loop = asyncio.get_running_loop()
@@ -87,8 +89,10 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
         for connection in open_connections:
             if late:
                 connection.abort()
+            elif connection.http:  # it answers a request, which is to be its last
+                connection.http.keep_alive = False
             else:
-                connection.close_if_idle()
+                connection.close()
         await asyncio.sleep(_POLL)
 
 
@@ -110,16 +114,20 @@ def _limited(most: int) -> type[HttpProtocol]:
     if not most:
         return HttpProtocol
 
+    admitted: set[HttpProtocol] = set()  # on all sockets; Sanic's own set is one for each
+
     class LimitedProtocol(HttpProtocol):
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
-            if len(self.connections) < most:
+            if len(admitted) < most:
+                admitted.add(self)
                 super().connection_made(transport)  # type: ignore[no-untyped-call]
             else:
                 transport.write(_FULL)
                 transport.close()
 
         def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
-            if self.transport is not None or self.conn_info is not None:
+            if self in admitted:
+                admitted.remove(self)
                 super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     return LimitedProtocol

@@ -65,6 +65,8 @@ def test_unknown_paths(server: Server, path: str) -> None:
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/3.9\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /\x01 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http:// HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400),
         (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 413),
         (b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),

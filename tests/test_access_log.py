@@ -1,0 +1,227 @@
+"""Promises to whoever reads the log: what it says was so, and no client writes a line of it."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from harmonia.demo import StoreBuilder
+from running import Sample, Server, nar_url, patched, read_answer, wait_until
+
+Start = Callable[..., Server]
+
+ON = "access_log = true"
+LINE = re.compile(
+    r"\S+ \S+ INFO (?P<client>\S+) '(?P<request>\S+ \S+)' (?P<status>\d{3}) (?P<sent>\d+) (?P<time>\d+\.\d)ms "
+    r"(?P<agent>'.*'|\".*\")\n"
+)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def proxied(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server for many tests, that trusts this machine and a network."""
+    directory = tmp_path_factory.mktemp("proxied") / "server"
+    server = Server(directory, sample.root, f"{ON}\ntrusted_proxies = ['127.0.0.1', '10.0.0.0/8']")
+    server.start()
+    yield server
+    assert server.stop() == 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    client: str
+    request: str
+    status: int
+    sent: int
+    agent: str
+
+
+def entries(server: Server) -> list[Entry]:
+    """What the access log says, but for the requests by which the start was awaited."""
+    found = [match for line in list(server.log) if (match := LINE.fullmatch(line))]
+    parsed = [
+        Entry(match["client"], match["request"], int(match["status"]), int(match["sent"]), match["agent"])
+        for match in found
+    ]
+    return [entry for entry in parsed if entry.request != "GET /version"]
+
+
+def entry(server: Server, url: str) -> Entry:
+    """What the log says of the last request for this URL."""
+    wait_until(lambda: any(url in each.request for each in entries(server)))
+    return [each for each in entries(server) if url in each.request][-1]
+
+
+def client(server: Server, headers: Mapping[str, str]) -> str:
+    """Who the log says that asked."""
+    url = f"/health?{uuid4()}"
+    server.get(url, headers)
+    return entry(server, url).client
+
+
+def test_it_is_off_by_default(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    assert server.get("/nix-cache-info").status == 200
+    assert server.stop() == 0
+    assert len(server.log) == 1, server.log
+
+
+@pytest.mark.parametrize("url", ["/nix-cache-info", "/none?a=%20b", "/%e2%98%83/../x", "//etc//passwd"])
+def test_a_request_is_one_line(proxied: Server, url: str) -> None:
+    answer = proxied.get(url, {"User-Agent": "curl/8"})
+    assert entry(proxied, url) == Entry("127.0.0.1", f"GET {url}", answer.status, len(answer.body), "'curl/8'")
+
+
+def test_a_download_is_told_with_its_bytes_and_time(proxied: Server, sample: Sample) -> None:
+    url = f"{nar_url(sample.big)}?whole"
+    with proxied.connect() as connection:
+        connection.sendall(f"GET {url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        read_answer(connection)
+        line = proxied.wait_for_log(rf"{re.escape(url)}' 200 (\d+) (\d+\.\d)ms")
+    assert int(line[1]) == sample.big.nar_size
+    assert float(line[2]) > 1
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_head_sends_no_bytes(proxied: Server, sample: Sample, *, big: bool) -> None:
+    url = f"{nar_url(sample.big) if big else '/nix-cache-info'}?head"
+    proxied.head(url)
+    assert entry(proxied, url) == Entry("127.0.0.1", f"HEAD {url}", 200, 0, "'-'")
+
+
+def test_not_modified_sends_no_bytes(proxied: Server, sample: Sample) -> None:
+    url = f"{nar_url(sample.big)}?unmodified"
+    proxied.get(url, {"If-None-Match": "*"})
+    assert (entry(proxied, url).status, entry(proxied, url).sent) == (304, 0)
+
+
+def test_a_transfer_that_we_break_off_is_told_with_the_bytes_sent(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("changed"), {"a": bytes(3 << 20), "b": bytes(3 << 20)})
+    (tmp_path / "store/nix/store" / info.path).chmod(0o700)
+    (tmp_path / "store/nix/store" / info.path / "b").unlink()
+    server = start(store=tmp_path / "store", settings=ON)
+    with server.connect() as connection:
+        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        with pytest.raises(Exception, match=r"IncompleteRead|reset"):
+            read_answer(connection)
+    assert entry(server, nar_url(info)).status == 200
+    assert entry(server, nar_url(info)).sent < info.nar_size
+
+
+def test_a_transfer_that_the_client_breaks_off_is_told_with_the_bytes_sent(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings=ON)
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        connection.recv(100_000)
+    server.get("/health")
+    wait_until(lambda: any(entry.request == "GET /health" for entry in entries(server)))
+    broken, _ = entries(server)
+    assert broken.status == 200
+    assert 0 < broken.sent < sample.big.nar_size
+
+
+@pytest.mark.parametrize("trusted", [[], ["10.0.0.0/8", "unix"]])
+def test_a_stranger_is_not_believed(start: Start, sample: Sample, trusted: list[str]) -> None:
+    server = start(store=sample.root, settings=f"{ON}\ntrusted_proxies = {trusted!r}")
+    assert client(server, {"X-Forwarded-For": "203.0.113.9"}) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "told"),
+    [
+        ("203.0.113.9", "203.0.113.9"),
+        ("2001:db8::9", "2001:db8::9"),
+        ("6.6.6.6, 203.0.113.9", "203.0.113.9"),
+        ("6.6.6.6,203.0.113.9,10.1.1.1 ,\t10.2.2.2", "203.0.113.9"),
+        ("10.3.3.3, 10.1.1.1", "10.3.3.3"),
+        ("203.0.113.9, ::ffff:10.1.1.1", "203.0.113.9"),
+        ("::ffff:203.0.113.9", "203.0.113.9"),
+        ("", "127.0.0.1"),
+        ("unknown", "127.0.0.1"),
+        ("unix", "127.0.0.1"),
+        ("203.0.113.9, a b\x1b[31m' 200", "127.0.0.1"),
+        ("fe80::9%a b\x1b[31m", "fe80::9"),
+        ("203.0.113.9, garbage, 10.1.1.1", "10.1.1.1"),
+    ],
+)
+def test_a_trusted_proxy_is_believed_as_far_as_trust_goes(proxied: Server, forwarded: str, told: str) -> None:
+    assert client(proxied, {"X-Forwarded-For": forwarded}) == told
+
+
+def test_several_headers_are_one_list(proxied: Server) -> None:
+    with proxied.connect() as connection:
+        lines = ["GET /health?two HTTP/1.1", "Host: cache", "X-Forwarded-For: 203.0.113.9", "X-Forwarded-For: 10.1.1.1"]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        read_answer(connection)
+    assert entry(proxied, "/health?two").client == "203.0.113.9"
+
+
+def test_an_ipv4_proxy_is_known_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, bind="[::]:0", settings=f"{ON}\ntrusted_proxies = ['127.0.0.1']")
+    server.url = server.url.replace("localhost", "127.0.0.1")
+    assert client(server, {"X-Forwarded-For": "203.0.113.9"}) == "203.0.113.9"
+
+
+def test_an_ipv4_client_is_told_as_such_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, bind="[::]:0", settings=ON)
+    server.url = server.url.replace("localhost", "127.0.0.1")
+    assert client(server, {}) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("trusted", "logged"), [(["127.0.0.1"], "unix"), (["unix"], "203.0.113.9")])
+def test_peers_on_a_unix_socket_are_trusted_as_such(
+    start: Start, sample: Sample, tmp_path: Path, trusted: list[str], logged: str
+) -> None:
+    server = start(store=sample.root, bind=f"unix:{tmp_path}/s", settings=f"{ON}\ntrusted_proxies = {trusted!r}")
+    assert client(server, {"X-Forwarded-For": "203.0.113.9"}) == logged
+
+
+FORGED = b"\n2026-01-01 00:00:00,000 INFO 203.0.113.9 'GET /forged' 200 0 0.1ms 'x'\x1b[2J\r\x85\xe2\x80\xa8"
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /x" + FORGED.replace(b" ", b"\t") + b" HTTP/1.1\r\nHost: cache\r\n\r\n",
+        b"GET /x" + FORGED.replace(b" ", b"\t")[:-4] + b" HTTP/1.1\r\nHost: cache\r\n\r\n",
+        b"GET /x HTTP/1.1\r\nHost: cache\r\nUser-Agent: a" + FORGED + b"\r\n\r\n",
+        b"GET /x HTTP/1.1\r\nHost: cache\r\nX-Forwarded-For: a" + FORGED + b"\r\n\r\n",
+        b"GE\x1b" + FORGED.replace(b" ", b"\t") + b" /x HTTP/1.1\r\nHost: cache\r\n\r\n",
+        b"garbage" + FORGED + b"\r\n\r\n",
+    ],
+    ids=["url", "ascii url", "agent", "forwarded", "method", "no request"],
+)
+def test_no_client_writes_a_line_of_its_own(proxied: Server, request_head: bytes) -> None:
+    with proxied.connect() as connection:
+        connection.sendall(request_head)
+        connection.recv(4096)
+    client(proxied, {})  # what came before is in the log
+    today = proxied.log[0].split()[0]
+    assert all(line[:-1].isprintable() for line in proxied.log), proxied.log
+    assert all(line.startswith(f"{today} ") for line in proxied.log), proxied.log
+
+
+def test_the_journal_gets_priorities(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings=ON, environment={"JOURNAL_STREAM": "8:1"})
+    server.get("/health")
+    server.wait_for_log("^<6>INFO 127.0.0.1 'GET /health' 200")
+    assert server.stop() == 0
+    assert all(line.startswith("<6>INFO ") for line in server.log), server.log
+
+
+def test_the_journal_gets_a_traceback_as_one_event(sample: Sample, tmp_path: Path) -> None:
+    fail = "from harmonia.server import worker\ndef fail(*_): raise RuntimeError('no\\nluck')\nworker.run = fail"
+    server = Server(tmp_path / "server", sample.root, environment={"JOURNAL_STREAM": "8:1"}, program=patched(fail))
+    server.launch()
+    assert server.wait() == 1
+    assert [line[:3] for line in server.log] == ["<6>", "<2>", "<3>", "<2>"], server.log
+    assert "RuntimeError: no | luck" in server.log[1]

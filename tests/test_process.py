@@ -1,0 +1,244 @@
+"""Promises about the process: what dies is replaced, what is told to stop stops, and nothing is left behind."""
+
+import http.client
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from harmonia.nix.path_info import PathInfo
+from running import Sample, Server, ServiceManager, nar_url, patched, read_answer, run, wait_until
+
+Start = Callable[..., Server]
+
+KEEP_ALIVE_REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+IMPATIENT = patched("from harmonia import supervisor\nsupervisor._HEARTBEAT = 0.1\nsupervisor._HANG_TIMEOUT = 3")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[ServiceManager]:
+    with ServiceManager(f"{tmp_path}/notify") as manager:
+        yield manager
+
+
+@contextmanager
+def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
+    """A response whose head has come, while most of its body waits for the client to read."""
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            yield response
+
+
+def arrives_whole(response: http.client.HTTPResponse, info: PathInfo) -> bool:
+    return sha256(response.read()).digest() == info.nar_hash
+
+
+def wait_until_refused(server: Server) -> None:
+    def refused() -> bool:
+        try:
+            server.get("/version")
+        except ConnectionResetError:
+            return False
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    wait_until(refused)  # each process has to close its own copy of the listening socket
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_killed_worker_is_logged_and_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
+    server = start(store=sample.root, workers=2, environment=manager.environment)
+    assert manager.receive() == "READY=1"
+    killed, other = server.workers
+    os.kill(killed, signal.SIGKILL)
+    server.wait_for_log(f"ERROR worker {killed} ended by SIGKILL, it is replaced")
+    assert server.get("/version").status == 200
+    wait_until(lambda: len(server.workers) == 2)
+    assert other in server.workers
+    assert killed not in server.workers
+
+
+def test_all_workers_killed_at_once_are_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
+    server = start(store=sample.root, workers=2, environment=manager.environment)
+    assert manager.receive() == "READY=1"
+    killed = server.workers
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: len(set(server.workers) - set(killed)) == 2)
+    assert server.get("/version").status == 200
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, program=IMPATIENT)
+    (hanging,) = server.workers
+    os.kill(hanging, signal.SIGSTOP)
+    assert server.get("/version").status == 200  # it waits for the next worker
+    assert hanging not in server.workers
+    server.wait_for_log(f"ERROR worker {hanging} hangs")
+    server.wait_for_log(f"ERROR worker {hanging} ended by SIGKILL, it is replaced")
+
+
+def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Path) -> None:
+    broken = patched(
+        "from harmonia.server import worker\ndef fail(*_): raise RuntimeError('no\\nluck')\nworker.run = fail"
+    )
+    server = Server(tmp_path / "server", sample.root, workers=2, program=broken)
+    server.launch()
+    assert server.wait() == 1
+    assert server.log[-1].endswith(" CRITICAL no worker is left\n")
+    assert sum("no worker is left" in line for line in server.log) == 1
+    assert all(re.match(r"\S+ \S+ (INFO|ERROR|CRITICAL) ", line) for line in server.log), server.log
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_no_worker_outlives_a_killed_main_process(start: Start, sample: Sample, *, busy: bool) -> None:
+    server = start(store=sample.root, workers=2)
+    workers = server.workers
+    with ExitStack() as connections:
+        for _ in range(8 if busy else 0):
+            connections.enter_context(download(server, sample.big))
+        assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+        wait_until(lambda: not any(map(is_alive, workers)), seconds=3)
+
+
+def test_a_hangup_does_not_end_a_worker_that_starts(start: Start, sample: Sample) -> None:
+    slow = patched(
+        "import os, time\nfrom harmonia.server import worker\nserve = worker.run\n"
+        "def slow(*a):\n"
+        "  while not os.path.exists(os.environ['GO']): time.sleep(0.01)\n"
+        "  serve(*a)\n"
+        "worker.run = slow"
+    )
+    go = sample.root / "go"
+    go.touch()
+    server = start(store=sample.root, program=slow, environment={"GO": str(go)})
+    go.unlink()
+    (killed,) = server.workers
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: server.workers not in ([], [killed]))
+    (starting,) = server.workers
+    server.process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    go.touch()
+    assert server.get("/version").status == 200
+    assert server.workers == [starting]
+
+
+def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, workers=2)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(server.connect()) for _ in range(20)]
+        for connection in connections[:10]:
+            connection.sendall(KEEP_ALIVE_REQUEST)
+            assert read_answer(connection).status == 200
+        connections[10].sendall(KEEP_ALIVE_REQUEST[:10])
+        workers = server.workers
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 3
+        assert not any(map(is_alive, workers))
+        assert all(connection.recv(1) == b"" for connection in connections[:11])
+
+
+def test_a_running_download_completes_while_all_else_is_refused(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, workers=2)
+    with download(server, sample.big) as response, server.connect() as idle:
+        idle.sendall(KEEP_ALIVE_REQUEST)
+        assert read_answer(idle).status == 200
+        server.process.terminate()
+        assert idle.recv(1) == b""
+        wait_until_refused(server)
+        assert arrives_whole(response, sample.big)
+    assert server.wait() == 0
+
+
+def test_no_further_request_is_taken_after_a_last_download(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode() + KEEP_ALIVE_REQUEST)
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            server.process.terminate()
+            wait_until_refused(server)
+            assert arrives_whole(response, sample.big)
+        assert connection.recv(1) == b""
+
+
+def test_a_download_is_broken_off_when_the_grace_is_over(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="shutdown_grace = 1")
+    with download(server, sample.big) as response:
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.wait() == 0
+        assert time.monotonic() - began > 1
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            response.read()
+
+
+def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with download(server, sample.big) as response:
+        server.process.terminate()
+        time.sleep(0.3)  # two at the same moment are one
+        began = time.monotonic()
+        server.process.terminate()
+        server.wait()
+        assert time.monotonic() - began < 3
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            response.read()
+
+
+def test_control_c_lets_downloads_complete(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, start_new_session=True)
+    with download(server, sample.big) as response:
+        os.killpg(server.process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+        wait_until_refused(server)
+        assert arrives_whole(response, sample.big)
+    assert server.wait() == 0
+
+
+def test_the_address_is_free_again_at_once(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    assert server.get("/version").status == 200  # "connection: close": it is the server's end that waits in TIME_WAIT
+    port = urlsplit(server.url).port
+    assert server.stop() == 0
+    assert start(store=sample.root, bind=f"127.0.0.1:{port}").get("/version").status == 200
+
+
+def test_downloads_that_run_when_a_worker_is_killed_are_seen_to_break(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with download(server, sample.big) as response:
+        os.kill(server.workers[0], signal.SIGKILL)
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            response.read()
+
+
+def test_the_port_is_not_taken_over_by_a_second_server(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    second = Server(server.directory / "second", sample.root, bind=server.url.removeprefix("http://"))
+    ended = run("--config", str(second.config))
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "bind: 127.0.0.1:" in ended.stderr
+    assert "already in use; choose another address, or stop what listens there" in ended.stderr

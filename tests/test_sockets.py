@@ -1,0 +1,286 @@
+"""Promises about connections: where we listen, how many we take, and what slow and vanished clients cost."""
+
+import http.client
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from harmonia import config, sockets
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.app import _CONFIG
+from running import Sample, Server, nar_url, patched, read_answer, wait_until
+
+Start = Callable[..., Server]
+
+REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+def ask(connection: socket.socket) -> int:
+    connection.sendall(REQUEST)
+    return read_answer(connection).status
+
+
+@contextmanager
+def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
+    """A response whose head has come, while most of its body waits for the client to read."""
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            yield response
+
+
+def reject(sample: Sample, directory: Path, bind: str) -> str:
+    """What a server says that cannot listen there."""
+    server = Server(directory, sample.root, bind=bind)
+    server.launch()
+    assert server.wait() == 2
+    (line,) = server.log
+    return line
+
+
+@pytest.mark.parametrize(
+    ("bind", "url"),
+    [
+        ("127.0.0.1:0", r"http://127\.0\.0\.1:\d+"),
+        ("[::1]:0", r"http://\[::1\]:\d+"),
+        ("localhost:0", r"http://(127\.0\.0\.1|\[::1\]):\d+"),
+    ],
+)
+def test_it_listens_on_an_address_or_name(start: Start, sample: Sample, bind: str, url: str) -> None:
+    server = start(store=sample.root, bind=bind)
+    assert re.fullmatch(url, server.url)
+    assert server.get("/version").status == 200
+
+
+def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, bind="[::]:0")
+    port = int(server.url.rpartition(":")[2])
+    for host in ("127.0.0.1", "::1"):
+        with socket.create_connection((host, port), timeout=20) as connection:
+            assert ask(connection) == 200
+
+
+def test_an_address_that_a_name_has_twice_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))] * 2
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with sockets.listen(config.parse("bind = 'twice:0'", "h.toml", {})) as listening:
+        assert len(listening) == 1
+
+
+def test_an_address_in_use_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        told = reject(sample, tmp_path / "server", bind)
+    remedy = "choose another address, or stop what listens there"
+    assert told == f"harmonia: bind: {bind} is already in use; {remedy}\n"
+
+
+def test_an_unknown_host_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    told = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
+    assert told.startswith("harmonia: bind: no address is known for host 'no-such-host.invalid': ")
+
+
+def test_an_address_of_another_machine_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    told = reject(sample, tmp_path / "server", "192.0.2.1:5000")
+    assert told.startswith("harmonia: bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; ")
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_small_writes_are_sent_at_once(start: Start, sample: Sample, limit: int) -> None:
+    spy = patched(
+        "import logging, socket\nfrom sanic.server.protocols.http_protocol import HttpProtocol\n"
+        "made = HttpProtocol.connection_made\n"
+        "def connection_made(self, transport):\n"
+        "  made(self, transport)\n"
+        "  tcp = transport.get_extra_info('socket')\n"
+        "  delay = not tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)\n"
+        "  logging.getLogger('harmonia').info('delay is %s', delay)\n"
+        "HttpProtocol.connection_made = connection_made"
+    )
+    server = start(store=sample.root, program=spy, settings=f"max_connections = {limit}")
+    assert server.wait_for_log("delay is (.*)")[1] == "False"
+
+
+def test_head_and_small_body_come_in_one_piece(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with server.connect() as connection:
+        connection.sendall(b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\n\r\n")
+        assert b"\r\n\r\nStoreDir: /nix/store\n" in connection.recv(65536)
+
+
+def test_an_idle_connection_stays(start: Start, sample: Sample) -> None:
+    assert _CONFIG["KEEP_ALIVE_TIMEOUT"] >= 90
+    server = start(store=sample.root)
+    with server.connect() as connection:
+        assert ask(connection) == 200
+        time.sleep(2)
+        assert ask(connection) == 200
+
+
+def test_a_burst_of_connections_waits_in_the_backlog(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    (worker,) = server.workers
+    os.kill(worker, signal.SIGSTOP)
+    with ExitStack() as stack:
+        burst = [stack.enter_context(server.connect(timeout=5)) for _ in range(300)]
+        os.kill(worker, signal.SIGCONT)
+        assert all(ask(connection) == 200 for connection in burst)
+
+
+def test_connections_beyond_the_limit_are_told_to_come_back(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="max_connections = 3")
+    with ExitStack() as stack:
+        server.settle()
+        admitted = [stack.enter_context(server.connect()) for _ in range(3)]
+        assert all(ask(connection) == 200 for connection in admitted)
+        for _ in range(20):
+            answer = server.get("/version")
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert all(ask(connection) == 200 for connection in admitted)
+        admitted[0].close()
+        wait_until(lambda: server.get("/version").status == 200)
+    assert server.stop() == 0
+    assert len(server.log) == 1, server.log
+
+
+def test_a_unix_socket_has_the_mode_set_and_goes_with_the_service(start: Start, sample: Sample, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    server = start(store=sample.root, bind=f"unix:{path}", settings="unix_socket_mode = '0620'")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o620
+    with server.connect() as connection:
+        assert ask(connection) == 200
+        assert ask(connection) == 200
+    assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_a_unix_socket_that_was_removed_meanwhile_is_no_matter(start: Start, sample: Sample, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    server = start(store=sample.root, bind=f"unix:{path}")
+    path.unlink()
+    assert server.stop() == 0
+    assert len(server.log) == 1, server.log
+
+
+def test_a_stale_unix_socket_is_replaced(start: Start, sample: Sample, tmp_path: Path) -> None:
+    bind = f"unix:{tmp_path}/socket"
+    start(store=sample.root, bind=bind).stop(signal.SIGKILL)
+    assert (tmp_path / "socket").exists()
+    wait_until(lambda: not is_listened_on(tmp_path / "socket"))
+    assert start(store=sample.root, bind=bind).get("/version").status == 200
+
+
+def is_listened_on(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def test_a_unix_socket_in_use_is_refused_and_kept(start: Start, sample: Sample, tmp_path: Path) -> None:
+    bind = f"unix:{tmp_path}/socket"
+    server = start(store=sample.root, bind=bind)
+    told = reject(sample, tmp_path / "second", bind)
+    assert told == f"harmonia: bind: {bind} is already in use; choose another address, or stop what listens there\n"
+    assert server.get("/version").status == 200
+
+
+def test_what_is_no_socket_is_never_removed(sample: Sample, tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("precious")
+    assert "bind: unix:" in reject(sample, tmp_path / "server", f"unix:{path}")
+    assert path.read_text() == "precious"
+
+
+def test_a_client_that_stops_reading_for_a_while_gets_all(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with download(server, sample.big) as response:
+        digest = sha256(response.read(100_000))
+        time.sleep(2)
+        digest.update(response.read())
+    assert digest.digest() == sample.big.nar_hash
+
+
+def held(server: Server) -> list[str]:
+    """The sockets and the store's files that the workers have open."""
+    names = []
+    for worker in server.workers:
+        for fd in Path(f"/proc/{worker}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                names.append(os.readlink(fd))
+    return [name for name in names if name.startswith("socket:") or "/nix/store/" in name]
+
+
+def vanish(connection: socket.socket) -> None:
+    """Close with a reset, as a process does that is killed with bytes unread."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def test_a_client_that_vanishes_frees_all_at_once(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    before = len(held(server))
+    with ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(download(server, sample.big))
+        assert len(held(server)) >= before + 2 * 20 - 1  # one of before may have been a connection at its end
+    wait_until(lambda: len(held(server)) <= before, seconds=3)
+    with download(server, sample.big) as response:  # no thread is stuck either
+        assert sha256(response.read()).digest() == sample.big.nar_hash
+
+
+def test_connections_that_drop_anywhere_leave_nothing_behind(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, workers=2)
+    before = len(held(server))
+    chance = random.Random(1)
+    request = f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode()
+    for _ in range(200):
+        with server.connect(receive_buffer=8192) as connection:
+            connection.sendall(request[: chance.choice([0, 10, len(request), len(request)])])
+            for _ in range(chance.randrange(4)):
+                connection.settimeout(0.01)
+                try:
+                    connection.recv(chance.randrange(1, 100_000))
+                except TimeoutError:
+                    break
+            if chance.random() < 0.5:
+                vanish(connection)
+    wait_until(lambda: len(held(server)) <= before, seconds=3)
+    assert server.get("/version").status == 200
+    assert server.stop() == 0
+    assert len(server.log) == 1, server.log
+
+
+def test_slow_downloads_take_little_memory_each(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    server.get(nar_url(sample.big))
+    (worker,) = server.workers
+
+    def resident() -> int:
+        return int(Path(f"/proc/{worker}/statm").read_text().split()[1]) * resource.getpagesize()
+
+    count = 40
+    with ExitStack() as stack:
+        seen = [resident()]
+        for _ in range(count):
+            stack.enter_context(download(server, sample.big))
+        while len(seen) < 3 or seen[-1] != seen[-2]:
+            time.sleep(0.3)
+            seen.append(resident())
+    assert (max(seen) - seen[0]) / count < 2.5 * (1 << 20)

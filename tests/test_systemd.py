@@ -1,0 +1,231 @@
+"""Promises to systemd: sockets it holds are served and survive a restart, and it hears exactly what is true."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from running import HARMONIA, Sample, Server, ServiceManager, patched, read_answer
+
+Start = Callable[..., Server]
+
+# Passes the descriptors named first as 3, 4, …, and becomes the program that follows, so that LISTEN_PID is its own.
+ACTIVATE = """
+import fcntl, os, sys
+given = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in sys.argv[1].split(",")]
+os.closerange(3, 100)
+for fd, copy in enumerate(given, 3):
+    os.dup2(copy, fd)
+os.environ.setdefault("LISTEN_PID", str(os.getpid()))
+os.environ.setdefault("LISTEN_FDS", str(len(given)))
+os.environ["LISTEN_FDNAMES"] = ":".join(["harmonia"] * len(given))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServiceManager]:
+    abstract = getattr(request, "param", "path") == "abstract"
+    with ServiceManager(f"@harmonia-test-{os.getpid()}" if abstract else f"{tmp_path}/notify") as manager:
+        yield manager
+
+
+@contextmanager
+def tcp_socket() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening
+
+
+@contextmanager
+def unix_socket(directory: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{directory}/socket")
+        listening.listen()
+        yield listening
+
+
+def activated(*passed: int) -> dict[str, object]:
+    """Options of a Server to which systemd passes descriptors."""
+    program = [sys.executable, "-c", ACTIVATE, ",".join(map(str, passed)), *HARMONIA]
+    return {"program": program, "pass_fds": passed}
+
+
+def ask(address: object, family: int) -> int:
+    with socket.socket(family) as connection:
+        connection.settimeout(20)
+        connection.connect(address)  # type: ignore[arg-type]
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
+        return read_answer(connection).status
+
+
+def test_sockets_of_systemd_take_the_place_of_bind(start: Start, sample: Sample, tmp_path: Path) -> None:
+    with tcp_socket() as first, tcp_socket() as second, unix_socket(tmp_path) as third, tcp_socket() as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"  # would not work
+        sockets = [first, second, third]
+        server = start(store=sample.root, bind=bind, workers=2, **activated(*(each.fileno() for each in sockets)))
+        for each in sockets:
+            assert ask(each.getsockname(), each.family) == 200
+        urls = [f"http://127.0.0.1:{first.getsockname()[1]}", f"http://127.0.0.1:{second.getsockname()[1]}"]
+        for url in [*urls, f"unix:{tmp_path}/socket"]:
+            server.wait_for_log(f"at {re.escape(url)}$")
+        assert server.stop() == 0
+    assert (tmp_path / "socket").exists()  # it is systemd's to remove
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+def test_no_connection_is_refused_across_a_restart(start: Start, sample: Sample, tmp_path: Path, family: int) -> None:
+    with tcp_socket() if family == socket.AF_INET else unix_socket(tmp_path) as listening:
+        first = start(store=sample.root, workers=2, **activated(listening.fileno()))
+        assert first.stop() == 0
+        with socket.socket(family) as connection:
+            connection.settimeout(20)
+            connection.connect(listening.getsockname())
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
+            start(store=sample.root, workers=2, **activated(listening.fileno()))
+            assert read_answer(connection).status == 200
+
+
+def test_sockets_meant_for_another_process_are_left_alone(start: Start, sample: Sample) -> None:
+    with tcp_socket() as listening:
+        server = start(store=sample.root, environment={"LISTEN_PID": "1"}, **activated(listening.fileno()))
+        assert server.url != f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_connections_are_ended_where_the_client_is_lost_but_not_where_it_is_slow(start: Start, sample: Sample) -> None:
+    with tcp_socket() as listening:  # the options of which are those of each connection
+        start(store=sample.root, **activated(listening.fileno()))
+        assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0  # it ends those that are slow too
+
+
+def test_the_limit_of_connections_is_one_for_all_sockets(start: Start, sample: Sample) -> None:
+    with tcp_socket() as first, tcp_socket() as second:
+        passed = activated(first.fileno(), second.fileno())
+        server = start(store=sample.root, settings="max_connections = 1", **passed)
+        server.settle()
+        with server.connect() as only:
+            only.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n")
+            assert read_answer(only).status == 200
+            assert ask(second.getsockname(), second.family) == 503
+
+
+def wrong_descriptors(stack: ExitStack) -> Iterator[tuple[str, Sequence[int], dict[str, str]]]:
+    with open(os.devnull) as file:
+        yield "file", [file.fileno()], {}
+    yield "unconnected", [stack.enter_context(socket.socket()).fileno()], {}
+    datagrams = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+    datagrams.bind(("127.0.0.1", 0))
+    yield "datagrams", [datagrams.fileno()], {}
+    listening = stack.enter_context(tcp_socket())
+    yield "missing", [listening.fileno()], {"LISTEN_FDS": "2"}
+
+
+def test_a_descriptor_that_does_not_listen_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        for name, passed, environment in wrong_descriptors(stack):
+            server = Server(tmp_path / name, sample.root, environment=environment, **activated(*passed))  # type: ignore[arg-type]
+            server.launch()
+            assert server.wait() == 2
+            fd = 3 if name != "missing" else 4
+            remedy = "use ListenStream= in the socket unit"
+            assert server.log == [f"harmonia: systemd passed descriptor {fd}, which does not listen: {remedy}\n"], name
+
+
+@pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
+def test_the_manager_hears_of_the_start_and_the_end_alone(
+    start: Start, sample: Sample, manager: ServiceManager
+) -> None:
+    server = start(store=sample.root, workers=2, environment=manager.environment)
+    assert manager.receive() == "READY=1"
+    server.process.send_signal(signal.SIGHUP)
+    assert server.stop() == 0
+    assert manager.receive() == "STOPPING=1"
+    with pytest.raises(TimeoutError):
+        manager.receive(0.1)
+
+
+def test_it_is_ready_only_when_every_worker_serves(
+    start: Start, sample: Sample, manager: ServiceManager, tmp_path: Path
+) -> None:
+    late = patched(
+        "import os, time\nfrom harmonia.server import worker\nserve = worker.run\n"
+        "def wait(*arguments):\n"
+        "  try: os.mkdir(os.environ['GO'] + '-first')\n"  # only one of the two can
+        "  except FileExistsError:\n"
+        "    while not os.path.exists(os.environ['GO']): time.sleep(0.01)\n"
+        "  serve(*arguments)\n"
+        "worker.run = wait"
+    )
+    go = tmp_path / "go"
+    environment = {**manager.environment, "GO": str(go)}
+    server = start(store=sample.root, workers=2, environment=environment, program=late)
+    with pytest.raises(TimeoutError):
+        manager.receive(0.5)
+    go.touch()
+    assert manager.receive() == "READY=1"
+    assert server.get("/version").status == 200
+
+
+def test_the_watchdog_hears_only_of_workers_that_answer(start: Start, sample: Sample, manager: ServiceManager) -> None:
+    environment = {**manager.environment, "WATCHDOG_USEC": "400000"}
+    server = start(store=sample.root, workers=2, environment=environment)
+    heard = [manager.receive() for _ in range(10)]
+    assert heard.count("READY=1") == 1
+    assert heard.count("WATCHDOG=1") == 9
+
+    workers = server.workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    manager.drain()  # what they said before
+    with pytest.raises(TimeoutError):
+        manager.receive(1)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    assert manager.receive() == "WATCHDOG=1"
+
+    assert server.stop() == 0
+    heard = ["WATCHDOG=1"]
+    while heard[-1] == "WATCHDOG=1":
+        heard.append(manager.receive())
+    assert heard[-1] == "STOPPING=1"
+
+
+def test_signs_of_life_come_within_half_the_time_asked_for(
+    start: Start, sample: Sample, manager: ServiceManager
+) -> None:
+    start(store=sample.root, environment={**manager.environment, "WATCHDOG_USEC": "2000000"})
+    while manager.receive() != "WATCHDOG=1":
+        pass
+    began = time.monotonic()
+    assert manager.receive() == "WATCHDOG=1"
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_watchdog_of_another_process_hears_nothing(start: Start, sample: Sample, manager: ServiceManager) -> None:
+    environment = {**manager.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
+    server = start(store=sample.root, environment=environment)
+    assert manager.receive() == "READY=1"
+    with pytest.raises(TimeoutError):
+        manager.receive(0.5)
+    assert server.stop() == 0
+    assert manager.receive() == "STOPPING=1"
+
+
+def test_a_manager_that_is_gone_stops_nothing(start: Start, sample: Sample, tmp_path: Path) -> None:
+    server = start(store=sample.root, environment={"NOTIFY_SOCKET": f"{tmp_path}/gone", "WATCHDOG_USEC": "100000"})
+    assert server.get("/version").status == 200
+    assert server.stop() == 0

@@ -1,0 +1,157 @@
+"""Promises about TLS: today's versions only, certificates renewed without a restart, no half body taken for whole."""
+
+import http.client
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from harmonia.demo import StoreBuilder
+from running import Sample, Server, nar_url, read_answer, wait_until
+
+Start = Callable[..., Server]
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+
+REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+def renew(directory: Path) -> bytes:
+    """Put a new certificate and its key into `directory`. Returns the certificate as it is presented."""
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache -keyout key.pem"
+    )
+    certificate = subprocess.run(command.split(), cwd=directory, capture_output=True, check=True, text=True).stdout
+    (directory / "key.pem").chmod(0o600)
+    (directory / "cert.pem").write_text(certificate)
+    return ssl.PEM_cert_to_DER_cert(certificate)
+
+
+def secured(directory: Path) -> str:
+    """The settings."""
+    return f"tls_cert_path = '{directory}/cert.pem'\ntls_key_path = '{directory}/key.pem'"
+
+
+def presented(server: Server) -> bytes | None:
+    with server.connect() as connection:
+        return cast("ssl.SSLSocket", connection).getpeercert(binary_form=True)
+
+
+def handshake(server: Server, version: str) -> subprocess.CompletedProcess[str]:
+    """With a client that takes this version alone, however weak."""
+    address = server.url.removeprefix("https://")
+    command = ["openssl", "s_client", "-connect", address, f"-{version}", "-cipher", "ALL:@SECLEVEL=0"]
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [("tls1", False), ("tls1_1", False), ("tls1_2", True), ("tls1_3", True)]
+)
+def test_versions_from_1_2_are_served(
+    start: Start, sample: Sample, tmp_path: Path, version: str, *, accepted: bool
+) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    done = handshake(server, version)
+    assert (done.returncode == 0) == accepted
+    assert accepted or re.search(r"has read \d bytes and written \d\d+ bytes", done.stdout)  # the client did its part
+
+
+def test_a_renewed_certificate_is_for_new_connections(start: Start, sample: Sample, tmp_path: Path) -> None:
+    before = renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path), workers=2)
+    with server.connect() as old:
+        assert presented(server) == before
+        after = renew(tmp_path)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: sum("INFO the TLS certificate was read again" in line for line in server.log) == 2)
+        assert {presented(server) for _ in range(10)} == {after}
+        old.sendall(REQUEST)
+        assert read_answer(old).status == 200
+
+
+@pytest.mark.parametrize("broken", ["cert.pem", "key.pem", "mismatch", "missing"])
+def test_a_broken_new_certificate_leaves_the_old_in_place(
+    start: Start, sample: Sample, tmp_path: Path, broken: str
+) -> None:
+    before = renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    if broken == "mismatch":
+        key = (tmp_path / "key.pem").read_bytes()
+        renew(tmp_path)
+        (tmp_path / "key.pem").write_bytes(key)
+    elif broken == "missing":
+        (tmp_path / "cert.pem").unlink()
+    else:
+        (tmp_path / broken).write_text("broken")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log(r"ERROR the TLS certificate is not read again: .*\.pem")
+    assert presented(server) == before
+    assert server.get("/version").status == 200
+
+
+def test_a_replaced_worker_has_the_certificate_of_the_day(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    after = renew(tmp_path)
+    os.kill(server.workers[0], signal.SIGKILL)
+    server.wait_for_log("it is replaced")
+    assert presented(server) == after
+
+
+def test_a_truncated_body_is_a_broken_transfer(start: Start, tmp_path: Path) -> None:
+    renew(tmp_path)
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("truncated"), os.urandom(3 << 20))
+    path = os.fsdecode(store.real_path(info.path))
+    os.chmod(path, 0o600)
+    os.truncate(path, 2 << 20)
+    server = start(store=tmp_path / "store", settings=secured(tmp_path))
+    with pytest.raises((http.client.IncompleteRead, OSError)):
+        server.get(nar_url(info))
+    assert re.search(r"breaks off|is not what", "".join(server.log)) or server.wait_for_log("ERROR")
+
+
+def test_a_download_over_tls_arrives_whole(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
+
+
+def test_idle_connections_do_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    with ExitStack() as stack:
+        connections = [stack.enter_context(server.connect()) for _ in range(5)]
+        for connection in connections:
+            connection.sendall(REQUEST)
+            assert read_answer(connection).status == 200
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 3
+
+
+def test_a_client_that_never_speaks_tls_does_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    host, _, port = server.url.removeprefix("https://").rpartition(":")
+    with socket.create_connection((host, int(port))):
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 3
+    assert len(server.log) == 1, server.log
