@@ -1,8 +1,10 @@
 # `make serve` and `make test` need Python 3.11 or newer, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+# How long `make fuzz` looks.
+SECONDS ?= 60
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format fuzz clean
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -20,9 +22,15 @@ format: .venv/ready  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+fuzz: .venv/ready  ## Look for bytes that the NAR reader takes wrongly
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	mkdir -p .fuzz/corpus
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=512 \
+	  -dict=tests/fuzz/nar.dict -artifact_prefix=.fuzz/ -print_final_stats=1 .fuzz/corpus tests/fuzz/corpus
+
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi
-	rm -rf .venv demo-store dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -130,10 +130,16 @@ symlinks = st.builds(
     Symlink,
     st.sampled_from([b"a", b"..", b"../a", b"/nix/store", b"dangling/\xc3\xa9", b"\xff\n", b"x" * 300, b"x" * 4095]),
 )
-trees: st.SearchStrategy[Tree] = st.recursive(
-    regular_files | symlinks, lambda trees: st.dictionaries(file_names, trees, max_size=5), max_leaves=12
-)
+
+
+def _trees_of(leaves: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
+    return st.recursive(leaves, lambda trees: st.dictionaries(file_names, trees, max_size=5), max_leaves=12)
+
+
+trees = _trees_of(regular_files | symlinks)
 """File system objects of any kind. No path of one gets near PATH_MAX."""
+small_trees = _trees_of(st.builds(Regular, st.integers(0, 17), _modes) | st.just(Symlink(b"../a")))
+"""Those whose archives are so short that any part of it matters."""
 directories: st.SearchStrategy[Directory] = st.dictionaries(file_names, trees, max_size=6)
 
 

@@ -24,7 +24,6 @@ from harmonia.errors import StoreObjectError
 CHUNK_SIZE = 256 * 1024
 """Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
 
-_WORDS_SIZE = 4096  # bytes; words are joined up to here, and no further: each joining copies what there is
 
 _pack_length = struct.Struct("<Q").pack
 
@@ -33,18 +32,19 @@ def _padding(length: int) -> bytes:
     return b"\0" * (-length % 8)
 
 
-def _words(*texts: bytes) -> bytes:
+def encode(*texts: bytes) -> bytes:
+    """Words of the grammar, each with its length and its padding."""
     return b"".join(_pack_length(len(text)) + text + _padding(len(text)) for text in texts)
 
 
-_MAGIC = _words(b"nix-archive-1")
-_NAME = _words(b"entry", b"(", b"name")
-_NODE = _words(b"node")
-_REGULAR = _words(b"(", b"type", b"regular", b"contents")
-_EXECUTABLE = _words(b"(", b"type", b"regular", b"executable", b"", b"contents")
-_SYMLINK = _words(b"(", b"type", b"symlink", b"target")
-_DIRECTORY = _words(b"(", b"type", b"directory")
-_CLOSE = _words(b")")
+_MAGIC = encode(b"nix-archive-1")
+_NAME = encode(b"entry", b"(", b"name")
+_NODE = encode(b"node")
+_REGULAR = encode(b"(", b"type", b"regular", b"contents")
+_EXECUTABLE = encode(b"(", b"type", b"regular", b"executable", b"", b"contents")
+_SYMLINK = encode(b"(", b"type", b"symlink", b"target")
+_DIRECTORY = encode(b"(", b"type", b"directory")
+_CLOSE = encode(b")")
 
 
 @dataclass(slots=True)
@@ -81,6 +81,10 @@ class Entry(NamedTuple):
     """What a symlink points to."""
 
 
+Frame = tuple[bytes, Entry | None]
+"""Words of the archive, and the entry whose contents follow them: none after the last."""
+
+
 def walk(root: bytes) -> Iterator[Entry]:
     """The objects at and below `root` in the order of a NAR: depth first, names sorted by their bytes."""
     levels: list[Iterator[bytes]] = [iter((root,))]
@@ -102,14 +106,15 @@ def walk(root: bytes) -> Iterator[Entry]:
             raise StoreObjectError(f"{os.fsdecode(path)} is no regular file, directory or symlink")
 
 
-def segments(entries: Iterable[Entry]) -> Iterator[Segment]:
-    """The archive of what `walk` found. Neighbouring words are one segment, up to a few KiB."""
+def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
+    """The frames of the archive of what `walk` found.
+
+    Of only the later entries of a tree, only the first words are others than in the archive of the whole.
+    """
     words = _MAGIC
     opened = 0  # directories that are not closed yet
-    for depth, path, mode, size, target in entries:
-        if len(words) > _WORDS_SIZE:
-            yield words
-            words = b""
+    for entry in entries:
+        depth, path, mode, size, target = entry
         # A directory below the root is closed twice: as a node, and as an entry. So is any other node.
         close = _CLOSE * 2 if depth else _CLOSE
         words += _CLOSE * (2 * (opened - depth))
@@ -118,23 +123,29 @@ def segments(entries: Iterable[Entry]) -> Iterator[Segment]:
             name = path[path.rindex(b"/") + 1 :]
             words += b"".join((_NAME, _pack_length(len(name)), name, _padding(len(name)), _NODE))
         if stat.S_ISREG(mode):
-            words += (_EXECUTABLE if mode & stat.S_IXUSR else _REGULAR) + _pack_length(size)
-            if size:
-                yield words
-                yield FileSlice(path, size, 0, size)
-                words = _padding(size)
-            words += close
+            yield words + (_EXECUTABLE if mode & stat.S_IXUSR else _REGULAR) + _pack_length(size), entry
+            words = _padding(size) + close
         elif stat.S_ISLNK(mode):
-            words += _SYMLINK + _words(target) + close
+            yield words + _SYMLINK + encode(target), entry
+            words = close
         else:
-            words += _DIRECTORY
+            yield words + _DIRECTORY, entry
+            words = b""
             opened += 1
-    yield words + _CLOSE * max(2 * opened - 1, 0)
+    yield words + _CLOSE * max(2 * opened - 1, 0), None
+
+
+def segments(frames: Iterable[Frame]) -> Iterator[Segment]:
+    """The archive of what `frame` gives."""
+    for words, entry in frames:
+        yield words
+        if entry is not None and entry.size:
+            yield FileSlice(entry.path, entry.size, 0, entry.size)
 
 
 def dump(path: bytes) -> Iterator[Segment]:
     """The NAR of the file system object at `path`."""
-    return segments(walk(path))
+    return segments(frame(walk(path)))
 
 
 def window(archive: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
@@ -162,26 +173,47 @@ def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[
             if size >= chunk_size:
                 yield b"".join(parts)
                 parts, size = [], 0
-    if parts:
+    if size:
         yield b"".join(parts)
 
 
-def _pieces(segment: Segment, chunk_size: int) -> Iterator[bytes]:
+def _pieces(segment: Segment, chunk_size: int) -> Iterable[bytes]:
+    """The bytes of a segment, at most `chunk_size` at a time."""
     if isinstance(segment, FileSlice):
-        return _contents(segment, chunk_size)
+        return (_small_file(segment),) if segment.size < chunk_size else _large_file(segment, chunk_size)
+    if len(segment) <= chunk_size:
+        return (segment,)
     return (segment[start : start + chunk_size] for start in range(0, len(segment), chunk_size))
 
 
-def _contents(file: FileSlice, chunk_size: int) -> Iterator[bytes]:
-    # Plain reads, no mapping: a file that shrinks under a mapping kills the process.
-    # O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
-    descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+# Plain reads, no mapping: a file that shrinks under a mapping kills the process.
+# O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+def _small_file(file: FileSlice) -> bytes:
+    descriptor = os.open(file.path, _FLAGS)
+    try:
+        contents = os.read(descriptor, file.size + 1)  # one more, to see that there is no more
+    finally:
+        os.close(descriptor)
+    if len(contents) != file.size:
+        raise _changed(file)
+    return contents[file.start : file.stop]
+
+
+def _large_file(file: FileSlice, chunk_size: int) -> Iterator[bytes]:
+    descriptor = os.open(file.path, _FLAGS)
     try:
         position = file.start
         while position < file.stop and (data := os.pread(descriptor, min(chunk_size, file.stop - position), position)):
             position += len(data)
             yield data
         if position < file.stop or os.fstat(descriptor).st_size != file.size:
-            raise StoreObjectError(f"{os.fsdecode(file.path)} changed its length while it was read")
+            raise _changed(file)
     finally:
         os.close(descriptor)
+
+
+def _changed(file: FileSlice) -> StoreObjectError:
+    return StoreObjectError(f"{os.fsdecode(file.path)} changed its length while it was read")

@@ -10,7 +10,7 @@ from sanic.config import Config
 from sanic.http.constants import HTTP
 
 from harmonia.nix.base32 import ALPHABET
-from harmonia.server import access_log, cache_info, errors, health, landing, nar, narinfo
+from harmonia.server import access_log, cache_info, errors, health, landing, listing, nar, narinfo
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
 
@@ -22,6 +22,7 @@ _ROUTES: dict[str, Handler] = {
     "/": landing.get,
     "/nix-cache-info": cache_info.get,
     rf"/<hash_part:{_HASH_PART}\.narinfo>": narinfo.get,
+    rf"/<hash_part:{_HASH_PART}\.ls>": listing.get,
     "/nar/<name:str>": nar.get,
     "/version": health.get_version,
     "/health": health.get,

@@ -9,11 +9,14 @@ import logging
 from collections.abc import Generator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol, cast
 
 from sanic import HTTPResponse, Request
+from sanic.exceptions import RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
+from harmonia.server import byte_range
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -25,8 +28,8 @@ class Body(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self) -> Generator[bytes]:
-        """The bytes in chunks. FileNotFoundError before the first one where there is nothing to read any more."""
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        """The bytes from `start` to `stop`, in chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +55,31 @@ async def respond(request: Request, representation: Representation, readers: Exe
         if _matches(request.headers.get("if-none-match"), representation.etag):
             return HTTPResponse(status=304, headers=headers)
     headers["content-type"] = representation.content_type
-    body = representation.body
+    body, status = representation.body, representation.status
+    start, stop = 0, len(body)
+    if not isinstance(body, bytes):
+        headers["accept-ranges"] = "bytes"
+        if part := _range(request, representation):
+            start, stop = part
+            status = HTTPStatus.PARTIAL_CONTENT
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+    headers["content-length"] = str(stop - start)
     if request.method == "HEAD":
-        return HTTPResponse(status=representation.status, headers=headers | {"content-length": str(len(body))})
+        return HTTPResponse(status=status, headers=headers)
     if isinstance(body, bytes):
-        return HTTPResponse(body, status=representation.status, headers=headers)
-    headers["content-length"] = str(len(body))
-    await _pump(request, HTTPResponse(status=representation.status, headers=headers), body, readers)
+        return HTTPResponse(body, status=status, headers=headers)
+    response = HTTPResponse(status=status, headers=headers)
+    await _pump(request, response, body.read(start, stop), stop - start, readers)
     return None
+
+
+def _range(request: Request, representation: Representation) -> tuple[int, int] | None:
+    size = len(representation.body)
+    try:
+        header, if_range = request.headers.get("range"), request.headers.get("if-range")
+        return byte_range.requested(header, if_range, representation.etag, size)
+    except byte_range.UnsatisfiableError:
+        raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
 
 def _matches(condition: str | None, etag: str) -> bool:
@@ -69,11 +89,12 @@ def _matches(condition: str | None, etag: str) -> bool:
     return condition.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in condition.split(","))
 
 
-async def _pump(request: Request, response: HTTPResponse, body: Body, readers: Executor) -> None:
-    """Send a body while a thread reads the next chunk of it: at most three chunks are in memory, one of them unsent."""
-    chunks = body.read()
+async def _pump(
+    request: Request, response: HTTPResponse, chunks: Generator[bytes], size: int, readers: Executor
+) -> None:
+    """Send `size` bytes while a thread reads the next of them: at most three chunks are in memory."""
     reading = readers.submit(next, chunks, b"")
-    left = len(body)
+    left = size
     request.ctx.sent = 0
     try:
         chunk = await asyncio.wrap_future(reading)
@@ -91,7 +112,7 @@ async def _pump(request: Request, response: HTTPResponse, body: Body, readers: E
     except Exception as error:
         if not request.responded:
             raise
-        _log.error("%s breaks off after %d of %d bytes: %s", request.path, len(body) - left, len(body), error)
+        _log.error("%s breaks off after %d of %d bytes: %s", request.path, size - left, size, error)
         _abort(request)
     except BaseException:  # the client is gone, or too slow, or we are told to stop
         _abort(request)

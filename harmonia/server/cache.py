@@ -12,11 +12,13 @@ from typing import TypeVar
 from harmonia.config import Settings
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix import narinfo
+from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
 from harmonia.store import BUSY_TIMEOUT, Database, Store
 
 _REMEMBERED_PATHS = 8192  # about 2 KiB each
+_LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
 
 _T = TypeVar("_T")
@@ -37,6 +39,7 @@ class Cache:
         self.settings = settings
         self.keys = keys
         self.store = Store(settings.virtual_nix_store, settings.real_store, settings.database)
+        self.layouts = Layouts(_LAYOUT_MEMORY)
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
@@ -62,6 +65,10 @@ class Cache:
         if len(self._known) > _REMEMBERED_PATHS:
             self._known.popitem(last=False)
         return found
+
+    async def read(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` finds on disk, in one of the threads that may wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
 
     async def query(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds in the store, in the one thread that may wait for its database.

@@ -20,8 +20,9 @@ def response(request: Request, error: Exception) -> HTTPResponse:
     match error:
         case SanicException():
             status = HTTPStatus(error.status_code)
-            if allowed := error.headers.get("Allow"):
-                headers["allow"] = ", ".join(sorted(str(allowed).split(", ")))
+            headers |= {name.lower(): str(value) for name, value in error.headers.items()}
+            if "allow" in headers:  # Sanic's is in any order
+                headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
         case StoreUnavailableError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in _EXHAUSTED:

@@ -5,16 +5,21 @@ hands out, and `/nar/<hash>.nar` what nix-serve once did: clients remember those
 """
 
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Hashable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.errors import StoreObjectError
 from harmonia.nix import base32, nar
+from harmonia.nix.nar import Frame
+from harmonia.nix.nar_layout import Layout, Layouts
+from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.body import IMMUTABLE, Representation
-from harmonia.server.cache import Cache
+from harmonia.server.cache import Cache, SignedPath
 
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
@@ -23,39 +28,74 @@ _NAMES = [re.compile(rf"{name}\.nar") for name in (f"{_HASH_PART}-{_NAR_HASH}", 
 
 @dataclass(frozen=True, slots=True)
 class Nar:
-    """The NAR of the store object at `path`, which is `size` bytes long if the object is still what was registered."""
+    """The NAR of a valid path, which is as long as was registered if the store object is still what it was then."""
 
-    path: bytes
-    size: int
+    info: PathInfo
+    root: bytes
+    layouts: Layouts
+
+    @classmethod
+    def of(cls, cache: Cache, info: PathInfo) -> Self:
+        return cls(info, cache.store.real_path(info.path), cache.layouts)
 
     def __len__(self) -> int:
-        return self.size
+        return self.info.nar_size
 
-    def read(self) -> Generator[bytes]:
-        return nar.read(nar.dump(self.path))
+    def frames(self) -> Iterator[Frame]:
+        """The frames of the whole. StoreObjectError at their end where they do not make up the length registered."""
+        if layout := self.layouts.get(self._key):
+            self._check(layout)
+            yield from nar.frame(layout.entries())
+        else:
+            layout = Layout(self.root)
+            yield from layout.record(nar.frame(nar.walk(self.root)))
+            self._check(layout)
+            self.layouts.add(self._key, layout)
+
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        try:
+            if (start, stop) == (0, len(self)):
+                yield from nar.read(nar.segments(self.frames()))
+            else:
+                layout = self.layouts.find(self._key, self.root)
+                self._check(layout)
+                yield from nar.read(layout.window(start, stop))
+        except (OSError, StoreObjectError):
+            self.layouts.forget(self._key)
+            raise
+
+    def _check(self, layout: Layout) -> None:
+        if layout.size != len(self):
+            raise StoreObjectError(
+                f"{self.info.path} has a NAR of {layout.size} bytes, but {len(self)} were registered"
+            )
+
+    @property
+    def _key(self) -> Hashable:
+        # The same path may come to be registered with other contents, which have another layout.
+        return self.info.path, self.info.nar_hash
 
 
-def _asked(request: Request, name: str) -> tuple[str, str | None] | None:
-    """The hash part, and the NAR hash where one is named, of any of the three URL shapes."""
-    for pattern in _NAMES:
-        if match := pattern.fullmatch(name):
-            asked = match.groupdict()
-            hash_part = asked.get("hash_part", request.args.get("hash", ""))
-            return (hash_part, asked.get("nar_hash")) if is_hash_part(hash_part) else None
-    return None
+def found(path: SignedPath | None) -> PathInfo:
+    """What is known of a path that was looked up, NotFound where that is nothing."""
+    if path is None:
+        raise NotFound
+    return path.info
 
 
 async def get(cache: Cache, request: Request, name: str) -> Representation:
-    asked = _asked(request, name)
-    path = await cache.path(asked[0]) if asked else None
-    if asked is None or path is None:
+    match = next(filter(None, (pattern.fullmatch(name) for pattern in _NAMES)), None)
+    named = match.groupdict() if match else {}
+    hash_part = named.get("hash_part", request.args.get("hash", ""))
+    if not (match and is_hash_part(hash_part)):
         raise NotFound
-    nar_hash = base32.encode(path.info.nar_hash)
-    if asked[1] not in (None, nar_hash):
+    info = found(await cache.path(hash_part))
+    nar_hash = base32.encode(info.nar_hash)
+    if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
     return Representation(
         content_type="application/x-nix-nar",
-        body=Nar(cache.store.real_path(path.info.path), path.info.nar_size),
+        body=Nar.of(cache, info),
         cache_control=IMMUTABLE,
         etag=f'"{nar_hash}"',
     )

@@ -1,0 +1,46 @@
+"""NAR listings, `.ls` files: what is in an archive and where, without the contents (Nix `src/libutil/nar-listing.cc`).
+
+JSON, but with names and targets as the bytes that they are: no other spelling would name the same file.
+"""
+
+import re
+import stat
+from collections.abc import Iterable, Iterator
+
+from harmonia.nix.nar import Frame
+
+_ESCAPED = re.compile(rb'[\x00-\x1f"\\]')
+
+
+def _string(text: bytes) -> bytes:
+    return b'"%b"' % _ESCAPED.sub(lambda match: b"\\u%04x" % match[0][0], text)
+
+
+def render(frames: Iterable[Frame]) -> Iterator[bytes]:
+    """The listing of the archive that the frames make: a piece of text for each entry."""
+    yield b'{"version":1,"root":'
+    opened = 0  # directories that are not closed yet
+    offset = 0
+    comma = b""
+    for words, entry in frames:
+        offset += len(words)
+        if entry is None:
+            continue
+        depth, path, mode, size, target = entry
+        text = b""
+        if depth:
+            close = b"}}" * (opened - depth)
+            text = b"".join((close, b"," if close else comma, _string(path[path.rindex(b"/") + 1 :]), b":"))
+        opened = depth
+        comma = b","
+        if stat.S_ISREG(mode):
+            executable = b"true" if mode & stat.S_IXUSR else b"false"
+            yield text + b'{"type":"regular","size":%d,"executable":%b,"narOffset":%d}' % (size, executable, offset)
+        elif stat.S_ISLNK(mode):
+            yield text + b'{"type":"symlink","target":%b}' % _string(target)
+        else:
+            yield text + b'{"type":"directory","entries":{'
+            opened += 1
+            comma = b""
+        offset += size
+    yield b"}}" * opened + b"}"

@@ -1,0 +1,149 @@
+"""A listing tells of an archive what a walk of the disk finds, and where in the archive the contents are."""
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmonia.nix import listing, nar
+from harmonia.nix.nar_layout import Layout
+from nix.test_nar import reference, word
+from strategies import Regular, Symlink, Tree, on_disk, trees
+
+Node = dict[str, Any]
+
+
+def naive(path: bytes) -> Node:
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        return {"type": "symlink", "target": os.fsdecode(os.readlink(path))}
+    if stat.S_ISREG(mode):
+        return {"type": "regular", "size": os.stat(path).st_size, "executable": bool(mode & stat.S_IXUSR)}
+    entries = {os.fsdecode(name): naive(path + b"/" + name) for name in os.listdir(path)}
+    return {"type": "directory", "entries": entries}
+
+
+def told(path: bytes) -> Node:
+    text = b"".join(listing.render(nar.frame(nar.walk(path))))
+    found = json.loads(text.decode(errors="surrogateescape"))
+    assert list(found) == ["version", "root"]
+    assert found["version"] == 1
+    root: Node = found["root"]
+    return root
+
+
+def files(node: Node, path: bytes) -> Iterator[tuple[bytes, Node]]:
+    """The regular files, by their paths."""
+    if node["type"] == "regular":
+        yield path, node
+    for name, child in node.get("entries", {}).items():
+        yield from files(child, path + b"/" + os.fsencode(name))
+
+
+@settings(deadline=None)
+@given(trees)
+def test_it_tells_what_is_on_disk_and_where_in_the_archive(tree: Tree) -> None:
+    archive = reference(tree)
+    with on_disk(tree) as path:
+        found = told(path)
+        for name, node in files(found, path):
+            contents = Path(os.fsdecode(name)).read_bytes()
+            offset = node.pop("narOffset")
+            length = len(contents).to_bytes(8, "little")
+            start = offset - len(word(b"contents") + length)
+            assert archive[start : offset + len(contents)] == word(b"contents") + length + contents
+        assert found == naive(path)
+
+
+@settings(deadline=None)
+@given(trees)
+def test_names_are_sorted_as_in_the_archive(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        offsets = [node["narOffset"] for _, node in files(told(path), path)]
+    assert offsets == sorted(offsets)
+    assert len(set(offsets)) == len(offsets)
+
+
+@settings(deadline=None)
+@given(trees)
+def test_a_remembered_layout_tells_the_same(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        texts = [listing.render(nar.frame(entries)) for entries in (nar.walk(path), Layout.of(path).entries())]
+        first, second = map(b"".join, texts)
+        assert first == second
+
+
+NASTY = bytes(sorted({*range(1, 256)} - {ord("/")}))
+
+
+def test_every_byte_comes_back() -> None:
+    names = [b"%b-" % bytes([byte]) for byte in NASTY] + [b'"', b"\\", b"\\u0000", b'\\"', b"\\n", b"\n", b"\x7f"]
+    with on_disk({name: Symlink(name + b"->" + NASTY) for name in names}) as path:
+        assert told(path) == naive(path)
+
+
+def test_it_is_json_to_the_letter() -> None:
+    tree: Tree = {b'"\\\n\x1f\xff\x7f': Symlink(b'\t"'), b"a": {}, b"b": Regular(3, 0o555)}
+    offset = reference(tree).index(Regular(3).contents)
+    with on_disk(tree) as path:
+        assert b"".join(listing.render(nar.frame(nar.walk(path)))) == (
+            b'{"version":1,"root":{"type":"directory","entries":{'
+            rb'"\u0022\u005c\u000a\u001f'
+            b"\xff\x7f"
+            rb'":{"type":"symlink","target":"\u0009\u0022"},'
+            b'"a":{"type":"directory","entries":{}},'
+            b'"b":{"type":"regular","size":3,"executable":true,"narOffset":%d}}}}' % offset
+        )
+
+
+def test_it_comes_in_pieces() -> None:
+    tree: Tree = {b"%04d" % number: Regular(0) for number in range(1000)}
+    with on_disk(tree) as path:
+        pieces = list(listing.render(nar.frame(nar.walk(path))))
+    assert len(pieces) > 1000
+    assert max(map(len, pieces)) < 200
+
+
+def is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def readable(tree: Tree) -> Tree:
+    """The tree without what is no UTF-8: Nix 2.8 writes no JSON of that."""
+    if isinstance(tree, dict):
+        return {name: readable(child) for name, child in tree.items() if is_text(name)}
+    return Symlink(b"readable") if isinstance(tree, Symlink) and not is_text(tree.target) else tree
+
+
+@pytest.mark.nix
+@settings(deadline=None, max_examples=25)
+@given(trees.map(readable))
+def test_nix_lists_the_same(tree: Tree) -> None:
+    with on_disk(tree) as path:
+        with open(path + b".nar", "xb") as file:
+            file.writelines(nar.read(nar.dump(path)))
+        command = ["nix", "--extra-experimental-features", "nix-command", "nar", "ls", "--json", "--recursive"]
+        nix = subprocess.run([*command, path + b".nar", "/"], check=True, capture_output=True)
+        ours = told(path)
+    for _, node in files(ours, b""):
+        if not node["executable"]:
+            del node["executable"]  # as Nix 2.34 and older have it
+    assert ours == json.loads(nix.stdout)
+
+
+@given(st.binary(max_size=30))
+def test_strings_need_no_disk(name: bytes) -> None:
+    entry = nar.Entry(0, b"/root", stat.S_IFLNK, 0, name)
+    text = b"".join(listing.render([(b"", entry)]))
+    assert json.loads(text.decode(errors="surrogateescape"))["root"]["target"] == os.fsdecode(name)

@@ -1,0 +1,222 @@
+"""Ranges of every NAR, as RFC 9110 has them: what was missing, and nothing else."""
+
+import concurrent.futures
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from harmonia.demo import Sparse, StoreBuilder
+from harmonia.nix import nar
+from harmonia.server import byte_range
+from running import Server, read_answer
+from server.test_nar import dump, url
+from server.test_narinfo import info
+
+Start = Callable[..., Server]
+
+
+def reference(header: str, size: int) -> tuple[int, int] | str:
+    """RFC 9110 section 14 once more, read slowly: the part asked for, else `whole` or `unsatisfiable`."""
+    unit, equals, specs = header.strip(" \t").partition("=")
+    parts = [spec.strip(" \t") for spec in specs.split(",") if spec.strip(" \t")]
+    if not equals or unit.lower() != "bytes" or len(parts) != 1:
+        return "whole"
+    first, dash, last = parts[0].partition("-")
+    if not dash or any(digit not in "0123456789" for digit in first + last) or first == last == "":
+        return "whole"
+    if first == "":
+        suffix = int(last)
+        return (max(size - suffix, 0), size) if suffix and size else "unsatisfiable"
+    if last and int(last) < int(first):
+        return "whole"
+    if int(first) >= size:
+        return "unsatisfiable"
+    return int(first), min(int(last) + 1 if last else size, size)
+
+
+def requested(header: str, size: int) -> tuple[int, int] | str:
+    try:
+        return byte_range.requested(header, None, '"etag"', size) or "whole"
+    except byte_range.UnsatisfiableError:
+        return "unsatisfiable"
+
+
+NUMBERS = st.one_of(st.integers(0, 300).map(str), st.sampled_from(["", "00", "007", str(2**63), str(2**64), "9" * 30]))
+SPECS = st.builds("{}-{}".format, NUMBERS, NUMBERS)
+HEADERS = st.one_of(
+    st.builds("bytes={}".format, SPECS),
+    st.builds("{}={}".format, st.sampled_from(["Bytes", "BYTES", "items", "", "bytes "]), SPECS),
+    st.builds("bytes={}".format, st.lists(SPECS, max_size=3).map(" , ".join)),
+    st.text("bytes=-,0123456789 \t+x", max_size=20),
+)
+
+
+@given(HEADERS, st.integers(0, 300))
+@example("bytes=0-1,", 10)
+@example("bytes=,0-1", 10)
+@example("bytes=--1", 10)
+@example("bytes=-0", 10)
+@example("bytes=٣-", 10)
+@example("bytes=0-" + "9" * 5000, 10)
+@example("bytes=" + "0" * 5000 + "-", 10)
+def test_every_header_means_what_the_rfc_says(header: str, size: int) -> None:
+    if len(header) < 1000:
+        assert requested(header, size) == reference(header, size)
+    else:
+        assert requested(header, size) == (0, size)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "bytes=0-0",
+        "bytes=5-9",
+        "bytes=100-",
+        "bytes=-1",
+        "bytes=-100000000",
+        "bytes=3-100000000",
+        "BYTES=1-2",
+        "bytes=99999999-",
+        "bytes=-0",
+        "bytes=2-1",
+        "items=0-1",
+        "bytes=a-b",
+        "bytes=0-1,5-6",
+        "bytes",
+        "",
+        "bytes=-",
+    ],
+)
+def test_on_the_wire(server: Server, shared_store: StoreBuilder, header: str) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    whole = dump(shared_store, "tree")
+    answer = server.get(where, {"Range": header, "Accept-Encoding": "zstd"})
+    match reference(header, len(whole)):
+        case "whole":
+            assert (answer.status, answer.body) == (200, whole)
+            assert "content-range" not in answer.headers
+        case "unsatisfiable":
+            assert answer.status == 416
+            assert answer.headers["content-range"] == f"bytes */{len(whole)}"
+            assert answer.headers["cache-control"] == "no-store"
+        case (int(start), int(stop)):
+            assert (answer.status, answer.body) == (206, whole[start:stop])
+            assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+            assert answer.headers["etag"] == server.head(where).headers["etag"]
+            assert answer.headers["accept-ranges"] == "bytes"
+            assert "content-encoding" not in answer.headers
+    head = server.head(where, {"Range": header, "Accept-Encoding": "zstd"})
+    assert (head.status, head.headers, head.body) == (answer.status, answer.headers, b"")
+
+
+def test_ranges_are_advertised(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    assert server.get(where).headers["accept-ranges"] == "bytes"
+
+
+def test_if_range_continues_only_what_was_begun(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    etag = server.head(where).headers["etag"]
+    assert server.get(where, {"Range": "bytes=5-9", "If-Range": etag}).status == 206
+    for other in ('"other"', f"W/{etag}", "Sun, 06 Nov 1994 08:49:37 GMT", "*", ""):
+        assert server.get(where, {"Range": "bytes=5-9", "If-Range": other}).status == 200
+
+
+def test_not_modified_comes_before_a_range(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    etag = server.head(where).headers["etag"]
+    assert server.get(where, {"Range": "bytes=5-9", "If-None-Match": etag}).status == 304
+
+
+def test_the_older_urls_have_ranges_too(server: Server, shared_store: StoreBuilder) -> None:
+    whole = dump(shared_store, "tree")
+    answer = server.get(f"/nar/{info(shared_store, 'tree').path.hash_part}.nar", {"Range": "bytes=-100"})
+    assert (answer.status, answer.body) == (206, whole[-100:])
+
+
+def test_parallel_ranges_make_the_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    store.add(store.output_path("tree"), {f"{n:04}": bytes([n % 251]) * (n * 7) for n in range(2000)})
+    server = start(store=tmp_path / "store", workers=2)
+    whole = dump(store, "tree")
+    where = url(server, info(store, "tree").path.hash_part)
+    step = len(whole) // 16 + 1
+    ranges = [f"bytes={first}-{first + step - 1}" for first in range(0, len(whole), step)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(lambda part: server.get(where, {"Range": part}), ranges))
+    assert {part.status for part in parts} == {206}
+    assert b"".join(part.body for part in parts) == whole
+
+
+def test_a_range_opens_no_file_before_it(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Shown by a file that is gone: a walk does not come by it, for the layout is remembered."""
+    path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    whole = server.get(where).body
+    root = Path(store.real_path(path.path).decode())
+    root.chmod(0o700)
+    (root / "a").rename(tmp_path / "a")
+    answer = server.get(where, {"Range": "bytes=-600"})
+    assert (answer.status, answer.body) == (206, whole[-600:])
+
+
+def test_what_changed_on_disk_breaks_a_range_and_is_forgotten(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000})
+    server = start(store=tmp_path / "store")
+    where = url(server, path.path.hash_part)
+    whole = server.get(where).body
+    file = Path(store.real_path(path.path).decode()) / "b"
+    file.chmod(0o600)
+    file.write_bytes(b"b" * 999)
+    assert server.get(where, {"Range": "bytes=-600"}).status == 404
+    file.write_bytes(b"b" * 1000)
+    assert server.get(where, {"Range": "bytes=-600"}).body == whole[-600:]
+
+
+def test_the_end_of_a_large_nar_costs_what_its_beginning_does(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    """Counted in what is read, not in time: 100 GiB of it would be noticed."""
+    path = store.output_path("huge")
+    store.add(path, {"a": b"", "z": b"last"})
+    file = Path(store.real_path(path).decode()) / "a"
+    file.chmod(0o600)
+    with file.open("r+b") as handle:
+        handle.truncate(100 << 30)
+    whole = sum(map(len, nar.dump(store.real_path(path))))
+    with store.connect() as connection:
+        connection.execute("update ValidPaths set narSize = ?", (whole,))
+    server = start(store=tmp_path / "store")
+    where = url(server, path.hash_part)
+
+    def bytes_read() -> int:
+        text = Path(f"/proc/{server.workers[0]}/io").read_text()
+        return int(re.search(r"rchar: (\d+)", text)[1])  # type: ignore[index]
+
+    before = bytes_read()
+    answer = server.get(where, {"Range": "bytes=-100"})
+    assert (answer.status, len(answer.body)) == (206, 100)
+    assert b"last" in answer.body
+    assert bytes_read() - before < 1_000_000
+
+
+def test_ranges_on_one_connection(server: Server, shared_store: StoreBuilder) -> None:
+    where = url(server, info(shared_store, "tree").path.hash_part)
+    whole = dump(shared_store, "tree")
+    with server.connect() as connection:
+        for first in (0, 7, 1000, len(whole) - 1):
+            connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\nRange: bytes={first}-\r\n\r\n".encode())
+            assert read_answer(connection).body == whole[first:]
+
+
+def test_a_sparse_file_is_sent_from_its_middle(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("sparse"), {"zeros": Sparse(50_000_000)})
+    server = start(store=tmp_path / "store")
+    answer = server.get(url(server, path.path.hash_part), {"Range": "bytes=25000000-25000999"})
+    assert (answer.status, answer.body) == (206, bytes(1000))
