@@ -1,0 +1,38 @@
+"""With no configuration at all, the store of the machine is served."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure
+from running import HARMONIA
+
+# A machine of its own as far as it matters: its /nix, and port 5000 of its loopback.
+_SCRIPT = """
+mkdir -p /nix && mount --bind "$1" /nix && ip link set lo up
+shift
+"$@" 2> "$LOG" &
+for _ in $(seq 100); do
+  curl --silent --fail http://localhost:5000/health > /dev/null && break
+  sleep 0.1
+done
+curl --silent --fail "http://localhost:5000/$HASH.narinfo"
+kill $! && wait $!
+"""
+
+
+@pytest.mark.nix
+@pytest.mark.root
+def test_no_configuration_at_all(closure: Closure, tmp_path: Path) -> None:
+    nix = str(closure.server.directory / "nix")
+    command = ["unshare", "--mount", "--net", "sh", "-c", _SCRIPT, "sh", nix, *HARMONIA]
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": str(tmp_path),
+        "LOG": str(tmp_path / "log"),
+        "HASH": closure.top.removeprefix("/nix/store/")[:32],
+    }
+    answer = subprocess.run(command, env=environment, cwd=Path.cwd(), capture_output=True, timeout=60, check=False)
+    assert answer.returncode == 0, (tmp_path / "log").read_text()
+    assert f"StorePath: {closure.top}\n" in answer.stdout.decode()
