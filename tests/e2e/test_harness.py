@@ -1,5 +1,6 @@
 """The harness itself: clients are real, strict about signatures, apart from each other, and leave nothing behind."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from e2e.closure import Closure, make_closure
 from e2e.nix_client import Client, Nix
+from running import wait_until
 
 MakeClient = Callable[[str], Client]
 
@@ -91,9 +93,10 @@ def test_failure_tells_all(client: Client) -> None:
 
 
 def test_timeout_leaves_nothing_behind(client: Client, tmp_path: Path) -> None:
+    mark = f"8765.{os.getpid()}"  # seconds, and nobody else's
     with pytest.raises(TimeoutError, match=r"not done after 0.5 s:\nstarted"):
-        client.run("sh", "-c", "echo started >&2; setsid sleep 8765.4 & sleep 8765.4", timeout=0.5)
-    assert not [line for line in Path("/proc").glob("[0-9]*/cmdline") if b"8765.4" in read(line)]
+        client.run("sh", "-c", f"echo started >&2; setsid sleep {mark} & sleep {mark}", timeout=0.5)
+    wait_until(lambda: not [line for line in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(line)])
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
