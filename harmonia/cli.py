@@ -14,6 +14,7 @@ from harmonia import __version__, config, demo, sockets, systemd
 from harmonia.config import Settings
 from harmonia.errors import ConfigError, HarmoniaError
 from harmonia.server import worker
+from harmonia.server.cache import Cache
 from harmonia.supervisor import Supervisor
 
 _log = logging.getLogger("harmonia")
@@ -76,7 +77,8 @@ def serve(config_file: str | None) -> None:
         with nullcontext(inherited) if inherited else sockets.listen(settings) as listening:
             for each in listening:
                 _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
-            work = partial(worker.run, settings, keys)
+            cache = Cache(settings, keys)
+            work = partial(worker.run, cache)
             status = Supervisor(work, listening, settings.workers, settings.shutdown_grace).run()
     sys.exit(status)
 

@@ -31,6 +31,7 @@ _WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that deco
 _WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
 _BIND = '"host:port", "[IPv6]:port" or "unix:/path"'
 _MODE = 'a string of three or four octal digits, like "0660"'
+_SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
 _PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
 # Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
 _NO_PATH = re.compile(r"\A\Z|[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
@@ -39,6 +40,7 @@ _NO_EFFECT = {"daemon_socket", "max_connection_rate"}
 Count = Annotated[int, Meta(ge=0)]
 Address = Annotated[str, Meta(extra={"wanted": _BIND})]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
+Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
 WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
 Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
@@ -58,14 +60,19 @@ class _WrongSettingError(ConfigError):
 class Zstd(msgspec.Struct, frozen=True, kw_only=True):
     level: Annotated[
         int, Meta(ge=-7, le=22, description="Higher is smaller and slower; 0 is libzstd's own default (3).")
-    ] = 1
-    long_distance_matching: Annotated[bool, Meta(description="Find repetitions that lie far apart.")] = True
+    ] = 3
+    long_distance_matching: Annotated[
+        bool, Meta(description="Find repetitions that lie far apart, at four times the memory.")
+    ] = False
     window_log: Annotated[
         WindowLog,
-        Meta(description="log2 of the match window in bytes; 0 chooses 25 (32 MiB) or what the level brings."),
+        Meta(
+            description="log2 of the match window in bytes; 0 is what the level brings, and 25 (32 MiB) with"
+            " `long_distance_matching`. NARs are compressed in pieces of that size, but at least 8 MiB."
+        ),
     ] = 0
     max_ldm_encoders_per_worker: Annotated[
-        Count, Meta(description="Large downloads that each worker compresses so at once; 0 is no limit.")
+        Count, Meta(description="Threads that compress with `long_distance_matching`; 0 is one for each CPU.")
     ] = 16
 
     def __post_init__(self) -> None:
@@ -123,7 +130,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     narinfo_max_age: Annotated[
         int, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
     ] = 86400
-    enable_compression: Annotated[bool, Meta(description="Compress with zstd for clients that accept it.")] = True
+    enable_compression: Annotated[
+        bool, Meta(description="Compress with zstd: for clients that accept it, and as `nar_compression` says.")
+    ] = True
+    nar_compression: Annotated[
+        Literal["auto", "zstd", "none"],
+        Meta(
+            description="What narinfos offer: `zstd` files, which can be resumed, or plain NARs. `auto` is `zstd` where"
+            " the cache directory can be written."
+        ),
+    ] = "auto"
+    cache_dir: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$CACHE_DIRECTORY`, `$XDG_CACHE_HOME/harmonia` or `~/.cache/harmonia`"},
+            description="Where compressed NARs are kept.",
+        ),
+    ] = None
+    cache_size: Annotated[
+        Size | None,
+        Meta(
+            extra={"default": "half of the free space, at most `20G`"},
+            description="How much they may take. The longest unused go first.",
+        ),
+    ] = None
     trusted_proxies: Annotated[
         Proxies, Meta(description="Peers whose `X-Forwarded-For` is believed; `unix` is every peer on a unix socket.")
     ] = ()
@@ -132,7 +162,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
 
     def __post_init__(self) -> None:
-        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "tls_cert_path", "tls_key_path")
+        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "cache_dir", "tls_cert_path", "tls_key_path")
         paths = [(key, getattr(self, key)) for key in keys] + [("sign_key_paths", path) for path in self.sign_key_paths]
         for key, path in paths:
             if path is not None and _NO_PATH.search(path):
@@ -167,6 +197,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 pass  # not an IPv6 address: told below
         limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
         raise _WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(self.bind)}", "bind")
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_size` as a number."""
+        return int(self.cache_size[:-1]) << 10 * (1 + "KMGT".index(self.cache_size[-1])) if self.cache_size else None
 
     @property
     def real_store(self) -> str:
@@ -219,9 +254,16 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
             log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
         if environ.get("SIGN_KEY_PATH"):
             log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
+        values.setdefault("cache_dir", _cache_dir(environ))
         if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
             values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
         return Settings(**values)
+
+
+def _cache_dir(environ: Mapping[str, str]) -> str:
+    """The one that systemd made (of several, separated by colons, the first), else the user's."""
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
+    return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Self
 from urllib.parse import urlsplit
 
+import zstandard
+
 from harmonia.demo import Sparse, StoreBuilder
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
@@ -47,6 +49,7 @@ class Server:
         *,
         bind: str = "127.0.0.1:0",
         workers: int = 1,
+        cache_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = HARMONIA,
         **process: object,
@@ -54,10 +57,11 @@ class Server:
         directory.mkdir()
         self._program = program
         self.directory = directory
+        self.cache_dir = cache_dir or directory / "cache"
         self.config = directory / "harmonia.toml"
         self.config.write_text(
             f"bind = {bind!r}\nworkers = {workers}\nreal_nix_store = '{store}/nix/store'\n"
-            f"nix_db_path = '{store}/nix/var/nix/db/db.sqlite'\n{settings}\n"
+            f"nix_db_path = '{store}/nix/var/nix/db/db.sqlite'\ncache_dir = '{self.cache_dir}'\n{settings}\n"
         )
         self.environment = {**os.environ, **(environment or {})}
         self._options = process
@@ -161,9 +165,11 @@ class Server:
             else:
                 yield connection
 
-    def request(self, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, *, version: str = "1.1"
+    ) -> Answer:
         """One request on a connection of its own, its head sent to the letter."""
-        lines = [f"{method} {path} HTTP/1.1", "Host: cache", "Connection: close"]
+        lines = [f"{method} {path} HTTP/{version}", "Host: cache", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         with self.connect() as connection:
             connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
@@ -217,6 +223,17 @@ class ServiceManager:
         """The next datagram. TimeoutError where none comes."""
         self._socket.settimeout(seconds)
         return self._socket.recv(4096).decode()
+
+
+def unpacked(encoded: bytes) -> bytes:
+    """What zstd frames hold. Fails where they are damaged, or the last one is not whole."""
+    content = bytearray()
+    while encoded:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        content += frame.decompress(encoded)
+        assert frame.eof
+        encoded = frame.unused_data
+    return bytes(content)
 
 
 def nar_url(info: PathInfo) -> str:

@@ -119,7 +119,7 @@ def test_an_empty_file_gives_upstreams_defaults() -> None:
     given = settings()
     assert (given.bind, given.max_connections, given.priority) == ("[::]:5000", 2048, 30)
     assert (given.virtual_nix_store, given.enable_compression) == ("/nix/store", True)
-    assert given.zstd == Zstd(level=1, long_distance_matching=True, window_log=0, max_ldm_encoders_per_worker=16)
+    assert given.zstd == Zstd(level=3, long_distance_matching=False, window_log=0, max_ldm_encoders_per_worker=16)
 
 
 @pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (4, 4), (64, 4)])

@@ -16,6 +16,7 @@ LAYERS = {
     "config": 2,
     "store": 3,
     "nar_cache": 3,
+    "zstd": 3,
     "upstream": 3,
     "server": 5,
     "supervisor": 6,

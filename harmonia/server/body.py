@@ -1,14 +1,15 @@
-"""How a representation becomes a response: conditions, HEAD, and the one pump that every streamed body goes through.
+"""How a representation becomes a response: conditions, encodings, ranges, HEAD, and the one pump for streamed bodies.
 
-Conditions are RFC 9110 section 13. A body that fails half-way ends in a broken connection, never in a short one that
-looks complete.
+RFC 9110 sections 8.4, 12.5.3, 13 and 14. A body that fails half-way ends in a broken connection, never in a short one
+that looks complete.
 """
 
 import asyncio
 import logging
-from collections.abc import Generator, Mapping
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Protocol, cast
 
@@ -17,19 +18,37 @@ from sanic.exceptions import RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
 from harmonia.server import byte_range
+from harmonia.server.negotiation import prefers_zstd
 
 IMMUTABLE = "public, max-age=31536000, immutable"
+
+_PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
+_LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
 
 _log = logging.getLogger("harmonia")
 
 
 class Body(Protocol):
-    """Bytes of a known number that are read when they are wanted, by a thread."""
+    """Bytes that are read when they are wanted, by a thread."""
 
-    def __len__(self) -> int: ...
+    @property
+    def size(self) -> int | None:
+        """How many they are, None as long as that is not known."""
 
-    def read(self, start: int, stop: int) -> Generator[bytes]:
-        """The bytes from `start` to `stop`, in chunks."""
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet."""
+
+
+Open = Callable[[Request], Awaitable[Body]]
+"""Makes a body when it is known to be wanted. For HEAD it is only asked for its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A body in the content coding zstd. `name` tells how it is encoded from every other way to do it."""
+
+    name: str
+    open: Open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,47 +56,84 @@ class Representation:
     """What a resource has to say, whatever the method and the conditions of the request (RFC 9110 section 3.2)."""
 
     content_type: str
-    body: bytes | Body
+    body: bytes | Body | Open
     cache_control: str
     etag: str | None = None
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
+    zstd: Encoded | None = None
+    """The same encoded, for those who accept that. Its ETag is then another one."""
+    worthwhile: bool = True
+    """Whether to encode it where nobody insists."""
 
 
 async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:
-    """The response to return to Sanic, or None where it has been streamed already.
+    """The response to return to Sanic, or None where it has been sent already.
 
-    FileNotFoundError and StoreObjectError come only from before the first byte.
+    An error is raised only before the first byte; after it, the connection is broken.
     """
-    headers = {"cache-control": representation.cache_control, **representation.headers}
-    if representation.etag is not None:
-        headers["etag"] = representation.etag
-        if _matches(request.headers.get("if-none-match"), representation.etag):
-            return HTTPResponse(status=304, headers=headers)
-    headers["content-type"] = representation.content_type
-    body, status = representation.body, representation.status
-    start, stop = 0, len(body)
-    if not isinstance(body, bytes):
+    headers = {"cache-control": representation.cache_control, "content-type": representation.content_type}
+    body, etag = representation.body, representation.etag
+    if representation.zstd is not None:
+        headers["vary"] = "Accept-Encoding"
+        if _is_encoded(request, representation):
+            headers["content-encoding"] = "zstd"
+            body = representation.zstd.open
+            etag = etag and f'{etag[:-1]}-encoded-{representation.zstd.name}"'
+    if etag is not None:
+        headers["etag"] = etag
+        if _matches(request.headers.get("if-none-match"), etag):
+            kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
+            return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
+    if isinstance(body, bytes):
+        headers["content-length"] = str(len(body))
+        return HTTPResponse(None if request.method == "HEAD" else body, headers=headers)
+    return await _respond_with(request, await body(request) if callable(body) else body, headers, readers)
+
+
+async def _respond_with(
+    request: Request, body: Body, headers: dict[str, str], readers: Executor
+) -> HTTPResponse | None:
+    status = HTTPStatus.OK
+    start, stop = 0, body.size
+    if "content-encoding" not in headers:
         headers["accept-ranges"] = "bytes"
-        if part := _range(request, representation):
+        if body.size is not None and (part := _range(request, headers.get("etag"), body.size)):
             start, stop = part
             status = HTTPStatus.PARTIAL_CONTENT
-            headers["content-range"] = f"bytes {start}-{stop - 1}/{len(body)}"
-    headers["content-length"] = str(stop - start)
-    if request.method == "HEAD":
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{body.size}"
+    if stop is not None:
+        headers["content-length"] = str(stop - start)
+    if request.method != "HEAD":
+        size = None if stop is None else stop - start
+        response = HTTPResponse(status=status, headers=headers)
+        await _pump(request, response, _ReadAhead(body.read(start, stop), readers), size)
+        return None
+    if stop is not None:
         return HTTPResponse(status=status, headers=headers)
-    if isinstance(body, bytes):
-        return HTTPResponse(body, status=status, headers=headers)
-    response = HTTPResponse(status=status, headers=headers)
-    await _pump(request, response, body.read(start, stop), stop - start, readers)
-    return None
+    if request.version != "1.0":
+        headers["transfer-encoding"] = "chunked"
+    return _HeadOfUnknownLength(headers=headers)
 
 
-def _range(request: Request, representation: Representation) -> tuple[int, int] | None:
-    size = len(representation.body)
+class _HeadOfUnknownLength(HTTPResponse):
+    @property
+    def processed_headers(self) -> Iterator[tuple[bytes, bytes]]:
+        self.headers.pop("content-length")  # Sanic tells one of 0
+        return super().processed_headers
+
+
+def _is_encoded(request: Request, representation: Representation) -> bool:
+    """Never parts: Nix counts the bytes of a range unencoded. Nor HTTP/1.0: it has no end for an unknown length."""
+    plain = representation.body
+    size = len(plain) if isinstance(plain, bytes) else None if callable(plain) else plain.size
+    worthwhile = representation.worthwhile and (size is None or size > _PACKET)
+    sendable = "range" not in request.headers and request.version != "1.0"
+    accepted = ",".join(request.headers.getall("accept-encoding", []))
+    return prefers_zstd(accepted, worthwhile=worthwhile and sendable)
+
+
+def _range(request: Request, etag: str | None, size: int) -> tuple[int, int] | None:
     try:
-        header, if_range = request.headers.get("range"), request.headers.get("if-range")
-        return byte_range.requested(header, if_range, representation.etag, size)
+        return byte_range.requested(request.headers.get("range"), request.headers.get("if-range"), etag, size)
     except byte_range.UnsatisfiableError:
         raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
@@ -89,37 +145,67 @@ def _matches(condition: str | None, etag: str) -> bool:
     return condition.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in condition.split(","))
 
 
-async def _pump(
-    request: Request, response: HTTPResponse, chunks: Generator[bytes], size: int, readers: Executor
-) -> None:
-    """Send `size` bytes while a thread reads the next of them: at most three chunks are in memory."""
-    reading = readers.submit(next, chunks, b"")
-    left = size
-    request.ctx.sent = 0
+class _ReadAhead:
+    """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory."""
+
+    def __init__(self, chunks: Generator[bytes | None], readers: Executor) -> None:
+        self._chunks = chunks
+        self._readers = readers
+        self._reading = self._submit()
+
+    def _submit(self) -> "Future[bytes | None]":
+        return self._readers.submit(next, self._chunks, b"")
+
+    async def next(self) -> bytes:
+        """The next chunk, empty after the last."""
+        delay = 0.001
+        while (chunk := await asyncio.wrap_future(self._reading)) is None:
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LONGEST_WAIT)
+            self._reading = self._submit()
+        if chunk:
+            self._reading = self._submit()
+        return chunk
+
+    def close(self) -> None:
+        # A generator cannot be closed while a thread runs it.
+        self._reading.add_done_callback(lambda _: self._chunks.close())
+
+
+async def exhaust(body: Body, readers: Executor) -> None:
+    """Wait until a body is made, and its size known."""
+    chunks = _ReadAhead(body.read(sys.maxsize, None), readers)
     try:
-        chunk = await asyncio.wrap_future(reading)
+        while await chunks.next():
+            pass
+    finally:
+        chunks.close()
+
+
+async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, size: int | None) -> None:
+    """Send a body of that size, if it is known before."""
+    sent = request.ctx.sent = 0
+    try:
+        chunk = await chunks.next()
         await request.respond(response)
         while chunk:
-            left -= len(chunk)
-            if left < 0:
-                raise StoreObjectError("there is more of it than the database says")
-            reading = readers.submit(next, chunks, b"")
+            if size is not None and sent + len(chunk) > size:
+                raise StoreObjectError(f"there is more of it than {size} bytes")
             await response.send(chunk)
-            request.ctx.sent += len(chunk)
-            chunk = await asyncio.wrap_future(reading)
-        if left:
-            raise StoreObjectError(f"{left} bytes are missing of what the database says")
+            sent = request.ctx.sent = sent + len(chunk)
+            chunk = await chunks.next()
+        if size is not None and sent < size:
+            raise StoreObjectError(f"only {sent} of {size} bytes are there")
     except Exception as error:
         if not request.responded:
             raise
-        _log.error("%s breaks off after %d of %d bytes: %s", request.path, size - left, size, error)
+        _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
         _abort(request)
     except BaseException:  # the client is gone, or too slow, or we are told to stop
         _abort(request)
         raise
     finally:
-        # A generator cannot be closed while a thread runs it.
-        reading.add_done_callback(lambda _: chunks.close())
+        chunks.close()
 
 
 def _abort(request: Request) -> None:

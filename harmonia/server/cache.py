@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from sanic import Request
+
+from harmonia.compression import Compressed, Compressor, Source
 from harmonia.config import Settings
 from harmonia.errors import StoreUnavailableError
+from harmonia.nar_cache import NarCache
 from harmonia.nix import narinfo
 from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
+from harmonia.server.body import Body, Encoded
+from harmonia.server.negotiation import NotAcceptable
 from harmonia.store import BUSY_TIMEOUT, Database, Store
 
 _REMEMBERED_PATHS = 8192  # about 2 KiB each
@@ -34,12 +41,27 @@ class SignedPath:
     sigs: tuple[str, ...]
 
 
+def _nar_cache(settings: Settings) -> NarCache | None:
+    if not settings.enable_compression:
+        return None
+    try:
+        return NarCache(os.path.join(str(settings.cache_dir), "nar"), settings.cache_bytes)
+    except OSError as error:
+        _log.warning("compressed NARs are not kept: %s: %s", error.filename, error.strerror)
+        return None
+
+
 class Cache:
     def __init__(self, settings: Settings, keys: Sequence[SecretKey]) -> None:
         self.settings = settings
         self.keys = keys
         self.store = Store(settings.virtual_nix_store, settings.real_store, settings.database)
         self.layouts = Layouts(_LAYOUT_MEMORY)
+        nar_cache = _nar_cache(settings)
+        self.compressor = Compressor(settings.zstd, nar_cache)
+        wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
+        self.offers_zstd = settings.enable_compression and wanted
+        """Whether narinfos lead to compressed NARs."""
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
@@ -65,6 +87,16 @@ class Cache:
         if len(self._known) > _REMEMBERED_PATHS:
             self._known.popitem(last=False)
         return found
+
+    def encoded(self, source: Source) -> Encoded | None:
+        """A body as it can be sent compressed, if it can."""
+
+        async def open_encoded(request: Request) -> Body:
+            if request.version == "1.0":  # it has no end for an unknown length
+                raise NotAcceptable
+            return Compressed(self.compressor, source)
+
+        return Encoded(self.compressor.encoding.name, open_encoded) if self.settings.enable_compression else None
 
     async def read(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds on disk, in one of the threads that may wait for it."""

@@ -21,6 +21,7 @@ class Listing:
     nar: Nar
     size: int
     text: bytes | None
+    sha256: None = None
 
     @classmethod
     def of(cls, nar: Nar) -> Self:
@@ -33,16 +34,15 @@ class Listing:
                 pieces.append(piece)
         return cls(nar, size, b"".join(pieces) if size <= _KEPT else None)
 
-    def __len__(self) -> int:
-        return self.size
-
-    def read(self, start: int, stop: int) -> Generator[bytes]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
         pieces = listing.render(self.nar.frames()) if self.text is None else [self.text]
-        return nar.read(nar.window(pieces, start, stop))
+        return nar.read(nar.window(pieces, start, self.size if stop is None else stop))
 
 
 async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
     info = found(await cache.path(hash_part))
     body = await cache.read(lambda: Listing.of(Nar.of(cache, info)))
     etag = f'"{base32.encode(info.nar_hash)}-ls"'
-    return Representation(content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag)
+    return Representation(
+        content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=cache.encoded(body)
+    )

@@ -12,18 +12,23 @@ from typing import Self
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.compression import CompressedNar
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32, nar
 from harmonia.nix.nar import Frame
 from harmonia.nix.nar_layout import Layout, Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
-from harmonia.server.body import IMMUTABLE, Representation
+from harmonia.server.body import IMMUTABLE, Body, Encoded, Open, Representation, exhaust
 from harmonia.server.cache import Cache, SignedPath
 
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
-_NAMES = [re.compile(rf"{name}\.nar") for name in (f"{_HASH_PART}-{_NAR_HASH}", _NAR_HASH, _HASH_PART)]
+_NAMES = [
+    re.compile(rf"{name}\.nar(?P<compression>\.zst)?") for name in (f"{_HASH_PART}-{_NAR_HASH}", _NAR_HASH, _HASH_PART)
+]
+
+_CONTENT_TYPE = "application/x-nix-nar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,13 @@ class Nar:
     def of(cls, cache: Cache, info: PathInfo) -> Self:
         return cls(info, cache.store.real_path(info.path), cache.layouts)
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
         return self.info.nar_size
+
+    @property
+    def sha256(self) -> bytes:
+        return self.info.nar_hash
 
     def frames(self) -> Iterator[Frame]:
         """The frames of the whole. StoreObjectError at their end where they do not make up the length registered."""
@@ -52,9 +62,10 @@ class Nar:
             self._check(layout)
             self.layouts.add(self._key, layout)
 
-    def read(self, start: int, stop: int) -> Generator[bytes]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        stop = self.size if stop is None else stop
         try:
-            if (start, stop) == (0, len(self)):
+            if (start, stop) == (0, self.size):
                 yield from nar.read(nar.segments(self.frames()))
             else:
                 layout = self.layouts.find(self._key, self.root)
@@ -65,9 +76,9 @@ class Nar:
             raise
 
     def _check(self, layout: Layout) -> None:
-        if layout.size != len(self):
+        if layout.size != self.size:
             raise StoreObjectError(
-                f"{self.info.path} has a NAR of {layout.size} bytes, but {len(self)} were registered"
+                f"{self.info.path} has a NAR of {layout.size} bytes, but {self.size} were registered"
             )
 
     @property
@@ -93,9 +104,42 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     nar_hash = base32.encode(info.nar_hash)
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
+    body = Nar.of(cache, info)
+    compressor = cache.compressor
+    compressed = _compressed(cache, body)
+    if named["compression"]:
+        etag = f'"{nar_hash}-{compressor.encoding.name}"'
+        return Representation(content_type=_CONTENT_TYPE, body=compressed, cache_control=IMMUTABLE, etag=etag)
     return Representation(
-        content_type="application/x-nix-nar",
-        body=Nar.of(cache, info),
+        content_type=_CONTENT_TYPE,
+        body=body,
         cache_control=IMMUTABLE,
         etag=f'"{nar_hash}"',
+        zstd=Encoded(compressor.encoding.name, compressed) if cache.settings.enable_compression else None,
+        worthwhile=not compressor.saturated or compressor.known(info.nar_hash) is not None,
     )
+
+
+def _compressed(cache: Cache, nar: Nar) -> Open:
+    """The compressed NAR, whole where the request cannot do without its length."""
+
+    async def open_compressed(request: Request) -> Body:
+        if request.method == "HEAD":
+            known = await cache.read(lambda: cache.compressor.find(nar.sha256))
+            return _Unread(known.size if known else None)
+        body = await cache.read(lambda: CompressedNar(cache.compressor, nar))
+        if body.size is None and ("range" in request.headers or request.version == "1.0"):
+            await exhaust(body, cache.readers)
+        return body
+
+    return open_compressed
+
+
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """What HEAD wants to know of a body."""
+
+    size: int | None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        raise NotImplementedError

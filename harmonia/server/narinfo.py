@@ -11,17 +11,20 @@ from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
 
-def nar_file(info: PathInfo) -> narinfo.NarFile:
+async def nar_file(cache: Cache, info: PathInfo) -> narinfo.NarFile:
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
     url = f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
-    return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
+    if not cache.offers_zstd:
+        return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
+    file = cache.compressor.known(info.nar_hash) or await cache.read(lambda: cache.compressor.find(info.nar_hash))
+    return narinfo.NarFile(url + ".zst", "zstd", file and file.sha256, file and file.size)
 
 
 async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
     path = await cache.path(hash_part)
     if path is None:
         raise NotFound
-    text = narinfo.render(path.info, cache.store.store_dir, nar_file(path.info), path.sigs).encode()
+    text = narinfo.render(path.info, cache.store.store_dir, await nar_file(cache, path.info), path.sigs).encode()
     return Representation(
         content_type=narinfo.CONTENT_TYPE,
         body=text,

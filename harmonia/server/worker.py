@@ -17,7 +17,6 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from harmonia import config
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
-from harmonia.nix.signing import SecretKey
 from harmonia.server.app import create_app
 from harmonia.server.cache import Cache
 from harmonia.sockets import BACKLOG, notice_lost_clients
@@ -29,15 +28,14 @@ _log = logging.getLogger("harmonia")
 
 
 def run(
-    settings: Settings,
-    keys: Sequence[SecretKey],
+    cache: Cache,
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
     """What a worker of the supervisor does."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(Cache(settings, keys), listening, lifeline, heartbeat))
+        runner.run(_serve(cache, listening, lifeline, heartbeat))
 
 
 async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float) -> None:

@@ -19,10 +19,10 @@ Start = Callable[..., Server]
 
 
 def url(server: Server, hash_part: str) -> str:
-    """Where the narinfo says that the NAR is."""
+    """Where the plain NAR is, beside the one that the narinfo tells of."""
     for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
         if line.startswith("URL: "):
-            return "/" + line.removeprefix("URL: ")
+            return "/" + line.removeprefix("URL: ").removesuffix(".zst")
     raise AssertionError("no URL")
 
 

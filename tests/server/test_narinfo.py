@@ -35,14 +35,29 @@ def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[Secr
     assert answer.headers["cache-control"] == "public, max-age=86400"
     assert answer.text == (
         f"StorePath: /nix/store/{tree.path}\n"
-        f"URL: nar/{tree.path.hash_part}-{nar_hash}.nar\n"
-        "Compression: none\n"
-        f"FileHash: sha256:{nar_hash}\n"
-        f"FileSize: {tree.nar_size}\n"
+        f"URL: nar/{tree.path.hash_part}-{nar_hash}.nar.zst\n"
+        "Compression: zstd\n"
         f"NarHash: sha256:{nar_hash}\n"
         f"NarSize: {tree.nar_size}\n"
         f"References: {' '.join(tree.references)}\n"
         f"Deriver: {tree.deriver}\n" + "".join(f"Sig: {signature}\n" for signature in signatures)
+    )
+
+
+def test_exact_bytes_without_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents")
+    server = start(store=tmp_path / "store", settings="nar_compression = 'none'")
+    nar_hash = base32.encode(path.nar_hash)
+    assert server.get(f"/{path.path.hash_part}.narinfo").text == (
+        f"StorePath: /nix/store/{path.path}\n"
+        f"URL: nar/{path.path.hash_part}-{nar_hash}.nar\n"
+        "Compression: none\n"
+        f"FileHash: sha256:{nar_hash}\n"
+        f"FileSize: {path.nar_size}\n"
+        f"NarHash: sha256:{nar_hash}\n"
+        f"NarSize: {path.nar_size}\n"
+        "References: \n"
+        f"CA: {path.ca}\n"
     )
 
 

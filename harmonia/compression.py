@@ -1,0 +1,282 @@
+"""Compressed NARs: from the cache, from a file of it that is just being filled, or made on the way where there is none.
+
+All of these give the same bytes, so that a download may go from one to the next in its midst.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from functools import partial
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+from harmonia.config import Zstd
+from harmonia.errors import StoreObjectError
+from harmonia.nar_cache import CachedFile, Filler, NarCache
+from harmonia.nix import base32
+from harmonia.zstd import Encoding, encoders
+
+_PIECE = 512 * 1024  # bytes that are given on at once
+_SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
+
+_REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
+
+_log = logging.getLogger("harmonia")
+
+
+class Source(Protocol):
+    """What is compressed: `size` bytes, of which any part can be read, by several threads at once."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sha256(self) -> bytes | None:
+        """What the content must have, or it is not given out to its end. None where that is not known."""
+
+    def read(self, start: int, stop: int) -> Generator[bytes]: ...
+
+
+class CompressedFile(NamedTuple):
+    """What a narinfo tells of it: FileHash and FileSize."""
+
+    sha256: bytes
+    size: int
+
+
+class Frame(NamedTuple):
+    content: bytes
+    compressed: bytes
+
+
+class Compressor:
+    """Compresses frame by frame, with threads that all downloads share, into a cache where there is one."""
+
+    def __init__(self, settings: Zstd, cache: NarCache | None) -> None:
+        self.encoding = Encoding.of(settings)
+        self.cache = cache
+        self.seconds = 0.0
+        """Of processor time, spent so far."""
+        self.threads, self._encoders = encoders(settings)
+        self._waiting = 0
+        self._known: dict[bytes, CompressedFile] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def saturated(self) -> bool:
+        """Whether there is more to compress than is good for those who wait for it."""
+        return self._waiting > self.threads * _SATURATED
+
+    def known(self, sha256: bytes) -> CompressedFile | None:
+        """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
+        return self._known.get(sha256)
+
+    def find(self, sha256: bytes) -> CompressedFile | None:
+        """The same, looked up in the cache if need be."""
+        if (known := self.known(sha256)) is None and self.cache and (file := self.cache.find(self._key(sha256))):
+            self.remember(sha256, file)
+            file.close()
+            known = self.known(sha256)
+        return known
+
+    def remember(self, sha256: bytes, file: CachedFile) -> None:
+        if file.sha256 is not None:
+            self._known[sha256] = CompressedFile(file.sha256, file.size)
+            while len(self._known) > _REMEMBERED:
+                self._known.pop(next(iter(self._known)), None)
+
+    def open(self, source: Source) -> CachedFile | None:
+        """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
+
+        None where there is no cache that can be written, or where the source has no hash that could be its name.
+        """
+        opened = self.cache.open(self._key(source.sha256)) if self.cache and source.sha256 else None
+        if opened is None:
+            return None
+        file, filler = opened
+        if filler is not None:
+            _Fill(self, source, filler).start()
+        return file
+
+    def stream(self, source: Source, start: int, stop: int | None) -> Generator[bytes | None, None, int]:
+        """The bytes without the cache, compressed on the way, also those before `start`. Returns how far it came."""
+        sha256 = hashlib.sha256()
+        position = unpacked = 0
+        # One frame after the other: however slow a client is, that is all that it holds in memory.
+        for offset in self.offsets(source):
+            frame = self.submit(source, offset)
+            try:
+                while not frame.done():
+                    yield None
+            finally:
+                frame.cancel()
+            content, compressed = frame.result()
+            del frame
+            sha256.update(content)
+            unpacked += len(content)
+            del content
+            if unpacked == source.size:
+                check(source, sha256.digest())
+            first = max(start - position, 0)
+            last = len(compressed) if stop is None else min(stop - position, len(compressed))
+            for piece in range(first, last, _PIECE):
+                yield compressed[piece : min(piece + _PIECE, last)]
+            position += len(compressed)
+            if stop is not None and position >= stop:
+                break
+        return position
+
+    def offsets(self, source: Source) -> Iterator[int]:
+        """Where the frames begin. There is always one."""
+        return iter(range(0, source.size or 1, self.encoding.frame_size))
+
+    def submit(self, source: Source, offset: int) -> Future[Frame]:
+        """Compress the frame that begins at `offset`, when its turn comes."""
+        self._count(1)
+        frame = self._encoders.submit(self._compress, source, offset)
+        frame.add_done_callback(lambda _: self._count(-1))
+        return frame
+
+    def _count(self, difference: int) -> None:
+        with self._lock:
+            self._waiting += difference
+
+    def _compress(self, source: Source, offset: int) -> Frame:
+        began = time.thread_time()
+        end = min(offset + self.encoding.frame_size, source.size)
+        content = b"".join(source.read(offset, end))
+        if len(content) != end - offset:
+            raise StoreObjectError(f"{len(content)} bytes were read where {end - offset} should be")
+        frame = Frame(content, self.encoding.compress(content))
+        with self._lock:
+            self.seconds += time.thread_time() - began
+        return frame
+
+    def _key(self, sha256: bytes) -> str:
+        return f"{base32.encode(sha256)}.{self.encoding.name}"
+
+
+class CompressedNar:
+    """The compressed form of a NAR as something that can be read: from the cache, or else made on the way."""
+
+    def __init__(self, compressor: Compressor, source: Source) -> None:
+        """Begins to fill the cache with it, where it is not there. Blocks for a moment."""
+        self._compressor = compressor
+        self._source = source
+        self._file = compressor.open(source)
+        known = source.sha256 and compressor.known(source.sha256)
+        self.size = known.size if known else None
+        """None until it was once compressed to its end."""
+        if self._file is not None:
+            self._look(self._file)
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        file, self._file = self._file or self._compressor.open(self._source), None
+        position = start
+        reopened = False
+        try:
+            while file is not None:
+                self._look(file)
+                end = file.size if stop is None else min(stop, file.size)
+                while position < end and (data := file.read(position, min(_PIECE, end - position))):
+                    position += len(data)
+                    yield data
+                if file.whole and position < end:
+                    raise StoreObjectError("its file in the cache was cut short")
+                if file.whole or position == stop:
+                    return
+                if not file.lock():
+                    yield None
+                    continue
+                self._look(file)  # it may have become whole just before
+                if not file.whole:
+                    # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
+                    file.close()
+                    file = None if reopened else self._compressor.open(self._source)
+                    reopened = True
+            reached = yield from self._compressor.stream(self._source, position, stop)
+            self.size = reached if stop is None else self.size
+        finally:
+            if file is not None:
+                file.close()
+
+    def _look(self, file: CachedFile) -> None:
+        file.refresh()
+        if file.whole and self._source.sha256:
+            self.size = file.size
+            self._compressor.remember(self._source.sha256, file)
+
+
+class Compressed:
+    """Any other body, compressed on the way."""
+
+    def __init__(self, compressor: Compressor, source: Source) -> None:
+        self._compressor = compressor
+        self._source = source
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        yield from self._compressor.stream(self._source, start, stop)
+
+
+def check(source: Source, sha256: bytes) -> None:
+    """StoreObjectError where what was read is not what it should be."""
+    if source.sha256 not in (None, sha256):
+        raise StoreObjectError(f"its SHA-256 is {sha256.hex()}, but {source.sha256.hex()} was registered")
+
+
+class _Fill:
+    """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn."""
+
+    def __init__(self, compressor: Compressor, source: Source, filler: Filler) -> None:
+        self._compressor = compressor
+        self._source = source
+        self._filler = filler
+        self._sha256 = hashlib.sha256()
+        self._offsets = compressor.offsets(source)  # of the frames that are still to be compressed
+        self._written = 0  # up to where frames are written
+        self._ready: dict[int, Frame] = {}  # those whose turn has not come
+        self._over = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        self._submit(self._compressor.threads)
+
+    def _submit(self, frames: int) -> None:
+        for offset in islice(self._offsets, frames):
+            self._compressor.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+
+    def _done(self, offset: int, future: Future[Frame]) -> None:
+        written = 0
+        with self._lock:
+            if self._over:
+                return
+            try:
+                self._ready[offset] = future.result()
+                while frame := self._ready.pop(self._written, None):
+                    self._write(frame)
+                    written += 1
+            except Exception as error:  # noqa: BLE001 (no other thread would hear of it)
+                self._over = True
+                self._filler.abandon()
+                if not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
+                    _log.error("a NAR cannot be kept compressed: %s", error)
+                return
+        self._submit(written)  # no more, so that few frames wait for one that is slow
+
+    def _write(self, frame: Frame) -> None:
+        self._sha256.update(frame.content)
+        self._written += len(frame.content)
+        whole = self._written == self._source.size
+        if whole:
+            check(self._source, self._sha256.digest())
+        self._filler.append(frame.compressed)
+        if whole:
+            self._over = True
+            self._filler.commit()

@@ -1,0 +1,297 @@
+"""A bounded cache of files on disk, shared by any number of processes: each file is made once, however many ask for it.
+
+A file is *growing* while its *filler*, one process, writes it; all others read what there is already. It ends with a
+trailer, by which every reader sees when it is whole, so that no part of one ever passes for a whole::
+
+    content, its SHA-256, its length in 8 bytes, a magic number
+
+The filler holds a lock on the file, which the kernel takes from it when it dies. Then another one may take its place,
+for the same key always has the same content. Nothing here waits for anybody.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+_TRAILER = struct.Struct("<32sQ16s")
+_MAGIC = b"harmonia file v1"
+_GROWING = ".growing"
+_SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
+_LARGEST_DEFAULT = 20 << 30  # bytes
+_EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
+_TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
+_ABANDONED = 3600.0  # seconds after which a growing file that nobody writes is removed
+_RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass
+class Counters:
+    """What happened since the process began."""
+
+    hits: int = 0
+    misses: int = 0
+    fills: int = 0
+    filled_bytes: int = 0
+    evictions: int = 0
+    corrupt: int = 0
+
+
+class CachedFile:
+    """A file of the cache, whole or growing. It can be read until it is closed, even when it was evicted."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.size = 0
+        """How many bytes of the content there are."""
+        self.sha256: bytes | None = None
+        """Of the content, once it is whole."""
+
+    @property
+    def whole(self) -> bool:
+        return self.sha256 is not None
+
+    def refresh(self) -> None:
+        """Look how far it has come."""
+        if self.whole:
+            return
+        # What may be a trailer, or the beginning of one, is held back.
+        size = max(os.fstat(self._descriptor).st_size - _TRAILER.size, 0)
+        trailer = os.pread(self._descriptor, _TRAILER.size, size)
+        if len(trailer) == _TRAILER.size:
+            sha256, length, magic = _TRAILER.unpack(trailer)
+            if (length, magic) == (size, _MAGIC):
+                self.sha256 = sha256
+        self.size = size
+
+    def read(self, position: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, position)
+
+    def lock(self) -> bool:
+        """Whether nobody fills it, and nobody will before it is closed."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def is_intact(self) -> bool:
+        """Whether the content of a whole file is what was once written. Reads all of it."""
+        sha256 = hashlib.sha256()
+        position = 0
+        with suppress(OSError):  # a disk that notices by itself
+            while data := self.read(position, min(1 << 20, self.size - position)):
+                sha256.update(data)
+                position += len(data)
+        return sha256.digest() == self.sha256
+
+    def detach(self) -> int:
+        """The descriptor, for somebody else to close."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self.detach())
+
+    __del__ = close  # of one that nobody came to read
+
+
+class Filler:
+    """The right to write a file, until `commit`, or `abandon`: that one also after any other has raised OSError."""
+
+    def __init__(self, cache: "NarCache", key: str, descriptor: int) -> None:
+        self._cache = cache
+        self._key = key
+        self._descriptor = descriptor
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+
+    def append(self, data: bytes) -> None:
+        self._write(data)
+        self._sha256.update(data)
+        self._size += len(data)
+
+    def commit(self) -> None:
+        """Make the file whole, which readers see at once, and wait until it would outlast a crash."""
+        self._write(_TRAILER.pack(self._sha256.digest(), self._size, _MAGIC))
+        path = self._cache.path(self._key)
+        try:
+            os.fdatasync(self._descriptor)
+            os.rename(path + _GROWING, path)
+        except OSError as error:
+            self._cache.failed(error)
+            raise
+        os.close(self._descriptor)
+        self._cache.filled(self._size)
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            os.unlink(self._cache.path(self._key) + _GROWING)
+        os.close(self._descriptor)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            self._cache.failed(error)
+            raise
+
+
+class NarCache:
+    """The files in `directory` by their keys, in at most `limit` bytes; without a limit, in a good part of the disk.
+
+    For any thread. OSError where the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: str, limit: int | None = None) -> None:
+        self.counters = Counters()
+        self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._directory = directory
+        self._checked: set[str] = set()
+        self._unusable_until = 0.0
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+        disk = os.statvfs(directory)
+        self._spare = min(_SPARE, disk.f_blocks * disk.f_frsize // 20)
+        used = sum(size for _, size, _ in self._files())
+        self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + used) // 2)
+        self._unchecked = self.limit  # so that the first file that is added makes us look
+
+    def path(self, key: str) -> str:
+        return f"{self._directory}/{key}"
+
+    def find(self, key: str) -> CachedFile | None:
+        """The file, to be closed, if it is there, whole, and ours to read."""
+        with suppress(OSError):
+            return self._find(key)
+        return None
+
+    def open(self, key: str) -> tuple[CachedFile, Filler | None] | None:
+        """The file, to be closed, whole or growing; and the right to fill it, where nobody does.
+
+        None where the disk does not let us.
+        """
+        try:
+            while True:
+                if file := self._find(key):
+                    self.counters.hits += 1
+                    self._touch(key)
+                    if key not in self._checked:
+                        self._checked.add(key)
+                        self.housekeeping.submit(self._check, key)
+                    return file, None
+                if self._unusable_until:
+                    if time.monotonic() < self._unusable_until:
+                        return None
+                    self._unusable_until = 0.0
+                    self.evict()  # others may have filled the disk
+                if opened := self._open_growing(key):
+                    self.counters.misses += 1
+                    return opened
+        except OSError as error:
+            self.failed(error)
+            return None
+
+    def discard(self, key: str) -> None:
+        """Remove a file that is not what was once written."""
+        _log.error("the cached file %s is damaged and removed", self.path(key))
+        self.counters.corrupt += 1
+        with suppress(OSError):
+            os.unlink(self.path(key))
+
+    def failed(self, error: OSError) -> None:
+        """Add nothing to the cache for a while, and say so once."""
+        known, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY
+        if not known:
+            _log.error("cannot write to %s, doing without that cache: %s", self._directory, error.strerror)
+
+    def filled(self, size: int) -> None:
+        """A file of that size has become whole."""
+        self.counters.fills += 1
+        self.counters.filled_bytes += size
+        self._unchecked += size
+        if self._unchecked * _EVICTION_STEP > self.limit:
+            self._unchecked = 0
+            with suppress(OSError):
+                self.evict()
+
+    def evict(self) -> None:
+        """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""
+        files = self._files()
+        excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
+        # What nobody fills any longer goes anyway, and a file that is too large even alone before all others.
+        for _, size, path in sorted(files, key=lambda it: (not it[2].endswith(_GROWING), it[1] <= self.limit, it)):
+            if excess <= 0 and not path.endswith(_GROWING):
+                break
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+                self.counters.evictions += 1
+            excess -= size  # also where another process was faster
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        """When each file was last used, how much it takes on disk, and its path. Without those that are growing."""
+        files = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if not entry.name.endswith(_GROWING) or time.time() - status.st_mtime > _ABANDONED:
+                        files.append((status.st_mtime, status.st_blocks * 512, entry.path))
+        return files
+
+    def _free(self) -> int:
+        disk = os.statvfs(self._directory)
+        return disk.f_bavail * disk.f_frsize
+
+    def _find(self, key: str) -> CachedFile | None:
+        try:
+            file = CachedFile(os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+        file.refresh()
+        if file.whole:
+            return file
+        file.close()
+        self.discard(key)
+        return None
+
+    def _check(self, key: str) -> None:
+        if file := self.find(key):
+            if not file.is_intact():
+                self.discard(key)
+            file.close()
+
+    def _touch(self, key: str) -> None:
+        with suppress(OSError):
+            if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH:
+                os.utime(self.path(key))
+
+    def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
+        """None where it has just become whole, or was taken away."""
+        path = self.path(key) + _GROWING
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = CachedFile(descriptor)
+        if not file.lock():
+            return file, None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                file.refresh()
+                # One that is whole may be read by somebody, although who filled it died before it got its name.
+                if not file.whole and not os.path.exists(self.path(key)):
+                    os.ftruncate(descriptor, 0)  # of what an earlier filler may have left
+                    return CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), Filler(self, key, file.detach())
+                os.unlink(path)
+        file.close()
+        return None

@@ -1,0 +1,73 @@
+"""A bad network: a TCP proxy that cuts each connection after a random number of bytes of answers."""
+
+import random
+import socket
+import socketserver
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self
+
+_BUFFER = 64 * 1024  # small, so that few bytes are under way when a connection is cut
+
+
+class ChaosProxy(socketserver.ThreadingTCPServer):
+    """Passes connections on to `port` of this machine; each gets from `least` to `most` bytes back, and is then cut.
+
+    `on_cut` is called before the client can notice. `cuts` counts them. The same `seed` cuts at the same places.
+    `with` serves until its end, and waits for all connections.
+    """
+
+    def __init__(self, port: int, least: int, most: int, on_cut: Callable[[], None], *, seed: int = 1) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.port = port
+        self.cuts = 0
+        self._random = random.Random(seed)
+        self._least, self._most = least, most
+        self._on_cut = on_cut
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
+
+    def limit(self) -> int:
+        return self._random.randint(self._least, self._most)
+
+    def cut(self) -> None:
+        self.cuts += 1
+        self._on_cut()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: ChaosProxy
+
+    def handle(self) -> None:
+        with socket.socket() as origin:
+            origin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            origin.connect(("127.0.0.1", self.server.port))
+            questions = threading.Thread(target=_copy, args=(self.request, origin))
+            questions.start()
+            if _copy(origin, self.request, self.server.limit()):
+                self.server.cut()
+            for end in (self.request, origin):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # wakes the other thread
+            questions.join()
+
+
+def _copy(source: socket.socket, target: socket.socket, limit: int = 1 << 62) -> bool:
+    """Copy until the source ends, or `limit` bytes were copied: then True."""
+    with suppress(OSError):
+        while limit and (data := source.recv(min(limit, _BUFFER))):
+            target.sendall(data)
+            limit -= len(data)
+        if limit:
+            target.shutdown(socket.SHUT_WR)
+    return not limit

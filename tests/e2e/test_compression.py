@@ -1,0 +1,84 @@
+"""A stock Nix client gets NARs compressed: as files that it can resume, or encoded on the wire if it asks."""
+
+import re
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import pytest
+
+from e2e.chaos import ChaosProxy
+from e2e.closure import Closure, build_one
+from e2e.nix_client import Client
+from e2e.test_substitute import requisites
+from running import Server, wait_until
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+SIZE = 12_000_000  # of a file that cannot be compressed: it takes two frames
+
+
+def fetch(client: Client, url: str, path: str, public_key: str) -> None:
+    """Substitute a closure, and check what came."""
+    client.settings |= {"substituters": url, "trusted-public-keys": public_key}
+    client.run("nix-store", "--realise", path)
+    client.run("nix-store", "--verify-path", *requisites(client, path))
+    client.run("nix", "store", "verify", "--recursive", path)
+
+
+def sent(server: Server) -> list[tuple[str, int]]:
+    """The NARs that were sent: for each its URL and the bytes of its body on the wire."""
+    lines = (re.search(r"'GET (/nar/\S+)' 20[06] (\d+) ", line) for line in server.log)
+    return [(line[1], int(line[2])) for line in lines if line]
+
+
+def is_cached(server: Server, number: int = 1) -> bool:
+    files = list((server.cache_dir / "nar").iterdir())
+    return len(files) == number and not any(file.suffix == ".growing" for file in files)
+
+
+@pytest.mark.parametrize("offered", ["zstd", "none"])
+def test_a_closure_is_substituted(start: Start, make_client: MakeClient, closure: Closure, offered: str) -> None:
+    settings = f"nar_compression = '{offered}'\nsign_key_paths = ['{closure.key.secret_file}']\naccess_log = true"
+    server = start(store=closure.server.directory, settings=settings)
+    paths = requisites(closure.server, closure.top)
+    plain = sum(map(int, closure.server.run("nix-store", "--query", "--size", *paths).lines))
+    different = len(set(closure.server.run("nix-store", "--query", "--hash", *paths).lines))
+    for state in ("cold", "warm"):
+        client = make_client(state)
+        del server.log[:]
+        fetch(client, server.url, closure.top, closure.key.public)
+        wait_until(lambda: len(sent(server)) == len(paths))
+        assert {url.endswith(".nar.zst") for url, _ in sent(server)} == {offered == "zstd"}
+        on_the_wire = sum(size for _, size in sent(server))
+        if offered == "zstd":
+            wait_until(lambda: is_cached(server, different))
+            assert on_the_wire < plain / 3
+        elif client.nix.version >= (2, 14):  # since when it sends Accept-Encoding
+            assert on_the_wire < plain / 3
+        else:
+            assert on_the_wire == plain
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_a_download_survives_a_bad_network(start: Start, make_client: MakeClient, *, is_warm: bool) -> None:
+    """It is resumed until it is whole; also where what it began with was evicted before, and is compressed again."""
+    store, client = make_client("store"), make_client("client")
+    path = build_one(store, "random-1.0", f"head -c {SIZE} /dev/urandom > $out")
+    key = store.generate_key("random-1")
+    server = start(store=store.directory, settings=f"sign_key_paths = ['{key.secret_file}']\naccess_log = true")
+    port = urlsplit(server.url).port
+    assert port
+
+    def evict() -> None:
+        for file in (server.cache_dir / "nar").iterdir():
+            file.unlink()
+
+    if is_warm:
+        fetch(make_client("first"), server.url, path, key.public)
+        wait_until(lambda: is_cached(server))
+    # Nix tries five times, and waits longer each time.
+    with ChaosProxy(port, SIZE // 4, SIZE // 2, (lambda: None) if is_warm else evict) as proxy:
+        fetch(client, proxy.url, path, key.public)
+    assert 2 <= proxy.cuts <= 4
+    server.wait_for_log(r"'GET /nar/\S+\.nar\.zst' 206 ")

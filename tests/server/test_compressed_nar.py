@@ -1,0 +1,590 @@
+"""`/nar/….nar.zst`: compressed once, resumable, whole or visibly broken, whatever becomes of the cache meanwhile."""
+
+import hashlib
+import http.client
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from harmonia.demo import Sparse, StoreBuilder
+from harmonia.nix import base32, nar
+from harmonia.nix.path_info import PathInfo
+from running import HARMONIA, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
+
+Start = Callable[..., Server]
+
+MEBIBYTE = 1 << 20
+FRAMES = 3  # of the NAR that `big` makes
+BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+
+
+def big(store: StoreBuilder, name: str = "big", contents: bytes = b"") -> PathInfo:
+    """A path whose NAR takes several frames, each of a megabyte compressed."""
+    return store.add(store.output_path(name), {"file": contents or os.urandom(MEBIBYTE) * 20})
+
+
+def dump(store: StoreBuilder, path: PathInfo) -> bytes:
+    return b"".join(nar.read(nar.dump(store.real_path(path.path))))
+
+
+def file_url(path: PathInfo) -> str:
+    return nar_url(path) + ".zst"
+
+
+def cached(server: Server) -> list[Path]:
+    """The whole files of its cache."""
+    return [path for path in (server.cache_dir / "nar").iterdir() if path.suffix != ".growing"]
+
+
+def evict(server: Server) -> None:
+    for path in (server.cache_dir / "nar").iterdir():
+        path.unlink()
+
+
+def warm(server: Server, path: PathInfo) -> Answer:
+    """Get it, and wait until it is cached."""
+    answer = server.get(file_url(path))
+    wait_until(lambda: "content-length" in server.head(file_url(path)).headers and cached(server))
+    return answer
+
+
+def narinfo(server: Server, path: PathInfo) -> dict[str, str]:
+    answer = server.get(f"/{path.path.hash_part}.narinfo")
+    assert answer.status == 200
+    return dict(line.split(": ", 1) for line in answer.text.splitlines())
+
+
+def sha256(content: bytes) -> str:
+    return f"sha256:{base32.encode(hashlib.sha256(content).digest())}"
+
+
+def compressions(server: Server) -> list[int]:
+    """The process that compressed it, for each frame so far. Of servers with a `Gate`."""
+    matches = (re.fullmatch(r"compresses in (\d+)\n", line) for line in server.log)
+    return [int(match[1]) for match in matches if match]
+
+
+class Gate:
+    """A server's one encoder thread lets only the first frame pass until the gate is open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.program = patched(f"""
+import itertools, os, time
+import harmonia.zstd
+
+def compress(self, data, *, compress=harmonia.zstd.Encoding.compress, count=itertools.count()):
+    os.write(2, b"compresses in %d\\n" % os.getpid())
+    if next(count):
+        while not os.path.exists({str(path)!r}):
+            time.sleep(0.01)
+    return compress(self, data)
+
+harmonia.zstd.Encoding.compress = compress
+harmonia.zstd._MAX_THREADS = 1
+""")
+
+    def open(self) -> None:
+        self._path.touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+@contextmanager
+def begun(server: Server, url: str, **options: int) -> Iterator[http.client.HTTPResponse]:
+    """A download of which the head has come."""
+    with server.connect(60, **options) as connection:
+        connection.sendall(f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 200
+        with response:
+            yield response
+
+
+def rest(response: http.client.HTTPResponse) -> bytes | None:
+    """The whole body, or None of one that breaks off."""
+    try:
+        return response.read()
+    except BROKEN:
+        return None
+
+
+def finish(downloads: Sequence[http.client.HTTPResponse], between: Callable[[], None]) -> list[bytes | None]:
+    """Read all of them at once, and do something in the midst of it."""
+    with ThreadPoolExecutor(len(downloads)) as threads:
+        bodies: list[Future[bytes | None]] = [threads.submit(rest, download) for download in downloads]
+        between()
+        return [body.result() for body in bodies]
+
+
+# What is sent.
+
+
+def test_cold_and_warm(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    cold = warm(server, path)
+    hot = server.get(file_url(path))
+    for answer in (cold, hot):
+        assert answer.status == 200
+        assert unpacked(answer.body) == dump(store, path)
+        assert answer.headers["content-type"] == "application/x-nix-nar"
+        assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+        assert answer.headers["accept-ranges"] == "bytes"
+        assert "content-encoding" not in answer.headers
+    assert cold.headers["transfer-encoding"] == "chunked"
+    assert hot.headers["content-length"] == str(len(hot.body))
+    assert cold.body == hot.body
+    assert cold.headers["etag"] == hot.headers["etag"]
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_it_can_be_resumed(start: Start, store: StoreBuilder, tmp_path: Path, *, is_warm: bool) -> None:
+    """Also after it was evicted: the bytes are the same each time."""
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    whole = warm(server, path)
+    size = len(whole.body)
+    etag = whole.headers["etag"]
+    for given, if_range, part in (
+        ("bytes=0-99", None, slice(0, 100)),
+        (f"bytes={size // 2}-", None, slice(size // 2, size)),
+        ("bytes=-5", etag, slice(size - 5, size)),
+        ("bytes=100-", '"another"', None),
+        ("bytes=100-", f"W/{etag}", None),
+        (f"bytes={size}-", None, slice(size, size)),
+    ):
+        if not is_warm:
+            evict(server)
+        headers = {"Range": given, "Accept-Encoding": "zstd"}
+        answer = server.get(file_url(path), headers | ({"If-Range": if_range} if if_range else {}))
+        if part is None:
+            assert (answer.status, answer.body) == (200, whole.body)
+        elif part.start == size:
+            assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{size}")
+        else:
+            assert (answer.status, answer.body) == (206, whole.body[part])
+            assert answer.headers["content-range"] == f"bytes {part.start}-{part.stop - 1}/{size}"
+            assert answer.headers["accept-ranges"] == "bytes"
+            assert answer.headers["etag"] == etag
+            assert "content-encoding" not in answer.headers
+
+
+def test_a_cold_range_is_answered(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """By a server that never sent what came before."""
+    path = big(store)
+    whole = warm(start(store=tmp_path / "store"), path).body
+    answer = start(store=tmp_path / "store").get(file_url(path), {"Range": "bytes=2000000-"})
+    assert (answer.status, answer.body) == (206, whole[2000000:])
+
+
+def test_not_modified_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program)
+    etag = server.head(file_url(path)).headers["etag"]
+    answer = server.get(file_url(path), {"If-None-Match": etag})
+    assert (answer.status, answer.headers["etag"], answer.body) == (304, etag, b"")
+    assert compressions(server) == []
+
+
+def test_head_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program)
+    for headers in ({}, {"Range": "bytes=100-"}):
+        for version in ("1.0", "1.1"):
+            answer = server.request("HEAD", file_url(path), headers, version=version)
+            assert answer.status == 200
+            assert "content-length" not in answer.headers
+    assert server.head(nar_url(path), {"Accept-Encoding": "zstd"}).headers["content-encoding"] == "zstd"
+    assert list((server.cache_dir / "nar").iterdir()) == []
+    assert compressions(server) == []
+    gate.open()
+    size = len(warm(server, path).body)
+    assert server.head(file_url(path)).headers["content-length"] == str(size)
+    assert server.head(file_url(path), {"Range": "bytes=100-"}).headers["content-length"] == str(size - 100)
+
+
+def test_http_1_0_gets_a_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    answer = server.request("GET", file_url(path), version="1.0")
+    assert answer.headers["content-length"] == str(len(answer.body))
+    assert "transfer-encoding" not in answer.headers
+    assert unpacked(answer.body) == dump(store, path)
+
+
+def test_the_older_urls_work_too(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    nar_hash, hash_part = base32.encode(path.nar_hash), path.path.hash_part
+    whole = warm(server, path)
+    for older in (f"/nar/{nar_hash}.nar.zst?hash={hash_part}", f"/nar/{hash_part}.nar.zst"):
+        answer = server.get(older)
+        assert (answer.status, answer.body) == (200, whole.body)
+        assert answer.headers["etag"] == whole.headers["etag"]
+
+
+def test_what_we_do_not_have_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    warm(server, path)
+    hash_part, nar_hash = path.path.hash_part, base32.encode(path.nar_hash)
+    for name in (
+        f"{hash_part}-{'0' * 52}.nar.zst",
+        f"{'0' * 32}-{nar_hash}.nar.zst",
+        f"{nar_hash}.nar.zst",
+        f"{nar_hash}.nar.zst?hash={'0' * 32}",
+        f"{'0' * 32}.nar.zst",
+        f"{hash_part}.nar.zst.zst",
+        f"{hash_part}.nar.ZST",
+        cached(server)[0].name,
+    ):
+        assert server.get(f"/nar/{name}").status == 404
+
+
+def test_what_left_the_store_is_gone_though_it_is_cached(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    warm(server, path)
+    store.delete(path.path)
+    assert server.get(file_url(path)).status == server.head(file_url(path)).status == 404
+    assert server.get(nar_url(path), {"Accept-Encoding": "zstd"}).status == 404
+
+
+# What the narinfo says.
+
+
+def test_file_hash_and_size_are_told_once_known(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    before = narinfo(server, path)
+    assert (before["URL"], before["Compression"]) == (file_url(path)[1:], "zstd")
+    assert "FileHash" not in before
+    assert "FileSize" not in before
+
+    body = warm(server, path).body
+    told = before | {"FileHash": sha256(body), "FileSize": str(len(body))}
+    assert narinfo(server, path) == told
+    restarted = start(store=tmp_path / "store", cache_dir=server.cache_dir)
+    assert narinfo(restarted, path) == told
+    evict(server)
+    assert narinfo(server, path) == narinfo(restarted, path) == told
+    assert narinfo(start(store=tmp_path / "store", cache_dir=server.cache_dir), path) == before
+
+
+@pytest.mark.parametrize("wanted", ["auto", "zstd", "none"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, writable: bool) -> None:
+    path = big(store)
+    server = start(
+        store=tmp_path / "store",
+        settings=f"nar_compression = '{wanted}'",
+        workers=2,
+        cache_dir=None if writable else Path("/dev/null"),
+    )
+    told = narinfo(server, path)
+    offered = "none" if wanted == "none" or (wanted == "auto" and not writable) else "zstd"
+    assert told["Compression"] == offered
+    if offered == "none":
+        assert told["URL"] == nar_url(path)[1:]
+        assert (told["FileHash"], told["FileSize"]) == (told["NarHash"], told["NarSize"])
+    warnings = [line for line in server.log if "compressed NARs are not kept" in line]
+    assert len(warnings) == (not writable)
+    # What was once offered is served still.
+    for url, headers in ((file_url(path), {}), (nar_url(path), {"Accept-Encoding": "zstd"})):
+        for _ in range(2):
+            assert unpacked(server.get(url, headers).body) == dump(store, path)
+    whole = server.get(file_url(path)).body
+    assert server.get(file_url(path), {"Range": "bytes=2000000-"}).body == whole[2000000:]
+    assert server.request("GET", file_url(path), version="1.0").body == whole
+    assert (server.directory / "cache").exists() == writable
+
+
+# Many at once.
+
+
+def test_fifty_clients_cost_one_compression(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program, workers=2)
+    with ExitStack() as stack:
+        downloads = [stack.enter_context(begun(server, file_url(path))) for _ in range(50)]
+        bodies = finish(downloads, gate.open)
+    assert set(bodies) == {bodies[0]}
+    assert bodies[0]
+    assert unpacked(bodies[0]) == dump(store, path)
+    assert len(compressions(server)) == FRAMES
+    wait_until(lambda: cached(server))
+    # And those who negotiate get the same, from the same file.
+    assert server.get(nar_url(path), {"Accept-Encoding": "zstd"}).body == bodies[0]
+    assert len(compressions(server)) == FRAMES
+
+
+def test_two_servers_share_a_directory(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    path = big(store)
+    cache_dir = tmp_path / "cache"
+    one, other = (start(store=tmp_path / "store", program=gate.program, cache_dir=cache_dir) for _ in range(2))
+    with begun(one, file_url(path)) as first, begun(other, file_url(path)) as second:
+        bodies = finish([first, second], gate.open)
+    assert bodies[0] == bodies[1]
+    assert unpacked(bodies[0] or b"") == dump(store, path)
+    assert len(compressions(one) + compressions(other)) == FRAMES
+    wait_until(lambda: cached(one))
+    assert len(cached(one)) == 1
+
+
+def test_a_filler_that_is_killed(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    """Its own clients see a broken transfer. All others get everything, of a filler that takes its place."""
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program, workers=2)
+    with ExitStack() as stack:
+        downloads = [stack.enter_context(begun(server, file_url(path))) for _ in range(30)]
+        (killed,) = set(compressions(server))
+
+        def kill() -> None:
+            os.kill(killed, signal.SIGKILL)
+            # The next frame begins again only where another worker had clients, as it surely had of 30.
+            wait_until(lambda: set(compressions(server)) > {killed})
+            gate.open()
+
+        bodies = finish(downloads, kill)
+    whole = server.get(file_url(path)).body
+    assert unpacked(whole) == dump(store, path)
+    assert set(bodies) == {None, whole}
+    assert sum(process != killed for process in compressions(server)) == FRAMES
+    assert len(cached(server)) == 1
+
+
+def test_a_fill_goes_on_without_its_client(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program)
+    with begun(server, file_url(path)):
+        pass
+    server.settle()
+    gate.open()
+    wait_until(lambda: cached(server))
+    assert unpacked(server.get(file_url(path)).body) == dump(store, path)
+    assert len(compressions(server)) == FRAMES
+
+
+@pytest.mark.parametrize("clients", [0, 2])
+def test_a_fill_does_not_keep_the_server(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate, *, clients: int
+) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program, settings="shutdown_grace = 1")
+    with ExitStack() as stack:
+        with begun(server, file_url(path)):
+            downloads = [stack.enter_context(begun(server, file_url(path))) for _ in range(clients)]
+        server.settle()
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 5
+        assert [rest(download) for download in downloads] == [None] * clients
+    assert cached(server) == []
+
+
+def test_narinfos_stay_fast_while_all_encoders_are_busy(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    paths = [store.add(store.output_path(f"zeros-{number}"), Sparse(MEBIBYTE << 10)) for number in range(2)]
+    small = store.add_text("small", b"small")
+    server = start(store=tmp_path / "store", settings="zstd.level = 12")
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(begun(server, file_url(path)))
+        connection = stack.enter_context(server.connect())
+        times = []
+        for _ in range(100):
+            began = time.monotonic()
+            connection.sendall(f"GET /{small.path.hash_part}.narinfo HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert read_answer(connection).status == 200
+            times.append(time.monotonic() - began)
+        assert not cached(server)  # they were busy all the time
+    assert sorted(times)[50] < 0.05
+
+
+def test_many_cold_downloads_take_bounded_memory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """A few frames for each encoder thread, and a few pieces of 512 KiB for each download: not 20 times 64 MiB."""
+    random = os.urandom(8 * MEBIBYTE)
+    paths = [
+        store.add(store.output_path(f"path-{number}"), {"a": random, "b": Sparse(56 * MEBIBYTE), "c": b"%d" % number})
+        for number in range(20)
+    ]
+    server = start(store=tmp_path / "store")
+    (worker,) = server.workers
+    before = peak_memory(worker)
+    with ThreadPoolExecutor(len(paths)) as threads:
+        answers = list(threads.map(lambda path: server.get(file_url(path)), paths))
+    assert all(len(answer.body) > len(random) for answer in answers)
+    assert peak_memory(worker) - before < 256 * MEBIBYTE
+
+
+def peak_memory(pid: int) -> int:
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert peak
+    return int(peak[1]) * 1024
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_a_corrupt_store_object_is_never_sent_whole(
+    start: Start, store: StoreBuilder, tmp_path: Path, *, encoded: bool
+) -> None:
+    """One byte of it is another than when it was registered. Compressed, it passes through our hands: we look."""
+    path = big(store)
+    file = Path(os.fsdecode(store.real_path(path.path)), "file")
+    file.chmod(0o600)
+    with file.open("r+b") as contents:
+        contents.seek(-1000, os.SEEK_END)
+        contents.write(b"xx")
+    server = start(store=tmp_path / "store")
+    url, headers = (nar_url(path), {"Accept-Encoding": "zstd"}) if encoded else (file_url(path), {})
+    for _ in range(2):
+        with pytest.raises(BROKEN):
+            server.get(url, headers)
+        assert list((server.cache_dir / "nar").iterdir()) == []
+    server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off.*SHA-256")
+    for asked, version in (({"Range": "bytes=100-"}, "1.1"), ({}, "1.0")):
+        assert server.request("GET", file_url(path), asked, version=version).status == 404
+    assert "FileHash" not in narinfo(server, path)
+
+
+def test_a_corrupt_store_object_of_one_frame_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("small"), b"right")
+    file = Path(os.fsdecode(store.real_path(path.path)))
+    file.chmod(0o600)
+    file.write_bytes(b"wrong")
+    server = start(store=tmp_path / "store")
+    assert server.get(file_url(path)).status == 404
+    assert list((server.cache_dir / "nar").iterdir()) == []
+
+
+def test_a_truncated_entry_is_made_again(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    whole = warm(server, path).body
+    for size in (0, 1, len(whole) // 2, len(whole)):
+        (entry,) = cached(server)
+        os.truncate(entry, size)
+        assert server.get(file_url(path)).body == whole
+        wait_until(lambda: cached(server) and cached(server)[0].stat().st_size > len(whole))
+    assert sum("damaged" in line for line in server.log) == 4
+
+
+def test_a_flipped_byte_is_noticed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    whole = warm(server, path).body
+    (entry,) = cached(server)
+    entry.chmod(0o600)
+    with entry.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)[0]
+        file.seek(1000)
+        file.write(bytes([byte ^ 1]))
+    server.get(file_url(path))  # which makes the server look at it, while it goes out: the client sees that as well
+    server.wait_for_log("damaged")
+    assert server.get(file_url(path)).body == whole
+
+
+def test_an_entry_that_is_cut_short_under_a_download_breaks_it(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    path = big(store, contents=os.urandom(40 * MEBIBYTE))
+    server = start(store=tmp_path / "store")
+    warm(server, path)
+    with begun(server, file_url(path), receive_buffer=4096) as download:
+        os.truncate(cached(server)[0], 30 * MEBIBYTE)
+        assert rest(download) is None
+
+
+def test_an_entry_may_be_evicted_under_a_slow_download(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store, contents=os.urandom(40 * MEBIBYTE))
+    server = start(store=tmp_path / "store")
+    whole = warm(server, path).body
+    with begun(server, file_url(path), receive_buffer=4096) as download:
+        evict(server)
+        assert download.read() == whole
+
+
+def test_a_growing_entry_may_be_removed_under_its_downloads(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
+) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store", program=gate.program)
+    with begun(server, file_url(path)) as one, begun(server, file_url(path)) as other:
+        evict(server)
+        bodies = finish([one, other], gate.open)
+    assert bodies[0] == bodies[1]
+    assert unpacked(bodies[0] or b"") == dump(store, path)
+    assert unpacked(server.get(file_url(path)).body) == dump(store, path)
+
+
+def complaints(server: Server) -> list[str]:
+    return [line for line in server.log if "ERROR" in line]
+
+
+def test_the_directory_may_be_removed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path, other = big(store), big(store, "other")
+    server = start(store=tmp_path / "store")
+    warm(server, path)
+    (server.cache_dir / "nar").rename(tmp_path / "away")
+    for each in (path, other, other):
+        assert unpacked(server.get(file_url(each)).body) == dump(store, each)
+    assert len(complaints(server)) == 1
+
+
+def on_small_disk(directory: Path) -> list[str]:
+    """The program, with its own view of that directory: an empty file system of 4 MiB."""
+    directory.mkdir()
+    mount = f"mount -t tmpfs -o size=4m tmpfs '{directory}' && exec \"$@\""
+    return ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
+
+
+def seen_by(server: Server) -> list[str]:
+    return os.listdir(f"/proc/{server.process.pid}/root{server.cache_dir}/nar")
+
+
+@pytest.mark.root
+def test_a_full_disk(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """It fills up amid a download, which goes on without the cache."""
+    path, little = big(store, contents=os.urandom(MEBIBYTE) * 60), big(store, "little", os.urandom(MEBIBYTE))
+    cache_dir = tmp_path / "small"
+    server = start(store=tmp_path / "store", program=on_small_disk(cache_dir), cache_dir=cache_dir)
+    server.get(file_url(little))
+    wait_until(lambda: "content-length" in server.head(file_url(little)).headers)
+    with ThreadPoolExecutor(5) as threads:
+        bodies = {answer.body for answer in threads.map(lambda _: server.get(file_url(path)), range(5))}
+    (body,) = bodies
+    assert unpacked(body) == dump(store, path)
+    assert len(complaints(server)) == 1
+    assert not [name for name in seen_by(server) if name.endswith(".growing")]
+    assert unpacked(server.get(file_url(little)).body) == dump(store, little)
+
+
+@pytest.mark.root
+def test_a_disk_that_becomes_read_only(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    kept, other = big(store, "kept", os.urandom(MEBIBYTE)), big(store)
+    cache_dir = tmp_path / "small"
+    server = start(store=tmp_path / "store", program=on_small_disk(cache_dir), cache_dir=cache_dir)
+    server.get(file_url(kept))
+    wait_until(lambda: "content-length" in server.head(file_url(kept)).headers)
+    enter = ["nsenter", "--mount", f"--target={server.process.pid}"]
+    subprocess.run([*enter, "mount", "-o", "remount,ro", cache_dir], check=True)
+    for path in (kept, other, kept, other):
+        answer = server.get(file_url(path))
+        assert unpacked(answer.body) == dump(store, path)
+        assert ("content-length" in answer.headers) == (path is kept)  # what is there can still be read
+    assert len(complaints(server)) == 1

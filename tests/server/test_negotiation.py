@@ -1,0 +1,328 @@
+"""Accept-Encoding, on everything that can be sent in zstd: who wants it gets it, and nobody else."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.demo import StoreBuilder
+from harmonia.nix import nar
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.negotiation import NotAcceptable, prefers_zstd
+from running import Answer, Server, nar_url, read_answer, unpacked, wait_until
+
+Start = Callable[..., Server]
+Weights = list[tuple[str, str | None]]
+
+OLD_NIX = "zstd, br, gzip, deflate, bzip2, xz"  # 2.14 to 2.33
+NEW_NIX = "deflate, gzip, br, zstd"  # from 2.34 on, and curl --compressed
+
+
+def reference(header: Weights) -> str:
+    """What to send, by the sentences of RFC 9110 section 12.5.3: "zstd", "identity" or "406"."""
+    named = {coding.lower(): float(weight or "1") for coding, weight in header}
+    # "If the representation's content coding is one of the content codings listed in the Accept-Encoding field value,
+    # then it is acceptable unless it is accompanied by a qvalue of 0." "*" "matches any available content coding not
+    # explicitly listed in the field."
+    zstd = named["zstd"] if "zstd" in named else named.get("*", 0)
+    # "If the representation has no content coding, then it is acceptable by default unless specifically excluded by
+    # the Accept-Encoding header field stating either "identity;q=0" or "*;q=0" without a more specific entry for
+    # "identity"."
+    excluded = named["identity"] == 0 if "identity" in named else named.get("*") == 0
+    if excluded:
+        return "zstd" if zstd else "406"
+    if not zstd:
+        return "identity"
+    # "the acceptable content coding with the highest non-zero qvalue is preferred". Among equals, we choose.
+    preferred = named.get("identity", named.get("*", 0))
+    return "identity" if preferred > zstd else "zstd"
+
+
+def chosen(header: str, *, worthwhile: bool = True) -> str:
+    try:
+        return "zstd" if prefers_zstd(header, worthwhile=worthwhile) else "identity"
+    except NotAcceptable:
+        return "406"
+
+
+SPACE = st.sampled_from(["", "", " ", "\t", "  "])
+QVALUE = st.sampled_from(["0", "0.", "0.0", "0.000", "0.001", "0.3", "0.30", "0.999", "1", "1.", "1.0", "1.000"])
+CODING = st.sampled_from(["zstd", "ZSTD", "zStd", "identity", "Identity", "*", "gzip", "br", "x-zstd", "zstd2", "!#$%"])
+MALFORMED = [
+    *(
+        "zstd;q=2",
+        "zstd;q=1.5",
+        "zstd;q=1.001",
+        "zstd;q=-1",
+        "zstd;q=",
+        "zstd;q",
+        "zstd;",
+        "zstd;q=0.1234",
+        "zstd;q=.5",
+    ),
+    *("zstd q=1", "zstd=1", "zstd;level=3", "zstd;q=1;q=1", "zstd;q =1", "zstd;q= 1", "zstd;q=x", "zstd;q=\u0661"),
+    *("identity;q=x", "identity;q=00", "*;q=x", ";q=1", ";", '"zstd"', "zstd zstd", "z\u017ftd", ""),
+]
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[str, Weights]:
+    """An Accept-Encoding field with some noise, and what in it can be understood."""
+    weights: Weights = draw(
+        st.lists(st.tuples(CODING, st.none() | QVALUE), max_size=5, unique_by=lambda each: each[0].lower())
+    )
+    elements = []
+    for coding, qvalue in weights:
+        weight = "" if qvalue is None else f"{draw(SPACE)};{draw(SPACE)}{draw(st.sampled_from('qQ'))}={qvalue}"
+        elements += [
+            f"{draw(SPACE)}{coding}{weight}{draw(SPACE)}",
+            *draw(st.lists(st.sampled_from(MALFORMED), max_size=1)),
+        ]
+    return ",".join(elements), weights
+
+
+@given(headers())
+def test_every_header_means_what_the_rfc_says(header: tuple[str, Weights]) -> None:
+    text, weights = header
+    assert chosen(text) == reference(weights)
+    # What is not worth it is only sent to those who refuse everything else.
+    refused = reference([each for each in weights if each[0].lower() != "zstd"]) == "406"
+    assert chosen(text, worthwhile=False) == (reference(weights) if refused else "identity")
+
+
+@given(st.text(max_size=50))
+def test_no_header_is_too_odd(header: str) -> None:
+    assert chosen(header) in ("zstd", "identity", "406")
+
+
+@dataclass(frozen=True)
+class Served:
+    server: Server
+    path: PathInfo
+    plain: bytes
+    """Its NAR."""
+    listing: str
+    tiny: PathInfo
+
+    @property
+    def nar(self) -> str:
+        return nar_url(self.path)
+
+
+def big(store: StoreBuilder, name: str = "big") -> tuple[PathInfo, bytes]:
+    """A path whose listing is worth compressing, and whose NAR takes several frames and more than sockets hold."""
+    files = {f"file-{number}": os.urandom(1000) * 100 for number in range(100)}
+    path = store.add(store.output_path(name), {**files, "random": os.urandom(2 << 20)})
+    return path, b"".join(nar.read(nar.dump(store.real_path(path.path))))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("negotiation")
+    store = StoreBuilder(root / "store")
+    path, plain = big(store)
+    server = Server(root / "server", root / "store")
+    server.start()
+    served = Served(server, path, plain, f"/{path.path.hash_part}.ls", store.add_text("tiny", b"tiny" * 100))
+    server.get(served.nar, accepting("zstd"))
+    wait_until(lambda: "content-length" in server.head(served.nar, accepting("zstd")).headers)
+    yield served
+    server.stop()
+    assert not [line for line in server.log if "Traceback" in line or "ERROR" in line]
+
+
+def accepting(encodings: str | None, **others: str) -> dict[str, str]:
+    named = {name.replace("_", "-"): value for name, value in others.items()}
+    return named if encodings is None else {"Accept-Encoding": encodings, **named}
+
+
+def coding(answer: Answer) -> str:
+    """How it is encoded. Older Nix dies of a Content-Encoding that says identity."""
+    assert answer.headers.get("content-encoding", "zstd") == "zstd"
+    assert answer.status in (200, 406)
+    return "406" if answer.status == 406 else answer.headers.get("content-encoding", "identity")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, "identity"),  # Nix up to 2.13
+        (OLD_NIX, "zstd"),
+        (NEW_NIX, "zstd"),
+        ("gzip, deflate, br, zstd", "zstd"),  # Firefox and Chromium
+        ("gzip, deflate, br", "identity"),  # Safari
+        ("gzip;q=1.0, deflate;q=0.6, identity;q=0.3", "identity"),  # Ruby
+        ("identity", "identity"),  # Python, wget
+        ("", "identity"),
+        ("zstd", "zstd"),
+        ("ZSTD;Q=0.001", "zstd"),
+        ("zstd, identity", "zstd"),
+        ("zstd;q=0.5, identity;q=0.6", "identity"),
+        ("zstd;q=0.5, *", "identity"),
+        ("zstd;q=0", "identity"),
+        ("zstd;q=0.000, gzip", "identity"),
+        ("*", "zstd"),
+        ("gzip, *;q=0.1", "zstd"),
+        ("*, zstd;q=0", "identity"),
+        ("identity;q=0, zstd", "zstd"),
+        ("identity;q=0, *", "zstd"),
+        ("*;q=0, zstd;q=0.1", "zstd"),
+        ("*;q=0, identity", "identity"),
+        ("*;q=0", "406"),
+        ("identity;q=0", "406"),
+        ("identity;q=0, gzip", "406"),
+        ("identity;q=0, zstd;q=0, gzip, *", "406"),
+        ("zstd;q=x", "identity"),
+        ("identity;q=x", "identity"),
+        ("zstd/1.0; ;;,=", "identity"),
+    ],
+)
+def test_on_the_wire(served: Served, header: str | None, expected: str) -> None:
+    for url in (served.nar, served.listing):
+        answer, head = (served.server.request(method, url, accepting(header)) for method in ("GET", "HEAD"))
+        assert coding(answer) == expected
+        assert (head.status, head.headers, head.body) == (answer.status, answer.headers, b"")
+        if expected == "406":
+            assert answer.headers["cache-control"] == "no-store"
+            assert answer.text == "Not Acceptable\n"
+            continue
+        assert answer.headers["vary"] == "Accept-Encoding"
+        plain = unpacked(answer.body) if expected == "zstd" else answer.body
+        assert plain == (served.plain if url == served.nar else served.server.get(url).body)
+        assert ("accept-ranges" in answer.headers) == (expected == "identity")
+
+
+def test_several_lines_are_one_list(served: Served) -> None:
+    with served.server.connect() as connection:
+        for second, expected in (("zstd", "zstd"), ("zstd;q=0", "identity"), ("identity;q=0", "406")):
+            lines = [f"GET {served.nar} HTTP/1.1", "Host: x", "Accept-Encoding: gzip", f"accept-encoding: {second}"]
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            assert coding(read_answer(connection)) == expected
+
+
+def test_each_representation_has_an_etag_of_its_own(served: Served) -> None:
+    """So that no cache and no resumed download mixes the two."""
+    urls = (served.nar, served.listing)
+    answers = [(url, header, served.server.get(url, accepting(header))) for url in urls for header in (None, "zstd")]
+    file = served.server.get(served.nar + ".zst")
+    etags = [answer.headers["etag"] for _, _, answer in answers] + [file.headers["etag"]]
+    assert len(set(etags)) == len(etags)
+    assert all(etag[0] == etag[-1] == '"' for etag in etags)  # a weak one would begin with W/
+    for url, header, answer in answers:
+        for etag in etags:
+            again = served.server.get(url, accepting(header, If_None_Match=f'"other", {etag}'))
+            assert again.status == (304 if etag == answer.headers["etag"] else 200)
+            for name in ("etag", "cache-control", "vary"):
+                assert again.headers[name] == answer.headers[name]
+            assert again.status == 200 or again.body == b""
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("suffix", [".nar", ".nar.zst", ".ls"])
+def test_head_is_get_without_a_body(
+    start: Start, store: StoreBuilder, tmp_path: Path, *, version: str, suffix: str
+) -> None:
+    """Also where the length is not known yet, which Sanic would call 0."""
+    server = start(store=tmp_path / "store")
+    for accepted in (None, NEW_NIX):
+        path, _ = big(store, f"accepts-{accepted is not None}")
+        url = f"/{path.path.hash_part}.ls" if suffix == ".ls" else nar_url(path).removesuffix(".nar") + suffix
+        ask = partial(server.request, path=url, headers=accepting(accepted), version=version)
+        head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
+        assert (head.status, head.body, cached.body) == (get.status, b"", get.body)
+        if version == "1.0":
+            # HTTP/1.0 has no chunks, and the end of a connection does not tell whether a body is whole. But HEAD
+            # compresses nothing to find a length.
+            assert "transfer-encoding" not in head.headers.keys() | get.headers.keys()
+            assert get.headers["content-length"] == str(len(get.body))
+            assert {**head.headers, "content-length": str(len(get.body))} == get.headers
+        else:
+            assert head.headers == get.headers
+            assert ("content-length" in get.headers) == ("transfer-encoding" not in get.headers)
+        wait_until(lambda ask=ask: ask("HEAD").headers == ask("GET").headers)  # type: ignore[misc]
+
+
+def test_after_head_of_unknown_length_the_connection_goes_on(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path, plain = big(store)
+    server = start(store=tmp_path / "store")
+    with server.connect() as connection:
+        for method in ("HEAD", "HEAD", "GET", "HEAD", "GET"):
+            connection.sendall(f"{method} {nar_url(path)}.zst HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            answer = read_answer(connection, method)
+            assert answer.headers["connection"] == "keep-alive"
+            assert unpacked(answer.body) == (plain if method == "GET" else b"")
+
+
+def test_http_1_0_is_sent_plain(served: Served) -> None:
+    for url in (served.nar, served.listing):
+        answer = served.server.request("GET", url, accepting(NEW_NIX), version="1.0")
+        assert coding(answer) == "identity"
+        assert answer.headers["content-length"] == str(len(answer.body))
+        assert answer.headers["vary"] == "Accept-Encoding"
+
+
+def test_http_1_0_that_refuses_plain(served: Served) -> None:
+    """A listing has no length before it was compressed: then there is nothing that could be sent."""
+    assert served.server.request("GET", served.listing, accepting("zstd, identity;q=0"), version="1.0").status == 406
+    answer = served.server.request("GET", served.nar, accepting("zstd, identity;q=0"), version="1.0")
+    assert answer.headers["content-length"] == str(len(answer.body))
+    assert unpacked(answer.body) == served.plain
+
+
+@pytest.mark.parametrize("header", [NEW_NIX, OLD_NIX, "zstd", "*"])
+def test_a_part_is_never_encoded(served: Served, header: str) -> None:
+    """Nix counts the bytes of the plain NAR, and repeats its Accept-Encoding when it asks for the rest of one."""
+    for url in (served.nar, served.listing):
+        plain = served.server.get(url)
+        part = served.server.get(url, accepting(header, Range="bytes=100-"))
+        assert (part.status, part.body) == (206, plain.body[100:])
+        assert part.headers["etag"] == plain.headers["etag"]
+        assert part.headers["accept-ranges"] == "bytes"
+        assert part.headers["vary"] == "Accept-Encoding"
+        assert "content-encoding" not in part.headers
+        encoded = served.server.head(url, accepting(header)).headers["etag"]
+        whole = served.server.get(url, accepting(header, Range="bytes=100-", If_Range=encoded))
+        assert (coding(whole), whole.body) == ("identity", plain.body)
+
+
+def test_who_refuses_plain_gets_no_part(served: Served) -> None:
+    answer = served.server.get(served.nar, accepting("zstd, identity;q=0", Range="bytes=100-"))
+    assert coding(answer) == "zstd"
+    assert unpacked(answer.body) == served.plain
+
+
+def test_what_fits_a_packet_stays_as_it_is(served: Served) -> None:
+    for url in (nar_url(served.tiny), f"/{served.tiny.path.hash_part}.ls"):
+        answer = served.server.get(url, accepting("zstd"))
+        assert len(answer.body) < 1400
+        assert coding(answer) == "identity"
+        assert answer.headers["vary"] == "Accept-Encoding"
+        insisting = served.server.get(url, accepting("zstd, identity;q=0"))
+        assert coding(insisting) == "zstd"
+        assert unpacked(insisting.body) == answer.body
+
+
+def test_files_that_are_compressed_are_not_encoded_again(served: Served) -> None:
+    answer = served.server.get(served.nar + ".zst", accepting(NEW_NIX))
+    assert coding(answer) == "identity"
+    assert unpacked(answer.body) == served.plain
+    assert "vary" not in answer.headers
+
+
+def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path, plain = big(store)
+    server = start(store=tmp_path / "store", settings="enable_compression = false\nnar_compression = 'zstd'")
+    assert "\nCompression: none\n" in server.get(f"/{path.path.hash_part}.narinfo").text
+    for url in (nar_url(path), f"/{path.path.hash_part}.ls"):
+        answer = server.get(url, accepting("zstd, identity;q=0.1"))
+        assert coding(answer) == "identity"
+        assert "vary" not in answer.headers
+    assert server.get(nar_url(path), accepting("zstd")).body == plain
+    # Clients remember for 30 days where they were once sent.
+    assert unpacked(server.get(nar_url(path) + ".zst").body) == plain
+    assert not (server.directory / "cache").exists()

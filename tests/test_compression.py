@@ -1,0 +1,637 @@
+"""Compressed NARs: always the same bytes, wherever they come from, and never the whole of a wrong one."""
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from harmonia import zstd
+from harmonia.compression import Compressed, CompressedFile, CompressedNar, Compressor
+from harmonia.config import Zstd
+from harmonia.errors import StoreObjectError
+from harmonia.nar_cache import Filler, NarCache
+from harmonia.nix import base32
+from harmonia.zstd import Encoding
+from test_nar_cache import at, fill, filling, messages, mounted, no_leak, without
+
+FRAME = 1000
+MIB = 1 << 20
+PATIENCE = 20.0  # seconds
+
+
+@pytest.fixture(autouse=True)
+def _no_leak() -> Iterator[None]:
+    with no_leak():
+        yield
+
+
+def nothing(_start: int) -> None:
+    pass
+
+
+@dataclass
+class Memory:
+    """A source that remembers where it was read."""
+
+    content: bytes
+    sha256: bytes | None = None
+    chunk: int = 300
+    before: Callable[[int], None] = nothing
+    """Is called before a part is read."""
+    reads: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        self.reads.append(start)
+        self.before(start)
+        for position in range(start, stop, self.chunk):
+            yield self.content[position : min(position + self.chunk, stop)]
+
+
+def nar(size: int = 10 * FRAME + 1, seed: int = 0, **options: object) -> Memory:
+    """Half of it can be compressed."""
+    part = random.Random(seed).randbytes(size // 2)
+    content = part + bytes(size - len(part))
+    return Memory(content, hashlib.sha256(content).digest(), **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def compressing(
+    cache: NarCache | None = None, *, threads: int = 3, frame_size: int = FRAME, **options: int
+) -> Iterator[Compressor]:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        patch("harmonia.compression.encoders", lambda _: (threads, pool)),
+        patch.object(Encoding, "frame_size", frame_size),
+    ):
+        yield Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
+        if cache:
+            wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
+
+
+def everything(chunks: Iterable[bytes | None]) -> bytes:
+    parts = []
+    for chunk in chunks:
+        if chunk is None:
+            time.sleep(0.001)
+        else:
+            parts.append(chunk)
+    return b"".join(parts)
+
+
+def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | None = None) -> bytes:
+    return everything(CompressedNar(compressor, source).read(start, stop))
+
+
+def reference(source: Memory, frame_size: int = FRAME) -> bytes:
+    """What is to come out: each piece by itself."""
+    pieces = range(0, source.size or 1, frame_size)
+    return b"".join(Encoding.of(Zstd()).compress(source.content[start : start + frame_size]) for start in pieces)
+
+
+def decompress(data: bytes) -> bytes:
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as reader:
+        return reader.read()
+
+
+def frames(data: bytes) -> Iterator[tuple[zstandard.FrameParameters, bytes]]:
+    while data:
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        yield zstandard.get_frame_parameters(data), decompressor.decompress(data)
+        data = decompressor.unused_data
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+# The bytes
+
+
+contents = st.binary(max_size=200) | st.builds(
+    lambda part, times: part * times, st.binary(min_size=1, max_size=50), st.integers(1, 100)
+)
+
+
+@settings(max_examples=60)
+@given(contents, st.integers(1, 5000), st.integers(1, 4), st.integers(1, 4000))
+@example(b"", 100, 2, 10)
+@example(bytes(300), 100, 4, 7)
+def test_round_trip(content: bytes, frame_size: int, threads: int, chunk: int) -> None:
+    """The same bytes, and the right ones, for any number of threads and any chunks, with and without a cache."""
+    frame_size = max(frame_size, len(content) // 50)
+    source = Memory(content, hashlib.sha256(content).digest(), chunk)
+    expected = reference(source, frame_size)
+    assert decompress(expected) == content
+    with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
+        with compressing(cache, threads=threads, frame_size=frame_size) as compressor:
+            assert read(compressor, source) == expected  # while it grows
+            assert read(compressor, source) == expected
+        with compressing(threads=threads, frame_size=frame_size) as compressor:
+            assert read(compressor, source) == expected
+            assert everything(Compressed(compressor, Memory(content)).read(0, None)) == expected
+
+
+def test_frames_that_are_ready_in_any_order(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    source = nar(before=lambda _: time.sleep(chance.random() / 100))
+    with at(tmp_path) as cache, compressing(cache, threads=8) as compressor:
+        assert read(compressor, source) == reference(source)
+
+
+def test_each_frame_tells_its_length_and_has_a_checksum() -> None:
+    source = nar()
+    with compressing() as compressor:
+        parts = list(frames(read(compressor, source)))
+    assert [parameters.content_size for parameters, _ in parts] == [FRAME] * 10 + [1]
+    assert all(parameters.has_checksum for parameters, _ in parts)
+    assert b"".join(content for _, content in parts) == source.content
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command")
+def test_the_zstd_command_reads_it() -> None:
+    source = nar()
+    with compressing() as compressor:
+        data = read(compressor, source)
+    assert subprocess.run(["zstd", "-dc"], input=data, stdout=subprocess.PIPE, check=True).stdout == source.content
+
+
+def test_another_process_makes_the_same_bytes() -> None:
+    code = """
+import hashlib, random
+from harmonia.config import Zstd
+from harmonia.zstd import Encoding
+data = random.Random(2).randbytes(5000) * 3
+print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())
+"""
+    data = random.Random(2).randbytes(5000) * 3
+    here = hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest()
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        answer = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+        assert answer.stdout.decode().strip() == here
+
+
+def window(options: Zstd) -> int:
+    """The window of a frame as large as they get."""
+    encoding = Encoding.of(options)
+    return zstandard.get_frame_parameters(encoding.compress(bytes(encoding.frame_size))).window_size
+
+
+@pytest.mark.parametrize(("level", "log"), [(-7, 19), (0, 21), (1, 19), (2, 20), (3, 21), (12, 22), (19, 23), (22, 23)])
+def test_the_window_is_that_of_the_level_and_one_that_all_decoders_have(level: int, log: int) -> None:
+    assert window(Zstd(level=level)) == 1 << log
+
+
+@pytest.mark.parametrize(
+    ("options", "log"),
+    [
+        (Zstd(window_log=10), 10),
+        (Zstd(level=22, window_log=20), 20),
+        (Zstd(long_distance_matching=True), 25),
+        (Zstd(long_distance_matching=True, window_log=24), 24),
+        (Zstd(window_log=27), 27),
+    ],
+)
+def test_the_window_that_is_set(options: Zstd, log: int) -> None:
+    assert window(options) == 1 << log
+
+
+def test_every_encoding_has_a_name_of_its_own() -> None:
+    library = ".".join(map(str, zstandard.ZSTD_VERSION))
+    names = [
+        Encoding.of(Zstd(level=level, window_log=log, long_distance_matching=ldm)).name
+        for level in (-1, 1, 3)
+        for log in (0, 23, 26)
+        for ldm in (False, True)
+    ]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith(f"zstd-{library}-") for name in names)
+
+
+# Parts
+
+
+CACHES = ["none", "cold", "warm", "growing", "left behind", "full"]
+
+
+@contextmanager
+def in_state(state: str, source: Memory) -> Iterator[Compressor]:
+    """A compressor whose cache has the source in one of these ways."""
+    data = reference(source)
+    half = len(data) // 2
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        at(directory) as cache,
+        compressing(None if state == "none" else cache) as compressor,
+    ):
+        key = key_of(source, compressor)
+        if state in {"growing", "warm"}:
+            file, filler = filling(cache, key)
+            file.close()
+            filler.append(data[:half])
+
+            def finish() -> None:
+                filler.append(data[half:])
+                filler.commit()
+
+            rest = threading.Timer(0.01, finish)
+            rest.start()
+            if state == "warm":
+                rest.join()
+            yield compressor
+            rest.join()
+        elif state == "left behind":
+            Path(f"{cache.path(key)}.growing").write_bytes(data[:half])
+            yield compressor
+            CompressedNar(compressor, source)  # fills it even if nobody wanted to read any of it
+        elif state == "full":
+            with patch.object(Filler, "append", full_after(half)):
+                yield compressor
+        else:
+            yield compressor
+
+
+def key_of(source: Memory, compressor: Compressor) -> str:
+    assert source.sha256
+    return f"{base32.encode(source.sha256)}.{compressor.encoding.name}"
+
+
+def full_after(size: int) -> Callable[[Filler, bytes], None]:
+    append = Filler.append
+    left = size
+
+    def append_or_fail(filler: Filler, data: bytes) -> None:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(filler, data)
+
+    return append_or_fail
+
+
+@pytest.mark.parametrize("state", CACHES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_every_part_is_that_of_the_whole(state: str, data: st.DataObject) -> None:
+    source = nar(5 * FRAME + 7)
+    whole = reference(source)
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.none() | st.integers(start, len(whole)))
+    with in_state(state, source) as compressor:
+        assert read(compressor, source, start, stop) == whole[start:stop]
+
+
+@pytest.mark.parametrize("state", CACHES)
+def test_its_size_is_known_when_it_was_made_once(state: str) -> None:
+    source = nar()
+    with in_state(state, source) as compressor:
+        body = CompressedNar(compressor, source)
+        assert body.size in ([len(reference(source))] if state == "warm" else [None, len(reference(source))])
+        assert everything(body.read(sys.maxsize, None)) == b""
+        assert body.size == len(reference(source))
+        assert everything(body.read(0, body.size)) == reference(source)
+
+
+def test_a_download_goes_on_when_the_filler_dies(tmp_path: Path) -> None:
+    source = nar(100 * FRAME)
+    whole = reference(source)
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        path = cache.path(key_of(source, compressor))
+        filler = os.open(f"{path}.growing", os.O_WRONLY | os.O_CREAT)
+        fcntl.flock(filler, fcntl.LOCK_EX)
+        os.write(filler, whole[:30_000])
+        with closing(CompressedNar(compressor, source).read(0, None)) as chunks:
+            begun = next(chunks) or b""
+            assert len(begun) > 29_000
+            assert next(chunks) is None
+            assert not source.reads
+            os.close(filler)  # as the kernel does
+            assert begun + everything(chunks) == whole
+        wait_until(lambda: os.path.exists(path))
+
+
+def test_a_download_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
+    source = nar(100 * FRAME)
+    with at(tmp_path) as cache, compressing(cache) as compressor, patch.object(Filler, "append", full_after(30_000)):
+        assert read(compressor, source) == reference(source)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = [nar(8 * MIB, seed, chunk=MIB) for seed in range(3)]
+    with mounted(tmp_path / "disk") as disk, at(disk) as cache, compressing(cache, frame_size=MIB // 4) as compressor:
+        bodies = [CompressedNar(compressor, source) for source in sources]
+        for body, source in zip(bodies, sources, strict=True):
+            assert everything(body.read(0, None)) == reference(source, MIB // 4)
+        assert not os.listdir(disk)
+        assert messages(caplog) == [without(disk, errno.ENOSPC)]
+
+
+def test_an_evicted_file_is_read_to_its_end(tmp_path: Path) -> None:
+    source = nar(2 * MIB, chunk=MIB)
+    with at(tmp_path) as cache, compressing(cache, frame_size=MIB) as compressor:
+        whole = read(compressor, source)
+        wait_until(lambda: cache.counters.fills)
+        with closing(CompressedNar(compressor, source).read(0, None)) as chunks:
+            begun = next(chunks) or b""
+            cache.limit = 0
+            cache.evict()
+            assert not os.listdir(tmp_path)
+            assert begun + everything(chunks) == whole
+        assert len(source.reads) == 2
+        cache.limit = MIB * 10
+        assert read(compressor, source, 100) == whole[100:]  # made anew
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_breaks_off(tmp_path: Path) -> None:
+    source = nar()
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        read(compressor, source)
+        wait_until(lambda: cache.counters.fills)
+        body = CompressedNar(compressor, source)
+        os.truncate(cache.path(key_of(source, compressor)), 100)
+        with pytest.raises(StoreObjectError, match="cut short"):
+            everything(body.read(0, None))
+        assert read(compressor, source) == reference(source)
+
+
+# Sources that are not what they should be
+
+
+def with_a_lie(source: Memory) -> Memory:
+    return Memory(source.content, bytes(32), source.chunk)
+
+
+def changed(read: Callable[[Memory, int, int], Generator[bytes]], source: Memory) -> Memory:
+    source.read = lambda start, stop: read(source, start, stop)  # type: ignore[method-assign]
+    return source
+
+
+def cut_short(source: Memory, start: int, stop: int) -> Generator[bytes]:
+    yield source.content[start : min(stop, source.size - 1)]
+
+
+def too_long(source: Memory, start: int, stop: int) -> Generator[bytes]:
+    yield source.content[start:stop]
+    if stop == source.size:
+        yield b"more"
+
+
+def broken(error: Exception) -> Callable[[Memory, int, int], Generator[bytes]]:
+    def read(source: Memory, start: int, stop: int) -> Generator[bytes]:
+        if start == 4 * FRAME:
+            raise error
+        yield source.content[start:stop]
+
+    return read
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("size", [10, 10 * FRAME, 10 * FRAME + 1])
+@pytest.mark.parametrize(
+    "wrong",
+    [with_a_lie, lambda source: changed(cut_short, source), lambda source: changed(too_long, source)],
+    ids=["another hash", "cut short", "too long"],
+)
+def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
+    tmp_path: Path, wrong: Callable[[Memory], Memory], size: int, *, cached: bool
+) -> None:
+    source = wrong(nar(size))
+    parts: list[bytes] = []
+    with at(tmp_path) as cache, compressing(cache if cached else None) as compressor:
+        with pytest.raises(StoreObjectError):  # noqa: PT012 (what came before counts)
+            for part in CompressedNar(compressor, source).read(0, None):
+                parts.append(part or b"")
+                time.sleep(0.001)
+        assert len(b"".join(parts)) < len(reference(source))
+        assert len(decompress(b"".join(parts))) <= (size - 1) // FRAME * FRAME
+        assert compressor.known(source.sha256 or b"") is None
+        assert cache.counters.fills == 0
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "it is broken"), StoreObjectError("it is broken")])
+def test_an_error_of_the_source_comes_out_once(tmp_path: Path, error: Exception, *, cached: bool) -> None:
+    source = changed(broken(error), nar())
+    with at(tmp_path) as cache, compressing(cache if cached else None) as compressor:
+        with pytest.raises(type(error), match="it is broken"):
+            read(compressor, source)
+        assert read(compressor, source, 0, 1000) == reference(nar())[:1000]
+        fill(cache, "another")  # it was no error of the cache
+        source.__dict__.pop("read")
+        assert read(compressor, source) == reference(source)
+    assert set(os.listdir(tmp_path)) <= {key_of(source, compressor), "another"}
+
+
+# Many at once
+
+
+def test_one_compression_for_many_that_ask_at_once(tmp_path: Path) -> None:
+    source = nar()
+    ready = threading.Barrier(50)
+
+    def ask() -> bytes:
+        ready.wait()
+        return read(compressor, source)
+
+    with at(tmp_path) as cache, compressing(cache) as compressor, ThreadPoolExecutor(50) as clients:
+        answers = [clients.submit(ask) for _ in range(50)]
+        assert {answer.result() for answer in answers} == {reference(source)}
+        assert sorted(source.reads) == list(range(0, source.size, FRAME))
+    assert cache.counters.fills == 1
+
+
+def test_a_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
+    order: list[str] = []
+    begin = threading.Event()
+
+    def huge_read(_: int) -> None:
+        begin.wait(PATIENCE)
+        order.append("huge")
+
+    huge = nar(100 * FRAME, before=huge_read)
+    small = nar(seed=1, size=FRAME, before=lambda _: order.append("small"))
+    with at(tmp_path) as cache, compressing(cache, threads=2) as compressor:
+        huge_body = CompressedNar(compressor, huge)
+        small_body = CompressedNar(compressor, small)
+        begin.set()
+        assert everything(small_body.read(0, None)) == reference(small)
+        assert order.index("small") <= 2 + 2  # behind those that had begun, and perhaps one more for each
+        assert everything(huge_body.read(0, None)) == reference(huge)
+
+
+def test_saturated_while_many_wait(tmp_path: Path) -> None:
+    begin = threading.Event()
+    sources = [nar(seed=seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in range(20)]
+    with at(tmp_path) as cache, compressing(cache, threads=1) as compressor:
+        saturated = []
+        for source in sources:
+            CompressedNar(compressor, source)
+            saturated.append(compressor.saturated)
+        assert saturated == [False] * 16 + [True] * 4
+        begin.set()
+        wait_until(lambda: cache.counters.fills == len(sources))
+        assert not compressor.saturated
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_few_frames_wait_for_a_slow_one(tmp_path: Path, *, cached: bool) -> None:
+    begin = threading.Event()
+    source = nar(before=lambda start: begin.wait(PATIENCE) and None if start == 0 else None)
+    with at(tmp_path) as cache, compressing(cache if cached else None, threads=4) as compressor:
+        chunks = CompressedNar(compressor, source).read(0, None)
+        assert next(chunks) is None
+        wait_until(lambda: len(source.reads) == (4 if cached else 1))
+        time.sleep(0.05)
+        assert next(chunks) is None
+        assert len(source.reads) == (4 if cached else 1)
+        begin.set()
+        assert everything(chunks) == reference(source)
+
+
+def test_few_frames_wait_for_a_slow_client_without_a_cache() -> None:
+    source = nar()
+    with compressing(threads=4) as compressor, closing(CompressedNar(compressor, source).read(0, None)) as chunks:
+        begun = everything(until_some(chunks))
+        time.sleep(0.05)
+        assert len(source.reads) == 1
+        assert begun + everything(chunks) == reference(source)
+
+
+def until_some(chunks: Iterator[bytes | None]) -> Iterator[bytes | None]:
+    """All until the first that is there."""
+    for chunk in chunks:
+        yield chunk
+        if chunk:
+            break
+
+
+def test_it_is_made_to_its_end_when_the_client_leaves(tmp_path: Path) -> None:
+    source = nar()
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        with closing(CompressedNar(compressor, source).read(0, None)) as chunks:
+            next(chunks)
+        wait_until(lambda: cache.counters.fills)
+        assert read(compressor, source) == reference(source)
+        assert len(source.reads) == 11
+
+
+def test_what_nobody_waits_for_is_not_made_without_a_cache() -> None:
+    begin = threading.Event()
+    first, second = nar(before=lambda _: begin.wait(PATIENCE) and None), nar()
+    with compressing(threads=1) as compressor:
+        chunks = CompressedNar(compressor, first).read(0, None)
+        assert next(chunks) is None  # the only thread is busy with this one
+        with closing(CompressedNar(compressor, second).read(0, None)) as left:
+            assert next(left) is None
+        begin.set()
+        assert everything(chunks) == reference(first)
+    assert not second.reads
+
+
+# What is told of it
+
+
+def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
+    source = nar()
+    sha256 = source.sha256 or b""
+    data = reference(source)
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        assert compressor.find(sha256) is None
+        read(compressor, source)
+        known = CompressedFile(hashlib.sha256(data).digest(), len(data))
+        assert compressor.known(sha256) == known
+        wait_until(lambda: cache.counters.fills)
+        another = Compressor(Zstd(), cache)
+        assert another.known(sha256) is None
+        assert another.find(sha256) == another.known(sha256) == known
+        cache.limit = 0
+        cache.evict()
+        assert compressor.find(sha256) == known
+        assert Compressor(Zstd(), cache).find(sha256) is None
+
+
+def test_only_some_are_remembered(tmp_path: Path) -> None:
+    with (
+        patch("harmonia.compression._REMEMBERED", 2),
+        at(tmp_path) as cache,
+        compressing(cache) as compressor,
+    ):
+        sources = [nar(seed=seed) for seed in range(3)]
+        for source in sources:
+            read(compressor, source)
+        assert [compressor.known(source.sha256 or b"") is not None for source in sources] == [False, True, True]
+
+
+def test_what_it_took_is_counted(tmp_path: Path) -> None:
+    source = nar(200 * FRAME)
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        assert compressor.seconds == 0
+        read(compressor, source)
+        wait_until(lambda: cache.counters.fills)
+        seconds = compressor.seconds
+        assert seconds > 0
+        read(compressor, source)
+        assert compressor.seconds == seconds
+        counters = cache.counters
+        assert (counters.hits, counters.misses, counters.fills) == (1, 1, 1)
+        assert counters.filled_bytes == len(reference(source))
+
+
+# Threads
+
+
+@pytest.mark.parametrize(
+    ("cpus", "options", "threads"),
+    [
+        (2, Zstd(), 2),
+        (64, Zstd(), 8),
+        (64, Zstd(max_ldm_encoders_per_worker=1), 8),
+        (64, Zstd(long_distance_matching=True, max_ldm_encoders_per_worker=1), 1),
+        (4, Zstd(long_distance_matching=True, max_ldm_encoders_per_worker=0), 4),
+    ],
+)
+def test_number_of_threads(cpus: int, options: Zstd, threads: int) -> None:
+    with patch.object(os, "sched_getaffinity", lambda _: set(range(cpus))):
+        number, pool = zstd.encoders(options)
+    pool.shutdown()
+    assert number == threads
+
+
+def test_threads_step_back_where_they_may() -> None:
+    _, pool = zstd.encoders(Zstd())
+    assert pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
+    pool.shutdown()
+    with patch.object(os, "setpriority", side_effect=PermissionError):
+        _, pool = zstd.encoders(Zstd())
+        assert pool.submit(int).result() == 0
+        pool.shutdown()

@@ -1,0 +1,722 @@
+"""The cache on disk: made once by whoever comes first, whole or not there, and never an error for who asks."""
+
+import errno
+import gc
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from harmonia import nar_cache
+from harmonia.nar_cache import CachedFile, Filler, NarCache
+
+TRAILER = 56
+KIB = 1024
+HOUR = 3600.0
+
+PROCESS = """
+import sys
+from harmonia.nar_cache import NarCache
+
+file, filler = NarCache(sys.argv[1]).open("key")
+print("filler" if filler else "follower", flush=True)
+for line in sys.stdin:
+    what, _, data = line.strip().partition(" ")
+    if what == "append":
+        filler.append(data.encode())
+    elif what == "commit":
+        filler.commit()
+    else:
+        file.refresh()
+    print(file.whole, file.read(0, file.size).decode(), flush=True)
+"""
+
+STRESS = """
+import random, sys
+from test_nar_cache import stress
+from harmonia.nar_cache import NarCache
+
+stress(NarCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
+"""
+
+
+class Process:
+    """Another process that has opened the same key."""
+
+    def __init__(self, directory: Path) -> None:
+        command = [sys.executable, "-c", PROCESS, str(directory)]
+        self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.role = self._answer()
+
+    def __call__(self, command: str) -> str:
+        assert self.popen.stdin
+        self.popen.stdin.write(command + "\n")
+        self.popen.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self.popen.stdout
+        return self.popen.stdout.readline().strip()
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.communicate()
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Callable[[], Process]]:
+    started: list[Process] = []
+
+    def start() -> Process:
+        started.append(Process(tmp_path))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@contextmanager
+def at(directory: object, limit: int | None = None) -> Iterator[NarCache]:
+    cache = NarCache(str(directory), limit)
+    yield cache
+    cache.housekeeping.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[NarCache]:
+    with at(tmp_path) as cache:
+        yield cache
+
+
+@contextmanager
+def no_leak() -> Iterator[None]:
+    """No descriptor and no thread is left."""
+
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = count()
+    yield
+    if count() != before:
+        gc.collect()
+    assert count() == before
+
+
+@pytest.fixture(autouse=True)
+def _no_leak() -> Iterator[None]:
+    with no_leak():
+        yield
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time as the cache has it, which can be moved."""
+    clock = SimpleNamespace(passed=0.0)
+    times = SimpleNamespace(time=lambda: time.time() + clock.passed, monotonic=lambda: time.monotonic() + clock.passed)
+    monkeypatch.setattr(nar_cache, "time", times)
+    return clock
+
+
+def settle(cache: NarCache) -> None:
+    """Wait for what is done in the background."""
+    cache.housekeeping.submit(int).result()
+
+
+def opened(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
+    found = cache.open(key)
+    assert found is not None
+    return found
+
+
+def filling(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler]:
+    file, filler = opened(cache, key)
+    assert filler is not None
+    return file, filler
+
+
+def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
+    """The path of a file that is whole now."""
+    file, filler = filling(cache, key)
+    filler.append(content)
+    filler.commit()
+    file.close()
+    return cache.path(key)
+
+
+def read(file: CachedFile) -> bytes:
+    file.refresh()
+    return file.read(0, file.size)
+
+
+def content_of(cache: NarCache, key: str = "key") -> bytes | None:
+    """None where it is not whole."""
+    if (file := cache.find(key)) is None:
+        return None
+    content = read(file)
+    assert file.sha256 == hashlib.sha256(content).digest()
+    file.close()
+    return content
+
+
+# One fills, all read
+
+
+@given(st.lists(st.binary(max_size=150), max_size=6))
+@example([])
+@example([b"a" * TRAILER, b"b"])
+def test_a_follower_sees_content_only_and_the_whole_when_it_is_committed(pieces: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as directory, at(directory) as cache, at(directory) as other:
+        first, filler = filling(cache)
+        second, other_filler = opened(other)
+        assert other_filler is None
+        content = b""
+        for piece in pieces:
+            filler.append(piece)
+            content += piece
+            for file in (first, second):
+                assert read(file) == content[: max(len(content) - TRAILER, 0)]
+                assert not file.whole
+                assert not file.lock()
+        assert other.find("key") is None
+        filler.commit()
+        for file in (first, second):
+            assert read(file) == content
+            assert file.sha256 == hashlib.sha256(content).digest()
+            file.close()
+        assert content_of(other) == content
+
+
+def test_no_part_of_the_trailer_is_taken_for_content(cache: NarCache) -> None:
+    """However the write of it is cut up."""
+    path = Path(fill(cache, content=b"x" * 100))
+    data = path.read_bytes()
+    path.unlink()
+    file, filler = filling(cache)
+    growing = Path(f"{path}.growing")
+    for length in range(len(data) + 1):
+        growing.write_bytes(data[:length])
+        assert read(file) == data[: max(length - TRAILER, 0)]
+        assert file.whole == (length == len(data))
+    filler.abandon()
+    file.close()
+
+
+def test_one_of_many_threads_fills(cache: NarCache) -> None:
+    found: list[tuple[CachedFile, Filler | None]] = []
+    threads = [threading.Thread(target=lambda: found.append(opened(cache))) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [filler] = filter(None, (filler for _, filler in found))
+    filler.append(b"content")
+    filler.commit()
+    for file, _ in found:
+        assert read(file) == b"content"
+        file.close()
+    assert (cache.counters.misses, cache.counters.fills, cache.counters.filled_bytes) == (30, 1, 7)
+
+
+def test_one_of_many_processes_fills(cache: NarCache, process: Callable[[], Process]) -> None:
+    processes = [process() for _ in range(4)]
+    assert [each.role for each in processes] == ["filler", "follower", "follower", "follower"]
+    processes[0]("append " + "a" * 100)
+    assert processes[1]("look") == "False " + "a" * (100 - TRAILER)
+    processes[0]("commit")
+    assert {each("look") for each in processes} == {"True " + "a" * 100}
+    assert content_of(cache) == b"a" * 100
+
+
+def test_another_takes_over_from_a_filler_that_was_killed(cache: NarCache, process: Callable[[], Process]) -> None:
+    killed = process()
+    killed("append " + "a" * 100)
+    follower = process()
+    file, filler = opened(cache)
+    assert filler is None
+    assert read(file) == b"a" * (100 - TRAILER)
+    assert not file.lock()
+    killed.kill()
+    assert file.lock()
+    file.close()
+    file, filler = filling(cache)
+    assert read(file) == b""
+    filler.append(b"a" * 100)
+    filler.append(b"b" * 100)
+    assert follower("look") == "False " + "a" * 100 + "b" * (100 - TRAILER)
+    filler.commit()
+    assert follower("look") == "True " + "a" * 100 + "b" * 100
+    file.close()
+
+
+def test_a_whole_file_without_its_name_is_made_again_beside_those_who_read_it(cache: NarCache) -> None:
+    """Its filler died before the disk had all of it."""
+    path = fill(cache)
+    os.rename(path, path + ".growing")
+    reader = CachedFile(os.open(path + ".growing", os.O_RDONLY))
+    assert read(reader) == b"content"
+    file, filler = filling(cache)
+    assert read(reader) == b"content"
+    filler.append(b"content")
+    filler.commit()
+    assert content_of(cache) == b"content"
+    for each in (reader, file):
+        each.close()
+
+
+def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_path: Path) -> None:
+    file, filler = filling(cache)
+    filler.append(b"a" * 100)
+    filler.abandon()
+    assert not os.listdir(tmp_path)
+    assert file.lock()
+    assert read(file) == b"a" * (100 - TRAILER)
+    file.close()
+    fill(cache)
+    assert content_of(cache) == b"content"
+
+
+def test_a_file_that_another_replaces_before_it_is_locked(
+    cache: NarCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = CachedFile.lock
+    others: list[tuple[CachedFile, Filler]] = []
+
+    def replace_and_lock(file: CachedFile) -> bool:
+        monkeypatch.setattr(CachedFile, "lock", lock)
+        (tmp_path / "key.growing").unlink()
+        others.append(filling(cache))
+        return file.lock()
+
+    monkeypatch.setattr(CachedFile, "lock", replace_and_lock)
+    file, filler = opened(cache)
+    assert filler is None
+    [(other, other_filler)] = others
+    other_filler.append(b"content")
+    other_filler.commit()
+    assert read(file) == b"content"
+    for each in (file, other):
+        each.close()
+
+
+def test_files_outlast_the_process(tmp_path: Path) -> None:
+    with at(tmp_path) as cache:
+        fill(cache)
+    with at(tmp_path) as cache:
+        file, filler = opened(cache)
+        assert (filler, read(file), cache.counters.hits) == (None, b"content", 1)
+        file.close()
+        settle(cache)
+        assert content_of(cache) == b"content"
+        assert cache.counters.corrupt == 0
+
+
+def test_many_files_made_at_once_hold_no_descriptors(cache: NarCache) -> None:
+    """Not even while the background is busy."""
+    busy = threading.Event()
+    cache.housekeeping.submit(busy.wait)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(50):
+        fill(cache, str(number))
+    after = len(os.listdir("/proc/self/fd"))
+    busy.set()
+    assert after == before
+
+
+# Damage
+
+
+@settings(max_examples=20)
+@given(st.binary(max_size=100), st.binary(min_size=1, max_size=100))
+def test_a_file_of_another_length_is_never_whole(content: bytes, more: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
+        path = Path(fill(cache, content=content))
+        data = path.read_bytes()
+        for damaged in [*(data[:length] for length in range(len(data))), data + more]:
+            path.write_bytes(damaged)
+            assert cache.find("key") is None
+            assert not path.exists()
+        assert cache.counters.corrupt == len(data) + 1
+        assert content_of(cache) is None
+        assert fill(cache) == str(path)
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+def test_a_flipped_bit_is_found_in_the_background(content: bytes, choice: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
+        path = Path(fill(cache, content=content))
+        data = bytearray(path.read_bytes())
+        bit = choice.draw(st.integers(0, 8 * len(data) - 1))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        file, filler = opened(cache)
+        if filler:
+            filler.abandon()
+        file.close()
+        settle(cache)
+        assert not path.exists()
+        assert cache.counters.corrupt == 1
+
+
+def test_damage_is_logged(cache: NarCache, caplog: pytest.LogCaptureFixture) -> None:
+    path = fill(cache)
+    os.truncate(path, 3)
+    assert cache.find("key") is None
+    assert [record.getMessage() for record in caplog.records] == [f"the cached file {path} is damaged and removed"]
+
+
+def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fill(cache)
+
+    def fail(_file: CachedFile, _position: int, _size: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(CachedFile, "read", fail)
+    file, _ = opened(cache)
+    file.close()
+    settle(cache)
+    assert not os.path.exists(path)
+
+
+def test_each_file_is_checked_once(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def is_intact(file: CachedFile) -> bool:
+        checked.append(file)
+        return True
+
+    monkeypatch.setattr(CachedFile, "is_intact", is_intact)
+    fill(cache)
+    for _ in range(3):
+        opened(cache)[0].close()
+    settle(cache)
+    assert len(checked) == 1
+
+
+# Eviction
+
+
+def used_at(path: str, ago: float) -> None:
+    os.utime(path, times=(0, time.time() - ago))
+
+
+def test_the_longest_unused_go_first_until_the_limit_is_kept(tmp_path: Path) -> None:
+    with at(tmp_path, 100 * KIB) as cache:
+        paths = {age: fill(cache, str(age), b"x" * 20 * KIB) for age in (300, 500, 100, 400)}
+        for age, path in paths.items():
+            used_at(path, age)
+        opened(cache, "500")[0].close()  # is used now
+        for age in (50, 40):
+            used_at(fill(cache, str(age), b"x" * 20 * KIB), age)
+        cache.evict()
+        assert set(os.listdir(tmp_path)) == {"500", "100", "50", "40"}
+        assert cache.counters.evictions == 2
+
+
+def test_a_file_that_is_too_large_alone_goes_before_all_others(tmp_path: Path) -> None:
+    with at(tmp_path, 100 * KIB) as cache:
+        for key in "abc":
+            used_at(fill(cache, key, b"x" * 20 * KIB), 500)
+        fill(cache, "large", b"x" * 200 * KIB)
+        assert set(os.listdir(tmp_path)) == set("abc")
+
+
+def test_the_limit_is_kept_without_being_told(tmp_path: Path) -> None:
+    with at(tmp_path, 640 * KIB) as cache:
+        for number in range(100):
+            fill(cache, str(number), b"x" * 20 * KIB)
+            assert sum(entry.stat().st_blocks * 512 for entry in os.scandir(tmp_path)) <= 640 * KIB
+
+
+def test_two_that_evict_at_once_do_not_evict_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with at(tmp_path, 1000 * KIB) as cache:
+        for key in "abcd":
+            used_at(fill(cache, key, b"x" * 30 * KIB), 500 - ord(key))
+        cache.limit = 100 * KIB
+        unlink = os.unlink
+
+        def unlink_twice(path: str) -> None:
+            unlink(path)
+            unlink(path)
+
+        monkeypatch.setattr(os, "unlink", unlink_twice)
+        cache.evict()
+        assert set(os.listdir(tmp_path)) == set("bcd")
+
+
+def test_an_open_file_outlasts_its_eviction(tmp_path: Path) -> None:
+    with at(tmp_path, 1000 * KIB) as cache:
+        fill(cache, content=b"x" * 30 * KIB)
+        file, _ = opened(cache)
+        cache.limit = 0
+        cache.evict()
+        assert not os.listdir(tmp_path)
+        assert read(file) == b"x" * 30 * KIB
+        file.close()
+
+
+def statvfs(free: int) -> Callable[[str], SimpleNamespace]:
+    return lambda _: SimpleNamespace(f_blocks=1 << 20, f_frsize=4096, f_bavail=free // 4096)
+
+
+def test_the_spare_space_of_the_disk_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", statvfs(1 << 32))
+    with at(tmp_path, 1 << 30) as cache:  # of 4 GiB a twentieth is left
+        for key in "abc":
+            used_at(fill(cache, key, b"x" * 40 * KIB), 500 - ord(key))
+        monkeypatch.setattr(os, "statvfs", statvfs((1 << 32) // 20 - 30 * KIB))
+        cache.evict()
+        assert set(os.listdir(tmp_path)) == set("bc")
+
+
+@pytest.mark.parametrize(("free", "limit"), [(1 << 30, 1 << 29), (100 << 30, 20 << 30), (0, 0)])
+def test_the_default_limit_is_half_of_the_free_space_at_most_20_gib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int
+) -> None:
+    monkeypatch.setattr(os, "statvfs", statvfs(free))
+    with at(tmp_path) as cache:
+        assert cache.limit == limit
+
+
+def test_what_the_cache_has_taken_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with at(tmp_path, 1 << 30) as cache:
+        fill(cache, content=b"x" * 400 * KIB)
+    monkeypatch.setattr(os, "statvfs", statvfs(0))
+    with at(tmp_path) as cache:
+        assert cache.limit >= 200 * KIB
+
+
+def test_what_nobody_fills_any_longer_is_removed_in_time(
+    cache: NarCache, tmp_path: Path, clock: SimpleNamespace
+) -> None:
+    fill(cache, "whole")
+    (tmp_path / "left.growing").write_bytes(b"part")
+    cache.evict()
+    assert set(os.listdir(tmp_path)) == {"whole", "left.growing"}
+    clock.passed = HOUR + 1
+    cache.evict()
+    assert os.listdir(tmp_path) == ["whole"]
+
+
+# A disk that does not let us
+
+
+@contextmanager
+def mounted(path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk") as disk:
+        yield disk
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def without(directory: object, why: int) -> str:
+    return f"cannot write to {directory}, doing without that cache: {os.strerror(why)}"
+
+
+@pytest.mark.root
+def test_a_full_disk(small_disk: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    with at(small_disk, 1 << 30) as cache:
+        fill(cache, "kept")
+        file, filler = filling(cache)
+        other, other_filler = filling(cache, "other")
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            filler.append(bytes(3 << 20))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            other_filler.append(bytes(3 << 20))
+        for each in (filler, other_filler):
+            each.abandon()
+        assert cache.open("key") is None
+        assert messages(caplog) == [without(small_disk, errno.ENOSPC)]
+        for each_file in (file, other):
+            each_file.close()
+        clock.passed = 61
+        fill(cache)
+        assert content_of(cache) == b"content"
+        assert cache.counters.evictions == 0
+
+
+@pytest.mark.root
+def test_what_is_there_is_served_from_a_full_disk(small_disk: Path) -> None:
+    with at(small_disk, 1 << 30) as cache:
+        fill(cache, "kept")
+        file, filler = filling(cache)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            filler.append(bytes(3 << 20))
+        filler.abandon()
+        file.close()
+        file, _ = opened(cache, "kept")
+        assert read(file) == b"content"
+        file.close()
+
+
+@pytest.mark.root
+def test_a_disk_that_others_have_filled_gets_its_spare_space_back(small_disk: Path, clock: SimpleNamespace) -> None:
+    with at(small_disk, 1 << 30) as cache:
+        used_at(fill(cache, "old", bytes(200 * KIB)), 500)
+        used_at(fill(cache, "new", bytes(200 * KIB)), 400)
+        (small_disk / "theirs.growing").write_bytes(bytes((2 << 20) - 420 * KIB))
+        file, filler = filling(cache)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            filler.append(bytes(100 * KIB))
+        filler.abandon()
+        file.close()
+        clock.passed = 61
+        fill(cache, content=bytes(100 * KIB))
+        assert set(os.listdir(small_disk)) == {"key", "new", "theirs.growing"}
+
+
+@pytest.mark.root
+def test_a_read_only_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with at(small_disk, 1 << 30) as cache:
+        fill(cache, "kept")
+        os.truncate(fill(cache, "damaged"), 3)
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        assert cache.open("key") is None
+        assert cache.open("other") is None
+        assert messages(caplog) == [without(small_disk, errno.EROFS)]
+        file, _ = opened(cache, "kept")
+        assert read(file) == b"content"
+        file.close()
+        assert cache.find("damaged") is None
+        with pytest.raises(PermissionError):
+            NarCache(str(small_disk))
+
+
+def test_a_directory_that_is_removed(tmp_path: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    directory = tmp_path / "cache"
+    with at(directory) as cache:
+        file, filler = filling(cache)
+        filler.append(b"content")
+        shutil.rmtree(directory)
+        assert cache.open("key") is None
+        assert cache.find("key") is None
+        with pytest.raises(FileNotFoundError):
+            filler.commit()
+        filler.abandon()
+        assert read(file) == b"content"
+        file.close()
+        assert messages(caplog) == [without(directory, errno.ENOENT)]
+        directory.mkdir()
+        clock.passed = 61
+        fill(cache)
+        assert content_of(cache) == b"content"
+
+
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        NarCache(str(tmp_path / "file" / "cache"))
+
+
+def test_a_file_that_is_not_ours_to_read(
+    cache: NarCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fill(cache)
+    real_open = os.open
+    denials = iter(range(3))
+
+    def deny(name: str, flags: int, mode: int = 0o777) -> int:
+        if name == path:
+            next(denials)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real_open(name, flags, mode)
+
+    monkeypatch.setattr(os, "open", deny)
+    assert cache.open("key") is None
+    assert cache.find("key") is None
+    assert messages(caplog) == [without(os.path.dirname(path), errno.EACCES)]
+
+
+# All of it at once
+
+
+def stress(cache: NarCache, chance: random.Random, filled_now: set[str]) -> None:
+    """Do with a few keys what may be done with them, and look whether what is seen is right."""
+    for _ in range(100):
+        key = chance.choice("abc")
+        content = random.Random(key).randbytes(70_000)
+        file, filler = opened(cache, key)
+        if filler:
+            assert key not in filled_now
+            filled_now.add(key)
+            size = chance.choice([30_000, 70_000, 70_000])
+            for start in range(0, size, 10_000):
+                filler.append(content[start : start + 10_000])
+            filled_now.remove(key)
+            if size < len(content):
+                filler.abandon()
+            else:
+                filler.commit()
+        seen = read(file)
+        assert seen == content[: len(seen)]
+        assert file.sha256 in (None, hashlib.sha256(content).digest())
+        if file.whole:
+            assert seen == content
+        file.close()
+        if chance.random() < 0.1:
+            cache.evict()
+
+
+def test_threads_in_a_race(tmp_path: Path) -> None:
+    filled_now: set[str] = set()
+    failures: list[BaseException] = []
+    with at(tmp_path, 200_000) as cache:
+
+        def run(seed: int) -> None:
+            try:
+                stress(cache, random.Random(seed), filled_now)
+            except BaseException as error:  # noqa: BLE001 (raised below)
+                failures.append(error)
+
+        threads = [threading.Thread(target=run, args=[seed]) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        settle(cache)
+        assert not failures
+        assert cache.counters.corrupt == 0
+        assert cache.counters.fills > 3
+        assert cache.counters.evictions
+        assert not list(tmp_path.glob("*.growing"))
+
+
+def test_processes_in_a_race(tmp_path: Path) -> None:
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", STRESS, str(tmp_path), str(seed)],
+            env=os.environ | {"PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+        )
+        for seed in range(3)
+    ]
+    assert [process.communicate()[1] for process in processes] == [b"", b"", b""]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert not list(tmp_path.glob("*.growing"))
