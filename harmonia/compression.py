@@ -84,9 +84,10 @@ class Compressor:
 
     def remember(self, sha256: bytes, file: CachedFile) -> None:
         if file.sha256 is not None:
-            self._known[sha256] = CompressedFile(file.sha256, file.size)
-            while len(self._known) > _REMEMBERED:
-                self._known.pop(next(iter(self._known)), None)
+            with self._lock:
+                self._known[sha256] = CompressedFile(file.sha256, file.size)
+                if len(self._known) > _REMEMBERED:
+                    del self._known[next(iter(self._known))]
 
     def open(self, source: Source) -> CachedFile | None:
         """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
