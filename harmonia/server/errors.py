@@ -34,7 +34,9 @@ def response(request: Request, error: Exception) -> HTTPResponse:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = "1"
-    if status >= HTTPStatus.INTERNAL_SERVER_ERROR or not isinstance(error, SanicException):
+    # Sanic makes errors of its own of a client that went away while it was answered.
+    gone = request.transport is None or request.transport.is_closing()
+    if not isinstance(error, SanicException) or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and not gone):
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         _log.error("%s %s: %d, %s", request.method, request.path, status, error, exc_info=unexpected)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")

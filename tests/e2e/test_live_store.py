@@ -26,6 +26,10 @@ NOBODY = (
 )
 
 
+PLAIN = "enable_compression = false"
+"""So that a NAR comes right from the store object, with nothing between. tests/e2e/test_compression.py has the rest."""
+
+
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
     """A directory that every user can reach, as pytest's own is not."""
@@ -38,7 +42,7 @@ def tmp_path() -> Iterator[Path]:
 def start_as(request: pytest.FixtureRequest, start: Start) -> Start:
     """Starts servers as root, and as somebody who can write nothing in the store."""
     program = [*NOBODY, *HARMONIA] if request.param == "nobody" else HARMONIA
-    return lambda **options: start(program=program, **options)
+    return lambda **options: start(program=program, settings=PLAIN, **options)
 
 
 @pytest.fixture
@@ -187,7 +191,7 @@ def lengthen(path: Path) -> None:
 def test_damage_to_a_path_breaks_its_download(
     start: Start, store: Client, client: Client, big: str, damage: Callable[[Path], None]
 ) -> None:
-    server = start(store=store.directory)
+    server = start(store=store.directory, settings=PLAIN)
     url = nar(server, big)
     with halfway(server, store, client, big) as copy:
         damage(store.real_path(big))
@@ -209,7 +213,7 @@ def restart(server: Server) -> None:
 
 
 def test_a_restart_amid_a_download_leaves_nothing_wrong(start: Start, store: Client, client: Client, big: str) -> None:
-    server = start(store=store.directory)
+    server = start(store=store.directory, settings=PLAIN)
     with halfway(server, store, client, big) as copy:
         restart(server)
     assert holds(client, big) == (copy.returncode == 0)
@@ -219,7 +223,7 @@ def test_a_restart_amid_a_download_leaves_nothing_wrong(start: Start, store: Cli
 
 
 def test_a_restart_amid_a_request_is_not_noticed(start: Start, client: Client, closure: Closure) -> None:
-    server = start(store=closure.server.directory)
+    server = start(store=closure.server.directory, settings=PLAIN)
     (worker,) = server.workers
     os.kill(worker, signal.SIGSTOP)
     port = int(server.url.rpartition(":")[2])
@@ -244,7 +248,7 @@ def test_a_path_that_is_gone_from_disk_comes_from_the_next_cache(
     store.run("nix", "store", "sign", "--key-file", key.secret_file, path)
     next_cache = f"file://{tmp_path}/static"
     store.run("nix", "copy", "--to", next_cache, path)
-    server = start(store=store.directory)
+    server = start(store=store.directory, settings=PLAIN)
     shutil.rmtree(store.real_path(path))
 
     assert server.get(nar(server, path)).status == 404

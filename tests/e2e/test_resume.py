@@ -30,7 +30,7 @@ def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: 
     assert CUTS * LIMIT < info.nar_size < (CUTS + 1) * LIMIT - MEBIBYTE
     path = f"{store.store_dir}/{info.path}"
 
-    server = start(store=tmp_path / "store", settings="access_log = true")
+    server = start(store=tmp_path / "store", settings="access_log = true\nenable_compression = false")
     port = urlsplit(server.url).port
     assert port
     with CuttingProxy(port, LIMIT) as network:

@@ -20,7 +20,8 @@ MEBIBYTE = 1 << 20
 
 def serve(start: Start, closure: Closure) -> Server:
     return start(
-        store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']\naccess_log = true"
+        store=closure.server.directory,
+        settings=f"sign_key_paths = ['{closure.key.secret_file}']\naccess_log = true\nnar_compression = 'none'",
     )
 
 
