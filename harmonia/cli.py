@@ -13,7 +13,7 @@ import click
 from harmonia import __version__, config, demo, sockets, systemd
 from harmonia.config import Settings
 from harmonia.errors import ConfigError, HarmoniaError
-from harmonia.server import worker
+from harmonia.server import app, worker
 from harmonia.server.cache import Cache
 from harmonia.supervisor import Supervisor
 
@@ -74,12 +74,16 @@ def serve(config_file: str | None) -> None:
         keys = config.secret_keys(settings)
         _log_to_stderr(settings)
         inherited = systemd.inherited_sockets(os.environ)
-        with nullcontext(inherited) if inherited else sockets.listen(settings) as listening:
+        with (
+            nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,
+            sockets.listen(settings, "metrics_bind") as for_metrics,
+        ):
             for each in listening:
                 _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
-            cache = Cache(settings, keys)
-            work = partial(worker.run, cache)
-            status = Supervisor(work, listening, settings.workers, settings.shutdown_grace).run()
+            for each in for_metrics:
+                _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
+            work = partial(worker.run, Cache(settings, keys, app.count_with(settings)), for_metrics)
+            status = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()
     sys.exit(status)
 
 

@@ -70,6 +70,11 @@ class Compressor:
         """Whether there is more to compress than is good for those who wait for it."""
         return self._waiting > self.threads * _SATURATED
 
+    @property
+    def waiting(self) -> int:
+        """How many frames are being compressed, or wait for it."""
+        return self._waiting
+
     def known(self, sha256: bytes) -> CompressedFile | None:
         """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
         return self._known.get(sha256)

@@ -25,6 +25,7 @@ from harmonia.nix.signing import SecretKey
 log = logging.getLogger("harmonia")
 
 _DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
+_LOGS = "../../log/nix"  # from the directory of the database, likewise
 _UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
 _PORT_MAX = 65535
 _WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
@@ -35,6 +36,10 @@ _SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
 _PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
 # Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
 _NO_PATH = re.compile(r"\A\Z|[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
+_URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
+"""What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
 _NO_EFFECT = {"daemon_socket", "max_connection_rate"}
 
 Count = Annotated[int, Meta(ge=0)]
@@ -43,6 +48,7 @@ Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
 Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
 WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
+BaseUrl = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
 Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -115,6 +121,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Meta(extra={"default": f"`../{_DATABASE}` from the store on disk"}, description="Nix's SQLite database."),
     ] = None
+    log_dir: Annotated[
+        str | None,
+        Meta(extra={"default": f"`{_LOGS}` from the database's directory"}, description="Where Nix keeps build logs."),
+    ] = None
     daemon_socket: Annotated[
         str | None, Meta(description="No effect (upstream 3.0: the Nix daemon's socket). Accepted with a warning.")
     ] = None
@@ -144,7 +154,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         str | None,
         Meta(
             extra={"default": "`$CACHE_DIRECTORY`, `$XDG_CACHE_HOME/harmonia` or `~/.cache/harmonia`"},
-            description="Where compressed NARs are kept.",
+            description="Where compressed NARs and the index of debug info are kept.",
         ),
     ] = None
     cache_size: Annotated[
@@ -154,16 +164,36 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="How much they may take. The longest unused go first.",
         ),
     ] = None
+    debug_info: Annotated[
+        bool, Meta(description="Tell at `/debuginfo` where debug info is. Each path in the store is looked at once.")
+    ] = True
     trusted_proxies: Annotated[
-        Proxies, Meta(description="Peers whose `X-Forwarded-For` is believed; `unix` is every peer on a unix socket.")
+        Proxies, Meta(description="Peers whose `X-Forwarded-…` are believed; `unix` is every peer on a unix socket.")
     ] = ()
+    base_url: Annotated[
+        BaseUrl | None,
+        Meta(extra={"default": "as the request tells"}, description="The URL of this cache that people are shown."),
+    ] = None
+    landing: Annotated[bool, Meta(description="Serve a page at `/` that tells people how to use this cache.")] = True
+    browse: Annotated[
+        bool, Meta(description="Let people search the store, and see which paths there are. Not for private stores.")
+    ] = False
+    metrics: Annotated[bool, Meta(description="Tell Prometheus at `/metrics` what the server does.")] = True
+    metrics_bind: Annotated[
+        Address | None,
+        Meta(
+            extra={"wanted": _BIND},
+            description="Where to listen for `/metrics` alone, without TLS, in place of among everything else.",
+        ),
+    ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
     log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
     zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
 
     def __post_init__(self) -> None:
-        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "cache_dir", "tls_cert_path", "tls_key_path")
-        paths = [(key, getattr(self, key)) for key in keys] + [("sign_key_paths", path) for path in self.sign_key_paths]
+        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
+        paths = [(key, getattr(self, key)) for key in (*keys, "tls_cert_path", "tls_key_path")]
+        paths += [("sign_key_paths", path) for path in self.sign_key_paths]
         for key, path in paths:
             if path is not None and _NO_PATH.search(path):
                 raise _WrongSettingError("expected a path, found something else (not shown)", key, key_file=path)
@@ -173,7 +203,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for given, missing in (("tls_cert_path", "tls_key_path"), ("tls_key_path", "tls_cert_path")):
             if getattr(self, given) is not None and getattr(self, missing) is None:
                 raise _WrongSettingError(f"set without {missing}; TLS needs both, set both or none", given)
-        if isinstance(self.address, str) and self.tls_cert_path is not None:
+        if self.address("metrics_bind") and not self.metrics:
+            raise _WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
+        if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise _WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
         for peer in self.trusted_proxies:
             try:
@@ -181,14 +213,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError as error:
                 raise _WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
 
-    @property
-    def address(self) -> tuple[str, int] | str:
-        """`bind` taken apart: host and port, or the path of a unix socket."""
-        if self.bind.startswith("unix:"):
-            path = re.sub(r"\A//(?=/)", "", self.bind.removeprefix("unix:"))
+    def address(self, key: Literal["bind", "metrics_bind"]) -> tuple[str, int] | str | None:
+        """That setting taken apart: host and port, or the path of a unix socket."""
+        bind = getattr(self, key)
+        if bind is None:
+            return None
+        if bind.startswith("unix:"):
+            path = re.sub(r"\A//(?=/)", "", bind.removeprefix("unix:"))
             if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
                 return path
-        elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", self.bind):
+        elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", bind):
             v6, host, port = match.groups()
             try:
                 if int(port) <= _PORT_MAX:
@@ -196,7 +230,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             except ValueError:
                 pass  # not an IPv6 address: told below
         limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
-        raise _WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(self.bind)}", "bind")
+        raise _WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(bind)}", key)
 
     @property
     def cache_bytes(self) -> int | None:
@@ -214,6 +248,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         named = os.path.abspath(self.real_nix_store or self.virtual_nix_store)
         beside = [os.path.join(os.path.dirname(store), _DATABASE) for store in (named, self.real_store)]
         return self.nix_db_path or next(filter(os.path.exists, beside), beside[0])
+
+    @property
+    def logs(self) -> str:
+        """The directory of the build logs."""
+        return self.log_dir or os.path.normpath(os.path.join(os.path.dirname(self.database), _LOGS))
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -257,6 +296,8 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
         values.setdefault("cache_dir", _cache_dir(environ))
         if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
             values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
+        if log_dir := environ.get("NIX_LOG_DIR"):
+            values["log_dir"] = log_dir
         return Settings(**values)
 
 
@@ -393,6 +434,8 @@ def _placed(text: str, name: str, environ: Mapping[str, str]) -> Iterator[None]:
             key = (_key_files(given, environ)[error.key_file],)
         elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
             key = ("$NIX_STORE_DIR",)
+        elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
+            key = ("$NIX_LOG_DIR",)
         if key[0].startswith("$"):
             place = f"environment variable {key[0][1:]}"
         else:

@@ -408,10 +408,11 @@ def write_config(directory: str, home: str) -> None:
         "real_nix_store": os.path.join(home, "nix/store"),
         "nix_db_path": os.path.join(home, "nix/var/nix/db/db.sqlite"),
         "sign_key_paths": [os.path.join(home, "secret-key")],
+        "browse": True,
     }
     with open(os.path.join(directory, "harmonia.toml"), "w", encoding="utf-8") as file:
         file.write(_MARK)
-        # JSON's strings and arrays are TOML's too.
+        # JSON's strings, arrays and booleans are TOML's too.
         file.writelines(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
 
 

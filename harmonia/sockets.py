@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
@@ -26,15 +27,18 @@ _log = logging.getLogger("harmonia")
 
 
 @contextmanager
-def listen(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Listening sockets for `bind`. ConfigError where that cannot be."""
-    address = settings.address
+def listen(settings: Settings, key: Literal["bind", "metrics_bind"]) -> Iterator[list[socket.socket]]:
+    """Listening sockets for that setting, none where it is not set. ConfigError where that cannot be."""
+    address = settings.address(key)
     try:
-        sockets = [_listen_unix(address, settings)] if isinstance(address, str) else _listen_tcp(*address)
+        if address is None:
+            sockets = []
+        else:
+            sockets = [_listen_unix(address, settings)] if isinstance(address, str) else _listen_tcp(key, *address)
     except OSError as error:
         what = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on: {error.strerror}"
         raise ConfigError(
-            f"bind: {settings.bind} {what}; choose another address, or stop what listens there"
+            f"{key}: {getattr(settings, key)} {what}; choose another address, or stop what listens there"
         ) from error
     try:
         yield sockets
@@ -62,14 +66,14 @@ def url(listening: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
-def _listen_tcp(host: str, port: int) -> list[socket.socket]:
+def _listen_tcp(key: str, host: str, port: int) -> list[socket.socket]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ConfigError(f"bind: no address is known for host {host!r}: {error.strerror}") from error
+        raise ConfigError(f"{key}: no address is known for host {host!r}: {error.strerror}") from error
     if host == "::" and not _has_ipv6():
-        _log.warning("bind: this machine has no IPv6; listening on 0.0.0.0 instead of [::]")
-        return _listen_tcp("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
+        _log.warning("%s: this machine has no IPv6; listening on 0.0.0.0 instead of [::]", key)
+        return _listen_tcp(key, "0.0.0.0", port)  # noqa: S104 (what the setting asks for)
     sockets = []
     try:
         for family, *_, address in dict.fromkeys(found):  # a name may have an address twice

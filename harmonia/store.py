@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
+from harmonia.nix.build_trace import Realisation
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 
@@ -24,6 +25,23 @@ select cast(path as text), cast(hash as text), cast(narSize as integer), cast(de
   (select group_concat(referred.path, ' ')
    from Refs join ValidPaths as referred on referred.id = reference where referrer = found.id)
 from ValidPaths as found where path >= ? order by path limit 1
+"""
+
+# Tables that come with the first use of content-addressed derivations (Nix `src/libstore/ca-specific-schema.sql`), one
+# kind up to Nix 2.34, the other since then. None is taken away again.
+_TABLES = "select count(*) from sqlite_master where type = 'table' and name in (?, ?)"
+_REALISATION = """
+select cast(path as text), cast(signatures as text),
+  (select group_concat(other.drvPath || '!' || other.outputName || ' ' || referred.path, ' ')
+   from RealisationsRefs join Realisations as other on other.id = realisationReference
+   join ValidPaths as referred on referred.id = other.outputPath where referrer = found.id)
+from Realisations as found join ValidPaths on ValidPaths.id = outputPath
+where drvPath = ? and outputName = ? order by found.id limit 1
+"""
+_BUILD_TRACE = """
+select cast(path as text), cast(signatures as text), null
+from BuildTraceV3 as found join ValidPaths on path = outputPath
+where drvPath = ? and outputName = ? order by found.id limit 1
 """
 
 _NO_SHM = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
@@ -155,6 +173,30 @@ class Store:
             )
         except FormatError as error:
             raise StoreObjectError(f"the database's row for {path} is of no use: {error}") from error
+
+    def realisation(self, derivation_hash: str, output: str) -> Realisation | None:
+        """What the output of the derivation with that hash came out as. StoreObjectError where its row is of no use."""
+        return self._realisation(("Realisations", "RealisationsRefs"), _REALISATION, derivation_hash, output)
+
+    def build_trace(self, derivation: str, output: str) -> Realisation | None:
+        """The same, of the derivation of that name."""
+        return self._realisation(("BuildTraceV3", "BuildTraceV3"), _BUILD_TRACE, derivation, output)
+
+    def _realisation(self, tables: tuple[str, str], statement: str, derivation: str, output: str) -> Realisation | None:
+        there = self.database.query(_TABLES, *tables)[0][0] == len(set(tables))
+        rows = self.database.query(statement, derivation, output) if there else []
+        if not rows:
+            return None
+        path, sigs, dependent = rows[0]
+        words = (dependent or "").split()
+        try:
+            return Realisation(
+                self._store_path(path),
+                tuple((sigs or "").split()),
+                dict(zip(words[::2], map(self._store_path, words[1::2]), strict=True)),
+            )
+        except FormatError as error:
+            raise StoreObjectError(f"the database's row for {derivation}!{output} is of no use: {error}") from error
 
     def _store_path(self, path: str) -> StorePath:
         return StorePath.in_dir(self.store_dir, path)

@@ -27,8 +27,9 @@ _log = logging.getLogger("harmonia")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
-Work = Callable[[Sequence[socket.socket], socket.socket, float], None]
-"""What a worker does until SIGTERM: given what it listens on, its lifeline, and the seconds between signs of life.
+Work = Callable[[int, Sequence[socket.socket], socket.socket, float], None]
+"""What a worker does until SIGTERM: given its place, what it listens on, its lifeline, and the seconds between signs of
+life. The place is a number from 0 that no other has at the time.
 
 SIGHUP is ignored until it has a handler of its own.
 """
@@ -37,6 +38,7 @@ SIGHUP is ignored until it has a handler of its own.
 @dataclass
 class _Worker:
     pid: int
+    place: int
     lifeline: socket.socket
     beat: float
     ready: bool = False
@@ -81,6 +83,7 @@ class Supervisor:
 
     def _fill(self) -> None:
         while len(self._workers) < self._count and time.monotonic() >= self._next_start:
+            place = min(set(range(self._count)) - {worker.place for worker in self._workers.values()})
             ours, theirs = socket.socketpair()
             signal.pthread_sigmask(
                 signal.SIG_BLOCK, _SIGNALS
@@ -88,7 +91,7 @@ class Supervisor:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    self._become_worker(ours, theirs)
+                    self._become_worker(place, ours, theirs)
             except OSError as error:
                 _log.error("cannot start a worker: %s", error)
                 self._next_start = time.monotonic() + _RETRY_DELAY
@@ -98,11 +101,11 @@ class Supervisor:
                 theirs.close()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             ours.setblocking(False)
-            worker = _Worker(pid, ours, time.monotonic())
+            worker = _Worker(pid, place, ours, time.monotonic())
             self._workers[pid] = worker
             self._selector.register(ours, selectors.EVENT_READ, worker)
 
-    def _become_worker(self, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    def _become_worker(self, place: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -115,7 +118,7 @@ class Supervisor:
             # A copy of another worker's lifeline would hide from it that the main process is gone.
             for held in (ours, self._signals, self._wakeup, *(worker.lifeline for worker in self._workers.values())):
                 held.close()
-            self._work(self._listening, theirs, self._heartbeat)
+            self._work(place, self._listening, theirs, self._heartbeat)
             status = 0
         except BaseException:  # noqa: BLE001 (this process has nobody else to tell)
             _log.critical("worker failed: %s", traceback.format_exc())

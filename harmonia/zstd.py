@@ -7,6 +7,7 @@ beyond its frame: docs/benchmarks.md tells how much that is.
 
 import os
 import threading
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,13 @@ _MIN_FRAME_LOG = 23
 """8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""
 _LDM_WINDOW_LOG = 25  # 32 MiB: long-distance matches are worth their name from here on
 _MAX_THREADS = 8
+_STREAM_LEVEL = 3
 _NICENESS = 10  # so that a busy machine still answers at once
+
+_LIBRARY = ".".join(map(str, zstandard.ZSTD_VERSION))
+
+STREAM = f"zstd-{_LIBRARY}-{_STREAM_LEVEL}-stream"
+"""What tells the bytes of `stream` from any others."""
 
 _thread = threading.local()  # a compressor is for one thread at a time
 
@@ -41,8 +48,7 @@ class Encoding:
     @property
     def name(self) -> str:
         """Another one for everything that makes other bytes, another libzstd among it."""
-        library = ".".join(map(str, zstandard.ZSTD_VERSION))
-        return f"zstd-{library}-{self.level}-{self.window_log}{'-ldm' if self.long_distance_matching else ''}"
+        return f"zstd-{_LIBRARY}-{self.level}-{self.window_log}{'-ldm' if self.long_distance_matching else ''}"
 
     @property
     def frame_size(self) -> int:
@@ -61,6 +67,14 @@ class Encoding:
             _thread.compressor, _thread.encoding = compressor, self
         frame: bytes = compressor.compress(data)
         return frame
+
+
+def stream(chunks: Iterable[bytes | None]) -> Generator[bytes | None]:
+    """The chunks as one frame, of which a piece is there after each, for what comes bit by bit and nobody waits for."""
+    compressor = zstandard.ZstdCompressor(level=_STREAM_LEVEL, write_checksum=True).compressobj()
+    for chunk in chunks:
+        yield chunk and compressor.compress(chunk) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    yield compressor.flush()
 
 
 def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:

@@ -143,7 +143,15 @@ def test_workers_default_to_four_or_the_cpus_if_fewer(monkeypatch: pytest.Monkey
     ],
 )
 def test_bind_takes_upstreams_forms(bind: str, address: object) -> None:
-    assert settings(f'bind = "{bind}"').address == address
+    assert settings(f'bind = "{bind}"').address("bind") == address
+    assert settings(f'metrics_bind = "{bind}"').address("metrics_bind") == address
+
+
+def test_metrics_are_at_the_address_of_everything_else_unless_they_have_their_own() -> None:
+    assert settings().address("metrics_bind") is None
+    assert complaint('metrics_bind = "localhost"').startswith('h.toml:1: metrics_bind: expected "host:port"')
+    what = complaint('metrics = false\nmetrics_bind = "[::1]:5001"')
+    assert what == "h.toml:2: metrics_bind: set without metrics; remove this or set metrics = true"
 
 
 @pytest.mark.parametrize(
@@ -226,11 +234,22 @@ def test_nix_store_dir_overrides_the_file() -> None:
     assert settings('virtual_nix_store = "/a"', NIX_STORE_DIR="/b").virtual_nix_store == "/b"
 
 
+def test_nix_log_dir_overrides_the_file() -> None:
+    assert settings('log_dir = "/a"', NIX_LOG_DIR="/b").logs == "/b"
+
+
+def test_logs_are_beside_the_database() -> None:
+    assert settings('log_dir = "/a"').logs == "/a"
+    assert settings('nix_db_path = "/guest/nix/var/nix/db/db.sqlite"').logs == "/guest/nix/var/log/nix"
+
+
 def test_empty_variables_count_as_unset() -> None:
-    assert settings(SIGN_KEY_PATH="", SIGN_KEY_PATHS="", NIX_STORE_DIR="") == settings()
+    assert settings(SIGN_KEY_PATH="", SIGN_KEY_PATHS="", NIX_STORE_DIR="", NIX_LOG_DIR="") == settings()
 
 
 def test_a_wrong_variable_is_named() -> None:
+    what = complaint(NIX_LOG_DIR="a\nb")
+    assert what == "environment variable NIX_LOG_DIR: log_dir: expected a path, found something else (not shown)"
     what = complaint('virtual_nix_store = "/a"', NIX_STORE_DIR="b")
     assert what == "environment variable NIX_STORE_DIR: virtual_nix_store: expected an absolute path, found 'b'"
 

@@ -212,6 +212,7 @@ def test_its_settings_name_what_is_there(tmp_path: Path) -> None:
         "real_nix_store": f"{made.directory}/nix/store",
         "nix_db_path": f"{made.directory}/nix/var/nix/db/db.sqlite",
         "sign_key_paths": [f"{made.directory}/secret-key"],
+        "browse": True,
     }
     assert all(os.path.exists(path) for path in (settings["nix_db_path"], *settings["sign_key_paths"]))
 

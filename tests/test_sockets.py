@@ -81,7 +81,7 @@ def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sampl
 def test_an_address_that_a_name_has_twice_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))] * 2
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    with sockets.listen(config.parse("bind = 'twice:0'", "h.toml", {})) as listening:
+    with sockets.listen(config.parse("bind = 'twice:0'", "h.toml", {}), "bind") as listening:
         assert len(listening) == 1
 
 

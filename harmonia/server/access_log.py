@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
-from sanic import HTTPResponse, Request
+from sanic import Request
 
 if TYPE_CHECKING:
     from sanic.http import Http
+
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _log = logging.getLogger("harmonia.access")
 
@@ -19,20 +21,35 @@ def client(request: Request, trusted: Sequence[str]) -> str:
 
     What is no IP address there names nobody: then it is the proxy that passed it on.
     """
-    networks = [ipaddress.ip_network(network) for network in trusted if network != "unix"]
-    peer = cast("Http", request.stream).protocol.conn_info
-    address = _ip(peer.client_ip if peer else "")
-    is_proxy = any(address in network for network in networks) if address else "unix" in trusted
+    address = _peer(request)
+    is_proxy = _is_proxy(address, trusted)
     for hop in reversed(",".join(request.headers.getall("x-forwarded-for", [])).split(",")):
         forwarded = _ip(hop)
         if not is_proxy or forwarded is None:
             break
         address = forwarded
-        is_proxy = any(address in network for network in networks)
+        is_proxy = _is_proxy(address, trusted)
     return str(address or "unix")
 
 
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def from_proxy(request: Request, trusted: Sequence[str]) -> bool:
+    """Whether it was a trusted proxy that sent the request."""
+    return _is_proxy(_peer(request), trusted)
+
+
+def _peer(request: Request) -> _Ip | None:
+    """None for a peer on a unix socket."""
+    peer = cast("Http", request.stream).protocol.conn_info
+    return _ip(peer.client_ip if peer else "")
+
+
+def _is_proxy(address: _Ip | None, trusted: Sequence[str]) -> bool:
+    if address is None:
+        return "unix" in trusted
+    return any(address in ipaddress.ip_network(network) for network in trusted if network != "unix")
+
+
+def _ip(text: str) -> _Ip | None:
     try:
         ip = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone is any text
     except ValueError:
@@ -40,13 +57,11 @@ def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
 
 
-def log(request: Request, response: HTTPResponse | None, trusted: Sequence[str]) -> None:
+def log(request: Request, status: int, sent: int, trusted: Sequence[str]) -> None:
     """Log a request with its status, the bytes of body sent, and the milliseconds from its head to now."""
     if not _log.isEnabledFor(logging.INFO):
         return
     stream = cast("Http", request.stream)
-    answer = response or stream.response
-    sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
     milliseconds = (perf_counter() - (stream.perft0 or perf_counter())) * 1000
     agent = request.headers.get("user-agent", "-")
     # What the client wrote is quoted, so that no byte of it can pass for a line of ours.
@@ -54,7 +69,7 @@ def log(request: Request, response: HTTPResponse | None, trusted: Sequence[str])
         "%s %r %d %d %.1fms %r",
         client(request, trusted),
         f"{request.method} {stream.url}",
-        answer.status,
+        status,
         sent,
         milliseconds,
         agent,

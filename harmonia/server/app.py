@@ -1,32 +1,65 @@
 """The routes, and the Sanic application made of them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from email.utils import formatdate
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 from sanic import HTTPResponse, Request, Sanic
 from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
 from sanic.http.constants import HTTP
 
+from harmonia.config import Settings
+from harmonia.metrics import UNKNOWN, Metrics, Route
 from harmonia.nix.base32 import ALPHABET
-from harmonia.server import access_log, cache_info, errors, health, landing, listing, nar, narinfo
+from harmonia.server import (
+    access_log,
+    browse,
+    build_trace,
+    cache_info,
+    debuginfo,
+    errors,
+    health,
+    landing,
+    listing,
+    log,
+    metrics,
+    nar,
+    narinfo,
+    serve,
+)
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
+
+if TYPE_CHECKING:
+    from sanic.http import Http
+    from sanic.response import BaseHTTPResponse
 
 Handler = Callable[..., Awaitable[Representation]]
 
 _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
 
-_ROUTES: dict[str, Handler] = {
+ROUTES: dict[str, Handler] = {
     "/": landing.get,
     "/nix-cache-info": cache_info.get,
     rf"/<hash_part:{_HASH_PART}\.narinfo>": narinfo.get,
     rf"/<hash_part:{_HASH_PART}\.ls>": listing.get,
     "/nar/<name:str>": nar.get,
+    "/log/<name:str>": log.get,
+    "/realisations/<name:str>": build_trace.get_realisation,
+    "/build-trace-v2/<derivation:str>/<name:str>": build_trace.get,
+    "/debuginfo/<name:str>": debuginfo.get,
+    "/serve/<where:path>": serve.get,
+    "/search": browse.search,
+    f"/path/<hash_part:{_HASH_PART}>": browse.path,
     "/version": health.get_version,
     "/health": health.get,
 }
+METRICS_ROUTES: dict[str, Handler] = {"/metrics": metrics.get}
+"""Among the others, or alone at an address of their own."""
 
 _CONFIG: dict[str, Any] = {
     "KEEP_ALIVE_TIMEOUT": 120,  # Nix keeps connections idle between two steps of a build
@@ -46,20 +79,61 @@ class _Request(Request):
     def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
         super().__init__(url_bytes=b"*" if method == "NONE" else url_bytes, method=method, **rest)
 
+    async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
+        """Every response comes through here. RFC 9110 section 6.6.1 wants each to tell when it was made."""
+        if response is not None:
+            response.headers["date"] = _date(int(time.time()))
+        return await super().respond(response, **rest)
+
+
+@lru_cache(1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
+def count_with(settings: Settings) -> Metrics:
+    """What this application counts with. To be made before its processes part."""
+    names = dict.fromkeys(map(_name, (ROUTES | METRICS_ROUTES).values()))
+    return Metrics(tuple(names), settings.workers)
+
 
 def create_app(cache: Cache) -> "Sanic[Any, Any]":
-    app = Sanic("harmonia", config=Config(_CONFIG, env_prefix=None), configure_logging=False, request_class=_Request)
-    # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
-    app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
-    for uri, handler in _ROUTES.items():
-        name = f"{handler.__module__}.{handler.__name__}".replace(".", "_")
-        app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=True)
-    app.error_handler.add(Exception, lambda request, error: _logged(cache, request, errors.response(request, error)))
+    settings = cache.settings
+    public = settings.metrics and settings.metrics_bind is None
+    return _app("harmonia", cache, ROUTES | METRICS_ROUTES if public else ROUTES)
+
+
+def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
+    app = _app("harmonia-metrics", cache, METRICS_ROUTES)
+    app.state.primary = False  # what Sanic does to its own code at the start, it can do only once
     return app
 
 
+def _app(name: str, cache: Cache, routes: Mapping[str, Handler]) -> "Sanic[Any, Any]":
+    app = Sanic(name, config=Config(_CONFIG, env_prefix=None), configure_logging=False, request_class=_Request)
+    # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
+    app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
+    for uri, handler in routes.items():
+        name = f"{handler.__module__}.{handler.__name__}".replace(".", "_")
+        app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=True)
+    unknown = cache.metrics.own.routes[UNKNOWN]
+    app.error_handler.add(
+        Exception, lambda request, error: _done(cache, unknown, request, errors.response(request, error))
+    )
+    return app
+
+
+def _name(handler: Handler) -> str:
+    """What a resource is called in the metrics."""
+    module, name = handler.__module__.rpartition(".")[2], handler.__name__
+    return module if name == "get" else name.removeprefix("get_")
+
+
 def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
+    route = cache.metrics.own.routes[_name(handler)]
+
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
+        route.begin()
         try:
             representation = await handler(cache, request, **parameters)
             response = await respond(request, representation, cache.readers)
@@ -67,13 +141,19 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
             response = errors.response(request, error)
         except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
             if request.responded:
-                _logged(cache, request, None)
+                _done(cache, route, request, None)
             raise
-        return _logged(cache, request, response)
+        finally:
+            route.end()
+        return _done(cache, route, request, response)
 
     return endpoint
 
 
-def _logged(cache: Cache, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
-    access_log.log(request, response, cache.settings.trusted_proxies)
+def _done(cache: Cache, route: Route, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
+    """Count and log a request. Its response is to be sent yet, or None where that has been done."""
+    answer = response or cast("Http", request.stream).response
+    sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
+    metrics.count(route, request, answer.status, sent)
+    access_log.log(request, answer.status, sent, cache.settings.trusted_proxies)
     return response

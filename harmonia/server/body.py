@@ -7,10 +7,11 @@ that looks complete.
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from time import perf_counter
 from typing import Protocol, cast
 
 from sanic import HTTPResponse, Request
@@ -63,6 +64,10 @@ class Representation:
     """The same encoded, for those who accept that. Its ETag is then another one."""
     worthwhile: bool = True
     """Whether to encode it where nobody insists."""
+    status: HTTPStatus = HTTPStatus.OK
+    """Another one only for a body of bytes."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Further ones, by lower-case name."""
 
 
 async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:
@@ -71,6 +76,7 @@ async def respond(request: Request, representation: Representation, readers: Exe
     An error is raised only before the first byte; after it, the connection is broken.
     """
     headers = {"cache-control": representation.cache_control, "content-type": representation.content_type}
+    headers |= representation.headers
     body, etag = representation.body, representation.etag
     if representation.zstd is not None:
         headers["vary"] = "Accept-Encoding"
@@ -85,7 +91,7 @@ async def respond(request: Request, representation: Representation, readers: Exe
             return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
     if isinstance(body, bytes):
         headers["content-length"] = str(len(body))
-        return HTTPResponse(None if request.method == "HEAD" else body, headers=headers)
+        return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
     return await _respond_with(request, await body(request) if callable(body) else body, headers, readers)
 
 
@@ -187,6 +193,7 @@ async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, si
     sent = request.ctx.sent = 0
     try:
         chunk = await chunks.next()
+        request.ctx.head_at = perf_counter()
         await request.respond(response)
         while chunk:
             if size is not None and sent + len(chunk) > size:

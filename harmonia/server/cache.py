@@ -8,13 +8,16 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import TypeVar
 
 from sanic import Request
 
 from harmonia.compression import Compressed, Compressor, Source
 from harmonia.config import Settings
+from harmonia.debug_info import DebugInfo
 from harmonia.errors import StoreUnavailableError
+from harmonia.metrics import Metrics
 from harmonia.nar_cache import NarCache
 from harmonia.nix import narinfo
 from harmonia.nix.nar_layout import Layouts
@@ -51,19 +54,29 @@ def _nar_cache(settings: Settings) -> NarCache | None:
         return None
 
 
+def _store(settings: Settings) -> Store:
+    return Store(settings.virtual_nix_store, settings.real_store, settings.database)
+
+
 class Cache:
-    def __init__(self, settings: Settings, keys: Sequence[SecretKey]) -> None:
+    def __init__(self, settings: Settings, keys: Sequence[SecretKey], metrics: Metrics) -> None:
         self.settings = settings
         self.keys = keys
-        self.store = Store(settings.virtual_nix_store, settings.real_store, settings.database)
+        self.metrics = metrics
+        self.store = _store(settings)
         self.layouts = Layouts(_LAYOUT_MEMORY)
         nar_cache = _nar_cache(settings)
         self.compressor = Compressor(settings.zstd, nar_cache)
         wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
         self.offers_zstd = settings.enable_compression and wanted
         """Whether narinfos lead to compressed NARs."""
+        directory = os.path.join(str(settings.cache_dir), "debug-info")
+        self.debug_info = DebugInfo(_store(settings), settings.database, directory) if settings.debug_info else None
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
+        # For questions that take long. No narinfo waits behind them.
+        self.browsed = Store(settings.virtual_nix_store, settings.real_store, settings.database)
+        self._browsing_thread = ThreadPoolExecutor(1, thread_name_prefix="browse")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
         self._watch = Database(settings.database, timeout=0)
         self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
@@ -107,9 +120,20 @@ class Cache:
 
         StoreUnavailableError also where it waits in vain behind others.
         """
+        began = perf_counter()
+        try:
+            return await self._wait(self._database_thread, ask)
+        finally:
+            self.metrics.own.database.observe(perf_counter() - began)
+
+    async def browse(self, ask: Callable[[Store], _T]) -> _T:
+        """What `ask` finds in the store, where that may take long."""
+        return await self._wait(self._browsing_thread, partial(ask, self.browsed))
+
+    async def _wait(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
         try:
             async with asyncio.timeout(BUSY_TIMEOUT + 1):
-                return await asyncio.get_running_loop().run_in_executor(self._database_thread, ask)
+                return await asyncio.get_running_loop().run_in_executor(thread, ask)
         except TimeoutError:
             raise StoreUnavailableError("the database does not answer") from None
 

@@ -1,20 +1,95 @@
 """`/`: what this cache is and how to use it, for people."""
 
-from html5tagger import Document
-from sanic import Request
+import shlex
+from collections.abc import Sequence
 
+from html5tagger import Builder
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.server import origin, page
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
 
 async def get(cache: Cache, request: Request) -> Representation:
-    url = f"{request.scheme}://{request.host}"
-    keys = " ".join(str(key.public_key) for key in cache.keys)
-    page = Document("Nix binary cache", lang="en")
-    page.h1("Nix binary cache")
-    page.p("This is ").a("Harmonia", href="https://github.com/nix-community/harmonia")
-    conf = f"extra-substituters = {url}\n"
+    settings = cache.settings
+    if not settings.landing:
+        raise NotFound
+    url = origin.base_url(request, settings)
+    keys = [str(key.public_key) for key in cache.keys]
+    document = page.begin(cache, "Nix binary cache", "./")
+    with document.main:
+        document.h1("Nix binary cache")
+        document.p("From here, ").a("Nix", href="https://nixos.org/")._(" downloads what it would otherwise build.")
+        page.snippet(document, url, "the URL of this cache")
+        _public_keys(document, keys)
+        _section(document, "nix.conf", "In /etc/nix/nix.conf, on any system:", _nix_conf(url, keys))
+        _section(document, "NixOS", "In configuration.nix:", _nixos(url, keys))
+        _section(document, "Flake", "In flake.nix, for all who use that flake:", _flake(url, keys))
+        _section(
+            document,
+            "Once",
+            "For one command; Nix heeds it from its trusted users:",
+            command("nix build nixpkgs#hello", url, keys),
+        )
+        with document.section:
+            document.h2("About")
+            with document.dl:
+                document.dt("Store directory").dd.code(settings.virtual_nix_store)
+                document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest first)")
+                document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
+    return page.end(cache, document, script=True)
+
+
+def _public_keys(document: Builder, keys: Sequence[str]) -> None:
+    with document.section:
+        document.h2("Public keys" if len(keys) > 1 else "Public key")
+        for key in keys:
+            page.snippet(document, key, f"the public key {key.partition(':')[0]}")
+        if not keys:
+            document.p("This cache signs nothing itself. Paths keep the signatures that they came with.", class_="dim")
+
+
+def _section(document: Builder, heading: str, hint: str, text: str) -> None:
+    with document.section:
+        document.h2(heading).p(hint, class_="dim")
+        page.snippet(document, text, heading)
+
+
+def _nix_conf(url: str, keys: Sequence[str]) -> str:
+    lines = [f"extra-substituters = {url}"]
     if keys:
-        conf += f"extra-trusted-public-keys = {keys}\n"
-    page.p("To download from it what it has instead of building that, add to nix.conf:").pre(conf)
-    return Representation(content_type="text/html; charset=utf-8", body=str(page).encode(), cache_control="no-cache")
+        lines.append(f"extra-trusted-public-keys = {' '.join(keys)}")
+    return "\n".join(lines)
+
+
+def _nixos(url: str, keys: Sequence[str]) -> str:
+    lines = [f"substituters = [ {_nix_string(url)} ];"]
+    if keys:
+        lines.append(f"trusted-public-keys = [ {' '.join(map(_nix_string, keys))} ];")
+    return _attributes("nix.settings", lines)
+
+
+def _flake(url: str, keys: Sequence[str]) -> str:
+    lines = [f"extra-substituters = [ {_nix_string(url)} ];"]
+    if keys:
+        lines.append(f"extra-trusted-public-keys = [ {' '.join(map(_nix_string, keys))} ];")
+    return _attributes("nixConfig", lines)
+
+
+def command(start: str, url: str, keys: Sequence[str]) -> str:
+    """A command of Nix that uses this cache, whatever nix.conf says."""
+    lines = [start, f"--option extra-substituters {url}"]
+    if keys:
+        lines.append(f"--option extra-trusted-public-keys {shlex.quote(' '.join(keys))}")
+    return " \\\n  ".join(lines)
+
+
+def _attributes(name: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{name} = {{", *(f"  {line}" for line in lines), "};"])
+
+
+def _nix_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'

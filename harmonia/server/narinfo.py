@@ -11,9 +11,14 @@ from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
 
+def nar_url(info: PathInfo) -> str:
+    """Where the plain NAR is, below the cache's URL."""
+    return f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+
+
 async def nar_file(cache: Cache, info: PathInfo) -> narinfo.NarFile:
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
-    url = f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+    url = nar_url(info)
     if not cache.offers_zstd:
         return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
     file = cache.compressor.known(info.nar_hash) or await cache.read(lambda: cache.compressor.find(info.nar_hash))

@@ -17,7 +17,8 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from harmonia import config
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
-from harmonia.server.app import create_app
+from harmonia.server import metrics
+from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
 from harmonia.sockets import BACKLOG, notice_lost_clients
 
@@ -27,18 +28,27 @@ _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 
 _log = logging.getLogger("harmonia")
 
 
-def run(
+def run(  # noqa: PLR0917 (two to bind, and what the supervisor then gives)
     cache: Cache,
+    for_metrics: Sequence[socket.socket],
+    place: int,
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
-    """What a worker of the supervisor does."""
+    """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
+    cache.metrics.take(place)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(cache, listening, lifeline, heartbeat))
+        runner.run(_serve(cache, for_metrics, listening, lifeline, heartbeat))
 
 
-async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float) -> None:
+async def _serve(
+    cache: Cache,
+    for_metrics: Sequence[socket.socket],
+    listening: Sequence[socket.socket],
+    lifeline: socket.socket,
+    heartbeat: float,
+) -> None:
     settings = cache.settings
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -50,27 +60,36 @@ async def _serve(cache: Cache, listening: Sequence[socket.socket], lifeline: soc
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
 
     app = create_app(cache)
+    metrics_app = create_metrics_app(cache)
     protocol = _limited(settings.max_connections)
     servers = []
     for each in listening:
         notice_lost_clients(each)
-        secured = tls if each.family != socket.AF_UNIX else None
-        server = await app.create_server(
-            sock=each, ssl=secured, protocol=protocol, backlog=BACKLOG, asyncio_server_kwargs={"start_serving": False}
+        private = each in for_metrics
+        server = await (metrics_app if private else app).create_server(
+            sock=each,
+            ssl=tls if each.family != socket.AF_UNIX and not private else None,
+            protocol=HttpProtocol if private else protocol,  # who watches gets in where nobody else does
+            backlog=BACKLOG,
+            asyncio_server_kwargs={"start_serving": False},
         )
         assert server is not None  # noqa: S101 (its type allows for a way of old)
         servers.append(server)
-    await servers[0].startup()  # type: ignore[no-untyped-call]
+    for server in {server.app: server for server in servers}.values():
+        await server.startup()  # type: ignore[no-untyped-call]
     for server in servers:
         await server.start_serving()  # type: ignore[no-untyped-call]
-    beating = asyncio.create_task(_beat(lifeline, heartbeat))
+    if cache.debug_info is not None:
+        cache.debug_info.start()
+    beating = asyncio.create_task(_beat(cache, lifeline, heartbeat))
     await stop.wait()
     await _drain(servers, settings.shutdown_grace)
     beating.cancel()
 
 
-async def _beat(lifeline: socket.socket, heartbeat: float) -> None:
+async def _beat(cache: Cache, lifeline: socket.socket, heartbeat: float) -> None:
     while True:
+        metrics.look(cache)
         with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
             lifeline.send(b".")
         await asyncio.sleep(heartbeat)

@@ -9,7 +9,22 @@ from server.test_nar import url
 from server.test_narinfo import info
 
 
-@pytest.fixture(params=["/", "/nix-cache-info", "/version", "/health", "narinfo", "nar", "/none", "/nar/none.nar"])
+@pytest.fixture(
+    params=[
+        "/",
+        "/nix-cache-info",
+        "/version",
+        "/health",
+        "narinfo",
+        "nar",
+        "log",
+        "serve",
+        "directory",
+        "/search",
+        "/none",
+        "/nar/none.nar",
+    ]
+)
 def resource(request: pytest.FixtureRequest, server: Server, shared_store: StoreBuilder) -> str:
     """The path of each resource, and of some that are not there."""
     hash_part = info(shared_store, "tree").path.hash_part
@@ -18,6 +33,14 @@ def resource(request: pytest.FixtureRequest, server: Server, shared_store: Store
             return f"/{hash_part}.narinfo"
         case "nar":
             return url(server, hash_part)
+        case "log":
+            derivation = info(shared_store, "tree.drv").path
+            shared_store.add_log(derivation, b"log\n", compressed=False)
+            return f"/log/{derivation}"
+        case "serve":
+            return f"/serve/{hash_part}/bin/run"
+        case "directory":
+            return f"/serve/{hash_part}/"
     return str(request.param)
 
 

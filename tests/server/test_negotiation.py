@@ -325,4 +325,4 @@ def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Pat
     assert server.get(nar_url(path), accepting("zstd")).body == plain
     # Clients remember for 30 days where they were once sent.
     assert unpacked(server.get(nar_url(path) + ".zst").body) == plain
-    assert not (server.directory / "cache").exists()
+    assert not (server.directory / "cache" / "nar").exists()

@@ -1,0 +1,141 @@
+"""Build logs: what builders said, in the files where Nix keeps it (Nix `src/libstore/local-fs-store.cc`).
+
+A derivation's log is `drvs/<its first two characters>/<the rest>` below the log directory, or `drvs/<all of it>`, plain
+or as `.bz2`, whatever `compress-build-log` was. Nix opens it when the build begins, writes to it until that ends, and
+begins it anew when the derivation is built again. A `.zst` is not by Nix: somebody compressed what was finished.
+
+The file is all that a log needs: the derivation may be collected long ago.
+"""
+
+import bz2
+import os
+import stat
+import time
+from collections.abc import Generator
+from typing import BinaryIO
+
+import zstandard
+
+from harmonia.errors import StoreObjectError
+from harmonia.nix.store_path import StorePath
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # an opened fifo would wait for its writer
+_SUFFIXES = ("", ".bz2", ".zst")  # in the order that Nix looks in
+_CHUNK = 256 * 1024
+_SETTLED = 24 * 60 * 60
+"""Seconds without a change after which a plain file counts as finished: nothing in it tells. A build may be silent for
+hours; Hydra ends it after two, or ten in all, unless told otherwise."""
+
+# How a bzip2 stream ends: the digits of the square root of pi, at any bit, 32 bits of checksum, up to 7 of padding.
+_BZ2_END, _BZ2_END_MASK = 0x177245385090, (1 << 48) - 1
+_BZ2_END_SIZE = 11
+
+# Four bytes of zstd may stand for 128 KiB: so much at once makes no more than 2 MiB. The window is what all decoders
+# have (RFC 9659), and levels up to 19 keep to.
+_ZST_INPUT = 64
+_ZST_WINDOW = 8 << 20
+
+
+class BuildLog:
+    """A log as it was when it was found. It is read later, if it is still that."""
+
+    def __init__(self, path: str, suffix: str) -> None:
+        """OSError where there is none."""
+        self._path = path
+        self._suffix = suffix
+        with self._open() as file:
+            status = os.fstat(file.fileno())
+            self.version = _version(status)
+            """Another one for every content that the file had."""
+            self.finished = self._is_finished(file, status)
+            """Whether nothing will be added to it."""
+        self.size = None if suffix else status.st_size
+        """How many bytes it has, decoded: None until it was read to its end."""
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        """The bytes from `start` to `stop`, or to the end; None whenever there were only others.
+
+        What Nix is still compressing ends where it can be decoded to. Other damage is a StoreObjectError or an OSError,
+        when all that is before it was read.
+        """
+        with self._open() as file:
+            if self.finished and _version(os.fstat(file.fileno())) != self.version:
+                raise StoreObjectError(f"{self._path} was replaced")
+            if not self._suffix:
+                yield from self._part(file, start, self.size or 0 if stop is None else stop)
+                return
+            position = 0
+            for chunk in self._unzst(file) if self._suffix == ".zst" else self._unbz2(file):
+                end = None if stop is None else stop - position
+                yield chunk[max(start - position, 0) : end] or None
+                position += len(chunk)
+                if stop is not None and position >= stop:
+                    return
+            self.size = position
+
+    def _open(self) -> BinaryIO:
+        file = os.fdopen(os.open(self._path, _FLAGS), "rb")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise FileNotFoundError(f"{self._path} is no regular file")
+        return file
+
+    def _is_finished(self, file: BinaryIO, status: os.stat_result) -> bool:
+        if self._suffix == ".bz2":
+            file.seek(max(status.st_size - _BZ2_END_SIZE, 0))
+            end = int.from_bytes(file.read(_BZ2_END_SIZE), "big") >> 32
+            return any(end >> shift & _BZ2_END_MASK == _BZ2_END for shift in range(8))
+        return self._suffix == ".zst" or time.time() - status.st_mtime > _SETTLED
+
+    def _part(self, file: BinaryIO, start: int, stop: int) -> Generator[bytes]:
+        file.seek(start)
+        while chunk := file.read(min(_CHUNK, stop - start)):
+            start += len(chunk)
+            yield chunk
+        if start < stop:
+            raise StoreObjectError(f"{self._path} was cut short")
+
+    def _unbz2(self, file: BinaryIO) -> Generator[bytes]:
+        decoded = bz2.BZ2File(file)
+        try:
+            while chunk := decoded.read1(_CHUNK):
+                yield chunk
+        except EOFError:
+            if self.finished:
+                raise StoreObjectError(f"{self._path} was cut short") from None
+
+    def _unzst(self, file: BinaryIO) -> Generator[bytes]:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW)
+        frame = decompressor.decompressobj()
+        chunk = bytearray()
+        try:
+            while data := file.read(_ZST_INPUT):
+                while data:
+                    if frame.eof:
+                        frame = decompressor.decompressobj()
+                    chunk += frame.decompress(data)
+                    data = frame.unused_data
+                if len(chunk) >= _CHUNK:
+                    yield bytes(chunk)
+                    chunk.clear()
+        except zstandard.ZstdError as error:
+            raise StoreObjectError(f"{self._path} cannot be decoded: {error}") from None
+        if chunk:
+            yield bytes(chunk)
+        if not frame.eof:
+            raise StoreObjectError(f"{self._path} was cut short")
+
+
+def find(directory: str, derivation: StorePath) -> BuildLog | None:
+    """The log of a derivation in the log directory. OSError where it is there and cannot be read."""
+    for name in (os.path.join(derivation[:2], derivation[2:]), derivation):
+        for suffix in _SUFFIXES:
+            try:
+                return BuildLog(os.path.join(directory, "drvs", name + suffix), suffix)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+    return None
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"

@@ -1,0 +1,107 @@
+"""The metrics in the text format of Prometheus. docs/operations.md tells what each is good for."""
+
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from harmonia import __version__
+from harmonia.metrics import BOUNDS, Histogram, Metrics, Route, Totals
+
+_TOTALS = {
+    "cache_hits": "Compressed NARs found in the cache, whole or growing.",
+    "cache_misses": "Compressed NARs that were not in the cache and that it could take.",
+    "cache_fills": "Compressed NARs that were put into the cache.",
+    "cache_filled_bytes": "Bytes of compressed NARs that were put into the cache.",
+    "cache_evictions": "Compressed NARs removed from the cache for others.",
+    "cache_corrupt": "Compressed NARs removed from the cache because they were damaged.",
+    "encoder_seconds": "Processor time spent on compression, in seconds.",
+}
+
+
+def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int) -> bytes:
+    """The sums over all workers. The last two are what each worker has, and what all have in common."""
+    return generate_latest(_Families(metrics, encoder_threads, cache_limit))
+
+
+class _Families(Collector):
+    def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int) -> None:
+        self._rows = metrics.rows
+        self._encoder_threads = encoder_threads
+        self._cache_limit = cache_limit
+
+    def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily(
+            "harmonia_build",
+            "What serves.",
+            value={"version": __version__, "python": platform.python_version()},
+        )
+        yield from self._requests()
+        yield from self._workers()
+
+    def _requests(self) -> Iterator[Metric]:
+        routes = {name: [row.routes[name] for row in self._rows] for name in self._rows[0].routes}
+        requests = CounterMetricFamily("harmonia_requests", "Requests answered.", labels=["route", "status"])
+        sent = CounterMetricFamily("harmonia_sent_bytes", "Bytes of bodies sent, as encoded.", labels=["route"])
+        in_flight = GaugeMetricFamily("harmonia_requests_in_flight", "Requests being answered.", labels=["route"])
+        head = HistogramMetricFamily(
+            "harmonia_head_seconds", "From a request to the first byte of its answer.", labels=["route"]
+        )
+        body = HistogramMetricFamily(
+            "harmonia_body_seconds", "From there to its last byte, of bodies sent in pieces.", labels=["route"]
+        )
+        for name, rows in routes.items():
+            for status, count in enumerate(_sum(route.statuses for route in rows)):
+                if count:
+                    requests.add_metric([name, str(status)], count)
+            sent.add_metric([name], sum(route.sent for route in rows))
+            in_flight.add_metric([name], sum(route.in_flight for route in rows))
+            head.add_metric([name], *_histogram(route.head for route in rows))
+            if any(map(_is_streamed, rows)):
+                body.add_metric([name], *_histogram(route.body for route in rows))
+        yield from (requests, sent, in_flight, head, body)
+
+    def _workers(self) -> Iterator[Metric]:
+        yield HistogramMetricFamily(
+            "harmonia_database_seconds",
+            "Waiting for what the database has to say, where nothing was remembered.",
+            *_histogram(row.database for row in self._rows),
+        )
+        totals = Totals(*_sum(row.totals for row in self._rows))
+        for name, total in totals._asdict().items():
+            yield CounterMetricFamily(f"harmonia_{name}", _TOTALS[name], total)
+        yield GaugeMetricFamily(
+            "harmonia_cache_limit_bytes", "How large the cache may become; 0 is none.", self._cache_limit
+        )
+        waiting = sum(row.waiting for row in self._rows)
+        yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces being compressed, or waiting for it.", waiting)
+        threads = self._encoder_threads * len(self._rows)
+        yield GaugeMetricFamily("harmonia_encoder_threads", "Threads that compress.", threads)
+        restarts = sum(max(row.starts - 1, 0) for row in self._rows)
+        yield CounterMetricFamily("harmonia_worker_restarts", "Workers that replaced one that had ended.", restarts)
+
+
+def _is_streamed(route: Route) -> bool:
+    return any(route.body.cells)
+
+
+def _sum(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _histogram(rows: Iterable[Histogram]) -> tuple[list[tuple[str, float]], float]:
+    *counts, total = _sum(histogram.cells for histogram in rows)
+    below = 0.0
+    buckets = []
+    for bound, count in zip((*BOUNDS, float("inf")), counts, strict=True):
+        below += count
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), below))
+    return buckets, total

@@ -1,0 +1,143 @@
+"""What is counted: numbers in memory that all processes share, a row of them for each worker, so that any can tell all.
+
+The memory is made before the fork. A row belongs to a worker's place, not to its process: who replaces a dead worker
+goes on counting where that one stopped. Only the event loop of its worker writes to a row: nothing needs a lock.
+"""
+
+import mmap
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""Seconds, the upper ends of a histogram's buckets: from a path that is remembered to the largest of downloads."""
+
+STATUSES = 600
+UNKNOWN = "unknown"
+"""The route of a request for something that nobody ever has, or in another method than its own, or that is no HTTP."""
+
+_CELL = 8  # bytes: they are doubles, written at once
+
+
+class Totals(NamedTuple):
+    """What others count since their process began: it is looked at now and then."""
+
+    cache_hits: float = 0
+    cache_misses: float = 0
+    cache_fills: float = 0
+    cache_filled_bytes: float = 0
+    cache_evictions: float = 0
+    cache_corrupt: float = 0
+    encoder_seconds: float = 0
+
+
+class Histogram:
+    size = len(BOUNDS) + 2
+
+    def __init__(self, cells: "memoryview[float]") -> None:
+        self.cells = cells
+        """How many lie in each bucket and beyond the last, then their sum."""
+
+    def observe(self, seconds: float) -> None:
+        self.cells[bisect_left(BOUNDS, seconds)] += 1
+        self.cells[-1] += seconds
+
+
+class Route:
+    """What is counted of the requests for one kind of resource."""
+
+    size = STATUSES + 2 * Histogram.size + 2
+
+    def __init__(self, cells: "memoryview[float]") -> None:
+        self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 2)
+        self.head = Histogram(head)
+        """Until there is a status, and the first byte to send."""
+        self.body = Histogram(body)
+        """From then on, until the last byte is on its way."""
+
+    @property
+    def sent(self) -> float:
+        return self._rest[0]
+
+    @property
+    def in_flight(self) -> float:
+        return self._rest[1]
+
+    def begin(self) -> None:
+        self._rest[1] += 1
+
+    def end(self) -> None:
+        self._rest[1] -= 1
+
+    def forget(self) -> None:
+        """Nothing is in flight any more: the process that did it is gone."""
+        self._rest[1] = 0
+
+    def count(self, status: int, sent: int, head: float, body: float | None) -> None:
+        """An answer with that many bytes of body; `body` are its seconds where it was sent piece by piece."""
+        self.statuses[status] += 1
+        self._rest[0] += sent
+        self.head.observe(head)
+        if body is not None:
+            self.body.observe(body)
+
+
+class Row:
+    def __init__(self, cells: "memoryview[float]", routes: Sequence[str]) -> None:
+        *each, database, self._totals, self._rest = _cut(cells, *_sizes(routes))
+        self.routes = dict(zip(routes, map(Route, each), strict=True))
+        self.database = Histogram(database)
+        self._before = Totals()
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(*self._totals)
+
+    @property
+    def starts(self) -> float:
+        return self._rest[0]
+
+    @property
+    def waiting(self) -> float:
+        """Pieces that wait to be compressed."""
+        return self._rest[1]
+
+    def take(self) -> None:
+        """Go on where the process that had it before has stopped."""
+        self._before = self.totals
+        self._rest[0] += 1
+        self._rest[1] = 0
+        for route in self.routes.values():
+            route.forget()
+
+    def look(self, totals: Totals, waiting: float) -> None:
+        for index, total in enumerate(totals):
+            self._totals[index] = self._before[index] + total
+        self._rest[1] = waiting
+
+
+class Metrics:
+    """The rows of all workers. `own` is that of this process, when it has taken one."""
+
+    def __init__(self, routes: Sequence[str], workers: int) -> None:
+        routes = (*routes, UNKNOWN)
+        size = sum(_sizes(routes))
+        cells = memoryview(mmap.mmap(-1, workers * size * _CELL)).cast("d")
+        self.rows = [Row(row, routes) for row in _cut(cells, *[size] * workers)]
+        self.own = self.rows[0]
+
+    def take(self, place: int) -> None:
+        self.own = self.rows[place]
+        self.own.take()
+
+
+def _sizes(routes: Sequence[str]) -> list[int]:
+    return [*[Route.size] * len(routes), Histogram.size, len(Totals._fields), 2]
+
+
+def _cut(cells: "memoryview[float]", *sizes: int) -> "list[memoryview[float]]":
+    pieces = []
+    for size in sizes:
+        pieces.append(cells[:size])
+        cells = cells[size:]
+    return pieces

@@ -1,0 +1,73 @@
+"""`/log/<drv>`: the build log of a derivation, for people and for `nix log`.
+
+By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia import build_log, zstd
+from harmonia.build_log import BuildLog
+from harmonia.errors import FormatError
+from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.server.body import IMMUTABLE, Body, Encoded, Representation, exhaust
+from harmonia.server.cache import Cache
+from harmonia.server.nar import found
+
+
+@dataclass(frozen=True, slots=True)
+class _Zstd:
+    """A log, compressed on the way by the thread that reads it: it knows its length too late for anybody else to."""
+
+    log: BuildLog
+    size: None = None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        return zstd.stream(self.log.read(start, stop))
+
+
+async def get(cache: Cache, request: Request, name: str) -> Representation:
+    try:
+        derivation = await _derivation(cache, _decoded(request, name))
+    except FormatError:
+        raise NotFound from None
+    log = await cache.read(lambda: build_log.find(cache.settings.logs, derivation))
+    if log is None:
+        raise NotFound
+
+    async def open_plain(request: Request) -> Body:
+        if log.size is None and ("range" in request.headers or (request.version, request.method) == ("1.0", "GET")):
+            await exhaust(log, cache.readers)
+        return log
+
+    async def open_encoded(_: Request) -> Body:
+        return _Zstd(log)
+
+    return Representation(
+        content_type="text/plain; charset=utf-8",
+        body=log if log.size is not None else open_plain,
+        cache_control=IMMUTABLE if log.finished else "no-cache",
+        etag=f'"{log.version}"',
+        zstd=Encoded(zstd.STREAM, open_encoded) if cache.settings.enable_compression else None,
+        headers={"x-content-type-options": "nosniff"},  # it is anybody's text, and no web page
+    )
+
+
+def _decoded(request: Request, name: str) -> str:
+    """The name asked for. It may hold a `?`, after which Nix sends its rest as a query."""
+    _, mark, query = request.raw_url.partition(b"?")
+    return unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")
+
+
+async def _derivation(cache: Cache, name: str) -> StorePath:
+    """The derivation that is meant. FormatError where `name` can mean none."""
+    path = found(await cache.path(name)).path if is_hash_part(name) else StorePath(name)
+    if path.is_derivation:
+        return path
+    known = await cache.path(path.hash_part)
+    output = known.info if known and known.info.path == path else None
+    return (output and output.deriver) or StorePath(f"{path}.drv")

@@ -1,0 +1,59 @@
+"""`/metrics`: what the workers have counted, all together, in the text format of Prometheus."""
+
+from time import perf_counter
+from typing import TYPE_CHECKING, cast
+
+from sanic import Request
+
+from harmonia.metrics import Route, Totals
+from harmonia.server.body import Representation
+from harmonia.server.cache import Cache
+
+if TYPE_CHECKING:
+    from sanic.http import Http
+
+
+def count(route: Route, request: Request, status: int, sent: int) -> None:
+    """Count a request that was answered with that many bytes of body."""
+    now = perf_counter()
+    began = cast("Http", request.stream).perft0 or now
+    head = getattr(request.ctx, "head_at", None)
+    route.count(status, sent, (head or now) - began, now - head if head else None)
+
+
+def look(cache: Cache) -> None:
+    """Take down what others count for themselves. Done every now and then, for the other workers to see."""
+    compressor = cache.compressor
+    totals = Totals(encoder_seconds=compressor.seconds)
+    if compressor.cache is not None:
+        counters = compressor.cache.counters
+        totals = Totals(
+            counters.hits,
+            counters.misses,
+            counters.fills,
+            counters.filled_bytes,
+            counters.evictions,
+            counters.corrupt,
+            compressor.seconds,
+        )
+    cache.metrics.own.look(totals, compressor.waiting)
+
+
+async def get(cache: Cache, _: Request) -> Representation:
+    look(cache)
+    return Representation(
+        content_type="text/plain; version=0.0.4; charset=utf-8",
+        body=await cache.read(lambda: _render(cache)),
+        cache_control="no-store",
+    )
+
+
+def _render(cache: Cache) -> bytes:
+    from harmonia import exposition  # noqa: PLC0415 (a tenth of a second, which only those spend who are asked)
+
+    compressor = cache.compressor
+    return exposition.render(
+        cache.metrics,
+        encoder_threads=compressor.threads,
+        cache_limit=compressor.cache.limit if compressor.cache else 0,
+    )

@@ -1,0 +1,134 @@
+"""`nix log` tells what the builder said on the machine that built, however that keeps its logs."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import build_one
+from e2e.nix_client import Client
+from running import Server, wait_until
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+ODD = "c++-q?z=1"
+
+
+@pytest.fixture
+def store(make_client: MakeClient) -> Client:
+    """The one whose store is served."""
+    return make_client("store")
+
+
+def derivation(store: Client, path: str) -> str:
+    return store.run("nix-store", "--query", "--deriver", path).text
+
+
+@contextmanager
+def building(store: Client, built: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A build that runs until it ends, or is killed."""
+    command = store.command("nix-store", "--realise", built)
+    with subprocess.Popen(
+        command, env=store.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as build:
+        try:
+            yield build
+        finally:
+            build.kill()
+
+
+def url(path: str) -> str:
+    return f"/log/{os.path.basename(path)}"
+
+
+def log(client: Client, server: Server, path: str) -> str:
+    """What `nix log` shows; what it complains of where it cannot."""
+    result = client.run("nix", "log", "--store", server.url, path, check=False)
+    return result.text if result.returncode == 0 else result.stderr
+
+
+@pytest.mark.parametrize("compressed", ["true", "false"])
+@pytest.mark.parametrize("name", ["said-1.0", ODD])
+def test_what_the_builder_said(start: Start, store: Client, client: Client, compressed: str, name: str) -> None:
+    store.settings["compress-build-log"] = compressed
+    path = build_one(store, name, "seq 100000; echo said > $out")
+    server = start(store=store.directory)
+    said = "\n".join(map(str, range(1, 100_001)))
+    assert log(client, server, path) == said
+    assert log(client, server, derivation(store, path)) == said
+
+
+def test_the_log_outlives_the_derivation(start: Start, store: Client, client: Client) -> None:
+    """`nix log` up to 2.8 first asks for the derivation, and gives up without it."""
+    path = build_one(store, "collected-1.0", "echo collected; echo > $out")
+    built = derivation(store, path)
+    store.run("nix-collect-garbage")
+    server = start(store=store.directory)
+    assert server.get(url(built)).body == b"collected\n"
+    if client.nix.version >= (2, 26):
+        assert log(client, server, built) == "collected"
+
+
+def test_what_was_not_built_here_has_no_log(start: Start, store: Client, client: Client) -> None:
+    path = store.run("nix-store", "--add", "/etc/passwd").text
+    server = start(store=store.directory)
+    assert "is not available" in log(client, server, path)
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+@pytest.mark.parametrize("compressed", ["true", "false"])
+def test_the_log_of_a_build_that_runs(start: Start, store: Client, tmp_path: Path, compressed: str) -> None:
+    """It is there from the beginning, may not be kept by anybody, and gets longer."""
+    store.settings["compress-build-log"] = compressed
+    go, said, expression = tmp_path / "go", tmp_path / "said", tmp_path / "slow.nix"
+    expression.write_text(
+        f"""
+        derivation {{
+          name = "slow-1.0";
+          system = builtins.currentSystem;
+          builder = "/bin/sh";
+          args = [ "-euc" "seq 500000; touch {said}; until [ -e {go} ]; do sleep 0.05; done; echo done; echo > $out" ];
+          PATH = "/usr/bin:/bin";
+        }}
+        """
+    )
+    built = store.run("nix-instantiate", expression).text
+    server = start(store=store.directory)
+    assert server.get(url(built)).status == 404
+    text = "".join(f"{number}\n" for number in range(1, 500_001)) + "done\n"
+    with building(store, built) as build:
+        wait_until(said.exists)
+        wait_until(lambda: server.get(url(built)).body)
+        running = server.get(url(built))
+        go.touch()
+        assert build.wait(60) == 0
+    assert running.headers["cache-control"] == "no-cache"
+    assert running.text != text
+    assert text.startswith(running.text)
+    finished = server.get(url(built), {"If-None-Match": running.headers["etag"]})
+    assert (finished.status, finished.text) == (200, text)
+    assert finished.headers["cache-control"] == (IMMUTABLE if compressed == "true" else "no-cache")
+
+
+def test_a_build_that_is_killed_leaves_a_log_nobody_keeps(start: Start, store: Client, tmp_path: Path) -> None:
+    expression = tmp_path / "killed.nix"
+    expression.write_text(
+        """
+        derivation {
+          name = "killed-1.0"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
+          args = [ "-euc" "seq 500000; exec sleep 1000" ];
+        }
+        """
+    )
+    built = store.run("nix-instantiate", expression).text
+    server = start(store=store.directory)
+    with building(store, built):
+        wait_until(lambda: server.get(url(built)).status == 200 and server.get(url(built)).body)
+    answer = server.get(url(built))
+    assert (answer.status, answer.headers["cache-control"]) == (200, "no-cache")
+    assert answer.text.startswith("1\n2\n3\n")

@@ -1,0 +1,315 @@
+"""The pages in a real browser, headless Chromium, driven by its DevTools protocol."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from harmonia import demo
+from harmonia.demo import Demo
+from running import Server
+
+CHROMIUM = shutil.which("chromium")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine: apt-get install chromium"),
+]
+
+DESKTOP, PHONE = (1280, 900), (360, 740)
+
+CONTRAST = """(() => {
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((c) => c / 255)
+      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor;
+      if (colour !== "rgba(0, 0, 0, 0)") return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  return [...document.querySelectorAll("body *:not(script, style)")].filter((node) => node.innerText)
+    .map((node) => [light(getComputedStyle(node).color), light(ground(node))])
+    .map(([a, b]) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)).reduce((a, b) => Math.min(a, b));
+})()"""
+"""The least contrast of any text with what is behind it (WCAG 2.1, 1.4.3)."""
+
+
+class Page:
+    """A tab, and all that it asked for and complained of."""
+
+    def __init__(self, connection: ClientConnection, session: str, context: str) -> None:
+        self.context = context
+        self._connection = connection
+        self._session = session
+        self._number = 0
+        self.events: list[dict[str, Any]] = []
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        self._number += 1
+        message = {"id": self._number, "sessionId": self._session, "method": method, "params": parameters}
+        self._connection.send(json.dumps(message))
+        while (answer := self._receive()).get("id") != self._number:
+            pass
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def _receive(self) -> dict[str, Any]:
+        message: dict[str, Any] = json.loads(self._connection.recv(timeout=30))
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def open(self, url: str) -> Self:
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        self.loaded()
+        return self
+
+    def loaded(self) -> None:
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self._receive()
+
+    def run(self, script: str) -> Any:
+        options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        answer = self.call("Runtime.evaluate", expression=script, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        deadline = time.monotonic() + 20
+        while not self.run(script):
+            assert time.monotonic() < deadline, script
+            time.sleep(0.05)
+
+    def click(self, selector: str) -> None:
+        """As a mouse does it."""
+        x, y = self.run(
+            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); node.scrollIntoView();"
+            " const box = node.getBoundingClientRect();"
+            " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def look(self, size: tuple[int, int], scheme: str = "light") -> None:
+        """See it in a window of that size, with that colour scheme."""
+        width, height = size
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=size == PHONE
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self, path: str) -> None:
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        Path(path).write_bytes(base64.b64decode(data))
+
+    @property
+    def requested(self) -> list[str]:
+        sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [request["request"]["url"] for request in sent]
+
+    @property
+    def complaints(self) -> list[object]:
+        """What the browser logged, and what it did not load."""
+        noisy = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
+        told = [event["params"] for event in self.events if event["method"] in noisy]
+        return [params for params in told if "favicon.ico" not in str(params)]  # asked for unless a page names another
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientConnection]:
+    profile = tmp_path_factory.mktemp("chromium")
+    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    options += " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+    command = [str(CHROMIUM), *options.split(), f"--user-data-dir={profile}", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        told = profile / "DevToolsActivePort"
+        deadline = time.monotonic() + 60
+        while not (told.exists() and "\n" in told.read_text()):
+            assert time.monotonic() < deadline, "chromium does not start"
+            assert process.poll() is None
+            time.sleep(0.05)
+        port, path = told.read_text().split()
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
+            yield connection
+            connection.send(json.dumps({"id": 0, "method": "Browser.close"}))
+            process.wait(20)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def page(chromium: ClientConnection) -> Iterator[Page]:
+    def browser(method: str, **parameters: object) -> dict[str, Any]:
+        chromium.send(json.dumps({"id": 0, "method": method, "params": parameters}))
+        while (answer := json.loads(chromium.recv(timeout=30))).get("id") != 0:
+            pass
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    context = browser("Target.createBrowserContext")["browserContextId"]
+    target = browser("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
+    session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    tab = Page(chromium, session, context)
+    tab.look(DESKTOP)
+    yield tab
+    browser("Target.disposeBrowserContext", browserContextId=context)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    return demo.make(str(tmp_path_factory.mktemp("browser") / "demo"))
+
+
+@pytest.fixture(scope="module")
+def modern_site(made: Demo) -> str:
+    """A site of the kind that is built today: modules, data that scripts load, fonts."""
+    script = (
+        b"import { name } from './part.js';\n"
+        b"const { greeting } = await (await fetch('data.json')).json();\n"
+        b"document.querySelector('p').textContent = greeting + name;\n"
+        b"try { localStorage.x = 1; document.title = 'has storage'; } catch { document.title = 'sandboxed'; }\n"
+    )
+    tree: demo.Tree = {
+        "index.html": b"<!DOCTYPE html><title>x</title><p></p><script type=module src=app.js></script>",
+        "app.js": script,
+        "part.js": b"export const name = 'store';\n",
+        "data.json": b'{"greeting": "from the "}',
+    }
+    return demo.StoreBuilder(made.directory).add_source("modern-site", tree).path.hash_part
+
+
+@pytest.fixture(scope="module")
+def server(made: Demo, modern_site: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001
+    settings = f"browse = true\nsign_key_paths = ['{made.directory}/secret-key']"
+    running = Server(tmp_path_factory.mktemp("browser-server") / "running", Path(made.directory), settings)
+    running.start()
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture
+def urls(server: Server, made: Demo) -> dict[str, str]:
+    hashes = {name: path.hash_part for name, path in made.paths.items()}
+    return {
+        "landing": f"{server.url}/",
+        "search": f"{server.url}/search?q=hello",
+        "path": f"{server.url}/path/{hashes['hello-1.0']}",
+        "listing": f"{server.url}/serve/{hashes['odd-names']}/",
+    }
+
+
+@pytest.mark.parametrize("which", ["landing", "search", "path", "listing"])
+def test_each_page_loads_without_complaint_and_alone(page: Page, urls: dict[str, str], which: str) -> None:
+    page.open(urls[which])
+    assert page.complaints == []
+    assert [url for url in page.requested if not url.startswith("data:")] == [urls[which]]
+    assert page.run("document.querySelectorAll('h1').length") == 1
+    assert page.run("document.documentElement.lang") == "en"
+    assert page.run("getComputedStyle(document.querySelector('section')).borderRadius") != "0px"
+
+
+@pytest.mark.parametrize("which", ["landing", "search", "path", "listing"])
+def test_each_page_can_be_read_by_day_and_night_on_any_screen(page: Page, urls: dict[str, str], which: str) -> None:
+    page.open(urls[which])
+    grounds = set()
+    for scheme in ("light", "dark"):
+        for size in (DESKTOP, PHONE):
+            page.look(size, scheme)
+            grounds.add(page.run("getComputedStyle(document.documentElement).backgroundColor"))
+            assert page.run(CONTRAST) >= 4.5
+            assert page.run("document.documentElement.scrollWidth") <= size[0]
+            if directory := os.environ.get("SCREENSHOTS"):
+                page.screenshot(f"{directory}/{which}-{scheme}-{size[0]}.png")
+    assert len(grounds) == 2
+
+
+def test_copying_with_one_click(page: Page, urls: dict[str, str], server: Server, made: Demo) -> None:
+    page.open(urls["landing"])
+    may = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "browserContextId": page.context}
+    page.call("Browser.grantPermissions", origin=server.url, **may)
+    page.click("pre button")
+    page.wait("document.querySelector('pre button').textContent === 'Copied'")
+    assert page.run("document.querySelector('pre [role=status]').textContent") == "Copied"
+    assert page.run("navigator.clipboard.readText()") == server.url
+    page.click("section pre button")
+    page.wait("document.querySelector('section pre button').textContent === 'Copied'")
+    assert page.run("navigator.clipboard.readText()") == str(made.public_key)
+    page.wait("document.querySelector('pre button').textContent === 'Copy'")
+
+
+def test_copying_where_a_page_has_no_clipboard_as_over_http(page: Page, urls: dict[str, str], server: Server) -> None:
+    page.call(
+        "Page.addScriptToEvaluateOnNewDocument",
+        source="Object.defineProperty(navigator, 'clipboard', {value: undefined});"
+        "document.addEventListener('copy', () => { window.copied = getSelection().toString(); });",
+    )
+    page.open(urls["landing"])
+    page.click("pre button")
+    page.wait("document.querySelector('pre button').textContent === 'Copied'")
+    assert page.run("window.copied") == server.url
+
+
+def test_without_scripts_there_is_no_dead_button(page: Page, urls: dict[str, str]) -> None:
+    page.call("Emulation.setScriptExecutionDisabled", value=True)
+    page.open(urls["landing"])
+    document = page.call("DOM.getDocument")["root"]["nodeId"]
+    assert page.call("DOM.querySelectorAll", nodeId=document, selector="pre button")["nodeIds"] == []
+
+
+def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str]) -> None:
+    page.open(urls["landing"])
+    page.events.clear()
+    page.run("document.querySelector('input').value = 'hello-1'; document.querySelector('form').requestSubmit()")
+    page.loaded()
+    for selector, title in (
+        ("section a", "hello-1.0"),
+        ("nav a", "hello-1.0"),
+        ("tr:nth-child(2) a", "bin"),
+        ("header a", "Nix binary cache"),
+    ):
+        page.events.clear()
+        page.click(selector)
+        page.loaded()
+        assert page.run("document.title") == title
+        assert page.complaints == []
+    assert page.run("location.pathname") == "/"
+
+
+def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
+    page.open(f"{server.url}/serve/{made.paths['latest-website'].hash_part}")
+    assert page.run("document.title") == "A page in a Nix store"
+    assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
+    page.events.clear()
+    page.click("a")
+    page.loaded()
+    assert page.run("document.title") == "Another page"
+    assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
+    assert page.complaints == []
+
+
+def test_a_modern_web_site_works_but_is_no_part_of_the_cache(page: Page, server: Server, modern_site: str) -> None:
+    page.open(f"{server.url}/serve/{modern_site}/")
+    page.wait("document.title !== 'x'")
+    assert page.run("document.querySelector('p').textContent") == "from the store"
+    assert page.complaints == []
+    assert page.run("document.title") == "sandboxed"
+    assert page.run("self.origin") == "null"
+    reading = "fetch('../../search?q=hello').then(() => 'read', () => 'refused')"
+    assert page.run(reading) == "refused"

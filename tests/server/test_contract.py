@@ -1,0 +1,278 @@
+"""Promises that hold for every resource, asked in every way: each route, method, Accept-Encoding and Range.
+
+A route that is not in the table below fails. What each resource says is told by the test file of its own name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from time import time
+from typing import NamedTuple
+
+import pytest
+import zstandard
+
+from harmonia.demo import StoreBuilder, Tree
+from harmonia.nix import base32
+from harmonia.server.app import METRICS_ROUTES, ROUTES
+from running import Answer, Server, wait_until
+from server.conftest import BIG
+from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
+from server.test_log import collected, keep
+
+_NONE = "0" * 32
+_BUILD_ID = "1234567890abcdef1234567890abcdef12345678"
+
+
+class Row(NamedTuple):
+    path: str
+    negotiable: bool = False
+    """Whether it is there in zstd, too."""
+    ranges: bool = False
+    etag: bool = True
+    status: int = 200
+    live: bool = False
+    """Whether it says something else each time."""
+
+
+ROWS: dict[str, list[Row]] = {
+    "/": [Row("/", negotiable=True)],
+    "/nix-cache-info": [Row("/nix-cache-info", etag=False)],
+    "narinfo": [Row("/{hash}.narinfo"), Row(f"/{_NONE}.narinfo", status=404)],
+    "ls": [Row("/{hash}.ls", negotiable=True, ranges=True), Row(f"/{_NONE}.ls", status=404)],
+    "/nar/<name:str>": [
+        Row("/nar/{hash}-{narhash}.nar", negotiable=True, ranges=True),
+        Row("/nar/{hash}-{narhash}.nar.zst", ranges=True),
+        Row("/nar/{narhash}.nar?hash={hash}", negotiable=True, ranges=True),
+        Row("/nar/{hash}.nar", negotiable=True, ranges=True),
+        Row(f"/nar/{_NONE}.nar", status=404),
+        Row("/nar/..%2f..%2fetc%2fpasswd", status=404),
+    ],
+    "/log/<name:str>": [
+        Row("/log/{plain}", negotiable=True, ranges=True),
+        Row("/log/{packed}", negotiable=True, ranges=True),
+        Row(f"/log/{_NONE}-none.drv", status=404),
+        Row("/log/none", status=404),
+    ],
+    "/realisations/<name:str>": [
+        Row(f"/realisations/{HASH}!out.doi"),
+        Row(f"/realisations/{HASH}!doc.doi", status=404),
+        Row("/realisations/none", status=404),
+    ],
+    "/build-trace-v2/<derivation:str>/<name:str>": [
+        Row("/build-trace-v2/{plain}/out.doi"),
+        Row("/build-trace-v2/{packed}/out.doi", status=404),
+        Row("/build-trace-v2/none/none", status=404),
+    ],
+    "/debuginfo/<name:str>": [
+        Row(f"/debuginfo/{_BUILD_ID}"),
+        Row(f"/debuginfo/{_BUILD_ID}.debug"),
+        Row(f"/debuginfo/{'0' * 40}", status=404),
+    ],
+    "/serve/<where:path>": [
+        Row("/serve/{hash}/", negotiable=True),
+        Row("/serve/{hash}", etag=False, status=301),
+        Row("/serve/{hash}/big", negotiable=True, ranges=True),
+        Row("/serve/{hash}/empty", negotiable=True, ranges=True),
+        Row("/serve/{hash}/../{hash}/big", status=404),
+        Row("/serve/{hash}/none", status=404),
+        Row(f"/serve/{_NONE}/", status=404),
+    ],
+    "/search": [Row("/search?q=tree", negotiable=True)],
+    "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
+    "/version": [Row("/version", etag=False)],
+    "/health": [Row("/health", etag=False)],
+    "/metrics": [Row("/metrics", etag=False, live=True)],
+}
+METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "QUERY"]
+ENCODINGS = [
+    None,
+    "",
+    "identity",
+    "gzip, br",
+    "ZSTD",
+    "gzip, zstd;q=0.5",
+    "zstd;q=0",
+    "*",
+    "zstd, identity;q=0",
+    "*;q=0",
+]
+RANGES = [
+    None,
+    "bytes=0-0",
+    "bytes=-1",
+    "bytes=3-9999999999",
+    "bytes=9999999999-",
+    "bytes=0-0,2-3",
+    "bytes=5-2",
+    "x=1-2",
+]
+
+
+def name(uri: str) -> str:
+    """A pattern with nothing but an extension is known by that."""
+    found = re.fullmatch(r"/(?:path/)?<hash_part:.*?\{32\}\)(?:\\\.(?P<extension>\w+))?>", uri)
+    return (found["extension"] or "path") if found else uri
+
+
+def test_every_route_is_in_the_table() -> None:
+    assert [name(uri) for uri in ROUTES | METRICS_ROUTES] == list(ROWS)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, str]]]:
+    """A server, and the hashes of a path that it has."""
+    directory = tmp_path_factory.mktemp("contract")
+    store = StoreBuilder(directory / "store")
+    debug: Tree = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
+    info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
+    plain, packed = collected(store, "plain"), collected(store, "packed")
+    keep(store, plain, suffix="")
+    keep(store, packed, suffix=".bz2")
+    create(store, REALISATIONS + BUILD_TRACE)
+    register(store, HASH, "out", info.path)
+    trace(store, plain, "out", info.path)
+    server = Server(directory / "server", directory / "store", "browse = true")
+    server.start()
+    hashes = {"hash": info.path.hash_part, "narhash": base32.encode(info.nar_hash), "plain": plain, "packed": packed}
+    compressed = "/nar/{hash}-{narhash}.nar.zst".format(**hashes)
+    server.get(compressed)
+    wait_until(lambda: "content-length" in server.head(compressed).headers)
+    yield server, hashes
+    assert server.stop() == 0
+    assert not [line for line in server.log if "Traceback" in line]
+
+
+@pytest.fixture(params=[(uri, row) for uri, rows in ROWS.items() for row in rows], ids=lambda item: item[1].path)
+def row(request: pytest.FixtureRequest, named: tuple[Server, dict[str, str]]) -> Row:
+    asked: Row = request.param[1]
+    return asked._replace(path=asked.path.format(**named[1]))
+
+
+@pytest.fixture
+def server(named: tuple[Server, dict[str, str]]) -> Server:
+    return named[0]
+
+
+def decoded(answer: Answer) -> bytes:
+    if answer.headers.get("content-encoding") is None:
+        return answer.body
+    return zstandard.ZstdDecompressor().stream_reader(answer.body, read_across_frames=True).read()
+
+
+def check_error(answer: Answer) -> None:
+    assert answer.text == f"{HTTPStatus(answer.status).phrase}\n"
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+    assert not {"etag", "content-encoding", "last-modified"} & answer.headers.keys()
+
+
+def check_part(answer: Answer, wanted: str, whole: bytes) -> None:
+    """A 206 or 416 to a range that has one part."""
+    first, _, last = wanted.removeprefix("bytes=").partition("-")
+    start = int(first) if first else max(len(whole) - int(last), 0)
+    stop = min(int(last) + 1, len(whole)) if first and last else len(whole)
+    if start >= len(whole):
+        assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{len(whole)}")
+        check_error(answer)
+    else:
+        assert (answer.status, answer.body) == (206, whole[start:stop])
+        assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+
+
+@pytest.mark.parametrize("accepted", ENCODINGS)
+def test_get_and_head(server: Server, row: Row, accepted: str | None) -> None:
+    plain = server.get(row.path)
+    assert plain.status == row.status
+    for wanted in RANGES:
+        headers = {"Accept-Encoding": accepted, "Range": wanted}
+        given = {key: value for key, value in headers.items() if value is not None}
+        answer, head = server.get(row.path, given), server.head(row.path, given)
+        assert head.body == b""
+        assert head.status == answer.status
+        if not row.live:
+            assert head.headers == answer.headers
+        if "transfer-encoding" not in answer.headers:
+            assert answer.headers["content-length"] == str(len(answer.body))
+        check_answer(row, given, plain, answer)
+
+
+def check_answer(row: Row, given: Mapping[str, str], plain: Answer, answer: Answer) -> None:
+    accepted, wanted = given.get("Accept-Encoding", ""), given.get("Range", "")
+    encoding = answer.headers.get("content-encoding")
+    if row.status == 404:
+        assert answer.status == 404
+        check_error(answer)
+        return
+    if row.negotiable and accepted == "*;q=0":
+        assert answer.status == 406
+        check_error(answer)
+        return
+    if answer.status != 416:
+        assert answer.headers.get("vary") == ("Accept-Encoding" if row.negotiable else None)
+    if encoding is not None:
+        assert encoding == "zstd"
+        assert row.negotiable
+        assert answer.status == 200
+        assert accepted in ("ZSTD", "gzip, zstd;q=0.5", "*", "zstd, identity;q=0")
+        assert decoded(answer) == plain.body
+        assert "accept-ranges" not in answer.headers
+    elif row.ranges and re.fullmatch(r"bytes=\d*-\d*", wanted) and wanted != "bytes=5-2":
+        assert answer.headers.get("accept-ranges", "bytes") == "bytes"
+        check_part(answer, wanted, plain.body)
+    else:
+        assert answer.status == row.status
+        assert row.live or answer.body == plain.body
+    if row.negotiable and accepted == "zstd, identity;q=0":
+        assert encoding == "zstd"
+
+
+def test_etags(server: Server, row: Row) -> None:
+    plain, encoded = server.get(row.path), server.get(row.path, {"Accept-Encoding": "zstd, identity;q=0"})
+    if row.status != 200 or not row.etag:
+        assert "etag" not in plain.headers
+        return
+    etags = [answer.headers["etag"] for answer in (plain, encoded)]
+    assert all(re.fullmatch(r'"[!#-~]+"', etag) for etag in etags)
+    assert (etags[0] != etags[1]) == row.negotiable
+    for answer, accepted in ((plain, "identity"), (encoded, "zstd, identity;q=0")):
+        etag = answer.headers["etag"]
+        for condition in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+            for method in ("GET", "HEAD"):
+                same = server.request(method, row.path, {"If-None-Match": condition, "Accept-Encoding": accepted})
+                assert (same.status, same.body) == (304, b"")
+                for kept in ("etag", "cache-control", "vary"):
+                    assert same.headers.get(kept) == answer.headers.get(kept)
+                assert not {"content-type", "content-length", "content-encoding"} & same.headers.keys()
+        assert server.get(row.path, {"If-None-Match": '"other"', "Accept-Encoding": accepted}).status == 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods(server: Server, row: Row, method: str) -> None:
+    answer = server.request(method, row.path)
+    assert answer.status == 405
+    assert answer.headers["allow"] == "GET, HEAD"
+    check_error(answer)
+
+
+@pytest.mark.parametrize(
+    "path", ["/none", "/nar", "/nar/", "/NIX-CACHE-INFO", "/{hash}.narinfo/", "/{hash}", "/%00", "/nar/a/b"]
+)
+def test_what_is_no_resource(server: Server, named: tuple[Server, dict[str, str]], path: str) -> None:
+    for method in ("GET", *METHODS):
+        answer = server.request(method, path.format(**named[1]))
+        assert answer.status == 404
+        check_error(answer)
+
+
+@pytest.mark.parametrize("path", ["/version", "/none", "/{hash}.narinfo", "/nar/{hash}.nar", "/serve/{hash}"])
+def test_every_answer_tells_when_it_was_made(named: tuple[Server, dict[str, str]], path: str) -> None:
+    server, hashes = named
+    for method in ("GET", "HEAD", "POST"):
+        with server.connect() as connection:
+            connection.sendall(f"{method} {path.format(**hashes)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            head = connection.recv(65536).partition(b"\r\n\r\n")[0] + b"\r\n"
+        (date,) = re.findall(rb"\r\ndate: ([^\r]+)\r\n", head)
+        assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", date.decode())
+        assert abs(parsedate_to_datetime(date.decode()).timestamp() - time()) < 5

@@ -1,0 +1,30 @@
+"""Promises to load balancers: `/health` is 200 only where paths can really be served just now."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harmonia import __version__
+from harmonia.demo import StoreBuilder
+from running import Server
+
+Start = Callable[..., Server]
+
+
+def test_it_is_healthy_while_database_and_store_can_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store")
+    answer = server.get("/health")
+    assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"ok\n", "no-store")
+    for needed in (Path(store.db_path), Path(store.real_dir)):
+        needed.rename(tmp_path / "away")
+        answer = server.get("/health")
+        assert (answer.status, answer.body) == (503, b"Service Unavailable\n")
+        assert answer.headers["retry-after"] == "1"
+        assert server.head("/health").status == 503
+        server.wait_for_log(f"ERROR GET /health: 503, cannot read {needed}")
+        (tmp_path / "away").rename(needed)
+        assert server.get("/health").status == 200
+
+
+def test_the_version_is_one_line(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    store.add_source("path", b"")
+    assert start(store=tmp_path / "store").get("/version").text == f"harmonia {__version__}\n"

@@ -1,0 +1,347 @@
+"""`/`, `/search` and `/path/<hash>`: pages for people, of which nothing is anybody's markup but ours."""
+
+import html
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from harmonia import catalogue
+from harmonia.demo import StoreBuilder
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.store import Store
+from running import Answer, Server, patched, read_answer
+
+Start = Callable[..., Server]
+
+EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&{{7*7}}"
+
+
+def snippets(answer: Answer) -> list[str]:
+    return [html.unescape(text) for text in re.findall(r"<pre><code[^>]*>(.*?)</code>", answer.text, re.DOTALL)]
+
+
+def links(answer: Answer) -> list[str]:
+    return [html.unescape(href) for href in re.findall(r'<a [^>]*href="?([^" >]*)', answer.text)]
+
+
+def with_host(server: Server, host: str, *headers: str, path: str = "/") -> Answer:
+    """What is answered to another Host than `Server.get` sends."""
+    with server.connect() as connection:
+        lines = [f"GET {path} HTTP/1.1", *([f"Host: {host}"] if host else []), "Connection: close", *headers, "", ""]
+        connection.sendall("\r\n".join(lines).encode("latin-1"))
+        return read_answer(connection)
+
+
+class Made:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.store = store = StoreBuilder(root)
+        self.lib = store.add_source("lib-1.0", b"x" * 5000)
+        derivation, output = store.add_derivation("app-2.0", "/bin/sh")
+        self.derivation = derivation
+        key = SecretKey.generate("stored-1")
+        self.app = store.add(
+            output, {"app": b"app"}, references=[self.lib.path, output], deriver=derivation.path, keys=[key]
+        )
+        self.top = store.add_source("top", b"", [self.app.path])
+        self.others = [store.add_source(f"many-{n:03}", b"%d" % n, [self.lib.path]) for n in range(250)]
+        self.named = store.add_source("odd+name?=a_b", b"odd")
+        gone = store.output_path("gone.drv")
+        self.orphan = store.add(store.output_path("orphan"), b"", deriver=gone, sigs=[f"{EVIL}:abc"], ca=f"text:{EVIL}")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("pages") / "store")
+
+
+@pytest.fixture(scope="module")
+def server(made: Made, keys: list[SecretKey], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("pages-server")
+    for key in keys:
+        (directory / key.name).write_text(key.export())
+        (directory / key.name).chmod(0o600)
+    files = [str(directory / key.name) for key in keys]
+    running = Server(directory / "running", made.root, f"browse = true\nsign_key_paths = {files}")
+    running.start()
+    yield running
+    assert running.stop() == 0
+    assert not [line for line in running.log if "Traceback" in line]
+
+
+class TestLanding:
+    def test_what_to_copy(self, server: Server, keys: list[SecretKey]) -> None:
+        url, one, two, nix_conf, nixos, flake, once = snippets(with_host(server, "cache.example.org:5000"))
+        public = [str(key.public_key) for key in keys]
+        assert url == "http://cache.example.org:5000"
+        assert [one, two] == public
+        assert nix_conf == f"extra-substituters = {url}\nextra-trusted-public-keys = {' '.join(public)}"
+        quoted = " ".join(f'"{key}"' for key in public)
+        assert nixos == (
+            f'nix.settings = {{\n  substituters = [ "{url}" ];\n  trusted-public-keys = [ {quoted} ];\n}};'
+        )
+        assert flake == (
+            f'nixConfig = {{\n  extra-substituters = [ "{url}" ];\n  extra-trusted-public-keys = [ {quoted} ];\n}};'
+        )
+        assert once == (
+            f"nix build nixpkgs#hello \\\n  --option extra-substituters {url} \\\n"
+            f"  --option extra-trusted-public-keys '{' '.join(public)}'"
+        )
+        assert subprocess.run(["sh", "-n", "-c", once], check=False).returncode == 0
+
+    def test_without_a_key(self, start: Start, made: Made) -> None:
+        answer = start(store=made.root).get("/")
+        assert "trusted-public-keys" not in answer.text
+        assert "signs nothing itself" in answer.text
+        assert "search" not in answer.text
+
+    def test_headers(self, server: Server) -> None:
+        answer = server.get("/")
+        assert answer.headers["content-type"] == "text/html; charset=utf-8"
+        assert answer.headers["cache-control"] == "no-cache"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; ")
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert server.get("/", {"If-None-Match": answer.headers["etag"]}).status == 304
+
+    def test_no_third_party_and_no_absolute_link_of_our_own(self, server: Server) -> None:
+        page = server.get("/").text
+        assert not re.search(r'\b(src|action)="?(https?:|/)', page)
+        assert {link for link in re.findall(r'href="?([^" >]*)', page) if link.startswith(("http", "/"))} == {
+            "https://nixos.org/",
+            "https://github.com/nix-community/harmonia",
+        }
+
+    def test_off(self, start: Start, made: Made) -> None:
+        server = start(store=made.root, settings="landing = false")
+        assert server.get("/").status == 404
+        assert server.get("/nix-cache-info").status == 200
+        assert 'href="../../"' not in server.get(f"/serve/{made.app.path.hash_part}/").text
+
+
+class TestUrl:
+    @pytest.mark.parametrize("host", ["cache.example.org", "cache:5000", "[::1]:5000", "a_b-c.example"])
+    def test_it_is_the_hosts(self, server: Server, host: str) -> None:
+        assert snippets(with_host(server, host))[0] == f"http://{host}"
+
+    @pytest.mark.parametrize(
+        "host", ["", EVIL, "a b", "$(reboot)", "x/../y", "x;y", "u@x", "x:999999", '"', "${x}", "\xe9"]
+    )
+    def test_what_is_no_host_is_not_repeated(self, server: Server, host: str) -> None:
+        answer = with_host(server, host)
+        assert answer.status == 200
+        assert snippets(answer)[0] == server.url
+        assert "alert(1)" not in answer.text
+
+    def test_forwarded_by_nobody_we_know(self, server: Server) -> None:
+        headers = ("X-Forwarded-Host: evil.example", "X-Forwarded-Proto: https", "X-Forwarded-Prefix: /evil")
+        assert snippets(with_host(server, "cache", *headers))[0] == "http://cache"
+
+    def test_forwarded_by_a_trusted_proxy(self, start: Start, made: Made) -> None:
+        server = start(store=made.root, settings="trusted_proxies = ['127.0.0.1']")
+
+        def told(*headers: str) -> str:
+            answer = with_host(server, "inner", *headers)
+            assert "alert(1)" not in answer.text
+            return snippets(answer)[0]
+
+        assert told() == "http://inner"
+        assert told("X-Forwarded-Proto: https") == "https://inner"
+        assert told("X-Forwarded-Proto: https", "X-Forwarded-Host: cache.example") == "https://cache.example"
+        assert told("X-Forwarded-Host: evil.example, cache.example") == "http://cache.example"
+        assert told("X-Forwarded-Host: evil.example", "X-Forwarded-Host: cache.example") == "http://cache.example"
+        assert told("X-Forwarded-Host: cache.example", "X-Forwarded-Prefix: /nix/") == "http://cache.example/nix"
+        for header in ("Host", "Proto", "Prefix"):
+            assert told(f"X-Forwarded-{header}: {EVIL}") == "http://inner"
+        assert told("X-Forwarded-Proto: javascript") == "http://inner"
+
+    def test_on_a_unix_socket(self, start: Start, made: Made, tmp_path: Path) -> None:
+        server = start(store=made.root, bind=f"unix:{tmp_path}/s", settings="trusted_proxies = ['unix']")
+        assert snippets(with_host(server, ""))[0] == "http://localhost"
+        assert snippets(with_host(server, "x", "X-Forwarded-Proto: https"))[0] == "https://x"
+
+    def test_as_it_is_set(self, start: Start, made: Made) -> None:
+        settings = "base_url = 'https://example.org/nix/'\nbrowse = true\ntrusted_proxies = ['127.0.0.1']"
+        server = start(store=made.root, settings=settings)
+        answer = with_host(server, "inner", "X-Forwarded-Host: other.example")
+        assert snippets(answer)[0] == "https://example.org/nix"
+        assert "inner" not in answer.text
+        page = server.get(f"/path/{made.app.path.hash_part}")
+        assert "https://example.org/nix" in snippets(page)[1]
+        assert not [link for link in links(page) if link.startswith("/")]
+
+
+class TestSearch:
+    def found(self, server: Server, text: str) -> list[str]:
+        answer = server.get(f"/search?q={quote(text)}")
+        assert answer.status == 200
+        return re.findall(r'<a href="?path/(\w+)', answer.text)
+
+    @pytest.mark.parametrize("text", ["app", "APP", "pp-2", "app 2.0", "  app   2 "])
+    def test_by_name(self, server: Server, made: Made, text: str) -> None:
+        assert self.found(server, text) == [made.app.path.hash_part, made.derivation.path.hash_part]
+
+    def test_by_the_beginning_of_the_hash(self, server: Server, made: Made) -> None:
+        assert made.lib.path.hash_part in self.found(server, made.lib.path.hash_part[:8])
+
+    @pytest.mark.parametrize("form", ["{hash}", "{base}", "/nix/store/{base}", " /nix/store/{base}/x ", "{hash}-x"])
+    def test_a_whole_hash_leads_to_its_page(self, server: Server, made: Made, form: str) -> None:
+        text = form.format(hash=made.app.path.hash_part, base=made.app.path)
+        answer = server.get(f"/search?q={quote(text)}")
+        assert (answer.status, answer.headers["location"]) == (303, f"path/{made.app.path.hash_part}")
+
+    @pytest.mark.parametrize("text", ["", "  ", "nothing-like-it", "%", "a%p", "_pp", "\\", "'; drop", "0" * 32])
+    def test_nothing(self, server: Server, text: str) -> None:
+        assert self.found(server, text) == []
+
+    def test_what_was_asked_is_repeated_as_it_was(self, server: Server) -> None:
+        assert "1 path for “Odd+NAME”" in server.get(f"/search?q={quote('Odd+NAME')}").text
+
+    def test_wildcards_are_letters(self, server: Server, made: Made) -> None:
+        assert self.found(server, "a_b") == [made.named.path.hash_part]
+        assert self.found(server, "name?=a") == [made.named.path.hash_part]
+
+    def test_it_is_bounded(self, server: Server) -> None:
+        assert len(self.found(server, "many")) == 200
+        assert "The first 200 of 250 paths for “many”" in server.get("/search?q=many").text
+        assert server.get("/search?q=" + "x" * 5_000).status == 200
+
+    def test_what_was_asked_is_no_markup(self, server: Server) -> None:
+        for text in (EVIL, "</title><script>alert(1)</script>", "\u202e\x00\x1b"):
+            page = server.get(f"/search?q={quote(text)}").text
+            style = page.index("<style>"), page.index("</style>")
+            tags = re.findall(r"<(\w+)", re.sub(r'="[^"]*"', "", page[: style[0]] + page[style[1] :]))
+            assert not {"script", "img"} & set(tags)
+            assert html.unescape(page).count(text.split()[0]) >= 2
+
+    def test_odd_queries(self, server: Server) -> None:
+        for query in ("", "?", "?q", "?q=%ff%fe", "?q=a&q=b", "?q[]=x", "?x=1", "?q=%"):
+            assert server.get(f"/search{query}").status == 200
+
+    def test_the_best_come_first(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        names = ["vim", "vim.drv", "vim-9.1", "vim-plugin-x", "neovim"]
+        for name in reversed(names):
+            builder.add_text(name, name.encode())
+        store = Store("/nix/store", builder.real_dir, builder.db_path)
+        assert [path.name for path in catalogue.search(store, "vim", 9).shown] == [
+            "vim", "vim-9.1", "vim-plugin-x", "vim.drv", "neovim"
+        ]  # fmt: skip
+        assert [path.name for path in catalogue.search(store, "vim", 2).shown] == ["vim", "vim-9.1"]
+        store.database.close()
+
+    def test_it_looks_at_many_paths_and_stops_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        builder = StoreBuilder(tmp_path)
+        with builder.connect() as connection:
+            connection.executemany(
+                "insert into ValidPaths (path, hash, registrationTime) values (?, '', 0)",
+                ((f"/nix/store/{builder.output_path(f'n-{n}')}",) for n in range(25_000)),
+            )
+            connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('/nix/store/odd', '', 0)")
+        store = Store("/nix/store", builder.real_dir, builder.db_path)
+        found = catalogue.search(store, "n-24999", 9)
+        assert ([path.name for path in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
+        monkeypatch.setattr(catalogue, "_SEARCH_TIME", 0)
+        assert not catalogue.search(store, "n-24999", 9).complete
+        monkeypatch.undo()
+        many = catalogue.search(store, "n", 9)
+        assert (len(many.shown), many.complete) == (9, False)
+        assert many.total >= 5000
+        plan = " ".join(row[3] for row in store.database.query("explain query plan " + catalogue._MATCHES, *[""] * 6))  # noqa: SLF001
+        assert "COVERING INDEX" in plan
+        store.database.close()
+
+    def test_a_slow_search_keeps_no_narinfo_waiting(self, start: Start, made: Made) -> None:
+        slow = "import time\nfrom harmonia import catalogue\ncatalogue.search = lambda *_: time.sleep(30)"
+        server = start(store=made.root, settings="browse = true", program=patched(slow))
+        with server.connect() as connection:
+            connection.sendall(b"GET /search?q=x HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert server.get(f"/{made.app.path.hash_part}.narinfo").status == 200
+            answer = server.get("/search?q=y")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        os.kill(server.workers[0], 9)
+
+
+class TestPath:
+    def page(self, server: Server, path: PathInfo) -> Answer:
+        answer = server.get(f"/path/{path.path.hash_part}")
+        assert answer.status == 200
+        return answer
+
+    def test_what_it_tells(self, server: Server, made: Made, keys: list[SecretKey]) -> None:
+        page = self.page(server, made.app)
+        full, command = snippets(page)
+        assert full == f"/nix/store/{made.app.path}"
+        assert command.startswith(f"nix-store --realise {full} \\\n  --option extra-substituters http://cache")
+        assert str(keys[0].public_key) in command
+        text = re.sub(r"<[^>]*>", " ", page.text)
+        total = made.app.nar_size + made.lib.nar_size
+        assert f"{total / 1024:.1f} KiB, 2 paths" in text
+        assert made.app.sigs[0] in text
+        hash_part = made.app.path.hash_part
+        for link in (
+            f"../serve/{hash_part}", f"../{hash_part}.ls", f"../{hash_part}.narinfo", f"../log/{made.derivation.path}",
+            made.derivation.path.hash_part, f"./{made.lib.path.hash_part}", f"./{made.top.path.hash_part}",
+        ):  # fmt: skip
+            assert link in links(page)
+
+    def test_every_link_of_it_that_is_here_works(self, server: Server, made: Made) -> None:
+        for path in (made.app, made.derivation, made.lib):
+            for link in links(self.page(server, path)):
+                if not link.startswith(("http", "../log/")):
+                    where = link.removeprefix("..") if link.startswith("../") else f"/path/{link.removeprefix('./')}"
+                    assert server.head(where).status in (200, 301), link
+
+    def test_referrers_are_bounded_and_without_itself(self, server: Server, made: Made) -> None:
+        page = self.page(server, made.lib)
+        assert "200 of 251" in page.text
+        referrers = self.page(server, made.app).text.partition("Referrers")[2]
+        assert made.top.path.hash_part in referrers
+        assert made.app.path.hash_part not in referrers
+
+    def test_what_others_wrote_is_no_markup(self, server: Server, made: Made) -> None:
+        page = self.page(server, made.orphan).text
+        assert "<script>alert" not in page
+        assert "<img" not in page
+        assert "(not here)" in page
+        assert f"text:{EVIL}" in html.unescape(page)
+
+    def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = Store("/nix/store", made.store.real_dir, made.store.db_path)
+        assert catalogue.closure(store, made.top.path) == (
+            3, made.top.nar_size + made.app.nar_size + made.lib.nar_size, True
+        )  # fmt: skip
+        monkeypatch.setattr(catalogue, "_CLOSURE", 2)
+        assert catalogue.closure(store, made.top.path).complete is False
+        store.database.close()
+
+    def test_a_size_that_is_not_known_is_not_taken_for_none(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        old = builder.add(builder.output_path("old"), b"", known_size=False)
+        new = builder.add_source("new", b"", [old.path])
+        store = Store("/nix/store", builder.real_dir, builder.db_path)
+        assert catalogue.closure(store, new.path) == (2, new.nar_size, False)
+        store.database.close()
+
+    @pytest.mark.parametrize("hash_part", ["0" * 32, "e" * 32, "x"])
+    def test_unknown(self, server: Server, hash_part: str) -> None:
+        assert server.get(f"/path/{hash_part}").status == 404
+
+
+def test_without_browse_nothing_can_be_found_out(start: Start, made: Made) -> None:
+    server = start(store=made.root)
+    assert server.get("/search?q=app").status == 404
+    assert server.get(f"/search?q={made.app.path.hash_part}").status == 404
+    assert server.get(f"/path/{made.app.path.hash_part}").status == 404
+    page = server.get(f"/serve/{made.app.path.hash_part}/")
+    assert page.status == 200
+    assert "path/" not in page.text
+    assert "search" not in page.text

@@ -1,0 +1,465 @@
+"""`/log/…`: the whole log, whatever form it was kept in, and whether there will be more of it."""
+
+import bz2
+import http.client
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import zstandard
+
+from harmonia.build_log import find
+from harmonia.demo import StoreBuilder
+from harmonia.nix.store_path import StorePath
+from running import Server, read_answer
+
+Start = Callable[..., Server]
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+TEXT = b"".join(b"compiling file %d of \xc3\xa4 build\n" % number for number in range(40_000))
+"""More than one chunk, and than one block of bzip2."""
+DAY = 24 * 60 * 60
+
+
+def age(path: str, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def plain(text: bytes) -> bytes:
+    return text
+
+
+def zst(text: bytes) -> bytes:
+    """Two frames, the first of which does not tell its length."""
+    compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    rest = zstandard.ZstdCompressor(write_checksum=True).compress(text[1000:])
+    return compressor.compress(text[:1000]) + compressor.flush() + rest
+
+
+FORMS: dict[str, Callable[[bytes], bytes]] = {"": plain, ".bz2": bz2.compress, ".zst": zst}
+
+
+def keep(store: StoreBuilder, derivation: str, text: bytes = TEXT, suffix: str = ".bz2", *, flat: bool = False) -> str:
+    """Leave a log where Nix does, finished if anything tells that it is."""
+    name = derivation if flat else f"{derivation[:2]}/{derivation[2:]}"
+    path = f"{store.log_dir}/{name}{suffix}"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(path).write_bytes(FORMS[suffix](text))
+    age(path, 2 * DAY)
+    return path
+
+
+def collected(store: StoreBuilder, name: str) -> str:
+    """A derivation that was built once, of which only the log is left."""
+    return str(store.output_path(name)) + ".drv"
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> StoreBuilder:
+    return StoreBuilder(tmp_path_factory.mktemp("logs") / "store")
+
+
+@pytest.fixture(scope="module")
+def server(logs: StoreBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "running", Path(logs.real_dir).parents[1])
+    running.start()
+    yield running
+    assert running.stop() == 0
+    assert not [line for line in running.log if "Traceback" in line]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["split", "flat"])
+@pytest.mark.parametrize("suffix", FORMS)
+def test_every_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
+    derivation = collected(logs, f"form-{flat}-{suffix}")
+    keep(logs, derivation, suffix=suffix, flat=flat)
+    answer = server.get(f"/log/{derivation}")
+    assert (answer.status, answer.body) == (200, TEXT)
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["cache-control"] == IMMUTABLE
+    assert answer.headers["vary"] == "Accept-Encoding"
+    assert "content-disposition" not in answer.headers
+    assert ("content-length" in answer.headers) == (suffix == "")
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_encoded(server: Server, logs: StoreBuilder, suffix: str) -> None:
+    derivation = collected(logs, f"encoded-{suffix}")
+    keep(logs, derivation, suffix=suffix)
+    where = f"/log/{derivation}"
+    answer = server.get(where, {"Accept-Encoding": "zstd"})
+    assert answer.headers["content-encoding"] == "zstd"
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(answer.body) == TEXT
+    assert len(answer.body) < len(TEXT) // 5
+    assert zstandard.get_frame_parameters(answer.body).window_size <= 8 << 20
+    assert answer.headers["etag"] != server.head(where).headers["etag"]
+    assert answer.headers == server.head(where, {"Accept-Encoding": "zstd"}).headers
+
+
+def test_a_small_log_stays_as_it_is(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "small")
+    keep(logs, derivation, b"small\n", "")
+    answer = server.get(f"/log/{derivation}", {"Accept-Encoding": "zstd"})
+    assert answer.body == b"small\n"
+    assert "content-encoding" not in answer.headers
+
+
+def test_nothing_is_encoded_without_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    derivation = collected(store, "plain")
+    keep(store, derivation)
+    server = start(store=tmp_path / "store", settings="enable_compression = false")
+    answer = server.get(f"/log/{derivation}", {"Accept-Encoding": "zstd"})
+    assert answer.body == TEXT
+    assert "vary" not in answer.headers
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [("100-199", slice(100, 200)), ("1000000-", slice(1_000_000, len(TEXT))), ("-7", slice(len(TEXT) - 7, len(TEXT)))],
+)
+def test_ranges(server: Server, logs: StoreBuilder, suffix: str, asked: str, part: slice) -> None:
+    derivation = collected(logs, f"range-{suffix}")
+    keep(logs, derivation, suffix=suffix)
+    headers = {"Range": f"bytes={asked}"}
+    answer = server.get(f"/log/{derivation}", headers)
+    assert (answer.status, answer.body) == (206, TEXT[part])
+    assert answer.headers["content-range"] == f"bytes {part.start}-{part.stop - 1}/{len(TEXT)}"
+    assert server.head(f"/log/{derivation}", headers).headers == answer.headers
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
+    derivation = collected(logs, f"old-{suffix}")
+    keep(logs, derivation, suffix=suffix)
+    with server.connect() as connection:
+        connection.sendall(f"GET /log/{derivation} HTTP/1.0\r\nAccept-Encoding: zstd\r\n\r\n".encode())
+        answer = read_answer(connection)
+        assert connection.recv(1) == b""
+    assert answer.body == TEXT
+    assert answer.headers["content-length"] == str(len(TEXT))
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_conditions(server: Server, logs: StoreBuilder, suffix: str) -> None:
+    derivation = collected(logs, f"condition-{suffix}")
+    path = keep(logs, derivation, suffix=suffix)
+    where = f"/log/{derivation}"
+    etag = server.head(where).headers["etag"]
+    answer = server.get(where, {"If-None-Match": etag})
+    assert (answer.status, answer.body) == (304, b"")
+    age(path, 3 * DAY)
+    assert server.get(where, {"If-None-Match": etag}).status == 200
+
+
+@pytest.mark.parametrize("suffix", FORMS)
+def test_head_is_get_without_a_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
+    derivation = collected(logs, f"head-{suffix}")
+    keep(logs, derivation, suffix=suffix)
+    get, head = server.get(f"/log/{derivation}"), server.head(f"/log/{derivation}")
+    assert (head.status, head.headers, head.body) == (200, get.headers, b"")
+
+
+# How a log is found
+
+
+@pytest.mark.parametrize("asked", ["derivation", "stem", "output", "hash part", "hash part of output"])
+def test_what_stands_for_a_derivation(server: Server, logs: StoreBuilder, asked: str) -> None:
+    derivation, output = logs.add_derivation(f"{asked.replace(' ', '-')}-1.0", "/bin/sh")
+    logs.add(output, b"out", deriver=derivation.path)
+    logs.add_log(derivation.path, asked.encode())
+    name = {
+        "derivation": derivation.path,
+        "stem": derivation.path.removesuffix(".drv"),
+        "output": output,
+        "hash part": derivation.path.hash_part,
+        "hash part of output": output.hash_part,
+    }[asked]
+    answer = server.get(f"/log/{name}")
+    assert (answer.status, answer.body) == (200, asked.encode())
+
+
+def test_a_stem_of_what_was_collected(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "stem")
+    keep(logs, derivation)
+    assert server.get(f"/log/{derivation.removesuffix('.drv')}").body == TEXT
+
+
+NAMES = ["plain-1.0", "c++-1.0", "q?z=1", "a?b?c=d", "ends?", "x=y", "_._"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("suffix", [".drv", ""], ids=["derivation", "output"])
+def test_odd_names(server: Server, logs: StoreBuilder, name: str, suffix: str) -> None:
+    path = StorePath(f"{logs.output_path(name).hash_part}-{name}")
+    keep(logs, f"{path}.drv", name.encode())
+    asked = f"{path}{suffix}"
+    for spelling in (asked, quote(asked), "".join(f"%{byte:02x}" for byte in asked.encode())):
+        assert server.get(f"/log/{spelling}").body == name.encode()
+
+
+def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "c++")
+    keep(logs, derivation)
+    assert server.get(f"/log/{quote(quote(derivation))}").status == 404
+    assert server.get(f"/log/{derivation.replace('+', ' ')}").status in (400, 404)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "",
+        "x",
+        "." * 2,
+        "%2e%2e",
+        "{derivation}/",
+        "{derivation}x",
+        "{derivation}.bz2",
+        "{derivation}?",
+        "{derivation}%00",
+        "%2e%2e%2f{derivation}",
+        "..%2f..%2fsecret",
+        "{split}",
+        "{hash}-..%2f..%2f..%2fsecret",
+        "{hash}-%5c..%5csecret",
+        "{hash}",
+        "%80",
+        "%e2%82%ac",
+        "a" * 5000,
+        "{hash}-" + "n" * 211,
+    ],
+)
+def test_no_name_leads_elsewhere(server: Server, logs: StoreBuilder, asked: str) -> None:
+    derivation = collected(logs, "there")
+    keep(logs, derivation)
+    Path(logs.log_dir, "..", "secret").write_bytes(b"secret")
+    name = asked.format(derivation=derivation, hash=derivation[:32], split=f"{derivation[:2]}%2f{derivation[2:]}")
+    answer = server.get(f"/log/{name}")
+    assert (answer.status, answer.body) == (404, b"Not Found\n")
+
+
+def test_only_files_are_logs(server: Server, logs: StoreBuilder) -> None:
+    for name, make in (
+        ("link", lambda path: os.symlink("/etc/passwd", path)),
+        ("fifo", os.mkfifo),
+        ("directory", os.mkdir),
+    ):
+        derivation = collected(logs, f"no-{name}")
+        os.makedirs(f"{logs.log_dir}/{derivation[:2]}", exist_ok=True)
+        make(f"{logs.log_dir}/{derivation[:2]}/{derivation[2:]}")
+        assert server.get(f"/log/{derivation}").status == 404
+
+
+def test_without_a_log_directory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    os.rmdir(store.log_dir)
+    server = start(store=tmp_path / "store")
+    assert server.get(f"/log/{collected(store, 'none')}").status == 404
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+@pytest.mark.parametrize("setting", ["log_dir", "NIX_LOG_DIR"])
+def test_a_log_directory_of_ones_own(start: Start, store: StoreBuilder, tmp_path: Path, setting: str) -> None:
+    derivation = collected(store, "elsewhere")
+    keep(store, derivation)
+    elsewhere = tmp_path / "logs"
+    elsewhere.mkdir()
+    os.rename(store.log_dir, elsewhere / "drvs")
+    given = (
+        {"settings": f"log_dir = '{elsewhere}'"}
+        if setting == "log_dir"
+        else {"settings": "log_dir = '/none'", "environment": {"NIX_LOG_DIR": str(elsewhere)}}
+    )
+    server = start(store=tmp_path / "store", **given)
+    assert server.get(f"/log/{derivation}").body == TEXT
+
+
+def test_the_database_need_not_answer(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    derivation = collected(store, "there")
+    keep(store, derivation)
+    server = start(store=tmp_path / "store")
+    os.rename(store.db_path, tmp_path / "away")
+    assert server.get(f"/log/{derivation}").body == TEXT
+    assert server.get(f"/log/{derivation[:32]}").status == 503
+
+
+def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    derivation = StorePath(collected(store, "all"))
+    log_dir = os.path.dirname(store.log_dir)
+    order = [(flat, suffix) for flat in (False, True) for suffix in FORMS]
+    for flat, suffix in reversed(order):
+        text = f"{flat} {suffix}".encode()
+        keep(store, derivation, text, suffix, flat=flat)
+        found = find(log_dir, derivation)
+        assert found
+        assert b"".join(chunk or b"" for chunk in found.read(0, None)) == text
+
+
+# Logs that still grow, and damaged ones
+
+
+def test_a_growing_plain_log(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "growing")
+    path = keep(logs, derivation, TEXT, "")
+    where = f"/log/{derivation}"
+    age(path, 12 * 60 * 60)
+    answer = server.get(where)
+    assert (answer.headers["cache-control"], answer.headers["content-length"]) == ("no-cache", str(len(TEXT)))
+    with open(path, "ab") as file:
+        file.write(b"more\n")
+    grown = server.get(where, {"If-None-Match": answer.headers["etag"]})
+    assert (grown.status, grown.body) == (200, TEXT + b"more\n")
+    part = server.get(where, {"Range": f"bytes={len(TEXT)}-", "If-Range": answer.headers["etag"]})
+    assert part.status == 200  # it is another one now
+    age(path, 25 * 60 * 60)
+    assert server.get(where).headers["cache-control"] == IMMUTABLE
+
+
+@pytest.mark.parametrize("kept", [0, 3, 10, 100, -1, -12])
+def test_a_growing_compressed_log(server: Server, logs: StoreBuilder, kept: int) -> None:
+    """Nix compresses on the way, block by block. What can be decoded is told, and that it is not the end."""
+    derivation = collected(logs, f"growing-{kept}")
+    path = keep(logs, derivation)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:kept])
+    age(path, 2 * DAY)
+    for headers in ({}, {"Accept-Encoding": "zstd"}):
+        answer = server.get(f"/log/{derivation}", headers)
+        text = zstandard.ZstdDecompressor().decompressobj().decompress(answer.body) if headers else answer.body
+        assert (answer.status, answer.headers["cache-control"]) == (200, "no-cache")
+        assert TEXT.startswith(text)
+        assert (len(text) > 0) == (kept < 0)
+    Path(path).write_bytes(whole)
+    answer = server.get(f"/log/{derivation}", {"If-None-Match": answer.headers["etag"]})
+    assert (answer.status, answer.headers["cache-control"]) == (200, IMMUTABLE)
+
+
+@pytest.mark.parametrize("length", range(0, 3000, 97))
+def test_the_end_of_a_compressed_log_is_seen_at_any_bit(tmp_path: Path, length: int) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    derivation = StorePath(collected(store, "length"))
+    path = keep(store, derivation, os.urandom(length))
+    whole = Path(path).read_bytes()
+    for stop, finished in ((len(whole), True), (len(whole) - 1, False)):
+        Path(path).write_bytes(whole[:stop])
+        found = find(os.path.dirname(store.log_dir), derivation)
+        assert found
+        assert found.finished is finished
+
+
+def damage_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 4] ^= 0xFF
+    path.write_bytes(data)
+
+
+def cut_zst(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def cut_amid_bz2(path: Path) -> None:
+    """Its end is there, but what was before it is not."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + data[-20:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(".bz2", damage_middle), (".zst", damage_middle), (".zst", cut_zst), (".bz2", cut_amid_bz2)],
+)
+@pytest.mark.parametrize("encoding", ["identity", "zstd"])
+def test_damage_breaks_the_transfer(
+    server: Server, logs: StoreBuilder, suffix: str, damage: Callable[[Path], None], encoding: str
+) -> None:
+    derivation = collected(logs, f"{damage.__name__}-{encoding}-{suffix}")
+    text = TEXT + os.urandom(1_000_000).hex().encode()
+    damage(Path(keep(logs, derivation, text, suffix)))
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        server.get(f"/log/{derivation}", {"Accept-Encoding": encoding})
+    assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)} breaks off")
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".zst"])
+def test_what_was_never_a_log_is_404(server: Server, logs: StoreBuilder, suffix: str) -> None:
+    derivation = collected(logs, f"nonsense{suffix}")
+    path = Path(keep(logs, derivation, suffix=suffix))
+    path.write_bytes(b"nonsense" * 10_000)
+    assert server.get(f"/log/{derivation}").status == 404
+    assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)}: 404")
+
+
+def test_a_log_cut_while_it_is_sent_breaks_the_transfer(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "cut")
+    path = keep(logs, derivation, b"", "")
+    os.truncate(path, 1 << 30)
+    with server.connect(receive_buffer=4096) as connection:
+        connection.sendall(f"GET /log/{derivation} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head = connection.recv(1000)
+        os.truncate(path, 1000)
+        received = len(head)
+        with suppress(ConnectionResetError):
+            while data := connection.recv(1 << 20):
+                received += len(data)
+    assert received < 1 << 30
+    assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)} breaks off.*cut short")
+
+
+# Large ones
+
+
+def resident(server: Server) -> int:
+    """The most memory that the worker ever had, in bytes."""
+    (worker,) = server.workers
+    status = Path(f"/proc/{worker}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+BOMBS = {
+    ".bz2": bz2.compress(bytes(64 << 20)) * 4,
+    ".zst": zstandard.compress(bytes(64 << 20), 19) * 4,
+}
+
+
+@pytest.mark.parametrize("suffix", BOMBS)
+@pytest.mark.parametrize("encoding", ["identity", "zstd"])
+def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path, suffix: str, encoding: str) -> None:
+    derivation = collected(store, "bomb")
+    Path(keep(store, derivation, suffix=suffix)).write_bytes(BOMBS[suffix])
+    server = start(store=tmp_path / "store")
+    server.get(f"/log/{collected(store, 'none')}")
+    before = resident(server)
+    answer = server.get(f"/log/{derivation}", {"Accept-Encoding": encoding})
+    if encoding == "identity":
+        assert len(answer.body) == 256 << 20
+    assert resident(server) - before < 48 << 20
+
+
+def test_a_range_of_a_large_log_costs_no_more(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "large")
+    path = keep(logs, derivation, b"", "")
+    os.truncate(path, 2 << 30)
+    with open(path, "ab") as file:
+        file.write(b"end\n")
+    age(path, 2 * DAY)
+    where = f"/log/{derivation}"
+    assert server.head(where).headers["content-length"] == str((2 << 30) + 4)
+    began = time.monotonic()
+    assert server.get(where, {"Range": "bytes=-4"}).body == b"end\n"
+    assert time.monotonic() - began < 1
+
+
+def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    derivation = collected(logs, "window")
+    path = Path(keep(logs, derivation, suffix=".zst"))
+    path.write_bytes(compressor.compress(TEXT) + compressor.flush())
+    assert server.get(f"/log/{derivation}").status == 404
+    assert server.wait_for_log("ERROR .*-window.drv: 404, .*too much memory")

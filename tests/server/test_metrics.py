@@ -1,0 +1,209 @@
+"""Promises to whoever watches: metrics are those of all workers, none is lost when one ends, and they have bounds."""
+
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from harmonia.metrics import BOUNDS, Histogram
+from running import Sample, Server, nar_url, wait_until
+
+Start = Callable[..., Server]
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+class Scrape(dict[str, float]):
+    """The samples by their name and the values of their labels, such as `harmonia_requests_total nar 200`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.families = {family.name: family for family in text_string_to_metric_families(text)}
+        for family in self.families.values():
+            for sample in family.samples:
+                self[" ".join([sample.name, *sample.labels.values()])] = sample.value
+
+    def __missing__(self, key: str) -> float:
+        return 0
+
+
+def scrape(server: Server) -> Scrape:
+    answer = server.get("/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+    return Scrape(answer.text)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("metrics") / "store")
+
+
+@contextmanager
+def stalled(server: Server, path: str) -> Iterator[socket.socket]:
+    """A download whose client has stopped reading."""
+    with server.connect(receive_buffer=4096) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 200"
+        yield connection
+
+
+def test_any_worker_tells_what_all_have_done(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, workers=3)
+    sent = sum(len(server.get("/nix-cache-info").body) for _ in range(20))
+    for _ in range(10):
+        found = scrape(server)
+        assert found["harmonia_requests_total cache_info 200"] == 20
+        assert found["harmonia_head_seconds_count cache_info"] == 20
+        assert found["harmonia_sent_bytes_total cache_info"] == sent
+    assert found["harmonia_worker_restarts_total"] == 0
+
+
+def test_a_worker_that_ends_leaves_what_it_counted_and_takes_with_it_what_it_was_doing(
+    start: Start, sample: Sample
+) -> None:
+    server = start(store=sample.root, workers=2)
+    for _ in range(20):
+        server.get("/nix-cache-info")
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(stalled(server, nar_url(sample.big)))
+        assert scrape(server)["harmonia_requests_in_flight nar"] == 4
+        killed = server.workers
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        server.wait_for_log(f"worker {killed[0]} ended by SIGKILL")
+        server.wait_for_log(f"worker {killed[1]} ended by SIGKILL")
+        wait_until(lambda: scrape(server)["harmonia_worker_restarts_total"] == 2)
+        found = scrape(server)
+    assert found["harmonia_requests_in_flight nar"] == 0
+    assert found["harmonia_requests_total cache_info 200"] == 20
+
+
+def test_what_is_counted_of_a_download(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    with stalled(server, nar_url(sample.big)):
+        assert scrape(server)["harmonia_requests_in_flight nar"] == 1
+    wait_until(lambda: scrape(server)["harmonia_requests_in_flight nar"] == 0)
+    server.get(nar_url(sample.small))
+    server.head(nar_url(sample.small))
+    server.get(nar_url(sample.small), {"Range": "bytes=0-9"})
+    found = scrape(server)
+    assert found["harmonia_requests_total nar 200"] == 3
+    assert found["harmonia_requests_total nar 206"] == 1
+    small = sample.small.nar_size + 10
+    assert small < found["harmonia_sent_bytes_total nar"] < small + sample.big.nar_size
+    assert found["harmonia_head_seconds_count nar"] == 4
+    assert found["harmonia_body_seconds_count nar"] == 3
+    assert found["harmonia_database_seconds_count"] == 2
+
+
+def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="cache_size = '1G'", workers=2)
+    size = len(server.get(nar_url(sample.big) + ".zst").body)
+    wait_until(lambda: scrape(server)["harmonia_cache_fills_total"] == 1)
+    server.get(nar_url(sample.big) + ".zst")
+    wait_until(lambda: scrape(server)["harmonia_cache_hits_total"] == 1)
+    found = scrape(server)
+    assert found["harmonia_cache_misses_total"] == 1
+    assert found["harmonia_cache_filled_bytes_total"] == size
+    assert found["harmonia_cache_limit_bytes"] == 1 << 30
+    assert found["harmonia_encoder_seconds_total"] > 0
+    assert found["harmonia_encoder_threads"] >= 2
+    assert found["harmonia_encoder_waiting"] == 0
+    (killed, _) = server.workers
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: scrape(server)["harmonia_worker_restarts_total"] == 1)
+    assert scrape(server)["harmonia_cache_fills_total"] == 1
+
+
+def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    before = set(scrape(server))
+    for path in ("/a", "/b", "/nar/c", "/%ff", f"/{'0' * 32}.narinfo"):
+        server.get(path)
+        server.request("DELETE", path)
+        server.request("X-MADE-UP", path)
+    with server.connect() as connection:
+        connection.sendall(b"no HTTP\r\n\r\n")
+        connection.recv(100)
+    found = scrape(server)
+    assert {key for key in set(found) - before if "harmonia_requests_total" not in key} == set()
+    assert {key: found[key] for key in sorted(set(found) - before)} == {
+        "harmonia_requests_total metrics 200": 1,
+        "harmonia_requests_total nar 404": 1,
+        "harmonia_requests_total narinfo 404": 1,
+        "harmonia_requests_total unknown 400": 1,
+        "harmonia_requests_total unknown 404": 9,
+        "harmonia_requests_total unknown 405": 4,
+    }
+
+
+def test_metrics_can_have_an_address_of_their_own(start: Start, sample: Sample, tmp_path: Path) -> None:
+    server = start(store=sample.root, settings=f"metrics_bind = 'unix:{tmp_path}/metrics'\nmax_connections = 1")
+    assert server.get("/metrics").status == 404
+    public = server.url
+    with stalled(server, nar_url(sample.big)):
+        server.url = f"unix:{tmp_path}/metrics"
+        assert scrape(server)["harmonia_requests_total unknown 404"] == 1
+        assert [server.get(path).status for path in ("/", "/nix-cache-info", "/health")] == [404] * 3
+    server.url = public
+    assert server.stop() == 0
+    assert not (tmp_path / "metrics").exists()
+
+
+def test_metrics_at_an_address_of_their_own_are_without_tls(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="metrics_bind = '127.0.0.1:0'")
+    server.url = server.wait_for_log("metrics are at (http://.*)/metrics")[1]
+    assert scrape(server)["harmonia_worker_restarts_total"] == 0
+
+
+def test_metrics_can_be_switched_off(start: Start, sample: Sample) -> None:
+    assert start(store=sample.root, settings="metrics = false").get("/metrics").status == 404
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bucket"), [(0.0, 0), (BOUNDS[0], 0), (0.0002, 1), (BOUNDS[-1], len(BOUNDS) - 1), (1e9, len(BOUNDS))]
+)
+def test_a_bucket_has_its_upper_end(seconds: float, bucket: int) -> None:
+    cells = memoryview(bytearray(8 * Histogram.size)).cast("d")
+    Histogram(cells).observe(seconds)
+    assert list(cells).index(1) == bucket
+    assert cells[-1] == seconds
+
+
+# What people read
+
+
+def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
+    manual = (DOCS / "operations.md").read_text()
+    exported = {name_in_use(family) for family in scrape(start(store=sample.root)).families.values()}
+    assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
+
+
+def name_in_use(family: object) -> str:
+    name, kind = str(vars(family)["name"]), vars(family)["type"]
+    return f"{name}_total" if kind == "counter" else name
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    server.get(nar_url(sample.small))
+    found = scrape(server)
+    families = found.families.values()
+    names = {sample.name for family in families for sample in family.samples}
+    labels = {label for family in families for sample in family.samples for label in sample.labels}
+    dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    asked = {name for each in expressions for name in re.findall(r"harmonia_\w+", each)}
+    assert asked <= names
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in asked} == {name_in_use(family) for family in families}
+    grouped = {label for each in expressions for by in re.findall(r"by \(([^)]*)\)", each) for label in by.split(", ")}
+    assert grouped <= labels

@@ -1,0 +1,67 @@
+"""Promises to programs that read docs/openapi.json: it tells every resource, and the server keeps to it."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harmonia.demo import StoreBuilder
+from harmonia.server.app import METRICS_ROUTES, ROUTES
+from running import Server
+from server.conftest import BIG
+from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
+from server.test_log import keep
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
+EXAMPLE = "6jg9f0rfvvdnpi5hyvjxgjlx7ps3l1m4"
+
+
+def pattern(uri: str) -> str:
+    """What Sanic makes of a route."""
+    kinds = {"str": "[^/]+", "path": ".+"}
+    return re.sub(r"<\w+:(.*?)>(?=/|$)", lambda parameter: kinds.get(parameter[1], parameter[1]), uri)
+
+
+def examples(path: str, item: dict[str, Any], parameters: dict[str, Any]) -> str:
+    """The path with an example of each of its parameters."""
+    for given in item.get("parameters", ()):
+        parameter = parameters[given["$ref"].rpartition("/")[2]] if "$ref" in given else given
+        example = (
+            parameter.get("example") or next(iter(parameter.get("examples", {"": {"value": ""}}).values()))["value"]
+        )
+        path = path.replace(f"{{{parameter['name']}}}", example)
+    return path
+
+
+def test_it_tells_every_route_and_no_other() -> None:
+    document = json.loads(DOCUMENT.read_text())
+    told = [examples(path, item, document["components"]["parameters"]) for path, item in document["paths"].items()]
+    reached = [[uri for uri in ROUTES | METRICS_ROUTES if re.fullmatch(pattern(uri), path)] for path in told]
+    assert all(len(uris) == 1 for uris in reached)
+    assert {uri for uris in reached for uri in uris} == {*ROUTES, *METRICS_ROUTES}
+    assert all({"get", "head"} == item.keys() - {"parameters"} for item in document["paths"].values())
+
+
+def test_no_request_makes_the_server_break_it(
+    start: Callable[..., Server], store: StoreBuilder, tmp_path: Path
+) -> None:
+    """schemathesis makes requests of the document, right and wrong ones, also in methods that are not there."""
+    info = store.add(store.output_path("tree"), {"big": BIG, "directory": {"file": b"text"}})
+    keep(store, f"{info.path}.drv")
+    create(store, REALISATIONS + BUILD_TRACE)
+    register(store, HASH, "out", info.path)
+    trace(store, f"{info.path}.drv", "out", info.path)
+    server = start(store=tmp_path / "store", settings="browse = true")
+    (tmp_path / "openapi.json").write_text(DOCUMENT.read_text().replace(EXAMPLE, info.path.hash_part))
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance"
+    checks += ",response_schema_conformance,unsupported_method,allow_header_conformance"
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", "openapi.json", "--url", server.url]
+    command += ["--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "8"]
+    command += ["--checks", checks, "--no-color"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert server.get("/health").status == 200
+    assert not [line for line in server.log if "Traceback" in line]
