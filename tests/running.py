@@ -245,6 +245,16 @@ def patched(statements: str) -> list[str]:
     return [sys.executable, "-c", f"{statements}\nfrom harmonia.cli import main\nmain()"]
 
 
+@contextmanager
+def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
+    """A response whose head has come, while most of its body waits for the client to read."""
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            yield response
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

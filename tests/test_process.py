@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from running import Sample, Server, ServiceManager, nar_url, patched, read_answer, run, wait_until
+from running import Sample, Server, ServiceManager, download, nar_url, patched, read_answer, run, wait_until
 
 Start = Callable[..., Server]
 
@@ -31,16 +31,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 def manager(tmp_path: Path) -> Iterator[ServiceManager]:
     with ServiceManager(f"{tmp_path}/notify") as manager:
         yield manager
-
-
-@contextmanager
-def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
-    """A response whose head has come, while most of its body waits for the client to read."""
-    with server.connect(receive_buffer=8192) as connection:
-        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
-        with http.client.HTTPResponse(connection) as response:
-            response.begin()
-            yield response
 
 
 def arrives_whole(response: http.client.HTTPResponse, info: PathInfo) -> bool:

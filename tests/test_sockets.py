@@ -1,6 +1,5 @@
 """Promises about connections: where we listen, how many we take, and what slow and vanished clients cost."""
 
-import http.client
 import os
 import random
 import re
@@ -10,17 +9,16 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from harmonia import config, sockets
-from harmonia.nix.path_info import PathInfo
 from harmonia.server.app import _CONFIG
-from running import Sample, Server, nar_url, patched, read_answer, wait_until
+from running import Sample, Server, download, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
@@ -35,16 +33,6 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 def ask(connection: socket.socket) -> int:
     connection.sendall(REQUEST)
     return read_answer(connection).status
-
-
-@contextmanager
-def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
-    """A response whose head has come, while most of its body waits for the client to read."""
-    with server.connect(receive_buffer=8192) as connection:
-        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
-        with http.client.HTTPResponse(connection) as response:
-            response.begin()
-            yield response
 
 
 def reject(sample: Sample, directory: Path, bind: str) -> str:

@@ -75,7 +75,7 @@ class Cache:
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         # For questions that take long. No narinfo waits behind them.
-        self.browsed = Store(settings.virtual_nix_store, settings.real_store, settings.database)
+        self.browsed = _store(settings)
         self._browsing_thread = ThreadPoolExecutor(1, thread_name_prefix="browse")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
         self._watch = Database(settings.database, timeout=0)

@@ -1,28 +1,39 @@
-"""A network that breaks: a TCP proxy that cuts every connection after so many bytes of answers."""
+"""A bad network: a TCP proxy that cuts each connection after a random number of bytes of answers."""
 
+import random
 import socket
 import socketserver
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
-# Small, so that few bytes are under way when a connection is cut.
-_BUFFER = 64 * 1024
+_BUFFER = 64 * 1024  # small, so that few bytes are under way when a connection is cut
 
 
 class CuttingProxy(socketserver.ThreadingTCPServer):
-    """Passes connections on to `port` of this machine until `limit` bytes have come back, and then cuts them.
+    """Passes connections on to `port` of this machine; each gets from `least` to `most` bytes back, and is then cut.
 
-    `with` serves until its end, and waits for all connections. `cuts` counts those that were cut.
+    `on_cut` is called before the client can notice. `cuts` counts them. Every run cuts at the same places.
+    `with` serves until its end, and waits for all connections.
     """
 
-    def __init__(self, port: int, limit: int) -> None:
+    def __init__(self, port: int, least: int, most: int, on_cut: Callable[[], None] = lambda: None) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
-        self.port = port
-        self.limit = limit
-        self.cuts = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.port = port
+        self.cuts = 0
+        self._random = random.Random(1)
+        self._least, self._most = least, most
+        self._on_cut = on_cut
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
+
+    def limit(self) -> int:
+        return self._random.randint(self._least, self._most)
+
+    def cut(self) -> None:
+        self.cuts += 1
+        self._on_cut()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -43,11 +54,11 @@ class _Connection(socketserver.BaseRequestHandler):
             origin.connect(("127.0.0.1", self.server.port))
             questions = threading.Thread(target=_copy, args=(self.request, origin))
             questions.start()
-            with suppress(OSError):
-                if _copy(origin, self.request, self.server.limit):
-                    self.server.cuts += 1
-            with suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)  # wakes the other thread
+            if _copy(origin, self.request, self.server.limit()):
+                self.server.cut()
+            for end in (self.request, origin):
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # wakes the other thread
             questions.join()
 
 

@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from e2e.chaos import ChaosProxy
 from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
+from e2e.proxy import CuttingProxy
 from e2e.test_substitute import requisites
 from running import Server, wait_until
 
@@ -78,7 +78,7 @@ def test_a_download_survives_a_bad_network(start: Start, make_client: MakeClient
         fetch(make_client("first"), server.url, path, key.public)
         wait_until(lambda: is_cached(server))
     # Nix tries five times, and waits longer each time.
-    with ChaosProxy(port, SIZE // 4, SIZE // 2, (lambda: None) if is_warm else evict) as proxy:
+    with CuttingProxy(port, SIZE // 4, SIZE // 2, (lambda: None) if is_warm else evict) as proxy:
         fetch(client, proxy.url, path, key.public)
     assert 2 <= proxy.cuts <= 4
     server.wait_for_log(r"'GET /nar/\S+\.nar\.zst' 206 ")

@@ -33,7 +33,7 @@ def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: 
     server = start(store=tmp_path / "store", settings="access_log = true\nenable_compression = false")
     port = urlsplit(server.url).port
     assert port
-    with CuttingProxy(port, LIMIT) as network:
+    with CuttingProxy(port, LIMIT, LIMIT) as network:
         client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
         client.run("nix-store", "--realise", path)
         assert network.cuts == CUTS
