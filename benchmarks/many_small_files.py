@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harmonia.demo import StoreBuilder
 from harmonia.nix import base32, nar
+from harmonia.store_builder import StoreBuilder
 
 ROUNDS = 5
 SIZES = (0, 40, 300, 1000, 2500, 6000)  # as of the files of a Python package, or of a Nix expression

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import zstandard
 
-from harmonia.demo import Sparse, StoreBuilder
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
+from harmonia.store_builder import Sparse, StoreBuilder
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import Sample, Server, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]

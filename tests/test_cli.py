@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harmonia import __version__
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import run
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from harmonia import debug_info
 from harmonia.debug_info import BUILD_ID, DebugInfo, build_ids, member
-from harmonia.demo import StoreBuilder, Symlink, Tree
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Store
+from harmonia.store_builder import StoreBuilder, Symlink, Tree
 
 Open = Callable[..., DebugInfo]
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import pytest
 
 from harmonia import demo
-from harmonia.demo import Demo, Executable, Sparse, StoreBuilder, Symlink
+from harmonia.demo import Demo
 from harmonia.errors import ConfigError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import Store
+from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree, remove
 
 NOBODY = 65534
 
@@ -128,7 +129,7 @@ class TestNixAgrees:
         (source / os.fsdecode(b"\xff")).symlink_to("program")
         (source / "empty").mkdir()
         (source / "zeros").write_bytes(bytes(100_000))
-        tree: demo.Tree = {
+        tree: Tree = {
             "program": Executable(b"#!/bin/sh\n"),
             b"\xff": Symlink("program"),
             "empty": {},
@@ -249,7 +250,7 @@ class TestMakingItAgain:
     )
     def test_repairs_one_with_a_part_missing(self, made: Demo, part: str) -> None:
         for path in Path(made.directory).glob(part):
-            demo.remove(os.fsencode(path))
+            remove(os.fsencode(path))
         again = demo.make(made.directory)
         assert len(list(infos(again))) == len(again.paths) == len(made.paths)
         assert os.path.exists(f"{made.directory}/secret-key")

@@ -15,6 +15,7 @@ LAYERS = {
     "systemd": 1,
     "config": 2,
     "store": 3,
+    "store_builder": 3,
     "metrics": 3,
     "nar_cache": 3,
     "zstd": 3,

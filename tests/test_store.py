@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from harmonia import demo
-from harmonia.demo import StoreBuilder
 from harmonia.errors import HarmoniaError, StoreObjectError, StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import _PATH_INFO, Store
+from harmonia.store_builder import StoreBuilder, remove
 
 NOBODY = 65534
 TIMEOUT = 0.2
@@ -296,7 +295,7 @@ class TestTrouble:
         directory = os.path.dirname(builder.db_path)
         kept = directory + ".kept"
         shutil.copytree(directory, kept)
-        demo.remove(os.fsencode(builder.db_path))
+        remove(os.fsencode(builder.db_path))
         if trouble == "directory":
             os.mkdir(builder.db_path)
         elif trouble == "no directory":
@@ -373,7 +372,7 @@ class TestWithoutPrivileges:
         place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
         os.chmod(place, 0o755)
         yield StoreBuilder(place)
-        demo.remove(os.fsencode(place))
+        remove(os.fsencode(place))
 
     @pytest.fixture
     def read(self, builder: StoreBuilder) -> Iterator[Callable[..., Reader]]:

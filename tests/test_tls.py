@@ -16,7 +16,7 @@ from typing import cast
 
 import pytest
 
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import Sample, Server, nar_url, read_answer, wait_until
 
 Start = Callable[..., Server]

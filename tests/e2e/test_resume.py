@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
-from harmonia.demo import StoreBuilder
 from harmonia.nix.signing import SecretKey
+from harmonia.store_builder import StoreBuilder
 from running import Server
 
 Start = Callable[..., Server]

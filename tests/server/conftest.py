@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.demo import Executable, StoreBuilder, Symlink, Tree
 from harmonia.nix.signing import SecretKey
+from harmonia.store_builder import Executable, StoreBuilder, Symlink, Tree
 from running import Server
 
 BIG = bytes(range(256)) * 4096 * 3

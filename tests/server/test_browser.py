@@ -15,6 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from harmonia import demo
 from harmonia.demo import Demo
+from harmonia.store_builder import StoreBuilder, Tree
 from running import Server
 
 CHROMIUM = shutil.which("chromium")
@@ -186,13 +187,13 @@ def modern_site(made: Demo) -> str:
         b"document.querySelector('p').textContent = greeting + name;\n"
         b"try { localStorage.x = 1; document.title = 'has storage'; } catch { document.title = 'sandboxed'; }\n"
     )
-    tree: demo.Tree = {
+    tree: Tree = {
         "index.html": b"<!DOCTYPE html><title>x</title><p></p><script type=module src=app.js></script>",
         "app.js": script,
         "part.js": b"export const name = 'store';\n",
         "data.json": b'{"greeting": "from the "}',
     }
-    return demo.StoreBuilder(made.directory).add_source("modern-site", tree).path.hash_part
+    return StoreBuilder(made.directory).add_source("modern-site", tree).path.hash_part
 
 
 @pytest.fixture(scope="module")

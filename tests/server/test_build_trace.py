@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harmonia.demo import StoreBuilder
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.store_builder import StoreBuilder
 from running import Server
 
 Start = Callable[..., Server]

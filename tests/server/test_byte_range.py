@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harmonia.demo import Sparse, StoreBuilder
 from harmonia.nix import nar
 from harmonia.server import byte_range
+from harmonia.store_builder import Sparse, StoreBuilder
 from running import Server, read_answer
 from server.test_nar import dump, url
 from server.test_narinfo import info

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.demo import Sparse, StoreBuilder
 from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
+from harmonia.store_builder import Sparse, StoreBuilder
 from running import HARMONIA, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]

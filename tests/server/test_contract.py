@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pytest
 import zstandard
 
-from harmonia.demo import StoreBuilder, Tree
 from harmonia.nix import base32
 from harmonia.server.app import METRICS_ROUTES, ROUTES
+from harmonia.store_builder import StoreBuilder, Tree
 from running import Answer, Server, wait_until
 from server.conftest import BIG
 from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace

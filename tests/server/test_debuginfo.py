@@ -17,10 +17,10 @@ from urllib.parse import urljoin
 
 import pytest
 
-from harmonia.demo import StoreBuilder
 from harmonia.nix import base32, nar_reader
 from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
+from harmonia.store_builder import StoreBuilder
 from running import Answer, Server, wait_until
 from test_debug_info import ONE, OTHER, TWO, add, add_rows
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harmonia import __version__
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import Server
 
 Start = Callable[..., Server]

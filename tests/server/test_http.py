@@ -3,7 +3,7 @@
 import pytest
 
 from harmonia import __version__
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import Server, read_answer
 from server.test_nar import url
 from server.test_narinfo import info

@@ -11,10 +11,10 @@ from urllib.parse import quote
 import pytest
 
 from harmonia import catalogue
-from harmonia.demo import StoreBuilder
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import Store
+from harmonia.store_builder import StoreBuilder
 from running import Answer, Server, patched, read_answer
 
 Start = Callable[..., Server]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harmonia.demo import StoreBuilder
+from harmonia.store_builder import StoreBuilder
 from running import Server
 from server.test_nar import dump, url
 from server.test_narinfo import info

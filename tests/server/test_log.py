@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from harmonia.build_log import find
-from harmonia.demo import StoreBuilder
 from harmonia.nix.store_path import StorePath
+from harmonia.store_builder import StoreBuilder
 from running import Server, read_answer
 
 Start = Callable[..., Server]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.demo import Sparse, StoreBuilder
 from harmonia.nix import base32, nar
 from harmonia.store import Store
+from harmonia.store_builder import Sparse, StoreBuilder
 from running import Server, read_answer
 from server.test_narinfo import info
 

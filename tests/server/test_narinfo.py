@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.demo import StoreBuilder
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import Store
+from harmonia.store_builder import StoreBuilder
 from running import Server
 
 Start = Callable[..., Server]

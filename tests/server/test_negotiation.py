@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonia.demo import StoreBuilder
 from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.negotiation import NotAcceptable, prefers_zstd
+from harmonia.store_builder import StoreBuilder
 from running import Answer, Server, nar_url, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]

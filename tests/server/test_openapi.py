@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harmonia.demo import StoreBuilder
 from harmonia.server.app import METRICS_ROUTES, ROUTES
+from harmonia.store_builder import StoreBuilder
 from running import Server
 from server.conftest import BIG
 from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace

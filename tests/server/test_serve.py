@@ -13,8 +13,8 @@ from urllib.parse import quote, urljoin
 import pytest
 import zstandard
 
-from harmonia.demo import Executable, Sparse, StoreBuilder, Symlink, Tree
 from harmonia.nix.path_info import PathInfo
+from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree
 from running import Server, patched, wait_until
 
 Start = Callable[..., Server]
