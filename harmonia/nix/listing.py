@@ -13,7 +13,9 @@ _ESCAPED = re.compile(rb'[\x00-\x1f"\\]')
 
 
 def _string(text: bytes) -> bytes:
-    return b'"%b"' % _ESCAPED.sub(lambda match: b"\\u%04x" % match[0][0], text)
+    if _ESCAPED.search(text):
+        text = _ESCAPED.sub(lambda match: b"\\u%04x" % match[0][0], text)
+    return b'"%b"' % text
 
 
 def render(frames: Iterable[Frame]) -> Iterator[bytes]:

@@ -28,8 +28,11 @@ CHUNK_SIZE = 256 * 1024
 _pack_length = struct.Struct("<Q").pack
 
 
+_PADDINGS = [b"\0" * (-length % 8) for length in range(8)]
+
+
 def _padding(length: int) -> bytes:
-    return b"\0" * (-length % 8)
+    return _PADDINGS[length % 8]
 
 
 def encode(*texts: bytes) -> bytes:
@@ -85,25 +88,43 @@ Frame = tuple[bytes, Entry | None]
 """Words of the archive, and the entry whose contents follow them: none after the last."""
 
 
+_BATCH = 1024  # entries of a directory that are looked at while it is open
+
+
 def walk(root: bytes) -> Iterator[Entry]:
     """The objects at and below `root` in the order of a NAR: depth first, names sorted by their bytes."""
-    levels: list[Iterator[bytes]] = [iter((root,))]
+    levels: list[Iterator[tuple[bytes, os.stat_result]]] = [iter(((root, os.lstat(root)),))]
     while levels:
-        path = next(levels[-1], None)
-        if path is None:
+        found = next(levels[-1], None)
+        if found is None:
             levels.pop()
             continue
-        status = os.lstat(path)
-        depth, mode, kind = len(levels) - 1, status.st_mode, stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFREG:
+        path, status = found
+        mode = status.st_mode
+        depth = len(levels) - 1
+        if stat.S_ISREG(mode):
             yield Entry(depth, path, mode, status.st_size, b"")
-        elif kind == stat.S_IFDIR:
+        elif stat.S_ISDIR(mode):
             yield Entry(depth, path, mode, 0, b"")
-            levels.append(map((path + b"/").__add__, sorted(os.listdir(path))))
-        elif kind == stat.S_IFLNK:
+            levels.append(_look_into(path))
+        elif stat.S_ISLNK(mode):
             yield Entry(depth, path, mode, 0, os.readlink(path))
         else:
             raise StoreObjectError(f"{os.fsdecode(path)} is no regular file, directory or symlink")
+
+
+def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """The paths in a directory, sorted. From the directory itself they are found in less time than from the root."""
+    prefix = directory + b"/"
+    names = sorted(os.listdir(directory))
+    for first in range(0, len(names), _BATCH):
+        batch = names[first : first + _BATCH]
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = [os.stat(name, dir_fd=descriptor, follow_symlinks=False) for name in batch]
+        finally:
+            os.close(descriptor)
+        yield from zip(map(prefix.__add__, batch), found, strict=True)
 
 
 def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
@@ -117,11 +138,12 @@ def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
         depth, path, mode, size, target = entry
         # A directory below the root is closed twice: as a node, and as an entry. So is any other node.
         close = _CLOSE * 2 if depth else _CLOSE
-        words += _CLOSE * (2 * (opened - depth))
-        opened = depth
+        if opened != depth:
+            words += _CLOSE * (2 * (opened - depth))
+            opened = depth
         if depth:
             name = path[path.rindex(b"/") + 1 :]
-            words += b"".join((_NAME, _pack_length(len(name)), name, _padding(len(name)), _NODE))
+            words = b"".join((words, _NAME, _pack_length(len(name)), name, _padding(len(name)), _NODE))
         if stat.S_ISREG(mode):
             yield words + (_EXECUTABLE if mode & stat.S_IXUSR else _REGULAR) + _pack_length(size), entry
             words = _padding(size) + close

@@ -10,8 +10,10 @@ from itertools import chain
 
 from harmonia.nix.nar import Entry, Frame, Segment, frame, segments, walk, window
 
-_KINDS = (stat.S_IFREG, stat.S_IFREG | stat.S_IXUSR, stat.S_IFLNK, stat.S_IFDIR)
-_SYMLINK = _KINDS.index(stat.S_IFLNK)
+# A mode in five bits: its file type, which are its bits from the twelfth on, and above that whether it is executable.
+_TYPE_SHIFT = 12
+_TYPE = 0b1111
+_EXECUTABLE = 0b10000
 
 
 class Layout:
@@ -26,7 +28,7 @@ class Layout:
         self._sizes = array("Q")  # of a file's contents, of a symlink's target
         self._parents = array("I")
         self._kinds = bytearray()
-        self._texts = bytearray()  # names, each followed by what a symlink points to
+        self._texts = b""  # names, each followed by what a symlink points to
         self._ends = array("I")  # where in the texts an entry's end
         self.size = 0
 
@@ -49,42 +51,46 @@ class Layout:
 
     def record(self, frames: Iterable[Frame]) -> Iterator[Frame]:
         """Passes on the frames of a whole archive, and remembers them."""
+        texts, kinds = bytearray(), self._kinds
         position = 0
-        above: list[int] = []  # the directories that the entry is in
+        above = [0]  # the directories that the entry is in; the root is in itself
         for words, entry in frames:
             position += len(words)
             if entry is None:
+                self._texts = bytes(texts)
                 self.size = position
             else:
                 depth, path, mode, size, target = entry
-                del above[depth:]
-                self._parents.append(above[-1] if above else 0)
-                above.append(len(self))
+                del above[depth + 1 :]
+                self._parents.append(above[-1])
+                if stat.S_ISDIR(mode):
+                    above.append(len(kinds))
                 self._offsets.append(position)
                 self._sizes.append(size or len(target))
                 if depth:
-                    self._texts += path[path.rindex(b"/") + 1 :]
-                self._texts += target
-                self._ends.append(len(self._texts))
-                kind = stat.S_IFMT(mode)
-                self._kinds.append(_KINDS.index(kind | mode & stat.S_IXUSR if kind == stat.S_IFREG else kind))
+                    texts += path[path.rindex(b"/") + 1 :]
+                texts += target
+                self._ends.append(len(texts))
+                kinds.append(mode >> _TYPE_SHIFT | (_EXECUTABLE if mode & stat.S_IXUSR else 0))
                 position += size
             yield words, entry
 
     def entries(self, first: int = 0) -> Iterator[Entry]:
         """The entries in the archive's order, from the number `first` on."""
-        parent, depth, prefix = None, 0, b""
-        for number in range(first, len(self)):
-            name, target = self._text(number)
-            if number == 0:
-                path = self._root
+        directory, depth, prefix = -1, 0, self._root
+        start = max(self._ends[first - 1 : first], default=0)
+        columns = (memoryview(column)[first:] for column in (self._parents, self._sizes, self._kinds, self._ends))
+        for number, (parent, size, kind, end) in enumerate(zip(*columns, strict=True), first):
+            if number and parent != directory:
+                directory = parent
+                depth, prefix = self._within(parent)
+            mode = (kind & _TYPE) << _TYPE_SHIFT | (stat.S_IXUSR if kind & _EXECUTABLE else 0)
+            if stat.S_ISLNK(mode):
+                split = end - size
+                yield Entry(depth, prefix + self._texts[start:split], mode, 0, self._texts[split:end])
             else:
-                if self._parents[number] != parent:
-                    parent = self._parents[number]
-                    depth, prefix = self._within(parent)
-                path = prefix + name
-            size = 0 if target else self._sizes[number]
-            yield Entry(depth, path, _KINDS[self._kinds[number]], size, target)
+                yield Entry(depth, prefix + self._texts[start:end], mode, size, b"")
+            start = end
 
     def window(self, start: int, stop: int) -> Iterator[Segment]:
         """The bytes from `start` to `stop` of the archive. Where they begin is found by a binary search."""
@@ -97,17 +103,11 @@ class Layout:
             position = self._offsets[first]
         return window(segments(frames), start - position, stop - position)
 
-    def _text(self, number: int) -> tuple[bytes, bytes]:
-        """The name of an entry, and what it points to."""
-        text = bytes(self._texts[self._ends[number - 1] if number else 0 : self._ends[number]])
-        split = len(text) - (self._sizes[number] if self._kinds[number] == _SYMLINK else 0)
-        return text[:split], text[split:]
-
     def _within(self, directory: int) -> tuple[int, bytes]:
         """The depth of what is in a directory, and what its paths begin with."""
         names = []
         while directory:
-            names.append(self._text(directory)[0])
+            names.append(self._texts[self._ends[directory - 1] : self._ends[directory]])
             directory = self._parents[directory]
         return len(names) + 1, b"/".join((self._root, *reversed(names), b""))
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from sanic import Request
 
+from harmonia import zstd
 from harmonia.compression import Compressed, Compressor, Source
 from harmonia.config import Settings
 from harmonia.debug_info import DebugInfo
@@ -42,6 +43,17 @@ class SignedPath:
 
     info: PathInfo
     sigs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Streamed:
+    """A body compressed from its beginning to its end, by the thread that reads it."""
+
+    body: Body
+    size: None = None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        return zstd.stream(self.body.read(start, stop))
 
 
 def _nar_cache(settings: Settings) -> NarCache | None:
@@ -110,6 +122,14 @@ class Cache:
             return Compressed(self.compressor, source)
 
         return Encoded(self.compressor.encoding.name, open_encoded) if self.settings.enable_compression else None
+
+    def streamed(self, body: Body) -> Encoded | None:
+        """Likewise one that cannot be read from its midst."""
+
+        async def open_encoded(_: Request) -> Body:
+            return _Streamed(body)
+
+        return Encoded(zstd.STREAM, open_encoded) if self.settings.enable_compression else None
 
     async def read(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds on disk, in one of the threads that may wait for it."""

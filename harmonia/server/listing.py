@@ -1,7 +1,9 @@
 """`/<hash>.ls`: what is in a store path's NAR and where, for nix-index, and for reading a single file by its range."""
 
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Self
 
 from sanic import Request
@@ -11,38 +13,51 @@ from harmonia.server.body import IMMUTABLE, Representation
 from harmonia.server.cache import Cache
 from harmonia.server.nar import Nar, found
 
-_KEPT = 16 * 1024 * 1024  # bytes; a listing up to this size is rendered only once
+_AT_ONCE = 256 * 1024  # bytes; of what is longer, so much is rendered before its first byte is sent
+_KEPT = 16 * 1024 * 1024  # bytes of a listing whose length is asked for, and which is rendered again if it is longer
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A NAR's listing. Its length is known once it was rendered; a large one is rendered again when it is read."""
+    """A NAR's listing, to be read once."""
 
-    nar: Nar
-    size: int
-    text: bytes | None
-    sha256: None = None
+    size: int | None
+    """Not known of one that is still being rendered."""
+    pieces: Iterable[bytes]
 
     @classmethod
-    def of(cls, nar: Nar) -> Self:
-        """StoreObjectError where the NAR is not as it was registered."""
-        pieces: list[bytes] = []
+    def begun(cls, nar: Nar) -> Self:
+        """With its beginning rendered. StoreObjectError where that is all, and the NAR not as it was registered."""
+        pieces = listing.render(nar.frames())
+        text = bytearray()
+        for piece in pieces:
+            text += piece
+            if len(text) >= _AT_ONCE:
+                return cls(None, chain([bytes(text)], pieces))
+        return cls(len(text), [bytes(text)])
+
+    @classmethod
+    def measured(cls, nar: Nar) -> Self:
+        """With its size known at any rate."""
+        text = bytearray()
         size = 0
         for piece in listing.render(nar.frames()):
             size += len(piece)
             if size <= _KEPT:
-                pieces.append(piece)
-        return cls(nar, size, b"".join(pieces) if size <= _KEPT else None)
+                text += piece
+        return cls(size, [bytes(text)] if size <= _KEPT else listing.render(nar.frames()))
 
     def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        pieces = listing.render(self.nar.frames()) if self.text is None else [self.text]
-        return nar.read(nar.window(pieces, start, self.size if stop is None else stop))
+        whole = (start, stop) == (0, self.size)
+        return nar.read(self.pieces if whole else nar.window(self.pieces, start, sys.maxsize if stop is None else stop))
 
 
-async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
+async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
     info = found(await cache.path(hash_part))
-    body = await cache.read(lambda: Listing.of(Nar.of(cache, info)))
+    measured = "range" in request.headers or request.version == "1.0"
+    render = Listing.measured if measured else Listing.begun
+    body = await cache.read(lambda: render(Nar.of(cache, info)))
     etag = f'"{base32.encode(info.nar_hash)}-ls"'
     return Representation(
-        content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=cache.encoded(body)
+        content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=cache.streamed(body)
     )

@@ -3,31 +3,17 @@
 By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either.
 """
 
-from collections.abc import Generator
-from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia import build_log, zstd
-from harmonia.build_log import BuildLog
+from harmonia import build_log
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server.body import IMMUTABLE, Body, Encoded, Representation, exhaust
+from harmonia.server.body import IMMUTABLE, Body, Representation, exhaust
 from harmonia.server.cache import Cache
 from harmonia.server.nar import found
-
-
-@dataclass(frozen=True, slots=True)
-class _Zstd:
-    """A log, compressed on the way by the thread that reads it: it knows its length too late for anybody else to."""
-
-    log: BuildLog
-    size: None = None
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        return zstd.stream(self.log.read(start, stop))
 
 
 async def get(cache: Cache, request: Request, name: str) -> Representation:
@@ -44,15 +30,12 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
             await exhaust(log, cache.readers)
         return log
 
-    async def open_encoded(_: Request) -> Body:
-        return _Zstd(log)
-
     return Representation(
         content_type="text/plain; charset=utf-8",
         body=log if log.size is not None else open_plain,
         cache_control=IMMUTABLE if log.finished else "no-cache",
         etag=f'"{log.version}"',
-        zstd=Encoded(zstd.STREAM, open_encoded) if cache.settings.enable_compression else None,
+        zstd=cache.streamed(log),
         headers={"x-content-type-options": "nosniff"},  # it is anybody's text, and no web page
     )
 

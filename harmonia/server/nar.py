@@ -51,35 +51,41 @@ class Nar:
     def sha256(self) -> bytes:
         return self.info.nar_hash
 
-    def frames(self) -> Iterator[Frame]:
-        """The frames of the whole. StoreObjectError at their end where they do not make up the length registered."""
-        if layout := self.layouts.get(self._key):
-            self._check(layout)
-            yield from nar.frame(layout.entries())
-        else:
-            layout = Layout(self.root)
-            yield from layout.record(nar.frame(nar.walk(self.root)))
-            self._check(layout)
+    def frames(self, *, record: bool = False) -> Iterator[Frame]:
+        """The frames of the whole, remembered if they are to `record`, for the part that may be wanted next.
+
+        StoreObjectError at their end where they do not make up the length registered.
+        """
+        if remembered := self.layouts.get(self._key):
+            self._check(remembered.size)
+            yield from nar.frame(remembered.entries())
+            return
+        layout = Layout(self.root)
+        frames = nar.frame(nar.walk(self.root))
+        size = 0
+        for words, entry in layout.record(frames) if record else frames:
+            size += len(words) + (entry.size if entry else 0)
+            yield words, entry
+        self._check(size)
+        if record:
             self.layouts.add(self._key, layout)
 
     def read(self, start: int, stop: int | None) -> Generator[bytes]:
         stop = self.size if stop is None else stop
         try:
             if (start, stop) == (0, self.size):
-                yield from nar.read(nar.segments(self.frames()))
+                yield from nar.read(nar.segments(self.frames(record=True)))
             else:
                 layout = self.layouts.find(self._key, self.root)
-                self._check(layout)
+                self._check(layout.size)
                 yield from nar.read(layout.window(start, stop))
         except (OSError, StoreObjectError):
             self.layouts.forget(self._key)
             raise
 
-    def _check(self, layout: Layout) -> None:
-        if layout.size != self.size:
-            raise StoreObjectError(
-                f"{self.info.path} has a NAR of {layout.size} bytes, but {self.size} were registered"
-            )
+    def _check(self, size: int) -> None:
+        if size != self.size:
+            raise StoreObjectError(f"{self.info.path} has a NAR of {size} bytes, but {self.size} were registered")
 
     @property
     def _key(self) -> Hashable:

@@ -1,12 +1,15 @@
 """`/<hash>.ls`: what is in a NAR, and where."""
 
+import http.client
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
+from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import StoreBuilder
 from running import Server
 from server.test_nar import dump, url
@@ -95,3 +98,38 @@ def test_what_is_not_as_registered_is_404(start: Start, store: StoreBuilder, tmp
     assert server.wait_for_log("were registered")
     (root / "b").unlink()
     assert server.get(f"/{path.hash_part}.ls").status == 200
+
+
+@pytest.fixture
+def large(store: StoreBuilder) -> PathInfo:
+    """A path whose listing is longer than what is rendered before it is sent."""
+    return store.add(store.output_path("large"), {f"a-name-of-many-letters-{number:06}": b"" for number in range(9000)})
+
+
+def test_a_large_one_is_sent_while_it_is_made(start: Start, large: PathInfo, tmp_path: Path) -> None:
+    server, where = start(store=tmp_path / "store"), f"/{large.path.hash_part}.ls"
+    streamed = server.get(where)
+    assert streamed.headers["transfer-encoding"] == "chunked"
+    assert server.head(where).headers == streamed.headers
+    assert len(json.loads(streamed.body)["root"]["entries"]) == 9000
+    compressed = server.get(where, {"Accept-Encoding": "zstd"})
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(compressed.body) == streamed.body
+    of_an_old_client = server.request("GET", where, version="1.0")
+    assert of_an_old_client.headers["content-length"] == str(len(streamed.body))
+    assert of_an_old_client.body == streamed.body
+    part = server.get(where, {"Range": "bytes=300000-300099"})
+    assert part.headers["content-range"] == f"bytes 300000-300099/{len(streamed.body)}"
+    assert part.body == streamed.body[300000:300100]
+
+
+def test_a_large_one_that_is_not_as_registered_breaks_off(
+    start: Start, store: StoreBuilder, large: PathInfo, tmp_path: Path
+) -> None:
+    server = start(store=tmp_path / "store")
+    root = Path(store.real_path(large.path).decode())
+    root.chmod(0o700)
+    (root / "one-more").write_bytes(b"")
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        server.get(f"/{large.path.hash_part}.ls")
+    assert server.wait_for_log("were registered")
+    assert server.request("GET", f"/{large.path.hash_part}.ls", version="1.0").status == 404
