@@ -9,18 +9,21 @@ The file is all that a log needs: the derivation may be collected long ago.
 
 import bz2
 import os
+import re
 import stat
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from typing import BinaryIO
 
 import zstandard
 
-from harmonia.errors import StoreObjectError
+from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix.store_path import StorePath
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # an opened fifo would wait for its writer
 _SUFFIXES = ("", ".bz2", ".zst")  # in the order that Nix looks in
+_LOG = re.compile(r"(?P<derivation>.+\.drv)(?:\.bz2|\.zst)?")
 _CHUNK = 256 * 1024
 _SETTLED = 24 * 60 * 60
 """Seconds without a change after which a plain file counts as finished: nothing in it tells. A build may be silent for
@@ -134,6 +137,19 @@ def find(directory: str, derivation: StorePath) -> BuildLog | None:
                 return BuildLog(os.path.join(directory, "drvs", name + suffix), suffix)
             except (FileNotFoundError, NotADirectoryError):
                 continue
+    return None
+
+
+def derivation(directory: str, hash_part: str) -> StorePath | None:
+    """The derivation with that hash part, if the log directory has a log of it. OSError where that cannot be read."""
+    drvs = os.path.join(directory, "drvs")
+    for place, start in ((os.path.join(drvs, hash_part[:2]), hash_part[:2]), (drvs, "")):
+        rest = f"{hash_part}-"[len(start) :]
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in os.listdir(place):
+                if name.startswith(rest) and (found := _LOG.fullmatch(start + name)):
+                    with suppress(FormatError):
+                        return StorePath(found["derivation"])
     return None
 
 

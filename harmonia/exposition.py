@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from harmonia import __version__
-from harmonia.metrics import BOUNDS, Histogram, Metrics, Route, Totals
+from harmonia.metrics import BOUNDS, Histogram, Metrics, Route
 
 _TOTALS = {
     "cache_hits": "Compressed NARs found in the cache, whole or growing.",
@@ -35,6 +35,7 @@ def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int) -> bytes
 class _Families(Collector):
     def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int) -> None:
         self._rows = metrics.rows
+        self._totals = metrics.totals
         self._encoder_threads = encoder_threads
         self._cache_limit = cache_limit
 
@@ -51,6 +52,7 @@ class _Families(Collector):
         routes = {name: [row.routes[name] for row in self._rows] for name in self._rows[0].routes}
         requests = CounterMetricFamily("harmonia_requests", "Requests answered.", labels=["route", "status"])
         sent = CounterMetricFamily("harmonia_sent_bytes", "Bytes of bodies sent, as encoded.", labels=["route"])
+        broken = CounterMetricFamily("harmonia_broken_bodies", "Bodies broken off, by us.", labels=["route"])
         in_flight = GaugeMetricFamily("harmonia_requests_in_flight", "Requests being answered.", labels=["route"])
         head = HistogramMetricFamily(
             "harmonia_head_seconds", "From a request to the first byte of its answer.", labels=["route"]
@@ -63,11 +65,12 @@ class _Families(Collector):
                 if count:
                     requests.add_metric([name, str(status)], count)
             sent.add_metric([name], sum(route.sent for route in rows))
+            broken.add_metric([name], sum(route.broken for route in rows))
             in_flight.add_metric([name], sum(route.in_flight for route in rows))
             head.add_metric([name], *_histogram(route.head for route in rows))
             if any(map(_is_streamed, rows)):
                 body.add_metric([name], *_histogram(route.body for route in rows))
-        yield from (requests, sent, in_flight, head, body)
+        yield from (requests, sent, broken, in_flight, head, body)
 
     def _workers(self) -> Iterator[Metric]:
         yield HistogramMetricFamily(
@@ -75,8 +78,7 @@ class _Families(Collector):
             "Waiting for what the database has to say, where nothing was remembered.",
             *_histogram(row.database for row in self._rows),
         )
-        totals = Totals(*_sum(row.totals for row in self._rows))
-        for name, total in totals._asdict().items():
+        for name, total in zip(self._totals, _sum(row.totals for row in self._rows), strict=True):
             yield CounterMetricFamily(f"harmonia_{name}", _TOTALS[name], total)
         yield GaugeMetricFamily(
             "harmonia_cache_limit_bytes", "How large the cache may become; 0 is none.", self._cache_limit
@@ -85,6 +87,8 @@ class _Families(Collector):
         yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces being compressed, or waiting for it.", waiting)
         threads = self._encoder_threads * len(self._rows)
         yield GaugeMetricFamily("harmonia_encoder_threads", "Threads that compress.", threads)
+        refused = sum(row.refused for row in self._rows)
+        yield CounterMetricFamily("harmonia_refused_connections", "Connections beyond max_connections.", refused)
         restarts = sum(max(row.starts - 1, 0) for row in self._rows)
         yield CounterMetricFamily("harmonia_worker_restarts", "Workers that replaced one that had ended.", restarts)
 

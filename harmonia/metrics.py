@@ -6,8 +6,7 @@ goes on counting where that one stopped. Only the event loop of its worker write
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Seconds, the upper ends of a histogram's buckets: from a path that is remembered to the largest of downloads."""
@@ -17,18 +16,6 @@ UNKNOWN = "unknown"
 """The route of a request for something that nobody ever has, or in another method than its own, or that is no HTTP."""
 
 _CELL = 8  # bytes: they are doubles, written at once
-
-
-class Totals(NamedTuple):
-    """What others count since their process began: it is looked at now and then."""
-
-    cache_hits: float = 0
-    cache_misses: float = 0
-    cache_fills: float = 0
-    cache_filled_bytes: float = 0
-    cache_evictions: float = 0
-    cache_corrupt: float = 0
-    encoder_seconds: float = 0
 
 
 class Histogram:
@@ -46,10 +33,10 @@ class Histogram:
 class Route:
     """What is counted of the requests for one kind of resource."""
 
-    size = STATUSES + 2 * Histogram.size + 2
+    size = STATUSES + 2 * Histogram.size + 3
 
     def __init__(self, cells: "memoryview[float]") -> None:
-        self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 2)
+        self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 3)
         self.head = Histogram(head)
         """Until there is a status, and the first byte to send."""
         self.body = Histogram(body)
@@ -63,6 +50,11 @@ class Route:
     def in_flight(self) -> float:
         return self._rest[1]
 
+    @property
+    def broken(self) -> float:
+        """Bodies that we could not finish, for no fault of the client's."""
+        return self._rest[2]
+
     def begin(self) -> None:
         self._rest[1] += 1
 
@@ -72,6 +64,9 @@ class Route:
     def forget(self) -> None:
         """Nothing is in flight any more: the process that did it is gone."""
         self._rest[1] = 0
+
+    def break_off(self) -> None:
+        self._rest[2] += 1
 
     def count(self, status: int, sent: int, head: float, body: float | None) -> None:
         """An answer with that many bytes of body; `body` are its seconds where it was sent piece by piece."""
@@ -83,15 +78,11 @@ class Route:
 
 
 class Row:
-    def __init__(self, cells: "memoryview[float]", routes: Sequence[str]) -> None:
-        *each, database, self._totals, self._rest = _cut(cells, *_sizes(routes))
+    def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
+        *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
         self.routes = dict(zip(routes, map(Route, each), strict=True))
         self.database = Histogram(database)
-        self._before = Totals()
-
-    @property
-    def totals(self) -> Totals:
-        return Totals(*self._totals)
+        self._before = list(self.totals)
 
     @property
     def starts(self) -> float:
@@ -102,28 +93,39 @@ class Row:
         """Pieces that wait to be compressed."""
         return self._rest[1]
 
+    @property
+    def refused(self) -> float:
+        """Connections beyond `max_connections`."""
+        return self._rest[2]
+
+    def refuse(self) -> None:
+        self._rest[2] += 1
+
     def take(self) -> None:
         """Go on where the process that had it before has stopped."""
-        self._before = self.totals
+        self._before = list(self.totals)
         self._rest[0] += 1
         self._rest[1] = 0
         for route in self.routes.values():
             route.forget()
 
-    def look(self, totals: Totals, waiting: float) -> None:
+    def look(self, totals: Iterable[float], waiting: float) -> None:
+        """Take down what others have counted since their process began."""
         for index, total in enumerate(totals):
-            self._totals[index] = self._before[index] + total
+            self.totals[index] = self._before[index] + total
         self._rest[1] = waiting
 
 
 class Metrics:
     """The rows of all workers. `own` is that of this process, when it has taken one."""
 
-    def __init__(self, routes: Sequence[str], workers: int) -> None:
+    def __init__(self, routes: Sequence[str], totals: Sequence[str], workers: int) -> None:
+        """`totals` are the names of what others count, which a row takes down now and then."""
         routes = (*routes, UNKNOWN)
-        size = sum(_sizes(routes))
+        size = sum(_sizes(routes, totals))
+        self.totals = totals
         cells = memoryview(mmap.mmap(-1, workers * size * _CELL)).cast("d")
-        self.rows = [Row(row, routes) for row in _cut(cells, *[size] * workers)]
+        self.rows = [Row(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
 
     def take(self, place: int) -> None:
@@ -131,8 +133,8 @@ class Metrics:
         self.own.take()
 
 
-def _sizes(routes: Sequence[str]) -> list[int]:
-    return [*[Route.size] * len(routes), Histogram.size, len(Totals._fields), 2]
+def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:
+    return [*[Route.size] * len(routes), Histogram.size, len(totals), 3]
 
 
 def _cut(cells: "memoryview[float]", *sizes: int) -> "list[memoryview[float]]":

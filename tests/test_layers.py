@@ -18,6 +18,7 @@ LAYERS = {
     "store_builder": 3,
     "metrics": 3,
     "nar_cache": 3,
+    "index_file": 3,
     "zstd": 3,
     "upstream": 3,
     "server": 5,

@@ -20,28 +20,10 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import _PATH_INFO, Store
 from harmonia.store_builder import StoreBuilder, remove
+from realisations import BUILD_TRACE, REALISATIONS, create
 
 NOBODY = 65534
 TIMEOUT = 0.2
-
-# Nix `src/libstore/ca-specific-schema.sql` as of 2.34, and what later versions add: https://github.com/NixOS/nix
-LATER_TABLES = """
-create table SchemaMigrations (migration text primary key not null);
-create table Realisations (
-    id integer primary key autoincrement not null,
-    drvPath text not null,
-    outputName text not null,
-    outputPath integer not null,
-    signatures text,
-    foreign key (outputPath) references ValidPaths(id) on delete cascade
-);
-create table RealisationsRefs (
-    referrer integer not null,
-    realisationReference integer,
-    foreign key (referrer) references Realisations(id) on delete cascade,
-    foreign key (realisationReference) references Realisations(id) on delete restrict
-);
-"""
 
 
 @pytest.fixture
@@ -108,8 +90,7 @@ class TestPathInfo:
     def test_is_the_same_with_the_tables_of_a_newer_nix(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         assert look_up(store, info) == info
-        with builder.connect() as connection:
-            connection.executescript(LATER_TABLES)
+        create(builder, REALISATIONS + BUILD_TRACE)
         assert look_up(store, info) == info
 
     def test_takes_the_store_dir_that_the_database_names(

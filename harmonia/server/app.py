@@ -94,7 +94,7 @@ def _date(second: int) -> str:
 def count_with(settings: Settings) -> Metrics:
     """What this application counts with. To be made before its processes part."""
     names = dict.fromkeys(map(_name, (ROUTES | METRICS_ROUTES).values()))
-    return Metrics(tuple(names), settings.workers)
+    return Metrics(tuple(names), metrics.TOTALS, settings.workers)
 
 
 def create_app(cache: Cache) -> "Sanic[Any, Any]":

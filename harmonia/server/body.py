@@ -207,6 +207,7 @@ async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, si
         if not request.responded:
             raise
         _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
+        request.ctx.broken = True
         _abort(request)
     except BaseException:  # the client is gone, or too slow, or we are told to stop
         _abort(request)

@@ -5,6 +5,7 @@ is how a private path in a public cache stays private. A search would tell all o
 """
 
 import re
+from contextlib import suppress
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -12,14 +13,13 @@ from html5tagger import Builder
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia import catalogue
+from harmonia import build_log, catalogue
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
-from harmonia.nix.store_path import HASH_PART_LENGTH
+from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.server import landing, origin, page
 from harmonia.server.body import Representation
-from harmonia.server.cache import Cache
-from harmonia.server.nar import found
+from harmonia.server.cache import Cache, SignedPath
 
 _SHOWN = 200  # paths on one page
 _LONGEST = 300  # characters to search for: more than a store path has
@@ -56,7 +56,10 @@ def _summary(asked: str, result: catalogue.Paths) -> str:
 async def path(cache: Cache, request: Request, hash_part: str) -> Representation:
     if not cache.settings.browse:
         raise NotFound
-    info = found(await cache.path(hash_part))
+    signed = await cache.path(hash_part)
+    if signed is None:
+        raise NotFound
+    info = signed.info
     referrers = await cache.browse(lambda store: catalogue.referrers(store, info.path, _SHOWN))
     closure = await cache.browse(lambda store: catalogue.closure(store, info.path))
     deriver_is_here = info.deriver is not None and await cache.path(info.deriver.hash_part) is not None
@@ -68,10 +71,10 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     with document.main:
         document.h1(info.path.name)
         page.snippet(document, full_path, "the store path")
-        _links(document, info)
+        _links(document, info, await _logged(cache, info))
         with document.section:
             document.h2("About this path")
-            _facts(document, info, closure, deriver_is_here=deriver_is_here)
+            _facts(document, signed, closure, deriver_is_here=deriver_is_here)
         with document.section:
             document.h2("Download it with Nix")
             command = f"nix-store --realise {full_path}"
@@ -81,17 +84,28 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     return page.end(cache, document, script=True)
 
 
-def _links(document: Builder, info: PathInfo) -> None:
+async def _logged(cache: Cache, info: PathInfo) -> StorePath | None:
+    """The derivation whose log tells how the path came about, if that is here."""
+    derivation = info.path if info.path.is_derivation else info.deriver
+    if derivation is not None:
+        with suppress(OSError):
+            if await cache.read(lambda: build_log.find(cache.settings.logs, derivation)):
+                return derivation
+    return None
+
+
+def _links(document: Builder, info: PathInfo, logged: StorePath | None) -> None:
     with document.nav(class_="actions", aria_label="What there is of it"):
         document.a("Files", href=f"../serve/{info.path.hash_part}")
         document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
         document.a("NAR listing", href=f"../{info.path.hash_part}.ls")
         document.a("narinfo", href=f"../{info.path.hash_part}.narinfo")
-        if derivation := info.path if info.path.is_derivation else info.deriver:
-            document.a("Build log", href=f"../log/{quote(derivation)}")
+        if logged:
+            document.a("Build log", href=f"../log/{quote(logged)}")
 
 
-def _facts(document: Builder, info: PathInfo, closure: catalogue.Closure, *, deriver_is_here: bool) -> None:
+def _facts(document: Builder, signed: SignedPath, closure: catalogue.Closure, *, deriver_is_here: bool) -> None:
+    info = signed.info
     with document.dl:
         document.dt("Size").dd(page.size(info.nar_size))
         least = "" if closure.complete else "at least "
@@ -106,9 +120,9 @@ def _facts(document: Builder, info: PathInfo, closure: catalogue.Closure, *, der
         if info.ca:
             document.dt("Content address").dd.code(info.ca)
         document.dt("Signatures")
-        for sig in info.sigs:
+        for sig in signed.sigs:
             document.dd.code(sig)
-        if not info.sigs:
+        if not signed.sigs:
             document.dd("none")
 
 

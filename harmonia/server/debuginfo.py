@@ -12,8 +12,8 @@ from functools import partial
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia import debug_info
 from harmonia.errors import StoreUnavailableError
+from harmonia.nix.build_id import is_build_id, member
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
@@ -25,12 +25,12 @@ _POLL = 0.01  # seconds
 
 async def get(cache: Cache, _: Request, name: str) -> Representation:
     build_id = name.removesuffix(".debug")
-    if not debug_info.BUILD_ID.fullmatch(build_id):
+    if not is_build_id(build_id):
         raise NotFound
     info = await _find(cache, build_id)
     if info is None:
         raise NotFound
-    text = json.dumps({"archive": f"../{nar_url(info)}", "member": debug_info.member(build_id)}).encode()
+    text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
     return Representation(
         content_type="application/json",
         body=text,

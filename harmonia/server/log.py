@@ -1,6 +1,7 @@
 """`/log/<drv>`: the build log of a derivation, for people and for `nix log`.
 
-By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either.
+By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either. Of a derivation
+that was collected, the store knows no hash part any longer, but the log's own name begins with it.
 """
 
 from urllib.parse import unquote_to_bytes
@@ -13,7 +14,6 @@ from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.body import IMMUTABLE, Body, Representation, exhaust
 from harmonia.server.cache import Cache
-from harmonia.server.nar import found
 
 
 async def get(cache: Cache, request: Request, name: str) -> Representation:
@@ -47,8 +47,17 @@ def _decoded(request: Request, name: str) -> str:
 
 
 async def _derivation(cache: Cache, name: str) -> StorePath:
-    """The derivation that is meant. FormatError where `name` can mean none."""
-    path = found(await cache.path(name)).path if is_hash_part(name) else StorePath(name)
+    """The derivation that is meant. FormatError where `name` can mean none, NotFound where nothing has its hash."""
+    if is_hash_part(name):
+        known = await cache.path(name)
+        if known is None:
+            collected = await cache.read(lambda: build_log.derivation(cache.settings.logs, name))
+            if collected is None:
+                raise NotFound
+            return collected
+        path = known.info.path
+    else:
+        path = StorePath(name)
     if path.is_derivation:
         return path
     known = await cache.path(path.hash_part)

@@ -1,16 +1,22 @@
 """`/metrics`: what the workers have counted, all together, in the text format of Prometheus."""
 
+from dataclasses import astuple, fields
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 
-from harmonia.metrics import Route, Totals
+from harmonia.metrics import Route
+from harmonia.nar_cache import Counters
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
 if TYPE_CHECKING:
     from sanic.http import Http
+
+
+TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds")
+"""What `look` takes down."""
 
 
 def count(route: Route, request: Request, status: int, sent: int) -> None:
@@ -19,24 +25,15 @@ def count(route: Route, request: Request, status: int, sent: int) -> None:
     began = cast("Http", request.stream).perft0 or now
     head = getattr(request.ctx, "head_at", None)
     route.count(status, sent, (head or now) - began, now - head if head else None)
+    if getattr(request.ctx, "broken", False):
+        route.break_off()
 
 
 def look(cache: Cache) -> None:
     """Take down what others count for themselves. Done every now and then, for the other workers to see."""
     compressor = cache.compressor
-    totals = Totals(encoder_seconds=compressor.seconds)
-    if compressor.cache is not None:
-        counters = compressor.cache.counters
-        totals = Totals(
-            counters.hits,
-            counters.misses,
-            counters.fills,
-            counters.filled_bytes,
-            counters.evictions,
-            counters.corrupt,
-            compressor.seconds,
-        )
-    cache.metrics.own.look(totals, compressor.waiting)
+    counters = compressor.cache.counters if compressor.cache else Counters()
+    cache.metrics.own.look((*astuple(counters), compressor.seconds), compressor.waiting)
 
 
 async def get(cache: Cache, _: Request) -> Representation:

@@ -43,6 +43,7 @@ p { margin: .5rem 0; }
 .dim, footer { color: var(--dim); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 section { padding: 1.1rem; margin: 1rem 0; }
+dd code { word-break: break-all; }
 code, pre, .path { font: .875rem/1.55 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: .4rem; }
 pre { margin: .6rem 0; padding: .7rem .85rem; white-space: pre-wrap; position: relative; }

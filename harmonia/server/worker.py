@@ -17,6 +17,7 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from harmonia import config
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
+from harmonia.metrics import Row
 from harmonia.server import metrics
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
@@ -61,7 +62,7 @@ async def _serve(
 
     app = create_app(cache)
     metrics_app = create_metrics_app(cache)
-    protocol = _limited(settings.max_connections)
+    protocol = _limited(settings.max_connections, cache.metrics.own)
     servers = []
     for each in listening:
         notice_lost_clients(each)
@@ -126,7 +127,7 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None) -> None:
         _log.info("the TLS certificate was read again")
 
 
-def _limited(most: int) -> type[HttpProtocol]:
+def _limited(most: int, row: Row) -> type[HttpProtocol]:
     """Sanic's protocol, for at most so many connections at a time; 0 is any number."""
     if not most:
         return HttpProtocol
@@ -139,6 +140,7 @@ def _limited(most: int) -> type[HttpProtocol]:
                 admitted.add(self)
                 super().connection_made(transport)  # type: ignore[no-untyped-call]
             else:
+                row.refuse()
                 transport.write(_FULL)
                 transport.close()
 

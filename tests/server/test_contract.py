@@ -16,9 +16,10 @@ import zstandard
 from harmonia.nix import base32
 from harmonia.server.app import METRICS_ROUTES, ROUTES
 from harmonia.store_builder import StoreBuilder, Tree
+from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
 from running import Answer, Server, wait_until
 from server.conftest import BIG
-from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
+from server.test_build_trace import HASH
 from server.test_log import collected, keep
 
 _NONE = "0" * 32

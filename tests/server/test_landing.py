@@ -51,6 +51,7 @@ class Made:
         )
         self.top = store.add_source("top", b"", [self.app.path])
         self.others = [store.add_source(f"many-{n:03}", b"%d" % n, [self.lib.path]) for n in range(250)]
+        store.add_log(derivation.path, b"built")
         self.named = store.add_source("odd+name?=a_b", b"odd")
         gone = store.output_path("gone.drv")
         self.orphan = store.add(store.output_path("orphan"), b"", deriver=gone, sigs=[f"{EVIL}:abc"], ca=f"text:{EVIL}")
@@ -296,9 +297,28 @@ class TestPath:
     def test_every_link_of_it_that_is_here_works(self, server: Server, made: Made) -> None:
         for path in (made.app, made.derivation, made.lib):
             for link in links(self.page(server, path)):
-                if not link.startswith(("http", "../log/")):
+                if not link.startswith("http"):
                     where = link.removeprefix("..") if link.startswith("../") else f"/path/{link.removeprefix('./')}"
                     assert server.head(where).status in (200, 301), link
+
+    def test_its_signatures_are_those_of_its_narinfo(self, server: Server, made: Made) -> None:
+        for path in (made.app, made.lib, made.orphan):
+            text = server.get(f"/{path.path.hash_part}.narinfo").text
+            sigs = re.findall(r"^Sig: (.*)$", text, re.MULTILINE)
+            assert len(sigs) >= 2
+            shown = self.page(server, path).text.partition("Signatures")[2]
+            assert [html.unescape(sig) for sig in re.findall(r"<code>([^<]+)</code>", shown)][: len(sigs)] == sigs
+
+    def test_a_log_that_is_not_here_has_no_link(self, start: Start, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path / "store")
+        derivation, output = builder.add_derivation("app", "/bin/sh")
+        app = builder.add(output, b"app", deriver=derivation.path)
+        server = start(store=tmp_path / "store", settings="browse = true")
+        for path in (app, derivation):
+            assert "../log/" not in self.page(server, path).text
+        builder.add_log(derivation.path, b"built")
+        for path in (app, derivation):
+            assert f"../log/{derivation.path}" in links(self.page(server, path))
 
     def test_referrers_are_bounded_and_without_itself(self, server: Server, made: Made) -> None:
         page = self.page(server, made.lib)

@@ -186,6 +186,33 @@ def test_what_stands_for_a_derivation(server: Server, logs: StoreBuilder, asked:
     assert (answer.status, answer.body) == (200, asked.encode())
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["split", "flat"])
+@pytest.mark.parametrize("suffix", FORMS)
+def test_the_hash_part_of_what_was_collected(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
+    derivation = collected(logs, f"hash-{flat}-{suffix}")
+    beside = f"{derivation[:2]}{'0' * 30}-other.drv"  # in the same directory
+    for each in (derivation, beside):
+        keep(logs, each, each.encode(), suffix, flat=flat)
+    assert server.get(f"/log/{derivation[:32]}").body == derivation.encode()
+    assert server.get(f"/log/{derivation[:2]}{'1' * 30}").status == 404
+
+
+def test_the_hash_part_of_what_lost_its_derivation(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "lost")
+    output = logs.add(logs.output_path("lost"), b"out", deriver=StorePath(derivation))
+    keep(logs, derivation)
+    assert server.get(f"/log/{output.path.hash_part}").body == TEXT
+
+
+def test_a_hash_part_finds_nothing_but_logs(server: Server, logs: StoreBuilder) -> None:
+    derivation = collected(logs, "no-log")
+    for rest in ("no-log", "no-log.drv.gz", "no log.drv", "x" * 215 + ".drv"):
+        name = f"{derivation[2:32]}-{rest}"
+        os.makedirs(f"{logs.log_dir}/{derivation[:2]}", exist_ok=True)
+        Path(logs.log_dir, derivation[:2], name).write_bytes(b"no log")
+    assert server.get(f"/log/{derivation[:32]}").status == 404
+
+
 def test_a_stem_of_what_was_collected(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "stem")
     keep(logs, derivation)
@@ -229,7 +256,6 @@ def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilde
         "{split}",
         "{hash}-..%2f..%2f..%2fsecret",
         "{hash}-%5c..%5csecret",
-        "{hash}",
         "%80",
         "%e2%82%ac",
         "a" * 5000,

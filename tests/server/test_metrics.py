@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harmonia.metrics import BOUNDS, Histogram
+from harmonia.store_builder import Sparse, StoreBuilder
 from running import Sample, Server, nar_url, wait_until
 
 Start = Callable[..., Server]
@@ -124,6 +127,38 @@ def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: S
     assert scrape(server)["harmonia_cache_fills_total"] == 1
 
 
+def test_bodies_are_broken_off_by_us_or_by_clients(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    big = store.add(store.output_path("big"), Sparse(64 << 20))
+    server = start(store=tmp_path / "store")
+    with stalled(server, nar_url(big)):
+        pass
+    wait_until(lambda: scrape(server)["harmonia_requests_in_flight nar"] == 0)
+    assert scrape(server)["harmonia_broken_bodies_total nar"] == 0
+    with stalled(server, nar_url(big)) as connection:
+        path = f"{store.real_dir}/{big.path}"
+        os.chmod(path, 0o644)
+        os.truncate(path, 1000)
+        with suppress(ConnectionResetError):
+            while connection.recv(1 << 20):
+                pass
+    server.wait_for_log("breaks off")
+    wait_until(lambda: scrape(server)["harmonia_requests_in_flight nar"] == 0)
+    found = scrape(server)
+    assert found["harmonia_broken_bodies_total nar"] == 1
+    assert found["harmonia_broken_bodies_total log"] == 0
+    assert found["harmonia_requests_total nar 200"] == 2
+
+
+def test_connections_that_are_refused(start: Start, sample: Sample, tmp_path: Path) -> None:
+    server = start(store=sample.root, settings=f"metrics_bind = 'unix:{tmp_path}/metrics'\nmax_connections = 1")
+    server.settle()
+    with stalled(server, nar_url(sample.big)):
+        assert [server.get("/version").status for _ in range(3)] == [503] * 3
+        server.url = f"unix:{tmp_path}/metrics"
+        assert scrape(server)["harmonia_refused_connections_total"] == 3
+
+
 def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     before = set(scrape(server))
@@ -179,7 +214,30 @@ def test_a_bucket_has_its_upper_end(seconds: float, bucket: int) -> None:
     assert cells[-1] == seconds
 
 
-# What people read
+# What others read
+
+
+def promtool(*arguments: str, text: str = "") -> None:
+    """Fails where Prometheus' own tool has anything to say."""
+    if not (program := shutil.which("promtool")):
+        pytest.skip("there is no promtool on this machine: it is in Debian's package prometheus")
+    checked = subprocess.run(
+        [program, "check", *arguments], input=text, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
+
+
+def test_prometheus_finds_nothing_to_complain_of(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    server.get(nar_url(sample.small) + ".zst")
+    promtool("metrics", text=server.get("/metrics").text)
+
+
+def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
+    asked = [each.replace("$__rate_interval", "5m") for each in expressions()]
+    rules = [{"record": f"rule:{number}", "expr": each} for number, each in enumerate(asked)]
+    (tmp_path / "rules").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # it is YAML, too
+    promtool("rules", str(tmp_path / "rules"))
 
 
 def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
@@ -193,6 +251,12 @@ def name_in_use(family: object) -> str:
     return f"{name}_total" if kind == "counter" else name
 
 
+def expressions() -> list[str]:
+    """What the dashboard asks for."""
+    dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
 def test_the_dashboard_asks_for_metrics_that_exist(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     server.get(nar_url(sample.small))
@@ -200,10 +264,10 @@ def test_the_dashboard_asks_for_metrics_that_exist(start: Start, sample: Sample)
     families = found.families.values()
     names = {sample.name for family in families for sample in family.samples}
     labels = {label for family in families for sample in family.samples for label in sample.labels}
-    dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-    asked = {name for each in expressions for name in re.findall(r"harmonia_\w+", each)}
+    asked = {name for each in expressions() for name in re.findall(r"harmonia_\w+", each)}
     assert asked <= names
     assert {re.sub("_(bucket|sum|count)$", "", name) for name in asked} == {name_in_use(family) for family in families}
-    grouped = {label for each in expressions for by in re.findall(r"by \(([^)]*)\)", each) for label in by.split(", ")}
+    grouped = {
+        label for each in expressions() for by in re.findall(r"by \(([^)]*)\)", each) for label in by.split(", ")
+    }
     assert grouped <= labels

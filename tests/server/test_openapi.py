@@ -10,9 +10,10 @@ from typing import Any
 
 from harmonia.server.app import METRICS_ROUTES, ROUTES
 from harmonia.store_builder import StoreBuilder
+from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
 from running import Server
 from server.conftest import BIG
-from server.test_build_trace import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
+from server.test_build_trace import HASH
 from server.test_log import keep
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"

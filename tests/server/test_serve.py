@@ -550,7 +550,8 @@ class TestDirectories:
     def test_a_large_one_is_bounded(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add_source("large", {f"{n:02}": b"" for n in range(51)})
-        server = start(store=tmp_path / "store", program=patched("import harmonia.server.serve as s; s._LISTED = 50"))
+        few = patched("from harmonia.server import directory\ndirectory._LISTED = 50")
+        server = start(store=tmp_path / "store", program=few)
         page = server.get(url(path, "/")).text
         assert "The first 50 of 51 entries" in page
         names = [name for _, name, _, _ in rows(page)]

@@ -1,0 +1,70 @@
+"""The page of a directory: its entries, with a link to each and to what is above it."""
+
+import os
+import stat
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from html5tagger import Builder
+
+from harmonia.nix.path_info import PathInfo
+from harmonia.server import page
+from harmonia.server.body import Representation
+from harmonia.server.cache import Cache
+from harmonia.store_object import Entry, Listed, listed
+
+_LISTED = 2000  # entries on the page; the NAR listing has them all
+
+
+async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], entry: Entry) -> Representation:
+    """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
+
+    def render() -> Representation:
+        entries, count = listed(cache.store.real_path(entry.info.path), entry.names, _LISTED)
+        document = page.begin(cache, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2))
+        with document.main:
+            _heading(cache, document, asked, names)
+            with document.section:
+                summary = page.count(count, "entry", "entries")
+                if count > len(entries):
+                    summary = f"The first {len(entries):,} of {summary}; the NAR listing has them all"
+                document.p(summary, class_="dim")
+                with document.table:
+                    document.tr.th("Name", scope="col").th("Kind", scope="col").th("Size", scope="col", class_="size")
+                    if names:
+                        document.tr.td.a("..", href="../", aria_label="Parent directory").td("directory").td("")
+                    for each in entries:
+                        _row(document, each)
+        return page.end(cache, document)
+
+    return await cache.read(render)
+
+
+def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
+    """Where the page is, each directory above it a link."""
+    with document.h1(class_="path"):
+        if cache.settings.browse:
+            document.a(cache.store.store_dir, href=f"{'../' * (len(names) + 2)}path/{asked.path.hash_part}")
+        else:
+            document(cache.store.store_dir)
+        for above, name in zip(range(len(names), -1, -1), [os.fsencode(asked.path), *names], strict=True):
+            document._("/")
+            if above:
+                document.a(page.printable(name), href="../" * above)
+            else:
+                document._(page.printable(name))
+
+
+def _row(document: Builder, listed: Listed) -> None:
+    reference = "./" + quote(listed.name, safe="")
+    size = ""
+    if stat.S_ISDIR(listed.mode):
+        kind, reference = "directory", reference + "/"
+    elif stat.S_ISLNK(listed.mode):
+        kind = "symlink"
+    else:
+        kind, size = "executable" if listed.mode & stat.S_IXUSR else "file", page.size(listed.size)
+    document.tr.td(class_="path").a(page.printable(listed.name), href=reference)
+    if listed.target:
+        document.span(f" → {page.printable(listed.target)}", class_="dim")
+    document.td(kind, class_="kind").td(size, class_="size", title=f"{listed.size:,} bytes" if size else None)
