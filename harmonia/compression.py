@@ -17,6 +17,7 @@ from harmonia.config import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
 from harmonia.nix import base32
+from harmonia.nix.nar import OpenSlice
 from harmonia.zstd import Encoding, encoders
 
 _PIECE = 512 * 1024  # bytes that are given on at once
@@ -37,7 +38,7 @@ class Source(Protocol):
     def sha256(self) -> bytes | None:
         """What the content must have, or it is not given out to its end. None where that is not known."""
 
-    def read(self, start: int, stop: int) -> Generator[bytes]: ...
+    def part(self, start: int, stop: int) -> bytes: ...
 
 
 class CompressedFile(NamedTuple):
@@ -153,7 +154,7 @@ class Compressor:
     def _compress(self, source: Source, offset: int) -> Frame:
         began = time.thread_time()
         end = min(offset + self.encoding.frame_size, source.size)
-        content = b"".join(source.read(offset, end))
+        content = source.part(offset, end)
         if len(content) != end - offset:
             raise StoreObjectError(f"{len(content)} bytes were read where {end - offset} should be")
         frame = Frame(content, self.encoding.compress(content))
@@ -179,7 +180,7 @@ class CompressedNar:
         if self._file is not None:
             self._look(self._file)
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
         file, self._file = self._file or self._compressor.open(self._source), None
         position = start
         reopened = False
@@ -187,9 +188,10 @@ class CompressedNar:
             while file is not None:
                 self._look(file)
                 end = file.size if stop is None else min(stop, file.size)
-                while position < end and (data := file.read(position, min(_PIECE, end - position))):
-                    position += len(data)
-                    yield data
+                if position < end:
+                    part = file.slice(position, end)
+                    yield part
+                    position = part.position
                 if file.whole and position < end:
                     raise StoreObjectError("its file in the cache was cut short")
                 if file.whole or position == stop:

@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from harmonia.nix.nar import OpenSlice
+
 _TRAILER = struct.Struct("<32sQ16s")
 _MAGIC = b"harmonia file v1"
 _GROWING = ".growing"
@@ -72,8 +74,8 @@ class CachedFile:
                 self.sha256 = sha256
         self.size = size
 
-    def read(self, position: int, size: int) -> bytes:
-        return os.pread(self._descriptor, size, position)
+    def slice(self, start: int, stop: int) -> OpenSlice:
+        return OpenSlice(self._descriptor, start, stop)
 
     def lock(self) -> bool:
         """Whether nobody fills it, and nobody will before it is closed."""
@@ -86,11 +88,10 @@ class CachedFile:
     def is_intact(self) -> bool:
         """Whether the content of a whole file is what was once written. Reads all of it."""
         sha256 = hashlib.sha256()
-        position = 0
+        content = self.slice(0, self.size)
         with suppress(OSError):  # a disk that notices by itself
-            while data := self.read(position, min(1 << 20, self.size - position)):
+            while data := content.read():
                 sha256.update(data)
-                position += len(data)
         return sha256.digest() == self.sha256
 
     def detach(self) -> int:

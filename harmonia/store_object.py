@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import CHUNK_SIZE
+from harmonia.nix.nar import OpenSlice, flatten
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import Store
 
@@ -79,14 +79,14 @@ class File:
     def size(self) -> int:
         return self.status.st_size
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        stop = self.size if stop is None else stop
+    def part(self, start: int, stop: int) -> bytes:
+        return b"".join(flatten(self.read(start, stop)))
+
+    def read(self, start: int, stop: int | None) -> Generator[OpenSlice]:
         with _opened(self.top, self.names) as descriptor:
             if not os.path.samestat(os.fstat(descriptor), self.status):
                 raise StoreObjectError(f"{os.fsdecode(self.top)} was changed while it was served")
-            while start < stop and (data := os.pread(descriptor, min(CHUNK_SIZE, stop - start), start)):
-                start += len(data)
-                yield data
+            yield OpenSlice(descriptor, start, self.size if stop is None else stop)
 
 
 def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[bytes] | None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from harmonia import nar_cache
 from harmonia.nar_cache import CachedFile, Filler, NarCache
+from harmonia.nix.nar import OpenSlice
 
 TRAILER = 56
 KIB = 1024
@@ -41,7 +42,7 @@ for line in sys.stdin:
         filler.commit()
     else:
         file.refresh()
-    print(file.whole, file.read(0, file.size).decode(), flush=True)
+    print(file.whole, file.slice(0, file.size).read(file.size).decode(), flush=True)
 """
 
 STRESS = """
@@ -159,7 +160,7 @@ def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
 
 def read(file: CachedFile) -> bytes:
     file.refresh()
-    return file.read(0, file.size)
+    return file.slice(0, file.size).read(file.size)
 
 
 def content_of(cache: NarCache, key: str = "key") -> bytes | None:
@@ -381,10 +382,10 @@ def test_damage_is_logged(cache: NarCache, caplog: pytest.LogCaptureFixture) -> 
 def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fill(cache)
 
-    def fail(_file: CachedFile, _position: int, _size: int) -> bytes:
+    def fail(_: OpenSlice) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(CachedFile, "read", fail)
+    monkeypatch.setattr(OpenSlice, "read", fail)
     file, _ = opened(cache)
     file.close()
     settle(cache)

@@ -181,14 +181,52 @@ def window(archive: Iterable[Segment], start: int, stop: int) -> Iterator[Segmen
         position += len(segment)
 
 
-def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
-    """The bytes of a run of segments, in chunks of at least `chunk_size` (but for the last) and less than twice that.
+class OpenSlice:
+    """The bytes from `position` to `stop` of an open file, of which each read takes the next."""
 
-    StoreObjectError where a file is no longer as long as its slice says; OSError where it cannot be read.
+    __slots__ = ("_descriptor", "position", "stop")
+
+    def __init__(self, descriptor: int, position: int, stop: int) -> None:
+        self._descriptor = descriptor
+        self.position = position
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return self.stop - self.position
+
+    def read(self, size: int = CHUNK_SIZE) -> bytes:
+        """At most `size` bytes, none at the end: that of the slice, or of a file that has become shorter."""
+        data = os.pread(self._descriptor, min(size, len(self)), self.position)
+        self.position += len(data)
+        return data
+
+    def read_cached(self, size: int = CHUNK_SIZE) -> bytearray | None:
+        """The same, as far as it needs no disk. None where it does, or where nobody can tell."""
+        data = bytearray(min(size, len(self)))
+        try:
+            count = os.preadv(self._descriptor, [data], self.position, os.RWF_NOWAIT)
+        except OSError:  # BlockingIOError, or a file system that knows no such reads; what else there is, `read` tells
+            return None
+        del data[count:]
+        self.position += count
+        return data
+
+
+def chunks(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes | OpenSlice]:
+    """The bytes of a run of segments, in chunks of less than twice `chunk_size`, and what files have of no less.
+
+    An open slice is to be read to its end before the next chunk is asked for. StoreObjectError where a file is no
+    longer as long as its slice says; OSError where it cannot be read.
     """
     parts: list[bytes] = []
     size = 0
     for segment in archive:
+        if isinstance(segment, FileSlice) and len(segment) >= chunk_size:
+            if size:
+                yield b"".join(parts)
+                parts, size = [], 0
+            yield from _large_file(segment)
+            continue
         for piece in _pieces(segment, chunk_size):
             parts.append(piece)
             size += len(piece)
@@ -199,10 +237,25 @@ def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[
         yield b"".join(parts)
 
 
+def flatten(chunks: Iterable[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+    """Chunks with what open slices stand for, at most `chunk_size` of it at a time."""
+    for chunk in chunks:
+        if isinstance(chunk, OpenSlice):
+            while data := chunk.read(chunk_size):
+                yield data
+        else:
+            yield chunk
+
+
+def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+    """The bytes of a run of segments, in chunks of less than twice `chunk_size`."""
+    return flatten(chunks(archive, chunk_size), chunk_size)
+
+
 def _pieces(segment: Segment, chunk_size: int) -> Iterable[bytes]:
     """The bytes of a segment, at most `chunk_size` at a time."""
     if isinstance(segment, FileSlice):
-        return (_small_file(segment),) if segment.size < chunk_size else _large_file(segment, chunk_size)
+        return (_small_file(segment),)
     if len(segment) <= chunk_size:
         return (segment,)
     return (segment[start : start + chunk_size] for start in range(0, len(segment), chunk_size))
@@ -216,22 +269,25 @@ _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 def _small_file(file: FileSlice) -> bytes:
     descriptor = os.open(file.path, _FLAGS)
     try:
-        contents = os.read(descriptor, file.size + 1)  # one more, to see that there is no more
+        if len(file) != file.size:
+            contents = os.pread(descriptor, len(file), file.start)
+            size = os.fstat(descriptor).st_size
+        else:
+            contents = os.read(descriptor, file.size + 1)  # one more, to see that there is no more
+            size = len(contents)
     finally:
         os.close(descriptor)
-    if len(contents) != file.size:
+    if (len(contents), size) != (len(file), file.size):
         raise _changed(file)
-    return contents[file.start : file.stop]
+    return contents
 
 
-def _large_file(file: FileSlice, chunk_size: int) -> Iterator[bytes]:
+def _large_file(file: FileSlice) -> Iterator[OpenSlice]:
     descriptor = os.open(file.path, _FLAGS)
     try:
-        position = file.start
-        while position < file.stop and (data := os.pread(descriptor, min(chunk_size, file.stop - position), position)):
-            position += len(data)
-            yield data
-        if position < file.stop or os.fstat(descriptor).st_size != file.size:
+        part = OpenSlice(descriptor, file.start, file.stop)
+        yield part
+        if len(part) or os.fstat(descriptor).st_size != file.size:
             raise _changed(file)
     finally:
         os.close(descriptor)

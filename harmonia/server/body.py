@@ -12,12 +12,13 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from sanic import HTTPResponse, Request
 from sanic.exceptions import RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
+from harmonia.nix.nar import OpenSlice
 from harmonia.server import byte_range
 from harmonia.server.negotiation import prefers_zstd
 
@@ -36,8 +37,11 @@ class Body(Protocol):
     def size(self) -> int | None:
         """How many they are, None as long as that is not known."""
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet."""
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
+        """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet.
+
+        An open slice is read to its end before the generator goes on.
+        """
 
 
 Open = Callable[[Request], Awaitable[Body]]
@@ -152,26 +156,49 @@ def _matches(condition: str | None, etag: str) -> bool:
 
 
 class _ReadAhead:
-    """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory."""
+    """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory.
 
-    def __init__(self, chunks: Generator[bytes | None], readers: Executor) -> None:
+    Of open files, what is in the page cache is read at once: in less time than it takes to wake a thread.
+    """
+
+    def __init__(self, chunks: Generator[bytes | OpenSlice | None], readers: Executor) -> None:
         self._chunks = chunks
         self._readers = readers
-        self._reading = self._submit()
+        self._slice: OpenSlice | None = None
+        self._reading: Future[Any] = self._submit()
 
-    def _submit(self) -> "Future[bytes | None]":
+    def _submit(self) -> "Future[bytes | OpenSlice | None]":
         return self._readers.submit(next, self._chunks, b"")
 
-    async def next(self) -> bytes:
+    async def next(self) -> bytes | bytearray:
         """The next chunk, empty after the last."""
         delay = 0.001
-        while (chunk := await asyncio.wrap_future(self._reading)) is None:
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, _LONGEST_WAIT)
-            self._reading = self._submit()
-        if chunk:
-            self._reading = self._submit()
-        return chunk
+        while True:
+            if self._slice is not None:
+                if data := await self._read(self._slice):
+                    return data
+                self._slice = None
+                self._reading = self._submit()
+            chunk: bytes | OpenSlice | None = await asyncio.wrap_future(self._reading)
+            if isinstance(chunk, OpenSlice):
+                self._slice = chunk
+            elif chunk is None:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_WAIT)
+                self._reading = self._submit()
+            else:
+                if chunk:
+                    self._reading = self._submit()
+                return chunk
+
+    async def _read(self, part: OpenSlice) -> bytes | bytearray:
+        data = part.read_cached()
+        if data is None:
+            reading = self._readers.submit(part.read)
+            self._reading = reading
+            return await asyncio.wrap_future(reading)
+        await asyncio.sleep(0)  # it is the turn of others
+        return data
 
     def close(self) -> None:
         # A generator cannot be closed while a thread runs it.
@@ -198,7 +225,7 @@ async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, si
         while chunk:
             if size is not None and sent + len(chunk) > size:
                 raise StoreObjectError(f"there is more of it than {size} bytes")
-            await response.send(chunk)
+            await response.send(cast("bytes", chunk))
             sent = request.ctx.sent = sent + len(chunk)
             chunk = await chunks.next()
         if size is not None and sent < size:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sanic import Request
 
@@ -45,15 +45,21 @@ class SignedPath:
     sigs: tuple[str, ...]
 
 
+class Stream(Protocol):
+    """Bytes that are read from the first to the last."""
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Streamed:
     """A body compressed from its beginning to its end, by the thread that reads it."""
 
-    body: Body
+    source: Stream
     size: None = None
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        return zstd.stream(self.body.read(start, stop))
+        return zstd.stream(self.source.read(start, stop))
 
 
 def _nar_cache(settings: Settings) -> NarCache | None:
@@ -123,11 +129,11 @@ class Cache:
 
         return Encoded(self.compressor.encoding.name, open_encoded) if self.settings.enable_compression else None
 
-    def streamed(self, body: Body) -> Encoded | None:
+    def streamed(self, source: Stream) -> Encoded | None:
         """Likewise one that cannot be read from its midst."""
 
         async def open_encoded(_: Request) -> Body:
-            return _Streamed(body)
+            return _Streamed(source)
 
         return Encoded(zstd.STREAM, open_encoded) if self.settings.enable_compression else None
 

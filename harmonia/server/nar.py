@@ -15,7 +15,7 @@ from sanic.exceptions import NotFound
 from harmonia.compression import CompressedNar
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32, nar
-from harmonia.nix.nar import Frame
+from harmonia.nix.nar import Frame, OpenSlice
 from harmonia.nix.nar_layout import Layout, Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
@@ -70,15 +70,18 @@ class Nar:
         if record:
             self.layouts.add(self._key, layout)
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+    def part(self, start: int, stop: int) -> bytes:
+        return b"".join(nar.flatten(self.read(start, stop)))
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice]:
         stop = self.size if stop is None else stop
         try:
             if (start, stop) == (0, self.size):
-                yield from nar.read(nar.segments(self.frames(record=True)))
+                yield from nar.chunks(nar.segments(self.frames(record=True)))
             else:
                 layout = self.layouts.find(self._key, self.root)
                 self._check(layout.size)
-                yield from nar.read(layout.window(start, stop))
+                yield from nar.chunks(layout.window(start, stop))
         except (OSError, StoreObjectError):
             self.layouts.forget(self._key)
             raise

@@ -1,4 +1,5 @@
 import os
+import random
 import stat
 import subprocess
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
-from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, Segment
+from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, OpenSlice, Segment
 from strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
 
 segment_runs = st.lists(st.binary(max_size=40), max_size=8)
@@ -132,19 +133,37 @@ def test_a_file_slice_is_cut_as_bytes_are(size: int, start: int, stop: int, agai
 
 @given(segment_runs, st.integers(1, 50))
 def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> None:
-    check_chunks(list(nar.read(run, chunk_size)), chunk_size)
+    chunks = list(nar.read(run, chunk_size))
+    assert all(chunk_size <= len(chunk) < 2 * chunk_size for chunk in chunks[:-1])
+    assert all(0 < len(chunk) < 2 * chunk_size for chunk in chunks[-1:])
 
 
 @settings(deadline=None, max_examples=30)
 @given(trees, st.sampled_from([1000, 4096, CHUNK_SIZE]))
 def test_chunks_of_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
     with on_disk(tree) as path:
-        check_chunks(list(nar.read(nar.dump(path), chunk_size)), chunk_size)
+        assert all(0 < len(chunk) < 2 * chunk_size for chunk in nar.read(nar.dump(path), chunk_size))
 
 
-def check_chunks(chunks: list[bytes], chunk_size: int) -> None:
-    assert all(chunk_size <= len(chunk) < 2 * chunk_size for chunk in chunks[:-1])
-    assert all(0 < len(chunk) < 2 * chunk_size for chunk in chunks[-1:])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_what_the_page_cache_has_is_read_as_the_rest_is(tmp_path: Path, *, dropped: bool) -> None:
+    content = random.Random(1).randbytes(1_000_000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if dropped:
+            os.posix_fadvise(file.fileno(), 300_000, 0, os.POSIX_FADV_DONTNEED)
+        part = OpenSlice(file.fileno(), 10, 999_990)
+        read = b""
+        while len(part):
+            cached = part.read_cached(70_000)
+            assert cached is None or cached
+            read += part.read(70_000) if cached is None else cached
+        assert read == content[10:999_990]
+        assert not part.read()
+        assert not part.read_cached()
+        assert not OpenSlice(file.fileno(), 1_000_000, 1_000_010).read_cached()
 
 
 def test_many_small_entries_take_neither_much_time_nor_memory() -> None:
