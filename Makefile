@@ -11,7 +11,7 @@ serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	else $(BIN)/harmonia demo demo-store && exec $(BIN)/harmonia --config demo-store/harmonia.toml; fi
 
 test: check  ## Check the code, then run all tests that can run here
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
 check: .venv/ready  ## Lints, formatting and types
 	$(BIN)/ruff check
