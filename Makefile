@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz clean
+.PHONY: serve test check format fuzz vm-test clean
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -27,6 +27,11 @@ fuzz: .venv/ready  ## Look for bytes that the NAR reader takes wrongly
 	mkdir -p .fuzz/corpus
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=512 \
 	  -dict=tests/fuzz/nar.dict -artifact_prefix=.fuzz/ -print_final_stats=1 .fuzz/corpus tests/fuzz/corpus
+
+# Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
+TESTS ?=
+vm-test: .venv/ready  ## As root, run the NixOS tests between containers (docs/nixos-tests.md)
+	$(BIN)/python nixos-tests/lab/run.py $(if $(VM_TEST_QEMU),--qemu) $(TESTS)
 
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi

@@ -255,8 +255,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.log_dir or os.path.normpath(os.path.join(os.path.dirname(self.database), _LOGS))
 
 
-def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+def load(path: str | None, environ: Mapping[str, str], *, elsewhere: bool = False) -> Settings:
+    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine.
+
+    If they are for a machine `elsewhere`, the text alone is checked.
+    """
     name, text = path or environ.get("CONFIG_FILE"), ""
     if name:
         try:
@@ -270,8 +273,9 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
             raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
     name = name or "built-in defaults"
     settings = parse(text, name, environ)
-    with _placed(text, name, environ):
-        check(settings, environ)
+    if not elsewhere:
+        with _placed(text, name, environ):
+            check(settings, environ)
     return settings
 
 

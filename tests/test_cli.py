@@ -57,6 +57,17 @@ def test_a_wrong_setting_is_one_line_and_status_2(config: Path, command: list[st
     assert answer.stdout == ""
 
 
+def test_settings_for_another_machine_are_checked_without_its_files(tmp_path: Path) -> None:
+    file = tmp_path / "harmonia.toml"
+    file.write_text("real_nix_store = '/elsewhere/nix/store'\nsign_key_paths = ['/elsewhere/key']\n")
+    assert run("--config", str(file), "check-config").returncode == 2
+    assert run("--config", str(file), "check-config", "--text-only").returncode == 0
+    file.write_text("worker = 2\n")
+    answer = run("--config", str(file), "check-config", "--text-only")
+    assert answer.returncode == 2
+    assert "did you mean workers?" in answer.stderr
+
+
 def test_the_file_is_taken_from_the_environment(config: Path) -> None:
     assert run("check-config", environment={"CONFIG_FILE": str(config)}).returncode == 0
     answer = run("check-config", environment={"CONFIG_FILE": "/none"})

@@ -1,0 +1,494 @@
+# NixOS: services.harmonia, in place of the module of that name in nixpkgs, whose configurations keep working.
+# The options below `settings` come from module-settings.json, which a test holds to harmonia/config.py.
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.harmonia;
+  inherit (lib) mkOption types;
+  format = pkgs.formats.toml { };
+  given = lib.filterAttrs (_: value: value != null);
+
+  # Settings: an option for each key we know. Null is not written, so that Harmonia's own default holds.
+  settingType =
+    key:
+    {
+      bool = types.bool;
+      enum = types.enum key.words;
+      int = if key.max == null then types.ints.unsigned else types.ints.between key.min key.max;
+      number = types.number;
+      string = types.str;
+      strings = types.listOf types.str;
+    }
+    .${key.type};
+  table = key: types.submodule {
+    freeformType = format.type;
+    options = lib.mapAttrs (_: settingOption) key.keys;
+  };
+  settingOption =
+    key:
+    if key.type == "table" then
+      mkOption {
+        type = table key;
+        default = { };
+        inherit (key) description;
+      }
+    else if key.type == "tables" then
+      mkOption {
+        type = types.listOf (table key);
+        default = [ ];
+        inherit (key) description;
+      }
+    else if key ? default then
+      mkOption {
+        type = types.nullOr (settingType key);
+        default = null;
+        description = "${key.description} Where null, the default is ${key.default}.";
+      }
+    else
+      mkOption {
+        type = settingType key;
+        inherit (key) description;
+      };
+  settingOptions = lib.mapAttrs (_: settingOption) (lib.importJSON ./module-settings.json);
+
+  # Where to listen: systemd does, so that the service needs no network and a restart refuses no connection.
+  bind = if cfg.settings.bind == null then "[::]:5000" else cfg.settings.bind;
+  onUnixSocket = lib.hasPrefix "unix:" bind;
+  address = builtins.match "(.*):([0-9]+)" bind;
+  host = builtins.elemAt address 0;
+  port = lib.toInt (builtins.elemAt address 1);
+  listenStreams =
+    if onUnixSocket then
+      [ (lib.removePrefix "//" (lib.removePrefix "unix:" bind)) ]
+    # A port alone means IPv6 and IPv4, and works where there is no IPv6.
+    else if host == "[::]" then
+      [ (toString port) ]
+    else if host == "localhost" then
+      [
+        "127.0.0.1:${toString port}"
+        "[::1]:${toString port}"
+      ]
+    else
+      [ bind ];
+
+  # Secrets: root's systemd reads them and hands them over. A path, not its content, is written anywhere.
+  credentialsDirectory = "/run/credentials/harmonia.service";
+  settingsKeys = lib.optionals (cfg.settings.sign_key_paths != null) cfg.settings.sign_key_paths;
+  settingsKey = lib.optional (cfg.settings.sign_key_path != null) cfg.settings.sign_key_path;
+  signKeys = lib.imap0 (number: path: {
+    name = "sign-key-${toString number}";
+    path = toString path;
+  }) (cfg.signKeyPaths ++ settingsKeys ++ settingsKey);
+  tlsFiles = lib.filter (file: file.path != null) [
+    {
+      name = "tls-cert";
+      path = cfg.settings.tls_cert_path;
+    }
+    {
+      name = "tls-key";
+      path = cfg.settings.tls_key_path;
+    }
+  ];
+  upstreamFiles = lib.concatLists (
+    lib.imap0 (
+      number: upstream:
+      map
+        (key: {
+          name = "upstream-${toString number}-${key}";
+          path = toString upstream.${key};
+        })
+        (
+          lib.filter (key: upstream.${key} or null != null) [
+            "netrc"
+            "credentials_file"
+            "ca_file"
+          ]
+        )
+    ) upstreams
+  );
+  credentials = signKeys ++ tlsFiles ++ upstreamFiles;
+  credential = file: "${credentialsDirectory}/${file.name}";
+  inStore = lib.filter (file: lib.hasPrefix "${builtins.storeDir}/" file.path) signKeys;
+
+  upstreams = cfg.settings.upstream or [ ];
+  handedOver =
+    number: upstream:
+    given upstream
+    // lib.listToAttrs (
+      map
+        (file: {
+          name = lib.removePrefix "upstream-${toString number}-" file.name;
+          value = credential file;
+        })
+        (lib.filter (file: lib.hasPrefix "upstream-${toString number}-" file.name) upstreamFiles)
+    );
+  zstd = given cfg.settings.zstd;
+  settings =
+    given (
+      removeAttrs cfg.settings [
+        "sign_key_path"
+        "sign_key_paths"
+        "upstream"
+        "zstd"
+      ]
+    )
+    // lib.optionalAttrs (upstreams != [ ]) { upstream = lib.imap0 handedOver upstreams; }
+    // lib.optionalAttrs (signKeys != [ ]) { sign_key_paths = map credential signKeys; }
+    // lib.optionalAttrs (cfg.settings.tls_cert_path != null) {
+      tls_cert_path = "${credentialsDirectory}/tls-cert";
+    }
+    // lib.optionalAttrs (cfg.settings.tls_key_path != null) {
+      tls_key_path = "${credentialsDirectory}/tls-key";
+    }
+    // lib.optionalAttrs (zstd != { }) { inherit zstd; };
+
+  unchecked = format.generate "harmonia.toml" settings;
+  # A wrong setting stops the build, not the service.
+  checked =
+    if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
+      pkgs.runCommand "harmonia.toml" { passthru = { inherit settings; }; } ''
+        ${lib.getExe cfg.package} --config ${unchecked} check-config --text-only
+        cp ${unchecked} "$out"
+      ''
+    else
+      unchecked;
+
+  # A store in a directory that the sandbox hides is shown read-only, and nothing else of that directory.
+  store = if cfg.settings.real_nix_store != null then cfg.settings.real_nix_store else cfg.settings.virtual_nix_store;
+  storePaths = map toString (
+    lib.optional (store != null) (dirOf store)
+    ++ lib.optional (cfg.settings.nix_db_path != null) (dirOf cfg.settings.nix_db_path)
+    ++ lib.optional (cfg.settings.log_dir != null) cfg.settings.log_dir
+  );
+  below = directories: path: lib.any (directory: lib.hasPrefix "${directory}/" "${path}/") directories;
+  homes = [
+    "/home"
+    "/root"
+    "/run/user"
+  ];
+  inHomes = lib.filter (below homes) storePaths;
+  inTmp = lib.filter (below [ "/tmp" "/var/tmp" ]) storePaths;
+
+  # Metrics of their own address are the one thing that Harmonia listens for itself, upstreams what it asks.
+  needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
+  shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
+in
+{
+  disabledModules = [ "services/networking/harmonia.nix" ];
+
+  # The layouts of nixpkgs' module since 2026 (`cache`), and of upstream's own flake (`harmonia-dev`).
+  imports =
+    let
+      renamed =
+        old: name:
+        lib.mkRenamedOptionModule ([ "services" ] ++ old ++ [ name ]) [
+          "services"
+          "harmonia"
+          name
+        ];
+      signKeyPath =
+        old:
+        let
+          from = [ "services" ] ++ old ++ [ "signKeyPath" ];
+        in
+        lib.mkChangedOptionModule from [ "services" "harmonia" "signKeyPaths" ] (
+          config: lib.optional (lib.getAttrFromPath from config != null) (lib.getAttrFromPath from config)
+        );
+      whole = old: map (renamed old) [ "enable" "package" "settings" "signKeyPaths" ] ++ [ (signKeyPath old) ];
+    in
+    [ (signKeyPath [ "harmonia" ]) ]
+    ++ whole [ "harmonia" "cache" ]
+    ++ whole [ "harmonia-dev" ]
+    ++ whole [ "harmonia-dev" "cache" ]
+    ++ [
+      (lib.mkRemovedOptionModule [ "services" "harmonia" "daemon" ] ''
+        This Harmonia is a cache alone, and reads the store without any daemon. Remove services.harmonia.daemon.
+      '')
+    ];
+
+  options.services.harmonia = {
+    enable = lib.mkEnableOption "Harmonia, a Nix binary cache that serves this machine's store";
+
+    package = mkOption {
+      type = types.package;
+      default = pkgs.callPackage ./package.nix { };
+      defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
+      description = "The Harmonia to run. Not nixpkgs' `pkgs.harmonia`, which is the one written in Rust.";
+    };
+
+    signKeyPaths = mkOption {
+      type = types.listOf types.path;
+      default = [ ];
+      example = [ "/var/lib/secrets/cache.secret" ];
+      description = ''
+        Files with the secret keys that sign what is served, made by `nix-store --generate-binary-cache-key`. Only root
+        needs to be able to read them. Keep them out of the Nix store, where everyone can.
+      '';
+    };
+
+    settings = mkOption {
+      type = types.submodule {
+        freeformType = format.type;
+        options = settingOptions;
+      };
+      default = { };
+      example = lib.literalExpression ''
+        {
+          bind = "[::]:5000";
+          priority = 35;
+          zstd.level = 6;
+        }
+      '';
+      description = ''
+        The settings, as docs/configuration.md explains them. They are checked when the system is built. Key files
+        named here are handed over like `signKeyPaths`: the service need not be able to read them.
+      '';
+    };
+
+    configFile = mkOption {
+      type = types.path;
+      default = checked;
+      defaultText = lib.literalMD "made from `settings`";
+      readOnly = true;
+      description = "The file that the service is started with, for `harmonia --config … check-config` and the like.";
+    };
+
+    cacheSize = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "50G";
+      description = ''
+        How much compressed NARs may take in /var/cache/harmonia: the same as `settings.cache_size`. Where null, it is half
+        of the free space, at most 20G.
+      '';
+    };
+
+    openFirewall = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Whether to let other machines reach the cache: its port, or with `nginx.enable` ports 80 and 443.";
+    };
+
+    nginx = {
+      enable = lib.mkEnableOption ''
+        a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket
+        that nginx alone can open, unless `settings.bind` says otherwise'';
+      hostName = mkOption {
+        type = types.str;
+        example = "cache.example.org";
+        description = ''
+          The name of the virtual host. Certificates come by ACME; for others, set
+          `services.nginx.virtualHosts.<name>.enableACME = false`, `sslCertificate` and `sslCertificateKey`.
+        '';
+      };
+    };
+
+    client.caches = mkOption {
+      type = types.attrsOf (types.listOf types.str);
+      default = { };
+      example = {
+        "https://cache.example.org" = [ "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M=" ];
+      };
+      description = ''
+        Caches that this machine substitutes from, and their public keys: an addition to the `substituters` and
+        `trusted-public-keys` in `nix.settings`. It needs no `enable`.
+      '';
+    };
+  };
+
+  config = lib.mkMerge [
+    (lib.mkIf (cfg.client.caches != { }) {
+      nix.settings = {
+        substituters = lib.attrNames cfg.client.caches;
+        trusted-public-keys = lib.concatLists (lib.attrValues cfg.client.caches);
+      };
+    })
+
+    (lib.mkIf cfg.enable {
+      assertions = [
+        {
+          assertion = onUnixSocket || (address != null && (host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null));
+          message = ''
+            services.harmonia.settings.bind: systemd listens on IP addresses and unix sockets, not on the name in "${bind}".
+          '';
+        }
+        {
+          assertion = cfg.settings.cache_dir == null;
+          message = ''
+            services.harmonia.settings.cache_dir: the cache is in /var/cache/harmonia, which systemd makes for the service.
+            To have it on another disk, mount that at /var/cache/private/harmonia.
+          '';
+        }
+        {
+          assertion = cfg.settings.metrics_bind == null || !lib.hasPrefix "unix:" cfg.settings.metrics_bind;
+          message = "services.harmonia.settings.metrics_bind: nobody could reach a unix socket in there; give host:port.";
+        }
+        {
+          assertion = cfg.openFirewall -> cfg.nginx.enable || !onUnixSocket;
+          message = "services.harmonia.openFirewall: there is no port to open, settings.bind is a unix socket.";
+        }
+        {
+          assertion = cfg.nginx.enable -> tlsFiles == [ ];
+          message = "services.harmonia.nginx: TLS ends at nginx; remove tls_cert_path and tls_key_path from the settings.";
+        }
+      ];
+      warnings = map (file: ''
+        services.harmonia: the secret key ${file.path} is in the Nix store, where everyone on this machine can read it.
+      '') inStore;
+
+      services.harmonia.settings = lib.mkMerge [
+        (lib.mkIf (cfg.cacheSize != null) { cache_size = cfg.cacheSize; })
+        (lib.mkIf cfg.nginx.enable {
+          bind = lib.mkDefault "unix:/run/harmonia/socket";
+          trusted_proxies = if onUnixSocket then [ "unix" ] else [ "127.0.0.1" "::1" ];
+        })
+      ];
+
+      networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
+        if cfg.nginx.enable then [ 80 443 ] else lib.optional (!onUnixSocket) port
+      );
+
+      systemd.sockets.harmonia = {
+        description = "Harmonia binary cache, socket";
+        wantedBy = [ "sockets.target" ];
+        inherit listenStreams;
+        socketConfig = {
+          # As harmonia/sockets.py does where it listens by itself.
+          Backlog = 4096;
+        }
+        // lib.optionalAttrs onUnixSocket (
+          if cfg.settings.unix_socket_mode != null then
+            { SocketMode = cfg.settings.unix_socket_mode; }
+          else if cfg.nginx.enable then
+            {
+              SocketGroup = config.services.nginx.group;
+              SocketMode = "0660";
+            }
+          else
+            { SocketMode = "0666"; }
+        );
+      };
+
+      systemd.services.harmonia = {
+        description = "Harmonia binary cache";
+        requires = [ "harmonia.socket" ];
+        after = [
+          "harmonia.socket"
+          "network.target"
+        ];
+        # Not only when somebody asks: a start that fails is then seen at once, and the first client need not wait.
+        wantedBy = [ "multi-user.target" ];
+        # The socket stays open meanwhile: no connection is refused.
+        stopIfChanged = false;
+        unitConfig = lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; };
+
+        serviceConfig = {
+          Type = "notify";
+          # No ExecReload: systemd copies credentials at a start alone, so a new certificate needs a restart.
+          ExecStart = "${lib.getExe cfg.package} --config ${cfg.configFile} serve";
+          WatchdogSec = 30;
+          Restart = "on-failure";
+          RestartSec = 1;
+          # Downloads under way get shutdown_grace, and the workers a moment to end.
+          TimeoutStopSec = shutdownGrace + 10;
+          LimitNOFILE = 65536;
+
+          DynamicUser = true;
+          User = "harmonia";
+          Group = "harmonia";
+          LoadCredential = map (file: "${file.name}:${file.path}") credentials;
+          CacheDirectory = "harmonia";
+          CacheDirectoryMode = "0700";
+          UMask = "0077";
+
+          # No capability at all. Not CAP_DAC_READ_SEARCH either, for databases that only root can read: access(2) does
+          # not know of it, SQLite asks that, and then takes the wrong way to open the database.
+          CapabilityBoundingSet = "";
+          AmbientCapabilities = "";
+          NoNewPrivileges = true;
+          PrivateUsers = true;
+          RestrictSUIDSGID = true;
+          LockPersonality = true;
+          MemoryDenyWriteExecute = true;
+          RestrictRealtime = true;
+          RestrictNamespaces = true;
+          RemoveIPC = true;
+          PrivateIPC = true;
+          KeyringMode = "private";
+          SystemCallArchitectures = "native";
+          SystemCallErrorNumber = "EPERM";
+          # setpriority, of @resources: the threads that compress step back behind those that serve.
+          SystemCallFilter = [
+            "@system-service"
+            "~@privileged"
+            "~@resources"
+            "setpriority"
+          ];
+
+          # The store is anywhere, so the root directory stays (no RootDirectory, no NoExecPaths); it is read-only.
+          ProtectSystem = "strict";
+          ProtectHome = if inHomes == [ ] then true else "tmpfs";
+          BindReadOnlyPaths = inHomes ++ inTmp;
+          PrivateTmp = true;
+          PrivateMounts = true;
+          # Everybody may ask the Nix daemon to add paths; this service may not.
+          InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+          PrivateDevices = true;
+          DevicePolicy = "closed";
+          DeviceAllow = "";
+          ProcSubset = "pid";
+          ProtectProc = "invisible";
+          ProtectClock = true;
+          ProtectControlGroups = true;
+          ProtectHostname = true;
+          ProtectKernelLogs = true;
+          ProtectKernelModules = true;
+          ProtectKernelTunables = true;
+
+          # Connections come through systemd's socket, which is of the machine's own network. AF_UNIX tells systemd that
+          # we are ready. With an address of the metrics' own, or upstreams, it is in the machine's network itself.
+          PrivateNetwork = !needsNetwork;
+          RestrictAddressFamilies = [ "AF_UNIX" ] ++ lib.optionals needsNetwork [ "AF_INET" "AF_INET6" ];
+          IPAddressDeny = lib.mkIf (!needsNetwork) "any";
+        };
+      };
+    })
+
+    (lib.mkIf (cfg.enable && cfg.nginx.enable) {
+      services.nginx = {
+        enable = true;
+        upstreams.harmonia = {
+          servers.${if onUnixSocket then "unix:${lib.head listenStreams}" else lib.head listenStreams} = { };
+          extraConfig = "keepalive 32;\n";
+        };
+        virtualHosts.${cfg.nginx.hostName} = {
+          forceSSL = lib.mkDefault true;
+          enableACME = lib.mkDefault true;
+          http2 = lib.mkDefault true;
+          locations."/" = {
+            proxyPass = "http://harmonia";
+            # Set below: nginx takes all headers of a place or none.
+            recommendedProxySettings = false;
+            extraConfig = ''
+              proxy_http_version 1.1;
+              proxy_set_header Connection "";
+              proxy_set_header Host $host;
+              proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+              proxy_set_header X-Forwarded-Host $host;
+              proxy_set_header X-Forwarded-Proto $scheme;
+              # NARs are large: they go to the client as they come, not to nginx' disk first.
+              proxy_buffering off;
+              # A client may pause for as long as it does without nginx (docs/operations.md, Limits).
+              proxy_read_timeout 1h;
+              send_timeout 1h;
+            '';
+          };
+        };
+      };
+    })
+  ];
+}

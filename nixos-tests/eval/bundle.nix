@@ -1,0 +1,81 @@
+# A test as a bundle that the driver installs on Debian machines: what each machine has beyond an empty one, and the
+# script. The bundle's closure is all that the machines need.
+{ lib, pkgs, own }:
+{ name, nodes, testScript }:
+let
+  node = config: {
+    ip = config.networking.primaryIPAddress;
+    units =
+      lib.mapAttrs
+        (file: unit: {
+          file = "${unit.unit}/${file}";
+          inherit (unit) wantedBy requiredBy;
+          aliases = unit.aliases or [ ];
+        })
+        (
+          lib.filterAttrs (
+            file: unit:
+            unit.enable
+            && own {
+              kind = "unit";
+              name = file;
+              text = unit.text;
+            }
+          ) config.systemd.units
+        );
+    etc =
+      lib.mapAttrs'
+        (
+          _: entry:
+          lib.nameValuePair entry.target {
+            source = "${entry.source}";
+            inherit (entry) mode user group;
+          }
+        )
+        (
+          lib.filterAttrs (
+            _: entry:
+            entry.enable
+            && own {
+              kind = "etc";
+              name = entry.target;
+              text = "${entry.source}";
+            }
+          ) config.environment.etc
+        );
+    users = lib.mapAttrsToList (_: user: {
+      inherit (user)
+        name
+        uid
+        group
+        extraGroups
+        home
+        createHome
+        isNormalUser
+        ;
+    }) (lib.filterAttrs (name: _: own { kind = "user"; inherit name; }) config.users.users);
+    groups = builtins.filter (name: own { kind = "group"; inherit name; }) (
+      builtins.attrNames config.users.groups
+    );
+    packages = builtins.filter (path: own { kind = "package"; name = path; }) (
+      map (package: "${package}") config.environment.systemPackages
+    );
+    paths = map (path: "${path}") (config.system.extraDependencies ++ config.virtualisation.additionalPaths or [ ]);
+    hosts = lib.mapAttrs (_: names: map toString names) config.networking.hosts;
+    ports = config.networking.firewall.allowedTCPPorts;
+    activation = lib.mapAttrsToList (_: script: script.text or script) (
+      lib.filterAttrs (name: _: name != "script" && own { kind = "activation"; inherit name; }) config.system.activationScripts
+    );
+    tmpfiles = config.systemd.tmpfiles.rules;
+    failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);
+    inherit (config) warnings;
+  };
+in
+pkgs.writeTextFile {
+  name = "bundle-${name}";
+  destination = "/bundle.json";
+  text = builtins.toJSON {
+    inherit name testScript;
+    nodes = lib.mapAttrs (_: node) nodes;
+  };
+}

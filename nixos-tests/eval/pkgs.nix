@@ -1,0 +1,265 @@
+# A `pkgs` without packages: each one is a small derivation whose bin, sbin and lib are links to a Debian machine's
+# /usr. So what a module generates can be evaluated, built offline (sandbox = false) and run on a machine that has the
+# programs. Only Harmonia itself is really built, from `wheels`.
+{
+  lib,
+  system ? "x86_64-linux",
+  # Folder of .whl files, the project's and all that it needs; null where nothing is built.
+  wheels ? null,
+  # Names of more packages than those below, and what the named ones have beyond a name.
+  names ? [ ],
+  extras ? _: { },
+  # Whether a name may also be a function's that makes a package.
+  callable ? false,
+  overlay ? final: prev: { },
+}:
+let
+  path = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin";
+  clean = lib.strings.sanitizeDerivationName;
+
+  named = [
+    "bash"
+    "cacert"
+    "coreutils"
+    "curl"
+    "findutils"
+    "gnugrep"
+    "gnused"
+    "iproute2"
+    "iptables"
+    "jq"
+    "nftables"
+    "nginx"
+    "nixfmt"
+    "openssl"
+    "python3"
+    "ruff"
+    "sqlite"
+    "systemd"
+    "tzdata"
+    "util-linux"
+    "xz"
+    "zstd"
+  ];
+  pythonNames = [
+    "build"
+    "click"
+    "hatchling"
+    "html5tagger"
+    "hypothesis"
+    "msgspec"
+    "mypy"
+    "prometheus-client"
+    "pynacl"
+    "pytest"
+    "pytest-xdist"
+    "pytestCheckHook"
+    "ruff"
+    "sanic"
+    "schemathesis"
+    "uvloop"
+    "websockets"
+    "zstandard"
+  ];
+
+  outputs = [ "bin" "data" "dev" "doc" "getent" "info" "lib" "man" "out" "su" ];
+
+  # A derivation with what callers expect of a package.
+  package =
+    { pname, version ? "1000.0", meta ? { }, ... }@more:
+    drv:
+    let
+      self =
+        drv
+        // {
+          inherit pname version system;
+          inherit (drv) name;
+          meta = {
+            available = true;
+            mainProgram = pname;
+          }
+          // meta;
+          passthru = { };
+          tests = { };
+          override = _: self;
+          overrideAttrs = _: self;
+          overridePythonAttrs = _: self;
+        }
+        // lib.genAttrs outputs (_: self)
+        // lib.optionalAttrs callable { __functor = _: _: self; }
+        // removeAttrs more [ "pname" "version" "meta" ];
+    in
+    self;
+
+  build =
+    name: attributes: script:
+    derivation (
+      {
+        name = clean name;
+        inherit system;
+        builder = "/bin/sh";
+        args = [
+          "-euc"
+          "export PATH=${path} HOME=$TMPDIR; umask 022\n${script}"
+        ];
+      }
+      // attributes
+    );
+
+  shim =
+    pname:
+    package ({ inherit pname; } // (extras final).${clean pname} or { }) (
+      build "${pname}-shim" { } ''
+        mkdir "$out"
+        for dir in bin sbin lib libexec share; do ln -s "/usr/$dir" "$out/$dir"; done
+      ''
+    );
+
+  textFile =
+    {
+      name,
+      text,
+      executable ? false,
+      destination ? "",
+      ...
+    }:
+    package
+      {
+        pname = name;
+        inherit text;
+      }
+      (
+        build name
+          {
+            inherit text;
+            passAsFile = [ "text" ];
+          }
+          ''
+            target=$out${lib.escapeShellArg destination}
+            mkdir -p "$(dirname "$target")"
+            cp "$textPath" "$target"
+            ${lib.optionalString executable "chmod +x \"$target\""}
+          ''
+      );
+
+  runCommand =
+    name: attributes: script:
+    package ({ pname = name; } // attributes.passthru or { }) (
+      build name (removeAttrs attributes [ "nativeBuildInputs" "meta" "passthru" ]) ''
+        PATH=${lib.makeBinPath (attributes.nativeBuildInputs or [ ])}:$PATH
+        ${script}
+      ''
+    );
+
+  # What nixpkgs would build by its Python packages is built here by unpacking wheels.
+  buildPythonApplication =
+    arguments:
+    let
+      args = if lib.isFunction arguments then lib.fix arguments else arguments;
+      drv =
+        if wheels == null then
+          build "${args.pname}-${args.version}" { } "echo 'no wheels were given' >&2; exit 1"
+        else
+          derivation {
+            name = "${args.pname}-${args.version}";
+            inherit system wheels;
+            inherit (args) pname;
+            builder = "/usr/bin/python3";
+            args = [ ./unpack_wheels.py ];
+          };
+    in
+    package {
+      inherit (args) pname version;
+      meta = args.meta or { };
+      inherit args;
+    } drv;
+
+  python3Packages = lib.genAttrs pythonNames (name: shim name) // {
+    inherit buildPythonApplication;
+    buildPythonPackage = buildPythonApplication;
+    python = shim "python3";
+    fetchPypi = _: shim "source";
+    # Debian has no Sanic; new enough, so that nothing is overridden.
+    sanic = shim "sanic";
+  };
+
+  value =
+    with lib.types;
+    oneOf [
+      bool
+      int
+      float
+      str
+      (listOf anything)
+      (attrsOf anything)
+    ]
+    // {
+      description = "TOML value";
+    };
+
+  special = rec {
+    inherit
+      lib
+      system
+      runCommand
+      python3Packages
+      shim
+      ;
+    stdenv = {
+      hostPlatform = lib.systems.elaborate system // {
+        inherit system;
+      };
+      buildPlatform = stdenv.hostPlatform // {
+        canExecute = _: true;
+      };
+      inherit system;
+    };
+    inherit (stdenv) hostPlatform buildPlatform;
+    callPackage = lib.callPackageWith final;
+    python3 = shim "python3" // {
+      pkgs = python3Packages;
+      withPackages = _: shim "python3";
+    };
+    nix = shim "nix";
+    hello = writeShellScriptBin "hello" "echo 'Hello, world!'";
+    writeTextFile = textFile;
+    writeText = name: text: textFile { inherit name text; };
+    writeTextDir = file: text: textFile { name = baseNameOf file; inherit text; destination = "/${file}"; };
+    writeScript = name: text: textFile { inherit name text; executable = true; };
+    writeShellScript = name: text: writeScript name "#!/bin/bash\n${text}";
+    writeScriptBin =
+      name: text:
+      textFile {
+        inherit name text;
+        executable = true;
+        destination = "/bin/${name}";
+      };
+    writeShellScriptBin = name: text: writeScriptBin name "#!/bin/bash\n${text}";
+    writeShellApplication = { name, text, ... }: writeShellScriptBin name "set -euo pipefail\n${text}";
+    runCommandLocal = runCommand;
+    mkShell = _: shim "shell";
+    formats.toml = _: {
+      type = lib.types.attrsOf value;
+      generate =
+        name: content:
+        package { pname = name; } (
+          derivation {
+            name = clean name;
+            inherit system;
+            builder = "/usr/bin/python3";
+            args = [ ./toml.py ];
+            value = builtins.toJSON content;
+            passAsFile = [ "value" ];
+          }
+        );
+    };
+    formats.json = _: {
+      type = lib.types.anything;
+      generate = name: content: writeText name (builtins.toJSON content);
+    };
+  };
+
+  base = lib.genAttrs (named ++ names) shim // special;
+  final = base // overlay final base;
+in
+final

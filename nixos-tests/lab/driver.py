@@ -1,0 +1,102 @@
+"""Runs a NixOS test between Debian machines: driver.py GUEST --root DIR [--root MACHINE=DIR] --cgroup DIR
+or, in QEMU: driver.py GUEST --root DIR --disk IMAGE --packed IMAGE.
+
+GUEST is what pack.py made of the test. Every machine has the root file system DIR; one may have another. What is made
+here lies in our own mount, network and process namespaces, and goes with them: run.py starts us so.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkdtemp
+from types import FrameType
+from typing import NoReturn
+
+import container
+import qemu
+from container import Container
+from machine import Machine, TestFailedError, log, subtest
+from qemu import VirtualMachine
+
+TIMEOUT = 600
+
+
+def containers(options: argparse.Namespace, addresses: dict[str, str], scratch: Path) -> list[Machine]:
+    container.make_network()
+    roots = {name: Path(path) for name, _, path in (root.rpartition("=") for root in options.root)}
+    return [
+        Container(
+            name, address, options.guest, scratch / name, root=roots.get(name, roots[""]), cgroup=options.cgroup / name
+        )
+        for name, address in addresses.items()
+    ]
+
+
+def virtual_machines(options: argparse.Namespace, addresses: dict[str, str], scratch: Path) -> list[Machine]:
+    qemu.make_network()
+    root = Path(options.root[0])
+    return [
+        VirtualMachine(
+            name, address, options.guest, scratch / name, root=root, disk=options.disk, packed=options.packed
+        )
+        for name, address in addresses.items()
+    ]
+
+
+def run(script: Path, machines: list[Machine]) -> None:
+    def start_all() -> None:
+        for machine in machines:
+            machine.start()
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(Machine.set_up, machines))
+    names = {machine.name.replace("-", "_"): machine for machine in machines}
+    exec(compile(script.read_text(), script, "exec"), names | {"start_all": start_all, "subtest": subtest})
+
+
+def explain(machine: Machine) -> None:
+    """Print what a machine has to say after a failure."""
+    with suppress(OSError, TestFailedError):  # of the shell, if it was that
+        _, journal = machine.execute("systemctl --failed --no-legend; journalctl --no-pager --lines=80", timeout=20)
+        machine.log(f"the last of its journal:\n{journal}")
+
+
+def stop(signal_number: int, _frame: FrameType | None) -> NoReturn:
+    raise TestFailedError(f"not done in {TIMEOUT} s" if signal_number == signal.SIGALRM else "interrupted")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("guest", type=Path)
+    parser.add_argument("--cgroup", type=Path)
+    parser.add_argument("--disk", type=Path)
+    parser.add_argument("--packed", type=Path)
+    parser.add_argument("--root", action="append", default=[])
+    options = parser.parse_args()
+    for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    signal.alarm(TIMEOUT)
+    scratch = Path(mkdtemp())
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", scratch], check=True)
+    addresses = json.loads((options.guest / "machines.json").read_text())
+    started = (virtual_machines if options.disk else containers)(options, addresses, scratch)
+    try:
+        run(options.guest / "test.py", started)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the script's
+        log(f"{type(error).__name__}: {error}")
+        for machine in started:
+            explain(machine)
+        return 1
+    finally:
+        for machine in started:
+            machine.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

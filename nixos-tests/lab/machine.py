@@ -1,0 +1,153 @@
+"""A machine of a NixOS test, as its testScript sees it: as much of the NixOS test driver's `Machine` as our tests use.
+
+Names, arguments and meaning are those of nixos/lib/test-driver in nixpkgs, so that the same script runs in both. How a
+machine starts and runs a command is told by those who derive from it: container.py and qemu.py.
+"""
+
+import shlex
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# What NixOS has in the PATH of its test shell, and then Debian's.
+PATH = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_TIMEOUT = 900
+_BEGIN = time.monotonic()
+
+
+class TestFailedError(Exception):
+    """What the script expects did not come about."""
+
+
+def log(message: str) -> None:
+    print(f"[{time.monotonic() - _BEGIN:7.2f}] {message}", flush=True)
+
+
+@contextmanager
+def subtest(name: str) -> Iterator[None]:
+    log(f"subtest: {name}")
+    yield
+
+
+def retry(attempt: Callable[[], bool], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not attempt():
+        if time.monotonic() > deadline:
+            raise TestFailedError(f"{what}: not in {timeout} s")
+        time.sleep(0.1)
+
+
+class Machine(ABC):
+    """`guest` is what pack.py made for all machines of one test; `state` is a directory for this one."""
+
+    def __init__(self, name: str, address: str, guest: Path, state: Path) -> None:
+        self.name = name
+        self.address = address
+        self.guest = guest
+        self.state = state
+        self.started = False
+        state.mkdir()
+
+    @abstractmethod
+    def boot(self) -> None:
+        """Begin to boot."""
+
+    @abstractmethod
+    def wait_for_shell(self) -> None:
+        """Wait until `shell` works, and the network is there."""
+
+    @abstractmethod
+    def shell(self, command: str) -> tuple[int, bytes]:
+        """The exit status and the output of a command for bash."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """End the machine, in whatever state it is."""
+
+    def log(self, message: str) -> None:
+        log(f"{self.name}: {message}")
+
+    def start(self) -> None:
+        if not self.started:
+            self.started = True
+            self.log("starting")
+            self.boot()
+
+    def set_up(self) -> None:
+        """Wait until the machine runs, and give it what the evaluated NixOS configuration says."""
+        self.start()
+        self.wait_for_shell()
+        status, output = self.shell(f"bash /run/guest/{self.guest.name}/{self.name}/setup.sh 2>&1")
+        if status != 0:
+            raise TestFailedError(f"{self.name}: set-up failed: {output.decode(errors='replace')}")
+        self.log("is set up")
+
+    def execute(self, command: str, timeout: int | None = DEFAULT_TIMEOUT) -> tuple[int, str]:
+        limit = "" if timeout is None else f"timeout {timeout} "
+        status, output = self.shell(f"{limit}bash -c {shlex.quote(f'set -euo pipefail; {command}')}")
+        return status, output.decode(errors="replace")
+
+    def succeed(self, *commands: str, timeout: int | None = DEFAULT_TIMEOUT) -> str:
+        return "".join(self._expect(command, timeout, success=True) for command in commands)
+
+    def fail(self, *commands: str, timeout: int | None = DEFAULT_TIMEOUT) -> str:
+        return "".join(self._expect(command, timeout, success=False) for command in commands)
+
+    def _expect(self, command: str, timeout: int | None, *, success: bool) -> str:
+        self.log(f"must {'succeed' if success else 'fail'}: {command}")
+        status, output = self.execute(command, timeout)
+        if (status == 0) != success:
+            raise TestFailedError(f"{self.name}: `{command}` gave status {status}:\n{output}")
+        return output
+
+    def wait_until_succeeds(self, command: str, timeout: int = DEFAULT_TIMEOUT) -> str:
+        return self._wait(command, timeout, success=True)
+
+    def wait_until_fails(self, command: str, timeout: int = DEFAULT_TIMEOUT) -> str:
+        return self._wait(command, timeout, success=False)
+
+    def _wait(self, command: str, timeout: int, *, success: bool) -> str:
+        output = ""
+
+        def attempt() -> bool:
+            nonlocal output
+            status, output = self.execute(command, timeout)
+            return (status == 0) == success
+
+        self.log(f"waiting until it {'succeeds' if success else 'fails'}: {command}")
+        retry(attempt, timeout, f"{self.name}: `{command}`")
+        return output
+
+    def wait_for_open_port(self, port: int, addr: str = "localhost", timeout: int = DEFAULT_TIMEOUT) -> None:
+        self.wait_until_succeeds(f"nc -z {addr} {port}", timeout)
+
+    def wait_for_file(self, filename: str, timeout: int = DEFAULT_TIMEOUT) -> None:
+        self.wait_until_succeeds(f"test -e {filename}", timeout)
+
+    def systemctl(self, query: str) -> tuple[int, str]:
+        return self.execute(f"systemctl {query}")
+
+    def get_unit_info(self, unit: str) -> dict[str, str]:
+        shown = self.succeed(f"systemctl --no-pager show {shlex.quote(unit)}")
+        return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+    def get_unit_property(self, unit: str, name: str) -> str:
+        return self.get_unit_info(unit)[name]
+
+    def require_unit_state(self, unit: str, state: str = "active") -> None:
+        found = self.get_unit_property(unit, "ActiveState")
+        if found != state:
+            raise TestFailedError(f"{self.name}: {unit} is {found}, not {state}")
+
+    def wait_for_unit(self, unit: str, timeout: int = DEFAULT_TIMEOUT) -> None:
+        def attempt() -> bool:
+            state = self.execute(f"systemctl show --value --property=ActiveState {shlex.quote(unit)}")[1].strip()
+            idle = state == "inactive" and "No jobs" in self.execute("systemctl list-jobs --full 2>&1")[1]
+            if state == "failed" or idle:
+                raise TestFailedError(f"{self.name}: {unit} is {state}, and nothing will start it")
+            return state == "active"
+
+        self.log(f"waiting for unit {unit}")
+        retry(attempt, timeout, f"{self.name}: unit {unit}")

@@ -1,0 +1,90 @@
+"""A machine in QEMU, with a kernel of its own. Software emulation: it needs no /dev/kvm, and is ten times slower."""
+
+import base64
+import socket
+import subprocess
+from pathlib import Path
+
+from machine import PATH, Machine, TestFailedError
+
+MEMORY = "1024"  # MiB
+# The oldest processor that the wheels run on; QEMU's own default is one of 2003.
+PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
+# All machines of a driver hear what goes to this address of its loopback interface: a hub.
+HUB = "socket,id=hub,mcast=230.0.0.1:2300,localaddr=127.0.0.1"
+BOOT_TIMEOUT = 240
+
+
+def make_network() -> None:
+    subprocess.run(("ip", "link", "set", "lo", "up"), check=True)
+
+
+def make_disk(directory: Path, image: Path, size: str) -> None:
+    """An image of an ext4 file system that holds what is in the directory."""
+    image.touch()  # or else mke2fs tells that it makes it
+    subprocess.run(("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", directory, image, size), check=True)
+
+
+class VirtualMachine(Machine):
+    """`root` has a kernel. `disk` and `packed` are images: of it, and of what pack.py made."""
+
+    def __init__(
+        self, name: str, address: str, guest: Path, state: Path, *, root: Path, disk: Path, packed: Path
+    ) -> None:
+        super().__init__(name, address, guest, state)
+        self._kernel, self._initrd = next(root.glob("boot/vmlinuz-*")), next(root.glob("boot/initrd.img-*"))
+        self._disks = (disk, packed)
+
+    def boot(self) -> None:
+        shell = self.state / "shell"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(shell))
+        listener.listen(1)
+        append = f"console=ttyS0 root=/dev/vda rw panic=1 net.ifnames=0 mitigations=off systemd.hostname={self.name}"
+        number = int(self.address.rpartition(".")[2])
+        # What a machine writes to its disks goes to a file that has no name.
+        disks = [word for disk in self._disks for word in ("-drive", f"file={disk},if=virtio,format=raw,snapshot=on")]
+        command = [
+            *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-m", MEMORY),
+            *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-rng-pci"),
+            *("-kernel", str(self._kernel), "-initrd", str(self._initrd), "-append", append, *disks),
+            *("-netdev", HUB, "-device", f"virtio-net-pci,netdev=hub,romfile=,mac=52:54:00:12:01:{number:02x}"),
+            *("-serial", f"file:{self.state / 'console'}", "-serial", f"unix:{shell}"),
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        listener.settimeout(20)
+        connection, _ = listener.accept()
+        listener.close()
+        self._connection = connection
+        self._answers = connection.makefile("rb")
+
+    def wait_for_shell(self) -> None:
+        self._connection.settimeout(BOOT_TIMEOUT)
+        try:
+            while (line := self._answers.readline()).strip() != b"ready":
+                if not line:
+                    raise TestFailedError(f"{self.name}: QEMU ended")
+        except TimeoutError:
+            console = (self.state / "console").read_text(errors="replace")
+            raise TestFailedError(f"{self.name}: no shell in {BOOT_TIMEOUT} s:\n{console}") from None
+        self._connection.settimeout(None)
+        up = f"mkdir -p /run/guest && mount -o ro /dev/vdb /run/guest && ip addr add {self.address}/24 dev eth0"
+        status, output = self.shell(
+            f"(until ip link set eth0 up; do ((++tries < 300)) || exit; sleep 0.2; done && {up}) 2>&1"
+        )
+        if status != 0:
+            raise TestFailedError(f"{self.name}: no network: {output.decode(errors='replace')}")
+
+    def shell(self, command: str) -> tuple[int, bytes]:
+        line = base64.b64encode(f"export PATH={PATH}; {command}".encode())
+        self._connection.sendall(line + b"\n")
+        answer = self._answers.readline()
+        if not answer:
+            raise TestFailedError(f"{self.name}: QEMU ended")
+        output, _, status = answer.rpartition(b" ")
+        return int(status), base64.b64decode(output)
+
+    def release(self) -> None:
+        if self.started:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,159 @@
+"""Runs the NixOS tests here, without NixOS: run.py [TEST...], as root. docs/nixos-tests.md tells what that shows.
+
+Debian root file systems are made once, and kept. The package and what the machines are configured to be is evaluated
+and built by real Nix. Then each test runs between machines that are containers, or virtual. All of it happens in
+namespaces that the kernel takes away with their first process: nothing stays behind, however it ends.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from qemu import make_disk
+
+LAB = Path(__file__).parent.resolve()
+PROJECT = LAB.parent.parent
+TOOLS = ("ip", "mmdebstrap", "nsenter", "setpriv", "unshare")
+# The Debian of the machines, and its Python; and those of a client that has an older Nix, or a newer.
+SUITE, PYTHON = "trixie", "3.13"
+OTHER_CLIENTS = {"basic": ("bookworm", "sid"), "ca-derivations": ("sid",)}
+WITH_KERNEL = f"{SUITE}+kernel"
+IN_QEMU = ("basic", "hardening")
+PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64")
+
+NAMESPACES = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+class Run(NamedTuple):
+    test: str
+    root: str = SUITE
+    client: str = SUITE
+
+    @property
+    def name(self) -> str:
+        if self.root == WITH_KERNEL:
+            return f"{self.test}, in QEMU"
+        return self.test if self.client == self.root else f"{self.test}, client of {self.client}"
+
+
+def contained(*command: str | Path, network: bool = False, output: IO[bytes] | None = None) -> bool:
+    """Run a command in namespaces of its own. Whether it succeeded."""
+    namespaces = NAMESPACES if network else (*NAMESPACES, "--net")
+    enter = ("setpriv", "--pdeathsig", "KILL", "unshare", *namespaces)
+    return subprocess.run((*enter, *command), check=False, stdout=output, stderr=output).returncode == 0
+
+
+@contextmanager
+def cgroup() -> Iterator[Path]:
+    """A directory for the machines in the tree of cgroups (version 2)."""
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    tree = next((Path(where) for _, where, kind, *_ in mounts if kind == "cgroup2"), None)
+    if tree is None:
+        sys.exit("no cgroups of version 2 here")
+    path = tree / f"harmonia-{os.getpid()}"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        deadline = time.monotonic() + 10
+        while path.exists() and time.monotonic() < deadline:  # what was killed takes a moment to be gone
+            for directory, _, _ in os.walk(path, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(directory)
+
+
+def make_roots(suites: set[str]) -> Path:
+    """The directory of root file systems: another one whenever what makes them changes."""
+    script = LAB / "make-roots.sh"
+    version = hashlib.sha256(script.read_bytes()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harmonia")
+    roots = cache / f"machines-{version}"
+    if not contained("sh", script, roots, *sorted(suites), network=True):
+        sys.exit(f"{script}: failed")
+    return roots
+
+
+def make_wheels(wheels: Path) -> None:
+    """The package and all that it needs, for the machines' Python."""
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    subprocess.run((*pip, "wheel", "--no-deps", "--wheel-dir", wheels, PROJECT), check=True)
+    platforms = (f"--platform={platform}" for platform in PLATFORMS)
+    target = ("--only-binary=:all:", f"--python-version={PYTHON}", *platforms)
+    subprocess.run((*pip, "download", *target, "--dest", wheels, *wheels.glob("*.whl")), check=True)
+
+
+def run(each: Run, roots: Path, out: Path, cgroup: Path, log: Path) -> bool:
+    guest = out / "guests" / f"harmonia-{each.test}"
+    driver = (sys.executable, LAB / "driver.py", guest, f"--root={roots / each.root}")
+    if each.root == WITH_KERNEL:
+        special = (f"--disk={out / 'disk'}", f"--packed={out / 'packed'}")
+    else:
+        special = (f"--root=client={roots / each.client}", f"--cgroup={cgroup / log.name}")
+    with log.open("wb") as output:
+        return contained(*driver, *special, output=output)
+
+
+def show(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the NixOS tests between containers.")
+    parser.add_argument("tests", nargs="*", help="all without")
+    parser.add_argument("--qemu", action="store_true", help=f"also in virtual machines: {', '.join(IN_QEMU)}")
+    parser.add_argument("--logs", type=Path, help="keep what the tests print in this directory")
+    options = parser.parse_args()
+    tests = options.tests or sorted(path.stem for path in LAB.parent.glob("*.nix"))
+    runs = [Run(test, client=client) for test in tests for client in (SUITE, *OTHER_CLIENTS.get(test, ()))]
+    if options.qemu:
+        runs += [Run(test, root=WITH_KERNEL) for test in IN_QEMU if test in tests]
+    if os.geteuid() != 0:
+        sys.exit("containers and root file systems need root")
+    tools = (*TOOLS, "qemu-system-x86_64", "mke2fs") if options.qemu else TOOLS
+    if missing := [tool for tool in tools if shutil.which(tool) is None]:
+        sys.exit(f"not installed: {', '.join(missing)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="harmonia-machines-") as scratch, cgroup() as group:
+        out = Path(scratch)
+        begin = time.monotonic()
+        roots = make_roots({suite for each in runs for suite in (each.root, each.client)})
+        show(f"{'root file systems':34} {'ready':7} {time.monotonic() - begin:6.1f} s")
+        os.environ["TMPDIR"] = scratch
+        begin = time.monotonic()
+        make_wheels(out / "wheels")
+        if not contained("sh", LAB / "build.sh", roots / SUITE, PROJECT, out, *tests):
+            return 1
+        if options.qemu:
+            make_disk(roots / WITH_KERNEL, out / "disk", "3G")
+            make_disk(out / "guests", out / "packed", "3G")
+        show(f"{'package and machines':34} {'built':7} {time.monotonic() - begin:6.1f} s")
+        for number, each in enumerate(runs):
+            begin = time.monotonic()
+            log = (options.logs or out) / f"{number:02}-{each.test}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            passed = run(each, roots, out, group, log)
+            if not passed:
+                failed += 1
+                show(log.read_text(errors="replace"))
+            show(f"{each.name:34} {'passed' if passed else 'FAILED':7} {time.monotonic() - begin:6.1f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

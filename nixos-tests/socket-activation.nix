@@ -1,0 +1,74 @@
+# Nothing runs until somebody asks: nginx, with TLS, has a unix socket to ask on, and systemd starts Harmonia behind it.
+{ pkgs, lib, ... }:
+let
+  certificate = pkgs.runCommand "certificate" { nativeBuildInputs = [ pkgs.openssl ]; } ''
+    mkdir "$out"
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc -days 36500 -subj /CN=server \
+      -addext subjectAltName=DNS:server -keyout "$out/key.pem" -out "$out/cert.pem"
+  '';
+in
+{
+  name = "harmonia-socket-activation";
+
+  nodes.server = {
+    imports = [ ./lab/server.nix ];
+    services.harmonia.nginx = {
+      enable = true;
+      hostName = "server";
+    };
+    services.nginx.virtualHosts.server = {
+      enableACME = false;
+      sslCertificate = "${certificate}/cert.pem";
+      sslCertificateKey = "${certificate}/key.pem";
+    };
+    # The socket alone is to start it.
+    systemd.services.harmonia.wantedBy = lib.mkForce [ ];
+  };
+
+  nodes.client = {
+    imports = [ ./lab/client.nix ];
+    nix.settings = {
+      substituters = lib.mkOverride 40 [ "https://server" ];
+      ssl-cert-file = "/etc/server.pem";
+    };
+    environment.etc."server.pem".source = "${certificate}/cert.pem";
+  };
+
+  testScript = ''
+    start_all()
+    server.wait_for_unit("harmonia.socket")
+    server.wait_for_unit("nginx.service")
+    server.wait_for_open_port(443)
+    hello, names = server.succeed("nix-build --no-out-link /etc/contents.nix -A hello -A names").split()
+
+    with subtest("nothing runs yet"):
+        server.require_unit_state("harmonia.service", "inactive")
+        server.fail("nc -z localhost 5000")
+
+    with subtest("nginx alone may ask"):
+        server.succeed("test $(stat --format=%a:%G /run/harmonia/socket) = 660:nginx")
+
+    with subtest("the first question starts it, and is answered"):
+        client.succeed("curl --fail --silent --show-error --cacert /etc/server.pem https://server/nix-cache-info >&2")
+        server.require_unit_state("harmonia.service", "active")
+
+    with subtest("a client substitutes through nginx"):
+        client.succeed(f"nix-store --realise {hello} >&2")
+        client.succeed(f"{hello}/bin/hello >&2")
+        client.succeed(
+            "curl --fail --silent --head --http2 --cacert /etc/server.pem https://server/nix-cache-info | grep HTTP/2 >&2"
+        )
+
+    with subtest("and the service knows who asked"):
+        address = client.succeed("getent hosts client").split()[0]
+        server.wait_until_succeeds(
+            f"journalctl --unit=harmonia.service | grep --fixed-strings ' {address} '", timeout=10
+        )
+
+    with subtest("a stop loses nobody: the socket stays, and starts it again"):
+        server.succeed("systemctl stop harmonia.service")
+        client.succeed(f"nix-store --realise {names} >&2")
+        client.succeed(f"nix-store --verify-path {names}")
+        server.require_unit_state("harmonia.service", "active")
+  '';
+}

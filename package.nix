@@ -1,0 +1,86 @@
+{
+  lib,
+  python3Packages,
+  # For the tests: what is compared with us, and what makes certificates.
+  nix,
+  openssl,
+  zstd,
+}:
+let
+  # Sanic before 25.12.1 finishes some answers that failed half-way as if they were whole.
+  sanic =
+    if lib.versionAtLeast python3Packages.sanic.version "25.12.1" then
+      python3Packages.sanic
+    else
+      python3Packages.sanic.overridePythonAttrs (_: rec {
+        version = "25.12.1";
+        src = python3Packages.fetchPypi {
+          pname = "sanic";
+          inherit version;
+          hash = "sha256-e1G/YI5AMPBqbAAs0I/tKHLkk2Un5jyaipfVzQaitH8=";
+        };
+        # Its own tests are of the version that nixpkgs has.
+        doCheck = false;
+      });
+in
+python3Packages.buildPythonApplication {
+  pname = "harmonia";
+  version = lib.head (builtins.match ".*__version__ = \"([^\"]+)\".*" (builtins.readFile ./harmonia/__init__.py));
+  pyproject = true;
+
+  # What is built and tested, and nothing else: other files may change without a new build.
+  src = lib.fileset.toSource {
+    root = ./.;
+    fileset = lib.fileset.unions [
+      ./LICENSE
+      ./README.md
+      # Tests hold these to the code.
+      ./docs/configuration.md
+      ./docs/grafana-dashboard.json
+      ./docs/openapi.json
+      ./docs/operations.md
+      ./harmonia
+      ./pyproject.toml
+      # The flake's own checks see to the module.
+      (lib.fileset.difference ./tests ./tests/test_nixos_module.py)
+    ];
+  };
+
+  build-system = [ python3Packages.hatchling ];
+  dependencies = [
+    python3Packages.click
+    python3Packages.html5tagger
+    python3Packages.msgspec
+    python3Packages.prometheus-client
+    python3Packages.pynacl
+    sanic
+    python3Packages.uvloop
+    python3Packages.zstandard
+  ];
+
+  nativeCheckInputs = [
+    nix
+    openssl
+    python3Packages.hypothesis
+    python3Packages.pytestCheckHook
+    python3Packages.schemathesis
+    python3Packages.websockets
+    zstd
+  ];
+  preCheck = ''
+    export HOME=$TMPDIR
+  '';
+  # They need root, chroots made with Debian's tools, or a browser.
+  disabledTestMarks = [
+    "browser"
+    "newer_nix"
+    "root"
+  ];
+
+  meta = {
+    description = "Nix binary cache that serves a machine's own store, and never half of it";
+    license = lib.licenses.mit;
+    mainProgram = "harmonia";
+    platforms = lib.platforms.linux;
+  };
+}

@@ -1,0 +1,528 @@
+"""module.nix keeps what it says. It is evaluated by the Nix on this machine, through our own small NixOS in
+nixos-tests/eval, or through the real one where $NIXPKGS names a nixpkgs tree.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from e2e.nix_client import NIXES, Client, Nix
+from harmonia.config import Settings
+
+PROJECT = Path(__file__).parent.parent
+KEYS = PROJECT / "module-settings.json"
+REFERENCE = PROJECT / "docs/nixos-options.md"
+UNITS = PROJECT / "docs/systemd"
+
+EXPOSURE = 0.3
+"""What `systemd-analyze security` says of the unit: 0 is nothing, 10 everything."""
+EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAddressFamilies_AF_UNIX", "DeviceAllow"}
+"""What that is made of; docs/nixos.md tells why."""
+
+needs_nix = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on PATH")
+Machine = Mapping[str, Any]
+
+
+def nix(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "NIXPKGS", "HOME") if name in os.environ}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env={**inherited, **environment}
+    )
+
+
+def evaluate(expression: str) -> Any:
+    # The dummy store keeps nothing: no daemon and no right to write are needed.
+    found = nix(
+        "nix-instantiate", "--eval", "--strict", "--json", "--show-trace", "--expr", expression, NIX_REMOTE="dummy://"
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def configured(configuration: str, *, beside: str = "") -> Machine:
+    """What a NixOS machine has of us with `configuration`, and with all that is `beside` services.harmonia."""
+    machine: Machine = evaluate(f"""
+      let
+        machine = (import {PROJECT}/nixos-tests/eval {{ }}).configure {{
+          services.harmonia = {{ {configuration} }};
+          boot.isContainer = true;
+          security.acme = {{ acceptTerms = true; defaults.email = "root@example.org"; }};
+          system.stateVersion = "25.05";
+          {beside}
+        }};
+        text = name: machine.systemd.units.${{name}}.text or null;
+      in
+      {{
+        service = text "harmonia.service";
+        socket = text "harmonia.socket";
+        settings = machine.services.harmonia.configFile.settings;
+        ports = machine.networking.firewall.allowedTCPPorts;
+        nix = builtins.intersectAttrs {{ substituters = 1; trusted-public-keys = 1; }} (
+          if machine.nix.enable then machine.nix.settings else {{ }});
+        inherit (machine) warnings;
+        failed = map (each: each.message) (builtins.filter (each: !each.assertion) machine.assertions);
+        hosts = builtins.mapAttrs (_: host: {{
+          inherit (host) enableACME forceSSL http2;
+          place = {{ inherit (host.locations."/") extraConfig proxyPass; }};
+        }}) machine.services.nginx.virtualHosts;
+        upstreams = builtins.mapAttrs (_: each: builtins.attrNames each.servers) machine.services.nginx.upstreams;
+      }}
+    """)
+    return machine
+
+
+def directives(unit: str, key: str) -> list[str]:
+    return re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
+
+
+SIMPLE: Mapping[Any, str] = {
+    msgspec.inspect.BoolType: "bool",
+    msgspec.inspect.FloatType: "number",
+    msgspec.inspect.StrType: "string",
+    msgspec.inspect.VarTupleType: "strings",
+}
+
+
+def keys(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    infos = msgspec.inspect.type_info(struct).fields  # type: ignore[attr-defined]
+    return {item.name: key(item, info) for item, info in zip(msgspec.structs.fields(struct), infos, strict=True)}
+
+
+def key(item: Any, info: Any) -> dict[str, Any]:
+    """What module.nix needs to know of one setting."""
+    told: dict[str, Any] = {"description": info.type.extra_json_schema["description"]}
+    if item.default_factory is msgspec.NODEFAULT and item.default is not msgspec.NODEFAULT:
+        told["default"] = "none" if item.default is None else f"`{msgspec.json.encode(item.default).decode()}`"
+    told |= {name: text for name, text in (info.type.extra or {}).items() if name == "default"}
+    kind = info.type
+    while isinstance(kind, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
+        if isinstance(kind, msgspec.inspect.Metadata):
+            kind = kind.type
+        else:  # with None: not set
+            [kind] = [each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType)]
+    more: dict[str, Any]
+    match kind:
+        case msgspec.inspect.IntType(ge=low, le=high):
+            more = {"type": "int", "min": low, "max": high}
+        case msgspec.inspect.LiteralType(values=words):
+            more = {"type": "enum", "words": list(words)}
+        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.StructType(cls=struct)):
+            more = {"type": "tables", "keys": keys(struct)}
+        case msgspec.inspect.StructType(cls=struct):
+            more = {"type": "table", "keys": keys(struct)}
+        case _:
+            more = {"type": SIMPLE[type(kind)]}
+    return told | more
+
+
+def test_every_setting_is_an_option() -> None:
+    kept(KEYS, json.dumps(keys(Settings), indent=2) + "\n")
+
+
+def kept(file: Path, text: str) -> None:
+    """The file has this text. If not, it has it now."""
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        pytest.fail(f"{file.relative_to(PROJECT)} was out of date; it is written anew, look and commit it")
+
+
+@pytest.mark.nix
+@needs_nix
+def test_the_reference_tells_every_option() -> None:
+    def shown(value: Any) -> str:
+        if isinstance(value, dict) and "_type" in value:
+            text = value["text"].strip()
+            return text if value["_type"] == "literalMD" else f"`{text}`"
+        return f"`{nix_value(value)}`"
+
+    def nix_value(value: Any) -> str:
+        match value:
+            case None | bool() | int() | str():
+                return json.dumps(value)
+            case list():
+                return f"[ {' '.join(map(nix_value, value))} ]" if value else "[ ]"
+            case dict():
+                inner = "".join(f'"{name}" = {nix_value(each)}; ' for name, each in value.items())
+                return f"{{ {inner}}}"
+        raise AssertionError(value)
+
+    parts = [
+        "# Options of the NixOS module\n",
+        "Made from `module.nix` by `tests/test_nixos_module.py`. See [NixOS](nixos.md) for how to use them.\n",
+    ]
+    for each in evaluate(f'(import {PROJECT}/nixos-tests/eval {{ nixpkgs = ""; }}).options'):
+        parts.append(f"## `{each['name']}`\n")
+        parts.append(each["description"].strip() + "\n")
+        rows = [f"- type: {each['type']}"]
+        if not each["required"] and (each["default"] is not None or ".settings." not in each["name"]):
+            rows.append(f"- default: {shown(each['default'])}")
+        if each["example"] is not None:
+            example = shown(each["example"])
+            fence = "\n  ```nix\n" + "".join(f"  {line}\n" for line in example.strip("`").split("\n")) + "  ```"
+            rows.append(f"- example:{fence}" if "\n" in example else f"- example: {example}")
+        parts.append("\n".join(rows) + "\n")
+    kept(REFERENCE, "\n".join(parts))
+
+
+@pytest.mark.nix
+@needs_nix
+def test_the_units_without_nixos_are_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NIXPKGS", raising=False)
+    machine = configured('enable = true; signKeyPaths = [ "/etc/harmonia/cache.secret" ];')
+    service = re.sub(r"^Environment=.*\n", "", machine["service"], flags=re.MULTILINE)
+    start = "ExecStart=/opt/harmonia/bin/harmonia --config /etc/harmonia/harmonia.toml serve"
+    kept(UNITS / "harmonia.service", re.sub(r"^ExecStart=.*", start, service, flags=re.MULTILINE))
+    kept(UNITS / "harmonia.socket", machine["socket"])
+
+
+@pytest.mark.nix
+@needs_nix
+class TestModule:
+    def test_is_off_by_default(self) -> None:
+        machine = configured("")
+        assert machine["service"] is machine["socket"] is None
+        assert machine["failed"] == machine["warnings"] == machine["ports"] == []
+
+    def test_works_with_enable_alone(self) -> None:
+        machine = configured("enable = true;")
+        assert machine["failed"] == machine["warnings"] == machine["ports"] == []
+        assert machine["settings"] == {}
+        assert directives(machine["socket"], "ListenStream") == ["5000"]
+        [start] = directives(machine["service"], "ExecStart")
+        assert re.fullmatch(
+            r"/nix/store/\w+-harmonia-[\d.]+/bin/harmonia --config /nix/store/\w+-harmonia\.toml serve", start
+        )
+        for key, value in {
+            "Type": "notify",
+            "WatchdogSec": "30",
+            "TimeoutStopSec": "40",
+            "DynamicUser": "true",
+        }.items():
+            assert directives(machine["service"], key) == [value]
+
+    def test_needs_no_nix_on_the_server(self) -> None:
+        machine = configured("enable = true;", beside="nix.enable = false;")
+        assert machine["failed"] == []
+        assert "nix-daemon.s" not in machine["service"] + machine["socket"]
+
+    def test_hands_keys_and_certificates_over(self) -> None:
+        machine = configured("""
+          enable = true;
+          signKeyPaths = [ "/secrets/one" ];
+          settings = {
+            sign_key_paths = [ "/secrets/two" ];
+            sign_key_path = "/secrets/three";
+            tls_cert_path = "/secrets/cert.pem";
+            tls_key_path = "/secrets/key.pem";
+          };
+        """)
+        assert directives(machine["service"], "LoadCredential") == [
+            "sign-key-0:/secrets/one",
+            "sign-key-1:/secrets/two",
+            "sign-key-2:/secrets/three",
+            "tls-cert:/secrets/cert.pem",
+            "tls-key:/secrets/key.pem",
+        ]
+        at = "/run/credentials/harmonia.service"
+        assert machine["settings"] == {
+            "sign_key_paths": [f"{at}/sign-key-{number}" for number in range(3)],
+            "tls_cert_path": f"{at}/tls-cert",
+            "tls_key_path": f"{at}/tls-key",
+        }
+        assert "/secrets" not in re.sub(r"LoadCredential=.*", "", machine["service"])
+
+    def test_warns_of_a_secret_key_in_the_store(self) -> None:
+        path = "/nix/store/00000000000000000000000000000000-key"
+        [warning] = configured(f'enable = true; signKeyPaths = [ "{path}" ];')["warnings"]
+        assert path in warning
+
+    @pytest.mark.parametrize(
+        ("bind", "streams"),
+        [
+            ("[::]:5001", ["5001"]),
+            ("0.0.0.0:80", ["0.0.0.0:80"]),
+            ("[::1]:5000", ["[::1]:5000"]),
+            ("localhost:5000", ["127.0.0.1:5000", "[::1]:5000"]),
+            ("unix:/run/harmonia/socket", ["/run/harmonia/socket"]),
+            ("unix:///run/harmonia/socket", ["/run/harmonia/socket"]),
+        ],
+    )
+    def test_listens_where_bind_says(self, bind: str, streams: list[str]) -> None:
+        machine = configured(f'enable = true; settings.bind = "{bind}";')
+        assert machine["failed"] == []
+        assert directives(machine["socket"], "ListenStream") == streams
+        assert directives(machine["socket"], "SocketMode") == (["0666"] if bind.startswith("unix:") else [])
+
+    @pytest.mark.parametrize(
+        ("configuration", "key"),
+        [
+            ('settings.bind = "cache.example.org:5000";', "settings.bind"),
+            ('settings.cache_dir = "/big/cache";', "settings.cache_dir"),
+            ('settings.metrics_bind = "unix:/run/metrics";', "settings.metrics_bind"),
+            ('settings.bind = "unix:/run/harmonia/socket"; openFirewall = true;', "openFirewall"),
+            (
+                'nginx.enable = true; nginx.hostName = "a"; settings = { tls_cert_path = "/c"; tls_key_path = "/k"; };',
+                "nginx",
+            ),
+            ("daemon.enable = true;", "daemon"),
+        ],
+    )
+    def test_tells_what_cannot_work(self, configuration: str, key: str) -> None:
+        [message] = configured(f"enable = true; {configuration}")["failed"]
+        assert f"services.harmonia.{key}" in message
+
+    def test_opens_the_port_it_listens_on(self) -> None:
+        assert configured('enable = true; openFirewall = true; settings.bind = "[::]:8080";')["ports"] == [8080]
+
+    def test_writes_settings_as_they_are_given(self) -> None:
+        machine = configured(
+            'enable = true; cacheSize = "50G"; settings = { workers = 2; zstd.level = 7; shutdown_grace = 5; };'
+        )
+        assert machine["settings"] == {
+            "cache_size": "50G",
+            "workers": 2,
+            "shutdown_grace": 5,
+            "zstd": {"level": 7},
+        }
+        assert directives(machine["service"], "TimeoutStopSec") == ["15"]
+
+    def test_refuses_a_setting_of_the_wrong_type(self) -> None:
+        with pytest.raises(AssertionError, match=r"settings\.workers' is not of type|is not of type"):
+            configured('enable = true; settings.workers = "many";')
+
+    def test_puts_nginx_in_front(self) -> None:
+        machine = configured('enable = true; openFirewall = true; nginx = { enable = true; hostName = "c.org"; };')
+        assert machine["failed"] == []
+        assert machine["settings"] == {"bind": "unix:/run/harmonia/socket", "trusted_proxies": ["unix"]}
+        assert machine["ports"] == [80, 443]
+        assert directives(machine["socket"], "SocketGroup") == ["nginx"]
+        assert directives(machine["socket"], "SocketMode") == ["0660"]
+        host = machine["hosts"]["c.org"]
+        assert {host[key] for key in ("forceSSL", "enableACME", "http2")} == {True}
+        assert machine["upstreams"] == {"harmonia": ["unix:/run/harmonia/socket"]}
+        place = host["place"]
+        assert place["proxyPass"] == "http://harmonia"
+        for line in ("proxy_buffering off;", "proxy_http_version 1.1;", "X-Forwarded-Proto $scheme;"):
+            assert line in place["extraConfig"]
+
+    def test_trusts_an_nginx_that_comes_over_tcp(self) -> None:
+        machine = configured(
+            'enable = true; nginx = { enable = true; hostName = "c.org"; }; settings.bind = "127.0.0.1:5000";'
+        )
+        assert machine["failed"] == []
+        assert machine["settings"]["trusted_proxies"] == ["127.0.0.1", "::1"]
+        assert machine["upstreams"] == {"harmonia": ["127.0.0.1:5000"]}
+
+    def test_sets_a_client_up(self) -> None:
+        machine = configured('client.caches."https://cache.example.org" = [ "cache.example.org-1:abc=" ];')
+        assert machine["service"] is None
+        assert set(machine["nix"]["substituters"]) == {"https://cache.example.org", "https://cache.nixos.org/"}
+        assert "cache.example.org-1:abc=" in machine["nix"]["trusted-public-keys"]
+
+    def test_shows_a_store_in_a_hidden_place_to_the_service(self) -> None:
+        machine = configured('enable = true; settings.real_nix_store = "/home/builder/root/nix/store";')
+        assert directives(machine["service"], "ProtectHome") == ["tmpfs"]
+        assert directives(machine["service"], "RequiresMountsFor") == ["/home/builder/root/nix"]
+        assert directives(machine["service"], "BindReadOnlyPaths") == ["/home/builder/root/nix"]
+        elsewhere = configured('enable = true; settings.real_nix_store = "/guest/nix/store";')
+        assert directives(elsewhere["service"], "ProtectHome") == ["true"]
+        assert directives(elsewhere["service"], "BindReadOnlyPaths") == []
+
+    def test_takes_the_network_for_metrics_of_their_own_alone(self) -> None:
+        alone = configured("enable = true;")["service"]
+        assert directives(alone, "PrivateNetwork") == ["true"]
+        assert directives(alone, "RestrictAddressFamilies") == ["AF_UNIX"]
+        metrics = configured('enable = true; settings.metrics_bind = "127.0.0.1:5001";')["service"]
+        assert directives(metrics, "PrivateNetwork") == ["false"]
+        assert directives(metrics, "IPAddressDeny") == []
+
+    def test_lets_upstream_caches_be_asked(self) -> None:
+        machine = configured("""
+          enable = true;
+          settings.upstream = [
+            { url = "https://cache.nixos.org"; }
+            { url = "https://private.example.org"; credentials_file = "/secrets/password"; }
+          ];
+        """)
+        assert directives(machine["service"], "PrivateNetwork") == ["false"]
+        assert directives(machine["service"], "LoadCredential") == ["upstream-1-credentials_file:/secrets/password"]
+        first, second = machine["settings"]["upstream"]
+        assert first == {"url": "https://cache.nixos.org"}
+        assert second["credentials_file"] == "/run/credentials/harmonia.service/upstream-1-credentials_file"
+
+    def test_has_no_capability(self) -> None:
+        service = configured("enable = true;")["service"]
+        assert directives(service, "CapabilityBoundingSet") == directives(service, "AmbientCapabilities") == [""]
+
+    @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on PATH")
+    def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
+        unit = tmp_path / "harmonia.service"
+        unit.write_text(configured('enable = true; signKeyPaths = [ "/secrets/one" ];')["service"])
+
+        def said(*options: str) -> str:
+            return subprocess.check_output(
+                ["systemd-analyze", "security", "--offline=yes", "--no-pager", *options, str(unit)], text=True
+            )
+
+        assert {each["json_field"] for each in json.loads(said("--json=short")) if each["exposure"]} == EXPOSED
+        assert f"harmonia.service: {EXPOSURE} " in said()
+        assert f"exposure level {EXPOSURE}" in (PROJECT / "docs/nixos.md").read_text()
+
+
+@pytest.mark.nix
+@needs_nix
+class TestOlderConfigurations:
+    def test_flat(self) -> None:
+        """nixpkgs' module from 23.05 on: one key at first, then several."""
+        machine = configured("""
+          enable = true;
+          signKeyPath = "/secrets/one";
+          signKeyPaths = [ "/secrets/two" ];
+          settings = { bind = "[::]:5000"; workers = 4; max_connection_rate = 256; priority = 50; };
+        """)
+        assert machine["failed"] == []
+        [warning] = machine["warnings"]
+        assert "`services.harmonia.signKeyPath'" in warning
+        assert {each.split(":")[1] for each in directives(machine["service"], "LoadCredential")} == {
+            "/secrets/one",
+            "/secrets/two",
+        }
+        assert machine["settings"]["priority"] == 50
+
+    @pytest.mark.parametrize("layout", ["harmonia.cache", "harmonia-dev", "harmonia-dev.cache"])
+    def test_nested(self, layout: str) -> None:
+        """nixpkgs' module since the daemon came, and upstream's own."""
+        machine = configured(
+            "",
+            beside=f"""
+              services.{layout} = {{
+                enable = true;
+                signKeyPaths = [ "/secrets/one" ];
+                settings.priority = 50;
+              }};
+            """,
+        )
+        assert machine["failed"] == []
+        assert len(machine["warnings"]) == 3
+        assert all("renamed" in warning for warning in machine["warnings"])
+        assert machine["settings"]["priority"] == 50
+        assert directives(machine["service"], "LoadCredential") == ["sign-key-0:/secrets/one"]
+
+
+@pytest.mark.nix
+@needs_nix
+class TestSettingsAreCheckedWhenTheSystemIsBuilt:
+    """Nix really builds the file, in a store of its own, with this Harmonia."""
+
+    @pytest.fixture
+    def build(self, tmp_path: Path) -> Any:
+        def build(settings: str) -> subprocess.CompletedProcess[str]:
+            expression = f"""
+              let
+                world = import {PROJECT}/nixos-tests/eval {{ nixpkgs = ""; }};
+                package = world.pkgs.writeShellScriptBin "harmonia" ''
+                  export PYTHONPATH={PROJECT}
+                  exec {sys.executable} -m harmonia "$@"
+                '';
+              in
+              (world.configure {{ services.harmonia = {{ enable = true; inherit package; {settings} }}; }})
+              .services.harmonia.configFile
+            """
+            directories = {
+                "NIX_STORE_DIR": "store",
+                "NIX_STATE_DIR": "state",
+                "NIX_LOG_DIR": "log",
+                "NIX_CONF_DIR": "etc",
+            }
+            configuration = "sandbox = false\nbuild-users-group =\nsubstituters =\n"
+            return nix(
+                "nix-build",
+                "--no-out-link",
+                "--expr",
+                expression,
+                NIX_CONFIG=configuration,
+                **{name: f"{tmp_path}/{directory}" for name, directory in directories.items()},
+            )
+
+        return build
+
+    def test_right_ones_are_what_the_service_reads(self, build: Any) -> None:
+        built = build(
+            'settings = { priority = 35; zstd.level = 7; trusted_proxies = [ "unix" ]; base_url = "http://c"; };'
+        )
+        assert built.returncode == 0, built.stderr
+        text = Path(built.stdout.strip()).read_text()
+        assert tomllib.loads(text) == {
+            "priority": 35,
+            "zstd": {"level": 7},
+            "trusted_proxies": ["unix"],
+            "base_url": "http://c",
+        }
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ("settings.worker = 2;", "did you mean workers?"),
+            ('settings.tls_cert_path = "/secrets/cert.pem";', "set without tls_key_path"),
+            ('cacheSize = "lots";', "cache_size: expected"),
+        ],
+    )
+    def test_wrong_ones_fail_the_build(self, build: Any, settings: str, said: str) -> None:
+        built = build(settings)
+        assert built.returncode != 0
+        assert said in built.stderr
+
+
+@pytest.mark.nix
+@needs_nix
+def test_the_lock_is_what_the_flake_asks_for() -> None:
+    """The file is JSON that no tool here may renew: its pin and flake.nix must name the same nixpkgs."""
+    lock = json.loads((PROJECT / "flake.lock").read_text())
+    node = lock["nodes"][lock["nodes"]["root"]["inputs"]["nixpkgs"]]
+    asked = node["original"]
+    assert f'"github:{asked["owner"]}/{asked["repo"]}/{asked["ref"]}"' in (PROJECT / "flake.nix").read_text()
+    assert re.fullmatch(r"[0-9a-f]{40}", node["locked"]["rev"])
+    assert re.fullmatch(r"sha256-[A-Za-z0-9+/]{43}=", node["locked"]["narHash"])
+
+
+@pytest.mark.newer_nix
+@pytest.mark.parametrize("newer", NIXES[1:], ids=lambda nix: nix.name)
+def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
+    """Nix 2.8 knows no `path:` that is relative, so here are the newer ones."""
+    if newer.missing is not None:
+        pytest.skip(f"{newer.name}'s Nix: {newer.missing}")
+    client = Client(newer, tmp_path / "client")
+    client.settings["experimental-features"] = "nix-command flakes"
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for name in ("harmonia", "nixos-tests", "tests", "docs"):
+        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("flake.nix", "flake.lock", "module.nix", "module-settings.json", "package.nix", "pyproject.toml"):
+        shutil.copy(PROJECT / name, copy)
+    stand_in = ("--override-input", "nixpkgs", f"path:{copy}/nixos-tests/eval", "--no-write-lock-file")
+    client.run("nix", "flake", "check", "--no-build", "--all-systems", *stand_in, f"path:{copy}", timeout=300)
+    names = client.run(
+        "nix", "eval", "--json", *stand_in, f"path:{copy}#checks.aarch64-linux", "--apply", "builtins.attrNames"
+    )
+    tests = {file.stem for file in (PROJECT / "nixos-tests").glob("*.nix")}
+    assert {"lints", "module", "package"} | tests == set(json.loads(names.text))
+    assert tests
+
+
+def test_the_package_has_what_the_project_needs() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    text = (PROJECT / "package.nix").read_text()
+    [listed] = re.findall(r"\n  dependencies = \[\n(.*?)\n  \];", text, re.DOTALL)
+    names = {line.strip().removeprefix("python3Packages.") for line in listed.splitlines()}
+    assert names == {re.split(r"[<>=]", each)[0] for each in project["dependencies"]}
