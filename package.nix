@@ -35,8 +35,10 @@ python3Packages.buildPythonApplication {
       ./LICENSE
       ./README.md
       # Tests hold these to the code.
+      ./docs/cli.md
       ./docs/configuration.md
       ./docs/grafana-dashboard.json
+      ./docs/library
       ./docs/openapi.json
       ./docs/operations.md
       ./harmonia
@@ -53,6 +55,7 @@ python3Packages.buildPythonApplication {
     python3Packages.msgspec
     python3Packages.prometheus-client
     python3Packages.pynacl
+    python3Packages.rich
     sanic
     python3Packages.uvloop
     python3Packages.zstandard

@@ -255,11 +255,49 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.log_dir or os.path.normpath(os.path.join(os.path.dirname(self.database), _LOGS))
 
 
-def load(path: str | None, environ: Mapping[str, str], *, elsewhere: bool = False) -> Settings:
-    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine.
+def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+    name, text = _file(path, environ)
+    settings = parse(text, name, environ)
+    with _placed(text, name, environ):
+        check(settings, environ)
+    return settings
 
-    If they are for a machine `elsewhere`, the text alone is checked.
+
+def read(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """The same, not checked: for those who only want to know where things are, and for settings of another machine."""
+    name, text = _file(path, environ)
+    return parse(text, name, environ)
+
+
+def origins(path: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Where each key's value comes from: `file:line`, the environment, or `default`. Keys are like `zstd.level`, and in
+    an array of tables like `upstream.0.url`, where they are given.
     """
+    name, text = _file(path, environ)
+    given = tomllib.loads(text)
+    keys: list[tuple[str, ...]] = [(field.name,) for field in msgspec.structs.fields(Settings)]
+    keys += [("zstd", field.name) for field in msgspec.structs.fields(Zstd)]
+    for key, values in given.items():
+        tables = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+        keys += [(key, str(number), each) for number, table in enumerate(tables) for each in table]
+    lines = {".".join(key): _line(text, key) for key in keys}
+    places = {key: f"{name}:{line}" if line else "default" for key, line in lines.items()}
+    variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
+    if "cache_dir" not in given:
+        variables["cache_dir"] = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]
+    for key, names in variables.items():
+        if variable := next(filter(environ.get, names), None):
+            places[key] = f"environment variable {variable}"
+    if named := dict.fromkeys(_key_files(given, environ).values()):
+        places["sign_key_paths"] = ", ".join(
+            f"environment variable {key[1:]}" if key.startswith("$") else places[key] for key in named
+        )
+    return places
+
+
+def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The name and the content of the file with the settings; of the defaults, where there is none."""
     name, text = path or environ.get("CONFIG_FILE"), ""
     if name:
         try:
@@ -271,12 +309,7 @@ def load(path: str | None, environ: Mapping[str, str], *, elsewhere: bool = Fals
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
-    name = name or "built-in defaults"
-    settings = parse(text, name, environ)
-    if not elsewhere:
-        with _placed(text, name, environ):
-            check(settings, environ)
-    return settings
+    return name or "built-in defaults", text
 
 
 def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:

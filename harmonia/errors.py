@@ -22,3 +22,11 @@ class StoreUnavailableError(HarmoniaError):
 
 class StoreObjectError(HarmoniaError):
     """What is on disk is not what the database says of it."""
+
+
+class InvalidPathError(HarmoniaError):
+    """What should be a valid path of the store, and is none."""
+
+
+class RemoteError(HarmoniaError):
+    """A server that cannot be reached, or answers what it should not."""

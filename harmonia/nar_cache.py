@@ -228,6 +228,10 @@ class NarCache:
             with suppress(OSError):
                 self.evict()
 
+    def room(self) -> int:
+        """How many bytes can be added before something is evicted for them. OSError."""
+        return min(self.limit - sum(size for _, size, _ in self._files()), self._free() - self._spare)
+
     def evict(self) -> None:
         """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""
         files = self._files()

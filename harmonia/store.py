@@ -9,6 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 from urllib.parse import quote
 
+from harmonia.config import Settings
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
 from harmonia.nix.build_trace import Realisation
 from harmonia.nix.path_info import PathInfo
@@ -148,6 +149,11 @@ class Store:
         self.real_dir = real_dir
         self.database = Database(db_path, timeout)
 
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """The store that the settings tell of."""
+        return cls(settings.virtual_nix_store, settings.real_store, settings.database)
+
     def real_path(self, path: StorePath) -> bytes:
         """Where the store object is on disk."""
         return os.fsencode(f"{self.real_dir}/{path}")
@@ -173,6 +179,11 @@ class Store:
             )
         except FormatError as error:
             raise StoreObjectError(f"the database's row for {path} is of no use: {error}") from error
+
+    def valid_paths(self) -> tuple[list[str], int]:
+        """All valid paths in full, sorted, whether or not their rows are of use, and the sum of their NAR sizes."""
+        rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
+        return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
 
     def realisation(self, derivation_hash: str, output: str) -> Realisation | None:
         """What the output of the derivation with that hash came out as. StoreObjectError where its row is of no use."""

@@ -1,12 +1,17 @@
 """The command line: what it prints, and with which status it ends."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from harmonia import __version__
+from harmonia.nix.signing import SecretKey
 from harmonia.store_builder import StoreBuilder
 from running import run
 
@@ -26,14 +31,52 @@ def test_version() -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("serve", "check-config", "demo", "--config"):
-        assert command in text
+    for command in ("serve", "check-config", "keygen", "demo", "doctor", "verify", "warm", "top", "ls", "cat", "nar"):
+        assert f"\n  {command} " in text
+    for words in ("--config", "Exit status:", "NO_COLOR", "_HARMONIA_COMPLETE"):
+        assert words in text
 
 
 def test_check_config_of_what_works(config: Path) -> None:
     answer = run("--config", str(config), "check-config")
     assert (answer.returncode, answer.stderr) == (0, "")
-    assert answer.stdout
+    assert "# The configuration is valid." in answer.stdout
+
+
+def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert run("keygen", name, str(tmp_path)).returncode == 0
+    with config.open("a") as file:
+        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n")
+    environment = {
+        "CONFIG_FILE": str(config),
+        "NIX_LOG_DIR": "/logs",
+        "SIGN_KEY_PATHS": f"{tmp_path}/b.secret",
+        "CACHE_DIRECTORY": "/cache",
+    }
+    text = run("check-config", environment=environment).stdout
+    origins = {line.split(" = ")[0]: line.partition("  # ")[2] for line in text.splitlines() if " = " in line}
+    assert origins["bind"] == f"{config}:1"
+    assert origins["level"] == f"{config}:6"
+    assert origins["priority"] == "default"
+    assert origins["log_dir"] == "environment variable NIX_LOG_DIR"
+    assert origins["cache_dir"] == "environment variable CACHE_DIRECTORY"
+    assert origins["sign_key_paths"] == f"{config}:4, environment variable SIGN_KEY_PATHS"
+    assert "# cache_size is not set: half of the free space" in text
+    assert "secret:" not in text
+
+
+def test_what_check_config_prints_is_a_configuration_of_the_same_meaning(config: Path, tmp_path: Path) -> None:
+    with config.open("a") as file:
+        file.write("trusted_proxies = ['unix', '10.0.0.0/8']\nbase_url = 'https://example.org'\n[zstd]\nlevel = -1\n")
+    once = run("--config", str(config), "check-config").stdout
+    again = tmp_path / "again.toml"
+    again.write_text(once)
+    twice = run("--config", str(again), "check-config").stdout
+    values = tomllib.loads(once)
+    assert values == tomllib.loads(twice)
+    assert (values["trusted_proxies"], values["zstd"]["level"]) == (["unix", "10.0.0.0/8"], -1)
+    assert values["real_nix_store"] == str(tmp_path / "nix/store")
 
 
 @pytest.mark.parametrize("command", [["check-config"], ["serve"], []])
@@ -112,5 +155,134 @@ def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_an_unknown_command_is_status_2() -> None:
-    assert run("serv").returncode == 2
+class TestKeygen:
+    def test_makes_a_pair_that_fits_and_says_what_to_do(self, tmp_path: Path) -> None:
+        answer = run("keygen", "cache.example.org-1", str(tmp_path))
+        assert answer.returncode == 0
+        secret = (tmp_path / "cache.example.org-1.secret").read_text()
+        public = (tmp_path / "cache.example.org-1.public").read_text()
+        assert str(SecretKey.parse(secret).public_key) == public
+        assert f'sign_key_paths = ["{tmp_path}/cache.example.org-1.secret"]' in answer.stdout
+        assert f"extra-trusted-public-keys = {public}" in answer.stdout
+        assert secret not in answer.stdout
+
+    def test_keeps_the_secret_from_others(self, tmp_path: Path) -> None:
+        run("keygen", "a", str(tmp_path))
+        assert (tmp_path / "a.secret").stat().st_mode & 0o777 == 0o600
+
+    @pytest.mark.parametrize("kind", ["secret", "public"])
+    def test_overwrites_nothing(self, tmp_path: Path, kind: str) -> None:
+        (tmp_path / f"a.{kind}").write_text("mine")
+        answer = run("keygen", "a", str(tmp_path))
+        assert (answer.returncode, answer.stdout) == (2, "")
+        assert re.fullmatch(rf"harmonia: .*a\.{kind} exists .*\n", answer.stderr)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+    @pytest.mark.parametrize("name", ["", "a b", "a:b", "../a", "a/b", ".a", "-a", "ä"])
+    def test_takes_names_that_a_key_can_have(self, tmp_path: Path, name: str) -> None:
+        assert run("keygen", "--", name, str(tmp_path)).returncode == 2
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.nix
+    @pytest.mark.skipif(shutil.which("nix") is None, reason="there is no nix on this machine")
+    def test_its_keys_are_nixs(self, tmp_path: Path) -> None:
+        run("keygen", "cache.example.org-1", str(tmp_path))
+        secret, public = (tmp_path / f"cache.example.org-1.{kind}" for kind in ("secret", "public"))
+        command = ["nix", "--extra-experimental-features", "nix-command", "key", "convert-secret-to-public"]
+        environment = {**os.environ, "HOME": str(tmp_path)}
+        converted = subprocess.run(command, input=secret.read_bytes(), capture_output=True, env=environment, check=True)
+        assert converted.stdout.decode().strip() == public.read_text()
+        theirs = [tmp_path / "theirs", tmp_path / "theirs.public"]
+        subprocess.run(
+            ["nix-store", "--generate-binary-cache-key", "cache.example.org-1", *theirs], env=environment, check=True
+        )
+        for their, our in zip(theirs, (secret, public), strict=True):
+            pattern = r"cache\.example\.org-1:[A-Za-z0-9+/]+=*"
+            assert re.fullmatch(pattern, their.read_text())
+            assert re.fullmatch(pattern, our.read_text())
+            assert len(their.read_text()) == len(our.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serv"], "No such command 'serv'; see harmonia --help"),
+        (["--confg", "x"], "No such option '?--confg'?.*; see harmonia --help"),
+        (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
+        (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
+        (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),
+        (["verify", "--all", "--max-age", "soon"], ".*'soon' is no age like 12h or 7d; see harmonia verify --help"),
+        (["warm"], "name some paths, or --gc-roots; see harmonia warm --help"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments: list[str], said: str) -> None:
+    answer = run(*arguments)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert re.fullmatch(f"harmonia: {said}\n", answer.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ls", "/nix/store/none"], "'/nix/store/none' names no valid path of the store /nix/store"),
+        (["cat", "x"], "'x' names no valid path .*"),
+        (["nar", "dump", "/none"], "/none: No such file or directory"),
+        (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection refused; see that the server runs, .*"),
+        (["top", "nowhere"], "'nowhere' is no URL like http://localhost:5000 .*"),
+        (["top"], "bind does not tell the port that the server has; give its URL"),
+    ],
+)
+def test_a_failure_is_one_line_and_status_1(config: Path, arguments: list[str], said: str) -> None:
+    answer = run("--config", str(config), *arguments)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert re.fullmatch(f"harmonia: {said}\n", answer.stderr)
+
+
+def test_most_commands_do_not_load_a_web_server() -> None:
+    program = "import sys, harmonia.cli.ls, harmonia.cli.verify, harmonia.cli.nar; print('sanic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_store_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "harmonia.toml"
+    file.write_text(f"real_nix_store = '{tmp_path}/none'\n")
+    answer = run("--config", str(file), "ls", f"/nix/store/{'0' * 32}-name")
+    assert answer.returncode == 1
+    assert re.fullmatch(r"harmonia: cannot read \S+: .*; --config names the settings of another store\n", answer.stderr)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_that_the_help_tells_of(shell: str) -> None:
+    assert f"_HARMONIA_COMPLETE={shell}_source harmonia" in run("--help").stdout
+    script = run(environment={"_HARMONIA_COMPLETE": f"{shell}_source"}).stdout
+    assert f"_HARMONIA_COMPLETE={shell}_complete" in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
+def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
+    (tmp_path / "harmonia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
+    (tmp_path / "harmonia").chmod(0o755)
+    program = """
+    eval "$(_HARMONIA_COMPLETE=bash_source harmonia)"
+    for words in "harmonia ver" "harmonia warm --gc" "harmonia nar re"; do
+      COMP_WORDS=($words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+      _harmonia_completion harmonia; echo "${COMPREPLY[@]}"
+    done
+    """
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["verify", "--gc-roots", "restore"]
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="there is no groff on this machine")
+def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    page = tmp_path / "harmonia.1"
+    page.write_text(run("man").stdout)
+    command = ["groff", "-man", "-ww", "-Tutf8", "-P-c", str(page)]
+    done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "MANWIDTH": "100"})
+    assert done.stderr == b""
+    text = re.sub(r".\x08", "", done.stdout.decode())
+    for words in ("NAME", "DOCTOR", "harmonia nar restore", "--max-age", "Exit status", 'eval "$(_HARMONIA_COMPLETE'):
+        assert words in text
+    assert "\\" not in text

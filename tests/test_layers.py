@@ -1,4 +1,4 @@
-"""Imports point one way: cli → supervisor → server → {store, nar_cache, upstream} → config → nix → errors."""
+"""Imports point one way: cli → {supervisor, warm} → server → {store, nar_cache, upstream} → config → nix → errors."""
 
 import ast
 from collections.abc import Iterator
@@ -21,8 +21,10 @@ LAYERS = {
     "index_file": 3,
     "zstd": 3,
     "upstream": 3,
+    "client": 3,
     "server": 5,
     "supervisor": 6,
+    "warm": 6,
     "cli": 7,
     "__main__": 8,
 }

@@ -1,13 +1,24 @@
 """narinfo: what a binary cache says of a store path (Nix `src/libstore/nar-info.cc`)."""
 
+import base64
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from harmonia.errors import FormatError
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
+from harmonia.nix.store_path import StorePath
 
 CONTENT_TYPE = "text/x-nix-narinfo"
+
+COMPRESSIONS = frozenset(
+    ("none", "xz", "bzip2", "gzip", "zstd", "br", "lz4", "lzip", "lzma", "lzop", "compress", "grzip", "lrzip")
+)
+_SHA256 = 32  # bytes
+_URL = re.compile(r"[!-~]{1,2048}")
+_SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +67,80 @@ def render(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) ->
     if info.ca is not None:
         lines.append(f"CA: {info.ca}")
     return "\n".join(lines) + "\n"
+
+
+def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
+    """What a narinfo says. FormatError where a Nix of any version would refuse it, and where it is no help:
+    where it tells of a path in another store, or has an unknown compression or a hash other than SHA-256.
+
+    As for Nix, the last of several values counts, unknown fields are skipped, and no compression is bzip2.
+    """
+    fields, sigs = _fields(text)
+    for name in ("StorePath", "URL", "NarHash", "NarSize"):
+        if not fields.get(name):
+            raise FormatError(f"a narinfo has no {name}")
+    if not _URL.fullmatch(fields["URL"]):
+        raise FormatError("the URL in a narinfo is none")
+    compression = fields.get("Compression") or "bzip2"
+    if compression not in COMPRESSIONS:
+        raise FormatError("the Compression in a narinfo is unknown")
+    nar_size = _size(fields["NarSize"])
+    if not nar_size:
+        raise FormatError("the NarSize in a narinfo is 0")
+    deriver = fields.get("Deriver", "")
+    info = PathInfo(
+        path=StorePath.in_dir(store_dir, fields["StorePath"]),
+        nar_hash=_sha256(fields["NarHash"]),
+        nar_size=nar_size,
+        references=tuple(sorted({StorePath(name) for name in fields.get("References", "").split(" ") if name})),
+        deriver=StorePath(deriver) if deriver not in {"", "unknown-deriver"} else None,
+        sigs=tuple(sigs),
+        ca=fields.get("CA") or None,
+    )
+    file_hash = _sha256(fields["FileHash"]) if fields.get("FileHash") else None
+    file_size = _size(fields["FileSize"]) if fields.get("FileSize") else None
+    return info, NarFile(fields["URL"], compression, file_hash, file_size)
+
+
+def _fields(text: str) -> tuple[dict[str, str], list[str]]:
+    """The values that count, by their names, and the signatures."""
+    if not text.endswith("\n"):
+        raise FormatError("a narinfo ends with a newline")
+    fields: dict[str, str] = {}
+    sigs = []
+    for line in text[:-1].split("\n"):
+        name, colon, value = line.partition(": ")
+        if not colon or "\r" in value:
+            raise FormatError("a line of a narinfo has the form Name: value")
+        if name in {"References", "CA"} and fields.get(name):
+            raise FormatError(f"a narinfo has more than one {name}")
+        if name == "Sig":
+            sigs.append(value)
+        else:
+            fields[name] = value
+    if not all(map(is_signature, sigs)):
+        raise FormatError("a signature in a narinfo is malformed")
+    return fields, sigs
+
+
+def _size(text: str) -> int:
+    if not _SIZE.fullmatch(text):
+        raise FormatError("a size in a narinfo is no number")
+    return int(text)
+
+
+def _sha256(text: str) -> bytes:
+    """In base 32, in hex, in base 64, or as SRI (Nix `src/libutil/hash.cc`)."""
+    algorithm, separator, digest = text.partition("-" if text.startswith("sha256-") else ":")
+    try:
+        if len(digest) == base32.encoded_length(_SHA256) and separator == ":":
+            value = base32.decode(digest)
+        elif len(digest) == 2 * _SHA256 and separator == ":":
+            value = bytes.fromhex(digest)
+        else:
+            value = base64.b64decode(digest, validate=True)
+    except ValueError:
+        value = b""
+    if algorithm != "sha256" or len(value) != _SHA256:
+        raise FormatError("a hash in a narinfo is no SHA-256")
+    return value

@@ -1,0 +1,130 @@
+"""The command line: the only place that prints, and the only one that exits. Each command is a module of its own.
+
+What the commands do is done elsewhere: they read the arguments, and tell what came of it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+import click
+
+from harmonia import __version__
+from harmonia.cli import log
+from harmonia.errors import ConfigError, HarmoniaError, StoreUnavailableError
+
+EXIT_CONFIG = 2
+"""A wrong setting or a wrong word on the command line. 1 is any other failure."""
+EXIT_FOUND = 3
+"""The check itself went well, and found something wrong."""
+
+_SECTIONS = {
+    "Serve": ("serve", "check-config", "keygen", "demo"),
+    "Look after a cache": ("doctor", "verify", "warm", "top"),
+    "Look into store paths and NARs": ("ls", "cat", "nar"),
+}
+_HIDDEN = ("man",)
+
+_EPILOG = """\
+\b
+Exit status:
+  0  done; nothing wrong was found
+  1  something failed; one line on stderr says what
+  2  a wrong setting or a wrong word on the command line
+  3  `doctor` or `verify` found something wrong
+
+\b
+Environment:
+  CONFIG_FILE  the file with the settings, where --config is not given
+  NO_COLOR     if set, no colours
+
+\b
+Completion of commands and options, for the shell's start-up file:
+  bash  eval "$(_HARMONIA_COMPLETE=bash_source harmonia)"
+  zsh   eval "$(_HARMONIA_COMPLETE=zsh_source harmonia)"
+  fish  _HARMONIA_COMPLETE=fish_source harmonia | source
+"""
+
+
+class _Commands(click.Group):
+    """The commands by their modules, imported when they are wanted: most have no need of a whole web server."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
+        return [*(name for names in _SECTIONS.values() for name in names), *_HIDDEN]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = import_module(f"harmonia.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in _SECTIONS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(name, command.get_short_help_str(90)) for name, command in commands if command])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _errors_told():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        with _errors_told():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """One line for what went wrong, and the status that goes with it."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "harmonia"
+        _fail(f"{error.format_message().rstrip('.')}; see {path} --help", EXIT_CONFIG)
+    except ConfigError as error:
+        _fail(str(error), EXIT_CONFIG)
+    except StoreUnavailableError as error:
+        _fail(f"{error}; --config names the settings of another store", 1)
+    except HarmoniaError as error:
+        _fail(str(error), 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", 1)
+
+
+def _fail(what: str, status: int) -> None:
+    click.echo(f"harmonia: {' '.join(what.split())}", err=True)
+    sys.exit(status)
+
+
+def in_a_pipe() -> None:
+    """End without a word when nobody reads any further, as other programs in a pipe do."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+@click.command(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EPILOG,
+)
+@click.version_option(__version__, prog_name="harmonia", message="%(prog)s %(version)s")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="The TOML file with the settings; else $CONFIG_FILE, else defaults."
+)
+@click.pass_context
+def main(context: click.Context, config_file: str | None) -> None:
+    """A Nix binary cache: serves this machine's store to others. Without a command, it serves."""
+    log.to_stderr()
+    context.obj = config_file
+    if context.invoked_subcommand is None:
+        serve = main.get_command(context, "serve")
+        assert serve is not None  # noqa: S101 (it is listed above)
+        context.invoke(serve)

@@ -1,0 +1,32 @@
+"""`harmonia cat`."""
+
+import os
+import shutil
+import stat
+import sys
+
+import click
+
+from harmonia import cli, config, selection
+from harmonia.errors import InvalidPathError
+from harmonia.store import Store
+
+
+@click.command("cat")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.pass_obj
+def command(config_file: str | None, paths: tuple[str, ...]) -> None:
+    """Print files in store paths.
+
+    Each PATH is a regular file in a valid store path, perhaps named by a symlink such as ./result. The answers are
+    those of `nix store cat`.
+    """
+    cli.in_a_pipe()
+    store = Store.of(config.read(config_file, os.environ))
+    for path in paths:
+        _, real_path = selection.named(store, path)
+        if not stat.S_ISREG(os.lstat(real_path).st_mode):
+            raise InvalidPathError(f"{path!r} is no regular file; `harmonia ls -l` tells what it is")
+        with open(real_path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 18)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,75 @@
+"""`harmonia check-config`."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+import msgspec
+
+from harmonia import config
+from harmonia.config import Settings
+
+
+@click.command("check-config")
+@click.option(
+    "--text-only", is_flag=True, help="Leave out the store, keys and certificates: they are on another machine."
+)
+@click.pass_obj
+def command(config_file: str | None, *, text_only: bool) -> None:
+    """Check the settings, and tell where each value comes from.
+
+    They are checked as a start would check them, against this machine.
+
+    What is printed is a configuration file of the same meaning: a line for each setting, and after it the file and
+    line, the environment variable or the default that decided it.
+    """
+    settings = (config.read if text_only else config.load)(config_file, os.environ)
+    click.echo("# The configuration is valid. These are the values in effect, and where they come from.")
+    for line in explained(settings, config.origins(config_file, os.environ)):
+        click.echo(line)
+
+
+def explained(settings: Settings, origins: Mapping[str, str]) -> Iterator[str]:
+    """The settings as a TOML file, with the origins as comments."""
+    derived = {"real_nix_store": settings.real_store, "nix_db_path": settings.database, "log_dir": settings.logs}
+    values = {field.name: getattr(settings, field.name) for field in msgspec.structs.fields(settings)}
+    tables = {key: value for key, value in values.items() if _is_table(value)}
+    del values["sign_key_path"]  # it has become one of sign_key_paths
+    for key in values.keys() - tables.keys():
+        values[key] = derived.get(key, values[key])
+    kinds = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+    for key, value in values.items():
+        if key not in tables:
+            yield _line(key, value, origins[key], _default(kinds[key]))
+    for key, table in tables.items():
+        many = isinstance(table, tuple)
+        for number, each in enumerate(table if many else (table,)):
+            yield f"\n[[{key}]]" if many else f"\n[{key}]"
+            for name, value in msgspec.to_builtins(each).items():
+                path = f"{key}.{number}.{name}" if many else f"{key}.{name}"
+                yield _line(name, value, origins.get(path, "default"), None)
+
+
+def _is_table(value: object) -> bool:
+    if isinstance(value, tuple):
+        return bool(value) and isinstance(value[0], msgspec.Struct)
+    return isinstance(value, msgspec.Struct)
+
+
+def _line(key: str, value: Any, origin: str, default: str | None) -> str:  # noqa: ANN401 (of any setting)
+    if value is None:
+        return f"# {key} is not set{f': {default}' if default else ''}"
+    # JSON's strings, numbers, booleans and arrays of them are TOML's too.
+    line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    comment = f"{origin}: {default}" if default and origin == "default" else origin
+    return f"{line:<50}  # {comment}" if comment else line
+
+
+def _default(kind: object) -> str | None:
+    """How the default is found, where it is not just a value."""
+    schema = msgspec.inspect.type_info(kind)
+    if not (isinstance(schema, msgspec.inspect.Metadata) and schema.extra and "default" in schema.extra):
+        return None
+    return str(schema.extra["default"]).replace("`", "")

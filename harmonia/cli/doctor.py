@@ -1,0 +1,149 @@
+"""`harmonia doctor`."""
+
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable
+
+import click
+from rich.text import Text
+
+from harmonia import cli, config, nix_conf
+from harmonia.cli import progress
+from harmonia.client import LARGEST, Client
+from harmonia.config import Settings
+from harmonia.doctor import Finding, examine
+from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
+from harmonia.nix.base32 import ALPHABET
+from harmonia.nix.signing import PublicKey
+from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.store import Store
+
+_STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
+_DIGESTS = re.compile(rf"(?<=\b[{ALPHABET}]{{8}})[{ALPHABET}]{{24,}}\b")  # all but their beginnings
+_CANDIDATES = 100  # local paths that are asked for, until enough are found
+
+
+@click.command("doctor")
+@click.argument("url", required=False)
+@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.option(
+    "--public-key",
+    "public_keys",
+    metavar="KEY",
+    multiple=True,
+    help="A key to check signatures with, besides those that nix.conf trusts.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(0, 100),
+    metavar="N",
+    default=3,
+    show_default=True,
+    help="How many paths to look at, where none is named.",
+)
+@click.option(
+    "--largest",
+    metavar="MIB",
+    type=click.IntRange(1, LARGEST >> 20),
+    default=64,
+    show_default=True,
+    help="NARs of more MiB are not downloaded.",
+)
+@click.option("--store-dir", metavar="DIR", help="The store directory of its clients; the settings' own, if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.pass_obj
+def command(
+    config_file: str | None,
+    url: str | None,
+    paths: tuple[str, ...],
+    *,
+    public_keys: tuple[str, ...],
+    samples: int,
+    largest: int,
+    store_dir: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Look at a binary cache with the eyes of its clients.
+
+    Told is what would fail them, or slow them down, with a remedy for each: what nix-cache-info, narinfos and
+    signatures say; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
+
+    It may be any cache; if no URL is given, it is the one that the settings describe, on this machine. PATHs are
+    store paths that it should have: if none is given, some are looked for among the valid paths of the local store.
+    The exit status is 3 where there are errors; warnings do not count.
+    """
+    settings = config.read(config_file, os.environ)
+    client = Client(url) if url else Client.of(settings)
+    keys = [*_given(public_keys), *([] if url else _own(settings)), *nix_conf.trusted_keys(os.environ)]
+    directory = store_dir or settings.virtual_nix_store
+    chosen = [_base_name(directory, path) for path in paths] or _some(settings)
+    findings = examine(
+        client,
+        chosen,
+        keys,
+        store_dir=directory,
+        count=len(paths) or samples,
+        demanded=bool(paths),
+        largest=largest << 20,
+    )
+    failed = _print_json(client, findings) if as_json else _print(findings, quiet=quiet)
+    sys.exit(cli.EXIT_FOUND if failed else 0)
+
+
+def _given(texts: Iterable[str]) -> list[PublicKey]:
+    try:
+        return [PublicKey.parse(text) for text in texts]
+    except FormatError as error:
+        raise click.UsageError(f"--public-key: {error}") from None
+
+
+def _own(settings: Settings) -> list[PublicKey]:
+    try:
+        return [key.public_key for key in config.secret_keys(settings)]
+    except ConfigError:
+        return []  # nothing that everybody may read
+
+
+def _base_name(store_dir: str, path: str) -> str:
+    name = path.removeprefix(store_dir + "/").partition("/")[0]
+    return name if is_hash_part(name) else StorePath(name)
+
+
+def _some(settings: Settings) -> list[str]:
+    store = Store.of(settings)
+    try:
+        paths, _ = store.valid_paths()
+    except StoreUnavailableError:
+        return []
+    names = [path[len(store.store_dir) + 1 :] for path in paths if not path.endswith(".drv")]
+    return random.sample(names, min(len(names), _CANDIDATES))
+
+
+def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
+    console = progress.console()
+    counts = dict.fromkeys(_STYLES, 0)
+    for check, level, what, remedy in findings:
+        counts[level] += 1
+        if quiet and not remedy:
+            continue
+        line = Text()
+        line.append(f"{level:<8}", _STYLES[level])
+        line.append(f"{check}: {what if remedy else _DIGESTS.sub('…', what)}")
+        console.print(line)
+        if remedy:
+            console.print(Text(f"        → {remedy}"))
+    if not quiet:
+        console.print(Text(f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} checks well"))
+    return bool(counts["error"])
+
+
+def _print_json(client: Client, findings: Iterable[Finding]) -> bool:
+    found = [finding._asdict() for finding in findings]
+    failed = any(finding["level"] == "error" for finding in found)
+    click.echo(json.dumps({"url": client.url, "ok": not failed, "findings": found}, ensure_ascii=False, indent=2))
+    return failed

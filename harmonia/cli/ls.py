@@ -1,0 +1,39 @@
+"""`harmonia ls`."""
+
+import os
+from collections.abc import Iterator
+
+import click
+
+from harmonia import cli, config, selection
+from harmonia.cli import listing
+from harmonia.cli.listing import Node
+from harmonia.nix import nar
+from harmonia.store import Store
+
+
+@click.command("ls")
+@click.argument("path")
+@listing.options
+@click.pass_obj
+def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bool) -> None:
+    """List what is in a store path.
+
+    PATH is a valid store path, something in it, or a symlink to it, such as ./result. The answers are those of
+    `nix store ls`.
+    """
+    cli.in_a_pipe()
+    _, real_path = selection.named(Store.of(config.read(config_file, os.environ)), path)
+    nodes = _nodes(real_path, recursive=recursive)
+    listing.show(nodes, os.path.basename(real_path), recursive=recursive, **how)
+
+
+def _nodes(root: bytes, *, recursive: bool) -> Iterator[Node]:
+    if recursive:
+        yield from (Node(entry.path[len(root) :], entry) for entry in nar.walk(root))
+        return
+    entry = next(nar.walk(root))
+    yield Node(b"", entry)
+    if os.path.isdir(root) and not os.path.islink(root):
+        for name in sorted(os.listdir(root)):
+            yield Node(b"/" + name, next(nar.walk(root + b"/" + name)))

@@ -1,0 +1,73 @@
+"""`harmonia man`: the manual page, from what `--help` says."""
+
+import inspect
+import re
+from collections.abc import Iterator
+
+import click
+
+from harmonia import __version__, cli
+
+
+@click.command("man", hidden=True)
+def command() -> None:
+    """Print the manual page, for man(1): `harmonia man > harmonia.1`."""
+    click.echo("\n".join(roff(cli.main)))
+
+
+def commands(command: click.Command, parent: click.Context | None = None) -> Iterator[click.Context]:
+    """The command and all that are in it, as contexts, which know their names."""
+    context = click.Context(command, parent=parent, info_name=command.name if parent else "harmonia")
+    yield context
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            if inner is not None and not inner.hidden:
+                yield from commands(inner, context)
+
+
+def options(context: click.Context) -> list[tuple[str, str]]:
+    """What each option is, and what it does."""
+    records = (each.get_help_record(context) for each in context.command.params if isinstance(each, click.Option))
+    return [record for record in records if record]
+
+
+def paragraphs(text: str | None) -> Iterator[tuple[bool, str]]:
+    """The paragraphs of a help text, and whether their lines are to be kept as they are."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text or "")):
+        literal = paragraph.lstrip("\n").startswith("\b")
+        yield literal, paragraph.strip("\n\b") if literal else " ".join(paragraph.split())
+
+
+def roff(main: click.Command) -> Iterator[str]:
+    """The page, in the macros of man(7)."""
+    yield f'.TH HARMONIA 1 "" "Harmonia {__version__}" "User Commands"'
+    yield ".SH NAME"
+    yield r"harmonia \- a Nix binary cache"
+    for number, context in enumerate(commands(main)):
+        title = "SYNOPSIS" if number == 0 else context.command_path.removeprefix("harmonia ").upper()
+        yield f".SH {title}"
+        yield f".B {_escaped(context.command_path)}"
+        yield _escaped(" ".join(context.command.collect_usage_pieces(context)))
+        if number == 0:
+            yield ".SH DESCRIPTION"
+        yield from _text(context.command.help, indented=number > 0)
+        for what, does in options(context):
+            yield from (".TP", f".B {_escaped(what)}", _escaped(does))
+    yield ".SH NOTES"
+    yield from _text(main.epilog, indented=False)
+    yield ".SH SEE ALSO"
+    yield r".BR nix (1),"
+    yield r".BR nix.conf (5)"
+
+
+def _text(text: str | None, *, indented: bool) -> Iterator[str]:
+    for number, (literal, paragraph) in enumerate(paragraphs(text)):
+        if indented or number:
+            yield ".PP"
+        yield from (".nf", _escaped(paragraph), ".fi") if literal else (_escaped(paragraph),)
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("\\", r"\e").replace("-", r"\-").replace("`", r"\`").replace("'", r"\(aq")
+    return re.sub(r"(?m)^(\s*)\.", r"\1\&.", text).replace('"', r"\(dq")

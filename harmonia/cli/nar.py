@@ -1,0 +1,100 @@
+"""`harmonia nar dump`, `nar ls` and `nar restore`."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import click
+
+from harmonia import cli
+from harmonia.cli import listing
+from harmonia.cli.listing import Node
+from harmonia.errors import FormatError, InvalidPathError
+from harmonia.nix import nar, nar_reader
+from harmonia.nix.nar import CHUNK_SIZE, Entry
+
+
+@click.group("nar")
+def command() -> None:
+    """Make, list and unpack NARs.
+
+    They are the archives of store paths. As a FILE, - is stdin.
+    """
+    cli.in_a_pipe()
+
+
+@command.command("dump")
+@click.argument("path")
+def dump(path: str) -> None:
+    """Write a NAR to stdout.
+
+    It is that of the file, directory or symlink at PATH, as `nix-store --dump` writes it.
+    """
+    if sys.stdout.isatty():
+        raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
+    for chunk in nar.read(nar.dump(os.fsencode(path))):
+        sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+
+
+@command.command("ls")
+@click.argument("file", type=click.File("rb"))
+@click.argument("path", default="/")
+@listing.options
+def list_(file: BinaryIO, path: str, **how: bool) -> None:
+    """List what is in a NAR.
+
+    Of the NAR in FILE, that is all of it, or what is at PATH in it, as `nix nar ls` tells it. The whole NAR is read,
+    and checked; its contents are not kept in memory.
+    """
+    root = os.fsencode(path).rstrip(b"/")
+    root = root if root.startswith(b"/") or not root else b"/" + root
+    with _told(file):
+        nodes = _below(root, _located(nar_reader.parse(iter(lambda: file.read(CHUNK_SIZE), b""))))
+        listing.show(nodes, os.path.basename(root), **how)
+
+
+@command.command("restore")
+@click.argument("path")
+@click.argument("file", type=click.File("rb"), default="-")
+def restore(path: str, file: BinaryIO) -> None:
+    """Unpack a NAR.
+
+    The NAR in FILE, else from stdin, is unpacked to PATH, where nothing may be, as `nix-store --restore` does. It is
+    checked strictly. Where it breaks off or is damaged, what was unpacked until then stays.
+    """
+    if os.path.lexists(path):
+        raise click.UsageError(f"{path} exists and is left alone; name a place where nothing is")
+    with _told(file):
+        nar_reader.restore(nar_reader.parse(iter(lambda: file.read(CHUNK_SIZE), b"")), os.fsencode(path))
+
+
+@contextmanager
+def _told(file: BinaryIO) -> Iterator[None]:
+    """Say in which file the damage is."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{file.name} is no whole NAR: {error}; get it anew") from None
+
+
+def _located(parts: Iterable[Entry | bytes]) -> Iterator[Node]:
+    """The entries, and where the contents of files begin: a NAR that was parsed is the one that we would write."""
+    position = 0
+    for words, entry in nar.frame(part for part in parts if isinstance(part, Entry)):
+        position += len(words)
+        if entry is not None:
+            yield Node(entry.path, entry, position)
+            position += entry.size
+
+
+def _below(root: bytes, nodes: Iterable[Node]) -> Iterator[Node]:
+    found = False
+    for node in nodes:
+        if node.path == root or node.path.startswith(root + b"/"):
+            found = True
+            yield node._replace(path=node.path[len(root) :])
+    if not found:
+        raise InvalidPathError(f"{os.fsdecode(root)!r} is not in the NAR; list all of it with -R and no path")

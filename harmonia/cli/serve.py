@@ -1,0 +1,38 @@
+"""`harmonia serve`, and `harmonia` alone."""
+
+import logging
+import os
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import click
+
+from harmonia import config, sockets, systemd
+from harmonia.cli import log
+from harmonia.server import app, worker
+from harmonia.server.cache import Cache
+from harmonia.supervisor import Supervisor
+
+_log = logging.getLogger("harmonia")
+
+
+@click.command("serve")
+@click.pass_obj
+def command(config_file: str | None) -> None:
+    """Serve until SIGTERM. SIGHUP reads the TLS certificate again."""
+    settings = config.load(config_file, os.environ)
+    keys = config.secret_keys(settings)
+    log.to_stderr(settings)
+    inherited = systemd.inherited_sockets(os.environ)
+    with (
+        nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,
+        sockets.listen(settings, "metrics_bind") as for_metrics,
+    ):
+        for each in listening:
+            _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
+        for each in for_metrics:
+            _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
+        work = partial(worker.run, Cache(settings, keys, app.count_with(settings)), for_metrics)
+        status = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()
+    sys.exit(status)

@@ -1,0 +1,103 @@
+"""`harmonia top`."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from harmonia import config, top
+from harmonia.cli import progress
+from harmonia.client import Client
+from harmonia.top import Look
+
+
+@click.command("top")
+@click.argument("url", required=False)
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    metavar="SECONDS",
+    default=2.0,
+    show_default=True,
+    help="Between two looks.",
+)
+@click.option("--once", is_flag=True, help="Print one view, of one interval, and end.")
+@click.pass_obj
+def command(config_file: str | None, url: str | None, *, interval: float, once: bool) -> None:
+    """Watch a running server.
+
+    Shown are requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted.
+    URL is that of the server, or of its `metrics_bind`; if not given, it is what the settings say. Ctrl-C ends it.
+    Where stdout is no terminal, a view follows the other.
+    """
+    client = Client(url) if url else _own(config_file)
+    console = progress.console()
+    with suppress(KeyboardInterrupt):
+        views = _views(client, interval)
+        if once or not console.is_terminal:
+            for view in islice(views, 1 if once else None):
+                console.print(view)
+            return
+        with Live(next(views), console=console, screen=True, auto_refresh=False) as live:
+            for view in views:
+                live.update(view, refresh=True)
+
+
+def _views(client: Client, interval: float) -> Iterator[RenderableType]:
+    before = top.look(client)
+    while True:
+        time.sleep(interval)
+        now = top.look(client)
+        yield _view(client, before, now)
+        before = now
+
+
+def _own(config_file: str | None) -> Client:
+    settings = config.read(config_file, os.environ)
+    return Client.of(settings, "metrics_bind" if settings.metrics_bind else "bind")
+
+
+def _view(client: Client, before: Look, now: Look) -> RenderableType:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("route", "requests", "/s", "bytes", "/s", "in flight", "5xx"):
+        table.add_column(title, justify="left" if title == "route" else "right", no_wrap=True)
+    rows = [row for row in top.rows(before, now) if row.requests or row.in_flight]
+    for row in rows:
+        table.add_row(
+            row.route,
+            f"{row.requests:.0f}",
+            f"{row.request_rate:.1f}",
+            _bytes(row.sent),
+            _bytes(row.sent_rate),
+            f"{row.in_flight:.0f}",
+            Text(f"{row.failed:.0f}", style="red" if row.failed else ""),
+        )
+    ratio = top.hit_ratio(now)
+    downloads = now.total("harmonia_requests_in_flight", route="nar")
+    head = (
+        f"harmonia at {client.url}: {sum(row.request_rate for row in rows):.1f} requests/s,"
+        f" {_bytes(sum(row.sent_rate for row in rows))}/s, {downloads:.0f} downloads in flight"
+    )
+    cache = (
+        f"compressed NARs: {'-' if ratio is None else f'{ratio:.1%}'} hits,"
+        f" {now.total('harmonia_cache_fills_total'):.0f} made,"
+        f" {now.total('harmonia_cache_evictions_total'):.0f} evicted,"
+        f" {now.total('harmonia_encoder_waiting'):.0f} pieces being compressed;"
+        f" {now.total('harmonia_worker_restarts_total'):.0f} workers replaced"
+    )
+    return Group(Text(head, style="bold"), Text(cache), Text(), table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:  # noqa: PLR2004 (of the next unit)
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,65 @@
+"""`harmonia warm`."""
+
+import os
+import sys
+import time
+
+import click
+
+from harmonia import config, selection, warm
+from harmonia.cli import progress
+from harmonia.store import Store
+
+
+@click.command("warm")
+@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.option("--gc-roots", is_flag=True, help="Also all that the garbage collector keeps: profiles, systems, results.")
+@click.option(
+    "--closure/--no-closure",
+    default=True,
+    help="With all that the paths refer to, as if not told otherwise, or without.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing where all went well.")
+@click.pass_obj
+def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, closure: bool, quiet: bool) -> None:
+    """Compress NARs before anybody asks for them.
+
+    They go into the server's cache, so that a deployment need not wait for them.
+
+    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. It takes the settings, and so
+    the --config and the environment, of the server, which may run meanwhile and has precedence. What is there already
+    is left as it is; nothing is evicted: what the cache has no room for is left out, and told.
+
+    \b
+    After a build:       harmonia warm ./result
+    Before a deployment: harmonia warm /nix/var/nix/profiles/system
+    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    if not (paths or gc_roots):
+        raise click.UsageError("name some paths, or --gc-roots")
+    settings = config.read(config_file, os.environ)
+    store = Store.of(settings)
+    chosen = [selection.named(store, path)[0].path for path in paths]
+    if gc_roots:
+        chosen += selection.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    chosen = selection.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
+    total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
+    warm.take_owner(settings)
+    warm.give_way()
+    began = time.monotonic()
+    counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
+    with progress.bar("compressing", total) as tell:
+        for result in warm.warm(settings, store, chosen, tell):
+            counts[result.state] += 1
+            if result.state == "failed":
+                click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)
+    wrong = counts["too large"] or counts["failed"]
+    if wrong or not quiet:
+        click.echo(
+            f"{counts['compressed']} compressed in {time.monotonic() - began:.1f} s, {counts['there']} were there,"
+            f" {counts['too large']} did not fit, {counts['failed']} failed",
+            err=True,
+        )
+    if counts["too large"]:
+        click.echo("The cache is full; raise cache_size, or warm fewer paths", err=True)
+    if wrong:
+        sys.exit(1)

@@ -1,0 +1,136 @@
+"""A plain HTTP client that shows what was really sent: for questions about a server, not for downloads of any size."""
+
+import http.client
+import os
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from harmonia.config import Settings
+from harmonia.errors import RemoteError
+
+LARGEST = 256 << 20
+"""Bytes of a body that are taken, at most."""
+_TIMEOUT = 20.0  # seconds for each step
+_REDIRECTS = 5
+_PIECE = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    """By lower-case name."""
+    body: bytes
+    """As it was sent, still encoded."""
+    certificate: Mapping[str, Any]
+    """Of the server, as `ssl` tells it; empty without TLS."""
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Client:
+    """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket."""
+
+    def __init__(self, url: str) -> None:
+        """RemoteError where it is no URL."""
+        self.url = url.rstrip("/")
+        self._socket = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+        self._base = "http://localhost" if self._socket else self.url
+        if urlsplit(self._base).scheme not in ("http", "https") or not urlsplit(self._base).netloc:
+            raise RemoteError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+
+    @classmethod
+    def of(cls, settings: Settings, key: str = "bind") -> "Client":
+        """The server with these settings, on this machine. RemoteError where they leave open where it listens."""
+        address = settings.address("metrics_bind" if key == "metrics_bind" else "bind")
+        if isinstance(address, str):
+            return cls(f"unix:{address}")
+        if address is None or address[1] == 0:
+            raise RemoteError(f"{key} does not tell the port that the server has; give its URL")
+        host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (it is compared)
+        scheme = "https" if settings.tls_cert_path and key == "bind" else "http"
+        return cls(f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}")
+
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", stop: int | None = None
+    ) -> Answer:
+        """The answer to one request on a connection of its own, which is cut after `stop` bytes of the body.
+
+        Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer.
+        """
+        url = _joined(self._base + "/", path)
+        for _ in range(_REDIRECTS):
+            answer = self._ask(method, url, {"Accept-Encoding": "identity", **(headers or {})}, stop)
+            location = answer.headers.get("location")
+            if not 300 < answer.status < 400 or answer.status == 304 or not location:  # noqa: PLR2004 (RFC 9110)
+                return answer
+            url = _joined(url, location)
+        raise RemoteError(f"{url}: redirected more than {_REDIRECTS} times")
+
+    def _ask(self, method: str, url: str, headers: Mapping[str, str], stop: int | None) -> Answer:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise RemoteError(f"{url} is no URL of HTTP")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        try:
+            connection = self._connection(parts.scheme, parts.netloc)
+        except http.client.InvalidURL as error:
+            raise RemoteError(f"{url}: {error}") from None
+        certificate: Mapping[str, Any] = {}
+        try:
+            connection.connect()
+            if isinstance(connection.sock, ssl.SSLSocket):
+                certificate = connection.sock.getpeercert() or {}
+            connection.request(method, target, headers={"Connection": "close", **headers})
+            response = connection.getresponse()
+            body = bytearray()
+            while len(body) < (LARGEST if stop is None else stop) and (piece := response.read1(_PIECE)):
+                body += piece
+            complete = stop is not None or response.length in (None, 0)
+        except ssl.SSLCertVerificationError as error:
+            raise RemoteError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise RemoteError(f"{self.url}: {_why(error)}") from None
+        finally:
+            connection.close()
+        if not complete and method != "HEAD":
+            raise RemoteError(f"{url}: the body breaks off after {len(body)} bytes")
+        names = {name.lower() for name in response.headers}
+        # Several fields of one name are one (RFC 9110 section 5.3).
+        joined = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
+        return Answer(response.status, joined, bytes(body[:stop]), certificate)
+
+    def _connection(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
+        if self._socket:
+            return _UnixConnection(self._socket)
+        if scheme == "https":
+            context = ssl.create_default_context(cafile=os.environ.get("NIX_SSL_CERT_FILE") or None)
+            return http.client.HTTPSConnection(netloc, timeout=_TIMEOUT, context=context)
+        return http.client.HTTPConnection(netloc, timeout=_TIMEOUT)
+
+
+def _joined(base: str, url: str) -> str:
+    """By RFC 3986, as Nix does it since 2.32."""
+    try:
+        return urljoin(base, url)
+    except ValueError as error:
+        raise RemoteError(f"{url!r} is no URL: {error}") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,132 @@
+"""Fills the cache of compressed NARs ahead of those who will ask for them, as the server would fill it.
+
+It gives way to everything else on the machine, and adds only what the cache can take without losing anything.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Literal, NamedTuple
+
+from harmonia.compression import Compressor
+from harmonia.config import Settings
+from harmonia.errors import ConfigError, StoreObjectError
+from harmonia.nar_cache import CachedFile, NarCache
+from harmonia.nix.nar_layout import Layouts
+from harmonia.nix.store_path import StorePath
+from harmonia.server.nar import Nar
+from harmonia.store import Store
+
+_AT_ONCE = 8  # NARs, so that small ones do not wait for each other's disk
+_POLL = 0.005  # seconds
+_LOOK = 5.0  # seconds between two looks at how much the cache can take, which others fill too
+_LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes
+
+State = Literal["compressed", "there", "too large", "failed"]
+
+
+class Result(NamedTuple):
+    path: StorePath
+    state: State
+    what: str = ""
+
+
+def give_way() -> None:
+    """Run only when nobody else wants to. Reads and writes get the idle class with it (ioprio_set(2))."""
+    with suppress(OSError):  # a service's system call filter may forbid it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def take_owner(settings: Settings) -> None:
+    """As root, become who owns the cache directory, for the server to be able to read what we add.
+
+    ConfigError where the server is told not to compress, or where the directory is not ours.
+    """
+    if not settings.enable_compression:
+        raise ConfigError("enable_compression is false: this server keeps no compressed NARs")
+    directory = str(settings.cache_dir)
+    while not os.path.exists(directory):
+        directory = os.path.dirname(directory)
+    owner = os.stat(directory)
+    if owner.st_uid == os.geteuid() or directory != str(settings.cache_dir):
+        return
+    if os.geteuid() != 0:
+        raise ConfigError(f"cache_dir: {directory!r} is another user's; run this as the user that the server runs as")
+    os.setgroups([])
+    os.setgid(owner.st_gid)
+    os.setuid(owner.st_uid)
+
+
+def warm(
+    settings: Settings, store: Store, paths: Iterable[StorePath], progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Result]:
+    """What comes of each path, in the order in which they are done. `progress` hears of the bytes of NARs.
+
+    ConfigError where the cache cannot be written.
+    """
+    directory = os.path.join(str(settings.cache_dir), "nar")
+    try:
+        cache = NarCache(directory, settings.cache_bytes)
+    except OSError as error:
+        what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as the user that the server runs as"
+        raise ConfigError(what) from None
+    compressor = Compressor(settings.zstd, cache)
+    layouts = Layouts(_LAYOUT_MEMORY)
+    filling: dict[StorePath, tuple[CachedFile, int]] = {}
+    room, looked = 0, float("-inf")
+    for path in paths:
+        try:
+            info = store.path_info(path.hash_part)
+        except StoreObjectError as error:
+            yield Result(path, "failed", str(error))
+            continue
+        if info is None:
+            continue  # deleted just now
+        if compressor.find(info.nar_hash):
+            progress(info.nar_size)
+            yield Result(path, "there")
+            continue
+        if time.monotonic() - looked > _LOOK:
+            yield from _filled(filling, 0, progress)
+            room, looked = cache.room(), time.monotonic()
+        if _bound(info.nar_size) > room:
+            progress(info.nar_size)
+            yield Result(path, "too large")
+            continue
+        room -= _bound(info.nar_size)
+        file = compressor.open(Nar(info, store.real_path(path), layouts))
+        if file is None:
+            raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")
+        filling[path] = file, info.nar_size
+        yield from _filled(filling, _AT_ONCE, progress)
+    yield from _filled(filling, 0, progress)
+
+
+def _filled(
+    filling: dict[StorePath, tuple[CachedFile, int]], most: int, progress: Callable[[int], None]
+) -> Iterator[Result]:
+    """Those that are filled, until no more than `most` are not."""
+    while True:
+        for path, (file, size) in list(filling.items()):
+            if (state := _state(file)) is not None:
+                del filling[path]
+                file.close()
+                progress(size)
+                yield Result(path, state, "" if state == "compressed" else "the log above tells why")
+        if len(filling) <= most:
+            return
+        time.sleep(_POLL)
+
+
+def _bound(size: int) -> int:
+    """What a NAR of that size takes at most (zstd.h, ZSTD_COMPRESSBOUND), with its trailer, in blocks of the disk."""
+    return size + size // 256 + 8192
+
+
+def _state(file: CachedFile) -> State | None:
+    file.refresh()
+    if not file.whole and file.lock():  # nobody fills it any more
+        file.refresh()
+        return "compressed" if file.whole else "failed"
+    return "compressed" if file.whole else None

@@ -1,0 +1,90 @@
+"""The small tools give the answers of each Nix, of what that Nix has put into its own store."""
+
+import json
+import subprocess
+
+import pytest
+
+from e2e.nix_client import Client
+from running import HARMONIA
+
+_TREE = """
+derivation {
+  name = "tree";
+  system = builtins.currentSystem;
+  builder = "/bin/sh";
+  args = [ "-c" ''
+    mkdir -p $out/bin $out/empty; echo run > $out/bin/run; chmod +x $out/bin/run
+    ln -s run $out/bin/link; echo text > $out/text
+  '' ];
+  PATH = "/usr/bin:/bin";
+}
+"""
+
+
+@pytest.fixture
+def tree(client: Client) -> str:
+    [path] = client.build(_TREE)
+    return path
+
+
+def harmonia(client: Client, *arguments: str, stdin: bytes = b"") -> bytes:
+    config = client.shared / "tools.toml"
+    config.write_text(f"real_nix_store = '{client.store_dir}'\nnix_db_path = '{client.db_path}'\n")
+    command = [*HARMONIA, "--config", str(config), *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=60).stdout
+
+
+def test_ls_and_cat(client: Client, tree: str) -> None:
+    for words in ([], ["-l"], ["-lR"], ["-d"]):
+        assert harmonia(client, "ls", *words, tree) == client.run("nix", "store", "ls", *words, tree).stdout
+    listing = json.loads(harmonia(client, "ls", "--json", "-R", tree))
+    theirs = json.loads(client.run("nix", "store", "ls", "--json", "-R", tree).stdout)
+    assert _normal(listing) == _normal(theirs)
+    path = f"{tree}/text"
+    assert harmonia(client, "cat", path) == client.run("nix", "store", "cat", path).stdout == b"text\n"
+
+
+def test_nar(client: Client, tree: str) -> None:
+    dumped = client.run("nix-store", "--dump", tree).stdout
+    assert harmonia(client, "nar", "dump", str(client.real_path(tree))) == dumped
+    archive = client.shared / "tree.nar"
+    archive.write_bytes(dumped)
+    for words in (["-R"], ["-lR"]):
+        theirs = client.run("nix", "nar", "ls", *words, archive, "/").stdout
+        assert harmonia(client, "nar", "ls", *words, "-", stdin=dumped) == theirs
+    theirs = client.run("nix", "nar", "ls", "--json", "-R", archive, "/").stdout
+    assert _normal(json.loads(harmonia(client, "nar", "ls", "--json", "-R", str(archive)))) == _normal(
+        json.loads(theirs)
+    )
+    restored = client.shared / "restored"
+    harmonia(client, "nar", "restore", str(restored), str(archive))
+    assert client.run("nix-store", "--dump", restored).stdout == dumped
+
+
+def _normal(node: object) -> object:
+    """Nix up to 2.34 leaves out that a file is not executable."""
+    if not isinstance(node, dict):
+        return node
+    return {name: _normal(value) for name, value in node.items() if (name, value) != ("executable", False)}
+
+
+def test_keygen(client: Client) -> None:
+    subprocess.run([*HARMONIA, "keygen", "cache-1", str(client.shared)], check=True, capture_output=True)
+    secret = (client.shared / "cache-1.secret").read_bytes()
+    public = client.run("nix", "key", "convert-secret-to-public", stdin=secret).text
+    assert public == (client.shared / "cache-1.public").read_text()
+
+
+def test_verify_of_a_store_that_nix_made(client: Client, tree: str) -> None:
+    arguments = ["verify", "--all", "--quiet", "--journal", str(client.shared / "journal")]
+    assert harmonia(client, *arguments) == b""
+    text = client.real_path(f"{tree}/text")
+    text.chmod(0o644)
+    text.write_text("TEXT\n")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        harmonia(client, *arguments)
+    assert failed.value.returncode == 3
+    assert failed.value.stdout.startswith(f"corrupt: {tree}: ".encode())
+    theirs = client.run("nix-store", "--verify", "--check-contents", check=False)
+    assert tree in theirs.stderr

@@ -1,0 +1,250 @@
+"""`harmonia ls`, `cat` and `nar …` give the answers of Nix, byte for byte, and behave in pipes."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.nix import nar
+from harmonia.nix.path_info import PathInfo
+from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree
+from running import HARMONIA, run
+
+TREE: Tree = {
+    "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},
+    "empty": b"",
+    "empty-dir": {},
+    "large": Sparse(300_000),
+    'odd "names"\n': {"\\": b"odd"},
+    "Ünïcödé-☃": b"\n",
+}
+
+Nix = Callable[..., bytes]
+
+needs_nix = [
+    pytest.mark.nix,
+    pytest.mark.skipif(shutil.which("nix") is None, reason="there is no nix on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> StoreBuilder:
+    return StoreBuilder(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def tree(store: StoreBuilder) -> PathInfo:
+    return store.add_source("tree", TREE)
+
+
+@pytest.fixture(scope="module")
+def config(store: StoreBuilder) -> str:
+    file = Path(store.real_dir).parents[1] / "harmonia.toml"
+    file.write_text(f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{store.db_path}'\n")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def archive(store: StoreBuilder, tree: PathInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("nar") / "tree.nar"
+    file.write_bytes(b"".join(nar.read(nar.dump(store.real_path(tree.path)))))
+    return file
+
+
+def harmonia(*arguments: str, config: str = "", stdin: bytes = b"") -> bytes:
+    command = [*HARMONIA, *(["--config", config] if config else []), *arguments]
+    done = subprocess.run(command, capture_output=True, input=stdin, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+@pytest.fixture
+def nix(tmp_path: Path) -> Nix:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "NIX_CONFIG": "experimental-features = nix-command",
+    }
+    return lambda *arguments: (
+        subprocess.run(arguments, capture_output=True, timeout=60, env=environment, check=True).stdout
+    )
+
+
+@pytest.fixture
+def nix_store(store: StoreBuilder, nix: Nix) -> Nix:
+    """`nix store` of our store."""
+    root = f"local?root={Path(store.real_dir).parents[1]}"
+    return lambda command, *arguments: nix("nix", "store", command, "--store", root, *arguments)
+
+
+def normal(listing: bytes) -> object:
+    """Nix up to 2.34 leaves out that a file is not executable."""
+    return json.loads(listing, object_hook=lambda node: node if node.get("executable") else _less(node, "executable"))
+
+
+def _less(node: dict[str, object], key: str) -> dict[str, object]:
+    return {name: value for name, value in node.items() if name != key}
+
+
+class TestNixAgrees:
+    pytestmark = needs_nix
+
+    @pytest.mark.parametrize("inside", ["", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
+    @pytest.mark.parametrize("options", ["", "-l", "-R", "-lR", "-d", "-ldR"])
+    def test_with_what_is_in_a_store_path(
+        self, tree: PathInfo, config: str, nix_store: Nix, options: str, inside: str
+    ) -> None:
+        words = [*options.split(), f"/nix/store/{tree.path}{inside}"]
+        assert harmonia("ls", *words, config=config) == nix_store("ls", *words)
+
+    @pytest.mark.parametrize("inside", ["", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
+    @pytest.mark.parametrize("options", ["--json", "--json -R"])
+    def test_with_the_listing_of_a_store_path(
+        self, tree: PathInfo, config: str, nix_store: Nix, options: str, inside: str
+    ) -> None:
+        words = [*options.split(), f"/nix/store/{tree.path}{inside}"]
+        assert normal(harmonia("ls", *words, config=config)) == normal(nix_store("ls", *words))
+
+    @pytest.mark.parametrize("inside", ["/", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
+    @pytest.mark.parametrize("options", ["--json", "--json -R"])
+    def test_with_the_listing_of_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
+        words = ["nar", "ls", *options.split(), str(archive), inside]
+        assert normal(harmonia(*words)) == normal(nix("nix", *words))
+
+    @pytest.mark.parametrize("inside", ["/", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
+    @pytest.mark.parametrize("options", ["", "-l", "-R", "-lR", "-d"])
+    def test_with_what_is_in_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
+        words = ["nar", "ls", *options.split(), str(archive), inside]
+        assert harmonia(*words) == nix("nix", *words)
+
+    @pytest.mark.parametrize("name", ["large", "empty", "bin/run"])
+    def test_with_a_file(self, tree: PathInfo, config: str, nix_store: Nix, name: str) -> None:
+        path = f"/nix/store/{tree.path}/{name}"
+        assert harmonia("cat", path, config=config) == nix_store("cat", path)
+
+    def test_with_a_nar_both_ways(self, store: StoreBuilder, tree: PathInfo, nix: Nix, tmp_path: Path) -> None:
+        real_path = os.fsdecode(store.real_path(tree.path))
+        theirs = nix("nix-store", "--dump", real_path)
+        assert harmonia("nar", "dump", real_path) == theirs
+        assert harmonia("nar", "restore", str(tmp_path / "ours"), stdin=theirs) == b""
+        subprocess.run(["nix-store", "--restore", str(tmp_path / "theirs")], input=theirs, check=True)
+        for restored in ("ours", "theirs"):
+            assert nix("nix-store", "--dump", str(tmp_path / restored)) == theirs
+        modes = [[path.lstat().st_mode for path in sorted((tmp_path / name).rglob("*"))] for name in ("ours", "theirs")]
+        assert modes[0] == modes[1]
+
+
+@pytest.fixture
+def result(tree: PathInfo, tmp_path: Path) -> Path:
+    link = tmp_path / "result"
+    link.symlink_to(f"/nix/store/{tree.path}")
+    return link
+
+
+def test_a_path_may_be_named_in_any_way(store: StoreBuilder, tree: PathInfo, config: str, result: Path) -> None:
+    ways = (f"/nix/store/{tree.path}", os.fsdecode(store.real_path(tree.path)), tree.path, tree.path.hash_part)
+    for way in (*ways, str(result)):
+        assert harmonia("cat", f"{way}/bin/run", config=config) == b"#!/bin/sh\n"
+    assert harmonia("cat", f"{result}/bin/run", f"{result}/empty", f"{result}/bin/run", config=config).count(b"#") == 2
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        ("/bin", "is no regular file; `harmonia ls -l` tells what it is"),
+        ("/bin/link", "is no regular file"),
+        ("/none", "No such file or directory"),
+    ],
+)
+def test_what_is_no_file_cannot_be_printed(config: str, result: Path, inside: str, said: str) -> None:
+    answer = run("--config", config, "cat", f"{result}{inside}")
+    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (1, "", 1)
+    assert said in answer.stderr
+
+
+def test_names_that_are_no_utf_8_come_out_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "tree") + b"/\xff")).touch()
+    dumped = harmonia("nar", "dump", str(tmp_path / "tree"))
+    assert harmonia("nar", "ls", "-", stdin=dumped) == b"./\xff\n"
+    assert b'"\xff":' in harmonia("nar", "ls", "--json", "-", stdin=dumped)
+
+
+def test_nars_pass_through_pipes(archive: Path) -> None:
+    command = " ".join(HARMONIA)
+    shell = f"{command} nar dump {archive} | {command} nar ls -l - && {command} nar ls -d - < {archive}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=60, check=True)
+    assert done.stdout == f"-r--r--r-- {archive.stat().st_size:20} \n.\n".encode()
+
+
+@pytest.mark.parametrize("arguments", [("nar", "ls", "-R"), ("nar", "dump")])
+def test_a_reader_that_stops_is_no_failure_worth_a_word(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(2000):
+        (tree / f"{number:0200}").write_bytes(bytes(400))
+    source = tree
+    if arguments[1] == "ls":
+        source = tmp_path / "nar"
+        source.write_bytes(harmonia("nar", "dump", str(tree)))
+    with subprocess.Popen(
+        [*HARMONIA, *arguments, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(20) == -signal.SIGPIPE
+        assert process.stderr.read() == b""
+
+
+def test_a_large_file_takes_no_memory_to_speak_of(tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(600 << 20)
+    program = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
+        "from harmonia.cli import main\nmain(prog_name='harmonia')"
+    )
+    command = [HARMONIA[0], "-c", program, "nar"]
+    with subprocess.Popen([*command, "dump", str(large)], stdout=subprocess.PIPE) as dump:
+        listed = subprocess.run([*command, "ls", "-l", "-"], stdin=dump.stdout, capture_output=True, check=True)
+    assert dump.returncode == 0
+    assert str(600 << 20).encode() in listed.stdout
+
+
+def test_a_damaged_nar_is_told_in_one_line(archive: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.nar"
+    cut.write_bytes(archive.read_bytes()[:-40])
+    for arguments in (["ls", str(cut)], ["restore", str(tmp_path / "out"), str(cut)]):
+        answer = run("nar", *arguments)
+        assert answer.returncode == 1
+        assert answer.stderr == f"harmonia: {cut} is no whole NAR: the archive ends early; get it anew\n"
+
+
+def test_what_is_not_in_a_nar_is_told(archive: Path) -> None:
+    answer = run("nar", "ls", str(archive), "/none")
+    assert answer.returncode == 1
+    assert answer.stderr == "harmonia: '/none' is not in the NAR; list all of it with -R and no path\n"
+
+
+def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "directory").mkdir()
+    for name in ("out", "directory"):
+        answer = run("nar", "restore", str(tmp_path / name), str(archive))
+        assert answer.returncode == 2
+        assert re.fullmatch(rf"harmonia: {tmp_path / name} exists and is left alone; name a place .*\n", answer.stderr)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_nar_is_what_was_registered(store: StoreBuilder, tree: PathInfo) -> None:
+    dumped = harmonia("nar", "dump", os.fsdecode(store.real_path(tree.path)))
+    assert (hashlib.sha256(dumped).digest(), len(dumped)) == (tree.nar_hash, tree.nar_size)

@@ -1,0 +1,559 @@
+"""`harmonia doctor` finds what is wrong with a cache, each fault by its name and with a remedy, and nothing else."""
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import zstandard
+
+from harmonia.client import Client
+from harmonia.doctor import Finding, examine
+from harmonia.nix import base32, nar, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.store_builder import StoreBuilder
+from running import Server, run, wait_until
+
+KEY = SecretKey.generate("good-1")
+NAR = "nar/file.nar"
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Question:
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+Fault = Callable[[Question, Reply], Reply]
+
+
+@dataclass
+class Cache:
+    """A cache without fault but for the `faults`, which may change each answer before it is sent."""
+
+    info: PathInfo
+    archive: bytes
+    compression: str = "none"
+    sigs: tuple[str, ...] = ()
+    faults: list[Fault] = field(default_factory=list)
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        self.sigs = (KEY.sign(self.info.fingerprint("/nix/store")),)
+
+    @property
+    def file(self) -> bytes:
+        pack: dict[str, Callable[[bytes], bytes]] = {
+            "none": bytes,
+            "xz": lzma.compress,
+            "bzip2": bz2.compress,
+            "gzip": gzip.compress,
+            "zstd": lambda data: zstandard.compress(data[:100]) + zstandard.compress(data[100:]),
+        }
+        return pack[self.compression](self.archive)
+
+    def narinfo(self) -> bytes:
+        nar_file = NarFile(NAR, self.compression, hashlib.sha256(self.file).digest(), len(self.file))
+        return narinfo.render(self.info, "/nix/store", nar_file, self.sigs).encode()
+
+    def answer(self, question: Question) -> Reply:
+        reply = self.right(question)
+        for fault in self.faults:
+            reply = fault(question, reply)
+        return reply
+
+    def right(self, question: Question) -> Reply:
+        bodies = {
+            "nix-cache-info": b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n",
+            f"{self.info.path.hash_part}.narinfo": self.narinfo(),
+            NAR: self.file,
+        }
+        body = bodies.get(question.path)
+        if body is None:
+            return Reply(404, {"cache-control": "no-store"}, b"not found\n")
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        headers = {"cache-control": "public, max-age=31536000, immutable", "etag": etag, "vary": "Accept-Encoding"}
+        if question.path != NAR:
+            headers["cache-control"] = "public, max-age=86400"
+        if question.headers.get("if-none-match") == etag:
+            return Reply(304, headers)
+        headers["accept-ranges"] = "bytes"
+        if part := re.fullmatch(r"bytes=(\d*)-(\d*)", question.headers.get("range", "")):
+            start = int(part[1]) if part[1] else len(body) - int(part[2])
+            stop = min(int(part[2]) + 1, len(body)) if part[1] and part[2] else len(body)
+            if start >= len(body):
+                return Reply(416, {"content-range": f"bytes */{len(body)}"})
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+            return Reply(206, headers, body[start:stop])
+        accepted = question.headers.get("accept-encoding", "")
+        if question.path == NAR and self.compression == "none" and re.search(r"zstd(?!;q=0)", accepted):
+            headers |= {"content-encoding": "zstd", "etag": etag[:-1] + '-zstd"'}
+            return Reply(200, headers, zstandard.compress(body))
+        return Reply(200, headers, body)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    cache: Cache
+
+    def do_GET(self) -> None:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        reply = self.cache.answer(Question(self.command, self.path[1:], headers))
+        self.send_response_only(reply.status)
+        fields = {"date": formatdate(usegmt=True), "content-length": str(len(reply.body)), **reply.headers}
+        for name, value in fields.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET" and reply.status != 304:
+            with suppress(ConnectionError):  # the download that is cut on purpose
+                self.wfile.write(reply.body)
+
+    do_HEAD = do_GET  # noqa: N815 (http.server's name)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[PathInfo, bytes]:
+    store = StoreBuilder(tmp_path_factory.mktemp("store"))
+    info = store.add(store.output_path("sample"), {"file": bytes(range(256)) * 40})
+    return info, b"".join(nar.read(nar.dump(store.real_path(info.path))))
+
+
+@pytest.fixture
+def cache(sample: tuple[PathInfo, bytes]) -> Iterator[Cache]:
+    cache = Cache(*sample)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cache": cache}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    cache.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield cache
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def examined(cache: Cache, samples: Sequence[str] = (), **options: object) -> list[Finding]:
+    defaults = {"store_dir": "/nix/store", "count": 3, "demanded": True, "largest": 1 << 20}
+    keys = options.pop("keys", [KEY.public_key])
+    return list(
+        examine(Client(cache.url), samples or [cache.info.path], keys, **{**defaults, **options})  # type: ignore[arg-type]
+    )
+
+
+def complaints(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.level in ("warning", "error")]
+
+
+@pytest.mark.parametrize("compression", ["none", "xz", "bzip2", "gzip", "zstd"])
+def test_a_cache_without_fault_has_none(cache: Cache, compression: str) -> None:
+    cache.compression = compression
+    findings = examined(cache)
+    assert complaints(findings) == []
+    checks = {finding.check for finding in findings if finding.level == "ok"}
+    assert checks >= {
+        "clock", "cache info", "HEAD", "missing paths", "narinfo", "signatures", "NAR", "caching", "ranges", "resume",
+        "compression",
+    }  # fmt: skip
+
+
+def on(path: str, method: str | None = None, **changes: object) -> Fault:
+    """The answer for that path, when it is a whole one, with other headers, or another status or body."""
+
+    def fault(question: Question, reply: Reply) -> Reply:
+        there = question.path.endswith(path) and not question.path.startswith("0" * 32)
+        if there and reply.status == 200 and method in (None, question.method):
+            headers = {name.replace("_", "-"): str(value) for name, value in changes.items()}
+            status, body = headers.pop("status", reply.status), changes.get("body", reply.body)
+            headers.pop("body", None)
+            return Reply(int(status), reply.headers | headers, body)  # type: ignore[arg-type]
+        return reply
+
+    return fault
+
+
+def line(pattern: str, replacement: str) -> Fault:
+    def fault(question: Question, reply: Reply) -> Reply:
+        if question.path.endswith(".narinfo") and reply.status == 200:
+            changed, count = re.subn(pattern, replacement, reply.body.decode())
+            assert count
+            return replace(reply, body=changed.encode())
+        return reply
+
+    return fault
+
+
+def ranged(change: Callable[[Question, Reply], Reply]) -> Fault:
+    return lambda question, reply: change(question, reply) if "range" in question.headers else reply
+
+
+def missing(status: int, **headers: str) -> Fault:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return lambda _, reply: Reply(status, named, reply.body) if reply.status == 404 else reply
+
+
+def only_for(method: str, fault: Fault) -> Fault:
+    return lambda question, reply: fault(question, reply) if question.method == method else reply
+
+
+def encoded(change: Callable[[Reply], Reply]) -> Fault:
+    return lambda _, reply: change(reply) if reply.headers.get("content-encoding") == "zstd" else reply
+
+
+def without(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "")
+
+
+OTHER = SecretKey.generate("good-1").sign(b"something else")
+
+FAULTS: dict[str, tuple[Fault, str, str, str]] = {
+    "no cache info": (on("nix-cache-info", status=404), "cache info", "error", "answers 404: clients do not take"),
+    "cache info is forbidden": (on("nix-cache-info", status=403), "cache info", "error", "answers 403"),
+    "another store": (on("info", body=b"StoreDir: /gnu/store\n"), "cache info", "error", "/gnu/store"),
+    "no store": (on("info", body=b"WantMassQuery: 1\n"), "cache info", "warning", "no StoreDir"),
+    "priority": (on("info", body=b"WantMassQuery: 1\nPriority: high\n"), "cache info", "error", "'high' is no number"),
+    "no mass query": (on("info", body=b"StoreDir: /nix/store\n"), "cache info", "warning", "WantMassQuery is not 1"),
+    "clock ahead": (on("info", date=formatdate(time.time() + 900, usegmt=True)), "clock", "warning", "ahead of ours"),
+    "clock behind": (on("info", date=formatdate(time.time() - 900, usegmt=True)), "clock", "warning", "behind ours"),
+    "no date": (on("info", date=""), "clock", "warning", "no Date"),
+    "missing is 500": (missing(500), "missing paths", "error", "answered 500"),
+    "missing is 403": (missing(403), "missing paths", "warning", "answered 403, as S3 does"),
+    "missing by HEAD is 405": (only_for("HEAD", missing(405)), "missing paths", "error", "404, and HEAD 405"),
+    "missing for long": (missing(404, cache_control="max-age=86400"), "missing paths", "warning", "for 86400 s"),
+    "no HEAD": (on(".narinfo", "HEAD", status=405), "HEAD", "error", "answers 405, and GET 200"),
+    "HEAD tells another length": (on(NAR, "HEAD", content_length=17), "HEAD", "warning", "differ in content-length"),
+    "no line end": (line("Sig: ", "Sig:"), "narinfo", "error", "a line of a narinfo has the form"),
+    "CRLF": (line("\n", "\r\n"), "narinfo", "error", "a line of a narinfo has the form"),
+    "no size": (line("NarSize", "NarSiz"), "narinfo", "error", "a narinfo has no NarSize"),
+    "no UTF-8": (on(".narinfo", body=b"\xff"), "narinfo", "error", "can't decode"),
+    "another path": (line("-sample", "-other"), "narinfo", "error", "tells of"),
+    "encoded narinfo": (on(".narinfo", content_encoding="gzip"), "narinfo", "error", "which nobody asked for"),
+    "wrong signature": (line("Sig: .*", f"Sig: {OTHER}"), "signatures", "error", "the signature by good-1 is wrong"),
+    "unknown key": (line("Sig: good-1", "Sig: other-1"), "signatures", "warning", "signed by other-1, whose"),
+    "unsigned": (line("Sig: ", "Nothing: "), "signatures", "error", "no signature, so that clients refuse it"),
+    "no NAR": (on(NAR, status=404), "NAR", "error", "answers 404, though a narinfo leads to it"),
+    "cut NAR": (lambda question, reply: on(NAR, body=reply.body[:-8])(question, reply), "NAR", "error", "ends early"),
+    "file size": (line("FileSize: ", "FileSize: 1"), "NAR", "error", "and its narinfo says 1"),
+    "file hash": (line("FileHash: .*", f"FileHash: sha256:{'0' * 52}"), "NAR", "error", "does not have the FileHash"),
+    "NAR size": (line("NarSize: ", "NarSize: 1"), "NAR", "error", "and its narinfo says 1"),
+    "not compressed": (line("Compression: none", "Compression: xz"), "NAR", "error", "is not xz, or damaged"),
+    "identity": (on(NAR, content_encoding="identity"), "NAR", "error", "Content-Encoding: identity, which nobody"),
+    "NAR not cached": (on(NAR, cache_control=""), "caching", "warning", "no Cache-Control"),
+    "NAR no-store": (on(NAR, cache_control="no-store"), "caching", "warning", "Cache-Control: no-store"),
+    "NAR cached briefly": (on(NAR, cache_control="max-age=60"), "caching", "warning", "for 60 s only"),
+    "no validator": (on(NAR, **without("etag")), "caching", "warning", "neither ETag nor Last-Modified"),
+    "no 304": (
+        lambda _, reply: Reply(200, reply.headers) if reply.status == 304 else reply,
+        "caching", "warning", "is answered 200, where 304 should be",
+    ),
+    "no ranges": (on(NAR, **without("accept-ranges")), "ranges", "warning", "a download that breaks off fails"),
+    "ranges are whole": (
+        ranged(lambda _, reply: Reply(200, reply.headers, b"all")), "ranges", "error", "answered 200, where 206",
+    ),
+    "wrong range": (
+        ranged(lambda _, reply: replace(reply, body=bytes(len(reply.body)))), "ranges", "error", "brings other bytes",
+    ),
+    "wrong content-range": (
+        ranged(lambda _, reply: Reply(reply.status, reply.headers | {"content-range": "bytes 1-2/3"}, reply.body)),
+        "ranges", "error", "has Content-Range: bytes 1-2/3",
+    ),
+    "encoded range": (
+        ranged(lambda _, reply: Reply(reply.status, reply.headers | {"content-encoding": "gzip"}, reply.body)),
+        "ranges", "error", "comes with a Content-Encoding",
+    ),
+    "no 416": (
+        ranged(lambda _, reply: Reply(200, {}) if reply.status == 416 else reply), "ranges", "error", "where 416",
+    ),
+    "resumes once": (
+        ranged(lambda _, reply: Reply(reply.status, reply.headers | without("accept-ranges"), reply.body)),
+        "resume", "warning", "resumes, but only once",
+    ),
+    "does not resume": (
+        ranged(lambda _, reply: replace(reply, body=reply.body[::-1])), "resume", "error", "does not resume",
+    ),
+    "no Vary": (
+        encoded(lambda reply: Reply(200, reply.headers | without("vary"), reply.body)),
+        "compression", "error", "no Vary",
+    ),
+    "encoded otherwise": (
+        encoded(lambda reply: replace(reply, body=zstandard.compress(b"else"))),
+        "compression", "error", "something else",
+    ),
+    "encoded damaged": (
+        encoded(lambda reply: replace(reply, body=reply.body[:-3])), "compression", "error", "something else",
+    ),
+    "not asked for": (
+        encoded(lambda reply: Reply(200, reply.headers | {"content-encoding": "br"}, reply.body)),
+        "compression", "error", "br was not asked for",
+    ),
+    "one ETag": (on(NAR, etag='"one"'), "compression", "error", "the ETag is the same"),
+    "q=0": (
+        lambda question, reply: Reply(200, reply.headers | {"content-encoding": "zstd"}, reply.body)
+        if "q=0" in question.headers.get("accept-encoding", "")
+        else reply,
+        "compression", "error", "who refuse it with q=0",
+    ),
+    "uncompressed": (
+        encoded(lambda reply: Reply(200, reply.headers | without("content-encoding"), reply.body)),
+        "compression", "warning", "sent uncompressed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_found_by_its_name_and_has_a_remedy(cache: Cache, name: str) -> None:
+    fault, check, level, said = FAULTS[name]
+    cache.faults.append(fault)
+    found = complaints(examined(cache))
+    assert all(finding.remedy for finding in found)
+    matching = [finding for finding in found if (finding.check, finding.level) == (check, level)]
+    assert any(said in finding.what for finding in matching), found
+
+
+def test_another_nar_is_found(cache: Cache) -> None:
+    wrong = base32.encode(bytes(32))
+    cache.faults.append(line(f"NarHash: sha256:{base32.encode(cache.info.nar_hash)}", f"NarHash: sha256:{wrong}"))
+    assert any(f"sha256:{base32.encode(cache.info.nar_hash)}" in found.what for found in complaints(examined(cache)))
+
+
+def test_a_content_addressed_path_needs_no_signature(cache: Cache) -> None:
+    cache.sigs = ()
+    cache.info = replace(cache.info, ca=f"fixed:r:sha256:{base32.encode(cache.info.nar_hash)}")
+    assert complaints(examined(cache)) == []
+
+
+def test_a_large_nar_is_left_out_and_that_is_told(cache: Cache) -> None:
+    [skipped] = [found for found in examined(cache, largest=100) if found.level == "skipped" and found.check == "NAR"]
+    assert "--largest" in skipped.what
+
+
+def test_a_path_that_should_be_there_is_missed(cache: Cache) -> None:
+    other = "0" * 31 + "1-other"
+    [found] = complaints(examined(cache, [other]))
+    assert (found.level, found.what) == ("error", f"{other} is not in the cache")
+    [found] = complaints(examined(cache, [other], demanded=False))
+    assert (found.check, found.level) == ("samples", "warning")
+
+
+def test_samples_that_are_not_there_are_passed_over(cache: Cache) -> None:
+    findings = examined(cache, ["0" * 31 + "1-other", cache.info.path], demanded=False, count=1)
+    assert complaints(findings) == []
+    assert "NAR" in {finding.check for finding in findings}
+
+
+def test_a_broken_transfer_is_an_error_and_no_crash(cache: Cache) -> None:
+    def short(question: Question, reply: Reply) -> Reply:
+        if question.path == NAR and question.method == "GET" and reply.status == 200:
+            headers = reply.headers | {"content-length": str(len(reply.body) + 5), "connection": "close"}
+            return Reply(200, headers, reply.body)
+        return reply
+
+    cache.faults.append(short)
+    cache.compression = "xz"
+    # http.server goes on waiting for a request on the connection that we then close.
+    assert any("breaks off" in found.what or "timed out" in found.what for found in complaints(examined(cache)))
+
+
+@pytest.mark.parametrize("url", ["http://[bad/nar", "ftp://localhost/nar", "http://localhost:x/nar"])
+def test_a_url_that_leads_nowhere_is_an_error_and_no_crash(cache: Cache, url: str) -> None:
+    cache.faults.append(line("URL: .*", f"URL: {url}"))
+    [found] = complaints(examined(cache))
+    assert (found.check, found.level) == ("NAR", "error")
+    assert url[:12] in found.what
+
+
+def test_redirects_are_followed(cache: Cache) -> None:
+    def elsewhere(question: Question, reply: Reply) -> Reply:
+        if question.path == "moved.nar":
+            return cache.right(replace(question, path=NAR))
+        return Reply(302, {"location": "/moved.nar"}) if question.path == NAR else reply
+
+    cache.faults.append(elsewhere)
+    assert complaints(examined(cache)) == []
+
+
+def test_nobody_there_is_one_error_with_a_remedy() -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        answer = run("doctor", f"http://127.0.0.1:{port}")
+    assert answer.returncode == 3
+    assert "Connection refused" in answer.stdout
+    assert "→" in answer.stdout
+
+
+class TestTheCommand:
+    def test_finds_nothing_wrong_with_our_own_server(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        store = StoreBuilder(tmp_path / "store")
+        (tmp_path / "key").write_text(KEY.export())
+        (tmp_path / "key").chmod(0o600)
+        for name in ("one", "two", "three", "four"):
+            store.add(store.output_path(name), {"file": name.encode() * 5000})
+        server = start(store=tmp_path / "store", settings=f"sign_key_paths = ['{tmp_path}/key']")
+        answer = run("--config", str(server.config), "doctor", server.url, "--public-key", str(KEY.public_key))
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert "0 errors, 0 warnings" in answer.stdout
+        assert answer.stdout.count("hash and size of the NAR are right") == 3
+        assert "\x1b" not in answer.stdout
+
+    def test_asks_the_server_of_the_settings_with_its_own_keys(
+        self, tmp_path: Path, start: Callable[..., Server]
+    ) -> None:
+        store = StoreBuilder(tmp_path / "store")
+        store.add(store.output_path("one"), b"")
+        (tmp_path / "key").write_text(KEY.export())
+        (tmp_path / "key").chmod(0o600)
+        bind = f"unix:{tmp_path}/socket"
+        server = start(store=tmp_path / "store", bind=bind, settings=f"sign_key_paths = ['{tmp_path}/key']")
+        answer = run("--config", str(server.config), "doctor", "--json")
+        assert answer.returncode == 0
+        told = json.loads(answer.stdout)
+        assert (told["url"], told["ok"]) == (bind, True)
+        assert {"check": "signatures", "level": "ok"}.items() <= next(
+            found for found in told["findings"] if found["check"] == "signatures"
+        ).items()
+
+    def test_tells_errors_as_json_and_by_its_status(self, cache: Cache) -> None:
+        cache.faults.append(missing(500))
+        answer = run("doctor", cache.url, str(cache.info.path), "--json", "--public-key", str(KEY.public_key))
+        assert answer.returncode == 3
+        told = json.loads(answer.stdout)
+        assert not told["ok"]
+        [error] = [found for found in told["findings"] if found["level"] == "error"]
+        assert error["check"] == "missing paths"
+        assert error["remedy"].startswith("answer 404")
+
+    def test_says_only_what_is_wrong_where_that_is_wanted(self, cache: Cache) -> None:
+        arguments = ("doctor", cache.url, str(cache.info.path), "--quiet", "--public-key", str(KEY.public_key))
+        assert run(*arguments).stdout == ""
+        cache.faults.append(on("info", date=""))
+        assert run(*arguments).stdout.count("\n") == 2
+
+    def test_takes_the_keys_that_nix_conf_trusts(self, cache: Cache, tmp_path: Path) -> None:
+        arguments = ("doctor", cache.url, f"/nix/store/{cache.info.path}")
+        assert "whose public key is not known" in run(*arguments).stdout
+        (tmp_path / "nix.conf").write_text(f"extra-trusted-public-keys = {KEY.public_key}\n")
+        assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+class TestTLS:
+    @pytest.fixture
+    def certificate(self, tmp_path: Path) -> Callable[[int], str]:
+        """Makes a certificate of so many days, and returns the settings with it."""
+
+        def make(days: int) -> str:
+            command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+            command += f" -addext subjectAltName=IP:127.0.0.1 -days {days} -keyout {tmp_path}/key.pem"
+            pem = subprocess.run(command.split(), capture_output=True, check=True, text=True).stdout
+            (tmp_path / "cert.pem").write_text(pem)
+            (tmp_path / "key.pem").chmod(0o600)
+            return f"tls_cert_path = '{tmp_path}/cert.pem'\ntls_key_path = '{tmp_path}/key.pem'"
+
+        return make
+
+    @pytest.mark.parametrize(("days", "level"), [(90, "ok"), (5, "warning")])
+    def test_tells_when_the_certificate_expires(
+        self,
+        tmp_path: Path,
+        start: Callable[..., Server],
+        certificate: Callable[[int], str],
+        days: int,
+        level: str,
+    ) -> None:
+        StoreBuilder(tmp_path / "store")
+        server = start(store=tmp_path / "store", settings=certificate(days))
+        trusted = {"NIX_SSL_CERT_FILE": str(tmp_path / "cert.pem")}
+        answer = run("--config", str(server.config), "doctor", server.url, environment=trusted)
+        assert answer.returncode == 0
+        assert re.search(rf"(?m)^{level} +TLS: the certificate is trusted, and valid for \d+ more days$", answer.stdout)
+
+    def test_tells_that_the_certificate_is_not_trusted(
+        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[[int], str]
+    ) -> None:
+        StoreBuilder(tmp_path / "store")
+        server = start(store=tmp_path / "store", settings=certificate(90))
+        answer = run("doctor", server.url)
+        assert answer.returncode == 3
+        assert "its certificate is not trusted" in answer.stdout
+        assert "NIX_SSL_CERT_FILE" in answer.stdout
+
+
+@pytest.mark.nix
+@pytest.mark.skipif(not (shutil.which("nix") and shutil.which("nginx")), reason="there is no nix and nginx here")
+@pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
+def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("output"), {"file": b"contents" * 1000}, keys=[KEY])
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "NIX_CONFIG": "experimental-features = nix-command",
+    }
+    stores = ("--from", f"local?root={tmp_path}/store", "--to", f"file://{tmp_path}/cache?compression={compression}")
+    copy = ["nix", "copy", "--no-check-sigs", *stores, f"/nix/store/{info.path}"]
+    subprocess.run(copy, env=environment, check=True, capture_output=True)
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    temporary = "".join(
+        f"{it}_temp_path {tmp_path}/temp;" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"
+        f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port}; root {tmp_path}/cache; }} }}\n"
+    )
+    tmp_path.chmod(0o755)
+    user = ["-g", "user root;"] if os.geteuid() == 0 else []
+    with subprocess.Popen(["nginx", "-c", str(tmp_path / "nginx.conf"), *user]) as nginx:
+        try:
+            wait_until(lambda: _listens(port))
+            answer = run(
+                "doctor", f"http://127.0.0.1:{port}", f"/nix/store/{info.path}", "--public-key", str(KEY.public_key)
+            )
+        finally:
+            nginx.send_signal(signal.SIGQUIT)
+    assert answer.returncode == 0, answer.stdout
+    for said in ("signed by good-1", "hash and size of the NAR are right", "byte ranges are right", "no Cache-Control"):
+        assert said in answer.stdout
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_url_that_is_none_is_told() -> None:
+    assert not urlsplit("nowhere").scheme
+    answer = run("doctor", "nowhere")
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr.startswith("harmonia: 'nowhere' is no URL")

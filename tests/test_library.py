@@ -1,0 +1,51 @@
+"""`harmonia.nix` is a library: its pages are true, and it needs little."""
+
+import doctest
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harmonia import nix
+
+PAGES = sorted((Path(__file__).parents[1] / "docs/library").glob("*.md"))
+MODULES = [module.name for module in pkgutil.iter_modules(nix.__path__, "harmonia.nix.")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_do_what_they_show(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text()
+    assert text.count("```pycon\n>>> ") == text.count("```pycon")
+    assert "```python" not in text
+    monkeypatch.chdir(tmp_path)
+    examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    assert examples.examples or page.stem == "README"
+    told: list[str] = []
+    doctest.DocTestRunner().run(examples, out=told.append)
+    assert not told, "".join(told)
+
+
+def test_every_page_is_on_the_first_one() -> None:
+    first = next(page for page in PAGES if page.stem == "README").read_text()
+    assert set(re.findall(r"\(([a-z0-9-]+\.md)\)", first)) == {page.name for page in PAGES if page.stem != "README"}
+
+
+def test_it_needs_the_standard_library_and_for_signatures_pynacl() -> None:
+    program = """
+import sys
+for module in sys.argv[1:]:
+    __import__(module)
+print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True)
+    at_start = set(done.stdout.split())
+    done = subprocess.run([sys.executable, "-c", program, *MODULES], capture_output=True, text=True, check=True)
+    needed = {name for name in set(done.stdout.split()) - at_start if not name.startswith("_")}
+    assert needed == {"harmonia", "nacl"}
+
+
+def test_it_tells_its_types() -> None:
+    assert (Path(nix.__path__[0]).parent / "py.typed").exists()

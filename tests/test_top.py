@@ -1,0 +1,118 @@
+"""`harmonia top` tells what a running server does, from its metrics alone."""
+
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from harmonia.store_builder import StoreBuilder
+from harmonia.top import Look, hit_ratio, rows
+from running import HARMONIA, Sample, Server, download, nar_url, run, wait_until
+
+Start = Callable[..., Server]
+Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
+
+
+def look(at: float, **samples: float) -> Look:
+    """`nar_200` is a number of requests, `nar_sent` of bytes, `nar` of those in flight."""
+    found: Samples = {}
+    for name, value in samples.items():
+        route, _, what = name.partition("_")
+        label = ("route", route)
+        if what.isdigit():
+            found.setdefault("harmonia_requests_total", {})[label, ("status", what)] = value
+        else:
+            metric = "harmonia_sent_bytes_total" if what else "harmonia_requests_in_flight"
+            found.setdefault(metric, {})[(label,)] = value
+    return Look(at, found)
+
+
+def test_rates_are_those_since_the_look_before() -> None:
+    before = look(10, nar=0, log=0, nar_200=5, nar_sent=1000)
+    now = look(12, nar=3, log=0, nar_200=9, nar_500=2, nar_sent=5000, log_404=1, log_sent=0)
+    nar, log = rows(before, now)
+    assert (nar.route, nar.requests, nar.request_rate, nar.failed, nar.in_flight) == ("nar", 11, 3, 2, 3)
+    assert (nar.sent, nar.sent_rate) == (5000, 2000)
+    assert (log.route, log.requests, log.request_rate, log.failed) == ("log", 1, 0.5, 0)
+
+
+def test_a_server_that_was_started_anew_has_no_negative_rates() -> None:
+    [row] = rows(look(10, nar=0, nar_200=50, nar_sent=9), look(12, nar=0, nar_200=1, nar_sent=1))
+    assert (row.request_rate, row.sent_rate) == (0, 0)
+
+
+def test_the_hit_ratio_is_of_what_was_asked_for() -> None:
+    assert hit_ratio(Look(0)) is None
+    samples: Samples = {"harmonia_cache_hits_total": {(): 3.0}, "harmonia_cache_misses_total": {(): 1.0}}
+    assert hit_ratio(Look(0, samples)) == 0.75
+
+
+def test_one_view_of_a_running_server(tmp_path: Path, start: Start) -> None:
+    sample = Sample.make(tmp_path / "store")
+    server = start(store=sample.root)
+    server.get(nar_url(sample.small) + ".zst")
+    wait_until(lambda: "harmonia_cache_fills_total 1.0" in server.get("/metrics").text)
+    for _ in range(2):
+        server.get(nar_url(sample.small) + ".zst")
+    with download(server, sample.big):
+        answer = run("top", server.url, "--once", "--interval", "0.2")
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert f"harmonia at {server.url}: " in answer.stdout
+    assert "1 downloads in flight" in answer.stdout
+    assert "compressed NARs: 66.7% hits, 1 made, 0 evicted" in answer.stdout
+    assert re.search(r"^nar +3 +0\.0 +.* 1 +0$", answer.stdout, re.MULTILINE)
+    assert "\x1b" not in answer.stdout
+
+
+def test_the_server_is_that_of_the_settings(tmp_path: Path, start: Start) -> None:
+    StoreBuilder(tmp_path / "store")
+    settings = f"metrics_bind = 'unix:{tmp_path}/metrics'"
+    server = start(store=tmp_path / "store", settings=settings)
+    answer = run("--config", str(server.config), "top", "--once", "--interval", "0.1")
+    assert answer.returncode == 0
+    assert f"harmonia at unix:{tmp_path}/metrics: " in answer.stdout
+    answer = run("top", server.url, "--once")
+    assert answer.returncode == 1
+    assert re.fullmatch(r"harmonia: \S+/metrics answers 404; name the server's metrics_bind, .*\n", answer.stderr)
+
+
+def test_views_follow_each_other_where_there_is_no_terminal(tmp_path: Path, start: Start) -> None:
+    StoreBuilder(tmp_path / "store")
+    server = start(store=tmp_path / "store")
+    command = [*HARMONIA, "top", server.url, "--interval", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen: list[str] = []
+        reader = threading.Thread(target=seen.extend, args=(process.stdout,))
+        reader.start()
+        wait_until(lambda: sum(line.startswith("harmonia at") for line in seen) > 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        reader.join()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"up 1\n", b"\xff"])
+def test_what_is_no_harmonia_is_told(body: bytes) -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        answer = run("top", f"http://127.0.0.1:{server.server_address[1]}", "--once")
+        thread.join()
+    assert answer.returncode == 1
+    assert re.fullmatch(r"harmonia: \S+ are not those of a Harmonia; name the URL of one\n", answer.stderr)

@@ -1,0 +1,260 @@
+"""`harmonia verify` finds what is not as registered, and nothing else; it can be interrupted, and says how to go on."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.errors import ConfigError
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.store import Store
+from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.verify import Journal, Result, verify
+from running import HARMONIA, patched, run, wait_until
+
+Verify = Callable[..., list[Result]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    return StoreBuilder(tmp_path / "store")
+
+
+@pytest.fixture
+def config(store: StoreBuilder, tmp_path: Path) -> str:
+    file = tmp_path / "harmonia.toml"
+    file.write_text(
+        f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{store.db_path}'\ncache_dir = '{tmp_path}/cache'\n"
+    )
+    return str(file)
+
+
+@pytest.fixture
+def verified(store: StoreBuilder, tmp_path: Path) -> Verify:
+    opened = Store("/nix/store", store.real_dir, store.db_path)
+
+    def verified(**options: object) -> list[Result]:
+        with Journal(str(tmp_path / "journal")) as journal:
+            return list(verify(opened, opened.valid_paths()[0], journal, **options))  # type: ignore[arg-type]
+
+    return verified
+
+
+def full(info: PathInfo) -> str:
+    return f"/nix/store/{info.path}"
+
+
+def file_of(store: StoreBuilder, info: PathInfo) -> Path:
+    path = Path(os.fsdecode(store.real_path(info.path)))
+    path.chmod(0o644)
+    return path
+
+
+def test_each_path_is_good_or_it_is_told_what_is_wrong(store: StoreBuilder, verified: Verify) -> None:
+    good, changed, longer, gone = (store.add_text(name, b"12345678") for name in ("good", "changed", "longer", "gone"))
+    file_of(store, changed).write_bytes(b"12345679")
+    file_of(store, longer).write_bytes(b"123456789")
+    file_of(store, gone).unlink()
+    found = {result.path: result for result in verified(threads=2)}
+    assert found.pop(full(good)).state == "good"
+    assert found.pop(full(gone))[1:] == ("missing", "it is registered, but not on disk")
+    state, what = found.pop(full(changed))[1:]
+    assert state == "corrupt"
+    assert f"sha256:{base32.encode(changed.nar_hash)} was registered" in what
+    assert found.pop(full(longer))[1:] == (
+        "corrupt",
+        f"its NAR has {longer.nar_size + 8} bytes, but {longer.nar_size} were registered",
+    )
+    assert not found
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_cannot_be_read_is_not_called_corrupt(store: StoreBuilder, verified: Verify) -> None:
+    file_of(store, store.add_text("closed", b"")).chmod(0)
+    [result] = verified()
+    assert (result.state, result.what.rpartition(": ")[2]) == ("unreadable", "Permission denied")
+
+
+def test_an_error_of_the_disk_is_not_called_corrupt_either(
+    store: StoreBuilder, verified: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = store.add_text("bad", b"")
+
+    def fail(path: bytes, *_: object, **__: object) -> int:
+        raise OSError(5, "Input/output error", path)
+
+    monkeypatch.setattr(os, "readlink", fail)
+    real_path = file_of(store, info)
+    real_path.unlink()
+    real_path.symlink_to("anywhere")
+    [result] = verified()
+    assert result.state == "unreadable"
+    assert result.what == f"{real_path}: Input/output error"
+
+
+def test_a_row_that_is_of_no_use_is_told(store: StoreBuilder, verified: Verify) -> None:
+    info = store.add(store.output_path("old"), b"", known_size=False)
+    [result] = verified()
+    assert (result.path, result.state) == (full(info), "unregistered")
+    assert "its NAR size is not known" in result.what
+
+
+def test_what_the_garbage_collector_takes_meanwhile_is_not_missing(store: StoreBuilder, tmp_path: Path) -> None:
+    infos = [store.add_text(f"text-{number}", b"") for number in range(4)]
+    opened = Store("/nix/store", store.real_dir, store.db_path)
+    paths = opened.valid_paths()[0]
+
+    def shrinking() -> object:
+        for path in paths:
+            yield path
+            for info in infos:
+                if full(info) == path:
+                    store.delete(info.path)
+
+    with Journal(str(tmp_path / "journal")) as journal:
+        results = list(verify(opened, shrinking(), journal))  # type: ignore[arg-type]
+    assert {result.state for result in results} <= {"good"}
+
+
+class TestTheJournal:
+    def test_leaves_out_what_was_found_good(self, store: StoreBuilder, verified: Verify) -> None:
+        infos = [store.add_text(f"text-{number}", b"") for number in range(3)]
+        file_of(store, infos[0]).write_bytes(b"corrupt")
+        assert sorted(result.state for result in verified(max_age=60)) == ["corrupt", "good", "good"]
+        assert [result.state for result in verified(max_age=60)] == ["corrupt"]
+        assert len(verified(max_age=0)) == 3
+
+    def test_forgets_after_a_time(self, store: StoreBuilder, verified: Verify, tmp_path: Path) -> None:
+        store.add_text("text", b"")
+        verified()
+        journal = tmp_path / "journal"
+        age = 3 * 86400
+        journal.write_text(re.sub(r"^\d+", str(int(time.time()) - age), journal.read_text()))
+        assert not verified(max_age=age + 60)
+        assert len(verified(max_age=age - 60)) == 1
+
+    def test_knows_the_content_and_not_just_the_name(self, store: StoreBuilder, verified: Verify) -> None:
+        path = store.output_path("output")
+        store.add(path, b"one")
+        assert len(verified(max_age=60)) == 1
+        store.delete(path)
+        store.add(path, b"two")
+        assert len(verified(max_age=60)) == 1
+
+    def test_survives_a_torn_line_and_does_not_grow_for_ever(
+        self, store: StoreBuilder, verified: Verify, tmp_path: Path
+    ) -> None:
+        store.add_text("text", b"")
+        for _ in range(10):
+            verified()
+        journal = tmp_path / "journal"
+        assert journal.read_text().count("\n") < 5
+        with journal.open("a") as file:
+            file.write("17\nx y z\n179")
+        assert not verified(max_age=60)
+
+    def test_is_for_one_run_at_a_time(self, tmp_path: Path) -> None:
+        with (
+            Journal(str(tmp_path / "journal")),
+            pytest.raises(ConfigError, match="another verification uses it"),
+        ):
+            Journal(str(tmp_path / "journal"))
+        with Journal(str(tmp_path / "journal")):
+            pass
+
+    def test_that_cannot_be_written_is_a_wrong_setting(self) -> None:
+        with pytest.raises(ConfigError, match=r"cannot write '/proc/journal'.*--journal"):
+            Journal("/proc/journal")
+
+
+class TestTheCommand:
+    def test_is_silent_in_cron_where_all_is_good(self, store: StoreBuilder, config: str) -> None:
+        store.add_text("text", b"")
+        answer = run("--config", config, "verify", "--all", "--quiet")
+        assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+    def test_tells_what_is_wrong_on_stdout_and_a_remedy(self, store: StoreBuilder, config: str) -> None:
+        good, bad = (store.add_text(name, b"") for name in ("good", "bad"))
+        file_of(store, bad).unlink()
+        answer = run("--config", config, "verify", "--all")
+        assert answer.returncode == 3
+        assert answer.stdout == f"missing: {full(bad)}: it is registered, but not on disk\n"
+        assert re.search(r"^2 paths verified in [\d.]+ s: 1 missing$", answer.stderr, re.MULTILINE)
+        assert "nix-store --repair-path" in answer.stderr
+        assert run("--config", config, "verify", full(good)).returncode == 0
+
+    def test_takes_references_too_where_that_is_wanted(self, store: StoreBuilder, config: str) -> None:
+        bad = store.add_text("bad", b"")
+        top = store.add_text("top", b"", [bad.path])
+        file_of(store, bad).unlink()
+        assert run("--config", config, "verify", full(top)).returncode == 0
+        assert run("--config", config, "verify", "--recursive", full(top)).returncode == 3
+
+    def test_goes_on_after_an_interruption_as_it_says(self, store: StoreBuilder, config: str, tmp_path: Path) -> None:
+        count = 100
+        for number in range(count):
+            store.add_text(f"text-{number}", b"")
+        slow = patched(
+            "import time, harmonia.verify as v\ncheck = v._check\n"
+            "v._check = lambda *of: (time.sleep(0.1), check(*of))[1]"
+        )
+        journal = tmp_path / "cache/verified"
+        command = [*slow, "--config", config, "verify", "--all", "--jobs", "1"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 2)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=20)
+        said = re.fullmatch(r"harmonia: interrupted; to go on, add --max-age (\d+m)\n", stderr)
+        assert process.returncode == 1
+        assert said
+        done = journal.read_text().count("\n")
+        assert done < count
+        answer = run("--config", config, "verify", "--all", "--max-age", said[1])
+        assert answer.returncode == 0
+        assert answer.stderr.startswith(f"{count - done} paths verified")
+        assert f"{done} left out: all good" in answer.stderr
+
+
+class TestProgress:
+    def on_a_terminal(self, config: str, **environment: str) -> str:
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            [*HARMONIA, "--config", config, "verify", "--all"],
+            stderr=theirs,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", **environment},
+        ) as process:
+            os.close(theirs)
+            shown = b""
+            while True:
+                try:
+                    shown += os.read(ours, 4096)
+                except OSError:  # it has ended
+                    break
+        os.close(ours)
+        assert process.returncode == 0
+        return shown.decode()
+
+    def test_on_a_terminal_has_rate_and_remaining_time(self, store: StoreBuilder, config: str) -> None:
+        store.add(store.output_path("large"), Sparse(300 << 20))
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.on_a_terminal(config))
+        assert re.search(r"verifying .*\d+% .*/300\.0 MiB .*\d+:\d\d:\d\d", shown)
+        assert re.search(r"[\d.]+ [kMG]B/s", shown)
+
+    def test_heeds_no_color(self, store: StoreBuilder, config: str) -> None:
+        store.add_text("text", b"")
+        colour = re.compile(r"\x1b\[[0-9;]*[39][0-7]m")
+        assert colour.search(self.on_a_terminal(config))
+        assert not colour.search(self.on_a_terminal(config, NO_COLOR="1"))
+
+    def test_is_for_terminals(self, store: StoreBuilder, config: str) -> None:
+        store.add_text("text", b"")
+        answer = run("--config", config, "verify", "--all")
+        assert re.fullmatch(r"1 paths verified in [\d.]+ s: all good\n", answer.stderr)

@@ -1,0 +1,141 @@
+"""`harmonia warm` fills the cache as the server would: what it made is a hit, and nothing is lost for it."""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.store_builder import StoreBuilder
+from running import HARMONIA, Server, nar_url, run, unpacked
+
+Start = Callable[..., Server]
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    return StoreBuilder(tmp_path / "store")
+
+
+def metrics(server: Server) -> dict[str, float]:
+    lines = (line.rpartition(" ") for line in server.get("/metrics").text.splitlines() if line[0] != "#")
+    return {name: float(value) for name, _, value in lines}
+
+
+def config(store: StoreBuilder, tmp_path: Path, settings: str = "") -> str:
+    file = tmp_path / "warm.toml"
+    file.write_text(
+        f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{store.db_path}'\ncache_dir = '{tmp_path}/cache'\n"
+        f"{settings}\n"
+    )
+    return str(file)
+
+
+def counts(stderr: str) -> list[int]:
+    """Compressed, there, did not fit, failed."""
+    match = re.search(r"(\d+) compressed in [\d.]+ s, (\d+) were there, (\d+) did not fit, (\d+) failed", stderr)
+    assert match, stderr
+    return [int(count) for count in match.groups()]
+
+
+def test_what_was_warmed_is_a_hit_for_the_running_server(store: StoreBuilder, start: Start, tmp_path: Path) -> None:
+    dep = store.add_text("dep", b"dep" * 10_000)
+    large = store.add(store.output_path("large"), os.urandom(1000) * 20_000, references=[dep.path])
+    server = start(store=tmp_path / "store")
+    answer = run("--config", str(server.config), "warm", f"/nix/store/{large.path}")
+    assert answer.returncode == 0, answer.stderr
+    assert counts(answer.stderr) == [2, 0, 0, 0]
+    for info in (dep, large):
+        assert b"FileSize: " in server.get(f"/{info.path.hash_part}.narinfo").body
+        assert len(unpacked(server.get(nar_url(info) + ".zst").body)) == info.nar_size
+    found = metrics(server)
+    assert found["harmonia_cache_hits_total"] == 2
+    assert (found["harmonia_cache_misses_total"], found["harmonia_cache_fills_total"]) == (0, 0)
+    assert counts(run("--config", str(server.config), "warm", f"/nix/store/{large.path}").stderr) == [0, 2, 0, 0]
+
+
+def test_the_closure_is_warmed_unless_told_otherwise(store: StoreBuilder, tmp_path: Path) -> None:
+    dep = store.add_text("dep", b"dep")
+    top = store.add_text("top", b"", [dep.path])
+    settings = config(store, tmp_path)
+    assert counts(run("--config", settings, "warm", "--no-closure", top.path).stderr) == [1, 0, 0, 0]
+    assert counts(run("--config", settings, "warm", top.path).stderr) == [1, 1, 0, 0]
+
+
+def test_gc_roots_are_warmed(store: StoreBuilder, tmp_path: Path) -> None:
+    dep = store.add_text("dep", b"dep")
+    top = store.add_text("top", b"", [dep.path])
+    store.add_text("garbage", b"")
+    roots = tmp_path / "store/nix/var/nix/gcroots"
+    roots.mkdir()
+    (roots / "top").symlink_to(f"/nix/store/{top.path}")
+    assert counts(run("--config", config(store, tmp_path), "warm", "--gc-roots").stderr) == [2, 0, 0, 0]
+
+
+def test_a_full_cache_loses_nothing(store: StoreBuilder, tmp_path: Path) -> None:
+    infos = [store.add(store.output_path(f"noise-{number}"), os.urandom(400_000)) for number in range(4)]
+    answer = run("--config", config(store, tmp_path, "cache_size = '1M'"), "warm", *(info.path for info in infos))
+    assert answer.returncode == 1
+    assert counts(answer.stderr) == [2, 0, 2, 0]
+    assert "raise cache_size" in answer.stderr
+    kept = list((tmp_path / "cache/nar").iterdir())
+    assert len(kept) == 2
+    again = run("--config", config(store, tmp_path, "cache_size = '1M'"), "warm", *(info.path for info in infos))
+    assert counts(again.stderr) == [0, 2, 2, 0]
+    assert list((tmp_path / "cache/nar").iterdir()) == kept
+
+
+def test_what_cannot_be_compressed_is_told_and_the_rest_is_done(store: StoreBuilder, tmp_path: Path) -> None:
+    bad, good = store.add_text("bad", b""), store.add_text("good", b"")
+    file = Path(os.fsdecode(store.real_path(bad.path)))
+    file.chmod(0o644)
+    file.write_text("changed")
+    answer = run("--config", config(store, tmp_path), "warm", bad.path, good.path)
+    assert answer.returncode == 1
+    assert f"failed: /nix/store/{bad.path}" in answer.stderr
+    assert counts(answer.stderr) == [1, 0, 0, 1]
+
+
+def test_it_is_silent_where_all_went_well(store: StoreBuilder, tmp_path: Path) -> None:
+    answer = run("--config", config(store, tmp_path), "warm", "--quiet", store.add_text("text", b"").path)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+
+def test_a_server_without_compression_needs_no_warming(store: StoreBuilder, tmp_path: Path) -> None:
+    settings = config(store, tmp_path, "enable_compression = false")
+    answer = run("--config", settings, "warm", store.add_text("text", b"").path)
+    assert answer.returncode == 2
+    assert answer.stderr == "harmonia: enable_compression is false: this server keeps no compressed NARs\n"
+
+
+def test_it_runs_only_when_nobody_else_wants_to(store: StoreBuilder, tmp_path: Path) -> None:
+    """The idle policy for processors, which brings the idle class for disks."""
+    path = store.add_text("text", b"").path
+    program = (
+        "import atexit, os, sys\n"
+        "atexit.register(lambda: print(os.sched_getscheduler(0) == os.SCHED_IDLE))\n"
+        "from harmonia.cli import main\nmain(prog_name='harmonia')"
+    )
+    command = [HARMONIA[0], "-c", program, "--config", config(store, tmp_path), "warm", path]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: cannot become another user")
+def test_root_fills_it_as_the_servers_user() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # where others than root may go
+        tmp_path = Path(directory)
+        tmp_path.chmod(0o755)
+        store = StoreBuilder(tmp_path / "store")
+        path = store.add_text("text", b"").path
+        (tmp_path / "cache").mkdir()
+        os.chown(tmp_path / "cache", NOBODY, NOBODY)
+        answer = run("--config", config(store, tmp_path), "warm", path)
+        assert answer.returncode == 0, answer.stderr
+        [file] = (tmp_path / "cache/nar").iterdir()
+        assert file.stat().st_uid == NOBODY
