@@ -50,7 +50,7 @@ in
 
     with subtest("the first question starts it, and is answered"):
         client.succeed("curl --fail --silent --show-error --cacert /etc/server.pem https://server/nix-cache-info >&2")
-        server.require_unit_state("harmonia.service", "active")
+        server.wait_for_unit("harmonia.service")
 
     with subtest("a client substitutes through nginx"):
         client.succeed(f"nix-store --realise {hello} >&2")
@@ -69,6 +69,6 @@ in
         server.succeed("systemctl stop harmonia.service")
         client.succeed(f"nix-store --realise {names} >&2")
         client.succeed(f"nix-store --verify-path {names}")
-        server.require_unit_state("harmonia.service", "active")
+        server.wait_for_unit("harmonia.service")
   '';
 }
