@@ -186,25 +186,14 @@ class CompressedNar:
         reopened = False
         try:
             while file is not None:
+                position = yield from file.follow(position, stop)
                 self._look(file)
-                end = file.size if stop is None else min(stop, file.size)
-                if position < end:
-                    part = file.slice(position, end)
-                    yield part
-                    position = part.position
-                if file.whole and position < end:
-                    raise StoreObjectError("its file in the cache was cut short")
                 if file.whole or position == stop:
                     return
-                if not file.lock():
-                    yield None
-                    continue
-                self._look(file)  # it may have become whole just before
-                if not file.whole:
-                    # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
-                    file.close()
-                    file = None if reopened else self._compressor.open(self._source)
-                    reopened = True
+                # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
+                file.close()
+                file = None if reopened else self._compressor.open(self._source)
+                reopened = True
             reached = yield from self._compressor.stream(self._source, position, stop)
             self.size = reached if stop is None else self.size
         finally:

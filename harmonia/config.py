@@ -4,9 +4,11 @@
 `Zstd` check their own relations. The reference in docs/configuration.md is rendered from the descriptions below.
 """
 
+import base64
 import difflib
 import ipaddress
 import logging
+import netrc
 import os
 import re
 import reprlib
@@ -15,12 +17,13 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, BinaryIO, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
 
 from harmonia.errors import ConfigError, FormatError
-from harmonia.nix.signing import SecretKey
+from harmonia.nix.signing import PublicKey, SecretKey
 
 log = logging.getLogger("harmonia")
 
@@ -48,6 +51,8 @@ Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
 Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
 WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
+Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
 BaseUrl = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
 Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
 Level = Literal["debug", "info", "warning", "error"]
@@ -84,6 +89,40 @@ class Zstd(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if 0 < self.window_log < _WINDOW_LOG_MIN:
             raise _WrongSettingError(f"expected {_WINDOW_LOG}, found integer {self.window_log}", "zstd", "window_log")
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
+    """Another cache, asked for what is not in the store."""
+
+    url: Annotated[Url, Meta(description="Its URL, as clients would have it among their substituters.")]
+    public_keys: Annotated[
+        tuple[str, ...],
+        Meta(description="Keys like `name:base64`. What none of them signed is not passed on; with `[]`, all is."),
+    ] = ()
+    mode: Annotated[
+        Literal["proxy", "redirect"],
+        Meta(description="Whether NARs come through this server, and are kept in its cache, or straight from there."),
+    ] = "proxy"
+    priority: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="The lowest is asked first; equal ones are asked at once.")
+    ] = 50
+    sign: Annotated[
+        bool, Meta(description="Sign with our keys, too, what one of its `public_keys` signed. Needs those.")
+    ] = False
+    connect_timeout: Annotated[Seconds, Meta(description="How long a connection to it may take to come about.")] = 2.0
+    timeout: Annotated[
+        Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
+    ] = 10.0
+    netrc: Annotated[str | None, Meta(description="A netrc(5) file with the user and password for its host.")] = None
+    credentials_file: Annotated[
+        str | None, Meta(description="A file with `user:password` for it, in place of `netrc`.")
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "the system's"}, description="Certificates in PEM form, one of which must vouch for it."
+        ),
+    ] = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,7 +227,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
     log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
+    upstream_timeout: Annotated[
+        Seconds,
+        Meta(description="How long a client waits at most to hear that no `[[upstream]]` has a path either."),
+    ] = 1.0
     zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
+    upstream: Annotated[
+        tuple[Upstream, ...], Meta(description="Other caches, each asked for what is not in the store.")
+    ] = ()
 
     def __post_init__(self) -> None:
         keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
@@ -212,6 +258,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 peer == "unix" or ipaddress.ip_network(peer)
             except ValueError as error:
                 raise _WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
+        _check_upstreams(self.upstream)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> tuple[str, int] | str | None:
         """That setting taken apart: host and port, or the path of a unix socket."""
@@ -355,7 +402,11 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     _open("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
     secret_keys(settings)
     tls_context(settings)
-    for path in (*settings.sign_key_paths, *filter(None, [settings.tls_key_path])):
+    for number in range(len(settings.upstream)):
+        authorization(settings, number)
+        upstream_tls(settings, number)
+    secrets = [path for each in settings.upstream for path in (each.netrc, each.credentials_file)]
+    for path in (*settings.sign_key_paths, *filter(None, [settings.tls_key_path, *secrets])):
         mode = os.stat(path).st_mode & 0o777
         # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).
         directory = environ.get("CREDENTIALS_DIRECTORY")
@@ -398,6 +449,69 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
+def authorization(settings: Settings, number: int) -> str | None:
+    """The Authorization for that upstream, read from its file; None where it wants none."""
+    upstream = settings.upstream[number]
+    given = {"netrc": upstream.netrc, "credentials_file": upstream.credentials_file}
+    for key, path in given.items():
+        if path is None:
+            continue
+        key_path = ("upstream", str(number), key)
+        try:
+            if key == "netrc":
+                found = netrc.netrc(path).authenticators(urlsplit(upstream.url).hostname or "")
+                user, password = (found[0], found[2]) if found else ("", "")
+            else:
+                with open(path, encoding="utf-8") as file:
+                    user, _, password = file.read().rstrip("\n").partition(":")
+        except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:
+            what = getattr(error, "strerror", None) or "not of its format"
+            raise _WrongSettingError(f"cannot read {path!r}: {what}; name a readable file", *key_path) from None
+        if not user or not password or "\n" in user + password:
+            raise _WrongSettingError(f"no user and password for this upstream in {path!r}", *key_path)
+        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+    return None
+
+
+def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
+    """What that upstream's certificate is checked with."""
+    path = settings.upstream[number].ca_file
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        what = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        what = f"cannot read {path!r}: {what or 'not PEM'}; name a file with certificates in PEM form"
+        raise _WrongSettingError(what, "upstream", str(number), "ca_file") from None
+
+
+def _check_upstreams(upstreams: tuple[Upstream, ...]) -> None:
+    urls = [upstream.url.rstrip("/") for upstream in upstreams]
+    for number, upstream in enumerate(upstreams):
+        if (wrong := _contradiction(upstream)) is None and urls.index(urls[number]) != number:
+            wrong = "url", "given twice; keep one of them"
+        if wrong is not None:
+            key, what = wrong
+            raise _WrongSettingError(what, "upstream", str(number), key)
+
+
+def _contradiction(upstream: Upstream) -> tuple[str, str] | None:
+    """The key that cannot be as it is, and why."""
+    for key in ("netrc", "credentials_file", "ca_file"):
+        path = getattr(upstream, key)
+        if path is not None and _NO_PATH.search(path):
+            return key, "expected a path, found something else (not shown)"
+    for text in upstream.public_keys:
+        try:
+            PublicKey.parse(text)
+        except FormatError as error:
+            return "public_keys", f"{error}, as in nix.conf"
+    if upstream.sign and not upstream.public_keys:
+        return "sign", "set without public_keys; only what they signed is signed again, so give them or remove this"
+    if upstream.netrc is not None and upstream.credentials_file is not None:
+        return "credentials_file", "set together with netrc; keep one of them"
+    return None
+
+
 def wanted(kind: object) -> str:
     """What a field of this type takes, in the words of error messages and of the reference."""
     schema = msgspec.inspect.type_info(kind)
@@ -408,17 +522,23 @@ def wanted(kind: object) -> str:
     match schema:
         case msgspec.inspect.IntType(ge=low, le=high):
             return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
+        case msgspec.inspect.FloatType(le=high):
+            return f"seconds, more than 0 and at most {high}"
         case msgspec.inspect.LiteralType(values=words):
             return "one of " + ", ".join(f'"{word}"' for word in words)
     names: dict[type, str] = {
         msgspec.inspect.BoolType: "true or false",
-        msgspec.inspect.VarTupleType: "an array of strings",
+        msgspec.inspect.VarTupleType: "an array of " + ("tables" if _is_of_tables(schema) else "strings"),
         msgspec.inspect.StructType: "a table",
     }
     return names.get(type(schema), "a string")
 
 
-def _values(struct: type[Settings | Zstd], given: Mapping[str, Any], *table: str) -> dict[str, Any]:
+def _is_of_tables(schema: object) -> bool:
+    return isinstance(schema, msgspec.inspect.VarTupleType) and isinstance(schema.item_type, msgspec.inspect.StructType)
+
+
+def _values(struct: type[Settings | Zstd | Upstream], given: Mapping[str, Any], *table: str) -> dict[str, Any]:
     """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
     types = {field.name: field.type for field in msgspec.structs.fields(struct)}
     values = {}
@@ -427,19 +547,32 @@ def _values(struct: type[Settings | Zstd], given: Mapping[str, Any], *table: str
             near = difflib.get_close_matches(key, _KEYS, 1)
             remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
             raise _WrongSettingError(f"unknown key; {remedy}", *table, key)
-        part = Zstd(**_values(Zstd, value, key)) if key == "zstd" and isinstance(value, dict) else value
+        part = value
+        if key == "zstd" and isinstance(value, dict):
+            part = Zstd(**_values(Zstd, value, key))
+        elif key == "upstream" and isinstance(value, list) and all(isinstance(each, dict) for each in value):
+            part = tuple(_upstream(each, str(number)) for number, each in enumerate(value))
         try:
             values[key] = msgspec.convert(part, types[key])
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
-            shown = "(not shown)" if "_path" in key else reprlib.repr(value)
+            secret = "_path" in key or key in {"netrc", "credentials_file", "url"}  # a URL may hold a password
+            shown = "(not shown)" if secret else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
             raise _WrongSettingError(f"expected {wanted(types[key])}, found {found}", *table, key) from None
     return values
 
 
+def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
+    values = _values(Upstream, given, "upstream", number)
+    if "url" not in values:
+        raise _WrongSettingError("missing; each [[upstream]] needs the URL of a cache", "upstream", number, "url")
+    return Upstream(**values)
+
+
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _KEYS |= {field.name: f"zstd.{field.name}" for field in msgspec.structs.fields(Zstd)}
+_KEYS = {field.name: f"upstream.{field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
 
 
@@ -493,7 +626,10 @@ def _line(text: str, key: tuple[str, ...]) -> int | None:
         except (ValueError, RecursionError):
             continue  # amid an array or string of several lines
         for part in key:
-            table = table.get(part) if isinstance(table, dict) else None
+            if isinstance(table, list):
+                table = table[int(part)] if int(part) < len(table) else None
+            else:
+                table = table.get(part) if isinstance(table, dict) else None
         if table is not None:
             return start
         start = count + 1

@@ -30,3 +30,7 @@ class InvalidPathError(HarmoniaError):
 
 class RemoteError(HarmoniaError):
     """A server that cannot be reached, or answers what it should not."""
+
+
+class UpstreamError(HarmoniaError):
+    """Another cache does not answer, or not with what it should."""

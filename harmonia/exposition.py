@@ -14,16 +14,25 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from harmonia import __version__
-from harmonia.metrics import BOUNDS, Histogram, Metrics, Route
+from harmonia.metrics import BOUNDS, Histogram, Metrics, Route, UpstreamCounters
 
 _TOTALS = {
-    "cache_hits": "Compressed NARs found in the cache, whole or growing.",
-    "cache_misses": "Compressed NARs that were not in the cache and that it could take.",
-    "cache_fills": "Compressed NARs that were put into the cache.",
-    "cache_filled_bytes": "Bytes of compressed NARs that were put into the cache.",
-    "cache_evictions": "Compressed NARs removed from the cache for others.",
-    "cache_corrupt": "Compressed NARs removed from the cache because they were damaged.",
+    "cache_hits": "NARs found in the cache, whole or growing.",
+    "cache_misses": "NARs that were not in the cache and that it could take.",
+    "cache_fills": "NARs that were put into the cache.",
+    "cache_filled_bytes": "Bytes of NARs that were put into the cache.",
+    "cache_evictions": "NARs removed from the cache for others.",
+    "cache_corrupt": "NARs removed from the cache because they were damaged.",
     "encoder_seconds": "Processor time spent on compression, in seconds.",
+}
+
+_UPSTREAMS = {
+    "hits": "Paths that an upstream had.",
+    "misses": "Paths that an upstream did not have.",
+    "refused": "Paths that an upstream had, but that are not passed on.",
+    "failures": "Times that an upstream did not answer, or with an error.",
+    "fetches": "NARs begun to be fetched into the cache.",
+    "fetched_bytes": "Bytes of them.",
 }
 
 
@@ -36,6 +45,7 @@ class _Families(Collector):
     def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int) -> None:
         self._rows = metrics.rows
         self._totals = metrics.totals
+        self._upstream_rows = metrics.upstreams
         self._encoder_threads = encoder_threads
         self._cache_limit = cache_limit
 
@@ -47,6 +57,8 @@ class _Families(Collector):
         )
         yield from self._requests()
         yield from self._workers()
+        if self._upstream_rows:
+            yield from self._upstreams()
 
     def _requests(self) -> Iterator[Metric]:
         routes = {name: [row.routes[name] for row in self._rows] for name in self._rows[0].routes}
@@ -91,6 +103,18 @@ class _Families(Collector):
         yield CounterMetricFamily("harmonia_refused_connections", "Connections beyond max_connections.", refused)
         restarts = sum(max(row.starts - 1, 0) for row in self._rows)
         yield CounterMetricFamily("harmonia_worker_restarts", "Workers that replaced one that had ended.", restarts)
+
+    def _upstreams(self) -> Iterator[Metric]:
+        totals = {url: _sum(row.cells for row in rows) for url, rows in self._upstream_rows.items()}
+        up = GaugeMetricFamily("harmonia_upstream_up", "How many workers use the upstream.", labels=["upstream"])
+        for url, total in totals.items():
+            up.add_metric([url], total[0])
+        yield up
+        for index, name in enumerate(UpstreamCounters.names[1:], 1):
+            family = CounterMetricFamily(f"harmonia_upstream_{name}", _UPSTREAMS[name], labels=["upstream"])
+            for url, total in totals.items():
+                family.add_metric([url], total[index])
+            yield family
 
 
 def _is_streamed(route: Route) -> bool:

@@ -7,6 +7,7 @@ goes on counting where that one stopped. Only the event loop of its worker write
 import mmap
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from threading import Lock
 
 BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Seconds, the upper ends of a histogram's buckets: from a path that is remembered to the largest of downloads."""
@@ -116,10 +117,29 @@ class Row:
         self._rest[1] = waiting
 
 
+class UpstreamCounters:
+    """What a worker has seen of another cache."""
+
+    names = ("up", "hits", "misses", "refused", "failures", "fetches", "fetched_bytes")
+
+    def __init__(self, cells: "memoryview[float]") -> None:
+        self.cells = cells
+        self._lock = Lock()  # the bytes come in threads
+
+    def add(self, name: str, count: float = 1) -> None:
+        with self._lock:
+            self.cells[self.names.index(name)] += count
+
+    def set_up(self, up: bool) -> None:  # noqa: FBT001 (it is the value)
+        self.cells[0] = up
+
+
 class Metrics:
     """The rows of all workers. `own` is that of this process, when it has taken one."""
 
-    def __init__(self, routes: Sequence[str], totals: Sequence[str], workers: int) -> None:
+    def __init__(
+        self, routes: Sequence[str], totals: Sequence[str], workers: int, upstreams: Sequence[str] = ()
+    ) -> None:
         """`totals` are the names of what others count, which a row takes down now and then."""
         routes = (*routes, UNKNOWN)
         size = sum(_sizes(routes, totals))
@@ -127,10 +147,25 @@ class Metrics:
         cells = memoryview(mmap.mmap(-1, workers * size * _CELL)).cast("d")
         self.rows = [Row(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
+        self._place = 0
+        self.upstreams = {url: _upstream(workers) for url in upstreams}
+        """By their URLs, for each worker."""
 
     def take(self, place: int) -> None:
         self.own = self.rows[place]
         self.own.take()
+        self._place = place
+        for workers in self.upstreams.values():
+            workers[place].set_up(False)
+
+    def own_upstream(self, url: str) -> UpstreamCounters:
+        return self.upstreams[url][self._place]
+
+
+def _upstream(workers: int) -> list[UpstreamCounters]:
+    width = len(UpstreamCounters.names)
+    cells = memoryview(mmap.mmap(-1, workers * width * _CELL)).cast("d")
+    return [UpstreamCounters(row) for row in _cut(cells, *[width] * workers)]
 
 
 def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:

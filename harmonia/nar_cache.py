@@ -16,10 +16,12 @@ import logging
 import os
 import struct
 import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
+from harmonia.errors import StoreObjectError
 from harmonia.nix.nar import OpenSlice
 
 _TRAILER = struct.Struct("<32sQ16s")
@@ -76,6 +78,29 @@ class CachedFile:
 
     def slice(self, start: int, stop: int) -> OpenSlice:
         return OpenSlice(self._descriptor, start, stop)
+
+    def follow(self, start: int, stop: int | None) -> Generator[OpenSlice | None, None, int]:
+        """The bytes from `start` to `stop`, or to the end, as they come; None whenever there are none yet.
+
+        Returns how far it came: not all the way where nobody fills it any longer. StoreObjectError where it was cut
+        short.
+        """
+        position = start
+        abandoned = False
+        while True:
+            self.refresh()
+            end = self.size if stop is None else min(stop, self.size)
+            if position < end:
+                part = self.slice(position, end)
+                yield part
+                position = part.position
+            if self.whole and position < end:
+                raise StoreObjectError("its file in the cache was cut short")
+            if self.whole or position == stop or abandoned:
+                return position
+            abandoned = self.lock()  # then it may have become whole just before
+            if not abandoned:
+                yield None
 
     def lock(self) -> bool:
         """Whether nobody fills it, and nobody will before it is closed."""
@@ -134,6 +159,12 @@ class Filler:
         os.close(self._descriptor)
         self._cache.filled(self._size)
 
+    def withdraw(self) -> None:
+        """Take back what was written, which is wrong, from its readers, too: for them it becomes empty."""
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+        self.abandon()
+
     def abandon(self) -> None:
         with suppress(OSError):
             os.unlink(self._cache.path(self._key) + _GROWING)
@@ -179,6 +210,21 @@ class NarCache:
             return self._find(key)
         return None
 
+    def use(self, key: str) -> CachedFile | None:
+        """Likewise, for somebody who wants its content: that counts as a use."""
+        with suppress(OSError):
+            return self._use(key)
+        return None
+
+    def _use(self, key: str) -> CachedFile | None:
+        if file := self._find(key):
+            self.counters.hits += 1
+            self._touch(key)
+            if key not in self._checked:
+                self._checked.add(key)
+                self.housekeeping.submit(self._check, key)
+        return file
+
     def open(self, key: str) -> tuple[CachedFile, Filler | None] | None:
         """The file, to be closed, whole or growing; and the right to fill it, where nobody does.
 
@@ -186,12 +232,7 @@ class NarCache:
         """
         try:
             while True:
-                if file := self._find(key):
-                    self.counters.hits += 1
-                    self._touch(key)
-                    if key not in self._checked:
-                        self._checked.add(key)
-                        self.housekeeping.submit(self._check, key)
+                if file := self._use(key):
                     return file, None
                 if self._unusable_until:
                     if time.monotonic() < self._unusable_until:

@@ -18,7 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
-from harmonia.config import Settings, Zstd, check, load, parse, secret_keys, tls_context, wanted
+from harmonia.config import (
+    Settings,
+    Upstream,
+    Zstd,
+    authorization,
+    check,
+    load,
+    parse,
+    secret_keys,
+    tls_context,
+    wanted,
+)
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 
@@ -498,6 +509,83 @@ def test_settings_go_to_worker_processes(machine: Machine) -> None:
     assert pickle.loads(pickle.dumps(given)) == given
 
 
+# Upstreams
+
+_KEY = SecretKey.generate("cache.example.org-1").public_key
+
+
+def upstream(*lines: str) -> str:
+    return "\n".join(["[[upstream]]", "url = 'https://cache.example.org'", *lines])
+
+
+def test_an_upstream_needs_no_more_than_its_url() -> None:
+    (given,) = settings(upstream()).upstream
+    assert given == Upstream(url="https://cache.example.org")
+    assert settings().upstream == ()
+
+
+def test_upstreams_keep_their_order() -> None:
+    text = upstream(f"public_keys = ['{_KEY}']", "sign = true") + "\n[[upstream]]\nurl = 'http://b'\ntimeout = 3"
+    first, second = settings(text).upstream
+    assert (first.public_keys, first.sign, second.url, second.timeout) == ((str(_KEY),), True, "http://b", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (upstream("prioity = 1"), "h.toml:3: upstream.0.prioity: unknown key; did you mean priority?"),
+        ("[[upstream]]\nmode = 'proxy'", "h.toml: upstream.0.url: missing; each [[upstream]] needs the URL of a cache"),
+        (upstream("mode = 'push'"), "h.toml:3: upstream.0.mode: expected one of"),
+        (upstream("timeout = 0"), "h.toml:3: upstream.0.timeout: expected seconds, more than 0"),
+        (upstream("public_keys = ['x']"), "h.toml:3: upstream.0.public_keys: a public key has the form name:base64"),
+        (upstream("sign = true"), "h.toml:3: upstream.0.sign: set without public_keys;"),
+        (upstream("netrc = 'a'", "credentials_file = 'b'"), "h.toml:4: upstream.0.credentials_file: set together"),
+        (upstream() + "\n" + upstream(), "h.toml:4: upstream.1.url: given twice"),
+        ("upstream = 1", "h.toml:1: upstream: expected an array of tables, found integer 1"),
+        ("upstream = [1]", "h.toml:1: upstream: expected an array of tables, found array"),
+    ],
+)
+def test_a_wrong_upstream_is_told(text: str, told: str) -> None:
+    assert complaint(text).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:sesame@cache.example.org", "ftp://x", "cache.example.org", "https://x/?y"]
+)
+def test_a_url_with_a_password_is_not_shown(url: str) -> None:
+    what = complaint(f"[[upstream]]\nurl = '{url}'")
+    assert what.startswith("h.toml:2: upstream.0.url: expected a string like")
+    assert "sesame" not in what
+
+
+@pytest.mark.parametrize(
+    ("key", "content", "told"),
+    [
+        ("netrc", None, "cannot read"),
+        ("netrc", "machine", "cannot read"),
+        ("netrc", "machine other login a password b", "no user and password for this upstream"),
+        ("credentials_file", None, "cannot read"),
+        ("credentials_file", "no colon", "no user and password for this upstream"),
+        ("ca_file", None, "cannot read"),
+        ("ca_file", "no PEM", "cannot read"),
+    ],
+)
+def test_a_file_of_an_upstream_that_does_not_work_is_told(
+    machine: Machine, key: str, content: str | None, told: str
+) -> None:
+    if content is not None:
+        machine.file("file", content)
+    what = machine.complaint(upstream(f"{key} = '{machine.root}/file'"))
+    assert what.startswith(f"ROOT/harmonia.toml:4: upstream.0.{key}: {told}")
+
+
+def test_credentials_are_in_no_repr(machine: Machine) -> None:
+    machine.file("file", "me:sesame\n")
+    given = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
+    assert authorization(given, 0) == "Basic bWU6c2VzYW1l"
+    assert "sesame" not in repr(given)
+
+
 # Properties
 
 TOP = {
@@ -521,7 +609,7 @@ ZSTD = {
     "window_log": st.just(0) | st.integers(10, 27),
     "max_ldm_encoders_per_worker": st.integers(0),
 }
-KEYS = [item.name for struct in (Settings, Zstd) for item in msgspec.structs.fields(struct)]
+KEYS = [item.name for struct in (Settings, Zstd, Upstream) for item in msgspec.structs.fields(struct)]
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
@@ -579,8 +667,11 @@ def table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name == "zstd":
+        if item.name in {"zstd", "upstream"}:
             continue  # has a table of its own
+        if item.required:
+            rows.append(f"| `{item.name}` | {wanted(item.type)} | | {schema['description']} |")
+            continue
         default = extra.get("default") or ("none" if item.default is None else f"`{json.dumps(item.default)}`")
         rows.append(f"| `{item.name}` | {wanted(item.type)} | {default} | {schema['description']} |")
     return "\n".join(rows)
@@ -588,7 +679,7 @@ def table(struct: type[msgspec.Struct]) -> str:
 
 def test_the_reference_tells_every_key() -> None:
     text = DOCUMENT.read_text()
-    for name, struct in (("keys", Settings), ("zstd", Zstd)):
+    for name, struct in (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream)):
         head, _, rest = text.partition(f"<!-- {name} -->\n")
         _, end, tail = rest.partition(f"<!-- /{name} -->\n")
         assert end

@@ -1,4 +1,4 @@
-"""Imports point one way: cli → {supervisor, warm} → server → {store, nar_cache, upstream} → config → nix → errors."""
+"""Imports point one way: cli → {supervisor, warm} → server → upstream → {store, nar_cache} → config → nix → errors."""
 
 import ast
 from collections.abc import Iterator
@@ -20,7 +20,6 @@ LAYERS = {
     "nar_cache": 3,
     "index_file": 3,
     "zstd": 3,
-    "upstream": 3,
     "client": 3,
     "server": 5,
     "supervisor": 6,

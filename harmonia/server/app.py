@@ -30,9 +30,11 @@ from harmonia.server import (
     nar,
     narinfo,
     serve,
+    upstream,
 )
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
+from harmonia.server.upstream import or_upstream
 
 if TYPE_CHECKING:
     from sanic.http import Http
@@ -45,13 +47,14 @@ _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
 ROUTES: dict[str, Handler] = {
     "/": landing.get,
     "/nix-cache-info": cache_info.get,
-    rf"/<hash_part:{_HASH_PART}\.narinfo>": narinfo.get,
-    rf"/<hash_part:{_HASH_PART}\.ls>": listing.get,
+    rf"/<hash_part:{_HASH_PART}\.narinfo>": or_upstream(narinfo.get),
+    rf"/<hash_part:{_HASH_PART}\.ls>": or_upstream(listing.get),
     "/nar/<name:str>": nar.get,
-    "/log/<name:str>": log.get,
-    "/realisations/<name:str>": build_trace.get_realisation,
-    "/build-trace-v2/<derivation:str>/<name:str>": build_trace.get,
-    "/debuginfo/<name:str>": debuginfo.get,
+    "/upstream/<upstream:str>/<name:path>": upstream.get,
+    "/log/<name:str>": or_upstream(log.get),
+    "/realisations/<name:str>": or_upstream(build_trace.get_realisation),
+    "/build-trace-v2/<derivation:str>/<name:str>": or_upstream(build_trace.get),
+    "/debuginfo/<name:str>": or_upstream(debuginfo.get),
     "/serve/<where:path>": serve.get,
     "/search": browse.search,
     f"/path/<hash_part:{_HASH_PART}>": browse.path,
@@ -83,6 +86,8 @@ class _Request(Request):
         """Every response comes through here. RFC 9110 section 6.6.1 wants each to tell when it was made."""
         if response is not None:
             response.headers["date"] = _date(int(time.time()))
+            if "harmonia-hops" in self.headers:  # another Harmonia, which wants to know whom it has asked
+                response.headers["harmonia-id"] = self.app.ctx.identity
         return await super().respond(response, **rest)
 
 
@@ -94,7 +99,8 @@ def _date(second: int) -> str:
 def count_with(settings: Settings) -> Metrics:
     """What this application counts with. To be made before its processes part."""
     names = dict.fromkeys(map(_name, (ROUTES | METRICS_ROUTES).values()))
-    return Metrics(tuple(names), metrics.TOTALS, settings.workers)
+    upstreams = [upstream.url for upstream in settings.upstream]
+    return Metrics(tuple(names), metrics.TOTALS, settings.workers, upstreams)
 
 
 def create_app(cache: Cache) -> "Sanic[Any, Any]":
@@ -111,6 +117,7 @@ def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
 
 def _app(name: str, cache: Cache, routes: Mapping[str, Handler]) -> "Sanic[Any, Any]":
     app = Sanic(name, config=Config(_CONFIG, env_prefix=None), configure_logging=False, request_class=_Request)
+    app.ctx.identity = cache.identity
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     for uri, handler in routes.items():

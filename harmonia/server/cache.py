@@ -1,15 +1,17 @@
 """What every resource is answered from: the settings, our keys, and the store's paths, looked up and remembered."""
 
 import asyncio
+import importlib
 import logging
 import os
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sanic import Request
 
@@ -27,6 +29,9 @@ from harmonia.nix.signing import SecretKey, is_signature
 from harmonia.server.body import Body, Encoded
 from harmonia.server.negotiation import NotAcceptable
 from harmonia.store import BUSY_TIMEOUT, Database, Store
+
+if TYPE_CHECKING:
+    from harmonia.server.upstream_answers import Answers
 
 _REMEMBERED_PATHS = 8192  # about 2 KiB each
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
@@ -63,12 +68,12 @@ class _Streamed:
 
 
 def _nar_cache(settings: Settings) -> NarCache | None:
-    if not settings.enable_compression:
+    if not (settings.enable_compression or settings.upstream):
         return None
     try:
         return NarCache(os.path.join(str(settings.cache_dir), "nar"), settings.cache_bytes)
     except OSError as error:
-        _log.warning("compressed NARs are not kept: %s: %s", error.filename, error.strerror)
+        _log.warning("NARs are not kept: %s: %s", error.filename, error.strerror)
         return None
 
 
@@ -90,6 +95,12 @@ class Cache:
         """Whether narinfos lead to compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(_store(settings), settings.database, directory) if settings.debug_info else None
+        self.upstreams: Answers | None = None
+        """Other caches, while a worker serves."""
+        if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
+            importlib.import_module("harmonia.server.upstream_answers")
+        self.identity = secrets.token_hex(8)
+        """What we call ourselves to other Harmonias, all workers alike."""
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         # For questions that take long. No narinfo waits behind them.

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
-from harmonia.errors import StoreObjectError, StoreUnavailableError
+from harmonia.errors import StoreObjectError, StoreUnavailableError, UpstreamError
 
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
@@ -27,7 +27,7 @@ def response(request: Request, error: Exception) -> HTTPResponse:
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in _EXHAUSTED:
             status = HTTPStatus.SERVICE_UNAVAILABLE
-        case OSError() | StoreObjectError():
+        case OSError() | StoreObjectError() | UpstreamError():
             # Nothing that another try would mend, and Nix goes on to the next cache only after a 404.
             status = HTTPStatus.NOT_FOUND
         case _:

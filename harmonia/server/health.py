@@ -1,4 +1,7 @@
-"""`/health`: 200 only where paths can really be served just now. `/version`: what serves them."""
+"""`/health`: 200 only where paths can really be served just now. `/version`: what serves them.
+
+`/health?verbose` also tells which upstreams the worker that answers uses. None of them makes this server unhealthy.
+"""
 
 from sanic import Request
 
@@ -9,9 +12,11 @@ from harmonia.server.cache import Cache
 _TEXT = "text/plain; charset=utf-8"
 
 
-async def get(cache: Cache, _: Request) -> Representation:
+async def get(cache: Cache, request: Request) -> Representation:
     await cache.query(cache.store.check)
-    return Representation(content_type=_TEXT, body=b"ok\n", cache_control="no-store")
+    verbose = "verbose" in request.get_args(keep_blank_values=True)
+    more = cache.upstreams.state() if verbose and cache.upstreams else ""
+    return Representation(content_type=_TEXT, body=f"ok\n{more}".encode(), cache_control="no-store")
 
 
 async def get_version(_: Cache, __: Request) -> Representation:

@@ -18,7 +18,7 @@ from harmonia import config
 from harmonia.config import Settings
 from harmonia.errors import ConfigError
 from harmonia.metrics import Row
-from harmonia.server import metrics
+from harmonia.server import metrics, upstream
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
 from harmonia.sockets import BACKLOG, notice_lost_clients
@@ -76,6 +76,7 @@ async def _serve(
         )
         assert server is not None  # noqa: S101 (its type allows for a way of old)
         servers.append(server)
+    await upstream.start(cache)
     for server in {server.app: server for server in servers}.values():
         await server.startup()  # type: ignore[no-untyped-call]
     for server in servers:
@@ -86,6 +87,7 @@ async def _serve(
     await stop.wait()
     await _drain(servers, settings.shutdown_grace)
     beating.cancel()
+    await upstream.stop(cache)
 
 
 async def _beat(cache: Cache, lifeline: socket.socket, heartbeat: float) -> None:

@@ -1,5 +1,6 @@
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
+from harmonia.errors import FormatError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
@@ -141,3 +143,95 @@ def test_a_signature_is_of_no_other_path(change: Callable[[PathInfo], PathInfo])
 def test_a_malformed_stored_signature_is_left_out(malformed: str) -> None:
     good = "a-1:" + base64.b64encode(bytes(64)).decode()
     assert narinfo.signatures(replace(INFO, sigs=(malformed, good)), STORE_DIR, []) == [good]
+
+
+@given(path_infos(), nar_files, st.lists(secret_keys, max_size=3))
+def test_what_is_rendered_is_read_back(info: PathInfo, nar: NarFile, keys: list[SecretKey]) -> None:
+    sigs = narinfo.signatures(info, STORE_DIR, keys)
+    given = replace(info, sigs=tuple(sigs))
+    size = nar.file_size if nar.file_size is None else min(nar.file_size, 10**19 - 1)
+    nar = replace(nar, file_size=size)
+    assert narinfo.parse(narinfo.render(given, STORE_DIR, nar, sigs), STORE_DIR) == (given, nar)
+
+
+def test_the_golden_one_is_read() -> None:
+    info, nar = narinfo.parse(GOLDEN, STORE_DIR)
+    assert KEY.public_key.verify(info.fingerprint(STORE_DIR), info.sigs[0])
+    assert replace(info, sigs=()) == INFO
+    assert (nar.compression, nar.file_hash, nar.file_size) == ("none", NAR_HASH, 5000768)
+
+
+def changed(name: str, *lines: str) -> str:
+    """The golden one with those lines for that of this name."""
+    return "".join(
+        "".join(f"{new}\n" for new in lines) if line.startswith(f"{name}:") else f"{line}\n"
+        for line in GOLDEN.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        f"sha256:{NAR_HASH.hex()}",
+        f"sha256:{base64.b64encode(NAR_HASH).decode()}",
+        f"sha256-{base64.b64encode(NAR_HASH).decode()}",
+    ],
+)
+def test_hashes_have_other_spellings(spelling: str) -> None:
+    assert narinfo.parse(changed("NarHash", f"NarHash: {spelling}"), STORE_DIR)[0].nar_hash == NAR_HASH
+
+
+def test_some_of_it_may_be_otherwise() -> None:
+    for text in (
+        changed("Deriver", "Deriver: unknown-deriver"),
+        changed("Deriver"),
+        changed("Deriver", "Deriver: "),
+    ):
+        assert narinfo.parse(text, STORE_DIR)[0].deriver is None
+    for text in (changed("Compression"), changed("Compression", "Compression: ")):
+        assert narinfo.parse(text, STORE_DIR)[1].compression == "bzip2"
+    assert narinfo.parse(changed("References", "References: "), STORE_DIR)[0].references == ()
+    assert narinfo.parse(changed("Sig", "Unknown: x", "System: y"), STORE_DIR)[0].sigs == ()
+    assert narinfo.parse(changed("NarSize", "NarSize: 1", "NarSize: 2"), STORE_DIR)[0].nar_size == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        GOLDEN[:-1],
+        GOLDEN.replace("\n", "\r\n"),
+        GOLDEN + "\n",
+        changed("StorePath"),
+        changed("StorePath", "StorePath: /gnu/store/1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0"),
+        changed("StorePath", "StorePath: /nix/store/1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0/bin"),
+        changed("URL"),
+        changed("URL", "URL: "),
+        changed("URL", "URL: a b"),
+        changed("URL", "URL: " + "x" * 2049),
+        changed("Compression", "Compression: rot13"),
+        changed("NarHash"),
+        changed("NarHash", "NarHash: sha1:" + "0" * 32),
+        changed("NarHash", "NarHash: sha256:" + "0" * 51),
+        changed("NarHash", "NarHash: " + base32.encode(NAR_HASH)),
+        changed("NarSize"),
+        changed("NarSize", "NarSize: 0"),
+        changed("NarSize", "NarSize: 12x"),
+        changed("NarSize", "NarSize: -1"),
+        changed("References", "References:"),
+        changed("References", "References: a"),
+        changed("References", "References: /nix/store/pays67jzjqfi6vmvngybskaiqsww24a0-dep-1.0"),
+        changed("References", *["References: pays67jzjqfi6vmvngybskaiqsww24a0-dep-1.0"] * 2),
+        changed("Sig", "Sig: x"),
+        changed("Sig", "CA: text:x", "CA: text:x"),
+    ],
+)
+def test_what_nix_would_refuse_is_refused(text: str) -> None:
+    with pytest.raises(FormatError):
+        narinfo.parse(text, STORE_DIR)
+
+
+@given(st.text() | st.text(alphabet="SNURLig: \n/ax0").map(GOLDEN.__add__))
+def test_no_text_does_worse(text: str) -> None:
+    with suppress(FormatError):
+        narinfo.parse(text, STORE_DIR)

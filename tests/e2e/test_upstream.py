@@ -1,0 +1,133 @@
+"""A stock client gets through us what a static cache or another Harmonia has, with require-sigs, and once."""
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure, build_one
+from e2e.nix_client import Client
+from e2e.proxy import CuttingProxy
+from harmonia.store_builder import StoreBuilder
+from running import Server, wait_until
+
+Start = Callable[..., Server]
+
+MEBIBYTE = 1 << 20
+
+
+@contextmanager
+def nginx(directory: Path, root: Path) -> Iterator[tuple[str, Path]]:
+    """A real web server of static files, its URL and its access log."""
+    program = shutil.which("nginx") or "/usr/sbin/nginx"
+    if not Path(program).exists():
+        pytest.skip("no nginx")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    directory.mkdir()
+    log = directory / "access.log"
+    (directory / "nginx.conf").write_text(
+        f"""
+        daemon off; pid {directory}/pid; error_log {directory}/error.log; user root;
+        events {{}}
+        http {{
+          access_log {log}; sendfile on;
+          client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
+          uwsgi_temp_path {directory}; scgi_temp_path {directory};
+          server {{ listen 127.0.0.1:{port}; root {root}; }}
+        }}
+        """
+    )
+    process = subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"])
+    try:
+        wait_until(lambda: _listens(port))
+        yield f"http://127.0.0.1:{port}", log
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+def push(closure: Closure, path: str, compression: str, directory: Path) -> None:
+    """What `nix copy --to file://` makes of a closure: a static cache, signed."""
+    server = closure.server
+    inside = f"/tmp/{directory.name}"  # in the client's own root
+    url = f"file://{inside}?compression={compression}&secret-key={closure.key.secret_file}&write-nar-listing=true"
+    server.run("nix", "copy", "--to", url, path)
+    shutil.move(server.directory / inside[1:], directory)
+
+
+def serve(start: Start, tmp_path: Path, url: str, public_key: str, settings: str = "") -> Server:
+    """A server with an empty store, and that upstream."""
+    if not (tmp_path / "empty").exists():
+        StoreBuilder(tmp_path / "empty").add_text("here", b"here\n")
+    entry = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{public_key}']\n{settings}"
+    server = start(store=tmp_path / "empty", settings=f"upstream_timeout = 5.0\n{entry}")
+    wait_until(lambda: ": up\n" in server.get("/health?verbose").text)
+    return server
+
+
+def fetch(client: Client, url: str, public_key: str, path: str) -> None:
+    client.settings |= {"substituters": url, "trusted-public-keys": public_key}
+    client.run("nix-store", "--realise", path)
+    requisites = client.run("nix-store", "--query", "--requisites", path).lines
+    client.run("nix-store", "--verify-path", *requisites)
+
+
+@pytest.mark.parametrize("mode", ["proxy", "redirect"])
+@pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
+def test_a_static_cache_behind_us(
+    start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path, *, compression: str, mode: str
+) -> None:
+    push(closure, closure.top, compression, tmp_path / "static")
+    with nginx(tmp_path / "nginx", tmp_path / "static") as (url, log):
+        server = serve(start, tmp_path, url, closure.key.public.strip(), f"mode = '{mode}'\n")
+        for name in ("one", "two"):
+            fetch(make_client(name), server.url, closure.key.public, closure.top)
+        listing = f"/{closure.top.removeprefix('/nix/store/')[:32]}.ls"
+        assert server.get(listing).body == (tmp_path / "static" / listing[1:]).read_bytes()
+        asked = [line.split('"')[1] for line in log.read_text().splitlines()]
+    nars = [line for line in asked if line.startswith("GET /nar/")]
+    # Once for both clients, and for paths that are alike.
+    assert (len(nars) == len(set(nars))) is (mode == "proxy")
+
+
+def test_a_bad_network_to_the_upstream_goes_unnoticed(
+    start: Start, client: Client, closure: Closure, tmp_path: Path
+) -> None:
+    path = build_one(closure.server, "noise-1.0", "mkdir $out; head -c 24000000 /dev/urandom > $out/noise")
+    push(closure, path, "zstd", tmp_path / "static")
+    with nginx(tmp_path / "nginx", tmp_path / "static") as (url, _):
+        port = int(url.rpartition(":")[2])
+        with CuttingProxy(port, 2 * MEBIBYTE, 8 * MEBIBYTE) as network:
+            server = serve(start, tmp_path, network.url, closure.key.public.strip())
+            fetch(client, server.url, closure.key.public, path)
+            assert network.cuts >= 3
+            server.stop()  # the network waits for its connections
+
+
+def test_a_chain_of_harmonias(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    third = start(store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']")
+    second = serve(start, tmp_path, third.url, closure.key.public.strip())
+    first = serve(start, tmp_path, second.url, closure.key.public.strip())
+    fetch(client, first.url, closure.key.public, closure.top)
+    assert client.run("nix", "log", "--store", first.url, closure.top).text
+
+
+def test_what_the_upstream_did_not_sign_is_refused(
+    start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path
+) -> None:
+    other, victim = make_client("other").generate_key("closure-1"), make_client("victim")
+    third = start(store=closure.server.directory, settings=f"sign_key_paths = ['{other.secret_file}']")
+    first = serve(start, tmp_path, third.url, closure.key.public.strip())
+    victim.settings |= {"substituters": first.url, "trusted-public-keys": other.public}
+    assert victim.run("nix-store", "--realise", closure.top, check=False).returncode != 0
+    first.wait_for_log("none of the public_keys has signed it")

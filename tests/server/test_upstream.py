@@ -1,0 +1,800 @@
+"""What is not in the store comes from other caches: whole, checked, once; and none of them ever does any harm."""
+
+import bz2
+import gzip
+import hashlib
+import http.client
+import lzma
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+import zstandard
+
+import upstream_server
+from harmonia.nix import base32
+from harmonia.nix import nar as nix_nar
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from harmonia.store_builder import StoreBuilder
+from running import Answer, Server, patched, wait_until
+from upstream_server import UpstreamServer, cut, drip, file_url, hang, reset, status
+
+Start = Callable[..., Server]
+
+KEY = SecretKey.generate("upstream-1")
+PATIENT = "upstream_timeout = 20.0"  # so that a busy machine makes nothing a miss
+IMPATIENT = "upstream_timeout = 0.5"
+PROBING = patched("from harmonia.upstream import breaker; breaker.LONGEST_DELAY = 0.2")  # those that are not there yet
+SOON = 3  # seconds, on a busy machine
+PACK: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "none": ("", bytes),
+    "xz": (".xz", lzma.compress),
+    "bzip2": (".bz2", bz2.compress),
+    "gzip": (".gz", gzip.compress),
+    "zstd": (".zst", zstandard.ZstdCompressor(3).compress),
+    "br": (".br", bytes),  # which we cannot unpack: only its FileHash is looked at
+}
+
+
+@dataclass
+class Remote:
+    """A path that only the upstream has."""
+
+    info: PathInfo
+    file: bytes
+    nar: NarFile
+    content: bytes
+
+
+_numbers = count()
+
+
+def make_path(directory: Path, size: int = 1 << 20, compression: str = "xz") -> Remote:
+    """Another one each time, for the server remembers what it was told of the last."""
+    store = StoreBuilder(directory)
+    name = f"there-{next(_numbers)}"
+    half = random.Random(name).randbytes(size // 2)
+    info = store.add(store.output_path(name), {"one": half, "zeros": bytes(size // 2)})
+    root = f"{store.real_dir}/{info.path}".encode()
+    content = b"".join(nix_nar.read(nix_nar.segments(nix_nar.frame(nix_nar.walk(root)))))
+    extension, pack = PACK[compression]
+    file = pack(content)
+    file_hash = hashlib.sha256(file).digest()
+    return Remote(info, file, NarFile(file_url(file_hash, extension), compression, file_hash, len(file)), content)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[UpstreamServer, Server]]:
+    """An upstream, and a server that has it, for all tests that want no more."""
+    directory = tmp_path_factory.mktemp("shared-upstream")
+    StoreBuilder(directory / "store").add_text("here", b"here\n")
+    with UpstreamServer() as upstream:
+        server = Server(directory / "server", directory / "store", f"{PATIENT}\n{entry(upstream)}")
+        server.start()
+        yield upstream, server
+        assert server.stop() == 0
+        assert not [line for line in server.log if "Traceback" in line or "Unclosed" in line]
+
+
+@pytest.fixture
+def upstream(shared: tuple[UpstreamServer, Server]) -> UpstreamServer:
+    shared[0].reset()
+    return shared[0]
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Remote:
+    return make_path(tmp_path / "elsewhere")
+
+
+def entry(upstream: "UpstreamServer | Server", *, verify: bool = True, **more: object) -> str:
+    lines = [f"{key} = {value!r}".replace("True", "true") for key, value in more.items()]
+    keys = [f"public_keys = ['{KEY.public_key}']"] if verify else []
+    return "\n".join(["[[upstream]]", f"url = '{upstream.url}'", *keys, *lines, ""])
+
+
+def fields(answer: Answer) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in answer.text.splitlines())
+
+
+def narinfo_path(path: Remote) -> str:
+    return f"/{path.info.path.hash_part}.narinfo"
+
+
+@pytest.fixture
+def begin(start: Start, shared: tuple[UpstreamServer, Server], store: StoreBuilder, tmp_path: Path) -> Start:
+    """A server with these upstreams, of a store that has something else; the one that is shared where that will do."""
+
+    def begin(*entries: str, settings: str = PATIENT, up: bool = True, **options: object) -> Server:
+        if entries == (entry(shared[0]),) and up and (settings, options) == (PATIENT, {}):
+            server = shared[1]
+            server.log.clear()
+        else:
+            options.setdefault("store", tmp_path / "store")
+            server = start(settings=f"{settings}\n" + "".join(entries), **options)
+        if up:
+            wait_until(lambda: all_up(server, len(entries)))
+        return server
+
+    store.add_text("here", b"here\n")
+    return begin
+
+
+def cached(server: Server, path: Remote) -> list[str]:
+    directory = server.cache_dir / "nar"
+    nar_hash = base32.encode(path.info.nar_hash)
+    return [found.name for found in directory.iterdir() if nar_hash in found.name] if directory.is_dir() else []
+
+
+# What is there
+
+
+@pytest.mark.parametrize("compression", PACK)
+def test_a_path_comes_as_the_upstream_has_it(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str
+) -> None:
+    path = make_path(tmp_path / "elsewhere", compression=compression)
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    said = server.get(narinfo_path(path))
+    assert said.status == 200
+    told = fields(Answer(200, {}, upstream.files[narinfo_path(path)]))
+    url = fields(said)["URL"]
+    assert fields(said) == told | {"URL": url}
+    assert url.startswith("upstream/")
+    assert server.head(narinfo_path(path)).headers == said.headers
+
+    for _ in range(2):
+        answer = server.get(f"/{url}")
+        assert (answer.status, answer.body) == (200, path.file)
+        assert answer.headers["content-length"] == str(len(path.file))
+        assert answer.headers["accept-ranges"] == "bytes"
+    assert server.head(f"/{url}").headers == answer.headers
+    assert upstream.asked[f"GET /{path.nar.url}"] == 1
+    part = server.get(f"/{url}", {"Range": "bytes=1000-1999"})
+    assert (part.status, part.body) == (206, path.file[1000:2000])
+    assert server.get(f"/{url}", {"If-None-Match": answer.headers["etag"]}).status == 304
+
+
+def test_a_local_path_asks_nobody(begin: Start, upstream: UpstreamServer, store: StoreBuilder) -> None:
+    info = store.add_text("local", b"local\n")
+    upstream.behaviours[r"narinfo|\.ls|nar"] = hang
+    server = begin(entry(upstream), workers=1)
+    began = time.monotonic()
+    for path in (f"/{info.path.hash_part}.narinfo", f"/{info.path.hash_part}.ls"):
+        assert server.get(path).status == server.head(path).status == 200
+    assert time.monotonic() - began < SOON
+    assert set(upstream.asked) == {"GET /nix-cache-info"}
+
+
+def test_the_url_holds_after_a_restart_and_without_the_upstream(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream), workers=1)
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    server.stop()
+    again = begin(entry(upstream), cache_dir=server.cache_dir)
+    assert again.get(f"/{url}").body == there.file
+    again.stop()
+    upstream.behaviours["."] = reset
+    third = begin(entry(upstream), cache_dir=server.cache_dir, up=False)
+    assert third.get(f"/{url}").body == there.file
+
+
+def test_in_redirect_mode_the_url_leads_to_the_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream, mode="redirect"))
+    assert fields(server.get(narinfo_path(there)))["URL"] == f"{upstream.url}/{there.nar.url}"
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_our_key_is_added_where_that_is_wanted(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path, *, sign: bool
+) -> None:
+    ours = SecretKey.generate("ours-1")
+    (tmp_path / "key").write_text(ours.export())
+    (tmp_path / "key").chmod(0o600)
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(
+        entry(upstream, sign=sign) if sign else entry(upstream),
+        settings=f"{PATIENT}\nsign_key_paths = ['{tmp_path}/key']",
+    )
+    text = server.get(narinfo_path(there)).text
+    sigs = {line.removeprefix("Sig: ") for line in text.splitlines() if line.startswith("Sig: ")}
+    fingerprint = there.info.fingerprint("/nix/store")
+    assert sigs == {KEY.sign(fingerprint), *([ours.sign(fingerprint)] if sign else [])}
+
+
+@pytest.mark.parametrize("keys", [(), (SecretKey.generate("upstream-1"),), (SecretKey.generate("other-1"),)])
+def test_what_is_not_signed_by_a_known_key_is_not_passed_on(
+    begin: Start, upstream: UpstreamServer, there: Remote, keys: tuple[SecretKey, ...]
+) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=keys)
+    server = begin(entry(upstream))
+    assert server.get(narinfo_path(there)).status == server.head(narinfo_path(there)).status == 404
+    server.wait_for_log("none of the public_keys has signed it")
+    assert upstream.asked[f"GET {narinfo_path(there)}"] == 1  # a no is remembered, too
+
+
+def test_without_public_keys_all_is_passed_on(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar)
+    server = begin(entry(upstream, verify=False))
+    assert server.get(narinfo_path(there)).status == 200
+
+
+def test_a_narinfo_of_another_path_is_none(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    other = "/" + "9" * 32 + ".narinfo"
+    upstream.files[other] = upstream.files[narinfo_path(there)]
+    server = begin(entry(upstream))
+    assert server.get(other).status == 404
+    server.wait_for_log("it is of another path")
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [
+        ("file:///etc/passwd", 404),
+        ("http://user:secret@127.0.0.1/x", 404),
+        ("ftp://127.0.0.1/x", 404),
+        ("http://[x/", 404),
+        ("http://127.0.0.1:99999/", 404),
+        ("../x", 200),
+    ],
+)
+def test_a_url_of_another_kind_is_not_followed(
+    begin: Start, upstream: UpstreamServer, there: Remote, url: str, status: int
+) -> None:
+    upstream.add(there.info, there.file, NarFile(url, "xz"), keys=(KEY,))
+    assert begin(entry(upstream)).get(narinfo_path(there)).status == status
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_only_what_is_signed_leads_to_another_host(
+    begin: Start, upstream: UpstreamServer, there: Remote, *, verify: bool
+) -> None:
+    with UpstreamServer() as other:
+        other.files["/x"] = there.file
+        upstream.add(there.info, there.file, NarFile(f"{other.url}/x", "xz", there.nar.file_hash), keys=(KEY,))
+        server = begin(entry(upstream, verify=verify))
+        answer = server.get(narinfo_path(there))
+        assert answer.status == (200 if verify else 404)
+        if verify:
+            assert server.get("/" + fields(answer)["URL"]).body == there.file
+            assert not any(name.lower().startswith("harmonia-") for headers in other.headers for name in headers)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nix-cache-info", "..%2fnix-cache-info", "x/../../secret", "nar/%2e%2e/secret", "http://h/", "nar/..", "nar/."],
+)
+def test_nothing_else_of_the_upstream_can_be_had(
+    begin: Start, upstream: UpstreamServer, there: Remote, name: str
+) -> None:
+    upstream.files |= {"/secret": b"secret", "/nar/../secret": b"secret"}
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    base = fields(server.get(narinfo_path(there)))["URL"].rpartition("/")[0]
+    before = sum(upstream.asked.values())
+    assert server.get(f"/{base}/{name}").status == 404
+    assert sum(upstream.asked.values()) == before
+
+
+# One question, one fetch
+
+
+def test_a_hundred_clients_of_a_cold_nar_are_one_fetch(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="zstd")
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    server = begin(entry(upstream), workers=2)
+
+    def fetch(_: int) -> bytes:
+        return server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body
+
+    with ThreadPoolExecutor(100) as threads:
+        bodies = list(threads.map(fetch, range(100)))
+    assert all(body == path.file for body in bodies)
+    assert upstream.asked[f"GET /{path.nar.url}"] == 1
+    # Once for each worker, and once more for a NAR whose narinfo the other worker gave.
+    assert upstream.asked[f"GET {narinfo_path(path)}"] <= 4
+
+
+def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+
+    def late(handler: upstream_server.Handler) -> None:
+        time.sleep(0.3)
+        handler.serve()
+
+    upstream.behaviours["narinfo"] = late
+    server = begin(entry(upstream))
+    with ThreadPoolExecutor(20) as threads:
+        assert {answer.status for answer in threads.map(lambda _: server.get(narinfo_path(there)), range(20))} == {200}
+    assert upstream.asked[f"GET {narinfo_path(there)}"] == 1
+
+
+def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    answer = server.get(f"/{url}")
+    assert (answer.status, answer.body) == (200, there.file)
+    assert answer.headers["content-length"] == str(len(there.file))
+    assert server.head(f"/{url}").headers == answer.headers
+    for ranges in (True, False):
+        upstream.ranges = ranges
+        part = server.get(f"/{url}", {"Range": "bytes=1000-300999"})
+        assert (part.status, part.body) == (206, there.file[1000:301000])
+
+
+def test_a_wrong_nar_never_ends_even_without_the_cache(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+) -> None:
+    wrong = bytes(len(there.file))
+    upstream.add(there.info, wrong, NarFile(there.nar.url, "none", there.nar.file_hash, len(wrong)), keys=(KEY,))
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
+
+
+def test_a_slow_client_slows_the_upstream_where_nothing_is_kept(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    path = make_path(tmp_path / "elsewhere", size=64 << 20, compression="none")
+    sent = 0
+
+    def flood(handler: upstream_server.Handler) -> None:
+        nonlocal sent
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(path.file)))
+        handler.end_headers()
+        for start in range(0, len(path.file), 65536):
+            handler.wfile.write(path.file[start : start + 65536])
+            sent = start
+
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = flood
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    url = fields(server.get(narinfo_path(path)))["URL"]
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        connection.recv(100)
+        before = -1
+        while before != sent:
+            before = sent
+            time.sleep(0.5)
+        assert sent < 32 << 20
+
+
+def test_what_is_too_large_to_keep_goes_on_without_the_cache(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    """In its midst: nobody said before how large it is."""
+    path = make_path(tmp_path / "elsewhere", size=8 << 20, compression="none")
+    upstream.add(path.info, path.file, NarFile(path.nar.url, "none"), keys=(KEY,))
+    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1M'")
+    assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
+    assert cached(server, path) == []
+
+
+def test_a_worker_that_dies_takes_no_other_download_with_it(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    path = make_path(tmp_path / "elsewhere", size=8 << 20, compression="none")
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = drip(1 << 18, 0.2)
+    server = begin(entry(upstream), workers=2)
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    filler = None
+
+    def fetch(_: int) -> bool:
+        return not aborted(server, url)
+
+    with ThreadPoolExecutor(24) as threads:
+        downloads = [threads.submit(fetch, number) for number in range(24)]
+        wait_until(lambda: cached(server, path) and (server.cache_dir / "nar" / cached(server, path)[0]).stat().st_size)
+        growing = (server.cache_dir / "nar" / cached(server, path)[0]).stat()
+        for worker in server.workers:
+            held = [f.read_text() for f in Path(f"/proc/{worker}/fdinfo").iterdir()]
+            if any("FLOCK" in text and f":{growing.st_ino} " in text for text in held):
+                filler = worker
+        assert filler is not None
+        upstream.behaviours.clear()
+        os.kill(filler, signal.SIGKILL)
+        outcomes = [download.result() for download in downloads]
+    assert True in outcomes  # those of the other worker
+    assert server.get(url).body == path.file
+
+
+def test_two_paths_of_the_same_content_are_one_fetch(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    alike = replace(there.info, path=StorePath("9" + there.info.path[1:]))
+    for info in (there.info, alike):
+        upstream.add(info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    for info in (there.info, alike):
+        url = fields(server.get(f"/{info.path.hash_part}.narinfo"))["URL"]
+        assert server.get(f"/{url}").body == there.file
+    assert upstream.asked[f"GET /{there.nar.url}"] == 1
+
+
+# Upstreams that do wrong
+
+
+def aborted(server: Server, url: str) -> bool:
+    try:
+        return server.get(url).status != 200
+    except (http.client.IncompleteRead, ConnectionError):
+        return True
+
+
+@pytest.mark.parametrize("compression", ["xz", "none"])
+@pytest.mark.parametrize("with_hash", [True, False])
+def test_wrong_bytes_never_arrive_whole_nor_stay(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str, *, with_hash: bool
+) -> None:
+    path = make_path(tmp_path / "elsewhere", compression=compression)
+    wrong = bytearray(path.file)
+    wrong[len(wrong) // 2] ^= 1
+    nar = path.nar if with_hash else NarFile(path.nar.url, compression)
+    upstream.add(path.info, bytes(wrong), nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    assert aborted(server, url)
+    wait_until(lambda: cached(server, path) == [])
+    upstream.files[f"/{nar.url}"] = path.file
+    assert server.get(url).body == path.file
+
+
+def test_a_right_file_hash_hides_no_wrong_nar_hash(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """Only the NarHash is signed."""
+    evil = lzma.compress(bytes(len(there.content)))
+    nar = NarFile("nar/evil.nar.xz", "xz", hashlib.sha256(evil).digest(), len(evil))
+    upstream.add(there.info, evil, nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    assert aborted(server, "/" + fields(server.get(narinfo_path(there)))["URL"])
+    wait_until(lambda: cached(server, there) == [])
+
+
+@pytest.mark.parametrize("compression", ["xz", "zstd", "gzip", "bzip2"])
+def test_a_bomb_is_defused(begin: Start, upstream: UpstreamServer, there: Remote, compression: str) -> None:
+    bomb = PACK[compression][1](bytes(16 << 20))
+    upstream.add(there.info, bomb, NarFile("nar/bomb", compression), keys=(KEY,))
+    server = begin(entry(upstream))
+    assert aborted(server, "/" + fields(server.get(narinfo_path(there)))["URL"])
+    server.wait_for_log("unpacks to more than its NarSize")
+
+
+@pytest.mark.parametrize("lie", [-1, 1])
+def test_a_lie_about_the_length_is_no_nar(begin: Start, upstream: UpstreamServer, there: Remote, lie: int) -> None:
+    nar = NarFile(there.nar.url, "xz", there.nar.file_hash, len(there.file) + lie)
+    upstream.add(there.info, there.file, nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).status == 404
+    assert cached(server, there) == []
+
+
+@pytest.mark.parametrize("status_", [404, 500, 503])
+def test_a_nar_that_is_not_there_is_a_plain_miss(
+    begin: Start, upstream: UpstreamServer, there: Remote, status_: int
+) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = status(status_)
+    server = begin(entry(upstream))
+    answer = server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
+    assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
+    assert cached(server, there) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_nar_that_breaks_off_is_resumed(begin: Start, upstream: UpstreamServer, there: Remote, seed: int) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    at = [random.Random(seed).randrange(1, len(there.file) // 4) for _ in range(3)]
+    upstream.behaviours["/nar/"] = cut(*at)
+    server = begin(entry(upstream))
+    assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).body == there.file
+    assert upstream.asked[f"GET /{there.nar.url}"] == 4
+    ranges = [headers["Range"] for headers in upstream.headers if "Range" in headers]
+    positions = [int(each.removeprefix("bytes=").removesuffix("-")) for each in ranges]
+    reached = 0
+    for sent, position in zip(at, positions, strict=True):
+        assert 0 <= reached + sent - position <= 2 * 256 * 1024  # of what had arrived, a buffer may not be taken yet
+        reached = position
+
+
+def test_one_that_cannot_be_resumed_breaks_our_transfer(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.ranges = False
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = cut(200_000)
+    server = begin(entry(upstream))
+    url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+    assert aborted(server, url)
+    assert server.get(url).body == there.file
+
+
+FAULTS = {
+    "hang": hang,
+    "reset": reset,
+    "500": status(500),
+    "429": status(429, Retry_After="30"),
+    "drip": drip(1, 0.2),
+    "loop": lambda handler: handler.answer(302, b"", {"Location": handler.path}),
+    "elsewhere": status(302, Location="http://127.0.0.1:1/"),
+    "nowhere": status(302, Location="http://[x/"),
+    "nonsense": status(200),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_miss_is_answered_within_the_bound(begin: Start, upstream: UpstreamServer, there: Remote, fault: str) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["narinfo"] = FAULTS[fault]
+    server = begin(entry(upstream), settings=IMPATIENT)
+    for method in ("GET", "HEAD"):
+        began = time.monotonic()
+        answer = server.request(method, narinfo_path(there))
+        assert time.monotonic() - began < SOON
+        assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
+
+
+def test_dead_upstreams_delay_neither_start_nor_misses(begin: Start, store: StoreBuilder) -> None:
+    here = store.add_text("more", b"more\n")
+    dead = ["[[upstream]]\nurl = 'http://127.0.0.1:1'\n"]
+    with UpstreamServer() as silent:
+        silent.behaviours["."] = hang
+        server = begin(*dead, entry(silent), settings=IMPATIENT, up=False)
+        for number in range(3):
+            began = time.monotonic()
+            assert server.get(f"/{number:032}.narinfo").status == 404
+            assert time.monotonic() - began < SOON
+        began = time.monotonic()
+        assert server.get(f"/{here.path.hash_part}.narinfo").status == 200
+        assert time.monotonic() - began < SOON
+        assert server.get("/health").text == "ok\n"
+        assert server.get("/health?verbose").text.count(": down\n") == 2
+
+
+def test_one_that_fails_is_left_alone_and_found_again(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream), workers=1)
+    upstream.behaviours["."] = status(500)
+    for number in range(3):
+        assert server.get(f"/{number:032}.narinfo").status == 404
+    wait_until(lambda: "down" in server.get("/health?verbose").text)
+    asked = sum(count for path, count in upstream.asked.items() if "narinfo" in path)
+    assert server.get(narinfo_path(there)).status == 404
+    assert sum(count for path, count in upstream.asked.items() if "narinfo" in path) == asked == 3
+    assert re.search(r'harmonia_upstream_up\{upstream="[^"]+"\} 0.0', server.get("/metrics").text)
+    upstream.behaviours.clear()
+    wait_until(lambda: server.get(narinfo_path(there)).status == 200)
+    metrics = server.get("/metrics").text
+    assert re.search(r'harmonia_upstream_up\{upstream="[^"]+"\} 1.0', metrics)
+    assert re.search(r'harmonia_upstream_hits_total\{upstream="[^"]+"\} 1.0', metrics)
+
+
+def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.files["/nix-cache-info"] = b"StoreDir: /gnu/store\n"
+    server = begin(entry(upstream), up=False)
+    server.wait_for_log("it is for the store '/gnu/store'")
+    assert server.get(narinfo_path(there)).status == 404
+
+
+# Several upstreams
+
+
+def test_the_lowest_priority_is_asked_first(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    with UpstreamServer() as later:
+        for each in (upstream, later):
+            each.add(there.info, there.file, there.nar, keys=(KEY,))
+        server = begin(entry(later, priority=2), entry(upstream, priority=1))
+        server.get(narinfo_path(there))
+        assert not any("narinfo" in path for path in later.asked)
+        del upstream.files[narinfo_path(there)]
+        other = "/" + "1" * 32 + ".narinfo"
+        assert server.get(other).status == 404
+        assert upstream.asked[f"GET {other}"] == later.asked[f"GET {other}"] == 1
+
+
+def test_of_equal_ones_the_fastest_wins(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    with UpstreamServer() as slow:
+        for each in (upstream, slow):
+            each.add(there.info, there.file, there.nar, keys=(KEY,))
+        slow.behaviours["narinfo"] = hang
+        server = begin(entry(slow), entry(upstream))
+        began = time.monotonic()
+        assert server.get(narinfo_path(there)).status == 200
+        assert time.monotonic() - began < 9
+
+
+def test_a_slow_one_does_not_hold_up_the_next(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    with UpstreamServer() as slow:
+        upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+        slow.behaviours["narinfo"] = hang
+        server = begin(entry(slow, priority=1), entry(upstream, priority=2))
+        assert server.get(narinfo_path(there)).status == 200
+
+
+# Credentials
+
+
+@pytest.mark.parametrize("kind", ["netrc", "credentials_file"])
+def test_credentials_go_to_the_upstream_and_nowhere_else(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path, kind: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("machine 127.0.0.1 login me password sesame\n" if kind == "netrc" else "me:sesame\n")
+    secret.chmod(0o600)
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    with UpstreamServer() as other:
+        other.files["/there"] = there.file
+        upstream.behaviours["/nar/"] = status(302, Location=f"{other.url}/there")
+        server = begin(entry(upstream) + f"{kind} = '{secret}'\n")
+        assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).body == there.file
+        assert {headers.get("Authorization") for headers in upstream.headers} == {"Basic bWU6c2VzYW1l"}
+        assert {headers.get("Authorization") for headers in other.headers} == {None}
+    server.stop()
+    assert not [line for line in server.log if "sesame" in line or "bWU6c2VzYW1l" in line]
+
+
+def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    with UpstreamServer() as other:
+        other.add(there.info, there.file, there.nar, keys=(KEY,))
+        drv = "8" * 32 + "-there.drv"
+        other.files[f"/log/{drv}"] = b"secret"
+        for path in (f"/log/{drv}", narinfo_path(there)):
+            upstream.behaviours[path] = status(302, Location=f"{other.url}{path}")
+        server = begin(entry(upstream))
+        assert server.get(f"/log/{drv}").status == server.get(narinfo_path(there)).status == 404
+        assert not other.asked
+
+
+# The other resources
+
+
+def test_logs_listings_and_the_like_fall_through(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    drv = "0" * 32 + "-there.drv"
+    realisation = "sha256:" + "0" * 64 + "!out.doi"
+    doi = b'{"outPath":"%s"}' % there.info.path.encode()
+    listing = b'{"version":1,"root":{"type":"regular","size":0}}'
+    log = b"built\n" * 100_000
+    build_id = "ab" * 20
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.files |= {
+        f"/log/{drv}": log,
+        f"/{there.info.path.hash_part}.ls": listing,
+        f"/realisations/{realisation}": doi,
+        f"/build-trace-v2/{drv}/out.doi": doi,
+        f"/debuginfo/{build_id}.debug": b'{"archive":"../nar/x.nar.xz","member":"m"}',
+        "/nar/x.nar.xz": there.file,
+    }
+    server = begin(entry(upstream))
+    for path, content in (
+        (f"/log/{drv}", log),
+        (f"/{there.info.path.hash_part}.ls", listing),
+        (f"/realisations/{realisation}", doi),
+        (f"/realisations/{realisation.replace('!', '%21')}", doi),
+        (f"/build-trace-v2/{drv}/out.doi", doi),
+    ):
+        answer = server.get(path)
+        assert (answer.status, answer.body) == (200, content), path
+        assert server.head(path).headers == answer.headers
+    assert server.get(f"/log/{drv}", {"Range": "bytes=6-11"}).body == b"built\n"
+    found = server.get(f"/debuginfo/{build_id}")
+    archive = re.search(r'"\.\./(upstream/[^"]+)"', found.text)
+    assert archive
+    assert server.get(f"/{archive[1]}").body == there.file
+    for path in ("/log/" + "1" * 32 + "-none.drv", "/realisations/none", f"/debuginfo/{'0' * 40}", f"/{'0' * 32}.ls"):
+        assert server.get(path).status == 404
+
+
+@pytest.mark.parametrize("fault", ["hang", "reset", "500", "elsewhere"])
+def test_their_upstreams_are_bounded_too(begin: Start, upstream: UpstreamServer, fault: str) -> None:
+    server = begin(entry(upstream), settings=IMPATIENT)
+    upstream.behaviours["."] = FAULTS[fault]
+    drv = "0" * 32 + "-there.drv"
+    for path in (f"/log/{drv}", f"/{'0' * 32}.ls", f"/build-trace-v2/{drv}/out.doi", f"/debuginfo/{'0' * 40}"):
+        began = time.monotonic()
+        assert server.get(path).status == 404
+        assert time.monotonic() - began < SOON
+
+
+# Harmonias among themselves
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def test_a_chain_of_three(begin: Start, start: Start, tmp_path: Path) -> None:
+    far = StoreBuilder(tmp_path / "far")
+    info = far.add(far.output_path("far"), {"file": random.Random(1).randbytes(1 << 20)}, keys=[KEY])
+    third = start(store=tmp_path / "far", settings="access_log = true")
+    second = begin(entry(third))
+    first = begin(entry(second))
+    answer = first.get(f"/{info.path.hash_part}.narinfo")
+    url = fields(answer)["URL"]
+    for _ in range(2):
+        body = first.get(f"/{url}").body
+        content = zstandard.ZstdDecompressor().decompressobj().decompress(body) if "zst" in url else body
+        assert hashlib.sha256(content).digest() == info.nar_hash
+    third.stop()
+    assert len([line for line in third.log if "GET /nar/" in line]) == 1
+
+
+def all_up(server: Server, count: int) -> bool:
+    return server.get("/health?verbose").text.count(": up\n") == count
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_question_does_not_go_round_in_circles(start: Start, store: StoreBuilder, tmp_path: Path, size: int) -> None:
+    """Each has all others for upstreams."""
+    store.add_text("here", b"here\n")
+    far = StoreBuilder(tmp_path / "far")
+    info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
+    ports = free_ports(size)
+    servers = []
+    for number, port in enumerate(ports):
+        others = [f"[[upstream]]\nurl = 'http://127.0.0.1:{other}'\n" for other in ports if other != port]
+        where = tmp_path / ("far" if number == size - 1 else "store")
+        settings = f"access_log = true\n{PATIENT}\n" + "".join(others)
+        servers.append(start(store=where, bind=f"127.0.0.1:{port}", settings=settings, program=PROBING))
+    for server in servers:
+        wait_until(partial(all_up, server, size - 1), 30)
+    answer = servers[0].get(f"/{info.path.hash_part}.narinfo")
+    assert answer.status == 200
+    began = time.monotonic()
+    assert servers[0].get(f"/{'0' * 32}.narinfo").status == 404
+    assert time.monotonic() - began < 9
+    for server in servers:
+        server.stop()
+    asked = [line for server in servers for line in server.log if f"{'0' * 32}.narinfo" in line and "' 404 " in line]
+    assert len(asked) == size
+
+
+# TLS
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+def test_only_an_upstream_with_a_certificate_that_is_vouched_for_is_used(
+    begin: Start, start: Start, tmp_path: Path
+) -> None:
+    far = StoreBuilder(tmp_path / "far")
+    info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache -keyout key.pem"
+    )
+    command += " -out cert.pem -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "key.pem").chmod(0o600)
+    tls = f"tls_cert_path = '{tmp_path}/cert.pem'\ntls_key_path = '{tmp_path}/key.pem'"
+    secured = start(store=tmp_path / "far", settings=tls)
+    trusting = begin(entry(secured, ca_file=f"{tmp_path}/cert.pem"))
+    answer = trusting.get(f"/{info.path.hash_part}.narinfo")
+    assert trusting.get("/" + fields(answer)["URL"]).status == 200
+    careful = begin(entry(secured), up=False)
+    careful.wait_for_log("cannot be used")
+    assert careful.get(f"/{info.path.hash_part}.narinfo").status == 404

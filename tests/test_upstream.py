@@ -1,0 +1,206 @@
+"""What an upstream sends is looked at piece by piece, and one that fails is left alone."""
+
+import asyncio
+import bz2
+import gzip
+import hashlib
+import lzma
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.errors import UpstreamError
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+from harmonia.upstream import breaker
+from harmonia.upstream.breaker import Breaker
+from harmonia.upstream.content import Check, unpack
+from harmonia.upstream.question import Hops
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "xz": lzma.compress,
+    "bzip2": bz2.compress,
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+}
+PATH = StorePath(f"{'0' * 32}-x")
+
+
+def info(content: bytes) -> PathInfo:
+    return PathInfo(PATH, hashlib.sha256(content).digest(), len(content))
+
+
+def check(path: PathInfo, nar: NarFile, file: bytes, *cuts: int) -> None:
+    looking = Check(path, nar)
+    places = sorted({min(cut, len(file)) for cut in cuts})
+    for start, stop in zip([0, *places], [*places, len(file)], strict=True):
+        looking.feed(file[start:stop])
+    looking.finish()
+
+
+contents = st.binary(min_size=1, max_size=300) | st.binary(min_size=1, max_size=9).map(lambda data: data * 50_000)
+
+
+@given(st.sampled_from(sorted(PACK)), st.lists(contents, min_size=1, max_size=3), st.lists(st.integers(0, 2000)))
+def test_what_is_right_is_so_however_it_comes(compression: str, parts: list[bytes], cuts: list[int]) -> None:
+    """Also of several streams, one after the other."""
+    file = b"".join(map(PACK[compression], parts))
+    path = info(b"".join(parts))
+    file_hash = hashlib.sha256(file).digest()
+    check(path, NarFile("x", compression, file_hash), file, *cuts)
+    check(path, NarFile("x", compression), file, *cuts)
+    with pytest.raises(UpstreamError):
+        check(replace(path, nar_hash=bytes(32)), NarFile("x", compression, file_hash), file, *cuts)
+    with pytest.raises(UpstreamError):
+        check(replace(path, nar_size=path.nar_size + 1), NarFile("x", compression, file_hash), file, *cuts)
+    with pytest.raises(UpstreamError):
+        check(path, NarFile("x", compression, bytes(32)), file, *cuts)
+
+
+@given(st.sampled_from(sorted(PACK)), contents, st.data())
+def test_what_is_cut_short_or_damaged_is_wrong(compression: str, content: bytes, data: st.DataObject) -> None:
+    file = bytearray(PACK[compression](content))
+    cut = data.draw(st.integers(0, len(file) - 1))
+    path, nar = info(content), NarFile("x", compression, hashlib.sha256(file).digest())
+    with pytest.raises(UpstreamError):
+        check(path, nar, bytes(file[:cut]))
+    file[cut] ^= 1
+    with pytest.raises(UpstreamError):
+        check(path, nar, bytes(file))
+
+
+def test_only_a_file_hash_can_tell_of_an_unknown_compression() -> None:
+    path = info(b"content")
+    assert not Check(path, NarFile("x", "br")).conclusive
+    assert Check(path, NarFile("x", "br", hashlib.sha256(b"packed").digest())).conclusive
+    assert Check(path, NarFile("x", "xz")).conclusive
+    check(path, NarFile("x", "br", hashlib.sha256(b"packed").digest()), b"packed")
+
+
+@pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
+def test_a_bomb_takes_little_memory(compression: str) -> None:
+    bomb = PACK[compression](bytes(256 << 20) if compression == "zstd" else bytes(32 << 20))
+    tracemalloc.start()
+    with pytest.raises(UpstreamError, match="NarSize"):
+        check(info(b"x" * 100), NarFile("x", compression), bomb)
+    with pytest.raises(UpstreamError, match="large"):
+        unpack(bomb, compression, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 70 << 20
+
+
+@pytest.mark.parametrize("encoding", ["br", "compress", "gzip"])
+def test_a_body_that_is_not_what_it_says_is_none(encoding: str) -> None:
+    with pytest.raises(UpstreamError):
+        unpack(b"neither", encoding, 1000)
+
+
+class Upstream:
+    """What a breaker looks at."""
+
+    def __init__(self, *, works: bool) -> None:
+        self.works = works
+        self.probes = 0
+        self.states: list[bool] = []
+
+    async def probe(self) -> bool:
+        self.probes += 1
+        return self.works
+
+    def breaker(self) -> Breaker:
+        return Breaker(self.probe, self.states.append)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 (nothing tells of it)
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(breaker, "LONGEST_DELAY", 0.02)
+
+
+def test_a_breaker_closes_when_the_upstream_answers() -> None:
+    async def run() -> None:
+        upstream = Upstream(works=False)
+        tried = upstream.breaker()
+        tried.start(10)
+        assert not await tried.usable()
+        upstream.works = True
+        await until(lambda: tried.closed)
+        assert upstream.states == [True]
+        await tried.stop()
+
+    asyncio.run(run())
+
+
+def test_a_first_probe_that_hangs_is_not_waited_for() -> None:
+    async def run() -> None:
+        tried = Breaker(asyncio.Event().wait, lambda _: None)
+        tried.start(0.01)
+        async with asyncio.timeout(10):
+            assert not await tried.usable()
+        await tried.stop()
+
+    asyncio.run(run())
+
+
+def test_a_breaker_opens_after_failures_in_a_row() -> None:
+    async def run() -> None:
+        upstream = Upstream(works=True)
+        tried = upstream.breaker()
+        tried.start(10)
+        assert await tried.usable()
+        for _ in range(10):
+            tried.failed()
+            tried.failed()
+            tried.succeeded()
+        assert tried.closed
+        upstream.works = False
+        for _ in range(breaker.FAILURES):
+            tried.failed()
+        assert not tried.closed
+        before = upstream.probes
+        await until(lambda: upstream.probes >= before + 3)
+        assert not await tried.usable()
+        upstream.works = True
+        await until(lambda: tried.closed)
+        assert upstream.states == [True, False, True]
+        await tried.stop()
+
+    asyncio.run(run())
+
+
+def test_who_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "LONGEST_DELAY", 60)
+
+    async def run() -> None:
+        upstream = Upstream(works=True)
+        tried = upstream.breaker()
+        tried.start(10)
+        assert await tried.usable()
+        tried.failed(retry_after=30)
+        assert not tried.closed
+        await asyncio.sleep(0.05)
+        assert upstream.probes == 1
+        await tried.stop()
+
+    asyncio.run(run())
+
+
+def test_hops_are_read_as_they_are_written() -> None:
+    hops = Hops.parse("a, b", "c,, d ,")
+    assert hops == Hops(("a", "b"), frozenset("cd"))
+    headers = hops.headers("us", [])
+    assert Hops.parse(headers["Harmonia-Hops"], headers["Harmonia-Asked"]) == Hops(("a", "b", "us"), frozenset("cd"))

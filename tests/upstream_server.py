@@ -1,0 +1,171 @@
+"""A static binary cache to be an upstream, which can be told to do wrong in every way."""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+
+from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+
+Behaviour = Callable[["Handler"], None]
+"""What is done in place of an answer."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "UpstreamServer"
+
+    def do_GET(self) -> None:
+        self.server.asked[f"{self.command} {self.path}"] += 1
+        self.server.headers.append(dict(self.headers.items()))
+        for pattern, behaviour in self.server.behaviours.items():
+            if re.search(pattern, self.path):
+                behaviour(self)
+                return
+        self.serve()
+
+    do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
+
+    def serve(self) -> None:
+        """The file, as a plain web server gives it."""
+        content = self.server.files.get(self.path)
+        if content is None:
+            self.answer(404, b"")
+            return
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        headers = {"Accept-Ranges": "bytes"} if self.server.ranges else {}
+        if part and self.server.ranges:
+            start, stop = int(part[1]), int(part[2]) + 1 if part[2] else len(content)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            self.answer(206, content[start:stop], headers)
+        else:
+            self.answer(200, content, headers)
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def handle(self) -> None:
+        with suppress(OSError):  # the client is gone
+            super().handle()
+
+
+class UpstreamServer(ThreadingHTTPServer):
+    """`files` by their paths, and what to do otherwise for paths that match a pattern. `asked` counts the requests."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.reset()
+        self.stop = threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+
+    def reset(self) -> None:
+        """Be an empty cache that does nothing wrong, and was never asked."""
+        self.files: dict[str, bytes] = {"/nix-cache-info": b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 40\n"}
+        self.behaviours: dict[str, Behaviour] = {}
+        self.asked: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.ranges = True
+
+    def add(self, info: PathInfo, file: bytes, nar: NarFile, keys: tuple[SecretKey, ...] = ()) -> None:
+        sigs = [key.sign(info.fingerprint("/nix/store")) for key in keys]
+        self.files[f"/{info.path.hash_part}.narinfo"] = narinfo.render(info, "/nix/store", nar, sigs).encode()
+        self.files[f"/{nar.url}"] = file
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+def hang(handler: Handler) -> None:
+    """Say nothing."""
+    handler.server.stop.wait(60)
+    handler.close_connection = True
+
+
+def reset(handler: Handler) -> None:
+    """Break the connection."""
+    handler.close_connection = True
+    handler.connection.close()
+
+
+def status(number: int, **headers: str) -> Behaviour:
+    return lambda handler: handler.answer(number, b"sorry\n", {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def cut(*after: int) -> Behaviour:
+    """Break off after so many bytes of body: of the first answer, of the second, …; then give all."""
+    limits = list(after)
+
+    def behave(handler: Handler) -> None:
+        if not limits:
+            handler.serve()
+            return
+        limit, whole = limits.pop(0), handler.wfile
+
+        class Limited:
+            def __init__(self) -> None:
+                self.left = -1
+
+            def write(self, data: bytes) -> int:
+                if self.left < 0:
+                    self.left = limit
+                    return whole.write(data)  # the head
+                whole.write(data[: self.left])
+                whole.flush()
+                handler.close_connection = True
+                return len(data)
+
+            flush = whole.flush
+            close = whole.close
+            closed = False
+
+        handler.wfile = Limited()  # type: ignore[assignment]
+        handler.serve()
+
+    return behave
+
+
+def drip(size: int, pause: float) -> Behaviour:
+    """The file, a few bytes at a time."""
+
+    def behave(handler: Handler) -> None:
+        content = handler.server.files[handler.path]
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        for start in range(0, len(content), size):
+            if handler.server.stop.is_set():
+                break
+            handler.wfile.write(content[start : start + size])
+            time.sleep(pause)
+
+    return behave
+
+
+def file_url(file_hash: bytes, extension: str) -> str:
+    return f"nar/{base32.encode(file_hash)}.nar{extension}"
