@@ -126,10 +126,14 @@ let
         })
         (lib.filter (file: lib.hasPrefix "upstream-${toString number}-" file.name) upstreamFiles)
     );
-  zstd = given cfg.settings.zstd;
+  tables = lib.filterAttrs (_: table: table != { }) {
+    release = given cfg.settings.release;
+    zstd = given cfg.settings.zstd;
+  };
   settings =
     given (
       removeAttrs cfg.settings [
+        "release"
         "sign_key_path"
         "sign_key_paths"
         "upstream"
@@ -144,7 +148,7 @@ let
     // lib.optionalAttrs (cfg.settings.tls_key_path != null) {
       tls_key_path = "${credentialsDirectory}/tls-key";
     }
-    // lib.optionalAttrs (zstd != { }) { inherit zstd; };
+    // tables;
 
   unchecked = format.generate "harmonia.toml" settings;
   # A wrong setting stops the build, not the service.

@@ -4,6 +4,7 @@ These look at many rows. Each is bounded, and tells when it did not see them all
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from harmonia.errors import FormatError
@@ -39,6 +40,15 @@ select count(*), count(narSize), sum(narSize) from closure join ValidPaths using
 """
 
 
+# No index has it. It is only asked where there are rules for what may leave the house.
+_OUTPUTS = "select path from ValidPaths where deriver = ? limit ?"
+_MOST_OUTPUTS = 100
+
+
+Released = Callable[[StorePath], bool] | None
+"""Tells of a path whether it may leave the house, where not all may."""
+
+
 class Paths(NamedTuple):
     """Some paths, and how many there are. Of a search that was cut short, at least so many."""
 
@@ -55,11 +65,19 @@ class Closure(NamedTuple):
     complete: bool
 
 
-def search(store: Store, text: str, limit: int) -> Paths:
-    """The paths whose name has the words of `text` in their order, or whose hash part begins with it; best first."""
+def search(store: Store, text: str, limit: int, released: Released = None) -> Paths:
+    """The paths whose name has the words of `text` in their order, or whose hash part begins with it; best first.
+
+    Only those that are `released`, where that is asked.
+    """
     words = text.casefold().split()
     if not words:
         return Paths([], 0)
+
+    def order(path: StorePath) -> tuple[object, ...]:
+        name = path.name.casefold()
+        return name != words[0], not name.startswith(words[0]), path.is_derivation, len(name), name, path
+
     in_name = "%" + "%".join(map(_literally, words)) + "%"
     in_hash = f"{words[0]}%" if len(words) == 1 and set(words[0]) <= set(ALPHABET) else ""
     prefix = len(store.store_dir) + 1
@@ -69,22 +87,32 @@ def search(store: Store, text: str, limit: int) -> Paths:
     while len(found) < _CANDIDATES and time.monotonic() < deadline:
         pattern = (HASH_PART_LENGTH + 2, in_name, in_hash)
         [(last, matches)] = store.database.query(_MATCHES, prefix + 1, last, _BATCH, *pattern)
-        found += filter(None, map(_store_path, (matches or "").split()))
+        for path in filter(None, map(_store_path, (matches or "").split())):
+            if released is None or released(path):
+                found.append(path)
+            if released is not None and time.monotonic() > deadline:
+                return Paths(sorted(found, key=order)[:limit], len(found), complete=False)
         if last is None:
             break
-
-    def order(path: StorePath) -> tuple[object, ...]:
-        name = path.name.casefold()
-        return name != words[0], not name.startswith(words[0]), path.is_derivation, len(name), name, path
 
     return Paths(sorted(found, key=order)[:limit], len(found), complete=last is None)
 
 
-def referrers(store: Store, path: StorePath, limit: int) -> Paths:
-    """The valid paths that refer to `path`, but for itself."""
-    rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, limit)
+def referrers(store: Store, path: StorePath, limit: int, released: Released = None) -> Paths:
+    """The valid paths that refer to `path`, but for itself. Only those that are `released`, where that is asked."""
+    asked = limit if released is None else _CANDIDATES
+    rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, asked)
     shown = filter(None, (_store_path(referrer) for _, referrer in rows))
+    if released is not None:
+        found = sorted(filter(released, shown), key=by_name)
+        return Paths(found[:limit], len(found), complete=len(rows) < asked)
     return Paths(sorted(shown, key=by_name), rows[0][0] if rows else 0)
+
+
+def outputs(store: Store, derivation: StorePath) -> list[StorePath]:
+    """The valid paths that came of a derivation, which need not be there any more."""
+    rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MOST_OUTPUTS)
+    return [StorePath.in_dir(store.store_dir, path) for (path,) in rows]
 
 
 def by_name(path: StorePath) -> tuple[str, str]:

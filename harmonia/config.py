@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from harmonia import access
+from harmonia.access import Scope, Token
 from harmonia.errors import ConfigError, FormatError
 from harmonia.nix.signing import PublicKey, SecretKey
 
@@ -43,6 +45,14 @@ _URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
 """What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
+_SCOPES = ", ".join(f'"{scope}"' for scope in access.SCOPES)
+_FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
+_NEEDS = (
+    ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
+    ("tls_key_path", "tls_cert_path", "TLS needs both, set both or none"),
+    ("tls_client_ca_path", "tls_cert_path", "only TLS knows client certificates, set both or none"),
+    ("anonymous_scopes", "tokens_path", "nobody needs a token then; remove this, or set both"),
+)
 _NO_EFFECT = {"daemon_socket", "max_connection_rate"}
 
 Count = Annotated[int, Meta(ge=0)]
@@ -125,6 +135,38 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
 
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """What may leave the house. Where nothing is given, all that is valid may."""
+
+    signed_by: Annotated[
+        tuple[str, ...],
+        Meta(description="Public keys like `name:base64`: only paths that are stored with a signature of one of them."),
+    ] = ()
+    allow: Annotated[
+        tuple[str, ...], Meta(description='Patterns like "hello-*": only paths with a name that one of them matches.')
+    ] = ()
+    deny: Annotated[tuple[str, ...], Meta(description="Patterns: no path with a name that one of them matches.")] = ()
+    gc_roots: Annotated[
+        tuple[str, ...],
+        Meta(description="Store paths, symlinks to them, directories of such: only those and what they need."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for text in self.signed_by:
+            try:
+                PublicKey.parse(text)
+            except FormatError as error:
+                raise _WrongSettingError(f"{error}, as in nix.conf", "release", "signed_by") from None
+        for path in self.gc_roots:
+            if not os.path.isabs(path):
+                what = f"expected absolute paths, found {reprlib.repr(path)}"
+                raise _WrongSettingError(what, "release", "gc_roots")
+
+    @property
+    def public_keys(self) -> tuple[PublicKey, ...]:
+        return tuple(map(PublicKey.parse, self.signed_by))
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind: Annotated[
         Address, Meta(description="Where to listen; port 0 takes a free one. Sockets from systemd take its place.")
@@ -140,6 +182,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_connection_rate: Annotated[
         Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
     ] = 256
+    max_header_size: Annotated[
+        int, Meta(ge=1024, le=16384, description="Bytes that the head of a request may have.")
+    ] = 8192
+    header_timeout: Annotated[
+        int, Meta(ge=1, le=3600, description="Seconds for which the head of a request may be on its way.")
+    ] = 30
+    keep_alive_timeout: Annotated[
+        int, Meta(ge=1, le=86400, description="Seconds for which a connection may be idle between two requests.")
+    ] = 120
+    max_query_rate: Annotated[
+        Count,
+        Meta(
+            description="Searches, pages of paths and questions for debug info that each worker answers to one client"
+            " address in a minute; beyond it 429. 0 is no limit."
+        ),
+    ] = 1200
+    max_failed_auth_rate: Annotated[
+        Count,
+        Meta(
+            description="Wrong tokens from one client address in a minute that each worker answers with 401; beyond it"
+            " 429. 0 is no limit. Right tokens are always let in."
+        ),
+    ] = 120
     shutdown_grace: Annotated[
         Count, Meta(description="Seconds that running downloads get when the server is told to stop.")
     ] = 30
@@ -149,6 +214,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls_key_path: Annotated[
         str | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
     ] = None
+    tls_client_ca_path: Annotated[
+        str | None,
+        Meta(description="Certificates in PEM form, one of which must vouch for each client's own."),
+    ] = None
+    tokens_path: Annotated[
+        str | None,
+        Meta(description="File with hashes of tokens: only who has one gets in. `harmonia token` makes them."),
+    ] = None
+    anonymous_scopes: Annotated[
+        tuple[Scope, ...],
+        Meta(extra={"wanted": f"an array of {_SCOPES}"}, description="What needs no token. Needs `tokens_path`."),
+    ] = ()
     virtual_nix_store: Annotated[
         AbsolutePath, Meta(description="The store directory that clients are told, in every store path.")
     ] = "/nix/store"
@@ -235,10 +312,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream: Annotated[
         tuple[Upstream, ...], Meta(description="Other caches, each asked for what is not in the store.")
     ] = ()
+    release: Annotated[Release, Meta(description="What may leave the house.")] = Release()
 
     def __post_init__(self) -> None:
         keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
-        paths = [(key, getattr(self, key)) for key in (*keys, "tls_cert_path", "tls_key_path")]
+        paths = [(key, getattr(self, key)) for key in (*keys, *_FILES)]
         paths += [("sign_key_paths", path) for path in self.sign_key_paths]
         for key, path in paths:
             if path is not None and _NO_PATH.search(path):
@@ -246,9 +324,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if not os.path.isabs(self.virtual_nix_store):
             what = f"expected an absolute path, found {self.virtual_nix_store!r}"
             raise _WrongSettingError(what, "virtual_nix_store")
-        for given, missing in (("tls_cert_path", "tls_key_path"), ("tls_key_path", "tls_cert_path")):
-            if getattr(self, given) is not None and getattr(self, missing) is None:
-                raise _WrongSettingError(f"set without {missing}; TLS needs both, set both or none", given)
+        for given, needed, remedy in _NEEDS:
+            if getattr(self, given) and getattr(self, needed) is None:
+                raise _WrongSettingError(f"set without {needed}; {remedy}", given)
         if self.address("metrics_bind") and not self.metrics:
             raise _WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
@@ -258,7 +336,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 peer == "unix" or ipaddress.ip_network(peer)
             except ValueError as error:
                 raise _WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
-        _check_upstreams(self.upstream)
+        _check_upstreams(self.upstream, self.release)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> tuple[str, int] | str | None:
         """That setting taken apart: host and port, or the path of a unix socket."""
@@ -402,9 +480,14 @@ def check(settings: Settings, environ: Mapping[str, str]) -> None:
     _open("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
     secret_keys(settings)
     tls_context(settings)
+    tokens(settings)
     for number in range(len(settings.upstream)):
         authorization(settings, number)
         upstream_tls(settings, number)
+    for root in settings.release.gc_roots:
+        if not root.startswith(f"{settings.virtual_nix_store}/") and not os.path.lexists(root):
+            what = f"there is no {root!r}; name a store path, a symlink to one, or a directory of such"
+            raise _WrongSettingError(what, "release", "gc_roots")
     secrets = [path for each in settings.upstream for path in (each.netrc, each.credentials_file)]
     for path in (*settings.sign_key_paths, *filter(None, [settings.tls_key_path, *secrets])):
         mode = os.stat(path).st_mode & 0o777
@@ -429,6 +512,20 @@ def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
     return tuple(keys)
 
 
+def tokens(settings: Settings) -> tuple[Token, ...]:
+    """Those that are let in, read anew from their file."""
+    if settings.tokens_path is None:
+        return ()
+    with _open("tokens_path", settings.tokens_path, "name a file with the lines that harmonia token tells") as file:
+        try:
+            return access.parse(file.read().decode())
+        except UnicodeDecodeError:
+            what = "is not UTF-8"
+        except FormatError as error:
+            what = f"is not right: {error}"
+    raise _WrongSettingError(f"{settings.tokens_path!r} {what}; harmonia token tells how a line looks", "tokens_path")
+
+
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """What TLS is served with, read anew from its two files; None without TLS."""
     if settings.tls_cert_path is None or settings.tls_key_path is None:
@@ -446,6 +543,14 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
             f"({error.reason or 'not PEM'}); give a PEM certificate chain and its key without a passphrase"
         )
         raise _WrongSettingError(what, "tls_cert_path") from None
+    if settings.tls_client_ca_path is not None:
+        _open("tls_client_ca_path", settings.tls_client_ca_path, "name a readable PEM file").close()
+        try:
+            context.load_verify_locations(settings.tls_client_ca_path)
+        except ssl.SSLError as error:
+            what = f"no certificates in {settings.tls_client_ca_path!r} ({error.reason or 'not PEM'}); give them as PEM"
+            raise _WrongSettingError(what, "tls_client_ca_path") from None
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
@@ -484,7 +589,11 @@ def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
         raise _WrongSettingError(what, "upstream", str(number), "ca_file") from None
 
 
-def _check_upstreams(upstreams: tuple[Upstream, ...]) -> None:
+def _check_upstreams(upstreams: tuple[Upstream, ...], release: Release) -> None:
+    if upstreams and release != Release():
+        raise _WrongSettingError(
+            "it does not hold for what comes from an [[upstream]]; give one or the other", "release"
+        )
     urls = [upstream.url.rstrip("/") for upstream in upstreams]
     for number, upstream in enumerate(upstreams):
         if (wrong := _contradiction(upstream)) is None and urls.index(urls[number]) != number:
@@ -538,7 +647,9 @@ def _is_of_tables(schema: object) -> bool:
     return isinstance(schema, msgspec.inspect.VarTupleType) and isinstance(schema.item_type, msgspec.inspect.StructType)
 
 
-def _values(struct: type[Settings | Zstd | Upstream], given: Mapping[str, Any], *table: str) -> dict[str, Any]:
+def _values(
+    struct: type[Settings | Zstd | Release | Upstream], given: Mapping[str, Any], *table: str
+) -> dict[str, Any]:
     """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
     types = {field.name: field.type for field in msgspec.structs.fields(struct)}
     values = {}
@@ -548,15 +659,15 @@ def _values(struct: type[Settings | Zstd | Upstream], given: Mapping[str, Any], 
             remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
             raise _WrongSettingError(f"unknown key; {remedy}", *table, key)
         part = value
-        if key == "zstd" and isinstance(value, dict):
-            part = Zstd(**_values(Zstd, value, key))
+        if key in _TABLES and isinstance(value, dict):
+            part = _TABLES[key](**_values(_TABLES[key], value, key))
         elif key == "upstream" and isinstance(value, list) and all(isinstance(each, dict) for each in value):
             part = tuple(_upstream(each, str(number)) for number, each in enumerate(value))
         try:
             values[key] = msgspec.convert(part, types[key])
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
-            secret = "_path" in key or key in {"netrc", "credentials_file", "url"}  # a URL may hold a password
+            secret = "_path" in key or key in {"netrc", "credentials_file", "signed_by", "url"}  # a URL may hold one
             shown = "(not shown)" if secret else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
             raise _WrongSettingError(f"expected {wanted(types[key])}, found {found}", *table, key) from None
@@ -570,8 +681,11 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
     return Upstream(**values)
 
 
+_TABLES: dict[str, type[Zstd | Release]] = {"zstd": Zstd, "release": Release}
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
-_KEYS |= {field.name: f"zstd.{field.name}" for field in msgspec.structs.fields(Zstd)}
+_KEYS |= {
+    field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)
+}
 _KEYS = {field.name: f"upstream.{field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
 

@@ -248,10 +248,10 @@ class NarCache:
 
     def discard(self, key: str) -> None:
         """Remove a file that is not what was once written."""
-        _log.error("the cached file %s is damaged and removed", self.path(key))
-        self.counters.corrupt += 1
         with suppress(OSError):
             os.unlink(self.path(key))
+        self.counters.corrupt += 1
+        _log.error("the cached file %s is damaged and removed", self.path(key))
 
     def failed(self, error: OSError) -> None:
         """Add nothing to the cache for a while, and say so once."""

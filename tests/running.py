@@ -52,10 +52,13 @@ class Server:
         cache_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         program: Sequence[str] = HARMONIA,
+        client_certificate: Path | None = None,
         **process: object,
     ) -> None:
         directory.mkdir()
         self._program = program
+        self.client_certificate = client_certificate
+        """What its clients present, a file with the certificate and the key."""
         self.directory = directory
         self.cache_dir = cache_dir or directory / "cache"
         self.config = directory / "harmonia.toml"
@@ -160,6 +163,8 @@ class Server:
             if self.url.startswith("https:"):
                 context = ssl.create_default_context()
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                if self.client_certificate is not None:
+                    context.load_cert_chain(self.client_certificate)
                 with context.wrap_socket(connection) as secured:
                     yield secured
             else:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from harmonia.config import (
+    Release,
     Settings,
     Upstream,
     Zstd,
@@ -594,6 +595,11 @@ TOP = {
     "workers": st.integers(1, 1024),
     "max_connections": st.integers(0),
     "shutdown_grace": st.integers(0),
+    "max_header_size": st.integers(1024, 16384),
+    "header_timeout": st.integers(1, 3600),
+    "keep_alive_timeout": st.integers(1, 86400),
+    "max_query_rate": st.integers(0),
+    "max_failed_auth_rate": st.integers(0),
     "real_nix_store": st.from_regex(r"\A(/[a-zäß \"\\]+)+\Z"),
     "nix_db_path": st.from_regex(r"\A(/[a-zäß \"\\]+)+\Z"),
     "priority": st.integers(0, 2**31 - 1),
@@ -609,7 +615,7 @@ ZSTD = {
     "window_log": st.just(0) | st.integers(10, 27),
     "max_ldm_encoders_per_worker": st.integers(0),
 }
-KEYS = [item.name for struct in (Settings, Zstd, Upstream) for item in msgspec.structs.fields(struct)]
+KEYS = [item.name for struct in (Settings, Zstd, Upstream, Release) for item in msgspec.structs.fields(struct)]
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
@@ -667,7 +673,7 @@ def table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream"}:
+        if item.name in {"zstd", "upstream", "release"}:
             continue  # has a table of its own
         if item.required:
             rows.append(f"| `{item.name}` | {wanted(item.type)} | | {schema['description']} |")
@@ -677,9 +683,16 @@ def table(struct: type[msgspec.Struct]) -> str:
     return "\n".join(rows)
 
 
+def test_what_may_leave_and_upstreams_do_not_go_together() -> None:
+    text = "[release]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
+    with pytest.raises(ConfigError, match=r"^harmonia.toml:1: release: .*give one or the other"):
+        parse(text, "harmonia.toml", {})
+
+
 def test_the_reference_tells_every_key() -> None:
     text = DOCUMENT.read_text()
-    for name, struct in (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream)):
+    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", Release))
+    for name, struct in structs:
         head, _, rest = text.partition(f"<!-- {name} -->\n")
         _, end, tail = rest.partition(f"<!-- /{name} -->\n")
         assert end

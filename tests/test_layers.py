@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "__version__": 0,
     "nix": 1,
+    "access": 1,
     "systemd": 1,
     "config": 2,
     "store": 3,

@@ -22,7 +22,7 @@ EXIT_FOUND = 3
 """The check itself went well, and found something wrong."""
 
 _SECTIONS = {
-    "Serve": ("serve", "check-config", "keygen", "demo"),
+    "Serve": ("serve", "check-config", "keygen", "token", "demo"),
     "Look after a cache": ("doctor", "verify", "warm", "top"),
     "Look into store paths and NARs": ("ls", "cat", "nar"),
 }

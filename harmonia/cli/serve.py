@@ -20,7 +20,7 @@ _log = logging.getLogger("harmonia")
 @click.command("serve")
 @click.pass_obj
 def command(config_file: str | None) -> None:
-    """Serve until SIGTERM. SIGHUP reads the TLS certificate again."""
+    """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
     settings = config.load(config_file, os.environ)
     keys = config.secret_keys(settings)
     log.to_stderr(settings)

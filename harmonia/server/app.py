@@ -12,9 +12,11 @@ from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
 from sanic.http.constants import HTTP
 
+from harmonia.access import Scope
 from harmonia.config import Settings
 from harmonia.metrics import UNKNOWN, Metrics, Route
 from harmonia.nix.base32 import ALPHABET
+from harmonia.rate import Rate
 from harmonia.server import (
     access_log,
     browse,
@@ -32,6 +34,7 @@ from harmonia.server import (
     serve,
     upstream,
 )
+from harmonia.server.access import Guard, limited
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
 from harmonia.server.upstream import or_upstream
@@ -64,9 +67,13 @@ ROUTES: dict[str, Handler] = {
 METRICS_ROUTES: dict[str, Handler] = {"/metrics": metrics.get}
 """Among the others, or alone at an address of their own."""
 
+_SCOPES: dict[str, Scope] = {"search": "browse", "path": "browse", "metrics": "metrics"}
+"""What a token has to be good for, by the name of the resource in the metrics. For all others it is `read`."""
+_OPEN = {"health", "version"}
+_LIMITED = {"search", "path", "debuginfo"}
+"""What one client can make expensive, and Nix never asks: from 2.29 to 2.34 it waits a minute after each 429."""
+
 _CONFIG: dict[str, Any] = {
-    "KEEP_ALIVE_TIMEOUT": 120,  # Nix keeps connections idle between two steps of a build
-    "REQUEST_TIMEOUT": 30,  # for the whole head
     # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Who is gone, the kernel knows (sockets.py).
     "RESPONSE_TIMEOUT": 3600,
     "GRACEFUL_TCP_CLOSE_TIMEOUT": 3600,  # likewise, for the tail of a body on a connection that then closes
@@ -103,10 +110,11 @@ def count_with(settings: Settings) -> Metrics:
     return Metrics(tuple(names), metrics.TOTALS, settings.workers, upstreams)
 
 
-def create_app(cache: Cache) -> "Sanic[Any, Any]":
+def create_app(cache: Cache, guard: Guard | None = None) -> "Sanic[Any, Any]":
+    """With a guard, for those only who have a token."""
     settings = cache.settings
     public = settings.metrics and settings.metrics_bind is None
-    return _app("harmonia", cache, ROUTES | METRICS_ROUTES if public else ROUTES)
+    return _app("harmonia", cache, ROUTES | METRICS_ROUTES if public else ROUTES, guard)
 
 
 def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
@@ -115,18 +123,32 @@ def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
     return app
 
 
-def _app(name: str, cache: Cache, routes: Mapping[str, Handler]) -> "Sanic[Any, Any]":
-    app = Sanic(name, config=Config(_CONFIG, env_prefix=None), configure_logging=False, request_class=_Request)
+def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | None = None) -> "Sanic[Any, Any]":
+    settings = cache.settings
+    config = _CONFIG | {
+        "REQUEST_MAX_HEADER_SIZE": settings.max_header_size,
+        "REQUEST_TIMEOUT": settings.header_timeout,
+        "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout,
+    }
+    app = Sanic(name, config=Config(config, env_prefix=None), configure_logging=False, request_class=_Request)
     app.ctx.identity = cache.identity
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
+    rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
     for uri, handler in routes.items():
+        if rate is not None and _name(handler) in _LIMITED:
+            handler = limited(handler, rate)  # noqa: PLW2901 (the same one, wrapped)
+        if guard is not None and _name(handler) not in _OPEN:
+            handler = guard.guarded(handler, _SCOPES.get(_name(handler), "read"))  # noqa: PLW2901
         name = f"{handler.__module__}.{handler.__name__}".replace(".", "_")
         app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=True)
     unknown = cache.metrics.own.routes[UNKNOWN]
-    app.error_handler.add(
-        Exception, lambda request, error: _done(cache, unknown, request, errors.response(request, error))
-    )
+
+    def failed(request: Request, error: Exception) -> HTTPResponse | None:
+        error = guard.instead(request, error) if guard else error
+        return _done(cache, unknown, request, errors.response(request, error))
+
+    app.error_handler.add(Exception, failed)
     return app
 
 

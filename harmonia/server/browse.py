@@ -5,6 +5,7 @@ is how a private path in a public cache stays private. A search would tell all o
 """
 
 import re
+from collections.abc import Container
 from contextlib import suppress
 from http import HTTPStatus
 from urllib.parse import quote
@@ -33,7 +34,7 @@ async def search(cache: Cache, request: Request) -> Representation:
     named = _HASH_PART.match(asked.removeprefix(cache.store.store_dir + "/"))
     if named and await cache.path(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
-    result = await cache.browse(lambda store: catalogue.search(store, asked, _SHOWN))
+    result = await cache.browse(lambda store: catalogue.search(store, asked, _SHOWN, cache.released(store)))
     document = page.begin(
         cache, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
     )
@@ -60,12 +61,14 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     if signed is None:
         raise NotFound
     info = signed.info
-    referrers = await cache.browse(lambda store: catalogue.referrers(store, info.path, _SHOWN))
-    closure = await cache.browse(lambda store: catalogue.closure(store, info.path))
+    referrers = await cache.browse(lambda store: catalogue.referrers(store, info.path, _SHOWN, cache.released(store)))
+    # What it needs may be paths that are nobody's business.
+    closure = None if cache.release else await cache.browse(lambda store: catalogue.closure(store, info.path))
     deriver_is_here = info.deriver is not None and await cache.path(info.deriver.hash_part) is not None
     full_path = f"{cache.store.store_dir}/{info.path}"
     keys = [str(key.public_key) for key in cache.keys]
     references = sorted(info.references, key=catalogue.by_name)
+    kept_back = {path for path in references[:_SHOWN] if not await cache.releases(path)}
 
     document = page.begin(cache, info.path.name, "../")
     with document.main:
@@ -79,7 +82,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
             document.h2("Download it with Nix")
             command = f"nix-store --realise {full_path}"
             page.snippet(document, landing.command(command, origin.base_url(request, cache.settings), keys), "command")
-        _paths(document, "References", catalogue.Paths(references[:_SHOWN], len(references)))
+        _paths(document, "References", catalogue.Paths(references[:_SHOWN], len(references)), kept_back)
         _paths(document, "Referrers", referrers)
     return page.end(cache, document, script=True)
 
@@ -104,12 +107,13 @@ def _links(document: Builder, info: PathInfo, logged: StorePath | None) -> None:
             document.a("Build log", href=f"../log/{quote(logged)}")
 
 
-def _facts(document: Builder, signed: SignedPath, closure: catalogue.Closure, *, deriver_is_here: bool) -> None:
+def _facts(document: Builder, signed: SignedPath, closure: catalogue.Closure | None, *, deriver_is_here: bool) -> None:
     info = signed.info
     with document.dl:
         document.dt("Size").dd(page.size(info.nar_size))
-        least = "" if closure.complete else "at least "
-        document.dt("Closure").dd(f"{least}{page.size(closure.size)}, {page.count(closure.paths, 'path')}")
+        if closure is not None:
+            least = "" if closure.complete else "at least "
+            document.dt("Closure").dd(f"{least}{page.size(closure.size)}, {page.count(closure.paths, 'path')}")
         document.dt("NAR hash").dd.code(f"sha256:{base32.encode(info.nar_hash)}")
         if info.deriver:
             document.dt("Deriver")
@@ -126,11 +130,11 @@ def _facts(document: Builder, signed: SignedPath, closure: catalogue.Closure, *,
             document.dd("none")
 
 
-def _paths(document: Builder, heading: str, found: catalogue.Paths) -> None:
+def _paths(document: Builder, heading: str, found: catalogue.Paths, kept_back: Container[StorePath] = ()) -> None:
     with document.section:
         document.h2(heading)
         if not found.total:
             document.p("None", class_="dim")
         elif found.total > len(found.shown):
             document.p(f"{len(found.shown)} of {found.total:,}", class_="dim")
-        page.paths(document, found.shown, "./")
+        page.paths(document, found.shown, "./", kept_back)

@@ -7,7 +7,7 @@ import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sanic import Request
 
-from harmonia import zstd
+from harmonia import catalogue, config, zstd
 from harmonia.compression import Compressed, Compressor, Source
 from harmonia.config import Settings
 from harmonia.debug_info import DebugInfo
-from harmonia.errors import StoreUnavailableError
+from harmonia.errors import StoreObjectError, StoreUnavailableError
 from harmonia.metrics import Metrics
 from harmonia.nar_cache import NarCache
 from harmonia.nix import narinfo
 from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
+from harmonia.nix.store_path import StorePath
+from harmonia.release import Release
 from harmonia.server.body import Body, Encoded
 from harmonia.server.negotiation import NotAcceptable
 from harmonia.store import BUSY_TIMEOUT, Database, Store
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 _REMEMBERED_PATHS = 8192  # about 2 KiB each
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
+_FRESH = 1.0  # seconds for which what the roots of a release need is taken not to have changed
+_STALE = 10.0  # seconds for which a path that was among it may go out without another look
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
 
 _T = TypeVar("_T")
@@ -44,7 +48,7 @@ _log = logging.getLogger("harmonia")
 
 @dataclass(frozen=True, slots=True)
 class SignedPath:
-    """A valid path, with all the signatures that its narinfo shows."""
+    """A valid path that may leave the house, with all the signatures that its narinfo shows."""
 
     info: PathInfo
     sigs: tuple[str, ...]
@@ -108,10 +112,17 @@ class Cache:
         self._browsing_thread = ThreadPoolExecutor(1, thread_name_prefix="browse")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
         self._watch = Database(settings.database, timeout=0)
+        self.release = Release(settings.release, _store(settings)) if settings.release != config.Release() else None
+        self._closure = self.release.closure if self.release is not None else None
+        self._closure_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._refreshing: Future[None] | None = None
         self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
 
     async def path(self, hash_part: str) -> SignedPath | None:
-        """The valid path with that hash part. StoreObjectError where its row is of no use; StoreUnavailableError."""
+        """The valid path with that hash part, if it may leave the house: all that is told of paths is asked for here.
+
+        StoreObjectError where its row is of no use; StoreUnavailableError.
+        """
         try:
             generation: Hashable = self._watch.generation()
         except StoreUnavailableError:
@@ -119,7 +130,7 @@ class Cache:
         seen, known = self._known.get(hash_part, (None, None))
         if known is not None and seen == generation:
             self._known.move_to_end(hash_part)
-            return known
+            return known if self._closure is None or await self._is_needed(known.info.path) else None
         found = await self.query(partial(self._look_up, hash_part, known))
         if found is None:
             self._known.pop(hash_part, None)
@@ -128,7 +139,59 @@ class Cache:
         self._known[hash_part] = generation, found
         if len(self._known) > _REMEMBERED_PATHS:
             self._known.popitem(last=False)
-        return found
+        return found if self._closure is None or await self._is_needed(found.info.path) else None
+
+    async def releases(self, path: StorePath) -> bool:
+        """Whether a path is valid and may leave the house; without rules for that, always."""
+        if self.release is None:
+            return True
+        try:
+            found = await self.path(path.hash_part)
+        except StoreObjectError:
+            return False
+        return found is not None and found.info.path == path
+
+    async def releases_log(self, derivation: StorePath) -> bool:
+        """Whether the log of a derivation may leave the house: with the derivation itself, or with what it made."""
+        if self.release is None:
+            return True
+        if self.release.by_name_alone or not self.release.permits_name(derivation):
+            return self.release.permits_name(derivation)
+        if await self.releases(derivation):
+            return True
+        outputs = await self.browse(lambda store: catalogue.outputs(store, derivation))
+        return any([await self.releases(output) for output in outputs])
+
+    def released(self, store: Store) -> Callable[[StorePath], bool] | None:
+        """Tells of a valid path whether it may leave the house; None where all may. For one thread, which may wait."""
+        release = self.release
+        if release is None:
+            return None
+        if self._closure is not None:
+            self._closure.refresh(_FRESH)
+
+        def is_released(path: StorePath) -> bool:
+            if not release.permits_name(path) or not (self._closure is None or path in self._closure):
+                return False
+            try:
+                info = store.path_info(path.hash_part)
+            except StoreObjectError:
+                return False
+            return info is not None and release.permits(info)
+
+        return is_released
+
+    async def _is_needed(self, path: StorePath) -> bool:
+        """Whether a root of the release needs it."""
+        closure = self._closure
+        assert closure is not None  # noqa: S101 (or nobody asks)
+        if path in closure and closure.age < _STALE:
+            if closure.age > _FRESH and (self._refreshing is None or self._refreshing.done()):
+                self._refreshing = self._closure_thread.submit(closure.refresh, _FRESH)
+            return True
+        # Perhaps it was added just now, and a client remembers for an hour that it was not there.
+        await self._wait(self._closure_thread, partial(closure.refresh, _FRESH))
+        return path in closure
 
     def encoded(self, source: Source) -> Encoded | None:
         """A body as it can be sent compressed, if it can."""
@@ -143,7 +206,9 @@ class Cache:
     def streamed(self, source: Stream) -> Encoded | None:
         """Likewise one that cannot be read from its midst."""
 
-        async def open_encoded(_: Request) -> Body:
+        async def open_encoded(request: Request) -> Body:
+            if request.version == "1.0":
+                raise NotAcceptable
             return _Streamed(source)
 
         return Encoded(zstd.STREAM, open_encoded) if self.settings.enable_compression else None
@@ -178,6 +243,8 @@ class Cache:
         info = self.store.path_info(hash_part)
         if info is None or (known is not None and known.info == info):
             return known if info else None
+        if self.release is not None and not self.release.permits(info):
+            return None
         for sig in info.sigs:
             if not is_signature(sig):
                 _log.warning("%s: the stored signature %r is malformed and left out", info.path, sig)

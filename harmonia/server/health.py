@@ -1,6 +1,7 @@
 """`/health`: 200 only where paths can really be served just now. `/version`: what serves them.
 
 `/health?verbose` also tells which upstreams the worker that answers uses. None of them makes this server unhealthy.
+Where tokens are asked for, it does not: load balancers have none.
 """
 
 from sanic import Request
@@ -15,7 +16,8 @@ _TEXT = "text/plain; charset=utf-8"
 async def get(cache: Cache, request: Request) -> Representation:
     await cache.query(cache.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
-    more = cache.upstreams.state() if verbose and cache.upstreams else ""
+    private = cache.settings.tokens_path is not None  # it asks for none itself
+    more = cache.upstreams.state() if verbose and cache.upstreams and not private else ""
     return Representation(content_type=_TEXT, body=f"ok\n{more}".encode(), cache_control="no-store")
 
 

@@ -22,7 +22,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     except FormatError:
         raise NotFound from None
     log = await cache.read(lambda: build_log.find(cache.settings.logs, derivation))
-    if log is None:
+    if log is None or not await cache.releases_log(derivation):
         raise NotFound
 
     async def open_plain(request: Request) -> Body:

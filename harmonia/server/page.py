@@ -6,7 +6,7 @@ They load nothing. The one style sheet and the one script are part of the page, 
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote
@@ -198,11 +198,14 @@ def redirect(location: str, status: HTTPStatus, cache_control: str) -> Represent
     )
 
 
-def paths(page: Builder, found: Iterable[StorePath], where: str) -> None:
-    """A list of store paths, each with its page, `where` these are."""
+def paths(page: Builder, found: Iterable[StorePath], where: str, kept_back: Container[StorePath] = ()) -> None:
+    """A list of store paths, each with its page, `where` these are, but for those that are `kept_back`."""
     with page.ul(class_="path"):
         for path in found:
-            page.li.a(path.name, href=f"{where}{path.hash_part}")._(" ").span(path.hash_part, class_="dim")
+            if path in kept_back:
+                page.li(path.name)._(" ").span(path.hash_part, class_="dim")
+            else:
+                page.li.a(path.name, href=f"{where}{path.hash_part}")._(" ").span(path.hash_part, class_="dim")
 
 
 def printable(text: bytes) -> str:

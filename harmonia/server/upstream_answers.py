@@ -121,7 +121,7 @@ class Answers:
             if request.method == "HEAD":
                 async with _there(await client.nar(url, headers, "HEAD")) as response:
                     return _Unread(response.content_length)
-            return await self._sized(await Passed(ask).begin(), request)
+            return await self._sized(await Passed(client, ask).begin(), request)
 
         return Representation(content_type=_NAR_TYPE, body=open_nar, cache_control="no-cache")
 
@@ -244,7 +244,7 @@ class Answers:
             async def again(start: int, stop: int | None) -> aiohttp.ClientResponse:
                 return _there(await client.ask(path, ranged(asked, start, stop)))
 
-            body = await self._sized(Passed(again, response.content_length, response=response), request)
+            body = await self._sized(Passed(client, again, response.content_length, response=response), request)
         return Representation(
             content_type=content_type, body=body, cache_control=cache_control, headers={**(headers or {}), **encoded}
         )

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import uvloop
+from sanic.http import Stage
 from sanic.server.async_server import AsyncioServer
 from sanic.server.protocols.http_protocol import HttpProtocol
 
@@ -19,6 +20,7 @@ from harmonia.config import Settings
 from harmonia.errors import ConfigError
 from harmonia.metrics import Row
 from harmonia.server import metrics, upstream
+from harmonia.server.access import Guard
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
 from harmonia.sockets import BACKLOG, notice_lost_clients
@@ -55,12 +57,15 @@ async def _serve(
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     tls: ssl.SSLContext | None = None
-    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, tls))  # before the first read, to miss no change
+    guard: Guard | None = None
+    # Before the first read, to miss no change.
+    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, tls, guard))
     tls = config.tls_context(settings)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
 
-    app = create_app(cache)
+    guard = Guard(settings) if settings.tokens_path is not None else None
+    app = create_app(cache, guard)
     metrics_app = create_metrics_app(cache)
     protocol = _limited(settings.max_connections, cache.metrics.own)
     servers = []
@@ -70,7 +75,7 @@ async def _serve(
         server = await (metrics_app if private else app).create_server(
             sock=each,
             ssl=tls if each.family != socket.AF_UNIX and not private else None,
-            protocol=HttpProtocol if private else protocol,  # who watches gets in where nobody else does
+            protocol=_Protocol if private else protocol,  # who watches gets in where nobody else does
             backlog=BACKLOG,
             asyncio_server_kwargs={"start_serving": False},
         )
@@ -116,27 +121,47 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
         await asyncio.sleep(_POLL)
 
 
-def _reload(settings: Settings, tls: ssl.SSLContext | None) -> None:
-    """Read the certificate again, for connections yet to come. A broken one leaves the old in place."""
-    if tls is None:
-        return
-    try:
-        config.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
-        tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
-    except (ConfigError, OSError) as error:
-        _log.error("the TLS certificate is not read again: %s", error)
-    else:
-        _log.info("the TLS certificate was read again")
+def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None) -> None:
+    """Read the certificate again, for connections yet to come, and the tokens. What is broken leaves the old in place.
+
+    Certificates of those who vouch for clients stay: OpenSSL can add some to a context, but take none away.
+    """
+    if tls is not None:
+        try:
+            config.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
+            tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
+        except (ConfigError, OSError) as error:
+            _log.error("the TLS certificate is not read again: %s", error)
+        else:
+            _log.info("the TLS certificate was read again")
+    if guard is not None:
+        try:
+            guard.read()
+        except ConfigError as error:
+            _log.error("the tokens are not read again: %s", error)
+        else:
+            _log.info("the tokens were read again")
 
 
-def _limited(most: int, row: Row) -> type[HttpProtocol]:
-    """Sanic's protocol, for at most so many connections at a time; 0 is any number."""
+class _Protocol(HttpProtocol):
+    """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes."""
+
+    def data_received(self, data: bytes) -> None:
+        began = self._time
+        super().data_received(data)
+        http = getattr(self, "_http", None)  # it comes with the connection's task
+        if http is not None and http.stage is Stage.REQUEST:
+            self._time = began
+
+
+def _limited(most: int, row: Row) -> type[_Protocol]:
+    """The protocol, for at most so many connections at a time; 0 is any number."""
     if not most:
-        return HttpProtocol
+        return _Protocol
 
-    admitted: set[HttpProtocol] = set()  # on all sockets; Sanic's own set is one for each
+    admitted: set[_Protocol] = set()  # on all sockets; Sanic's own set is one for each
 
-    class LimitedProtocol(HttpProtocol):
+    class LimitedProtocol(_Protocol):
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
             if len(admitted) < most:
                 admitted.add(self)

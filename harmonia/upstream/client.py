@@ -23,7 +23,7 @@ from harmonia.upstream.content import unpack
 
 HOPS, ASKED, IDENTITY = "Harmonia-Hops", "Harmonia-Asked", "Harmonia-Id"
 
-_CONNECTIONS = 25  # as many as Nix itself has; NARs have as many of their own, so that no question waits behind them
+_CONNECTIONS = 25  # for questions, as many as Nix itself has; a NAR has one of its own, and no question waits behind it
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410}  # 403 is what S3 says of what is not there
@@ -64,16 +64,14 @@ class Client:
         self._said: str | None = None
         self._questions, self._nars = (
             aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=_CONNECTIONS, ssl=tls, keepalive_timeout=60),
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=settings.connect_timeout, sock_read=settings.timeout
-                ),
+                connector=aiohttp.TCPConnector(limit=limit, ssl=tls, keepalive_timeout=60),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
                 headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 read_bufsize=_BUFFER,
             )
-            for _ in range(2)
+            for limit in (_CONNECTIONS, 0)
         )
 
     async def close(self) -> None:
@@ -130,6 +128,15 @@ class Client:
             raise UpstreamError(f"{self.base} is down")
         return await self._open(self._nars, method, url, headers, anywhere=True)
 
+    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        """The next bytes of an answer, none at its end. One of `Timeouts` where they do not come.
+
+        The time is taken here: aiohttp's `sock_read` begins anew when the rest of a body is read that had come before,
+        and then strikes the connection while nobody asks anything, and with it the next question.
+        """
+        async with asyncio.timeout(self.settings.timeout):
+            return await response.content.read(most)
+
     def nar_url(self, relative: str) -> str:
         """Where a narinfo's URL leads. FormatError where it may not lead there.
 
@@ -164,7 +171,10 @@ class Client:
             if here and self._authorization:
                 sent["Authorization"] = self._authorization
             try:
-                response = await session.request(method, URL(url, encoded=True), headers=sent, allow_redirects=False)
+                async with asyncio.timeout(self.settings.connect_timeout + self.settings.timeout):
+                    response = await session.request(
+                        method, URL(url, encoded=True), headers=sent, allow_redirects=False
+                    )
             except Timeouts as error:
                 self._failed()
                 raise UpstreamError(f"{self.base}: {_phrase(error)}") from None

@@ -20,7 +20,7 @@ import aiohttp
 from harmonia.errors import StoreObjectError, UpstreamError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
 from harmonia.nix.nar import OpenSlice
-from harmonia.upstream.client import Timeouts
+from harmonia.upstream.client import Client, Timeouts
 from harmonia.upstream.content import Check
 from harmonia.upstream.question import Found
 
@@ -40,6 +40,7 @@ class Passed:
 
     def __init__(
         self,
+        client: Client,
         request: Callable[[int, int | None], Coroutine[Any, Any, aiohttp.ClientResponse]],
         size: int | None = None,
         check: Callable[[], Check | None] = lambda: None,
@@ -51,6 +52,7 @@ class Passed:
         """
         self.size = size
         self._loop = asyncio.get_running_loop()
+        self._client = client
         self._request = request
         self._check = check
         self._response = response
@@ -104,7 +106,7 @@ class Passed:
     async def _next(self, most: int | None) -> bytes:
         assert self._response is not None  # noqa: S101 (it was opened)
         try:
-            return await self._response.content.read(_PIECE if most is None else min(_PIECE, most))
+            return await self._client.read(self._response, _PIECE if most is None else min(_PIECE, most))
         except Timeouts:
             raise UpstreamError("the upstream's answer breaks off") from None
 
@@ -226,7 +228,7 @@ class Fetch:
         async with response:
             while True:
                 try:
-                    data = await response.content.read(_PIECE)
+                    data = await self._found.client.read(response, _PIECE)
                 except Timeouts:
                     self._found.client.breaker.failed()
                     raise _BrokenError("its answer breaks off") from None
@@ -308,6 +310,7 @@ class Fetches:
 def passed(found: Found, headers: Mapping[str, str]) -> Passed:
     """The NAR without the cache."""
     return Passed(
+        found.client,
         lambda start, stop: request(found, headers, start, stop),
         found.nar.file_size,
         lambda: Check(found.info, found.nar),

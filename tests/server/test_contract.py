@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from pathlib import Path
 from time import time
 from typing import NamedTuple
 
@@ -122,11 +123,9 @@ def test_every_route_is_in_the_table() -> None:
     assert [name(uri) for uri in ROUTES | METRICS_ROUTES] == list(ROWS)
 
 
-@pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, str]]]:
-    """A server, and the hashes of a path that it has."""
-    directory = tmp_path_factory.mktemp("contract")
-    store = StoreBuilder(directory / "store")
+def stock(root: Path) -> dict[str, str]:
+    """A store that has something for each row of the table. Returns what the rows leave open."""
+    store = StoreBuilder(root)
     debug: Tree = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
     info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
     plain, packed = collected(store, "plain"), collected(store, "packed")
@@ -135,9 +134,16 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, di
     create(store, REALISATIONS + BUILD_TRACE)
     register(store, HASH, "out", info.path)
     trace(store, plain, "out", info.path)
-    server = Server(directory / "server", directory / "store", "browse = true")
+    return {"hash": info.path.hash_part, "narhash": base32.encode(info.nar_hash), "plain": plain, "packed": packed}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, str]]]:
+    """A server, and the hashes of a path that it has."""
+    directory = tmp_path_factory.mktemp("contract")
+    hashes = stock(directory / "store")
+    server = Server(directory / "server", directory / "store", "browse = true\nmax_query_rate = 0")
     server.start()
-    hashes = {"hash": info.path.hash_part, "narhash": base32.encode(info.nar_hash), "plain": plain, "packed": packed}
     compressed = "/nar/{hash}-{narhash}.nar.zst".format(**hashes)
     server.get(compressed)
     wait_until(lambda: "content-length" in server.head(compressed).headers)

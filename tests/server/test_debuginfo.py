@@ -148,7 +148,7 @@ def test_switched_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None
 def test_a_miss_is_no_answer_while_paths_are_looked_at(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """dwarffs would remember for a day that there is none. The server answers others meanwhile."""
     one = add(store, "one-debug", ONE)
-    server = start(store=tmp_path / "store")
+    server = start(store=tmp_path / "store", settings="max_query_rate = 0")
     assert found(server, ONE) == answer_for(one, ONE)
     with ThreadPoolExecutor() as threads, index_locked(server):
         two = add(store, "two-debug", TWO)

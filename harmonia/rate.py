@@ -1,0 +1,43 @@
+"""How often something may happen, for each of many clients, in memory that is bounded."""
+
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+_MINUTE = 60.0
+_REMEMBERED = 4096  # clients; some 200 bytes each
+_V6_PREFIX = 64  # bits: who has one address has all that begin like it (RFC 6177)
+
+
+class Rate:
+    """At most so many times a minute for each client, all at once or spread over it (a leaky bucket; ITU-T I.371).
+
+    Only the clients that came last are remembered. Who comes from thousands of addresses gets that many times the rate.
+    """
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`per_minute` is more than 0."""
+        self._interval = _MINUTE / per_minute
+        self._clock = clock
+        self._empty_at: OrderedDict[str, float] = OrderedDict()
+
+    def wait(self, client: str) -> float:
+        """0 where it may happen now, which is counted; else the seconds until it may, and nothing is counted."""
+        client = _network(client)
+        now = self._clock()
+        empty_at = max(self._empty_at.pop(client, now), now) + self._interval
+        wait = empty_at - now - _MINUTE
+        # Sums of fractions: less than a hundredth of an interval too late is in time.
+        allowed = wait < self._interval / 100
+        self._empty_at[client] = empty_at if allowed else empty_at - self._interval
+        if len(self._empty_at) > _REMEMBERED:
+            self._empty_at.popitem(last=False)
+        return 0.0 if allowed else wait
+
+
+def _network(client: str) -> str:
+    """Whom an address stands for; what is none, for itself."""
+    if ":" not in client:
+        return client
+    return str(ipaddress.IPv6Network((client, _V6_PREFIX), strict=False))

@@ -1,0 +1,142 @@
+"""Promises of a private cache to real Nix clients: with a token all works, without one the refusal is clean."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import Closure
+from e2e.nix_client import Client
+from harmonia.access import new
+from running import Server
+from test_access_tls import authority, issue, openssl
+
+Start = Callable[..., Server]
+
+SECRET, TOKEN = new("fleet", ["read"])
+
+
+def signed(closure: Closure) -> str:
+    return f"sign_key_paths = ['{closure.key.secret_file}']\naccess_log = true\n"
+
+
+def serve(start: Start, closure: Closure, tmp_path: Path, settings: str = "", **options: object) -> Server:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(str(TOKEN))
+    return start(
+        store=closure.server.directory,
+        settings=f"{signed(closure)}tokens_path = '{tokens}'\n{settings}",
+        **options,
+    )
+
+
+def trust(client: Client, url: str, closure: Closure, password: str | None) -> None:
+    client.settings |= {"substituters": url, "trusted-public-keys": closure.key.public}
+    if password is not None:
+        netrc = client.directory / "etc/netrc"
+        netrc.write_text(f"machine 127.0.0.1 login fleet password {password}\n")
+        client.settings["netrc-file"] = "/etc/netrc"
+
+
+def statuses(server: Server) -> set[str]:
+    """Of all that Nix asked. The server is stopped, so that the log is complete."""
+    server.stop()
+    return {line.split("' ")[1][:3] for line in server.log if "Nix/" in line}
+
+
+def test_a_closure_is_substituted_with_a_token(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    server = serve(start, closure, tmp_path)
+    trust(client, server.url, closure, SECRET)
+    client.run("nix-store", "--realise", closure.top)
+    paths = closure.server.run("nix-store", "--query", "--requisites", closure.top).lines
+    client.run("nix-store", "--verify-path", *paths)
+    client.run("nix", "copy", "--from", server.url, closure.paths["file-1.0"])
+    client.run("nix", "log", "--store", server.url, closure.top)
+    assert statuses(server) <= {"200", "404"}
+    assert SECRET not in "".join(server.log)
+
+
+@pytest.mark.parametrize("password", [None, "wrong"])
+def test_a_refusal_is_clean_and_quick(
+    start: Start, client: Client, closure: Closure, tmp_path: Path, password: str | None
+) -> None:
+    server = serve(start, closure, tmp_path)
+    trust(client, server.url, closure, password)
+    began = time.monotonic()
+    copied = client.run("nix", "copy", "--from", server.url, closure.top, check=False)
+    # As a substituter it is left out, and there is nothing else to have the path from.
+    realised = client.run("nix-store", "--realise", closure.top, check=False)
+    assert time.monotonic() - began < 20  # no waiting, no trying again
+    assert (copied.returncode, realised.returncode) == (1, 1)
+    clear = "Unauthorized" if client.nix.version >= (2, 26) else "does not appear to be a binary cache"
+    assert clear in copied.stderr
+    assert not client.real_path(closure.top).exists()
+    assert statuses(server) == {"401"}
+
+
+def test_a_token_that_is_no_longer_good_does_not_make_nix_wait(
+    start: Start, client: Client, closure: Closure, tmp_path: Path
+) -> None:
+    """Nix remembers for a week that the cache is one, and goes on to ask for what it does not know."""
+    server = serve(start, closure, tmp_path)
+    trust(client, server.url, closure, SECRET)
+    client.run("nix-store", "--realise", closure.paths["dep-1.0"])
+    trust(client, server.url, closure, "old")
+    began = time.monotonic()
+    assert client.run("nix-store", "--realise", closure.top, check=False).returncode != 0
+    assert time.monotonic() - began < 20
+    assert "429" not in statuses(server)
+
+
+def test_a_second_cache_is_asked_where_one_refuses(
+    start: Start, client: Client, closure: Closure, tmp_path: Path
+) -> None:
+    refusing = serve(start, closure, tmp_path)
+    serving = start(
+        store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']\npriority = 50"
+    )
+    trust(client, f"{refusing.url} {serving.url}", closure, None)
+    client.run("nix-store", "--realise", closure.top)
+    assert client.real_path(closure.top).exists()
+
+
+def test_a_released_closure_is_all_that_is_had(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    roots = tmp_path / "roots"
+    roots.mkdir()
+    (roots / "dep").symlink_to(closure.paths["dep-1.0"])
+    server = start(
+        store=closure.server.directory,
+        settings=f"{signed(closure)}[release]\ngc_roots = ['{roots}']",
+    )
+    trust(client, server.url, closure, None)
+    client.run("nix-store", "--realise", closure.paths["dep-1.0"])
+    assert client.run("nix-store", "--realise", closure.top, check=False).returncode != 0
+    assert statuses(server) == {"200", "404"}, server.log
+
+
+def test_a_client_certificate_is_presented(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    if client.nix.version < (2, 34):
+        pytest.skip("Nix presents certificates from 2.34 on")
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    authority(keys, "ours")
+    openssl(
+        keys,
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache"
+        " -addext subjectAltName=IP:127.0.0.1 -keyout server.key -out server.pem",
+    )
+    (keys / "server.key").chmod(0o600)
+    certificate = issue(keys, "ours", "client")
+    server = start(
+        store=closure.server.directory,
+        settings=f"{signed(closure)}tls_cert_path = '{keys}/server.pem'\ntls_key_path = '{keys}/server.key'\n"
+        f"tls_client_ca_path = '{keys}/ours.pem'",
+        client_certificate=certificate,
+    )
+    client.settings |= {"ssl-cert-file": f"{keys}/server.pem", "trusted-public-keys": closure.key.public}
+    refused = client.run("nix", "copy", "--from", server.url, closure.paths["dep-1.0"], check=False, timeout=60)
+    assert refused.returncode == 1
+    url = f"{server.url}?tls-certificate={keys}/client.crt&tls-private-key={keys}/client.key"
+    client.run("nix", "copy", "--from", url, closure.paths["dep-1.0"])
+    assert client.real_path(closure.paths["dep-1.0"]).exists()

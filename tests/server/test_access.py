@@ -1,0 +1,280 @@
+"""Promises of a private cache: who has no token learns nothing, who has one gets what it is good for, and no secret
+is ever told again.
+"""
+
+import base64
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harmonia.access import SCOPES, new
+from harmonia.config import load
+from running import Answer, Server, run, wait_until
+from server.test_contract import ROWS, Row, stock
+
+Start = Callable[..., Server]
+
+TOKENS = {name: new(name, [name]) for name in SCOPES} | {"all": new("all", SCOPES)}
+FILE = "\n".join(str(token) for _, token in TOKENS.values())
+OPEN = ("/version", "/health")
+BASE = "browse = true\naccess_log = true\nlog_level = 'debug'\n"
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {TOKENS[name][0]}"}
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    directory = tmp_path_factory.mktemp("private")
+    (directory / "tokens").write_text(FILE)
+    return directory, stock(directory / "store")
+
+
+@pytest.fixture(scope="module")
+def server(stocked: tuple[Path, dict[str, str]]) -> Iterator[Server]:
+    directory, _ = stocked
+    server = Server(
+        directory / "server", directory / "store", f"{BASE}tokens_path = '{directory}/tokens'\nmax_failed_auth_rate = 0"
+    )
+    server.start()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.log if "Traceback" in line]
+
+
+@pytest.fixture(params=[row for rows in ROWS.values() for row in rows], ids=lambda row: row.path)
+def row(request: pytest.FixtureRequest, stocked: tuple[Path, dict[str, str]]) -> Row:
+    asked: Row = request.param
+    return asked._replace(path=asked.path.format(**stocked[1]))
+
+
+def scope(row: Row) -> str:
+    if row.path.startswith(("/search", "/path/")):
+        return "browse"
+    return "metrics" if row.path == "/metrics" else "read"
+
+
+def refused(answer: Answer) -> bool:
+    assert answer.status in (401, 403)
+    assert answer.text in ("Unauthorized\n", "Forbidden\n", "")
+    assert answer.headers["cache-control"] == "no-store"
+    challenge = answer.headers.get("www-authenticate", "")
+    assert (answer.status == 401) == challenge.startswith('Basic realm="') == (", Bearer realm=" in challenge)
+    return True
+
+
+WRONG = {
+    "none": {},
+    "wrong": {"Authorization": "Bearer harmonia_wrong"},
+    "the hash": {"Authorization": f"Bearer {TOKENS['all'][1].sha256.hex()}"},
+    "no token": {"Authorization": "Bearer"},
+    "wrong basic": basic("all", "wrong"),
+    "the token as the user": basic(TOKENS["all"][0], ""),
+    "no base64": {"Authorization": "Basic ?"},
+    "no UTF-8": {"Authorization": "Basic " + base64.b64encode(b"\xff\xfe").decode()},
+    "another scheme": {"Authorization": f"Digest {TOKENS['all'][0]}"},
+    "another header": {"X-Authorization": f"Bearer {TOKENS['all'][0]}"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_without_a_token_every_resource_answers_alike(server: Server, row: Row, wrong: str) -> None:
+    if row.path in OPEN:
+        assert server.get(row.path, WRONG[wrong]).status == 200
+        return
+    for method in ("GET", "HEAD", "PUT", "POST"):
+        answer = server.request(method, row.path, WRONG[wrong])
+        assert refused(answer)
+        assert (answer.status, answer.body) == (401, b"" if method == "HEAD" else b"Unauthorized\n")
+
+
+def test_what_is_there_and_what_is_not_differ_in_no_byte(server: Server, stocked: tuple[Path, dict[str, str]]) -> None:
+    there = stocked[1]["hash"]
+    paths = ["/none", "/nar", "/%00", "/nar/a/b", "/NIX-CACHE-INFO", "/x.narinfo"]
+    for hash_part in (there, "0" * 32):
+        paths += [f"/{hash_part}.narinfo", f"/{hash_part}.ls", f"/nar/{hash_part}.nar", f"/serve/{hash_part}/"]
+        paths += [f"/log/{hash_part}", f"/path/{hash_part}", f"/search?q={hash_part}"]
+    for method in ("GET", "HEAD", "PUT"):
+        answers = [server.request(method, path, {"If-None-Match": "*", "Range": "bytes=0-0"}) for path in paths]
+        assert all(answer == answers[0] for answer in answers)
+        assert answers[0].status == 401
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_token_is_good_for_its_scopes_alone(server: Server, row: Row, name: str) -> None:
+    for headers in (bearer(name), basic("", TOKENS[name][0]), basic(name, TOKENS[name][0])):
+        for method in ("GET", "HEAD"):
+            answer = server.request(method, row.path, headers)
+            if row.path in OPEN or name in ("all", scope(row)):
+                assert answer.status == row.status
+            else:
+                assert refused(answer)
+                assert answer.status == 403
+
+
+def test_a_method_that_is_not_there_is_told_to_those_who_got_in(server: Server) -> None:
+    assert server.request("PUT", "/nix-cache-info", bearer("read")).status == 405
+    assert server.get("/none", bearer("read")).status == 404
+    assert server.get("/none", bearer("metrics")).status == 403
+
+
+def test_the_scheme_is_in_any_case(server: Server) -> None:
+    secret = TOKENS["read"][0]
+    for scheme in ("bearer", "BEARER", "Bearer "):
+        assert server.get("/nix-cache-info", {"Authorization": f"{scheme} {secret}"}).status == 200
+
+
+def test_no_cache_on_the_way_may_keep_it_for_others(server: Server, row: Row) -> None:
+    answer = server.get(row.path, bearer("all"))
+    assert row.path in OPEN or "public" not in answer.headers["cache-control"]
+    if etag := answer.headers.get("etag"):
+        again = server.get(row.path, {**bearer("all"), "If-None-Match": etag})
+        assert (again.status, "public" in again.headers["cache-control"]) == (304, False)
+
+
+def test_secrets_are_nowhere(server: Server) -> None:
+    """Runs when the tests above have made every kind of request, right and wrong."""
+    for name in TOKENS:
+        assert server.get("/nix-cache-info", basic("user", TOKENS[name][0])).status in (200, 403)
+    server.get("/nix-cache-info", {"Authorization": "Bearer harmonia_wrong"})
+    server.request("GET", "/nix-cache-info", bearer("all"), version="9.9")
+    with server.connect() as connection:
+        connection.sendall(f"GET http://[ HTTP/1.1\r\nAuthorization: Bearer {TOKENS['all'][0]}\r\n\r\n".encode())
+        connection.recv(4096)
+    metrics = server.get("/metrics", bearer("metrics")).text
+    assert 'route="cache_info",status="401"' in metrics
+    wait_until(lambda: any("/nix-cache-info" in line for line in server.log))
+    settings = load(str(server.config), {})
+    checked = run("--config", str(server.config), "check-config")
+    processes = [server.process.pid, *server.workers]
+    arguments = [Path(f"/proc/{pid}/{what}").read_text() for pid in processes for what in ("cmdline", "environ")]
+    told = "\n".join([*server.log, metrics, repr(settings), checked.stdout, checked.stderr, *arguments])
+    for secret, token in TOKENS.values():
+        encoded = basic("user", secret)["Authorization"].removeprefix("Basic ")
+        for part in (secret, secret.removeprefix("harmonia_"), token.sha256.hex(), encoded):
+            assert part not in told
+    assert "harmonia_wrong" not in told
+
+
+@pytest.mark.parametrize("anonymous", [["read"], ["read", "browse"], ["metrics"]])
+def test_what_is_open_to_all_needs_no_token(
+    start: Start, stocked: tuple[Path, dict[str, str]], anonymous: list[str]
+) -> None:
+    directory, hashes = stocked
+    settings = f"{BASE}tokens_path = '{directory}/tokens'\nanonymous_scopes = {anonymous}"
+    server = start(store=directory / "store", settings=settings)
+    for rows in ROWS.values():
+        path = rows[0].path.format(**hashes)
+        answer = server.get(path)
+        if path in OPEN or scope(rows[0]) in anonymous:
+            assert answer.status == rows[0].status
+            # A wrong token is none that it needs: a client may send one meant for another.
+            assert server.get(path, {"Authorization": "Bearer wrong"}) == answer or rows[0].live
+        else:
+            assert refused(answer)
+    assert server.get("/none").status == (404 if "read" in anonymous else 401)
+    narinfo = server.get(f"/{hashes['hash']}.narinfo", bearer("read"))
+    assert narinfo.headers["cache-control"].startswith("public" if "read" in anonymous else "private")
+
+
+def test_what_is_open_to_all_names_no_upstream(
+    start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    entry = "[[upstream]]\nurl = 'http://127.0.0.1:1/secret-place'\n"
+    assert "secret-place" in start(store=stocked[0] / "store", settings=entry).get("/health?verbose").text
+    (tmp_path / "tokens").write_text(FILE)
+    server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tmp_path}/tokens'\n{entry}")
+    assert server.get("/health?verbose").text == "ok\n"
+
+
+def test_without_tokens_nothing_asks_for_one(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
+    directory, hashes = stocked
+    server = start(store=directory / "store", settings="browse = true")
+    for rows in ROWS.values():
+        assert server.get(rows[0].path.format(**hashes)).status == rows[0].status
+
+
+def test_metrics_at_their_own_address_are_for_all_who_reach_it(
+    start: Start, stocked: tuple[Path, dict[str, str]]
+) -> None:
+    directory, _ = stocked
+    settings = f"tokens_path = '{directory}/tokens'\nmetrics_bind = '127.0.0.1:0'"
+    server = start(store=directory / "store", settings=settings)
+    url = server.wait_for_log(r"metrics are at (\S+)/metrics")[1]
+    assert server.get("/metrics", bearer("all")).status == 404
+    server.url = url
+    assert server.get("/metrics").status == 200
+
+
+def test_tokens_are_read_again_on_sighup(start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text(str(TOKENS["read"][1]))
+    server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tokens}'", workers=2)
+
+    def statuses(name: str) -> set[int]:
+        return {server.get("/nix-cache-info", bearer(name)).status for _ in range(10)}
+
+    assert (statuses("read"), statuses("all")) == ({200}, {401})
+    tokens.write_text(str(TOKENS["all"][1]))
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: sum("INFO the tokens were read again" in line for line in server.log) == 2)
+    assert (statuses("read"), statuses("all")) == ({401}, {200})
+    tokens.write_text(f"broken {TOKENS['read'][0]}")
+    server.process.send_signal(signal.SIGHUP)
+    line = server.wait_for_log("ERROR the tokens are not read again: .*line 1 has 2 words").string
+    assert TOKENS["read"][0] not in line
+    assert statuses("all") == {200}
+
+
+def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
+    settings = f"tokens_path = '{stocked[0]}/tokens'\nmax_failed_auth_rate = 5\ntrusted_proxies = ['127.0.0.1']"
+    server = start(store=stocked[0] / "store", settings=settings)
+
+    def get(client: str, headers: dict[str, str]) -> Answer:
+        return server.get("/nix-cache-info", {**headers, "X-Forwarded-For": client})
+
+    wrong = {"Authorization": "Bearer wrong"}
+    assert [get("10.0.0.1", {}).status for _ in range(20)] == [401] * 20  # that is no try
+    assert [get("10.0.0.1", wrong).status for _ in range(7)] == [401] * 5 + [429] * 2
+    late = get("10.0.0.1", wrong)
+    assert late.text == "Too Many Requests\n"
+    assert re.fullmatch("[1-9]|1[0-2]", late.headers["retry-after"])
+    assert get("10.0.0.1", basic("x", "wrong")).status == 429
+    assert server.get("/none", {**wrong, "X-Forwarded-For": "10.0.0.1"}).status == 429
+    assert [get("10.0.0.1", bearer("read")).status for _ in range(20)] == [200] * 20
+    assert get("10.0.0.1", {}).status == 401
+    assert get("10.0.0.2", wrong).status == 401
+    server.stop()
+    assert [line.split(" ", 2)[2] for line in server.log if "wrong tokens" in line] == [
+        "WARNING 10.0.0.1 sends many wrong tokens, and is told to wait\n"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ("anonymous_scopes = ['read']", "anonymous_scopes: set without tokens_path; "),
+        (
+            "tokens_path = 't'\nanonymous_scopes = ['upload']",
+            'anonymous_scopes: expected an array of "read", "browse", "m',
+        ),
+        ("tls_client_ca_path = 'c'", "tls_client_ca_path: set without tls_cert_path; "),
+        (f"tokens_path = '{TOKENS['all'][0]}'\nbind = 3", "bind: expected"),
+        (f"tokens_path = ['{TOKENS['all'][0]}']", "tokens_path: expected a string, found array (not shown)"),
+    ],
+    ids=lambda _: "setting",
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: str, what: str) -> None:
+    (tmp_path / "harmonia.toml").write_text(settings)
+    checked = run("--config", str(tmp_path / "harmonia.toml"), "check-config")
+    assert checked.returncode == 2
+    assert what in checked.stderr
+    assert TOKENS["all"][0] not in checked.stderr

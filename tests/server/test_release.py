@@ -1,0 +1,213 @@
+"""Promises about what may leave the house: a path that may not is, to every resource, as one that is not there."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from harmonia.store_builder import StoreBuilder, Symlink
+from running import Server, nar_url, run, wait_until
+from server.test_contract import ROWS, Row, stock
+from server.test_log import keep
+
+Start = Callable[..., Server]
+
+KEY = SecretKey.generate("trusted-1")
+NEVER = SecretKey.generate("never-1")
+
+
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A store with something of every kind, signed by nobody, and an empty directory for roots."""
+    directory = tmp_path_factory.mktemp("release")
+    (directory / "roots").mkdir()
+    return directory, stock(directory / "store")
+
+
+ABOUT_PATHS = [row for rows in ROWS.values() for row in rows if row.status != 404 and "{" in row.path]
+ABOUT_PATHS += [
+    row for rows in ROWS.values() for row in rows if row.path.startswith(("/realisations/sha", "/debuginfo/1"))
+]
+RULES = {
+    "denied": 'deny = ["tree", "plain", "packed"]',
+    "not allowed": 'allow = ["hello*"]',
+    "not signed": f'signed_by = ["{NEVER.public_key}"]',
+    "not needed": 'gc_roots = ["{directory}/roots"]',
+}
+ALLOWING = {
+    "no rule": "",
+    "not denied": 'deny = ["hello*"]',
+    "allowed": 'allow = ["tr?e", "plain", "packed"]',
+    "needed": 'allow = ["*"]\ngc_roots = ["/nix/store/{hash}-tree"]',
+}
+
+
+def filled(row: Row, hashes: dict[str, str]) -> str:
+    return row.path.format(**hashes)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_resource_answers_as_if_it_were_not_there(
+    start: Start, stocked: tuple[Path, dict[str, str]], rule: str
+) -> None:
+    directory, hashes = stocked
+    none = dict(hashes, hash="0" * 32, plain=f"{'0' * 32}-n.drv", packed=f"{'0' * 32}-n.drv")
+    rules = RULES[rule].format(directory=directory)
+    server = start(store=directory / "store", settings=f"browse = true\n[release]\n{rules}")
+    assert len(ABOUT_PATHS) > 15
+    for row in ABOUT_PATHS:
+        for method in ("GET", "HEAD"):
+            for headers in ({}, {"Range": "bytes=0-0"}, {"If-None-Match": "*"}, {"Accept-Encoding": "zstd"}):
+                kept_back = server.request(method, filled(row, hashes), headers)
+                assert kept_back.status == 404, (method, row.path)
+                if "{" in row.path:
+                    assert kept_back == server.request(method, filled(row, none), headers)
+    # Nor is it there for those who look for it.
+    for query in ("tree", "e", hashes["hash"], hashes["hash"][:10]):
+        found = server.get(f"/search?q={query}")
+        assert found.status == 200
+        assert "0 paths for" in found.text
+        assert "tree</a>" not in found.text
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+@pytest.mark.parametrize("rule", ALLOWING)
+def test_what_the_rules_permit_is_served(start: Start, stocked: tuple[Path, dict[str, str]], rule: str) -> None:
+    directory, hashes = stocked
+    rules = ALLOWING[rule].format(**hashes)
+    server = start(store=directory / "store", settings=f"browse = true\n[release]\n{rules}")
+    for row in ABOUT_PATHS:
+        if rule == "needed" and row.path.startswith("/log/"):
+            continue  # it was not built here
+        assert server.get(filled(row, hashes)).status == row.status, row.path
+    assert "1 path for" in server.get("/search?q=tree").text
+
+
+def test_our_own_signature_lets_nothing_out(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    plain = store.add(store.output_path("plain"), b"")
+    signed = store.add(store.output_path("signed"), b"", keys=[KEY])
+    (tmp_path / "key").write_text(KEY.export())
+    (tmp_path / "key").chmod(0o600)
+    rules = f"sign_key_paths = ['{tmp_path}/key']\n[release]\nsigned_by = ['{KEY.public_key}']"
+    server = start(store=tmp_path / "store", settings=rules)
+    assert server.get(f"/{signed.path.hash_part}.narinfo").status == 200
+    assert server.get(f"/{plain.path.hash_part}.narinfo").status == 404
+    # Signed later, it is served at once; no longer signed, no longer.
+    sig = KEY.sign(plain.fingerprint("/nix/store"))
+    for sigs, status in ((sig, 200), (None, 404), ("trusted-1:AAAA", 404), (f"x:y {sig}", 200)):
+        with store.connect() as connection:
+            connection.execute("update ValidPaths set sigs = ? where path = ?", (sigs, f"/nix/store/{plain.path}"))
+        assert server.get(f"/{plain.path.hash_part}.narinfo").status == status
+        assert server.get(nar_url(plain)).status == status
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[StoreBuilder, PathInfo, PathInfo]:
+    """A path, and a secret one that it refers to."""
+    store = StoreBuilder(tmp_path / "store")
+    secret = store.add(store.output_path("secret"), {"file": b"secret"})
+    tree = {"link": Symlink(f"/nix/store/{secret.path}/file")}
+    return store, store.add(store.output_path("user"), tree, references=[secret.path]), secret
+
+
+def test_pages_tell_of_what_is_kept_back_no_more_than_the_narinfo(
+    start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
+) -> None:
+    _, user, secret = pair
+    server = start(store=tmp_path / "store", settings="browse = true\n[release]\ndeny = ['secret']")
+    # The reference is signed, and the narinfo would be none without it.
+    assert str(secret.path) in server.get(f"/{user.path.hash_part}.narinfo").text
+    page = server.get(f"/path/{user.path.hash_part}").text
+    assert secret.path.hash_part in page
+    assert f"./{secret.path.hash_part}" not in page
+    assert "Closure" not in page
+    assert server.get(f"/serve/{user.path.hash_part}/link").status == 404
+    assert server.get(f"/search?q={secret.path.hash_part}").status == 200  # no redirect to its page
+    both = server.get("/search?q=e").text
+    assert "1 path for" in both
+
+
+def test_referrers_that_are_kept_back_are_not_told(
+    start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
+) -> None:
+    _, user, secret = pair
+    server = start(store=tmp_path / "store", settings="browse = true\n[release]\ndeny = ['user']")
+    page = server.get(f"/path/{secret.path.hash_part}").text
+    assert user.path.hash_part not in page
+    assert "None" in page.split("Referrers")[1]
+
+
+def test_a_root_that_is_new_is_served_within_seconds_and_one_that_is_gone_is_not(
+    start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
+) -> None:
+    _, user, secret = pair
+    roots = tmp_path / "roots"
+    roots.mkdir()
+    server = start(store=tmp_path / "store", settings=f"[release]\ngc_roots = ['{roots}']")
+
+    def statuses() -> list[int]:
+        return [server.get(f"/{info.path.hash_part}.narinfo").status for info in (user, secret)]
+
+    assert statuses() == [404, 404]
+    (roots / "root").symlink_to(f"/nix/store/{user.path}")
+    wait_until(lambda: statuses() == [200, 200], 5)
+    (roots / "root").unlink()
+    wait_until(lambda: statuses() == [404, 404], 15)
+    (roots / "root").symlink_to(f"/nix/store/{secret.path}")
+    wait_until(lambda: statuses() == [404, 200], 5)
+
+
+def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    drvs = [StorePath(f"{number}{'0' * 31}-{name}.drv") for number, name in ((1, "good"), (2, "bad"), (3, "lost"))]
+    outputs = [store.output_path(name) for name in ("good", "bad")]
+    store.add(outputs[0], b"", deriver=drvs[0], keys=[KEY])
+    store.add(outputs[1], b"", deriver=drvs[1])
+    for drv in drvs:
+        keep(store, drv)
+    server = start(store=tmp_path / "store", settings=f"[release]\nsigned_by = ['{KEY.public_key}']")
+    names = [*drvs, *outputs, *(output.hash_part for output in outputs)]
+    assert [server.get(f"/log/{name}").status for name in names] == [200, 404, 404, 200, 404, 200, 404]
+
+
+@pytest.mark.parametrize(
+    ("rules", "what"),
+    [
+        ("signed_by = ['x']", "release.signed_by: a public key has the form name:base64, as in nix.conf"),
+        (f"signed_by = '{KEY.export()}'", "release.signed_by: expected an array of strings, found string (not shown)"),
+        (f"signed_by = ['{KEY.export()}']", "release.signed_by: the public key has 64 bytes after its colon"),
+        ("gc_roots = ['roots']", "release.gc_roots: expected absolute paths, found 'roots'"),
+        ("gc_roots = ['/nowhere/roots']", "release.gc_roots: there is no '/nowhere/roots'; name a store path"),
+        ("alow = ['a']", "release.alow: unknown key; did you mean release.allow?"),
+        ("deny = 'a'", "release.deny: expected an array of strings, found string 'a'"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(tmp_path: Path, rules: str, what: str) -> None:
+    StoreBuilder(tmp_path / "store")
+    (tmp_path / "harmonia.toml").write_text(f"real_nix_store = '{tmp_path}/store/nix/store'\n[release]\n{rules}")
+    checked = run("--config", str(tmp_path / "harmonia.toml"), "check-config")
+    assert checked.returncode == 2
+    assert f":3: {what}" in checked.stderr
+    assert KEY.export()[-20:] not in checked.stderr
+
+
+def test_a_search_ends_in_time_however_many_paths_are_kept_back(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    signed = store.add(store.output_path("lib-signed"), b"", keys=[KEY])
+    with store.connect() as connection:
+        connection.executemany(
+            "insert into ValidPaths (path, hash, registrationTime, narSize, sigs) values (?, ?, 0, 1, ?)",
+            ((f"/nix/store/{n:032}-lib", f"sha256:{'0' * 64}", signed.sigs[0]) for n in range(20_000)),
+        )
+    server = start(store=tmp_path / "store", settings=f"browse = true\n[release]\nsigned_by = ['{KEY.public_key}']")
+    began = time.monotonic()
+    answer = server.get("/search?q=lib")
+    assert time.monotonic() - began < 2.5
+    assert re.search(r"At least (1 path|0 paths) for", answer.text)
+    assert ">lib</a>" not in answer.text

@@ -1,0 +1,128 @@
+"""Promises about tokens: a server knows only their hashes, and no message shows what stands in their file."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.access import SCOPES, Tokens, new, parse
+from harmonia.errors import FormatError
+from running import run
+
+SECRET, TOKEN = new("ci", ["read"])
+HASH = f"sha256:{TOKEN.sha256.hex()}"
+
+
+def test_a_token_is_found_by_itself_alone() -> None:
+    others = [new(f"other-{number}", SCOPES)[1] for number in range(100)]
+    tokens = Tokens([*others, TOKEN])
+    assert tokens.find(SECRET) == TOKEN
+    for wrong in ("", SECRET[:-1], SECRET + "x", SECRET.upper(), SECRET[1:], HASH, TOKEN.sha256.hex(), "\udcff", "ü"):
+        assert tokens.find(wrong) is None
+    assert Tokens([]).find(SECRET) is None
+
+
+def test_what_agrees_in_what_a_token_is_found_by_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = TOKEN.sha256[:-1] + bytes([TOKEN.sha256[-1] ^ 1])
+    monkeypatch.setattr("harmonia.access._sha256", lambda _: near)
+    assert Tokens([TOKEN]).find("another") is None
+
+
+def test_new_ones_are_long_and_never_the_same() -> None:
+    made = {new("a", ["read"])[0] for _ in range(100)}
+    assert len(made) == 100
+    assert all(re.fullmatch(r"harmonia_[A-Za-z0-9_-]{43}", secret) for secret in made)
+
+
+@given(st.lists(st.sampled_from(SCOPES), unique=True, min_size=1))
+def test_the_line_of_a_token_is_read_as_it_was_made(scopes: list[str]) -> None:
+    secret, token = new("a.b@c-d", scopes)  # type: ignore[arg-type]
+    assert parse(f"\n# comment\n  {token}   # another\n\n") == (token,)
+    assert token.sha256 == hashlib.sha256(secret.encode()).digest()
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("ci read", "line 2 has 2 words in place of a name, scopes and a hash"),
+        (f"ci {HASH}", "line 2 has 2 words"),
+        (f"ci read {HASH} more", "line 2 has 4 words"),
+        (f"ci read {SECRET}", "line 2 has no hash of the form sha256:"),
+        (f"ci read {HASH[:-1]}", "line 2 has no hash"),
+        (f"ci read {HASH.upper()}", "line 2 has no hash"),
+        (f"ci/x read {HASH}", "line 2 has a name of other than letters"),
+        (f"ci upload {HASH}", "line 2 has an unknown scope, or one twice; there are read, browse, metrics"),
+        (f"ci {SECRET} {HASH}", "line 2 has an unknown scope"),
+        (f"{SECRET}! read {HASH}", "line 2 has a name"),
+        (f"ci read,read {HASH}", "line 2 has an unknown scope, or one twice"),
+        (f"ci , {HASH}", "line 2 has an unknown scope"),
+        (f"ci read {'sha256:' + '0' * 64}", "line 2 has the name or the hash of a line before it"),
+        (f"ci2 read {HASH}", "line 2 has the name or the hash of a line before it"),
+    ],
+    ids=lambda _: "line",
+)
+def test_a_wrong_line_is_told_and_not_shown(line: str, what: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        parse(f"{TOKEN}\n{line}")
+    assert str(caught.value).startswith(what)
+    assert SECRET[10:30] not in str(caught.value)
+
+
+@given(st.text())
+def test_no_text_does_worse_than_a_complaint(text: str) -> None:
+    try:
+        parse(text)
+    except FormatError as error:
+        assert re.match(r"line [0-9]+ has ", str(error))  # noqa: PT017 (no complaint is fine as well)
+
+
+def test_nothing_that_is_printed_shows_a_hash() -> None:
+    assert TOKEN.sha256.hex() not in repr(TOKEN)
+    assert repr(TOKEN.sha256) not in repr(TOKEN)
+
+
+def test_the_command_makes_a_token_and_the_line_for_its_hash() -> None:
+    made = run("token", "builder", "--scope", "read", "--scope", "metrics")
+    assert made.returncode == 0
+    (secret,) = set(re.findall(r"harmonia_[A-Za-z0-9_-]{43}", made.stdout))
+    (line,) = re.findall(r"\S+ +\S+ +sha256:\w+", made.stdout)
+    (token,) = parse(line)
+    assert (token.name, sorted(token.scopes)) == ("builder", ["metrics", "read"])
+    assert Tokens([token]).find(secret) == token
+    assert f"login builder password {secret}" in made.stdout
+
+
+@pytest.mark.parametrize("arguments", [["a b"], [""], ["ci", "--scope", "upload"], []])
+def test_the_command_refuses_what_no_server_would_take(arguments: list[str]) -> None:
+    refused = run("token", *arguments)
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (f"ci upload {HASH}", "is not right: line 1 has an unknown scope"),
+        (SECRET, "is not right: line 1 has 1 words"),
+        ("\xff", "is not UTF-8"),
+        (None, "cannot read"),
+    ],
+    ids=["scope", "secret", "bytes", "none"],
+)
+def test_a_wrong_file_stops_the_start(tmp_path: Path, content: str | None, what: str) -> None:
+    (tmp_path / "nix/store").mkdir(parents=True)
+    (tmp_path / "db").touch()
+    if content is not None:
+        (tmp_path / "tokens").write_text(content, encoding="latin-1")
+    config = tmp_path / "harmonia.toml"
+    config.write_text(
+        f"real_nix_store = '{tmp_path}/nix/store'\nnix_db_path = '{tmp_path}/db'\ntokens_path = '{tmp_path}/tokens'\n"
+    )
+    checked = run("--config", str(config), "check-config")
+    assert checked.returncode == 2
+    assert checked.stderr.startswith(f"harmonia: {config}:3: tokens_path: ")
+    assert what in checked.stderr
+    assert checked.stderr.count("\n") == 1
+    assert SECRET not in checked.stderr

@@ -1,0 +1,156 @@
+"""Promises of mutual TLS: without a certificate that a given authority signed, nobody gets a word in."""
+
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from running import Sample, Server, nar_url, read_answer, run
+
+Start = Callable[..., Server]
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+
+REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+
+
+def openssl(directory: Path, command: str) -> None:
+    subprocess.run(["openssl", *command.split()], cwd=directory, capture_output=True, check=True)
+
+
+def authority(directory: Path, name: str) -> None:
+    """Put an authority into `directory`: `<name>.pem` and `<name>.key`."""
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    openssl(directory, f"{made} -subj /CN={name} -keyout {name}.key -out {name}.pem")
+
+
+def issue(directory: Path, by: str, name: str, days: int = 2) -> Path:
+    """What the authority certifies, in one file with its key."""
+    request = f"req -new -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN={name} -keyout {name}.key"
+    openssl(directory, f"{request} -out {name}.csr")
+    openssl(
+        directory, f"x509 -req -in {name}.csr -CA {by}.pem -CAkey {by}.key -CAcreateserial -days {days} -out {name}.crt"
+    )
+    both = directory / f"{name}.both"
+    both.write_text((directory / f"{name}.crt").read_text() + (directory / f"{name}.key").read_text())
+    return both
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("keys")
+    for name in ("server", "ours", "theirs"):
+        authority(directory, name)
+    (directory / "server.key").chmod(0o600)
+    issue(directory, "ours", "client")
+    issue(directory, "theirs", "stranger")
+    issue(directory, "ours", "late", days=0)
+    return directory
+
+
+def settings(keys: Path) -> str:
+    return (
+        f"tls_cert_path = '{keys}/server.pem'\ntls_key_path = '{keys}/server.key'\n"
+        f"tls_client_ca_path = '{keys}/ours.pem'"
+    )
+
+
+@pytest.fixture
+def server(start: Start, sample: Sample, keys: Path) -> Server:
+    return start(store=sample.root, settings=settings(keys), client_certificate=keys / "client.both")
+
+
+def attempt(server: Server, certificate: Path | None) -> bool:
+    """Whether a client with that certificate is answered. With TLS 1.3 it hears of a refusal after the handshake."""
+    server.client_certificate = certificate
+    try:
+        with server.connect() as connection:
+            connection.sendall(REQUEST)
+            return bool(connection.recv(1))
+    except OSError:
+        return False
+
+
+def test_a_client_that_is_vouched_for_is_served(server: Server, sample: Sample) -> None:
+    assert server.get("/version").status == 200
+    assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
+
+
+@pytest.mark.parametrize("certificate", [None, "stranger.both", "server.both"])
+def test_others_get_no_word_in(server: Server, keys: Path, certificate: str | None) -> None:
+    (keys / "server.both").write_text((keys / "server.pem").read_text() + (keys / "server.key").read_text())
+    assert not attempt(server, keys / certificate if certificate else None)
+    assert attempt(server, keys / "client.both")
+    host, _, port = server.url.removeprefix("https://").rpartition(":")
+    with socket.create_connection((host, int(port)), 20) as plain:  # nor without TLS
+        plain.sendall(REQUEST)
+        assert not plain.recv(4096).startswith(b"HTTP")
+
+
+def test_an_expired_certificate_is_none(server: Server, keys: Path) -> None:
+    assert not attempt(server, keys / "late.both")
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_session_is_resumed(server: Server, keys: Path, version: ssl.TLSVersion) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.minimum_version = context.maximum_version = version
+    context.load_cert_chain(keys / "client.both")
+    host, _, port = server.url.removeprefix("https://").rpartition(":")
+    session = None
+    for resumed in (False, True):
+        with (
+            socket.create_connection((host, int(port)), 20) as connection,
+            context.wrap_socket(connection, session=session) as secured,
+        ):
+            secured.sendall(REQUEST)
+            assert read_answer(secured).status == 200
+            assert secured.session_reused == resumed
+            session = cast("ssl.SSLSession", secured.session)
+
+
+def test_sighup_keeps_asking(server: Server, keys: Path) -> None:
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("INFO the TLS certificate was read again")
+    assert not attempt(server, None)
+    assert attempt(server, keys / "client.both")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_curl(server: Server, keys: Path) -> None:
+    command = ["curl", "--silent", "--insecure", "--max-time", "20", f"{server.url}/version"]
+    told = subprocess.run(
+        [*command, "--cert", keys / "client.crt", "--key", keys / "client.key"], capture_output=True, check=True
+    )
+    assert told.stdout.startswith(b"harmonia ")
+    refused = subprocess.run(command, capture_output=True, check=False)
+    assert (refused.returncode != 0, refused.stdout) == (True, b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(None, "cannot read '"), ("hello", "no certificates in '"), ("", "no certificates in '")]
+)
+def test_a_broken_file_stops_the_start(
+    sample: Sample, keys: Path, tmp_path: Path, content: str | None, what: str
+) -> None:
+    if content is not None:
+        (tmp_path / "ca.pem").write_text(content)
+    lines = settings(keys).replace(f"{keys}/ours.pem", f"{tmp_path}/ca.pem")
+    config = tmp_path / "harmonia.toml"
+    config.write_text(f"real_nix_store = '{sample.root}/nix/store'\n{lines}")
+    checked = run("--config", str(config), "check-config")
+    assert checked.returncode == 2
+    assert checked.stderr.startswith(f"harmonia: {config}:4: tls_client_ca_path: {what}{tmp_path}/ca.pem'")
+    assert checked.stderr.count("\n") == 1

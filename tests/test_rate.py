@@ -1,0 +1,74 @@
+"""Promises about rates: each client has its own, whole minutes of it are never more than it, and memory is bounded."""
+
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.rate import Rate
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("per_minute", [1, 3, 7, 120])
+def test_a_minutes_worth_may_come_at_once_and_the_rest_has_to_wait(per_minute: int) -> None:
+    clock = Clock()
+    rate = Rate(per_minute, clock)
+    assert [rate.wait("a") for _ in range(per_minute)] == [0] * per_minute
+    assert rate.wait("a") == pytest.approx(60 / per_minute)
+    assert rate.wait("a") == pytest.approx(60 / per_minute)  # a refusal is not counted
+    assert rate.wait("b") == 0
+    clock.now += 60 / per_minute
+    assert rate.wait("a") == 0
+    assert rate.wait("a") > 0
+    clock.now += 60
+    assert [rate.wait("a") for _ in range(per_minute)] == [0] * per_minute
+
+
+@given(st.integers(1, 20), st.lists(st.floats(0, 30)))
+def test_no_minute_has_more_than_twice_the_rate_and_who_keeps_to_it_never_waits(
+    per_minute: int, pauses: list[float]
+) -> None:
+    clock = Clock()
+    rate = Rate(per_minute, clock)
+    allowed = []
+    for pause in pauses:
+        clock.now += pause
+        wait = rate.wait("a")
+        if wait == 0:
+            allowed.append(clock.now)
+        else:
+            before = clock.now
+            clock.now += wait
+            assert rate.wait("a") == 0
+            allowed.append(clock.now)
+            assert clock.now > before
+    for begin in allowed:
+        assert sum(begin <= when < begin + 60 for when in allowed) <= 2 * per_minute
+
+
+def test_who_has_a_network_is_one_client() -> None:
+    rate = Rate(1, Clock())
+    assert rate.wait("2001:db8:1:2::1") == 0
+    assert rate.wait("2001:db8:1:2:ffff::9") > 0
+    assert rate.wait("2001:db8:1:3::1") == 0
+    assert rate.wait("192.0.2.1") == 0
+    assert rate.wait("192.0.2.2") == 0
+    assert rate.wait("unix") == 0
+
+
+def test_memory_is_bounded() -> None:
+    rate = Rate(10, Clock())
+    tracemalloc.start()
+    for number in range(100_000):
+        rate.wait(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 2 << 20

@@ -1,0 +1,262 @@
+"""Promises about what may leave the house: the rules mean what they say, and what roots need is known soon."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia import catalogue, config
+from harmonia.errors import StoreUnavailableError
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from harmonia.release import Closure, Release
+from harmonia.store import Store
+from harmonia.store_builder import StoreBuilder
+
+KEY, OTHER = SecretKey.generate("key-1"), SecretKey.generate("other-1")
+
+
+def info(name: str, *keys: SecretKey) -> PathInfo:
+    unsigned = PathInfo(StorePath(f"{'0' * 32}-{name}"), bytes(32), 1)
+    sigs = tuple(key.sign(unsigned.fingerprint("/nix/store")) for key in keys)
+    return PathInfo(unsigned.path, unsigned.nar_hash, 1, sigs=sigs)
+
+
+def release(**rules: tuple[str, ...]) -> Release:
+    return Release(config.Release(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "name", "permitted"),
+    [
+        ((), (), "hello-1.0", True),
+        (("hello-*",), (), "hello-1.0", True),
+        (("hello-*",), (), "xhello-1.0", False),
+        (("hello",), (), "hello-1.0", False),
+        (("a", "hello-?.0"), (), "hello-1.0", True),
+        (("hello-[0-9]*",), (), "hello-doc", False),
+        ((), ("*secret*",), "my-secret-1", False),
+        (("*",), ("*secret*",), "my-secret-1", False),
+        (("*",), ("*SECRET*",), "my-secret-1", True),
+        ((), ("hello",), "hello.drv", False),  # by the name of what it makes
+        (("hello",), (), "hello.drv", True),
+        (("*.drv",), (), "hello", False),
+        ((), ("hello.drv",), "hello", True),
+        ((), ("0*",), "hello", True),  # the name has no hash part
+    ],
+)
+def test_names(allow: tuple[str, ...], deny: tuple[str, ...], name: str, *, permitted: bool) -> None:
+    rules = release(allow=allow, deny=deny)
+    assert rules.permits(info(name)) == rules.permits_name(info(name).path) == permitted
+
+
+def test_a_signature_counts_if_it_is_stored_and_right() -> None:
+    rules = release(signed_by=(str(KEY.public_key),))
+    assert rules.permits(info("a", KEY))
+    assert rules.permits(info("a", OTHER, KEY))
+    assert not rules.permits(info("a"))
+    assert not rules.permits(info("a", OTHER))
+    # Under the right name, but by another key; and of another path.
+    assert not rules.permits(info("a", SecretKey(KEY.name, OTHER.key)))
+    stolen = info("a", KEY).sigs
+    moved = PathInfo(StorePath(f"{'1' * 32}-a"), bytes(32), 1, sigs=stolen)
+    assert not rules.permits(moved)
+    grown = PathInfo(info("a").path, bytes(32), 2, sigs=stolen)
+    assert not rules.permits(grown)
+    assert not rules.permits(PathInfo(info("a").path, bytes(32), 1, sigs=("key-1:", "garbage", "")))
+
+
+def test_all_rules_have_to_agree() -> None:
+    rules = release(signed_by=(str(KEY.public_key), str(OTHER.public_key)), deny=("b",))
+    assert rules.permits(info("a", OTHER))
+    assert not rules.permits(info("b", KEY))
+    assert not rules.permits(info("a"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    return StoreBuilder(tmp_path / "store")
+
+
+@pytest.fixture
+def chain(store: StoreBuilder) -> list[StorePath]:
+    """Each refers to the one before it, and to itself."""
+    paths: list[StorePath] = []
+    for name in ("a", "b", "c"):
+        path = store.output_path(name)
+        store.add(path, b"", references=[*paths[-1:], path])
+        paths.append(path)
+    return paths
+
+
+def anew(closure: Closure) -> None:
+    """Look at the roots, however soon after the last time."""
+    closure._not_before = 0  # noqa: SLF001
+    closure.refresh()
+
+
+def opened(store: StoreBuilder) -> Store:
+    return Store(store.store_dir, store.real_dir, store.db_path)
+
+
+@pytest.fixture
+def needed(store: StoreBuilder, chain: list[StorePath]) -> Callable[..., str]:
+    def needed(*roots: object) -> str:
+        closure = Closure(opened(store), [str(root) for root in roots])
+        closure.refresh()
+        return "".join(path.name for path in chain if path in closure)
+
+    return needed
+
+
+def test_roots_are_store_paths_symlinks_and_directories_of_them(
+    store: StoreBuilder, chain: list[StorePath], needed: Callable[..., str], tmp_path: Path
+) -> None:
+    a, b, c = chain
+    assert needed(f"/nix/store/{b}") == "ab"
+    assert needed(f"/nix/store/{b}/lib/file") == "ab"
+    assert needed(f"{store.real_dir}/{b}") == "ab"
+    (tmp_path / "link").symlink_to(f"/nix/store/{a}")
+    assert needed(tmp_path / "link") == "a"
+    (tmp_path / "indirect").symlink_to("link")
+    assert needed(tmp_path / "indirect") == "a"
+    roots = tmp_path / "roots"
+    (roots / "deeper").mkdir(parents=True)
+    assert needed(roots) == ""
+    (roots / "deeper" / "auto").symlink_to(tmp_path / "profile")
+    (tmp_path / "profile").symlink_to("profile-2-link")
+    (tmp_path / "profile-2-link").symlink_to(f"/nix/store/{b}")
+    assert needed(roots) == "ab"
+    assert needed(roots, f"/nix/store/{c}") == "abc"
+    (tmp_path / "to-roots").symlink_to(roots)
+    assert needed(tmp_path / "to-roots") == "ab"
+
+
+def test_what_is_no_root_lets_nothing_out(
+    tmp_path: Path, chain: list[StorePath], needed: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    roots = tmp_path / "roots"
+    roots.mkdir()
+    (roots / "loop").symlink_to("loop")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "root").symlink_to(f"/nix/store/{chain[0]}")
+    (roots / "aside").symlink_to(tmp_path / "beside")
+    (roots / "up").symlink_to(".")
+    (roots / "broken").symlink_to("nothing")
+    (roots / "file").write_text(f"/nix/store/{chain[0]}")
+    (roots / "gone").symlink_to(f"/nix/store/{'0' * 32}-gone")
+    (roots / "no-path").symlink_to("/nix/store/.links")
+    (roots / "elsewhere").symlink_to("/proc/self/fd")
+    began = time.monotonic()
+    assert needed(roots) == ""
+    assert time.monotonic() - began < 5
+    assert needed(tmp_path / "none") == ""
+    assert f"there is no '{tmp_path}/none' any more" in caplog.text
+    assert len(caplog.records) == 3
+
+
+def test_roots_that_come_and_go_are_noticed(store: StoreBuilder, chain: list[StorePath], tmp_path: Path) -> None:
+    a, b, c = chain
+    root = tmp_path / "root"
+    closure = Closure(opened(store), [str(root)])
+    closure.refresh()
+    assert a not in closure
+    for path, expected in ((a, "a"), (c, "abc"), (b, "ab")):
+        (tmp_path / "new").symlink_to(f"/nix/store/{path}")
+        os.replace(tmp_path / "new", root)
+        anew(closure)
+        assert "".join(path.name for path in chain if path in closure) == expected
+    root.unlink()
+    anew(closure)
+    assert a not in closure
+
+
+def test_a_root_that_becomes_valid_later_is_noticed(store: StoreBuilder) -> None:
+    path = store.output_path("late")
+    closure = Closure(opened(store), [f"/nix/store/{path}"])
+    closure.refresh()
+    assert path not in closure
+    store.add(path, b"")
+    anew(closure)
+    assert path in closure
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, method: str, seconds: float = 0) -> list[float]:
+    """When a method of closures is called, which then takes that long."""
+    calls: list[float] = []
+    original = getattr(Closure, method)
+
+    def call(*arguments: object) -> object:
+        calls.append(time.monotonic())
+        time.sleep(seconds)
+        return original(*arguments)
+
+    monkeypatch.setattr(Closure, method, call)
+    return calls
+
+
+def test_it_is_not_found_anew_without_need(
+    store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = counted(monkeypatch, "_find")
+    closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
+    for number in range(5):
+        anew(closure)
+        store.add_text(f"unrelated-{number}", b"")
+    assert len(found) == 1
+    assert all(path in closure for path in chain)
+
+
+def test_no_more_than_a_part_of_the_time_is_spent_on_it(
+    store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closure = Closure(opened(store), [f"/nix/store/{chain[0]}"])
+    looked = counted(monkeypatch, "_found", 0.02)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        closure.refresh()
+    assert 1 <= len(looked) <= 1 / (0.02 * 10) + 1
+
+
+def test_a_closure_beyond_the_bound_is_cut_and_told(
+    store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("harmonia.release._CLOSURE", 2)
+    closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
+    closure.refresh()
+    assert len([path for path in chain if path in closure]) == 2
+    assert "need more than 2 paths" in caplog.text
+
+
+def test_without_a_database_it_stays_as_it_was(store: StoreBuilder, chain: list[StorePath]) -> None:
+    closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
+    closure.refresh()
+    os.rename(store.db_path, f"{store.db_path}.away")
+    with pytest.raises(StoreUnavailableError):
+        anew(closure)
+    assert all(path in closure for path in chain)
+
+
+def test_a_hundred_thousand_paths_take_seconds_and_little_memory(store: StoreBuilder) -> None:
+    hashes = [f"{number:032}" for number in range(100_000)]
+    with store.connect() as connection:
+        connection.executemany(
+            "insert into ValidPaths (id, path, hash, registrationTime, narSize) values (?, ?, '', 0, 1)",
+            ((number + 1, f"/nix/store/{hash_part}-p") for number, hash_part in enumerate(hashes)),
+        )
+        connection.executemany("insert into Refs values (?, ?)", ((n + 1, n) for n in range(1, 100_000)))
+    closure = Closure(opened(store), [f"/nix/store/{hashes[-1]}-p"])
+    began = time.monotonic()
+    closure.refresh()
+    assert time.monotonic() - began < 10
+    assert StorePath(f"{hashes[0]}-p") in closure
+
+
+def test_outputs_are_known_without_their_derivation(store: StoreBuilder) -> None:
+    derivation = StorePath(f"{'0' * 32}-gone.drv")
+    output = store.output_path("made")
+    store.add(output, b"", deriver=derivation)
+    assert catalogue.outputs(opened(store), derivation) == [output]
