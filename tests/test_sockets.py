@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from harmonia import config, sockets
-from harmonia.server.app import _CONFIG
+from harmonia.config import Settings
 from running import Sample, Server, download, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
@@ -115,7 +115,7 @@ def test_head_and_small_body_come_in_one_piece(start: Start, sample: Sample) -> 
 
 
 def test_an_idle_connection_stays(start: Start, sample: Sample) -> None:
-    assert _CONFIG["KEEP_ALIVE_TIMEOUT"] >= 90
+    assert Settings().keep_alive_timeout >= 90
     server = start(store=sample.root)
     with server.connect() as connection:
         assert ask(connection) == 200

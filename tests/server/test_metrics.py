@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harmonia.metrics import BOUNDS, Histogram
 from harmonia.store_builder import Sparse, StoreBuilder
-from running import Sample, Server, nar_url, wait_until
+from running import Sample, Server, ServiceManager, nar_url, wait_until
 
 Start = Callable[..., Server]
 DOCS = Path(__file__).parents[2] / "docs"
@@ -70,9 +70,11 @@ def test_any_worker_tells_what_all_have_done(start: Start, sample: Sample) -> No
 
 
 def test_a_worker_that_ends_leaves_what_it_counted_and_takes_with_it_what_it_was_doing(
-    start: Start, sample: Sample
+    start: Start, sample: Sample, tmp_path: Path
 ) -> None:
-    server = start(store=sample.root, workers=2)
+    with ServiceManager(f"{tmp_path}/notify") as manager:
+        server = start(store=sample.root, workers=2, environment=manager.environment)
+        assert manager.receive() == "READY=1"  # both of them: who never served is not replaced at once
     for _ in range(20):
         server.get("/nix-cache-info")
     with ExitStack() as stack:
