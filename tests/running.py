@@ -260,6 +260,15 @@ def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPRespons
             yield response
 
 
+def open_files(pid: int) -> list[str]:
+    """What a process has open just now. It may close any of it while we look."""
+    names = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(descriptor))
+    return names
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -14,7 +14,7 @@ import pytest
 
 from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
-from running import HARMONIA, Server
+from running import HARMONIA, Server, open_files
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -157,10 +157,10 @@ def big(store: Client) -> str:
 def halfway(server: Server, store: Client, client: Client, path: str) -> Iterator[subprocess.Popen[bytes]]:
     """A client that copies the path; the server's worker is halted as long as this lasts."""
     (worker,) = server.workers
-    descriptors, file = f"/proc/{worker}/fd", str(store.real_path(path) / "a")
+    file = str(store.real_path(path) / "a")
 
     def is_read() -> bool:
-        return any(os.path.realpath(f"{descriptors}/{each}") == file for each in os.listdir(descriptors))
+        return file in open_files(worker)
 
     with meanwhile(client, *copying(server, path)) as copy:
         wait_until(is_read, copy)

@@ -21,7 +21,7 @@ from harmonia.nix import base32, nar_reader
 from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, wait_until
+from running import Answer, Server, open_files, wait_until
 from test_debug_info import ONE, OTHER, TWO, add, add_rows
 
 Start = Callable[..., Server]
@@ -187,8 +187,8 @@ def _holds(pid: int, port: int) -> bool:
     """Whether a process has the server's end of the connection from that port."""
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     inodes = {row[9] for row in rows if row[2].endswith(f":{port:04X}")}
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    return any(f"socket:[{inode}]" in links for inode in inodes)
+    names = open_files(pid)
+    return any(f"socket:[{inode}]" in names for inode in inodes)
 
 
 def test_a_server_killed_while_it_looks(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

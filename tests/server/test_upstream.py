@@ -32,7 +32,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, patched, wait_until
+from running import Answer, Server, open_files, patched, wait_until
 from upstream_server import UpstreamServer, cut, drip, file_url, hang, reset, status
 
 Start = Callable[..., Server]
@@ -334,6 +334,20 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
     assert upstream.asked[f"GET {narinfo_path(there)}"] == 1
 
 
+def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    brief = "from harmonia.upstream import question\nquestion._NEGATIVE_TTL = question.POSITIVE_TTL = 1.0"
+    server = begin(entry(upstream), program=patched(brief))
+    where = narinfo_path(there)
+    assert server.get(where).status == 404
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    assert server.get(where).status == 404
+    wait_until(lambda: server.get(where).status == 200)
+    del upstream.files[where]
+    assert server.get(where).status == 200
+    wait_until(lambda: server.get(where).status == 404)
+    assert upstream.asked[f"GET {where}"] == 3
+
+
 def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     (tmp_path / "file").write_text("in the way")
@@ -415,8 +429,7 @@ def test_a_worker_that_dies_takes_no_other_download_with_it(
         return not aborted(server, url)
 
     def reads_it(worker: int) -> bool:
-        descriptors = Path(f"/proc/{worker}/fd").iterdir()
-        return any(os.path.basename(os.path.realpath(each)) in cached(server, path) for each in descriptors)
+        return any(os.path.basename(name) in cached(server, path) for name in open_files(worker))
 
     with ThreadPoolExecutor(60) as threads:
         downloads = []
