@@ -1,5 +1,5 @@
 # NixOS: services.harmonia, in place of the module of that name in nixpkgs, whose configurations keep working.
-# The options below `settings` come from module-settings.json, which a test holds to harmonia/config.py.
+# The options below `settings` come from module-settings.json, which a test holds to harmonia/settings.py.
 {
   config,
   lib,

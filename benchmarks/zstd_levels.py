@@ -12,8 +12,8 @@ import time
 
 import zstandard
 
-from harmonia.config import Zstd
 from harmonia.nix import nar
+from harmonia.settings import Zstd
 from harmonia.zstd import Encoding
 
 DIRECTORIES = ["/usr/lib/python3", "/usr/share/locale", "/usr/lib/gcc", "/usr/share/perl", "/usr/bin"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from harmonia.config import Settings
 from harmonia.errors import RemoteError
+from harmonia.settings import Settings
 
 LARGEST = 256 << 20
 """Bytes of a body that are taken, at most."""

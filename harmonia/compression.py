@@ -13,11 +13,11 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-from harmonia.config import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice
+from harmonia.settings import Zstd
 from harmonia.zstd import Encoding, encoders
 
 _PIECE = 512 * 1024  # bytes that are given on at once

@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from harmonia import config
 from harmonia.errors import FormatError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.settings import ReleaseRules
 from harmonia.store import Store
 
 _LINKS = 16  # symlinks from a root to its store path: a profile has two
@@ -39,7 +39,7 @@ _log = logging.getLogger("harmonia")
 class Release:
     """The rules, for any thread. Its methods block."""
 
-    def __init__(self, rules: config.Release, store: Store) -> None:
+    def __init__(self, rules: ReleaseRules, store: Store) -> None:
         """`store` is for this alone. Nothing is opened yet, so that the process may still fork."""
         self._store_dir = store.store_dir
         self._keys = rules.public_keys

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from harmonia.config import Settings
 from harmonia.errors import ConfigError
+from harmonia.settings import Settings
 
 BACKLOG = 4096
 """Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""

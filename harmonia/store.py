@@ -9,11 +9,11 @@ from collections.abc import Hashable
 from typing import Any
 from urllib.parse import quote
 
-from harmonia.config import Settings
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
 from harmonia.nix.build_trace import Realisation
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.settings import Settings
 
 BUSY_TIMEOUT = 2.0
 """Seconds to wait for a locked database. Nix writes in WAL mode, where a reader never has to."""

@@ -10,12 +10,12 @@ from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from harmonia.compression import Compressor
-from harmonia.config import Settings
 from harmonia.errors import ConfigError, StoreObjectError
 from harmonia.nar_cache import CachedFile, NarCache
 from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.store_path import StorePath
 from harmonia.server.nar import Nar
+from harmonia.settings import Settings
 from harmonia.store import Store
 
 _AT_ONCE = 8  # NARs, so that small ones do not wait for each other's disk

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import zstandard
 
-from harmonia.config import Zstd
+from harmonia.settings import Zstd
 
 _MIN_FRAME_LOG = 23
 """8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""

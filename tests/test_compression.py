@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 
 from harmonia import zstd
 from harmonia.compression import Compressed, CompressedFile, CompressedNar, Compressor
-from harmonia.config import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nar_cache import Filler, NarCache
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
+from harmonia.settings import Zstd
 from harmonia.zstd import Encoding
 from test_nar_cache import at, fill, filling, messages, mounted, no_leak, without
 
@@ -192,7 +192,7 @@ def test_the_zstd_command_reads_it() -> None:
 def test_another_process_makes_the_same_bytes() -> None:
     code = """
 import hashlib, random
-from harmonia.config import Zstd
+from harmonia.settings import Zstd
 from harmonia.zstd import Encoding
 data = random.Random(2).randbytes(5000) * 3
 print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())

@@ -18,21 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
-from harmonia.config import (
-    Release,
-    Settings,
-    Upstream,
-    Zstd,
-    authorization,
-    check,
-    load,
-    parse,
-    secret_keys,
-    tls_context,
-    wanted,
-)
+from harmonia.config import check, load, parse
+from harmonia.credentials import authorization, secret_keys, tls_context
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
+from harmonia.settings import ReleaseRules, Settings, Upstream, Zstd, wanted
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
@@ -615,7 +605,7 @@ ZSTD = {
     "window_log": st.just(0) | st.integers(10, 27),
     "max_ldm_encoders_per_worker": st.integers(0),
 }
-KEYS = [item.name for struct in (Settings, Zstd, Upstream, Release) for item in msgspec.structs.fields(struct)]
+KEYS = [item.name for struct in (Settings, Zstd, Upstream, ReleaseRules) for item in msgspec.structs.fields(struct)]
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
@@ -691,7 +681,7 @@ def test_what_may_leave_and_upstreams_do_not_go_together() -> None:
 
 def test_the_reference_tells_every_key() -> None:
     text = DOCUMENT.read_text()
-    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", Release))
+    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", ReleaseRules))
     for name, struct in structs:
         head, _, rest = text.partition(f"<!-- {name} -->\n")
         _, end, tail = rest.partition(f"<!-- /{name} -->\n")

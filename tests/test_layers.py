@@ -1,4 +1,4 @@
-"""Imports point one way: cli → {supervisor, warm} → server → upstream → {store, nar_cache} → config → nix → errors."""
+"""Imports point one way: cli → {supervisor, warm} → server → upstream → {store, nar_cache} → settings → nix."""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ LAYERS = {
     "nix": 1,
     "access": 1,
     "systemd": 1,
-    "config": 2,
+    "settings": 2,
+    "credentials": 3,
     "store": 3,
     "store_builder": 3,
     "metrics": 3,
@@ -66,13 +67,13 @@ def test_imports_point_one_way(path: Path) -> None:
         ("nix.nar", "import asyncio"),
         ("nix.nar", "def f():\n    from asyncio import sleep"),
         ("nix.nar", "import harmonia.store"),
-        ("nix.nar", "from harmonia import config"),
+        ("nix.nar", "from harmonia import settings"),
         ("nix.nar", "from harmonia import systemd as s"),
-        ("nix.nar", "from ..config import Settings"),
+        ("nix.nar", "from ..settings import Settings"),
         ("nix.nar", "from harmonia.yet_unwritten import f"),
         ("errors", "from harmonia.nix import nar"),
         ("systemd", "from harmonia.nix import nar"),
-        ("config", "from harmonia.store import Store"),
+        ("settings", "from harmonia.store import Store"),
         ("store", "from .upstream import f"),
         ("store", "import harmonia.yet_unwritten"),
         ("store", "import os, sanic.response"),
@@ -90,8 +91,8 @@ def test_what_points_another_way_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("nix.nar", "import os\nfrom harmonia.errors import FormatError\nfrom . import base32"),
-        ("config", "from harmonia.nix.signing import SecretKey"),
-        ("yet_unwritten", "import asyncio\nfrom harmonia import __version__, config, store, systemd"),
+        ("settings", "from harmonia.nix.signing import SecretKey"),
+        ("yet_unwritten", "import asyncio\nfrom harmonia import __version__, settings, store, systemd"),
         ("server.app", "import sanic\nfrom harmonia.yet_unwritten import f"),
         ("__main__", "from harmonia.cli import main"),
     ],

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import catalogue, config
+from harmonia import catalogue
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.release import Closure, Release
+from harmonia.settings import ReleaseRules
 from harmonia.store import Store
 from harmonia.store_builder import StoreBuilder
 
@@ -26,7 +27,7 @@ def info(name: str, *keys: SecretKey) -> PathInfo:
 
 
 def release(**rules: tuple[str, ...]) -> Release:
-    return Release(config.Release(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
+    return Release(ReleaseRules(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
 
 
 @pytest.mark.parametrize(

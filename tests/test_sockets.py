@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from harmonia import config, sockets
-from harmonia.config import Settings
+from harmonia.settings import Settings
 from running import Sample, Server, download, nar_url, open_files, patched, read_answer, wait_until
 
 Start = Callable[..., Server]

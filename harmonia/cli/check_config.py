@@ -9,7 +9,7 @@ import click
 import msgspec
 
 from harmonia import config
-from harmonia.config import Settings
+from harmonia.settings import Settings
 
 
 @click.command("check-config")

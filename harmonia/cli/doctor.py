@@ -10,15 +10,15 @@ from collections.abc import Iterable
 import click
 from rich.text import Text
 
-from harmonia import cli, config, nix_conf
+from harmonia import cli, config, credentials, nix_conf
 from harmonia.cli import progress
 from harmonia.client import LARGEST, Client
-from harmonia.config import Settings
 from harmonia.doctor import Finding, examine
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.settings import Settings
 from harmonia.store import Store
 
 _STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
@@ -104,7 +104,7 @@ def _given(texts: Iterable[str]) -> list[PublicKey]:
 
 def _own(settings: Settings) -> list[PublicKey]:
     try:
-        return [key.public_key for key in config.secret_keys(settings)]
+        return [key.public_key for key in credentials.secret_keys(settings)]
     except ConfigError:
         return []  # nothing that everybody may read
 

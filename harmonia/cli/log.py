@@ -3,7 +3,7 @@
 import logging
 import os
 
-from harmonia.config import Settings
+from harmonia.settings import Settings
 
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import click
 
-from harmonia import config, sockets, systemd
+from harmonia import config, credentials, sockets, systemd
 from harmonia.cli import log
 from harmonia.server import app, worker
 from harmonia.server.cache import Cache
@@ -22,7 +22,7 @@ _log = logging.getLogger("harmonia")
 def command(config_file: str | None) -> None:
     """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
     settings = config.load(config_file, os.environ)
-    keys = config.secret_keys(settings)
+    keys = credentials.secret_keys(settings)
     log.to_stderr(settings)
     inherited = systemd.inherited_sockets(os.environ)
     with (

@@ -18,12 +18,12 @@ from typing import Protocol
 from sanic import Request
 from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 
-from harmonia import config
+from harmonia import credentials
 from harmonia.access import Scope, Tokens
-from harmonia.config import Settings
 from harmonia.rate import Rate
 from harmonia.server import access_log
 from harmonia.server.body import Representation
+from harmonia.settings import Settings
 
 Handler = Callable[..., Awaitable[Representation]]
 
@@ -50,7 +50,7 @@ class Guard:
 
     def read(self) -> None:
         """Read the file with the tokens again. A broken one leaves those of before."""
-        self._tokens = Tokens(config.tokens(self._settings))
+        self._tokens = Tokens(credentials.tokens(self._settings))
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:
         """The same resource, for those who have a token for it; without another step where that takes none."""

@@ -13,7 +13,6 @@ from sanic.config import Config
 from sanic.http.constants import HTTP
 
 from harmonia.access import Scope
-from harmonia.config import Settings
 from harmonia.metrics import UNKNOWN, Metrics, Route
 from harmonia.nix.base32 import ALPHABET
 from harmonia.rate import Rate
@@ -38,6 +37,7 @@ from harmonia.server.access import Guard, limited
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
 from harmonia.server.upstream import or_upstream
+from harmonia.settings import Settings
 
 if TYPE_CHECKING:
     from sanic.http import Http

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sanic import Request
 
-from harmonia import catalogue, config, zstd
+from harmonia import catalogue, zstd
 from harmonia.compression import Compressed, Compressor, Source
-from harmonia.config import Settings
 from harmonia.debug_info import DebugInfo
 from harmonia.errors import StoreObjectError, StoreUnavailableError
 from harmonia.metrics import Metrics
@@ -30,6 +29,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.release import Release
 from harmonia.server.body import Body, Encoded
 from harmonia.server.negotiation import NotAcceptable
+from harmonia.settings import ReleaseRules, Settings
 from harmonia.store import BUSY_TIMEOUT, Database, Store
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Cache:
         self._browsing_thread = ThreadPoolExecutor(1, thread_name_prefix="browse")
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
         self._watch = Database(settings.database, timeout=0)
-        self.release = Release(settings.release, _store(settings)) if settings.release != config.Release() else None
+        self.release = Release(settings.release, _store(settings)) if settings.release != ReleaseRules() else None
         self._closure = self.release.closure if self.release is not None else None
         self._closure_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._refreshing: Future[None] | None = None

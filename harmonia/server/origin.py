@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 
-from harmonia.config import BASE_URL, Settings
 from harmonia.server import access_log
+from harmonia.settings import BASE_URL, Settings
 
 if TYPE_CHECKING:
     from sanic.http import Http

@@ -15,7 +15,7 @@ import aiohttp
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia import config
+from harmonia import credentials
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
@@ -48,8 +48,8 @@ class Answers:
             Client(
                 each,
                 settings.virtual_nix_store,
-                config.authorization(settings, number),
-                config.upstream_tls(settings, number),
+                credentials.authorization(settings, number),
+                credentials.upstream_tls(settings, number),
                 cache.metrics.own_upstream(each.url),
                 settings.upstream_timeout,
             )

@@ -15,14 +15,14 @@ from sanic.http import Stage
 from sanic.server.async_server import AsyncioServer
 from sanic.server.protocols.http_protocol import HttpProtocol
 
-from harmonia import config
-from harmonia.config import Settings
+from harmonia import credentials
 from harmonia.errors import ConfigError
 from harmonia.metrics import Row
 from harmonia.server import metrics, upstream
 from harmonia.server.access import Guard
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
+from harmonia.settings import Settings
 from harmonia.sockets import BACKLOG, notice_lost_clients
 
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
@@ -60,7 +60,7 @@ async def _serve(
     guard: Guard | None = None
     # Before the first read, to miss no change.
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, tls, guard))
-    tls = config.tls_context(settings)
+    tls = credentials.tls_context(settings)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
 
@@ -128,7 +128,7 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None)
     """
     if tls is not None:
         try:
-            config.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
+            credentials.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
             tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
         except (ConfigError, OSError) as error:
             _log.error("the TLS certificate is not read again: %s", error)

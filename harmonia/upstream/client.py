@@ -13,11 +13,11 @@ import aiohttp
 from yarl import URL
 
 from harmonia import __version__
-from harmonia.config import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics import UpstreamCounters
 from harmonia.nix import base32
 from harmonia.nix.signing import PublicKey
+from harmonia.settings import Upstream
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import unpack
 

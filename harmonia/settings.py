@@ -1,0 +1,426 @@
+"""The settings: one frozen value, with the keys and meanings of upstream Harmonia 3.
+
+What contradicts itself cannot be built: the tables check their own relations. How they come from a file is told in
+config.py. The reference in docs/configuration.md is rendered from the descriptions below.
+"""
+
+import ipaddress
+import os
+import re
+import reprlib
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from harmonia import access
+from harmonia.access import Scope
+from harmonia.errors import ConfigError, FormatError
+from harmonia.nix.signing import PublicKey
+
+_DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
+_LOGS = "../../log/nix"  # from the directory of the database, likewise
+_UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
+_PORT_MAX = 65535
+_WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
+_WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
+_BIND = '"host:port", "[IPv6]:port" or "unix:/path"'
+_MODE = 'a string of three or four octal digits, like "0660"'
+_SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
+_PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
+# Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
+_NO_PATH = re.compile(r"\A\Z|[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
+_URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
+_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
+"""What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
+_SCOPES = ", ".join(f'"{scope}"' for scope in access.SCOPES)
+_FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
+_NEEDS = (
+    ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
+    ("tls_key_path", "tls_cert_path", "TLS needs both, set both or none"),
+    ("tls_client_ca_path", "tls_cert_path", "only TLS knows client certificates, set both or none"),
+    ("anonymous_scopes", "tokens_path", "nobody needs a token then; remove this, or set both"),
+)
+
+Count = Annotated[int, Meta(ge=0)]
+Address = Annotated[str, Meta(extra={"wanted": _BIND})]
+Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
+Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
+AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
+WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
+Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+BaseUrl = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
+Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
+Level = Literal["debug", "info", "warning", "error"]
+
+
+class WrongSettingError(ConfigError):
+    """What is wrong with one key; `_placed` puts before it where the value came from."""
+
+    def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
+        name = ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part) for part in key)
+        super().__init__(f"{name}: {what}")
+        self.key = key
+        self.key_file = key_file
+
+
+class Zstd(msgspec.Struct, frozen=True, kw_only=True):
+    level: Annotated[
+        int, Meta(ge=-7, le=22, description="Higher is smaller and slower; 0 is libzstd's own default (3).")
+    ] = 3
+    long_distance_matching: Annotated[
+        bool, Meta(description="Find repetitions that lie far apart, at four times the memory.")
+    ] = False
+    window_log: Annotated[
+        WindowLog,
+        Meta(
+            description="log2 of the match window in bytes; 0 is what the level brings, and 25 (32 MiB) with"
+            " `long_distance_matching`. NARs are compressed in pieces of that size, but at least 8 MiB."
+        ),
+    ] = 0
+    max_ldm_encoders_per_worker: Annotated[
+        Count, Meta(description="Threads that compress with `long_distance_matching`; 0 is one for each CPU.")
+    ] = 16
+
+    def __post_init__(self) -> None:
+        if 0 < self.window_log < _WINDOW_LOG_MIN:
+            raise WrongSettingError(f"expected {_WINDOW_LOG}, found integer {self.window_log}", "zstd", "window_log")
+
+
+class Upstream(msgspec.Struct, frozen=True, kw_only=True):
+    """Another cache, asked for what is not in the store."""
+
+    url: Annotated[Url, Meta(description="Its URL, as clients would have it among their substituters.")]
+    public_keys: Annotated[
+        tuple[str, ...],
+        Meta(description="Keys like `name:base64`. What none of them signed is not passed on; with `[]`, all is."),
+    ] = ()
+    mode: Annotated[
+        Literal["proxy", "redirect"],
+        Meta(description="Whether NARs come through this server, and are kept in its cache, or straight from there."),
+    ] = "proxy"
+    priority: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="The lowest is asked first; equal ones are asked at once.")
+    ] = 50
+    sign: Annotated[
+        bool, Meta(description="Sign with our keys, too, what one of its `public_keys` signed. Needs those.")
+    ] = False
+    connect_timeout: Annotated[Seconds, Meta(description="How long a connection to it may take to come about.")] = 2.0
+    timeout: Annotated[
+        Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
+    ] = 10.0
+    netrc: Annotated[str | None, Meta(description="A netrc(5) file with the user and password for its host.")] = None
+    credentials_file: Annotated[
+        str | None, Meta(description="A file with `user:password` for it, in place of `netrc`.")
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "the system's"}, description="Certificates in PEM form, one of which must vouch for it."
+        ),
+    ] = None
+
+
+class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
+    """What may leave the house. Where nothing is given, all that is valid may."""
+
+    signed_by: Annotated[
+        tuple[str, ...],
+        Meta(description="Public keys like `name:base64`: only paths that are stored with a signature of one of them."),
+    ] = ()
+    allow: Annotated[
+        tuple[str, ...], Meta(description='Patterns like "hello-*": only paths with a name that one of them matches.')
+    ] = ()
+    deny: Annotated[tuple[str, ...], Meta(description="Patterns: no path with a name that one of them matches.")] = ()
+    gc_roots: Annotated[
+        tuple[str, ...],
+        Meta(description="Store paths, symlinks to them, directories of such: only those and what they need."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for text in self.signed_by:
+            try:
+                PublicKey.parse(text)
+            except FormatError as error:
+                raise WrongSettingError(f"{error}, as in nix.conf", "release", "signed_by") from None
+        for path in self.gc_roots:
+            if not os.path.isabs(path):
+                what = f"expected absolute paths, found {reprlib.repr(path)}"
+                raise WrongSettingError(what, "release", "gc_roots")
+
+    @property
+    def public_keys(self) -> tuple[PublicKey, ...]:
+        return tuple(map(PublicKey.parse, self.signed_by))
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    bind: Annotated[
+        Address, Meta(description="Where to listen; port 0 takes a free one. Sockets from systemd take its place.")
+    ] = "[::]:5000"
+    unix_socket_mode: Annotated[Mode, Meta(description="Permissions of the unix socket.")] = "0666"
+    workers: Annotated[
+        int,
+        Meta(ge=1, le=1024, extra={"default": "`4`, or the CPUs if fewer"}, description="Processes that serve."),
+    ] = msgspec.field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
+    max_connections: Annotated[
+        Count, Meta(description="Connections that each worker has open at once; 0 is no limit.")
+    ] = 2048
+    max_connection_rate: Annotated[
+        Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
+    ] = 256
+    max_header_size: Annotated[
+        int, Meta(ge=1024, le=16384, description="Bytes that the head of a request may have.")
+    ] = 8192
+    header_timeout: Annotated[
+        int, Meta(ge=1, le=3600, description="Seconds for which the head of a request may be on its way.")
+    ] = 30
+    keep_alive_timeout: Annotated[
+        int, Meta(ge=1, le=86400, description="Seconds for which a connection may be idle between two requests.")
+    ] = 120
+    max_query_rate: Annotated[
+        Count,
+        Meta(
+            description="Searches, pages of paths and questions for debug info that each worker answers to one client"
+            " address in a minute; beyond it 429. 0 is no limit."
+        ),
+    ] = 1200
+    max_failed_auth_rate: Annotated[
+        Count,
+        Meta(
+            description="Wrong tokens from one client address in a minute that each worker answers with 401; beyond it"
+            " 429. 0 is no limit. Right tokens are always let in."
+        ),
+    ] = 120
+    shutdown_grace: Annotated[
+        Count, Meta(description="Seconds that running downloads get when the server is told to stop.")
+    ] = 30
+    tls_cert_path: Annotated[
+        str | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
+    ] = None
+    tls_key_path: Annotated[
+        str | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
+    ] = None
+    tls_client_ca_path: Annotated[
+        str | None,
+        Meta(description="Certificates in PEM form, one of which must vouch for each client's own."),
+    ] = None
+    tokens_path: Annotated[
+        str | None,
+        Meta(description="File with hashes of tokens: only who has one gets in. `harmonia token` makes them."),
+    ] = None
+    anonymous_scopes: Annotated[
+        tuple[Scope, ...],
+        Meta(extra={"wanted": f"an array of {_SCOPES}"}, description="What needs no token. Needs `tokens_path`."),
+    ] = ()
+    virtual_nix_store: Annotated[
+        AbsolutePath, Meta(description="The store directory that clients are told, in every store path.")
+    ] = "/nix/store"
+    real_nix_store: Annotated[
+        str | None,
+        Meta(extra={"default": "`virtual_nix_store`"}, description="Where it lies on disk. May be a symlink."),
+    ] = None
+    nix_db_path: Annotated[
+        str | None,
+        Meta(extra={"default": f"`../{_DATABASE}` from the store on disk"}, description="Nix's SQLite database."),
+    ] = None
+    log_dir: Annotated[
+        str | None,
+        Meta(extra={"default": f"`{_LOGS}` from the database's directory"}, description="Where Nix keeps build logs."),
+    ] = None
+    daemon_socket: Annotated[
+        str | None, Meta(description="No effect (upstream 3.0: the Nix daemon's socket). Accepted with a warning.")
+    ] = None
+    sign_key_paths: Annotated[
+        tuple[str, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
+    ] = ()
+    sign_key_path: Annotated[
+        str | None, Meta(description="Deprecated: one more of `sign_key_paths`. Accepted with a warning.")
+    ] = None
+    priority: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="Told in `/nix-cache-info`: clients ask the lowest cache first.")
+    ] = 30
+    narinfo_max_age: Annotated[
+        int, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
+    ] = 86400
+    enable_compression: Annotated[
+        bool, Meta(description="Compress with zstd: for clients that accept it, and as `nar_compression` says.")
+    ] = True
+    nar_compression: Annotated[
+        Literal["auto", "zstd", "none"],
+        Meta(
+            description="What narinfos offer: `zstd` files, which can be resumed, or plain NARs. `auto` is `zstd` where"
+            " the cache directory can be written."
+        ),
+    ] = "auto"
+    cache_dir: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$CACHE_DIRECTORY`, `$XDG_CACHE_HOME/harmonia` or `~/.cache/harmonia`"},
+            description="Where compressed NARs and the index of debug info are kept.",
+        ),
+    ] = None
+    cache_size: Annotated[
+        Size | None,
+        Meta(
+            extra={"default": "half of the free space, at most `20G`"},
+            description="How much they may take. The longest unused go first.",
+        ),
+    ] = None
+    debug_info: Annotated[
+        bool, Meta(description="Tell at `/debuginfo` where debug info is. Each path in the store is looked at once.")
+    ] = True
+    trusted_proxies: Annotated[
+        Proxies, Meta(description="Peers whose `X-Forwarded-…` are believed; `unix` is every peer on a unix socket.")
+    ] = ()
+    base_url: Annotated[
+        BaseUrl | None,
+        Meta(extra={"default": "as the request tells"}, description="The URL of this cache that people are shown."),
+    ] = None
+    landing: Annotated[bool, Meta(description="Serve a page at `/` that tells people how to use this cache.")] = True
+    browse: Annotated[
+        bool, Meta(description="Let people search the store, and see which paths there are. Not for private stores.")
+    ] = False
+    metrics: Annotated[bool, Meta(description="Tell Prometheus at `/metrics` what the server does.")] = True
+    metrics_bind: Annotated[
+        Address | None,
+        Meta(
+            extra={"wanted": _BIND},
+            description="Where to listen for `/metrics` alone, without TLS, in place of among everything else.",
+        ),
+    ] = None
+    access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
+    log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
+    upstream_timeout: Annotated[
+        Seconds,
+        Meta(description="How long a client waits at most to hear that no `[[upstream]]` has a path either."),
+    ] = 1.0
+    zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
+    upstream: Annotated[
+        tuple[Upstream, ...], Meta(description="Other caches, each asked for what is not in the store.")
+    ] = ()
+    release: Annotated[ReleaseRules, Meta(description="What may leave the house.")] = ReleaseRules()
+
+    def __post_init__(self) -> None:
+        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
+        paths = [(key, getattr(self, key)) for key in (*keys, *_FILES)]
+        paths += [("sign_key_paths", path) for path in self.sign_key_paths]
+        for key, path in paths:
+            if path is not None and _NO_PATH.search(path):
+                raise WrongSettingError("expected a path, found something else (not shown)", key, key_file=path)
+        if not os.path.isabs(self.virtual_nix_store):
+            what = f"expected an absolute path, found {self.virtual_nix_store!r}"
+            raise WrongSettingError(what, "virtual_nix_store")
+        for given, needed, remedy in _NEEDS:
+            if getattr(self, given) and getattr(self, needed) is None:
+                raise WrongSettingError(f"set without {needed}; {remedy}", given)
+        if self.address("metrics_bind") and not self.metrics:
+            raise WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
+        if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
+            raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
+        for peer in self.trusted_proxies:
+            try:
+                peer == "unix" or ipaddress.ip_network(peer)
+            except ValueError as error:
+                raise WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
+        _check_upstreams(self.upstream, self.release)
+
+    def address(self, key: Literal["bind", "metrics_bind"]) -> tuple[str, int] | str | None:
+        """That setting taken apart: host and port, or the path of a unix socket."""
+        bind = getattr(self, key)
+        if bind is None:
+            return None
+        if bind.startswith("unix:"):
+            path = re.sub(r"\A//(?=/)", "", bind.removeprefix("unix:"))
+            if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
+                return path
+        elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", bind):
+            v6, host, port = match.groups()
+            try:
+                if int(port) <= _PORT_MAX:
+                    return str(ipaddress.IPv6Address(v6)) if v6 else host, int(port)
+            except ValueError:
+                pass  # not an IPv6 address: told below
+        limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
+        raise WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(bind)}", key)
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """`cache_size` as a number."""
+        return int(self.cache_size[:-1]) << 10 * (1 + "KMGT".index(self.cache_size[-1])) if self.cache_size else None
+
+    @property
+    def real_store(self) -> str:
+        """The directory that store objects are read from, without symlinks."""
+        return os.path.realpath(self.real_nix_store or self.virtual_nix_store)
+
+    @property
+    def database(self) -> str:
+        """Nix's database: beside the store as it is named, else, where that is a symlink, beside what it points to."""
+        named = os.path.abspath(self.real_nix_store or self.virtual_nix_store)
+        beside = [os.path.join(os.path.dirname(store), _DATABASE) for store in (named, self.real_store)]
+        return self.nix_db_path or next(filter(os.path.exists, beside), beside[0])
+
+    @property
+    def logs(self) -> str:
+        """The directory of the build logs."""
+        return self.log_dir or os.path.normpath(os.path.join(os.path.dirname(self.database), _LOGS))
+
+
+def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> None:
+    if upstreams and release != ReleaseRules():
+        raise WrongSettingError(
+            "it does not hold for what comes from an [[upstream]]; give one or the other", "release"
+        )
+    urls = [upstream.url.rstrip("/") for upstream in upstreams]
+    for number, upstream in enumerate(upstreams):
+        if (wrong := _contradiction(upstream)) is None and urls.index(urls[number]) != number:
+            wrong = "url", "given twice; keep one of them"
+        if wrong is not None:
+            key, what = wrong
+            raise WrongSettingError(what, "upstream", str(number), key)
+
+
+def _contradiction(upstream: Upstream) -> tuple[str, str] | None:
+    """The key that cannot be as it is, and why."""
+    for key in ("netrc", "credentials_file", "ca_file"):
+        path = getattr(upstream, key)
+        if path is not None and _NO_PATH.search(path):
+            return key, "expected a path, found something else (not shown)"
+    for text in upstream.public_keys:
+        try:
+            PublicKey.parse(text)
+        except FormatError as error:
+            return "public_keys", f"{error}, as in nix.conf"
+    if upstream.sign and not upstream.public_keys:
+        return "sign", "set without public_keys; only what they signed is signed again, so give them or remove this"
+    if upstream.netrc is not None and upstream.credentials_file is not None:
+        return "credentials_file", "set together with netrc; keep one of them"
+    return None
+
+
+def wanted(kind: object) -> str:
+    """What a field of this type takes, in the words of error messages and of the reference."""
+    schema = msgspec.inspect.type_info(kind)
+    while isinstance(schema, msgspec.inspect.Metadata):
+        if schema.extra and "wanted" in schema.extra:
+            return str(schema.extra["wanted"])
+        schema = schema.type
+    match schema:
+        case msgspec.inspect.IntType(ge=low, le=high):
+            return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
+        case msgspec.inspect.FloatType(le=high):
+            return f"seconds, more than 0 and at most {high}"
+        case msgspec.inspect.LiteralType(values=words):
+            return "one of " + ", ".join(f'"{word}"' for word in words)
+    names: dict[type, str] = {
+        msgspec.inspect.BoolType: "true or false",
+        msgspec.inspect.VarTupleType: "an array of " + ("tables" if _is_of_tables(schema) else "strings"),
+        msgspec.inspect.StructType: "a table",
+    }
+    return names.get(type(schema), "a string")
+
+
+def _is_of_tables(schema: object) -> bool:
+    return isinstance(schema, msgspec.inspect.VarTupleType) and isinstance(schema.item_type, msgspec.inspect.StructType)
