@@ -43,8 +43,13 @@ python3Packages.buildPythonApplication {
       ./docs/operations.md
       ./harmonia
       ./pyproject.toml
-      # The flake's own checks see to the module.
-      (lib.fileset.difference ./tests ./tests/test_nixos_module.py)
+      # The flake's own checks see to the module and its tests.
+      (lib.fileset.difference ./tests (
+        lib.fileset.unions [
+          ./tests/test_nixos_lab.py
+          ./tests/test_nixos_module.py
+        ]
+      ))
     ];
   };
 

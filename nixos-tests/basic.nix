@@ -36,7 +36,7 @@
     with subtest("it came over the wire"):
         for path in greeting, hello, names:
             server.wait_until_succeeds(
-                f"journalctl --unit=harmonia.service | grep --fixed-strings '/nar/{hash_part(path)}-'", timeout=10
+                f"journalctl --unit=harmonia.service | grep --fixed-strings '/nar/{hash_part(path)}-'", timeout=60
             )
 
     with subtest("a file's place in the NAR is listed"):

@@ -45,7 +45,7 @@ in
     with subtest("it came over the wire"):
         for resource in (r"/(realisations|build-trace-v2)/\S*\.doi' 200", rf"/nar/{built[11:43]}-\S*' 200"):
             server.wait_until_succeeds(
-                f'journalctl --unit=harmonia.service | grep --extended-regexp "GET {resource}"', timeout=10
+                f'journalctl --unit=harmonia.service | grep --extended-regexp "GET {resource}"', timeout=60
             )
   '';
 }

@@ -11,6 +11,7 @@ in
       enable = true;
       openFirewall = true;
       settings.access_log = true;
+      settings.workers = 2;
       settings.upstream = [
         {
           url = "http://origin:5000";
@@ -27,7 +28,8 @@ in
     origin.wait_for_unit("harmonia.service")
     origin.wait_for_open_port(5000)
     server.wait_for_unit("harmonia.service")
-    server.wait_until_succeeds("curl --fail --silent --show-error http://origin:5000/nix-cache-info >&2")
+    # Its workers may have come up first, and then look again in their own time.
+    server.wait_until_succeeds("curl --fail --silent http://localhost:5000/metrics | grep '^harmonia_upstream_up.* 2.0$' >&2")
     client.wait_until_succeeds("curl --fail --silent --show-error http://server:5000/nix-cache-info >&2")
     hello, greeting = origin.succeed("nix-build --no-out-link /etc/contents.nix -A hello -A greeting").split()
     url = f"http://server:5000/{greeting[11:43]}.narinfo"
@@ -44,7 +46,7 @@ in
         addresses = {machine: client.succeed(f"getent hosts {machine}").split()[0] for machine in ("client", "server")}
         asked = origin.wait_until_succeeds(
             f"journalctl --unit=harmonia.service --output=cat | grep --fixed-strings 'GET /nar/{greeting[11:43]}-'",
-            timeout=10,
+            timeout=60,
         )
         assert f" {addresses['server']} " in asked, asked
         assert f" {addresses['client']} " not in asked, asked

@@ -24,7 +24,7 @@ mount -t tmpfs -o nosuid,mode=755 tmpfs dev
 for device in null zero full random urandom tty; do
   touch "dev/$device" && mount --bind "/dev/$device" "dev/$device"
 done
-touch "$state/console" dev/console && mount --bind "$state/console" dev/console
+touch dev/console && mount --bind "$state/console" dev/console
 mkdir dev/pts dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts dev/pts
 ln -s pts/ptmx dev/ptmx

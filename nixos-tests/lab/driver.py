@@ -20,7 +20,7 @@ from typing import NoReturn
 import container
 import qemu
 from container import Container
-from machine import Machine, TestFailedError, log, subtest
+from machine import Machine, MachineError, log, subtest
 from qemu import VirtualMachine
 
 TIMEOUT = 600
@@ -61,13 +61,16 @@ def run(script: Path, machines: list[Machine]) -> None:
 
 def explain(machine: Machine) -> None:
     """Print what a machine has to say after a failure."""
-    with suppress(OSError, TestFailedError):  # of the shell, if it was that
+    if not machine.has_shell:
+        return
+    signal.alarm(60)
+    with suppress(OSError, MachineError):  # of the shell, if it was that
         _, journal = machine.execute("systemctl --failed --no-legend; journalctl --no-pager --lines=80", timeout=20)
         machine.log(f"the last of its journal:\n{journal}")
 
 
 def stop(signal_number: int, _frame: FrameType | None) -> NoReturn:
-    raise TestFailedError(f"not done in {TIMEOUT} s" if signal_number == signal.SIGALRM else "interrupted")
+    raise MachineError(f"not done in {TIMEOUT} s" if signal_number == signal.SIGALRM else "interrupted")
 
 
 def main() -> int:

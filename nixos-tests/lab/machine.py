@@ -14,10 +14,11 @@ from pathlib import Path
 # What NixOS has in the PATH of its test shell, and then Debian's.
 PATH = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_TIMEOUT = 900
+BOOT_TIMEOUT = 240
 _BEGIN = time.monotonic()
 
 
-class TestFailedError(Exception):
+class MachineError(Exception):
     """What the script expects did not come about."""
 
 
@@ -35,7 +36,7 @@ def retry(attempt: Callable[[], bool], timeout: float, what: str) -> None:
     deadline = time.monotonic() + timeout
     while not attempt():
         if time.monotonic() > deadline:
-            raise TestFailedError(f"{what}: not in {timeout} s")
+            raise MachineError(f"{what}: not in {timeout} s")
         time.sleep(0.1)
 
 
@@ -48,6 +49,7 @@ class Machine(ABC):
         self.guest = guest
         self.state = state
         self.started = False
+        self.has_shell = False
         state.mkdir()
 
     @abstractmethod
@@ -79,9 +81,11 @@ class Machine(ABC):
         """Wait until the machine runs, and give it what the evaluated NixOS configuration says."""
         self.start()
         self.wait_for_shell()
+        self.has_shell = True
+        self.execute("systemctl is-system-running --wait", timeout=BOOT_TIMEOUT)  # set-up need not race with the boot
         status, output = self.shell(f"bash /run/guest/{self.guest.name}/{self.name}/setup.sh 2>&1")
         if status != 0:
-            raise TestFailedError(f"{self.name}: set-up failed: {output.decode(errors='replace')}")
+            raise MachineError(f"{self.name}: set-up failed: {output.decode(errors='replace')}")
         self.log("is set up")
 
     def execute(self, command: str, timeout: int | None = DEFAULT_TIMEOUT) -> tuple[int, str]:
@@ -99,7 +103,7 @@ class Machine(ABC):
         self.log(f"must {'succeed' if success else 'fail'}: {command}")
         status, output = self.execute(command, timeout)
         if (status == 0) != success:
-            raise TestFailedError(f"{self.name}: `{command}` gave status {status}:\n{output}")
+            raise MachineError(f"{self.name}: `{command}` gave status {status}:\n{output}")
         return output
 
     def wait_until_succeeds(self, command: str, timeout: int = DEFAULT_TIMEOUT) -> str:
@@ -139,14 +143,15 @@ class Machine(ABC):
     def require_unit_state(self, unit: str, state: str = "active") -> None:
         found = self.get_unit_property(unit, "ActiveState")
         if found != state:
-            raise TestFailedError(f"{self.name}: {unit} is {found}, not {state}")
+            raise MachineError(f"{self.name}: {unit} is {found}, not {state}")
 
     def wait_for_unit(self, unit: str, timeout: int = DEFAULT_TIMEOUT) -> None:
         def attempt() -> bool:
+            # The jobs first: one that ends meanwhile has started the unit by the time we look at it.
+            jobs = self.execute("systemctl list-jobs --full 2>&1")[1]
             state = self.execute(f"systemctl show --value --property=ActiveState {shlex.quote(unit)}")[1].strip()
-            idle = state == "inactive" and "No jobs" in self.execute("systemctl list-jobs --full 2>&1")[1]
-            if state == "failed" or idle:
-                raise TestFailedError(f"{self.name}: {unit} is {state}, and nothing will start it")
+            if state == "failed" or (state == "inactive" and "No jobs" in jobs):
+                raise MachineError(f"{self.name}: {unit} is {state}, and nothing will start it")
             return state == "active"
 
         self.log(f"waiting for unit {unit}")

@@ -5,14 +5,13 @@ import socket
 import subprocess
 from pathlib import Path
 
-from machine import PATH, Machine, TestFailedError
+from machine import BOOT_TIMEOUT, PATH, Machine, MachineError
 
 MEMORY = "1024"  # MiB
 # The oldest processor that the wheels run on; QEMU's own default is one of 2003.
 PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
 # All machines of a driver hear what goes to this address of its loopback interface: a hub.
 HUB = "socket,id=hub,mcast=230.0.0.1:2300,localaddr=127.0.0.1"
-BOOT_TIMEOUT = 240
 
 
 def make_network() -> None:
@@ -52,7 +51,7 @@ class VirtualMachine(Machine):
             *("-serial", f"file:{self.state / 'console'}", "-serial", f"unix:{shell}"),
         ]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        listener.settimeout(20)
+        listener.settimeout(BOOT_TIMEOUT)
         connection, _ = listener.accept()
         listener.close()
         self._connection = connection
@@ -63,24 +62,24 @@ class VirtualMachine(Machine):
         try:
             while (line := self._answers.readline()).strip() != b"ready":
                 if not line:
-                    raise TestFailedError(f"{self.name}: QEMU ended")
+                    raise MachineError(f"{self.name}: QEMU ended")
         except TimeoutError:
             console = (self.state / "console").read_text(errors="replace")
-            raise TestFailedError(f"{self.name}: no shell in {BOOT_TIMEOUT} s:\n{console}") from None
+            raise MachineError(f"{self.name}: no shell in {BOOT_TIMEOUT} s:\n{console}") from None
         self._connection.settimeout(None)
         up = f"mkdir -p /run/guest && mount -o ro /dev/vdb /run/guest && ip addr add {self.address}/24 dev eth0"
         status, output = self.shell(
             f"(until ip link set eth0 up; do ((++tries < 300)) || exit; sleep 0.2; done && {up}) 2>&1"
         )
         if status != 0:
-            raise TestFailedError(f"{self.name}: no network: {output.decode(errors='replace')}")
+            raise MachineError(f"{self.name}: no network: {output.decode(errors='replace')}")
 
     def shell(self, command: str) -> tuple[int, bytes]:
         line = base64.b64encode(f"export PATH={PATH}; {command}".encode())
         self._connection.sendall(line + b"\n")
         answer = self._answers.readline()
         if not answer:
-            raise TestFailedError(f"{self.name}: QEMU ended")
+            raise MachineError(f"{self.name}: QEMU ended")
         output, _, status = answer.rpartition(b" ")
         return int(status), base64.b64decode(output)
 
