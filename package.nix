@@ -1,6 +1,8 @@
 {
   lib,
   python3Packages,
+  stdenv,
+  installShellFiles,
   # For the tests: what is compared with us, and what makes certificates.
   nix,
   openssl,
@@ -66,6 +68,16 @@ python3Packages.buildPythonApplication {
     python3Packages.uvloop
     python3Packages.zstandard
   ];
+
+  nativeBuildInputs = [ installShellFiles ];
+  postInstall = lib.optionalString (stdenv.buildPlatform.canExecute stdenv.hostPlatform) ''
+    $out/bin/harmonia man >harmonia.1
+    installManPage harmonia.1
+    installShellCompletion --cmd harmonia \
+      --bash <(_HARMONIA_COMPLETE=bash_source $out/bin/harmonia) \
+      --zsh <(_HARMONIA_COMPLETE=zsh_source $out/bin/harmonia) \
+      --fish <(_HARMONIA_COMPLETE=fish_source $out/bin/harmonia)
+  '';
 
   nativeCheckInputs = [
     nix

@@ -1,10 +1,13 @@
 """The command line: what it prints, and with which status it ends."""
 
 import os
+import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -33,7 +36,7 @@ def test_help_names_every_command() -> None:
     text = run("--help").stdout
     for command in ("serve", "check-config", "keygen", "demo", "doctor", "verify", "warm", "top", "ls", "cat", "nar"):
         assert f"\n  {command} " in text
-    for words in ("--config", "Exit status:", "NO_COLOR", "_HARMONIA_COMPLETE"):
+    for words in ("--config", "Exit status:", "NO_COLOR", "_HARMONIA_COMPLETE", "harmonia man"):
         assert words in text
 
 
@@ -252,27 +255,78 @@ def test_a_store_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> No
     assert re.fullmatch(r"harmonia: cannot read \S+: .*; --config names the settings of another store\n", answer.stderr)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_that_the_help_tells_of(shell: str) -> None:
-    assert f"_HARMONIA_COMPLETE={shell}_source harmonia" in run("--help").stdout
-    script = run(environment={"_HARMONIA_COMPLETE": f"{shell}_source"}).stdout
-    assert f"_HARMONIA_COMPLETE={shell}_complete" in script
+@pytest.fixture
+def program(tmp_path: Path) -> dict[str, str]:
+    """An environment in which `harmonia` is the program's name, and $HOME is empty but for `archive.nar`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/harmonia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
+    (tmp_path / "bin/harmonia").chmod(0o755)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/archive.nar").touch()
+    return {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": f"{tmp_path}/home", "TERM": "dumb"}
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash on this machine")
-def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
-    (tmp_path / "harmonia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
-    (tmp_path / "harmonia").chmod(0o755)
-    program = """
-    eval "$(_HARMONIA_COMPLETE=bash_source harmonia)"
-    for words in "harmonia ver" "harmonia warm --gc" "harmonia nar re"; do
-      COMP_WORDS=($words) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
-      _harmonia_completion harmonia; echo "${COMPREPLY[@]}"
-    done
-    """
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.split() == ["verify", "--gc-roots", "restore"]
+def start_up(shell: str) -> str:
+    """The line that the help gives for that shell's start-up file."""
+    found = re.search(rf"(?m)^ +{shell} +(.*_HARMONIA_COMPLETE.*)$", run("--help").stdout)
+    assert found
+    return found[1]
+
+
+COMPLETED = [
+    ("harmonia verif", "verify"),
+    ("harmonia warm --gc", "--gc-roots"),
+    ("harmonia nar rest", "restore"),
+    ("harmonia token --scope met", "metrics"),
+    ("harmonia nar ls arch", "archive.nar"),
+    ("harmonia --config arch", "archive.nar"),
+    ("harmonia cat arch", "archive.nar"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shell", "prepare"),
+    [
+        pytest.param("bash --norc --noprofile -i", "", id="bash"),
+        pytest.param("zsh -f -i", "autoload -Uz compinit && compinit -u -D; ", id="zsh"),
+    ],
+)
+def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, program: dict[str, str]) -> None:
+    name, *options = shell.split()
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name} on this machine")
+    keyboard, terminal = pty.openpty()
+    with subprocess.Popen(
+        [name, *options], stdin=terminal, stdout=terminal, stderr=terminal, env=program, cwd=program["HOME"],
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        os.write(keyboard, f"{prepare}{start_up(name)}; echo rea''dy\n".encode())
+        read_until(keyboard, "ready")
+        for typed, completed in COMPLETED:
+            os.write(keyboard, f"{typed}\t".encode())
+            read_until(keyboard, typed.rpartition(" ")[0] + " " + completed)
+            os.write(keyboard, b"\x15")  # Ctrl-U: begin the line anew
+        process.kill()
+    os.close(keyboard)
+
+
+def read_until(terminal: int, text: str) -> None:
+    shown = ""
+    deadline = time.monotonic() + 20
+    while text not in shown:
+        assert select.select([terminal], [], [], deadline - time.monotonic())[0], f"no {text!r} in {shown!r}"
+        shown += os.read(terminal, 4096).decode()
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish on this machine")
+def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str, str]) -> None:
+    script = "\n".join([start_up("fish"), *(f"complete -C '{typed}'" for typed, _ in COMPLETED)])
+    command = ["fish", "--no-config", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=program, cwd=program["HOME"], check=True)
+    lines = done.stdout.splitlines()
+    assert [line.partition("\t")[0] for line in lines] == [completed for _, completed in COMPLETED]
+    assert lines[1] == "--gc-roots\tAlso all that the garbage collector keeps: profiles, systems, results."
 
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="there is no groff on this machine")
@@ -283,6 +337,22 @@ def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path:
     done = subprocess.run(command, capture_output=True, check=True, env={**os.environ, "MANWIDTH": "100"})
     assert done.stderr == b""
     text = re.sub(r".\x08", "", done.stdout.decode())
-    for words in ("NAME", "DOCTOR", "harmonia nar restore", "--max-age", "Exit status", 'eval "$(_HARMONIA_COMPLETE'):
+    for words in (
+        "NAME",
+        "COMMANDS",
+        "/nix/store/…",
+        "harmonia nar restore",
+        "--max-age",
+        "EXIT STATUS",
+        'eval "$(_HARMONIA_COMPLETE',
+    ):
         assert words in text
     assert "\\" not in text
+
+
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="there is no mandoc on this machine")
+def test_mandoc_finds_nothing_in_the_manual_page_but_that_it_has_no_date(tmp_path: Path) -> None:
+    (tmp_path / "harmonia.1").write_text(run("man").stdout)
+    command = ["mandoc", "-T", "lint", "-W", "warning", str(tmp_path / "harmonia.1")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []

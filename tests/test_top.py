@@ -98,6 +98,27 @@ def test_views_follow_each_other_where_there_is_no_terminal(tmp_path: Path, star
         assert process.stderr.read() == ""
 
 
+def test_a_server_that_is_gone_for_a_while_is_waited_for(tmp_path: Path, start: Start) -> None:
+    StoreBuilder(tmp_path / "store")
+    bind = f"unix:{tmp_path}/socket"
+    server = start(store=tmp_path / "store", bind=bind)
+    command = [*HARMONIA, "top", bind, "--interval", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen: list[str] = []
+        reader = threading.Thread(target=seen.extend, args=(process.stdout,))
+        reader.start()
+        wait_until(lambda: any(line.startswith("harmonia at") for line in seen))
+        server.stop()
+        wait_until(lambda: any("see that the server runs" in line for line in seen))
+        seen.clear()
+        server.start()
+        wait_until(lambda: any(line.startswith("harmonia at") for line in seen))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        reader.join()
+
+
 @pytest.mark.parametrize("body", [b"<html>", b"up 1\n", b"\xff"])
 def test_what_is_no_harmonia_is_told(body: bytes) -> None:
     class Other(BaseHTTPRequestHandler):

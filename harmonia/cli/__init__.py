@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 import click
+from click.shell_completion import FishComplete, add_completion_class
 
 from harmonia import __version__
 from harmonia.cli import log
@@ -20,6 +21,9 @@ EXIT_CONFIG = 2
 """A wrong setting or a wrong word on the command line. 1 is any other failure."""
 EXIT_FOUND = 3
 """The check itself went well, and found something wrong."""
+
+PATH = click.Path(readable=False)
+"""A path, which shells complete. Whether it is there, and what it is, is for the command to say."""
 
 _SECTIONS = {
     "Serve": ("serve", "check-config", "keygen", "token", "demo"),
@@ -42,11 +46,23 @@ Environment:
   NO_COLOR     if set, no colours
 
 \b
-Completion of commands and options, for the shell's start-up file:
+Shell completion, by a line in the start-up file:
   bash  eval "$(_HARMONIA_COMPLETE=bash_source harmonia)"
   zsh   eval "$(_HARMONIA_COMPLETE=zsh_source harmonia)"
   fish  _HARMONIA_COMPLETE=fish_source harmonia | source
+
+\b
+More:
+  harmonia COMMAND --help
+  harmonia man >harmonia.1  makes a manual page
 """
+
+
+@add_completion_class
+class _Fish(FishComplete):
+    """Click's, but for descriptions with commas in them, of which it shows what is before the first."""
+
+    source_template = FishComplete.source_template.replace('string split ","', 'string split --max 1 ","')
 
 
 class _Commands(click.Group):
@@ -117,7 +133,11 @@ def in_a_pipe() -> None:
 )
 @click.version_option(__version__, prog_name="harmonia", message="%(prog)s %(version)s")
 @click.option(
-    "--config", "config_file", metavar="FILE", help="The TOML file with the settings; else $CONFIG_FILE, else defaults."
+    "--config",
+    "config_file",
+    type=PATH,
+    metavar="FILE",
+    help="The TOML file with the settings; else $CONFIG_FILE, else defaults.",
 )
 @click.pass_context
 def main(context: click.Context, config_file: str | None) -> None:

@@ -13,7 +13,7 @@ from harmonia.store import Store
 
 
 @click.command("cat")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", type=cli.PATH, metavar="PATH...", nargs=-1, required=True)
 @click.pass_obj
 def command(config_file: str | None, paths: tuple[str, ...]) -> None:
     """Print files in store paths.

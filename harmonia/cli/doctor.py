@@ -28,7 +28,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 
 @click.command("doctor")
 @click.argument("url", required=False)
-@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option(
     "--public-key",
     "public_keys",
@@ -76,7 +76,12 @@ def command(
     It may be any cache; if no URL is given, it is the one that the settings describe, on this machine. PATHs are
     store paths that it should have: if none is given, some are looked for among the valid paths of the local store.
     The exit status is 3 where there are errors; warnings do not count.
-    """
+
+    \b
+    The server of these settings:  harmonia doctor
+    Any cache:                     harmonia doctor https://cache.example.org /nix/store/…
+    For cron or CI:                harmonia doctor --quiet
+    """  # noqa: D301 (\b is click's mark of lines to be kept)
     settings = config.read(config_file, os.environ)
     client = Client(url) if url else Client.of(settings)
     keys = [*_given(public_keys), *([] if url else _own(settings)), *nix_conf.trusted_keys(os.environ)]
@@ -138,7 +143,7 @@ def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
         if remedy:
             console.print(Text(f"        → {remedy}"))
     if not quiet:
-        console.print(Text(f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} checks well"))
+        console.print(Text(f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} checks passed"))
     return bool(counts["error"])
 
 

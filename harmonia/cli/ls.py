@@ -13,7 +13,7 @@ from harmonia.store import Store
 
 
 @click.command("ls")
-@click.argument("path")
+@click.argument("path", type=cli.PATH)
 @listing.options
 @click.pass_obj
 def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bool) -> None:
@@ -21,7 +21,11 @@ def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bo
 
     PATH is a valid store path, something in it, or a symlink to it, such as ./result. The answers are those of
     `nix store ls`.
-    """
+
+    \b
+    What is in a build:  harmonia ls -lR ./result
+    As an .ls file:      harmonia ls --json -R ./result
+    """  # noqa: D301 (\b is click's mark of lines to be kept)
     cli.in_a_pipe()
     _, real_path = selection.named(Store.of(config.read(config_file, os.environ)), path)
     nodes = _nodes(real_path, recursive=recursive)

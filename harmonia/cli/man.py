@@ -44,30 +44,45 @@ def roff(main: click.Command) -> Iterator[str]:
     yield f'.TH HARMONIA 1 "" "Harmonia {__version__}" "User Commands"'
     yield ".SH NAME"
     yield r"harmonia \- a Nix binary cache"
-    for number, context in enumerate(commands(main)):
-        title = "SYNOPSIS" if number == 0 else context.command_path.removeprefix("harmonia ").upper()
-        yield f".SH {title}"
-        yield f".B {_escaped(context.command_path)}"
-        yield _escaped(" ".join(context.command.collect_usage_pieces(context)))
-        if number == 0:
-            yield ".SH DESCRIPTION"
-        yield from _text(context.command.help, indented=number > 0)
-        for what, does in options(context):
-            yield from (".TP", f".B {_escaped(what)}", _escaped(does))
-    yield ".SH NOTES"
-    yield from _text(main.epilog, indented=False)
+    top, *others = commands(main)
+    yield ".SH SYNOPSIS"
+    yield from _usage(top)
+    yield ".SH DESCRIPTION"
+    yield from _described(top)
+    yield ".SH COMMANDS"
+    for context in others:
+        yield f".SS {_escaped(context.command_path)}"
+        yield from _usage(context)
+        yield ".PP"
+        yield from _described(context)
+    for _, paragraph in paragraphs(main.epilog):
+        title, _, lines = paragraph.partition(":\n")
+        yield f".SH {_escaped(title.upper())}"
+        yield from _kept(lines)
     yield ".SH SEE ALSO"
     yield r".BR nix (1),"
     yield r".BR nix.conf (5)"
 
 
-def _text(text: str | None, *, indented: bool) -> Iterator[str]:
-    for number, (literal, paragraph) in enumerate(paragraphs(text)):
-        if indented or number:
+def _usage(context: click.Context) -> Iterator[str]:
+    yield f".B {_escaped(context.command_path)}"
+    yield _escaped(" ".join(context.command.collect_usage_pieces(context)))
+
+
+def _described(context: click.Context) -> Iterator[str]:
+    for number, (literal, paragraph) in enumerate(paragraphs(context.command.help)):
+        if number:
             yield ".PP"
-        yield from (".nf", _escaped(paragraph), ".fi") if literal else (_escaped(paragraph),)
+        yield from _kept(paragraph) if literal else (_escaped(paragraph),)
+    for what, does in options(context):
+        yield from (".TP", f".B {_escaped(what)}", _escaped(does))
+
+
+def _kept(lines: str) -> Iterator[str]:
+    yield from (".nf", _escaped(lines), ".fi")
 
 
 def _escaped(text: str) -> str:
     text = text.replace("\\", r"\e").replace("-", r"\-").replace("`", r"\`").replace("'", r"\(aq")
+    text = re.sub(r"[^\x00-\x7f]", lambda letter: rf"\[u{ord(letter[0]):04X}]", text)
     return re.sub(r"(?m)^(\s*)\.", r"\1\&.", text).replace('"', r"\(dq")

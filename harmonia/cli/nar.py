@@ -21,12 +21,17 @@ def command() -> None:
     """Make, list and unpack NARs.
 
     They are the archives of store paths. As a FILE, - is stdin.
-    """
+
+    \b
+    From one machine to another:  harmonia nar dump tree | ssh host harmonia nar restore tree
+    The hash of a tree:           harmonia nar dump tree | sha256sum
+    What a download holds:        curl URL | zstd -d | harmonia nar ls -lR -
+    """  # noqa: D301 (\b is click's mark of lines to be kept)
     cli.in_a_pipe()
 
 
 @command.command("dump")
-@click.argument("path")
+@click.argument("path", type=cli.PATH)
 def dump(path: str) -> None:
     """Write a NAR to stdout.
 
@@ -57,7 +62,7 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
 
 
 @command.command("restore")
-@click.argument("path")
+@click.argument("path", type=cli.PATH)
 @click.argument("file", type=click.File("rb"), default="-")
 def restore(path: str, file: BinaryIO) -> None:
     """Unpack a NAR.

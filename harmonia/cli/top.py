@@ -15,6 +15,7 @@ from rich.text import Text
 from harmonia import config, top
 from harmonia.cli import progress
 from harmonia.client import Client
+from harmonia.errors import RemoteError
 from harmonia.top import Look
 
 
@@ -35,12 +36,12 @@ def command(config_file: str | None, url: str | None, *, interval: float, once: 
 
     Shown are requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted.
     URL is that of the server, or of its `metrics_bind`; if not given, it is what the settings say. Ctrl-C ends it.
-    Where stdout is no terminal, a view follows the other.
+    Where stdout is no terminal, a view follows the other. A server that is gone for a while is waited for.
     """
     client = Client(url) if url else _own(config_file)
     console = progress.console()
     with suppress(KeyboardInterrupt):
-        views = _views(client, interval)
+        views = _views(client, interval, once=once)
         if once or not console.is_terminal:
             for view in islice(views, 1 if once else None):
                 console.print(view)
@@ -50,11 +51,17 @@ def command(config_file: str | None, url: str | None, *, interval: float, once: 
                 live.update(view, refresh=True)
 
 
-def _views(client: Client, interval: float) -> Iterator[RenderableType]:
+def _views(client: Client, interval: float, *, once: bool) -> Iterator[RenderableType]:
     before = top.look(client)
     while True:
         time.sleep(interval)
-        now = top.look(client)
+        try:
+            now = top.look(client)
+        except RemoteError as error:
+            if once:
+                raise
+            yield Text(str(error), style="red")
+            continue
         yield _view(client, before, now)
         before = now
 

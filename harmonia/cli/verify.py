@@ -30,7 +30,7 @@ class _Age(click.ParamType[float]):
 
 
 @click.command("verify")
-@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Verify all valid paths.")
 @click.option("-r", "--recursive", is_flag=True, help="Verify what the PATHs refer to, too.")
 @click.option(
@@ -45,6 +45,7 @@ class _Age(click.ParamType[float]):
 @click.option(
     "--journal",
     "journal_file",
+    type=cli.PATH,
     metavar="FILE",
     help="Where to note what was found good; `verified` in the cache directory, if not given.",
 )
@@ -66,9 +67,10 @@ def command(
     What is on disk is hashed, several paths at a time, and compared with what the database says. What was found good
     is noted in a journal: --max-age resumes an interrupted run, or spreads the work over several.
 
+    Each path that is wrong is a line on stdout, and the exit status is then 3.
+
     \b
-    Each path that is wrong is a line on stdout, and the exit status is then 3. For cron:
-      harmonia verify --all --quiet --max-age 30d
+    For cron, all within a month:  harmonia verify --all --quiet --max-age 30d
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     if bool(paths) == everything:
         raise click.UsageError("name some paths, or --all of them")

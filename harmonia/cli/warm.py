@@ -6,13 +6,13 @@ import time
 
 import click
 
-from harmonia import config, selection, warm
+from harmonia import cli, config, selection, warm
 from harmonia.cli import progress
 from harmonia.store import Store
 
 
 @click.command("warm")
-@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option("--gc-roots", is_flag=True, help="Also all that the garbage collector keeps: profiles, systems, results.")
 @click.option(
     "--closure/--no-closure",

@@ -25,6 +25,7 @@ let
     "findutils"
     "gnugrep"
     "gnused"
+    "installShellFiles"
     "iproute2"
     "iptables"
     "jq"
