@@ -23,6 +23,7 @@ from harmonia.zstd import Encoding, encoders
 _PIECE = 512 * 1024  # bytes that are given on at once
 _SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
 
+_FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
 _REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
@@ -64,6 +65,7 @@ class Compressor:
         self.threads, self._encoders = encoders(settings)
         self._waiting = 0
         self._known: dict[bytes, CompressedFile] = {}
+        self._unknown: dict[bytes, float] = {}
         self._lock = threading.Lock()
 
     @property
@@ -80,12 +82,22 @@ class Compressor:
         """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
         return self._known.get(sha256)
 
+    def is_unknown(self, sha256: bytes) -> bool:
+        """Whether nothing of it was found a moment ago."""
+        return self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
+
     def find(self, sha256: bytes) -> CompressedFile | None:
-        """The same, looked up in the cache if need be."""
-        if (known := self.known(sha256)) is None and self.cache and (file := self.cache.find(self._key(sha256))):
-            self.remember(sha256, file)
-            file.close()
-            known = self.known(sha256)
+        """What is known of it, looked up in the cache if need be."""
+        if (known := self.known(sha256)) is None and self.cache:
+            if file := self.cache.find(self._key(sha256)):
+                self.remember(sha256, file)
+                file.close()
+                known = self.known(sha256)
+            else:
+                with self._lock:
+                    self._unknown[sha256] = time.monotonic()
+                    if len(self._unknown) > _REMEMBERED:
+                        del self._unknown[next(iter(self._unknown))]
         return known
 
     def remember(self, sha256: bytes, file: CachedFile) -> None:

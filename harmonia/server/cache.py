@@ -116,17 +116,23 @@ class Cache:
         self._closure = self.release.closure if self.release is not None else None
         self._closure_thread = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._refreshing: Future[None] | None = None
+        self._this_turn: Hashable = None
         self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
+        self._absent_as_of: Hashable = None
+        self._absent: set[str] = set()
+        """Hash parts of no path, as of that generation."""
 
     async def path(self, hash_part: str) -> SignedPath | None:
         """The valid path with that hash part, if it may leave the house: all that is told of paths is asked for here.
 
         StoreObjectError where its row is of no use; StoreUnavailableError.
         """
-        try:
-            generation: Hashable = self._watch.generation()
-        except StoreUnavailableError:
-            generation = object()  # equals no other: ask the thread, which may wait
+        generation = self._generation()
+        if self._absent_as_of != generation:
+            self._absent_as_of = generation
+            self._absent.clear()
+        if hash_part in self._absent:
+            return None
         seen, known = self._known.get(hash_part, (None, None))
         if known is not None and seen == generation:
             self._known.move_to_end(hash_part)
@@ -134,12 +140,27 @@ class Cache:
         found = await self.query(partial(self._look_up, hash_part, known))
         if found is None:
             self._known.pop(hash_part, None)
+            if self._absent_as_of == generation and len(self._absent) < _REMEMBERED_PATHS:
+                self._absent.add(hash_part)
             return None
         # The generation was taken before the path was read: a change in between makes the next request look again.
         self._known[hash_part] = generation, found
         if len(self._known) > _REMEMBERED_PATHS:
             self._known.popitem(last=False)
         return found if self._closure is None or await self._is_needed(found.info.path) else None
+
+    def _generation(self) -> Hashable:
+        """That of the database, asked once for all requests that one turn of the event loop finds."""
+        if self._this_turn is None:
+            try:
+                self._this_turn = self._watch.generation()
+            except StoreUnavailableError:
+                return object()  # equals no other: ask the thread, which may wait
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        return self._this_turn
+
+    def _end_turn(self) -> None:
+        self._this_turn = None
 
     async def releases(self, path: StorePath) -> bool:
         """Whether a path is valid and may leave the house; without rules for that, always."""

@@ -21,7 +21,9 @@ async def nar_file(cache: Cache, info: PathInfo) -> narinfo.NarFile:
     url = nar_url(info)
     if not cache.offers_zstd:
         return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
-    file = cache.compressor.known(info.nar_hash) or await cache.read(lambda: cache.compressor.find(info.nar_hash))
+    file = cache.compressor.known(info.nar_hash)
+    if file is None and not cache.compressor.is_unknown(info.nar_hash):
+        file = await cache.read(lambda: cache.compressor.find(info.nar_hash))
     return narinfo.NarFile(url + ".zst", "zstd", file and file.sha256, file and file.size)
 
 

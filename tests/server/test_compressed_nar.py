@@ -284,6 +284,17 @@ def test_file_hash_and_size_are_told_once_known(start: Start, store: StoreBuilde
     assert narinfo(start(store=tmp_path / "store", cache_dir=server.cache_dir), path) == before
 
 
+def test_what_another_process_has_compressed_is_told_a_second_later(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    other = start(store=tmp_path / "store", cache_dir=server.cache_dir)
+    assert "FileHash" not in narinfo(other, path)
+    warm(server, path)
+    wait_until(lambda: narinfo(other, path) == narinfo(server, path), seconds=3)
+
+
 @pytest.mark.parametrize("wanted", ["auto", "zstd", "none"])
 @pytest.mark.parametrize("writable", [True, False])
 def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, writable: bool) -> None:
