@@ -82,6 +82,7 @@ python3Packages.buildPythonApplication {
   nativeCheckInputs = [
     nix
     openssl
+    python3Packages.h11
     python3Packages.hypothesis
     python3Packages.pytestCheckHook
     python3Packages.schemathesis

@@ -22,6 +22,7 @@ from harmonia.server import metrics, upstream
 from harmonia.server.access import Guard
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
+from harmonia.server.request_head import Http
 from harmonia.settings import Settings
 from harmonia.sockets import BACKLOG, notice_lost_clients
 
@@ -145,6 +146,8 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None)
 
 class _Protocol(HttpProtocol):
     """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes."""
+
+    HTTP_CLASS = Http
 
     def data_received(self, data: bytes) -> None:
         began = self._time

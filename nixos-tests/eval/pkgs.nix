@@ -45,6 +45,7 @@ let
   pythonNames = [
     "build"
     "click"
+    "h11"
     "hatchling"
     "html5tagger"
     "hypothesis"

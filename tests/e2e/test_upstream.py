@@ -1,10 +1,7 @@
 """A stock client gets through us what a static cache or another Harmonia has, with require-sigs, and once."""
 
 import shutil
-import socket
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,47 +10,12 @@ from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
 from harmonia.store_builder import StoreBuilder
+from nginx import nginx
 from running import Server, wait_until
 
 Start = Callable[..., Server]
 
 MEBIBYTE = 1 << 20
-
-
-@contextmanager
-def nginx(directory: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """A real web server of static files, its URL and its access log."""
-    program = shutil.which("nginx") or "/usr/sbin/nginx"
-    if not Path(program).exists():
-        pytest.skip("no nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    directory.mkdir()
-    log = directory / "access.log"
-    (directory / "nginx.conf").write_text(
-        f"""
-        daemon off; pid {directory}/pid; error_log {directory}/error.log; user root;
-        events {{}}
-        http {{
-          access_log {log}; sendfile on;
-          client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
-          uwsgi_temp_path {directory}; scgi_temp_path {directory};
-          server {{ listen 127.0.0.1:{port}; root {root}; }}
-        }}
-        """
-    )
-    process = subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"])
-    try:
-        wait_until(lambda: _listens(port))
-        yield f"http://127.0.0.1:{port}", log
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as connection:
-        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def push(closure: Closure, path: str, compression: str, directory: Path) -> None:
@@ -88,7 +50,7 @@ def test_a_static_cache_behind_us(
     start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path, *, compression: str, mode: str
 ) -> None:
     push(closure, closure.top, compression, tmp_path / "static")
-    with nginx(tmp_path / "nginx", tmp_path / "static") as (url, log):
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, log):
         server = serve(start, tmp_path, url, closure.key.public.strip(), f"mode = '{mode}'\n")
         for name in ("one", "two"):
             fetch(make_client(name), server.url, closure.key.public, closure.top)
@@ -105,7 +67,7 @@ def test_a_bad_network_to_the_upstream_goes_unnoticed(
 ) -> None:
     path = build_one(closure.server, "noise-1.0", "mkdir $out; head -c 24000000 /dev/urandom > $out/noise")
     push(closure, path, "zstd", tmp_path / "static")
-    with nginx(tmp_path / "nginx", tmp_path / "static") as (url, _):
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
         port = int(url.rpartition(":")[2])
         with CuttingProxy(port, 2 * MEBIBYTE, 8 * MEBIBYTE) as network:
             server = serve(start, tmp_path, network.url, closure.key.public.strip())
