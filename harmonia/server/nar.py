@@ -51,8 +51,8 @@ class Nar:
     def sha256(self) -> bytes:
         return self.info.nar_hash
 
-    def frames(self, *, record: bool = False) -> Iterator[Frame]:
-        """The frames of the whole, remembered if they are to `record`, for the part that may be wanted next.
+    def frames(self) -> Iterator[Frame]:
+        """The frames of the whole, remembered for the part that may be wanted next.
 
         StoreObjectError at their end where they do not make up the length registered.
         """
@@ -61,14 +61,9 @@ class Nar:
             yield from nar.frame(remembered.entries())
             return
         layout = Layout(self.root)
-        frames = nar.frame(nar.walk(self.root))
-        size = 0
-        for words, entry in layout.record(frames) if record else frames:
-            size += len(words) + (entry.size if entry else 0)
-            yield words, entry
-        self._check(size)
-        if record:
-            self.layouts.add(self._key, layout)
+        yield from layout.record(nar.frame(nar.walk(self.root)))
+        self._check(layout.size)
+        self.layouts.add(self._key, layout)
 
     def part(self, start: int, stop: int) -> bytes:
         return b"".join(nar.flatten(self.read(start, stop)))
@@ -77,7 +72,7 @@ class Nar:
         stop = self.size if stop is None else stop
         try:
             if (start, stop) == (0, self.size):
-                yield from nar.chunks(nar.segments(self.frames(record=True)))
+                yield from nar.chunks(nar.segments(self.frames()))
             else:
                 layout = self.layouts.find(self._key, self.root)
                 self._check(layout.size)

@@ -151,12 +151,14 @@ def test_parallel_ranges_make_the_whole(start: Start, store: StoreBuilder, tmp_p
     assert b"".join(part.body for part in parts) == whole
 
 
-def test_a_range_opens_no_file_before_it(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """Shown by a file that is gone: a walk does not come by it, for the layout is remembered."""
+@pytest.mark.parametrize("first", ["nar", "listing"])
+def test_a_range_opens_no_file_before_it(start: Start, store: StoreBuilder, tmp_path: Path, first: str) -> None:
+    """Shown by a file that is gone: a walk would miss it, but the layout is remembered."""
     path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000})
     server = start(store=tmp_path / "store")
     where = url(server, path.path.hash_part)
-    whole = server.get(where).body
+    whole = b"".join(nar.read(nar.dump(store.real_path(path.path))))
+    assert server.get(where if first == "nar" else f"/{path.path.hash_part}.ls").status == 200
     root = Path(store.real_path(path.path).decode())
     root.chmod(0o700)
     (root / "a").rename(tmp_path / "a")
