@@ -439,8 +439,8 @@ in
           BindReadOnlyPaths = inHomes ++ inTmp;
           PrivateTmp = true;
           PrivateMounts = true;
-          # Everybody may ask the Nix daemon to add paths; this service may not.
-          InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+          # It asks the Nix daemon, as any user may, to keep what is being sent. That one would also build for it.
+          InaccessiblePaths = lib.mkIf (cfg.settings.daemon_socket == "") [ "-/nix/var/nix/daemon-socket" ];
           PrivateDevices = true;
           DevicePolicy = "closed";
           DeviceAllow = "";

@@ -21,7 +21,7 @@ from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingErro
 
 _log = logging.getLogger("harmonia")
 
-_NO_EFFECT = {"daemon_socket", "max_connection_rate"}
+_NO_EFFECT = {"max_connection_rate"}
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:

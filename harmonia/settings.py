@@ -20,6 +20,7 @@ from harmonia.nix.signing import PublicKey
 
 _DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
 _LOGS = "../../log/nix"  # from the directory of the database, likewise
+_DAEMON = "../daemon-socket/socket"
 _UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
 _PORT_MAX = 65535
 _WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
@@ -230,7 +231,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(extra={"default": f"`{_LOGS}` from the database's directory"}, description="Where Nix keeps build logs."),
     ] = None
     daemon_socket: Annotated[
-        str | None, Meta(description="No effect (upstream 3.0: the Nix daemon's socket). Accepted with a warning.")
+        str | None,
+        Meta(
+            extra={"default": f"`{_DAEMON}` from the database's directory"},
+            description="The Nix daemon's socket: what is being sent is kept from the garbage collector through it."
+            ' `""` asks no daemon.',
+        ),
     ] = None
     sign_key_paths: Annotated[
         tuple[str, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
@@ -365,7 +371,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def logs(self) -> str:
         """The directory of the build logs."""
-        return self.log_dir or os.path.normpath(os.path.join(os.path.dirname(self.database), _LOGS))
+        return self.log_dir or self._beside_database(_LOGS)
+
+    @property
+    def daemon(self) -> str | None:
+        """The Nix daemon's socket, None where it is not to be asked."""
+        return self._beside_database(_DAEMON) if self.daemon_socket is None else self.daemon_socket or None
+
+    def _beside_database(self, path: str) -> str:
+        return os.path.normpath(os.path.join(os.path.dirname(self.database), path))
 
 
 def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> None:

@@ -11,6 +11,8 @@
     }:
     {
       imports = [ ./lab/server.nix ];
+      # The tightest that there is: without temporary roots.
+      services.harmonia.settings.daemon_socket = "";
       systemd.services.probe.serviceConfig =
         removeAttrs config.systemd.services.harmonia.serviceConfig [
           "ExecStart"

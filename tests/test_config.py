@@ -210,12 +210,24 @@ def test_tls_over_a_unix_socket_is_refused() -> None:
     assert complaint(text).startswith("h.toml:2: tls_cert_path: no TLS over a unix socket")
 
 
-@pytest.mark.parametrize("key", ["max_connection_rate = 256", 'daemon_socket = "/s"'])
-def test_a_key_without_meaning_here_gives_one_warning(caplog: pytest.LogCaptureFixture, key: str) -> None:
-    settings(key)
+def test_a_key_without_meaning_here_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    settings("max_connection_rate = 256")
     assert [record.getMessage() for record in caplog.records] == [
-        f"h.toml: {key.split(maxsplit=1)[0]} has no effect in this Harmonia; it can be removed"
+        "h.toml: max_connection_rate has no effect in this Harmonia; it can be removed"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "daemon"),
+    [
+        ("", "/nix/var/nix/daemon-socket/socket"),
+        ("nix_db_path = '/guest/var/nix/db/db.sqlite'", "/guest/var/nix/daemon-socket/socket"),
+        ("daemon_socket = '/s'", "/s"),
+        ("daemon_socket = ''", None),
+    ],
+)
+def test_the_daemon_is_beside_the_database_unless_it_is_elsewhere_or_not_wanted(text: str, daemon: str | None) -> None:
+    assert settings(text).daemon == daemon
 
 
 def test_a_final_slash_of_the_store_directory_does_not_reach_store_paths() -> None:

@@ -31,6 +31,7 @@ from harmonia.server.body import Body, Encoded
 from harmonia.server.negotiation import NotAcceptable
 from harmonia.settings import ReleaseRules, Settings
 from harmonia.store import BUSY_TIMEOUT, Database, Store
+from harmonia.temp_roots import Hold, TempRoots
 
 if TYPE_CHECKING:
     from harmonia.server.upstream_answers import Answers
@@ -39,6 +40,7 @@ _REMEMBERED_PATHS = 8192  # about 2 KiB each
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _FRESH = 1.0  # seconds for which what the roots of a release need is taken not to have changed
 _STALE = 10.0  # seconds for which a path that was among it may go out without another look
+_HELD = 1 << 20  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
 
 _T = TypeVar("_T")
@@ -81,6 +83,11 @@ def _nar_cache(settings: Settings) -> NarCache | None:
         return None
 
 
+def _temp_roots(settings: Settings) -> TempRoots | None:
+    expected = settings.daemon_socket is not None
+    return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
+
+
 def _store(settings: Settings) -> Store:
     return Store(settings.virtual_nix_store, settings.real_store, settings.database)
 
@@ -92,6 +99,7 @@ class Cache:
         self.metrics = metrics
         self.store = _store(settings)
         self.layouts = Layouts(_LAYOUT_MEMORY)
+        self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
         self.compressor = Compressor(settings.zstd, nar_cache)
         wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
@@ -213,6 +221,10 @@ class Cache:
         # Perhaps it was added just now, and a client remembers for an hour that it was not there.
         await self._wait(self._closure_thread, partial(closure.refresh, _FRESH))
         return path in closure
+
+    def hold(self, info: PathInfo) -> Hold | None:
+        """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""
+        return self._temp_roots.hold(info.path) if self._temp_roots and info.nar_size >= _HELD else None
 
     def encoded(self, source: Source) -> Encoded | None:
         """A body as it can be sent compressed, if it can."""

@@ -21,6 +21,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.body import IMMUTABLE, Body, Encoded, Open, Representation, exhaust
 from harmonia.server.cache import Cache, SignedPath
+from harmonia.temp_roots import Hold
 
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
@@ -38,10 +39,12 @@ class Nar:
     info: PathInfo
     root: bytes
     layouts: Layouts
+    hold: Hold | None = None
+    """What keeps the path from being collected as long as this is read, or may be."""
 
     @classmethod
     def of(cls, cache: Cache, info: PathInfo) -> Self:
-        return cls(info, cache.store.real_path(info.path), cache.layouts)
+        return cls(info, cache.store.real_path(info.path), cache.layouts, cache.hold(info))
 
     @property
     def size(self) -> int:

@@ -15,7 +15,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -197,6 +199,32 @@ class Client:
         if check and result.returncode != 0:
             raise AssertionError(f"{what}: exit status {result.returncode}:\n{result.stderr}")
         return result
+
+    @contextmanager
+    def running(self, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+        """A command that runs on this machine until it ends, or is killed with all that it started."""
+        with subprocess.Popen(self.command(*command), env=self.environment) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    @contextmanager
+    def daemon(self) -> Iterator[None]:
+        """Its Nix daemon runs, and its commands use that."""
+        socket = self.directory / "nix/var/nix/daemon-socket/socket"
+        socket.unlink(missing_ok=True)
+        with self.running("nix-daemon") as process:
+            deadline = time.monotonic() + 60
+            while not socket.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            self.settings["store"] = "daemon"
+            try:
+                yield
+            finally:
+                del self.settings["store"]
 
     def build(self, expression: str, *, timeout: float = 120) -> list[str]:
         """Really build a Nix expression, without a sandbox; the outputs' store paths."""

@@ -73,16 +73,6 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
         time.sleep(0.001)
 
 
-@contextmanager
-def meanwhile(client: Client, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that runs until it ends, or is killed with all that it started."""
-    with subprocess.Popen(client.command(*command), env=client.environment) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def test_every_change_is_seen_at_once(start_as: Start, store: Client, client: Client) -> None:
     path = build_one(store, "changing-1.0", "echo changing > $out")
     store.run("nix-store", "--delete", path)
@@ -124,12 +114,9 @@ def test_a_daemon_that_writes_hides_nothing(start_as: Start, store: Client, tmp_
         }}
         """
     )
-    socket = store.directory / "nix/var/nix/daemon-socket/socket"
-    with meanwhile(store, "nix-daemon") as daemon:
-        wait_until(socket.exists, daemon)
-        store.settings["store"] = "daemon"
+    with store.daemon():
         slow = store.run("nix-instantiate", expression).text
-        with meanwhile(store, "nix-store", "--realise", slow) as build:
+        with store.running("nix-store", "--realise", slow) as build:
             wait_until(waiting.exists, build)
             server = start_as(store=store.directory)
             path = store.run("nix-store", "--add", expression).text
@@ -162,7 +149,7 @@ def halfway(server: Server, store: Client, client: Client, path: str) -> Iterato
     def is_read() -> bool:
         return file in open_files(worker)
 
-    with meanwhile(client, *copying(server, path)) as copy:
+    with client.running(*copying(server, path)) as copy:
         wait_until(is_read, copy)
         os.kill(worker, signal.SIGSTOP)
         yield copy
@@ -227,7 +214,7 @@ def test_a_restart_amid_a_request_is_not_noticed(start: Start, client: Client, c
     (worker,) = server.workers
     os.kill(worker, signal.SIGSTOP)
     port = int(server.url.rpartition(":")[2])
-    with meanwhile(client, *copying(server, closure.top)) as copy:
+    with client.running(*copying(server, closure.top)) as copy:
         # Linux Documentation/networking/proc_net_tcp.rst: the local address in hexadecimal, and 01 is "established".
         wait_until(lambda: has_connection(port), copy)
         restart(server)

@@ -1,0 +1,33 @@
+# Garbage is collected while a path is sent from the sandbox: not that path, until its download has ended.
+{
+  name = "harmonia-garbage-collection";
+  nodes.server = {
+    imports = [ ./lab/server.nix ];
+    services.harmonia.settings.enable_compression = false;
+  };
+  nodes.client.imports = [ ./lab/client.nix ];
+
+  testScript = ''
+    start_all()
+    server.wait_for_unit("harmonia.service")
+    server.wait_for_open_port(5000)
+    noise = server.succeed("nix-build --no-out-link /etc/contents.nix -A noise").strip()
+    hash_part = noise.removeprefix("/nix/store/")[:32]
+    nar_size = int(server.succeed(f"nix-store --query --size {noise}"))
+
+    with subtest("a path that is being sent is not collected"):
+        client.succeed(
+            f"curl --fail --silent --limit-rate 4M --output /tmp/nar http://server:5000/nar/{hash_part}.nar"
+            " >/dev/null 2>&1 & echo $! >/tmp/pid"
+        )
+        client.wait_until_succeeds("test -s /tmp/nar", timeout=10)
+        server.wait_until_succeeds(f"grep --text --quiet {noise} /nix/var/nix/temproots/*", timeout=10)
+        server.succeed("nix-store --gc >&2")
+        server.succeed(f"nix-store --check-validity {noise}")
+        client.wait_until_succeeds(f"test $(stat --format=%s /tmp/nar) = {nar_size}", timeout=60)
+
+    with subtest("then it is"):
+        server.wait_until_succeeds(f"nix-store --delete {noise} >&2", timeout=10)
+        server.fail(f"test -e {noise}")
+  '';
+}

@@ -1,0 +1,107 @@
+"""A Nix daemon in all that a client of it can see: it says what it is told to, and notes what it is asked for."""
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from harmonia.nix import nar
+
+LAST = 0x616C7473
+
+
+def number(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+class DaemonServer:
+    """Listens at `path` as one of that `version`, for as long as `with` lasts. `answer` is what comes after a question.
+
+    `greet`, where given, says something else in place of all of it, and then nothing more.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        version: int = 0x126,
+        answer: bytes = number(LAST, 1),
+        greet: Callable[[socket.socket], None] | None = None,
+    ) -> None:
+        self.path = str(path)
+        self.roots: list[str] = []
+        self.open: list[list[str]] = []
+        """The roots of each connection that is open."""
+        self._version = version
+        self._answer = answer
+        self._greet = greet
+        self._connections: list[socket.socket] = []
+
+    def __enter__(self) -> Self:
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(self.path)
+        self._listening.listen()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        self._listening.close()
+        Path(self.path).unlink()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listening.accept()
+                self._connections.append(connection)
+                self._threads.append(threading.Thread(target=self._serve, args=(connection,)))
+                self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        roots: list[str] = []
+        self.open.append(roots)
+        with connection, suppress(OSError, EOFError):
+            if self._greet is not None:
+                self._greet(connection)
+                while connection.recv(4096):
+                    pass
+            self._agree(connection)
+            while _numbers(connection, 1) == (11,):  # wopAddTempRoot
+                (size,) = _numbers(connection, 1)
+                root = _exactly(connection, size + -size % 8)[:size].decode()
+                roots.append(root)
+                self.roots.append(root)
+                connection.sendall(self._answer)
+        self.open[:] = [each for each in self.open if each is not roots]
+
+    def _agree(self, connection: socket.socket) -> None:
+        connection.sendall(number(0x6478696F, self._version))
+        magic, theirs = _numbers(connection, 2)
+        assert magic == 0x6E697863
+        version = min(theirs, self._version)
+        assert version < 0x126, "features would have to be exchanged"
+        assert _numbers(connection, 2) == (0, 0)
+        greeting = nar.encode(b"2.34") if version >= 0x121 else b""
+        connection.sendall(greeting + (number(2) if version >= 0x123 else b"") + number(LAST))
+
+
+def _numbers(connection: socket.socket, count: int) -> tuple[int, ...]:
+    return struct.unpack(f"<{count}Q", _exactly(connection, 8 * count))
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data

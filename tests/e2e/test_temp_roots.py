@@ -1,0 +1,116 @@
+"""What is being sent is not collected, where there is a Nix daemon: garbage collection by real Nix, amid downloads."""
+
+import fcntl
+import hashlib
+import http.client
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from e2e.closure import build_one
+from e2e.nix_client import Client
+from running import Server, unpacked, wait_until
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+PLAIN, COMPRESSED = "enable_compression = false", "enable_compression = true"
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short name: those of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def store(make_client: MakeClient) -> Client:
+    """The one whose store is served."""
+    return make_client("store")
+
+
+@pytest.fixture
+def path(store: Client) -> str:
+    """One that nothing needs, with a file that no buffer swallows, even compressed, and another after it."""
+    return build_one(store, "big-1.0", "mkdir $out; head -c 16M /dev/urandom > $out/a; echo end > $out/b")
+
+
+@contextmanager
+def begun(server: Server, path: str) -> Iterator[http.client.HTTPResponse]:
+    """A download of its NAR as its narinfo says, whose client does not read on yet."""
+    info = server.get(f"/{Path(path).name[:32]}.narinfo").text
+    (url,) = (line.removeprefix("URL: ") for line in info.splitlines() if line.startswith("URL: "))
+    with server.connect(60, receive_buffer=8192) as connection:
+        connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            assert response.status == 200
+            yield response
+
+
+def is_rooted(store: Client, path: str) -> bool:
+    """Whether a process has a temporary root of it (Nix `src/libstore/gc.cc`: it has a file, and a lock on that)."""
+    for file in (store.directory / "nix/var/nix/temproots").iterdir():
+        with suppress(FileNotFoundError), file.open("rb") as roots:
+            try:
+                fcntl.flock(roots, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if path.encode() + b"\0" in roots.read():
+                    return True
+    return False
+
+
+def delete(store: Client, path: str) -> bool:
+    """Whether Nix could delete it, for nothing needed it."""
+    return store.run("nix-store", "--delete", path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("settings", [PLAIN, COMPRESSED], ids=["plain", "compressed"])
+def test_a_path_is_collected_after_its_download_and_not_before(
+    start: Start, store: Client, path: str, settings: str
+) -> None:
+    nar_hash = hashlib.sha256(store.run("nix-store", "--dump", path).stdout).digest()
+    server = start(store=store.directory, settings=settings)
+    with store.daemon():
+        with begun(server, path) as response:
+            wait_until(lambda: is_rooted(store, path))
+            store.run("nix-store", "--gc")
+            assert (store.real_path(path) / "b").exists()
+            assert not delete(store, path)
+            body = response.read()
+        assert hashlib.sha256(unpacked(body) if settings == COMPRESSED else body).digest() == nar_hash
+        wait_until(lambda: delete(store, path), seconds=5)
+    assert len(server.log) == 1, server.log
+
+
+def test_a_path_is_collected_after_a_client_has_left(start: Start, store: Client, path: str) -> None:
+    server = start(store=store.directory, settings=PLAIN)
+    with store.daemon():
+        with begun(server, path):
+            wait_until(lambda: is_rooted(store, path))
+        wait_until(lambda: delete(store, path), seconds=5)
+
+
+def test_a_daemon_that_is_started_anew_keeps_it_too(start: Start, store: Client, path: str) -> None:
+    server = start(store=store.directory, settings=PLAIN)
+    with begun(server, path) as response:
+        for _ in range(2):
+            with store.daemon():
+                wait_until(lambda: is_rooted(store, path))
+                assert not delete(store, path)
+        assert len(response.read()) > 16 << 20
+
+
+def test_without_a_daemon_the_download_breaks_off(start: Start, store: Client, path: str) -> None:
+    server = start(store=store.directory, settings=PLAIN)
+    with begun(server, path) as response:
+        store.run("nix-store", "--gc")
+        assert not store.real_path(path).exists()
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            response.read()
+    server.wait_for_log("ERROR .* breaks off")
+    server.wait_for_log("INFO nothing keeps what is sent from being collected, for want of the Nix daemon at ")

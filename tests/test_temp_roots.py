@@ -1,0 +1,176 @@
+"""Promises of the temporary roots: as long as they are needed and not longer, and no download waits for them."""
+
+import logging
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from daemon_server import DaemonServer
+from harmonia import temp_roots
+from harmonia.nix.store_path import StorePath
+from harmonia.temp_roots import TempRoots
+from running import Sample, Server, download, nar_url, patched, wait_until
+
+Start = Callable[..., Server]
+
+ONE, OTHER = (StorePath(f"{digit * 32}-name") for digit in "01")
+
+
+def full(path: StorePath) -> str:
+    return f"/nix/store/{path}"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A short name: those of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory, "socket")
+
+
+@pytest.fixture
+def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> TempRoots:
+    monkeypatch.setattr(temp_roots, "_LOOK", 0.05)
+    monkeypatch.setattr(temp_roots, "_RETRY", 0.1)
+    return TempRoots(str(place), "/nix/store", expected=True)
+
+
+def test_a_root_is_taken_once_and_goes_with_the_last_who_needs_it(place: Path, roots: TempRoots) -> None:
+    with DaemonServer(place) as daemon:
+        first, second, other = roots.hold(ONE), roots.hold(ONE), roots.hold(OTHER)
+        wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
+        del first, other
+        time.sleep(0.3)
+        assert len(daemon.open) == 1
+        del second
+        wait_until(lambda: not daemon.open)
+        again = roots.hold(ONE)
+        wait_until(lambda: daemon.open == [[full(ONE)]])
+        del again
+
+
+def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots) -> None:
+    waits = threading.Event()
+
+    def greet(_: socket.socket) -> None:
+        waits.wait(20)
+
+    with DaemonServer(place, greet=greet) as daemon:
+        first = roots.hold(ONE)
+        wait_until(lambda: daemon.open)
+        for _ in range(10_000):
+            roots.hold(OTHER)
+        waits.set()
+    del first
+    with DaemonServer(place) as daemon:
+        last = roots.hold(ONE)
+        wait_until(lambda: daemon.roots)
+        assert daemon.roots == [full(ONE)]
+        del last
+
+
+def test_a_long_download_does_not_keep_what_others_needed(
+    place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
+    with DaemonServer(place) as daemon:
+        short, long = roots.hold(ONE), None
+        wait_until(lambda: daemon.open == [[full(ONE)]])
+        long = roots.hold(OTHER)
+        wait_until(lambda: daemon.open == [[full(ONE)], [full(OTHER)]])
+        del short
+        wait_until(lambda: daemon.open == [[full(OTHER)]])
+        del long
+
+
+def test_there_are_few_connections(place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
+    paths = [StorePath(f"{number:032}-name") for number in range(10)]
+    with DaemonServer(place) as daemon:
+        holds = [roots.hold(path) for path in paths]
+        wait_until(lambda: len(daemon.roots) == len(paths))
+        assert len(daemon.open) == 4
+        del holds
+
+
+def test_they_are_taken_anew_from_a_daemon_that_comes_back(
+    place: Path, roots: TempRoots, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "harmonia")
+    hold = roots.hold(ONE)
+    wait_until(lambda: caplog.records)
+    time.sleep(0.3)
+    for _ in range(2):
+        with DaemonServer(place) as daemon:
+            wait_until(lambda: daemon.open == [[full(ONE)]])
+            wait_until(lambda: len(caplog.records) % 2 == 0)
+        wait_until(lambda: len(caplog.records) % 2)
+    del hold
+    lacking = f"nothing keeps what is sent from being collected, for want of the Nix daemon at {place}: "
+    again = f"the Nix daemon at {place} keeps what is sent from being collected again"
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.startswith(lacking) for message in messages] == [True, False, True, False, True]
+    assert messages[1] == messages[3] == again
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "WARNING", "INFO", "WARNING"]
+
+
+def test_nobody_is_warned_of_a_daemon_that_nobody_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "harmonia")
+    hold = TempRoots(str(place), "/nix/store", expected=False).hold(ONE)
+    wait_until(lambda: caplog.records)
+    assert caplog.records[0].levelname == "INFO"
+    del hold
+
+
+# In the server.
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_a_download_takes_one(start: Start, sample: Sample, place: Path, suffix: str) -> None:
+    server = start(store=sample.root, settings=f"daemon_socket = '{place}'")
+    with DaemonServer(place) as daemon:
+        for path in (f"/{sample.big.path.hash_part}.narinfo", nar_url(sample.small)):
+            server.get(path)
+        assert not daemon.open
+        server.get(nar_url(sample.big) + suffix)
+        wait_until(lambda: daemon.roots == [full(sample.big.path)])
+        wait_until(lambda: not daemon.open)
+
+
+def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
+    impatient = patched("from harmonia import temp_roots\ntemp_roots._TIMEOUT = 1.0")
+    with DaemonServer(place, greet=lambda _: None) as daemon:
+        server = start(store=sample.root, settings=f"daemon_socket = '{place}'", program=impatient)
+        began = time.monotonic()
+        for _ in range(3):
+            assert sha256(server.get(nar_url(sample.big)).body).digest() == sample.big.nar_hash
+        assert time.monotonic() - began < 4
+        assert daemon.open
+        with download(server, sample.big):
+            server.wait_for_log(f"WARNING .* {place}: timed out")
+
+
+def test_no_daemon_is_asked_where_none_is_wanted(start: Start, tmp_path: Path) -> None:
+    sample = Sample.make(tmp_path / "store")
+    beside = tmp_path / "store/nix/var/nix/daemon-socket"
+    beside.mkdir()
+    (tmp_path / "s").symlink_to(beside)
+    for settings, asked in (("", True), ("daemon_socket = ''", False)):
+        server = start(store=sample.root, settings=settings)
+        with DaemonServer(tmp_path / "s/socket") as daemon:
+            server.get(nar_url(sample.big))
+            if asked:
+                wait_until(lambda: daemon.roots)
+            else:
+                time.sleep(0.3)
+                assert not daemon.roots
