@@ -7,13 +7,19 @@
     { self, nixpkgs }:
     let
       inherit (nixpkgs) lib;
-      eachSystem = f: lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (system: f nixpkgs.legacyPackages.${system});
+      eachSystem =
+        f: lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (system: f nixpkgs.legacyPackages.${system});
       package = pkgs: pkgs.callPackage ./package.nix { };
 
       # A file in nixos-tests is a check by being there.
-      tests = lib.mapAttrs' (file: _: lib.nameValuePair (lib.removeSuffix ".nix" file) (./nixos-tests + "/${file}")) (
-        lib.filterAttrs (file: kind: kind == "regular" && lib.hasSuffix ".nix" file) (builtins.readDir ./nixos-tests)
-      );
+      tests =
+        lib.mapAttrs'
+          (file: _: lib.nameValuePair (lib.removeSuffix ".nix" file) (./nixos-tests + "/${file}"))
+          (
+            lib.filterAttrs (file: kind: kind == "regular" && lib.hasSuffix ".nix" file) (
+              builtins.readDir ./nixos-tests
+            )
+          );
       vmTest =
         pkgs: test:
         pkgs.testers.runNixOSTest {

@@ -24,10 +24,12 @@ let
       strings = types.listOf types.str;
     }
     .${key.type};
-  table = key: types.submodule {
-    freeformType = format.type;
-    options = lib.mapAttrs (_: settingOption) key.keys;
-  };
+  table =
+    key:
+    types.submodule {
+      freeformType = format.type;
+      options = lib.mapAttrs (_: settingOption) key.keys;
+    };
   settingOption =
     key:
     if key.type == "table" then
@@ -119,12 +121,10 @@ let
     number: upstream:
     given upstream
     // lib.listToAttrs (
-      map
-        (file: {
-          name = lib.removePrefix "upstream-${toString number}-" file.name;
-          value = credential file;
-        })
-        (lib.filter (file: lib.hasPrefix "upstream-${toString number}-" file.name) upstreamFiles)
+      map (file: {
+        name = lib.removePrefix "upstream-${toString number}-" file.name;
+        value = credential file;
+      }) (lib.filter (file: lib.hasPrefix "upstream-${toString number}-" file.name) upstreamFiles)
     );
   tables = lib.filterAttrs (_: table: table != { }) {
     release = given cfg.settings.release;
@@ -162,20 +162,28 @@ let
       unchecked;
 
   # A store in a directory that the sandbox hides is shown read-only, and nothing else of that directory.
-  store = if cfg.settings.real_nix_store != null then cfg.settings.real_nix_store else cfg.settings.virtual_nix_store;
+  store =
+    if cfg.settings.real_nix_store != null then
+      cfg.settings.real_nix_store
+    else
+      cfg.settings.virtual_nix_store;
   storePaths = map toString (
     lib.optional (store != null) (dirOf store)
     ++ lib.optional (cfg.settings.nix_db_path != null) (dirOf cfg.settings.nix_db_path)
     ++ lib.optional (cfg.settings.log_dir != null) cfg.settings.log_dir
   );
-  below = directories: path: lib.any (directory: lib.hasPrefix "${directory}/" "${path}/") directories;
+  below =
+    directories: path: lib.any (directory: lib.hasPrefix "${directory}/" "${path}/") directories;
   homes = [
     "/home"
     "/root"
     "/run/user"
   ];
   inHomes = lib.filter (below homes) storePaths;
-  inTmp = lib.filter (below [ "/tmp" "/var/tmp" ]) storePaths;
+  inTmp = lib.filter (below [
+    "/tmp"
+    "/var/tmp"
+  ]) storePaths;
 
   # Metrics of their own address are the one thing that Harmonia listens for itself, upstreams what it asks.
   needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
@@ -202,12 +210,26 @@ in
         lib.mkChangedOptionModule from [ "services" "harmonia" "signKeyPaths" ] (
           config: lib.optional (lib.getAttrFromPath from config != null) (lib.getAttrFromPath from config)
         );
-      whole = old: map (renamed old) [ "enable" "package" "settings" "signKeyPaths" ] ++ [ (signKeyPath old) ];
+      whole =
+        old:
+        map (renamed old) [
+          "enable"
+          "package"
+          "settings"
+          "signKeyPaths"
+        ]
+        ++ [ (signKeyPath old) ];
     in
     [ (signKeyPath [ "harmonia" ]) ]
-    ++ whole [ "harmonia" "cache" ]
+    ++ whole [
+      "harmonia"
+      "cache"
+    ]
     ++ whole [ "harmonia-dev" ]
-    ++ whole [ "harmonia-dev" "cache" ]
+    ++ whole [
+      "harmonia-dev"
+      "cache"
+    ]
     ++ [
       (lib.mkRemovedOptionModule [ "services" "harmonia" "daemon" ] ''
         This Harmonia is a cache alone, and reads the store without any daemon. Remove services.harmonia.daemon.
@@ -295,7 +317,9 @@ in
       type = types.attrsOf (types.listOf types.str);
       default = { };
       example = {
-        "https://cache.example.org" = [ "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M=" ];
+        "https://cache.example.org" = [
+          "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M="
+        ];
       };
       description = ''
         Caches that this machine substitutes from, and their public keys: an addition to the `substituters` and
@@ -315,7 +339,9 @@ in
     (lib.mkIf cfg.enable {
       assertions = [
         {
-          assertion = onUnixSocket || (address != null && (host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null));
+          assertion =
+            onUnixSocket
+            || (address != null && (host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null));
           message = ''
             services.harmonia.settings.bind: systemd listens on IP addresses and unix sockets, not on the name in "${bind}".
           '';
@@ -348,12 +374,25 @@ in
         (lib.mkIf (cfg.cacheSize != null) { cache_size = cfg.cacheSize; })
         (lib.mkIf cfg.nginx.enable {
           bind = lib.mkDefault "unix:/run/harmonia/socket";
-          trusted_proxies = if onUnixSocket then [ "unix" ] else [ "127.0.0.1" "::1" ];
+          trusted_proxies =
+            if onUnixSocket then
+              [ "unix" ]
+            else
+              [
+                "127.0.0.1"
+                "::1"
+              ];
         })
       ];
 
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
-        if cfg.nginx.enable then [ 80 443 ] else lib.optional (!onUnixSocket) port
+        if cfg.nginx.enable then
+          [
+            80
+            443
+          ]
+        else
+          lib.optional (!onUnixSocket) port
       );
 
       systemd.sockets.harmonia = {
@@ -456,7 +495,13 @@ in
           # Connections come through systemd's socket, which is of the machine's own network. AF_UNIX tells systemd that
           # we are ready. With an address of the metrics' own, or upstreams, it is in the machine's network itself.
           PrivateNetwork = !needsNetwork;
-          RestrictAddressFamilies = [ "AF_UNIX" ] ++ lib.optionals needsNetwork [ "AF_INET" "AF_INET6" ];
+          RestrictAddressFamilies = [
+            "AF_UNIX"
+          ]
+          ++ lib.optionals needsNetwork [
+            "AF_INET"
+            "AF_INET6"
+          ];
           IPAddressDeny = lib.mkIf (!needsNetwork) "any";
         };
       };

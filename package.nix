@@ -27,7 +27,9 @@ let
 in
 python3Packages.buildPythonApplication {
   pname = "harmonia";
-  version = lib.head (builtins.match ".*__version__ = \"([^\"]+)\".*" (builtins.readFile ./harmonia/__init__.py));
+  version = lib.head (
+    builtins.match ".*__version__ = \"([^\"]+)\".*" (builtins.readFile ./harmonia/__init__.py)
+  );
   pyproject = true;
 
   # What is built and tested, and nothing else: other files may change without a new build.

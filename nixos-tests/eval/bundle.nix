@@ -1,7 +1,15 @@
 # A test as a bundle that the driver installs on Debian machines: what each machine has beyond an empty one, and the
 # script. The bundle's closure is all that the machines need.
-{ lib, pkgs, own }:
-{ name, nodes, testScript }:
+{
+  lib,
+  pkgs,
+  own,
+}:
+{
+  name,
+  nodes,
+  testScript,
+}:
 let
   node = config: {
     ip = config.networking.primaryIPAddress;
@@ -43,28 +51,56 @@ let
             }
           ) config.environment.etc
         );
-    users = lib.mapAttrsToList (_: user: {
-      inherit (user)
-        name
-        uid
-        group
-        extraGroups
-        home
-        createHome
-        isNormalUser
-        ;
-    }) (lib.filterAttrs (name: _: own { kind = "user"; inherit name; }) config.users.users);
-    groups = builtins.filter (name: own { kind = "group"; inherit name; }) (
-      builtins.attrNames config.users.groups
+    users =
+      lib.mapAttrsToList
+        (_: user: {
+          inherit (user)
+            name
+            uid
+            group
+            extraGroups
+            home
+            createHome
+            isNormalUser
+            ;
+        })
+        (
+          lib.filterAttrs (
+            name: _:
+            own {
+              kind = "user";
+              inherit name;
+            }
+          ) config.users.users
+        );
+    groups = builtins.filter (
+      name:
+      own {
+        kind = "group";
+        inherit name;
+      }
+    ) (builtins.attrNames config.users.groups);
+    packages = builtins.filter (
+      path:
+      own {
+        kind = "package";
+        name = path;
+      }
+    ) (map (package: "${package}") config.environment.systemPackages);
+    paths = map (path: "${path}") (
+      config.system.extraDependencies ++ config.virtualisation.additionalPaths or [ ]
     );
-    packages = builtins.filter (path: own { kind = "package"; name = path; }) (
-      map (package: "${package}") config.environment.systemPackages
-    );
-    paths = map (path: "${path}") (config.system.extraDependencies ++ config.virtualisation.additionalPaths or [ ]);
     hosts = lib.mapAttrs (_: names: map toString names) config.networking.hosts;
     ports = config.networking.firewall.allowedTCPPorts;
     activation = lib.mapAttrsToList (_: script: script.text or script) (
-      lib.filterAttrs (name: _: name != "script" && own { kind = "activation"; inherit name; }) config.system.activationScripts
+      lib.filterAttrs (
+        name: _:
+        name != "script"
+        && own {
+          kind = "activation";
+          inherit name;
+        }
+      ) config.system.activationScripts
     );
     tmpfiles = config.systemd.tmpfiles.rules;
     failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);

@@ -18,7 +18,9 @@ let
   inherit (world) lib pkgs;
   module = ../../module.nix;
 
-  files = lib.filterAttrs (name: kind: kind == "regular" && lib.hasSuffix ".nix" name) (builtins.readDir ../.);
+  files = lib.filterAttrs (name: kind: kind == "regular" && lib.hasSuffix ".nix" name) (
+    builtins.readDir ../.
+  );
   tests = lib.mapAttrs' (
     file: _:
     lib.nameValuePair (lib.removeSuffix ".nix" file) (
@@ -49,12 +51,15 @@ let
           required = !(option ? default);
         }
       ]
-      ++ lib.optionals (option.type ? getSubOptions) (shownBelow name (option.type.getSubOptions [ name ]));
+      ++ lib.optionals (option.type ? getSubOptions) (
+        shownBelow name (option.type.getSubOptions [ name ])
+      );
   shownBelow =
     name: tree:
     lib.concatLists (
       lib.mapAttrsToList (
-        part: each: if lib.isOption each then shown "${name}.${part}" each else shownBelow "${name}.${part}" each
+        part: each:
+        if lib.isOption each then shown "${name}.${part}" each else shownBelow "${name}.${part}" each
       ) tree
     );
 in
@@ -69,5 +74,10 @@ in
   machines = lib.mapAttrs (_: test: test.nodes) tests;
   package = pkgs.callPackage ../../package.nix { };
   # The NixOS configuration that a module gives beside ours.
-  configure = configuration: world.evalConfig "machine" [ module configuration ];
+  configure =
+    configuration:
+    world.evalConfig "machine" [
+      module
+      configuration
+    ];
 }

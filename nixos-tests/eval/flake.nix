@@ -21,7 +21,10 @@
     {
       lib = lib // {
         nixosSystem =
-          { modules, system ? "x86_64-linux" }:
+          {
+            modules,
+            system ? "x86_64-linux",
+          }:
           {
             config = nixos.${system}.evalConfig "machine" modules;
           };

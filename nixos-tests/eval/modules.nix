@@ -56,7 +56,12 @@ let
       concatMap namesIn value.contents
     else if kind value == "if" then
       optionals value.condition (namesIn value.content)
-    else if elem (kind value) [ "override" "order" ] then
+    else if
+      elem (kind value) [
+        "override"
+        "order"
+      ]
+    then
       namesIn value.content
     else
       attrNames value;
@@ -80,7 +85,9 @@ let
       candidates = given ++ concatMap (discharge 1500 1000) default;
       best = foldl' lib.min 10000 (map (d: d.priority) candidates);
     in
-    map (d: d.value) (builtins.sort (a: b: a.order < b.order) (filter (d: d.priority == best) candidates));
+    map (d: d.value) (
+      builtins.sort (a: b: a.order < b.order) (filter (d: d.priority == best) candidates)
+    );
 
   mergeTyped =
     loc: type: values:
@@ -107,10 +114,10 @@ let
   evalTree =
     loc: freeform: tree: definitions:
     let
-      free = filter (name: !(tree ? ${name}) && name != "_module") (unique (concatMap namesIn definitions));
-      at =
-        name: f:
-        f (loc ++ [ name ]) (concatMap (below name) definitions);
+      free = filter (name: !(tree ? ${name}) && name != "_module") (
+        unique (concatMap namesIn definitions)
+      );
+      at = name: f: f (loc ++ [ name ]) (concatMap (below name) definitions);
     in
     (
       if freeform == null then
@@ -119,7 +126,8 @@ let
         genAttrs free (name: at name (inner: evalOption inner { type = freeform.nested or freeform; }))
     )
     // mapAttrs (
-      name: option: at name (inner: if isOption option then evalOption inner option else evalTree inner null option)
+      name: option:
+      at name (inner: if isOption option then evalOption inner option else evalTree inner null option)
     ) tree;
 
   undeclared =
@@ -142,9 +150,16 @@ let
       a // mapAttrs (name: value: if a ? ${name} then mergeTrees a.${name} value else value) b;
 
   evalModules =
-    { modules, specialArgs ? { }, prefix ? [ ] }:
+    {
+      modules,
+      specialArgs ? { },
+      prefix ? [ ],
+    }:
     let
-      known = { inherit lib config options; } // specialArgs;
+      known = {
+        inherit lib config options;
+      }
+      // specialArgs;
       fromModules = foldl' (set: more: set // more) { } (
         concatMap (value: concatMap (below "args") (below "_module" value)) definitions
       );
@@ -161,9 +176,10 @@ let
           key = if isPath module || isString module then toString module else null;
           file = if key != null then import module else module;
           value = if isFunction file then call file else file;
-          withImports = load { seen = loaded.seen ++ optional (key != null) key; inherit (loaded) modules; } (
-            value.imports or [ ]
-          );
+          withImports = load {
+            seen = loaded.seen ++ optional (key != null) key;
+            inherit (loaded) modules;
+          } (value.imports or [ ]);
         in
         if key != null && elem key loaded.seen then
           loaded
@@ -240,7 +256,12 @@ let
 
   type = name: description: check: merge: {
     _type = "option-type";
-    inherit name description check merge;
+    inherit
+      name
+      description
+      check
+      merge
+      ;
   };
   same =
     loc: values:
@@ -259,7 +280,8 @@ let
       )
     else
       same loc values;
-  integer = description: check: type "int" description (value: builtins.isInt value && check value) same;
+  integer =
+    description: check: type "int" description (value: builtins.isInt value && check value) same;
 
   types = rec {
     anything = type "anything" "anything" (_: true) deep;
@@ -287,7 +309,9 @@ let
       type "strMatching" "string matching the pattern ${pattern}" (
         value: isString value && match pattern value != null
       ) same;
-    lines = type "lines" "strings concatenated with \"\\n\"" isString (_: builtins.concatStringsSep "\n");
+    lines = type "lines" "strings concatenated with \"\\n\"" isString (
+      _: builtins.concatStringsSep "\n"
+    );
     path = type "path" "absolute path" (
       value: isPath value || isDerivation value || (isString value && lib.hasPrefix "/" value)
     ) same;
@@ -296,11 +320,14 @@ let
     ) same;
     enum =
       words:
-      type "enum" "one of ${lib.concatMapStringsSep ", " builtins.toJSON words}" (value: elem value words) same;
+      type "enum" "one of ${lib.concatMapStringsSep ", " builtins.toJSON words}" (
+        value: elem value words
+      ) same;
     nullOr =
       inner:
       type "nullOr" "null or ${inner.description}" (value: value == null || inner.check value) (
-        loc: values: if all (value: value == null) values then null else inner.merge loc (filter (v: v != null) values)
+        loc: values:
+        if all (value: value == null) values then null else inner.merge loc (filter (v: v != null) values)
       )
       // {
         emptyValue = null;
@@ -353,7 +380,11 @@ let
       );
     submodule = module: submoduleWith { modules = toList module; };
     submoduleWith =
-      { modules, specialArgs ? { }, ... }:
+      {
+        modules,
+        specialArgs ? { },
+        ...
+      }:
       let
         eval =
           loc: values:
@@ -365,7 +396,9 @@ let
             prefix = loc;
           };
       in
-      type "submodule" "submodule" (value: isAttrs value || isFunction value) (loc: values: (eval loc values).config)
+      type "submodule" "submodule" (value: isAttrs value || isFunction value) (
+        loc: values: (eval loc values).config
+      )
       // {
         emptyValue = { };
         getSubOptions = loc: (eval loc [ ]).options;

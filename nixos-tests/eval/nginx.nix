@@ -1,5 +1,10 @@
 # services.nginx as far as a cache behind nginx needs it: virtual hosts, TLS, locations, upstreams.
-{ config, lib, pkgs, ... }:
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
 let
   inherit (lib)
     concatMapStrings
@@ -72,8 +77,12 @@ let
         + optionalString tls ''
           listen 443 ssl${optionalString host.http2 " http2"}${default};
           listen [::]:443 ssl${optionalString host.http2 " http2"}${default};
-          ssl_certificate ${if host.sslCertificate != null then host.sslCertificate else "${acme}/fullchain.pem"};
-          ssl_certificate_key ${if host.sslCertificateKey != null then host.sslCertificateKey else "${acme}/key.pem"};
+          ssl_certificate ${
+            if host.sslCertificate != null then host.sslCertificate else "${acme}/fullchain.pem"
+          };
+          ssl_certificate_key ${
+            if host.sslCertificateKey != null then host.sslCertificateKey else "${acme}/key.pem"
+          };
         '';
     in
     optionalString host.forceSSL ''
@@ -91,7 +100,9 @@ let
     '';
   upstreamText = name: upstream: ''
     upstream ${name} {
-    ${concatMapStrings (server: "server ${server};\n") (builtins.attrNames upstream.servers)}${upstream.extraConfig or ""}}
+    ${
+      concatMapStrings (server: "server ${server};\n") (builtins.attrNames upstream.servers)
+    }${upstream.extraConfig or ""}}
   '';
 
   file = pkgs.writeText "nginx.conf" ''

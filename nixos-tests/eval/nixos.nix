@@ -34,15 +34,14 @@ let
   bool = option types.bool;
   attributes = option (types.attrsOf types.anything) { };
 
-  word =
-    value:
-    if builtins.isBool value then lib.boolToString value else toString value;
+  word = value: if builtins.isBool value then lib.boolToString value else toString value;
   # `Key=value` lines; a list is a line for each of its elements, null is none.
   section =
     settings:
     lib.concatStrings (
       mapAttrsToList (
-        key: value: concatMapStrings (one: optionalString (one != null) "${key}=${word one}\n") (lib.toList value)
+        key: value:
+        concatMapStrings (one: optionalString (one != null) "${key}=${word one}\n") (lib.toList value)
       ) settings
     );
 
@@ -98,7 +97,9 @@ let
   unitSection =
     unit:
     mapAttrs (_: toString) (
-      filterAttrs (_: list: list != [ ]) (lib.mapAttrs' (name: key: lib.nameValuePair key unit.${name}) lists)
+      filterAttrs (_: list: list != [ ]) (
+        lib.mapAttrs' (name: key: lib.nameValuePair key unit.${name}) lists
+      )
     )
     // optionalAttrs (unit.description != "") { Description = unit.description; }
     // optionalAttrs (unit.startLimitBurst != null) { StartLimitBurst = unit.startLimitBurst; }
@@ -361,7 +362,10 @@ let
       inherit (merged) name;
       inherit nodes;
       testScript =
-        if lib.isFunction merged.testScript then merged.testScript { inherit nodes; } else merged.testScript;
+        if lib.isFunction merged.testScript then
+          merged.testScript { inherit nodes; }
+        else
+          merged.testScript;
     };
 in
 {

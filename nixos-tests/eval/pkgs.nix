@@ -64,11 +64,27 @@ let
     "zstandard"
   ];
 
-  outputs = [ "bin" "data" "dev" "doc" "getent" "info" "lib" "man" "out" "su" ];
+  outputs = [
+    "bin"
+    "data"
+    "dev"
+    "doc"
+    "getent"
+    "info"
+    "lib"
+    "man"
+    "out"
+    "su"
+  ];
 
   # A derivation with what callers expect of a package.
   package =
-    { pname, version ? "1000.0", meta ? { }, ... }@more:
+    {
+      pname,
+      version ? "1000.0",
+      meta ? { },
+      ...
+    }@more:
     drv:
     let
       self =
@@ -89,7 +105,11 @@ let
         }
         // lib.genAttrs outputs (_: self)
         // lib.optionalAttrs callable { __functor = _: _: self; }
-        // removeAttrs more [ "pname" "version" "meta" ];
+        // removeAttrs more [
+          "pname"
+          "version"
+          "meta"
+        ];
     in
     self;
 
@@ -147,10 +167,16 @@ let
   runCommand =
     name: attributes: script:
     package ({ pname = name; } // attributes.passthru or { }) (
-      build name (removeAttrs attributes [ "nativeBuildInputs" "meta" "passthru" ]) ''
-        PATH=${lib.makeBinPath (attributes.nativeBuildInputs or [ ])}:$PATH
-        ${script}
-      ''
+      build name
+        (removeAttrs attributes [
+          "nativeBuildInputs"
+          "meta"
+          "passthru"
+        ])
+        ''
+          PATH=${lib.makeBinPath (attributes.nativeBuildInputs or [ ])}:$PATH
+          ${script}
+        ''
     );
 
   # What nixpkgs would build by its Python packages is built here by unpacking wheels.
@@ -226,8 +252,19 @@ let
     hello = writeShellScriptBin "hello" "echo 'Hello, world!'";
     writeTextFile = textFile;
     writeText = name: text: textFile { inherit name text; };
-    writeTextDir = file: text: textFile { name = baseNameOf file; inherit text; destination = "/${file}"; };
-    writeScript = name: text: textFile { inherit name text; executable = true; };
+    writeTextDir =
+      file: text:
+      textFile {
+        name = baseNameOf file;
+        inherit text;
+        destination = "/${file}";
+      };
+    writeScript =
+      name: text:
+      textFile {
+        inherit name text;
+        executable = true;
+      };
     writeShellScript = name: text: writeScript name "#!/bin/bash\n${text}";
     writeScriptBin =
       name: text:
@@ -244,16 +281,14 @@ let
       type = lib.types.attrsOf value;
       generate =
         name: content:
-        package { pname = name; } (
-          derivation {
-            name = clean name;
-            inherit system;
-            builder = "/usr/bin/python3";
-            args = [ ./toml.py ];
-            value = builtins.toJSON content;
-            passAsFile = [ "value" ];
-          }
-        );
+        package { pname = name; } (derivation {
+          name = clean name;
+          inherit system;
+          builder = "/usr/bin/python3";
+          args = [ ./toml.py ];
+          value = builtins.toJSON content;
+          passAsFile = [ "value" ];
+        });
     };
     formats.json = _: {
       type = lib.types.anything;

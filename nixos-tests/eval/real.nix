@@ -36,9 +36,9 @@ let
     "true"
     "types"
   ];
-  found = lib.genAttrs (lib.concatMap words (nixFiles (root + "/nixos/modules") ++ nixFiles (root + "/nixos/lib"))) (
-    _: null
-  );
+  found = lib.genAttrs (lib.concatMap words (
+    nixFiles (root + "/nixos/modules") ++ nixFiles (root + "/nixos/lib")
+  )) (_: null);
   names = builtins.attrNames (removeAttrs found (reserved ++ builtins.attrNames lib));
 
   version = "6.1.0";
@@ -226,7 +226,11 @@ in
 
   # What a Debian machine does in its own way, and what every NixOS machine has, is not of the test.
   own =
-    { kind, name, text ? "" }:
+    {
+      kind,
+      name,
+      text ? "",
+    }:
     let
       matches = patterns: lib.any (pattern: builtins.match pattern name != null) patterns;
       plain = builtins.unsafeDiscardStringContext;
