@@ -27,15 +27,23 @@
           defaults.imports = [ self.nixosModules.default ];
         };
 
-      # `make check` runs all lints, with the versions that pyproject.toml names. nixpkgs' ruff is another one: here are
-      # those that mean the same in all of them.
+      # `make check` runs all lints of Python, with the versions that pyproject.toml names. nixpkgs' ruff is another one:
+      # here are those that mean the same in all of them.
       lints =
         pkgs:
-        pkgs.runCommand "harmonia-lints" { nativeBuildInputs = [ pkgs.ruff ]; } ''
-          cd ${self}
-          ruff check --no-cache --select E,F,I,W
-          touch "$out"
-        '';
+        pkgs.runCommand "harmonia-lints"
+          {
+            nativeBuildInputs = [
+              pkgs.nixfmt
+              pkgs.ruff
+            ];
+          }
+          ''
+            cd ${self}
+            ruff check --no-cache --select E,F,I,W
+            find . -name '*.nix' -exec nixfmt --check {} +
+            touch "$out"
+          '';
 
       # That a machine with nearly everything evaluates down to its whole system, whose assertions hold.
       evaluation =
@@ -95,7 +103,7 @@
         };
       });
 
-      formatter = eachSystem (pkgs: pkgs.nixfmt);
+      formatter = eachSystem (pkgs: pkgs.nixfmt-tree);
 
       checks = eachSystem (
         pkgs:

@@ -10,14 +10,21 @@ let
   cfg = config.services.harmonia;
   inherit (lib) mkOption types;
   format = pkgs.formats.toml { };
-  given = lib.filterAttrs (_: value: value != null);
-
-  # Settings: an option for each key we know. Null is not written, so that Harmonia's own default holds.
+  # Settings: an option for each key we know. Null is not written, nor a table of that, so that Harmonia's own default
+  # holds.
+  keys = lib.importJSON ./module-settings.json;
+  given =
+    table:
+    lib.filterAttrs (_: value: value != null && value != { }) (
+      lib.mapAttrs (_: value: if lib.isAttrs value then given value else value) table
+    );
   settingType =
     key:
     {
       bool = types.bool;
       enum = types.enum key.words;
+      file = types.str;
+      files = types.listOf types.str;
       int = if key.max == null then types.ints.unsigned else types.ints.between key.min key.max;
       number = types.number;
       string = types.str;
@@ -55,10 +62,9 @@ let
         type = settingType key;
         inherit (key) description;
       };
-  settingOptions = lib.mapAttrs (_: settingOption) (lib.importJSON ./module-settings.json);
 
   # Where to listen: systemd does, so that the service needs no network and a restart refuses no connection.
-  bind = if cfg.settings.bind == null then "[::]:5000" else cfg.settings.bind;
+  inherit (cfg.settings) bind;
   onUnixSocket = lib.hasPrefix "unix:" bind;
   address = builtins.match "(.*):([0-9]+)" bind;
   host = builtins.elemAt address 0;
@@ -77,78 +83,49 @@ let
     else
       [ bind ];
 
-  # Secrets: root's systemd reads them and hands them over. A path, not its content, is written anywhere.
-  credentialsDirectory = "/run/credentials/harmonia.service";
-  settingsKeys = lib.optionals (cfg.settings.sign_key_paths != null) cfg.settings.sign_key_paths;
-  settingsKey = lib.optional (cfg.settings.sign_key_path != null) cfg.settings.sign_key_path;
-  signKeys = lib.imap0 (number: path: {
-    name = "sign-key-${toString number}";
-    path = toString path;
-  }) (cfg.signKeyPaths ++ settingsKeys ++ settingsKey);
-  tlsFiles = lib.filter (file: file.path != null) [
+  # Files that may be for nobody else to read: root's systemd does, and hands them over.
+  credential = name: "/run/credentials/harmonia.service/${name}";
+  handOver =
+    prefix: keys: values:
+    let
+      files = lib.filterAttrs (key: _: keys.${key}.type or null == "file") (given values);
+    in
     {
-      name = "tls-cert";
-      path = cfg.settings.tls_cert_path;
-    }
-    {
-      name = "tls-key";
-      path = cfg.settings.tls_key_path;
-    }
-  ];
-  upstreamFiles = lib.concatLists (
-    lib.imap0 (
-      number: upstream:
-      map
-        (key: {
-          name = "upstream-${toString number}-${key}";
-          path = toString upstream.${key};
-        })
-        (
-          lib.filter (key: upstream.${key} or null != null) [
-            "netrc"
-            "credentials_file"
-            "ca_file"
-          ]
-        )
-    ) upstreams
+      credentials = lib.mapAttrsToList (key: path: {
+        name = "${prefix}${key}";
+        inherit path;
+      }) files;
+      settings = given values // lib.mapAttrs (key: _: credential "${prefix}${key}") files;
+    };
+  signKeys =
+    lib.imap0
+      (number: path: {
+        name = "sign-key-${toString number}";
+        path = toString path;
+      })
+      (
+        cfg.signKeyPaths
+        ++ lib.optionals (cfg.settings.sign_key_paths != null) cfg.settings.sign_key_paths
+        ++ lib.optional (cfg.settings.sign_key_path != null) cfg.settings.sign_key_path
+      );
+  upstreams = lib.imap0 (
+    number: handOver "upstream-${toString number}-" keys.upstream.keys
+  ) cfg.settings.upstream;
+  others = handOver "" keys (
+    removeAttrs cfg.settings [
+      "sign_key_path"
+      "sign_key_paths"
+      "upstream"
+    ]
   );
-  credentials = signKeys ++ tlsFiles ++ upstreamFiles;
-  credential = file: "${credentialsDirectory}/${file.name}";
-  inStore = lib.filter (file: lib.hasPrefix "${builtins.storeDir}/" file.path) signKeys;
-
-  upstreams = cfg.settings.upstream or [ ];
-  handedOver =
-    number: upstream:
-    given upstream
-    // lib.listToAttrs (
-      map (file: {
-        name = lib.removePrefix "upstream-${toString number}-" file.name;
-        value = credential file;
-      }) (lib.filter (file: lib.hasPrefix "upstream-${toString number}-" file.name) upstreamFiles)
-    );
-  tables = lib.filterAttrs (_: table: table != { }) {
-    release = given cfg.settings.release;
-    zstd = given cfg.settings.zstd;
-  };
+  credentials = signKeys ++ lib.concatMap (each: each.credentials) ([ others ] ++ upstreams);
   settings =
-    given (
-      removeAttrs cfg.settings [
-        "release"
-        "sign_key_path"
-        "sign_key_paths"
-        "upstream"
-        "zstd"
-      ]
-    )
-    // lib.optionalAttrs (upstreams != [ ]) { upstream = lib.imap0 handedOver upstreams; }
-    // lib.optionalAttrs (signKeys != [ ]) { sign_key_paths = map credential signKeys; }
-    // lib.optionalAttrs (cfg.settings.tls_cert_path != null) {
-      tls_cert_path = "${credentialsDirectory}/tls-cert";
-    }
-    // lib.optionalAttrs (cfg.settings.tls_key_path != null) {
-      tls_key_path = "${credentialsDirectory}/tls-key";
-    }
-    // tables;
+    others.settings
+    // lib.optionalAttrs (upstreams != [ ]) { upstream = map (each: each.settings) upstreams; }
+    // lib.optionalAttrs (signKeys != [ ]) {
+      sign_key_paths = map (key: credential key.name) signKeys;
+    };
+  inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
   unchecked = format.generate "harmonia.toml" settings;
   # A wrong setting stops the build, not the service.
@@ -188,6 +165,7 @@ let
   # Metrics of their own address are the one thing that Harmonia listens for itself, upstreams what it asks.
   needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
+  noDaemon = "This Harmonia is a cache alone, and reads the store without any daemon.";
 in
 {
   disabledModules = [ "services/networking/harmonia.nix" ];
@@ -231,9 +209,12 @@ in
       "cache"
     ]
     ++ [
-      (lib.mkRemovedOptionModule [ "services" "harmonia" "daemon" ] ''
-        This Harmonia is a cache alone, and reads the store without any daemon. Remove services.harmonia.daemon.
-      '')
+      (lib.mkRemovedOptionModule [ "services" "harmonia-dev" "daemon" ] noDaemon)
+      (lib.mkRemovedOptionModule [
+        "services"
+        "harmonia-dev"
+        "gc"
+      ] "This Harmonia is a cache alone; see nix.gc.")
     ];
 
   options.services.harmonia = {
@@ -259,7 +240,7 @@ in
     settings = mkOption {
       type = types.submodule {
         freeformType = format.type;
-        options = settingOptions;
+        options = lib.mapAttrs (_: settingOption) keys;
       };
       default = { };
       example = lib.literalExpression ''
@@ -299,6 +280,13 @@ in
       description = "Whether to let other machines reach the cache: its port, or with `nginx.enable` ports 80 and 443.";
     };
 
+    daemon = mkOption {
+      type = types.attrsOf types.anything;
+      default = { };
+      visible = false;
+      description = "Of nixpkgs' module; nothing of it is here.";
+    };
+
     nginx = {
       enable = lib.mkEnableOption ''
         a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket
@@ -329,6 +317,16 @@ in
   };
 
   config = lib.mkMerge [
+    {
+      assertions = [
+        {
+          # A cache does without; but somebody may have wanted nothing else.
+          assertion = cfg.daemon.enable or false -> cfg.enable;
+          message = "services.harmonia.daemon: ${noDaemon}";
+        }
+      ];
+    }
+
     (lib.mkIf (cfg.client.caches != { }) {
       nix.settings = {
         substituters = lib.attrNames cfg.client.caches;
@@ -362,18 +360,23 @@ in
           message = "services.harmonia.openFirewall: there is no port to open, settings.bind is a unix socket.";
         }
         {
-          assertion = cfg.nginx.enable -> tlsFiles == [ ];
+          assertion = cfg.nginx.enable -> cfg.settings.tls_cert_path == null;
           message = "services.harmonia.nginx: TLS ends at nginx; remove tls_cert_path and tls_key_path from the settings.";
         }
       ];
-      warnings = map (file: ''
-        services.harmonia: the secret key ${file.path} is in the Nix store, where everyone on this machine can read it.
-      '') inStore;
+      warnings =
+        map (key: ''
+          services.harmonia: the secret key ${key.path} is in the Nix store, where everyone on this machine can read it.
+        '') inStore
+        ++ lib.optional (
+          cfg.daemon != { }
+        ) "services.harmonia.daemon has no effect, and can be removed. ${noDaemon}";
 
       services.harmonia.settings = lib.mkMerge [
+        # Harmonia's own default, told here because others look at it.
+        { bind = lib.mkDefault (if cfg.nginx.enable then "unix:/run/harmonia/socket" else "[::]:5000"); }
         (lib.mkIf (cfg.cacheSize != null) { cache_size = cfg.cacheSize; })
         (lib.mkIf cfg.nginx.enable {
-          bind = lib.mkDefault "unix:/run/harmonia/socket";
           trusted_proxies =
             if onUnixSocket then
               [ "unix" ]
@@ -427,7 +430,12 @@ in
         wantedBy = [ "multi-user.target" ];
         # The socket stays open meanwhile: no connection is refused.
         stopIfChanged = false;
-        unitConfig = lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; };
+        unitConfig = {
+          # A service that cannot start is given up, with its socket, on which clients would wait otherwise.
+          StartLimitIntervalSec = 120;
+          StartLimitBurst = 20;
+        }
+        // lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; };
 
         serviceConfig = {
           Type = "notify";

@@ -49,6 +49,8 @@ Address = Annotated[str, Meta(extra={"wanted": _BIND})]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
 Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
+# One that the server reads, and perhaps nobody else may: the NixOS module has systemd hand it over.
+File = Annotated[str, Meta(extra={"file": True})]
 WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
 Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
@@ -112,12 +114,12 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[
         Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
     ] = 10.0
-    netrc: Annotated[str | None, Meta(description="A netrc(5) file with the user and password for its host.")] = None
+    netrc: Annotated[File | None, Meta(description="A netrc(5) file with the user and password for its host.")] = None
     credentials_file: Annotated[
-        str | None, Meta(description="A file with `user:password` for it, in place of `netrc`.")
+        File | None, Meta(description="A file with `user:password` for it, in place of `netrc`.")
     ] = None
     ca_file: Annotated[
-        str | None,
+        File | None,
         Meta(
             extra={"default": "the system's"}, description="Certificates in PEM form, one of which must vouch for it."
         ),
@@ -198,17 +200,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count, Meta(description="Seconds that running downloads get when the server is told to stop.")
     ] = 30
     tls_cert_path: Annotated[
-        str | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
+        File | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
     ] = None
     tls_key_path: Annotated[
-        str | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
+        File | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
     ] = None
     tls_client_ca_path: Annotated[
-        str | None,
+        File | None,
         Meta(description="Certificates in PEM form, one of which must vouch for each client's own."),
     ] = None
     tokens_path: Annotated[
-        str | None,
+        File | None,
         Meta(description="File with hashes of tokens: only who has one gets in. `harmonia token` makes them."),
     ] = None
     anonymous_scopes: Annotated[
@@ -239,10 +241,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     sign_key_paths: Annotated[
-        tuple[str, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
+        tuple[File, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
     ] = ()
     sign_key_path: Annotated[
-        str | None, Meta(description="Deprecated: one more of `sign_key_paths`. Accepted with a warning.")
+        File | None, Meta(description="Deprecated: one more of `sign_key_paths`. Accepted with a warning.")
     ] = None
     priority: Annotated[
         int, Meta(ge=0, le=2**31 - 1, description="Told in `/nix-cache-info`: clients ask the lowest cache first.")

@@ -49,11 +49,12 @@ def evaluate(expression: str) -> Any:
     return json.loads(found.stdout)
 
 
-def configured(configuration: str, *, beside: str = "") -> Machine:
-    """What a NixOS machine has of us with `configuration`, and with all that is `beside` services.harmonia."""
+def configured(configuration: str, *, beside: str = "", module: str = "{ }") -> Machine:
+    """What a NixOS machine has of us with `configuration`, what is `beside` services.harmonia, and a module."""
     machine: Machine = evaluate(f"""
       let
         machine = (import {PROJECT}/nixos-tests/eval {{ }}).configure {{
+          imports = [ ({module}) ];
           services.harmonia = {{ {configuration} }};
           boot.isContainer = true;
           security.acme = {{ acceptTerms = true; defaults.email = "root@example.org"; }};
@@ -105,8 +106,10 @@ def key(item: Any, info: Any) -> dict[str, Any]:
         told["default"] = "none" if item.default is None else f"`{msgspec.json.encode(item.default).decode()}`"
     told |= {name: text for name, text in (info.type.extra or {}).items() if name == "default"}
     kind = info.type
+    is_file = False
     while isinstance(kind, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
         if isinstance(kind, msgspec.inspect.Metadata):
+            is_file = is_file or "file" in (kind.extra or {})
             kind = kind.type
         else:  # with None: not set
             [kind] = [each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType)]
@@ -116,17 +119,29 @@ def key(item: Any, info: Any) -> dict[str, Any]:
             more = {"type": "int", "min": low, "max": high}
         case msgspec.inspect.LiteralType(values=words):
             more = {"type": "enum", "words": list(words)}
+        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.Metadata(extra={"file": True})):
+            more = {"type": "files"}
         case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.StructType(cls=struct)):
             more = {"type": "tables", "keys": keys(struct)}
         case msgspec.inspect.StructType(cls=struct):
             more = {"type": "table", "keys": keys(struct)}
         case _:
-            more = {"type": SIMPLE[type(kind)]}
+            more = {"type": "file" if is_file else SIMPLE[type(kind)]}
     return told | more
 
 
 def test_every_setting_is_an_option() -> None:
     kept(KEYS, json.dumps(keys(Settings), indent=2) + "\n")
+
+
+def test_every_file_is_handed_over() -> None:
+    """But for those of Nix, which everyone may read."""
+    known = keys(Settings)
+    named = {name for name in {**known, **known["upstream"]["keys"]} if re.search("_paths?$|_file$|^netrc$", name)}
+    handed_over = {
+        name for name, each in {**known, **known["upstream"]["keys"]}.items() if each["type"] in {"file", "files"}
+    }
+    assert handed_over == named - {"nix_db_path"}
 
 
 def kept(file: Path, text: str) -> None:
@@ -197,7 +212,7 @@ class TestModule:
     def test_works_with_enable_alone(self) -> None:
         machine = configured("enable = true;")
         assert machine["failed"] == machine["warnings"] == machine["ports"] == []
-        assert machine["settings"] == {}
+        assert machine["settings"] == {"bind": "[::]:5000"}
         assert directives(machine["socket"], "ListenStream") == ["5000"]
         [start] = directives(machine["service"], "ExecStart")
         assert re.fullmatch(
@@ -216,7 +231,7 @@ class TestModule:
         assert machine["failed"] == []
         assert "nix-daemon.s" not in machine["service"] + machine["socket"]
 
-    def test_hands_keys_and_certificates_over(self) -> None:
+    def test_hands_keys_certificates_and_tokens_over(self) -> None:
         machine = configured("""
           enable = true;
           signKeyPaths = [ "/secrets/one" ];
@@ -225,20 +240,27 @@ class TestModule:
             sign_key_path = "/secrets/three";
             tls_cert_path = "/secrets/cert.pem";
             tls_key_path = "/secrets/key.pem";
+            tls_client_ca_path = "/secrets/clients.pem";
+            tokens_path = "/secrets/tokens";
           };
         """)
         assert directives(machine["service"], "LoadCredential") == [
             "sign-key-0:/secrets/one",
             "sign-key-1:/secrets/two",
             "sign-key-2:/secrets/three",
-            "tls-cert:/secrets/cert.pem",
-            "tls-key:/secrets/key.pem",
+            "tls_cert_path:/secrets/cert.pem",
+            "tls_client_ca_path:/secrets/clients.pem",
+            "tls_key_path:/secrets/key.pem",
+            "tokens_path:/secrets/tokens",
         ]
         at = "/run/credentials/harmonia.service"
         assert machine["settings"] == {
+            "bind": "[::]:5000",
             "sign_key_paths": [f"{at}/sign-key-{number}" for number in range(3)],
-            "tls_cert_path": f"{at}/tls-cert",
-            "tls_key_path": f"{at}/tls-key",
+            "tls_cert_path": f"{at}/tls_cert_path",
+            "tls_client_ca_path": f"{at}/tls_client_ca_path",
+            "tls_key_path": f"{at}/tls_key_path",
+            "tokens_path": f"{at}/tokens_path",
         }
         assert "/secrets" not in re.sub(r"LoadCredential=.*", "", machine["service"])
 
@@ -275,11 +297,12 @@ class TestModule:
                 'nginx.enable = true; nginx.hostName = "a"; settings = { tls_cert_path = "/c"; tls_key_path = "/k"; };',
                 "nginx",
             ),
-            ("daemon.enable = true;", "daemon"),
+            ("enable = false; daemon.enable = true;", "daemon"),
         ],
     )
     def test_tells_what_cannot_work(self, configuration: str, key: str) -> None:
-        [message] = configured(f"enable = true; {configuration}")["failed"]
+        enabled = "" if "enable = false" in configuration else "enable = true;"
+        [message] = configured(f"{enabled} {configuration}")["failed"]
         assert f"services.harmonia.{key}" in message
 
     def test_opens_the_port_it_listens_on(self) -> None:
@@ -290,6 +313,7 @@ class TestModule:
             'enable = true; cacheSize = "50G"; settings = { workers = 2; zstd.level = 7; shutdown_grace = 5; };'
         )
         assert machine["settings"] == {
+            "bind": "[::]:5000",
             "cache_size": "50G",
             "workers": 2,
             "shutdown_grace": 5,
@@ -419,6 +443,30 @@ class TestOlderConfigurations:
         assert machine["settings"]["priority"] == 50
         assert directives(machine["service"], "LoadCredential") == ["sign-key-0:/secrets/one"]
 
+    def test_behind_a_proxy_of_ones_own(self) -> None:
+        """Where to find it is taken from its settings."""
+        machine = configured(
+            "cache.enable = true;",
+            module="""{ config, ... }: {
+              services.nginx.virtualHosts."c.org".locations."/" = {
+                proxyPass = "http://${config.services.harmonia.cache.settings.bind}";
+                extraConfig = "";
+              };
+            }""",
+        )
+        assert machine["hosts"]["c.org"]["place"]["proxyPass"] == "http://[::]:5000"
+
+    def test_with_a_daemon_that_is_not_needed(self) -> None:
+        machine = configured('cache.enable = true; daemon = { enable = true; socketPath = "/run/d/socket"; };')
+        assert machine["failed"] == []
+        assert any("services.harmonia.daemon has no effect" in warning for warning in machine["warnings"])
+
+    def test_whose_garbage_collector_is_missed(self) -> None:
+        machine = configured("enable = true;", beside="services.harmonia-dev.gc.automatic = true;")
+        [message] = machine["failed"]
+        assert "services.harmonia-dev.gc" in message
+        assert "see nix.gc" in message
+
 
 @pytest.mark.nix
 @needs_nix
@@ -464,6 +512,7 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
         assert built.returncode == 0, built.stderr
         text = Path(built.stdout.strip()).read_text()
         assert tomllib.loads(text) == {
+            "bind": "[::]:5000",
             "priority": 35,
             "zstd": {"level": 7},
             "trusted_proxies": ["unix"],

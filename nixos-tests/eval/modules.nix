@@ -142,6 +142,24 @@ let
         undeclared (loc ++ [ name ]) tree.${name} (concatMap (below name) definitions)
     ) (unique (concatMap namesIn definitions));
 
+  # The options, each with what is known of its definitions without looking into them.
+  withDefinitions =
+    tree: definitions:
+    mapAttrs (
+      name: option:
+      let
+        inner = concatMap (below name) definitions;
+      in
+      if isOption option then
+        option
+        // {
+          definitions = inner;
+          isDefined = concatMap (discharge 100 1000) inner != [ ];
+        }
+      else
+        withDefinitions option inner
+    ) tree;
+
   mergeTrees =
     a: b:
     if isOption a || isOption b then
@@ -157,7 +175,8 @@ let
     }:
     let
       known = {
-        inherit lib config options;
+        inherit lib config;
+        options = withDefinitions options definitions;
       }
       // specialArgs;
       fromModules = foldl' (set: more: set // more) { } (
@@ -227,6 +246,10 @@ let
     _type = "if";
     inherit condition content;
   };
+  mkMerge = contents: {
+    _type = "merge";
+    inherit contents;
+  };
   mkOverride = priority: content: {
     _type = "override";
     inherit priority content;
@@ -238,17 +261,19 @@ let
 
   # A name that is no longer an option's: what is set under it goes to `to`, changed by `change`, with a warning.
   forward =
-    from: to: change: because:
-    { config, ... }:
+    {
+      from,
+      to,
+      change,
+      because,
+      more ? config: { },
+    }:
+    { config, options, ... }:
     let
-      value = getAttrFromPath from config;
-      given = value != "_not defined";
+      given = (getAttrFromPath from options).isDefined;
     in
     {
-      options = setAttrByPath from (mkOption {
-        default = "_not defined";
-        visible = false;
-      });
+      options = setAttrByPath from (mkOption ({ visible = false; } // more config));
       config = lib.recursiveUpdate (setAttrByPath to (mkIf given (change config))) {
         warnings = optional given "The option `${showOption from}' ${because} `${showOption to}'.";
       };
@@ -410,16 +435,13 @@ in
     evalModules
     isOption
     mkIf
+    mkMerge
     mkOption
     mkOrder
     mkOverride
     showOption
     types
     ;
-  mkMerge = contents: {
-    _type = "merge";
-    inherit contents;
-  };
   mkOptionDefault = mkOverride 1500;
   mkDefault = mkOverride 1000;
   mkForce = mkOverride 50;
@@ -442,21 +464,32 @@ in
     _type = "literalMD";
     inherit text;
   };
-  mkRenamedOptionModule = from: to: forward from to (getAttrFromPath from) "has been renamed to";
+  mkRenamedOptionModule =
+    from: to:
+    { config, options, ... }@arguments:
+    forward {
+      inherit from to;
+      because = "has been renamed to";
+      # As it was set: what apply makes of it is the new option's value.
+      change = _: mkMerge (getAttrFromPath from options).definitions;
+      more = config: { apply = _: getAttrFromPath to config; };
+    } arguments;
   mkChangedOptionModule =
     from: to: change:
-    forward from to change "has been changed to";
+    forward {
+      inherit from to change;
+      because = "has been changed to";
+    };
   mkRemovedOptionModule =
     from: because:
-    { config, ... }:
+    { options, ... }:
     {
       options = setAttrByPath from (mkOption {
-        default = "_not defined";
         visible = false;
       });
       config.assertions = [
         {
-          assertion = getAttrFromPath from config == "_not defined";
+          assertion = !(getAttrFromPath from options).isDefined;
           message = "The option `${showOption from}' can no longer be used: ${because}";
         }
       ];

@@ -32,6 +32,7 @@ let
     "nftables"
     "nginx"
     "nixfmt"
+    "nixfmt-tree"
     "openssl"
     "python3"
     "ruff"
