@@ -82,9 +82,9 @@ class Compressor:
         """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
         return self._known.get(sha256)
 
-    def is_unknown(self, sha256: bytes) -> bool:
-        """Whether nothing of it was found a moment ago."""
-        return self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
+    def is_certain(self, sha256: bytes) -> bool:
+        """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
+        return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
 
     def find(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""

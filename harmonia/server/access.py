@@ -63,7 +63,8 @@ class Guard:
             representation = await handler(cache, request, **parameters)
             # What is public may be kept by a cache on the way, and told to others (RFC 9111 section 3.5).
             private = representation.cache_control.replace("public", "private")
-            return replace(representation, cache_control=private)
+            # Nor is it said again without a look at the token.
+            return replace(representation, cache_control=private, lasts=None)
 
         return get
 

@@ -1,10 +1,7 @@
 """The routes, and the Sanic application made of them."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from email.utils import formatdate
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from sanic import HTTPResponse, Request, Sanic
@@ -36,6 +33,7 @@ from harmonia.server import (
 from harmonia.server.access import Guard, limited
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
+from harmonia.server.repeats import Repeats, date
 from harmonia.server.upstream import or_upstream
 from harmonia.settings import Settings
 
@@ -90,17 +88,12 @@ class _Request(Request):
         super().__init__(url_bytes=b"*" if method == "NONE" else url_bytes, method=method, **rest)
 
     async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
-        """Every response comes through here. RFC 9110 section 6.6.1 wants each to tell when it was made."""
+        """Every response comes through here."""
         if response is not None:
-            response.headers["date"] = _date(int(time.time()))
+            response.headers["date"] = date()
             if "harmonia-hops" in self.headers:  # another Harmonia, which wants to know whom it has asked
                 response.headers["harmonia-id"] = self.app.ctx.identity
         return await super().respond(response, **rest)
-
-
-@lru_cache(1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)
 
 
 def count_with(settings: Settings) -> Metrics:
@@ -132,6 +125,7 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
     }
     app = Sanic(name, config=Config(config, env_prefix=None), configure_logging=False, request_class=_Request)
     app.ctx.identity = cache.identity
+    app.ctx.repeats = Repeats()
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
@@ -166,6 +160,8 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
         try:
             representation = await handler(cache, request, **parameters)
             response = await respond(request, representation, cache.readers)
+            if representation.lasts is not None and not cache.settings.access_log:
+                request.ctx.lasts = representation.lasts, route
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
             response = errors.response(request, error)
         except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop

@@ -21,6 +21,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix.nar import OpenSlice
 from harmonia.server import byte_range
 from harmonia.server.negotiation import prefers_zstd
+from harmonia.server.repeats import Lasts
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 
@@ -72,6 +73,8 @@ class Representation:
     """Another one only for a body of bytes."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further ones, by lower-case name."""
+    lasts: Lasts | None = None
+    """Only for a body of bytes, and where it takes no more to know it than who asks in the same words may hear."""
 
 
 async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:

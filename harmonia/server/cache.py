@@ -157,6 +157,11 @@ class Cache:
             self._known.popitem(last=False)
         return found if self._closure is None or await self._is_needed(found.info.path) else None
 
+    def is_current(self, path: SignedPath) -> bool:
+        """Whether `path` would find the very same just now. False where only a longer look can tell."""
+        known = self._known.get(path.info.path.hash_part)
+        return self._closure is None and known is not None and known == (self._generation(), path)
+
     def _generation(self) -> Hashable:
         """That of the database, asked once for all requests that one turn of the event loop finds."""
         if self._this_turn is None:

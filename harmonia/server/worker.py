@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 from sanic.http import Stage
@@ -145,16 +146,38 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None)
 
 
 class _Protocol(HttpProtocol):
-    """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes."""
+    """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes.
+
+    A question that was answered before does not go through Sanic at all.
+    """
 
     HTTP_CLASS = Http
 
     def data_received(self, data: bytes) -> None:
+        http = getattr(self, "_http", None)  # it comes with the connection's task
+        if http is not None and self._is_idle(http) and (answer := self.app.ctx.repeats.find(data)):
+            cast("asyncio.WriteTransport", self.transport).write(answer)
+            self._time = time.monotonic()
+            return
         began = self._time
         super().data_received(data)
-        http = getattr(self, "_http", None)  # it comes with the connection's task
         if http is not None and http.stage is Stage.REQUEST:
             self._time = began
+
+    def _is_idle(self, http: Http) -> bool:
+        """Whether a request can be answered here and now: it is the first that waits, and the client reads."""
+        return (
+            http.stage is Stage.IDLE
+            and http.keep_alive
+            and not (self.recv_buffer or http.request_body)
+            and self._can_write.is_set()
+            and not (self.transport is None or self.transport.is_closing())
+        )
+
+    async def send(self, data: bytes) -> None:
+        await super().send(data)  # type: ignore[no-untyped-call]
+        if self._http.request is not None:
+            self.app.ctx.repeats.remember(self._http.request, data)
 
 
 def _limited(most: int, row: Row) -> type[_Protocol]:

@@ -1,0 +1,218 @@
+"""An answer that is given again is the same, counted, and never one that is no longer true."""
+
+import re
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harmonia.access import new
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.store_builder import StoreBuilder
+from running import Answer, Server, nar_url, patched, read_answer, wait_until
+
+Start = Callable[..., Server]
+
+LIMIT = 20_000
+TELLING = patched(f"""
+import sys
+from harmonia.server.repeats import Repeats
+find, Repeats.__init__.__defaults__ = Repeats.find, ({LIMIT},)
+def telling(self, head):
+    answer = find(self, head)
+    if answer is not None:
+        print("again", file=sys.stderr, flush=True)
+    return answer
+Repeats.find = telling
+""")
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, connection: socket.socket, server: Server) -> None:
+        self._connection = connection
+        self._server = server
+
+    def ask(self, *packets: str, method: str = "GET") -> Answer:
+        for packet in packets:
+            self._connection.sendall(packet.encode())
+            self._server.settle()  # so that they come one by one
+        return read_answer(self._connection, method)
+
+
+@pytest.fixture
+def info(store: StoreBuilder) -> PathInfo:
+    return store.add(store.output_path("path"), b"contents" * 1000)
+
+
+@pytest.fixture
+def server(start: Start, info: PathInfo, tmp_path: Path) -> Server:  # noqa: ARG001 (the store is to have it)
+    return start(store=tmp_path / "store", program=TELLING)
+
+
+def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
+    return "\r\n".join([f"{method} /{info.path.hash_part}.narinfo HTTP/1.1", "Host: cache", *fields, "", ""])
+
+
+def repeated(server: Server) -> int:
+    """How often an answer was given again up to now."""
+    server.settle()
+    return server.log.count("again\n")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("field", ["Accept-Encoding: zstd", "If-None-Match: *", "Range: bytes=0-3", "harmonia-hops: x"])
+def test_the_same_words_get_the_same_answer(server: Server, info: PathInfo, method: str, field: str) -> None:
+    with server.connect() as connection:
+        client = Client(connection, server)
+        first = client.ask(head(info, field, method=method), method=method)
+        assert first.status == (304 if "If-None" in field else 200)
+        assert [client.ask(head(info, field, method=method), method=method) for _ in range(3)] == [first] * 3
+    assert repeated(server) == 3
+    assert server.request(method, f"/{info.path.hash_part}.narinfo", dict([field.split(": ")])).headers == {
+        **first.headers,
+        "connection": "close",
+    }
+
+
+def test_its_date_is_of_now(server: Server, info: PathInfo) -> None:
+    dates = set()
+    with server.connect() as connection:
+
+        def date() -> bytes:
+            connection.sendall(head(info).encode())
+            answer = connection.recv(65536)
+            dates.update(re.findall(rb"\r\ndate: (\w{3}, .{20} GMT)\r\n", answer))
+            return answer
+
+        length = {len(date()) for _ in range(3)}
+        wait_until(lambda: date() and len(dates) > 1, seconds=3)
+        assert length == {len(date())}
+    assert repeated(server) > 3
+
+
+def test_each_is_counted(server: Server, info: PathInfo) -> None:
+    with server.connect() as connection:
+        client = Client(connection, server)
+        sent = sum(len(client.ask(head(info)).body) for _ in range(5))
+    metrics = server.get("/metrics").text
+    assert 'harmonia_requests_total{route="narinfo",status="200"} 5.0\n' in metrics
+    assert f'harmonia_sent_bytes_total{{route="narinfo"}} {float(sent)}\n' in metrics
+    assert 'harmonia_head_seconds_count{route="narinfo"} 5.0\n' in metrics
+
+
+def test_each_is_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store", settings="access_log = true", program=TELLING)
+    with server.connect() as connection:
+        for _ in range(3):
+            Client(connection, server).ask(head(info))
+    wait_until(lambda: sum(info.path.hash_part in line for line in server.log) == 3)
+
+
+def test_what_has_changed_is_told_at_once(server: Server, store: StoreBuilder, info: PathInfo) -> None:
+    signature = SecretKey.generate("late-1").sign(b"")
+    with server.connect() as connection:
+        client = Client(connection, server)
+
+        def text() -> str:
+            """Told twice, lest it comes from memory only the second time."""
+            first, second = client.ask(head(info)), client.ask(head(info))
+            assert first == second
+            return first.text
+
+        before = text()
+        with store.connect() as database:
+            database.execute("update ValidPaths set sigs = ?", (signature,))
+        assert text() == f"{before}Sig: {signature}\n"
+        server.get(nar_url(info) + ".zst")
+        wait_until(lambda: "FileHash" in text())
+        store.delete(info.path)
+        assert text() == "Not Found\n"
+        store.add(info.path, b"contents" * 1000)
+        assert "FileHash" in text()
+    assert repeated(server) > 3
+
+
+@pytest.mark.parametrize("body", ["", "\r\n"])
+def test_the_body_of_a_request_is_no_request(server: Server, info: PathInfo, body: str) -> None:
+    request = head(info, f"Content-Length: {len(body)}")
+    for _ in range(3):
+        with server.connect() as connection:
+            client = Client(connection, server)
+            assert client.ask(request, body).status == 200
+            if body:
+                assert connection.recv(1) == b""
+            else:
+                assert client.ask(request).status == 200
+    assert repeated(server) == 0
+
+
+@pytest.mark.parametrize("field", ["Connection: close", None])
+def test_a_connection_that_is_to_close_closes(server: Server, info: PathInfo, field: str | None) -> None:
+    request = head(info, field) if field else head(info).replace("HTTP/1.1", "HTTP/1.0")
+    for _ in range(3):
+        with server.connect() as connection:
+            Client(connection, server).ask(head(info))
+            Client(connection, server).ask(head(info))
+            assert Client(connection, server).ask(request).status == 200
+            assert connection.recv(1) == b""
+    assert repeated(server) >= 3
+
+
+def test_requests_in_pieces_and_several_at_once(server: Server, info: PathInfo) -> None:
+    request = head(info).encode()
+    with server.connect() as connection:
+
+        def ask(*packets: bytes) -> bytes:
+            for packet in packets:
+                connection.sendall(packet)
+                server.settle()  # so that they come one by one
+            return received(b"".join(packets).count(b"\r\n\r\n"))
+
+        def received(answers: int) -> bytes:
+            wire = b""
+            while len(wire) < answers * size:
+                wire += connection.recv(answers * size - len(wire))
+            return re.sub(rb"date: .*", b"", wire)
+
+        connection.sendall(request)
+        size = len(connection.recv(65536))
+        answer = ask(request)
+        assert ask(request[:20], request[20:]) == answer
+        assert ask(request[:-1], request[-1:]) == answer
+        assert ask(request[:-2], request[-2:] + request[:10], request[10:]) == 2 * answer
+        assert ask(3 * request) == 3 * answer
+        assert ask(request, request, request) == 3 * answer
+    assert repeated(server) == 4
+
+
+def test_who_is_no_longer_let_in_hears_nothing(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    secret, token = new("reader", ["read"])
+    tokens = tmp_path / "tokens"
+    tokens.write_text(str(token))
+    server = start(store=tmp_path / "store", settings=f"tokens_path = '{tokens}'", program=TELLING)
+    with server.connect() as connection:
+        client = Client(connection, server)
+        asked = head(info, f"Authorization: Bearer {secret}")
+        assert [client.ask(asked).status for _ in range(3)] == [200] * 3
+        tokens.write_text("")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("the tokens were read again")
+        assert [client.ask(asked).status for _ in range(2)] == [401] * 2
+    assert repeated(server) == 0
+
+
+def test_memory_is_bounded(server: Server, info: PathInfo) -> None:
+    with server.connect() as connection:
+        client = Client(connection, server)
+        for number in range(100):
+            client.ask(head(info, f"X-Number: {number:03}"))
+        assert client.ask(head(info, "X-Number: 099")).status == 200
+        assert repeated(server) == 1
+        for number in reversed(range(100)):
+            client.ask(head(info, f"X-Number: {number:03}"))
+        assert 10 < repeated(server) < 1 + LIMIT / 500
