@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from hypothesis import strategies as st
 
+from harmonia.nix import base32
 from harmonia.nix.nar import CHUNK_SIZE
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
@@ -70,7 +71,7 @@ def _join_signature(name: str, value: bytes) -> str:
 
 sigs = st.builds(_join_signature, key_names, st.binary(min_size=64, max_size=64))
 content_addresses = st.builds(
-    "{}:sha256:{}".format, st.sampled_from(["text", "fixed", "fixed:r"]), st.text(NIX32[:16], min_size=52, max_size=52)
+    "{}:sha256:{}".format, st.sampled_from(["text", "fixed", "fixed:r"]), digests.map(base32.encode)
 )
 
 

@@ -1,6 +1,7 @@
 """narinfo: what a binary cache says of a store path (Nix `src/libstore/nar-info.cc`)."""
 
 import base64
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ CONTENT_TYPE = "text/x-nix-narinfo"
 COMPRESSIONS = frozenset(
     ("none", "xz", "bzip2", "gzip", "zstd", "br", "lz4", "lzip", "lzma", "lzop", "compress", "grzip", "lrzip")
 )
-_SHA256 = 32  # bytes
+_HASHES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64, "blake3": 32}
+"""Those that Nix knows, and their bytes."""
+_HASH = re.compile(rf"({'|'.join(_HASHES)})([:-])(.*)")
+_CONTENT_ADDRESS = re.compile(r"(text:|fixed:r:|fixed:git:|fixed:)(.*)")
+_METHODS = {"text:": "text", "fixed:r:": "nar", "fixed:git:": "git", "fixed:": "flat"}
 _URL = re.compile(r"[!-~]{1,2048}")
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
 
@@ -67,6 +72,46 @@ def render(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) ->
     if info.ca is not None:
         lines.append(f"CA: {info.ca}")
     return "\n".join(lines) + "\n"
+
+
+def render_json(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) -> str:
+    """The same in JSON: version 3 of Nix's *store object info*, of a path in a binary cache, with the path itself.
+
+    Of it, no cache knows when it was registered, or who built it. FormatError where its content address is none.
+    """
+    named = (sig.partition(":") for sig in sigs)
+    value = {
+        "version": 3,
+        "path": info.path,
+        "storeDir": store_dir,
+        "narHash": _sri("sha256", info.nar_hash),
+        "narSize": info.nar_size,
+        "references": info.references,
+        "ca": info.ca and _content_address(info.ca),
+        "deriver": info.deriver,
+        "registrationTime": None,
+        "ultimate": False,
+        "signatures": [{"keyName": name, "sig": sig} for name, _, sig in named],
+        "url": nar.url,
+        "compression": nar.compression,
+    }
+    if nar.file_hash is not None:
+        value["downloadHash"] = _sri("sha256", nar.file_hash)
+    if nar.file_size is not None:
+        value["downloadSize"] = nar.file_size
+    return json.dumps(value) + "\n"
+
+
+def _content_address(text: str) -> dict[str, str]:
+    """Nix `src/libstore/content-address.cc`."""
+    match = _CONTENT_ADDRESS.fullmatch(text)
+    if match is None:
+        raise FormatError(f"{text!r} is no content address")
+    return {"method": _METHODS[match[1]], "hash": _sri(*_hash(match[2]))}
+
+
+def _sri(algorithm: str, digest: bytes) -> str:
+    return f"{algorithm}-{base64.b64encode(digest).decode()}"
 
 
 def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
@@ -130,17 +175,25 @@ def _size(text: str) -> int:
 
 
 def _sha256(text: str) -> bytes:
-    """In base 32, in hex, in base 64, or as SRI (Nix `src/libutil/hash.cc`)."""
-    algorithm, separator, digest = text.partition("-" if text.startswith("sha256-") else ":")
+    algorithm, value = _hash(text)
+    if algorithm != "sha256":
+        raise FormatError("a hash in a narinfo is no SHA-256")
+    return value
+
+
+def _hash(text: str) -> tuple[str, bytes]:
+    """The algorithm and the digest, which is in base 32, in hex, in base 64, or as SRI (Nix `src/libutil/hash.cc`)."""
+    algorithm, separator, digest = match.groups() if (match := _HASH.fullmatch(text)) else ("", "", "")
+    size = _HASHES.get(algorithm)
     try:
-        if len(digest) == base32.encoded_length(_SHA256) and separator == ":":
+        if size and len(digest) == base32.encoded_length(size) and separator == ":":
             value = base32.decode(digest)
-        elif len(digest) == 2 * _SHA256 and separator == ":":
+        elif size and len(digest) == 2 * size and separator == ":":
             value = bytes.fromhex(digest)
         else:
             value = base64.b64decode(digest, validate=True)
     except ValueError:
         value = b""
-    if algorithm != "sha256" or len(value) != _SHA256:
-        raise FormatError("a hash in a narinfo is no SHA-256")
-    return value
+    if len(value) != size:
+        raise FormatError("a hash in a narinfo is none")
+    return algorithm, value

@@ -1,12 +1,16 @@
-"""`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is."""
+"""`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is. With `?json`, in JSON."""
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.compression import CompressedFile
+from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
@@ -17,7 +21,7 @@ def nar_url(info: PathInfo) -> str:
     return f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
 
 
-async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
+async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
     path = await cache.path(hash_part)
     if path is None:
         raise NotFound
@@ -25,24 +29,40 @@ async def get(cache: Cache, _: Request, hash_part: str) -> Representation:
     if cache.offers_zstd and not compressor.is_certain(info.nar_hash):
         await cache.read(lambda: compressor.find(info.nar_hash))
     compressed = compressor.known(info.nar_hash)
-    text = narinfo.render(info, cache.store.store_dir, _nar_file(cache, info, compressed), path.sigs).encode()
+    nar, max_age = _nar_file(cache, info, compressed), cache.settings.narinfo_max_age
 
     def lasts() -> bool:
         is_certain = not cache.offers_zstd or compressor.is_certain(info.nar_hash)
         return is_certain and compressor.known(info.nar_hash) == compressed and cache.is_current(path)
 
+    return replace(representation(cache, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
+
+
+def representation(
+    cache: Cache, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
+) -> Representation:
+    """As Nix reads it, or in JSON; for `max_age` seconds. StoreObjectError where JSON cannot tell it."""
+    store_dir, content_type = cache.settings.virtual_nix_store, narinfo.CONTENT_TYPE
+    if request.query_string and "json" in request.get_args(keep_blank_values=True):
+        content_type = "application/json"
+        try:
+            text = narinfo.render_json(info, store_dir, nar, sigs)
+        except FormatError as error:
+            raise StoreObjectError(f"{info.path}: {error}") from error
+    else:
+        text = narinfo.render(info, store_dir, nar, sigs)
+    body = text.encode()
     return Representation(
-        content_type=narinfo.CONTENT_TYPE,
-        body=text,
-        cache_control=f"public, max-age={cache.settings.narinfo_max_age}",
-        etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
-        lasts=lasts,
+        content_type=content_type,
+        body=body,
+        cache_control=f"public, max-age={max_age}",
+        etag=f'"{hashlib.blake2b(body, digest_size=15).hexdigest()}"',
     )
 
 
-def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> narinfo.NarFile:
+def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
     url = nar_url(info)
     if not cache.offers_zstd:
-        return narinfo.NarFile(url, "none", info.nar_hash, info.nar_size)
-    return narinfo.NarFile(url + ".zst", "zstd", compressed and compressed.sha256, compressed and compressed.size)
+        return NarFile(url, "none", info.nar_hash, info.nar_size)
+    return NarFile(url + ".zst", "zstd", compressed and compressed.sha256, compressed and compressed.size)

@@ -17,9 +17,10 @@ from sanic.exceptions import NotFound
 
 from harmonia import credentials
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix import base32, narinfo
-from harmonia.nix.narinfo import NarFile
+from harmonia.nix import base32
+from harmonia.nix.narinfo import NarFile, signatures
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
+from harmonia.server import narinfo
 from harmonia.server.body import IMMUTABLE, Body, Open, Representation, exhaust
 from harmonia.server.cache import Cache
 from harmonia.upstream.client import ASKED, HOPS, Client
@@ -68,15 +69,18 @@ class Answers:
         clients = self._upstreams.clients
         return "".join(f"upstream {client.base}: {'up' if client.breaker.closed else 'down'}\n" for client in clients)
 
+    @property
+    def _max_age(self) -> int:
+        return min(self._cache.settings.narinfo_max_age, int(POSITIVE_TTL))
+
     async def narinfo_get(self, request: Request, hash_part: str) -> Representation:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
         url = found.url if settings.mode == "redirect" else f"upstream/{found.client.id}/{found.name}"
         nar = NarFile(url, found.nar.compression, found.nar.file_hash, found.nar.file_size)
         keys = self._cache.keys if settings.sign and found.verified else ()
-        store_dir = self._cache.settings.virtual_nix_store
-        text = narinfo.render(info, store_dir, nar, narinfo.signatures(info, store_dir, keys)).encode()
-        return self._small(narinfo.CONTENT_TYPE, text)
+        sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
+        return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
 
     async def nar_get(self, request: Request, upstream: str, name: str) -> Representation:
         client = self._upstreams.by_id.get(upstream)
@@ -253,7 +257,7 @@ class Answers:
         return Representation(
             content_type=content_type,
             body=text,
-            cache_control=f"public, max-age={min(self._cache.settings.narinfo_max_age, int(POSITIVE_TTL))}",
+            cache_control=f"public, max-age={self._max_age}",
             etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
         )
 

@@ -1,4 +1,5 @@
 import base64
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -159,6 +160,59 @@ def test_the_golden_one_is_read() -> None:
     assert KEY.public_key.verify(info.fingerprint(STORE_DIR), info.sigs[0])
     assert replace(info, sigs=()) == INFO
     assert (nar.compression, nar.file_hash, nar.file_size) == ("none", NAR_HASH, 5000768)
+
+
+@given(path_infos(), nar_files, st.lists(sigs, max_size=3))
+def test_json_tells_what_the_text_does(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
+    told = json.loads(narinfo.render_json(info, STORE_DIR, nar, sigs))
+
+    def digest(sri: str | None) -> bytes | None:
+        assert sri is None or sri.startswith("sha256-")
+        return sri and base64.b64decode(sri.removeprefix("sha256-"), validate=True)  # type: ignore[return-value]
+
+    assert told.pop("ca") == (info.ca and {"method": METHODS[info.ca.rpartition(":sha256:")[0]], "hash": ca_hash(info)})
+    assert replace(info, ca=None, sigs=()) == PathInfo(
+        path=StorePath(told.pop("path")),
+        nar_hash=digest(told.pop("narHash")) or b"",
+        nar_size=told.pop("narSize"),
+        references=tuple(map(StorePath, told.pop("references"))),
+        deriver=StorePath(deriver) if (deriver := told.pop("deriver")) else None,
+    )
+    assert nar == NarFile(
+        told.pop("url"), told.pop("compression"), digest(told.pop("downloadHash", None)), told.pop("downloadSize", None)
+    )
+    assert [f"{each['keyName']}:{each['sig']}" for each in told.pop("signatures")] == sigs
+    assert told == {"version": 3, "storeDir": STORE_DIR, "registrationTime": None, "ultimate": False}
+
+
+METHODS = {"text": "text", "fixed": "flat", "fixed:r": "nar"}
+
+
+def ca_hash(info: PathInfo) -> str:
+    digest = base32.decode((info.ca or "").rpartition(":")[2])
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("ca", "method", "value"),
+    [
+        ("fixed:md5:" + "0" * 26, "flat", "md5-" + "A" * 22 + "=="),
+        ("fixed:git:sha1:" + "0" * 39 + "1", "git", "sha1-" + "A" * 26 + "E="),
+        ("fixed:r:sha512:" + "0" * 103, "nar", "sha512-" + "A" * 86 + "=="),
+        ("text:sha256:" + "0" * 64, "text", "sha256-" + "A" * 43 + "="),
+    ],
+)
+def test_content_addresses_in_json(ca: str, method: str, value: str) -> None:
+    told = json.loads(narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), []))
+    assert told["ca"] == {"method": method, "hash": value}
+
+
+@pytest.mark.parametrize(
+    "ca", ["x", "text:", "fixed:r", "fixed:r:sha256:x", "fixed:x:sha256:" + "0" * 52, "text:sha0:0"]
+)
+def test_what_is_no_content_address_is_not_told(ca: str) -> None:
+    with pytest.raises(FormatError):
+        narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), [])
 
 
 def changed(name: str, *lines: str) -> str:

@@ -41,7 +41,12 @@ class Row(NamedTuple):
 ROWS: dict[str, list[Row]] = {
     "/": [Row("/", negotiable=True)],
     "/nix-cache-info": [Row("/nix-cache-info", etag=False)],
-    "narinfo": [Row("/{hash}.narinfo"), Row(f"/{_NONE}.narinfo", status=404)],
+    "narinfo": [
+        Row("/{hash}.narinfo"),
+        Row("/{hash}.narinfo?json"),
+        Row(f"/{_NONE}.narinfo", status=404),
+        Row(f"/{_NONE}.narinfo?json", status=404),
+    ],
     "ls": [Row("/{hash}.ls", negotiable=True, ranges=True), Row(f"/{_NONE}.ls", status=404)],
     "/nar/<name:str>": [
         Row("/nar/{hash}-{narhash}.nar", negotiable=True, ranges=True),
@@ -85,7 +90,7 @@ ROWS: dict[str, list[Row]] = {
     "/search": [Row("/search?q=tree", negotiable=True)],
     "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
     "/version": [Row("/version", etag=False)],
-    "/health": [Row("/health", etag=False)],
+    "/health": [Row("/health", etag=False), Row("/health?verbose", etag=False)],
     "/metrics": [Row("/metrics", etag=False, live=True)],
 }
 METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "QUERY"]

@@ -1,5 +1,6 @@
 """`/<hash>.narinfo`: exact bytes, all signatures, and true at every moment."""
 
+import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,31 @@ def test_exact_bytes_without_compression(start: Start, store: StoreBuilder, tmp_
         "References: \n"
         f"CA: {path.ca}\n"
     )
+
+
+@pytest.mark.parametrize("query", ["json", "json=1", "json=&x"])
+def test_json(server: Server, shared_store: StoreBuilder, query: str) -> None:
+    path = info(shared_store, "tree")
+    text = server.get(f"/{path.path.hash_part}.narinfo")
+    answer = server.get(f"/{path.path.hash_part}.narinfo?{query}")
+    assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.headers["cache-control"] == text.headers["cache-control"]
+    assert answer.headers["etag"] != text.headers["etag"]
+    told = json.loads(answer.body)
+    assert (told["version"], told["path"], told["narSize"]) == (3, path.path, path.nar_size)
+    assert f"\nURL: {told['url']}\n" in text.text
+    for sig in told["signatures"]:
+        assert f"\nSig: {sig['keyName']}:{sig['sig']}\n" in text.text
+
+
+def test_json_of_a_row_of_no_use(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add_source("path", b"contents")
+    with store.connect() as connection:
+        connection.execute("update ValidPaths set ca = 'fixed:nonsense'")
+    server = start(store=tmp_path / "store")
+    assert server.get(f"/{path.path.hash_part}.narinfo").text.endswith("CA: fixed:nonsense\n")
+    assert server.get(f"/{path.path.hash_part}.narinfo?json").status == 404
+    assert server.wait_for_log(r"ERROR .*-path: a hash in a narinfo is none")
 
 
 def test_content_address_and_empty_references(server: Server, shared_store: StoreBuilder) -> None:

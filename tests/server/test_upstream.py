@@ -4,6 +4,7 @@ import bz2
 import gzip
 import hashlib
 import http.client
+import json
 import lzma
 import os
 import random
@@ -174,6 +175,16 @@ def test_a_path_comes_as_the_upstream_has_it(
     part = server.get(f"/{url}", {"Range": "bytes=1000-1999"})
     assert (part.status, part.body) == (206, path.file[1000:2000])
     assert server.get(f"/{url}", {"If-None-Match": answer.headers["etag"]}).status == 304
+
+
+def test_json_too(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    text, answer = server.get(narinfo_path(there)), server.get(f"{narinfo_path(there)}?json")
+    assert answer.headers["cache-control"] == text.headers["cache-control"]
+    told = json.loads(answer.body)
+    assert (told["path"], told["url"]) == (there.info.path, fields(text)["URL"])
+    assert told["downloadSize"] == there.nar.file_size
 
 
 def test_a_local_path_asks_nobody(begin: Start, upstream: UpstreamServer, store: StoreBuilder) -> None:
