@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harmonia.nix import base32, nar
+from harmonia.nix import base32, confined, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
@@ -117,7 +117,7 @@ def _write(tree: Tree, path: bytes) -> None:
 
 def _canonicalise(path: bytes) -> None:
     """Modes and times as Nix gives them (`src/libstore/posix-fs-canonicalise.cc`)."""
-    for entry in reversed(list(nar.walk(path))):  # a directory after what is in it
+    for entry in reversed(list(nar.walk(confined.resolved(path)))):  # a directory after what is in it
         if not stat.S_ISLNK(entry.mode):
             os.chmod(entry.path, 0o555 if entry.mode & stat.S_IXUSR else 0o444)
         os.utime(entry.path, (1, 1), follow_symlinks=False)

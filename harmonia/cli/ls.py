@@ -8,7 +8,7 @@ import click
 from harmonia import cli, config, selection
 from harmonia.cli import listing
 from harmonia.cli.listing import Node
-from harmonia.nix import nar
+from harmonia.nix import confined, nar
 from harmonia.store import Store
 
 
@@ -28,6 +28,7 @@ def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bo
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     cli.in_a_pipe()
     _, real_path = selection.named(Store.of(config.read(config_file, os.environ)), path)
+    real_path = confined.resolved(real_path)
     nodes = _nodes(real_path, recursive=recursive)
     listing.show(nodes, os.path.basename(real_path), recursive=recursive, **how)
 

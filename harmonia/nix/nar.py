@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from harmonia.errors import StoreObjectError
+from harmonia.nix import confined
 
 CHUNK_SIZE = 256 * 1024
 """Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
@@ -92,14 +93,19 @@ _BATCH = 1024  # entries of a directory that are looked at while it is open
 
 
 def walk(root: bytes) -> Iterator[Entry]:
-    """The objects at and below `root` in the order of a NAR: depth first, names sorted by their bytes."""
-    levels: list[Iterator[tuple[bytes, os.stat_result]]] = [iter(((root, os.lstat(root)),))]
+    """The objects at and below `root` in the order of a NAR: depth first, names sorted by their bytes.
+
+    No symlink may be on the way to `root` (`confined.resolved`), and none that is put there leads out of it.
+    """
+    status = os.lstat(root)
+    target = os.readlink(root) if stat.S_ISLNK(status.st_mode) else b""
+    levels = [iter(((root, status, target),))]
     while levels:
         found = next(levels[-1], None)
         if found is None:
             levels.pop()
             continue
-        path, status = found
+        path, status, target = found
         mode = status.st_mode
         depth = len(levels) - 1
         if stat.S_ISREG(mode):
@@ -108,23 +114,29 @@ def walk(root: bytes) -> Iterator[Entry]:
             yield Entry(depth, path, mode, 0, b"")
             levels.append(_look_into(path))
         elif stat.S_ISLNK(mode):
-            yield Entry(depth, path, mode, 0, os.readlink(path))
+            yield Entry(depth, path, mode, 0, target)
         else:
             raise StoreObjectError(f"{os.fsdecode(path)} is no regular file, directory or symlink")
 
 
-def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """The paths in a directory, sorted. From the directory itself they are found in less time than from the root."""
+def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
+    """The paths in a directory, sorted, and what symlinks point to. From the directory itself they are found in less
+    time than from the root.
+    """
     prefix = directory + b"/"
-    names = sorted(os.listdir(directory))
+    names = sorted(os.listdir(directory))  # those of another directory, if one came in its place, are not found in it
     for first in range(0, len(names), _BATCH):
         batch = names[first : first + _BATCH]
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = confined.open_file(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             found = [os.stat(name, dir_fd=descriptor, follow_symlinks=False) for name in batch]
+            targets = [
+                os.readlink(name, dir_fd=descriptor) if stat.S_ISLNK(status.st_mode) else b""
+                for name, status in zip(batch, found, strict=True)
+            ]
         finally:
             os.close(descriptor)
-        yield from zip(map(prefix.__add__, batch), found, strict=True)
+        yield from zip(map(prefix.__add__, batch), found, targets, strict=True)
 
 
 def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
@@ -167,7 +179,7 @@ def segments(frames: Iterable[Frame]) -> Iterator[Segment]:
 
 def dump(path: bytes) -> Iterator[Segment]:
     """The NAR of the file system object at `path`."""
-    return segments(frame(walk(path)))
+    return segments(frame(walk(confined.resolved(path))))
 
 
 def window(archive: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
@@ -220,21 +232,27 @@ def chunks(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generato
     """
     parts: list[bytes] = []
     size = 0
-    for segment in archive:
-        if isinstance(segment, FileSlice) and len(segment) >= chunk_size:
-            if size:
-                yield b"".join(parts)
-                parts, size = [], 0
-            yield from _large_file(segment)
-            continue
-        for piece in _pieces(segment, chunk_size):
-            parts.append(piece)
-            size += len(piece)
-            if size >= chunk_size:
-                yield b"".join(parts)
-                parts, size = [], 0
-    if size:
-        yield b"".join(parts)
+    files = confined.Files()
+    try:
+        for segment in archive:
+            if isinstance(segment, FileSlice) and len(segment) >= chunk_size:
+                if size:
+                    yield b"".join(parts)
+                    parts, size = [], 0
+                yield from _large_file(segment)
+                continue
+            for piece in _pieces(segment, chunk_size, files):
+                parts.append(piece)
+                size += len(piece)
+                if size >= chunk_size:
+                    files.close()  # it may take long until the next is wanted
+                    yield b"".join(parts)
+                    parts, size = [], 0
+        files.close()
+        if size:
+            yield b"".join(parts)
+    finally:
+        files.close()
 
 
 def flatten(chunks: Iterable[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
@@ -252,10 +270,10 @@ def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[
     return flatten(chunks(archive, chunk_size), chunk_size)
 
 
-def _pieces(segment: Segment, chunk_size: int) -> Iterable[bytes]:
+def _pieces(segment: Segment, chunk_size: int, files: confined.Files) -> Iterable[bytes]:
     """The bytes of a segment, at most `chunk_size` at a time."""
     if isinstance(segment, FileSlice):
-        return (_small_file(segment),)
+        return (_small_file(segment, files),)
     if len(segment) <= chunk_size:
         return (segment,)
     return (segment[start : start + chunk_size] for start in range(0, len(segment), chunk_size))
@@ -263,11 +281,11 @@ def _pieces(segment: Segment, chunk_size: int) -> Iterable[bytes]:
 
 # Plain reads, no mapping: a file that shrinks under a mapping kills the process.
 # O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK
 
 
-def _small_file(file: FileSlice) -> bytes:
-    descriptor = os.open(file.path, _FLAGS)
+def _small_file(file: FileSlice, files: confined.Files) -> bytes:
+    descriptor = files.open(file.path, _FLAGS)
     try:
         if len(file) != file.size:
             contents = os.pread(descriptor, len(file), file.start)
@@ -283,7 +301,7 @@ def _small_file(file: FileSlice) -> bytes:
 
 
 def _large_file(file: FileSlice) -> Iterator[OpenSlice]:
-    descriptor = os.open(file.path, _FLAGS)
+    descriptor = confined.open_file(file.path, _FLAGS)
     try:
         part = OpenSlice(descriptor, file.start, file.stop)
         yield part
