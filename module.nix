@@ -388,6 +388,9 @@ in
         })
       ];
 
+      # harmonia doctor, top, warm, token …
+      environment.systemPackages = [ cfg.package ];
+
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
         if cfg.nginx.enable then
           [
@@ -442,6 +445,8 @@ in
           # No ExecReload: systemd copies credentials at a start alone, so a new certificate needs a restart.
           ExecStart = "${lib.getExe cfg.package} --config ${cfg.configFile} serve";
           WatchdogSec = 30;
+          # The main process ends its workers, after their downloads.
+          KillMode = "mixed";
           Restart = "on-failure";
           RestartSec = 1;
           # Downloads under way get shutdown_grace, and the workers a moment to end.

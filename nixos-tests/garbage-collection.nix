@@ -27,7 +27,7 @@
         client.wait_until_succeeds(f"test $(stat --format=%s /tmp/nar) = {nar_size}", timeout=60)
 
     with subtest("then it is"):
-        server.wait_until_succeeds(f"nix-store --delete {noise} >&2", timeout=10)
+        server.wait_until_succeeds(f"nix-store --delete {noise} >&2", timeout=60)
         server.fail(f"test -e {noise}")
   '';
 }

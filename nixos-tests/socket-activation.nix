@@ -1,11 +1,7 @@
 # Nothing runs until somebody asks: nginx, with TLS, has a unix socket to ask on, and systemd starts Harmonia behind it.
 { pkgs, lib, ... }:
 let
-  certificate = pkgs.runCommand "certificate" { nativeBuildInputs = [ pkgs.openssl ]; } ''
-    mkdir "$out"
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -noenc -days 36500 -subj /CN=server \
-      -addext subjectAltName=DNS:server -keyout "$out/key.pem" -out "$out/cert.pem"
-  '';
+  certificate = import ./lab/certificate.nix { inherit pkgs; };
 in
 {
   name = "harmonia-socket-activation";

@@ -1,0 +1,72 @@
+# The service comes back: a restart breaks no download off and refuses nobody, a hang ends in a new start. Where it cannot
+# start, clients hear so at once.
+{
+  name = "harmonia-restart";
+  nodes.server =
+    { lib, ... }:
+    {
+      imports = [ ./lab/server.nix ];
+      services.harmonia.settings.enable_compression = false;
+      systemd.services.harmonia = {
+        serviceConfig.WatchdogSec = lib.mkForce 4;
+        unitConfig.StartLimitBurst = lib.mkForce 4;
+      };
+    };
+  nodes.client.imports = [ ./lab/client.nix ];
+
+  testScript = ''
+    ask = "curl --fail --silent --show-error http://server:5000/nix-cache-info >&2"
+
+
+    def main_pid() -> int:
+        return int(server.succeed("systemctl show --value --property=MainPID harmonia.service"))
+
+
+    start_all()
+    server.wait_for_unit("harmonia.service")
+    client.wait_until_succeeds(ask)
+    noise = server.succeed("nix-build --no-out-link /etc/contents.nix -A noise").strip()
+    nar_hash = server.succeed(f"nix-store --dump {noise} | sha256sum")
+
+    with subtest("a restart lets a download end, and who comes meanwhile waits"):
+        old = main_pid()
+        url = f"http://server:5000/nar/{noise.removeprefix('/nix/store/')[:32]}.nar"
+        client.succeed(
+            f"(curl --fail --silent --limit-rate 10M --output /tmp/nar {url}; echo $? >/tmp/status) >/dev/null 2>&1 &"
+        )
+        client.wait_until_succeeds("test -s /tmp/nar", timeout=60)
+        server.succeed("systemctl restart --no-block harmonia.service")
+        server.wait_until_succeeds("systemctl show --property=ActiveState harmonia.service | grep deactivating", timeout=60)
+        client.fail("test -e /tmp/status")
+        client.succeed(ask)
+        server.wait_for_unit("harmonia.service")
+        assert main_pid() != old
+        client.wait_until_succeeds("test $(cat /tmp/status) = 0", timeout=60)
+        assert client.succeed("sha256sum </tmp/nar") == nar_hash
+
+    with subtest("one that hangs is started anew"):
+        hanging = main_pid()
+        server.succeed(f"kill -STOP {hanging}")
+        client.succeed(ask)
+        server.wait_until_succeeds(f"! kill -0 {hanging}", timeout=60)
+        server.wait_for_unit("harmonia.service")
+        client.succeed(ask)
+
+    with subtest("workers end when they are told to, and not before"):
+        server.fail("journalctl --unit=harmonia.service | grep --fixed-strings 'ended with status'")
+
+    with subtest("one that cannot start is given up, with its socket"):
+        server.succeed("chmod 0 /nix/var/nix/db", "systemctl restart --no-block harmonia.service")
+        server.wait_until_succeeds("systemctl is-failed harmonia.service harmonia.socket >&2", timeout=120)
+        status, _ = client.execute(ask)
+        assert status == 7, status  # connection refused
+
+    with subtest("and comes back when it is told to"):
+        server.succeed(
+            "chmod 755 /nix/var/nix/db",
+            "systemctl reset-failed harmonia.service",
+            "systemctl start harmonia.socket harmonia.service",
+        )
+        client.succeed(ask)
+  '';
+}
