@@ -73,7 +73,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     document = page.begin(cache, info.path.name, "../")
     with document.main:
         document.h1(info.path.name)
-        page.snippet(document, full_path, "the store path")
+        page.snippet(document, full_path, "Store path")
         _links(document, info, await _logged(cache, info))
         with document.section:
             document.h2("About this path")
@@ -81,7 +81,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
         with document.section:
             document.h2("Download it with Nix")
             command = f"nix-store --realise {full_path}"
-            page.snippet(document, landing.command(command, origin.base_url(request, cache.settings), keys), "command")
+            page.snippet(document, landing.command(command, origin.base_url(request, cache.settings), keys), "Command")
         _paths(document, "References", catalogue.Paths(references[:_SHOWN], len(references)), kept_back)
         _paths(document, "Referrers", referrers)
     return page.end(cache, document, script=True)

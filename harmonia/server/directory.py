@@ -30,9 +30,12 @@ async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], 
                     summary = f"The first {len(entries):,} of {summary}; the NAR listing has them all"
                 document.p(summary, class_="dim")
                 with document.table:
-                    document.tr.th("Name", scope="col").th("Kind", scope="col").th("Size", scope="col", class_="size")
+                    document.tr.th("Name", scope="col").th("Kind", scope="col", class_="kind")
+                    document.th("Size", scope="col", class_="size")
                     if names:
-                        document.tr.td.a("..", href="../", aria_label="Parent directory").td("directory").td("")
+                        document.tr.td.a("..", href="../", aria_label="Parent directory").td(
+                            "directory", class_="kind"
+                        ).td("")
                     for each in entries:
                         _row(document, each)
         return page.end(cache, document)
@@ -41,30 +44,31 @@ async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], 
 
 
 def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
-    """Where the page is, each directory above it a link."""
+    """Where the page is, each directory above it a link, and what else there is of the store path."""
+    top = "../" * (len(names) + 2)
     with document.h1(class_="path"):
-        if cache.settings.browse:
-            document.a(cache.store.store_dir, href=f"{'../' * (len(names) + 2)}path/{asked.path.hash_part}")
-        else:
-            document(cache.store.store_dir)
+        document(cache.store.store_dir)
         for above, name in zip(range(len(names), -1, -1), [os.fsencode(asked.path), *names], strict=True):
             document._("/")
             if above:
                 document.a(page.printable(name), href="../" * above)
             else:
                 document._(page.printable(name))
+    with document.nav(class_="actions", aria_label="What else there is of the store path"):
+        if cache.settings.browse:
+            document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
+        document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
 
 
 def _row(document: Builder, listed: Listed) -> None:
     reference = "./" + quote(listed.name, safe="")
-    size = ""
+    size = after = ""
     if stat.S_ISDIR(listed.mode):
-        kind, reference = "directory", reference + "/"
+        kind, reference, after = "directory", reference + "/", "/"
     elif stat.S_ISLNK(listed.mode):
-        kind = "symlink"
+        kind, after = "symlink", f" → {page.printable(listed.target)}"
     else:
         kind, size = "executable" if listed.mode & stat.S_IXUSR else "file", page.size(listed.size)
     document.tr.td(class_="path").a(page.printable(listed.name), href=reference)
-    if listed.target:
-        document.span(f" → {page.printable(listed.target)}", class_="dim")
+    document.span(after, class_="dim")
     document.td(kind, class_="kind").td(size, class_="size", title=f"{listed.size:,} bytes" if size else None)

@@ -18,21 +18,17 @@ async def get(cache: Cache, request: Request) -> Representation:
         raise NotFound
     url = origin.base_url(request, settings)
     keys = [str(key.public_key) for key in cache.keys]
-    document = page.begin(cache, "Nix binary cache", "./")
+    _, _, name = url.partition("//")
+    document = page.begin(cache, f"{name}, a Nix binary cache", "./")
     with document.main:
-        document.h1("Nix binary cache")
+        document.h1(name)
         document.p("From here, ").a("Nix", href="https://nixos.org/")._(" downloads what it would otherwise build.")
-        page.snippet(document, url, "the URL of this cache")
-        _public_keys(document, keys)
-        _section(document, "nix.conf", "In /etc/nix/nix.conf, on any system:", _nix_conf(url, keys))
-        _section(document, "NixOS", "In configuration.nix:", _nixos(url, keys))
-        _section(document, "Flake", "In flake.nix, for all who use that flake:", _flake(url, keys))
-        _section(
-            document,
-            "Once",
-            "For one command; Nix heeds it from its trusted users:",
-            command("nix build nixpkgs#hello", url, keys),
-        )
+        _identity(document, url, keys)
+        _section(document, "nix.conf", "/etc/nix/nix.conf, on any system", _nix_conf(url, keys))
+        _section(document, "NixOS", "configuration.nix", _nixos(url, keys))
+        _section(document, "Flake", "flake.nix, for all who use that flake", _flake(url, keys))
+        once = command("nix build nixpkgs#hello", url, keys)
+        _section(document, "Once", "For one command; Nix heeds it from its trusted users", once)
         with document.section:
             document.h2("About")
             with document.dl:
@@ -42,19 +38,18 @@ async def get(cache: Cache, request: Request) -> Representation:
     return page.end(cache, document, script=True)
 
 
-def _public_keys(document: Builder, keys: Sequence[str]) -> None:
-    with document.section:
-        document.h2("Public keys" if len(keys) > 1 else "Public key")
-        for key in keys:
-            page.snippet(document, key, f"the public key {key.partition(':')[0]}")
-        if not keys:
-            document.p("This cache signs nothing itself. Paths keep the signatures that they came with.", class_="dim")
+def _identity(document: Builder, url: str, keys: Sequence[str]) -> None:
+    page.snippet(document, url, "URL")
+    for key in keys:
+        page.snippet(document, key, "Public key")
+    if not keys:
+        document.p("This cache signs nothing itself. Paths keep the signatures that they came with.", class_="dim")
 
 
-def _section(document: Builder, heading: str, hint: str, text: str) -> None:
+def _section(document: Builder, heading: str, where: str, text: str) -> None:
     with document.section:
-        document.h2(heading).p(hint, class_="dim")
-        page.snippet(document, text, heading)
+        document.h2(heading)
+        page.snippet(document, text, where)
 
 
 def _nix_conf(url: str, keys: Sequence[str]) -> str:

@@ -18,6 +18,11 @@ from harmonia.nix.store_path import StorePath
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
+_ICON = "data:image/svg+xml," + quote(
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 16 16" stroke="#5277c3" stroke-width="2">'
+    '<path d="M0-7V7M-6-3.5 6 3.5M-6 3.5 6-3.5"/></svg>'
+)
+
 _STYLE = """
 :root {
   color-scheme: light dark;
@@ -32,74 +37,80 @@ _STYLE = """
 }
 * { box-sizing: border-box; }
 html { font: 1rem/1.55 system-ui, sans-serif; color: var(--text); background: var(--ground); text-size-adjust: 100%; }
-body { max-width: 60rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
+body { max-width: 64rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
 a { color: var(--link); text-underline-offset: .15em; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 header { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: center; padding: 1rem 0; }
-header > a { font-weight: 600; color: inherit; text-decoration: none; margin-right: auto; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0; }
-h2 { font-size: 1.15rem; margin: 0 0 .5rem; }
+header > a { display: flex; align-items: center; gap: .6rem; margin-right: auto; }
+header > a::before { content: ""; width: 1.4rem; height: 1.4rem; background: url("ICON"); }
+header > a { font-weight: 600; color: inherit; text-decoration: none; }
+h1 { font-size: 1.75rem; line-height: 1.25; letter-spacing: -.01em; margin: 1.25rem 0 .75rem; }
+h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
 p { margin: .5rem 0; }
 .dim, footer { color: var(--dim); }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 section { padding: 1.1rem; margin: 1rem 0; }
-dd code { word-break: break-all; }
-code, pre, .path { font: .875rem/1.55 ui-monospace, "DejaVu Sans Mono", monospace; }
-pre { background: var(--code); border: 1px solid var(--line); border-radius: .4rem; }
-pre { margin: .6rem 0; padding: .7rem .85rem; white-space: pre-wrap; position: relative; }
-pre.copied-from { padding-right: 5.5rem; }
 section > :first-child { margin-top: 0; }
 section > :last-child { margin-bottom: 0; }
-h1.path { font-size: 1.1rem; }
+code, pre, .path { font: .8125rem/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
+dd code { word-break: break-all; }
+.snippet { display: grid; grid-template-columns: 1fr auto; align-items: center; margin: .75rem 0; }
+.snippet { background: var(--code); border: 1px solid var(--line); border-radius: .4rem; }
+.snippet p { color: var(--dim); font-size: .8125rem; margin: 0; padding: .45rem .85rem; }
+.snippet pre { grid-column: 1 / -1; border-top: 1px solid var(--line); }
+.snippet pre { margin: 0; padding: .65rem .85rem; white-space: pre-wrap; line-break: anywhere; }
+h1.path { font-size: 1.1rem; letter-spacing: 0; }
 form { display: flex; flex: 0 1 26rem; gap: .5rem; }
 input, button { font: inherit; color: inherit; border: 1px solid var(--dim); border-radius: .4rem; }
 input, button { padding: .35rem .75rem; }
 input { flex: 1; min-width: 0; background: var(--card); }
 ::placeholder { color: var(--dim); opacity: 1; }
 button { background: var(--card); cursor: pointer; }
-button:hover { background: var(--code); }
-pre button { position: absolute; top: .4rem; right: .4rem; padding: .15rem .6rem; }
-pre button { font: .8125rem/1.5 system-ui, sans-serif; }
-table { width: 100%; border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); }
+button:hover, nav.actions a:hover { background: var(--code); }
+.snippet button { font-size: .8125rem; margin-right: .35rem; padding: .1rem .6rem; }
+table { width: 100%; font-size: .9375rem; border-collapse: collapse; }
+th, td { text-align: left; vertical-align: baseline; padding: .3rem .75rem .3rem 0; }
+th, td { border-bottom: 1px solid var(--line); }
+th { font-weight: 600; }
 tr:last-child td { border-bottom: 0; }
-.size { text-align: right; white-space: nowrap; padding-right: 0; }
+.size { text-align: right; white-space: nowrap; padding-right: 0; font-variant-numeric: tabular-nums; }
 .kind { white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem; margin: 0; }
 dt { color: var(--dim); }
 dd { margin: 0; min-width: 0; }
 ul { list-style: none; margin: 0; padding: 0; }
-li { padding: .1rem 0; }
-nav.actions { display: flex; flex-wrap: wrap; gap: .4rem 1.25rem; }
+li { padding: .15rem 0; }
+nav.actions { display: flex; flex-wrap: wrap; gap: .5rem; margin: 1rem 0; }
+nav.actions a { padding: .25rem .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 2rem; }
+nav.actions a { text-decoration: none; }
 footer { margin-top: 2rem; font-size: .875rem; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 34rem) {
   form { flex-basis: 100%; }
-  pre.copied-from { padding: 2.6rem .85rem .7rem; }
-  th, td { padding-right: .5rem; font-size: .875rem; }
+  .kind { display: none; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .6rem; }
 }
-"""
+""".replace("ICON", _ICON)
 
 # Without it there is nothing to click in vain. Browsers have a clipboard only for https; for http the old way works.
 _SCRIPT = """
-for (const code of document.querySelectorAll("pre > code")) {
+for (const snippet of document.querySelectorAll(".snippet")) {
+  const [caption, text] = snippet.children;
   const button = document.createElement("button");
   const status = document.createElement("span");
   button.type = "button";
   button.textContent = "Copy";
-  button.setAttribute("aria-label", "Copy: " + code.dataset.label);
+  button.setAttribute("aria-label", "Copy: " + caption.textContent);
   status.className = "hidden";
   status.setAttribute("role", "status");
-  code.parentNode.classList.add("copied-from");
-  code.parentNode.append(button, status);
+  caption.after(button, status);
   button.addEventListener("click", async () => {
     let copied = true;
     try {
-      await navigator.clipboard.writeText(code.textContent);
+      await navigator.clipboard.writeText(text.textContent);
     } catch {
-      getSelection().selectAllChildren(code);
+      getSelection().selectAllChildren(text);
       copied = document.execCommand("copy");
     }
     button.textContent = copied ? "Copied" : "Press Ctrl+C";
@@ -108,11 +119,6 @@ for (const code of document.querySelectorAll("pre > code")) {
   });
 }
 """
-
-_ICON = "data:image/svg+xml," + quote(
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 16 16" stroke="#5277c3" stroke-width="2">'
-    '<path d="M0-7V7M-6-3.5 6 3.5M-6 3.5 6-3.5"/></svg>'
-)
 
 
 def _allowed(inline: str) -> str:
@@ -182,9 +188,10 @@ def end(cache: Cache, page: Builder, *, script: bool = False) -> Representation:
     )
 
 
-def snippet(page: Builder, text: str, label: str) -> None:
-    """Something to copy with one click, called `label` to those who do not see it."""
-    page.pre(E.code(text, data_label=label))
+def snippet(page: Builder, text: str, caption: str) -> None:
+    """Something to copy with one click."""
+    with page.div(class_="snippet"):
+        page.p(caption).pre(E.code(text))
 
 
 def redirect(location: str, status: HTTPStatus, cache_control: str) -> Representation:

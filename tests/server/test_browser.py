@@ -245,14 +245,15 @@ def test_copying_with_one_click(page: Page, urls: dict[str, str], server: Server
     page.open(urls["landing"])
     may = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "browserContextId": page.context}
     page.call("Browser.grantPermissions", origin=server.url, **may)
-    page.click("pre button")
-    page.wait("document.querySelector('pre button').textContent === 'Copied'")
-    assert page.run("document.querySelector('pre [role=status]').textContent") == "Copied"
+    page.click(".snippet button")
+    page.wait("document.querySelector('.snippet button').textContent === 'Copied'")
+    assert page.run("document.querySelector('.snippet [role=status]').textContent") == "Copied"
     assert page.run("navigator.clipboard.readText()") == server.url
-    page.click("section pre button")
-    page.wait("document.querySelector('section pre button').textContent === 'Copied'")
-    assert page.run("navigator.clipboard.readText()") == str(made.public_key)
-    page.wait("document.querySelector('pre button').textContent === 'Copy'")
+    page.click("section button")
+    page.wait("document.querySelector('section button').textContent === 'Copied'")
+    copied = page.run("navigator.clipboard.readText()")
+    assert copied == f"extra-substituters = {server.url}\nextra-trusted-public-keys = {made.public_key}"
+    page.wait("document.querySelector('.snippet button').textContent === 'Copy'")
 
 
 def test_copying_where_a_page_has_no_clipboard_as_over_http(page: Page, urls: dict[str, str], server: Server) -> None:
@@ -262,8 +263,8 @@ def test_copying_where_a_page_has_no_clipboard_as_over_http(page: Page, urls: di
         "document.addEventListener('copy', () => { window.copied = getSelection().toString(); });",
     )
     page.open(urls["landing"])
-    page.click("pre button")
-    page.wait("document.querySelector('pre button').textContent === 'Copied'")
+    page.click(".snippet button")
+    page.wait("document.querySelector('.snippet button').textContent === 'Copied'")
     assert page.run("window.copied") == server.url
 
 
@@ -271,10 +272,10 @@ def test_without_scripts_there_is_no_dead_button(page: Page, urls: dict[str, str
     page.call("Emulation.setScriptExecutionDisabled", value=True)
     page.open(urls["landing"])
     document = page.call("DOM.getDocument")["root"]["nodeId"]
-    assert page.call("DOM.querySelectorAll", nodeId=document, selector="pre button")["nodeIds"] == []
+    assert page.call("DOM.querySelectorAll", nodeId=document, selector=".snippet button")["nodeIds"] == []
 
 
-def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str]) -> None:
+def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["landing"])
     page.events.clear()
     page.run("document.querySelector('input').value = 'hello-1'; document.querySelector('form').requestSubmit()")
@@ -283,7 +284,7 @@ def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str]) -> 
         ("section a", "hello-1.0"),
         ("nav a", "hello-1.0"),
         ("tr:nth-child(2) a", "bin"),
-        ("header a", "Nix binary cache"),
+        ("header a", f"{server.url.removeprefix('http://')}, a Nix binary cache"),
     ):
         page.events.clear()
         page.click(selector)
