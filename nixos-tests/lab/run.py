@@ -7,6 +7,7 @@ namespaces that the kernel takes away with their first process: nothing stays be
 
 import argparse
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -24,11 +25,13 @@ from qemu import make_disk
 LAB = Path(__file__).parent.resolve()
 PROJECT = LAB.parent.parent
 TOOLS = ("ip", "mmdebstrap", "nsenter", "setpriv", "unshare")
-# The Debian of the machines, and its Python; and those of a client that has an older Nix, or a newer.
-SUITE, PYTHON = "trixie", "3.13"
+# The Debian of the machines, and the Python of each; and those of a client that has an older Nix, or a newer.
+SUITE = "trixie"
+PYTHONS = {SUITE: "3.13", "bookworm": "3.11"}
 OTHER_CLIENTS = {"basic": ("bookworm", "sid"), "ca-derivations": ("sid",)}
 WITH_KERNEL = f"{SUITE}+kernel"
 IN_QEMU = ("basic", "hardening")
+WITHOUT_NIXOS = "debian"
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64")
 
 NAMESPACES = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -43,6 +46,8 @@ class Run(NamedTuple):
     def name(self) -> str:
         if self.root == WITH_KERNEL:
             return f"{self.test}, in QEMU"
+        if self.test == WITHOUT_NIXOS:
+            return f"{self.test}: {self.root}"
         return self.test if self.client == self.root else f"{self.test}, client of {self.client}"
 
 
@@ -83,13 +88,30 @@ def make_roots(suites: set[str]) -> Path:
     return roots
 
 
-def make_wheels(wheels: Path) -> None:
-    """The package and all that it needs, for the machines' Python."""
+def make_wheels(wheels: Path, suite: str, *more: str) -> None:
+    """The package and all that it needs, for that Debian's Python; and what else is asked for."""
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     subprocess.run((*pip, "wheel", "--no-deps", "--wheel-dir", wheels, PROJECT), check=True)
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
-    target = ("--only-binary=:all:", f"--python-version={PYTHON}", *platforms)
-    subprocess.run((*pip, "download", *target, "--dest", wheels, *wheels.glob("*.whl")), check=True)
+    target = ("--only-binary=:all:", f"--python-version={PYTHONS[suite]}", *platforms)
+    subprocess.run((*pip, "download", *target, "--dest", wheels, *wheels.glob("*.whl"), *more), check=True)
+
+
+def make_debian(guest: Path) -> None:
+    """The machines of debian.py: nothing of NixOS, but this repository and what pip would download."""
+    for suite in PYTHONS:
+        make_wheels(guest / "wheels" / suite, suite, "hatchling")
+    for name in ("docs", "harmonia"):
+        shutil.copytree(PROJECT / name, guest / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy(PROJECT / name, guest / "project")
+    machines = {"client": "192.168.1.1", "server": "192.168.1.2"}
+    (guest / "machines.json").write_text(json.dumps(machines))
+    hosts = "".join(f"{address} {name}\n" for name, address in machines.items())
+    for name in machines:
+        (guest / name).mkdir()
+        (guest / name / "setup.sh").write_text(f"cat >>/etc/hosts <<END\n{hosts}END\n")
+    shutil.copy(LAB / "debian.py", guest / "test.py")
 
 
 def run(each: Run, roots: Path, out: Path, cgroup: Path, log: Path) -> bool:
@@ -114,8 +136,11 @@ def main() -> int:
     parser.add_argument("--qemu", action="store_true", help=f"also in virtual machines: {', '.join(IN_QEMU)}")
     parser.add_argument("--logs", type=Path, help="keep what the tests print in this directory")
     options = parser.parse_args()
-    tests = options.tests or sorted(path.stem for path in LAB.parent.glob("*.nix"))
-    runs = [Run(test, client=client) for test in tests for client in (SUITE, *OTHER_CLIENTS.get(test, ()))]
+    tests = options.tests or [*sorted(path.stem for path in LAB.parent.glob("*.nix")), WITHOUT_NIXOS]
+    on_nixos = [test for test in tests if test != WITHOUT_NIXOS]
+    runs = [Run(test, client=client) for test in on_nixos for client in (SUITE, *OTHER_CLIENTS.get(test, ()))]
+    if WITHOUT_NIXOS in tests:
+        runs += [Run(WITHOUT_NIXOS, root=suite, client=suite) for suite in PYTHONS]
     if options.qemu:
         runs += [Run(test, root=WITH_KERNEL) for test in IN_QEMU if test in tests]
     if os.geteuid() != 0:
@@ -133,9 +158,11 @@ def main() -> int:
         show(f"{'root file systems':34} {'ready':7} {time.monotonic() - begin:6.1f} s")
         os.environ["TMPDIR"] = scratch
         begin = time.monotonic()
-        make_wheels(out / "wheels")
-        if not contained("sh", LAB / "build.sh", roots / SUITE, PROJECT, out, *tests):
+        make_wheels(out / "wheels", SUITE)
+        if on_nixos and not contained("sh", LAB / "build.sh", roots / SUITE, PROJECT, out, *on_nixos):
             return 1
+        if WITHOUT_NIXOS in tests:
+            make_debian(out / "guests" / f"harmonia-{WITHOUT_NIXOS}")
         if options.qemu:
             make_disk(roots / WITH_KERNEL, out / "disk", "3G")
             make_disk(out / "guests", out / "packed", "3G")
