@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz vm-test clean
+.PHONY: serve test check format fuzz vm-test clean help
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -13,7 +13,7 @@ serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
-check: .venv/ready  ## Lints, formatting and types
+check: .venv/ready  ## Check lints, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -30,8 +30,11 @@ fuzz: .venv/ready  ## Look for bytes that the NAR reader takes wrongly
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=
-vm-test: .venv/ready  ## As root, run the NixOS tests between containers (docs/nixos-tests.md)
+vm-test: .venv/ready  ## As root, run the NixOS tests between containers
 	$(BIN)/python nixos-tests/lab/run.py $(if $(VM_TEST_QEMU),--qemu) $(TESTS)
+
+help:  ## Tell what there is to make
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1 /p' Makefile | while read -r name does; do printf '%-10s%s\n' "$$name" "$$does"; done
 
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi

@@ -15,16 +15,16 @@ def reference() -> Iterator[str]:
     for context in commands(cli.main):
         yield f"## `{context.command_path}`\n"
         usage = " ".join(context.command.collect_usage_pieces(context))
-        yield f"```\n{context.command_path} {usage}\n```\n"
+        yield f"```text\n{context.command_path} {usage}\n```\n"
         for literal, paragraph in paragraphs(context.command.help):
-            yield f"```\n{paragraph}\n```\n" if literal else f"{paragraph}\n"
+            yield f"```text\n{paragraph}\n```\n" if literal else f"{paragraph}\n"
         if rows := options(context):
             yield "| option | does |\n|---|---|"
             yield from (f"| `{what}` | {does.replace('|', '/')} |" for what, does in rows)
             yield ""
     for _, paragraph in paragraphs(cli.main.epilog):
         title, _, lines = paragraph.partition(":\n")
-        yield f"## {title}\n\n```\n{lines}\n```\n"
+        yield f"## {title}\n\n```text\n{lines}\n```\n"
 
 
 def test_the_reference_is_what_the_help_says() -> None:

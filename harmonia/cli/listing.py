@@ -33,7 +33,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 def show(nodes: Iterable[Node], name: bytes, *, long: bool, recursive: bool, directory: bool, as_json: bool) -> None:
     """Print the nodes, the whole first. `name` is its name."""
     if as_json:
-        text = json.dumps(_json(nodes, recursive=recursive), ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(_json(nodes, recursive=recursive), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         click.echo(text.encode(errors="surrogateescape"))
         return
     for line in _lines(nodes, name, long=long, recursive=recursive, directory=directory):

@@ -1,0 +1,248 @@
+"""The documents: links lead somewhere, files that are named exist, and the programs take what is in the code blocks."""
+
+import netrc
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+from harmonia import cli, config
+from harmonia.nix.signing import SecretKey
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    found = re.finditer(r"^( *)```([\w.]*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    for match in found:
+        line = match.string.count("\n", 0, match.start()) + 1
+        yield Block(str(page.relative_to(ROOT)), line, match[2], textwrap.dedent(match[3]))
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def of(*languages: str) -> pytest.MarkDecorator:
+    chosen = [block for block in BLOCKS if block.language in languages]
+    assert chosen
+    return pytest.mark.parametrize("block", chosen, ids=lambda block: f"{block.page}:{block.line}")
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"there is no {program} on this machine")
+
+
+def prose(page: Path) -> str:
+    """The page without its code."""
+    text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def links(page: Path) -> list[str]:
+    text = prose(page)
+    return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?m)^\[[^\]]+\]: (\S+)$", text)
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub makes of headings."""
+    found: set[str] = set()
+    text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"(?m)^#+ (.*?)\s*$", text):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        number = 0
+        while (name := f"{anchor}-{number}" if number else anchor) in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.resolve()), f"{link}: no such heading; there are {sorted(anchors(target))}"
+
+
+def test_every_page_can_be_found_from_the_first() -> None:
+    found: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop().resolve()
+        if page not in found and page.suffix == ".md" and page.exists():
+            found.add(page)
+            waiting += [page.parent / link.partition("#")[0] for link in links(page) if "://" not in link]
+    assert set(PAGES) - found == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_of_this_project_that_are_named_exist(page: Path) -> None:
+    rooms = "|".join(path.name for path in (ROOT / "harmonia").iterdir() if path.is_dir())
+    named = re.findall(rf"`((?:harmonia|tests|docs|benchmarks|nixos-tests|{rooms})/[\w./-]*)`", page.read_text())
+    missing = [name for name in named if not any((ROOT / place / name).exists() for place in ("", "harmonia"))]
+    assert missing == []
+
+
+def test_every_block_says_what_it_is() -> None:
+    tried = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon"}
+    other = {f"{block.page}:{block.line}" for block in BLOCKS if block.language not in tried | {"text"}}
+    assert other == set(), f"as its language, give one of {sorted(tried)}, or `text` where no program reads it"
+
+
+def with_keys(text: str) -> str:
+    """Real keys, and real hashes, in the place of those that end in three dots."""
+    text = re.sub(r"([\w.-]+-1):…", lambda match: str(SecretKey.generate(match[1]).public_key), text)
+    return text.replace("…", "0" * 32)
+
+
+@of("toml")
+def test_settings_are_settings(block: Block) -> None:
+    config.parse(with_keys(block.text), block.page, {})
+
+
+@of("nix")
+@pytest.mark.nix
+@needs("nix-instantiate")
+def test_nix_is_nix(block: Block) -> None:
+    command = ["nix-instantiate", "--parse", "-"]
+    done = subprocess.run(command, input=block.text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@of("netrc")
+def test_a_netrc_file_is_one(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text(block.text)
+    assert netrc.netrc(str(tmp_path / "netrc")).hosts
+
+
+@of("nix.conf")
+@pytest.mark.nix
+@needs("nix")
+def test_nix_knows_these_settings(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "nix.conf").write_text(f"experimental-features = nix-command\n{with_keys(block.text)}")
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONF_DIR": str(tmp_path)}
+    done = subprocess.run(
+        ["nix", "show-config"], capture_output=True, text=True, env=environment, check=True, timeout=60
+    )
+    assert "unknown setting" not in done.stderr
+    for name in re.findall(r"(?m)^(?:extra-)?([a-z-]+) =", block.text):
+        assert f"\n{name} = " in f"\n{done.stdout}"
+
+
+@of("ini")
+@needs("systemd-analyze")
+def test_systemd_takes_the_unit(block: Block, tmp_path: Path) -> None:
+    unit = tmp_path / "harmonia.service"
+    unit.write_text(block.text.replace("/path/to/harmonia", "/bin/true"))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60)
+    about_it = [line for line in done.stderr.splitlines() if str(unit) in line or line.startswith("harmonia.service")]
+    assert about_it == []
+
+
+@of("yaml")
+@needs("promtool")
+def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "prometheus.yml").write_text(block.text)
+    command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+ELSEWHERE = {
+    *(
+        "apt-get",
+        "cat",
+        "chmod",
+        "cp",
+        "curl",
+        "echo",
+        "git",
+        "journalctl",
+        "mkdir",
+        "nginx",
+        "nix",
+        "nix-collect-garbage",
+    ),
+    *("nix-store", "pip", "pipx", "python", "python3", "rm", "sed", "sha256sum", "sqlite3", "ssh", "systemctl", "zstd"),
+}
+"""Other people's programs: those that are used here on purpose."""
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each command after a prompt."""
+    for line in re.findall(r"(?m)^[$#] ((?:.*\\\n)*.*)$", text):
+        words = shlex.shlex(line.replace("\\\n", " "), posix=True, punctuation_chars=True)
+        command: list[str] = []
+        for word in words:
+            if set(word) <= set("();<>|&"):
+                yield command
+                command = [">"] if ">" in word or "<" in word else []
+            else:
+                command.append(word)
+        yield command
+
+
+@cache
+def targets() -> dict[str, str]:
+    """What the Makefile makes, and what it says of that."""
+    return dict(re.findall(r"(?m)^([a-z-]+):.*?  ## (.*)$", (ROOT / "Makefile").read_text()))
+
+
+@of("console")
+def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Block) -> None:
+    assert re.match(r"[$#] ", block.text)
+    for words in commands(block.text):
+        while words and re.fullmatch(r"\w+=.*", words[0]):
+            words.pop(0)
+        if not words or words[0] == ">":
+            continue
+        program = words[0].rpartition("/")[2]
+        if program == "harmonia":
+            # Options are looked at before --help has its way.
+            answer = CliRunner().invoke(cli.main, [*words[1:], "--help"])
+            assert answer.exit_code == 0, (words, answer.output)
+        elif program == "make":
+            asked = {word for word in words[1:] if "=" not in word}
+            assert asked <= set(targets()), words
+        elif program == "pytest" or (ROOT / words[0]).is_file():
+            pass
+        else:
+            assert program in ELSEWHERE, words
+
+
+def test_contributing_tells_every_target_of_the_makefile() -> None:
+    page = ROOT / "CONTRIBUTING.md"
+    table = "\n".join(
+        ["| command | does |", "|---|---|", *(f"| `make {name}` | {does} |" for name, does in targets().items())]
+    )
+    head, begin, rest = page.read_text().partition("<!-- targets -->\n")
+    _, end, tail = rest.partition("<!-- /targets -->\n")
+    text = f"{head}{begin}{table}\n{end}{tail}"
+    assert end
+    if text != page.read_text():
+        page.write_text(text)
+        pytest.fail("the table in CONTRIBUTING.md was out of date; it is written anew, look and commit it")
