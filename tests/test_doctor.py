@@ -339,6 +339,12 @@ def test_each_fault_is_found_by_its_name_and_has_a_remedy(cache: Cache, name: st
     assert any(said in finding.what for finding in matching), found
 
 
+def test_a_length_that_becomes_known_meanwhile_is_no_fault(cache: Cache) -> None:
+    cache.faults.append(only_for("GET", on(NAR, content_length="", connection="close")))
+    cache.compression = "xz"
+    assert not [found for found in examined(cache) if found.check == "HEAD" and found.level != "ok"]
+
+
 def test_another_nar_is_found(cache: Cache) -> None:
     wrong = base32.encode(bytes(32))
     cache.faults.append(line(f"NarHash: sha256:{base32.encode(cache.info.nar_hash)}", f"NarHash: sha256:{wrong}"))

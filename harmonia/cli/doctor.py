@@ -143,7 +143,9 @@ def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
         if remedy:
             console.print(Text(f"        → {remedy}"))
     if not quiet:
-        console.print(Text(f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} checks passed"))
+        told = (("error", counts["error"]), ("warning", counts["warning"]), ("check", counts["ok"]))
+        errors, warnings, checks = (f"{count} {what}{'s' if count != 1 else ''}" for what, count in told)
+        console.print(Text(f"{errors}, {warnings}, {checks} passed"))
     return bool(counts["error"])
 
 
