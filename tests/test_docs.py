@@ -173,21 +173,9 @@ def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> Non
 
 
 ELSEWHERE = {
-    *(
-        "apt-get",
-        "cat",
-        "chmod",
-        "cp",
-        "curl",
-        "echo",
-        "git",
-        "journalctl",
-        "mkdir",
-        "nginx",
-        "nix",
-        "nix-collect-garbage",
-    ),
-    *("nix-store", "pip", "pipx", "python", "python3", "rm", "sed", "sha256sum", "sqlite3", "ssh", "systemctl", "zstd"),
+    *("apt-get", "cat", "chmod", "cp", "curl", "echo", "git", "install", "journalctl", "ls", "mkdir", "nginx", "nix"),
+    *("nix-collect-garbage", "nix-store", "pip", "pipx", "printf", "python", "python3", "rm", "sed", "sha256sum", "ss"),
+    *("sqlite3", "ssh", "systemctl", "systemd-analyze", "zstd"),
 }
 """Other people's programs: those that are used here on purpose."""
 

@@ -33,6 +33,11 @@ def test_every_page_is_on_the_first_one() -> None:
     assert set(re.findall(r"\(([a-z0-9-]+\.md)\)", first)) == {page.name for page in PAGES if page.stem != "README"}
 
 
+def test_the_first_page_tells_of_every_module() -> None:
+    named = set(re.findall(r"`(?:harmonia\.nix\.)?(\w+)`", (PAGES[0].parent / "README.md").read_text()))
+    assert {module.rpartition(".")[2] for module in MODULES} - named == set()
+
+
 def test_it_needs_the_standard_library_and_for_signatures_pynacl() -> None:
     program = """
 import sys
