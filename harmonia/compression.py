@@ -24,6 +24,7 @@ _PIECE = 512 * 1024  # bytes that are given on at once
 _SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
 
 _FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
+_MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
 _REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
@@ -64,6 +65,7 @@ class Compressor:
         """Of processor time, spent so far."""
         self.threads, self._encoders = encoders(settings)
         self._waiting = 0
+        self._fills = 0
         self._known: dict[bytes, CompressedFile] = {}
         self._unknown: dict[bytes, float] = {}
         self._lock = threading.Lock()
@@ -110,9 +112,15 @@ class Compressor:
     def open(self, source: Source) -> CachedFile | None:
         """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
 
-        None where there is no cache that can be written, or where the source has no hash that could be its name.
+        None where there is no cache that can be written, where the source has no hash that could be its name, or where
+        so much is being compressed that no more may begin whose client can leave.
         """
-        opened = self.cache.open(self._key(source.sha256)) if self.cache and source.sha256 else None
+        if not self.cache or not source.sha256:
+            return None
+        key = self._key(source.sha256)
+        if self._fills >= _MOST_FILLS:
+            return self.cache.use(key)
+        opened = self.cache.open(key)
         if opened is None:
             return None
         file, filler = opened
@@ -132,8 +140,10 @@ class Compressor:
                     yield None
             finally:
                 frame.cancel()
-            content, compressed = frame.result()
-            del frame
+            try:
+                content, compressed = frame.result()
+            finally:
+                del frame  # an error refers to this function, and so to itself: nothing would be freed for a while
             sha256.update(content)
             unpacked += len(content)
             del content
@@ -155,9 +165,17 @@ class Compressor:
     def submit(self, source: Source, offset: int) -> Future[Frame]:
         """Compress the frame that begins at `offset`, when its turn comes."""
         self._count(1)
-        frame = self._encoders.submit(self._compress, source, offset)
+        try:
+            frame = self._encoders.submit(self._compress, source, offset)
+        except RuntimeError:  # no thread can be started
+            self._count(-1)
+            raise
         frame.add_done_callback(lambda _: self._count(-1))
         return frame
+
+    def count_fill(self, difference: int) -> None:
+        with self._lock:
+            self._fills += difference
 
     def _count(self, difference: int) -> None:
         with self._lock:
@@ -255,16 +273,24 @@ class _Fill:
         self._lock = threading.Lock()
 
     def start(self) -> None:
+        self._compressor.count_fill(1)
         self._submit(self._compressor.threads)
 
     def _submit(self, frames: int) -> None:
-        for offset in islice(self._offsets, frames):
-            self._compressor.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+        try:
+            for offset in islice(self._offsets, frames):
+                self._compressor.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+        except RuntimeError as error:
+            with self._lock:
+                self._give_up(error)
 
     def _done(self, offset: int, future: Future[Frame]) -> None:
         written = 0
         with self._lock:
             if self._over:
+                return
+            if (failure := future.exception()) is not None:
+                self._give_up(failure)  # raised here, it would refer to itself by way of the future
                 return
             try:
                 self._ready[offset] = future.result()
@@ -272,10 +298,7 @@ class _Fill:
                     self._write(frame)
                     written += 1
             except Exception as error:  # noqa: BLE001 (no other thread would hear of it)
-                self._over = True
-                self._filler.abandon()
-                if not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
-                    _log.error("a NAR cannot be kept compressed: %s", error)
+                self._give_up(error)
                 return
         self._submit(written)  # no more, so that few frames wait for one that is slow
 
@@ -287,5 +310,17 @@ class _Fill:
             check(self._source, self._sha256.digest())
         self._filler.append(frame.compressed)
         if whole:
-            self._over = True
             self._filler.commit()
+            self._end()
+
+    def _give_up(self, error: BaseException) -> None:
+        if self._over:
+            return
+        self._end()
+        self._filler.abandon()
+        if not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
+            _log.error("a NAR cannot be kept compressed: %s", str(error) or type(error).__name__)
+
+    def _end(self) -> None:
+        self._over = True
+        self._compressor.count_fill(-1)

@@ -98,8 +98,8 @@ class DebugInfo:
         except OSError as error:
             _log.warning("the index of debug info is kept in memory: %s: %s", error.filename, error.strerror)
             with self._lock:
-                self._index.move_to_memory()
-            self.hurry()
+                if self._index.move_to_memory():
+                    self.hurry()
 
     def _run(self) -> None:
         while True:

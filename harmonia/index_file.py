@@ -69,9 +69,11 @@ class IndexFile:
             with suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def move_to_memory(self) -> None:
+    def move_to_memory(self) -> bool:
+        """Whether it was not there before."""
         self.close()
-        self._path = None
+        moved, self._path = self._path is not None, None
+        return moved
 
     def close(self) -> None:
         if self._connection is not None:

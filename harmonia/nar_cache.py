@@ -18,7 +18,7 @@ import struct
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 from harmonia.errors import StoreObjectError
@@ -31,7 +31,6 @@ _SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a sm
 _LARGEST_DEFAULT = 20 << 30  # bytes
 _EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
 _TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
-_ABANDONED = 3600.0  # seconds after which a growing file that nobody writes is removed
 _RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
 
 _log = logging.getLogger("harmonia")
@@ -109,6 +108,10 @@ class CachedFile:
         except BlockingIOError:
             return False
         return True
+
+    def is_at(self, path: str) -> bool:
+        """Whether it is still the file there, as it remains while it is locked. OSError where nothing is there."""
+        return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
 
     def is_intact(self) -> bool:
         """Whether the content of a whole file is what was once written. Reads all of it."""
@@ -275,16 +278,26 @@ class NarCache:
 
     def evict(self) -> None:
         """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""
+        self.sweep()
         files = self._files()
         excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
-        # What nobody fills any longer goes anyway, and a file that is too large even alone before all others.
-        for _, size, path in sorted(files, key=lambda it: (not it[2].endswith(_GROWING), it[1] <= self.limit, it)):
-            if excess <= 0 and not path.endswith(_GROWING):
+        # A file that is too large even alone goes before all others.
+        for _, size, path in sorted(files, key=lambda it: (it[1] <= self.limit, it)):
+            if excess <= 0:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
                 self.counters.evictions += 1
             excess -= size  # also where another process was faster
+
+    def sweep(self) -> None:
+        """Remove growing files whose fillers died. OSError."""
+        with os.scandir(self._directory) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(_GROWING)]
+        for path in paths:
+            with suppress(OSError), closing(CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))) as file:
+                if file.lock() and file.is_at(path):
+                    os.unlink(path)
 
     def _files(self) -> list[tuple[float, int, str]]:
         """When each file was last used, how much it takes on disk, and its path. Without those that are growing."""
@@ -292,8 +305,8 @@ class NarCache:
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if not entry.name.endswith(_GROWING) or time.time() - status.st_mtime > _ABANDONED:
+                    if not entry.name.endswith(_GROWING):
+                        status = entry.stat(follow_symlinks=False)
                         files.append((status.st_mtime, status.st_blocks * 512, entry.path))
         return files
 
@@ -332,7 +345,7 @@ class NarCache:
         if not file.lock():
             return file, None
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if file.is_at(path):
                 file.refresh()
                 # One that is whole may be read by somebody, although who filled it died before it got its name.
                 if not file.whole and not os.path.exists(self.path(key)):

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
 )
+
+_DESCRIPTORS = 2  # of a connection: its own, and that of the file that is sent
+_OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
 
 _log = logging.getLogger("harmonia")
 
@@ -55,6 +59,17 @@ def notice_lost_clients(listening: socket.socket) -> None:
     if listening.family != socket.AF_UNIX:  # there the kernel always knows
         for level, option, value in _OPTIONS:
             listening.setsockopt(level, option, value)
+
+
+def admitted(most: int) -> int:
+    """How many connections a worker may have at once: `most`, where 0 is any number, or what descriptors there are for.
+
+    Raises the limit of open files as far as this process may.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    possible = max((hard - _OTHER_DESCRIPTORS) // _DESCRIPTORS, 16)
+    return min(most or possible, possible)
 
 
 def url(listening: socket.socket, *, tls: bool) -> str:

@@ -10,6 +10,7 @@ path that is collected meanwhile breaks them off.
 import logging
 import threading
 import time
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from weakref import ref
 
@@ -67,10 +68,11 @@ class TempRoots:
         hold = Hold(path)
         self._asked.put(ref(hold))
         if self._thread is None:
-            with self._start:  # in the process that serves, not in the one that it was forked from
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="temp-roots", daemon=True)
-                    self._thread.start()
+            with self._start, suppress(RuntimeError):  # where no thread can be started now, it may be later
+                if self._thread is None:  # in the process that serves, not in the one that it was forked from
+                    thread = threading.Thread(target=self._run, name="temp-roots", daemon=True)
+                    thread.start()
+                    self._thread = thread
         return hold
 
     def _run(self) -> None:
@@ -134,7 +136,7 @@ class TempRoots:
     def _failed(self, error: Exception) -> None:
         self._retry_at = time.monotonic() + _RETRY
         if not self._failing:
-            level = logging.INFO if isinstance(error, FileNotFoundError) and not self._expected else logging.WARNING
+            level = logging.DEBUG if isinstance(error, FileNotFoundError) and not self._expected else logging.WARNING
             what = "nothing keeps what is sent from being collected, for want of the Nix daemon at %s: %s"
             _log.log(level, what, self._socket, error)
             self._failing = True

@@ -104,7 +104,7 @@ def reading(body: CompressedNar, start: int = 0, stop: int | None = None) -> Gen
     with closing(body.read(start, stop)) as chunks:
         for chunk in chunks:
             if isinstance(chunk, OpenSlice):
-                yield from flatten([chunk])
+                yield from flatten(each for each in [chunk])
             else:
                 yield chunk
 
@@ -458,6 +458,20 @@ def test_an_error_of_the_source_comes_out_once(tmp_path: Path, error: Exception,
     assert set(os.listdir(tmp_path)) <= {key_of(source, compressor), "another"}
 
 
+def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(tmp_path: Path) -> None:
+    source = nar()
+    refusal = RuntimeError("can't start new thread")
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        with patch("threading.Thread.start", side_effect=refusal):
+            for _ in range(3):
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    read(compressor, source)
+        assert compressor.waiting == 0
+        assert not os.listdir(tmp_path)
+        assert read(compressor, source) == reference(source)
+        wait_until(lambda: cache.counters.fills == 1)
+
+
 # Many at once
 
 
@@ -549,6 +563,32 @@ def test_it_is_made_to_its_end_when_the_client_leaves(tmp_path: Path) -> None:
         wait_until(lambda: cache.counters.fills)
         assert read(compressor, source) == reference(source)
         assert len(source.reads) == 11
+
+
+def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
+    begin = threading.Event()
+    slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in (1, 2)]
+    another = nar(seed=3)
+    with (
+        patch("harmonia.compression._MOST_FILLS", 2),
+        at(tmp_path) as cache,
+        compressing(cache, threads=3) as compressor,
+    ):
+        for source in slow:
+            CompressedNar(compressor, source)
+        assert read(compressor, another) == reference(another)
+        assert len(os.listdir(tmp_path)) == 2
+        begin.set()
+        wait_until(lambda: cache.counters.fills == 2)
+        with ThreadPoolExecutor(4) as clients:
+            assert set(clients.map(lambda _: read(compressor, another), range(4))) == {reference(another)}
+        wait_until(lambda: cache.counters.fills == 3)
+        full = changed(cut_short, nar(seed=4))
+        for _ in range(3):
+            with pytest.raises(StoreObjectError):
+                read(compressor, full)
+        read(compressor, nar(seed=6))
+        wait_until(lambda: cache.counters.fills == 4)
 
 
 def test_what_nobody_waits_for_is_not_made_without_a_cache() -> None:

@@ -33,6 +33,9 @@ def command(config_file: str | None) -> None:
             _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
         for each in for_metrics:
             _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
+        if (admitted := sockets.admitted(settings.max_connections)) < settings.max_connections:
+            what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
+            _log.warning(what, admitted)
         work = partial(worker.run, Cache(settings, keys, app.count_with(settings)), for_metrics)
         status = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()
     sys.exit(status)

@@ -16,6 +16,7 @@ import os
 import stat
 import struct
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -255,14 +256,15 @@ def chunks(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generato
         files.close()
 
 
-def flatten(chunks: Iterable[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+def flatten(chunks: Generator[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
     """Chunks with what open slices stand for, at most `chunk_size` of it at a time."""
-    for chunk in chunks:
-        if isinstance(chunk, OpenSlice):
-            while data := chunk.read(chunk_size):
-                yield data
-        else:
-            yield chunk
+    with closing(chunks):  # and its file at once, not when the last who has an error has forgotten it
+        for chunk in chunks:
+            if isinstance(chunk, OpenSlice):
+                while data := chunk.read(chunk_size):
+                    yield data
+            else:
+                yield chunk
 
 
 def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:

@@ -205,7 +205,9 @@ class _ReadAhead:
 
     def close(self) -> None:
         # A generator cannot be closed while a thread runs it.
-        self._reading.add_done_callback(lambda _: self._chunks.close())
+        chunks = self._chunks
+        self._reading.add_done_callback(lambda _: chunks.close())
+        del self._reading  # an error in it refers to us, and so to all that was to be sent
 
 
 async def exhaust(body: Body, readers: Executor) -> None:

@@ -10,6 +10,7 @@ from sanic.exceptions import SanicException
 from harmonia.errors import StoreObjectError, StoreUnavailableError, UpstreamError
 
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+_NO_THREAD = "can't start new thread"  # Python's words, where memory or tasks are short
 
 _log = logging.getLogger("harmonia")
 
@@ -23,9 +24,11 @@ def response(request: Request, error: Exception) -> HTTPResponse:
             headers |= {name.lower(): str(value) for name, value in error.headers.items()}
             if "allow" in headers:  # Sanic's is in any order
                 headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
-        case StoreUnavailableError():
+        case StoreUnavailableError() | MemoryError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in _EXHAUSTED:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+        case RuntimeError() if str(error) == _NO_THREAD:
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() | StoreObjectError() | UpstreamError():
             # Nothing that another try would mend, and Nix goes on to the next cache only after a 404.
@@ -38,5 +41,6 @@ def response(request: Request, error: Exception) -> HTTPResponse:
     gone = request.transport is None or request.transport.is_closing()
     if not isinstance(error, SanicException) or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and not gone):
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
-        _log.error("%s %s: %d, %s", request.method, request.path, status, error, exc_info=unexpected)
+        what = str(error) or type(error).__name__
+        _log.error("%s %s: %d, %s", request.method, request.path, status, what, exc_info=unexpected)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")

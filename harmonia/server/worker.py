@@ -25,7 +25,7 @@ from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
 from harmonia.server.request_head import Http
 from harmonia.settings import Settings
-from harmonia.sockets import BACKLOG, notice_lost_clients
+from harmonia.sockets import BACKLOG, admitted, notice_lost_clients
 
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -69,7 +69,7 @@ async def _serve(
     guard = Guard(settings) if settings.tokens_path is not None else None
     app = create_app(cache, guard)
     metrics_app = create_metrics_app(cache)
-    protocol = _limited(settings.max_connections, cache.metrics.own)
+    protocol = _limited(admitted(settings.max_connections), cache.metrics.own)
     servers = []
     for each in listening:
         notice_lost_clients(each)
@@ -90,6 +90,8 @@ async def _serve(
         await server.start_serving()  # type: ignore[no-untyped-call]
     if cache.debug_info is not None:
         cache.debug_info.start()
+    if (nar_cache := cache.compressor.cache) is not None:
+        nar_cache.housekeeping.submit(nar_cache.sweep)  # of what a worker left that was killed
     beating = asyncio.create_task(_beat(cache, lifeline, heartbeat))
     await stop.wait()
     await _drain(servers, settings.shutdown_grace)
@@ -181,10 +183,7 @@ class _Protocol(HttpProtocol):
 
 
 def _limited(most: int, row: Row) -> type[_Protocol]:
-    """The protocol, for at most so many connections at a time; 0 is any number."""
-    if not most:
-        return _Protocol
-
+    """The protocol, for at most so many connections at a time."""
     admitted: set[_Protocol] = set()  # on all sockets; Sanic's own set is one for each
 
     class LimitedProtocol(_Protocol):

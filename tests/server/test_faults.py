@@ -1,16 +1,22 @@
 """What befalls the store while it is read: what is there is not denied, and no part of a body passes for a whole."""
 
+import errno
+import http.client
 import os
+import random
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from harmonia.store_builder import Sparse, StoreBuilder
-from running import Server, read_answer
+from running import HARMONIA, Server, nar_url, read_answer, wait_until
+from unscathed import unscathed
 
 Start = Callable[..., Server]
 
@@ -77,3 +83,121 @@ def test_a_file_whose_path_is_collected_while_it_is_sent_comes_whole(
         assert read_answer(connection).body == bytes(SIZE)
     assert server.get(where).status == 404
     assert not [line for line in server.log if "Traceback" in line]
+
+
+BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+
+
+def remove(directory: Path) -> None:
+    (directory / "b").unlink()
+
+
+def shorten(directory: Path) -> None:
+    os.truncate(directory / "a", 1000)
+
+
+def lengthen(directory: Path) -> None:
+    os.truncate(directory / "a", SIZE + 1)
+
+
+def lead_away(directory: Path) -> None:
+    (directory / "b").unlink()
+    (directory / "b").symlink_to("/etc/passwd")
+
+
+def stop_up(directory: Path) -> None:
+    (directory / "b").unlink()
+    os.mkfifo(directory / "b")
+
+
+@pytest.mark.parametrize("damage", [remove, shorten, lengthen, lead_away, stop_up])
+def test_what_becomes_of_a_file_under_a_download_breaks_it(
+    start: Start, store: StoreBuilder, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    other = store.add_text("other", b"other")
+    info = store.add(store.output_path("damaged"), {"a": Sparse(SIZE), "b": b"end"})
+    directory = Path(os.fsdecode(store.real_path(info.path)))
+    server = start(store=tmp_path / "store")
+    directory.chmod(0o755)
+    (directory / "a").chmod(0o644)
+    with unscathed(server, info, other):
+        with begun(server, nar_url(info)) as connection:
+            damage(directory)
+            with pytest.raises(BROKEN):
+                read_answer(connection)
+        server.wait_for_log(f"ERROR {nar_url(info)} breaks off")
+        assert server.get(nar_url(other)).status == 200
+        os.truncate(directory / "a", SIZE)
+        (directory / "b").unlink(missing_ok=True)
+        (directory / "b").write_bytes(b"end")
+        os.chmod(directory / "b", 0o444)
+
+
+@pytest.mark.root
+def test_a_disk_that_cannot_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """A file system with a checksum that is wrong, of which the kernel itself says EIO."""
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("no mksquashfs: install squashfs-tools")
+    chance = random.Random(1)
+    marks = [chance.randbytes(64 << 10) for _ in range(2)]
+    early = store.add(store.output_path("early"), {"a": marks[0] + bytes(64 << 10)})
+    late = store.add(store.output_path("late"), {"a": Sparse(SIZE), "b": marks[1] + bytes(1 << 20)})
+    whole = store.add(store.output_path("whole"), {"a": b"whole"})
+    image = tmp_path / "image"
+    subprocess.run(["mksquashfs", store.real_dir, image, "-quiet", "-no-progress"], check=True)
+    content = bytearray(image.read_bytes())
+    for mark in marks:
+        where = content.index(mark[1000:1064])
+        content[where] ^= 1
+    image.write_bytes(content)
+    mount = f"mount -t squashfs -o loop,ro '{image}' '{store.real_dir}' && exec \"$@\""
+    server = start(store=tmp_path / "store", program=["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA])
+    with unscathed(server, whole):
+        for _ in range(3):
+            assert server.get(nar_url(early)).status == server.get(nar_url(early) + ".zst").status == 404
+            for suffix in ("", ".zst"):
+                with pytest.raises(BROKEN):
+                    server.get(nar_url(late) + suffix)
+            assert server.get(f"/serve/{early.path.hash_part}/a").status == 404
+    assert server.wait_for_log(f"ERROR GET {nar_url(early)}: 404, .*{os.strerror(errno.EIO)}")
+    assert server.wait_for_log(f"ERROR {nar_url(late)} breaks off after .*{os.strerror(errno.EIO)}")
+
+
+@contextmanager
+def away(path: Path) -> Iterator[None]:
+    path.rename(path.with_suffix(".away"))
+    yield
+    path.with_suffix(".away").rename(path)
+
+
+@contextmanager
+def cut_short(path: Path) -> Iterator[None]:
+    content = path.read_bytes()
+    os.truncate(path, 100)
+    yield
+    path.write_bytes(content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    with away(path):
+        path.write_bytes(b"nonsense" * 1000)
+        yield
+        path.unlink()
+
+
+@pytest.mark.parametrize("fault", [away, cut_short, replaced])
+def test_a_database_that_is_gone_and_comes_back(
+    start: Start, store: StoreBuilder, tmp_path: Path, fault: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    info = store.add(store.output_path("app"), {"app": b"app"})
+    with store.connect() as connection:
+        connection.execute("pragma journal_mode = delete")
+    server = start(store=tmp_path / "store")
+    with unscathed(server, info):
+        for _ in range(3):
+            with fault(tmp_path / "store/nix/var/nix/db/db.sqlite"):
+                for path in (f"/{info.path.hash_part}.narinfo", nar_url(info), f"/{'0' * 32}.narinfo", "/health"):
+                    answer = server.get(path)
+                    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+            wait_until(lambda: server.get("/health").status == 200, seconds=1)

@@ -1,0 +1,226 @@
+"""When something runs out (descriptors, memory, time, room), a server says so, or lets go, and goes on afterwards."""
+
+import http.client
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from harmonia.store_builder import StoreBuilder
+from running import HARMONIA, Sample, Server, download, nar_url, read_answer, unpacked, wait_until
+from unscathed import MANY, serves, unscathed
+
+if TYPE_CHECKING:
+    from harmonia.nix.path_info import PathInfo
+
+Start = Callable[..., Server]
+
+BROKEN = (http.client.IncompleteRead, http.client.BadStatusLine, ConnectionResetError)
+REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+def evict(server: Server) -> None:
+    wait_until(lambda: not list(server.cache_dir.glob("nar/*.growing")))
+    for kept in server.cache_dir.glob("nar/*"):
+        kept.unlink()
+
+
+# Descriptors
+
+
+def limited(descriptors: int) -> list[str]:
+    return ["prlimit", f"--nofile=64:{descriptors}", *HARMONIA]
+
+
+def test_the_limit_of_open_files_is_raised_and_kept_to(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, program=limited(560))
+    server.wait_for_log("WARNING max_connections: each worker takes 24, for want of open files; raise LimitNOFILE= ")
+    (worker,) = server.workers
+    assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (560, 560)
+    with unscathed(server, sample.small, sample.big), ExitStack() as stack:
+        for _ in range(24):
+            stack.enter_context(download(server, sample.big))
+        for _ in range(MANY):
+            with suppress(ConnectionResetError):  # it may be told before it has asked
+                assert server.get("/version").status == 503
+    assert not [line for line in server.log if "ERROR" in line]
+
+
+def test_no_descriptor_is_left(start: Start, sample: Sample) -> None:
+    """More was taken than anybody reckoned with."""
+    server = start(store=sample.root)
+    (worker,) = server.workers
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    with unscathed(server, sample.small, sample.big):
+        for _ in range(2):
+            with server.connect() as connection, ExitStack() as stack:
+                connection.sendall(REQUEST)
+                assert read_answer(connection).status == 200
+                taken = max(int(each) for each in os.listdir(f"/proc/{worker}/fd")) + 1
+                resource.prlimit(worker, resource.RLIMIT_NOFILE, (taken, limits[1]))
+                stack.callback(resource.prlimit, worker, resource.RLIMIT_NOFILE, limits)
+                connection.sendall(f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+                with suppress(*BROKEN):
+                    assert read_answer(connection).status in (200, 503)
+                for _ in range(20):
+                    with suppress(*BROKEN, TimeoutError):
+                        waiting = stack.enter_context(server.connect(2))
+                        waiting.sendall(REQUEST)
+                        read_answer(waiting)
+    assert server.workers == [worker]
+
+
+# Memory
+
+
+@contextmanager
+def memory_cgroup(limit: int) -> Iterator[Path]:
+    """A control group of that many bytes, of version 1 or 2, whichever has the controller here."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    first = next((where for _, where, kind, options, *_ in mounts if kind == "cgroup" and "memory" in options), None)
+    second = next((where for _, where, kind, *_ in mounts if kind == "cgroup2"), None)
+    group = Path(first or second or "/nonexistent", f"harmonia-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no control group with a limit of memory can be made: {error}")
+    try:
+        yield group
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+@pytest.mark.root
+def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("big"), {"file": os.urandom(1 << 20) * 60})
+    server = start(store=tmp_path / "store")
+    with memory_cgroup(8 << 20) as group, unscathed(server, info):
+        (worker,) = server.workers
+        (group / "cgroup.procs").write_text(str(worker))
+        with ExitStack() as stack, suppress(*BROKEN):
+            for _ in range(MANY):
+                stack.enter_context(download(server, info))
+        server.wait_for_log(f"ERROR worker {worker} ended by SIGKILL, it is replaced")
+        wait_until(lambda: server.workers not in ([], [worker]))
+
+
+def test_memory_that_is_refused(start: Start, sample: Sample) -> None:
+    """What was asked for fails, the worker does not."""
+    server = start(store=sample.root, settings="zstd.window_log = 26")  # frames of 64 MiB
+    (worker,) = server.workers
+    no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    with unscathed(server, sample.small, sample.big):
+        evict(server)
+        taken = int(Path(f"/proc/{worker}/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.prlimit(worker, resource.RLIMIT_AS, (taken, no_limit[1]))
+        for _ in range(3):
+            assert server.get(nar_url(sample.big) + ".zst").status == 503
+            assert server.get("/version").status == 200
+        resource.prlimit(worker, resource.RLIMIT_AS, no_limit)
+    assert server.workers == [worker]
+
+
+# Room
+
+
+def test_files_that_may_not_grow(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("big"), {"file": os.urandom(12 << 20)})
+    little = store.add(store.output_path("little"), {"file": os.urandom(1 << 20)})
+    server = start(store=tmp_path / "store", program=["prlimit", f"--fsize={4 << 20}", *HARMONIA])
+    with unscathed(server, info, little):
+        for _ in range(3):
+            assert sha256(unpacked(server.get(nar_url(info) + ".zst").body)).digest() == info.nar_hash
+    assert len([line for line in server.log if "ERROR" in line]) == 1
+    server.wait_for_log("ERROR cannot write to .*File too large")
+
+
+# Time
+
+LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+@pytest.mark.skipif(LIBRARY is None, reason="no libfaketime: install faketime")
+def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
+    """The wall clock alone: no limit of time and no cache lifetime hangs on it."""
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("big"), {"file": os.urandom(1 << 20) * 40})
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    server = start(
+        store=tmp_path / "store",
+        settings="debug_info = false",  # its thread sleeps, by a call that libfaketime fails
+        environment={
+            "LD_PRELOAD": str(LIBRARY),
+            "FAKETIME_TIMESTAMP_FILE": str(clock),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        },
+    )
+
+    def told() -> float:
+        with server.connect() as connection:
+            connection.sendall(REQUEST)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            return parsedate_to_datetime(response.headers["date"]).timestamp()
+
+    with unscathed(server, info), server.connect() as idle, ExitStack() as stack:
+        for jump in ("+400d", "-400d", "+0"):
+            response = stack.enter_context(download(server, info))
+            digest = sha256(response.read(100_000))
+            clock.write_text(jump)
+            expected = time.time() + 86400 * int(jump.removesuffix("d"))
+            assert abs(told() - expected) < 5
+            digest.update(response.read())
+            assert digest.digest() == info.nar_hash
+            serves(server, info)
+            idle.sendall(REQUEST)
+            assert read_answer(idle).status == 200
+            evict(server)
+    assert len(server.log) == 1, server.log
+
+
+# Workers
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_amid_everything_leaves_nothing(start: Start, tmp_path: Path, number: int) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    infos: list[PathInfo] = [
+        store.add(store.output_path(f"big-{number}"), {"file": os.urandom(1 << 20) * 60}) for number in range(3)
+    ]
+    server = start(store=tmp_path / "store")
+    first, *others = infos
+    with unscathed(server, first):
+        for info in others:
+            (worker,) = server.workers
+            with ExitStack() as stack:
+                for _ in range(8):
+                    stack.enter_context(download(server, first))
+                filling = stack.enter_context(server.connect(receive_buffer=8192))
+                filling.sendall(f"GET {nar_url(info)}.zst HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+                filling.recv(1)
+                assert list(server.cache_dir.glob("nar/*.growing"))
+                os.kill(worker, number)
+                wait_until(lambda: server.workers not in ([], [worker]))  # noqa: B023 (it is called at once)
+    serves(server, *infos)
