@@ -115,7 +115,7 @@ def a_directory(attacked: Attacked) -> bytes:
 
 
 def a_listing(attacked: Attacked) -> bytes:
-    return b"".join(listing.render(nar.frame(nar.walk(attacked.path))))
+    return b"".join(listing.render(Layout.of(attacked.path).located()))
 
 
 @pytest.mark.usefixtures("way")

@@ -7,7 +7,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 
-from harmonia.nix.nar import Frame
+from harmonia.nix.nar import Entry
 
 _ESCAPED = re.compile(rb'[\x00-\x1f"\\]')
 
@@ -18,17 +18,12 @@ def _string(text: bytes) -> bytes:
     return b'"%b"' % text
 
 
-def render(frames: Iterable[Frame]) -> Iterator[bytes]:
-    """The listing of the archive that the frames make: a piece of text for each entry."""
+def render(located: Iterable[tuple[int, Entry]]) -> Iterator[bytes]:
+    """The listing of an archive's entries, each with the offset of its contents: a piece of text for each."""
     yield b'{"version":1,"root":'
     opened = 0  # directories that are not closed yet
-    offset = 0
     comma = b""
-    for words, entry in frames:
-        offset += len(words)
-        if entry is None:
-            continue
-        depth, path, mode, size, target = entry
+    for offset, (depth, path, mode, size, target) in located:
         text = b""
         if depth:
             close = b"}}" * (opened - depth)
@@ -44,5 +39,4 @@ def render(frames: Iterable[Frame]) -> Iterator[bytes]:
             yield text + b'{"type":"directory","entries":{'
             opened += 1
             comma = b""
-        offset += size
     yield b"}}" * opened + b"}"

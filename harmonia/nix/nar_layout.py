@@ -92,6 +92,10 @@ class Layout:
                 yield Entry(depth, prefix + self._texts[start:end], mode, size, b"")
             start = end
 
+    def located(self) -> Iterator[tuple[int, Entry]]:
+        """The entries, each with the offset of its contents in the archive."""
+        return zip(self._offsets, self.entries(), strict=True)
+
     def window(self, start: int, stop: int) -> Iterator[Segment]:
         """The bytes from `start` to `stop` of the archive. Where they begin is found by a binary search."""
         first = max(bisect_right(self._offsets, start) - 1, 0)

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sanic import Request
 
@@ -114,6 +114,7 @@ class Cache:
         self.identity = secrets.token_hex(8)
         """What we call ourselves to other Harmonias, all workers alike."""
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._reading: dict[Hashable, asyncio.Future[Any]] = {}
         self._database_thread = ThreadPoolExecutor(1, thread_name_prefix="database")
         # For questions that take long. No narinfo waits behind them.
         self.browsed = _store(settings)
@@ -254,6 +255,21 @@ class Cache:
     async def read(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds on disk, in one of the threads that may wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+    async def read_once(self, key: Hashable, ask: Callable[[], _T]) -> _T:
+        """The same, once for all who want what the `key` stands for. It goes on when all of them have gone."""
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+            def done(reading: asyncio.Future[Any]) -> None:
+                del self._reading[key]
+                if not reading.cancelled():
+                    reading.exception()  # nobody may be left to look at it, which asyncio would complain of
+
+            reading.add_done_callback(done)
+        found: _T = await asyncio.shield(reading)
+        return found
 
     async def query(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds in the store, in the one thread that may wait for its database.

@@ -54,19 +54,34 @@ class Nar:
     def sha256(self) -> bytes:
         return self.info.nar_hash
 
-    def frames(self) -> Iterator[Frame]:
+    @property
+    def key(self) -> Hashable:
+        """What its layout is remembered by. The same path may come to be registered with other contents."""
+        return self.info.path, self.info.nar_hash
+
+    def layout(self) -> Layout:
+        """What lies where in it. StoreObjectError where that does not make up the length registered."""
+        layout = self.layouts.find(self.key, self.root)
+        try:
+            self._check(layout.size)
+        except StoreObjectError:
+            self.layouts.forget(self.key)
+            raise
+        return layout
+
+    def _frames(self) -> Iterator[Frame]:
         """The frames of the whole, remembered for the part that may be wanted next.
 
         StoreObjectError at their end where they do not make up the length registered.
         """
-        if remembered := self.layouts.get(self._key):
+        if remembered := self.layouts.get(self.key):
             self._check(remembered.size)
             yield from nar.frame(remembered.entries())
             return
         layout = Layout(self.root)
         yield from layout.record(nar.frame(nar.walk(self.root)))
         self._check(layout.size)
-        self.layouts.add(self._key, layout)
+        self.layouts.add(self.key, layout)
 
     def part(self, start: int, stop: int) -> bytes:
         return b"".join(nar.flatten(self.read(start, stop)))
@@ -75,23 +90,16 @@ class Nar:
         stop = self.size if stop is None else stop
         try:
             if (start, stop) == (0, self.size):
-                yield from nar.chunks(nar.segments(self.frames()))
+                yield from nar.chunks(nar.segments(self._frames()))
             else:
-                layout = self.layouts.find(self._key, self.root)
-                self._check(layout.size)
-                yield from nar.chunks(layout.window(start, stop))
+                yield from nar.chunks(self.layout().window(start, stop))
         except (OSError, StoreObjectError):
-            self.layouts.forget(self._key)
+            self.layouts.forget(self.key)
             raise
 
     def _check(self, size: int) -> None:
         if size != self.size:
             raise StoreObjectError(f"{self.info.path} has a NAR of {size} bytes, but {self.size} were registered")
-
-    @property
-    def _key(self) -> Hashable:
-        # The same path may come to be registered with other contents, which have another layout.
-        return self.info.path, self.info.nar_hash
 
 
 def found(path: SignedPath | None) -> PathInfo:
