@@ -55,6 +55,7 @@ python3Packages.buildPythonApplication {
           ./tests/test_nixos_lab.py
           ./tests/test_nixos_module.py
           ./tests/test_proxies.py
+          ./tests/test_readme.py
         ]
       ))
     ];

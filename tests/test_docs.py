@@ -107,6 +107,12 @@ def test_files_of_this_project_that_are_named_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_modules_in_the_picture_exist() -> None:
+    picture = (ROOT / "docs/pictures/request.svg").read_text()
+    for name in re.findall(r"([a-z_/]+\.py)\b", picture):
+        assert list((ROOT / "harmonia").rglob(name)), name
+
+
 def test_every_block_says_what_it_is() -> None:
     tried = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon"}
     other = {f"{block.page}:{block.line}" for block in BLOCKS if block.language not in tried | {"text"}}

@@ -1,0 +1,98 @@
+"""What README.md says is to be done, done: in the order in which it stands there."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from harmonia.nix import narinfo
+from harmonia.nix.signing import PublicKey
+from harmonia.store_builder import StoreBuilder
+from running import wait_until
+from test_docs import BLOCKS, ROOT
+from test_nixos_module import evaluate, needs_nix
+
+
+def block(language: str, *, after: str) -> str:
+    """The first block of that language after the heading."""
+    line = (ROOT / "README.md").read_text().splitlines().index(after) + 1
+    return next(
+        each.text for each in BLOCKS if (each.page, each.language) == ("README.md", language) and each.line > line
+    )
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """One in which `harmonia` is the program, and a store is where the settings look for it."""
+    program = tmp_path / "bin/harmonia"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+def test_a_key_is_made_and_used(tmp_path: Path, environment: dict[str, str]) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add_text("text", b"text\n")
+    *first, serve = re.findall(r"(?m)^\$ (.*)$", block("console", after="## Use it"))
+    here = f"real_nix_store = '{store.real_dir}'\nbind = '127.0.0.1:0'\n"
+    for command in first:
+        subprocess.run(command, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        settings = tmp_path / "harmonia.toml"
+        if settings.exists() and here not in settings.read_text():
+            settings.write_text(settings.read_text() + here)
+    server = subprocess.Popen(
+        f"exec {serve}", shell=True, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stderr is not None
+    try:
+        url = re.search(r" at (http://\S+)", server.stderr.readline())
+        assert url
+        wait_until(lambda: urllib.request.urlopen(f"{url[1]}/health", timeout=20).status == 200)
+        with urllib.request.urlopen(f"{url[1]}/{info.path.hash_part}.narinfo", timeout=20) as answer:
+            found, _ = narinfo.parse(answer.read().decode(), "/nix/store")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=20)
+    public = (tmp_path / "cache.example.org-1.public").read_text()
+    assert [PublicKey.parse(public).verify(found.fingerprint("/nix/store"), sig) for sig in found.sigs] == [True]
+    # The two lines for clients have the name of that key.
+    assert f"= {public.partition(':')[0]}:…" in block("nix.conf", after="## Use it")
+
+
+@needs_nix
+@pytest.mark.nix
+def test_the_ten_lines_make_a_nixos_machine_that_serves_and_uses_a_cache() -> None:
+    module = block("nix", after="## NixOS in ten lines")
+    assert len([line for line in module.splitlines() if line.strip()]) <= 10
+    module = module.replace("./harmonia/module.nix", str(ROOT / "module.nix"))
+    machine = evaluate(f"""
+      let machine = (import {ROOT}/nixos-tests/eval {{ }}).configure {{
+        imports = [ ({module}) ];
+        boot.isContainer = true;
+        system.stateVersion = "25.05";
+      }};
+      in {{
+        failed = map (each: each.message) (builtins.filter (each: !each.assertion) machine.assertions);
+        ports = machine.networking.firewall.allowedTCPPorts;
+        service = machine.systemd.units."harmonia.service".text;
+        inherit (machine.nix.settings) substituters trusted-public-keys;
+      }}
+    """)
+    assert machine["failed"] == []
+    assert machine["ports"] == [5000]
+    assert "LoadCredential=sign-key-0:/var/lib/secrets/cache.secret" in machine["service"]
+    assert "http://builder:5000" in machine["substituters"]
+    assert "builder-1:…" in machine["trusted-public-keys"]
+
+
+def test_the_picture_is_there_and_small() -> None:
+    [picture] = re.findall(r"!\[[^\]]+\]\((\S+)\)", (ROOT / "README.md").read_text())
+    content = (ROOT / picture).read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) < 100_000
