@@ -22,11 +22,11 @@ format: .venv/ready  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-fuzz: .venv/ready  ## Look for bytes that the NAR reader takes wrongly
+# For SECONDS each. Which of tests/fuzz/targets: all.
+TARGETS ?=
+fuzz: .venv/ready  ## Look for bytes that our readers take wrongly
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
-	mkdir -p .fuzz/corpus
-	PYTHONPATH=tests $(BIN)/python -m fuzz.run -max_total_time=$(SECONDS) -max_len=4096 -timeout=10 -rss_limit_mb=512 \
-	  -dict=tests/fuzz/nar.dict -artifact_prefix=.fuzz/ -print_final_stats=1 .fuzz/corpus tests/fuzz/corpus
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run $(SECONDS) $(TARGETS)
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=

@@ -17,9 +17,12 @@ _BATCH = 20_000  # paths between two looks at the clock
 _CANDIDATES = 5_000  # matches to find the best among
 _CLOSURE = 50_000  # paths that are counted; some 0.3 s
 
+# Paths are asked for as text: SQLite lets a column hold anything (store.py).
+
 # The index on `path` holds all that it takes: no row is read. A batch is one row, for those that match are few.
 _MATCHES = r"""
-with batch as (select path, substr(path, ?) as base_name from ValidPaths where path > ? order by path limit ?)
+with batch as (
+  select path, substr(cast(path as text), ?) as base_name from ValidPaths where path > ? order by path limit ?)
 select max(path), group_concat(case when substr(base_name, ?) like ? escape '\' or base_name like ? escape '\'
   then base_name end, ' ') from batch
 """
@@ -28,7 +31,7 @@ _REFERRERS = """
 with referrers(id) as (
   select referrer from Refs join ValidPaths as asked on asked.id = reference
   where asked.path = ? and referrer != reference)
-select (select count(*) from referrers), substr(path, ?)
+select (select count(*) from referrers), substr(cast(path as text), ?)
 from (select id from referrers limit ?) join ValidPaths using (id)
 """
 
@@ -41,7 +44,7 @@ select count(*), count(narSize), sum(narSize) from closure join ValidPaths using
 
 
 # No index has it. It is only asked where there are rules for what may leave the house.
-_OUTPUTS = "select path from ValidPaths where deriver = ? limit ?"
+_OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MOST_OUTPUTS = 100
 
 

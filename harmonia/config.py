@@ -207,7 +207,7 @@ def _placed(text: str, name: str, environ: Mapping[str, str]) -> Iterator[None]:
             key = ("$NIX_STORE_DIR",)
         elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
             key = ("$NIX_LOG_DIR",)
-        if key[0].startswith("$"):
+        if key != error.key and key[0].startswith("$"):
             place = f"environment variable {key[0][1:]}"
         else:
             line = _line(text, key)

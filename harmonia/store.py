@@ -80,7 +80,7 @@ class Database:
                 # SQLite takes no lock on an immutable database: what was read counts if nobody wrote meanwhile.
                 if self._opened == self._state():
                     return rows
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last is of SQLite's own words for damage
             self.close()
             raise StoreUnavailableError(f"cannot read {self._path}: {error}") from error
 

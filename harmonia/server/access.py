@@ -70,13 +70,12 @@ class Guard:
 
     def admit(self, request: Request, scope: Scope) -> None:
         """Raises the answer to a request that does not get in."""
-        presented = _presented(request)
-        token = self._tokens.find(presented) if presented else None
+        token = self._tokens.find(secret) if (secret := presented(request)) else None
         if token is not None:
             if scope not in token.scopes:
                 raise SanicException(status_code=403)
             return
-        if presented:
+        if secret:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
 
@@ -118,7 +117,7 @@ def too_many(wait: float) -> SanicException:
     return SanicException(status_code=429, headers={"Retry-After": str(math.ceil(wait))})
 
 
-def _presented(request: Request) -> str:
+def presented(request: Request) -> str:
     """The token of a request, empty where it has none."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     credentials = credentials.strip()

@@ -1,6 +1,7 @@
 """The routes, and the Sanic application made of them."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,11 +82,15 @@ _CONFIG: dict[str, Any] = {
 }
 
 
+_AUTHORITY = re.compile(rb"\Ahttps?://[^/?]+/?", re.IGNORECASE)
+
+
 class _Request(Request):
     """Sanic's. For an answer to a URL that cannot be parsed, Sanic makes a request of it, which cannot be either."""
 
     def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
-        super().__init__(url_bytes=b"*" if method == "NONE" else url_bytes, method=method, **rest)
+        origin_form = _AUTHORITY.sub(b"/", url_bytes, 1)  # a host without a path is more than Sanic understands
+        super().__init__(url_bytes=b"*" if method == "NONE" else origin_form, method=method, **rest)
 
     async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
         """Every response comes through here."""

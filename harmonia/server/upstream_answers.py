@@ -37,6 +37,8 @@ _REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
 _OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")
 _BUILD_ID = re.compile(r"[0-9a-f]{40}")
 _NAR_TYPE = "application/x-nix-nar"
+_NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
+"""What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
 
 
 class Answers:
@@ -180,7 +182,7 @@ class Answers:
             if text is not None:
                 try:
                     StorePath(json.loads(text)["outPath"])
-                except (ValueError, LookupError, TypeError, FormatError):
+                except (*_NO_SUCH_JSON, FormatError):
                     raise UpstreamError(f"{client.base}/{path} is no realisation") from None
             return text
 
@@ -202,7 +204,7 @@ class Answers:
             try:
                 said = json.loads(text)
                 archive, member = urljoin(f"{client.base}/debuginfo/", said["archive"]), said["member"]
-            except (ValueError, LookupError, TypeError):
+            except _NO_SUCH_JSON:
                 raise UpstreamError(f"{client.base}/{path} is no debuginfo") from None
             if client.settings.mode == "proxy":
                 relative = archive.removeprefix(f"{client.base}/")

@@ -69,7 +69,7 @@ async def _serve(
     guard = Guard(settings) if settings.tokens_path is not None else None
     app = create_app(cache, guard)
     metrics_app = create_metrics_app(cache)
-    protocol = _limited(admitted(settings.max_connections), cache.metrics.own)
+    protocol = limited_protocol(admitted(settings.max_connections), cache.metrics.own)
     servers = []
     for each in listening:
         notice_lost_clients(each)
@@ -182,7 +182,7 @@ class _Protocol(HttpProtocol):
             self.app.ctx.repeats.remember(self._http.request, data)
 
 
-def _limited(most: int, row: Row) -> type[_Protocol]:
+def limited_protocol(most: int, row: Row) -> type[_Protocol]:
     """The protocol, for at most so many connections at a time."""
     admitted: set[_Protocol] = set()  # on all sockets; Sanic's own set is one for each
 

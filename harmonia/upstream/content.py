@@ -14,6 +14,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 
 _PIECE = 1 << 20  # bytes that are unpacked at once: a small file may hold a huge one
+_ZSTD_INPUT = 1024  # likewise: a block of 128 KiB may come out of each four bytes
 _MEMORY = 256 << 20  # bytes that the window of an xz or zstd file may take
 
 
@@ -69,24 +70,24 @@ class _Gzip:
 
 
 class _Zstd:
-    """Of any number of frames. Whether the last is whole, the hash tells."""
-
-    whole = True
+    """Of any number of frames."""
 
     def __init__(self) -> None:
-        self._unpacked: list[bytes] = []
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_MEMORY)
-        self._writer = decompressor.stream_writer(self, write_size=_PIECE)  # type: ignore[arg-type]
-
-    def write(self, data: bytes) -> int:
-        self._unpacked.append(data)
-        return len(data)
+        self._make = zstandard.ZstdDecompressor(max_window_size=_MEMORY).decompressobj
+        self._frame = self._make()
 
     def unpack(self, data: bytes) -> Iterator[bytes]:
-        for start in range(0, len(data), 1024):  # a block of 128 KiB may come out of each four bytes
-            self._writer.write(data[start : start + 1024])
-            unpacked, self._unpacked = self._unpacked, []
-            yield from unpacked
+        for start in range(0, len(data), _ZSTD_INPUT):
+            part = data[start : start + _ZSTD_INPUT]
+            while part:
+                if self._frame.eof:
+                    self._frame = self._make()
+                yield self._frame.decompress(part)
+                part = self._frame.unused_data
+
+    @property
+    def whole(self) -> bool:
+        return self._frame.eof
 
 
 _UNPACKERS: dict[str, Callable[[], _Unpacker]] = {

@@ -45,7 +45,7 @@ class Hops:
 
 
 def _words(header: str) -> list[str]:
-    return [word.strip()[:64] for word in header[:8192].split(",") if word.strip()]
+    return [word for part in header[:8192].split(",") if (word := part.strip()[:64].rstrip())]
 
 
 @dataclass(frozen=True, slots=True)

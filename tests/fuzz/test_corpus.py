@@ -1,14 +1,34 @@
-"""What the fuzzer starts from, and what it once found, is read as it should be."""
+"""What the fuzzer starts from, what it once found, and what is near that, is taken as it should be."""
 
+import random
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from fuzz.nar_reader import check
+from fuzz.run import TARGETS, corpus, longest
 
-CORPUS = sorted(Path(__file__).with_name("corpus").iterdir())
+FILES = [pytest.param(target, path, id=f"{target}-{path.name}") for target in TARGETS for path in corpus(target)]
+TRIES = 150
 
 
-@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_the_corpus(path: Path) -> None:
-    assert check(path.read_bytes()) == path.name.endswith(".nar")
+@pytest.mark.parametrize(("target", "path"), FILES)
+def test_the_corpus(target: str, path: Path) -> None:
+    assert import_module(f"fuzz.targets.{target}").check(path.read_bytes()) == (path.suffix != ".bad")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_near_the_corpus(target: str) -> None:
+    """A few of those changes that a fuzzer makes, the same in each run."""
+    module = import_module(f"fuzz.targets.{target}")
+    chance = random.Random(target)
+    texts = [path.read_bytes() for path in corpus(target)]
+    for _ in range(TRIES):
+        text = bytearray(chance.choice(texts))
+        for _ in range(chance.randint(1, 3)):
+            at = chance.randint(0, len(text))
+            piece = chance.choice(
+                [chance.randbytes(1), chance.choice(module.WORDS), chance.choice(texts)[at:][:20], b""]
+            )
+            text[at : at + chance.choice([0, 1, len(piece)])] = piece
+        module.check(bytes(text[: longest(module)]))

@@ -19,7 +19,7 @@ Start = Callable[..., Server]
 
 TOKENS = {name: new(name, [name]) for name in SCOPES} | {"all": new("all", SCOPES)}
 FILE = "\n".join(str(token) for _, token in TOKENS.values())
-OPEN = ("/version", "/health")
+OPEN = ("/version", "/health", "/health?verbose")
 BASE = "browse = true\naccess_log = true\nlog_level = 'debug'\n"
 
 

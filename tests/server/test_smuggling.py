@@ -144,6 +144,10 @@ REFUSED = {
     "two spaces": (request("GET  /version HTTP/1.1"), 400),
     "a tab": (request("GET\t/version HTTP/1.1"), 400),
     "a space in the target": (request("GET /version x HTTP/1.1"), 400),
+    "another scheme": (request("GET ftp://other HTTP/1.1"), 400),
+    "no authority": (request("GET http:///version HTTP/1.1"), 400),
+    "a name and a password": (request("GET http://a:b@other/version HTTP/1.1"), 400),
+    "a relative target": (request("GET version HTTP/1.1"), 400),
     "a fragment": (request("GET /version#x HTTP/1.1"), 400),
     "a lower-case method": (request("get /version HTTP/1.1"), 400),
     "a lower-case HEAD": (request("head /version HTTP/1.1"), 400),
@@ -163,6 +167,8 @@ def test_what_is_not_plain_is_refused_and_ends_the_connection(server: Server, at
 ANSWERED = {
     "pipelining": (request() + request("GET /health HTTP/1.1"), [200, 200], True),
     "absolute-form": (request("GET http://other/version HTTP/1.1"), [200], True),
+    "absolute-form without a path": (request("GET http://other HTTP/1.1"), [200], True),
+    "absolute-form with a query alone": (request("GET HTTPS://[::1]:80?x HTTP/1.1"), [200], True),
     "asterisk-form": (request("OPTIONS * HTTP/1.1"), [405], True),
     "CONNECT": (request("CONNECT other:443 HTTP/1.1"), [400], False),
     "an upgrade to HTTP/2": (

@@ -755,6 +755,16 @@ def test_logs_listings_and_the_like_fall_through(begin: Start, upstream: Upstrea
         assert server.get(path).status == 404
 
 
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"no JSON", b"[]", b"{}", b'{"outPath":5,"archive":5,"member":5}'])
+def test_what_is_not_what_they_should_say_is_not_passed_on(begin: Start, upstream: UpstreamServer, text: bytes) -> None:
+    realisation, build_id = "sha256:" + "0" * 64 + "!out.doi", "ab" * 20
+    upstream.files |= {f"/realisations/{realisation}": text, f"/debuginfo/{build_id}.debug": text}
+    server = begin(entry(upstream))
+    for path in (f"/realisations/{realisation}", f"/debuginfo/{build_id}"):
+        assert server.get(path).status == 404
+    assert not [line for line in server.log if "Traceback" in line]
+
+
 @pytest.mark.parametrize("fault", ["hang", "reset", "500", "elsewhere"])
 def test_their_upstreams_are_bounded_too(begin: Start, upstream: UpstreamServer, fault: str) -> None:
     server = begin(entry(upstream), settings=IMPATIENT)

@@ -1,13 +1,18 @@
-"""What must be true of any bytes that the NAR reader is given.
-
-`make fuzz` looks for some of which it is not, and puts them in `.fuzz`. Once that is mended they belong in `corpus`,
-which the tests replay: there, what ends in `.nar` is an archive, and nothing else is one.
-"""
+"""An archive is what we would write of it, in whatever chunks it comes."""
 
 from harmonia.errors import FormatError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
 from harmonia.nix.nar_reader import parse
+
+WORDS = [
+    nar.encode(word)
+    for word in (
+        *(b"nix-archive-1", b"(", b")", b"type", b"regular", b"executable", b"contents", b"symlink", b"target"),
+        *(b"directory", b"entry", b"name", b"node", b""),
+    )
+]
+WORDS += [b"\xff" * 8, b"\0" * 7 + b"\x80"]
 
 
 def parsed(chunks: list[bytes]) -> list[tuple[Entry, bytes]] | None:

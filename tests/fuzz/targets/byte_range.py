@@ -1,0 +1,24 @@
+"""Range and If-Range, with a size in front: what is given lies in what there is."""
+
+from harmonia.server import byte_range
+from harmonia.server.byte_range import UnsatisfiableError
+
+WORDS = [b"bytes=", b"BYTES=", b"-", b",", b" ", b"\t", b"0", b"99999999999999999999", b'\n"etag"']
+
+
+def check(data: bytes) -> bool:
+    """The first line is what there is, the second Range, the third If-Range."""
+    lines: list[str | None] = [*data.decode("utf-8", "surrogateescape").split("\n")]
+    whole, header, if_range, *_ = [*lines, None, None]
+    size = len(whole or "")
+    try:
+        part = byte_range.requested(header, if_range, '"etag"', size)
+    except UnsatisfiableError:
+        return False
+    if part is None:
+        return False
+    start, stop = part
+    assert 0 <= start < stop <= size
+    # The same range, said in the one way that there is for all.
+    assert byte_range.requested(f"bytes={start}-{stop - 1}", None, None, size) == part
+    return True

@@ -1,0 +1,34 @@
+"""A netrc(5), or a file with user and password: an Authorization comes of it, or a complaint that quotes neither."""
+
+import base64
+import os
+import tempfile
+
+from harmonia import config, credentials
+from harmonia.errors import ConfigError
+
+WORDS = [b"machine ", b"default ", b"login ", b"password ", b"account ", b"macdef ", b"cache.example.org", b"\n", b"#"]
+
+_DIRECTORY = tempfile.mkdtemp()
+_FILE = os.path.join(_DIRECTORY, "file")
+
+
+def check(data: bytes) -> bool:
+    with open(_FILE, "wb") as file:
+        file.write(data)
+    taken = False
+    for key in ("netrc", "credentials_file"):
+        text = f"[[upstream]]\nurl = 'https://cache.example.org'\n{key} = '{_FILE}'\n"
+        settings = config.parse(text, "file", {"HOME": "/home"})
+        try:
+            told = credentials.authorization(settings, 0)
+        except ConfigError as error:
+            assert str(error).isprintable()
+            assert all(word not in str(error) for word in data.decode("utf-8", "replace").split() if len(word) > 11)
+            continue
+        assert told is not None
+        user, _, password = base64.b64decode(told.removeprefix("Basic ")).decode().partition(":")
+        assert user
+        assert password
+        taken = True
+    return taken

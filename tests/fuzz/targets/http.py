@@ -1,0 +1,168 @@
+"""Requests on a real socket, to a server in this process: whatever they are, each is answered, and none fails here."""
+
+import asyncio
+import logging
+import re
+import socket
+import tempfile
+import threading
+from functools import cache
+
+import uvloop
+
+from harmonia import config
+from harmonia.nix import base32
+from harmonia.server.app import count_with, create_app
+from harmonia.server.cache import Cache
+from harmonia.server.worker import limited_protocol
+from harmonia.store_builder import Executable, StoreBuilder, Symlink, Tree
+
+WORDS = [b"GET /", b"HEAD /", b"PUT /", b" HTTP/1.1\r\nHost: x\r\n", b"\r\n\r\n", b"{hash}", b"{narhash}", b"{drv}"]
+WORDS += [
+    b".narinfo",
+    b".ls",
+    b"nar/",
+    b".nar",
+    b".nar.zst",
+    b"?json",
+    b"?hash=",
+    b"log/",
+    b"serve/",
+    b"search?q=",
+    b"path/",
+]
+WORDS += [
+    b"realisations/sha256:",
+    b"!out.doi",
+    b"build-trace-v2/",
+    b"debuginfo/",
+    b".debug",
+    b"upstream/",
+    b"nix-cache-info",
+]
+WORDS += [
+    b"Range: bytes=",
+    b"If-Range: ",
+    b"If-None-Match: ",
+    b"Accept-Encoding: ",
+    b"zstd",
+    b"gzip",
+    b";q=0",
+    b"identity",
+]
+WORDS += [
+    b"Content-Length: ",
+    b"Transfer-Encoding: chunked",
+    b"X-Forwarded-For: ",
+    b"X-Forwarded-Host: ",
+    b"X-Forwarded-Prefix: ",
+]
+WORDS += [
+    b"Expect: 100-continue",
+    b"Connection: ",
+    b"close",
+    b"Upgrade: ",
+    b"Authorization: Basic ",
+    b"Harmonia-Hops: ",
+    b"%2f",
+    b"%00",
+    b"..",
+]
+
+_END = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+_SECONDS = 20  # for all answers: that is for ever
+_STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
+
+
+class _Troubles(logging.Handler):
+    """What was logged that no request may cause."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info or record.name.startswith(("sanic", "asyncio")):
+            self.found.append(self.format(record))
+
+
+class _Server:
+    """In a thread of its own, until the process ends."""
+
+    def __init__(self) -> None:
+        directory = tempfile.mkdtemp()
+        builder = StoreBuilder(directory)
+        derivation, output = builder.add_derivation("name", "/bin/sh")
+        tree: Tree = {
+            "bin": {"run": Executable(b"#!"), "link": Symlink("run")},
+            "index.html": b"<p>",
+            b"\xff": b"x" * 5000,
+        }
+        info = builder.add(output, tree, deriver=derivation.path)
+        builder.add_log(derivation.path, b"log\n" * 1000)
+        self.names = {
+            b"{hash}": info.path.hash_part.encode(),
+            b"{narhash}": base32.encode(info.nar_hash).encode(),
+            b"{drv}": derivation.path.encode(),
+        }
+        self.troubles = _Troubles()
+        logging.getLogger("harmonia").propagate = False
+        for name in ("harmonia", "sanic.root", "sanic.error", "asyncio"):
+            logging.getLogger(name).addHandler(self.troubles)
+        settings = config.parse(
+            f"real_nix_store = '{builder.real_dir}'\ncache_dir = '{directory}/cache'\nbrowse = true\n"
+            "workers = 1\nmax_query_rate = 0\ntrusted_proxies = ['127.0.0.1']\naccess_log = true\nheader_timeout = 5\n",
+            "fuzz",
+            {},
+        )
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.address = self._socket.getsockname()
+        metrics = count_with(settings)
+        metrics.take(0)
+        self._cache = Cache(settings, [], metrics)
+        ready = threading.Event()
+        threading.Thread(target=self._run, args=(ready,), daemon=True).start()
+        assert ready.wait(20)
+
+    def _run(self, ready: threading.Event) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve(ready))
+
+    async def _serve(self, ready: threading.Event) -> None:
+        protocol = limited_protocol(100, self._cache.metrics.own)
+        server = await create_app(self._cache).create_server(
+            sock=self._socket, protocol=protocol, asyncio_server_kwargs={"start_serving": False}
+        )
+        assert server is not None
+        await server.startup()  # type: ignore[no-untyped-call]
+        await server.start_serving()  # type: ignore[no-untyped-call]
+        assert self._cache.debug_info is not None
+        self._cache.debug_info.start()
+        ready.set()
+        await asyncio.Event().wait()
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+def check(data: bytes) -> bool:
+    """`{hash}`, `{narhash}` and `{drv}` stand for those of a path that is there."""
+    server = _server()
+    for name, value in server.names.items():
+        data = data.replace(name, value)
+    received = bytearray()
+    with socket.create_connection(server.address, _SECONDS) as connection:
+        try:
+            connection.sendall(data + b"\r\n\r\n" + _END * 2)
+            while part := connection.recv(1 << 16):
+                received += part
+        except ConnectionError:
+            pass  # it was closed before all was read
+    statuses = [int(status) for status in _STATUS.findall(received)]
+    assert not received or received.startswith(b"HTTP/1.1 ")
+    assert not [status for status in statuses if status >= 500]
+    assert b"Traceback" not in received
+    assert not server.troubles.found, server.troubles.found
+    return statuses[0] < 400 if statuses else False

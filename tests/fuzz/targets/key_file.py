@@ -1,0 +1,30 @@
+"""A key, secret or public, or a signature: what is taken is exported as the same, and no message quotes what is not."""
+
+from harmonia.errors import FormatError
+from harmonia.nix.signing import PublicKey, SecretKey, is_signature
+
+WORDS = [b"cache.example.org-1:", b"=", b"==", b"\n", b" ", b"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
+
+
+def check(data: bytes) -> bool:
+    text = data.decode("utf-8", "surrogateescape")
+    taken = False
+    for kind in (PublicKey, SecretKey):
+        try:
+            key = kind.parse(text)
+        except FormatError as error:
+            hidden = text.partition(":")[2].strip()
+            assert len(hidden) < 12 or hidden not in str(error)
+            continue
+        taken = True
+        if isinstance(key, SecretKey):
+            exported = key.export()
+            assert key.public_key.verify(b"message", key.sign(b"message"))
+            assert exported.partition(":")[2] not in repr(key)
+        else:
+            exported = str(key)
+        assert kind.parse(exported) == key
+    if is_signature(text):
+        taken = True
+        assert not PublicKey.parse("a:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=").verify(b"", text)
+    return taken

@@ -1,0 +1,24 @@
+"""The file of tokens, and what a request presents: no complaint quotes a line, and nothing finds a token but itself."""
+
+import re
+from types import SimpleNamespace
+
+from harmonia.access import Tokens, parse
+from harmonia.errors import FormatError
+from harmonia.server.access import presented
+
+WORDS = [b" read ", b" browse,metrics ", b"sha256:", b"0123456789abcdef" * 4, b"#", b"\nBearer ", b"\nBasic dTpw", b":"]
+
+
+def check(data: bytes) -> bool:
+    """The last line is an Authorization, all before are the file."""
+    file, _, authorization = data.decode("utf-8", "surrogateescape").rpartition("\n")
+    secret = presented(SimpleNamespace(headers={"authorization": authorization}))  # type: ignore[arg-type]
+    try:
+        tokens = parse(file)
+    except FormatError as error:
+        assert re.fullmatch(r"line [0-9]+ has [a-zA-Z0-9 ,;.:_@-]+", str(error))
+        return False
+    assert Tokens(tokens).find(secret) is None
+    assert parse("\n".join(map(str, tokens))) == tokens
+    return bool(tokens)
