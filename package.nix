@@ -51,6 +51,7 @@ python3Packages.buildPythonApplication {
       (lib.fileset.difference ./tests (
         lib.fileset.unions [
           ./tests/e2e/test_troubleshooting.py
+          ./tests/test_contributing.py
           ./tests/test_docs.py
           ./tests/test_nixos_lab.py
           ./tests/test_nixos_module.py

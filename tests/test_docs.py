@@ -114,7 +114,7 @@ def test_modules_in_the_picture_exist() -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    tried = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon"}
+    tried = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon", "python"}
     other = {f"{block.page}:{block.line}" for block in BLOCKS if block.language not in tried | {"text"}}
     assert other == set(), f"as its language, give one of {sorted(tried)}, or `text` where no program reads it"
 

@@ -1,0 +1,50 @@
+"""What CONTRIBUTING.md says of adding a resource is done, word by word, in a copy of the project."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from test_docs import ROOT
+
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def block(name: str) -> str:
+    [text] = re.findall(rf"<!-- {re.escape(name)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    found: str = text
+    return found
+
+
+def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command], cwd=copy, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_resource_of_the_example_works(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for name in ("harmonia", "tests/server", "tests/e2e"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "docs/openapi.json", *(str(it.relative_to(ROOT)) for it in ROOT.glob("tests/*.py"))):
+        (copy / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, copy / file)
+    (copy / "harmonia/server/references.py").write_text(block("references.py"))
+    (copy / "tests/server/test_references.py").write_text(block("test_references.py"))
+    app = copy / "harmonia/server/app.py"
+    text = app.read_text().replace("    narinfo,\n", "    narinfo,\n    references,\n", 1)
+    app.write_text(text.replace('    "/version":', f'{block("route")}    "/version":', 1))
+
+    # Its own tests pass, and what is not done yet is missed, as the page says.
+    tests = ("test_references.py", "test_openapi.py", "test_contract.py")
+    chosen = "references or every_route"
+    done = run(
+        copy, "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/server/{name}" for name in tests), "-k", chosen
+    )
+    assert done.stdout.count("\nFAILED tests/server/test_openapi.py") == 1, done.stdout
+    assert done.stdout.count("\nFAILED tests/server/test_contract.py") == 1, done.stdout
+    assert "2 failed, 2 passed" in done.stdout
+    files = ("harmonia/server/references.py", "harmonia/server/app.py", "tests/server/test_references.py")
+    lints = run(copy, "ruff", "check", "--no-cache", *files)
+    assert lints.returncode == 0, lints.stdout
