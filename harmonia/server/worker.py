@@ -1,6 +1,7 @@
 """One worker process: it serves the listening sockets until SIGTERM, then lets running downloads end."""
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, cast
 
 import uvloop
@@ -27,6 +29,7 @@ from harmonia.server.request_head import Http
 from harmonia.settings import Settings
 from harmonia.sockets import BACKLOG, admitted, notice_lost_clients
 
+_TRIM = 30.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
@@ -92,10 +95,11 @@ async def _serve(
         cache.debug_info.start()
     if (nar_cache := cache.compressor.cache) is not None:
         nar_cache.housekeeping.submit(nar_cache.sweep)  # of what a worker left that was killed
-    beating = asyncio.create_task(_beat(cache, lifeline, heartbeat))
+    chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache))]
     await stop.wait()
     await _drain(servers, settings.shutdown_grace)
-    beating.cancel()
+    for chore in chores:
+        chore.cancel()
     await upstream.stop(cache)
 
 
@@ -105,6 +109,14 @@ async def _beat(cache: Cache, lifeline: socket.socket, heartbeat: float) -> None
         with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
             lifeline.send(b".")
         await asyncio.sleep(heartbeat)
+
+
+async def _trim(cache: Cache) -> None:
+    """Give back what malloc keeps of the buffers of downloads: else it is for ever as much as in the greatest rush."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    while malloc_trim is not None:
+        await asyncio.sleep(_TRIM)
+        await cache.read(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:

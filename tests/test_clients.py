@@ -1,0 +1,179 @@
+"""Clients that vanish, fall silent, or take their time, by the hundred: the others are served, and nothing is left."""
+
+import ctypes
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from harmonia.nix.path_info import PathInfo
+from running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
+from unscathed import MANY, serves, unscathed
+
+Start = Callable[..., Server]
+
+REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return Sample.make(tmp_path_factory.mktemp("store"))
+
+
+def ask(info: PathInfo, suffix: str = "") -> bytes:
+    return f"GET {nar_url(info)}{suffix} HTTP/1.1\r\nHost: cache\r\n\r\n".encode()
+
+
+def close(connection: socket.socket) -> None:
+    connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    """As a process does that is killed with bytes unread."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def half_close(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_WR)
+    connection.close()
+
+
+@pytest.mark.parametrize("stage", ["connected", "amid the head", "before the answer", "amid the body", "kept alive"])
+def test_they_vanish(start: Start, sample: Sample, stage: str) -> None:
+    server = start(store=sample.root)
+    sent = {
+        "connected": b"",
+        "amid the head": REQUEST[:-3],
+        "before the answer": ask(sample.big, ".zst"),
+        "amid the body": ask(sample.big),
+        "kept alive": REQUEST,
+    }[stage]
+    with unscathed(server, sample.small, sample.big), ExitStack() as stack:
+        clients = [stack.enter_context(server.connect(receive_buffer=8192)) for _ in range(MANY // 4)]
+        for each in clients:
+            each.sendall(sent)
+        for each in clients:
+            if stage == "amid the body":
+                each.recv(1000)
+            elif stage == "kept alive":
+                assert read_answer(each).status == 200
+        for each, vanish in zip(clients, cycle((close, reset, half_close)), strict=False):
+            vanish(each)
+    assert not [line for line in server.log if " ERROR " in line]
+
+
+def test_they_take_their_time(start: Start, sample: Sample) -> None:
+    """Readers of a byte a second, and writers of a byte a second, by the hundred."""
+    tidy = patched("from harmonia.server import worker\nworker._TRIM = 1.0")
+    server = start(store=sample.root, settings="header_timeout = 20", program=tidy)
+    over = threading.Event()
+
+    def drip(connections: list[socket.socket], act: Callable[[socket.socket, int], object]) -> None:
+        number = 0
+        while not over.wait(1):
+            for each in connections:
+                act(each, number)
+            number += 1
+
+    with unscathed(server, sample.small, sample.big), ExitStack() as stack:
+        connections = [stack.enter_context(server.connect(receive_buffer=8192)) for _ in range(2 * MANY)]
+        readers, writers = connections[:MANY], connections[MANY:]
+        for reader in readers:
+            reader.sendall(ask(sample.big))
+            assert reader.recv(12) == b"HTTP/1.1 200"
+        threads = [
+            threading.Thread(target=drip, args=(readers, lambda each, _: each.recv(1))),
+            threading.Thread(target=drip, args=(writers, lambda each, number: each.sendall(REQUEST[number:][:1]))),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            times = []
+            for _ in range(20):
+                began = time.monotonic()
+                serves(server, sample.small)
+                times.append(time.monotonic() - began)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+    assert sorted(times)[len(times) // 2] < 0.5
+    assert not [line for line in server.log if " ERROR " in line]
+
+
+@contextmanager
+def network(name: str) -> Iterator[None]:
+    """What this thread does, and starts, is in that network."""
+    with open("/proc/thread-self/ns/net", "rb") as ours, open(f"/run/netns/{name}", "rb") as other:
+        _enter(other)
+        try:
+            yield
+        finally:
+            _enter(ours)
+
+
+def _enter(namespace: BinaryIO) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) != 0:
+        pytest.skip(f"cannot enter a network namespace: {os.strerror(ctypes.get_errno())}")
+
+
+def ip(*command: str) -> None:
+    subprocess.run(["ip", *command], check=True, capture_output=True)
+
+
+@pytest.fixture
+def networks() -> Iterator[tuple[str, str]]:
+    """Two with a link between them, by name: the server's, at 192.0.2.1, and the clients'."""
+    if shutil.which("ip") is None:
+        pytest.skip("no ip: install iproute2")
+    names = f"harmonia-s{os.getpid()}", f"harmonia-c{os.getpid()}"
+    with ExitStack() as stack:
+        for name in names:
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "delete", name)
+        ip("-n", names[0], "link", "add", "eth", "type", "veth", "peer", "name", "eth", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "address", "add", f"192.0.2.{number}/24", "dev", "eth")
+            for interface in ("lo", "eth"):
+                ip("-n", name, "link", "set", interface, "up")
+        yield names
+
+
+@pytest.mark.root
+def test_their_machine_is_gone(start: Start, sample: Sample, networks: tuple[str, str]) -> None:
+    """No packet comes from there any more, not even one that says so."""
+    servers, clients = networks
+    # Seconds in place of minutes. What the kernel then does is the same.
+    quick = patched(
+        "from harmonia import sockets\n"
+        "sockets._OPTIONS = tuple((level, option, 1) for level, option, _ in sockets._OPTIONS)"
+    )
+    with network(servers), ExitStack() as stack:
+        for name, value in {"tcp_keepalive_probes": 2, "tcp_retries2": 3}.items():
+            Path("/proc/sys/net/ipv4", name).write_text(str(value))
+        server = start(store=sample.root, bind="0.0.0.0:0", program=quick)
+        with unscathed(server, sample.small, sample.big):
+            for request in (b"", REQUEST[:-3], REQUEST, ask(sample.big)):
+                for _ in range(10):
+                    with network(clients):
+                        each = stack.enter_context(socket.socket())
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+                    each.connect(("192.0.2.1", int(server.url.rpartition(":")[2])))
+                    each.sendall(request)
+                    if request in (REQUEST, ask(sample.big)):
+                        assert each.recv(12) == b"HTTP/1.1 200"
+            (worker,) = server.workers
+            wait_until(lambda: open_files(worker).count(f"{sample.root}/nix/store/{sample.big.path}") == 10)
+            ip("-n", clients, "link", "set", "eth", "down")
+    assert not [line for line in server.log if " ERROR " in line]
