@@ -287,6 +287,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(extra={"default": "as the request tells"}, description="The URL of this cache that people are shown."),
     ] = None
     landing: Annotated[bool, Meta(description="Serve a page at `/` that tells people how to use this cache.")] = True
+    serve_files: Annotated[
+        bool,
+        Meta(description="Serve at `/serve/` the files of store paths, for browsers. Nix itself never asks there."),
+    ] = True
     browse: Annotated[
         bool, Meta(description="Let people search the store, and see which paths there are. Not for private stores.")
     ] = False

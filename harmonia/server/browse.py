@@ -74,7 +74,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     with document.main:
         document.h1(info.path.name)
         page.snippet(document, full_path, "Store path")
-        _links(document, info, await _logged(cache, info))
+        _links(cache, document, info, await _logged(cache, info))
         with document.section:
             document.h2("About this path")
             _facts(document, signed, closure, deriver_is_here=deriver_is_here)
@@ -88,18 +88,20 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
 
 
 async def _logged(cache: Cache, info: PathInfo) -> StorePath | None:
-    """The derivation whose log tells how the path came about, if that is here."""
+    """The derivation whose log tells how the path came about, if that is here and may leave the house."""
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
-            if await cache.read(lambda: build_log.find(cache.settings.logs, derivation)):
+            log = await cache.read(lambda: build_log.find(cache.settings.logs, derivation))
+            if log is not None and await cache.releases_log(derivation):
                 return derivation
     return None
 
 
-def _links(document: Builder, info: PathInfo, logged: StorePath | None) -> None:
+def _links(cache: Cache, document: Builder, info: PathInfo, logged: StorePath | None) -> None:
     with document.nav(class_="actions", aria_label="What there is of it"):
-        document.a("Files", href=f"../serve/{info.path.hash_part}")
+        if cache.settings.serve_files:
+            document.a("Files", href=f"../serve/{info.path.hash_part}")
         document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
         document.a("NAR listing", href=f"../{info.path.hash_part}.ls")
         document.a("narinfo", href=f"../{info.path.hash_part}.narinfo")

@@ -1,7 +1,7 @@
 """`/serve/<hash>/<path>`: what is in a store path, for browsers.
 
 Symlinks are followed within the store path, and to another one that is valid. This is no more than `/nar` gives to
-those who know the hash part, and so it is always on.
+those who know the hash part, and so it is on by default.
 """
 
 import hashlib
@@ -38,6 +38,8 @@ _SANDBOX = "sandbox allow-downloads allow-forms allow-modals allow-popups allow-
 
 
 async def get(cache: Cache, request: Request, where: str) -> Representation:  # noqa: ARG001 (not as it was sent)
+    if not cache.settings.serve_files:
+        raise NotFound
     _, _, hash_part, *encoded = request.path.split("/")
     names = [unquote_to_bytes(name) for name in encoded]
     as_directory = names[-1:] == [b""]

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from harmonia import demo
 from harmonia.demo import Demo
-from harmonia.store_builder import StoreBuilder, Tree
+from harmonia.store_builder import StoreBuilder, Symlink, Tree
 from running import Server
 
 CHROMIUM = shutil.which("chromium")
@@ -315,3 +316,61 @@ def test_a_modern_web_site_works_but_is_no_part_of_the_cache(page: Page, server:
     assert page.run("self.origin") == "null"
     reading = "fetch('../../search?q=hello').then(() => 'read', () => 'refused')"
     assert page.run(reading) == "refused"
+
+
+EVIL = [
+    "<script>window.ran = 1</script>",
+    "\"><img src=x onerror='window.ran = 1'>",
+    "'><svg onload='window.ran = 1'>",
+    "</title></textarea></style><script>window.ran = 1</script>",
+    "javascript:window.ran = 1",
+    "&lt;script&gt;window.ran = 1&lt;script&gt;",
+]
+
+
+class Hostile:
+    """A server of a store whose every name and text would like to be a script of ours."""
+
+    def __init__(self, directory: Path) -> None:
+        store = StoreBuilder(directory / "store")
+        files = {text.replace("/", "\N{FRACTION SLASH}").encode() + b"%2f": b"" for text in EVIL}
+        links = {f"link-{number}": Symlink(text) for number, text in enumerate(EVIL)}
+        page = "".join(EVIL).encode()
+        derivation, output = store.add_derivation("evil", "/bin/sh")
+        self.path = store.add(output, {**files, **links, "dir": files, "text": page}, deriver=derivation.path)
+        store.add_log(derivation.path, page)
+        with store.connect() as connection:
+            connection.execute("update ValidPaths set ca = ?, sigs = ?", ("".join(EVIL), " ".join(EVIL)))
+        settings = "browse = true\ntrusted_proxies = ['127.0.0.1']"
+        self.server = Server(directory / "server", directory / "store", settings)
+        self.server.start()
+        hash_part = self.path.path.hash_part
+        inner = [f"/serve/{hash_part}/", f"/serve/{hash_part}/dir/", f"/serve/{hash_part}/text"]
+        self.pages = ["/", f"/path/{hash_part}", f"/log/{derivation.path}", f"/{hash_part}.narinfo", *inner]
+        self.pages += [f"{where}{quote(text, safe='')}" for text in EVIL for where in ("/search?q=", "/none/", "/log/")]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
+    made = Hostile(tmp_path_factory.mktemp("hostile"))
+    yield made
+    assert made.server.stop() == 0
+
+
+@pytest.mark.parametrize("forwarded", [None, *EVIL])
+def test_nothing_that_others_wrote_becomes_part_of_a_page(page: Page, hostile: Hostile, forwarded: str | None) -> None:
+    pages = hostile.pages if forwarded is None else hostile.pages[:2]
+    if forwarded is not None:
+        names = ("X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Prefix", "X-Forwarded-For", "User-Agent")
+        page.call("Network.setExtraHTTPHeaders", headers=dict.fromkeys(names, forwarded))
+    for path in pages:
+        page.open(hostile.server.url + path)
+        assert page.run("window.ran") is None, path
+        # It is not the Content-Security-Policy that has to stop it.
+        assert not [told for told in page.complaints if "Content Security Policy" in str(told)], path
+        assert page.run("document.querySelectorAll('img, svg, iframe, [onerror], [onload]').length") == 0, path
+        assert page.run("[...document.links].every((link) => /^https?:$/.test(link.protocol))"), path
+        scripts = page.run("[...document.scripts].map((script) => script.textContent)")
+        assert not [script for script in scripts if "window.ran" in script], path
+    listing = f"{hostile.server.url}/serve/{hostile.path.path.hash_part}/"
+    assert "onerror" in page.open(listing).run("document.body.innerText")  # it is there, as text

@@ -163,6 +163,17 @@ def test_a_root_that_is_new_is_served_within_seconds_and_one_that_is_gone_is_not
     wait_until(lambda: statuses() == [404, 200], 5)
 
 
+def test_a_page_leads_to_no_log_that_is_kept_back(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    derivation, output = store.add_derivation("tree", "/bin/sh")
+    store.add(output, b"", deriver=derivation.path)
+    store.add_log(derivation.path, b"log\n")
+    for rules, told in (("", True), ("[release]\ndeny = ['*.drv']", False)):
+        server = start(store=tmp_path / "store", settings=f"browse = true\n{rules}")
+        assert (server.get(f"/log/{derivation.path}").status == 200) is told
+        assert ("Build log" in server.get(f"/path/{output.hash_part}").text) is told
+
+
 def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     drvs = [StorePath(f"{number}{'0' * 31}-{name}.drv") for number, name in ((1, "good"), (2, "bad"), (3, "lost"))]

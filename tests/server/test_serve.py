@@ -448,6 +448,14 @@ class TestRaces:
         assert server.get(url(path)).status == 404
         assert server.wait_for_log("No such file")
 
+    def test_off(self, start: Start, made: Made) -> None:
+        server = start(store=made.root, settings="serve_files = false\nbrowse = true")
+        hash_part = made.files.path.hash_part
+        for path in ("", "/", "/README", "/none"):
+            assert server.get(f"/serve/{hash_part}{path}").status == 404
+        assert "/serve/" not in server.get(f"/path/{hash_part}").text
+        assert server.get(f"/{hash_part}.ls").status == 200
+
     def test_no_descriptor_is_left_open(self, server: Server, made: Made) -> None:
         [worker] = server.workers
 
