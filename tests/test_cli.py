@@ -5,10 +5,12 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from harmonia import __version__
 from harmonia.nix.signing import SecretKey
 from harmonia.store_builder import StoreBuilder
-from running import run
+from running import HARMONIA, open_files, patched, run, wait_until
 
 
 @pytest.fixture
@@ -239,6 +241,48 @@ def test_a_failure_is_one_line_and_status_1(config: Path, arguments: list[str], 
     answer = run("--config", str(config), *arguments)
     assert (answer.returncode, answer.stdout) == (1, "")
     assert re.fullmatch(f"harmonia: {said}\n", answer.stderr)
+
+
+def interrupted(*command: str, begun: Callable[[int], object]) -> subprocess.CompletedProcess[str]:
+    """What comes of a command that hears of Ctrl-C once it has begun."""
+    with (
+        open(os.devnull, "wb") as nothing,
+        subprocess.Popen(command, stdout=nothing, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        wait_until(lambda: begun(process.pid))
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - began < 5
+    return subprocess.CompletedProcess(command, process.returncode, "", stderr)
+
+
+def test_ctrl_c_ends_a_dump_with_one_line(tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)
+    done = interrupted(*HARMONIA, "nar", "dump", str(large), begun=lambda pid: str(large) in open_files(pid))
+    assert (done.returncode, done.stderr) == (130, "harmonia: interrupted\n")
+
+
+def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) -> None:
+    with config.open("a") as file:
+        file.write(f"cache_dir = '{tmp_path}/cache'\n")
+    info = StoreBuilder(tmp_path / "another").add_text("text", b"")
+    config.write_text(config.read_text().replace(f"{tmp_path}/nix", f"{tmp_path}/another/nix"))
+    endless = patched("import harmonia.warm\nharmonia.warm._state = lambda _: None")
+    command = [*endless, "--config", str(config), "warm", info.path]
+    done = interrupted(*command, begun=lambda _: any((tmp_path / "cache").glob("nar/*")))
+    assert done.returncode == 130
+    assert re.fullmatch("harmonia: interrupted; what is compressed stays, .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [["man"], ["check-config"], ["nar", "dump", __file__]])
+def test_a_full_disk_is_one_line_and_status_1(config: Path, arguments: list[str]) -> None:
+    command = [*HARMONIA, "--config", str(config), *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "harmonia: cannot write: No space left on device\n")
 
 
 def test_most_commands_do_not_load_a_web_server() -> None:

@@ -212,7 +212,7 @@ class TestTheCommand:
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=20)
         said = re.fullmatch(r"harmonia: interrupted; to go on, add --max-age (\d+m)\n", stderr)
-        assert process.returncode == 1
+        assert process.returncode == 130
         assert said
         done = journal.read_text().count("\n")
         assert done < count

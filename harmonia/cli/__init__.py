@@ -3,11 +3,12 @@
 What the commands do is done elsewhere: they read the arguments, and tell what came of it.
 """
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 import click
@@ -22,8 +23,13 @@ EXIT_CONFIG = 2
 EXIT_FOUND = 3
 """The check itself went well, and found something wrong."""
 
+EXIT_INTERRUPTED = 130
+"""By Ctrl-C, as shells have it."""
+
 PATH = click.Path(readable=False)
 """A path, which shells complete. Whether it is there, and what it is, is for the command to say."""
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _SECTIONS = {
     "Serve": ("serve", "check-config", "keygen", "token", "demo"),
@@ -39,6 +45,7 @@ Exit status:
   1  something failed; one line on stderr says what
   2  a wrong setting or a wrong word on the command line
   3  `doctor` or `verify` found something wrong
+  130  interrupted by Ctrl-C
 
 \b
 Environment:
@@ -109,10 +116,16 @@ def _errors_told() -> Iterator[None]:
         _fail(f"{error}; --config names the settings of another store", 1)
     except HarmoniaError as error:
         _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", 1)
+        if error.errno not in _UNWRITABLE:
             raise
-        _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", 1)
+        with suppress(OSError):
+            sys.stdout.close()  # or Python tries it once more at its end
+        _fail(f"cannot write: {error.strerror}", 1)
 
 
 def _fail(what: str, status: int) -> None:

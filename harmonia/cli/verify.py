@@ -101,7 +101,7 @@ def command(
         except KeyboardInterrupt:
             age = f"{max(int(time.monotonic() - began + max_age) // 60 + 1, 1)}m"
             click.echo(f"harmonia: interrupted; to go on, add --max-age {age}", err=True)
-            sys.exit(1)
+            sys.exit(cli.EXIT_INTERRUPTED)
     if wrong or not quiet:
         counts = {state: sum(result.state == state for result in wrong) for state in _ORDER}
         found = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "all good"

@@ -47,11 +47,15 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     warm.give_way()
     began = time.monotonic()
     counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
-    with progress.bar("compressing", total) as tell:
-        for result in warm.warm(settings, store, chosen, tell):
-            counts[result.state] += 1
-            if result.state == "failed":
-                click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)
+    try:
+        with progress.bar("compressing", total) as tell:
+            for result in warm.warm(settings, store, chosen, tell):
+                counts[result.state] += 1
+                if result.state == "failed":
+                    click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)
+    except KeyboardInterrupt:
+        click.echo("harmonia: interrupted; what is compressed stays, and the same command goes on from there", err=True)
+        os._exit(cli.EXIT_INTERRUPTED)  # threads would go on with what they have begun, which nobody keeps
     wrong = counts["too large"] or counts["failed"]
     if wrong or not quiet:
         click.echo(
