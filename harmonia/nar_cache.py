@@ -142,16 +142,32 @@ class Filler:
         self._key = key
         self._descriptor = descriptor
         self._sha256 = hashlib.sha256()
-        self._size = 0
+        self._finished = False
+        self.size = 0
+
+    @property
+    def sha256(self) -> bytes:
+        """Of what was written so far."""
+        return self._sha256.digest()
 
     def append(self, data: bytes) -> None:
         self._write(data)
         self._sha256.update(data)
-        self._size += len(data)
+        self.size += len(data)
+
+    def read(self, position: int, size: int) -> bytes:
+        """Of what was written so far."""
+        return os.pread(self._descriptor, min(size, self.size - position), position)
+
+    def finish(self) -> None:
+        """Make the file whole, which those who read it already see at once. It is not in the cache yet."""
+        self._write(_TRAILER.pack(self.sha256, self.size, _MAGIC))
+        self._finished = True
 
     def commit(self) -> None:
-        """Make the file whole, which readers see at once, and wait until it would outlast a crash."""
-        self._write(_TRAILER.pack(self._sha256.digest(), self._size, _MAGIC))
+        """Add the whole file to the cache, and wait until it would outlast a crash."""
+        if not self._finished:
+            self.finish()
         path = self._cache.path(self._key)
         try:
             os.fdatasync(self._descriptor)
@@ -160,7 +176,7 @@ class Filler:
             self._cache.failed(error)
             raise
         os.close(self._descriptor)
-        self._cache.filled(self._size)
+        self._cache.filled(self.size)
 
     def withdraw(self) -> None:
         """Take back what was written, which is wrong, from its readers, too: for them it becomes empty."""

@@ -81,9 +81,10 @@ def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
     """The threads that compress, for all downloads together, and how many they are."""
     most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0
     threads = min(len(os.sched_getaffinity(0)), most or _MAX_THREADS, _MAX_THREADS)
-    return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=_step_back)
+    return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=step_back)
 
 
-def _step_back() -> None:
+def step_back() -> None:
+    """Let other threads go before the one that calls this."""
     with suppress(OSError):  # a service's system call filter may forbid it
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

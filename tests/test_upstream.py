@@ -8,6 +8,7 @@ import lzma
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import zstandard
@@ -18,10 +19,11 @@ from harmonia.errors import UpstreamError
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.upstream import breaker
+from harmonia.upstream import breaker, question
 from harmonia.upstream.breaker import Breaker
-from harmonia.upstream.content import Check, unpack
-from harmonia.upstream.question import Hops
+from harmonia.upstream.content import check_content, check_file, conclusive, unpack
+from harmonia.upstream.hops import Hops
+from harmonia.upstream.question import Upstreams
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "none": bytes,
@@ -38,11 +40,9 @@ def info(content: bytes) -> PathInfo:
 
 
 def check(path: PathInfo, nar: NarFile, file: bytes, *cuts: int) -> None:
-    looking = Check(path, nar)
     places = sorted({min(cut, len(file)) for cut in cuts})
-    for start, stop in zip([0, *places], [*places, len(file)], strict=True):
-        looking.feed(file[start:stop])
-    looking.finish()
+    check_file(path, nar, hashlib.sha256(file).digest(), len(file))
+    check_content(path, nar, (file[start:stop] for start, stop in pairwise([0, *places, len(file)])))
 
 
 contents = st.binary(min_size=1, max_size=300) | st.binary(min_size=1, max_size=9).map(lambda data: data * 50_000)
@@ -78,9 +78,9 @@ def test_what_is_cut_short_or_damaged_is_wrong(compression: str, content: bytes,
 
 def test_only_a_file_hash_can_tell_of_an_unknown_compression() -> None:
     path = info(b"content")
-    assert not Check(path, NarFile("x", "br")).conclusive
-    assert Check(path, NarFile("x", "br", hashlib.sha256(b"packed").digest())).conclusive
-    assert Check(path, NarFile("x", "xz")).conclusive
+    assert not conclusive(NarFile("x", "br"))
+    assert conclusive(NarFile("x", "br", hashlib.sha256(b"packed").digest()))
+    assert conclusive(NarFile("x", "xz"))
     check(path, NarFile("x", "br", hashlib.sha256(b"packed").digest()), b"packed")
 
 
@@ -89,7 +89,7 @@ def test_a_bomb_takes_little_memory(compression: str) -> None:
     bomb = PACK[compression](bytes(256 << 20) if compression == "zstd" else bytes(32 << 20))
     tracemalloc.start()
     with pytest.raises(UpstreamError, match="NarSize"):
-        check(info(b"x" * 100), NarFile("x", compression), bomb)
+        check_content(info(b"x" * 100), NarFile("x", compression), [bomb])
     with pytest.raises(UpstreamError, match="large"):
         unpack(bomb, compression, 1000)
     peak = tracemalloc.get_traced_memory()[1]
@@ -204,3 +204,30 @@ def test_hops_are_read_as_they_are_written() -> None:
     assert hops == Hops(("a", "b"), frozenset("cd"))
     headers = hops.headers("us", [])
     assert Hops.parse(headers["Harmonia-Hops"], headers["Harmonia-Asked"]) == Hops(("a", "b", "us"), frozenset("cd"))
+
+
+def test_what_clients_say_of_hops_is_cut_short() -> None:
+    hops = Hops.parse("a" * 1000 + ", b" * 1000, ", ".join(map(str, range(10_000))))
+    assert len(hops.through) == 8
+    assert len(hops.asked) == 64
+    assert max(map(len, hops.through)) == 32
+
+
+def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is used stays, what was used longest ago goes."""
+    monkeypatch.setattr(question, "_MEMORY", 1 << 20)
+
+    async def run() -> None:
+        upstreams = Upstreams([], "us", "/nix/store", 1)
+        hops = Hops.parse("a, b, c", ",".join(map(str, range(60))))
+        await upstreams.find("used", hops)
+        tracemalloc.start()
+        for number in range(5000):
+            await upstreams.find(f"{number:032}", hops)
+            await upstreams.find("used", hops)
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert taken < 1 << 20
+        await upstreams.close()
+
+    asyncio.run(run())

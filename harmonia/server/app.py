@@ -52,7 +52,7 @@ ROUTES: dict[str, Handler] = {
     rf"/<hash_part:{_HASH_PART}\.narinfo>": or_upstream(narinfo.get),
     rf"/<hash_part:{_HASH_PART}\.ls>": or_upstream(listing.get),
     "/nar/<name:str>": nar.get,
-    "/upstream/<upstream:str>/<name:path>": upstream.get,
+    "/upstream/<name:path>": upstream.get,
     "/log/<name:str>": or_upstream(log.get),
     "/realisations/<name:str>": or_upstream(build_trace.get_realisation),
     "/build-trace-v2/<derivation:str>/<name:str>": or_upstream(build_trace.get),

@@ -31,6 +31,9 @@ _LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to 
 _log = logging.getLogger("harmonia")
 
 
+Chunk = bytes | OpenSlice | Future[bytes] | None
+
+
 class Body(Protocol):
     """Bytes that are read when they are wanted, by a thread."""
 
@@ -38,10 +41,10 @@ class Body(Protocol):
     def size(self) -> int | None:
         """How many they are, None as long as that is not known."""
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
+    def read(self, start: int, stop: int | None) -> Generator["Chunk"]:
         """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet.
 
-        An open slice is read to its end before the generator goes on.
+        An open slice is read to its end, and a future waited for, before the generator goes on.
         """
 
 
@@ -164,13 +167,13 @@ class _ReadAhead:
     Of open files, what is in the page cache is read at once: in less time than it takes to wake a thread.
     """
 
-    def __init__(self, chunks: Generator[bytes | OpenSlice | None], readers: Executor) -> None:
+    def __init__(self, chunks: Generator[Chunk], readers: Executor) -> None:
         self._chunks = chunks
         self._readers = readers
         self._slice: OpenSlice | None = None
         self._reading: Future[Any] = self._submit()
 
-    def _submit(self) -> "Future[bytes | OpenSlice | None]":
+    def _submit(self) -> "Future[Chunk]":
         return self._readers.submit(next, self._chunks, b"")
 
     async def next(self) -> bytes | bytearray:
@@ -182,9 +185,14 @@ class _ReadAhead:
                     return data
                 self._slice = None
                 self._reading = self._submit()
-            chunk: bytes | OpenSlice | None = await asyncio.wrap_future(self._reading)
+            chunk: Chunk = await asyncio.wrap_future(self._reading)
             if isinstance(chunk, OpenSlice):
                 self._slice = chunk
+            elif isinstance(chunk, Future):
+                data = await asyncio.wrap_future(chunk)
+                self._reading = self._submit()
+                if data:
+                    return data
             elif chunk is None:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _LONGEST_WAIT)

@@ -29,10 +29,10 @@ def or_upstream(local: Handler) -> Handler:
     return get
 
 
-async def get(cache: Cache, request: Request, upstream: str, name: str) -> Representation:
+async def get(cache: Cache, request: Request, name: str) -> Representation:
     if cache.upstreams is None:
         raise NotFound
-    return await cache.upstreams.nar_get(request, upstream, name)
+    return await cache.upstreams.nars.get(request, name)
 
 
 async def start(cache: Cache) -> None:

@@ -1,14 +1,11 @@
-"""The resources as other caches have them.
+"""What the resources answer where the store has nothing: what other caches say.
 
-A NAR's URL tells its upstream, its path, its hashes and its compression, and no place on the upstream: where it is, the
-upstream's narinfo tells, as often as need be. So nobody can have us fetch anything else, and the URL stays true as long
-as the upstream has the path, or we have its NAR.
+Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Generator
 from urllib.parse import quote, unquote_to_bytes, urljoin
 
 import aiohttp
@@ -17,32 +14,25 @@ from sanic.exceptions import NotFound
 
 from harmonia import credentials
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix import base32
 from harmonia.nix.narinfo import NarFile, signatures
-from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
+from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server import narinfo
-from harmonia.server.body import IMMUTABLE, Body, Open, Representation, exhaust
+from harmonia.server.body import IMMUTABLE, Body, Representation
 from harmonia.server.cache import Cache
-from harmonia.upstream.client import ASKED, HOPS, Client
-from harmonia.upstream.fetch import Fetches, Kept, Passed, ranged
-from harmonia.upstream.question import POSITIVE_TTL, Found, Hops, Upstreams
+from harmonia.server.upstream_nars import Nars, Unread, hops_of, is_debug_nar, whole_if_need_be
+from harmonia.upstream.client import Client, Part
+from harmonia.upstream.passed import Passed
+from harmonia.upstream.question import POSITIVE_TTL, Found, Upstreams
 
-_DIGIT = f"[{base32.ALPHABET}]"
-_NAR = re.compile(
-    rf"(?P<hash_part>{_DIGIT}{{32}})-(?P<nar_hash>{_DIGIT}{{52}})(?:-{_DIGIT}{{52}})?\.nar\.(?P<compression>[a-z0-9]+)"
-)
-_DEBUG_NAR = re.compile(rf"(?:upstream/{_DIGIT}{{16}}/|nar/)(?!\.)[0-9A-Za-z._+-]{{1,255}}")
-"""What a debuginfo file may lead to: it tells no hash part, but only a place."""
 _REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
 _OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")
 _BUILD_ID = re.compile(r"[0-9a-f]{40}")
-_NAR_TYPE = "application/x-nix-nar"
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
 
 
 class Answers:
-    """What the resources answer where the store has nothing. To be made on the event loop that serves."""
+    """To be made on the event loop that serves."""
 
     def __init__(self, cache: Cache) -> None:
         settings = cache.settings
@@ -58,12 +48,12 @@ class Answers:
             )
             for number, each in enumerate(settings.upstream)
         ]
-        self._fetches = Fetches(cache.compressor.cache)
         self._upstreams = Upstreams(clients, cache.identity, settings.virtual_nix_store, settings.upstream_timeout)
         self._upstreams.start()
+        self.nars = Nars(cache, self._upstreams, clients)
 
     async def close(self) -> None:
-        await self._fetches.close()
+        await self.nars.close()
         await self._upstreams.close()
 
     def state(self) -> str:
@@ -78,70 +68,11 @@ class Answers:
     async def narinfo_get(self, request: Request, hash_part: str) -> Representation:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
-        url = found.url if settings.mode == "redirect" else f"upstream/{found.client.id}/{found.name}"
+        url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
         nar = NarFile(url, found.nar.compression, found.nar.file_hash, found.nar.file_size)
         keys = self._cache.keys if settings.sign and found.verified else ()
         sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
         return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
-
-    async def nar_get(self, request: Request, upstream: str, name: str) -> Representation:
-        client = self._upstreams.by_id.get(upstream)
-        hops = _hops(request)
-        if client is None or self._upstreams.closed_to(hops):
-            raise NotFound
-        match = _NAR.fullmatch(name)
-        if match is None:
-            return self._debug_nar(client, name, hops)
-        key = _key(client, name)
-        if file := await self._fetches.find(key):
-            return _nar(key, Kept(file, None, None, None))
-        headers = hops.headers(self._upstreams.identity, [client])
-        found = await self._upstreams.find_at(client, match["hash_part"], hops)
-        wanted = match["nar_hash"], match["compression"]
-        if found is None or (base32.encode(found.info.nar_hash), found.nar.compression) != wanted:
-            raise NotFound
-        key = _key(client, found.name)  # it may have been compressed anew, into another file
-
-        async def open_nar(request: Request) -> Body:
-            if request.method == "HEAD":
-                return _Unread(await self._nar_size(found, headers))
-            try:
-                body = await self._fetches.open(key, found, headers)
-            except UpstreamError:
-                self._upstreams.forget(found)
-                raise
-            return await self._sized(body, request)
-
-        return _nar(key, open_nar)
-
-    def _debug_nar(self, client: Client, name: str, hops: Hops) -> Representation:
-        if not _DEBUG_NAR.fullmatch(name):
-            raise NotFound
-        url = f"{client.base}/{name}"
-        headers = hops.headers(self._upstreams.identity, [client])
-
-        async def ask(start: int, stop: int | None) -> aiohttp.ClientResponse:
-            return _there(await client.nar(url, ranged(headers, start, stop)))
-
-        async def open_nar(request: Request) -> Body:
-            if request.method == "HEAD":
-                async with _there(await client.nar(url, headers, "HEAD")) as response:
-                    return _Unread(response.content_length)
-            return await self._sized(await Passed(client, ask).begin(), request)
-
-        return Representation(content_type=_NAR_TYPE, body=open_nar, cache_control="no-cache")
-
-    async def _nar_size(self, found: Found, headers: dict[str, str]) -> int | None:
-        if found.nar.file_size is not None:
-            return found.nar.file_size
-        async with _there(await found.client.nar(found.url, headers, "HEAD")) as response:
-            return response.content_length
-
-    async def _sized(self, body: Kept | Passed, request: Request) -> Body:
-        """The body, whole where the request cannot do without its length."""
-        if body.size is None and ("range" in request.headers or request.version == "1.0"):
-            await exhaust(body, self._cache.readers)
-        return body
 
     async def listing_get(self, request: Request, hash_part: str) -> Representation:
         return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
@@ -152,7 +83,7 @@ class Answers:
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:
-                found = await self._upstreams.find(path.hash_part, _hops(request))
+                found = await self._upstreams.find(path.hash_part, hops_of(request))
                 deriver = found.info.deriver if found and found.info.path == path else None
                 path = deriver or StorePath(f"{path}.drv")
         except FormatError:
@@ -186,7 +117,7 @@ class Answers:
                     raise UpstreamError(f"{client.base}/{path} is no realisation") from None
             return text
 
-        text = await self._upstreams.get(ask, _hops(request))
+        text = await self._upstreams.get(ask, hops_of(request))
         if text is None:
             raise NotFound
         return self._small("application/json", text)
@@ -208,18 +139,18 @@ class Answers:
                 raise UpstreamError(f"{client.base}/{path} is no debuginfo") from None
             if client.settings.mode == "proxy":
                 relative = archive.removeprefix(f"{client.base}/")
-                if not _DEBUG_NAR.fullmatch(relative):
+                if not is_debug_nar(relative):
                     return None
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
-        text = await self._upstreams.get(ask, _hops(request))
+        text = await self._upstreams.get(ask, hops_of(request))
         if text is None:
             raise NotFound
         return self._small("application/json", text)
 
     async def _find(self, request: Request, hash_part: str) -> Found:
-        found = await self._upstreams.find(hash_part, _hops(request))
+        found = await self._upstreams.find(hash_part, hops_of(request))
         if found is None:
             raise NotFound
         return found
@@ -236,21 +167,21 @@ class Answers:
             response = await client.ask(path, asked, method)
             return None if response is None else (client, asked, response)
 
-        answer = await self._upstreams.get(ask, _hops(request), lambda answer: answer[2].close())
+        answer = await self._upstreams.get(ask, hops_of(request), lambda answer: answer[2].close())
         if answer is None:
             raise NotFound
         client, asked, response = answer
         encoding = response.headers.get("Content-Encoding", "").lower()
         encoded = {} if encoding in {"", "identity", "none"} else {"content-encoding": encoding}
         if method == "HEAD":
-            body: Body = _Unread(response.content_length)
+            body: Body = Unread(response.content_length)
             response.close()
         else:
 
-            async def again(start: int, stop: int | None) -> aiohttp.ClientResponse:
-                return _there(await client.ask(path, ranged(asked, start, stop)))
+            async def again(part: Part) -> aiohttp.ClientResponse:
+                return _there(await client.ask(path, asked, method, part))
 
-            body = await self._sized(Passed(client, again, response.content_length, response=response), request)
+            body = await whole_if_need_be(Passed(client, again, response), request, self._cache.readers)
         return Representation(
             content_type=content_type, body=body, cache_control=cache_control, headers={**(headers or {}), **encoded}
         )
@@ -264,30 +195,7 @@ class Answers:
         )
 
 
-def _hops(request: Request) -> Hops:
-    return Hops.parse(*(",".join(request.headers.getall(name, [])) for name in (HOPS, ASKED)))
-
-
 def _there(response: aiohttp.ClientResponse | None) -> aiohttp.ClientResponse:
     if response is None:
         raise NotFound
     return response
-
-
-def _key(client: Client, name: str) -> str:
-    """What a NAR is kept by. Paths of the same content have one in common."""
-    return f"{client.id}-{name[HASH_PART_LENGTH + 1 :]}"
-
-
-def _nar(key: str, body: Body | Open) -> Representation:
-    return Representation(content_type=_NAR_TYPE, body=body, cache_control=IMMUTABLE, etag=f'"{key}"')
-
-
-class _Unread:
-    """What HEAD wants to know of a body."""
-
-    def __init__(self, size: int | None) -> None:
-        self.size = size
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        raise NotImplementedError

@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import logging
+import re
 import ssl
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -20,20 +22,24 @@ from harmonia.nix.signing import PublicKey
 from harmonia.settings import Upstream
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import unpack
-
-HOPS, ASKED, IDENTITY = "Harmonia-Hops", "Harmonia-Asked", "Harmonia-Id"
+from harmonia.upstream.hops import HOPS, IDENTITY
 
 _CONNECTIONS = 25  # for questions, as many as Nix itself has; a NAR has one of its own, and no question waits behind it
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
-_MISSING = {403, 404, 410}  # 403 is what S3 says of what is not there
+_MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/(?:[0-9]+|\*)", re.ASCII)
 _SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
 _BUFFER = 256 * 1024  # bytes of a body that wait to be taken
 
 _log = logging.getLogger("harmonia")
 
-Timeouts = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
+Failures = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 """What aiohttp raises where an upstream does not do as it should."""
+
+Part = tuple[int, int | None]
+"""The bytes from one position to another, or to the end."""
+WHOLE: Part = (0, None)
 
 
 class Client:
@@ -61,6 +67,7 @@ class Client:
         self._store_dir = store_dir
         self._authorization = authorization
         self._patience = patience
+        self._why = ""
         self._said: str | None = None
         self._questions, self._nars = (
             aiohttp.ClientSession(
@@ -79,63 +86,81 @@ class Client:
         await self._questions.close()
         await self._nars.close()
 
-    async def ask(self, path: str, headers: Mapping[str, str], method: str = "GET") -> aiohttp.ClientResponse | None:
-        """The answer to a question, to be released; None where it has none.
+    async def ask(
+        self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
+    ) -> aiohttp.ClientResponse | None:
+        """The answer to a question, to be released; None where it has none. It may have all where a part was wanted.
 
         UpstreamError where it fails, or is known to.
         """
-        if not await self.breaker.usable():
-            raise UpstreamError(f"{self.base} is down")
-        loop = asyncio.get_running_loop()
-        late = loop.call_later(self._patience, self.breaker.failed)
-        try:
-            async with asyncio.timeout(self.settings.timeout):
-                return await self._open(self._questions, method, f"{self.base}/{path}", headers)
-        except TimeoutError:
-            self._failed()
-            raise UpstreamError(f"{self.base} does not answer") from None
-        finally:
-            late.cancel()
+        async with self._in_time():
+            return await self._open(self._questions, method, f"{self.base}/{path}", headers, part)
 
     async def ask_small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
         """Likewise, the whole body of a small answer, unpacked."""
-        response = await self.ask(path, headers)
-        if response is None:
-            return None
-        async with response:
-            return await self.small(response)
+        async with self._in_time():
+            return await self._small(path, headers)
 
-    async def small(self, response: aiohttp.ClientResponse) -> bytes:
-        """The body of an answer that is small, unpacked."""
-        body = bytearray()
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncGenerator[None]:
+        """For a question. Who answers late has failed, although the answer is still taken."""
+        if not await self.breaker.usable():
+            raise self._error("it is down")
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(self._patience, self._failed, "it answers late")
         try:
             async with asyncio.timeout(self.settings.timeout):
-                async for data in response.content.iter_any():
-                    body += data
-                    if len(body) > _SMALL:
-                        raise UpstreamError(f"{self.base} says too much")
-        except Timeouts as error:
-            self._failed()
-            raise UpstreamError(f"{self.base}: {_phrase(error)}") from None
+                yield
+            if loop.time() < late.when():
+                self.breaker.succeeded()
+        except TimeoutError:
+            if loop.time() < late.when():
+                self._failed("it does not answer")
+            raise self._error("it does not answer") from None
+        finally:
+            late.cancel()
+
+    async def _small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
+        response = await self._open(self._questions, "GET", f"{self.base}/{path}", headers)
+        if response is None:
+            return None
+        body = bytearray()
+        async with response:
+            while data := await self.read(response, _SMALL):
+                body += data
+                if len(body) > _SMALL:
+                    raise self._error("it says too much")
         try:
             return unpack(bytes(body), response.headers.get("Content-Encoding", "").lower(), _SMALL)
         except UpstreamError as error:
-            raise UpstreamError(f"{self.base}: {error}") from None
+            raise self._error(str(error)) from None
 
-    async def nar(self, url: str, headers: Mapping[str, str], method: str = "GET") -> aiohttp.ClientResponse | None:
-        """The answer to a request for a NAR, likewise. It may be somewhere else."""
+    async def nar(
+        self, url: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
+    ) -> aiohttp.ClientResponse:
+        """The answer to a request for a NAR, likewise. It may be somewhere else. UpstreamError also where it is not."""
         if not await self.breaker.usable():
-            raise UpstreamError(f"{self.base} is down")
-        return await self._open(self._nars, method, url, headers, anywhere=True)
+            raise self._error("it is down")
+        response = await self._open(self._nars, method, url, headers, part, anywhere=True)
+        if response is None:
+            raise self._error(f"{url} is not there")
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            response.close()
+            raise self._error(f"{url} comes encoded, though nobody asked for that")
+        self.breaker.succeeded()
+        return response
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
-        """The next bytes of an answer, none at its end. One of `Timeouts` where they do not come.
+        """The next bytes of an answer, none at its end. UpstreamError where they do not come.
 
         The time is taken here: aiohttp's `sock_read` begins anew when the rest of a body is read that had come before,
         and then strikes the connection while nobody asks anything, and with it the next question.
         """
-        async with asyncio.timeout(self.settings.timeout):
-            return await response.content.read(most)
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                return await response.content.read(most)
+        except Failures as error:
+            raise self._failed(_phrase(error)) from None
 
     def nar_url(self, relative: str) -> str:
         """Where a narinfo's URL leads. FormatError where it may not lead there.
@@ -161,9 +186,12 @@ class Client:
         method: str,
         url: str,
         headers: Mapping[str, str],
+        part: Part = WHOLE,
         *,
         anywhere: bool = False,
     ) -> aiohttp.ClientResponse | None:
+        start, stop = part
+        ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         for _ in range(_REDIRECTS + 1):
             here = self._is_here(url)
             # What is ours to know goes nowhere else: who redirects us may name any host.
@@ -173,27 +201,23 @@ class Client:
             try:
                 async with asyncio.timeout(self.settings.connect_timeout + self.settings.timeout):
                     response = await session.request(
-                        method, URL(url, encoded=True), headers=sent, allow_redirects=False
+                        method, URL(url, encoded=True), headers=sent | ranged, allow_redirects=False
                     )
-            except Timeouts as error:
-                self._failed()
-                raise UpstreamError(f"{self.base}: {_phrase(error)}") from None
-            status = response.status
+            except Failures as error:
+                raise self._failed(_phrase(error)) from None
             if here:
                 self.identity = response.headers.get(IDENTITY, self.identity)
-            if status in {200, 206}:
-                self.breaker.succeeded()
+            if _has_it(response, start, ranged=bool(ranged)):
                 return response
             response.close()
+            status = response.status
             if status in _REDIRECT and (location := response.headers.get("Location")):
                 url = self._redirected(url, location, anywhere=anywhere)
-                continue
-            if status in _MISSING or status == 416:  # noqa: PLR2004 (a range that is not there)
-                self.breaker.succeeded()
+            elif status in _MISSING:
                 return None
-            self._failed(_retry_after(response))
-            raise UpstreamError(f"{self.base} answers with status {status}")
-        raise UpstreamError(f"{self.base} redirects without end")
+            else:
+                raise self._failed(f"it answers with status {status}", _retry_after(response))
+        raise self._error("it redirects without end")
 
     def _redirected(self, url: str, location: str, *, anywhere: bool) -> str:
         with suppress(ValueError):
@@ -201,7 +225,7 @@ class Client:
             downgrade = url.startswith("https:") and not target.startswith("https:")
             if target.startswith(("http:", "https:")) and not downgrade and (anywhere or self._is_here(target)):
                 return target
-        raise UpstreamError(f"{self.base} redirects to where we do not follow")
+        raise self._error("it redirects to where we do not follow")
 
     def _is_here(self, url: str) -> bool:
         with suppress(ValueError):
@@ -209,16 +233,24 @@ class Client:
             return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
         return False
 
-    def _failed(self, retry_after: float = 0) -> None:
+    def _failed(self, why: str, retry_after: float = 0) -> UpstreamError:
+        """Likewise, where the upstream is to blame: take that down."""
         self.counters.add("failures")
+        error = self._error(why)
         self.breaker.failed(retry_after)
+        return error
+
+    def _error(self, why: str) -> UpstreamError:
+        """What to raise."""
+        self._why = why
+        return UpstreamError(f"{self.base}: {why}")
 
     def _changed(self, closed: bool) -> None:  # noqa: FBT001 (a callback)
         self.counters.set_up(closed)
         if closed:
             self._say("is used", logging.INFO)
         else:
-            self._say("fails and is left alone until it answers again")
+            self._say(f"is left alone until it answers again: {self._why}")
 
     def _say(self, what: str, level: int = logging.WARNING) -> None:
         if what != self._said:
@@ -227,17 +259,14 @@ class Client:
 
     async def _probe(self) -> bool:
         """Whether it is a cache of our store, and answers."""
-        url = f"{self.base}/nix-cache-info"
         try:
             async with asyncio.timeout(self.settings.timeout):
-                response = await self._open(self._questions, "GET", url, {HOPS: ""})
-                if response is None:
-                    self._say("has no nix-cache-info: is its URL right?")
-                    return False
-                async with response:
-                    text = await self.small(response)
+                text = await self._small("nix-cache-info", {HOPS: ""})
         except (UpstreamError, TimeoutError) as error:
-            self._say(f"cannot be used: {error or 'it does not answer'}")
+            self._say(f"cannot be used: {'it does not answer' if isinstance(error, TimeoutError) else self._why}")
+            return False
+        if text is None:
+            self._say("has no nix-cache-info: is its URL right?")
             return False
         lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
         fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
@@ -245,6 +274,14 @@ class Client:
             self._say(f"cannot be used: it is for the store {fields['StoreDir']!r}")
             return False
         return True
+
+
+def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:
+    """Whether it is an answer with what was asked for: all, or the part that begins at `start`."""
+    if response.status == HTTPStatus.PARTIAL_CONTENT and ranged:
+        told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        return told is not None and int(told[1]) == start
+    return response.status == HTTPStatus.OK
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float:
@@ -256,6 +293,8 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
 def _phrase(error: BaseException) -> str:
     kinds: dict[Any, str] = {
         TimeoutError: "it does not answer in time",
+        aiohttp.ClientConnectorCertificateError: "nobody we trust vouches for its certificate",
+        aiohttp.ClientConnectorDNSError: "its name is not known",
         aiohttp.ClientConnectorError: "no connection",
         aiohttp.ClientPayloadError: "its answer breaks off",
     }

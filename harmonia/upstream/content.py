@@ -4,7 +4,7 @@ import bz2
 import hashlib
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import zstandard
@@ -15,7 +15,7 @@ from harmonia.nix.path_info import PathInfo
 
 _PIECE = 1 << 20  # bytes that are unpacked at once: a small file may hold a huge one
 _ZSTD_INPUT = 1024  # likewise: a block of 128 KiB may come out of each four bytes
-_MEMORY = 256 << 20  # bytes that the window of an xz or zstd file may take
+_MEMORY = 128 << 20  # bytes that the window of an xz or zstd file may take: the most that libzstd takes for Nix
 
 
 class _Unpacker(Protocol):
@@ -37,7 +37,6 @@ class _Stepwise:
     def __init__(self, make: Callable[[], lzma.LZMADecompressor | bz2.BZ2Decompressor]) -> None:
         self._make = make
         self._stream = make()
-        self._begun = False
 
     def unpack(self, data: bytes) -> Iterator[bytes]:
         while data:
@@ -99,44 +98,35 @@ _UNPACKERS: dict[str, Callable[[], _Unpacker]] = {
 }
 
 
-class Check:
-    """Looks at a download piece by piece. UpstreamError as soon as it cannot be what it should."""
+def conclusive(nar: NarFile) -> bool:
+    """Whether it can be told what is right. Without a FileHash, we have to be able to unpack."""
+    return nar.file_hash is not None or nar.compression in _UNPACKERS
 
-    def __init__(self, info: PathInfo, nar: NarFile) -> None:
-        self._info = info
-        self._nar = nar
-        self._file = hashlib.sha256() if nar.file_hash is not None else None
-        self._content = hashlib.sha256()
-        self._size = 0
-        make = _UNPACKERS.get(nar.compression)
-        self._unpacker = make() if make else None
 
-    @property
-    def conclusive(self) -> bool:
-        """Whether it can tell. Without a FileHash, it has to be able to unpack."""
-        return self._file is not None or self._unpacker is not None
+def check_file(info: PathInfo, nar: NarFile, sha256: bytes, size: int) -> None:
+    """Look at the hash and the size of a file. UpstreamError where they are not as the narinfo says."""
+    if nar.file_hash not in {None, sha256}:
+        raise UpstreamError("it has another FileHash")
+    if nar.compression == "none" and (sha256, size) != (info.nar_hash, info.nar_size):
+        raise UpstreamError("it has another NarHash")
 
-    def feed(self, data: bytes) -> None:
-        if self._file is not None:
-            self._file.update(data)
-        if self._unpacker is None:
-            return
-        try:
-            for piece in self._unpacker.unpack(data):
-                self._content.update(piece)
-                self._size += len(piece)
-                if self._size > self._info.nar_size:
-                    raise UpstreamError("it unpacks to more than its NarSize")
-        except (lzma.LZMAError, OSError, EOFError, zlib.error, zstandard.ZstdError):
-            raise UpstreamError(f"it is no {self._nar.compression}") from None
 
-    def finish(self) -> None:
-        if self._file is not None and self._file.digest() != self._nar.file_hash:
-            raise UpstreamError("it has another FileHash")
-        if self._unpacker is not None:
-            size, whole = self._size == self._info.nar_size, self._unpacker.whole
-            if not (size and whole and self._content.digest() == self._info.nar_hash):
-                raise UpstreamError("it has another NarHash")
+def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes]) -> None:
+    """Unpack a file, if we can. UpstreamError where its content is not as the narinfo says."""
+    make = _UNPACKERS.get(nar.compression)
+    if make is None:
+        return
+    unpacker = make()
+    sha256 = hashlib.sha256()
+    size = 0
+    for data in file:
+        for piece in _unpacked(unpacker, data, nar.compression):
+            sha256.update(piece)
+            size += len(piece)
+            if size > info.nar_size:
+                raise UpstreamError("it unpacks to more than its NarSize")
+    if not unpacker.whole or (sha256.digest(), size) != (info.nar_hash, info.nar_size):
+        raise UpstreamError("it has another NarHash")
 
 
 def unpack(data: bytes, encoding: str, limit: int) -> bytes:
@@ -146,13 +136,17 @@ def unpack(data: bytes, encoding: str, limit: int) -> bytes:
         raise UpstreamError(f"its Content-Encoding {encoding!r} is unknown")
     unpacker = make()
     unpacked = bytearray()
-    try:
-        for piece in unpacker.unpack(data):
-            unpacked += piece
-            if len(unpacked) > limit:
-                raise UpstreamError("it is too large")
-    except (lzma.LZMAError, OSError, EOFError, zlib.error, zstandard.ZstdError):
-        raise UpstreamError(f"it is no {encoding}") from None
+    for piece in _unpacked(unpacker, data, encoding):
+        unpacked += piece
+        if len(unpacked) > limit:
+            raise UpstreamError("it is too large")
     if not unpacker.whole:
         raise UpstreamError("it is cut short")
     return bytes(unpacked)
+
+
+def _unpacked(unpacker: _Unpacker, data: bytes, compression: str) -> Iterator[bytes]:
+    try:
+        yield from unpacker.unpack(data)
+    except (lzma.LZMAError, OSError, EOFError, zlib.error, zstandard.ZstdError):
+        raise UpstreamError(f"it is no {compression}") from None

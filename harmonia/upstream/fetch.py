@@ -1,33 +1,34 @@
 """NARs of upstreams: written to the cache as they come, once however many want them, and read from there.
 
-What was written becomes whole only when it has proved to be what the narinfo said. Until then its last bytes are held
-back (nar_cache.py), so that nobody ever gets a complete body that is wrong. Where the cache cannot take one, it is
-passed on as it comes, no faster than it is taken, and likewise.
+A NAR becomes whole, for those who read it already, when its file has proved to be what its narinfo said, and it is kept
+for others when its content has, too. Until then its last bytes are held back (nar_cache.py), so that nobody ever gets a
+complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
 """
 
 import asyncio
 import errno
 import logging
 import os
-import re
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import aiohttp
 
 from harmonia.errors import StoreObjectError, UpstreamError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
 from harmonia.nix.nar import OpenSlice
-from harmonia.upstream.client import Client, Timeouts
-from harmonia.upstream.content import Check
+from harmonia.upstream import content
+from harmonia.upstream.client import WHOLE
+from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Found
+from harmonia.zstd import step_back
 
 _PIECE = 256 * 1024  # bytes that are taken at once
+_WRITERS = 4  # threads
 _RESUMES = 5  # in a row that bring nothing
 _RESUME_DELAY = 0.1  # seconds; it doubles with each of them
-_RANGE = re.compile(r"bytes ([0-9]+)-([0-9]+)/([0-9]+|\*)", re.ASCII)
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -35,101 +36,19 @@ _P = ParamSpec("_P")
 _log = logging.getLogger("harmonia")
 
 
-class Passed:
-    """An upstream's answer, as it comes. A NAR is checked, and its end held back until it has proved right."""
-
-    def __init__(
-        self,
-        client: Client,
-        request: Callable[[int, int | None], Coroutine[Any, Any, aiohttp.ClientResponse]],
-        size: int | None = None,
-        check: Callable[[], Check | None] = lambda: None,
-        response: aiohttp.ClientResponse | None = None,
-    ) -> None:
-        """`request` asks for the bytes from one position to another, or to the end. The answer may have all of them.
-
-        `response` is one to a request for all, where that was made already.
-        """
-        self.size = size
-        self._loop = asyncio.get_running_loop()
-        self._client = client
-        self._request = request
-        self._check = check
-        self._response = response
-
-    async def begin(self) -> Self:
-        """Ask for the whole now. UpstreamError where there is none."""
-        self._response = await self._request(0, None)
-        self.size = self._response.content_length
-        return self
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        check = self._check() if start == 0 and stop in {None, self.size} else None
-        left = None if stop is None else stop - start
-        held = b""
-        try:
-            yield from self._wait(self._open(start, stop))
-            while data := (yield from self._wait(self._next(left))):
-                left = None if left is None else left - len(data)
-                if check is None:
-                    yield data
-                    continue
-                check.feed(data)
-                if held:
-                    yield held
-                held = data
-            if check is not None:
-                check.finish()
-            if held:
-                yield held
-        finally:
-            self._close()
-
-    def _wait(self, coroutine: Coroutine[Any, Any, _T]) -> Generator[None, None, _T]:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            while not future.done():
-                yield None
-        finally:
-            future.cancel()
-        return future.result()
-
-    async def _open(self, start: int, stop: int | None) -> None:
-        if start or stop not in {None, self.size} or self._response is None:
-            if self._response is not None:
-                self._response.close()
-            self._response = await self._request(start, stop)
-        if self._response.status == HTTPStatus.OK:
-            while start and (data := await self._next(start)):
-                start -= len(data)
-
-    async def _next(self, most: int | None) -> bytes:
-        assert self._response is not None  # noqa: S101 (it was opened)
-        try:
-            return await self._client.read(self._response, _PIECE if most is None else min(_PIECE, most))
-        except Timeouts:
-            raise UpstreamError("the upstream's answer breaks off") from None
-
-    def _close(self) -> None:
-        response, self._response = self._response, None
-        if response is not None:
-            with suppress(RuntimeError):  # the loop is closed, and with it the session
-                self._loop.call_soon_threadsafe(response.close)
-
-    __del__ = _close  # of one that nobody came to read
-
-
 class Kept:
     """A NAR in the cache, whole or growing. Where it stops to grow, the rest is passed on."""
 
-    def __init__(self, file: CachedFile, fetch: "Fetch | None", size: int | None, rest: Passed | None) -> None:
+    def __init__(
+        self, file: CachedFile, size: int | None = None, fetch: "Fetch | None" = None, rest: Passed | None = None
+    ) -> None:
         """`rest` may be None where the file is whole."""
+        self.size = file.size if file.whole else size
         self._file = file
         self._fetch = fetch
         self._rest = rest
-        self.size = file.size if file.whole else size
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes] | None]:
         position = yield from self._file.follow(start, stop)
         if self._file.whole:
             self.size = self._file.size
@@ -143,12 +62,15 @@ class Kept:
             raise StoreObjectError("what the upstream sent is wrong")
         if self._rest is not None:
             yield from self._rest.read(position, stop)
+            self.size = self._rest.size
 
 
 class Fetch:
     """A NAR on its way into the cache."""
 
-    def __init__(self, found: Found, headers: Mapping[str, str], filler: Filler, limit: int) -> None:
+    def __init__(
+        self, found: Found, headers: Mapping[str, str], filler: Filler, limit: int, threads: "_Threads"
+    ) -> None:
         self.size = found.nar.file_size
         """None until it is known."""
         self.error: UpstreamError | None = None
@@ -158,50 +80,70 @@ class Fetch:
         self._headers = headers
         self._filler = filler
         self._limit = limit
-        self._check = Check(found.info, found.nar)
-        self._position = 0
+        self._threads = threads
+        self._given_up = False
 
     async def run(self) -> None:
+        write = self._threads.write
         try:
             await self._transfer()
-            await _blocking(self._check.finish)
-            await _blocking(self._filler.commit)
+            await self._check()
+            await write(self._filler.commit)
         except UpstreamError as error:
             self.error = error
             _log.error("%s: %s", self._found.url, error)
-            await _blocking(self._filler.withdraw)
+            await write(self._filler.withdraw)
         except OSError:  # of which the cache has told, unless it is only too large
-            await _blocking(self._filler.abandon)
+            await write(self._filler.abandon)
         except BaseException:
             self._filler.abandon()
             raise
         finally:
             self.started.set()
 
+    async def _check(self) -> None:
+        """See that all is as the narinfo says. What takes long is done after the first clients have it."""
+        info, nar, filler = self._found.info, self._found.nar, self._filler
+        content.check_file(info, nar, filler.sha256, filler.size)
+        if nar.compression == "none":
+            return
+        if nar.file_hash is not None:
+            await self._threads.write(filler.finish)
+        await self._threads.unpack(content.check_content, info, nar, self._written())
+
+    def give_up(self) -> None:
+        """Keep nobody waiting: the task is about to be cancelled."""
+        self._given_up = True
+
+    def _written(self) -> Iterator[bytes]:
+        position = 0
+        while not self._given_up and (data := self._filler.read(position, _PIECE)):
+            position += len(data)
+            yield data
+
     async def _transfer(self) -> None:
-        counters = self._found.client.counters
-        counters.add("fetches")
+        self._found.client.counters.add("fetches")
         response: aiohttp.ClientResponse | None
-        response = first = await request(self._found, self._headers, 0, None)
+        response = first = await self._found.ask(self._headers, WHOLE)
         try:
             self._begin(first.content_length)
-        except Exception:
+        except BaseException:
             first.close()
             raise
+        self.started.set()
         resumable = first.headers.get("Accept-Ranges", "").lower() == "bytes"
         etag = first.headers.get("ETag", "")
         headers = dict(self._headers) | ({"If-Range": etag} if etag.startswith('"') else {})
-        self.started.set()
         failures = 0
         while True:
-            before = self._position
+            before = self._filler.size
             try:
                 await self._take_all(response or await self._resume(headers))
-            except _BrokenError as error:
+            except UpstreamError as error:
                 response = None
-                failures = 1 if self._position > before else failures + 1
-                if not resumable or failures > _RESUMES:
-                    raise UpstreamError(str(error)) from None
+                failures = 1 if self._filler.size > before else failures + 1
+                if not resumable or isinstance(error, _WrongError) or failures > _RESUMES:
+                    raise
                 await asyncio.sleep(_RESUME_DELAY * 2 ** (failures - 1))
             else:
                 return
@@ -209,51 +151,36 @@ class Fetch:
     def _begin(self, length: int | None) -> None:
         """What the upstream says of its length has to be what its narinfo says."""
         if self.size is not None and length not in {None, self.size}:
-            raise UpstreamError(f"it has {length} bytes where its FileSize is {self.size}")
+            raise _WrongError(f"it has {length} bytes where its FileSize is {self.size}")
         self.size = length if length is not None else self.size
         self._measure(self.size or 0)
 
     async def _resume(self, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        try:
-            response = await request(self._found, headers, self._position, None)
-        except UpstreamError as error:
-            raise _BrokenError(str(error)) from None
-        part = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if part is None or int(part[1]) != self._position or part[3] not in {"*", str(self.size)}:
+        response = await self._found.ask(headers, (self._filler.size, None))
+        if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
             response.close()
-            raise UpstreamError("it does not go on where it broke off")
+            raise _WrongError("it does not go on where it broke off")
         return response
 
     async def _take_all(self, response: aiohttp.ClientResponse) -> None:
         async with response:
-            while True:
-                try:
-                    data = await self._found.client.read(response, _PIECE)
-                except Timeouts:
-                    self._found.client.breaker.failed()
-                    raise _BrokenError("its answer breaks off") from None
-                if not data:
-                    break
-                await _blocking(self._take, data)
-        if self.size is not None and self._position < self.size:
-            raise _BrokenError("its answer breaks off")
+            while data := await self._found.client.read(response, _PIECE):
+                size = self._filler.size + len(data)
+                if self.size is not None and size > self.size:
+                    raise _WrongError("it is longer than was said")
+                self._measure(size)
+                await self._threads.write(self._filler.append, data)
+                self._found.client.counters.add("fetched_bytes", len(data))
+        if self.size is not None and self._filler.size < self.size:
+            raise UpstreamError("its answer breaks off")
 
     def _measure(self, size: int) -> None:
         if size > self._limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-    def _take(self, data: bytes) -> None:
-        self._position += len(data)
-        if self.size is not None and self._position > self.size:
-            raise UpstreamError("it is longer than was said")
-        self._measure(self._position)
-        self._check.feed(data)
-        self._filler.append(data)
-        self._found.client.counters.add("fetched_bytes", len(data))
 
-
-class _BrokenError(UpstreamError):
-    """A transfer that may be resumed."""
+class _WrongError(UpstreamError):
+    """What no second try would mend."""
 
 
 class Fetches:
@@ -264,41 +191,45 @@ class Fetches:
         self._running: dict[str, Fetch] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._opening = asyncio.Lock()
+        self._threads = _Threads()
 
     async def close(self) -> None:
+        for fetch in self._running.values():
+            fetch.give_up()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def find(self, key: str) -> CachedFile | None:
+    async def find(self, key: str) -> Kept | None:
         """The NAR of that key, whole, if it is in the cache."""
-        cache = self._cache
-        return None if cache is None else await _blocking(cache.use, key)
+        file = None if self._cache is None else await self._threads.write(self._cache.use, key)
+        return None if file is None else Kept(file)
 
-    async def open(self, key: str, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
-        """The NAR of that key: from the cache, or as it comes. UpstreamError where it does not."""
+    async def open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
+        """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
         # A client that goes away must not leave behind a file that nobody fills.
-        return await asyncio.shield(self._task(self._open(key, found, headers)))
+        return await asyncio.shield(self._task(self._open(found, headers)))
 
-    async def _open(self, key: str, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
+    async def _open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
         cache = self._cache
-        rest = passed(found, headers)
-        if cache is None or not Check(found.info, found.nar).conclusive or (found.nar.file_size or 0) > cache.limit:
-            return await rest.begin()
-        async with self._opening:
-            opened = await _blocking(cache.open, key)
-            if opened is not None and opened[1] is not None:
-                self._running[key] = Fetch(found, headers, opened[1], cache.limit)
-                self._task(self._running[key].run()).add_done_callback(lambda _: self._running.pop(key))
+        key = found.name.key
+        opened = None
+        if cache is not None and content.conclusive(found.nar) and (found.nar.file_size or 0) <= cache.limit:
+            async with self._opening:
+                opened = await self._threads.write(cache.open, key)
+                if opened is not None and opened[1] is not None:
+                    self._running[key] = Fetch(found, headers, opened[1], cache.limit, self._threads)
+                    self._task(self._running[key].run()).add_done_callback(lambda _: self._running.pop(key))
         if opened is None:
-            return await rest.begin()
-        file, fetch = opened[0], self._running.get(key)
-        if fetch is None:
-            return Kept(file, None, found.nar.file_size, rest)
+            return Passed(found.client, lambda part: found.ask(headers, part), await found.ask(headers, WHOLE))
+        rest = Passed(found.client, lambda part: found.ask(headers, part))
+        fetch = self._running.get(key)
+        if fetch is None:  # another worker fetches it
+            return Kept(opened[0], found.nar.file_size, None, rest)
         await fetch.started.wait()
         if fetch.error is not None:
             raise fetch.error
-        return Kept(file, fetch, fetch.size, rest)
+        return Kept(opened[0], fetch.size, fetch, rest)
 
     def _task(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = asyncio.create_task(coroutine)
@@ -307,37 +238,26 @@ class Fetches:
         return task
 
 
-def passed(found: Found, headers: Mapping[str, str]) -> Passed:
-    """The NAR without the cache."""
-    return Passed(
-        found.client,
-        lambda start, stop: request(found, headers, start, stop),
-        found.nar.file_size,
-        lambda: Check(found.info, found.nar),
-    )
+class _Threads:
+    """Those that write, none for long, and those that unpack, which takes long, and much memory for each NAR."""
+
+    def __init__(self) -> None:
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="fetch")
+        processors = len(os.sched_getaffinity(0))
+        self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
+
+    async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await _finished(self._writers.submit(function, *arguments, **named))
+
+    async def unpack(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await _finished(self._unpackers.submit(function, *arguments, **named))
 
 
-async def request(found: Found, headers: Mapping[str, str], start: int, stop: int | None) -> aiohttp.ClientResponse:
-    """An upstream's answer with a NAR, or a part of it if it can tell parts. UpstreamError where it has none."""
-    response = await found.client.nar(found.url, ranged(headers, start, stop))
-    if response is None:
-        raise UpstreamError(f"{found.url} is not there")
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        response.close()
-        raise UpstreamError(f"{found.url} comes encoded, though nobody asked for that")
-    return response
-
-
-def ranged(headers: Mapping[str, str], start: int, stop: int | None) -> dict[str, str]:
-    part = {} if (start, stop) == (0, None) else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-    return {**headers, **part}
-
-
-async def _blocking(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-    """What `function` gives, which a thread runs to its end, whatever becomes of who waits for it."""
-    future = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
+async def _finished(future: "Future[_T]") -> _T:
+    """What a thread gives, which goes on to its end, whatever becomes of who waits for it."""
+    waiting = asyncio.wrap_future(future)
     try:
-        return await asyncio.shield(future)
+        return await asyncio.shield(waiting)
     except asyncio.CancelledError:
-        await asyncio.wait({future})
+        await asyncio.wait({waiting})
         raise

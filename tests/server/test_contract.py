@@ -56,7 +56,7 @@ ROWS: dict[str, list[Row]] = {
         Row(f"/nar/{_NONE}.nar", status=404),
         Row("/nar/..%2f..%2fetc%2fpasswd", status=404),
     ],
-    "/upstream/<upstream:str>/<name:path>": [Row(f"/upstream/{'0' * 16}/{{hash}}-{{narhash}}.nar.xz", status=404)],
+    "/upstream/<name:path>": [Row("/upstream/{hash}-{narhash}-{narhash}.nar.xz", status=404)],
     "/log/<name:str>": [
         Row("/log/{plain}", negotiable=True, ranges=True),
         Row("/log/{packed}", negotiable=True, ranges=True),

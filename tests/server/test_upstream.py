@@ -33,7 +33,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, open_files, patched, wait_until
+from running import HARMONIA, Answer, Server, open_files, patched, wait_until
 from upstream_server import UpstreamServer, cut, drip, file_url, hang, reset, status
 
 Start = Callable[..., Server]
@@ -147,6 +147,10 @@ def cached(server: Server, path: Remote) -> list[str]:
     return [found.name for found in directory.iterdir() if nar_hash in found.name] if directory.is_dir() else []
 
 
+def is_kept(server: Server, path: Remote) -> bool:
+    return bool(names := cached(server, path)) and not names[0].endswith(".growing")
+
+
 # What is there
 
 
@@ -207,6 +211,7 @@ def test_the_url_holds_after_a_restart_and_without_the_upstream(
     server.stop()
     again = begin(entry(upstream), cache_dir=server.cache_dir)
     assert again.get(f"/{url}").body == there.file
+    wait_until(lambda: is_kept(again, there))
     again.stop()
     upstream.behaviours["."] = reset
     third = begin(entry(upstream), cache_dir=server.cache_dir, up=False)
@@ -235,6 +240,9 @@ def test_our_key_is_added_where_that_is_wanted(
     sigs = {line.removeprefix("Sig: ") for line in text.splitlines() if line.startswith("Sig: ")}
     fingerprint = there.info.fingerprint("/nix/store")
     assert sigs == {KEY.sign(fingerprint), *([ours.sign(fingerprint)] if sign else [])}
+    page = server.get("/").text
+    assert str(ours.public_key) in page
+    assert (str(KEY.public_key) in page) is not sign
 
 
 @pytest.mark.parametrize("keys", [(), (SecretKey.generate("upstream-1"),), (SecretKey.generate("other-1"),)])
@@ -334,11 +342,11 @@ def test_a_hundred_clients_of_a_cold_nar_are_one_fetch(begin: Start, upstream: U
 def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
 
-    def late(handler: upstream_server.Handler) -> None:
+    def slow(handler: upstream_server.Handler) -> None:
         time.sleep(0.3)
         handler.serve()
 
-    upstream.behaviours["narinfo"] = late
+    upstream.behaviours["narinfo"] = slow
     server = begin(entry(upstream))
     with ThreadPoolExecutor(20) as threads:
         assert {answer.status for answer in threads.map(lambda _: server.get(narinfo_path(there)), range(20))} == {200}
@@ -374,15 +382,22 @@ def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: 
         assert (part.status, part.body) == (206, there.file[1000:301000])
 
 
-def test_a_wrong_nar_never_ends_even_without_the_cache(
+def test_a_part_that_nobody_asked_for_is_not_passed_on(
     begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
 ) -> None:
-    wrong = bytes(len(there.file))
-    upstream.add(there.info, wrong, NarFile(there.nar.url, "none", there.nar.file_hash, len(wrong)), keys=(KEY,))
+    def another(handler: upstream_server.Handler) -> None:
+        content_range = {"Content-Range": f"bytes 0-9/{len(there.file)}"}
+        handler.answer(206, there.file[:10], content_range if "Range" in handler.headers else {})
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     (tmp_path / "file").write_text("in the way")
     server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
+    url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+    assert server.get(url).status == 200
+    upstream.behaviours["/nar/"] = another
+    assert aborted(server, url)
+    upstream.behaviours["/nar/"] = lambda handler: another(handler) if "Range" in handler.headers else handler.serve()
+    assert server.get(url, {"Range": "bytes=5-14"}).status == 404
 
 
 def test_a_slow_client_slows_the_upstream_where_nothing_is_kept(
@@ -512,13 +527,32 @@ def test_wrong_bytes_never_arrive_whole_nor_stay(
 
 
 def test_a_right_file_hash_hides_no_wrong_nar_hash(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """Only the NarHash is signed."""
+    """Only the NarHash is signed. The first client gets what the upstream has, and refuses it; nobody else gets it."""
     evil = lzma.compress(bytes(len(there.content)))
     nar = NarFile("nar/evil.nar.xz", "xz", hashlib.sha256(evil).digest(), len(evil))
     upstream.add(there.info, evil, nar, keys=(KEY,))
     server = begin(entry(upstream))
-    assert aborted(server, "/" + fields(server.get(narinfo_path(there)))["URL"])
+    aborted(server, "/" + fields(server.get(narinfo_path(there)))["URL"])
+    server.wait_for_log("it has another NarHash")
     wait_until(lambda: cached(server, there) == [])
+
+
+def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    slow = (
+        "import time; from harmonia.upstream import content\n"
+        "content.check_content = lambda info, nar, file: [time.sleep(0.5) for _ in file]"
+    )
+    path = make_path(tmp_path / "elsewhere", size=8 << 20)
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    server = begin(entry(upstream), program=patched(slow), workers=2)
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    for _ in range(10):
+        assert server.get(url).body == path.file
+    assert not is_kept(server, path)
+    assert server.stop() == 0
+    assert upstream.asked[f"GET /{path.nar.url}"] == 1
 
 
 @pytest.mark.parametrize("compression", ["xz", "zstd", "gzip", "bzip2"])
@@ -549,6 +583,41 @@ def test_a_nar_that_is_not_there_is_a_plain_miss(
     answer = server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
     assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
     assert cached(server, there) == []
+
+
+@pytest.mark.parametrize("fault", ["hang", "reset", "loop", "nowhere"])
+def test_a_nar_that_does_not_come_is_a_plain_miss(
+    begin: Start, upstream: UpstreamServer, there: Remote, fault: str
+) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = FAULTS[fault]
+    server = begin(entry(upstream, timeout=0.5, connect_timeout=0.5))
+    began = time.monotonic()
+    assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).status == 404
+    assert time.monotonic() - began < SOON
+
+
+def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    """It takes longer than an answer may; only no pause does."""
+    path = make_path(tmp_path / "elsewhere", size=2000)
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = drip(len(path.file) // 10, 0.1)
+    server = begin(entry(upstream, timeout=0.7))
+    assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_stops_no_download(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    path = make_path(tmp_path / "elsewhere", size=16 << 20, compression="none")
+    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    cache_dir = tmp_path / "small"
+    cache_dir.mkdir()
+    mount = f"mount -t tmpfs -o size=4m tmpfs '{cache_dir}' && exec \"$@\""
+    program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
+    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1G'", cache_dir=cache_dir, program=program)
+    for _ in range(2):
+        assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
+    assert len([line for line in server.log if "doing without that cache" in line]) == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -637,6 +706,31 @@ def test_one_that_fails_is_left_alone_and_found_again(begin: Start, upstream: Up
     assert re.search(r'harmonia_upstream_hits_total\{upstream="[^"]+"\} 1.0', metrics)
 
 
+def late(handler: upstream_server.Handler) -> None:
+    time.sleep(0.8)
+    handler.serve()
+
+
+@pytest.mark.parametrize("what", ["narinfo", "/log/"])
+@pytest.mark.parametrize("fault", [hang, late, drip(1, 0.02)])
+def test_one_that_is_slow_keeps_nobody_waiting_for_long(
+    begin: Start, upstream: UpstreamServer, fault: upstream_server.Behaviour, what: str
+) -> None:
+    names = [f"/{number:032}.narinfo" if what == "narinfo" else f"/log/{number:032}-x.drv" for number in range(4)]
+    upstream.files |= dict.fromkeys(names, b"x" * 1000)
+    server = begin(entry(upstream), settings=IMPATIENT)
+    upstream.behaviours = {what: fault, "cache-info": hang}
+    if fault not in {hang, late} and what == "/log/":
+        return  # what drips, is passed on as it drips
+    with ThreadPoolExecutor(3) as threads:
+        assert {answer.status for answer in threads.map(server.get, names[:3])} == {404}
+    wait_until(lambda: ": down\n" in server.get("/health?verbose").text)
+    server.wait_for_log("is left alone until it answers again: it answers late")
+    began = time.monotonic()
+    assert server.get(names[3]).status == 404
+    assert time.monotonic() - began < 0.5
+
+
 def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.files["/nix-cache-info"] = b"StoreDir: /gnu/store\n"
@@ -680,6 +774,49 @@ def test_a_slow_one_does_not_hold_up_the_next(begin: Start, upstream: UpstreamSe
         assert server.get(narinfo_path(there)).status == 200
 
 
+def test_another_upstream_steps_in_for_one_that_has_lost_a_nar(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    with UpstreamServer() as mirror:
+        for each in (upstream, mirror):
+            each.add(there.info, there.file, there.nar, keys=(KEY,))
+        server = begin(entry(upstream, priority=1), entry(mirror, priority=2))
+        url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+        del upstream.files[f"/{there.nar.url}"]
+        assert server.get(url).body == there.file
+        assert mirror.asked[f"GET /{there.nar.url}"] == 1
+
+
+def test_a_nar_is_the_same_whichever_upstream_has_it(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """Also of one that is gone from the settings: its clients remember the URL for a month."""
+    with UpstreamServer() as mirror:
+        for each in (upstream, mirror):
+            each.add(there.info, there.file, there.nar, keys=(KEY,))
+        server = begin(entry(upstream), workers=1)
+        url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+        assert server.get(url).body == there.file
+        wait_until(lambda: is_kept(server, there))
+        server.stop()
+        again = begin(entry(mirror), cache_dir=server.cache_dir)
+        assert again.get(url).body == there.file
+        assert not mirror.asked[f"GET /{there.nar.url}"]
+        assert "/" + fields(again.get(narinfo_path(there)))["URL"] == url
+        elsewhere = begin(entry(mirror))
+        assert elsewhere.get(url).body == there.file
+
+
+def test_without_a_file_hash_no_other_upstream_steps_in(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """Its file may have other bytes, with which a download that is resumed must not go on."""
+    with UpstreamServer() as mirror:
+        for each in (upstream, mirror):
+            each.add(there.info, there.file, NarFile(there.nar.url, "xz"), keys=(KEY,))
+        server = begin(entry(upstream, priority=1), entry(mirror, priority=2))
+        url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+        del upstream.files[f"/{there.nar.url}"]
+        assert server.get(url).status == 404
+        assert not mirror.asked[f"GET /{there.nar.url}"]
+
+
 # Credentials
 
 
@@ -700,6 +837,17 @@ def test_credentials_go_to_the_upstream_and_nowhere_else(
         assert {headers.get("Authorization") for headers in other.headers} == {None}
     server.stop()
     assert not [line for line in server.log if "sesame" in line or "bWU6c2VzYW1l" in line]
+
+
+def test_what_a_client_says_of_itself_goes_no_further(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    server = begin(entry(upstream))
+    said = {"Authorization": "Bearer sesame", "Cookie": "sesame", "X-Forwarded-For": "sesame", "User-Agent": "sesame"}
+    url = fields(server.get(narinfo_path(there), said))["URL"]
+    for path in (f"/{url}", f"/{'1' * 32}.ls", f"/log/{'1' * 32}-x.drv"):
+        server.get(path, said)
+    assert len(upstream.headers) >= 4
+    assert "sesame" not in str(upstream.headers)
 
 
 def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
@@ -763,6 +911,41 @@ def test_what_is_not_what_they_should_say_is_not_passed_on(begin: Start, upstrea
     for path in (f"/realisations/{realisation}", f"/debuginfo/{build_id}"):
         assert server.get(path).status == 404
     assert not [line for line in server.log if "Traceback" in line]
+
+
+def test_a_log_of_unknown_length_is_measured_for_who_must_know_it(begin: Start, upstream: UpstreamServer) -> None:
+    log = b"built\n" * 100_000
+
+    def chunked(handler: upstream_server.Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, len(log), 50_000):
+            piece = log[start : start + 50_000]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+        handler.wfile.write(b"0\r\n\r\n")
+
+    upstream.behaviours["/log/"] = chunked
+    server = begin(entry(upstream))
+    where = "/log/" + "0" * 32 + "-there.drv"
+    assert server.get(where).body == log
+    old = server.request("GET", where, version="1.0")
+    assert (old.body, old.headers["content-length"]) == (log, str(len(log)))
+    assert server.get(where, {"Range": "bytes=6-11"}).body == b"built\n"
+
+
+def test_debug_info_comes_through_a_chain(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    build_id = "cd" * 20
+    upstream.files |= {
+        f"/debuginfo/{build_id}": b'{"archive":"../nar/y.nar.xz","member":"m"}',
+        "/nar/y.nar.xz": there.file,
+    }
+    server = begin(entry(upstream))
+    for _ in range(2):
+        server = begin(entry(server))
+    archive = re.search(r'"archive": "\.\.(/upstream/[^"]+)"', server.get(f"/debuginfo/{build_id}").text)
+    assert archive
+    assert server.get(archive[1]).body == there.file
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", "500", "elsewhere"])

@@ -7,7 +7,7 @@ from harmonia.errors import UpstreamError
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.upstream.content import Check, unpack
+from harmonia.upstream.content import check_content, check_file, unpack
 
 WORDS = [b"\xfd7zXZ\0", b"YZ", b"BZh9", b"1AY&SY", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"0", b"1", b"2", b"3", b"4"]
 
@@ -34,11 +34,10 @@ def check(data: bytes) -> bool:
 
 
 def _passes(body: bytes, kind: str, info: PathInfo) -> bool:
-    checked = Check(info, NarFile("nar/x", kind))
+    nar = NarFile("nar/x", kind)
     try:
-        for start in range(0, len(body), 7):
-            checked.feed(body[start : start + 7])
-        checked.finish()
+        check_file(info, nar, hashlib.sha256(body).digest(), len(body))
+        check_content(info, nar, (body[start : start + 7] for start in range(0, len(body), 7)))
     except UpstreamError:
         return False
     return True

@@ -1,7 +1,6 @@
 """What other Harmonias say of the way of a question: of any length, it is repeated within bounds and reads the same."""
 
-from harmonia.upstream.client import ASKED, HOPS
-from harmonia.upstream.question import Hops
+from harmonia.upstream.hops import ASKED, HOPS, Hops
 
 WORDS = [b",", b" ", b"\n", b"0123456789abcdef"]
 
@@ -11,5 +10,5 @@ def check(data: bytes) -> bool:
     hops = Hops.parse(through, asked)
     headers = hops.headers("us", [])
     again = Hops.parse(headers[HOPS], headers[ASKED])
-    assert len(through) + len(asked) > 8000 or again == Hops((*hops.through, "us"), hops.asked)
+    assert hops.is_over("us") or again == Hops((*hops.through, "us"), hops.asked)
     return bool(hops.through)

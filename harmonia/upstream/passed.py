@@ -1,0 +1,80 @@
+"""What an upstream sends, passed on as it comes, no faster than it is taken, and not kept."""
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import Future
+from contextlib import suppress
+from http import HTTPStatus
+
+import aiohttp
+
+from harmonia.upstream.client import WHOLE, Client, Part
+
+_PIECE = 256 * 1024  # bytes that are taken at once
+
+
+class Passed:
+    """A body that the upstream has. Who gets it has to verify it, as if it came from there."""
+
+    def __init__(
+        self,
+        client: Client,
+        ask: Callable[[Part], Awaitable[aiohttp.ClientResponse]],
+        response: aiohttp.ClientResponse | None = None,
+    ) -> None:
+        """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
+        where that has been asked for already.
+        """
+        self.size = response.content_length if response is not None else None
+        self._client = client
+        self._ask = ask
+        self._response = response
+        self._loop = asyncio.get_running_loop()
+
+    def read(self, start: int, stop: int | None) -> Generator[Future[bytes]]:
+        pieces = self._pieces(start, stop)
+
+        async def following() -> bytes:
+            return await anext(pieces, b"")
+
+        try:
+            while True:
+                piece = asyncio.run_coroutine_threadsafe(following(), self._loop)
+                try:
+                    yield piece
+                finally:
+                    piece.cancel()
+                if not piece.result():
+                    return
+        finally:
+            self._on_loop(lambda: asyncio.ensure_future(pieces.aclose()))
+
+    async def _pieces(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
+        part = WHOLE if start == sys.maxsize or (start, stop) == (0, self.size) else (start, stop)
+        response, self._response = self._response, None
+        if response is not None and part != WHOLE:
+            response.close()
+            response = None
+        async with response or await self._ask(part) as response:
+            position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
+            while stop is None or position < stop:
+                data = await self._client.read(response, _PIECE)
+                if not data:
+                    self.size = position
+                    break
+                piece = data[max(start - position, 0) : None if stop is None else stop - position]
+                position += len(data)
+                if piece:
+                    yield piece
+
+    def close(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            self._on_loop(response.close)
+
+    def _on_loop(self, callback: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it all that was open
+            self._loop.call_soon_threadsafe(callback)
+
+    __del__ = close  # of one that nobody came to read
