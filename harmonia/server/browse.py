@@ -66,7 +66,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     closure = None if cache.release else await cache.browse(lambda store: catalogue.closure(store, info.path))
     deriver_is_here = info.deriver is not None and await cache.path(info.deriver.hash_part) is not None
     full_path = f"{cache.store.store_dir}/{info.path}"
-    keys = [str(key.public_key) for key in cache.keys]
+    keys = cache.trusted_keys
     references = sorted(info.references, key=catalogue.by_name)
     kept_back = {path for path in references[:_SHOWN] if not await cache.releases(path)}
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -130,6 +131,12 @@ class Cache:
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
         """Hash parts of no path, as of that generation."""
+
+    @property
+    def trusted_keys(self) -> list[str]:
+        """What clients have to trust: our public keys, and those of upstreams whose paths we do not sign as well."""
+        theirs = (upstream.public_keys for upstream in self.settings.upstream if not (upstream.sign and self.keys))
+        return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(theirs)]))
 
     async def path(self, hash_part: str) -> SignedPath | None:
         """The valid path with that hash part, if it may leave the house: all that is told of paths is asked for here.

@@ -17,7 +17,7 @@ async def get(cache: Cache, request: Request) -> Representation:
     if not settings.landing:
         raise NotFound
     url = origin.base_url(request, settings)
-    keys = [str(key.public_key) for key in cache.keys]
+    keys = cache.trusted_keys
     _, _, name = url.partition("//")
     document = page.begin(cache, f"{name}, a Nix binary cache", "./")
     with document.main:
