@@ -32,6 +32,26 @@ class Result(NamedTuple):
     what: str = ""
 
 
+class _Heard:
+    """A NAR to be compressed, of which `progress` hears as it is read."""
+
+    def __init__(self, nar: Nar, progress: Callable[[int], None]) -> None:
+        self._nar = nar
+        self._progress = progress
+        self._read: list[int] = []
+        self.size, self.sha256 = nar.size, nar.sha256
+
+    def part(self, start: int, stop: int) -> bytes:
+        content = self._nar.part(start, stop)
+        self._read.append(len(content))  # by several threads
+        self._progress(len(content))
+        return content
+
+    def over(self) -> None:
+        """Nobody reads any more of it: another process may have, or it cannot be."""
+        self._progress(self.size - sum(self._read))
+
+
 def give_way() -> None:
     """Run only when nobody else wants to. Reads and writes get the idle class with it (ioprio_set(2))."""
     with suppress(OSError):  # a service's system call filter may forbid it
@@ -73,7 +93,7 @@ def warm(
         raise ConfigError(what) from None
     compressor = Compressor(settings.zstd, cache)
     layouts = Layouts(_LAYOUT_MEMORY)
-    filling: dict[StorePath, tuple[CachedFile, int]] = {}
+    filling: dict[StorePath, tuple[CachedFile, _Heard]] = {}
     room, looked = 0, float("-inf")
     for path in paths:
         try:
@@ -88,31 +108,30 @@ def warm(
             yield Result(path, "there")
             continue
         if time.monotonic() - looked > _LOOK:
-            yield from _filled(filling, 0, progress)
+            yield from _filled(filling, 0)
             room, looked = cache.room(), time.monotonic()
         if _bound(info.nar_size) > room:
             progress(info.nar_size)
             yield Result(path, "too large")
             continue
         room -= _bound(info.nar_size)
-        file = compressor.open(Nar(info, store.real_path(path), layouts))
+        nar = _Heard(Nar(info, store.real_path(path), layouts), progress)
+        file = compressor.open(nar)
         if file is None:
             raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")
-        filling[path] = file, info.nar_size
-        yield from _filled(filling, _AT_ONCE, progress)
-    yield from _filled(filling, 0, progress)
+        filling[path] = file, nar
+        yield from _filled(filling, _AT_ONCE)
+    yield from _filled(filling, 0)
 
 
-def _filled(
-    filling: dict[StorePath, tuple[CachedFile, int]], most: int, progress: Callable[[int], None]
-) -> Iterator[Result]:
+def _filled(filling: dict[StorePath, tuple[CachedFile, _Heard]], most: int) -> Iterator[Result]:
     """Those that are filled, until no more than `most` are not."""
     while True:
-        for path, (file, size) in list(filling.items()):
+        for path, (file, nar) in list(filling.items()):
             if (state := _state(file)) is not None:
                 del filling[path]
                 file.close()
-                progress(size)
+                nar.over()
                 yield Result(path, state, "" if state == "compressed" else "the log above tells why")
         if len(filling) <= most:
             return

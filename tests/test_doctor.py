@@ -362,6 +362,12 @@ def test_a_large_nar_is_left_out_and_that_is_told(cache: Cache) -> None:
     assert "--largest" in skipped.what
 
 
+def test_a_compression_that_we_cannot_undo_is_passed_over(cache: Cache) -> None:
+    cache.faults.append(line("Compression: none", "Compression: br"))
+    [skipped] = [found for found in examined(cache) if found.level == "skipped" and found.check == "NAR"]
+    assert skipped.what == f"{NAR}: br cannot be unpacked here"
+
+
 def test_a_path_that_should_be_there_is_missed(cache: Cache) -> None:
     other = "0" * 31 + "1-other"
     [found] = complaints(examined(cache, [other]))

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
+from harmonia.config import parse
+from harmonia.store import Store
+from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.warm import warm
 from running import HARMONIA, Server, nar_url, run, unpacked
 
 Start = Callable[..., Server]
@@ -41,6 +44,17 @@ def counts(stderr: str) -> list[int]:
     match = re.search(r"(\d+) compressed in [\d.]+ s, (\d+) were there, (\d+) did not fit, (\d+) failed", stderr)
     assert match, stderr
     return [int(count) for count in match.groups()]
+
+
+def test_progress_is_heard_of_in_the_midst_of_a_large_nar(store: StoreBuilder, tmp_path: Path) -> None:
+    info = store.add(store.output_path("large"), Sparse(40 << 20))
+    settings = parse(Path(config(store, tmp_path)).read_text(), "warm.toml", {})
+    heard: list[int] = []
+    for states in (["compressed"], ["there"]):
+        heard.clear()
+        assert [each.state for each in warm(settings, Store.of(settings), [info.path], heard.append)] == states
+        assert sum(heard) == info.nar_size
+        assert (max(heard) < info.nar_size / 2) == (states == ["compressed"])
 
 
 def test_what_was_warmed_is_a_hit_for_the_running_server(store: StoreBuilder, start: Start, tmp_path: Path) -> None:
