@@ -173,9 +173,16 @@ def test_systemd_takes_the_unit(block: Block, tmp_path: Path) -> None:
 @needs("promtool")
 def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(block.text)
-    command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    kind = "rules" if block.text.startswith("groups:") else "config"
+    command = ["promtool", "check", kind, str(tmp_path / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_metrics_that_are_named_are_there() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    listed = set(re.findall(r"(?m)^\| `(harmonia_\w+)`", page))  # tests/server/test_metrics.py holds these to the code
+    assert set(re.findall(r"\bharmonia_\w+", page)) <= listed
 
 
 ELSEWHERE = {
