@@ -10,6 +10,7 @@ import pytest
 
 from e2e.closure import Closure
 from e2e.nix_client import NIXES, Client
+from nginx import nginx
 from running import Server
 
 Start = Callable[..., Server]
@@ -50,6 +51,14 @@ def nar_requests(closure: Closure, paths: list[str]) -> list[str]:
         f"GET /nar/{hash_part(path)}-{nar_hash.removeprefix('sha256:')}.nar"
         for path, nar_hash in zip(paths, hashes, strict=True)
     ]
+
+
+def test_a_cache_may_be_under_a_path_of_a_proxy(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    server = serve(start, closure)
+    with nginx(tmp_path / "nginx", f"location /a/cache/ {{ proxy_pass {server.url}/; }}") as (url, _):
+        client.settings |= {"substituters": f"{url}/a/cache", "trusted-public-keys": closure.key.public}
+        client.run("nix-store", "--realise", closure.top)
+    assert requisites(client, closure.top) == requisites(closure.server, closure.top)
 
 
 def test_a_closure_is_substituted(start: Start, client: Client, closure: Closure) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from harmonia import demo
 from harmonia.demo import Demo
 from harmonia.store_builder import StoreBuilder, Symlink, Tree
+from nginx import nginx
 from running import Server
 
 CHROMIUM = shutil.which("chromium")
@@ -293,6 +294,43 @@ def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str], ser
         assert page.run("document.title") == title
         assert page.complaints == []
     assert page.run("location.pathname") == "/"
+
+
+def test_all_of_it_works_under_a_path_of_a_proxy(
+    page: Page, start: Callable[..., Server], made: Demo, tmp_path: Path
+) -> None:
+    server = start(store=Path(made.directory), settings="browse = true\ntrusted_proxies = ['127.0.0.1']")
+    hello, website = made.paths["hello-1.0"], made.paths["latest-website"]
+    headers = "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Prefix /a/cache;"
+    with nginx(tmp_path / "nginx", f"location /a/cache/ {{ proxy_pass {server.url}/; {headers} }}") as (url, _):
+        base = f"{url}/a/cache"
+        asked = page.open(f"{base}/").requested
+        assert page.run("document.querySelector('.snippet code').textContent") == base
+        for text, title in (("hello", "hello in a Nix binary cache"), (hello.hash_part, hello.name)):
+            page.events.clear()
+            page.run(
+                f"document.querySelector('input').value = '{text}'; document.querySelector('form').requestSubmit()"
+            )
+            page.loaded()
+            assert page.run("document.title") == title
+            asked += page.requested
+        assert base in page.run("document.querySelector('section .snippet code').textContent").split()
+        for selector, title in (
+            ("nav a", hello.name),
+            ("tr:nth-child(2) a", "bin"),
+            ("h1 a", hello.name),
+            ("nav a", hello.name),
+            ("header a", f"{base.removeprefix('http://')}, a Nix binary cache"),
+        ):
+            page.events.clear()
+            page.click(selector)
+            page.loaded()
+            assert page.run("document.title") == title
+            assert page.complaints == []
+            asked += page.requested
+        asked += page.open(f"{base}/serve/{website.hash_part}").requested
+        assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
+    assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
 
 
 def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
