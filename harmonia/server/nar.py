@@ -120,6 +120,8 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
     body = Nar.of(cache, info)
+    if "range" in request.headers and request.method == "GET" and not named["compression"]:
+        await cache.read_once(body.key, body.layout)  # however many parts are asked for, one thread looks for it
     compressor = cache.compressor
     compressed = _compressed(cache, body)
     if named["compression"]:

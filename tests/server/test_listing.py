@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import zstandard
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import StoreBuilder
-from running import Server, nar_url, patched, read_answer
+from running import Server
 from server.test_nar import dump, url
 from server.test_narinfo import info
 
@@ -120,32 +119,3 @@ def test_a_large_one_is_sent_while_it_is_made(start: Start, large: PathInfo, tmp
     part = server.get(where, {"Range": "bytes=300000-300099"})
     assert part.headers["content-range"] == f"bytes 300000-300099/{len(streamed.body)}"
     assert part.body == streamed.body[300000:300100]
-
-
-def test_a_walk_is_for_all_who_ask_and_for_who_comes_back(start: Start, large: PathInfo, tmp_path: Path) -> None:
-    """More than there are threads that read. The walk waits for a file, so that all of them come before it ends."""
-    walking = f"""
-import logging, os, time
-from harmonia.nix import nar_layout
-find = nar_layout.Layout.of
-def waiting(root):
-    logging.getLogger("harmonia").warning("a walk begins")
-    while not os.path.exists({str(tmp_path / "go")!r}):
-        time.sleep(0.01)
-    return find(root)
-nar_layout.Layout.of = waiting
-"""
-    server = start(store=tmp_path / "store", program=patched(walking))
-    request = f"GET /{large.path.hash_part}.ls HTTP/1.1\r\nHost: cache\r\n\r\n".encode()
-    with ExitStack() as stack:
-        waiting = [stack.enter_context(server.connect()) for _ in range(20)]
-        with server.connect() as impatient:
-            impatient.sendall(request)
-            server.wait_for_log("a walk begins")
-        for connection in waiting:
-            connection.sendall(request)
-        assert server.get(nar_url(large)).status == 200  # nor does it wait for a thread
-        (tmp_path / "go").touch()
-        bodies = {read_answer(connection).body for connection in waiting}
-    assert bodies == {server.get(f"/{large.path.hash_part}.ls").body}
-    assert len([line for line in server.log if "a walk begins" in line]) == 1

@@ -1,0 +1,49 @@
+"""A store path is walked once for all who ask where things are in its NAR, and nobody else waits for that."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from harmonia.store_builder import StoreBuilder
+from running import Server, nar_url, patched, read_answer
+
+Start = Callable[..., Server]
+
+MANY = 20  # more than there are threads that read
+
+
+@pytest.mark.parametrize("wanted", ["listing", "range"])
+def test_a_walk_is_for_all_and_for_who_comes_back(
+    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
+) -> None:
+    info = store.add(store.output_path("tree"), {f"{number:04}": b"" for number in range(3000)})
+    walking = f"""
+import logging, os, time
+from harmonia.nix import nar_layout
+find = nar_layout.Layout.of
+def waiting(root):
+    logging.getLogger("harmonia").warning("a walk begins")
+    while not os.path.exists({str(tmp_path / "go")!r}):
+        time.sleep(0.01)
+    return find(root)
+nar_layout.Layout.of = waiting
+"""
+    server = start(store=tmp_path / "store", program=patched(walking))
+    asked = f"/{info.path.hash_part}.ls" if wanted == "listing" else nar_url(info)
+    headers = {"Range": "bytes=-99"} if wanted == "range" else {}
+    lines = [f"GET {asked} HTTP/1.1", "Host: cache", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    request = "\r\n".join(lines).encode()
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(server.connect()) for _ in range(MANY)]
+        with server.connect() as impatient:
+            impatient.sendall(request)
+            server.wait_for_log("a walk begins")
+        for connection in waiting:
+            connection.sendall(request)
+        assert server.get(nar_url(info)).status == 200
+        (tmp_path / "go").touch()
+        bodies = {read_answer(connection).body for connection in waiting}
+    assert bodies == {server.get(asked, headers).body}
+    assert len([line for line in server.log if "a walk begins" in line]) == 1
