@@ -179,6 +179,13 @@ def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+def test_environment_variables_that_are_read_are_told_of() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "harmonia").rglob("*.py"))
+    read = set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"|"([A-Z_]+)" in os\.environ', code))
+    page = (ROOT / "docs/configuration.md").read_text().partition("## Environment")[2]
+    assert {name for names in read for name in names if name} - set(re.findall(r"`([A-Z_]+)`", page)) == set()
+
+
 def test_metrics_that_are_named_are_there() -> None:
     page = (ROOT / "docs/operations.md").read_text()
     listed = set(re.findall(r"(?m)^\| `(harmonia_\w+)`", page))  # tests/server/test_metrics.py holds these to the code
