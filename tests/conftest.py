@@ -1,6 +1,7 @@
 """What tests of the running server share: a real process, on a real socket, over a store made for the test."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from running import Server
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a marker says that a test needs, and is not here, is told as the reason why it is skipped."""
+    if item.get_closest_marker("nix") and shutil.which("nix-store") is None:
+        pytest.skip("there is no Nix on this machine: apt-get install nix-bin")
+    if item.get_closest_marker("root") and (os.geteuid() != 0 or shutil.which("mount") is None):
+        pytest.skip("not root, or no mount on this machine")
 
 
 @pytest.fixture

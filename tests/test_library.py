@@ -45,7 +45,7 @@ for module in sys.argv[1:]:
     __import__(module)
 print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
 """
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     at_start = set(done.stdout.split())
     done = subprocess.run([sys.executable, "-c", program, *MODULES], capture_output=True, text=True, check=True)
     needed = {name for name in set(done.stdout.split()) - at_start if not name.startswith("_")}

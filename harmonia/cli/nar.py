@@ -57,7 +57,10 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
     with _told(file):
-        nodes = _below(root, _located(nar_reader.parse(iter(lambda: file.read(CHUNK_SIZE), b""))))
+        parts = nar_reader.parse(iter(lambda: file.read(CHUNK_SIZE), b""))
+        # A NAR that was parsed is the one that we would write.
+        located = nar.located(part for part in parts if isinstance(part, Entry))
+        nodes = _below(root, (Node(entry.path, entry, offset) for offset, entry in located))
         listing.show(nodes, os.path.basename(root), **how)
 
 
@@ -83,16 +86,6 @@ def _told(file: BinaryIO) -> Iterator[None]:
         yield
     except FormatError as error:
         raise FormatError(f"{file.name} is no whole NAR: {error}; get it anew") from None
-
-
-def _located(parts: Iterable[Entry | bytes]) -> Iterator[Node]:
-    """The entries, and where the contents of files begin: a NAR that was parsed is the one that we would write."""
-    position = 0
-    for words, entry in nar.frame(part for part in parts if isinstance(part, Entry)):
-        position += len(words)
-        if entry is not None:
-            yield Node(entry.path, entry, position)
-            position += entry.size
 
 
 def _below(root: bytes, nodes: Iterable[Node]) -> Iterator[Node]:

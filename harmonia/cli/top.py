@@ -46,6 +46,7 @@ def command(config_file: str | None, url: str | None, *, interval: float, once: 
             for view in islice(views, 1 if once else None):
                 console.print(view)
             return
+        console.soft_wrap = False  # a screen is as wide as it is
         with Live(next(views), console=console, screen=True, auto_refresh=False) as live:
             for view in views:
                 live.update(view, refresh=True)

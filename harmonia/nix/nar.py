@@ -170,6 +170,16 @@ def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
     yield words + _CLOSE * max(2 * opened - 1, 0), None
 
 
+def located(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
+    """The entries, each with the offset of its contents in the archive."""
+    position = 0
+    for words, entry in frame(entries):
+        position += len(words)
+        if entry is not None:
+            yield position, entry
+            position += entry.size
+
+
 def segments(frames: Iterable[Frame]) -> Iterator[Segment]:
     """The archive of what `frame` gives."""
     for words, entry in frames:

@@ -167,7 +167,7 @@ def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
     for path in ("/a", "/b", "/nar/c", "/%ff", f"/{'0' * 32}.narinfo"):
         server.get(path)
         server.request("DELETE", path)
-        server.request("X-MADE-UP", path)
+        server.request("MADEUP", path)
     with server.connect() as connection:
         connection.sendall(b"no HTTP\r\n\r\n")
         connection.recv(100)
