@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz vm-test clean help
+.PHONY: serve test check format fuzz bench vm-test clean help
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -28,6 +28,12 @@ fuzz: .venv/ready  ## Look for bytes that our readers take wrongly
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run $(SECONDS) $(TARGETS)
 
+# What `make bench` is to measure, and how: nothing is all of it. `--short` takes a minute, `--docs` writes into docs.
+BENCH ?=
+bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m benchmarks $(BENCH)
+
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=
 vm-test: .venv/ready  ## As root, run the NixOS tests between containers
@@ -38,7 +44,7 @@ help:  ## Tell what there is to make
 
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi
-	rm -rf .venv demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

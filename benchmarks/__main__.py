@@ -1,0 +1,42 @@
+"""Measure, and write a table, JSON and a plot: `make bench`, or python -m benchmarks [--short] [--docs] [QUESTION…].
+
+The store is made once, and kept in $XDG_CACHE_HOME/harmonia/bench or ~/.cache/harmonia/bench. The short form takes a
+minute, and fails where a ratio has collapsed. QUESTION is a function of measure.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import measure, report
+from benchmarks.figures import Figure  # noqa: TC001 (it is the same code that runs)
+from benchmarks.store import FULL, SHORT, BenchStore
+
+_COLLAPSED = 0.25  # of a target: no noise of a machine explains that
+
+
+def main() -> None:
+    questions = {function.__name__: function for function in measure.ALL}
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--short", action="store_true", help="a small store, and failure where a ratio has collapsed")
+    parser.add_argument("--docs", action="store_true", help="write into docs instead of bench-results")
+    parser.add_argument("questions", nargs="*", choices=[*questions, []], metavar="QUESTION")
+    arguments = parser.parse_args()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    store = BenchStore(Path(cache, "harmonia", "bench"), SHORT if arguments.short else FULL)
+    missing = [program for program, found in measure.HAVE.items() if not found]
+    if missing:
+        print(f"not installed, so that what needs it is not measured: {', '.join(missing)}")
+    figures: list[Figure] = []
+    for name in arguments.questions or questions:
+        print(f"{name}:", flush=True)
+        figures += questions[name](store)
+    report.write(Path("docs" if arguments.docs else "bench-results"), store, figures)
+    collapsed = [it.what for it in figures if it.ratio is not None and (it.reached or 1) < _COLLAPSED]
+    if arguments.short and collapsed:
+        sys.exit(f"collapsed: {'; '.join(collapsed)}")
+
+
+if __name__ == "__main__":
+    main()

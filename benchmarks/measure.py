@@ -1,0 +1,353 @@
+"""What is measured: each function answers one question with its figures. What needs a program that is not here is
+left out.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import timeit
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from benchmarks import servers
+from benchmarks.client import Downloads, ask
+from benchmarks.figures import Figure, Measure, compare
+from benchmarks.servers import HARMONIA, Server
+from benchmarks.store import MIB, BenchStore
+from harmonia.metrics import Metrics
+from harmonia.nix import base32
+from harmonia.store_builder import StoreBuilder, remove
+
+HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
+
+_LEVEL = 3  # of zstd, our default
+_SLOW = 64  # downloads beside which narinfos are asked for
+_CONCURRENT = 200  # downloads while we look at the memory
+_WORKERS = 2  # which have them
+
+
+@contextmanager
+def side_by_side(store: BenchStore, suffix: str = "") -> Iterator[dict[str, Server]]:
+    """A Harmonia whose narinfos lead to NARs with that suffix, an nginx with copies of these, and the other one."""
+    with ExitStack() as stack:
+        compression = "zstd" if suffix else "none"
+        running = {HARMONIA: stack.enter_context(servers.harmonia(store, f"nar_compression = '{compression}'"))}
+        if HAVE["nginx"]:
+            running["nginx"] = stack.enter_context(servers.nginx(servers.copied(store, suffix)))
+        if servers.OTHER:
+            running["other"] = stack.enter_context(servers.other(store))
+        yield running
+
+
+def each(running: Mapping[str, Server], measure: Callable[[Server], Sequence[float]]) -> dict[str, Measure]:
+    """The same measure of all servers."""
+    return {name: lambda server=server: measure(server) for name, server in running.items()}  # type: ignore[misc]
+
+
+def narinfos(store: BenchStore) -> Iterator[Figure]:
+    paths = [servers.narinfo(info) for info in store.closure]
+
+    def once(server: Server) -> Sequence[float]:
+        return [Downloads(server.address, paths).run()[0] / len(paths) * 1e6]
+
+    def cold() -> Sequence[float]:
+        with servers.harmonia(store) as server:
+            return once(server)
+
+    with side_by_side(store, ".zst") as running:
+        figure = Figure("narinfo, the first time, one after the other", "µs", "nginx")
+        yield from compare([figure], each(running, once) | {HARMONIA: cold}, store.form.rounds)
+        if not HAVE["wrk"]:
+            return
+        absent = [f"/{base32.encode(number.to_bytes(20, 'little'))}.narinfo" for number in range(500)]
+        for name, asked, connections in (("narinfo", paths, 1), ("narinfo", paths, 25), ("narinfo, 404", absent, 25)):
+
+            def often(server: Server) -> Sequence[float]:
+                rate = ask(server.address, asked, connections, store.form.seconds)  # noqa: B023 (it is called in this turn)
+                return [rate.per_second, rate.p50 * 1e6, rate.p99 * 1e6]
+
+            alone = connections == 1
+            what = f"{name}, {'one after the other' if alone else f'{connections} connections'}"
+            figures = [
+                Figure(what, "requests/s", "nginx", at_least=0.5 if asked is paths and not alone else None),
+                Figure(f"{what}, median", "µs", "nginx", at_most=2 if alone else None),
+                Figure(f"{what}, 99th percentile", "µs", "nginx"),
+            ]
+            yield from compare(figures, each(running, often), store.form.rounds)
+
+
+def closures(store: BenchStore) -> Iterator[Figure]:
+    """The NARs of the closure, over 1, 4 and 16 connections."""
+    plain = [servers.nar(info) for info in store.closure]
+    compressed = [f"{path}.zst" for path in plain]
+
+    def rate(server: Server, connections: int, paths: Sequence[str], headers: Mapping[str, str]) -> Sequence[float]:
+        if server.name == "other":
+            paths = [server.nar(info) for info in store.closure]
+        seconds, _ = Downloads(server.address, paths, connections, headers).run()
+        return [store.closure_size / MIB / seconds]
+
+    def kind(what: str, suffix: str, paths: Sequence[str], headers: Mapping[str, str]) -> Iterator[Figure]:
+        with side_by_side(store, suffix) as running:
+            Downloads(running[HARMONIA].address, paths, 4, headers).run()
+            for connections in (1, 4, 16):
+                copies = compressed if suffix else plain
+
+                def measure(server: Server) -> Sequence[float]:
+                    ours = server.name == HARMONIA
+                    return rate(server, connections, paths if ours else copies, headers if ours else {})  # noqa: B023
+
+                def cold() -> Sequence[float]:
+                    with servers.harmonia(store) as server:
+                        return measure(server)
+
+                called = f"closure, {what}, {connections} connections" if connections > 1 else f"closure, {what}"
+                if suffix:
+                    yield from compare(
+                        [Figure(f"{called}, cold", "MiB/s of NARs")], {HARMONIA: cold}, store.form.few_rounds
+                    )
+                    called += ", warm"
+                yield from compare(
+                    [Figure(called, "MiB/s of NARs", "nginx")], each(running, measure), store.form.rounds
+                )
+
+    yield from kind("identity", "", plain, {})
+    yield from kind("zstd negotiated", ".zst", plain, {"Accept-Encoding": "zstd"})
+    yield from kind(".nar.zst", ".zst", compressed, {})
+
+
+def large_file(store: BenchStore) -> Iterator[Figure]:
+    """One NAR of one large file."""
+    path, real_path = servers.nar(store.large), store.real_path(store.large)
+    size = store.large.nar_size / MIB
+
+    def rate(server: Server, path: str) -> float:
+        return size / Downloads(server.address, [path]).run()[0]
+
+    with ExitStack() as stack:
+        running = stack.enter_context(side_by_side(store))
+        running["plain socket"] = stack.enter_context(servers.plain_socket(real_path))
+        contenders = each(running, lambda server: [rate(server, path)])
+        if servers.OTHER:
+            contenders["other"] = lambda: [rate(running["other"], running["other"].nar(store.large))]
+        yield from compare(
+            [Figure("large file, identity", "MiB/s", "nginx", at_least=0.8)], contenders, store.form.rounds
+        )
+
+        server = running[HARMONIA]
+        last, first = [
+            Downloads(server.address, [path] * 20, headers={"Range": f"bytes={position}"}) for position in ("-1", "0-0")
+        ]
+        figure = Figure("large file, its last byte, compared with its first", "ms", "first byte", at_most=2)
+        yield from compare(
+            [figure], {HARMONIA: lambda: [last.run()[0] * 50], "first byte": lambda: [first.run()[0] * 50]}, 5
+        )
+
+    def cold() -> Sequence[float]:
+        with servers.harmonia(store) as server:
+            return [rate(server, f"{path}.zst")]
+
+    def piped() -> Sequence[float]:
+        return [
+            size / _seconds(f"nix-store --dump {real_path} | zstd -{_LEVEL} -T{os.cpu_count()} --stdout > /dev/null")
+        ]
+
+    pipe = {"nix-store --dump, zstd": piped} if HAVE["nix-store"] and HAVE["zstd"] else {}
+    figure = Figure("large file, .nar.zst, cold", "MiB/s of NAR", "nix-store --dump, zstd", at_least=0.95)
+    yield from compare([figure], {HARMONIA: cold, **pipe}, store.form.few_rounds)
+
+    with side_by_side(store, ".zst") as running:
+        running.pop("other", None)
+        rate(running[HARMONIA], f"{path}.zst")
+        figure = Figure("large file, .nar.zst, warm", "MiB/s of NAR", "nginx", at_least=0.8)
+        yield from compare([figure], each(running, lambda server: [rate(server, f"{path}.zst")]), store.form.rounds)
+
+
+def many_files(store: BenchStore) -> Iterator[Figure]:
+    """One path of many small files."""
+    path, listing = servers.nar(store.many), f"/{store.many.path.hash_part}.ls"
+
+    def ours() -> Sequence[float]:
+        """The NAR and the listing, each of a new server, and each once more."""
+        seconds = []
+        for asked in (path, listing):
+            with servers.harmonia(store) as server:
+                seconds += [Downloads(server.address, [asked]).run()[0] for _ in range(2)]
+        return seconds
+
+    contenders = {HARMONIA: ours}
+    if HAVE["nix-store"]:
+        contenders["nix-store --dump"] = lambda: (
+            [_seconds(f"nix-store --dump {store.real_path(store.many)} | cat > /dev/null")] * 4
+        )
+    figures = [
+        Figure(f"many small files, {what}", "s", "nix-store --dump", at_most=at_most)
+        for what, at_most in (
+            ("cold", 1 / 0.7),
+            ("remembered", 1 / 0.7),
+            ("listing, cold", None),
+            ("listing, remembered", None),
+        )
+    ]
+    yield from compare(figures, contenders, store.form.rounds)
+
+
+def nix_copy(store: BenchStore) -> Iterator[Figure]:
+    """`nix copy` of the closure into an empty store, and what the server does for it."""
+    if not HAVE["nix-store"]:
+        return
+
+    def measure(server: Server) -> Sequence[float]:
+        began = server.seconds
+        seconds = _copy(store, server)
+        return [seconds, server.seconds - began]
+
+    for suffix, what in ((".zst", ".nar.zst, warm"), ("", "identity")):
+        with side_by_side(store, suffix) as running:
+            Downloads(running[HARMONIA].address, [servers.nar(info) + suffix for info in store.closure]).run()
+            figures = [
+                Figure(f"nix copy of the closure, {what}", "s", "nginx"),
+                Figure(f"nix copy of the closure, {what}, processor time of the server", "s", "nginx"),
+            ]
+            yield from compare(figures, each(running, measure), store.form.few_rounds)
+
+
+def _copy(store: BenchStore, server: Server) -> float:
+    with tempfile.TemporaryDirectory(dir=store.root.parent) as home:
+        settings = "experimental-features = nix-command\nbuild-users-group =\nsandbox = false"
+        command = ["nix", "copy", "--no-check-sigs", "--from", server.url, "--to", f"local?root={home}/machine"]
+        try:
+            return _seconds(
+                [*command, f"/nix/store/{store.top.path}"],
+                {"HOME": home, "XDG_CACHE_HOME": home, "NIX_CONFIG": settings},
+            )
+        finally:
+            remove(os.fsencode(f"{home}/machine"))
+
+
+def load(store: BenchStore) -> Iterator[Figure]:
+    """Narinfos beside slow downloads, and the memory that downloads take."""
+    path = servers.nar(store.large)
+    if HAVE["wrk"]:
+        paths = [servers.narinfo(info) for info in store.closure]
+
+        def beside(server: Server) -> Sequence[float]:
+            nars = [server.nar(store.large) if server.name == "other" else path] * _SLOW
+            with Downloads(server.address, nars, _SLOW).going_on_slowly():
+                return [ask(server.address, paths, 1, store.form.seconds).p99 * 1e3]
+
+        with side_by_side(store) as running:
+            figure = Figure(f"narinfo beside {_SLOW} slow downloads, 99th percentile", "ms", at_most=20)
+            yield from compare([figure], each(running, beside), store.form.rounds)
+
+    def memory() -> Sequence[float]:
+        with servers.harmonia(store, workers=_WORKERS) as server:
+            Downloads(server.address, [servers.narinfo(info) for info in store.closure], 4).run()
+            idle = [sum(server.memory(what)) / MIB for what in ("Rss", "Pss")]
+            most = max(server.memory("Rss")) / MIB
+            with Downloads(server.address, [path] * _CONCURRENT, _CONCURRENT).going_on_slowly():
+                time.sleep(2)
+                busy = [sum(server.memory(what)) / MIB for what in ("Rss", "Pss")]
+            return [most, *idle, *busy, (busy[1] - idle[1]) / _CONCURRENT * 1024]
+
+    all_of_it = f"memory of {_WORKERS} workers and the main process"
+    figures = [
+        Figure("memory of a worker, resident", "MiB", at_most=60),
+        Figure(f"{all_of_it}, resident", "MiB"),
+        Figure(f"{all_of_it}, what is shared counted once", "MiB"),
+        Figure(f"{all_of_it}, with {_CONCURRENT} slow downloads, resident", "MiB"),
+        Figure(f"{all_of_it}, with {_CONCURRENT} slow downloads, what is shared counted once", "MiB"),
+        Figure("memory of a download", "KiB"),
+    ]
+    yield from compare(figures, {HARMONIA: memory}, 1)
+
+
+def start(store: BenchStore) -> Iterator[Figure]:
+    """From the start to the first answers, of which one is to be looked up, with a large database."""
+    database, hash_part = _large_database(store)
+
+    def ready() -> Sequence[float]:
+        began = time.perf_counter()
+        with servers.harmonia(store, database=database) as server:
+            listens = time.perf_counter() - began
+            server.get(f"/{hash_part}.narinfo")
+            return [listens, time.perf_counter() - began]
+
+    what = f"start with {store.form.valid_paths:,} paths"
+    figures = [
+        Figure(f"{what}, until it answers", "s", at_most=1),
+        Figure(f"{what}, until it has answered a narinfo", "s"),
+    ]
+    yield from compare(figures, {HARMONIA: ready}, store.form.rounds)
+
+
+def _large_database(store: BenchStore) -> tuple[Path, str]:
+    """A database with that many paths, which are nowhere on disk, and the hash part of one of them."""
+    root = store.root.parent / f"database-{store.form.valid_paths}"
+    hash_parts = (base32.encode(number.to_bytes(20, "little")) for number in range(store.form.valid_paths))
+    rows = (
+        (f"/nix/store/{hash_part}-path", f"sha256:{hash_part.encode().hex():0>64}", 1, 1000) for hash_part in hash_parts
+    )
+    if not root.exists():
+        print(f"making a database of {store.form.valid_paths:,} paths", flush=True)
+        unfinished = root.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with StoreBuilder(unfinished).connect() as connection:
+            connection.executemany(
+                "insert into ValidPaths (path, hash, registrationTime, narSize) values (?, ?, ?, ?)", rows
+            )
+            # Each refers to the ten before it.
+            connection.execute(
+                "insert into Refs select later.id, earlier.id from ValidPaths as later join ValidPaths as earlier"
+                " on earlier.id between later.id - 10 and later.id - 1"
+            )
+        unfinished.rename(root)
+    return root / "nix/var/nix/db/db.sqlite", base32.encode((store.form.valid_paths // 2).to_bytes(20, "little"))
+
+
+def prices(store: BenchStore) -> Iterator[Figure]:
+    """What conveniences cost a request: the server's processor time."""
+    metrics = Metrics(("narinfo",), (), 1)
+    route = metrics.own.routes["narinfo"]
+    seconds = min(timeit.repeat(lambda: route.count(200, 1000, 0.001, None), number=10_000, repeat=5)) / 10_000
+    yield from compare(
+        [Figure("price of counting a request for the metrics", "µs")], {HARMONIA: lambda: [seconds * 1e6]}, 1
+    )
+    if not HAVE["wrk"]:
+        return
+    asked = [servers.narinfo(info) for info in store.closure]
+    small = [servers.nar(min(store.closure, key=lambda info: info.nar_size))]
+
+    def price(paths: Sequence[str], settings: str = "", *, accept: str = "", numbered: bool = False) -> Measure:
+        headers = {"Accept-Encoding": accept} if accept else {}
+
+        def measure() -> Sequence[float]:
+            with servers.harmonia(store, f"nar_compression = 'none'\n{settings}") as server:
+                ask(server.address, paths, 1, 1, headers)
+                began = server.seconds
+                rate = ask(server.address, paths, 25, store.form.seconds, headers, numbered=numbered)
+                return [(server.seconds - began) / (rate.per_second * store.form.seconds) * 1e6]
+
+        return measure
+
+    for what, measure in {
+        "narinfo, asked for again in the same words": price(asked),
+        "narinfo, in other words each time": price(asked, numbered=True),
+        "narinfo, the same with the access log": price(asked, "access_log = true"),
+        "small NAR": price(small),
+        "small NAR, with an Accept-Encoding to look at": price(small, accept="br, gzip;q=0.8, zstd;q=0, identity"),
+    }.items():
+        yield from compare([Figure(f"price of a request: {what}", "µs")], {HARMONIA: measure}, store.form.rounds)
+
+
+def _seconds(command: str | Sequence[str], environment: Mapping[str, str] | None = None) -> float:
+    began = time.perf_counter()
+    environment = {**os.environ, **(environment or {})}
+    subprocess.run(command, check=True, shell=isinstance(command, str), env=environment, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+ALL = (narinfos, closures, large_file, many_files, nix_copy, load, start, prices)

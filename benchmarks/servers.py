@@ -1,0 +1,204 @@
+"""The servers that are measured side by side: of the same store, or of copies of its NARs.
+
+Each has one process that serves. `BENCH_OTHER` adds one more: the command that runs it, where {root} stands for the
+directory with `nix/store` and `nix/var`, {store} and {database} for those in it, and {port} for where to listen.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.client import Address
+from benchmarks.store import BenchStore
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.narinfo import nar_url
+
+OTHER = os.environ.get("BENCH_OTHER")
+HARMONIA = "Harmonia"
+_PATIENCE = 60  # seconds until a server answers
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs."""
+
+    name: str
+    address: Address
+    pid: int
+
+    @property
+    def url(self) -> str:
+        return "http://{}:{}".format(*self.address)
+
+    @property
+    def processes(self) -> list[int]:
+        """The main one, and what it has started."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [self.pid, *map(int, children.split())]
+
+    @property
+    def seconds(self) -> float:
+        """Of processor time, up to now."""
+        ticks = 0
+        for pid in self.processes:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def memory(self, what: str) -> list[int]:
+        """Bytes of each process: `Rss`, or `Pss`, where what several share counts as parts of one."""
+        told = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.processes)
+        return [int(re.search(rf"^{what}: *(\d+) kB", text, re.MULTILINE)[1]) * 1024 for text in told]  # type: ignore[index]
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def nar(self, info: PathInfo) -> str:
+        """Where its narinfo leads."""
+        lines = dict(line.split(": ", 1) for line in self.get(narinfo(info)).decode().splitlines() if ": " in line)
+        return f"/{lines['URL']}"
+
+
+def narinfo(info: PathInfo) -> str:
+    return f"/{info.path.hash_part}.narinfo"
+
+
+def nar(info: PathInfo) -> str:
+    """The plain NAR, as Harmonia names it, and so our copies of its answers."""
+    return f"/{nar_url(info)}"
+
+
+@contextmanager
+def harmonia(
+    store: BenchStore, settings: str = "", *, database: Path | None = None, workers: int = 1
+) -> Iterator[Server]:
+    """A new one, which has compressed nothing yet."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory(dir=store.root.parent) as directory:
+        config = Path(directory, "harmonia.toml")
+        config.write_text(
+            f"bind = '127.0.0.1:{port}'\nworkers = {workers}\ncache_dir = '{directory}'\n"
+            f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{database or store.database}'\n"
+            f"sign_key_paths = ['{store.key_file}']\n{settings}\n"
+        )
+        with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
+            yield server
+
+
+@contextmanager
+def nginx(files: Path) -> Iterator[Server]:
+    """Of a directory with what a cache answers, as `nix copy --to file://` makes it."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        config = Path(directory, "nginx.conf")
+        config.write_text(
+            f"daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;\n"
+            "events { worker_connections 1024; }\n"
+            "http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000000;\n"
+            f"{' '.join(f'{each}_temp_path {directory}/{each};' for each in temporary)}\n"
+            f"server {{ listen 127.0.0.1:{port}; root {files}; }} }}\n"
+        )
+        if os.geteuid() == 0:  # or its worker is nobody, who may not read our home
+            config.write_text(f"user root;\n{config.read_text()}")
+        with _running("nginx", ["nginx", "-c", str(config)], port) as server:
+            yield server
+
+
+@contextmanager
+def other(store: BenchStore) -> Iterator[Server]:
+    assert OTHER
+    port = _free_port()
+    words = {"root": store.root, "store": store.real_dir, "database": store.database, "port": port}
+    with _running("other", [word.format(**words) for word in shlex.split(OTHER)], port) as server:
+        yield server
+
+
+@contextmanager
+def plain_socket(file: str) -> Iterator[Server]:
+    """The limit: who connects and says anything gets the file, by sendfile(2)."""
+    port = _free_port()
+    with _running("plain socket", [sys.executable, "-m", "benchmarks.servers", str(port), file], port) as server:
+        yield server
+
+
+@contextmanager
+def _running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            deadline = time.monotonic() + _PATIENCE
+            while not _listens(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    sys.exit(f"{name} does not answer: {shlex.join(command)}\n{log.read()}")
+                time.sleep(0.005)
+            yield Server(name, ("127.0.0.1", port), process.pid)
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def copied(store: BenchStore, suffix: str) -> Path:
+    """What Harmonia answers for everything in the store, as files: the NARs plain, or with the suffix .zst.
+
+    Made once and kept: these are the same bytes for everybody.
+    """
+    files = store.root / f"copied{suffix or '-plain'}"
+    if files.exists():
+        return files
+    print(f"copying NARs to {files}", flush=True)
+    unfinished = files.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "nar").mkdir(parents=True)
+    with harmonia(store, f"nar_compression = '{'zstd' if suffix else 'none'}'") as server:
+        for info in (*store.closure, store.many, store.large):
+            # The NAR first: only then its narinfo tells how large it is compressed.
+            urllib.request.urlretrieve(server.url + nar(info) + suffix, f"{unfinished}{nar(info)}{suffix}")
+            (unfinished / narinfo(info)[1:]).write_bytes(server.get(narinfo(info)))
+        (unfinished / "nix-cache-info").write_bytes(server.get("/nix-cache-info"))
+    unfinished.rename(files)
+    return files
+
+
+def _serve(port: int, path: str) -> None:
+    with socket.create_server(("127.0.0.1", port)) as listening, open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while True:
+            connection, _ = listening.accept()
+            with connection:
+                while connection.recv(65536):
+                    connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode())
+                    connection.sendfile(file)
+                    file.seek(0)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2])
