@@ -14,7 +14,7 @@ _AUTHORITY = rb"(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _TARGET = rb'(?:/[!"$-~]*|(?i:https?)://' + _AUTHORITY + rb'(?:[/?][!"$-~]*)?|\*)'
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # No space before a colon, no line that goes on with the next, no line feed or other control character on its own.
-_HEAD = re.compile(rb"[A-Z]{1,32} " + _TARGET + rb" HTTP/1\.[01](?:\r\n" + _TOKEN + rb":[\t -~\x80-\xff]*)*")
+_HEAD = re.compile(rb"[A-Z_-]{1,32} " + _TARGET + rb" HTTP/1\.[01](?:\r\n" + _TOKEN + rb":[\t -~\x80-\xff]*)*")
 _HOST = re.compile(r"[!$%&'()*+,.0-9:;=A-Z\[\]_a-z~-]*")
 _LENGTH = re.compile("[0-9]{1,18}", re.ASCII)
 
