@@ -36,18 +36,19 @@ _UPSTREAMS = {
 }
 
 
-def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int) -> bytes:
-    """The sums over all workers. The last two are what each worker has, and what all have in common."""
-    return generate_latest(_Families(metrics, encoder_threads, cache_limit))
+def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int, cache_used: float) -> bytes:
+    """The sums over all workers. The threads are those of each worker, and the cache is what all have in common."""
+    return generate_latest(_Families(metrics, encoder_threads, cache_limit, cache_used))
 
 
 class _Families(Collector):
-    def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int) -> None:
+    def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int, cache_used: float) -> None:
         self._rows = metrics.rows
         self._totals = metrics.totals
         self._upstream_rows = metrics.upstreams
         self._encoder_threads = encoder_threads
         self._cache_limit = cache_limit
+        self._cache_used = cache_used
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
@@ -95,6 +96,7 @@ class _Families(Collector):
         yield GaugeMetricFamily(
             "harmonia_cache_limit_bytes", "How large the cache may become; 0 is none.", self._cache_limit
         )
+        yield GaugeMetricFamily("harmonia_cache_used_bytes", "How much of it is in use.", self._cache_used)
         waiting = sum(row.waiting for row in self._rows)
         yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces being compressed, or waiting for it.", waiting)
         threads = self._encoder_threads * len(self._rows)

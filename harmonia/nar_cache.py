@@ -216,8 +216,7 @@ class NarCache:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
         disk = os.statvfs(directory)
         self._spare = min(_SPARE, disk.f_blocks * disk.f_frsize // 20)
-        used = sum(size for _, size, _ in self._files())
-        self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + used) // 2)
+        self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + self.used()) // 2)
         self._unchecked = self.limit  # so that the first file that is added makes us look
 
     def path(self, key: str) -> str:
@@ -290,7 +289,11 @@ class NarCache:
 
     def room(self) -> int:
         """How many bytes can be added before something is evicted for them. OSError."""
-        return min(self.limit - sum(size for _, size, _ in self._files()), self._free() - self._spare)
+        return min(self.limit - self.used(), self._free() - self._spare)
+
+    def used(self) -> int:
+        """How many bytes of the disk its whole files take. OSError."""
+        return sum(size for _, size, _ in self._files())
 
     def evict(self) -> None:
         """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""

@@ -1,5 +1,6 @@
 """`/metrics`: what the workers have counted, all together, in the text format of Prometheus."""
 
+import math
 from dataclasses import astuple, fields
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -49,8 +50,11 @@ def _render(cache: Cache) -> bytes:
     from harmonia import exposition  # noqa: PLC0415 (a tenth of a second, which only those spend who are asked)
 
     compressor = cache.compressor
-    return exposition.render(
-        cache.metrics,
-        encoder_threads=compressor.threads,
-        cache_limit=compressor.cache.limit if compressor.cache else 0,
-    )
+    limit, used = 0, 0.0
+    if compressor.cache is not None:
+        limit = compressor.cache.limit
+        try:
+            used = compressor.cache.used()
+        except OSError:  # the log tells, when something is to be put into it
+            used = math.nan
+    return exposition.render(cache.metrics, encoder_threads=compressor.threads, cache_limit=limit, cache_used=used)

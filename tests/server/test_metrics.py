@@ -1,6 +1,7 @@
 """Promises to whoever watches: metrics are those of all workers, none is lost when one ends, and they have bounds."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -120,6 +121,9 @@ def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: S
     assert found["harmonia_cache_misses_total"] == 1
     assert found["harmonia_cache_filled_bytes_total"] == size
     assert found["harmonia_cache_limit_bytes"] == 1 << 30
+    assert size <= found["harmonia_cache_used_bytes"] < size + 64 * 1024  # in blocks of the disk
+    shutil.rmtree(server.directory / "cache")
+    assert math.isnan(scrape(server)["harmonia_cache_used_bytes"])
     assert found["harmonia_encoder_seconds_total"] > 0
     assert found["harmonia_encoder_threads"] >= 2
     assert found["harmonia_encoder_waiting"] == 0
