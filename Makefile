@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz bench vm-test clean help
+.PHONY: serve test check format fuzz audit bench vm-test clean help
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -28,6 +28,13 @@ fuzz: .venv/ready  ## Look for bytes that our readers take wrongly
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run $(SECONDS) $(TARGETS)
 
+audit: .venv/ready  ## Ask whether what we depend on is known to be vulnerable
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install --quiet pip-audit
+	$(BIN)/pip list --format freeze --exclude-editable >.audit/versions
+	.audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off --format json -r .audit/versions 2>.audit/log \
+	  | $(PYTHON) .ci/audit.py
+
 # What `make bench` is to measure, and how: nothing is all of it. `--short` takes a minute, `--docs` writes into docs.
 BENCH ?=
 bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
@@ -44,7 +51,7 @@ help:  ## Tell what there is to make
 
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi
-	rm -rf .venv bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .audit bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

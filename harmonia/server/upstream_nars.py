@@ -85,7 +85,7 @@ class Nars:
         headers = self._headers(client, hops)
 
         async def ask(part: Part, method: str = "GET") -> aiohttp.ClientResponse:
-            return await client.nar(f"{client.base}/{place}", headers, method, part)
+            return await client.nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
 
         async def open_nar(request: Request) -> Body:
             if request.method == "HEAD":

@@ -136,12 +136,20 @@ class Client:
             raise self._error(str(error)) from None
 
     async def nar(
-        self, url: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        method: str = "GET",
+        part: Part = WHOLE,
+        *,
+        anywhere: bool = True,
     ) -> aiohttp.ClientResponse:
-        """The answer to a request for a NAR, likewise. It may be somewhere else. UpstreamError also where it is not."""
+        """The answer to a request for a NAR, likewise. One that is checked may come from `anywhere`. UpstreamError also
+        where it is not there.
+        """
         if not await self.breaker.usable():
             raise self._error("it is down")
-        response = await self._open(self._nars, method, url, headers, part, anywhere=True)
+        response = await self._open(self._nars, method, url, headers, part, anywhere=anywhere)
         if response is None:
             raise self._error(f"{url} is not there")
         if response.headers.get("Content-Encoding", "identity") != "identity":

@@ -12,7 +12,8 @@ import pytest
 
 from harmonia.access import SCOPES, new
 from harmonia.config import load
-from running import Answer, Server, run, wait_until
+from harmonia.nix.signing import SecretKey
+from running import Answer, Server, patched, run, wait_until
 from server.test_contract import ROWS, Row, stock
 
 Start = Callable[..., Server]
@@ -162,6 +163,29 @@ def test_secrets_are_nowhere(server: Server) -> None:
         for part in (secret, secret.removeprefix("harmonia_"), token.sha256.hex(), encoded):
             assert part not in told
     assert "harmonia_wrong" not in told
+
+
+CRASH = """
+import harmonia.server.cache_info as resource
+async def get(cache, request):
+    raise RuntimeError(f"a fault of ours, of {request!r}, {cache!r}")
+get.__module__ = resource.__name__
+resource.get = get
+"""
+
+
+def test_a_fault_of_ours_tells_no_secret(start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    key = SecretKey.generate("test-1")
+    (tmp_path / "key").write_text(key.export())
+    settings = f"tokens_path = '{stocked[0]}/tokens'\nsign_key_paths = ['{tmp_path}/key']\nlog_level = 'debug'"
+    server = start(store=stocked[0] / "store", settings=settings, program=patched(CRASH))
+    answer = server.get("/nix-cache-info", bearer("read"))
+    assert (answer.status, answer.text) == (500, "Internal Server Error\n")
+    server.stop()
+    log = "".join(server.log)
+    assert "RuntimeError: a fault of ours" in log
+    for secret in (TOKENS["read"][0], key.export().partition(":")[2]):
+        assert secret not in log
 
 
 @pytest.mark.parametrize("anonymous", [["read"], ["read", "browse"], ["metrics"]])

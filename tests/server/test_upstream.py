@@ -857,10 +857,17 @@ def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
         other.add(there.info, there.file, there.nar, keys=(KEY,))
         drv = "8" * 32 + "-there.drv"
         other.files[f"/log/{drv}"] = b"secret"
-        for path in (f"/log/{drv}", narinfo_path(there)):
+        # The NAR that a debuginfo file leads to is checked by nobody.
+        debug = "ab" * 20
+        upstream.files[f"/debuginfo/{debug}.debug"] = b'{"archive":"../nar/debug.nar","member":"m"}'
+        other.files["/nar/debug.nar"] = b"secret"
+        for path in (f"/log/{drv}", narinfo_path(there), "/nar/debug.nar"):
             upstream.behaviours[path] = status(302, Location=f"{other.url}{path}")
         server = begin(entry(upstream))
         assert server.get(f"/log/{drv}").status == server.get(narinfo_path(there)).status == 404
+        archive = re.search(r'"\.\.(/upstream/[^"]+)"', server.get(f"/debuginfo/{debug}").text)
+        assert archive
+        assert server.get(archive[1]).status == server.head(archive[1]).status == 404
         assert not other.asked
 
 
