@@ -21,7 +21,8 @@ def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
     hash_part = base_name[:32]
     info = store.path_info(hash_part) if is_hash_part(hash_part) else None
     if info is None or base_name not in (hash_part, info.path):
-        raise InvalidPathError(f"{text!r} names no valid path of the store {store.store_dir}")
+        what = f"{text!r} names no valid path of the store {store.store_dir}"
+        raise InvalidPathError(f"{what}; give its path, its hash part, or a symlink that leads to it")
     real_path = store.real_path(info.path)
     return info, os.path.join(real_path, os.fsencode(inside)) if inside else real_path
 

@@ -229,7 +229,7 @@ def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ls", "/nix/store/none"], "'/nix/store/none' names no valid path of the store /nix/store"),
+        (["ls", "/nix/store/none"], "'/nix/store/none' names no valid path of the store /nix/store; give its path, .*"),
         (["cat", "x"], "'x' names no valid path .*"),
         (["nar", "dump", "/none"], "/none: No such file or directory"),
         (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection refused; see that the server runs, .*"),

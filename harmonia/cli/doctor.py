@@ -53,7 +53,12 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
     help="NARs of more MiB are not downloaded.",
 )
 @click.option("--store-dir", metavar="DIR", help="The store directory of its clients; the settings' own, if not given.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON: url, ok, and findings, each of which has check, level, what and remedy.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_obj
 def command(
