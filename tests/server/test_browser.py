@@ -333,6 +333,16 @@ def test_all_of_it_works_under_a_path_of_a_proxy(
     assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
 
 
+def test_a_log_is_shown_and_not_saved(page: Page, urls: dict[str, str]) -> None:
+    page.open(urls["path"])
+    page.events.clear()
+    page.click("nav a:last-child")
+    page.loaded()
+    assert page.run("document.contentType") == "text/plain"
+    assert page.run("document.body.innerText").startswith("installing hello as /nix/store/")
+    assert page.complaints == []
+
+
 def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
     page.open(f"{server.url}/serve/{made.paths['latest-website'].hash_part}")
     assert page.run("document.title") == "A page in a Nix store"
