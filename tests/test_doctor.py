@@ -8,7 +8,6 @@ import lzma
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -31,7 +30,8 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store_builder import StoreBuilder
-from running import Server, run, wait_until
+from nginx import nginx
+from running import Server, run
 
 KEY = SecretKey.generate("good-1")
 NAR = "nar/file.nar"
@@ -521,7 +521,6 @@ class TestTLS:
 
 
 @pytest.mark.nix
-@pytest.mark.skipif(not (shutil.which("nix") and shutil.which("nginx")), reason="there is no nix and nginx here")
 @pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
 def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str) -> None:
     store = StoreBuilder(tmp_path / "store")
@@ -534,34 +533,11 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
     stores = ("--from", f"local?root={tmp_path}/store", "--to", f"file://{tmp_path}/cache?compression={compression}")
     copy = ["nix", "copy", "--no-check-sigs", *stores, f"/nix/store/{info.path}"]
     subprocess.run(copy, env=environment, check=True, capture_output=True)
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    temporary = "".join(
-        f"{it}_temp_path {tmp_path}/temp;" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/log; events {{}}\n"
-        f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port}; root {tmp_path}/cache; }} }}\n"
-    )
-    tmp_path.chmod(0o755)
-    user = ["-g", "user root;"] if os.geteuid() == 0 else []
-    with subprocess.Popen(["nginx", "-c", str(tmp_path / "nginx.conf"), *user]) as nginx:
-        try:
-            wait_until(lambda: _listens(port))
-            answer = run(
-                "doctor", f"http://127.0.0.1:{port}", f"/nix/store/{info.path}", "--public-key", str(KEY.public_key)
-            )
-        finally:
-            nginx.send_signal(signal.SIGQUIT)
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/cache;") as (url, _):
+        answer = run("doctor", url, f"/nix/store/{info.path}", "--public-key", str(KEY.public_key))
     assert answer.returncode == 0, answer.stdout
     for said in ("signed by good-1", "hash and size of the NAR are right", "byte ranges are right", "no Cache-Control"):
         assert said in answer.stdout
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_url_that_is_none_is_told() -> None:
