@@ -1,6 +1,11 @@
-"""A plain HTTP client that shows what was really sent: for questions about a server, not for downloads of any size."""
+"""A plain HTTP client that shows what was really sent: for questions about a server, not for downloads of any size.
 
+A private one is given what a netrc(5) has for its host, as Nix and curl give it.
+"""
+
+import base64
 import http.client
+import netrc
 import os
 import socket
 import ssl
@@ -14,6 +19,7 @@ from harmonia.settings import Settings
 
 LARGEST = 256 << 20
 """Bytes of a body that are taken, at most."""
+_NETRC = ("/etc/nix/netrc", "~/.netrc")  # of which the first counts that knows the host, unless $NETRC names another
 _TIMEOUT = 20.0  # seconds for each step
 _REDIRECTS = 5
 _PIECE = 1 << 18
@@ -45,12 +51,14 @@ class Client:
     """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket."""
 
     def __init__(self, url: str) -> None:
-        """RemoteError where it is no URL."""
+        """RemoteError where it is no URL, or the netrc none."""
         self.url = url.rstrip("/")
         self._socket = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
         self._base = "http://localhost" if self._socket else self.url
         if urlsplit(self._base).scheme not in ("http", "https") or not urlsplit(self._base).netloc:
             raise RemoteError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+        authorization = _authorization(urlsplit(self._base).hostname or "")
+        self._own_headers = {"Authorization": authorization} if authorization else {}
 
     @classmethod
     def of(cls, settings: Settings, key: str = "bind") -> "Client":
@@ -94,7 +102,8 @@ class Client:
             connection.connect()
             if isinstance(connection.sock, ssl.SSLSocket):
                 certificate = connection.sock.getpeercert() or {}
-            connection.request(method, target, headers={"Connection": "close", **headers})
+            own = self._own_headers if _origin(url) == _origin(self._base) else {}
+            connection.request(method, target, headers={"Connection": "close", **own, **headers})
             response = connection.getresponse()
             body = bytearray()
             while len(body) < (LARGEST if stop is None else stop) and (piece := response.read1(_PIECE)):
@@ -120,6 +129,24 @@ class Client:
             context = ssl.create_default_context(cafile=os.environ.get("NIX_SSL_CERT_FILE") or None)
             return http.client.HTTPSConnection(netloc, timeout=_TIMEOUT, context=context)
         return http.client.HTTPConnection(netloc, timeout=_TIMEOUT)
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _authorization(host: str) -> str | None:
+    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else map(os.path.expanduser, _NETRC):
+        try:
+            found = netrc.netrc(path).authenticators(host)
+        except OSError:
+            continue  # it is not for this user
+        except (netrc.NetrcParseError, UnicodeDecodeError):  # whose own words quote it
+            raise RemoteError(f"{path} is no netrc(5); mend it, or name another one in $NETRC") from None
+        if found:
+            return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+    return None
 
 
 def _joined(base: str, url: str) -> str:

@@ -47,7 +47,7 @@ _WINDOW = 1 << 27  # bytes; what every Nix can unpack
 _COMPARED = ("content-type", "content-length", "content-encoding", "etag", "cache-control", "last-modified", "vary")
 _LOG = "look at the server's log"
 _REFUSED = {
-    401: "give it a user's name and password",
+    401: "put the token for it into /etc/nix/netrc, as its clients have to (docs/security.md)",
     403: "let everybody read",
     407: "give it a user's name and password",
 }

@@ -9,6 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from harmonia.client import Client
 from harmonia.errors import RemoteError
 
+_REFUSED = (401, 403)
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -32,6 +34,9 @@ def look(client: Client) -> Look:
         answer = client.get("metrics")
     except RemoteError as error:
         raise RemoteError(f"{error}; see that the server runs, and that this is its URL") from None
+    if answer.status in _REFUSED:
+        remedy = "put a token with the scope metrics into /etc/nix/netrc, or name the server's metrics_bind"
+        raise RemoteError(f"{client.url}/metrics answers {answer.status}; {remedy}")
     if answer.status != 200:  # noqa: PLR2004 (OK)
         what = f"{client.url}/metrics answers {answer.status}; name the server's metrics_bind, or set metrics = true"
         raise RemoteError(what)

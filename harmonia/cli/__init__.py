@@ -50,6 +50,7 @@ Exit status:
 \b
 Environment:
   CONFIG_FILE  the file with the settings, where --config is not given
+  NETRC        the file with tokens for private caches, for `doctor` and `top`; else /etc/nix/netrc and ~/.netrc
   NO_COLOR     if set, no colours
 
 \b
