@@ -43,6 +43,7 @@ bench: .venv/ready  ## Measure against nginx and Nix, as far as they are install
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=
+vm-test: export NIXPKGS := $(NIXPKGS)
 vm-test: .venv/ready  ## As root, run the NixOS tests between containers
 	$(BIN)/python nixos-tests/lab/run.py $(if $(VM_TEST_QEMU),--qemu) $(TESTS)
 

@@ -34,6 +34,9 @@ in
     hello, greeting = origin.succeed("nix-build --no-out-link /etc/contents.nix -A hello -A greeting").split()
     url = f"http://server:5000/{greeting[11:43]}.narinfo"
 
+    # Once the origin has compressed the NAR, it gives it another name, which a worker may hear of that has not asked before.
+    nar = client.succeed(f"curl --fail --silent {url} | grep '^URL: '").split()[1]
+
     with subtest("the client gets from the server what only the origin has"):
         client.fail(f"test -e {hello}")
         server.fail(f"test -e {hello}")
@@ -43,17 +46,15 @@ in
         server.fail(f"test -e {hello}")
 
     with subtest("it asked the server alone, and the server the origin"):
-        addresses = {machine: client.succeed(f"getent hosts {machine}").split()[0] for machine in ("client", "server")}
+        addresses = {line.split()[0] for line in origin.succeed("getent ahosts server").splitlines()}
         asked = origin.wait_until_succeeds(
             f"journalctl --unit=harmonia.service --output=cat | grep --fixed-strings 'GET /nar/{greeting[11:43]}-'",
             timeout=60,
         )
-        assert f" {addresses['server']} " in asked, asked
-        assert f" {addresses['client']} " not in asked, asked
+        assert any(f" {address} " in asked for address in addresses), asked
         assert len(asked.splitlines()) == 1, asked
 
     with subtest("the next client needs the origin no more"):
-        nar = client.succeed(f"curl --fail --silent {url} | grep '^URL: '").split()[1]
         origin.succeed("systemctl stop harmonia.socket harmonia.service")
         client.fail("curl --fail --silent http://origin:5000/nix-cache-info")
         client.succeed(f"curl --fail --silent --show-error --output /tmp/nar http://server:5000/{nar}")

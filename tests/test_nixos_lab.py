@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from container import Container
-from machine import Machine, MachineError
+from machine import Addresses, Machine, MachineError
 
-ADDRESS = "192.168.1.1"
+ADDRESSES = Addresses("192.168.1.1", "2001:db8:1::1")
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contai
     script = tmp_path / "container.sh"
     script.write_text(f"for _ in $(seq 50); do env true; done; setpriv --pdeathsig KILL {tmp_path}/systemd 60; exit 1")
     monkeypatch.setattr("container._BOOT", script)
-    machine = Container("server", ADDRESS, tmp_path, tmp_path / "state", root=tmp_path, cgroup=tmp_path)
+    machine = Container("server", ADDRESSES, tmp_path, tmp_path / "state", root=tmp_path, cgroup=tmp_path)
     machine.start()
     yield machine
     machine.release()
@@ -34,7 +34,7 @@ class Scripted(Machine):
     """A machine with a unit whose job takes as many looks of anybody as `delay`."""
 
     def __init__(self, state: Path, delay: int, *, outcome: str) -> None:
-        super().__init__("server", ADDRESS, state, state / "server")
+        super().__init__("server", ADDRESSES, state, state / "server")
         self.delay = delay
         self.outcome = outcome
 

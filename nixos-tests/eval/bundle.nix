@@ -12,7 +12,10 @@
 }:
 let
   node = config: {
-    ip = config.networking.primaryIPAddress;
+    addresses = {
+      v4 = config.networking.primaryIPAddress;
+      v6 = config.networking.primaryIPv6Address;
+    };
     units =
       lib.mapAttrs
         (file: unit: {
@@ -90,7 +93,11 @@ let
     paths = map (path: "${path}") (
       config.system.extraDependencies ++ config.virtualisation.additionalPaths or [ ]
     );
-    hosts = lib.mapAttrs (_: names: map toString names) config.networking.hosts;
+    hosts =
+      lib.concatStrings (
+        lib.mapAttrsToList (address: names: "${address} ${toString names}\n") config.networking.hosts
+      )
+      + config.networking.extraHosts;
     ports = config.networking.firewall.allowedTCPPorts;
     activation = lib.mapAttrsToList (_: script: script.text or script) (
       lib.filterAttrs (
@@ -102,7 +109,13 @@ let
         }
       ) config.system.activationScripts
     );
-    tmpfiles = config.systemd.tmpfiles.rules;
+    tmpfiles = builtins.filter (
+      rule:
+      own {
+        kind = "tmpfiles";
+        name = rule;
+      }
+    ) config.systemd.tmpfiles.rules;
     failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);
     inherit (config) warnings;
   };

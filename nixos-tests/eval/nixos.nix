@@ -216,7 +216,9 @@ let
         networking = {
           hostName = option types.str name;
           primaryIPAddress = option types.str "127.0.0.1";
+          primaryIPv6Address = option types.str "::1";
           hosts = option (types.attrsOf (types.listOf types.str)) { };
+          extraHosts = option types.lines "";
           firewall = {
             enable = bool true;
             allowedTCPPorts = option (types.listOf types.port) [ ];
@@ -342,7 +344,13 @@ let
       merged = lib.mergeAttrsList modules;
       names = builtins.attrNames merged.nodes;
       addresses = lib.listToAttrs (
-        lib.imap1 (number: name: lib.nameValuePair name "192.168.1.${toString number}") names
+        lib.imap1 (
+          number: name:
+          lib.nameValuePair name {
+            v4 = "192.168.1.${toString number}";
+            v6 = "2001:db8:1::${toString number}";
+          }
+        ) names
       );
       nodes = mapAttrs (
         name: node:
@@ -350,8 +358,12 @@ let
           [
             node
             {
-              networking.primaryIPAddress = addresses.${name};
-              networking.hosts = lib.mapAttrs' (other: address: lib.nameValuePair address [ other ]) addresses;
+              networking.primaryIPAddress = addresses.${name}.v4;
+              networking.primaryIPv6Address = addresses.${name}.v6;
+              networking.hosts."127.0.0.2" = [ name ];
+              networking.extraHosts = lib.concatMapStrings (
+                other: "${addresses.${other}.v4} ${other}\n${addresses.${other}.v6} ${other}\n"
+              ) names;
             }
           ]
           ++ lib.concatMap (module: optional (module ? defaults) module.defaults) modules

@@ -203,7 +203,10 @@ let
       imports = [ test ];
       hostPkgs = pkgs;
       node.pkgs = pkgs;
-      defaults.documentation.enable = false;
+      defaults = {
+        documentation.enable = false;
+        environment.stub-ld.enable = false;
+      };
     };
   empty =
     (evaluate {
@@ -254,6 +257,7 @@ in
         );
       user = !empty.users.users ? ${name};
       group = !empty.users.groups ? ${name};
+      tmpfiles = !lib.elem name empty.systemd.tmpfiles.rules;
       package = !lib.elem name (map (package: "${package}") empty.environment.systemPackages);
       activation = !empty.system.activationScripts ? ${name};
     }

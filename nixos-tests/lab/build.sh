@@ -1,6 +1,7 @@
 #!/bin/sh
 # build.sh ROOT PROJECT OUT [TEST...]: the machines of the tests, made by ROOT's Nix in OUT/guests. OUT/wheels has what
-# the package is made of. Runs in namespaces that are about to go; ROOT stays as it is.
+# the package is made of. Where $NIXPKGS is set, they are evaluated by the modules of that nixpkgs. Runs in namespaces that
+# are about to go; ROOT stays as it is.
 set -eu
 root=$1 project=$2 out=$3
 shift 3
@@ -14,8 +15,13 @@ mount --rbind /dev "$scratch/root/dev"
 mkdir "$scratch/root/project" "$scratch/root/out"
 mount --bind "$project" "$scratch/root/project"
 mount --bind "$out" "$scratch/root/out"
+if [ -n "${NIXPKGS:-}" ]; then
+  mkdir "$scratch/root/nixpkgs"
+  mount --bind "$NIXPKGS" "$scratch/root/nixpkgs"
+  NIXPKGS=/nixpkgs
+fi
 
-exec env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin NIX_CONFIG='sandbox = false
+exec env -i NIXPKGS="${NIXPKGS:-}" HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin NIX_CONFIG='sandbox = false
 substituters =
 build-users-group =' chroot "$scratch/root" sh -euc '
   cd /project/nixos-tests

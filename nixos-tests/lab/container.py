@@ -4,7 +4,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from machine import BOOT_TIMEOUT, PATH, Machine, MachineError, retry
+from machine import BOOT_TIMEOUT, PATH, Addresses, Machine, MachineError, retry
 
 _BOOT = Path(__file__).with_name("container.sh")
 
@@ -16,8 +16,8 @@ def make_network() -> None:
 
 
 class Container(Machine):
-    def __init__(self, name: str, address: str, guest: Path, state: Path, *, root: Path, cgroup: Path) -> None:
-        super().__init__(name, address, guest, state)
+    def __init__(self, name: str, addresses: Addresses, guest: Path, state: Path, *, root: Path, cgroup: Path) -> None:
+        super().__init__(name, addresses, guest, state)
         self._root = root
         self._cgroup = cgroup
 
@@ -28,13 +28,13 @@ class Container(Machine):
 
     def wait_for_shell(self) -> None:
         retry(self._is_process_1_systemd, BOOT_TIMEOUT, f"{self.name}: systemd")
-        inside = f"nsenter --target {self._init} --net ip"
+        inside = f"nsenter --target {self._init} --net"
         for command in (
             f"ip link add {self.name} type veth peer name eth1 netns {self._init}",
             f"ip link set {self.name} master machines up",
-            f"{inside} link set lo up",
-            f"{inside} addr add {self.address}/24 dev eth1",
-            f"{inside} link set eth1 up",
+            f"{inside} ip link set lo up",
+            f"{inside} ip link set eth1 up",
+            *(f"{inside} {command}" for command in self.addresses.add("eth1")),
         ):
             subprocess.run(command.split(), check=True)
         retry(self._does_systemd_answer, BOOT_TIMEOUT, f"{self.name}: systemd's socket")

@@ -20,31 +20,29 @@ from typing import NoReturn
 import container
 import qemu
 from container import Container
-from machine import Machine, MachineError, log, subtest
+from machine import Addresses, Machine, MachineError, log, subtest
 from qemu import VirtualMachine
 
 TIMEOUT = 600
 
 
-def containers(options: argparse.Namespace, addresses: dict[str, str], scratch: Path) -> list[Machine]:
+def containers(options: argparse.Namespace, addresses: dict[str, Addresses], scratch: Path) -> list[Machine]:
     container.make_network()
     roots = {name: Path(path) for name, _, path in (root.rpartition("=") for root in options.root)}
     return [
         Container(
-            name, address, options.guest, scratch / name, root=roots.get(name, roots[""]), cgroup=options.cgroup / name
+            name, each, options.guest, scratch / name, root=roots.get(name, roots[""]), cgroup=options.cgroup / name
         )
-        for name, address in addresses.items()
+        for name, each in addresses.items()
     ]
 
 
-def virtual_machines(options: argparse.Namespace, addresses: dict[str, str], scratch: Path) -> list[Machine]:
+def virtual_machines(options: argparse.Namespace, addresses: dict[str, Addresses], scratch: Path) -> list[Machine]:
     qemu.make_network()
     root = Path(options.root[0])
     return [
-        VirtualMachine(
-            name, address, options.guest, scratch / name, root=root, disk=options.disk, packed=options.packed
-        )
-        for name, address in addresses.items()
+        VirtualMachine(name, each, options.guest, scratch / name, root=root, disk=options.disk, packed=options.packed)
+        for name, each in addresses.items()
     ]
 
 
@@ -86,7 +84,8 @@ def main() -> int:
     signal.alarm(TIMEOUT)
     scratch = Path(mkdtemp())
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", scratch], check=True)
-    addresses = json.loads((options.guest / "machines.json").read_text())
+    machines = json.loads((options.guest / "machines.json").read_text())
+    addresses = {name: Addresses(**each) for name, each in machines.items()}
     started = (virtual_machines if options.disk else containers)(options, addresses, scratch)
     try:
         run(options.guest / "test.py", started)

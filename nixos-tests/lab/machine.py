@@ -10,12 +10,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 # What NixOS has in the PATH of its test shell, and then Debian's.
 PATH = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_TIMEOUT = 900
 BOOT_TIMEOUT = 240
 _BEGIN = time.monotonic()
+
+
+class Addresses(NamedTuple):
+    v4: str
+    v6: str
+
+    def add(self, interface: str) -> Iterator[str]:
+        """The commands that give an interface the addresses."""
+        yield f"ip addr add {self.v4}/24 dev {interface}"
+        yield f"ip addr add {self.v6}/64 dev {interface} nodad"
 
 
 class MachineError(Exception):
@@ -43,9 +54,9 @@ def retry(attempt: Callable[[], bool], timeout: float, what: str) -> None:
 class Machine(ABC):
     """`guest` is what pack.py made for all machines of one test; `state` is a directory for this one."""
 
-    def __init__(self, name: str, address: str, guest: Path, state: Path) -> None:
+    def __init__(self, name: str, addresses: Addresses, guest: Path, state: Path) -> None:
         self.name = name
-        self.address = address
+        self.addresses = addresses
         self.guest = guest
         self.state = state
         self.started = False

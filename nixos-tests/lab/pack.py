@@ -59,8 +59,7 @@ def files(node: dict[str, Any]) -> Iterator[str]:
     if rules := node["tmpfiles"]:
         yield quoted("printf '%s\\n'", *rules) + " >/etc/tmpfiles.d/nixos.conf"
         yield "systemd-tmpfiles --create nixos.conf"
-    for address, names in node["hosts"].items():
-        yield quoted("echo", " ".join((address, *names))) + " >>/etc/hosts"
+    yield quoted("printf %s", node["hosts"]) + " >>/etc/hosts"
     yield "mkdir -p /run/current-system/sw/bin"
     for package in node["packages"]:
         # A stand-in's bin is the machine's own /usr/bin.
@@ -111,7 +110,7 @@ def pack(bundle: dict[str, Any], out: Path, store: Path) -> None:
         script = ["set -eu", *install(paths, f"/run/guest/{out.name}/{name}/registration")]
         script += [*users(node), *files(node), *node["activation"], *units(node)]
         (machine / "setup.sh").write_text("\n".join(script) + "\n")
-    (out / "machines.json").write_text(json.dumps({name: node["ip"] for name, node in bundle["nodes"].items()}))
+    (out / "machines.json").write_text(json.dumps({name: node["addresses"] for name, node in bundle["nodes"].items()}))
     (out / "test.py").write_text(bundle["testScript"])
 
 

@@ -5,7 +5,7 @@ import socket
 import subprocess
 from pathlib import Path
 
-from machine import BOOT_TIMEOUT, PATH, Machine, MachineError
+from machine import BOOT_TIMEOUT, PATH, Addresses, Machine, MachineError
 
 MEMORY = "1024"  # MiB
 # The oldest processor that the wheels run on; QEMU's own default is one of 2003.
@@ -28,9 +28,9 @@ class VirtualMachine(Machine):
     """`root` has a kernel. `disk` and `packed` are images: of it, and of what pack.py made."""
 
     def __init__(
-        self, name: str, address: str, guest: Path, state: Path, *, root: Path, disk: Path, packed: Path
+        self, name: str, addresses: Addresses, guest: Path, state: Path, *, root: Path, disk: Path, packed: Path
     ) -> None:
-        super().__init__(name, address, guest, state)
+        super().__init__(name, addresses, guest, state)
         self._kernel, self._initrd = next(root.glob("boot/vmlinuz-*")), next(root.glob("boot/initrd.img-*"))
         self._disks = (disk, packed)
 
@@ -40,7 +40,7 @@ class VirtualMachine(Machine):
         listener.bind(str(shell))
         listener.listen(1)
         append = f"console=ttyS0 root=/dev/vda rw panic=1 net.ifnames=0 mitigations=off systemd.hostname={self.name}"
-        number = int(self.address.rpartition(".")[2])
+        number = int(self.addresses.v4.rpartition(".")[2])
         # What a machine writes to its disks goes to a file that has no name.
         disks = [word for disk in self._disks for word in ("-drive", f"file={disk},if=virtio,format=raw,snapshot=on")]
         command = [
@@ -67,7 +67,7 @@ class VirtualMachine(Machine):
             console = (self.state / "console").read_text(errors="replace")
             raise MachineError(f"{self.name}: no shell in {BOOT_TIMEOUT} s:\n{console}") from None
         self._connection.settimeout(None)
-        up = f"mkdir -p /run/guest && mount -o ro /dev/vdb /run/guest && ip addr add {self.address}/24 dev eth0"
+        up = " && ".join(("mkdir -p /run/guest", "mount -o ro /dev/vdb /run/guest", *self.addresses.add("eth0")))
         status, output = self.shell(
             f"(until ip link set eth0 up; do ((++tries < 300)) || exit; sleep 0.2; done && {up}) 2>&1"
         )

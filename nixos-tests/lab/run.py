@@ -105,9 +105,12 @@ def make_debian(guest: Path) -> None:
         shutil.copytree(PROJECT / name, guest / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(PROJECT / name, guest / "project")
-    machines = {"client": "192.168.1.1", "server": "192.168.1.2"}
+    machines = {
+        "client": {"v4": "192.168.1.1", "v6": "2001:db8:1::1"},
+        "server": {"v4": "192.168.1.2", "v6": "2001:db8:1::2"},
+    }
     (guest / "machines.json").write_text(json.dumps(machines))
-    hosts = "".join(f"{address} {name}\n" for name, address in machines.items())
+    hosts = "".join(f"{address} {name}\n" for name, each in machines.items() for address in each.values())
     for name in machines:
         (guest / name).mkdir()
         (guest / name / "setup.sh").write_text(f"cat >>/etc/hosts <<END\n{hosts}END\n")
