@@ -24,7 +24,7 @@ class Rate:
 
     def wait(self, client: str) -> float:
         """0 where it may happen now, which is counted; else the seconds until it may, and nothing is counted."""
-        client = _network(client)
+        client = network(client)
         now = self._clock()
         empty_at = max(self._empty_at.pop(client, now), now) + self._interval
         wait = empty_at - now - _MINUTE
@@ -36,7 +36,7 @@ class Rate:
         return 0.0 if allowed else wait
 
 
-def _network(client: str) -> str:
+def network(client: str) -> str:
     """Whom an address stands for; what is none, for itself."""
     if ":" not in client:
         return client

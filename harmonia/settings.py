@@ -170,6 +170,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: Annotated[
         Count, Meta(description="Connections that each worker has open at once; 0 is no limit.")
     ] = 2048
+    max_connections_per_client: Annotated[
+        Count,
+        Meta(
+            description="How many of them one client address may have, so that no client keeps out all others; 0 is no"
+            " limit. Of `trusted_proxies`, and on unix sockets, they are not counted."
+        ),
+    ] = 1024
     max_connection_rate: Annotated[
         Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
     ] = 256

@@ -149,6 +149,26 @@ def test_connections_beyond_the_limit_are_told_to_come_back(start: Start, sample
     assert len(server.log) == 1, server.log
 
 
+@pytest.mark.parametrize(("settings", "counted"), [("", True), ("trusted_proxies = ['127.0.0.1']", False)])
+def test_one_client_does_not_keep_out_all_others(start: Start, sample: Sample, settings: str, *, counted: bool) -> None:
+    server = start(store=sample.root, settings=f"max_connections_per_client = 3\n{settings}")
+    with ExitStack() as stack:
+        server.settle()
+        assert all(ask(stack.enter_context(server.connect())) == 200 for _ in range(3))
+        assert server.get("/version").status == (503 if counted else 200)
+        another = stack.enter_context(socket.socket())
+        another.bind(("127.0.0.2", 0))
+        another.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        assert ask(another) == 200
+    wait_until(lambda: server.get("/version").status == 200)
+
+
+def test_who_uses_a_unix_socket_may_be_many(start: Start, sample: Sample, tmp_path: Path) -> None:
+    server = start(store=sample.root, bind=f"unix:{tmp_path}/socket", settings="max_connections_per_client = 1")
+    with ExitStack() as stack:
+        assert all(ask(stack.enter_context(server.connect())) == 200 for _ in range(5))
+
+
 def test_a_unix_socket_has_the_mode_set_and_goes_with_the_service(start: Start, sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     server = start(store=sample.root, bind=f"unix:{path}", settings="unix_socket_mode = '0620'")

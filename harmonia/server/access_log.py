@@ -37,6 +37,12 @@ def from_proxy(request: Request, trusted: Sequence[str]) -> bool:
     return _is_proxy(_peer(request), trusted)
 
 
+def single_client(peername: object, trusted: Sequence[str]) -> str | None:
+    """The address at the other end of a connection; None where that may be many: a proxy, or who uses a unix socket."""
+    address = _ip(str(peername[0])) if isinstance(peername, tuple) else None
+    return None if address is None or _is_proxy(address, trusted) else str(address)
+
+
 def _peer(request: Request) -> _Ip | None:
     """None for a peer on a unix socket."""
     peer = cast("Http", request.stream).protocol.conn_info

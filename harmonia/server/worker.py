@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,8 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from harmonia import credentials
 from harmonia.errors import ConfigError
 from harmonia.metrics import Row
-from harmonia.server import metrics, upstream
+from harmonia.rate import network
+from harmonia.server import access_log, metrics, upstream
 from harmonia.server.access import Guard
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.cache import Cache
@@ -72,7 +74,12 @@ async def _serve(
     guard = Guard(settings) if settings.tokens_path is not None else None
     app = create_app(cache, guard)
     metrics_app = create_metrics_app(cache)
-    protocol = limited_protocol(admitted(settings.max_connections), cache.metrics.own)
+    protocol = limited_protocol(
+        admitted(settings.max_connections),
+        cache.metrics.own,
+        settings.max_connections_per_client,
+        settings.trusted_proxies,
+    )
     servers = []
     for each in listening:
         notice_lost_clients(each)
@@ -116,7 +123,8 @@ async def _trim(cache: Cache) -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM)
-        await cache.read(partial(malloc_trim, 0))
+        with suppress(RuntimeError):  # no thread can be started
+            await cache.read(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
@@ -194,14 +202,18 @@ class _Protocol(HttpProtocol):
             self.app.ctx.repeats.remember(self._http.request, data)
 
 
-def limited_protocol(most: int, row: Row) -> type[_Protocol]:
-    """The protocol, for at most so many connections at a time."""
-    admitted: set[_Protocol] = set()  # on all sockets; Sanic's own set is one for each
+def limited_protocol(most: int, row: Row, most_each: int = 0, trusted: Sequence[str] = ()) -> type[_Protocol]:
+    """The protocol, for at most so many connections at a time, and of each client; 0 is any number of these."""
+    admitted: dict[_Protocol, str | None] = {}  # on all sockets; Sanic's own set is one for each
+    clients: Counter[str | None] = Counter()
 
     class LimitedProtocol(_Protocol):
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
-            if len(admitted) < most:
-                admitted.add(self)
+            address = access_log.single_client(transport.get_extra_info("peername"), trusted) if most_each else None
+            client = network(address) if address else None
+            if len(admitted) < most and (client is None or clients[client] < most_each):
+                admitted[self] = client
+                clients[client] += 1
                 super().connection_made(transport)  # type: ignore[no-untyped-call]
             else:
                 row.refuse()
@@ -210,7 +222,10 @@ def limited_protocol(most: int, row: Row) -> type[_Protocol]:
 
         def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
             if self in admitted:
-                admitted.remove(self)
+                client = admitted.pop(self)
+                clients[client] -= 1
+                if not clients[client]:
+                    del clients[client]
                 super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     return LimitedProtocol
