@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz audit bench vm-test clean help
+.PHONY: serve test check format fuzz audit bench soak vm-test clean help
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -40,6 +40,9 @@ BENCH ?=
 bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
+MINUTES ?= 5
+soak: .venv/ready  ## As root, with Nix: 1,000 clients, builds, garbage collections, workers killed, for MINUTES=5
+	PYTHONPATH=tests $(BIN)/python benchmarks/soak.py $(MINUTES)
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=
