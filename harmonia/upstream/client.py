@@ -24,7 +24,7 @@ from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import unpack
 from harmonia.upstream.hops import HOPS, IDENTITY
 
-_CONNECTIONS = 25  # for questions, as many as Nix itself has; a NAR has one of its own, and no question waits behind it
+_QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
@@ -58,7 +58,7 @@ class Client:
         self.settings = settings
         self.base = settings.url.rstrip("/")
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
-        """The same as long as its URL is: NARs are found by it."""
+        """The same as long as its URL is: some NARs are found by it."""
         self.identity: str | None = None
         """What it calls itself, where it is a Harmonia."""
         self.counters = counters
@@ -69,22 +69,19 @@ class Client:
         self._patience = patience
         self._why = ""
         self._said: str | None = None
-        self._questions, self._nars = (
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=limit, ssl=tls, keepalive_timeout=60),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-                headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
-                read_bufsize=_BUFFER,
-            )
-            for limit in (_CONNECTIONS, 0)
+        self._turns = asyncio.Semaphore(_QUESTIONS)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
+            headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            read_bufsize=_BUFFER,
         )
 
     async def close(self) -> None:
         await self.breaker.stop()
-        await self._questions.close()
-        await self._nars.close()
+        await self._session.close()
 
     async def ask(
         self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
@@ -94,7 +91,7 @@ class Client:
         UpstreamError where it fails, or is known to.
         """
         async with self._in_time():
-            return await self._open(self._questions, method, f"{self.base}/{path}", headers, part)
+            return await self._open(method, f"{self.base}/{path}", headers, part)
 
     async def ask_small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
         """Likewise, the whole body of a small answer, unpacked."""
@@ -103,25 +100,32 @@ class Client:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncGenerator[None]:
-        """For a question. Who answers late has failed, although the answer is still taken."""
+        """For a question. Who answers late has failed, although the answer is still taken. Waiting for its turn is not
+        the upstream's fault.
+        """
+        async with self._turns:
+            await self._be_usable()
+            loop = asyncio.get_running_loop()
+            late = loop.call_later(self._patience, self._failed, "it answers late")
+            try:
+                async with asyncio.timeout(self.settings.timeout):
+                    yield
+                if loop.time() < late.when():
+                    self.breaker.succeeded()
+            except TimeoutError:
+                if loop.time() < late.when():
+                    self._failed("it does not answer")
+                raise self._error("it does not answer") from None
+            finally:
+                late.cancel()
+
+    async def _be_usable(self) -> None:
+        """UpstreamError where it is not. At the start, it takes a while to tell."""
         if not await self.breaker.usable():
             raise self._error("it is down")
-        loop = asyncio.get_running_loop()
-        late = loop.call_later(self._patience, self._failed, "it answers late")
-        try:
-            async with asyncio.timeout(self.settings.timeout):
-                yield
-            if loop.time() < late.when():
-                self.breaker.succeeded()
-        except TimeoutError:
-            if loop.time() < late.when():
-                self._failed("it does not answer")
-            raise self._error("it does not answer") from None
-        finally:
-            late.cancel()
 
     async def _small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
-        response = await self._open(self._questions, "GET", f"{self.base}/{path}", headers)
+        response = await self._open("GET", f"{self.base}/{path}", headers)
         if response is None:
             return None
         body = bytearray()
@@ -147,9 +151,8 @@ class Client:
         """The answer to a request for a NAR, likewise. One that is checked may come from `anywhere`. UpstreamError also
         where it is not there.
         """
-        if not await self.breaker.usable():
-            raise self._error("it is down")
-        response = await self._open(self._nars, method, url, headers, part, anywhere=anywhere)
+        await self._be_usable()
+        response = await self._open(method, url, headers, part, anywhere=anywhere)
         if response is None:
             raise self._error(f"{url} is not there")
         if response.headers.get("Content-Encoding", "identity") != "identity":
@@ -190,7 +193,6 @@ class Client:
 
     async def _open(
         self,
-        session: aiohttp.ClientSession,
         method: str,
         url: str,
         headers: Mapping[str, str],
@@ -208,7 +210,7 @@ class Client:
                 sent["Authorization"] = self._authorization
             try:
                 async with asyncio.timeout(self.settings.connect_timeout + self.settings.timeout):
-                    response = await session.request(
+                    response = await self._session.request(
                         method, URL(url, encoded=True), headers=sent | ranged, allow_redirects=False
                     )
             except Failures as error:

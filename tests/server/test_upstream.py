@@ -731,6 +731,18 @@ def test_one_that_is_slow_keeps_nobody_waiting_for_long(
     assert time.monotonic() - began < 0.5
 
 
+def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: UpstreamServer) -> None:
+    """Questions wait for their turn, longer than an answer may take."""
+    upstream.behaviours["narinfo"] = late
+    one_at_a_time = patched("from harmonia.upstream import client; client._QUESTIONS = 1")
+    server = begin(entry(upstream), settings="upstream_timeout = 2.0", program=one_at_a_time)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda number: server.get(f"/{number:032}.narinfo"), range(6)))
+    wait_until(lambda: sum("narinfo" in path for path in upstream.asked) == 6)
+    assert all_up(server, 1)
+    assert "left alone" not in "".join(server.log)
+
+
 def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.files["/nix-cache-info"] = b"StoreDir: /gnu/store\n"
