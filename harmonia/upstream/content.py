@@ -103,6 +103,11 @@ def conclusive(nar: NarFile) -> bool:
     return nar.file_hash is not None or nar.compression in _UNPACKERS
 
 
+def has_hash(nar: NarFile) -> bool:
+    """Whether the hash of the file alone tells."""
+    return nar.file_hash is not None or nar.compression == "none"
+
+
 def check_file(info: PathInfo, nar: NarFile, sha256: bytes, size: int) -> None:
     """Look at the hash and the size of a file. UpstreamError where they are not as the narinfo says."""
     if nar.file_hash not in {None, sha256}:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +21,7 @@ from harmonia.errors import StoreObjectError, UpstreamError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
 from harmonia.nix.nar import OpenSlice
 from harmonia.upstream import content
-from harmonia.upstream.client import WHOLE
+from harmonia.upstream.client import WHOLE, Part
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Found
 from harmonia.zstd import step_back
@@ -221,8 +222,8 @@ class Fetches:
                     self._running[key] = Fetch(found, headers, opened[1], cache.limit, self._threads)
                     self._task(self._running[key].run()).add_done_callback(lambda _: self._running.pop(key))
         if opened is None:
-            return Passed(found.client, lambda part: found.ask(headers, part), await found.ask(headers, WHOLE))
-        rest = Passed(found.client, lambda part: found.ask(headers, part))
+            return await _passed(found, headers)
+        rest = Passed(found.client, lambda part: found.ask(headers, part, checked=False))
         fetch = self._running.get(key)
         if fetch is None:  # another worker fetches it
             return Kept(opened[0], found.nar.file_size, None, rest)
@@ -236,6 +237,16 @@ class Fetches:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _passed(found: Found, headers: Mapping[str, str]) -> Passed:
+    """The NAR without the cache."""
+    check = partial(content.check_file, found.info, found.nar) if content.has_hash(found.nar) else None
+
+    async def ask(part: Part) -> aiohttp.ClientResponse:
+        return await found.ask(headers, part, checked=check is not None and part == WHOLE)
+
+    return Passed(found.client, ask, await ask(WHOLE), check)
 
 
 class _Threads:

@@ -1,10 +1,11 @@
 """What an upstream sends, passed on as it comes, no faster than it is taken, and not kept."""
 
 import asyncio
+import hashlib
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 
 import aiohttp
@@ -15,25 +16,32 @@ _PIECE = 256 * 1024  # bytes that are taken at once
 
 
 class Passed:
-    """A body that the upstream has. Who gets it has to verify it, as if it came from there."""
+    """A body that the upstream has. Who gets it has to verify it, as if it came from there. Where its hash is known,
+    its end is held back until that is found right.
+    """
 
     def __init__(
         self,
         client: Client,
         ask: Callable[[Part], Awaitable[aiohttp.ClientResponse]],
         response: aiohttp.ClientResponse | None = None,
+        check: Callable[[bytes, int], None] | None = None,
     ) -> None:
         """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
-        where that has been asked for already.
+        where that has been asked for already. `check` looks at the SHA-256 and the size of the whole, and raises
+        UpstreamError where they are wrong.
         """
         self.size = response.content_length if response is not None else None
         self._client = client
         self._ask = ask
         self._response = response
+        self._check = check
         self._loop = asyncio.get_running_loop()
 
     def read(self, start: int, stop: int | None) -> Generator[Future[bytes]]:
         pieces = self._pieces(start, stop)
+        if self._check is not None and start == 0 and stop in {None, self.size}:
+            pieces = _checked(pieces, self._check)
 
         async def following() -> bytes:
             return await anext(pieces, b"")
@@ -78,3 +86,17 @@ class Passed:
             self._loop.call_soon_threadsafe(callback)
 
     __del__ = close  # of one that nobody came to read
+
+
+async def _checked(pieces: AsyncGenerator[bytes], check: Callable[[bytes, int], None]) -> AsyncGenerator[bytes]:
+    sha256, size, held = hashlib.sha256(), 0, b""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            sha256.update(piece)
+            size += len(piece)
+            if held:
+                yield held
+            held = piece
+    check(sha256.digest(), size)
+    if held:
+        yield held

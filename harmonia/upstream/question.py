@@ -52,9 +52,11 @@ class Found:
         file = self.client.id if self.nar.file_hash is None else base32.encode(self.nar.file_hash)
         return NarName(self.info.path.hash_part, base32.encode(self.info.nar_hash), file, self.nar.compression)
 
-    async def ask(self, headers: Mapping[str, str], part: Part, method: str = "GET") -> aiohttp.ClientResponse:
+    async def ask(
+        self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True
+    ) -> aiohttp.ClientResponse:
         """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
-        return await self.client.nar(self.url, headers, method, part)
+        return await self.client.nar(self.url, headers, method, part, anywhere=checked)
 
 
 class Upstreams:

@@ -26,6 +26,7 @@ import pytest
 import zstandard
 
 import upstream_server
+from harmonia import access
 from harmonia.nix import base32
 from harmonia.nix import nar as nix_nar
 from harmonia.nix.narinfo import NarFile
@@ -380,6 +381,40 @@ def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: 
         upstream.ranges = ranges
         part = server.get(f"/{url}", {"Range": "bytes=1000-300999"})
         assert (part.status, part.body) == (206, there.file[1000:301000])
+
+
+@pytest.mark.parametrize("compression", ["none", "xz"])
+def test_a_wrong_nar_never_ends_even_without_the_cache(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str
+) -> None:
+    path = make_path(tmp_path / "elsewhere", compression=compression)
+    wrong = bytes(len(path.file))
+    nar = replace(path.nar, file_hash=None) if compression == "none" else path.nar
+    upstream.add(path.info, wrong, nar, keys=(KEY,))
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        server.get("/" + fields(server.get(narinfo_path(path)))["URL"])
+
+
+def test_what_nothing_can_check_comes_from_no_other_host(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+) -> None:
+    """An upstream could have us fetch it from our own network."""
+    (tmp_path / "file").write_text("in the way")
+    with UpstreamServer() as other:
+        other.files["/there"] = there.file
+        server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+        for nar, part, status_ in (
+            (there.nar, {}, 200),
+            (there.nar, {"Range": "bytes=1000-"}, 404),
+            (replace(there.nar, file_hash=None), {}, 404),
+        ):
+            path = replace(there.info, path=StorePath(f"{next(_numbers):032}-x"))
+            upstream.add(path, there.file, nar, keys=(KEY,))
+            upstream.behaviours["/nar/"] = status(302, Location=f"{other.url}/there")
+            url = fields(server.get(f"/{path.path.hash_part}.narinfo"))["URL"]
+            assert server.get(f"/{url}", part).status == status_
 
 
 def test_a_part_that_nobody_asked_for_is_not_passed_on(
@@ -1001,6 +1036,22 @@ def test_a_chain_of_three(begin: Start, start: Start, tmp_path: Path) -> None:
         assert hashlib.sha256(content).digest() == info.nar_hash
     third.stop()
     assert len([line for line in third.log if "GET /nar/" in line]) == 1
+
+
+def test_a_private_harmonia_is_asked_with_its_token(begin: Start, start: Start, tmp_path: Path) -> None:
+    far = StoreBuilder(tmp_path / "far")
+    info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
+    secret, token = access.new("site", ["read"])
+    (tmp_path / "tokens").write_text(f"{token}\n")
+    (tmp_path / "credentials").write_text(f"harmonia:{secret}\n")
+    (tmp_path / "credentials").chmod(0o600)
+    private = start(store=tmp_path / "far", settings=f"tokens_path = '{tmp_path}/tokens'")
+    server = begin(entry(private, credentials_file=f"{tmp_path}/credentials"))
+    answer = server.get(f"/{info.path.hash_part}.narinfo")
+    assert server.get("/" + fields(answer)["URL"]).status == 200
+    stranger = begin(entry(private), up=False)
+    stranger.wait_for_log("cannot be used: it answers with status 401")
+    assert stranger.get(f"/{info.path.hash_part}.narinfo").status == 404
 
 
 def all_up(server: Server, count: int) -> bool:
