@@ -19,7 +19,7 @@ from harmonia.nix.build_id import build_ids
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder, Tree
+from harmonia.store_builder import StoreBuilder, Tree, remove
 
 Open = Callable[..., DebugInfo]
 
@@ -178,7 +178,7 @@ class TestTrueAtEveryMoment:
         assert found(index, ONE) == [one.path]
         other = StoreBuilder(tmp_path / "other")
         two, same = add(other, "two-debug", TWO), add(other, "one-debug", ONE)
-        shutil.rmtree(builder.real_dir)
+        remove(os.fsencode(builder.real_dir))
         os.rename(other.real_dir, builder.real_dir)
         os.rename(other.db_path, builder.db_path)
         assert index.look_up(TWO) == ([], False)
@@ -194,7 +194,7 @@ class TestTrueAtEveryMoment:
         assert found(index, ONE) == [one.path]
         shutil.copyfile(tmp_path / "backup", builder.db_path)
         for path in (one.path, later.path):
-            shutil.rmtree(builder.real_path(path))
+            remove(builder.real_path(path))
         two = add(builder, "two-debug", TWO)
         assert index.look_up(ONE) == ([], False)
         assert found(index, ONE) == []

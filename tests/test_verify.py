@@ -77,7 +77,7 @@ def test_each_path_is_good_or_it_is_told_what_is_wrong(store: StoreBuilder, veri
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_what_cannot_be_read_is_not_called_corrupt(store: StoreBuilder, verified: Verify) -> None:
-    file_of(store, store.add_text("closed", b"")).chmod(0)
+    file_of(store, store.add_text("closed", b"text")).chmod(0)
     [result] = verified()
     assert (result.state, result.what.rpartition(": ")[2]) == ("unreadable", "Permission denied")
 

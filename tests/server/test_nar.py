@@ -105,6 +105,7 @@ def test_head_reads_nothing(start: Start, store: StoreBuilder, tmp_path: Path) -
     path = store.add(store.output_path("gone"), {"file": b"contents"})
     server = start(store=tmp_path / "store")
     where = url(server, path.path.hash_part)
+    os.chmod(store.real_path(path.path), 0o755)  # or else nobody but root can move it
     os.rename(store.real_path(path.path), tmp_path / "away")
     assert server.head(where).headers["content-length"] == str(path.nar_size)
 
@@ -113,6 +114,7 @@ def test_gone_before_the_first_byte_is_404(start: Start, store: StoreBuilder, tm
     path = store.add(store.output_path("gone"), {"file": b"contents"})
     server = start(store=tmp_path / "store")
     where = url(server, path.path.hash_part)
+    os.chmod(store.real_path(path.path), 0o755)  # or else nobody but root can move it
     os.rename(store.real_path(path.path), tmp_path / "away")
     assert server.get(where).status == 404
     assert server.wait_for_log(rf"ERROR .*{path.path}")
