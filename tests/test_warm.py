@@ -13,7 +13,7 @@ from harmonia.config import parse
 from harmonia.store import Store
 from harmonia.store_builder import Sparse, StoreBuilder
 from harmonia.warm import warm
-from running import HARMONIA, Server, nar_url, run, unpacked
+from running import HARMONIA, Server, nar_url, run, unpacked, wait_until
 
 Start = Callable[..., Server]
 
@@ -52,6 +52,7 @@ def test_progress_is_heard_of_in_the_midst_of_a_large_nar(store: StoreBuilder, t
     heard: list[int] = []
     for states in (["compressed"], ["there"]):
         heard.clear()
+        wait_until(lambda: not any((tmp_path / "cache").glob("nar/*.growing")))  # it is whole, but has no name yet
         assert [each.state for each in warm(settings, Store.of(settings), [info.path], heard.append)] == states
         assert sum(heard) == info.nar_size
         assert (max(heard) < info.nar_size / 2) == (states == ["compressed"])
