@@ -26,6 +26,8 @@ UNITS = PROJECT / "docs/systemd"
 
 EXPOSURE = 0.3
 """What `systemd-analyze security` says of the unit: 0 is nothing, 10 everything."""
+EXPOSURE_IN_NETWORK = 1.2
+"""The same with upstreams, which are asked over the machine's own network."""
 EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAddressFamilies_AF_UNIX", "DeviceAllow"}
 """What that is made of; docs/nixos.md tells why."""
 
@@ -392,16 +394,20 @@ class TestModule:
     @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on PATH")
     def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
         unit = tmp_path / "harmonia.service"
-        unit.write_text(configured('enable = true; signKeyPaths = [ "/secrets/one" ];')["service"])
+        guide = (PROJECT / "docs/nixos.md").read_text()
 
         def said(*options: str) -> str:
             return subprocess.check_output(
                 ["systemd-analyze", "security", "--offline=yes", "--no-pager", *options, str(unit)], text=True
             )
 
+        unit.write_text(configured('enable = true; signKeyPaths = [ "/secrets/one" ];')["service"])
         assert {each["json_field"] for each in json.loads(said("--json=short")) if each["exposure"]} == EXPOSED
         assert f"harmonia.service: {EXPOSURE} " in said()
-        assert f"exposure level {EXPOSURE}" in (PROJECT / "docs/nixos.md").read_text()
+        assert f"exposure level {EXPOSURE} " in guide
+        unit.write_text(configured('enable = true; settings.upstream = [ { url = "http://origin"; } ];')["service"])
+        assert f"harmonia.service: {EXPOSURE_IN_NETWORK} " in said()
+        assert f"it is {EXPOSURE_IN_NETWORK}." in guide
 
 
 @pytest.mark.nix
