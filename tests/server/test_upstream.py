@@ -583,7 +583,7 @@ def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     server = begin(entry(upstream), program=patched(slow), workers=2)
     url = "/" + fields(server.get(narinfo_path(path)))["URL"]
-    for _ in range(10):
+    for _ in range(3):
         assert server.get(url).body == path.file
     assert not is_kept(server, path)
     assert server.stop() == 0
@@ -626,18 +626,18 @@ def test_a_nar_that_does_not_come_is_a_plain_miss(
 ) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = FAULTS[fault]
-    server = begin(entry(upstream, timeout=0.5, connect_timeout=0.5))
+    server = begin(entry(upstream, timeout=1.0, connect_timeout=1.0))
     began = time.monotonic()
     assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).status == 404
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 9  # by default it would be 12
 
 
 def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     """It takes longer than an answer may; only no pause does."""
     path = make_path(tmp_path / "elsewhere", size=2000)
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
-    upstream.behaviours["/nar/"] = drip(len(path.file) // 10, 0.1)
-    server = begin(entry(upstream, timeout=0.7))
+    upstream.behaviours["/nar/"] = drip(len(path.file) // 10, 0.2)
+    server = begin(entry(upstream, timeout=1.5))
     assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
 
 
@@ -746,24 +746,23 @@ def late(handler: upstream_server.Handler) -> None:
     handler.serve()
 
 
-@pytest.mark.parametrize("what", ["narinfo", "/log/"])
-@pytest.mark.parametrize("fault", [hang, late, drip(1, 0.02)])
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [("narinfo", hang), ("narinfo", late), ("narinfo", drip(1, 0.02)), ("/log/", hang), ("/log/", late)],
+)
 def test_one_that_is_slow_keeps_nobody_waiting_for_long(
-    begin: Start, upstream: UpstreamServer, fault: upstream_server.Behaviour, what: str
+    begin: Start, upstream: UpstreamServer, what: str, fault: upstream_server.Behaviour
 ) -> None:
     names = [f"/{number:032}.narinfo" if what == "narinfo" else f"/log/{number:032}-x.drv" for number in range(4)]
     upstream.files |= dict.fromkeys(names, b"x" * 1000)
     server = begin(entry(upstream), settings=IMPATIENT)
     upstream.behaviours = {what: fault, "cache-info": hang}
-    if fault not in {hang, late} and what == "/log/":
-        return  # what drips, is passed on as it drips
     with ThreadPoolExecutor(3) as threads:
         assert {answer.status for answer in threads.map(server.get, names[:3])} == {404}
     wait_until(lambda: ": down\n" in server.get("/health?verbose").text)
     server.wait_for_log("is left alone until it answers again: it answers late")
-    began = time.monotonic()
     assert server.get(names[3]).status == 404
-    assert time.monotonic() - began < 0.5
+    assert not upstream.asked[f"GET {names[3]}"]
 
 
 def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: UpstreamServer) -> None:
