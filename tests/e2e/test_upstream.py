@@ -1,14 +1,17 @@
 """A stock client gets through us what a static cache or another Harmonia has, with require-sigs, and once."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
+from harmonia.nix import base32
 from harmonia.store_builder import StoreBuilder
 from nginx import nginx
 from running import Server, wait_until
@@ -93,3 +96,25 @@ def test_what_the_upstream_did_not_sign_is_refused(
     victim.settings |= {"substituters": first.url, "trusted-public-keys": other.public}
     assert victim.run("nix-store", "--realise", closure.top, check=False).returncode != 0
     first.wait_for_log("none of the public_keys has signed it")
+
+
+def test_what_is_not_what_was_signed_is_neither_taken_nor_kept(
+    start: Start, client: Client, closure: Closure, tmp_path: Path
+) -> None:
+    """The upstream swaps a file, and tells its FileHash, which nobody signs."""
+    push(closure, closure.top, "zstd", tmp_path / "static")
+    name = closure.top.removeprefix("/nix/store/")
+    narinfo = tmp_path / "static" / f"{name[:32]}.narinfo"
+    told = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
+    evil = zstandard.ZstdCompressor().compress(bytes(int(told["NarSize"])))
+    (tmp_path / "static" / told["URL"]).write_bytes(evil)
+    told |= {"FileHash": f"sha256:{base32.encode(hashlib.sha256(evil).digest())}", "FileSize": str(len(evil))}
+    narinfo.write_text("".join(f"{key}: {value}\n" for key, value in told.items()))
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
+        server = serve(start, tmp_path, url, closure.key.public.strip())
+        client.settings |= {"substituters": server.url, "trusted-public-keys": closure.key.public}
+        assert client.run("nix-store", "--realise", closure.top, check=False).returncode != 0
+        server.wait_for_log("it has another NarHash")
+    assert not (client.store_dir / name).exists()
+    nar_hash = told["NarHash"].removeprefix("sha256:")
+    wait_until(lambda: not [file for file in (server.cache_dir / "nar").iterdir() if nar_hash in file.name])
