@@ -40,6 +40,7 @@ BENCH ?=
 bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
+
 MINUTES ?= 5
 soak: .venv/ready  ## As root, with Nix: 1,000 clients, builds, garbage collections, workers killed, for MINUTES=5
 	PYTHONPATH=tests $(BIN)/python benchmarks/soak.py $(MINUTES)

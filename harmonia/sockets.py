@@ -66,9 +66,11 @@ def admitted(most: int) -> int:
 
     Raises the limit of open files as far as this process may.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    possible = max((hard - _OTHER_DESCRIPTORS) // _DESCRIPTORS, 16)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # a sandbox may forbid it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        limit = hard
+    possible = max((limit - _OTHER_DESCRIPTORS) // _DESCRIPTORS, 16)
     return min(most or possible, possible)
 
 

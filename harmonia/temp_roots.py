@@ -84,7 +84,7 @@ class TempRoots:
             if self._waiting and time.monotonic() >= self._retry_at:
                 try:
                     self._take()
-                except (OSError, RemoteError) as error:
+                except (OSError, RemoteError, MemoryError) as error:
                     self._failed(error)
 
     def _listen(self) -> None:

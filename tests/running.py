@@ -196,9 +196,9 @@ class Sample:
     big: PathInfo
 
     @classmethod
-    def make(cls, root: Path) -> "Sample":
+    def make(cls, root: Path, size: int = 64 << 20) -> "Sample":
         store = StoreBuilder(root)
-        big = store.add(store.output_path("big"), Sparse(64 << 20))
+        big = store.add(store.output_path("big"), Sparse(size))
         return cls(root, store.add_text("small", b"small\n"), big)
 
 

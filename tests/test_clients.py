@@ -27,7 +27,7 @@ REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return Sample.make(tmp_path_factory.mktemp("store"))
+    return Sample.make(tmp_path_factory.mktemp("store"), 16 << 20)
 
 
 def ask(info: PathInfo, suffix: str = "") -> bytes:

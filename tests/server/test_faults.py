@@ -85,6 +85,8 @@ def test_a_file_whose_path_is_collected_while_it_is_sent_comes_whole(
     assert not [line for line in server.log if "Traceback" in line]
 
 
+LESS = 16 << 20
+"""Still more than buffers of a slow client hold."""
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 
@@ -97,7 +99,7 @@ def shorten(directory: Path) -> None:
 
 
 def lengthen(directory: Path) -> None:
-    os.truncate(directory / "a", SIZE + 1)
+    os.truncate(directory / "a", LESS + 1)
 
 
 def lead_away(directory: Path) -> None:
@@ -115,7 +117,7 @@ def test_what_becomes_of_a_file_under_a_download_breaks_it(
     start: Start, store: StoreBuilder, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     other = store.add_text("other", b"other")
-    info = store.add(store.output_path("damaged"), {"a": Sparse(SIZE), "b": b"end"})
+    info = store.add(store.output_path("damaged"), {"a": Sparse(LESS), "b": b"end"})
     directory = Path(os.fsdecode(store.real_path(info.path)))
     server = start(store=tmp_path / "store")
     directory.chmod(0o755)
@@ -127,7 +129,7 @@ def test_what_becomes_of_a_file_under_a_download_breaks_it(
                 read_answer(connection)
         server.wait_for_log(f"ERROR {nar_url(info)} breaks off")
         assert server.get(nar_url(other)).status == 200
-        os.truncate(directory / "a", SIZE)
+        os.truncate(directory / "a", LESS)
         (directory / "b").unlink(missing_ok=True)
         (directory / "b").write_bytes(b"end")
         os.chmod(directory / "b", 0o444)
@@ -141,7 +143,7 @@ def test_a_disk_that_cannot_be_read(start: Start, store: StoreBuilder, tmp_path:
     chance = random.Random(1)
     marks = [chance.randbytes(64 << 10) for _ in range(2)]
     early = store.add(store.output_path("early"), {"a": marks[0] + bytes(64 << 10)})
-    late = store.add(store.output_path("late"), {"a": Sparse(SIZE), "b": marks[1] + bytes(1 << 20)})
+    late = store.add(store.output_path("late"), {"a": Sparse(LESS), "b": marks[1] + bytes(1 << 20)})
     whole = store.add(store.output_path("whole"), {"a": b"whole"})
     image = tmp_path / "image"
     subprocess.run(["mksquashfs", store.real_dir, image, "-quiet", "-no-progress"], check=True)
