@@ -219,18 +219,25 @@ class Fetches:
             async with self._opening:
                 opened = await self._threads.write(cache.open, key)
                 if opened is not None and opened[1] is not None:
-                    self._running[key] = Fetch(found, headers, opened[1], cache.limit, self._threads)
-                    self._task(self._running[key].run()).add_done_callback(lambda _: self._running.pop(key))
+                    fetch = self._running[key] = Fetch(found, headers, opened[1], cache.limit, self._threads)
+                    self._task(self._run(key, fetch))
         if opened is None:
             return await _passed(found, headers)
         rest = Passed(found.client, lambda part: found.ask(headers, part, checked=False))
-        fetch = self._running.get(key)
-        if fetch is None:  # another worker fetches it
+        running = self._running.get(key)
+        if running is None:  # another worker fetches it
             return Kept(opened[0], found.nar.file_size, None, rest)
-        await fetch.started.wait()
-        if fetch.error is not None:
-            raise fetch.error
-        return Kept(opened[0], fetch.size, fetch, rest)
+        await running.started.wait()
+        if running.error is not None:
+            raise running.error
+        return Kept(opened[0], running.size, running, rest)
+
+    async def _run(self, key: str, fetch: Fetch) -> None:
+        try:
+            await fetch.run()
+        finally:
+            if self._running.get(key) is fetch:  # and not the next one, which a failure may have called for
+                del self._running[key]
 
     def _task(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = asyncio.create_task(coroutine)
