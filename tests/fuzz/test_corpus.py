@@ -1,15 +1,24 @@
 """What the fuzzer starts from, what it once found, and what is near that, is taken as it should be."""
 
 import random
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from fuzz.run import TARGETS, corpus, longest
+from fuzz.targets import http
 
 FILES = [pytest.param(target, path, id=f"{target}-{path.name}") for target in TARGETS for path in corpus(target)]
 TRIES = 150
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _servers_end() -> Iterator[None]:
+    yield
+    for server in http.running:
+        server.close()
 
 
 @pytest.mark.parametrize(("target", "path"), FILES)

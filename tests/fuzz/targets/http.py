@@ -9,9 +9,11 @@ import threading
 from functools import cache
 
 import uvloop
+from sanic import Sanic
 
 from harmonia import config
 from harmonia.nix import base32
+from harmonia.server.access import Guard
 from harmonia.server.app import count_with, create_app
 from harmonia.server.cache import Cache
 from harmonia.server.worker import limited_protocol
@@ -86,10 +88,14 @@ class _Troubles(logging.Handler):
             self.found.append(self.format(record))
 
 
-class _Server:
-    """In a thread of its own, until the process ends."""
+running: "list[FuzzedServer]" = []
 
-    def __init__(self) -> None:
+
+class FuzzedServer:
+    """In a thread of its own."""
+
+    def __init__(self, more: str = "") -> None:
+        """With these settings besides."""
         directory = tempfile.mkdtemp()
         builder = StoreBuilder(directory)
         derivation, output = builder.add_derivation("name", "/bin/sh")
@@ -105,32 +111,38 @@ class _Server:
             b"{narhash}": base32.encode(info.nar_hash).encode(),
             b"{drv}": derivation.path.encode(),
         }
-        self.troubles = _Troubles()
+        self._troubles = _Troubles()
         logging.getLogger("harmonia").propagate = False
         for name in ("harmonia", "sanic.root", "sanic.error", "asyncio"):
-            logging.getLogger(name).addHandler(self.troubles)
-        settings = config.parse(
-            f"real_nix_store = '{builder.real_dir}'\ncache_dir = '{directory}/cache'\nbrowse = true\n"
-            "workers = 1\nmax_query_rate = 0\ntrusted_proxies = ['127.0.0.1']\naccess_log = true\nheader_timeout = 5\n",
+            logging.getLogger(name).addHandler(self._troubles)
+        self._settings = config.parse(
+            f"real_nix_store = '{builder.real_dir}'\ncache_dir = '{directory}/cache'\nbrowse = true\nworkers = 1\n"
+            f"max_query_rate = 0\ntrusted_proxies = ['127.0.0.1']\naccess_log = true\nheader_timeout = 5\n{more}",
             "fuzz",
             {},
         )
         self._socket = socket.create_server(("127.0.0.1", 0))
-        self.address = self._socket.getsockname()
-        metrics = count_with(settings)
+        metrics = count_with(self._settings)
         metrics.take(0)
-        self._cache = Cache(settings, [], metrics)
+        self._cache = Cache(self._settings, [], metrics)
         ready = threading.Event()
-        threading.Thread(target=self._run, args=(ready,), daemon=True).start()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
+        self._thread.start()
         assert ready.wait(20)
+        running.append(self)
 
     def _run(self, ready: threading.Event) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._serve(ready))
 
     async def _serve(self, ready: threading.Event) -> None:
+        guard = Guard(self._settings) if self._settings.tokens_path else None
         protocol = limited_protocol(100, self._cache.metrics.own)
-        server = await create_app(self._cache).create_server(
+        app = create_app(self._cache, guard)
+        Sanic.unregister_app(app)  # its name is free for the next
+        app.state.primary = not running  # what Sanic does to its own code at the start, it can do only once
+        server = await app.create_server(
             sock=self._socket, protocol=protocol, asyncio_server_kwargs={"start_serving": False}
         )
         assert server is not None
@@ -138,31 +150,40 @@ class _Server:
         await server.start_serving()  # type: ignore[no-untyped-call]
         assert self._cache.debug_info is not None
         self._cache.debug_info.start()
+        self._loop = asyncio.get_running_loop()
         ready.set()
-        await asyncio.Event().wait()
+        await self._stop.wait()
+        server.close()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+        self._socket.close()
+
+    def answers(self, data: bytes) -> tuple[list[int], bytes]:
+        """All that comes back, until the connection ends, and the statuses in it."""
+        for name, value in self.names.items():
+            data = data.replace(name, value)
+        received = bytearray()
+        with socket.create_connection(self._socket.getsockname(), _SECONDS) as connection:
+            try:
+                connection.sendall(data + b"\r\n\r\n" + _END * 2)
+                while part := connection.recv(1 << 16):
+                    received += part
+            except ConnectionError:
+                pass  # it was closed before all was read
+        statuses = [int(status) for status in _STATUS.findall(received)]
+        assert not received or received.startswith(b"HTTP/1.1 ")
+        assert not [status for status in statuses if status >= 500]
+        assert b"Traceback" not in received
+        assert not self._troubles.found, self._troubles.found
+        return statuses, bytes(received)
 
 
-@cache
-def _server() -> _Server:
-    return _Server()
+_server = cache(FuzzedServer)
 
 
 def check(data: bytes) -> bool:
     """`{hash}`, `{narhash}` and `{drv}` stand for those of a path that is there."""
-    server = _server()
-    for name, value in server.names.items():
-        data = data.replace(name, value)
-    received = bytearray()
-    with socket.create_connection(server.address, _SECONDS) as connection:
-        try:
-            connection.sendall(data + b"\r\n\r\n" + _END * 2)
-            while part := connection.recv(1 << 16):
-                received += part
-        except ConnectionError:
-            pass  # it was closed before all was read
-    statuses = [int(status) for status in _STATUS.findall(received)]
-    assert not received or received.startswith(b"HTTP/1.1 ")
-    assert not [status for status in statuses if status >= 500]
-    assert b"Traceback" not in received
-    assert not server.troubles.found, server.troubles.found
+    statuses, _ = _server().answers(data)
     return statuses[0] < 400 if statuses else False
