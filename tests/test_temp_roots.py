@@ -1,5 +1,6 @@
 """Promises of the temporary roots: as long as they are needed and not longer, and no download waits for them."""
 
+import http.client
 import logging
 import os
 import socket
@@ -151,6 +152,18 @@ def test_a_download_takes_one(start: Start, tmp_path: Path, place: Path, suffix:
             connection.sendall(f"GET {nar_url(big)}{suffix} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
             wait_until(lambda: set(daemon.roots) == {full(big.path)})
         wait_until(lambda: not daemon.open)
+
+
+def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> None:
+    sample = Sample.make(place.parent)
+    server = start(store=sample.root, settings=f"daemon_socket = '{place}'")
+    with DaemonServer(place) as daemon:
+        with download(server, sample.big) as response:
+            wait_until(lambda: daemon.roots)
+            os.truncate(sample.root / "nix/store" / str(sample.big.path), 1000)
+            with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                response.read()
+        wait_until(lambda: not daemon.open, seconds=10)
 
 
 def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
