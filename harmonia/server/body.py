@@ -7,6 +7,7 @@ that looks complete.
 import asyncio
 import logging
 import sys
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from sanic import HTTPResponse, Request
 from sanic.exceptions import RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import OpenSlice
+from harmonia.nix.nar import CHUNK_SIZE, OpenSlice
 from harmonia.server import byte_range
 from harmonia.server.negotiation import prefers_zstd
 from harmonia.server.repeats import Lasts
@@ -26,6 +27,7 @@ from harmonia.server.repeats import Lasts
 IMMUTABLE = "public, max-age=31536000, immutable"
 
 _PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
+_AT_ONCE = 0.001  # seconds for which what is there already waits for more
 _LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
 
 _log = logging.getLogger("harmonia")
@@ -164,17 +166,19 @@ def _matches(condition: str | None, etag: str) -> bool:
 class _ReadAhead:
     """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory.
 
-    Of open files, what is in the page cache is read at once: in less time than it takes to wake a thread.
+    To wake a thread takes longer than to read what is small: one goes on with that until it has a chunk's worth. For
+    the same reason, what the page cache has of open files is read at once.
     """
 
     def __init__(self, chunks: Generator[Chunk], readers: Executor) -> None:
         self._chunks = chunks
         self._readers = readers
+        self._ready: deque[Chunk] = deque()
         self._slice: OpenSlice | None = None
         self._reading: Future[Any] = self._submit()
 
-    def _submit(self) -> "Future[Chunk]":
-        return self._readers.submit(next, self._chunks, b"")
+    def _submit(self) -> "Future[list[Chunk]]":
+        return self._readers.submit(_pull, self._chunks)
 
     async def next(self) -> bytes | bytearray:
         """The next chunk, empty after the last."""
@@ -185,7 +189,9 @@ class _ReadAhead:
                     return data
                 self._slice = None
                 self._reading = self._submit()
-            chunk: Chunk = await asyncio.wrap_future(self._reading)
+            if not self._ready:
+                self._ready.extend(await asyncio.wrap_future(self._reading))
+            chunk = self._ready.popleft()
             if isinstance(chunk, OpenSlice):
                 self._slice = chunk
             elif isinstance(chunk, Future):
@@ -198,7 +204,7 @@ class _ReadAhead:
                 delay = min(2 * delay, _LONGEST_WAIT)
                 self._reading = self._submit()
             else:
-                if chunk:
+                if chunk and not self._ready:
                     self._reading = self._submit()
                 return chunk
 
@@ -216,6 +222,22 @@ class _ReadAhead:
         chunks = self._chunks
         self._reading.add_done_callback(lambda _: chunks.close())
         del self._reading  # an error in it refers to us, and so to all that was to be sent
+
+
+def _pull(chunks: Generator[Chunk]) -> list[Chunk]:
+    """The next chunks: several, where they are small, and there at once. After the last, an empty one."""
+    pulled: list[Chunk] = []
+    size = 0
+    began = perf_counter()
+    for chunk in chunks:
+        data = chunk.read() if isinstance(chunk, OpenSlice) and len(chunk) < CHUNK_SIZE else chunk
+        pulled.append(data)
+        if not isinstance(data, bytes):
+            return pulled
+        size += len(data)
+        if size >= CHUNK_SIZE or perf_counter() - began > _AT_ONCE:
+            return pulled
+    return [*pulled, b""]
 
 
 async def exhaust(body: Body, readers: Executor) -> None:

@@ -18,13 +18,14 @@ Start = Callable[..., Server]
 
 LIMIT = 20_000
 TELLING = patched(f"""
-import sys
+import os, sys
 from harmonia.server.repeats import Repeats
 find, Repeats.__init__.__defaults__ = Repeats.find, ({LIMIT},)
 def telling(self, head):
     answer = find(self, head)
     if answer is not None:
-        print("again", file=sys.stderr, flush=True)
+        with open(os.path.join(os.path.dirname(sys.argv[-1]), "again"), "a") as file:
+            file.write("again")
     return answer
 Repeats.find = telling
 """)
@@ -61,8 +62,8 @@ def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
 
 def repeated(server: Server) -> int:
     """How often an answer was given again up to now."""
-    server.settle()
-    return server.log.count("again\n")
+    told = server.directory / "again"
+    return told.read_text().count("again") if told.exists() else 0
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
