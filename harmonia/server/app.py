@@ -164,7 +164,7 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
         route.begin()
         try:
             representation = await handler(cache, request, **parameters)
-            response = await respond(request, representation, cache.readers)
+            response = await respond(request, representation, cache.threads.readers)
             if representation.lasts is not None and not cache.settings.access_log:
                 request.ctx.lasts = representation.lasts, route
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)

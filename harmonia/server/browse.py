@@ -20,7 +20,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.server import landing, origin, page
 from harmonia.server.body import Representation
-from harmonia.server.cache import Cache, SignedPath
+from harmonia.server.cache import Cache
+from harmonia.server.paths import SignedPath
 
 _SHOWN = 200  # paths on one page
 _LONGEST = 300  # characters to search for: more than a store path has
@@ -32,9 +33,11 @@ async def search(cache: Cache, request: Request) -> Representation:
         raise NotFound
     asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
     named = _HASH_PART.match(asked.removeprefix(cache.store.store_dir + "/"))
-    if named and await cache.path(named[0]):
+    if named and await cache.paths.find(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
-    result = await cache.browse(lambda store: catalogue.search(store, asked, _SHOWN, cache.released(store)))
+    result = await cache.threads.browse(
+        lambda store: catalogue.search(store, asked, _SHOWN, cache.paths.released(store))
+    )
     document = page.begin(
         cache, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
     )
@@ -57,18 +60,22 @@ def _summary(asked: str, result: catalogue.Paths) -> str:
 async def path(cache: Cache, request: Request, hash_part: str) -> Representation:
     if not cache.settings.browse:
         raise NotFound
-    signed = await cache.path(hash_part)
+    signed = await cache.paths.find(hash_part)
     if signed is None:
         raise NotFound
     info = signed.info
-    referrers = await cache.browse(lambda store: catalogue.referrers(store, info.path, _SHOWN, cache.released(store)))
+    referrers = await cache.threads.browse(
+        lambda store: catalogue.referrers(store, info.path, _SHOWN, cache.paths.released(store))
+    )
     # What it needs may be paths that are nobody's business.
-    closure = None if cache.release else await cache.browse(lambda store: catalogue.closure(store, info.path))
-    deriver_is_here = info.deriver is not None and await cache.path(info.deriver.hash_part) is not None
+    closure = (
+        None if cache.paths.release else await cache.threads.browse(lambda store: catalogue.closure(store, info.path))
+    )
+    deriver_is_here = info.deriver is not None and await cache.paths.find(info.deriver.hash_part) is not None
     full_path = f"{cache.store.store_dir}/{info.path}"
     keys = cache.trusted_keys
     references = sorted(info.references, key=catalogue.by_name)
-    kept_back = {path for path in references[:_SHOWN] if not await cache.releases(path)}
+    kept_back = {path for path in references[:_SHOWN] if not await cache.paths.releases(path)}
 
     document = page.begin(cache, info.path.name, "../")
     with document.main:
@@ -92,8 +99,8 @@ async def _logged(cache: Cache, info: PathInfo) -> StorePath | None:
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
-            log = await cache.read(lambda: build_log.find(cache.settings.logs, derivation))
-            if log is not None and await cache.releases_log(derivation):
+            log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
+            if log is not None and await cache.paths.releases_log(derivation):
                 return derivation
     return None
 

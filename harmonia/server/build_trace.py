@@ -21,14 +21,17 @@ async def get_realisation(cache: Cache, _: Request, name: str) -> Representation
     """`<derivation's hash>!<output>.doi`, as Nix up to 2.34 asks for it."""
     realisation_id = _stem(name)
     derivation_hash, _mark, output = realisation_id.partition("!")
-    found = await _checked(cache, name, await cache.query(lambda: cache.store.realisation(derivation_hash, output)))
+    found = await _checked(
+        cache, name, await cache.threads.query(lambda: cache.store.realisation(derivation_hash, output))
+    )
     return _representation(cache, render_realisation(realisation_id, found, cache.keys))
 
 
 async def get(cache: Cache, _: Request, derivation: str, name: str) -> Representation:
     """`<derivation>/<output>.doi`, as newer Nixes ask for it."""
     derivation, output = _decoded(derivation), _stem(name)
-    found = await _checked(cache, name, await cache.query(lambda: cache.store.build_trace(derivation, output)))
+    known = await cache.threads.query(lambda: cache.store.build_trace(derivation, output))
+    found = await _checked(cache, name, known)
     return _representation(cache, render_build_trace(derivation, output, found, cache.keys))
 
 
@@ -48,7 +51,7 @@ def _stem(name: str) -> str:
 
 
 async def _checked(cache: Cache, name: str, realisation: Realisation | None) -> Realisation:
-    if realisation is None or not await cache.releases(realisation.out_path):
+    if realisation is None or not await cache.paths.releases(realisation.out_path):
         raise NotFound
     for sig in realisation.sigs:
         if not is_signature(sig):

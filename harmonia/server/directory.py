@@ -40,7 +40,7 @@ async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], 
                         _row(document, each)
         return page.end(cache, document)
 
-    return await cache.read(render)
+    return await cache.threads.read(render)
 
 
 def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:

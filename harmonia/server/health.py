@@ -14,7 +14,7 @@ _TEXT = "text/plain; charset=utf-8"
 
 
 async def get(cache: Cache, request: Request) -> Representation:
-    await cache.query(cache.store.check)
+    await cache.threads.query(cache.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
     private = cache.settings.tokens_path is not None  # it asks for none itself
     more = cache.upstreams.state() if verbose and cache.upstreams and not private else ""

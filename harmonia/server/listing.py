@@ -34,11 +34,11 @@ class Listing:
 
 
 async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
-    info = found(await cache.path(hash_part))
+    info = found(await cache.paths.find(hash_part))
     archive = Nar.of(cache, info)
-    body = Listing(await cache.read_once(archive.key, archive.layout))
+    body = Listing(await cache.threads.read_once(archive.key, archive.layout))
     if len(body.layout) <= _SHORT or "range" in request.headers or request.version == "1.0":
-        body = await cache.read(body.measured)
+        body = await cache.threads.read(body.measured)
     etag = f'"{base32.encode(info.nar_hash)}-ls"'
     return Representation(
         content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=cache.streamed(body)

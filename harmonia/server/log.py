@@ -21,13 +21,13 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
         derivation = await _derivation(cache, _decoded(request, name))
     except FormatError:
         raise NotFound from None
-    log = await cache.read(lambda: build_log.find(cache.settings.logs, derivation))
-    if log is None or not await cache.releases_log(derivation):
+    log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
+    if log is None or not await cache.paths.releases_log(derivation):
         raise NotFound
 
     async def open_plain(request: Request) -> Body:
         if log.size is None and ("range" in request.headers or (request.version, request.method) == ("1.0", "GET")):
-            await exhaust(log, cache.readers)
+            await exhaust(log, cache.threads.readers)
         return log
 
     return Representation(
@@ -49,9 +49,9 @@ def _decoded(request: Request, name: str) -> str:
 async def _derivation(cache: Cache, name: str) -> StorePath:
     """The derivation that is meant. FormatError where `name` can mean none, NotFound where nothing has its hash."""
     if is_hash_part(name):
-        known = await cache.path(name)
+        known = await cache.paths.find(name)
         if known is None:
-            collected = await cache.read(lambda: build_log.derivation(cache.settings.logs, name))
+            collected = await cache.threads.read(lambda: build_log.derivation(cache.settings.logs, name))
             if collected is None:
                 raise NotFound
             return collected
@@ -60,6 +60,6 @@ async def _derivation(cache: Cache, name: str) -> StorePath:
         path = StorePath(name)
     if path.is_derivation:
         return path
-    known = await cache.path(path.hash_part)
+    known = await cache.paths.find(path.hash_part)
     output = known.info if known and known.info.path == path else None
     return (output and output.deriver) or StorePath(f"{path}.drv")

@@ -41,7 +41,7 @@ async def get(cache: Cache, _: Request) -> Representation:
     look(cache)
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
-        body=await cache.read(lambda: _render(cache)),
+        body=await cache.threads.read(lambda: _render(cache)),
         cache_control="no-store",
     )
 

@@ -20,7 +20,8 @@ from harmonia.nix.nar_layout import Layout, Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.body import IMMUTABLE, Body, Encoded, Open, Representation, exhaust
-from harmonia.server.cache import Cache, SignedPath
+from harmonia.server.cache import Cache
+from harmonia.server.paths import SignedPath
 from harmonia.temp_roots import Hold
 
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
@@ -115,13 +116,15 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     hash_part = named.get("hash_part", request.args.get("hash", ""))
     if not (match and is_hash_part(hash_part)):
         raise NotFound
-    info = found(await cache.path(hash_part))
+    info = found(await cache.paths.find(hash_part))
     nar_hash = base32.encode(info.nar_hash)
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
     body = Nar.of(cache, info)
     if "range" in request.headers and request.method == "GET" and not named["compression"]:
-        await cache.read_once(body.key, body.layout)  # however many parts are asked for, one thread looks for it
+        await cache.threads.read_once(
+            body.key, body.layout
+        )  # however many parts are asked for, one thread looks for it
     compressor = cache.compressor
     compressed = _compressed(cache, body)
     if named["compression"]:
@@ -142,11 +145,11 @@ def _compressed(cache: Cache, nar: Nar) -> Open:
 
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
-            known = await cache.read(lambda: cache.compressor.find(nar.sha256))
+            known = await cache.threads.read(lambda: cache.compressor.find(nar.sha256))
             return _Unread(known.size if known else None)
-        body = await cache.read(lambda: CompressedNar(cache.compressor, nar))
+        body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar))
         if body.size is None and ("range" in request.headers or request.version == "1.0"):
-            await exhaust(body, cache.readers)
+            await exhaust(body, cache.threads.readers)
         return body
 
     return open_compressed

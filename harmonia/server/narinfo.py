@@ -22,18 +22,18 @@ def nar_url(info: PathInfo) -> str:
 
 
 async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
-    path = await cache.path(hash_part)
+    path = await cache.paths.find(hash_part)
     if path is None:
         raise NotFound
     info, compressor = path.info, cache.compressor
     if cache.offers_zstd and not compressor.is_certain(info.nar_hash):
-        await cache.read(lambda: compressor.find(info.nar_hash))
+        await cache.threads.read(lambda: compressor.find(info.nar_hash))
     compressed = compressor.known(info.nar_hash)
     nar, max_age = _nar_file(cache, info, compressed), cache.settings.narinfo_max_age
 
     def lasts() -> bool:
         is_certain = not cache.offers_zstd or compressor.is_certain(info.nar_hash)
-        return is_certain and compressor.known(info.nar_hash) == compressed and cache.is_current(path)
+        return is_certain and compressor.known(info.nar_hash) == compressed and cache.paths.is_current(path)
 
     return replace(representation(cache, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
 

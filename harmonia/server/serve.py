@@ -46,7 +46,7 @@ async def get(cache: Cache, request: Request, where: str) -> Representation:  # 
     names = names[:-1] if as_directory else names
     if not is_hash_part(hash_part) or any(name in (b"", b".", b"..") or set(name) & set(b"/\0") for name in names):
         raise NotFound
-    info = found(await cache.path(hash_part))
+    info = found(await cache.paths.find(hash_part))
     entry = await _resolve(cache, info, names)
     if not stat.S_ISDIR(entry.status.st_mode):
         if as_directory:
@@ -73,7 +73,7 @@ async def _resolve(cache: Cache, info: PathInfo, names: Sequence[bytes]) -> Entr
             break
         if parts[0] != os.fsencode(info.path):
             info = await _named(cache, parts[0])
-        step = await cache.read(partial(store_object.look, cache.store, info, parts[1:]))
+        step = await cache.threads.read(partial(store_object.look, cache.store, info, parts[1:]))
         if isinstance(step, Entry):
             return step
         if not step:  # it leads elsewhere, or to the store itself
@@ -87,7 +87,7 @@ async def _named(cache: Cache, base_name: bytes) -> PathInfo:
         path = StorePath(os.fsdecode(base_name))
     except FormatError:
         raise NotFound from None
-    info = found(await cache.path(path.hash_part))
+    info = found(await cache.paths.find(path.hash_part))
     if info.path != path:
         raise NotFound
     return info

@@ -29,7 +29,7 @@ _TYPE = "application/x-nix-nar"
 
 class Nars:
     def __init__(self, cache: Cache, upstreams: Upstreams, clients: Sequence[Client]) -> None:
-        self._readers = cache.readers
+        self._readers = cache.threads.readers
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in clients}
         self._fetches = Fetches(cache.compressor.cache)

@@ -124,7 +124,7 @@ async def _trim(cache: Cache) -> None:
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM)
         with suppress(RuntimeError):  # no thread can be started
-            await cache.read(partial(malloc_trim, 0))
+            await cache.threads.read(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:

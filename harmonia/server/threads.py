@@ -1,0 +1,67 @@
+"""The threads of a worker: what the event loop must not wait for is done in them."""
+
+import asyncio
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+from typing import Any, TypeVar
+
+from harmonia.errors import StoreUnavailableError
+from harmonia.metrics import Metrics
+from harmonia.store import BUSY_TIMEOUT, Store
+
+_READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
+
+_T = TypeVar("_T")
+
+
+class Threads:
+    def __init__(self, browsed: Store, metrics: Metrics) -> None:
+        """`browsed` is the store once more, for questions that take long: no narinfo waits behind them."""
+        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self.release = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
+        self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
+        self._browsed = browsed
+        self._reading: dict[Hashable, asyncio.Future[Any]] = {}
+        self._metrics = metrics
+
+    async def read(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` finds on disk, in one of the threads that may wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+    async def read_once(self, key: Hashable, ask: Callable[[], _T]) -> _T:
+        """The same, once for all who want what the `key` stands for. It goes on when all of them have gone."""
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+            def done(reading: asyncio.Future[Any]) -> None:
+                del self._reading[key]
+                if not reading.cancelled():
+                    reading.exception()  # nobody may be left to look at it, which asyncio would complain of
+
+            reading.add_done_callback(done)
+        found: _T = await asyncio.shield(reading)
+        return found
+
+    async def query(self, ask: Callable[[], _T]) -> _T:
+        """What `ask` finds in the store, in the one thread that may wait for its database. StoreUnavailableError."""
+        began = perf_counter()
+        try:
+            return await self.wait_for(self._database, ask)
+        finally:
+            self._metrics.own.database.observe(perf_counter() - began)
+
+    async def browse(self, ask: Callable[[Store], _T]) -> _T:
+        """What `ask` finds in the store, where that may take long."""
+        return await self.wait_for(self._browsing, partial(ask, self._browsed))
+
+    async def wait_for(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
+        """What `ask` finds, in that thread. StoreUnavailableError where it takes too long, or waits in vain."""
+        try:
+            async with asyncio.timeout(BUSY_TIMEOUT + 1):
+                return await asyncio.get_running_loop().run_in_executor(thread, ask)
+        except TimeoutError:
+            raise StoreUnavailableError("the database does not answer") from None
