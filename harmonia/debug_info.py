@@ -13,7 +13,7 @@ import threading
 import time
 from contextlib import suppress
 
-from harmonia.errors import FormatError, StoreUnavailableError
+from harmonia.errors import SHORTAGES, FormatError, StoreUnavailableError
 from harmonia.index_file import IndexFile
 from harmonia.nix.build_id import build_ids
 from harmonia.nix.store_path import StorePath
@@ -96,6 +96,8 @@ class DebugInfo:
                 if alone:
                     self._update()
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise StoreUnavailableError(f"cannot open {error.filename}: {error.strerror}") from error
             _log.warning("the index of debug info is kept in memory: %s: %s", error.filename, error.strerror)
             with self._lock:
                 if self._index.move_to_memory():

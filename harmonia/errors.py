@@ -3,6 +3,11 @@
 The base is never raised itself: an operator or a client is always told which of the leaves it was.
 """
 
+import errno
+
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+"""Of descriptors, memory or tasks: what an OSError says of the machine as it is just now, not of the file."""
+
 
 class HarmoniaError(Exception):
     """Whatever Harmonia raises on purpose."""

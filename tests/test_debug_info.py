@@ -1,8 +1,10 @@
 """The index of debug info: true at every moment, and no path is looked at twice."""
 
+import errno
 import fcntl
 import multiprocessing
 import os
+import resource
 import shutil
 import sqlite3
 import time
@@ -270,6 +272,24 @@ class TestKept:
         two = add(builder, "two-debug", TWO)
         assert found(index, TWO) == [two.path]
         assert "kept in memory" in caplog.text
+
+    def test_on_disk_after_a_shortage_of_descriptors(
+        self, builder: StoreBuilder, open_index: Open, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        index = open_index()
+        index.update()
+        one = add(builder, "one-debug", ONE)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(StoreUnavailableError, match=os.strerror(errno.EMFILE)):
+                index.update()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        index.update()
+        index.close()
+        assert found(open_index(), ONE) == [one.path]
+        assert not caplog.text
 
     def test_in_memory_where_the_disk_is_full(
         self, builder: StoreBuilder, open_index: Open, directory: Path, caplog: pytest.LogCaptureFixture

@@ -1,15 +1,13 @@
 """What goes wrong, as a status: decided here and nowhere else. The log gets the detail, the client the phrase."""
 
-import errno
 import logging
 from http import HTTPStatus
 
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
-from harmonia.errors import StoreObjectError, StoreUnavailableError, UpstreamError
+from harmonia.errors import SHORTAGES, StoreObjectError, StoreUnavailableError, UpstreamError
 
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 _NO_THREAD = "can't start new thread"  # Python's words, where memory or tasks are short
 
 _log = logging.getLogger("harmonia")
@@ -26,7 +24,7 @@ def response(request: Request, error: Exception) -> HTTPResponse:
                 headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
         case StoreUnavailableError() | MemoryError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
-        case OSError() if error.errno in _EXHAUSTED:
+        case OSError() if error.errno in SHORTAGES:
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case RuntimeError() if str(error) == _NO_THREAD:
             status = HTTPStatus.SERVICE_UNAVAILABLE
