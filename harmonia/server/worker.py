@@ -31,7 +31,7 @@ from harmonia.server.request_head import Http
 from harmonia.settings import Settings
 from harmonia.sockets import BACKLOG, admitted, notice_lost_clients
 
-_TRIM = 30.0  # seconds between two times that memory is given back
+_TRIM = 10.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
