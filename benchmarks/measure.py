@@ -143,7 +143,9 @@ def large_file(store: BenchStore) -> Iterator[Figure]:
         ]
         figure = Figure("large file, its last byte, compared with its first", "ms", "first byte", at_most=2)
         yield from compare(
-            [figure], {HARMONIA: lambda: [last.run()[0] * 50], "first byte": lambda: [first.run()[0] * 50]}, 5
+            [figure],
+            {HARMONIA: lambda: [last.run()[0] * 50], "first byte": lambda: [first.run()[0] * 50]},
+            store.form.rounds,
         )
 
     def cold() -> Sequence[float]:
@@ -212,7 +214,7 @@ def nix_copy(store: BenchStore) -> Iterator[Figure]:
                 Figure(f"nix copy of the closure, {what}", "s", "nginx"),
                 Figure(f"nix copy of the closure, {what}, processor time of the server", "s", "nginx"),
             ]
-            yield from compare(figures, each(running, measure), store.form.few_rounds)
+            yield from compare(figures, each(running, measure), 1)
 
 
 def _copy(store: BenchStore, server: Server) -> float:
@@ -340,7 +342,7 @@ def prices(store: BenchStore) -> Iterator[Figure]:
         "small NAR": price(small),
         "small NAR, with an Accept-Encoding to look at": price(small, accept="br, gzip;q=0.8, zstd;q=0, identity"),
     }.items():
-        yield from compare([Figure(f"price of a request: {what}", "µs")], {HARMONIA: measure}, store.form.rounds)
+        yield from compare([Figure(f"price of a request: {what}", "µs")], {HARMONIA: measure}, store.form.few_rounds)
 
 
 def _seconds(command: str | Sequence[str], environment: Mapping[str, str] | None = None) -> float:

@@ -104,7 +104,7 @@ def _plot(path: Path, figures: Sequence[Figure]) -> None:
             axes.plot([_speed(figure, target)] * 2, [number - 0.4, number + 0.4], color="#d04020")
     axes.axvline(1, color="black", linewidth=0.5)
     axes.set_xscale("log")
-    axes.set_title(f"How fast {HARMONIA} is, compared with others (1 is the same, red is the target)")
+    axes.set_title("Speed, compared with others (red: the target)")
     axes.tick_params(labelsize=8)
     plot.savefig(path, dpi=110)
 
