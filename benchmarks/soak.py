@@ -387,7 +387,7 @@ def main(minutes: float) -> int:
             store.build(30, 24 << 20, keep=True)
             server.start()
             try:
-                with unscathed(server, seconds=90):
+                with unscathed(server, seconds=150):  # longer than an idle connection is kept
                     soak = Soak(server, store, chance, time.monotonic() + minutes * 60)
                     figures = asyncio.run(soak.run())
             finally:

@@ -17,7 +17,7 @@ THREADS = 48
 CONNECTIONS = 6
 """To a database: one for each thread that asks it, opened when it first does."""
 MEMORY = 48 << 20
-"""Bytes that malloc may keep for the next time, of 16 threads that read and 8 that compress."""
+"""Bytes that the malloc of a worker may keep for the next time, of 16 threads that read and 8 that compress."""
 MANY = 200
 """Clients. Each that left a connection, a file, a thread, or its share of `MEMORY`, would be noticed."""
 
@@ -30,6 +30,7 @@ class Held:
     threads: int
     memory: int
     growing: tuple[str, ...]
+    workers: int
 
     @classmethod
     def by(cls, server: Server) -> "Held":
@@ -39,9 +40,10 @@ class Held:
         resident = [int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in server.workers]
         return cls(
             Counter(names),
-            max(len(list(Path(f"/proc/{worker}/task").iterdir())) for worker in server.workers),
+            max(map(threads, server.workers)),
             sum(resident) * resource.getpagesize(),
             tuple(path.name for path in server.cache_dir.glob("nar/*.growing")),
+            len(server.workers),
         )
 
     def beyond(self, before: "Held") -> list[object]:
@@ -50,9 +52,13 @@ class Held:
         return [
             *[(name, count) for name, count in more if "sqlite" not in name or self.descriptors[name] > CONNECTIONS],
             *[f"{self.threads} threads"] * (self.threads > THREADS),
-            *[f"{self.memory - before.memory} bytes"] * (self.memory - before.memory > MEMORY),
+            *[f"{self.memory - before.memory} bytes"] * (self.memory - before.memory > MEMORY * self.workers),
             *self.growing,
         ]
+
+
+def threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 @contextmanager
@@ -61,6 +67,7 @@ def unscathed(server: Server, *paths: PathInfo, seconds: float = 20) -> Iterator
     for _ in range(2):
         serves(server, *paths)
     server.settle()
+    wait_until(lambda: all(threads(worker) > 1 for worker in server.workers))  # one that serves has begun some
     before = Held.by(server)
     yield
     left: list[object] = []
