@@ -35,7 +35,7 @@ audit: .venv/ready  ## Ask whether what we depend on is known to be vulnerable
 	.audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off --format json -r .audit/versions 2>.audit/log \
 	  | $(PYTHON) .ci/audit.py
 
-# What `make bench` is to measure, and how: nothing is all of it. `--short` takes a minute, `--docs` writes into docs.
+# What `make bench` is to measure, and how: nothing is all of it. `--short` takes two minutes, `--docs` writes into docs.
 BENCH ?=
 bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
 	$(BIN)/pip install --quiet --editable '.[bench]'

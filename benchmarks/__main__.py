@@ -1,7 +1,7 @@
 """Measure, and write a table, JSON and a plot: `make bench`, or python -m benchmarks [--short] [--docs] [QUESTION…].
 
-The store is made once, and kept in $XDG_CACHE_HOME/harmonia/bench or ~/.cache/harmonia/bench. The short form takes a
-minute, and fails where a ratio has collapsed. QUESTION is a function of measure.py.
+The store is made once, and kept in $XDG_CACHE_HOME/harmonia/bench or ~/.cache/harmonia/bench. The short form takes two
+minutes, and fails where a ratio has collapsed. QUESTION is a function of measure.py.
 """
 
 import argparse

@@ -51,7 +51,7 @@ class Form:
 
 
 FULL = Form("full", 1300 * MIB, 100_000, 4096 * MIB, 1_000_000, 5, 2)
-SHORT = Form("short", 60 * MIB, 5_000, 256 * MIB, 100_000, 1, 1)
+SHORT = Form("short", 60 * MIB, 5_000, 256 * MIB, 100_000, 3, 1)
 
 
 @dataclass(frozen=True)
