@@ -240,6 +240,16 @@ def _pull(chunks: Generator[Chunk]) -> list[Chunk]:
     return [*pulled, b""]
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What HEAD wants to know of a body."""
+
+    size: int | None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        raise NotImplementedError
+
+
 async def exhaust(body: Body, readers: Executor) -> None:
     """Wait until a body is made, and its size known."""
     chunks = _ReadAhead(body.read(sys.maxsize, None), readers)
@@ -248,6 +258,13 @@ async def exhaust(body: Body, readers: Executor) -> None:
             pass
     finally:
         chunks.close()
+
+
+async def whole_if_need_be(body: Body, request: Request, readers: Executor) -> Body:
+    """The body, whole where the request cannot do without its length."""
+    if body.size is None and ("range" in request.headers or request.version == "1.0"):
+        await exhaust(body, readers)
+    return body
 
 
 async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, size: int | None) -> None:

@@ -19,7 +19,7 @@ from harmonia.nix.nar import Frame, OpenSlice
 from harmonia.nix.nar_layout import Layout, Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
-from harmonia.server.body import IMMUTABLE, Body, Encoded, Open, Representation, exhaust
+from harmonia.server.body import IMMUTABLE, Body, Encoded, Open, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.server.paths import SignedPath
 from harmonia.temp_roots import Hold
@@ -146,20 +146,8 @@ def _compressed(cache: Cache, nar: Nar) -> Open:
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
             known = await cache.threads.read(lambda: cache.compressor.find(nar.sha256))
-            return _Unread(known.size if known else None)
+            return Unread(known.size if known else None)
         body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar))
-        if body.size is None and ("range" in request.headers or request.version == "1.0"):
-            await exhaust(body, cache.threads.readers)
-        return body
+        return await whole_if_need_be(body, request, cache.threads.readers)
 
     return open_compressed
-
-
-@dataclass(frozen=True, slots=True)
-class _Unread:
-    """What HEAD wants to know of a body."""
-
-    size: int | None
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        raise NotImplementedError

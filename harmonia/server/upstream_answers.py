@@ -17,9 +17,9 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.narinfo import NarFile, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server import narinfo
-from harmonia.server.body import IMMUTABLE, Body, Representation
+from harmonia.server.body import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
-from harmonia.server.upstream_nars import Nars, Unread, hops_of, is_debug_nar, whole_if_need_be
+from harmonia.server.upstream_nars import Nars, hops_of, is_debug_nar
 from harmonia.upstream.client import Client, Part
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import POSITIVE_TTL, Found, Upstreams

@@ -1,9 +1,7 @@
 """`/upstream/…`: NARs of other caches, by what they are (`harmonia/upstream/nar_name.py`). For debug info, by where."""
 
 import re
-from collections.abc import Generator, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import aiohttp
 from sanic import Request
@@ -11,7 +9,7 @@ from sanic.exceptions import NotFound
 
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
-from harmonia.server.body import IMMUTABLE, Body, Open, Representation, exhaust
+from harmonia.server.body import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.upstream.client import WHOLE, Client, Part
 from harmonia.upstream.fetch import Fetches, Kept
@@ -109,20 +107,3 @@ def is_debug_nar(place: str) -> bool:
 
 def hops_of(request: Request) -> Hops:
     return Hops.parse(*(",".join(request.headers.getall(name, [])) for name in (HOPS, ASKED)))
-
-
-async def whole_if_need_be(body: Kept | Passed, request: Request, readers: Executor) -> Body:
-    """The body, whole where the request cannot do without its length."""
-    if body.size is None and ("range" in request.headers or request.version == "1.0"):
-        await exhaust(body, readers)
-    return body
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """What HEAD wants to know of a body."""
-
-    size: int | None
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        raise NotImplementedError
