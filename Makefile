@@ -22,11 +22,12 @@ format: .venv/ready  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# For SECONDS each. Which of tests/fuzz/targets: all.
+# For SECONDS each, another way each time, or from a SEED. Which of tests/fuzz/targets: all.
+SEED ?= 0
 TARGETS ?=
 fuzz: .venv/ready  ## Look for bytes that our readers take wrongly
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
-	PYTHONPATH=tests $(BIN)/python -m fuzz.run $(SECONDS) $(TARGETS)
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run $(SECONDS) $(SEED) $(TARGETS)
 
 audit: .venv/ready  ## Ask whether what we depend on is known to be vulnerable
 	$(PYTHON) -m venv .audit

@@ -75,7 +75,7 @@ class SecretKey:
         name, value = _split(text.strip(), 64, "secret key")
         key = SigningKey(value[:32])
         if bytes(key.verify_key) != value[32:]:
-            raise FormatError(f"the secret key {name!r} is damaged: its two halves do not belong together")
+            raise FormatError("the secret key is damaged: its two halves do not belong together")
         return cls(name, key)
 
     @classmethod

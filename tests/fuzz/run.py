@@ -29,14 +29,14 @@ def longest(module: ModuleType) -> int:
     return getattr(module, "LONGEST", _LONGEST)
 
 
-def fuzz_all(seconds: str, *targets: str) -> bool:
+def fuzz_all(seconds: str, seed: str, *targets: str) -> bool:
     """As many at a time as there are processors. Whether nothing was found."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return all(list(pool.map(partial(_fuzz, seconds), targets or TARGETS)))
+        return all(list(pool.map(partial(_fuzz, seconds, seed), targets or TARGETS)))
 
 
-def _fuzz(seconds: str, target: str) -> bool:
-    command = [sys.executable, "-m", "fuzz.run", "--one", target, seconds]
+def _fuzz(seconds: str, seed: str, target: str) -> bool:
+    command = [sys.executable, "-m", "fuzz.run", "--one", target, seconds, seed]
     done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     tried = re.search(r"executed_units: ([0-9]+)", done.stdout)
     well = done.returncode == 0 and tried is not None
@@ -44,7 +44,7 @@ def _fuzz(seconds: str, target: str) -> bool:
     return well
 
 
-def fuzz_one(target: str, seconds: str) -> None:
+def fuzz_one(target: str, seconds: str, seed: str) -> None:
     import atheris  # noqa: PLC0415 (the tests of the corpora have none)
 
     with atheris.instrument_imports(include=["harmonia", "sanic.http", "sanic.request", "sanic.headers"]):
@@ -54,7 +54,7 @@ def fuzz_one(target: str, seconds: str) -> None:
     words = ['"' + "".join(map(r"\x{:02x}".format, word)) + '"\n' for word in module.WORDS]
     (work / "words").write_text("".join(words))
     (work / "corpus").mkdir(exist_ok=True)
-    options = [f"-max_total_time={seconds}", f"-max_len={longest(module)}", "-timeout=25"]
+    options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={longest(module)}", "-timeout=25"]
     options += ["-rss_limit_mb=1024", f"-dict={work}/words", f"-artifact_prefix={work}/", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *options, str(work / "corpus"), str(HERE / "corpus" / target)], module.check)
     atheris.Fuzz()
