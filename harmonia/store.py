@@ -168,6 +168,8 @@ class Store:
         try:
             if nar_size is None or nar_size <= 0:
                 raise FormatError("its NAR size is not known")
+            if ca and ca.splitlines() != [ca]:  # which it would be in a narinfo, too
+                raise FormatError(f"its content address is {ca!r}")
             return PathInfo(
                 path=self._store_path(path),
                 nar_hash=_sha256(nar_hash),

@@ -140,7 +140,8 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
         if guard is not None and _name(handler) not in _OPEN:
             handler = guard.guarded(handler, _SCOPES.get(_name(handler), "read"))  # noqa: PLW2901
         name = f"{handler.__module__}.{handler.__name__}".replace(".", "_")
-        app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=True)
+        strict = uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
+        app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=strict)
     unknown = cache.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:

@@ -14,7 +14,7 @@ from harmonia.server.cache import Cache
 
 async def get(cache: Cache, request: Request) -> Representation:
     settings = cache.settings
-    if not settings.landing:
+    if not settings.landing or request.path != "/":
         raise NotFound
     url = origin.base_url(request, settings)
     keys = cache.trusted_keys
