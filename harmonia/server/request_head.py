@@ -26,10 +26,12 @@ class Http(SanicHttp):
     """
 
     async def http1_request_header(self) -> None:
-        await super().http1_request_header()  # type: ignore[no-untyped-call]
+        try:
+            await super().http1_request_header()  # type: ignore[no-untyped-call]
+        finally:
+            self.expecting_continue = False  # Sanic would send 100 right before any answer, which asks for no body
         self.head_only = self.request.method == "HEAD"  # Sanic takes `head` for the same
         self.upgrade_websocket = False  # it would lift the time limits
-        self.expecting_continue = False  # Sanic sends 100 right before any answer, when no body is wanted any more
         headers = self.request.headers
         if self.request_bytes_left or any(value.lower() == "close" for value in headers.getall("connection", [])):
             self.keep_alive = False
