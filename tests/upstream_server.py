@@ -70,9 +70,9 @@ class UpstreamServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        super().__init__((address, 0), Handler)
+        self.url = f"http://{address}:{self.server_address[1]}"
         self.reset()
         self.stop = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))

@@ -23,6 +23,7 @@ from harmonia.settings import Upstream
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import unpack
 from harmonia.upstream.hops import HOPS, IDENTITY
+from harmonia.upstream.reach import InsideError, Reach
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
 _REDIRECTS = 5
@@ -70,18 +71,14 @@ class Client:
         self._why = ""
         self._said: str | None = None
         self._turns = asyncio.Semaphore(_QUESTIONS)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
-            headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            read_bufsize=_BUFFER,
-        )
+        reach = Reach()
+        self._here = _session(settings, tls, reach.here)
+        self._elsewhere = _session(settings, tls, reach.elsewhere)
 
     async def close(self) -> None:
         await self.breaker.stop()
-        await self._session.close()
+        await self._here.close()
+        await self._elsewhere.close()
 
     async def ask(
         self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
@@ -208,12 +205,15 @@ class Client:
             sent = dict(headers) if here else {k: v for k, v in headers.items() if not k.startswith("Harmonia-")}
             if here and self._authorization:
                 sent["Authorization"] = self._authorization
+            session = self._here if here else self._elsewhere
             try:
                 async with asyncio.timeout(self.settings.connect_timeout + self.settings.timeout):
-                    response = await self._session.request(
+                    response = await session.request(
                         method, URL(url, encoded=True), headers=sent | ranged, allow_redirects=False
                     )
             except Failures as error:
+                if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, InsideError):
+                    raise self._error(str(error.os_error)) from None
                 raise self._failed(_phrase(error)) from None
             if here:
                 self.identity = response.headers.get(IDENTITY, self.identity)
@@ -284,6 +284,17 @@ class Client:
             self._say(f"cannot be used: it is for the store {fields['StoreDir']!r}")
             return False
         return True
+
+
+def _session(settings: Upstream, tls: ssl.SSLContext, connect: aiohttp.SocketFactoryType) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=60, socket_factory=connect),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=settings.connect_timeout),
+        headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        read_bufsize=_BUFFER,
+    )
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:

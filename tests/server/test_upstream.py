@@ -917,6 +917,26 @@ def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
         assert not other.asked
 
 
+def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_inside(
+    tmp_path: Path, begin: Start, upstream: UpstreamServer
+) -> None:
+    """127.0.0.1 is in our network, unless we say that it is not."""
+    outside = patched("from harmonia.upstream import reach; reach.is_outside = lambda address: address != '127.0.0.2'")
+    for command, inside, arrives in ((HARMONIA, True, True), (outside, False, True), (outside, True, False)):
+        there = make_path(tmp_path / "redirected")
+        with UpstreamServer("127.0.0.2" if inside else "127.0.0.1") as other:
+            other.add(there.info, there.file, there.nar, keys=(KEY,))
+            upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+            path = f"/{there.nar.url}"
+            upstream.behaviours[path] = status(302, Location=f"{other.url}{path}")
+            server = begin(entry(upstream), program=command)
+            answer = server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
+            assert (answer.status, answer.body == there.file) == ((200, True) if arrives else (404, False))
+            assert bool(other.asked) == arrives
+            server.stop()
+            assert any("leads from outside" in line for line in server.log) != arrives
+
+
 # The other resources
 
 

@@ -1,0 +1,24 @@
+"""Which addresses an upstream from outside does not lead us to."""
+
+import pytest
+
+from harmonia.upstream.reach import is_outside
+
+OUTSIDE = """
+    8.8.8.8 198.41.0.4 2001:4860:4860::8888 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1
+"""
+INSIDE = """
+    127.0.0.1 127.255.255.254 10.1.2.3 172.16.0.1 172.31.255.255 192.168.0.1 169.254.169.254 100.64.0.1 0.0.0.0
+    224.0.0.1 239.1.1.1 255.255.255.255 ::1 :: fe80::1 fe80::1%lo fc00::1 fd12:3456::1 fec0::1 ff02::1 ff0e::1
+    ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::10.0.0.1 64:ff9b::7f00:1 2002:a00:1::1
+"""
+
+
+@pytest.mark.parametrize("address", OUTSIDE.split())
+def test_it_may_lead_to_any_address_of_the_internet(address: str) -> None:
+    assert is_outside(address)
+
+
+@pytest.mark.parametrize("address", INSIDE.split())
+def test_it_may_not_lead_to_one_that_is_ours(address: str) -> None:
+    assert not is_outside(address)
