@@ -77,7 +77,7 @@ class DebugInfo:
                     "select number, path from Files join Paths using (number) where build_id = ?", (build_id,)
                 )
                 found = rows.fetchall()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, MemoryError) as error:
                 self._index.close()
                 # Another than OperationalError tells of the content. That one: it is not made yet, or being written.
                 self._damaged |= not isinstance(error, sqlite3.OperationalError)
@@ -118,7 +118,7 @@ class DebugInfo:
                 checked: int | None = self._prepare()
             while checked is not None:
                 checked = self._look_at_some(checked)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             _log.warning("the index of debug info cannot be used, it is built anew: %s", error)
             with self._lock:
                 self._index.start_over()

@@ -80,9 +80,9 @@ class Database:
                 # SQLite takes no lock on an immutable database: what was read counts if nobody wrote meanwhile.
                 if self._opened == self._state():
                     return rows
-        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last is of SQLite's own words for damage
+        except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:  # the last two: of some damage
             self.close()
-            raise StoreUnavailableError(f"cannot read {self._path}: {error}") from error
+            raise StoreUnavailableError(f"cannot read {self._path}: {str(error) or 'no memory for it'}") from error
 
     def generation(self) -> Hashable:
         """A value that is another one after anything in the database changed. Costs no disk access."""
