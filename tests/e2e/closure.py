@@ -43,8 +43,19 @@ def make_closure(server: Client) -> Closure:
 
 def build_one(server: Client, name: str, script: str, *, timeout: float = 120) -> str:
     """Really build one store path, by a shell script that makes $out. It refers to nothing."""
-    (path,) = server.build(
-        f"""
+    (path,) = server.build(_derivation(name, script), timeout=timeout)
+    return path
+
+
+def instantiate(server: Client, name: str, script: str) -> str:
+    """The same to be built: its .drv."""
+    expression = server.directory / f"{name}.nix"
+    expression.write_text(_derivation(name, script))
+    return server.run("nix-instantiate", expression).text
+
+
+def _derivation(name: str, script: str) -> str:
+    return f"""
         derivation {{
           name = "{name}";
           system = builtins.currentSystem;
@@ -52,10 +63,7 @@ def build_one(server: Client, name: str, script: str, *, timeout: float = 120) -
           args = [ "-euc" "{script}" ];
           PATH = "/usr/bin:/bin";
         }}
-        """,
-        timeout=timeout,
-    )
-    return path
+        """
 
 
 def make_sparse(server: Client) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure, build_one
+from e2e.closure import Closure, build_one, instantiate
 from e2e.nix_client import Client
 from running import HARMONIA, Server, open_files
 
@@ -102,24 +102,15 @@ def test_every_change_is_seen_at_once(start_as: Start, store: Client, client: Cl
 
 def test_a_daemon_that_writes_hides_nothing(start_as: Start, store: Client, tmp_path: Path) -> None:
     """While a build runs, its process holds the database open, and what is new is in the log beside it alone."""
-    go, waiting, expression = tmp_path / "go", tmp_path / "waiting", tmp_path / "slow.nix"
-    expression.write_text(
-        f"""
-        derivation {{
-          name = "slow-1.0";
-          system = builtins.currentSystem;
-          builder = "/bin/sh";
-          args = [ "-euc" "touch {waiting}; while [ ! -e {go} ]; do sleep 0.05; done; echo slow > $out" ];
-          PATH = "/usr/bin:/bin";
-        }}
-        """
-    )
+    go, waiting, added = tmp_path / "go", tmp_path / "waiting", tmp_path / "added"
+    added.touch()
     with store.daemon():
-        slow = store.run("nix-instantiate", expression).text
+        script = f"touch {waiting}; until [ -e {go} ]; do sleep 0.05; done; echo slow > $out"
+        slow = instantiate(store, "slow-1.0", script)
         with store.running("nix-store", "--realise", slow) as build:
             wait_until(waiting.exists, build)
             server = start_as(store=store.directory)
-            path = store.run("nix-store", "--add", expression).text
+            path = store.run("nix-store", "--add", added).text
             assert store.db_path.with_name("db.sqlite-wal").stat().st_size > 0
             assert server.get(nar(server, path)).body == store.run("nix-store", "--dump", path).stdout
             store.run("nix-store", "--delete", path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import build_one
+from e2e.closure import build_one, instantiate
 from e2e.nix_client import Client
 from running import Server, wait_until
 
@@ -85,19 +85,9 @@ def test_what_was_not_built_here_has_no_log(start: Start, store: Client, client:
 def test_the_log_of_a_build_that_runs(start: Start, store: Client, tmp_path: Path, compressed: str) -> None:
     """It is there from the beginning, may not be kept by anybody, and gets longer."""
     store.settings["compress-build-log"] = compressed
-    go, said, expression = tmp_path / "go", tmp_path / "said", tmp_path / "slow.nix"
-    expression.write_text(
-        f"""
-        derivation {{
-          name = "slow-1.0";
-          system = builtins.currentSystem;
-          builder = "/bin/sh";
-          args = [ "-euc" "seq 500000; touch {said}; until [ -e {go} ]; do sleep 0.05; done; echo done; echo > $out" ];
-          PATH = "/usr/bin:/bin";
-        }}
-        """
-    )
-    built = store.run("nix-instantiate", expression).text
+    go, said = tmp_path / "go", tmp_path / "said"
+    script = f"seq 500000; touch {said}; until [ -e {go} ]; do sleep 0.05; done; echo done; echo > $out"
+    built = instantiate(store, "slow-1.0", script)
     server = start(store=store.directory)
     assert server.get(url(built)).status == 404
     text = "".join(f"{number}\n" for number in range(1, 500_001)) + "done\n"
@@ -115,17 +105,8 @@ def test_the_log_of_a_build_that_runs(start: Start, store: Client, tmp_path: Pat
     assert finished.headers["cache-control"] == (IMMUTABLE if compressed == "true" else "no-cache")
 
 
-def test_a_build_that_is_killed_leaves_a_log_nobody_keeps(start: Start, store: Client, tmp_path: Path) -> None:
-    expression = tmp_path / "killed.nix"
-    expression.write_text(
-        """
-        derivation {
-          name = "killed-1.0"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
-          args = [ "-euc" "seq 500000; exec sleep 1000" ];
-        }
-        """
-    )
-    built = store.run("nix-instantiate", expression).text
+def test_a_build_that_is_killed_leaves_a_log_nobody_keeps(start: Start, store: Client) -> None:
+    built = instantiate(store, "killed-1.0", "seq 500000; exec sleep 1000")
     server = start(store=store.directory)
     with building(store, built):
         wait_until(lambda: server.get(url(built)).status == 200 and server.get(url(built)).body)
