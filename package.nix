@@ -91,6 +91,7 @@ python3Packages.buildPythonApplication {
     openssl
     python3Packages.h11
     python3Packages.hypothesis
+    python3Packages.pytest-timeout
     python3Packages.pytestCheckHook
     python3Packages.websockets
     zstd

@@ -249,10 +249,13 @@ def interrupted(*command: str, begun: Callable[[int], object]) -> subprocess.Com
         open(os.devnull, "wb") as nothing,
         subprocess.Popen(command, stdout=nothing, stderr=subprocess.PIPE, text=True) as process,
     ):
-        wait_until(lambda: begun(process.pid))
-        process.send_signal(signal.SIGINT)
-        began = time.monotonic()
-        _, stderr = process.communicate(timeout=20)
+        try:
+            wait_until(lambda: begun(process.pid))
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert time.monotonic() - began < 5
     return subprocess.CompletedProcess(command, process.returncode, "", stderr)
 

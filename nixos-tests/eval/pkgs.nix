@@ -55,6 +55,7 @@ let
     "prometheus-client"
     "pynacl"
     "pytest"
+    "pytest-timeout"
     "pytest-xdist"
     "pytestCheckHook"
     "ruff"
