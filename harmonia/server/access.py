@@ -23,6 +23,7 @@ from harmonia.access import Scope, Tokens
 from harmonia.rate import Rate
 from harmonia.server import access_log
 from harmonia.server.body import Representation
+from harmonia.server.repeats import AbsentError
 from harmonia.settings import Settings
 
 Handler = Callable[..., Awaitable[Representation]]
@@ -60,10 +61,13 @@ class Guard:
         @wraps(handler)
         async def get(cache: object, request: Request, **parameters: str) -> Representation:
             self.admit(request, scope)
-            representation = await handler(cache, request, **parameters)
+            try:
+                representation = await handler(cache, request, **parameters)
+            except AbsentError:
+                raise NotFound from None
             # What is public may be kept by a cache on the way, and told to others (RFC 9111 section 3.5).
             private = representation.cache_control.replace("public", "private")
-            # Nor is it said again without a look at the token.
+            # Nor is anything said again without a look at the token.
             return replace(representation, cache_control=private, lasts=None)
 
         return get

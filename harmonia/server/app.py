@@ -166,16 +166,18 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
         try:
             representation = await handler(cache, request, **parameters)
             response = await respond(request, representation, cache.threads.readers)
-            if representation.lasts is not None and not cache.settings.access_log:
-                request.ctx.lasts = representation.lasts, route
+            lasts = representation.lasts
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
             response = errors.response(request, error)
+            lasts = getattr(error, "lasts", None)
         except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
             if request.responded:
                 _done(cache, route, request, None)
             raise
         finally:
             route.end()
+        if lasts is not None and not cache.settings.access_log:
+            request.ctx.lasts = lasts, route
         return _done(cache, route, request, response)
 
     return endpoint

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 from sanic import Request
-from sanic.exceptions import NotFound
 
 from harmonia.compression import CompressedFile
 from harmonia.errors import FormatError, StoreObjectError
@@ -14,6 +14,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
+from harmonia.server.repeats import AbsentError
 
 
 def nar_url(info: PathInfo) -> str:
@@ -24,7 +25,7 @@ def nar_url(info: PathInfo) -> str:
 async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
     path = await cache.paths.find(hash_part)
     if path is None:
-        raise NotFound
+        raise AbsentError(partial(cache.paths.is_absent, hash_part))
     info, compressor = path.info, cache.compressor
     if cache.offers_zstd and not compressor.is_certain(info.nar_hash):
         await cache.threads.read(lambda: compressor.find(info.nar_hash))

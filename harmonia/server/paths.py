@@ -87,6 +87,10 @@ class Paths:
         known = self._known.get(path.info.path.hash_part)
         return self._closure is None and known is not None and known == (self._generation(), path)
 
+    def is_absent(self, hash_part: str) -> bool:
+        """Whether it is known that no path has that hash part just now. False where only a longer look can tell."""
+        return self._absent_as_of == self._generation() and hash_part in self._absent
+
     def _generation(self) -> Hashable:
         """That of the database, asked once for all requests that one turn of the event loop finds."""
         if self._this_turn is None:

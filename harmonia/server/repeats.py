@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 from sanic import Request
+from sanic.exceptions import NotFound
 
 from harmonia.metrics import Route
 
@@ -24,6 +25,14 @@ _LIMIT = 8 * 1024 * 1024  # bytes: some 5,000 narinfos
 
 Lasts = Callable[[], bool]
 """Tells, at once, whether what was said is still what would be said now."""
+
+
+class AbsentError(NotFound):
+    """404, as long as that lasts."""
+
+    def __init__(self, lasts: Lasts) -> None:
+        super().__init__()
+        self.lasts = lasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class Repeats:
         http = cast("Http", request.stream)
         # Bytes of a body would be taken for the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        if told is None or has_body or not http.keep_alive:
+        if told is None or has_body or not http.keep_alive or not told[0]():
             return
         before, separator, after = sent.partition(b"\r\ndate: ")
         size = 0 if request.method == "HEAD" else len(http.response.body or b"")

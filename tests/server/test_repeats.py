@@ -17,7 +17,7 @@ from running import Answer, Server, nar_url, patched, read_answer, wait_until
 Start = Callable[..., Server]
 
 LIMIT = 20_000
-TELLING = patched(f"""
+TELL = f"""
 import os, sys
 from harmonia.server.repeats import Repeats
 find, Repeats.__init__.__defaults__ = Repeats.find, ({LIMIT},)
@@ -28,7 +28,8 @@ def telling(self, head):
             file.write("again")
     return answer
 Repeats.find = telling
-""")
+"""
+TELLING = patched(TELL)
 
 
 class Client:
@@ -140,6 +141,35 @@ def test_what_has_changed_is_told_at_once(start: Start, store: StoreBuilder, inf
     assert repeated(server) >= 1
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_is_not_there_is_told_again_until_it_is(
+    server: Server, store: StoreBuilder, info: PathInfo, method: str
+) -> None:
+    store.delete(info.path)
+    with server.connect() as connection:
+        client = Client(connection, server)
+        asked = head(info, method=method)
+        first = client.ask(asked, method=method)
+        assert (first.status, first.headers["cache-control"]) == (404, "no-store")
+        assert [client.ask(asked, method=method) for _ in range(3)] == [first] * 3
+        assert repeated(server) == 3
+        store.add(info.path, b"contents" * 1000)
+        assert client.ask(asked, method=method).status == 200
+    assert 'harmonia_requests_total{route="narinfo",status="404"} 4.0\n' in server.get("/metrics").text
+
+
+def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    program = patched(f"{TELL}\nfrom harmonia.server import paths; paths._REMEMBERED = 1")
+    server = start(store=tmp_path / "store", settings="nar_compression = 'none'", program=program)
+    with server.connect() as connection:
+        client = Client(connection, server)
+        client.ask(head(info))
+        for number in range(100):
+            assert client.ask(head(info).replace(info.path.hash_part, f"{number:032}")).status == 404
+        client.ask(head(info))
+    assert repeated(server) == 1
+
+
 @pytest.mark.parametrize("body", ["", "\r\n"])
 def test_the_body_of_a_request_is_no_request(server: Server, info: PathInfo, body: str) -> None:
     request = head(info, f"Content-Length: {len(body)}")
@@ -201,11 +231,13 @@ def test_who_is_no_longer_let_in_hears_nothing(start: Start, info: PathInfo, tmp
     with server.connect() as connection:
         client = Client(connection, server)
         asked = head(info, f"Authorization: Bearer {secret}")
+        absent = asked.replace(info.path.hash_part, "0" * 32)
         assert [client.ask(asked).status for _ in range(3)] == [200] * 3
+        assert [client.ask(absent).status for _ in range(3)] == [404] * 3
         tokens.write_text("")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("the tokens were read again")
-        assert [client.ask(asked).status for _ in range(2)] == [401] * 2
+        assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
     assert repeated(server) == 0
 
 
