@@ -23,13 +23,8 @@ in
   };
 
   nodes.client = {
-    imports = [ ./lab/client.nix ];
-    nix.settings = {
-      substituters = lib.mkOverride 40 [ "https://server" ];
-      ssl-cert-file = "/etc/server.pem";
-      netrc-file = "/var/lib/netrc";
-    };
-    environment.etc."server.pem".source = "${certificate}/cert.pem";
+    imports = [ ./lab/tls-client.nix ];
+    nix.settings.netrc-file = "/var/lib/netrc";
   };
 
   testScript = ''

@@ -21,14 +21,7 @@ in
     systemd.services.harmonia.wantedBy = lib.mkForce [ ];
   };
 
-  nodes.client = {
-    imports = [ ./lab/client.nix ];
-    nix.settings = {
-      substituters = lib.mkOverride 40 [ "https://server" ];
-      ssl-cert-file = "/etc/server.pem";
-    };
-    environment.etc."server.pem".source = "${certificate}/cert.pem";
-  };
+  nodes.client.imports = [ ./lab/tls-client.nix ];
 
   testScript = ''
     start_all()

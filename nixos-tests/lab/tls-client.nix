@@ -1,0 +1,13 @@
+# A client of https://server, which has the certificate that all of these tests have.
+{ pkgs, lib, ... }:
+let
+  certificate = import ./certificate.nix { inherit pkgs; };
+in
+{
+  imports = [ ./client.nix ];
+  nix.settings = {
+    substituters = lib.mkOverride 40 [ "https://server" ];
+    ssl-cert-file = "/etc/server.pem";
+  };
+  environment.etc."server.pem".source = "${certificate}/cert.pem";
+}
