@@ -19,6 +19,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as processors: most tests wait, for servers that start and for clients that pause."""
+    return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What a marker says that a test needs, and is not here, is told as the reason why it is skipped."""
     if item.get_closest_marker("nix") and shutil.which("nix-store") is None:
