@@ -31,6 +31,7 @@ _SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a sm
 _LARGEST_DEFAULT = 20 << 30  # bytes
 _EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
 _TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
+_CHECKED = 65_536  # files, of which it is remembered that their content was looked at: some 10 MiB
 _RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
 
 _log = logging.getLogger("harmonia")
@@ -175,7 +176,7 @@ class Filler:
         except OSError as error:
             self._cache.failed(error)
             raise
-        os.close(self._descriptor)
+        self._close()
         self._cache.filled(self.size)
 
     def withdraw(self) -> None:
@@ -185,9 +186,17 @@ class Filler:
         self.abandon()
 
     def abandon(self) -> None:
+        if self._descriptor < 0:
+            return  # it is committed, or abandoned already
         with suppress(OSError):
             os.unlink(self._cache.path(self._key) + _GROWING)
-        os.close(self._descriptor)
+        self._close()
+
+    __del__ = abandon  # of one that nobody came to use: its lock would make all others wait for ever
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -239,6 +248,8 @@ class NarCache:
             self.counters.hits += 1
             self._touch(key)
             if key not in self._checked:
+                if len(self._checked) >= _CHECKED:
+                    self._checked.clear()
                 self._checked.add(key)
                 self.housekeeping.submit(self._check, key)
         return file

@@ -35,7 +35,7 @@ class DaemonServer:
         self.open: list[list[str]] = []
         """The roots of each connection that is open."""
         self._version = version
-        self._answer = answer
+        self.answer = answer
         self._greet = greet
         self._connections: list[socket.socket] = []
 
@@ -79,7 +79,7 @@ class DaemonServer:
                 root = _exactly(connection, size + -size % 8)[:size].decode()
                 roots.append(root)
                 self.roots.append(root)
-                connection.sendall(self._answer)
+                connection.sendall(self.answer)
         self.open[:] = [each for each in self.open if each is not roots]
 
     def _agree(self, connection: socket.socket) -> None:

@@ -289,6 +289,25 @@ def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_pat
     assert content_of(cache) == b"content"
 
 
+def test_what_is_committed_cannot_be_abandoned(cache: NarCache) -> None:
+    opened = cache.open("key")
+    assert opened
+    assert opened[1]
+    opened[1].commit()
+    stranger = os.open("/dev/null", os.O_RDONLY)  # gets the descriptor that is free now
+    opened[1].abandon()
+    os.close(stranger)
+    assert cache.use("key")
+
+
+def test_a_filler_that_got_lost_keeps_nobody_waiting(cache: NarCache) -> None:
+    opened = cache.open("key")
+    del opened
+    again = cache.open("key")
+    assert again
+    assert again[1]
+
+
 def test_a_file_that_another_replaces_before_it_is_locked(
     cache: NarCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,19 +410,37 @@ def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatc
     assert not os.path.exists(path)
 
 
-def test_each_file_is_checked_once(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = []
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[CachedFile]:
+    """The files that are checked, none of which is found damaged."""
+    checked: list[CachedFile] = []
 
     def is_intact(file: CachedFile) -> bool:
         checked.append(file)
         return True
 
     monkeypatch.setattr(CachedFile, "is_intact", is_intact)
+    return checked
+
+
+def test_each_file_is_checked_once(cache: NarCache, checked: list[CachedFile]) -> None:
     fill(cache)
     for _ in range(3):
         opened(cache)[0].close()
     settle(cache)
     assert len(checked) == 1
+
+
+def test_which_files_were_checked_is_not_remembered_without_bound(
+    cache: NarCache, checked: list[CachedFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nar_cache, "_CHECKED", 3)
+    for key in "0123":
+        fill(cache, key)
+    for key in "00123300":
+        opened(cache, key)[0].close()
+    settle(cache)
+    assert len(checked) == 5
 
 
 # Eviction

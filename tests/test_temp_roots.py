@@ -77,6 +77,22 @@ def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots
         del last
 
 
+def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
+    place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for what it has answered before: that was over the same connection, which is closed."""
+    monkeypatch.setattr(temp_roots, "_TIMEOUT", 0.2)
+    with DaemonServer(place) as daemon:
+        first = roots.hold(ONE)
+        wait_until(lambda: daemon.open == [[full(ONE)]])
+        answer, daemon.answer = daemon.answer, b""
+        other = roots.hold(OTHER)
+        wait_until(lambda: len(daemon.roots) > 2)
+        daemon.answer = answer
+        wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
+        del first, other
+
+
 def test_a_long_download_does_not_keep_what_others_needed(
     place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:

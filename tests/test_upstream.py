@@ -5,6 +5,7 @@ import bz2
 import gzip
 import hashlib
 import lzma
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,6 +157,25 @@ def test_a_first_probe_that_hangs_is_not_waited_for() -> None:
     asyncio.run(run())
 
 
+def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        upstream = Upstream(works=True)
+        shortages = [RuntimeError("can't start new thread"), MemoryError()]
+
+        async def probe() -> bool:
+            if shortages:
+                raise shortages.pop()
+            return await upstream.probe()
+
+        tried = Breaker(probe, upstream.states.append)
+        tried.start(10)
+        await until(lambda: tried.closed)
+        await tried.stop()
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == ["an upstream cannot be probed"] * 2
+
+
 def test_a_breaker_opens_after_failures_in_a_row() -> None:
     async def run() -> None:
         upstream = Upstream(works=True)
@@ -231,3 +251,14 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
         await upstreams.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("empty", [bz2.compress(b""), gzip.compress(b"")], ids=["bzip2", "gzip"])
+def test_many_streams_take_no_more_time_than_one_after_the_other(empty: bytes) -> None:
+    encoding = "bzip2" if empty.startswith(b"BZ") else "gzip"
+    taken = []
+    for size in (1 << 18, 1 << 21):
+        began = time.perf_counter()
+        assert unpack(empty * (size // len(empty)), encoding, size) == b""
+        taken.append(time.perf_counter() - began)
+    assert taken[1] < 20 * taken[0]

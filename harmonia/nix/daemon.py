@@ -59,9 +59,9 @@ class Daemon:
 
     @property
     def lost(self) -> bool:
-        """Whether the daemon has closed it, or says what nobody asked for."""
-        self._socket.setblocking(False)
+        """Whether it is closed, by the daemon or by us, or the daemon says what nobody asked for."""
         try:
+            self._socket.setblocking(False)
             self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False

@@ -1,11 +1,14 @@
 """A circuit breaker: an upstream that fails again and again is not asked, until it answers a probe."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 
 FAILURES = 3  # in a row, after which it is not asked: one or two are the network's everyday
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds until the next probe; it doubles with each
+
+_log = logging.getLogger("harmonia")
 
 
 class Breaker:
@@ -58,9 +61,16 @@ class Breaker:
         pause, self._retry_after = max(delay * random.uniform(0.75, 1.25), self._retry_after), 0.0  # noqa: S311
         return pause
 
+    async def _works(self) -> bool:
+        try:
+            return await self._probe()
+        except Exception:  # noqa: BLE001 (a fault of ours ends no more than this probe: nobody else would probe again)
+            _log.exception("an upstream cannot be probed")
+            return False
+
     async def _probe_until_closed(self, pause: float) -> None:
         await asyncio.sleep(pause)
-        while not await self._probe():
+        while not await self._works():
             self._probed.set()
             await asyncio.sleep(self._pause())
         self.closed = True

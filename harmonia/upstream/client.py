@@ -22,7 +22,7 @@ from harmonia.nix.signing import PublicKey
 from harmonia.settings import Upstream
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import unpack
-from harmonia.upstream.hops import HOPS, IDENTITY
+from harmonia.upstream.hops import HOPS, IDENTITY, names
 from harmonia.upstream.reach import InsideError, Reach
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
@@ -216,7 +216,7 @@ class Client:
                     raise self._error(str(error.os_error)) from None
                 raise self._failed(_phrase(error)) from None
             if here:
-                self.identity = response.headers.get(IDENTITY, self.identity)
+                self.identity = next(iter(names(response.headers.get(IDENTITY, ""))), self.identity)
             if _has_it(response, start, ranged=bool(ranged)):
                 return response
             response.close()

@@ -14,6 +14,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 
 _PIECE = 1 << 20  # bytes that are unpacked at once: a small file may hold a huge one
+_SMALL_INPUT = 4096  # bytes of a small body at once: the rest of it is copied for each stream that ends in it
 _ZSTD_INPUT = 1024  # likewise: a block of 128 KiB may come out of each four bytes
 _MEMORY = 128 << 20  # bytes that the window of an xz or zstd file may take: the most that libzstd takes for Nix
 
@@ -141,10 +142,11 @@ def unpack(data: bytes, encoding: str, limit: int) -> bytes:
         raise UpstreamError(f"its Content-Encoding {encoding!r} is unknown")
     unpacker = make()
     unpacked = bytearray()
-    for piece in _unpacked(unpacker, data, encoding):
-        unpacked += piece
-        if len(unpacked) > limit:
-            raise UpstreamError("it is too large")
+    for start in range(0, len(data), _SMALL_INPUT):
+        for piece in _unpacked(unpacker, data[start : start + _SMALL_INPUT], encoding):
+            unpacked += piece
+            if len(unpacked) > limit:
+                raise UpstreamError("it is too large")
     if not unpacker.whole:
         raise UpstreamError("it is cut short")
     return bytes(unpacked)

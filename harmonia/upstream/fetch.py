@@ -28,6 +28,7 @@ from harmonia.zstd import step_back
 
 _PIECE = 256 * 1024  # bytes that are taken at once
 _WRITERS = 4  # threads
+_MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
 _RESUMES = 5  # in a row that bring nothing
 _RESUME_DELAY = 0.1  # seconds; it doubles with each of them
 
@@ -45,22 +46,26 @@ class Kept:
     ) -> None:
         """`rest` may be None where the file is whole."""
         self.size = file.size if file.whole else size
-        self._file = file
+        self._file: CachedFile | None = file
+        """None once nobody fills it: what is read again, to tell its size before (body.py), is passed on."""
         self._fetch = fetch
         self._rest = rest
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes] | None]:
-        position = yield from self._file.follow(start, stop)
-        if self._file.whole:
-            self.size = self._file.size
-        if self._file.whole or position == stop:
-            return
-        if self._fetch is not None and self._fetch.error is not None:
-            raise self._fetch.error
-        withdrawn = start < position and self._file.size < position
-        self._file.close()
-        if withdrawn:
-            raise StoreObjectError("what the upstream sent is wrong")
+        position = start
+        if self._file is not None:
+            position = yield from self._file.follow(start, stop)
+            if self._file.whole:
+                self.size = self._file.size
+            if self._file.whole or position == stop:
+                return
+            if self._fetch is not None and self._fetch.error is not None:
+                raise self._fetch.error
+            withdrawn = start < position and self._file.size < position
+            self._file.close()
+            self._file = None
+            if withdrawn:
+                raise StoreObjectError("what the upstream sent is wrong")
         if self._rest is not None:
             yield from self._rest.read(position, stop)
             self.size = self._rest.size
@@ -217,7 +222,10 @@ class Fetches:
         opened = None
         if cache is not None and content.conclusive(found.nar) and (found.nar.file_size or 0) <= cache.limit:
             async with self._opening:
-                opened = await self._threads.write(cache.open, key)
+                if key in self._running or len(self._running) < _MOST:
+                    opened = await self._threads.write(cache.open, key)
+                elif file := await self._threads.write(cache.use, key):
+                    opened = file, None
                 if opened is not None and opened[1] is not None:
                     fetch = self._running[key] = Fetch(found, headers, opened[1], cache.limit, self._threads)
                     self._task(self._run(key, fetch))

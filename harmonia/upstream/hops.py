@@ -4,6 +4,7 @@ Each has a name, new at each start, which it tells who asks it (`Harmonia-Id`). 
 came through (`Harmonia-Hops`), and of those that were asked beside (`Harmonia-Asked`).
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -13,6 +14,7 @@ HOPS, ASKED, IDENTITY = "Harmonia-Hops", "Harmonia-Asked", "Harmonia-Id"
 _MOST_HOPS = 8
 _MOST_ASKED = 64
 _LONGEST_NAME = 32
+_NAME = re.compile(r"[0-9A-Za-z_-]+")  # what goes on to others, in a header, whoever said it
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Hops:
     @classmethod
     def parse(cls, through: str, asked: str) -> Self:
         """What the two headers tell, of which no more is believed, or remembered, than Harmonias would send."""
-        return cls(tuple(_names(through, _MOST_HOPS)), frozenset(_names(asked, _MOST_ASKED)))
+        return cls(tuple(names(through, _MOST_HOPS)), frozenset(names(asked, _MOST_ASKED)))
 
     def is_over(self, identity: str) -> bool:
         """Whether a question has been here already, or almost everywhere else."""
@@ -41,5 +43,7 @@ class Hops:
         return {HOPS: ", ".join((*self.through, identity)), ASKED: ", ".join(sorted(names))}
 
 
-def _names(header: str, most: int) -> list[str]:
-    return [name for part in header.split(",") if (name := part.strip()[:_LONGEST_NAME].rstrip())][:most]
+def names(header: str, most: int = 1) -> list[str]:
+    """The names in a header, as far as they are such."""
+    parts = (part.strip()[:_LONGEST_NAME] for part in header.split(","))
+    return [name for name in parts if _NAME.fullmatch(name)][:most]

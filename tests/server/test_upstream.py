@@ -476,6 +476,63 @@ def test_what_is_too_large_to_keep_goes_on_without_the_cache(
     assert cached(server, path) == []
 
 
+@pytest.mark.parametrize(("version", "headers"), [("1.0", {}), ("1.1", {"Range": "bytes=10-"})])
+def test_what_is_too_large_to_keep_is_measured_for_who_must_know_its_length(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, version: str, headers: dict[str, str]
+) -> None:
+    path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="none")
+    upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
+    upstream.behaviours["^/nar/"] = chunked
+    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1M'")
+    url = fields(server.get(narinfo_path(path)))["URL"]
+    answer = server.request("GET", f"/{url}", headers, version=version)
+    assert answer.body == path.file[10 if headers else 0 :]
+
+
+def chunked(handler: upstream_server.Handler) -> None:
+    content = handler.server.files[handler.path]
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for start in range(0, len(content), 100_000):
+        part = content[start : start + 100_000]
+        handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    paths = [make_path(tmp_path / f"elsewhere-{n}", size=64 << 10, compression="none") for n in range(6)]
+    for path in paths:
+        upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    upstream.behaviours["^/nar/"] = drip(8192, 0.2)
+    server = begin(entry(upstream), workers=1, program=patched("from harmonia.upstream import fetch; fetch._MOST = 2"))
+    urls = [fields(server.get(narinfo_path(path)))["URL"] for path in paths]
+    for url in urls:
+        with server.connect() as connection:
+            connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    assert sum(bool(cached(server, path)) for path in paths) == 2
+    assert server.get(f"/{urls[0]}").body == paths[0].file  # with those who fetch it already
+    assert server.get(f"/{urls[-1]}").body == paths[-1].file
+
+
+@pytest.mark.parametrize("name", ["x" * 8100, "\x01"])
+def test_what_an_upstream_calls_itself_harms_no_other(
+    begin: Start, start: Start, upstream: UpstreamServer, tmp_path: Path, name: str
+) -> None:
+    path = StoreBuilder(tmp_path / "other").add_text("other", b"other\n")
+    other = start(store=tmp_path / "other")
+    upstream.behaviours["."] = lambda handler: handler.answer(
+        404 if "narinfo" in handler.path else 200,
+        b"" if "narinfo" in handler.path else b"StoreDir: /nix/store\n",
+        {"Harmonia-Id": name},
+    )
+    server = begin(entry(other, verify=False), entry(upstream))
+    for last in "0123":
+        assert server.get(f"/{'0' * 31}{last}.narinfo").status == 404
+    assert server.get(f"/{path.path.hash_part}.narinfo").status == 200
+
+
 def test_a_worker_that_dies_takes_no_other_download_with_it(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
