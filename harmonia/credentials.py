@@ -25,7 +25,7 @@ def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
                 keys.append(SecretKey.parse(file.read().decode()))
             except (FormatError, UnicodeDecodeError):
                 # The parser's own words may quote the file, which may hold some other secret.
-                what = f"no secret key in {path!r}; make one with nix-store --generate-binary-cache-key"
+                what = f"no secret key in {path!r}; make one with harmonia keygen"
                 raise WrongSettingError(what, "sign_key_paths", key_file=path) from None
     return tuple(keys)
 

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import platform
-import shlex
 import sysconfig
 from dataclasses import dataclass
 from glob import iglob
@@ -156,11 +155,7 @@ def _discard(directory: str) -> None:
     except (OSError, ValueError):
         ours = False
     if not ours:
-        quoted = shlex.quote(directory)
-        raise ConfigError(
-            f"{directory} exists and is no complete demo store; name another directory, or remove it:"
-            f" chmod -R u+w {quoted} && rm -rf {quoted}"
-        )
+        raise ConfigError(f"{directory} exists and is no demo store; name a directory that is empty, or not there yet")
     remove(os.fsencode(directory))
 
 

@@ -430,10 +430,13 @@ def _contradiction(upstream: Upstream) -> tuple[str, str] | None:
 def wanted(kind: object) -> str:
     """What a field of this type takes, in the words of error messages and of the reference."""
     schema = msgspec.inspect.type_info(kind)
-    while isinstance(schema, msgspec.inspect.Metadata):
-        if schema.extra and "wanted" in schema.extra:
+    while isinstance(schema, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
+        if isinstance(schema, msgspec.inspect.UnionType):  # with None, where nothing is given
+            schema = next(one for one in schema.types if not isinstance(one, msgspec.inspect.NoneType))
+        elif schema.extra and "wanted" in schema.extra:
             return str(schema.extra["wanted"])
-        schema = schema.type
+        else:
+            schema = schema.type
     match schema:
         case msgspec.inspect.IntType(ge=low, le=high):
             return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"

@@ -182,6 +182,8 @@ def test_ranges_include_their_ends(line: str) -> None:
         ('workers = "4"', "workers: expected an integer from 1 to 1024, found string '4'"),
         ("workers = 4.0", "workers: expected an integer from 1 to 1024, found float 4.0"),
         ("priority = -1", "priority: expected an integer from 0 to 2147483647, found integer -1"),
+        ("cache_size = '20X'", 'cache_size: expected a string like "500M" or "20G": K, M, G, T for KiB to TiB, found'),
+        ("base_url = 'cache'", 'base_url: expected a string like "https://cache.example.org" or'),
         ("max_connections = -1", "max_connections: expected an integer, 0 or more, found integer -1"),
         ("access_log = 1", "access_log: expected true or false, found integer 1"),
         ('log_level = "no"', 'log_level: expected one of "debug", "error", "info", "warning", found string \'no\''),
@@ -396,10 +398,7 @@ def test_a_missing_key_file_is_told_with_what_named_it(machine: Machine) -> None
 def test_a_broken_key_file_is_told_without_its_content(machine: Machine, content: str) -> None:
     machine.file("k", content)
     what = machine.complaint(f'sign_key_paths = ["{machine.root}/k"]')
-    assert what == (
-        "ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; "
-        "make one with nix-store --generate-binary-cache-key"
-    )
+    assert what == ("ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; make one with harmonia keygen")
 
 
 @pytest.mark.parametrize(

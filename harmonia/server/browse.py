@@ -33,7 +33,7 @@ async def search(cache: Cache, request: Request) -> Representation:
         raise NotFound
     asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
     named = _HASH_PART.match(asked.removeprefix(cache.store.store_dir + "/"))
-    if named and await cache.paths.find(named[0]):
+    if named and await cache.paths.find_usable(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     result = await cache.threads.browse(
         lambda store: catalogue.search(store, asked, _SHOWN, cache.paths.released(store))
@@ -71,7 +71,7 @@ async def path(cache: Cache, request: Request, hash_part: str) -> Representation
     closure = (
         None if cache.paths.release else await cache.threads.browse(lambda store: catalogue.closure(store, info.path))
     )
-    deriver_is_here = info.deriver is not None and await cache.paths.find(info.deriver.hash_part) is not None
+    deriver_is_here = info.deriver is not None and await cache.paths.find_usable(info.deriver.hash_part) is not None
     full_path = f"{cache.store.store_dir}/{info.path}"
     keys = cache.trusted_keys
     references = sorted(info.references, key=catalogue.by_name)

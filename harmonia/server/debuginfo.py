@@ -51,7 +51,7 @@ async def _find(cache: Cache, build_id: str) -> PathInfo | None:
     while True:
         paths, complete = await cache.threads.read(partial(index.look_up, build_id))
         for path in paths:
-            found = await cache.paths.find(path.hash_part)
+            found = await cache.paths.find_usable(path.hash_part)
             if found is not None and found.info.path == path:
                 return found.info
         if complete:

@@ -49,7 +49,7 @@ def _decoded(request: Request, name: str) -> str:
 async def _derivation(cache: Cache, name: str) -> StorePath:
     """The derivation that is meant. FormatError where `name` can mean none, NotFound where nothing has its hash."""
     if is_hash_part(name):
-        known = await cache.paths.find(name)
+        known = await cache.paths.find_usable(name)
         if known is None:
             collected = await cache.threads.read(lambda: build_log.derivation(cache.settings.logs, name))
             if collected is None:
@@ -60,6 +60,6 @@ async def _derivation(cache: Cache, name: str) -> StorePath:
         path = StorePath(name)
     if path.is_derivation:
         return path
-    known = await cache.paths.find(path.hash_part)
+    known = await cache.paths.find_usable(path.hash_part)
     output = known.info if known and known.info.path == path else None
     return (output and output.deriver) or StorePath(f"{path}.drv")

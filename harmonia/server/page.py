@@ -171,7 +171,7 @@ def begin(cache: Cache, title: str, top: str, asked: str = "") -> Builder:
 def end(cache: Cache, page: Builder, *, script: bool = False) -> Representation:
     """The page as it is answered: one that shows what may be another any moment."""
     with page.footer:
-        page("Served by ").a("Harmonia", href="https://github.com/nix-community/harmonia")._(f" {__version__}")
+        page(f"Served by Harmonia {__version__}")
     if script:
         page.script(HTML(_SCRIPT))
     text = _Text(str(page).encode())

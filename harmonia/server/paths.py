@@ -82,6 +82,13 @@ class Paths:
             self._known.popitem(last=False)
         return found if self._closure is None or await self._is_needed(found.info.path) else None
 
+    async def find_usable(self, hash_part: str) -> SignedPath | None:
+        """Likewise, of a path beside the one that is asked for. None also where its row is of no use."""
+        try:
+            return await self.find(hash_part)
+        except StoreObjectError:
+            return None
+
     def is_current(self, path: SignedPath) -> bool:
         """Whether `find` would give the very same just now. False where only a longer look can tell."""
         known = self._known.get(path.info.path.hash_part)
@@ -108,10 +115,7 @@ class Paths:
         """Whether a path is valid and may leave the house; without rules for that, always."""
         if self.release is None:
             return True
-        try:
-            found = await self.find(path.hash_part)
-        except StoreObjectError:
-            return False
+        found = await self.find_usable(path.hash_part)
         return found is not None and found.info.path == path
 
     async def releases_log(self, derivation: StorePath) -> bool:

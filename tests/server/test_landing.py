@@ -118,7 +118,6 @@ class TestLanding:
         assert not re.search(r'\b(src|action)="?(https?:|/)', page)
         assert {link for link in re.findall(r'href="?([^" >]*)', page) if link.startswith(("http", "/"))} == {
             "https://nixos.org/",
-            "https://github.com/nix-community/harmonia",
         }
 
     def test_off(self, start: Start, made: Made) -> None:
@@ -335,6 +334,15 @@ class TestPath:
         assert "<img" not in page
         assert "(not here)" in page
         assert f"text:{EVIL}" in html.unescape(page)
+
+    def test_of_others_a_row_of_no_use_is_no_matter(self, start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+        deriver = store.add_text("damaged.drv", b"")
+        path = store.add(store.output_path("path"), b"", deriver=deriver.path)
+        with store.connect() as database:
+            database.execute("update ValidPaths set narSize = null where path like '%.drv'")
+        server = start(store=tmp_path / "store", settings="browse = true")
+        assert "(not here)" in self.page(server, path).text
+        assert server.get(f"/search?q={deriver.path.hash_part}").status == 200
 
     def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         store = Store("/nix/store", made.store.real_dir, made.store.db_path)

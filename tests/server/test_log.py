@@ -489,3 +489,15 @@ def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> No
     path.write_bytes(compressor.compress(TEXT) + compressor.flush())
     assert server.get(f"/log/{derivation}").status == 404
     assert server.wait_for_log("ERROR .*-window.drv: 404, .*too much memory")
+
+
+def test_a_row_of_no_use_hides_no_log(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    drv = store.add_text("damaged.drv", b"")
+    output = store.add(store.output_path("other"), b"")
+    keep(store, drv.path)
+    keep(store, f"{output.path}.drv")
+    with store.connect() as database:
+        database.execute("update ValidPaths set narSize = null")
+    server = start(store=tmp_path / "store")
+    for asked in (drv.path, drv.path.hash_part, output.path):
+        assert server.get(f"/log/{asked}").body == TEXT, asked
