@@ -115,7 +115,8 @@ def referrers(store: Store, path: StorePath, limit: int, released: Released = No
 def outputs(store: Store, derivation: StorePath) -> list[StorePath]:
     """The valid paths that came of a derivation, which need not be there any more."""
     rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MOST_OUTPUTS)
-    return [StorePath.in_dir(store.store_dir, path) for (path,) in rows]
+    names = (path.removeprefix(f"{store.store_dir}/") for (path,) in rows)
+    return list(filter(None, map(_store_path, names)))
 
 
 def by_name(path: StorePath) -> tuple[str, str]:

@@ -260,4 +260,12 @@ def test_outputs_are_known_without_their_derivation(store: StoreBuilder) -> None
     derivation = StorePath(f"{'0' * 32}-gone.drv")
     output = store.output_path("made")
     store.add(output, b"", deriver=derivation)
+    with store.connect() as connection:  # of which no path is one
+        connection.executemany(
+            "insert into ValidPaths (path, hash, registrationTime, deriver) values (?, '', 0, ?)",
+            (
+                (path, f"/nix/store/{derivation}")
+                for path in ("/nix/store/odd", f"/elsewhere/{output}", f"/nix/store/{output}/in")
+            ),
+        )
     assert catalogue.outputs(opened(store), derivation) == [output]

@@ -142,6 +142,7 @@ def test_connections_beyond_the_limit_are_told_to_come_back(start: Start, sample
         for _ in range(20):
             answer = server.get("/version")
             assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+            assert answer.headers["cache-control"] == "no-store"
         assert all(ask(connection) == 200 for connection in admitted)
         admitted[0].close()
         wait_until(lambda: server.get("/version").status == 200)

@@ -33,7 +33,10 @@ from harmonia.sockets import BACKLOG, admitted, notice_lost_clients
 
 _TRIM = 10.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_FULL = (  # no body: it may be the answer to HEAD
+    b"HTTP/1.1 503 Service Unavailable\r\ncache-control: no-store\r\nretry-after: 1\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 _log = logging.getLogger("harmonia")
 
