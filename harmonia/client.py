@@ -60,6 +60,10 @@ class Client:
         authorization = _authorization(urlsplit(self._base).hostname or "")
         self._own_headers = {"Authorization": authorization} if authorization else {}
 
+    @property
+    def brings_token(self) -> bool:
+        return bool(self._own_headers)
+
     @classmethod
     def of(cls, settings: Settings, key: str = "bind") -> "Client":
         """The server with these settings, on this machine. RemoteError where they leave open where it listens."""

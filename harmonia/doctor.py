@@ -339,10 +339,13 @@ def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:
 def _caching(client: Client, path: str, answer: Answer, least: int) -> Findings:
     """`least`: for how many seconds at least it should be kept."""
     control = answer.headers.get("cache-control")
-    if control is None or any(word in control for word in ("no-store", "no-cache", "private")):
+    # What takes a token is for the client alone to keep.
+    unwanted = ("no-store", "no-cache") if client.brings_token else ("no-store", "no-cache", "private")
+    if control is None or any(word in control for word in unwanted):
         what = f"{path}: {'no Cache-Control' if control is None else f'Cache-Control: {control}'}"
-        wanted = "public, max-age=31536000, immutable" if least else "public, max-age=86400"
-        yield Finding("caching", "warning", what, f"send `Cache-Control: {wanted}`, so that proxies and CDNs keep it")
+        who, reason = ("private", "clients") if client.brings_token else ("public", "proxies and CDNs")
+        wanted = f"{who}, max-age=31536000, immutable" if least else f"{who}, max-age=86400"
+        yield Finding("caching", "warning", what, f"send `Cache-Control: {wanted}`, so that {reason} keep it")
     elif _max_age(answer) < least:
         remedy = "a NAR never changes under its name: send `Cache-Control: public, max-age=31536000, immutable`"
         yield Finding("caching", "warning", f"{path} may be kept for {_max_age(answer)} s only", remedy)

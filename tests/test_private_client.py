@@ -42,7 +42,10 @@ def test_a_private_cache_is_looked_at_with_its_token(private: Server, netrc: Pat
         answered = run("--config", str(private.config), *command)
         assert "401" not in answered.stdout + answered.stderr
         assert SECRET not in answered.stdout + answered.stderr
-    assert "nix-cache-info" in run("--config", str(private.config), "doctor", private.url).stdout
+    told = run("--config", str(private.config), "doctor", private.url).stdout
+    assert "nix-cache-info" in told
+    assert "Cache-Control: private, max-age=" in told
+    assert "send `Cache-Control" not in told  # that is as it should be, and nothing to mend
 
 
 def test_a_broken_netrc_is_told_and_not_shown(private: Server, netrc: Path) -> None:
