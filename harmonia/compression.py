@@ -254,8 +254,9 @@ class Compressed:
 
 def check(source: Source, sha256: bytes) -> None:
     """StoreObjectError where what was read is not what it should be."""
-    if source.sha256 not in (None, sha256):
-        raise StoreObjectError(f"its SHA-256 is {sha256.hex()}, but {source.sha256.hex()} was registered")
+    if source.sha256 is not None and source.sha256 != sha256:
+        found, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
+        raise StoreObjectError(f"its NAR hash is sha256:{found}, but sha256:{registered} was registered")
 
 
 class _Fill:
