@@ -88,7 +88,7 @@ class DebugInfo:
 
     def update(self) -> None:
         """Look at all paths that are new, unless another process just does."""
-        with self._lock, suppress(sqlite3.Error):
+        with self._lock, suppress(sqlite3.Error, MemoryError):
             if not self._damaged and not self._gone and self._is_complete():
                 return
         try:
@@ -164,6 +164,8 @@ class DebugInfo:
                     if ids := list(build_ids(self._store.real_path(path))):
                         found.append((number, path, ids))
                 except OSError as error:
+                    if error.errno in SHORTAGES:  # what was not seen now must not count as looked at
+                        raise StoreUnavailableError(f"cannot look into {path}: {error.strerror}") from error
                     _log.warning("%s is not looked through for debug info: %s", path, error.strerror)
         checked = rows[-1][0] if len(rows) == _BATCH else newest
         with self._lock, self._index.transaction() as index:
@@ -188,7 +190,9 @@ class DebugInfo:
     def _checked(self) -> int | None:
         """Up to which number paths were looked at. None where the index is of another store."""
         row = (
-            self._index.connection().execute("select checked from State where origin = ?", (self._origin(),)).fetchone()
+            self._index.connection()
+            .execute("select cast(checked as integer) from State where origin = ?", (self._origin(),))
+            .fetchone()
         )
         return row and int(row[0])
 

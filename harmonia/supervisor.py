@@ -84,7 +84,11 @@ class Supervisor:
     def _fill(self) -> None:
         while len(self._workers) < self._count and time.monotonic() >= self._next_start:
             place = min(set(range(self._count)) - {worker.place for worker in self._workers.values()})
-            ours, theirs = socket.socketpair()
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as error:
+                self._retry_later(error)
+                return
             signal.pthread_sigmask(
                 signal.SIG_BLOCK, _SIGNALS
             )  # the worker must not lose one before it has its own handlers
@@ -93,8 +97,7 @@ class Supervisor:
                 if pid == 0:
                     self._become_worker(place, ours, theirs)
             except OSError as error:
-                _log.error("cannot start a worker: %s", error)
-                self._next_start = time.monotonic() + _RETRY_DELAY
+                self._retry_later(error)
                 ours.close()
                 return
             finally:
@@ -104,6 +107,10 @@ class Supervisor:
             worker = _Worker(pid, place, ours, time.monotonic())
             self._workers[pid] = worker
             self._selector.register(ours, selectors.EVENT_READ, worker)
+
+    def _retry_later(self, error: OSError) -> None:
+        _log.error("cannot start a worker: %s", error)
+        self._next_start = time.monotonic() + _RETRY_DELAY
 
     def _become_worker(self, place: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         status = 1

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import MutableMapping
+from contextlib import suppress
 
 from harmonia.errors import ConfigError
 
@@ -38,12 +39,10 @@ def notify(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
-            # A leading @ is an abstract socket's leading zero byte.
-            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-        except OSError:
-            return
+    # Nor is it worth the service where no socket can be had for it.
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        # A leading @ is an abstract socket's leading zero byte.
+        channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def watchdog_interval() -> float | None:

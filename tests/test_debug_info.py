@@ -399,3 +399,35 @@ def test_a_large_store(builder: StoreBuilder, open_index: Open, looked_at: list[
     assert found(again, ONE) == [one.path]
     assert time.process_time() - began < 0.1
     assert len(looked_at) == MANY + 1
+
+
+def test_a_path_is_not_passed_over_for_want_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    path = add(store, "debug", ONE).path
+    index = DebugInfo(Store("/nix/store", store.real_dir, store.db_path), store.db_path, str(tmp_path / "index"))
+
+    def scandir(_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(StoreUnavailableError):
+            index.update()
+    index.update()
+    assert index.look_up(ONE) == ([path], True)
+
+
+def test_an_index_that_does_not_know_how_far_it_came_begins_anew(tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    path = add(store, "debug", ONE).path
+
+    def index() -> DebugInfo:
+        return DebugInfo(Store("/nix/store", store.real_dir, store.db_path), store.db_path, str(tmp_path / "index"))
+
+    index().update()
+    (file,) = (tmp_path / "index").glob("*.sqlite")
+    with sqlite3.connect(file) as connection:
+        connection.execute("update State set checked = 'x'")
+    damaged = index()
+    damaged.update()
+    assert damaged.look_up(ONE) == ([path], True)

@@ -14,8 +14,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from running import HARMONIA, Sample, Server, download, nar_url, read_answer, unpacked, wait_until
+from harmonia.store_builder import Sparse, StoreBuilder
+from running import (
+    HARMONIA,
+    Sample,
+    Server,
+    ServiceManager,
+    download,
+    nar_url,
+    open_files,
+    read_answer,
+    unpacked,
+    wait_until,
+)
 from unscathed import MANY, serves, unscathed
 
 if TYPE_CHECKING:
@@ -224,3 +235,28 @@ def test_a_worker_that_dies_amid_everything_leaves_nothing(start: Start, tmp_pat
                 os.kill(worker, number)
                 wait_until(lambda: server.workers not in ([], [worker]))  # noqa: B023 (it is called at once)
     serves(server, *infos)
+
+
+def test_a_main_process_without_descriptors_goes_on(start: Start, tmp_path: Path) -> None:
+    sample = Sample.make(tmp_path / "store", 1)
+    with ServiceManager(str(tmp_path / "notify")) as manager:
+        server = start(store=sample.root, workers=2, environment={**manager.environment, "WATCHDOG_USEC": "1000000"})
+        soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        time.sleep(1.5)
+        os.kill(server.workers[0], 9)
+        server.wait_for_log("cannot start a worker: .*Too many open files")
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: len(server.workers) == 2)
+        manager.drain()
+        assert manager.receive() == "WATCHDOG=1"
+        assert server.get(nar_url(sample.small)).status == 200
+
+
+def test_a_download_has_one_file_open(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = store.add(store.output_path("both"), {"a": b"small", "b": Sparse(64 << 20)})
+    server = start(store=tmp_path / "store")
+    with download(server, info):
+        time.sleep(0.3)
+        assert len([name for name in open_files(server.workers[0]) if "/nix/store/" in name]) == 1

@@ -133,6 +133,27 @@ def test_a_download_over_tls_arrives_whole(start: Start, sample: Sample, tmp_pat
     assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
 
 
+@pytest.mark.parametrize("ended", ["by the client's wish", "by SIGTERM"])
+def test_the_last_download_of_a_connection_arrives_whole(
+    start: Start, sample: Sample, tmp_path: Path, ended: str
+) -> None:
+    """Of whatever length: some end where the kernel takes no more, and uvloop holds the rest."""
+    renew(tmp_path)
+    server = start(store=sample.root, settings=f"{secured(tmp_path)}\nshutdown_grace = 60")
+    wish = "Connection: close\r\n" if ended == "by the client's wish" else ""
+    lengths = range(1 << 16, 6 << 20, 3 << 15)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(server.connect(receive_buffer=8192)) for _ in lengths]
+        for connection, length in zip(connections, lengths, strict=True):
+            head = f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n{wish}Range: bytes=0-{length - 1}\r\n\r\n"
+            connection.sendall(head.encode())
+        time.sleep(1)  # until all has been sent that can be
+        if not wish:
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert [len(read_answer(connection).body) for connection in connections] == list(lengths)
+
+
 def test_idle_connections_do_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path))

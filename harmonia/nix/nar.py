@@ -230,6 +230,8 @@ class OpenSlice:
             count = os.preadv(self._descriptor, [data], self.position, os.RWF_NOWAIT)
         except OSError:  # BlockingIOError, or a file system that knows no such reads; what else there is, `read` tells
             return None
+        if not count:  # the end, or a Linux 5.9 or 5.10 that has nothing of it in memory (preadv(2), BUGS)
+            return None
         del data[count:]
         self.position += count
         return data
@@ -247,6 +249,7 @@ def chunks(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generato
     try:
         for segment in archive:
             if isinstance(segment, FileSlice) and len(segment) >= chunk_size:
+                files.close()  # a download has one file open while it waits for its client (sockets.admitted)
                 if size:
                     yield b"".join(parts)
                     parts, size = [], 0

@@ -49,7 +49,7 @@ async def _find(cache: Cache, build_id: str) -> PathInfo | None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _PATIENCE
     while True:
-        paths, complete = await cache.threads.read(partial(index.look_up, build_id))
+        paths, complete = await cache.threads.wait_for(cache.threads.index, partial(index.look_up, build_id))
         for path in paths:
             found = await cache.paths.find_usable(path.hash_part)
             if found is not None and found.info.path == path:

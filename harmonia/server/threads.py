@@ -23,6 +23,7 @@ class Threads:
         self.release = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
+        self.index = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._browsed = browsed
         self._reading: dict[Hashable, asyncio.Future[Any]] = {}
         self._metrics = metrics

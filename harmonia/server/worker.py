@@ -2,11 +2,14 @@
 
 import asyncio
 import ctypes
+import fcntl
 import logging
 import os
 import signal
 import socket
 import ssl
+import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -177,6 +180,7 @@ class _Protocol(HttpProtocol):
     """
 
     HTTP_CLASS = Http
+    __slots__ = ("_closing",)
 
     def data_received(self, data: bytes) -> None:
         http = getattr(self, "_http", None)  # it comes with the connection's task
@@ -198,6 +202,28 @@ class _Protocol(HttpProtocol):
             and self._can_write.is_set()
             and not (self.transport is None or self.transport.is_closing())
         )
+
+    def close(self, timeout: float | None = None) -> None:
+        """Of TLS, Sanic sees only what is yet to be encrypted, and cuts off what the client is yet to take."""
+        patience: float = self.app.config.GRACEFUL_TCP_CLOSE_TIMEOUT
+        if not self._is_unsent() or time.monotonic() - self._time > patience:
+            super().close(timeout)
+        elif self.http is None and getattr(self, "_closing", None) is None:  # else who closes it tries again
+            self._closing = self.loop.call_later(_POLL, self._close_again)
+
+    def _close_again(self) -> None:
+        self._closing = None
+        self.close()
+
+    def _is_unsent(self) -> bool:
+        """Whether the kernel has bytes of an encrypted connection that the client has not taken: only then, uvloop may
+        have more.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing() or transport.get_extra_info("ssl_object") is None:
+            return False
+        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return int.from_bytes(count, sys.byteorder) > 0
 
     async def send(self, data: bytes) -> None:
         await super().send(data)  # type: ignore[no-untyped-call]

@@ -337,3 +337,15 @@ def test_the_end_of_a_huge_file_is_at_hand(tmp_path: Path, monkeypatch: pytest.M
     tail = b"abcdef" + bytes(5) + word(b")")
     assert whole(nar.window(archive, length - 100, length)) == tail.rjust(100, b"\0")
     assert sum(asked) < 100
+
+
+def test_nothing_in_memory_is_not_the_end_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)  # as Linux 5.10 does
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    try:
+        part = OpenSlice(descriptor, 0, 7)
+        assert part.read_cached() is None
+        assert part.read() == b"content"
+    finally:
+        os.close(descriptor)

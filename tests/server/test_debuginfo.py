@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from harmonia.nix import base32, nar_reader
 from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, open_files, wait_until
+from running import Answer, Server, nar_url, open_files, wait_until
 from test_debug_info import ONE, OTHER, TWO, add, add_rows
 
 Start = Callable[..., Server]
@@ -249,3 +251,30 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     part = server.get(archive, {"Range": f"bytes={start_at}-{start_at + size - 1}"})
     assert (part.status, part.body) == (206, content)
     assert member[:4] == b"\x7fELF"
+
+
+def test_downloads_do_not_wait_for_the_index(start: Start, tmp_path: Path) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    info = add(store, "debug", ONE)
+    server = start(store=tmp_path / "store")
+    assert server.get(f"/debuginfo/{ONE}").status == 200
+    (path,) = server.cache_dir.rglob("*.sqlite")
+    index = sqlite3.connect(path, isolation_level=None)
+    index.execute("begin exclusive")  # another worker commits, and the disk is slow
+    asking = [threading.Thread(target=server.get, args=(f"/debuginfo/{ONE}",)) for _ in range(20)]
+    for each in asking:
+        each.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    status = []
+    downloading = threading.Thread(target=lambda: status.append((server.get(nar_url(info)).status, time.monotonic())))
+    downloading.start()
+    time.sleep(2)
+    index.execute("rollback")
+    downloading.join()
+    for each in asking:
+        each.join()
+    index.close()
+    [(code, ended)] = status
+    assert code == 200
+    assert ended - began < 1
