@@ -106,7 +106,7 @@ def test_a_full_cache_loses_nothing(store: StoreBuilder, tmp_path: Path) -> None
 
 
 def test_what_cannot_be_compressed_is_told_and_the_rest_is_done(store: StoreBuilder, tmp_path: Path) -> None:
-    bad, good = store.add_text("bad", b""), store.add_text("good", b"")
+    bad, good = store.add_text("bad", b"bad"), store.add_text("good", b"good")
     file = Path(os.fsdecode(store.real_path(bad.path)))
     file.chmod(0o644)
     file.write_text("changed")
