@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 
 from harmonia.errors import SHORTAGES, FormatError, StoreUnavailableError
-from harmonia.index_file import IndexFile
+from harmonia.index_file import FAILURES, IndexFile
 from harmonia.nix.build_id import build_ids
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Store
@@ -77,7 +77,7 @@ class DebugInfo:
                     "select number, path from Files join Paths using (number) where build_id = ?", (build_id,)
                 )
                 found = rows.fetchall()
-            except (sqlite3.Error, MemoryError) as error:
+            except FAILURES as error:
                 self._index.close()
                 # Another than OperationalError tells of the content. That one: it is not made yet, or being written.
                 self._damaged |= not isinstance(error, sqlite3.OperationalError)
@@ -88,7 +88,7 @@ class DebugInfo:
 
     def update(self) -> None:
         """Look at all paths that are new, unless another process just does."""
-        with self._lock, suppress(sqlite3.Error, MemoryError):
+        with self._lock, suppress(*FAILURES):
             if not self._damaged and not self._gone and self._is_complete():
                 return
         try:
@@ -118,7 +118,7 @@ class DebugInfo:
                 checked: int | None = self._prepare()
             while checked is not None:
                 checked = self._look_at_some(checked)
-        except (sqlite3.Error, MemoryError) as error:
+        except FAILURES as error:
             _log.warning("the index of debug info cannot be used, it is built anew: %s", error)
             with self._lock:
                 self._index.start_over()

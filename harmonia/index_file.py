@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
+FAILURES = (sqlite3.Error, MemoryError)
+"""What SQLite raises; the latter of some damage."""
+
 
 class IndexFile:
     """For one thread at a time, but for `alone`."""

@@ -398,7 +398,7 @@ def test_a_missing_key_file_is_told_with_what_named_it(machine: Machine) -> None
 def test_a_broken_key_file_is_told_without_its_content(machine: Machine, content: str) -> None:
     machine.file("k", content)
     what = machine.complaint(f'sign_key_paths = ["{machine.root}/k"]')
-    assert what == ("ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; make one with harmonia keygen")
+    assert what == "ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; make one with harmonia keygen"
 
 
 @pytest.mark.parametrize(

@@ -401,10 +401,11 @@ def test_a_large_store(builder: StoreBuilder, open_index: Open, looked_at: list[
     assert len(looked_at) == MANY + 1
 
 
-def test_a_path_is_not_passed_over_for_want_of_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = StoreBuilder(tmp_path / "store")
-    path = add(store, "debug", ONE).path
-    index = DebugInfo(Store("/nix/store", store.real_dir, store.db_path), store.db_path, str(tmp_path / "index"))
+def test_a_path_is_not_passed_over_for_want_of_descriptors(
+    builder: StoreBuilder, open_index: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = add(builder, "debug", ONE).path
+    index = open_index()
 
     def scandir(_: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
@@ -413,21 +414,14 @@ def test_a_path_is_not_passed_over_for_want_of_descriptors(tmp_path: Path, monke
         patch.setattr(os, "scandir", scandir)
         with pytest.raises(StoreUnavailableError):
             index.update()
-    index.update()
-    assert index.look_up(ONE) == ([path], True)
+    assert found(index, ONE) == [path]
 
 
-def test_an_index_that_does_not_know_how_far_it_came_begins_anew(tmp_path: Path) -> None:
-    store = StoreBuilder(tmp_path / "store")
-    path = add(store, "debug", ONE).path
-
-    def index() -> DebugInfo:
-        return DebugInfo(Store("/nix/store", store.real_dir, store.db_path), store.db_path, str(tmp_path / "index"))
-
-    index().update()
-    (file,) = (tmp_path / "index").glob("*.sqlite")
-    with sqlite3.connect(file) as connection:
+def test_an_index_that_does_not_know_how_far_it_came_begins_anew(
+    builder: StoreBuilder, open_index: Open, directory: Path
+) -> None:
+    path = add(builder, "debug", ONE).path
+    open_index().update()
+    with closing(sqlite3.connect(index_file(directory))) as connection, connection:
         connection.execute("update State set checked = 'x'")
-    damaged = index()
-    damaged.update()
-    assert damaged.look_up(ONE) == ([path], True)
+    assert found(open_index(), ONE) == [path]

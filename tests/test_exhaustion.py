@@ -237,8 +237,7 @@ def test_a_worker_that_dies_amid_everything_leaves_nothing(start: Start, tmp_pat
     serves(server, *infos)
 
 
-def test_a_main_process_without_descriptors_goes_on(start: Start, tmp_path: Path) -> None:
-    sample = Sample.make(tmp_path / "store", 1)
+def test_a_main_process_without_descriptors_goes_on(start: Start, sample: Sample, tmp_path: Path) -> None:
     with ServiceManager(str(tmp_path / "notify")) as manager:
         server = start(store=sample.root, workers=2, environment={**manager.environment, "WATCHDOG_USEC": "1000000"})
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)

@@ -290,22 +290,18 @@ def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_pat
 
 
 def test_what_is_committed_cannot_be_abandoned(cache: NarCache) -> None:
-    opened = cache.open("key")
-    assert opened
-    assert opened[1]
-    opened[1].commit()
+    _, filler = filling(cache)
+    filler.commit()
     stranger = os.open("/dev/null", os.O_RDONLY)  # gets the descriptor that is free now
-    opened[1].abandon()
+    filler.abandon()
     os.close(stranger)
     assert cache.use("key")
 
 
 def test_a_filler_that_got_lost_keeps_nobody_waiting(cache: NarCache) -> None:
-    opened = cache.open("key")
-    del opened
-    again = cache.open("key")
-    assert again
-    assert again[1]
+    lost = filling(cache)
+    del lost
+    filling(cache)
 
 
 def test_a_file_that_another_replaces_before_it_is_locked(

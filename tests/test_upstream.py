@@ -258,7 +258,7 @@ def test_many_streams_take_no_more_time_than_one_after_the_other(empty: bytes) -
     encoding = "bzip2" if empty.startswith(b"BZ") else "gzip"
     taken = []
     for size in (1 << 18, 1 << 21):
-        began = time.perf_counter()
+        began = time.process_time()
         assert unpack(empty * (size // len(empty)), encoding, size) == b""
-        taken.append(time.perf_counter() - began)
+        taken.append(time.process_time() - began)
     assert taken[1] < 20 * taken[0]

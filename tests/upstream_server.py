@@ -150,6 +150,18 @@ def cut(*after: int) -> Behaviour:
     return behave
 
 
+def chunked(handler: Handler) -> None:
+    """The file, whose length is told nowhere."""
+    content = handler.server.files[handler.path]
+    handler.send_response(200)
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for start in range(0, len(content), 100_000):
+        part = content[start : start + 100_000]
+        handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+    handler.wfile.write(b"0\r\n\r\n")
+
+
 def drip(size: int, pause: float) -> Behaviour:
     """The file, a few bytes at a time."""
 

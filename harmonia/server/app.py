@@ -34,7 +34,7 @@ from harmonia.server import (
 from harmonia.server.access import Guard, limited
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
-from harmonia.server.repeats import Repeats, date
+from harmonia.server.repeats import AbsentError, Repeats, date
 from harmonia.server.upstream import or_upstream
 from harmonia.settings import Settings
 
@@ -169,7 +169,7 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
             lasts = representation.lasts
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
             response = errors.response(request, error)
-            lasts = getattr(error, "lasts", None)
+            lasts = error.lasts if isinstance(error, AbsentError) else None
         except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
             if request.responded:
                 _done(cache, route, request, None)

@@ -39,8 +39,8 @@ class Hops:
 
     def headers(self, identity: str, asked: Iterable[str | None]) -> dict[str, str]:
         """What to send on, to those `asked`."""
-        names = self.asked.union(filter(None, asked))
-        return {HOPS: ", ".join((*self.through, identity)), ASKED: ", ".join(sorted(names))}
+        told = self.asked.union(filter(None, asked))
+        return {HOPS: ", ".join((*self.through, identity)), ASKED: ", ".join(sorted(told))}
 
 
 def names(header: str, most: int = 1) -> list[str]:

@@ -8,11 +8,10 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
@@ -253,28 +252,20 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     assert member[:4] == b"\x7fELF"
 
 
-def test_downloads_do_not_wait_for_the_index(start: Start, tmp_path: Path) -> None:
-    store = StoreBuilder(tmp_path / "store")
+def test_downloads_do_not_wait_for_the_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     info = add(store, "debug", ONE)
     server = start(store=tmp_path / "store")
     assert server.get(f"/debuginfo/{ONE}").status == 200
     (path,) = server.cache_dir.rglob("*.sqlite")
-    index = sqlite3.connect(path, isolation_level=None)
-    index.execute("begin exclusive")  # another worker commits, and the disk is slow
-    asking = [threading.Thread(target=server.get, args=(f"/debuginfo/{ONE}",)) for _ in range(20)]
-    for each in asking:
-        each.start()
-    time.sleep(0.3)
-    began = time.monotonic()
-    status = []
-    downloading = threading.Thread(target=lambda: status.append((server.get(nar_url(info)).status, time.monotonic())))
-    downloading.start()
-    time.sleep(2)
-    index.execute("rollback")
-    downloading.join()
-    for each in asking:
-        each.join()
-    index.close()
-    [(code, ended)] = status
+    with ThreadPoolExecutor(21) as clients, closing(sqlite3.connect(path, isolation_level=None)) as index:
+        index.execute("begin exclusive")  # another worker commits, and the disk is slow
+        for _ in range(20):
+            clients.submit(server.get, f"/debuginfo/{ONE}")
+        time.sleep(0.3)
+        began = time.monotonic()
+        downloading = clients.submit(lambda: (server.get(nar_url(info)).status, time.monotonic()))
+        time.sleep(2)
+        index.execute("rollback")
+    code, ended = downloading.result()
     assert code == 200
     assert ended - began < 1

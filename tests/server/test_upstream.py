@@ -35,7 +35,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store_builder import StoreBuilder
 from running import HARMONIA, Answer, Server, open_files, patched, wait_until
-from upstream_server import UpstreamServer, cut, drip, file_url, hang, reset, status
+from upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
 
 Start = Callable[..., Server]
 
@@ -487,17 +487,6 @@ def test_what_is_too_large_to_keep_is_measured_for_who_must_know_its_length(
     url = fields(server.get(narinfo_path(path)))["URL"]
     answer = server.request("GET", f"/{url}", headers, version=version)
     assert answer.body == path.file[10 if headers else 0 :]
-
-
-def chunked(handler: upstream_server.Handler) -> None:
-    content = handler.server.files[handler.path]
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
-    for start in range(0, len(content), 100_000):
-        part = content[start : start + 100_000]
-        handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-    handler.wfile.write(b"0\r\n\r\n")
 
 
 def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
@@ -1045,19 +1034,10 @@ def test_what_is_not_what_they_should_say_is_not_passed_on(begin: Start, upstrea
 
 def test_a_log_of_unknown_length_is_measured_for_who_must_know_it(begin: Start, upstream: UpstreamServer) -> None:
     log = b"built\n" * 100_000
-
-    def chunked(handler: upstream_server.Handler) -> None:
-        handler.send_response(200)
-        handler.send_header("Transfer-Encoding", "chunked")
-        handler.end_headers()
-        for start in range(0, len(log), 50_000):
-            piece = log[start : start + 50_000]
-            handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-        handler.wfile.write(b"0\r\n\r\n")
-
+    where = "/log/" + "0" * 32 + "-there.drv"
+    upstream.files[where] = log
     upstream.behaviours["/log/"] = chunked
     server = begin(entry(upstream))
-    where = "/log/" + "0" * 32 + "-there.drv"
     assert server.get(where).body == log
     old = server.request("GET", where, version="1.0")
     assert (old.body, old.headers["content-length"]) == (log, str(len(log)))
