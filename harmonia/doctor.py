@@ -339,15 +339,15 @@ def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:
 def _caching(client: Client, path: str, answer: Answer, least: int) -> Findings:
     """`least`: for how many seconds at least it should be kept."""
     control = answer.headers.get("cache-control")
-    # What takes a token is for the client alone to keep.
-    unwanted = ("no-store", "no-cache") if client.brings_token else ("no-store", "no-cache", "private")
+    unwanted, wanted, keepers = ["no-store", "no-cache", "private"], "public", "proxies and CDNs"
+    if client.brings_token:  # what takes one is for the client alone to keep
+        unwanted, wanted, keepers = ["no-store", "no-cache"], "private", "clients"
+    wanted += ", max-age=31536000, immutable" if least else ", max-age=86400"
     if control is None or any(word in control for word in unwanted):
         what = f"{path}: {'no Cache-Control' if control is None else f'Cache-Control: {control}'}"
-        who, reason = ("private", "clients") if client.brings_token else ("public", "proxies and CDNs")
-        wanted = f"{who}, max-age=31536000, immutable" if least else f"{who}, max-age=86400"
-        yield Finding("caching", "warning", what, f"send `Cache-Control: {wanted}`, so that {reason} keep it")
+        yield Finding("caching", "warning", what, f"send `Cache-Control: {wanted}`, so that {keepers} keep it")
     elif _max_age(answer) < least:
-        remedy = "a NAR never changes under its name: send `Cache-Control: public, max-age=31536000, immutable`"
+        remedy = f"a NAR never changes under its name: send `Cache-Control: {wanted}`"
         yield Finding("caching", "warning", f"{path} may be kept for {_max_age(answer)} s only", remedy)
     else:
         yield Finding("caching", "ok", f"{path}: Cache-Control: {control}")

@@ -339,6 +339,18 @@ def test_each_fault_is_found_by_its_name_and_has_a_remedy(cache: Cache, name: st
     assert any(said in finding.what for finding in matching), found
 
 
+@pytest.mark.parametrize("control", ["", "no-store", "max-age=60"])
+def test_who_brings_a_token_is_told_of_no_public_caching(
+    cache: Cache, control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login x password y\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    cache.faults.append(on(NAR, cache_control=control))
+    [found] = [finding for finding in complaints(examined(cache)) if finding.check == "caching"]
+    assert "`Cache-Control: private, max-age=31536000, immutable`" in str(found.remedy)
+
+
 def test_a_length_that_becomes_known_meanwhile_is_no_fault(cache: Cache) -> None:
     cache.faults.append(only_for("GET", on(NAR, content_length="", connection="close")))
     cache.compression = "xz"
