@@ -30,16 +30,12 @@ CHUNK_SIZE = 256 * 1024
 _pack_length = struct.Struct("<Q").pack
 
 
-_PADDINGS = [b"\0" * (-length % 8) for length in range(8)]
-
-
-def _padding(length: int) -> bytes:
-    return _PADDINGS[length % 8]
+_PADDINGS = [b"\0" * (-length % 8) for length in range(8)]  # by length modulo 8
 
 
 def encode(*texts: bytes) -> bytes:
     """Words of the grammar, each with its length and its padding."""
-    return b"".join(_pack_length(len(text)) + text + _padding(len(text)) for text in texts)
+    return b"".join(_pack_length(len(text)) + text + _PADDINGS[len(text) % 8] for text in texts)
 
 
 _MAGIC = encode(b"nix-archive-1")
@@ -156,10 +152,10 @@ def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
             opened = depth
         if depth:
             name = path[path.rindex(b"/") + 1 :]
-            words = b"".join((words, _NAME, _pack_length(len(name)), name, _padding(len(name)), _NODE))
+            words = b"".join((words, _NAME, _pack_length(len(name)), name, _PADDINGS[len(name) % 8], _NODE))
         if stat.S_ISREG(mode):
             yield words + (_EXECUTABLE if mode & stat.S_IXUSR else _REGULAR) + _pack_length(size), entry
-            words = _padding(size) + close
+            words = _PADDINGS[size % 8] + close
         elif stat.S_ISLNK(mode):
             yield words + _SYMLINK + encode(target), entry
             words = close
@@ -184,8 +180,8 @@ def segments(frames: Iterable[Frame]) -> Iterator[Segment]:
     """The archive of what `frame` gives."""
     for words, entry in frames:
         yield words
-        if entry is not None and entry.size:
-            yield FileSlice(entry.path, entry.size, 0, entry.size)
+        if entry is not None and (size := entry.size):
+            yield FileSlice(entry.path, size, 0, size)
 
 
 def dump(path: bytes) -> Iterator[Segment]:
@@ -248,20 +244,28 @@ def chunks(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generato
     files = confined.Files()
     try:
         for segment in archive:
-            if isinstance(segment, FileSlice) and len(segment) >= chunk_size:
+            if isinstance(segment, bytes):
+                piece = segment
+            elif segment.stop - segment.start < chunk_size:
+                piece = _small_file(segment, files)
+            else:
                 files.close()  # a download has one file open while it waits for its client (sockets.admitted)
                 if size:
                     yield b"".join(parts)
                     parts, size = [], 0
                 yield from _large_file(segment)
                 continue
-            for piece in _pieces(segment, chunk_size, files):
-                parts.append(piece)
-                size += len(piece)
-                if size >= chunk_size:
-                    files.close()  # it may take long until the next is wanted
-                    yield b"".join(parts)
-                    parts, size = [], 0
+            parts.append(piece)
+            size += len(piece)
+            if size >= chunk_size:
+                files.close()  # it may take long until the next is wanted
+                data = b"".join(parts)
+                while len(data) >= 2 * chunk_size:  # a single text is longer than a chunk
+                    yield data[:chunk_size]
+                    data = data[chunk_size:]
+                yield data
+                del data  # while the next is read
+                parts, size = [], 0
         files.close()
         if size:
             yield b"".join(parts)
@@ -285,15 +289,6 @@ def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[
     return flatten(chunks(archive, chunk_size), chunk_size)
 
 
-def _pieces(segment: Segment, chunk_size: int, files: confined.Files) -> Iterable[bytes]:
-    """The bytes of a segment, at most `chunk_size` at a time."""
-    if isinstance(segment, FileSlice):
-        return (_small_file(segment, files),)
-    if len(segment) <= chunk_size:
-        return (segment,)
-    return (segment[start : start + chunk_size] for start in range(0, len(segment), chunk_size))
-
-
 # Plain reads, no mapping: a file that shrinks under a mapping kills the process.
 # O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK
@@ -301,16 +296,17 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK
 
 def _small_file(file: FileSlice, files: confined.Files) -> bytes:
     descriptor = files.open(file.path, _FLAGS)
+    length = file.stop - file.start
     try:
-        if len(file) != file.size:
-            contents = os.pread(descriptor, len(file), file.start)
-            size = os.fstat(descriptor).st_size
-        else:
-            contents = os.read(descriptor, file.size + 1)  # one more, to see that there is no more
+        if length == file.size:
+            contents = os.read(descriptor, length + 1)  # one more, to see that there is no more
             size = len(contents)
+        else:
+            contents = os.pread(descriptor, length, file.start)
+            size = os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
-    if (len(contents), size) != (len(file), file.size):
+    if size != file.size or len(contents) != length:
         raise _changed(file)
     return contents
 
