@@ -5,6 +5,7 @@ All of these give the same bytes, so that a download may go from one to the next
 
 import hashlib
 import logging
+import mmap
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -15,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from harmonia.errors import StoreObjectError
 from harmonia.nar_cache import CachedFile, Filler, NarCache
-from harmonia.nix import base32
+from harmonia.nix import base32, nar
 from harmonia.nix.nar import OpenSlice
 from harmonia.settings import Zstd
 from harmonia.zstd import Encoding, encoders
@@ -40,7 +41,7 @@ class Source(Protocol):
     def sha256(self) -> bytes | None:
         """What the content must have, or it is not given out to its end. None where that is not known."""
 
-    def part(self, start: int, stop: int) -> bytes: ...
+    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]: ...
 
 
 class CompressedFile(NamedTuple):
@@ -51,8 +52,10 @@ class CompressedFile(NamedTuple):
 
 
 class Frame(NamedTuple):
-    content: bytes
+    content: memoryview
+    """Until the frame is released."""
     compressed: bytes
+    buffer: mmap.mmap
 
 
 class Compressor:
@@ -68,6 +71,7 @@ class Compressor:
         self._fills = 0
         self._known: dict[bytes, CompressedFile] = {}
         self._unknown: dict[bytes, float] = {}
+        self._buffers: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
     @property
@@ -141,12 +145,14 @@ class Compressor:
             finally:
                 frame.cancel()
             try:
-                content, compressed = frame.result()
+                result = frame.result()
             finally:
                 del frame  # an error refers to this function, and so to itself: nothing would be freed for a while
-            sha256.update(content)
-            unpacked += len(content)
-            del content
+            sha256.update(result.content)
+            unpacked += len(result.content)
+            compressed = result.compressed
+            self.release(result)
+            del result
             if unpacked == source.size:
                 check(source, sha256.digest())
             first = max(start - position, 0)
@@ -173,6 +179,15 @@ class Compressor:
         frame.add_done_callback(lambda _: self._count(-1))
         return frame
 
+    def release(self, frame: Frame) -> None:
+        """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
+
+        Memory that is fresh from the kernel, page by page, takes longer than to read a file into it.
+        """
+        with self._lock:
+            if self._waiting:
+                self._buffers.append(frame.buffer)
+
     def count_fill(self, difference: int) -> None:
         with self._lock:
             self._fills += difference
@@ -180,14 +195,20 @@ class Compressor:
     def _count(self, difference: int) -> None:
         with self._lock:
             self._waiting += difference
+            if not self._waiting:
+                self._buffers.clear()
+
+    def _buffer(self) -> mmap.mmap:
+        with self._lock:
+            return self._buffers.pop() if self._buffers else mmap.mmap(-1, self.encoding.frame_size)
 
     def _compress(self, source: Source, offset: int) -> Frame:
         began = time.thread_time()
         end = min(offset + self.encoding.frame_size, source.size)
-        content = source.part(offset, end)
-        if len(content) != end - offset:
-            raise StoreObjectError(f"{len(content)} bytes were read where {end - offset} should be")
-        frame = Frame(content, self.encoding.compress(content))
+        buffer = self._buffer()
+        content = memoryview(buffer)[: end - offset]
+        nar.read_into(content, source.read(offset, end))
+        frame = Frame(content, self.encoding.compress(content), buffer)
         with self._lock:
             self.seconds += time.thread_time() - began
         return frame
@@ -306,6 +327,7 @@ class _Fill:
     def _write(self, frame: Frame) -> None:
         self._sha256.update(frame.content)
         self._written += len(frame.content)
+        self._compressor.release(frame)
         whole = self._written == self._source.size
         if whole:
             check(self._source, self._sha256.digest())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import OpenSlice, flatten
+from harmonia.nix.nar import OpenSlice
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import Store
 
@@ -78,9 +78,6 @@ class File:
     @property
     def size(self) -> int:
         return self.status.st_size
-
-    def part(self, start: int, stop: int) -> bytes:
-        return b"".join(flatten(self.read(start, stop)))
 
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice]:
         with _opened(self.top, self.names) as descriptor:

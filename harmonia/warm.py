@@ -5,13 +5,14 @@ It gives way to everything else on the machine, and adds only what the cache can
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from harmonia.compression import Compressor
 from harmonia.errors import ConfigError, StoreObjectError
 from harmonia.nar_cache import CachedFile, NarCache
+from harmonia.nix.nar import OpenSlice
 from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.store_path import StorePath
 from harmonia.server.nar import Nar
@@ -41,11 +42,10 @@ class _Heard:
         self._read: list[int] = []
         self.size, self.sha256 = nar.size, nar.sha256
 
-    def part(self, start: int, stop: int) -> bytes:
-        content = self._nar.part(start, stop)
-        self._read.append(len(content))  # by several threads
-        self._progress(len(content))
-        return content
+    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]:
+        yield from self._nar.read(start, stop)
+        self._read.append(stop - start)  # by several threads
+        self._progress(stop - start)
 
     def over(self) -> None:
         """Nobody reads any more of it: another process may have, or it cannot be."""

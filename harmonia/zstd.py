@@ -55,7 +55,7 @@ class Encoding:
         """How many bytes go into a frame."""
         return 1 << max(self.window_log, _MIN_FRAME_LOG)
 
-    def compress(self, data: bytes) -> bytes:
+    def compress(self, data: bytes | memoryview) -> bytes:
         """One frame. It tells its length, and has a checksum."""
         compressor = getattr(_thread, "compressor", None)
         if compressor is None or _thread.encoding != self:

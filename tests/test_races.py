@@ -107,7 +107,9 @@ def a_file(attacked: Attacked) -> bytes:
     entry = store_object.look(attacked.store, attacked.info, [b"a", b"b", b"large"])
     if not isinstance(entry, store_object.Entry):
         raise StoreObjectError
-    return entry.sample + store_object.File(attacked.path, entry.names, entry.status).part(0, entry.status.st_size)
+    return entry.sample + b"".join(
+        nar.flatten(store_object.File(attacked.path, entry.names, entry.status).read(0, entry.status.st_size))
+    )
 
 
 def a_directory(attacked: Attacked) -> bytes:

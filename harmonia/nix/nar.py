@@ -219,6 +219,17 @@ class OpenSlice:
         self.position += len(data)
         return data
 
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill a buffer with the next bytes. Returns how many they are: less than its length only at the end."""
+        filled = 0
+        while filled < len(buffer) and len(self):
+            count = os.preadv(self._descriptor, [buffer[filled : filled + len(self)]], self.position)
+            if not count:
+                break
+            self.position += count
+            filled += count
+        return filled
+
     def read_cached(self, size: int = CHUNK_SIZE) -> bytearray | None:
         """The same, as far as it needs no disk. None where it does, or where nobody can tell."""
         data = bytearray(min(size, len(self)))
@@ -282,6 +293,22 @@ def flatten(chunks: Generator[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) 
                     yield data
             else:
                 yield chunk
+
+
+def read_into(buffer: memoryview, chunks: Generator[bytes | OpenSlice]) -> None:
+    """Fill a buffer with what chunks are and stand for. StoreObjectError where they do not come to its length."""
+    filled = 0
+    with closing(chunks):
+        for chunk in chunks:
+            if isinstance(chunk, OpenSlice):
+                filled += chunk.read_into(buffer[filled:])
+            elif len(chunk) <= len(buffer) - filled:
+                buffer[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+            else:
+                raise StoreObjectError(f"more than {len(buffer)} bytes were read where {len(buffer)} should be")
+    if filled < len(buffer):
+        raise StoreObjectError(f"{filled} bytes were read where {len(buffer)} should be")
 
 
 def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:

@@ -84,9 +84,6 @@ class Nar:
         self._check(layout.size)
         self.layouts.add(self.key, layout)
 
-    def part(self, start: int, stop: int) -> bytes:
-        return b"".join(nar.flatten(self.read(start, stop)))
-
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice]:
         stop = self.size if stop is None else stop
         try:

@@ -6,7 +6,7 @@ They load nothing. The one style sheet and the one script are part of the page, 
 
 import base64
 import hashlib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from urllib.parse import quote
@@ -143,8 +143,8 @@ class _Text:
     def size(self) -> int:
         return len(self.content)
 
-    def part(self, start: int, stop: int) -> bytes:
-        return self.content[start:stop]
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        yield self.content[start:stop]
 
 
 def begin(cache: Cache, title: str, top: str, asked: str = "") -> Builder:
