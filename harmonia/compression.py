@@ -200,7 +200,9 @@ class Compressor:
 
     def _buffer(self) -> mmap.mmap:
         with self._lock:
-            return self._buffers.pop() if self._buffers else mmap.mmap(-1, self.encoding.frame_size)
+            if self._buffers:
+                return self._buffers.pop()
+        return mmap.mmap(-1, self.encoding.frame_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def _compress(self, source: Source, offset: int) -> Frame:
         began = time.thread_time()
@@ -296,7 +298,7 @@ class _Fill:
 
     def start(self) -> None:
         self._compressor.count_fill(1)
-        self._submit(self._compressor.threads)
+        self._submit(self._compressor.threads + 1)  # one waits, for whoever is done before its turn
 
     def _submit(self, frames: int) -> None:
         try:
