@@ -24,7 +24,8 @@ import pytest
 import zstandard
 
 from harmonia.client import Client
-from harmonia.doctor import Finding, examine
+from harmonia.doctor import examine
+from harmonia.doctor.finding import Finding
 from harmonia.nix import base32, nar, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo

@@ -13,7 +13,8 @@ from rich.text import Text
 from harmonia import cli, config, credentials, nix_conf
 from harmonia.cli import progress
 from harmonia.client import LARGEST, Client
-from harmonia.doctor import Finding, examine
+from harmonia.doctor import examine
+from harmonia.doctor.finding import Finding
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey

@@ -1,0 +1,79 @@
+"""A binary cache as its clients see it, whoever made it: what would fail them or slow them down, and remedies.
+
+What is checked follows from what Nix clients do (docs/http-api.md): their parsers, their resumption of downloads, their
+caching of narinfos for 30 days.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from harmonia.client import Client
+from harmonia.doctor import cache_info, connection, nar, narinfo
+from harmonia.doctor.answer import head
+from harmonia.doctor.finding import LOG, Finding, Findings
+from harmonia.errors import RemoteError
+from harmonia.nix.signing import PublicKey
+
+_OK = 200
+
+
+def examine(
+    client: Client,
+    samples: Iterable[str],
+    keys: Sequence[PublicKey],
+    *,
+    store_dir: str,
+    count: int,
+    demanded: bool,
+    largest: int,
+) -> Findings:
+    """What is found, in the order of a client's requests.
+
+    `samples` are base names or hash parts of store paths, of which the first `count` that the cache has are looked at:
+    if `demanded`, it should have all of them. NARs of more than `largest` bytes are not downloaded.
+    """
+    try:
+        answer = client.get("nix-cache-info")
+    except RemoteError as error:
+        yield Finding("connection", "error", str(error), connection.unreachable(str(error)))
+        return
+    yield from connection.tls(client, answer)
+    yield from connection.clock(answer)
+    yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
+    yield from _guarded("missing paths", cache_info.missing(client))
+    looked = 0
+    for sample in samples:
+        if looked >= count:
+            break
+        try:
+            there = client.get(f"{sample[:32]}.narinfo").status == _OK
+        except RemoteError:
+            there = True  # which is told below
+        if there:
+            looked += 1
+            yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
+        elif demanded:
+            yield Finding("narinfo", "error", f"{sample} is not in the cache", "copy it there, or add it to the store")
+    if not looked and not demanded:
+        yield Finding(
+            "samples",
+            "warning",
+            "no path is known that this cache has, so that neither narinfos nor NARs were looked at",
+            "name some of its paths: harmonia doctor URL /nix/store/…",
+        )
+
+
+def _guarded(check: str, findings: Findings) -> Findings:
+    try:
+        yield from findings
+    except RemoteError as error:
+        yield Finding(check, "error", str(error), LOG)
+
+
+def _sample(client: Client, sample: str, keys: Sequence[PublicKey], store_dir: str, largest: int) -> Findings:
+    parsed = yield from narinfo.read(client, sample, store_dir)
+    if parsed is None:
+        return
+    info, file = parsed
+    yield narinfo.signatures(info, keys, store_dir)
+    yield from head(client, f"{info.path.hash_part}.narinfo")
+    yield from _guarded("NAR", nar.check(client, info, file, largest))

@@ -1,0 +1,58 @@
+"""`nix-cache-info`, and how a cache says that it does not have a path."""
+
+from harmonia.client import Answer, Client
+from harmonia.doctor.answer import head, max_age
+from harmonia.doctor.finding import Finding, Findings
+
+_OK, _MISSING = 200, 404
+_NEGATIVE = 3600  # seconds; Nix remembers no longer that a path is missing
+_REFUSED = {
+    401: "put the token for it into /etc/nix/netrc, as its clients have to (docs/security.md)",
+    403: "let everybody read",
+    407: "give it a user's name and password",
+}
+
+
+def check(client: Client, answer: Answer, store_dir: str) -> Findings:
+    check = "cache info"
+    if answer.status != _OK:
+        what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
+        remedy = _REFUSED.get(
+            answer.status, "check the URL, and its path; a directory of files needs one named nix-cache-info"
+        )
+        yield Finding(check, "error", what, remedy)
+        return
+    lines = answer.body.decode(errors="replace").splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    found = fields.get("StoreDir")
+    if found is None:
+        yield Finding(check, "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
+    elif found != store_dir:
+        remedy = f"set it to {store_dir}, or use --store-dir {found} for a client of that store"
+        yield Finding(check, "error", f"it is for the store {found}, not {store_dir}", remedy)
+    if not fields.get("Priority", "0").isdigit():
+        what = f"Priority {fields['Priority']!r} is no number: clients fail with `stoi`"
+        yield Finding(check, "error", what, "make it a number: 40 is that of cache.nixos.org, less is asked earlier")
+    if fields.get("WantMassQuery") != "1":
+        what = "WantMassQuery is not 1: `nix-env -qas` and the like do not ask this cache"
+        yield Finding(check, "warning", what, "add the line `WantMassQuery: 1`")
+    priority = fields.get("Priority", "0, which is before all others")
+    yield Finding(check, "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
+    yield from head(client, "nix-cache-info")
+
+
+def missing(client: Client) -> Findings:
+    check, path = "missing paths", f"{'0' * 32}.narinfo"
+    answer, by_head = client.get(path), client.get(path, method="HEAD")
+    remedy = "answer 404, to HEAD as to GET, for what is not there: with anything else, some clients give up"
+    if answer.status != by_head.status:
+        yield Finding(check, "error", f"GET answers {answer.status}, and HEAD {by_head.status}", remedy)
+    elif answer.status == _MISSING:
+        yield Finding(check, "ok", "a path that is not there is a plain 404")
+    elif answer.status in (403, 410):
+        yield Finding(check, "warning", f"a path that is not there is answered {answer.status}, as S3 does", remedy)
+    else:
+        yield Finding(check, "error", f"a path that is not there is answered {answer.status}", remedy)
+    if answer.status != _OK and max_age(answer) > _NEGATIVE:
+        what = f"that something is missing may be remembered for {max_age(answer)} s: new paths appear as late"
+        yield Finding(check, "warning", what, "send `Cache-Control: no-store` with each 404")

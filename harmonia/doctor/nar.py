@@ -1,0 +1,82 @@
+"""NARs: that they come, and hold what their narinfos say."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from harmonia.client import Client
+from harmonia.doctor import transfer
+from harmonia.doctor.answer import caching, head
+from harmonia.doctor.finding import Finding, Findings
+from harmonia.doctor.unpack import DAMAGED, UNPACK
+from harmonia.errors import FormatError
+from harmonia.nix import base32, nar_reader
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+
+_OK = 200
+_AGAIN = "remove the narinfo and the NAR from the cache, and copy the path there anew"
+
+
+def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findings:
+    if max(info.nar_size, file.file_size or 0) > largest:
+        what = f"{info.path}: its NAR of {info.nar_size} bytes was not downloaded"
+        yield Finding("NAR", "skipped", f"{what}; --largest takes it in")
+        return
+    answer = client.get(file.url)
+    if answer.status != _OK:
+        remedy = "keep NARs as long as clients remember their narinfos: 30 days"
+        yield Finding("NAR", "error", f"{file.url} answers {answer.status}, though a narinfo leads to it", remedy)
+        return
+    coding = answer.headers.get("content-encoding", "").lower()
+    if coding:
+        remedy = "send Content-Encoding only to those who ask for it, and never `identity`: older Nixes fail on both"
+        yield Finding(
+            "NAR", "error", f"{file.url} comes with Content-Encoding: {coding}, which nobody asked for", remedy
+        )
+        return
+    yield from _content(info, file, answer.body)
+    yield from caching(client, file.url, answer, 30 * 86400)
+    yield from head(client, file.url)
+    yield from transfer.ranges(client, file.url, answer)
+    yield from transfer.compression(client, file, answer)
+
+
+def _content(info: PathInfo, file: NarFile, body: bytes) -> Findings:
+    if file.file_size not in (None, len(body)):
+        what = f"{file.url} has {len(body)} bytes, and its narinfo says {file.file_size}"
+        yield Finding("NAR", "error", what, _AGAIN)
+    if file.file_hash not in (None, hashlib.sha256(body).digest()):
+        yield Finding("NAR", "error", f"{file.url} does not have the FileHash that its narinfo says", _AGAIN)
+    if file.compression not in UNPACK:
+        yield Finding("NAR", "skipped", f"{file.url}: {file.compression} cannot be unpacked here")
+        return
+    try:
+        wrong = _difference(info, UNPACK[file.compression](body))
+    except FormatError as error:
+        wrong = f"{file.url} is no NAR: {error}"
+    except DAMAGED as error:
+        wrong = f"{file.url} is not {file.compression}, or damaged: {error}"
+    if wrong:
+        yield Finding("NAR", "error", wrong, _AGAIN)
+    else:
+        yield Finding("NAR", "ok", f"{info.path}: hash and size of the NAR are right")
+
+
+def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:
+    """What of a NAR is not as its narinfo says. FormatError where it is none."""
+    sha256, size = hashlib.sha256(), 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            sha256.update(chunk)
+            size += len(chunk)
+            yield chunk
+
+    for _ in nar_reader.parse(counted()):
+        pass
+    if size != info.nar_size:
+        return f"the NAR has {size} bytes, and its narinfo says {info.nar_size}"
+    if sha256.digest() != info.nar_hash:
+        return f"the NAR hash is sha256:{base32.encode(sha256.digest())}, and not what its narinfo says"
+    return None

@@ -1,0 +1,52 @@
+"""What is in a compressed NAR, all of whose bytes are at hand."""
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Protocol
+
+import zstandard
+
+DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
+"""What the decompressors raise."""
+_PIECE = 1 << 18
+_WINDOW = 1 << 27  # bytes; what every Nix can unpack
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    return (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+
+
+class _Unpacker(Protocol):
+    """What all decompressors of the standard library have in common, and zstandard's with them."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+def _unpack(make: Callable[[], _Unpacker], body: bytes) -> Iterator[bytes]:
+    """What a run of frames, streams or members holds. EOFError where the last one is not whole."""
+    position = 0
+    while position < len(body):
+        unpacker = make()
+        while not unpacker.eof:
+            piece = body[position : position + _PIECE]
+            if not piece:
+                raise EOFError("it ends early")
+            position += len(piece)
+            yield unpacker.decompress(piece)
+        position -= len(unpacker.unused_data)
+
+
+UNPACK: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {
+    "none": _pieces,
+    "zstd": partial(_unpack, lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()),
+    "gzip": partial(_unpack, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
+    "xz": partial(_unpack, lzma.LZMADecompressor),
+    "bzip2": partial(_unpack, bz2.BZ2Decompressor),
+}
