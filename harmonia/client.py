@@ -57,8 +57,12 @@ class Client:
         self._base = "http://localhost" if self._socket else self.url
         if urlsplit(self._base).scheme not in ("http", "https") or not urlsplit(self._base).netloc:
             raise RemoteError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
-        authorization = _authorization(urlsplit(self._base).hostname or "")
+        authorization = _authorization(self.host)
         self._own_headers = {"Authorization": authorization} if authorization else {}
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self._base).hostname or ""
 
     @property
     def brings_token(self) -> bool:

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import pytest
 import zstandard
 
+from harmonia import access
 from harmonia.client import Client
 from harmonia.doctor import examine
 from harmonia.doctor.finding import Finding
@@ -173,6 +174,20 @@ def examined(cache: Cache, samples: Sequence[str] = (), **options: object) -> li
 
 def complaints(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level in ("warning", "error")]
+
+
+def told(*arguments: str, **environment: str) -> list[tuple[str, str]]:
+    """What the command complains of, with the remedies."""
+    answer = run("doctor", "--json", *arguments, environment={"NETRC": "/nonexistent", **environment})
+    assert (answer.returncode, answer.stderr) == (3, "")
+    findings = [Finding(**found) for found in json.loads(answer.stdout)["findings"]]
+    return [(found.what, found.remedy) for found in complaints(findings)]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 @pytest.mark.parametrize("compression", ["none", "xz", "bzip2", "gzip", "zstd"])
@@ -493,16 +508,20 @@ class TestTheCommand:
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
 class TestTLS:
     @pytest.fixture
-    def certificate(self, tmp_path: Path) -> Callable[[int], str]:
-        """Makes a certificate of so many days, and returns the settings with it."""
+    def certificate(self, tmp_path: Path) -> Callable[..., str]:
+        """Makes a certificate of so many days, for that name, and returns the settings with it."""
 
-        def make(days: int) -> str:
-            command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
-            command += f" -addext subjectAltName=IP:127.0.0.1 -days {days} -keyout {tmp_path}/key.pem"
-            pem = subprocess.run(command.split(), capture_output=True, check=True, text=True).stdout
-            (tmp_path / "cert.pem").write_text(pem)
-            (tmp_path / "key.pem").chmod(0o600)
-            return f"tls_cert_path = '{tmp_path}/cert.pem'\ntls_key_path = '{tmp_path}/key.pem'"
+        def make(days: int, name: str = "IP:127.0.0.1") -> str:
+            files = {kind: tmp_path / f"{kind}.pem" for kind in ("key", "request", "cert")}
+            (tmp_path / "names").write_text(f"subjectAltName={name}")
+            request = "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+            request += f" -keyout {files['key']} -out {files['request']}"
+            sign = f"openssl x509 -req -signkey {files['key']} -in {files['request']} -out {files['cert']}"
+            sign += f" -days {days} -extfile {tmp_path}/names"
+            for command in (request, sign):
+                subprocess.run(command.split(), capture_output=True, check=True)
+            files["key"].chmod(0o600)
+            return f"tls_cert_path = '{files['cert']}'\ntls_key_path = '{files['key']}'"
 
         return make
 
@@ -511,7 +530,7 @@ class TestTLS:
         self,
         tmp_path: Path,
         start: Callable[..., Server],
-        certificate: Callable[[int], str],
+        certificate: Callable[..., str],
         days: int,
         level: str,
     ) -> None:
@@ -523,7 +542,7 @@ class TestTLS:
         assert re.search(rf"(?m)^{level} +TLS: the certificate is trusted, and valid for \d+ more days$", answer.stdout)
 
     def test_tells_that_the_certificate_is_not_trusted(
-        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[[int], str]
+        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:
         StoreBuilder(tmp_path / "store")
         server = start(store=tmp_path / "store", settings=certificate(90))
@@ -531,6 +550,87 @@ class TestTLS:
         assert answer.returncode == 3
         assert "its certificate is not trusted" in answer.stdout
         assert "NIX_SSL_CERT_FILE" in answer.stdout
+
+    def test_tells_that_the_certificate_has_expired(
+        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
+    ) -> None:
+        StoreBuilder(tmp_path / "store")
+        server = start(store=tmp_path / "store", settings=certificate(-1))
+        [(what, remedy)] = told(server.url, NIX_SSL_CERT_FILE=str(tmp_path / "cert.pem"))
+        assert what.endswith("certificate has expired")
+        assert remedy.startswith("renew it, and have the server read it again")
+
+    def test_names_the_scheme_of_a_port_that_was_asked_by_the_other(
+        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
+    ) -> None:
+        StoreBuilder(tmp_path / "store")
+        ours = start(store=tmp_path / "store", settings=certificate(90)).url
+        pair = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/key.pem;"
+        port = free_port()
+        with nginx(tmp_path / "nginx", "", f"server {{ listen 127.0.0.1:{port} ssl; {pair} }}") as (plain, _):
+            for url in (ours, f"https://127.0.0.1:{port}"):
+                [(_, remedy)] = told(url.replace("https", "http"))
+                assert remedy == f"it speaks TLS: ask {url}"
+            [(_, remedy)] = told(plain.replace("http", "https"))
+            assert remedy == "if that port speaks plain HTTP, ask it by http://"
+
+
+class TestWhatIsNoCacheIsOneFinding:
+    def test_a_private_cache_and_no_token(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        StoreBuilder(tmp_path / "store")
+        (tmp_path / "tokens").write_text(str(access.new("all", ["read"])[1]))
+        url = start(store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'").url
+        [(what, remedy)] = told(url)
+        assert what.startswith("nix-cache-info answers 401")
+        assert remedy.startswith("put its token into /etc/nix/netrc, or the file that $NETRC names")
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login x password y\n")
+        [(_, remedy)] = told(url, NETRC=str(tmp_path / "netrc"))
+        assert remedy.startswith("give 127.0.0.1 another token in the netrc")
+
+    def test_a_proxy_in_front_of_nothing(self, tmp_path: Path) -> None:
+        with nginx(tmp_path / "nginx", f"location / {{ proxy_pass http://127.0.0.1:{free_port()}; }}") as (url, _):
+            [(what, remedy)] = told(url)
+        assert what.startswith("nix-cache-info answers 502")
+        assert remedy.startswith("see that the server behind the proxy runs")
+
+    def test_a_login_page(self, tmp_path: Path) -> None:
+        page = "<!doctype html><title>Log in</title>"
+        with nginx(tmp_path / "nginx", f"default_type text/html; location / {{ return 200 '{page}'; }}") as (url, _):
+            [(what, remedy)] = told(url)
+        assert what.startswith("nix-cache-info is a web page")
+        assert "a login must let through" in remedy
+
+    def test_a_wrong_path_in_the_url(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        StoreBuilder(tmp_path / "store")
+        [(what, remedy)] = told(start(store=tmp_path / "store").url + "/nix")
+        assert what.startswith("nix-cache-info answers 404")
+        assert remedy.startswith("check the URL, and its path")
+
+
+class TestDamageIsOneFinding:
+    @pytest.mark.parametrize("compressed", [True, False])
+    def test_of_a_store_object(self, tmp_path: Path, start: Callable[..., Server], *, compressed: bool) -> None:
+        store = StoreBuilder(tmp_path / "store")
+        info = store.add(store.output_path("output"), {"file": b"contents"}, keys=[KEY])
+        file = Path(os.fsdecode(store.real_path(info.path))) / "file"
+        file.chmod(0o600)
+        file.write_bytes(b"CONTENTS")
+        server = start(store=tmp_path / "store", settings=f"enable_compression = {str(compressed).lower()}")
+        arguments = (server.url, info.path, "--public-key", str(KEY.public_key))
+        [damage] = [each for each in told(*arguments) if "uncompressed" not in each[0]]
+        what, remedy = damage
+        if compressed:  # whose hash is known before it is sent
+            assert "answers 404, though a narinfo leads to it" in what
+            assert f"harmonia verify {info.path};" in remedy
+        else:
+            assert what.startswith("the NAR hash is sha256:")
+            assert "nix-store --repair-path" in remedy
+
+
+def test_a_path_whose_name_is_mistyped_may_be_just_that(cache: Cache) -> None:
+    [found] = complaints(examined(cache, [cache.info.path + "s"]))
+    assert f"tells of {cache.info.path}" in found.what
+    assert found.remedy.startswith("name it so, if that is what you meant")
 
 
 @pytest.mark.nix

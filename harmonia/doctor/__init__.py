@@ -14,6 +14,9 @@ from harmonia.errors import RemoteError
 from harmonia.nix.signing import PublicKey
 
 _OK = 200
+_ABSENT = (
+    "check how it is written; then copy it there, or see that the served store has it, and that no [release] keeps it"
+)
 
 
 def examine(
@@ -34,7 +37,10 @@ def examine(
     try:
         answer = client.get("nix-cache-info")
     except RemoteError as error:
-        yield Finding("connection", "error", str(error), connection.unreachable(str(error)))
+        yield connection.unreachable(client, error)
+        return
+    if refusal := cache_info.refusal(client, answer):
+        yield refusal
         return
     yield from connection.tls(client, answer)
     yield from connection.clock(answer)
@@ -52,7 +58,7 @@ def examine(
             looked += 1
             yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
         elif demanded:
-            yield Finding("narinfo", "error", f"{sample} is not in the cache", "copy it there, or add it to the store")
+            yield Finding("narinfo", "error", f"{sample} is not in the cache", _ABSENT)
     if not looked and not demanded:
         yield Finding(
             "samples",

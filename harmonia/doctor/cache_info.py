@@ -2,26 +2,49 @@
 
 from harmonia.client import Answer, Client
 from harmonia.doctor.answer import head, max_age
-from harmonia.doctor.finding import Finding, Findings
+from harmonia.doctor.connection import secure
+from harmonia.doctor.finding import LOG, Finding, Findings
 
-_OK, _MISSING = 200, 404
+_OK, _BAD_REQUEST, _UNAUTHORIZED, _MISSING = 200, 400, 401, 404
 _NEGATIVE = 3600  # seconds; Nix remembers no longer that a path is missing
-_REFUSED = {
-    401: "put the token for it into /etc/nix/netrc, as its clients have to (docs/security.md)",
-    403: "let everybody read",
-    407: "give it a user's name and password",
+_BEHIND = "see that the server behind the proxy runs, that the proxy looks for it in the right place, and what they log"
+_NO_CACHE = {
+    403: "let everybody read; a token needs the scope read",
+    404: "check the URL, and its path; a directory of files needs one named nix-cache-info",
+    407: "give the proxy a user's name and password",
+    429: "wait a minute, and see who asks so much",
+    502: _BEHIND,
+    503: _BEHIND,
+    504: _BEHIND,
 }
+
+
+def refusal(client: Client, answer: Answer) -> Finding | None:
+    """Why this is no cache at all. There is nothing else to say of it then."""
+    if answer.status == _OK:
+        if not answer.body.lstrip().startswith(b"<"):
+            return None
+        what = "nix-cache-info is a web page: that of another site, or of a login in front of the cache"
+        return Finding(
+            "cache info", "error", what, "check the URL; a login must let through what clients of Nix ask for"
+        )
+    what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
+    return Finding("cache info", "error", what, _remedy(client, answer.status))
+
+
+def _remedy(client: Client, status: int) -> str:
+    if status == _BAD_REQUEST and (remedy := secure(client)):
+        return remedy
+    if status == _UNAUTHORIZED and client.brings_token:
+        return f"give {client.host} another token in the netrc: this one is not let in; harmonia token makes one"
+    if status == _UNAUTHORIZED:
+        line = f"machine {client.host} login x password TOKEN"
+        return f"put its token into /etc/nix/netrc, or the file that $NETRC names, readable to you: {line}"
+    return _NO_CACHE.get(status, LOG)
 
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     check = "cache info"
-    if answer.status != _OK:
-        what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
-        remedy = _REFUSED.get(
-            answer.status, "check the URL, and its path; a directory of files needs one named nix-cache-info"
-        )
-        yield Finding(check, "error", what, remedy)
-        return
     lines = answer.body.decode(errors="replace").splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     found = fields.get("StoreDir")

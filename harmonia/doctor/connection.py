@@ -6,15 +6,42 @@ from email.utils import parsedate_to_datetime
 
 from harmonia.client import Answer, Client
 from harmonia.doctor.finding import Finding, Findings
+from harmonia.errors import RemoteError
 
 _CLOCK = 60  # seconds of difference from which HTTP caches, and certificates, begin to suffer
 _EXPIRY = 14 * 86400  # seconds before a certificate's end at which somebody should know
+_UNTRUSTED = "its certificate is not trusted"
+_PLAIN = "if that port speaks plain HTTP, ask it by http://"
+_NOBODY = "see that the server runs, that this is its URL, and that no firewall is in between"
+# By what the client and OpenSSL say: the first that fits.
+_REMEDIES = (
+    ("certificate has expired", "renew it, and have the server read it again: Harmonia does so on SIGHUP"),
+    ("certificate is not yet valid", "set the clocks by NTP, here and where it was made: timedatectl set-ntp true"),
+    ("mismatch", "ask by a name that the certificate is for, or get one for this name"),
+    (_UNTRUSTED, "serve the whole chain; a private authority's certificate goes to NIX_SSL_CERT_FILE"),
+    ("[SSL", _PLAIN),
+    ("handshake", _PLAIN),
+    ("Remote end closed", "look at the server's log; with tls_client_ca_path, it takes only who has a certificate"),
+)
 
 
-def unreachable(what: str) -> str:
-    if "certificate" in what:
-        return "serve the whole chain, for this host name; a private authority's certificate goes to NIX_SSL_CERT_FILE"
-    return "see that the server runs, that this is its URL, and that no firewall is in between"
+def unreachable(client: Client, error: RemoteError) -> Finding:
+    what = str(error)
+    remedy = secure(client) or next((remedy for words, remedy in _REMEDIES if words in what), _NOBODY)
+    return Finding("connection", "error", what, remedy)
+
+
+def secure(client: Client) -> str | None:
+    """A remedy where a server that speaks TLS is asked without, which servers tell each in a way of its own."""
+    if not client.url.startswith("http:"):
+        return None
+    other = Client(client.url.replace("http:", "https:", 1))
+    try:
+        other.get("nix-cache-info")
+    except RemoteError as error:
+        if _UNTRUSTED not in str(error):
+            return None
+    return f"it speaks TLS: ask {other.url}"
 
 
 def tls(client: Client, answer: Answer) -> Findings:

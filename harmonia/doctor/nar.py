@@ -14,7 +14,13 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 
 _OK = 200
-_AGAIN = "remove the narinfo and the NAR from the cache, and copy the path there anew"
+_AGAIN = (
+    "in a store, nix-store --repair-path; in a directory of files, remove the narinfo and the NAR, and copy them anew"
+)
+_LOST = (
+    "look at the server's log, and for damage in its store: harmonia verify {path}; a directory of files has to keep"
+    " NARs for the 30 days that clients remember narinfos"
+)
 
 
 def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findings:
@@ -24,8 +30,8 @@ def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findin
         return
     answer = client.get(file.url)
     if answer.status != _OK:
-        remedy = "keep NARs as long as clients remember their narinfos: 30 days"
-        yield Finding("NAR", "error", f"{file.url} answers {answer.status}, though a narinfo leads to it", remedy)
+        what = f"{file.url} answers {answer.status}, though a narinfo leads to it"
+        yield Finding("NAR", "error", what, _LOST.format(path=info.path))
         return
     coding = answer.headers.get("content-encoding", "").lower()
     if coding:
@@ -34,32 +40,31 @@ def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findin
             "NAR", "error", f"{file.url} comes with Content-Encoding: {coding}, which nobody asked for", remedy
         )
         return
-    yield from _content(info, file, answer.body)
+    yield _content(info, file, answer.body)
     yield from caching(client, file.url, answer, 30 * 86400)
     yield from head(client, file.url)
     yield from transfer.ranges(client, file.url, answer)
     yield from transfer.compression(client, file, answer)
 
 
-def _content(info: PathInfo, file: NarFile, body: bytes) -> Findings:
-    if file.file_size not in (None, len(body)):
-        what = f"{file.url} has {len(body)} bytes, and its narinfo says {file.file_size}"
-        yield Finding("NAR", "error", what, _AGAIN)
-    if file.file_hash not in (None, hashlib.sha256(body).digest()):
-        yield Finding("NAR", "error", f"{file.url} does not have the FileHash that its narinfo says", _AGAIN)
-    if file.compression not in UNPACK:
-        yield Finding("NAR", "skipped", f"{file.url}: {file.compression} cannot be unpacked here")
-        return
+def _content(info: PathInfo, file: NarFile, body: bytes) -> Finding:
+    """Where several things are wrong, that which is the most telling."""
+    known = file.compression in UNPACK
     try:
-        wrong = _difference(info, UNPACK[file.compression](body))
+        wrong = _difference(info, UNPACK[file.compression](body)) if known else None
     except FormatError as error:
         wrong = f"{file.url} is no NAR: {error}"
     except DAMAGED as error:
         wrong = f"{file.url} is not {file.compression}, or damaged: {error}"
+    if wrong is None and file.file_size not in (None, len(body)):
+        wrong = f"{file.url} has {len(body)} bytes, and its narinfo says {file.file_size}"
+    if wrong is None and file.file_hash not in (None, hashlib.sha256(body).digest()):
+        wrong = f"{file.url} does not have the FileHash that its narinfo says"
     if wrong:
-        yield Finding("NAR", "error", wrong, _AGAIN)
-    else:
-        yield Finding("NAR", "ok", f"{info.path}: hash and size of the NAR are right")
+        return Finding("NAR", "error", wrong, _AGAIN)
+    if not known:
+        return Finding("NAR", "skipped", f"{file.url}: {file.compression} cannot be unpacked here")
+    return Finding("NAR", "ok", f"{info.path}: hash and size of the NAR are right")
 
 
 def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:

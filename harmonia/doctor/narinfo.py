@@ -27,7 +27,7 @@ def read(client: Client, sample: str, store_dir: str) -> Generator[Finding, None
         yield Finding("narinfo", "error", f"{name}: {error}", remedy)
         return None
     if sample not in (info.path, info.path.hash_part):
-        remedy = "remove that narinfo: Nix takes the path for not there"
+        remedy = "name it so, if that is what you meant; else remove that narinfo: Nix takes the path for not there"
         yield Finding("narinfo", "error", f"{name}, asked for {sample}, tells of {info.path}", remedy)
         return None
     yield Finding("narinfo", "ok", f"{info.path}: its narinfo is as Nix wants it")
