@@ -36,27 +36,43 @@ class Answer:
     """Of the server, as `ssl` tells it; empty without TLS."""
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=_TIMEOUT)
-        self._path = path
+class _Connection(http.client.HTTPConnection):
+    """To the host of a URL, or to where it is said to be: another host and port, or a unix socket."""
+
+    def __init__(self, netloc: str, tls: ssl.SSLContext | None, place: tuple[str, int] | str | None) -> None:
+        self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
+        super().__init__(netloc, timeout=_TIMEOUT)
+        self._tls = tls
+        self._place = place or (self.host, self.port)
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        if isinstance(self._place, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._place)
+        else:
+            self.sock = socket.create_connection(self._place, self.timeout)
+        if self._tls:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
 class Client:
     """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket."""
 
-    def __init__(self, url: str) -> None:
-        """RemoteError where it is no URL, or the netrc none."""
-        self.url = url.rstrip("/")
-        self._socket = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
-        self._base = "http://localhost" if self._socket else self.url
-        if urlsplit(self._base).scheme not in ("http", "https") or not urlsplit(self._base).netloc:
+    def __init__(self, url: str, host: str | None = None) -> None:
+        """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
+
+        RemoteError where it is no URL, or the netrc none.
+        """
+        self.url = self._base = url.rstrip("/")
+        parts = urlsplit(self.url)
+        self._place: tuple[str, int] | str | None = None
+        if self.url.startswith("unix:"):
+            self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
+        elif parts.scheme not in ("http", "https") or not parts.netloc:
             raise RemoteError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+        elif host and parts.hostname and parts.port:
+            self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{parts.port}", (parts.hostname, parts.port)
         authorization = _authorization(self.host)
         self._own_headers = {"Authorization": authorization} if authorization else {}
 
@@ -72,13 +88,14 @@ class Client:
     def of(cls, settings: Settings, key: str = "bind") -> "Client":
         """The server with these settings, on this machine. RemoteError where they leave open where it listens."""
         address = settings.address("metrics_bind" if key == "metrics_bind" else "bind")
+        name = urlsplit(settings.base_url).hostname if settings.base_url else None
         if isinstance(address, str):
-            return cls(f"unix:{address}")
+            return cls(f"unix:{address}", name)
         if address is None or address[1] == 0:
             raise RemoteError(f"{key} does not tell the port that the server has; give its URL")
         host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (it is compared)
         scheme = "https" if settings.tls_cert_path and key == "bind" else "http"
-        return cls(f"{scheme}://{f'[{host}]' if ':' in host else host}:{address[1]}")
+        return cls(f"{scheme}://{_in_url(host)}:{address[1]}", name)
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", stop: int | None = None
@@ -101,8 +118,9 @@ class Client:
         if parts.scheme not in ("http", "https"):
             raise RemoteError(f"{url} is no URL of HTTP")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        is_ours = _origin(url) == _origin(self._base)
         try:
-            connection = self._connection(parts.scheme, parts.netloc)
+            connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None)
         except http.client.InvalidURL as error:
             raise RemoteError(f"{url}: {error}") from None
         certificate: Mapping[str, Any] = {}
@@ -110,7 +128,7 @@ class Client:
             connection.connect()
             if isinstance(connection.sock, ssl.SSLSocket):
                 certificate = connection.sock.getpeercert() or {}
-            own = self._own_headers if _origin(url) == _origin(self._base) else {}
+            own = self._own_headers if is_ours else {}
             connection.request(method, target, headers={"Connection": "close", **own, **headers})
             response = connection.getresponse()
             body = bytearray()
@@ -130,13 +148,13 @@ class Client:
         joined = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
         return Answer(response.status, joined, bytes(body[:stop]), certificate)
 
-    def _connection(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
-        if self._socket:
-            return _UnixConnection(self._socket)
-        if scheme == "https":
-            context = ssl.create_default_context(cafile=os.environ.get("NIX_SSL_CERT_FILE") or None)
-            return http.client.HTTPSConnection(netloc, timeout=_TIMEOUT, context=context)
-        return http.client.HTTPConnection(netloc, timeout=_TIMEOUT)
+
+def _tls(scheme: str) -> ssl.SSLContext | None:
+    return ssl.create_default_context(cafile=os.environ.get("NIX_SSL_CERT_FILE") or None) if scheme == "https" else None
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _origin(url: str) -> tuple[str, str]:

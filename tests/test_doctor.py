@@ -560,6 +560,21 @@ class TestTLS:
         assert what.endswith("certificate has expired")
         assert remedy.startswith("renew it, and have the server read it again")
 
+    def test_takes_the_name_of_the_settings_own_server_from_its_base_url(
+        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
+    ) -> None:
+        StoreBuilder(tmp_path / "store")
+        settings = certificate(90, "DNS:cache.example.org")
+        server = start(store=tmp_path / "store", bind=f"127.0.0.1:{free_port()}", settings=settings)
+        trusted = {"NIX_SSL_CERT_FILE": str(tmp_path / "cert.pem")}
+        answer = run("--config", str(server.config), "doctor", environment=trusted)
+        assert "not valid for '127.0.0.1'" in answer.stdout
+        assert "or set base_url to it" in answer.stdout
+        config = f"base_url = 'https://cache.example.org/nix'\n{server.config.read_text()}"
+        server.config.write_text(config)
+        answer = run("--config", str(server.config), "doctor", environment=trusted)
+        assert "TLS: the certificate is trusted" in answer.stdout, answer.stdout
+
     def test_names_the_scheme_of_a_port_that_was_asked_by_the_other(
         self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:

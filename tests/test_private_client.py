@@ -48,6 +48,16 @@ def test_a_private_cache_is_looked_at_with_its_token(private: Server, netrc: Pat
     assert "send `Cache-Control" not in told  # that is as it should be, and nothing to mend
 
 
+def test_the_token_of_the_settings_own_server_is_that_of_its_base_url(
+    start: Start, tmp_path: Path, netrc: Path
+) -> None:
+    (tmp_path / "tokens").write_text(str(TOKEN))
+    settings = f"tokens_path = '{tmp_path}/tokens'\nbase_url = 'https://cache.example.org'"
+    server = start(store=Sample.make(tmp_path / "store").root, bind=f"unix:{tmp_path}/socket", settings=settings)
+    netrc.write_text(f"machine cache.example.org login x password {SECRET}\n")
+    assert "a binary cache for /nix/store" in run("--config", str(server.config), "doctor").stdout
+
+
 def test_a_broken_netrc_is_told_and_not_shown(private: Server, netrc: Path) -> None:
     netrc.write_text(f"machine 127.0.0.1 passwort {SECRET}\n")
     refused = run("doctor", private.url)
@@ -87,3 +97,7 @@ def test_without_a_netrc_nothing_is_sent(netrc: Path) -> None:
     assert not netrc.exists()
     with pytest.raises(RemoteError, match="Connection refused"):
         Client("http://127.0.0.1:1").get("")
+
+
+def test_what_is_elsewhere_is_not_asked_for_at_a_unix_socket(private: Server, tmp_path: Path) -> None:
+    assert Client(f"unix:{tmp_path}/nobody").get(f"{private.url}/version").status == 200

@@ -79,8 +79,9 @@ def command(
     Told is what would fail them, or slow them down, with a remedy for each: what nix-cache-info, narinfos and
     signatures say; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
 
-    It may be any cache; if no URL is given, it is the one that the settings describe, on this machine. PATHs are
-    store paths that it should have: if none is given, some are looked for among the valid paths of the local store.
+    It may be any cache; if no URL is given, it is the one that the settings describe, on this machine, whose
+    certificate is to be for the host of base_url. PATHs are store paths that it should have: if none is given, some
+    are looked for among the valid paths of the local store.
     The exit status is 3 where there are errors; warnings do not count.
 
     \b

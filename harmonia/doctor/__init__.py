@@ -14,9 +14,7 @@ from harmonia.errors import RemoteError
 from harmonia.nix.signing import PublicKey
 
 _OK = 200
-_ABSENT = (
-    "check how it is written; then copy it there, or see that the served store has it, and that no [release] keeps it"
-)
+_ABSENT = "check how it is written; then copy it there, or see that the store has it and no [release] keeps it back"
 
 
 def examine(

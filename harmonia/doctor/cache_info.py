@@ -44,23 +44,23 @@ def _remedy(client: Client, status: int) -> str:
 
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
-    check = "cache info"
     lines = answer.body.decode(errors="replace").splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     found = fields.get("StoreDir")
     if found is None:
-        yield Finding(check, "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
+        yield Finding("cache info", "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
     elif found != store_dir:
         remedy = f"set it to {store_dir}, or use --store-dir {found} for a client of that store"
-        yield Finding(check, "error", f"it is for the store {found}, not {store_dir}", remedy)
+        yield Finding("cache info", "error", f"it is for the store {found}, not {store_dir}", remedy)
     if not fields.get("Priority", "0").isdigit():
         what = f"Priority {fields['Priority']!r} is no number: clients fail with `stoi`"
-        yield Finding(check, "error", what, "make it a number: 40 is that of cache.nixos.org, less is asked earlier")
+        remedy = "make it a number: 40 is that of cache.nixos.org, less is asked earlier"
+        yield Finding("cache info", "error", what, remedy)
     if fields.get("WantMassQuery") != "1":
         what = "WantMassQuery is not 1: `nix-env -qas` and the like do not ask this cache"
-        yield Finding(check, "warning", what, "add the line `WantMassQuery: 1`")
+        yield Finding("cache info", "warning", what, "add the line `WantMassQuery: 1`")
     priority = fields.get("Priority", "0, which is before all others")
-    yield Finding(check, "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
+    yield Finding("cache info", "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
 
 
