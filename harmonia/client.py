@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from harmonia.errors import RemoteError
+from harmonia.errors import FormatError, RemoteError
 from harmonia.settings import Settings
 
 LARGEST = 256 << 20
@@ -62,7 +62,7 @@ class Client:
     def __init__(self, url: str, host: str | None = None) -> None:
         """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
 
-        RemoteError where it is no URL, or the netrc none.
+        FormatError where it is no URL, RemoteError where the netrc is none.
         """
         self.url = self._base = url.rstrip("/")
         parts = urlsplit(self.url)
@@ -70,7 +70,7 @@ class Client:
         if self.url.startswith("unix:"):
             self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
         elif parts.scheme not in ("http", "https") or not parts.netloc:
-            raise RemoteError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+            raise FormatError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
         elif host and parts.hostname and parts.port:
             self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{parts.port}", (parts.hostname, parts.port)
         authorization = _authorization(self.host)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 import zstandard
@@ -459,7 +458,7 @@ class TestTheCommand:
         for name in ("one", "two", "three", "four"):
             store.add(store.output_path(name), {"file": name.encode() * 5000})
         server = start(store=tmp_path / "store", settings=f"sign_key_paths = ['{tmp_path}/key']")
-        answer = run("--config", str(server.config), "doctor", server.url, "--public-key", str(KEY.public_key))
+        answer = run("--config", str(server.config), "doctor", server.url)
         assert (answer.returncode, answer.stderr) == (0, "")
         assert "0 errors, 0 warnings" in answer.stdout
         assert answer.stdout.count("hash and size of the NAR are right") == 3
@@ -481,6 +480,38 @@ class TestTheCommand:
         assert {"check": "signatures", "level": "ok"}.items() <= next(
             found for found in told["findings"] if found["check"] == "signatures"
         ).items()
+
+    def test_misses_a_key_to_sign_with(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        store = StoreBuilder(tmp_path / "store")
+        store.add_source("source", b"")
+        server = start(store=tmp_path / "store", bind=f"unix:{tmp_path}/socket")
+        command = ("--config", str(server.config), "doctor", "--json")
+        answer = run(*command)
+        [missed] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
+        assert (answer.returncode, missed.level) == (0, "warning")
+        assert missed.what.startswith("sign_key_paths is empty")
+        assert missed.remedy.startswith("make a key with harmonia keygen NAME, and set sign_key_paths")
+        store.add(store.output_path("output"), b"")
+        answer = run(*command)
+        [unsigned] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
+        assert (answer.returncode, unsigned.level) == (3, "error")  # and not both, of one cause
+
+    def test_misses_a_path_of_the_store_that_its_server_does_not_serve(
+        self, tmp_path: Path, start: Callable[..., Server]
+    ) -> None:
+        served = StoreBuilder(tmp_path / "store")
+        for name in ("one", "two"):
+            served.add_source(name, b"")
+        other = StoreBuilder(tmp_path / "other").add_source("other", b"")
+        server = start(store=tmp_path / "store", bind=f"unix:{tmp_path}/socket")
+        server.config.write_text(server.config.read_text().replace(f"{tmp_path}/store", f"{tmp_path}/other"))
+        answer = run("--config", str(server.config), "doctor", "--quiet")
+        assert answer.returncode == 3
+        assert f"error   narinfo: {other.path} is not in the cache\n" in answer.stdout
+        server.config.write_text(server.config.read_text() + "[release]\nallow = ['nothing']\n")
+        answer = run("--config", str(server.config), "doctor", "--quiet")
+        assert answer.returncode == 0
+        assert "warning samples: no path is known that this cache has" in answer.stdout
 
     def test_tells_errors_as_json_and_by_its_status(self, cache: Cache) -> None:
         cache.faults.append(missing(500))
@@ -668,8 +699,15 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
         assert said in answer.stdout
 
 
-def test_a_url_that_is_none_is_told() -> None:
-    assert not urlsplit("nowhere").scheme
-    answer = run("doctor", "nowhere")
-    assert (answer.returncode, answer.stdout) == (1, "")
-    assert answer.stderr.startswith("harmonia: 'nowhere' is no URL")
+@pytest.mark.parametrize("command", ["doctor", "top"])
+@pytest.mark.parametrize("url", ["nowhere", "ftp://localhost", "/nix/store"])
+def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
+    answer = run(command, url)
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert f"'{url}' is no URL like http://" in answer.stderr
+
+
+def test_a_path_that_is_none_is_a_wrong_word() -> None:
+    answer = run("doctor", "http://127.0.0.1:1", "./result")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("harmonia: PATH './result' is no store path like /nix/store/<hash>-<name>")

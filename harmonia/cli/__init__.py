@@ -41,10 +41,10 @@ _HIDDEN = ("man",)
 _EPILOG = """\
 \b
 Exit status:
-  0  done; nothing wrong was found
+  0  done; nothing wrong was found, or nothing worse than warnings of `doctor`
   1  something failed; one line on stderr says what
   2  a wrong setting or a wrong word on the command line
-  3  `doctor` or `verify` found something wrong
+  3  `doctor` found errors, or `verify` something wrong
   130  interrupted by Ctrl-C
 
 \b

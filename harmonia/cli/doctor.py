@@ -5,13 +5,14 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import click
 from rich.text import Text
 
 from harmonia import cli, config, credentials, nix_conf
 from harmonia.cli import progress
+from harmonia.cli.url import Url
 from harmonia.client import LARGEST, Client
 from harmonia.doctor import examine
 from harmonia.doctor.finding import Finding
@@ -19,7 +20,7 @@ from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.settings import Settings
+from harmonia.settings import ReleaseRules, Settings
 from harmonia.store import Store
 
 _STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
@@ -28,7 +29,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 
 
 @click.command("doctor")
-@click.argument("url", required=False)
+@click.argument("client", type=Url(), metavar="[URL]", required=False)
 @click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option(
     "--public-key",
@@ -64,7 +65,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 @click.pass_obj
 def command(
     config_file: str | None,
-    url: str | None,
+    client: Client | None,
     paths: tuple[str, ...],
     *,
     public_keys: tuple[str, ...],
@@ -76,33 +77,39 @@ def command(
 ) -> None:
     """Look at a binary cache with the eyes of its clients.
 
-    Told is what would fail them, or slow them down, with a remedy for each: what nix-cache-info, narinfos and
-    signatures say; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
+    It tells what would fail them, or slow them down, each with a remedy. It looks at nix-cache-info, narinfos and
+    signatures; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
 
-    It may be any cache; if no URL is given, it is the one that the settings describe, on this machine, whose
-    certificate is to be for the host of base_url. PATHs are store paths that it should have: if none is given, some
-    are looked for among the valid paths of the local store.
-    The exit status is 3 where there are errors; warnings do not count.
+    It may be any cache. Without a URL, it is the server of the settings, on this machine: its certificate should be
+    for the host of base_url, there should be a key to sign with, and paths of the store should be served. PATHs are
+    store paths that the cache should have: if none is given, some are taken from the local store.
+
+    The exit status is 3 where there are errors. Warnings leave it at 0.
 
     \b
     The server of these settings:  harmonia doctor
     Any cache:                     harmonia doctor https://cache.example.org /nix/store/…
-    For cron or CI:                harmonia doctor --quiet
+    For cron or CI:                harmonia --config FILE doctor --quiet https://cache.example.org
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     settings = config.read(config_file, os.environ)
-    client = Client(url) if url else Client.of(settings)
-    keys = [*_given(public_keys), *([] if url else _own(settings)), *nix_conf.trusted_keys(os.environ)]
+    keys = [*_given(public_keys), *_own(settings), *nix_conf.trusted_keys(os.environ)]
     directory = store_dir or settings.virtual_nix_store
-    chosen = [_base_name(directory, path) for path in paths] or _some(settings)
+    named = [_base_name(directory, path) for path in paths]
+    count = len(named) or samples
+    is_own = client is None
+    serves_all = is_own and settings.release == ReleaseRules()
+    client = client or Client.of(settings)
     findings = examine(
         client,
-        chosen,
+        named or _some(settings, count if serves_all else _CANDIDATES),
         keys,
         store_dir=directory,
-        count=len(paths) or samples,
-        demanded=bool(paths),
+        count=count,
+        demanded=bool(named) or serves_all,
         largest=largest << 20,
     )
+    if is_own:
+        findings = _with_key(findings, settings)
     failed = _print_json(client, findings) if as_json else _print(findings, quiet=quiet)
     sys.exit(cli.EXIT_FOUND if failed else 0)
 
@@ -121,19 +128,35 @@ def _own(settings: Settings) -> list[PublicKey]:
         return []  # nothing that everybody may read
 
 
+def _with_key(findings: Iterable[Finding], settings: Settings) -> Iterator[Finding]:
+    """Those, and that the settings have no key to sign with, unless one of them comes of it."""
+    needless = bool(settings.sign_key_paths or settings.release.signed_by)
+    for finding in findings:
+        needless |= (finding.check, finding.level) == ("signatures", "error")
+        yield finding
+    if not needless:
+        what = "sign_key_paths is empty: what was built on this machine goes out unsigned, and clients refuse it"
+        remedy = 'make a key with harmonia keygen NAME, and set sign_key_paths = ["/…/NAME.secret"]'
+        yield Finding("signatures", "warning", what, remedy)
+
+
 def _base_name(store_dir: str, path: str) -> str:
     name = path.removeprefix(store_dir + "/").partition("/")[0]
-    return name if is_hash_part(name) else StorePath(name)
+    try:
+        return name if is_hash_part(name) else StorePath(name)
+    except FormatError:
+        what = f"PATH {path!r} is no store path like {store_dir}/<hash>-<name>, nor the hash part of one"
+        raise click.UsageError(what) from None
 
 
-def _some(settings: Settings) -> list[str]:
+def _some(settings: Settings, count: int) -> list[str]:
     store = Store.of(settings)
     try:
         paths, _ = store.valid_paths()
     except StoreUnavailableError:
         return []
     names = [path[len(store.store_dir) + 1 :] for path in paths if not path.endswith(".drv")]
-    return random.sample(names, min(len(names), _CANDIDATES))
+    return random.sample(names, min(len(names), count))
 
 
 def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:

@@ -14,13 +14,14 @@ from rich.text import Text
 
 from harmonia import config, top
 from harmonia.cli import progress
+from harmonia.cli.url import Url
 from harmonia.client import Client
 from harmonia.errors import RemoteError
 from harmonia.top import Look
 
 
 @click.command("top")
-@click.argument("url", required=False)
+@click.argument("client", type=Url(), metavar="[URL]", required=False)
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
@@ -31,14 +32,14 @@ from harmonia.top import Look
 )
 @click.option("--once", is_flag=True, help="Print one view, of one interval, and end.")
 @click.pass_obj
-def command(config_file: str | None, url: str | None, *, interval: float, once: bool) -> None:
+def command(config_file: str | None, client: Client | None, *, interval: float, once: bool) -> None:
     """Watch a running server.
 
     Shown are requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted.
     URL is that of the server, or of its `metrics_bind`; if not given, it is what the settings say. Ctrl-C ends it.
     Where stdout is no terminal, a view follows the other. A server that is gone for a while is waited for.
     """
-    client = Client(url) if url else _own(config_file)
+    client = client or _own(config_file)
     console = progress.console()
     with suppress(KeyboardInterrupt):
         views = _views(client, interval, once=once)

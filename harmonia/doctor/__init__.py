@@ -14,7 +14,7 @@ from harmonia.errors import RemoteError
 from harmonia.nix.signing import PublicKey
 
 _OK = 200
-_ABSENT = "check how it is written; then copy it there, or see that the store has it and no [release] keeps it back"
+_ABSENT = "see that the served store has it, and no [release] keeps it back; into a directory of files, copy it"
 
 
 def examine(
@@ -44,7 +44,7 @@ def examine(
     yield from connection.clock(answer)
     yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
     yield from _guarded("missing paths", cache_info.missing(client))
-    looked = 0
+    looked = missed = 0
     for sample in samples:
         if looked >= count:
             break
@@ -56,8 +56,9 @@ def examine(
             looked += 1
             yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
         elif demanded:
+            missed += 1
             yield Finding("narinfo", "error", f"{sample} is not in the cache", _ABSENT)
-    if not looked and not demanded:
+    if count and not looked and not missed:
         yield Finding(
             "samples",
             "warning",
