@@ -65,14 +65,18 @@ class Client:
         FormatError where it is no URL, RemoteError where the netrc is none.
         """
         self.url = self._base = url.rstrip("/")
-        parts = urlsplit(self.url)
         self._place: tuple[str, int] | str | None = None
-        if self.url.startswith("unix:"):
+        try:
+            parts = urlsplit(self.url)
+            name, port = parts.hostname, parts.port
+        except ValueError:  # of brackets and ports
+            name = None
+        if self.url.startswith("unix:") and self.url != "unix:":
             self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
-        elif parts.scheme not in ("http", "https") or not parts.netloc:
+        elif not name or parts.scheme not in ("http", "https"):
             raise FormatError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
-        elif host and parts.hostname and parts.port:
-            self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{parts.port}", (parts.hostname, parts.port)
+        elif host and port:
+            self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
         authorization = _authorization(self.host)
         self._own_headers = {"Authorization": authorization} if authorization else {}
 

@@ -700,7 +700,7 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
 
 
 @pytest.mark.parametrize("command", ["doctor", "top"])
-@pytest.mark.parametrize("url", ["nowhere", "ftp://localhost", "/nix/store"])
+@pytest.mark.parametrize("url", ["nowhere", "ftp://localhost", "/nix/store", "http://[::", "http://x:y", "unix:"])
 def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
     answer = run(command, url)
     assert (answer.returncode, answer.stdout) == (2, "")
