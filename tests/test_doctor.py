@@ -175,10 +175,10 @@ def complaints(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level in ("warning", "error")]
 
 
-def told(*arguments: str, **environment: str) -> list[tuple[str, str]]:
+def told(*arguments: str, status: int = 3, **environment: str) -> list[tuple[str, str]]:
     """What the command complains of, with the remedies."""
     answer = run("doctor", "--json", *arguments, environment={"NETRC": "/nonexistent", **environment})
-    assert (answer.returncode, answer.stderr) == (3, "")
+    assert (answer.returncode, answer.stderr) == (status, "")
     findings = [Finding(**found) for found in json.loads(answer.stdout)["findings"]]
     return [(found.what, found.remedy) for found in complaints(findings)]
 
@@ -313,7 +313,12 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         "resume", "warning", "resumes, but only once",
     ),
     "does not resume": (
-        ranged(lambda _, reply: replace(reply, body=reply.body[::-1])), "resume", "error", "does not resume",
+        ranged(
+            lambda question, reply: replace(reply, body=reply.body[::-1])
+            if question.headers["range"].endswith("-")
+            else reply
+        ),
+        "resume", "error", "does not resume",
     ),
     "no Vary": (
         encoded(lambda reply: Reply(200, reply.headers | without("vary"), reply.body)),
@@ -651,6 +656,32 @@ class TestWhatIsNoCacheIsOneFinding:
         [(what, remedy)] = told(start(store=tmp_path / "store").url + "/nix")
         assert what.startswith("nix-cache-info answers 404")
         assert remedy.startswith("check the URL, and its path")
+
+    def test_the_cache_of_another_store(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        info = StoreBuilder(tmp_path / "store", store_dir="/gnu/store").add_source("source", b"")
+        url = start(store=tmp_path / "store", settings="virtual_nix_store = '/gnu/store'").url
+        [(what, remedy)] = told(url, info.path)
+        assert what == "it is for the store /gnu/store, not /nix/store"
+        assert "use --store-dir /gnu/store" in remedy
+
+
+def test_what_is_so_for_all_paths_is_told_once(tmp_path: Path, start: Callable[..., Server]) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    paths = [store.add_source(name, b"").path for name in ("one", "two", "three")]
+    server = start(store=tmp_path / "store", settings="enable_compression = false")
+    [(what, _)] = told(server.url, *paths, status=0)
+    assert what.endswith("is sent uncompressed")
+    forbidden = f"if ($request_method = HEAD) {{ return 405; }} location / {{ proxy_pass {server.url}; }}"
+    with nginx(tmp_path / "nginx", forbidden) as (url, _):
+        found = [what for what, _ in told(url, *paths)]
+    assert len(found) == 3
+    assert found[:2] == ["HEAD of nix-cache-info answers 405, and GET 200", "GET answers 404, and HEAD 405"]
+
+
+def test_ranges_that_are_not_served_are_one_finding(cache: Cache) -> None:
+    cache.faults.append(ranged(lambda question, _: cache.right(replace(question, headers={}))))
+    [found] = complaints(examined(cache))
+    assert found.what.count("is answered 200, where") == 4
 
 
 class TestDamageIsOneFinding:

@@ -15,7 +15,7 @@ from harmonia.cli import progress
 from harmonia.cli.url import Url
 from harmonia.client import LARGEST, Client
 from harmonia.doctor import examine
-from harmonia.doctor.finding import Finding
+from harmonia.doctor.finding import Finding, once
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey
@@ -99,14 +99,16 @@ def command(
     is_own = client is None
     serves_all = is_own and settings.release == ReleaseRules()
     client = client or Client.of(settings)
-    findings = examine(
-        client,
-        named or _some(settings, count if serves_all else _CANDIDATES),
-        keys,
-        store_dir=directory,
-        count=count,
-        demanded=bool(named) or serves_all,
-        largest=largest << 20,
+    findings = once(
+        examine(
+            client,
+            named or _some(settings, count if serves_all else _CANDIDATES),
+            keys,
+            store_dir=directory,
+            count=count,
+            demanded=bool(named) or serves_all,
+            largest=largest << 20,
+        )
     )
     if is_own:
         findings = _with_key(findings, settings)

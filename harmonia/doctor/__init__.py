@@ -37,7 +37,7 @@ def examine(
     except RemoteError as error:
         yield connection.unreachable(client, error)
         return
-    if refusal := cache_info.refusal(client, answer):
+    if refusal := cache_info.refusal(client, answer, store_dir):
         yield refusal
         return
     yield from connection.tls(client, answer)

@@ -19,17 +19,20 @@ _NO_CACHE = {
 }
 
 
-def refusal(client: Client, answer: Answer) -> Finding | None:
-    """Why this is no cache at all. There is nothing else to say of it then."""
-    if answer.status == _OK:
-        if not answer.body.lstrip().startswith(b"<"):
-            return None
+def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
+    """Why clients take this for no cache of theirs at all. There is nothing else to say of it then."""
+    if answer.status != _OK:
+        what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
+        remedy = _remedy(client, answer.status)
+    elif answer.body.lstrip().startswith(b"<"):
         what = "nix-cache-info is a web page: that of another site, or of a login in front of the cache"
-        return Finding(
-            "cache info", "error", what, "check the URL; a login must let through what clients of Nix ask for"
-        )
-    what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
-    return Finding("cache info", "error", what, _remedy(client, answer.status))
+        remedy = "check the URL; a login must let through what clients of Nix ask for"
+    elif (found := _fields(answer).get("StoreDir", store_dir)) != store_dir:
+        what = f"it is for the store {found}, not {store_dir}"
+        remedy = f"set it to {store_dir}, or use --store-dir {found} for a client of that store"
+    else:
+        return None
+    return Finding("cache info", "error", what, remedy)
 
 
 def _remedy(client: Client, status: int) -> str:
@@ -44,14 +47,10 @@ def _remedy(client: Client, status: int) -> str:
 
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
-    lines = answer.body.decode(errors="replace").splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    fields = _fields(answer)
     found = fields.get("StoreDir")
     if found is None:
         yield Finding("cache info", "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
-    elif found != store_dir:
-        remedy = f"set it to {store_dir}, or use --store-dir {found} for a client of that store"
-        yield Finding("cache info", "error", f"it is for the store {found}, not {store_dir}", remedy)
     if not fields.get("Priority", "0").isdigit():
         what = f"Priority {fields['Priority']!r} is no number: clients fail with `stoi`"
         remedy = "make it a number: 40 is that of cache.nixos.org, less is asked earlier"
@@ -62,6 +61,11 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     priority = fields.get("Priority", "0, which is before all others")
     yield Finding("cache info", "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
+
+
+def _fields(answer: Answer) -> dict[str, str]:
+    lines = answer.body.decode(errors="replace").splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def missing(client: Client) -> Findings:
