@@ -445,14 +445,16 @@ def test_redirects_are_followed(cache: Cache) -> None:
     assert complaints(examined(cache)) == []
 
 
-def test_nobody_there_is_one_error_with_a_remedy() -> None:
+def test_nobody_there_is_one_error_with_a_remedy(tmp_path: Path) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
-        answer = run("doctor", f"http://127.0.0.1:{port}")
-    assert answer.returncode == 3
-    assert "Connection refused" in answer.stdout
-    assert "→" in answer.stdout
+        (tmp_path / "harmonia.toml").write_text(f"bind = '127.0.0.1:{port}'")
+        for arguments in (["doctor", f"http://127.0.0.1:{port}"], ["doctor"]):
+            answer = run("--config", str(tmp_path / "harmonia.toml"), *arguments)
+            assert answer.returncode == 3
+            assert "Connection refused" in answer.stdout
+            assert answer.stdout.count("→") == 1
 
 
 class TestTheCommand:

@@ -17,10 +17,13 @@ _NOBODY = "see that the server runs, that this is its URL, and that no firewall 
 _REMEDIES = (
     ("certificate has expired", "renew it, and have the server read it again: Harmonia does so on SIGHUP"),
     ("certificate is not yet valid", "set the clocks by NTP, here and where it was made: timedatectl set-ntp true"),
-    ("mismatch", "get one for this name, or ask by the certificate's: give that URL, or set base_url to it"),
+    (
+        "mismatch, certificate",
+        "get one for this name, or ask by the certificate's: give that URL, or set base_url to it",
+    ),
     (_UNTRUSTED, "serve the whole chain; a private authority's certificate goes to NIX_SSL_CERT_FILE"),
     ("[SSL", _PLAIN),
-    ("handshake", _PLAIN),
+    ("handshake operation", _PLAIN),
     ("Remote end closed", "look at the server's log; with tls_client_ca_path, it takes only who has a certificate"),
 )
 
