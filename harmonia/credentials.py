@@ -15,6 +15,8 @@ from harmonia.errors import FormatError
 from harmonia.nix.signing import SecretKey
 from harmonia.settings import Settings, WrongSettingError
 
+_NOT_A_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
+
 
 def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
     """The keys to sign with, in the order of their files."""
@@ -52,24 +54,39 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
         open_file(key, getattr(settings, key), "name a readable PEM file").close()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "tls_cert_path", settings.tls_cert_path)
     try:
         # With a password given, a key that needs one fails here instead of asking at the terminal.
         context.load_cert_chain(settings.tls_cert_path, settings.tls_key_path, password="")
     except ssl.SSLError as error:
-        what = (
-            f"{settings.tls_cert_path!r} and tls_key_path {settings.tls_key_path!r} do not work together "
-            f"({error.reason or 'not PEM'}); give a PEM certificate chain and its key without a passphrase"
-        )
-        raise WrongSettingError(what, "tls_cert_path") from None
+        raise _wrong_pair(settings, error.reason or "") from None
     if settings.tls_client_ca_path is not None:
         open_file("tls_client_ca_path", settings.tls_client_ca_path, "name a readable PEM file").close()
-        try:
-            context.load_verify_locations(settings.tls_client_ca_path)
-        except ssl.SSLError as error:
-            what = f"no certificates in {settings.tls_client_ca_path!r} ({error.reason or 'not PEM'}); give them as PEM"
-            raise WrongSettingError(what, "tls_client_ca_path") from None
+        _load_certificates(context, "tls_client_ca_path", settings.tls_client_ca_path)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+def _wrong_pair(settings: Settings, reason: str) -> WrongSettingError:
+    """Which of the two files is wrong, by OpenSSL's reason. It has none for what it cannot read."""
+    cert, key = settings.tls_cert_path, settings.tls_key_path
+    if reason in _NOT_A_PAIR:
+        what = f"{key!r} is not the key of the first certificate in {cert!r}; give the two that belong together"
+    elif reason.endswith(("TOO_SMALL", "TOO_WEAK")):
+        why = reason.lower().replace("_", " ")
+        return WrongSettingError(f"{cert!r} is too weak for OpenSSL: {why}; make a stronger one", "tls_cert_path")
+    else:
+        what = f"no private key in {key!r} that can be read; give it in PEM form, without a passphrase"
+    return WrongSettingError(what, "tls_key_path")
+
+
+def _load_certificates(context: ssl.SSLContext, key: str, path: str) -> None:
+    """Have the context trust those of that file."""
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        what = f"no certificates in {path!r} ({error.reason or 'not PEM'}); give them as PEM"
+        raise WrongSettingError(what, key) from None
 
 
 def authorization(settings: Settings, number: int) -> str | None:

@@ -481,8 +481,20 @@ def openssl(command: str, text: str) -> str:
     return subprocess.run(["openssl", *command.split()], input=text, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("case", ["no certificate", "no key", "another key", "a passphrase"])
-def test_a_pair_that_does_not_fit_is_told(machine: Machine, pair: tuple[str, str], case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("no certificate", "2: tls_cert_path: no certificates in 'ROOT/cert.pem' "),
+        ("no key", "3: tls_key_path: no private key in 'ROOT/key.pem' that can be read; "),
+        ("a passphrase", "3: tls_key_path: no private key in 'ROOT/key.pem' that can be read; "),
+        ("another key", "3: tls_key_path: 'ROOT/key.pem' is not the key of the first certificate in 'ROOT/cert.pem'; "),
+        ("another of its kind", "3: tls_key_path: 'ROOT/key.pem' is not the key of the first certificate in "),
+        ("a weak pair", "2: tls_cert_path: 'ROOT/cert.pem' is too weak for OpenSSL: ee key too small; "),
+    ],
+)
+def test_of_a_pair_that_does_not_work_it_is_told_which_file_is_wrong(
+    machine: Machine, pair: tuple[str, str], case: str, told: str
+) -> None:
     cert, key = pair
     if case == "no certificate":
         cert = "hello"
@@ -490,13 +502,16 @@ def test_a_pair_that_does_not_fit_is_told(machine: Machine, pair: tuple[str, str
         key = "hello"
     elif case == "another key":
         key = openssl("genpkey -algorithm ED25519", "")
+    elif case == "another of its kind":
+        key = openssl("genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256", "")
+    elif case == "a weak pair":
+        key = openssl("genrsa 1024", "")
+        cert = openssl("req -x509 -days 2 -subj /CN=localhost -key /dev/stdin", key)
     else:
         key = openssl("pkcs8 -topk8 -passout pass:secret", key)
     machine.file("cert.pem", cert)
     machine.file("key.pem", key)
-    assert machine.complaint(tls(machine)).startswith(
-        "ROOT/harmonia.toml:2: tls_cert_path: 'ROOT/cert.pem' and tls_key_path 'ROOT/key.pem' do not work together"
-    )
+    assert machine.complaint(tls(machine)).startswith(f"ROOT/harmonia.toml:{told}")
 
 
 def test_a_missing_tls_file_is_told(machine: Machine, pair: tuple[str, str]) -> None:
