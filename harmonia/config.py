@@ -1,6 +1,7 @@
 """How the settings come about: from one TOML file and the environment.
 
-`parse` is pure, `check` looks at the disk, `load` does both. A wrong setting is told with its file, line and key.
+`parse` is pure, `read` reads the file, `load` checks the settings against this machine as well (preflight.py). A wrong
+setting is told with its file, line and key.
 """
 
 import difflib
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from harmonia import credentials
+from harmonia import preflight
 from harmonia.errors import ConfigError
 from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, wanted
 
@@ -26,11 +27,21 @@ _NO_EFFECT = {"max_connection_rate"}
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
     """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+    with loaded(path, environ) as settings:
+        return settings
+
+
+@contextmanager
+def loaded(path: str | None, environ: Mapping[str, str]) -> Iterator[Settings]:
+    """The same. What turns out wrong with one of them within is told with its place, too."""
     name, text = _file(path, environ)
     settings = parse(text, name, environ)
-    with _placed(text, name, environ):
-        check(settings, environ)
-    return settings
+    try:
+        for doubt in preflight.check(settings, environ):
+            _log.warning("%s", _placed(doubt, text, name, environ))
+        yield settings
+    except WrongSettingError as error:
+        raise _placed(error, text, name, environ) from None
 
 
 def read(path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -90,56 +101,34 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
         last = text.rstrip().count("\n") + 1
         place = f"{name}:{at[1] or last}" if at else name
         raise ConfigError(f"{place}: not valid TOML: {error}") from None
-    with _placed(text, name, environ):
-        values = _values(Settings, given)
-        values["sign_key_paths"] = tuple(_key_files(values, environ))
-        for key in sorted(values.keys() & _NO_EFFECT):
-            _log.warning("%s: %s has no effect in this Harmonia; it can be removed", name, key)
-        if values.pop("sign_key_path", None) is not None:
-            _log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
-        if environ.get("SIGN_KEY_PATH"):
-            _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
-        values.setdefault("cache_dir", _cache_dir(environ))
-        if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
-            values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
-        if log_dir := environ.get("NIX_LOG_DIR"):
-            values["log_dir"] = log_dir
-        return Settings(**values)
+    try:
+        return Settings(**_effective(given, name, environ))
+    except WrongSettingError as error:
+        raise _placed(error, text, name, environ) from None
+
+
+def _effective(given: Mapping[str, Any], name: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values that the file and the environment give together."""
+    values = _values(Settings, given)
+    values["sign_key_paths"] = tuple(_key_files(values, environ))
+    for key in sorted(values.keys() & _NO_EFFECT):
+        _log.warning("%s: %s has no effect in this Harmonia; it can be removed", name, key)
+    if values.pop("sign_key_path", None) is not None:
+        _log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
+    if environ.get("SIGN_KEY_PATH"):
+        _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
+    values.setdefault("cache_dir", _cache_dir(environ))
+    if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
+        values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
+    if log_dir := environ.get("NIX_LOG_DIR"):
+        values["log_dir"] = log_dir
+    return values
 
 
 def _cache_dir(environ: Mapping[str, str]) -> str:
     """The one that systemd made (of several, separated by colons, the first), else the user's."""
     home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
-
-
-def check(settings: Settings, environ: Mapping[str, str]) -> None:
-    """Whether the store, its database and the key files are there and work; warns of key files that others may read."""
-    key = "real_nix_store" if settings.real_nix_store else "virtual_nix_store"
-    try:
-        os.stat(os.path.join(settings.real_store, ""))
-    except OSError as error:
-        what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to where it lies on disk"
-        raise WrongSettingError(what, key) from None
-    credentials.open_file("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
-    credentials.secret_keys(settings)
-    credentials.tls_context(settings)
-    credentials.tokens(settings)
-    for number in range(len(settings.upstream)):
-        credentials.authorization(settings, number)
-        credentials.upstream_tls(settings, number)
-    for root in settings.release.gc_roots:
-        if not root.startswith(f"{settings.virtual_nix_store}/") and not os.path.lexists(root):
-            what = f"there is no {root!r}; name a store path, a symlink to one, or a directory of such"
-            raise WrongSettingError(what, "release", "gc_roots")
-    secrets = [path for each in settings.upstream for path in (each.netrc, each.credentials_file)]
-    for path in (*settings.sign_key_paths, *filter(None, [settings.tls_key_path, *secrets])):
-        mode = os.stat(path).st_mode & 0o777
-        # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).
-        directory = environ.get("CREDENTIALS_DIRECTORY")
-        guarded = directory and os.path.realpath(path).startswith(os.path.join(os.path.realpath(directory), ""))
-        if mode & 0o077 and not guarded:
-            _log.warning("key file %r is open to others than its owner (mode %04o); chmod 600 it", path, mode)
 
 
 def _values(
@@ -194,25 +183,21 @@ def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     return dict(named)
 
 
-@contextmanager
-def _placed(text: str, name: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Tell where a wrong setting was made: the environment variable, or the file and its line."""
-    try:
-        yield
-    except WrongSettingError as error:
-        given, key = tomllib.loads(text), error.key
-        if key == ("sign_key_paths",) and error.key_file is not None:
-            key = (_key_files(given, environ)[error.key_file],)
-        elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
-            key = ("$NIX_STORE_DIR",)
-        elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
-            key = ("$NIX_LOG_DIR",)
-        if key != error.key and key[0].startswith("$"):
-            place = f"environment variable {key[0][1:]}"
-        else:
-            line = _line(text, key)
-            place = f"{name}:{line}" if line else name
-        raise ConfigError(f"{place}: {error}") from None
+def _placed(error: WrongSettingError, text: str, name: str, environ: Mapping[str, str]) -> ConfigError:
+    """The same, after where that setting was made: the environment variable, or the file and its line."""
+    given, key = tomllib.loads(text), error.key
+    if key == ("sign_key_paths",) and error.key_file is not None:
+        key = (_key_files(given, environ)[error.key_file],)
+    elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
+        key = ("$NIX_STORE_DIR",)
+    elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
+        key = ("$NIX_LOG_DIR",)
+    if key != error.key and key[0].startswith("$"):
+        place = f"environment variable {key[0][1:]}"
+    else:
+        line = _line(text, key)
+        place = f"{name}:{line}" if line else name
+    return ConfigError(f"{place}: {error}")
 
 
 def _line(text: str, key: tuple[str, ...]) -> int | None:

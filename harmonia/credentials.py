@@ -89,6 +89,24 @@ def _load_certificates(context: ssl.SSLContext, key: str, path: str) -> None:
         raise WrongSettingError(what, key) from None
 
 
+def complaint(settings: Settings, context: ssl.SSLContext) -> str | None:
+    """What clients have against the certificate that is served with that context, even if they trust who made it."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it vouches for itself
+    client.load_verify_locations(settings.tls_cert_path)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking, answering = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
+    for side in (asking, answering, asking):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message
+    return None
+
+
 def authorization(settings: Settings, number: int) -> str | None:
     """The Authorization for that upstream, read from its file; None where it wants none."""
     upstream = settings.upstream[number]

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from harmonia.errors import ConfigError
-from harmonia.settings import Settings
+from harmonia.settings import Settings, WrongSettingError
 
 BACKLOG = 4096
 """Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""
@@ -27,23 +26,32 @@ _OPTIONS = (
 _DESCRIPTORS = 2  # of a connection: its own, and that of the file that is sent
 _OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
 
+Address = tuple[str, int] | str | None
+"""Host and port, or the path of a unix socket."""
+
+_Key = Literal["bind", "metrics_bind"]
+
 _log = logging.getLogger("harmonia")
 
 
 @contextmanager
-def listen(settings: Settings, key: Literal["bind", "metrics_bind"]) -> Iterator[list[socket.socket]]:
-    """Listening sockets for that setting, none where it is not set. ConfigError where that cannot be."""
+def listen(settings: Settings, key: _Key) -> Iterator[list[socket.socket]]:
+    """Listening sockets for that setting, none where it is not set. WrongSettingError where that cannot be."""
     address = settings.address(key)
+    sockets: list[socket.socket] = []
     try:
-        if address is None:
-            sockets = []
-        else:
-            sockets = [_listen_unix(address, settings)] if isinstance(address, str) else _listen_tcp(key, *address)
+        if isinstance(address, str):
+            sockets = [_listen_unix(address, settings)]
+        elif address is not None:
+            sockets = _bound(*address)
+            for each in sockets:
+                each.listen(BACKLOG)
+            if address[0] == "::" and sockets[0].family == socket.AF_INET:
+                _log.warning("%s: this machine has no IPv6; listening on 0.0.0.0 instead of [::]", key)
     except OSError as error:
-        what = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on: {error.strerror}"
-        raise ConfigError(
-            f"{key}: {getattr(settings, key)} {what}; choose another address, or stop what listens there"
-        ) from error
+        for each in sockets:
+            each.close()
+        raise _wrong(settings, key, error) from error
     try:
         yield sockets
     finally:
@@ -52,6 +60,23 @@ def listen(settings: Settings, key: Literal["bind", "metrics_bind"]) -> Iterator
         if isinstance(address, str):
             with suppress(FileNotFoundError):
                 os.unlink(address)
+
+
+def check(settings: Settings, key: _Key) -> None:
+    """Whether that address could be listened on, if nobody did: who does may be this very server, which is left alone.
+
+    WrongSettingError where it could not.
+    """
+    address = settings.address(key)
+    try:
+        if isinstance(address, str):
+            _check_unix(address)
+        elif address is not None:
+            for each in _bound(*address):
+                each.close()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise _wrong(settings, key, error) from error
 
 
 def notice_lost_clients(listening: socket.socket) -> None:
@@ -83,14 +108,27 @@ def url(listening: socket.socket, *, tls: bool) -> str:
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
-def _listen_tcp(key: str, host: str, port: int) -> list[socket.socket]:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ConfigError(f"{key}: no address is known for host {host!r}: {error.strerror}") from error
+def _wrong(settings: Settings, key: _Key, error: OSError) -> WrongSettingError:
+    address = settings.address(key)
+    remedy = "choose another address"
+    if isinstance(error, socket.gaierror):
+        what = f"has a host of which no address is known: {error.strerror}"
+    elif error.errno == errno.EADDRINUSE:
+        what, remedy = "is already in use", "choose another address, or stop what listens there"
+    elif isinstance(address, str) and error.errno == errno.ENOENT:
+        what, remedy = "has no directory", f"make {os.path.dirname(address)!r}, in systemd with RuntimeDirectory="
+    elif isinstance(address, str) and error.errno == errno.EEXIST:
+        what, remedy = "is there, and is no socket", "choose another path, or remove what is there"
+    else:
+        what = f"cannot be listened on: {error.strerror}"
+    return WrongSettingError(f"{getattr(settings, key)} {what}; {remedy}", key)
+
+
+def _bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets at all addresses of that host, which do not listen yet."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     if host == "::" and not _has_ipv6():
-        _log.warning("%s: this machine has no IPv6; listening on 0.0.0.0 instead of [::]", key)
-        return _listen_tcp(key, "0.0.0.0", port)  # noqa: S104 (what the setting asks for)
+        return _bound("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
     sockets = []
     try:
         for family, *_, address in dict.fromkeys(found):  # a name may have an address twice
@@ -100,7 +138,6 @@ def _listen_tcp(key: str, host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
             each.bind(address)
-            each.listen(BACKLOG)
     except BaseException:
         for each in sockets:
             each.close()
@@ -117,7 +154,20 @@ def _has_ipv6() -> bool:
     return True
 
 
+def _check_unix(path: str) -> None:
+    """That there is a directory for it, and nothing in the way but a socket."""
+    directory = os.path.dirname(path) or "."
+    os.stat(os.path.join(directory, ""))
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    except FileNotFoundError:
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
 def _listen_unix(path: str, settings: Settings) -> socket.socket:
+    _check_unix(path)
     _remove_stale(path)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -131,14 +181,11 @@ def _listen_unix(path: str, settings: Settings) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on any more, as an unclean end leaves behind. Anything else stays."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
+    """Remove a socket that nobody listens on any more, as an unclean end leaves behind."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+        except FileNotFoundError:
+            pass

@@ -2,12 +2,17 @@
 
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 
 from harmonia.errors import ConfigError
 
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
+
+
+def has_sockets(environ: Mapping[str, str]) -> bool:
+    """Whether some were passed to this process."""
+    return environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS", "0") != "0"
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:

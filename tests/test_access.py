@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from harmonia.access import SCOPES, Tokens, new, parse
 from harmonia.errors import FormatError
+from harmonia.store_builder import StoreBuilder
 from running import run
 
 SECRET, TOKEN = new("ci", ["read"])
@@ -112,13 +113,12 @@ def test_the_command_refuses_what_no_server_would_take(arguments: list[str]) -> 
     ids=["scope", "secret", "bytes", "none"],
 )
 def test_a_wrong_file_stops_the_start(tmp_path: Path, content: str | None, what: str) -> None:
-    (tmp_path / "nix/store").mkdir(parents=True)
-    (tmp_path / "db").touch()
+    store = StoreBuilder(tmp_path)
     if content is not None:
         (tmp_path / "tokens").write_text(content, encoding="latin-1")
     config = tmp_path / "harmonia.toml"
     config.write_text(
-        f"real_nix_store = '{tmp_path}/nix/store'\nnix_db_path = '{tmp_path}/db'\ntokens_path = '{tmp_path}/tokens'\n"
+        f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{store.db_path}'\ntokens_path = '{tmp_path}/tokens'\n"
     )
     checked = run("--config", str(config), "check-config")
     assert checked.returncode == 2

@@ -18,11 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
-from harmonia.config import check, load, parse
+from harmonia import preflight
+from harmonia.config import load, parse
 from harmonia.credentials import authorization, secret_keys, tls_context
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.settings import ReleaseRules, Settings, Upstream, Zstd, wanted
+from harmonia.store_builder import StoreBuilder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
@@ -96,11 +98,8 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    machine = Machine(tmp_path)
-    machine.store.mkdir(parents=True)
-    machine.database.parent.mkdir(parents=True)
-    machine.database.touch()
-    return machine
+    StoreBuilder(tmp_path)
+    return Machine(tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -353,7 +352,7 @@ def test_the_database_is_found_beside_what_a_symlink_points_to(machine: Machine)
     link = machine.root / "link"
     link.symlink_to(machine.store)
     given = Settings(real_nix_store=f"{link}/")
-    check(given, {})
+    assert preflight.check(given, {}) == []
     assert (given.real_store, given.database) == (str(machine.store), str(machine.database))
 
 
@@ -432,7 +431,8 @@ def test_a_key_file_open_to_others_gives_one_warning(
 ) -> None:
     path = machine.file("k", mode=mode)
     machine.load(f'sign_key_paths = ["{path}"]')
-    expected = f"key file {str(path)!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+    told = f"key file {str(path)!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+    expected = f"{machine.root}/harmonia.toml:2: sign_key_paths: {told}"
     assert [record.getMessage() for record in caplog.records] == [expected] * warnings
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 

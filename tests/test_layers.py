@@ -23,6 +23,8 @@ LAYERS = {
     "index_file": 3,
     "zstd": 3,
     "client": 3,
+    "sockets": 3,
+    "config": 5,
     "server": 5,
     "supervisor": 6,
     "warm": 6,

@@ -35,13 +35,15 @@ def ask(connection: socket.socket) -> int:
     return read_answer(connection).status
 
 
-def reject(sample: Sample, directory: Path, bind: str) -> str:
-    """What a server says that cannot listen there."""
-    server = Server(directory, sample.root, bind=bind)
+def reject(sample: Sample, directory: Path, bind: str, settings: str = "") -> str:
+    """What a server says that cannot listen there, after the name of its file."""
+    server = Server(directory, sample.root, settings, bind=bind)
     server.launch()
     assert server.wait() == 2
     (line,) = server.log
-    return line
+    place = f"harmonia: {server.config}:"
+    assert line.startswith(place)
+    return line.removeprefix(place)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +80,24 @@ def test_an_address_in_use_is_told_in_one_line(sample: Sample, tmp_path: Path) -
         bind = f"127.0.0.1:{taken.getsockname()[1]}"
         told = reject(sample, tmp_path / "server", bind)
     remedy = "choose another address, or stop what listens there"
-    assert told == f"harmonia: bind: {bind} is already in use; {remedy}\n"
+    assert told == f"1: bind: {bind} is already in use; {remedy}\n"
+
+
+def test_metrics_at_an_address_in_use_are_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        told = reject(sample, tmp_path / "server", "127.0.0.1:0", f"metrics_bind = '{address}'")
+    assert told.startswith(f"6: metrics_bind: {address} is already in use; ")
 
 
 def test_an_unknown_host_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
     told = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
-    assert told.startswith("harmonia: bind: no address is known for host 'no-such-host.invalid': ")
+    assert told.startswith("1: bind: no-such-host.invalid:5000 has a host of which no address is known: ")
 
 
 def test_an_address_of_another_machine_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
     told = reject(sample, tmp_path / "server", "192.0.2.1:5000")
-    assert told.startswith("harmonia: bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; ")
+    assert told.startswith("1: bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; ")
 
 
 @pytest.mark.parametrize("limit", [0, 10])
@@ -206,14 +215,15 @@ def test_a_unix_socket_in_use_is_refused_and_kept(start: Start, sample: Sample, 
     bind = f"unix:{tmp_path}/socket"
     server = start(store=sample.root, bind=bind)
     told = reject(sample, tmp_path / "second", bind)
-    assert told == f"harmonia: bind: {bind} is already in use; choose another address, or stop what listens there\n"
+    assert told == f"1: bind: {bind} is already in use; choose another address, or stop what listens there\n"
     assert server.get("/version").status == 200
 
 
 def test_what_is_no_socket_is_never_removed(sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("precious")
-    assert "bind: unix:" in reject(sample, tmp_path / "server", f"unix:{path}")
+    told = reject(sample, tmp_path / "server", f"unix:{path}")
+    assert told.startswith(f"1: bind: unix:{path} is there, and is no socket; ")
     assert path.read_text() == "precious"
 
 

@@ -20,7 +20,8 @@ from harmonia.settings import Settings
 def command(config_file: str | None, *, text_only: bool) -> None:
     """Check the settings, and tell where each value comes from.
 
-    They are checked as a start would check them, against this machine.
+    They are checked as a start would check them, against this machine. Only that an address is taken is not told: it
+    may be by the server of these settings.
 
     What is printed is a configuration file of the same meaning: a line for each setting, and after it the file and
     line, the environment variable or the default that decided it.

@@ -12,6 +12,7 @@ from harmonia import config, credentials, sockets, systemd
 from harmonia.cli import log
 from harmonia.server import app, worker
 from harmonia.server.cache import Cache
+from harmonia.settings import Settings
 from harmonia.supervisor import Supervisor
 
 _log = logging.getLogger("harmonia")
@@ -21,7 +22,12 @@ _log = logging.getLogger("harmonia")
 @click.pass_obj
 def command(config_file: str | None) -> None:
     """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
-    settings = config.load(config_file, os.environ)
+    with config.loaded(config_file, os.environ) as settings:
+        status = _serve(settings)
+    sys.exit(status)
+
+
+def _serve(settings: Settings) -> int:
     keys = credentials.secret_keys(settings)
     log.to_stderr(settings)
     inherited = systemd.inherited_sockets(os.environ)
@@ -37,5 +43,4 @@ def command(config_file: str | None) -> None:
             what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
         work = partial(worker.run, Cache(settings, keys, app.count_with(settings)), for_metrics)
-        status = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()
-    sys.exit(status)
+        return Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()

@@ -249,6 +249,7 @@ def test_what_nix_says_is_what_is_quoted(symptom: str, worlds: Iterator[World]) 
 
 COMPLAINTS = {
     "There is no store": "real_nix_store = '/none/nix/store'",
+    "There is no database": "nix_db_path = '{open}'",
     "The port is taken": "bind = '{taken}'",
     "A key cannot be read": "sign_key_paths = ['/none/key']",
     "Compressed NARs are not kept": "cache_dir = '/proc/cache'",

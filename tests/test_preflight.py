@@ -1,0 +1,155 @@
+"""What a start refuses or warns of, `check-config` tells beforehand in the same words, and disturbs nobody by it."""
+
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from harmonia.store_builder import StoreBuilder
+from running import Server, run
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    (tmp_path / "file").write_text("no database")
+    (tmp_path / "empty").touch()
+    with closing(sqlite3.connect(tmp_path / "other")) as other, other:
+        other.execute("create table recipes (name)")
+    return StoreBuilder(tmp_path / "store")
+
+
+def told(directory: Path, settings: str) -> str:
+    """What both say who may not go on, after the name of the file. Lines of `settings` begin with the fourth."""
+    server = Server(directory / "server", directory / "store", settings, bind="127.0.0.1:0")
+    lines = server.config.read_text().splitlines()
+    given = {line.split(" = ")[0] for line in settings.splitlines()}
+    kept = "\n".join(line for line in lines[:5] if line.split(" = ")[0] not in given)
+    server.config.write_text(f"{kept}\n{settings}\n")
+    server.launch()
+    assert server.wait() == 2
+    (line,) = server.log
+    checked = run("--config", str(server.config), "check-config")
+    assert (checked.returncode, checked.stdout, checked.stderr) == (2, "", line)
+    return re.sub(rf"\Aharmonia: {re.escape(str(server.config))}:[56]: ", "", line).replace(str(directory), "ROOT")
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 has a host of which no address is "),
+        ("bind = '192.0.2.1:5000'", "bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; "),
+        ("bind = 'unix:ROOT/none/socket'", "bind: unix:ROOT/none/socket has no directory; make 'ROOT/none', in "),
+        ("bind = 'unix:ROOT/file/socket'", "bind: unix:ROOT/file/socket cannot be listened on: Not a directory; "),
+        ("bind = 'unix:ROOT/file'", "bind: unix:ROOT/file is there, and is no socket; choose another path, "),
+        ("metrics_bind = 'unix:ROOT/none/socket'", "metrics_bind: unix:ROOT/none/socket has no directory; "),
+        ("nix_db_path = 'ROOT/file'", "nix_db_path: 'ROOT/file' is no database of Nix: file is not a database; name "),
+        ("nix_db_path = 'ROOT/empty'", "nix_db_path: 'ROOT/empty' is no database of Nix: no such table: ValidPaths; "),
+        ("nix_db_path = 'ROOT/other'", "nix_db_path: 'ROOT/other' is no database of Nix: no such table: ValidPaths; "),
+        ("nix_db_path = 'ROOT'", "nix_db_path: cannot read 'ROOT': Is a directory; set nix_db_path to "),
+        ("cache_dir = 'ROOT/file'", "cache_dir: 'ROOT/file' is no directory; name one"),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_what_cannot_work_is_refused_by_both(tmp_path: Path, setting: str, what: str) -> None:
+    assert told(tmp_path, setting.replace("ROOT", str(tmp_path))).startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("bind", "metrics_bind", "refused"),
+    [
+        ("127.0.0.1:{port}", "127.0.0.1:{port}", True),
+        ("[::]:{port}", "127.0.0.1:{port}", True),
+        ("[::1]:{port}", "[::]:{port}", True),
+        ("0.0.0.0:{port}", "localhost:{port}", True),
+        ("0.0.0.0:{port}", "[::1]:{port}", False),
+        ("127.0.0.1:{port}", "127.0.0.2:{port}", False),
+        ("127.0.0.1:0", "127.0.0.1:0", False),
+        ("unix:{directory}/socket", "unix:{directory}/socket", True),
+        ("unix:{directory}/socket", "unix:{directory}/another", False),
+    ],
+)
+@pytest.mark.usefixtures("store")
+def test_two_settings_do_not_take_one_address(
+    start: Start, tmp_path: Path, bind: str, metrics_bind: str, *, refused: bool
+) -> None:
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    bind, metrics_bind = (each.format(port=port, directory=tmp_path) for each in (bind, metrics_bind))
+    if refused:
+        line = told(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
+        expected = f"metrics_bind: {metrics_bind} is taken by bind = '{bind}'; choose another address\n"
+        assert line == expected.replace(str(tmp_path), "ROOT")
+    else:
+        start(store=tmp_path / "store", bind=bind, settings=f"metrics_bind = '{metrics_bind}'")
+
+
+def certificate(directory: Path, *, days: int) -> str:
+    """One whose time ends so many days from now, as settings."""
+    for command in (
+        "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=cache -keyout key.pem -out request.pem",
+        f"x509 -req -in request.pem -key key.pem -days {days} -out cert.pem",
+    ):
+        subprocess.run(["openssl", *command.split()], cwd=directory, capture_output=True, check=True)
+    (directory / "key.pem").chmod(0o600)
+    return f"tls_cert_path = '{directory}/cert.pem'\ntls_key_path = '{directory}/key.pem'"
+
+
+def warned(start: Start, root: Path, settings: str) -> list[str]:
+    """The warnings of both, without time and file."""
+    server = start(store=root / "store", settings=settings)
+    checked = run("--config", str(server.config), "check-config")
+    assert checked.returncode == 0
+    mark = f"WARNING {server.config}:"
+    both = [
+        [line.partition(mark)[2].replace(str(root), "ROOT") for line in lines if mark in line]
+        for lines in (server.log, checked.stderr.splitlines(keepends=True))
+    ]
+    assert both[0] == both[1]
+    return both[0]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@pytest.mark.parametrize("days", [-1, 1])
+@pytest.mark.usefixtures("store")
+def test_a_certificate_that_clients_will_refuse_is_warned_of(start: Start, tmp_path: Path, days: int) -> None:
+    told = "6: tls_cert_path: clients will refuse 'ROOT/cert.pem': certificate has expired; renew it\n"
+    assert warned(start, tmp_path, certificate(tmp_path, days=days)) == ([told] if days < 0 else [])
+
+
+@pytest.mark.usefixtures("store")
+def test_logs_that_are_not_there_are_warned_of(start: Start, tmp_path: Path) -> None:
+    told = "6: log_dir: there is no directory 'ROOT/none'; name the one of Nix's logs\n"
+    assert warned(start, tmp_path, f"log_dir = '{tmp_path}/none'") == [told]
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_store_of_another_name_is_warned_of(
+    start: Start, store: StoreBuilder, tmp_path: Path, *, is_empty: bool
+) -> None:
+    if not is_empty:
+        store.add_text("text", b"")
+    what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store', which this should name"
+    told = f"6: virtual_nix_store: {what}\n".replace(str(tmp_path), "ROOT")
+    assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == ([] if is_empty else [told])
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1:{port}", "unix:{directory}/socket"])
+@pytest.mark.usefixtures("store")
+def test_a_server_that_runs_with_these_settings_is_left_alone(start: Start, tmp_path: Path, bind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = start(store=tmp_path / "store", bind=bind.format(port=port, directory=tmp_path))
+    for _ in range(3):
+        checked = run("--config", str(server.config), "check-config")
+        assert (checked.returncode, checked.stderr) == (0, "")
+        assert server.get("/nix-cache-info").status == 200
+    assert server.stop() == 0
+    assert len(server.log) == 1, server.log
