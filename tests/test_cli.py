@@ -123,6 +123,16 @@ def test_the_file_is_taken_from_the_environment(config: Path) -> None:
     assert "CONFIG_FILE" in answer.stderr
 
 
+@pytest.mark.parametrize("before", [[], ["--config", "/none"]])
+@pytest.mark.parametrize("command", [["serve"], ["check-config"], ["ls", "path"]])
+def test_the_file_may_be_named_after_the_command(tmp_path: Path, before: list[str], command: list[str]) -> None:
+    file = tmp_path / "harmonia.toml"
+    file.write_text("workers = 0\n")
+    answer = run(*before, *command, "--config", str(file))
+    assert answer.returncode == 2
+    assert answer.stderr.startswith(f"harmonia: {file}:1: workers: ")
+
+
 def test_no_configuration_at_all_means_the_store_of_this_machine() -> None:
     """With none here it says so; with one it works, which tests/e2e shows where there is Nix."""
     answer = run("check-config")
@@ -211,8 +221,10 @@ class TestKeygen:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serv"], "No such command 'serv'; see harmonia --help"),
-        (["--confg", "x"], "No such option '?--confg'?.*; see harmonia --help"),
+        (["serv"], r"No such command 'serv'\. Did you mean 'serve'\? See harmonia --help"),
+        (["sevre"], r"No such command 'sevre'\. Did you mean 'serve'\? See harmonia --help"),
+        (["frobnicate"], "No such command 'frobnicate'; see harmonia --help"),
+        (["--confg", "x"], "No such option '?--confg'?.*[;?] [Ss]ee harmonia --help"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
         (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),

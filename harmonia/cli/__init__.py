@@ -3,12 +3,14 @@
 What the commands do is done elsewhere: they read the arguments, and tell what came of it.
 """
 
+import difflib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 
 import click
@@ -80,11 +82,15 @@ class _Commands(click.Group):
         return [*(name for names in _SECTIONS.values() for name in names), *_HIDDEN]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        module = import_module(f"harmonia.cli.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
-        return command
+        return _command(cmd_name) if cmd_name in self.list_commands(ctx) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+        if near and near[0] != args[0] and not ctx.resilient_parsing:
+            raise click.UsageError(f"No such command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, names in _SECTIONS.items():
@@ -101,6 +107,21 @@ class _Commands(click.Group):
             return super().invoke(ctx)
 
 
+@cache
+def _command(name: str) -> click.Command:
+    command: click.Command = import_module(f"harmonia.cli.{name.replace('-', '_')}").command
+    command.params.append(_CONFIG_BEHIND)
+    return command
+
+
+def _take_config(context: click.Context, _: click.Parameter, file: str | None) -> None:
+    context.obj = file or context.obj
+
+
+_CONFIG_BEHIND = click.Option(["--config"], type=PATH, hidden=True, expose_value=False, callback=_take_config)
+"""For those who write it after the command. The help has it once, before."""
+
+
 @contextmanager
 def _errors_told() -> Iterator[None]:
     """One line for what went wrong, and the status that goes with it."""
@@ -110,7 +131,8 @@ def _errors_told() -> Iterator[None]:
         raise
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "harmonia"
-        _fail(f"{error.format_message().rstrip('.')}; see {path} --help", EXIT_CONFIG)
+        what = error.format_message().rstrip(".")
+        _fail(f"{what} See {path} --help" if what.endswith("?") else f"{what}; see {path} --help", EXIT_CONFIG)
     except ConfigError as error:
         _fail(str(error), EXIT_CONFIG)
     except StoreUnavailableError as error:
