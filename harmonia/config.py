@@ -23,6 +23,7 @@ from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingErro
 _log = logging.getLogger("harmonia")
 
 _NO_EFFECT = {"max_connection_rate"}
+_GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -139,7 +140,7 @@ def _values(
     values = {}
     for key, value in given.items():
         if key not in types:
-            near = difflib.get_close_matches(key, _KEYS, 1)
+            near = [_GUESSES[key]] if key in _GUESSES else difflib.get_close_matches(key, _KEYS, 1)
             remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
             raise WrongSettingError(f"unknown key; {remedy}", *table, key)
         part = value
@@ -152,7 +153,7 @@ def _values(
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
             secret = "_path" in key or key in {"netrc", "credentials_file", "signed_by", "url"}  # a URL may hold one
-            shown = "(not shown)" if secret else reprlib.repr(value)
+            shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
             raise WrongSettingError(f"expected {wanted(types[key])}, found {found}", *table, key) from None
     return values
@@ -195,7 +196,7 @@ def _placed(error: WrongSettingError, text: str, name: str, environ: Mapping[str
     if key != error.key and key[0].startswith("$"):
         place = f"environment variable {key[0][1:]}"
     else:
-        line = _line(text, key)
+        line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, where it is missing
         place = f"{name}:{line}" if line else name
     return ConfigError(f"{place}: {error}")
 

@@ -126,7 +126,9 @@ def authorization(settings: Settings, number: int) -> str | None:
             what = getattr(error, "strerror", None) or "not of its format"
             raise WrongSettingError(f"cannot read {path!r}: {what}; name a readable file", *key_path) from None
         if not user or not password or "\n" in user + password:
-            raise WrongSettingError(f"no user and password for this upstream in {path!r}", *key_path)
+            line = "machine HOST login USER password PASSWORD" if key == "netrc" else "USER:PASSWORD"
+            what = f"no user and password for this upstream in {path!r}; give them there as {line}"
+            raise WrongSettingError(what, *key_path)
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
     return None
 

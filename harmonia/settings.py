@@ -17,6 +17,7 @@ from harmonia import access
 from harmonia.access import Scope
 from harmonia.errors import ConfigError, FormatError
 from harmonia.nix.signing import PublicKey
+from harmonia.nix.store_path import is_hash_part
 
 _DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
 _LOGS = "../../log/nix"  # from the directory of the database, likewise
@@ -30,12 +31,15 @@ _MODE = 'a string of three or four octal digits, like "0660"'
 _SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
 _PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
 # Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
-_NO_PATH = re.compile(r"\A\Z|[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
+_NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
 _URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
 """What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
 _SCOPES = ", ".join(f'"{scope}"' for scope in access.SCOPES)
+_ARRAYS = ("upstream",)
+# What of names can match. What is no name's is nothing but a part of a [set]; an open one is none, for fnmatch.
+_PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
 _NEEDS = (
     ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
@@ -63,8 +67,9 @@ class WrongSettingError(ConfigError):
     """What is wrong with one key; `_placed` puts before it where the value came from."""
 
     def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
-        name = ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else repr(part) for part in key)
-        super().__init__(f"{name}: {what}")
+        array, part = (f"[[{key[0]}]] {int(key[1]) + 1}: ", key[2:]) if key[0] in _ARRAYS and key[1:] else ("", key)
+        name = ".".join(word if re.fullmatch(r"[A-Za-z0-9_-]+", word) else repr(word) for word in part)
+        super().__init__(f"{array}{name}: {what}")
         self.key = key
         self.key_file = key_file
 
@@ -148,6 +153,12 @@ class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
                 PublicKey.parse(text)
             except FormatError as error:
                 raise WrongSettingError(f"{error}, as in nix.conf", "release", "signed_by") from None
+        for key in ("allow", "deny"):
+            for pattern in getattr(self, key):
+                if not _PATTERN.fullmatch(pattern) or (is_hash_part(pattern[:32]) and pattern[32:33] == "-"):
+                    what = "can match no name; that is a store path without its directory and hash"
+                    what = f"{reprlib.repr(pattern)} {what}, of letters, digits and +-._?= alone"
+                    raise WrongSettingError(what, "release", key)
         for path in self.gc_roots:
             if not os.path.isabs(path):
                 what = f"expected absolute paths, found {reprlib.repr(path)}"
@@ -322,20 +333,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     release: Annotated[ReleaseRules, Meta(description="What may leave the house.")] = ReleaseRules()
 
     def __post_init__(self) -> None:
-        keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
-        paths = [(key, getattr(self, key)) for key in (*keys, *_FILES)]
-        paths += [("sign_key_paths", path) for path in self.sign_key_paths]
-        for key, path in paths:
-            if path is not None and _NO_PATH.search(path):
-                raise WrongSettingError("expected a path, found something else (not shown)", key, key_file=path)
-        if not os.path.isabs(self.virtual_nix_store):
-            what = f"expected an absolute path, found {self.virtual_nix_store!r}"
-            raise WrongSettingError(what, "virtual_nix_store")
+        _check_paths(self)
         for given, needed, remedy in _NEEDS:
             if getattr(self, given) and getattr(self, needed) is None:
                 raise WrongSettingError(f"set without {needed}; {remedy}", given)
         if self.address("metrics_bind") and not self.metrics:
             raise WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
+        if self.nar_compression == "zstd" and not self.enable_compression:
+            what = 'nothing is compressed with enable_compression = false; set that to true, or this to "none"'
+            raise WrongSettingError(what, "nar_compression")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
         for peer in self.trusted_proxies:
@@ -395,6 +401,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return os.path.normpath(os.path.join(os.path.dirname(self.database), path))
 
 
+def _no_path(path: str | None) -> str | None:
+    """What is wrong with a path that is none."""
+    if path == "":
+        return "expected a path, found an empty string; name one, or remove this"
+    return "expected a path, found something else (not shown)" if path and _NO_PATH.search(path) else None
+
+
+def _check_paths(settings: Settings) -> None:
+    keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
+    paths = [(key, getattr(settings, key)) for key in (*keys, *_FILES)]
+    paths += [("sign_key_paths", path) for path in settings.sign_key_paths]
+    for key, path in paths:
+        if wrong := _no_path(path):
+            raise WrongSettingError(wrong, key, key_file=path)
+    if not os.path.isabs(settings.virtual_nix_store):
+        what = f"expected an absolute path, found {settings.virtual_nix_store!r}"
+        raise WrongSettingError(what, "virtual_nix_store")
+
+
 def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> None:
     if upstreams and release != ReleaseRules():
         raise WrongSettingError(
@@ -412,9 +437,8 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> 
 def _contradiction(upstream: Upstream) -> tuple[str, str] | None:
     """The key that cannot be as it is, and why."""
     for key in ("netrc", "credentials_file", "ca_file"):
-        path = getattr(upstream, key)
-        if path is not None and _NO_PATH.search(path):
-            return key, "expected a path, found something else (not shown)"
+        if wrong := _no_path(getattr(upstream, key)):
+            return key, wrong
     for text in upstream.public_keys:
         try:
             PublicKey.parse(text)

@@ -177,7 +177,7 @@ def test_ranges_include_their_ends(line: str) -> None:
     ("line", "what"),
     [
         ("workers = 0", "workers: expected an integer from 1 to 1024, found integer 0"),
-        ("workers = true", "workers: expected an integer from 1 to 1024, found boolean True"),
+        ("workers = true", "workers: expected an integer from 1 to 1024, found boolean true"),
         ('workers = "4"', "workers: expected an integer from 1 to 1024, found string '4'"),
         ("workers = 4.0", "workers: expected an integer from 1 to 1024, found float 4.0"),
         ("priority = -1", "priority: expected an integer from 0 to 2147483647, found integer -1"),
@@ -196,7 +196,8 @@ def test_ranges_include_their_ends(line: str) -> None:
         ('unix_socket_mode = "0668"', "unix_socket_mode: expected a string of three or four octal digits"),
         ('trusted_proxies = ["10.0.0.1/8"]', "trusted_proxies: expected an array of IP addresses, networks like"),
         ('virtual_nix_store = "nix/store"', "virtual_nix_store: expected an absolute path, found 'nix/store'"),
-        ('real_nix_store = ""', "real_nix_store: expected a path"),
+        ('real_nix_store = ""', "real_nix_store: expected a path, found an empty string; name one, or remove this"),
+        ('sign_key_paths = [""]', "sign_key_paths: expected a path, found an empty string; name one, or remove this"),
         ('nix_db_path = "a\\u0000b"', "nix_db_path: expected a path"),
         ('tls_cert_path = "c"', "tls_cert_path: set without tls_key_path; TLS needs both, set both or none"),
         ('tls_key_path = "k"', "tls_key_path: set without tls_cert_path; TLS needs both, set both or none"),
@@ -204,6 +205,30 @@ def test_ranges_include_their_ends(line: str) -> None:
 )  # fmt: skip
 def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str, what: str) -> None:
     assert complaint(f"# a comment\n{line}").startswith(f"h.toml:2: {what}")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", "a b", "{a,b}", "a/*", "/nix/store/*", "[ab", "café", f"{'0' * 32}-hello", "hello\\*", "a,b"],
+)
+@pytest.mark.parametrize("key", ["allow", "deny"])
+def test_a_pattern_that_can_match_no_name_is_refused(key: str, pattern: str) -> None:
+    what = complaint(f"[release]\n{key} = ['*', {json.dumps(pattern)}]")
+    assert what.startswith(f"h.toml:2: release.{key}: ")
+    assert " can match no name; that is a store path without its directory and hash" in what
+
+
+@pytest.mark.parametrize("pattern", ["*", "hello-?.[0-9]*", "[!a-z]*", "[]]", "[!]]*", "a+b-c.d_e?f=g", "0*", "0" * 32])
+def test_other_patterns_are_not(pattern: str) -> None:
+    assert settings(f"[release]\nallow = [{json.dumps(pattern)}]").release.allow == (pattern,)
+
+
+def test_compressed_files_are_not_offered_where_nothing_is_compressed() -> None:
+    what = complaint("enable_compression = false\nnar_compression = 'zstd'")
+    assert what.startswith(
+        "h.toml:2: nar_compression: nothing is compressed with enable_compression = false; set that "
+    )
+    assert settings("enable_compression = false").nar_compression == "auto"
 
 
 def test_tls_over_a_unix_socket_is_refused() -> None:
@@ -284,6 +309,9 @@ def test_a_wrong_variable_is_named() -> None:
         ("zstd.level = 1\nzstd.levl = 1", "h.toml:2: zstd.levl"),
         ("zstd = { level = 1, levl = 1 }", "h.toml:1: zstd.levl"),
         ("workers = 1\n[zstd]\nworkers = 1", "h.toml:3: zstd.workers: unknown key; did you mean workers?"),
+        ("port = 5000", "h.toml:1: port: unknown key; did you mean bind?"),
+        ("host = 'cache'", "h.toml:1: host: unknown key; did you mean bind?"),
+        ("listen = '[::]:80'", "h.toml:1: listen: unknown key; did you mean bind?"),
         ("level = 1", "h.toml:1: level: unknown key; did you mean zstd.level?"),
         ("[zstd]\n[zz.b]\nc = 1", "h.toml:2: zz: unknown key; remove it; docs/configuration.md lists all keys"),
         ('"a\\nb.c" = 1', "h.toml:1: 'a\\nb.c': unknown key"),
@@ -550,14 +578,20 @@ def test_upstreams_keep_their_order() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (upstream("prioity = 1"), "h.toml:3: upstream.0.prioity: unknown key; did you mean priority?"),
-        ("[[upstream]]\nmode = 'proxy'", "h.toml: upstream.0.url: missing; each [[upstream]] needs the URL of a cache"),
-        (upstream("mode = 'push'"), "h.toml:3: upstream.0.mode: expected one of"),
-        (upstream("timeout = 0"), "h.toml:3: upstream.0.timeout: expected seconds, more than 0"),
-        (upstream("public_keys = ['x']"), "h.toml:3: upstream.0.public_keys: a public key has the form name:base64"),
-        (upstream("sign = true"), "h.toml:3: upstream.0.sign: set without public_keys;"),
-        (upstream("netrc = 'a'", "credentials_file = 'b'"), "h.toml:4: upstream.0.credentials_file: set together"),
-        (upstream() + "\n" + upstream(), "h.toml:4: upstream.1.url: given twice"),
+        (upstream("prioity = 1"), "h.toml:3: [[upstream]] 1: prioity: unknown key; did you mean priority?"),
+        (
+            "[[upstream]]\nmode = 'proxy'",
+            "h.toml:1: [[upstream]] 1: url: missing; each [[upstream]] needs the URL of a cache",
+        ),
+        (upstream("mode = 'push'"), "h.toml:3: [[upstream]] 1: mode: expected one of"),
+        (upstream("timeout = 0"), "h.toml:3: [[upstream]] 1: timeout: expected seconds, more than 0"),
+        (
+            upstream("public_keys = ['x']"),
+            "h.toml:3: [[upstream]] 1: public_keys: a public key has the form name:base64",
+        ),
+        (upstream("sign = true"), "h.toml:3: [[upstream]] 1: sign: set without public_keys;"),
+        (upstream("netrc = 'a'", "credentials_file = 'b'"), "h.toml:4: [[upstream]] 1: credentials_file: set together"),
+        (upstream() + "\n" + upstream(), "h.toml:4: [[upstream]] 2: url: given twice"),
         ("upstream = 1", "h.toml:1: upstream: expected an array of tables, found integer 1"),
         ("upstream = [1]", "h.toml:1: upstream: expected an array of tables, found array"),
     ],
@@ -571,7 +605,7 @@ def test_a_wrong_upstream_is_told(text: str, told: str) -> None:
 )
 def test_a_url_with_a_password_is_not_shown(url: str) -> None:
     what = complaint(f"[[upstream]]\nurl = '{url}'")
-    assert what.startswith("h.toml:2: upstream.0.url: expected a string like")
+    assert what.startswith("h.toml:2: [[upstream]] 1: url: expected a string like")
     assert "sesame" not in what
 
 
@@ -593,7 +627,7 @@ def test_a_file_of_an_upstream_that_does_not_work_is_told(
     if content is not None:
         machine.file("file", content)
     what = machine.complaint(upstream(f"{key} = '{machine.root}/file'"))
-    assert what.startswith(f"ROOT/harmonia.toml:4: upstream.0.{key}: {told}")
+    assert what.startswith(f"ROOT/harmonia.toml:4: [[upstream]] 1: {key}: {told}")
 
 
 def test_credentials_are_in_no_repr(machine: Machine) -> None:

@@ -316,7 +316,7 @@ def test_files_that_are_compressed_are_not_encoded_again(served: Served) -> None
 
 def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path, plain = big(store)
-    server = start(store=tmp_path / "store", settings="enable_compression = false\nnar_compression = 'zstd'")
+    server = start(store=tmp_path / "store", settings="enable_compression = false")
     assert "\nCompression: none\n" in server.get(f"/{path.path.hash_part}.narinfo").text
     for url in (nar_url(path), f"/{path.path.hash_part}.ls"):
         answer = server.get(url, accepting("zstd, identity;q=0.1"))
