@@ -18,7 +18,8 @@ import msgspec
 
 from harmonia import preflight
 from harmonia.errors import ConfigError
-from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, wanted
+from harmonia.kinds import wanted
+from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd
 
 _log = logging.getLogger("harmonia")
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from harmonia import credentials, sockets, systemd
 from harmonia.errors import StoreUnavailableError
+from harmonia.kinds import HostAndPort
 from harmonia.settings import Settings, WrongSettingError
 from harmonia.store import Store
 
@@ -95,7 +96,7 @@ def _addresses(settings: Settings, environ: Mapping[str, str]) -> None:
     sockets.check(settings, "metrics_bind")
 
 
-def _overlap(one: sockets.Address, other: sockets.Address) -> bool:
+def _overlap(one: HostAndPort | str | None, other: HostAndPort | str | None) -> bool:
     """Whether both cannot be listened on, as far as the names tell."""
     if not isinstance(one, tuple) or not isinstance(other, tuple):
         return one == other

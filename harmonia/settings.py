@@ -1,45 +1,39 @@
 """The settings: one frozen value, with the keys and meanings of upstream Harmonia 3.
 
-What contradicts itself cannot be built: the tables check their own relations. How they come from a file is told in
-config.py. The reference in docs/configuration.md is rendered from the descriptions below.
+What contradicts itself cannot be built: the tables check their own relations. Their values are told in kinds.py,
+how they come from a file in config.py. The reference in docs/configuration.md is rendered from the descriptions below.
 """
 
-import ipaddress
 import os
 import re
-import reprlib
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from harmonia import access
-from harmonia.access import Scope
+from harmonia import kinds
 from harmonia.errors import ConfigError, FormatError
+from harmonia.kinds import (
+    AbsolutePath,
+    Address,
+    Count,
+    File,
+    Level,
+    Mode,
+    Proxies,
+    Scopes,
+    Seconds,
+    Size,
+    Url,
+    WindowLog,
+)
 from harmonia.nix.signing import PublicKey
-from harmonia.nix.store_path import is_hash_part
 
 _DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
 _LOGS = "../../log/nix"  # from the directory of the database, likewise
 _DAEMON = "../daemon-socket/socket"
-_UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
-_PORT_MAX = 65535
-_WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
-_WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
-_BIND = '"host:port", "[IPv6]:port" or "unix:/path"'
-_MODE = 'a string of three or four octal digits, like "0660"'
-_SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
-_PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
-# Nothing, control characters, or a key pasted in the place of its file's path: that must not reach any message.
-_NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
-_URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
-_HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
-BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
-"""What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
-_SCOPES = ", ".join(f'"{scope}"' for scope in access.SCOPES)
-_ARRAYS = ("upstream",)
-# What of names can match. What is no name's is nothing but a part of a [set]; an open one is none, for fnmatch.
-_PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
+_PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
 _NEEDS = (
     ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
@@ -48,30 +42,27 @@ _NEEDS = (
     ("anonymous_scopes", "tokens_path", "nobody needs a token then; remove this, or set both"),
 )
 
-Count = Annotated[int, Meta(ge=0)]
-Address = Annotated[str, Meta(extra={"wanted": _BIND})]
-Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
-Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
-AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
-# One that the server reads, and perhaps nobody else may: the NixOS module has systemd hand it over.
-File = Annotated[str, Meta(extra={"file": True})]
-WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
-Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
-Seconds = Annotated[float, Meta(gt=0, le=3600)]
-BaseUrl = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
-Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
-Level = Literal["debug", "info", "warning", "error"]
-
 
 class WrongSettingError(ConfigError):
-    """What is wrong with one key; `_placed` puts before it where the value came from."""
+    """What is wrong with one key, such as `("zstd", "level")` or `("upstream", "0", "url")`."""
 
     def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
-        array, part = (f"[[{key[0]}]] {int(key[1]) + 1}: ", key[2:]) if key[0] in _ARRAYS and key[1:] else ("", key)
+        table, part = (f"[[upstream]] {int(key[1]) + 1}: ", key[2:]) if key[0] == "upstream" and key[1:] else ("", key)
         name = ".".join(word if re.fullmatch(r"[A-Za-z0-9_-]+", word) else repr(word) for word in part)
-        super().__init__(f"{array}{name}: {what}")
+        super().__init__(f"{table}{name}: {what}")
         self.key = key
         self.key_file = key_file
+        """Which of several files that the key names."""
+
+
+def _check(check: Callable[[Any], None], values: Iterable[object], *key: str) -> None:
+    """WrongSettingError where one of the values that are given for that key does not pass."""
+    for value in values:
+        if value is not None:
+            try:
+                check(value)
+            except FormatError as error:
+                raise WrongSettingError(str(error), *key, key_file=str(value)) from None
 
 
 class Zstd(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +84,7 @@ class Zstd(msgspec.Struct, frozen=True, kw_only=True):
     ] = 16
 
     def __post_init__(self) -> None:
-        if 0 < self.window_log < _WINDOW_LOG_MIN:
-            raise WrongSettingError(f"expected {_WINDOW_LOG}, found integer {self.window_log}", "zstd", "window_log")
+        _check(kinds.check_window_log, [self.window_log], "zstd", "window_log")
 
 
 class Upstream(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,21 +138,10 @@ class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
 
     def __post_init__(self) -> None:
-        for text in self.signed_by:
-            try:
-                PublicKey.parse(text)
-            except FormatError as error:
-                raise WrongSettingError(f"{error}, as in nix.conf", "release", "signed_by") from None
-        for key in ("allow", "deny"):
-            for pattern in getattr(self, key):
-                if not _PATTERN.fullmatch(pattern) or (is_hash_part(pattern[:32]) and pattern[32:33] == "-"):
-                    what = "can match no name; that is a store path without its directory and hash"
-                    what = f"{reprlib.repr(pattern)} {what}, of letters, digits and +-._?= alone"
-                    raise WrongSettingError(what, "release", key)
-        for path in self.gc_roots:
-            if not os.path.isabs(path):
-                what = f"expected absolute paths, found {reprlib.repr(path)}"
-                raise WrongSettingError(what, "release", "gc_roots")
+        _check(kinds.check_public_key, self.signed_by, "release", "signed_by")
+        _check(kinds.check_pattern, self.allow, "release", "allow")
+        _check(kinds.check_pattern, self.deny, "release", "deny")
+        _check(kinds.check_absolute, self.gc_roots, "release", "gc_roots")
 
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
@@ -231,10 +210,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         File | None,
         Meta(description="File with hashes of tokens: only who has one gets in. `harmonia token` makes them."),
     ] = None
-    anonymous_scopes: Annotated[
-        tuple[Scope, ...],
-        Meta(extra={"wanted": f"an array of {_SCOPES}"}, description="What needs no token. Needs `tokens_path`."),
-    ] = ()
+    anonymous_scopes: Annotated[Scopes, Meta(description="What needs no token. Needs `tokens_path`.")] = ()
     virtual_nix_store: Annotated[
         AbsolutePath, Meta(description="The store directory that clients are told, in every store path.")
     ] = "/nix/store"
@@ -301,7 +277,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Proxies, Meta(description="Peers whose `X-Forwarded-…` are believed; `unix` is every peer on a unix socket.")
     ] = ()
     base_url: Annotated[
-        BaseUrl | None,
+        Url | None,
         Meta(extra={"default": "as the request tells"}, description="The URL of this cache that people are shown."),
     ] = None
     landing: Annotated[bool, Meta(description="Serve a page at `/` that tells people how to use this cache.")] = True
@@ -315,10 +291,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Annotated[bool, Meta(description="Tell Prometheus at `/metrics` what the server does.")] = True
     metrics_bind: Annotated[
         Address | None,
-        Meta(
-            extra={"wanted": _BIND},
-            description="Where to listen for `/metrics` alone, without TLS, in place of among everything else.",
-        ),
+        Meta(description="Where to listen for `/metrics` alone, without TLS, in place of among everything else."),
     ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
     log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
@@ -344,36 +317,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise WrongSettingError(what, "nar_compression")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
-        for peer in self.trusted_proxies:
-            try:
-                peer == "unix" or ipaddress.ip_network(peer)
-            except ValueError as error:
-                raise WrongSettingError(f"expected {_PROXIES}: {error}", "trusted_proxies") from None
+        _check(kinds.check_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.release)
 
-    def address(self, key: Literal["bind", "metrics_bind"]) -> tuple[str, int] | str | None:
+    def address(self, key: Literal["bind", "metrics_bind"]) -> kinds.HostAndPort | str | None:
         """That setting taken apart: host and port, or the path of a unix socket."""
-        bind = getattr(self, key)
-        if bind is None:
-            return None
-        if bind.startswith("unix:"):
-            path = re.sub(r"\A//(?=/)", "", bind.removeprefix("unix:"))
-            if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
-                return path
-        elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", bind):
-            v6, host, port = match.groups()
-            try:
-                if int(port) <= _PORT_MAX:
-                    return str(ipaddress.IPv6Address(v6)) if v6 else host, int(port)
-            except ValueError:
-                pass  # not an IPv6 address: told below
-        limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
-        raise WrongSettingError(f"expected {_BIND} ({limits}), found {reprlib.repr(bind)}", key)
+        given = getattr(self, key)
+        try:
+            return None if given is None else kinds.address(given)
+        except FormatError as error:
+            raise WrongSettingError(str(error), key) from None
 
     @property
     def cache_bytes(self) -> int | None:
         """`cache_size` as a number."""
-        return int(self.cache_size[:-1]) << 10 * (1 + "KMGT".index(self.cache_size[-1])) if self.cache_size else None
+        return kinds.size(self.cache_size) if self.cache_size else None
 
     @property
     def real_store(self) -> str:
@@ -401,23 +359,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return os.path.normpath(os.path.join(os.path.dirname(self.database), path))
 
 
-def _no_path(path: str | None) -> str | None:
-    """What is wrong with a path that is none."""
-    if path == "":
-        return "expected a path, found an empty string; name one, or remove this"
-    return "expected a path, found something else (not shown)" if path and _NO_PATH.search(path) else None
-
-
 def _check_paths(settings: Settings) -> None:
-    keys = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
-    paths = [(key, getattr(settings, key)) for key in (*keys, *_FILES)]
-    paths += [("sign_key_paths", path) for path in settings.sign_key_paths]
-    for key, path in paths:
-        if wrong := _no_path(path):
-            raise WrongSettingError(wrong, key, key_file=path)
-    if not os.path.isabs(settings.virtual_nix_store):
-        what = f"expected an absolute path, found {settings.virtual_nix_store!r}"
-        raise WrongSettingError(what, "virtual_nix_store")
+    for key in (*_PATHS, *_FILES):
+        _check(kinds.check_path, [getattr(settings, key)], key)
+    _check(kinds.check_path, settings.sign_key_paths, "sign_key_paths")
+    _check(kinds.check_absolute, [settings.virtual_nix_store], "virtual_nix_store")
 
 
 def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> None:
@@ -427,54 +373,14 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> 
         )
     urls = [upstream.url.rstrip("/") for upstream in upstreams]
     for number, upstream in enumerate(upstreams):
-        if (wrong := _contradiction(upstream)) is None and urls.index(urls[number]) != number:
-            wrong = "url", "given twice; keep one of them"
-        if wrong is not None:
-            key, what = wrong
-            raise WrongSettingError(what, "upstream", str(number), key)
-
-
-def _contradiction(upstream: Upstream) -> tuple[str, str] | None:
-    """The key that cannot be as it is, and why."""
-    for key in ("netrc", "credentials_file", "ca_file"):
-        if wrong := _no_path(getattr(upstream, key)):
-            return key, wrong
-    for text in upstream.public_keys:
-        try:
-            PublicKey.parse(text)
-        except FormatError as error:
-            return "public_keys", f"{error}, as in nix.conf"
-    if upstream.sign and not upstream.public_keys:
-        return "sign", "set without public_keys; only what they signed is signed again, so give them or remove this"
-    if upstream.netrc is not None and upstream.credentials_file is not None:
-        return "credentials_file", "set together with netrc; keep one of them"
-    return None
-
-
-def wanted(kind: object) -> str:
-    """What a field of this type takes, in the words of error messages and of the reference."""
-    schema = msgspec.inspect.type_info(kind)
-    while isinstance(schema, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
-        if isinstance(schema, msgspec.inspect.UnionType):  # with None, where nothing is given
-            schema = next(one for one in schema.types if not isinstance(one, msgspec.inspect.NoneType))
-        elif schema.extra and "wanted" in schema.extra:
-            return str(schema.extra["wanted"])
-        else:
-            schema = schema.type
-    match schema:
-        case msgspec.inspect.IntType(ge=low, le=high):
-            return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
-        case msgspec.inspect.FloatType(le=high):
-            return f"seconds, more than 0 and at most {high}"
-        case msgspec.inspect.LiteralType(values=words):
-            return "one of " + ", ".join(f'"{word}"' for word in words)
-    names: dict[type, str] = {
-        msgspec.inspect.BoolType: "true or false",
-        msgspec.inspect.VarTupleType: "an array of " + ("tables" if _is_of_tables(schema) else "strings"),
-        msgspec.inspect.StructType: "a table",
-    }
-    return names.get(type(schema), "a string")
-
-
-def _is_of_tables(schema: object) -> bool:
-    return isinstance(schema, msgspec.inspect.VarTupleType) and isinstance(schema.item_type, msgspec.inspect.StructType)
+        table = ("upstream", str(number))
+        for key in ("netrc", "credentials_file", "ca_file"):
+            _check(kinds.check_path, [getattr(upstream, key)], *table, key)
+        _check(kinds.check_public_key, upstream.public_keys, *table, "public_keys")
+        if upstream.sign and not upstream.public_keys:
+            what = "set without public_keys; only what they signed is signed again, so give them or remove this"
+            raise WrongSettingError(what, *table, "sign")
+        if upstream.netrc is not None and upstream.credentials_file is not None:
+            raise WrongSettingError("set together with netrc; keep one of them", *table, "credentials_file")
+        if urls.index(urls[number]) != number:
+            raise WrongSettingError("given twice; keep one of them", *table, "url")

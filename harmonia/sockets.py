@@ -26,9 +26,6 @@ _OPTIONS = (
 _DESCRIPTORS = 2  # of a connection: its own, and that of the file that is sent
 _OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
 
-Address = tuple[str, int] | str | None
-"""Host and port, or the path of a unix socket."""
-
 _Key = Literal["bind", "metrics_bind"]
 
 _log = logging.getLogger("harmonia")

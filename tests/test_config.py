@@ -22,8 +22,9 @@ from harmonia import preflight
 from harmonia.config import load, parse
 from harmonia.credentials import authorization, secret_keys, tls_context
 from harmonia.errors import ConfigError
+from harmonia.kinds import wanted
 from harmonia.nix.signing import SecretKey
-from harmonia.settings import ReleaseRules, Settings, Upstream, Zstd, wanted
+from harmonia.settings import ReleaseRules, Settings, Upstream, Zstd
 from harmonia.store_builder import StoreBuilder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 
+from harmonia.kinds import BASE_URL
 from harmonia.server import access_log
-from harmonia.settings import BASE_URL, Settings
+from harmonia.settings import Settings
 
 if TYPE_CHECKING:
     from sanic.http import Http
