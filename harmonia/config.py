@@ -172,7 +172,7 @@ _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _KEYS |= {
     field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)
 }
-_KEYS = {field.name: f"upstream.{field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
+_KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
 
 

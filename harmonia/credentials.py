@@ -102,8 +102,8 @@ def complaint(settings: Settings, context: ssl.SSLContext) -> str | None:
             side.do_handshake()
         except ssl.SSLWantReadError:
             continue
-        except ssl.SSLCertVerificationError as error:
-            return error.verify_message
+        except ssl.SSLError as error:
+            return str(getattr(error, "verify_message", error.reason))
     return None
 
 

@@ -6,6 +6,7 @@ Nothing is taken or changed: a server that runs with the same settings does not 
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from harmonia import credentials, sockets, systemd
 from harmonia.errors import StoreUnavailableError
@@ -61,16 +62,19 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
 def _directories(settings: Settings) -> Iterator[WrongSettingError]:
     if settings.log_dir is not None and not os.path.isdir(settings.log_dir):  # the default one comes with the first log
         yield WrongSettingError(f"there is no directory {settings.log_dir!r}; name the one of Nix's logs", "log_dir")
-    if settings.cache_dir is not None and os.path.exists(settings.cache_dir) and not os.path.isdir(settings.cache_dir):
-        what = f"{settings.cache_dir!r} is no directory; name one, which may be yet to be made"
-        raise WrongSettingError(what, "cache_dir")
+    if settings.cache_dir is not None:
+        path = Path(settings.cache_dir).absolute()
+        there = next(each for each in (path, *path.parents) if os.path.exists(each))
+        if not there.is_dir():
+            what = f"{str(there)!r} is no directory; name one, which may be yet to be made"
+            raise WrongSettingError(what, "cache_dir")
 
 
 def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
     credentials.secret_keys(settings)
     credentials.tokens(settings)
     if (tls := credentials.tls_context(settings)) and (wrong := credentials.complaint(settings, tls)):
-        yield WrongSettingError(f"clients will refuse {settings.tls_cert_path!r}: {wrong}; renew it", "tls_cert_path")
+        yield WrongSettingError(f"clients will refuse {settings.tls_cert_path!r}: {wrong}; replace it", "tls_cert_path")
     files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
     files[settings.tls_key_path] = ("tls_key_path",)
     for number, upstream in enumerate(settings.upstream):

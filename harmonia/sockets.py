@@ -109,7 +109,7 @@ def _wrong(settings: Settings, key: _Key, error: OSError) -> WrongSettingError:
     address = settings.address(key)
     remedy = "choose another address"
     if isinstance(error, socket.gaierror):
-        what = f"has a host of which no address is known: {error.strerror}"
+        what = f"names a host that has no address: {error.strerror}"
     elif error.errno == errno.EADDRINUSE:
         what, remedy = "is already in use", "choose another address, or stop what listens there"
     elif isinstance(address, str) and error.errno == errno.ENOENT:

@@ -584,6 +584,10 @@ def test_upstreams_keep_their_order() -> None:
             "[[upstream]]\nmode = 'proxy'",
             "h.toml:1: [[upstream]] 1: url: missing; each [[upstream]] needs the URL of a cache",
         ),
+        (
+            upstream("public_key = 1"),
+            "h.toml:3: [[upstream]] 1: public_key: unknown key; did you mean [[upstream]] public_",
+        ),
         (upstream("mode = 'push'"), "h.toml:3: [[upstream]] 1: mode: expected one of"),
         (upstream("timeout = 0"), "h.toml:3: [[upstream]] 1: timeout: expected seconds, more than 0"),
         (

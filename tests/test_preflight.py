@@ -44,7 +44,7 @@ def told(directory: Path, settings: str) -> str:
 @pytest.mark.parametrize(
     ("setting", "what"),
     [
-        ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 has a host of which no address is "),
+        ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 names a host that has no address: "),
         ("bind = '192.0.2.1:5000'", "bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; "),
         ("bind = 'unix:ROOT/none/socket'", "bind: unix:ROOT/none/socket has no directory; make 'ROOT/none', in "),
         ("bind = 'unix:ROOT/file/socket'", "bind: unix:ROOT/file/socket cannot be listened on: Not a directory; "),
@@ -55,6 +55,7 @@ def told(directory: Path, settings: str) -> str:
         ("nix_db_path = 'ROOT/other'", "nix_db_path: 'ROOT/other' is no database of Nix: no such table: ValidPaths; "),
         ("nix_db_path = 'ROOT'", "nix_db_path: cannot read 'ROOT': Is a directory; set nix_db_path to "),
         ("cache_dir = 'ROOT/file'", "cache_dir: 'ROOT/file' is no directory; name one"),
+        ("cache_dir = 'ROOT/file/below/it'", "cache_dir: 'ROOT/file' is no directory; name one"),
     ],
 )
 @pytest.mark.usefixtures("store")
@@ -120,7 +121,7 @@ def warned(start: Start, root: Path, settings: str) -> list[str]:
 @pytest.mark.parametrize("days", [-1, 1])
 @pytest.mark.usefixtures("store")
 def test_a_certificate_that_clients_will_refuse_is_warned_of(start: Start, tmp_path: Path, days: int) -> None:
-    told = "6: tls_cert_path: clients will refuse 'ROOT/cert.pem': certificate has expired; renew it\n"
+    told = "6: tls_cert_path: clients will refuse 'ROOT/cert.pem': certificate has expired; replace it\n"
     assert warned(start, tmp_path, certificate(tmp_path, days=days)) == ([told] if days < 0 else [])
 
 
@@ -139,6 +140,25 @@ def test_a_store_of_another_name_is_warned_of(
     what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store', which this should name"
     told = f"6: virtual_nix_store: {what}\n".replace(str(tmp_path), "ROOT")
     assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == ([] if is_empty else [told])
+
+
+@pytest.mark.usefixtures("store")
+def test_a_cache_directory_is_not_made_by_who_only_checks(start: Start, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store", cache_dir=tmp_path / "cache/directory")
+    assert server.stop() == 0
+    shutil.rmtree(tmp_path / "cache")
+    assert run("--config", str(server.config), "check-config").returncode == 0
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_database_that_is_locked_just_now_stops_nothing(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(store.db_path, isolation_level=None)) as nix:
+        nix.execute("pragma journal_mode = delete")
+        nix.execute("begin exclusive")
+        told = f"cannot read {store.db_path}: database is locked; until it can be read, nothing is served\n"
+        assert [line.partition("nix_db_path: ")[2] for line in warned(start, tmp_path, "")] == [
+            told.replace(str(tmp_path), "ROOT")
+        ]
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:{port}", "unix:{directory}/socket"])

@@ -92,7 +92,7 @@ def test_metrics_at_an_address_in_use_are_told_in_one_line(sample: Sample, tmp_p
 
 def test_an_unknown_host_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
     told = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
-    assert told.startswith("1: bind: no-such-host.invalid:5000 has a host of which no address is known: ")
+    assert told.startswith("1: bind: no-such-host.invalid:5000 names a host that has no address: ")
 
 
 def test_an_address_of_another_machine_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
