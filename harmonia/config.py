@@ -37,6 +37,12 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
 def loaded(path: str | None, environ: Mapping[str, str]) -> Iterator[Settings]:
     """The same. What turns out wrong with one of them within is told with its place, too."""
     name, text = _file(path, environ)
+    with _checked(text, name, environ) as settings:
+        yield settings
+
+
+@contextmanager
+def _checked(text: str, name: str, environ: Mapping[str, str]) -> Iterator[Settings]:
     settings = parse(text, name, environ)
     try:
         for doubt in preflight.check(settings, environ):
@@ -52,11 +58,20 @@ def read(path: str | None, environ: Mapping[str, str]) -> Settings:
     return parse(text, name, environ)
 
 
-def origins(path: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Where each key's value comes from: `file:line`, the environment, or `default`. Keys are like `zstd.level`, and in
-    an array of tables like `upstream.0.url`, where they are given.
+def with_origins(
+    path: str | None, environ: Mapping[str, str], *, text_only: bool = False
+) -> tuple[Settings, dict[str, str]]:
+    """The settings, checked unless it is by their text only, and where the value of each key comes from: `file:line`,
+    the environment, or `default`. Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
     """
     name, text = _file(path, environ)
+    if text_only:
+        return parse(text, name, environ), _origins(text, name, environ)
+    with _checked(text, name, environ) as settings:
+        return settings, _origins(text, name, environ)
+
+
+def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]:
     given = tomllib.loads(text)
     keys: list[tuple[str, ...]] = [(field.name,) for field in msgspec.structs.fields(Settings)]
     keys += [("zstd", field.name) for field in msgspec.structs.fields(Zstd)]

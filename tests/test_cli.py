@@ -71,6 +71,12 @@ def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp
     assert "secret:" not in text
 
 
+def test_check_config_reads_a_file_that_can_be_read_but_once(config: Path) -> None:
+    command = [*HARMONIA, "--config", "/dev/stdin", "check-config"]
+    done = subprocess.run(command, input=config.read_text(), capture_output=True, text=True, check=True, timeout=60)
+    assert re.search(r"(?m)^bind = \S+ +# /dev/stdin:1$", done.stdout)
+
+
 def test_what_check_config_prints_is_a_configuration_of_the_same_meaning(config: Path, tmp_path: Path) -> None:
     with config.open("a") as file:
         file.write("trusted_proxies = ['unix', '10.0.0.0/8']\nbase_url = 'https://example.org'\n[zstd]\nlevel = -1\n")

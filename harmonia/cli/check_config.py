@@ -26,9 +26,9 @@ def command(config_file: str | None, *, text_only: bool) -> None:
     What is printed is a configuration file of the same meaning: a line for each setting, and after it the file and
     line, the environment variable or the default that decided it.
     """
-    settings = (config.read if text_only else config.load)(config_file, os.environ)
+    settings, origins = config.with_origins(config_file, os.environ, text_only=text_only)
     click.echo("# The configuration is valid. These are the values in effect, and where they come from.")
-    for line in explained(settings, config.origins(config_file, os.environ)):
+    for line in explained(settings, origins):
         click.echo(line)
 
 
