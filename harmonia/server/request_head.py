@@ -17,6 +17,7 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEAD = re.compile(rb"[A-Z_-]{1,32} " + _TARGET + rb" HTTP/1\.[01](?:\r\n" + _TOKEN + rb":[\t -~\x80-\xff]*)*")
 _HOST = re.compile(r"[!$%&'()*+,.0-9:;=A-Z\[\]_a-z~-]*")
 _LENGTH = re.compile("[0-9]{1,18}", re.ASCII)
+_TLS = b"\x16"  # how a client begins that takes this port for one of HTTPS, and then waits (RFC 8446 section 5.1)
 
 
 class Http(SanicHttp):
@@ -26,6 +27,8 @@ class Http(SanicHttp):
     """
 
     async def http1_request_header(self) -> None:
+        if self.recv_buffer.startswith(_TLS):
+            raise BadRequest
         try:
             await super().http1_request_header()  # type: ignore[no-untyped-call]
         finally:

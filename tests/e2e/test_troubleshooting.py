@@ -116,17 +116,27 @@ def nobody(world: World) -> None:
         world.realise(client)
 
 
-def _tls(world: World) -> Server:
+def _certificates(world: World) -> None:
     if not (world.directory / "server.pem").exists():
         authority(world.directory, "server")
         authority(world.directory, "other")
         (world.directory / "server.key").chmod(0o600)
+
+
+def _tls(world: World) -> Server:
+    _certificates(world)
     directory = world.directory
     return world.serve(f"tls_cert_path = '{directory}/server.pem'\ntls_key_path = '{directory}/server.key'")
 
 
 def http_to_https(world: World) -> None:
     world.realise(world.client(_tls(world).url.replace("https:", "http:")))
+
+
+def https_to_http(world: World) -> None:
+    _certificates(world)  # newer Nixes look at what they trust first
+    client = world.client(world.serve().url.replace("http:", "https:"))
+    world.run(client, "nix-store", "--realise", world.path, NIX_SSL_CERT_FILE=str(world.directory / "other.pem"))
 
 
 def untrusted_certificate(world: World) -> None:
@@ -215,6 +225,7 @@ SYMPTOMS = {
     "The URL is another one": another_url,
     "Nobody answers": nobody,
     "HTTP to a port of HTTPS": http_to_https,
+    "HTTPS to a port of HTTP": https_to_http,
     "The certificate is not trusted": untrusted_certificate,
     "It wants a token": token_wanted,
     "It is for another store": another_store,

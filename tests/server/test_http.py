@@ -1,5 +1,7 @@
 """What is true of every resource, whatever it is: methods, HEAD, errors, framing."""
 
+import ssl
+
 import pytest
 
 from harmonia import __version__
@@ -102,6 +104,15 @@ def test_nonsense_is_the_clients_fault(server: Server, sent: bytes, status: int)
     assert answer.status == status
     assert b"Traceback" not in answer.body
     assert len(answer.body) < 100
+
+
+def test_tls_is_told_at_once_that_it_is_not_spoken(server: Server) -> None:
+    context = ssl.create_default_context()
+    with server.connect(timeout=5) as connection, pytest.raises(ssl.SSLError, match="WRONG_VERSION_NUMBER"):
+        context.wrap_socket(connection, server_hostname="cache")
+    with server.connect(timeout=5) as connection:
+        connection.sendall(b"\x16")
+        assert read_answer(connection).status == 400
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
