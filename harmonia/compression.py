@@ -32,7 +32,10 @@ _log = logging.getLogger("harmonia")
 
 
 class Source(Protocol):
-    """What is compressed: `size` bytes, of which any part can be read, by several threads at once."""
+    """What is compressed: `size` bytes, of which any part can be read, by several threads at once.
+
+    One with a hash is a NAR, whose `str` is its path.
+    """
 
     @property
     def size(self) -> int: ...
@@ -66,12 +69,15 @@ class Compressor:
         self.cache = cache
         self.seconds = 0.0
         """Of processor time, spent so far."""
+        self.damaged_nars = 0
+        """How often a NAR was found not to be what was registered."""
         self.threads, self._encoders = encoders(settings)
         self._waiting = 0
         self._fills = 0
         self._known: dict[bytes, CompressedFile] = {}
         self._unknown: dict[bytes, float] = {}
         self._buffers: list[mmap.mmap] = []
+        self._damaged: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -116,13 +122,14 @@ class Compressor:
     def open(self, source: Source) -> CachedFile | None:
         """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
 
-        None where there is no cache that can be written, where the source has no hash that could be its name, or where
-        so much is being compressed that no more may begin whose client can leave.
+        None where there is no cache that can be written, where the source has no hash that could be its name, where it
+        was damaged when it was read last, or where so much is being compressed that no more may begin whose client can
+        leave.
         """
         if not self.cache or not source.sha256:
             return None
         key = self._key(source.sha256)
-        if self._fills >= _MOST_FILLS:
+        if self._fills >= _MOST_FILLS or str(source) in self._damaged:
             return self.cache.use(key)
         opened = self.cache.open(key)
         if opened is None:
@@ -192,6 +199,21 @@ class Compressor:
         with self._lock:
             self._fills += difference
 
+    def found_damaged(self, source: Source, error: StoreObjectError) -> None:
+        """Count a NAR that is not what was registered, and tell of it once."""
+        with self._lock:
+            self.damaged_nars += 1
+            known = str(source) in self._damaged
+            if len(self._damaged) > _REMEMBERED:
+                self._damaged.clear()
+            self._damaged.add(str(source))
+        if not known:
+            _log.error("%s; nix-store --repair-path mends it, and harmonia verify --all finds others like it", error)
+
+    def found_intact(self, source: Source) -> None:
+        with self._lock:
+            self._damaged.discard(str(source))
+
     def _count(self, difference: int) -> None:
         with self._lock:
             self._waiting += difference
@@ -248,7 +270,13 @@ class CompressedNar:
                 file = None if reopened else self._compressor.open(self._source)
                 reopened = True
             reached = yield from self._compressor.stream(self._source, position, stop)
-            self.size = reached if stop is None else self.size
+            if stop is None:
+                self.size = reached
+                self._compressor.found_intact(self._source)
+        except StoreObjectError as error:
+            if file is None:  # else it is the file that was cut short
+                self._compressor.found_damaged(self._source, error)
+            raise
         finally:
             if file is not None:
                 file.close()
@@ -279,7 +307,7 @@ def check(source: Source, sha256: bytes) -> None:
     """StoreObjectError where what was read is not what it should be."""
     if source.sha256 is not None and source.sha256 != sha256:
         found, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
-        raise StoreObjectError(f"its NAR hash is sha256:{found}, but sha256:{registered} was registered")
+        raise StoreObjectError(f"{source}: its NAR hash is sha256:{found}, but sha256:{registered} was registered")
 
 
 class _Fill:
@@ -342,9 +370,11 @@ class _Fill:
         if self._over:
             return
         self._end()
-        self._filler.abandon()
-        if not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
+        if isinstance(error, StoreObjectError):
+            self._compressor.found_damaged(self._source, error)
+        elif not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
             _log.error("a NAR cannot be kept compressed: %s", str(error) or type(error).__name__)
+        self._filler.abandon()  # so that who reads it does not try once more what was found damaged
 
     def _end(self) -> None:
         self._over = True

@@ -24,6 +24,7 @@ _TOTALS = {
     "cache_evictions": "NARs removed from the cache for others.",
     "cache_corrupt": "NARs removed from the cache because they were damaged.",
     "encoder_seconds": "Processor time spent on compression, in seconds.",
+    "damaged_nars": "Times that a NAR to be compressed was not what was registered.",
 }
 
 _UPSTREAMS = {

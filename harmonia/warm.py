@@ -42,6 +42,9 @@ class _Heard:
         self._read: list[int] = []
         self.size, self.sha256 = nar.size, nar.sha256
 
+    def __str__(self) -> str:
+        return str(self._nar)
+
     def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]:
         yield from self._nar.read(start, stop)
         self._read.append(stop - start)  # by several threads

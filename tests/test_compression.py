@@ -59,6 +59,9 @@ class Memory:
     """Is called before a part is read."""
     reads: list[int] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        return f"/nix/store/{hashlib.sha256(self.content).hexdigest()}"
+
     @property
     def size(self) -> int:
         return len(self.content)
@@ -445,6 +448,24 @@ def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
         assert compressor.known(source.sha256 or b"") is None
         assert cache.counters.fills == 0
     assert not os.listdir(tmp_path)
+
+
+def test_a_damaged_nar_is_told_of_once_until_it_is_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, damaged = nar(), changed(cut_short, nar())
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        for times in (1, 2):
+            for _ in range(3):
+                with pytest.raises(StoreObjectError):
+                    read(compressor, damaged)
+            assert cache.counters.misses == 2 * times - 1  # what is damaged is tried for the cache once
+            assert compressor.damaged_nars == 4 * times
+            assert len(caplog.records) == times
+            assert read(compressor, source) == reference(source)
+            assert cache.counters.fills == times - 1
+            assert read(compressor, source) == reference(source)
+            wait_until(lambda: cache.counters.fills == times)  # noqa: B023
+            for name in os.listdir(tmp_path):
+                os.unlink(tmp_path / name)
 
 
 @pytest.mark.parametrize("cached", [True, False])

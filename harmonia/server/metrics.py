@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sanic.http import Http
 
 
-TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds")
+TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
 """What `look` takes down."""
 
 
@@ -34,7 +34,7 @@ def look(cache: Cache) -> None:
     """Take down what others count for themselves. Done every now and then, for the other workers to see."""
     compressor = cache.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
-    cache.metrics.own.look((*astuple(counters), compressor.seconds), compressor.waiting)
+    cache.metrics.own.look((*astuple(counters), compressor.seconds, compressor.damaged_nars), compressor.waiting)
 
 
 async def get(cache: Cache, _: Request) -> Representation:

@@ -4,6 +4,7 @@ We hand out `/nar/<hash>-<narhash>.nar`, as nix-serve does. `/nar/<narhash>.nar?
 hands out, and `/nar/<hash>.nar` what nix-serve once did: clients remember those for 30 days.
 """
 
+import os
 import re
 from collections.abc import Generator, Hashable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ class Nar:
     @classmethod
     def of(cls, cache: Cache, info: PathInfo) -> Self:
         return cls(info, cache.store.real_path(info.path), cache.layouts, cache.hold(info))
+
+    def __str__(self) -> str:
+        return os.fsdecode(self.root)
 
     @property
     def size(self) -> int:
@@ -97,7 +101,7 @@ class Nar:
 
     def _check(self, size: int) -> None:
         if size != self.size:
-            raise StoreObjectError(f"{self.info.path} has a NAR of {size} bytes, but {self.size} were registered")
+            raise StoreObjectError(f"{self} has a NAR of {size} bytes, but {self.size} were registered")
 
 
 def found(path: SignedPath | None) -> PathInfo:

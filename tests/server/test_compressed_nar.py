@@ -467,6 +467,9 @@ def test_a_corrupt_store_object_is_never_sent_whole(
             server.get(url, headers)
         assert list((server.cache_dir / "nar").iterdir()) == []
     server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off.*{base32.encode(path.nar_hash)} was registered")
+    remedy = rf"ERROR {store.real_dir}/{path.path}: its NAR hash .* was registered; nix-store --repair-path mends it"
+    assert sum(bool(re.search(remedy, line)) for line in server.log) == 1
+    assert "\nharmonia_damaged_nars_total 3.0\n" in server.get("/metrics").text  # once while it was to be kept
     for asked, version in (({"Range": "bytes=100-"}, "1.1"), ({}, "1.0")):
         assert server.request("GET", file_url(path), asked, version=version).status == 404
     assert "FileHash" not in narinfo(server, path)
