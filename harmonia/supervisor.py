@@ -152,10 +152,13 @@ class Supervisor:
             if number == signal.SIGHUP:
                 self._signal_all(signal.SIGHUP)
             elif number in (signal.SIGTERM, signal.SIGINT):
+                name = signal.Signals(number).name
                 if self._stop_at is None:
+                    _log.info("%s: stopping; requests being answered have %g s to end", name, self._grace)
                     self._stop(self._grace)
                 else:
-                    self._stop_at = time.monotonic()  # asked twice: at once
+                    _log.info("%s again: stopping at once", name)
+                    self._stop_at = time.monotonic()
 
     def _stop(self, grace: float) -> None:
         systemd.notify("STOPPING=1")

@@ -159,6 +159,7 @@ def test_a_running_download_completes_while_all_else_is_refused(start: Start, sa
         server.process.terminate()
         assert idle.recv(1) == b""
         wait_until_refused(server)
+        assert server.wait_for_log(r"INFO SIGTERM: stopping; requests being answered have 30 s to end")
         assert arrives_whole(response, sample.big)
     assert server.wait() == 0
 
@@ -195,6 +196,7 @@ def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
         server.process.terminate()
         server.wait()
         assert time.monotonic() - began < 3
+        assert server.log[-1].endswith(" INFO SIGTERM again: stopping at once\n")
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             response.read()
 
