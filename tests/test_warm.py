@@ -65,6 +65,7 @@ def test_what_was_warmed_is_a_hit_for_the_running_server(store: StoreBuilder, st
     answer = run("--config", str(server.config), "warm", f"/nix/store/{large.path}")
     assert answer.returncode == 0, answer.stderr
     assert counts(answer.stderr) == [2, 0, 0, 0]
+    assert answer.stderr.startswith(f"Filling the cache in {server.cache_dir}\n")
     for info in (dep, large):
         assert b"FileSize: " in server.get(f"/{info.path.hash_part}.narinfo").body
         assert len(unpacked(server.get(nar_url(info) + ".zst").body)) == info.nar_size

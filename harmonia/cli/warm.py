@@ -27,8 +27,9 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     They go into the server's cache, so that a deployment need not wait for them.
 
     PATHs are store paths, or symlinks to them such as ./result or /run/current-system. It takes the settings, and so
-    the --config and the environment, of the server, which may run meanwhile and has precedence. What is there already
-    is left as it is; nothing is evicted: what the cache has no room for is left out, and told.
+    the --config and the environment, of the server, which may run meanwhile and has precedence. With others it fills
+    another cache, and so it says which. What is there already is left as it is; nothing is
+    evicted: what the cache has no room for is left out, and told.
 
     \b
     After a build:       harmonia warm ./result
@@ -45,6 +46,8 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
     warm.take_owner(settings)
     warm.give_way()
+    if not quiet:
+        click.echo(f"Filling the cache in {settings.cache_dir}", err=True)
     began = time.monotonic()
     counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
     try:
