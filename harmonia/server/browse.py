@@ -51,7 +51,7 @@ async def search(cache: Cache, request: Request) -> Representation:
 
 def _summary(asked: str, result: catalogue.Paths) -> str:
     if not asked:
-        return "By a part of its name, or by the beginning of its hash."
+        return "Find a path by a part of its name, or by the beginning of its hash."
     least = "" if result.complete else "at least "
     first = f"The first {len(result.shown)} of " if result.total > len(result.shown) else ""
     return f"{first}{least if first else least.capitalize()}{page.count(result.total, 'path')} for “{asked}”"
