@@ -146,7 +146,7 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
         error = guard.instead(request, error) if guard else error
-        return _done(cache, unknown, request, errors.response(request, error))
+        return _done(cache, unknown, request, errors.response(cache, request, error))
 
     app.error_handler.add(Exception, failed)
     return app
@@ -168,7 +168,7 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
             response = await respond(request, representation, cache.threads.readers)
             lasts = representation.lasts
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
-            response = errors.response(request, error)
+            response = errors.response(cache, request, error)
             lasts = error.lasts if isinstance(error, AbsentError) else None
         except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
             if request.responded:

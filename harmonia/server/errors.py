@@ -2,20 +2,35 @@
 
 import logging
 from http import HTTPStatus
+from typing import cast
 
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
 from harmonia.errors import SHORTAGES, StoreObjectError, StoreUnavailableError, UpstreamError
+from harmonia.server import page
+from harmonia.server.body import Representation
+from harmonia.server.cache import Cache
+from harmonia.server.negotiation import prefers_html
 
 _NO_THREAD = "can't start new thread"  # Python's words, where memory or tasks are short
+
+_EXPLAINED = {
+    HTTPStatus.UNAUTHORIZED: "This cache is for those who have a token. It is the password, whatever the name.",
+    HTTPStatus.FORBIDDEN: "The token is a right one, but not good for this.",
+    HTTPStatus.NOT_FOUND: "This cache has nothing of that name, or cannot give it out.",
+    HTTPStatus.TOO_MANY_REQUESTS: "That was more than one may ask in a short time. Try again in a while.",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "This is a fault of the server. Its log says more.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "This cannot be told just now. Try again in a moment.",
+}
+"""In words for people. All others only get what Python has to say of them."""
 
 _log = logging.getLogger("harmonia")
 
 
-def response(request: Request, error: Exception) -> HTTPResponse:
+def response(cache: Cache, request: Request, error: Exception) -> HTTPResponse:
     """The response that tells of `error`, which is logged where it is not the client's own affair."""
-    headers = {"cache-control": "no-store"}
+    headers = {"cache-control": "no-store", "vary": "Accept"}
     match error:
         case SanicException():
             status = HTTPStatus(error.status_code)
@@ -41,4 +56,15 @@ def response(request: Request, error: Exception) -> HTTPResponse:
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         what = str(error) or type(error).__name__
         _log.error("%s %s: %d, %s", request.method, request.path, status, what, exc_info=unexpected)
+    if prefers_html(",".join(request.headers.getall("accept", []))):
+        shown = _page(cache, request, status)
+        return HTTPResponse(cast("bytes", shown.body), status, {**headers, **shown.headers}, shown.content_type)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")
+
+
+def _page(cache: Cache, request: Request, status: HTTPStatus) -> Representation:
+    document = page.begin(cache, status.phrase, "../" * (request.path.count("/") - 1) or "./")
+    with document.main:
+        document.h1(status.phrase)
+        document.p(_EXPLAINED.get(status, f"{status.description}."))
+    return page.end(cache, document)

@@ -1,11 +1,11 @@
-"""Accept-Encoding: RFC 9110 section 12.5.3. We have zstd and identity to offer."""
+"""What a client prefers: RFC 9110 section 12.5. We offer zstd and identity, and errors as a page or as plain text."""
 
 import re
 
 from sanic.exceptions import SanicException
 
-_ELEMENT = re.compile(r"([!#$%&'*+.^_`|~0-9a-z-]+)(?:[ \t]*;[ \t]*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?")
-"""A coding and its weight, in lower case."""
+_ELEMENT = re.compile(r"([!#$%&'*+.^_`|~0-9a-z/-]+)(?:[ \t]*;[ \t]*q=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?))?")
+"""A coding or a media type and its weight, in lower case."""
 
 
 class NotAcceptable(SanicException):
@@ -15,7 +15,7 @@ class NotAcceptable(SanicException):
 
 
 def weights(header: str) -> dict[str, float]:
-    """The weight of each coding that is named, in lower case. What is malformed is as if it were not there."""
+    """The weight of each that is named, in lower case. What is malformed is as if it were not there."""
     matches = (_ELEMENT.fullmatch(element.strip(" \t").lower()) for element in header.split(","))
     return {match[1]: float(match[2] or 1) for match in matches if match}
 
@@ -35,3 +35,10 @@ def prefers_zstd(header: str, *, worthwhile: bool = True) -> bool:
         return True
     # Nobody who names zstd wants the plain bytes as much, whatever weight they have by default.
     return worthwhile and zstd > 0 and (identity is None or zstd >= identity)
+
+
+def prefers_html(header: str) -> bool:
+    """Whether who sends that Accept would rather have a page than plain text: browsers do, where people look."""
+    wanted = weights(header)
+    others = wanted.get("text/*", wanted.get("*/*", 0.0))
+    return wanted.get("text/html", others) > wanted.get("text/plain", others)

@@ -215,6 +215,7 @@ def urls(server: Server, made: Demo) -> dict[str, str]:
         "search": f"{server.url}/search?q=hello",
         "path": f"{server.url}/path/{hashes['hello-1.0']}",
         "listing": f"{server.url}/serve/{hashes['odd-names']}/",
+        "error": f"{server.url}/path/{'0' * 32}",
     }
 
 
@@ -228,7 +229,7 @@ def test_each_page_loads_without_complaint_and_alone(page: Page, urls: dict[str,
     assert page.run("getComputedStyle(document.querySelector('section')).borderRadius") != "0px"
 
 
-@pytest.mark.parametrize("which", ["landing", "search", "path", "listing"])
+@pytest.mark.parametrize("which", ["landing", "search", "path", "listing", "error"])
 def test_each_page_can_be_read_by_day_and_night_on_any_screen(page: Page, urls: dict[str, str], which: str) -> None:
     page.open(urls[which])
     grounds = set()
@@ -331,6 +332,13 @@ def test_all_of_it_works_under_a_path_of_a_proxy(
         asked += page.open(f"{base}/serve/{website.hash_part}").requested
         assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
     assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
+
+
+def test_from_an_error_there_is_a_way_back(page: Page, urls: dict[str, str], server: Server) -> None:
+    page.open(urls["error"])
+    assert page.run("document.querySelector('h1').innerText") == "Not Found"
+    assert page.run("document.querySelector('header a').href") == f"{server.url}/"
+    assert page.run("document.querySelector('form').action") == f"{server.url}/search"
 
 
 def test_a_log_is_shown_and_not_saved(page: Page, urls: dict[str, str]) -> None:

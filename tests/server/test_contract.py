@@ -10,6 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from time import time
 from typing import NamedTuple
+from urllib.parse import urljoin
 
 import pytest
 import zstandard
@@ -116,6 +117,7 @@ RANGES = [
     "bytes=5-2",
     "x=1-2",
 ]
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
 def name(uri: str) -> str:
@@ -178,6 +180,7 @@ def check_error(answer: Answer) -> None:
     assert answer.text == f"{HTTPStatus(answer.status).phrase}\n"
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
     assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["vary"] == "Accept"
     assert not {"etag", "content-encoding", "last-modified"} & answer.headers.keys()
 
 
@@ -259,6 +262,29 @@ def test_etags(server: Server, row: Row) -> None:
                     assert same.headers.get(kept) == answer.headers.get(kept)
                 assert not {"content-type", "content-length", "content-encoding"} & same.headers.keys()
         assert server.get(row.path, {"If-None-Match": '"other"', "Accept-Encoding": accepted}).status == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("wanted", [{}, {"Accept-Encoding": "*;q=0"}, {"Range": "bytes=9999999999-"}])
+def test_an_error_is_a_page_for_a_browser(server: Server, row: Row, method: str, wanted: dict[str, str]) -> None:
+    plain = server.request(method, row.path, wanted)
+    answer = server.request(method, row.path, {**wanted, "Accept": BROWSER})
+    assert answer.status == plain.status
+    if plain.status < 400:
+        assert row.live or answer == plain
+        return
+    check_error(plain)
+    phrase = HTTPStatus(plain.status).phrase
+    assert f"<title>{phrase}</title>" in answer.text
+    assert f"<main><h1>{phrase}</h1><p>" in answer.text
+    changed = {"content-type": "text/html; charset=utf-8", "content-length": str(len(answer.body))}
+    theirs = {name: answer.headers[name] for name in ("content-security-policy", "x-content-type-options")}
+    assert answer.headers == {**plain.headers, **changed, **theirs}
+    [top] = re.findall(r'<header><a href="([./]+)">', answer.text)
+    assert urljoin(row.path, top) == "/"
+    if method == "GET":
+        head = server.head(row.path, {**wanted, "Accept": BROWSER})
+        assert (head.status, head.headers, head.body) == (answer.status, answer.headers, b"")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""Accept-Encoding, on everything that can be sent in zstd: who wants it gets it, and nobody else."""
+"""Accept-Encoding, on everything that can be sent in zstd, and Accept, on errors: who wants it gets it, nobody else."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
-from harmonia.server.negotiation import NotAcceptable, prefers_zstd
+from harmonia.server.negotiation import NotAcceptable, prefers_html, prefers_zstd
 from harmonia.store_builder import StoreBuilder
 from running import Answer, Server, nar_url, read_answer, unpacked, wait_until
 
@@ -326,3 +326,28 @@ def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Pat
     # Clients remember for 30 days where they were once sent.
     assert unpacked(server.get(nar_url(path) + ".zst").body) == plain
     assert not (server.directory / "cache" / "nar").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "html"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("text/html, application/xhtml+xml, image/jxr, */*", False),  # it takes either as well
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", True),
+        (
+            "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8,application/signed-exchange;v=b3;q=0.7",
+            True,
+        ),
+        ("TEXT/HTML", True),
+        ("text/html, text/plain", False),
+        ("text/html;q=0.9, text/plain;q=0.8", True),
+        ("text/plain, text/html;q=0.9", False),
+        ("text/*, text/plain;q=0.5", True),
+        ("text/html;q=0", False),
+        ("image/avif,image/webp,image/*,*/*;q=0.8", False),
+        ("application/json", False),
+    ],
+)
+def test_who_prefers_a_page_to_plain_text(header: str, *, html: bool) -> None:
+    assert prefers_html(header) == html
