@@ -1,6 +1,5 @@
 """`/realisations/…` and `/build-trace-v2/…`: what the outputs of content-addressed derivations came out as."""
 
-import hashlib
 import logging
 from urllib.parse import unquote_to_bytes
 
@@ -9,6 +8,7 @@ from sanic.exceptions import NotFound
 
 from harmonia.nix.build_trace import Realisation, render_build_trace, render_realisation
 from harmonia.nix.signing import is_signature
+from harmonia.server import metadata
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 
@@ -60,9 +60,4 @@ async def _checked(cache: Cache, name: str, realisation: Realisation | None) -> 
 
 
 def _representation(cache: Cache, text: bytes) -> Representation:
-    return Representation(
-        content_type="application/json",
-        body=text,
-        cache_control=f"public, max-age={cache.settings.narinfo_max_age}",
-        etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
-    )
+    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)

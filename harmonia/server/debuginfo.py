@@ -5,7 +5,6 @@ archive is relative to this resource. It is the plain NAR, for dwarffs knows no 
 """
 
 import asyncio
-import hashlib
 import json
 from functools import partial
 
@@ -15,6 +14,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.build_id import is_build_id, member
 from harmonia.nix.path_info import PathInfo
+from harmonia.server import metadata
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 from harmonia.server.narinfo import nar_url
@@ -31,12 +31,7 @@ async def get(cache: Cache, _: Request, name: str) -> Representation:
     if info is None:
         raise NotFound
     text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
-    return Representation(
-        content_type="application/json",
-        body=text,
-        cache_control=f"public, max-age={cache.settings.narinfo_max_age}",
-        etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
-    )
+    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
 
 
 async def _find(cache: Cache, build_id: str) -> PathInfo | None:

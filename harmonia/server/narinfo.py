@@ -1,6 +1,5 @@
 """`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is. With `?json`, in JSON."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +11,7 @@ from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
+from harmonia.server import metadata
 from harmonia.server.body import Representation
 from harmonia.server.cache import Cache
 from harmonia.server.repeats import AbsentError
@@ -52,13 +52,7 @@ def representation(
             raise StoreObjectError(f"{info.path}: {error}") from error
     else:
         text = narinfo.render(info, store_dir, nar, sigs)
-    body = text.encode()
-    return Representation(
-        content_type=content_type,
-        body=body,
-        cache_control=f"public, max-age={max_age}",
-        etag=f'"{hashlib.blake2b(body, digest_size=15).hexdigest()}"',
-    )
+    return metadata.representation(content_type, text.encode(), max_age)
 
 
 def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> NarFile:

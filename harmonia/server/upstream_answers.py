@@ -3,7 +3,6 @@
 Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
 """
 
-import hashlib
 import json
 import re
 from urllib.parse import quote, unquote_to_bytes, urljoin
@@ -16,7 +15,7 @@ from harmonia import credentials
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.narinfo import NarFile, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server import narinfo
+from harmonia.server import metadata, narinfo
 from harmonia.server.body import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.server.upstream_nars import Nars, hops_of, is_debug_nar
@@ -120,7 +119,7 @@ class Answers:
         text = await self._upstreams.get(ask, hops_of(request))
         if text is None:
             raise NotFound
-        return self._small("application/json", text)
+        return metadata.representation("application/json", text, self._max_age)
 
     async def debuginfo_get(self, request: Request, name: str) -> Representation:
         build_id = name.removesuffix(".debug")
@@ -147,7 +146,7 @@ class Answers:
         text = await self._upstreams.get(ask, hops_of(request))
         if text is None:
             raise NotFound
-        return self._small("application/json", text)
+        return metadata.representation("application/json", text, self._max_age)
 
     async def _find(self, request: Request, hash_part: str) -> Found:
         found = await self._upstreams.find(hash_part, hops_of(request))
@@ -184,14 +183,6 @@ class Answers:
             body = await whole_if_need_be(Passed(client, again, response), request, self._cache.threads.readers)
         return Representation(
             content_type=content_type, body=body, cache_control=cache_control, headers={**(headers or {}), **encoded}
-        )
-
-    def _small(self, content_type: str, text: bytes) -> Representation:
-        return Representation(
-            content_type=content_type,
-            body=text,
-            cache_control=f"public, max-age={self._max_age}",
-            etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
         )
 
 
