@@ -14,8 +14,9 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple, Protocol
 
+from harmonia.cached_file import CachedFile, Filler
 from harmonia.errors import StoreObjectError
-from harmonia.nar_cache import CachedFile, Filler, NarCache
+from harmonia.nar_cache import NarCache
 from harmonia.nix import base32, nar
 from harmonia.nix.nar import OpenSlice
 from harmonia.settings import Zstd

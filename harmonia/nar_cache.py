@@ -1,32 +1,19 @@
 """A bounded cache of files on disk, shared by any number of processes: each file is made once, however many ask for it.
 
-A file is *growing* while its *filler*, one process, writes it; all others read what there is already. It ends with a
-trailer, by which every reader sees when it is whole, so that no part of one ever passes for a whole::
-
-    content, its SHA-256, its length in 8 bytes, a magic number
-
-The filler holds a lock on the file, which the kernel takes from it when it dies. Then another one may take its place,
-for the same key always has the same content. Nothing here waits for anybody.
+All others read what there is of it while it grows (cached_file.py). Where who fills it dies, another one may take its
+place, for the same key always has the same content. Nothing here waits for anybody.
 """
 
 import errno
-import fcntl
-import hashlib
 import logging
 import os
-import struct
 import time
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import OpenSlice
+from harmonia.cached_file import GROWING, CachedFile, Filler
 
-_TRAILER = struct.Struct("<32sQ16s")
-_MAGIC = b"harmonia file v1"
-_GROWING = ".growing"
 _SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
 _LARGEST_DEFAULT = 20 << 30  # bytes
 _EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
@@ -47,165 +34,6 @@ class Counters:
     filled_bytes: int = 0
     evictions: int = 0
     corrupt: int = 0
-
-
-class CachedFile:
-    """A file of the cache, whole or growing. It can be read until it is closed, even when it was evicted."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self.size = 0
-        """How many bytes of the content there are."""
-        self.sha256: bytes | None = None
-        """Of the content, once it is whole."""
-
-    @property
-    def whole(self) -> bool:
-        return self.sha256 is not None
-
-    def refresh(self) -> None:
-        """Look how far it has come."""
-        if self.whole:
-            return
-        # What may be a trailer, or the beginning of one, is held back.
-        size = max(os.fstat(self._descriptor).st_size - _TRAILER.size, 0)
-        trailer = os.pread(self._descriptor, _TRAILER.size, size)
-        if len(trailer) == _TRAILER.size:
-            sha256, length, magic = _TRAILER.unpack(trailer)
-            if (length, magic) == (size, _MAGIC):
-                self.sha256 = sha256
-        self.size = size
-
-    def slice(self, start: int, stop: int) -> OpenSlice:
-        return OpenSlice(self._descriptor, start, stop)
-
-    def follow(self, start: int, stop: int | None) -> Generator[OpenSlice | None, None, int]:
-        """The bytes from `start` to `stop`, or to the end, as they come; None whenever there are none yet.
-
-        Returns how far it came: not all the way where nobody fills it any longer. StoreObjectError where it was cut
-        short.
-        """
-        position = start
-        abandoned = False
-        while True:
-            self.refresh()
-            end = self.size if stop is None else min(stop, self.size)
-            if position < end:
-                part = self.slice(position, end)
-                yield part
-                position = part.position
-            if self.whole and position < end:
-                raise StoreObjectError("its file in the cache was cut short")
-            if self.whole or position == stop or abandoned:
-                return position
-            abandoned = self.lock()  # then it may have become whole just before
-            if not abandoned:
-                yield None
-
-    def lock(self) -> bool:
-        """Whether nobody fills it, and nobody will before it is closed."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def is_at(self, path: str) -> bool:
-        """Whether it is still the file there, as it remains while it is locked. OSError where nothing is there."""
-        return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
-
-    def is_intact(self) -> bool:
-        """Whether the content of a whole file is what was once written. Reads all of it."""
-        sha256 = hashlib.sha256()
-        content = self.slice(0, self.size)
-        with suppress(OSError):  # a disk that notices by itself
-            while data := content.read():
-                sha256.update(data)
-        return sha256.digest() == self.sha256
-
-    def detach(self) -> int:
-        """The descriptor, for somebody else to close."""
-        descriptor, self._descriptor = self._descriptor, -1
-        return descriptor
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self.detach())
-
-    __del__ = close  # of one that nobody came to read
-
-
-class Filler:
-    """The right to write a file, until `commit`, or `abandon`: that one also after any other has raised OSError."""
-
-    def __init__(self, cache: "NarCache", key: str, descriptor: int) -> None:
-        self._cache = cache
-        self._key = key
-        self._descriptor = descriptor
-        self._sha256 = hashlib.sha256()
-        self._finished = False
-        self.size = 0
-
-    @property
-    def sha256(self) -> bytes:
-        """Of what was written so far."""
-        return self._sha256.digest()
-
-    def append(self, data: bytes) -> None:
-        self._write(data)
-        self._sha256.update(data)
-        self.size += len(data)
-
-    def read(self, position: int, size: int) -> bytes:
-        """Of what was written so far."""
-        return os.pread(self._descriptor, min(size, self.size - position), position)
-
-    def finish(self) -> None:
-        """Make the file whole, which those who read it already see at once. It is not in the cache yet."""
-        self._write(_TRAILER.pack(self.sha256, self.size, _MAGIC))
-        self._finished = True
-
-    def commit(self) -> None:
-        """Add the whole file to the cache, and wait until it would outlast a crash."""
-        if not self._finished:
-            self.finish()
-        path = self._cache.path(self._key)
-        try:
-            os.fdatasync(self._descriptor)
-            os.rename(path + _GROWING, path)
-        except OSError as error:
-            self._cache.failed(error)
-            raise
-        self._close()
-        self._cache.filled(self.size)
-
-    def withdraw(self) -> None:
-        """Take back what was written, which is wrong, from its readers, too: for them it becomes empty."""
-        with suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-        self.abandon()
-
-    def abandon(self) -> None:
-        if self._descriptor < 0:
-            return  # it is committed, or abandoned already
-        with suppress(OSError):
-            os.unlink(self._cache.path(self._key) + _GROWING)
-        self._close()
-
-    __del__ = abandon  # of one that nobody came to use: its lock would make all others wait for ever
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        os.close(descriptor)
-
-    def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            self._cache.failed(error)
-            raise
 
 
 class NarCache:
@@ -323,7 +151,7 @@ class NarCache:
     def sweep(self) -> None:
         """Remove growing files whose fillers died. OSError."""
         with os.scandir(self._directory) as entries:
-            paths = [entry.path for entry in entries if entry.name.endswith(_GROWING)]
+            paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
         for path in paths:
             with suppress(OSError), closing(CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))) as file:
                 if file.lock() and file.is_at(path):
@@ -335,7 +163,7 @@ class NarCache:
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if not entry.name.endswith(_GROWING):
+                    if not entry.name.endswith(GROWING):
                         status = entry.stat(follow_symlinks=False)
                         files.append((status.st_mtime, status.st_blocks * 512, entry.path))
         return files
@@ -369,18 +197,20 @@ class NarCache:
 
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
         """None where it has just become whole, or was taken away."""
-        path = self.path(key) + _GROWING
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.path(key)
+        growing = path + GROWING
+        descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         file = CachedFile(descriptor)
         if not file.lock():
             return file, None
         with suppress(FileNotFoundError):
-            if file.is_at(path):
+            if file.is_at(growing):
                 file.refresh()
                 # One that is whole may be read by somebody, although who filled it died before it got its name.
-                if not file.whole and not os.path.exists(self.path(key)):
+                if not file.whole and not os.path.exists(path):
                     os.ftruncate(descriptor, 0)  # of what an earlier filler may have left
-                    return CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), Filler(self, key, file.detach())
-                os.unlink(path)
+                    reader = CachedFile(os.open(growing, os.O_RDONLY | os.O_CLOEXEC))
+                    return reader, Filler(path, file.detach(), self.filled, self.failed)
+                os.unlink(growing)
         file.close()
         return None

@@ -9,9 +9,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
+from harmonia.cached_file import CachedFile
 from harmonia.compression import Compressor
 from harmonia.errors import ConfigError, StoreObjectError
-from harmonia.nar_cache import CachedFile, NarCache
+from harmonia.nar_cache import NarCache
 from harmonia.nix.nar import OpenSlice
 from harmonia.nix.nar_layout import Layouts
 from harmonia.nix.store_path import StorePath

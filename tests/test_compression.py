@@ -25,9 +25,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harmonia import zstd
+from harmonia.cached_file import Filler
 from harmonia.compression import Compressed, CompressedFile, CompressedNar, Compressor
 from harmonia.errors import StoreObjectError
-from harmonia.nar_cache import Filler, NarCache
+from harmonia.nar_cache import NarCache
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
 from harmonia.settings import Zstd

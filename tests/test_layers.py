@@ -14,6 +14,7 @@ LAYERS = {
     "nix": 1,
     "access": 1,
     "systemd": 1,
+    "cached_file": 2,
     "kinds": 2,
     "settings": 3,
     "credentials": 4,

@@ -21,7 +21,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harmonia import nar_cache
-from harmonia.nar_cache import CachedFile, Filler, NarCache
+from harmonia.cached_file import CachedFile, Filler
+from harmonia.nar_cache import NarCache
 from harmonia.nix.nar import OpenSlice
 
 TRAILER = 56

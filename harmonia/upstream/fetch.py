@@ -1,8 +1,8 @@
 """NARs of upstreams: written to the cache as they come, once however many want them, and read from there.
 
 A NAR becomes whole, for those who read it already, when its file has proved to be what its narinfo said, and it is kept
-for others when its content has, too. Until then its last bytes are held back (nar_cache.py), so that nobody ever gets a
-complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
+for others when its content has, too. Until then its last bytes are held back (cached_file.py), so that nobody ever gets
+a complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
 """
 
 import asyncio
@@ -17,8 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import aiohttp
 
+from harmonia.cached_file import CachedFile, Filler
 from harmonia.errors import StoreObjectError, UpstreamError
-from harmonia.nar_cache import CachedFile, Filler, NarCache
+from harmonia.nar_cache import NarCache
 from harmonia.nix.nar import OpenSlice
 from harmonia.upstream import content
 from harmonia.upstream.client import WHOLE, Part
