@@ -164,7 +164,11 @@ def test_demo_says_what_to_do(tmp_path: Path) -> None:
     assert match
     assert tomllib.loads(Path(match[1]).read_text())["real_nix_store"] == str(tmp_path / "demo/nix/store")
     assert run("--config", match[1], "check-config").returncode == 0
-    for line in ("curl http://localhost:5000/nix-cache-info", "copy --from http://localhost:5000", "in a browser"):
+    for line in (
+        "curl http://localhost:5000/nix-cache-info",
+        "copy --refresh --from http://localhost:5000",
+        "in a browser",
+    ):
         assert line in answer.stdout
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -25,6 +26,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import Store
 from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree, remove
+from running import Server, run
 
 NOBODY = 65534
 
@@ -138,6 +140,21 @@ class TestNixAgrees:
         added = nix("nix-store", "--store", root(tmp_path / "theirs"), "--add", str(source)).stdout.strip()
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'copied').add_source('source-1.0', source).path}"
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'described').add_source('source-1.0', tree).path}"
+
+    def test_when_it_is_copied_as_told_and_so_is_the_next_with_another_key(self, nix: Nix, tmp_path: Path) -> None:
+        bind = "127.0.0.1:0"
+        for number in (1, 2):
+            copy, directory = tmp_path / f"copy-{number}", tmp_path / f"demo-{number}"
+            told = re.search(r"(?m)^  (nix (?:.*\\\n)*.*)", run("demo", str(directory)).stdout)
+            assert told
+            server = Server(tmp_path / f"server-{number}", directory, bind=bind)
+            server.start()
+            bind = server.url.removeprefix("http://")  # the same: Nix remembers what it heard there
+            command = told[1].replace("http://localhost:5000", server.url).replace("/tmp/demo-copy", str(copy))
+            copied = nix("sh", "-c", command)
+            assert server.stop() == 0
+            assert copied.returncode == 0, copied.stderr
+            assert any(path.name.endswith("-hello-1.0") for path in (copy / "nix/store").iterdir())
 
     @pytest.mark.root
     @pytest.mark.skipif(os.geteuid() != 0, reason="not root: Nix cannot build in a chroot store")
