@@ -8,7 +8,8 @@ SECONDS ?= 60
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
-	else $(BIN)/harmonia demo demo-store && exec $(BIN)/harmonia --config demo-store/harmonia.toml; fi
+	else $(BIN)/harmonia demo demo-store && echo "It is being served now. Ctrl-C ends that." && \
+	exec $(BIN)/harmonia --config demo-store/harmonia.toml; fi
 
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
@@ -60,6 +61,8 @@ clean:  ## Remove what the other targets made
 	rm -rf .venv .audit bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo '$(PYTHON) is no Python 3.11 or newer; name one: make $(or $(MAKECMDGOALS),serve) PYTHON=python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from harmonia.nix import narinfo
 from harmonia.nix.signing import PublicKey
 from harmonia.store_builder import StoreBuilder
 from running import wait_until
-from test_docs import BLOCKS, ROOT
+from test_docs import BLOCKS, ROOT, needs
 from test_nixos_module import evaluate, needs_nix
 
 
@@ -63,6 +65,26 @@ def test_a_key_is_made_and_used(tmp_path: Path, environment: dict[str, str]) -> 
     assert [PublicKey.parse(public).verify(found.fingerprint("/nix/store"), sig) for sig in found.sigs] == [True]
     # The two lines for clients have the name of that key.
     assert f"= {public.partition(':')[0]}:…" in block("nix.conf", after="## Use it")
+
+
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "serve", "PYTHON=false"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert made.stderr.startswith("false is no Python 3.11 or newer; name one: make serve PYTHON=python3.11\n")
+    assert not (tmp_path / ".venv").exists()
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert needed == ">=3.11"
+
+
+@needs("git")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
+def test_what_it_makes_in_a_clone_is_not_for_git() -> None:
+    made = ["harmonia.toml", "cache.example.org-1.secret", "cache.example.org-1.public"]
+    ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ignored.stdout.split() == made
 
 
 @needs_nix
