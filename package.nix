@@ -53,6 +53,7 @@ python3Packages.buildPythonApplication {
           ./tests/e2e/test_troubleshooting.py
           ./tests/test_contributing.py
           ./tests/test_docs.py
+          ./tests/test_migration.py
           ./tests/test_nixos_lab.py
           ./tests/test_nixos_module.py
           ./tests/test_proxies.py

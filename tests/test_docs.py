@@ -193,9 +193,24 @@ def test_metrics_that_are_named_are_there() -> None:
 
 
 ELSEWHERE = {
-    *("apt-get", "cat", "chmod", "cp", "curl", "echo", "git", "install", "journalctl", "ls", "mkdir", "nginx", "nix"),
+    *(
+        "apt-get",
+        "cat",
+        "chmod",
+        "cp",
+        "curl",
+        "echo",
+        "find",
+        "git",
+        "install",
+        "journalctl",
+        "ls",
+        "mkdir",
+        "nginx",
+        "nix",
+    ),
     *("nix-collect-garbage", "nix-store", "pip", "pipx", "printf", "python", "python3", "rm", "sed", "sha256sum", "ss"),
-    *("sqlite3", "ssh", "systemctl", "systemd-analyze", "zstd"),
+    *("sqlite3", "ssh", "systemctl", "systemd-analyze", "xargs", "zstd"),
 }
 """Other people's programs: those that are used here on purpose."""
 

@@ -1,0 +1,50 @@
+"""A store that was backed up, as docs/operations.md says, comes back, as it says, with its signatures."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harmonia import demo
+from harmonia.store import Store
+from test_docs import BLOCKS
+
+pytestmark = [
+    pytest.mark.nix,
+    pytest.mark.skipif(shutil.which("nix-store") is None, reason="there is no nix-store on this machine"),
+]
+
+
+def as_told(place: str, cache: Path, store: str, home: Path) -> None:
+    """Does the block that names this `place` for files: with `cache` there, and the store in the directory `store`."""
+    [text] = [block.text for block in BLOCKS if block.page == "docs/operations.md" and f"file://{place}" in block.text]
+    command = text.removeprefix("# ").replace(place, str(cache))
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "NIX_REMOTE": f"local?root={store}",
+        "NIX_CONFIG": "substituters =\nbuild-users-group =\n",
+    }
+    done = subprocess.run(command, shell=True, cwd=home, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_backup_is_a_cache_that_becomes_a_store_again(tmp_path: Path) -> None:
+    made = demo.make(str(tmp_path / "demo"))
+    (tmp_path / "cache.public").write_text(str(made.public_key))
+    cache = tmp_path / "cache"
+    as_told("/backup", cache, made.directory, tmp_path)
+    assert len(list(cache.glob("*.narinfo"))) == len(made.paths)
+
+    as_told("/srv/cache", cache, f"{tmp_path}/new", tmp_path)
+    old, new = (
+        Store("/nix/store", f"{root}/nix/store", f"{root}/nix/var/nix/db/db.sqlite")
+        for root in (made.directory, f"{tmp_path}/new")
+    )
+    for path in made.paths.values():
+        if not path.name.endswith(".drv"):  # Nix 2.8 takes it for what it builds
+            assert new.path_info(path.hash_part) == old.path_info(path.hash_part)
+    old.database.close()
+    new.database.close()
