@@ -18,8 +18,8 @@ from harmonia.store import Store
 def command(config_file: str | None, paths: tuple[str, ...]) -> None:
     """Print files in store paths.
 
-    Each PATH is a regular file in a valid store path, perhaps named by a symlink such as ./result. The answers are
-    those of `nix store cat`.
+    Each PATH is a regular file in a valid store path, perhaps named by a symlink such as ./result. The output is that
+    of `nix store cat`.
     """
     cli.in_a_pipe()
     store = Store.of(config.read(config_file, os.environ))

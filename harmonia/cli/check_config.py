@@ -14,16 +14,16 @@ from harmonia.settings import Settings
 
 @click.command("check-config")
 @click.option(
-    "--text-only", is_flag=True, help="Leave out the store, keys and certificates: they are on another machine."
+    "--text-only", is_flag=True, help="Check the text alone, for another machine: not the store, keys and certificates."
 )
 @click.pass_obj
 def command(config_file: str | None, *, text_only: bool) -> None:
     """Check the settings, and tell where each value comes from.
 
-    They are checked as a start would check them, against this machine. Only that an address is taken is not told: it
-    may be by the server of these settings.
+    They are checked against this machine, as when the server starts. Only that an address is taken is not told: it may
+    be by the server of these settings.
 
-    What is printed is a configuration file of the same meaning: a line for each setting, and after it the file and
+    The output is a configuration file of the same meaning. It has a line for each setting, and after that the file and
     line, the environment variable or the default that decided it.
     """
     settings, origins = config.with_origins(config_file, os.environ, text_only=text_only)

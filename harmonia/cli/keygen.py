@@ -16,10 +16,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # it becomes a file's name,
 def command(name: str, directory: str) -> None:
     """Make a key pair to sign with.
 
-    NAME.secret, for `sign_key_paths`, and NAME.public, for clients, are written to DIRECTORY, else to the current one.
+    NAME.secret, for `sign_key_paths`, and NAME.public, for clients, are written to DIRECTORY, by default the current
+    one. Files that exist are not touched.
 
-    By custom, NAME is the host name of the cache and a number: cache.example.org-1. Files that are there already are
-    not touched. The form is that of `nix-store --generate-binary-cache-key`.
+    By custom, NAME is the host name of the cache and a number: cache.example.org-1. The files have the form of those
+    that `nix-store --generate-binary-cache-key` makes.
     """
     if not _NAME.fullmatch(name):
         raise click.BadParameter(f"{name!r}: letters, digits and ._+- make up a name, like cache.example.org-1")

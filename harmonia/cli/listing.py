@@ -21,9 +21,9 @@ class Node(NamedTuple):
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("-d", "--directory", is_flag=True, help="List directories themselves, not what is in them."),
-        click.option("-R", "--recursive", is_flag=True, help="List what is in directories below, too."),
-        click.option("-l", "--long", is_flag=True, help="Tell types, sizes, and what symlinks point to."),
+        click.option("-d", "--directory", is_flag=True, help="List a directory itself, not what is in it."),
+        click.option("-R", "--recursive", is_flag=True, help="List subdirectories, too."),
+        click.option("-l", "--long", is_flag=True, help="Show types, sizes, and where symlinks point."),
         click.option("--json", "as_json", is_flag=True, help="Print a NAR listing as JSON."),
     ):
         command = option(command)

@@ -19,7 +19,7 @@ from harmonia.store import Store
 def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bool) -> None:
     """List what is in a store path.
 
-    PATH is a valid store path, something in it, or a symlink to it, such as ./result. The answers are those of
+    PATH is a valid store path, something in it, or a symlink to it, such as ./result. The output is that of
     `nix store ls`.
 
     \b

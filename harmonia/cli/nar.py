@@ -20,7 +20,7 @@ from harmonia.nix.nar import CHUNK_SIZE, Entry
 def command() -> None:
     """Make, list and unpack NARs.
 
-    They are the archives of store paths. As a FILE, - is stdin.
+    A NAR is the archive of a store path. As a FILE, - is stdin.
 
     \b
     From one machine to another:  harmonia nar dump tree | ssh host harmonia nar restore tree
@@ -35,7 +35,7 @@ def command() -> None:
 def dump(path: str) -> None:
     """Write a NAR to stdout.
 
-    It is that of the file, directory or symlink at PATH, as `nix-store --dump` writes it.
+    It archives the file, directory or symlink at PATH, as `nix-store --dump` does.
     """
     if sys.stdout.isatty():
         raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
@@ -51,8 +51,8 @@ def dump(path: str) -> None:
 def list_(file: BinaryIO, path: str, **how: bool) -> None:
     """List what is in a NAR.
 
-    Of the NAR in FILE, that is all of it, or what is at PATH in it, as `nix nar ls` tells it. The whole NAR is read,
-    and checked; its contents are not kept in memory.
+    It lists all of the NAR in FILE, or what is at PATH in it, as `nix nar ls` does. The whole NAR is read and checked;
+    its contents are not kept in memory.
     """
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
@@ -70,8 +70,8 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
 def restore(path: str, file: BinaryIO) -> None:
     """Unpack a NAR.
 
-    The NAR in FILE, else from stdin, is unpacked to PATH, where nothing may be, as `nix-store --restore` does. It is
-    checked strictly. Where it breaks off or is damaged, what was unpacked until then stays.
+    It unpacks the NAR in FILE, by default from stdin, to PATH, which must not exist, as `nix-store --restore` does. The
+    NAR is checked strictly. If it breaks off or is damaged, what was unpacked until then stays.
     """
     if os.path.lexists(path):
         raise click.UsageError(f"{path} exists and is left alone; name a place where nothing is")

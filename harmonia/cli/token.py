@@ -15,13 +15,13 @@ from harmonia.errors import FormatError
     type=click.Choice(SCOPES),
     multiple=True,
     default=("read",),
-    help="What it is good for; may be given several times. `read` if not given.",
+    help="What it lets the client do; may be given several times. The default is `read`.",
 )
 def command(name: str, scopes: tuple[Scope, ...]) -> None:
     """Make a token that lets a client in.
 
-    NAME is for you to know it by. The token is shown once and kept nowhere. The server gets its hash, which is no
-    secret.
+    NAME is for you, to tell tokens apart. The token is shown once and kept nowhere. The server gets its hash, which is
+    no secret.
     """
     try:
         secret, token = access.new(name, scopes)
@@ -32,11 +32,11 @@ The token, for the client:
 
   {secret}
 
-Its hash, for the server: a line for the file that tokens_path names. SIGHUP makes the server read that again.
+Its hash, for the server: add this line to the file that tokens_path names, and send the server SIGHUP.
 
   {token}
 
-For Nix, in the client's netrc-file (/etc/nix/netrc), which others must not read:
+For Nix: add this line to the client's netrc-file (/etc/nix/netrc), which nobody else may read.
 
   machine cache.example.org login {name} password {secret}
 """)

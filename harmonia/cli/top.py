@@ -28,16 +28,16 @@ from harmonia.top import Look
     metavar="SECONDS",
     default=2.0,
     show_default=True,
-    help="Between two looks.",
+    help="The time between two views.",
 )
-@click.option("--once", is_flag=True, help="Print one view, of one interval, and end.")
+@click.option("--once", is_flag=True, help="Print one view, after one interval, and end.")
 @click.pass_obj
 def command(config_file: str | None, client: Client | None, *, interval: float, once: bool) -> None:
     """Watch a running server.
 
-    Shown are requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted.
-    URL is that of the server, or of its `metrics_bind`; if not given, it is what the settings say. Ctrl-C ends it.
-    Where stdout is no terminal, a view follows the other. A server that is gone for a while is waited for.
+    It shows requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted. URL
+    is that of the server, or of its `metrics_bind`; by default, the settings tell. If the server goes away, it waits
+    for it to come back. If stdout is no terminal, one view follows the other. Ctrl-C ends it.
     """
     client = client or _own(config_file)
     console = progress.console()

@@ -37,19 +37,19 @@ class _Age(click.ParamType[float]):
     "--max-age",
     type=_Age(),
     default="0s",
-    help="Leave out what was found good less than that ago: 12h, 7d. So an interrupted run is resumed.",
+    help="Leave out what was found good less than this ago: 12h, 7d.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(1, 64), metavar="N", help="Paths to hash at a time; one for each CPU, if not given."
+    "--jobs", type=click.IntRange(1, 64), metavar="N", help="Paths to hash at a time; by default, one for each CPU."
 )
 @click.option(
     "--journal",
     "journal_file",
     type=cli.PATH,
     metavar="FILE",
-    help="Where to note what was found good; `verified` in the cache directory, if not given.",
+    help="Where to note what was found good; by default, `verified` in the cache directory.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing where all is good.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing if all is good.")
 @click.pass_obj
 def command(
     config_file: str | None,
@@ -64,13 +64,14 @@ def command(
 ) -> None:
     """Find store paths that are corrupt, missing or unreadable.
 
-    What is on disk is hashed, several paths at a time, and compared with what the database says. What was found good
-    is noted in a journal: --max-age resumes an interrupted run, or spreads the work over several.
+    What is on disk is hashed, several paths at a time, and compared with what the database says. A journal keeps what
+    was found good: with --max-age, an interrupted run goes on where it stopped, and a later one hashes only what is
+    new, or was last hashed longer ago.
 
     Each path that is wrong is a line on stdout, and the exit status is then 3.
 
     \b
-    For cron, all within a month:  harmonia verify --all --quiet --max-age 30d
+    For cron:  harmonia verify --all --quiet --max-age 30d
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     if bool(paths) == everything:
         raise click.UsageError("name some paths, or --all of them")

@@ -13,23 +13,22 @@ from harmonia.store import Store
 
 @click.command("warm")
 @click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
-@click.option("--gc-roots", is_flag=True, help="Also all that the garbage collector keeps: profiles, systems, results.")
+@click.option("--gc-roots", is_flag=True, help="Also what the garbage collector keeps: profiles, systems, results.")
 @click.option(
     "--closure/--no-closure",
     default=True,
-    help="With all that the paths refer to, as if not told otherwise, or without.",
+    help="With all that the paths refer to, which is the default, or without.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing where all went well.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing if all went well.")
 @click.pass_obj
 def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, closure: bool, quiet: bool) -> None:
     """Compress NARs before anybody asks for them.
 
     They go into the server's cache, so that a deployment need not wait for them.
 
-    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. It takes the settings, and so
-    the --config and the environment, of the server, which may run meanwhile and has precedence. With others it fills
-    another cache, and so it says which. What is there already is left as it is; nothing is
-    evicted: what the cache has no room for is left out, and told.
+    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. Give it the --config and the
+    environment of the server, which may run meanwhile, and goes first; it says which cache it fills. Nothing is
+    evicted from the cache: what it has no room for is left out, and counted at the end.
 
     \b
     After a build:       harmonia warm ./result
