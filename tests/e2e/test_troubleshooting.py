@@ -229,7 +229,7 @@ SYMPTOMS = {
     "The certificate is not trusted": untrusted_certificate,
     "It wants a token": token_wanted,
     "It is for another store": another_store,
-    "Nobody whom it trusts has signed it": unsigned,
+    "No key that it trusts has signed it": unsigned,
     "The daemon does not trust the user": untrusted_user,
     "It was not there before": missing_before,
     "The path is gone": gone,
