@@ -404,10 +404,10 @@ class TestModule:
         unit.write_text(configured('enable = true; signKeyPaths = [ "/secrets/one" ];')["service"])
         assert {each["json_field"] for each in json.loads(said("--json=short")) if each["exposure"]} == EXPOSED
         assert f"harmonia.service: {EXPOSURE} " in said()
-        assert f"exposure level {EXPOSURE} " in guide
+        assert f"exposure level of {EXPOSURE} " in guide
         unit.write_text(configured('enable = true; settings.upstream = [ { url = "http://origin"; } ];')["service"])
         assert f"harmonia.service: {EXPOSURE_IN_NETWORK} " in said()
-        assert f"it is {EXPOSURE_IN_NETWORK}." in guide
+        assert f"the level is {EXPOSURE_IN_NETWORK}." in guide
 
 
 @pytest.mark.nix
