@@ -24,6 +24,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import Sparse, StoreBuilder
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
+NO_CACHE = Path("/proc/none")
+"""A directory that nobody can make, root neither."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) 
     command = [*endless, "--config", str(config), "warm", info.path]
     done = interrupted(*command, begun=lambda _: any((tmp_path / "cache").glob("nar/*")))
     assert done.returncode == 130
-    assert re.fullmatch("harmonia: interrupted; what is compressed stays, .*\n", done.stderr)
+    assert done.stderr.splitlines()[1].startswith("harmonia: interrupted; what is compressed stays, ")
 
 
 @pytest.mark.parametrize("arguments", [["man"], ["check-config"], ["nar", "dump", __file__]])

@@ -172,4 +172,4 @@ def test_a_server_that_runs_with_these_settings_is_left_alone(start: Start, tmp_
         assert (checked.returncode, checked.stderr) == (0, "")
         assert server.get("/nix-cache-info").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 1, server.log
+    assert len(server.log) == 2, server.log  # that it serves, and that it stops

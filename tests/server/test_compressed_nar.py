@@ -17,7 +17,7 @@ import pytest
 from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.store_builder import Sparse, StoreBuilder
-from running import HARMONIA, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
+from running import HARMONIA, NO_CACHE, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]
 
@@ -303,7 +303,7 @@ def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, 
         store=tmp_path / "store",
         settings=f"nar_compression = '{wanted}'",
         workers=2,
-        cache_dir=None if writable else Path("/dev/null"),
+        cache_dir=None if writable else NO_CACHE,
     )
     told = narinfo(server, path)
     offered = "none" if wanted == "none" or (wanted == "auto" and not writable) else "zstd"
