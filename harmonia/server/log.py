@@ -12,7 +12,7 @@ from sanic.exceptions import NotFound
 from harmonia import build_log
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server.body import IMMUTABLE, Body, Representation, exhaust
+from harmonia.server.body import IMMUTABLE, Body, Representation, whole_if_need_be
 from harmonia.server.cache import Cache
 
 
@@ -26,9 +26,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
         raise NotFound
 
     async def open_plain(request: Request) -> Body:
-        if log.size is None and ("range" in request.headers or (request.version, request.method) == ("1.0", "GET")):
-            await exhaust(log, cache.threads.readers)
-        return log
+        return await whole_if_need_be(log, request, cache.threads.readers)
 
     return Representation(
         content_type="text/plain; charset=utf-8",

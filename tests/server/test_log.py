@@ -145,6 +145,8 @@ def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: 
         assert connection.recv(1) == b""
     assert answer.body == TEXT
     assert answer.headers["content-length"] == str(len(TEXT))
+    head = server.request("HEAD", f"/log/{derivation}", {"Accept-Encoding": "zstd"}, version="1.0")
+    assert head.headers == answer.headers
 
 
 @pytest.mark.parametrize("suffix", FORMS)
