@@ -110,7 +110,8 @@ class Upstream:
     def __init__(self, *, works: bool) -> None:
         self.works = works
         self.probes = 0
-        self.states: list[bool] = []
+        self.states: list[str | None] = []
+        """Why it was left alone, each time, or None where it was asked again."""
 
     async def probe(self) -> bool:
         self.probes += 1
@@ -140,7 +141,7 @@ def test_a_breaker_closes_when_the_upstream_answers() -> None:
         assert not await tried.usable()
         upstream.works = True
         await until(lambda: tried.closed)
-        assert upstream.states == [True]
+        assert upstream.states == [None]
         await tried.stop()
 
     asyncio.run(run())
@@ -183,20 +184,20 @@ def test_a_breaker_opens_after_failures_in_a_row() -> None:
         tried.start(10)
         assert await tried.usable()
         for _ in range(10):
-            tried.failed()
-            tried.failed()
+            tried.failed("it is gone")
+            tried.failed("it is gone")
             tried.succeeded()
         assert tried.closed
         upstream.works = False
         for _ in range(breaker.FAILURES):
-            tried.failed()
+            tried.failed("it is gone")
         assert not tried.closed
         before = upstream.probes
         await until(lambda: upstream.probes >= before + 3)
         assert not await tried.usable()
         upstream.works = True
         await until(lambda: tried.closed)
-        assert upstream.states == [True, False, True]
+        assert upstream.states == [None, "it is gone", None]
         await tried.stop()
 
     asyncio.run(run())
@@ -210,7 +211,7 @@ def test_who_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch) -> None:
         tried = upstream.breaker()
         tried.start(10)
         assert await tried.usable()
-        tried.failed(retry_after=30)
+        tried.failed("it is busy", retry_after=30)
         assert not tried.closed
         await asyncio.sleep(0.05)
         assert upstream.probes == 1

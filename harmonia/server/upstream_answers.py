@@ -19,9 +19,10 @@ from harmonia.server import metadata, narinfo
 from harmonia.server.body import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.server.upstream_nars import Nars, hops_of, is_debug_nar
-from harmonia.upstream.client import Client, Part
+from harmonia.upstream.client import Client
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import POSITIVE_TTL, Found, Upstreams
+from harmonia.upstream.transport import Part
 
 _REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
 _OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")

@@ -11,12 +11,13 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.server.body import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
-from harmonia.upstream.client import WHOLE, Client, Part
+from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import Fetches, Kept
 from harmonia.upstream.hops import ASKED, HOPS, Hops
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Found, Upstreams
+from harmonia.upstream.transport import WHOLE, Part
 
 _ID = f"[{ALPHABET}]{{16}}"
 _DEBUG_NAR = re.compile(rf"(?:upstream/{_ID}/){{0,8}}nar/(?!\.)[0-9A-Za-z._+-]{{1,255}}")

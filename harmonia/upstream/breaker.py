@@ -15,10 +15,11 @@ class Breaker:
     """Closed while the upstream is asked. Everything happens on one event loop.
 
     `probe` tells whether the upstream works; it is called in the background, first at the `start`. Until that first
-    call is over, nobody knows, and `usable` waits.
+    call is over, nobody knows, and `usable` waits. `changed` is told why the upstream is left alone, or None when it is
+    asked again.
     """
 
-    def __init__(self, probe: Callable[[], Awaitable[bool]], changed: Callable[[bool], None]) -> None:
+    def __init__(self, probe: Callable[[], Awaitable[bool]], changed: Callable[[str | None], None]) -> None:
         self.closed = False
         self._probe = probe
         self._changed = changed
@@ -46,13 +47,13 @@ class Breaker:
         self._failures = 0
         self._delay = FIRST_DELAY
 
-    def failed(self, retry_after: float = 0) -> None:
+    def failed(self, why: str, retry_after: float = 0) -> None:
         """It failed once more, and perhaps asked to be left alone for some seconds."""
         self._failures += 1
         self._retry_after = min(max(retry_after, self._retry_after), LONGEST_DELAY)
         if self.closed and (self._failures >= FAILURES or retry_after):
             self.closed = False
-            self._changed(False)
+            self._changed(why)
             self._probing = asyncio.create_task(self._probe_until_closed(self._pause()))
 
     def _pause(self) -> float:
@@ -75,5 +76,5 @@ class Breaker:
             await asyncio.sleep(self._pause())
         self.closed = True
         self._failures = 0
-        self._changed(True)
+        self._changed(None)
         self._probed.set()

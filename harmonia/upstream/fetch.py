@@ -22,9 +22,9 @@ from harmonia.errors import StoreObjectError, UpstreamError
 from harmonia.nar_cache import NarCache
 from harmonia.nix.nar import OpenSlice
 from harmonia.upstream import content
-from harmonia.upstream.client import WHOLE, Part
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Found
+from harmonia.upstream.transport import WHOLE, Part
 from harmonia.zstd import step_back
 
 _PIECE = 256 * 1024  # bytes that are taken at once

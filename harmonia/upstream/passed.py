@@ -10,7 +10,8 @@ from http import HTTPStatus
 
 import aiohttp
 
-from harmonia.upstream.client import WHOLE, Client, Part
+from harmonia.upstream.client import Client
+from harmonia.upstream.transport import WHOLE, Part
 
 _PIECE = 256 * 1024  # bytes that are taken at once
 

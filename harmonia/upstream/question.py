@@ -16,9 +16,10 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
-from harmonia.upstream.client import Client, Part
+from harmonia.upstream.client import Client
 from harmonia.upstream.hops import Hops
 from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.transport import Part
 
 POSITIVE_TTL = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
 _NEGATIVE_TTL = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build

@@ -811,6 +811,20 @@ def test_one_that_is_slow_keeps_nobody_waiting_for_long(
     assert not upstream.asked[f"GET {names[3]}"]
 
 
+def test_one_that_is_late_and_then_fails_has_failed_once(begin: Start, upstream: UpstreamServer) -> None:
+    def late_and_gone(handler: upstream_server.Handler) -> None:
+        time.sleep(0.8)
+        reset(handler)
+
+    server = begin(entry(upstream), settings=IMPATIENT, workers=1)
+    upstream.behaviours["narinfo"] = late_and_gone
+    for number in range(2):
+        assert server.get(f"/{number:032}.narinfo").status == 404
+    time.sleep(0.8)
+    assert re.search(r'harmonia_upstream_failures_total\{upstream="[^"]+"\} 2.0', server.get("/metrics").text)
+    assert all_up(server, 1)
+
+
 def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: UpstreamServer) -> None:
     """Questions wait for their turn, longer than an answer may take."""
     upstream.behaviours["narinfo"] = late

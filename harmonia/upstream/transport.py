@@ -1,0 +1,173 @@
+"""HTTP to one upstream, and to where it leads. What goes wrong is raised; what follows from that is `client.py`'s."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urljoin
+
+import aiohttp
+from yarl import URL
+
+from harmonia import __version__
+from harmonia.errors import UpstreamError
+from harmonia.settings import Upstream
+from harmonia.upstream.hops import IDENTITY, names
+from harmonia.upstream.reach import InsideError, Reach
+
+_REDIRECTS = 5
+_REDIRECT = {301, 302, 303, 307, 308}
+_MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/(?:[0-9]+|\*)", re.ASCII)
+_BUFFER = 256 * 1024  # bytes of a body that wait to be taken
+
+_FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
+"""What aiohttp raises where an upstream does not do as it should."""
+
+Part = tuple[int, int | None]
+"""The bytes from one position to another, or to the end."""
+WHOLE: Part = (0, None)
+
+
+class AnswerError(UpstreamError):
+    """An upstream has no answer that is of use to us."""
+
+    def __init__(self, base: str, why: str) -> None:
+        super().__init__(f"{base}: {why}")
+        self.why = why
+
+
+class FailureError(AnswerError):
+    """Likewise, which counts against it. It may have asked to be left alone for some seconds."""
+
+    def __init__(self, base: str, why: str, retry_after: float = 0) -> None:
+        super().__init__(base, why)
+        self.retry_after = retry_after
+
+
+class Transport:
+    """To be made on the event loop that uses it."""
+
+    def __init__(self, settings: Upstream, authorization: str | None, tls: ssl.SSLContext) -> None:
+        self.base = settings.url.rstrip("/")
+        self.identity: str | None = None
+        """What the upstream calls itself, where it is a Harmonia."""
+        self._timeout = settings.timeout
+        self._connect_timeout = settings.connect_timeout
+        self._authorization = authorization
+        reach = Reach()
+        self._here = self._session(tls, reach.here)
+        self._elsewhere = self._session(tls, reach.elsewhere)
+
+    def _session(self, tls: ssl.SSLContext, connect: aiohttp.SocketFactoryType) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=60, socket_factory=connect),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
+            headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            read_bufsize=_BUFFER,
+        )
+
+    async def close(self) -> None:
+        await self._here.close()
+        await self._elsewhere.close()
+
+    async def open(
+        self, method: str, url: str, headers: Mapping[str, str], part: Part = WHOLE, *, anywhere: bool = False
+    ) -> aiohttp.ClientResponse | None:
+        """The answer, to be released; None where nothing is there. It may have all where a part was wanted.
+
+        Redirects are followed on the upstream's own host, or `anywhere`. AnswerError where no answer comes.
+        """
+        start, stop = part
+        ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        for _ in range(_REDIRECTS + 1):
+            response = await self._request(method, url, headers, ranged)
+            if _has_it(response, start, ranged=bool(ranged)):
+                return response
+            response.close()
+            status = response.status
+            if status in _REDIRECT and (location := response.headers.get("Location")):
+                url = self._redirected(url, location, anywhere=anywhere)
+            elif status in _MISSING:
+                return None
+            else:
+                raise FailureError(self.base, f"it answers with status {status}", _retry_after(response))
+        raise AnswerError(self.base, "it redirects without end")
+
+    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        """The next bytes of an answer, none at its end. FailureError where they do not come.
+
+        The time is taken here: aiohttp's `sock_read` begins anew when the rest of a body is read that had come before,
+        and then strikes the connection while nobody asks anything, and with it the next question.
+        """
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await response.content.read(most)
+        except _FAILURES as error:
+            raise FailureError(self.base, _phrase(error)) from None
+
+    def is_here(self, url: str) -> bool:
+        """Whether it is of the upstream's own host."""
+        with suppress(ValueError):
+            one, other = URL(self.base), URL(url, encoded=True)
+            return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
+        return False
+
+    async def _request(
+        self, method: str, url: str, headers: Mapping[str, str], ranged: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        here = self.is_here(url)
+        # What is ours to know goes nowhere else: who redirects us may name any host.
+        sent = {k: v for k, v in headers.items() if here or not k.startswith("Harmonia-")} | dict(ranged)
+        if here and self._authorization:
+            sent["Authorization"] = self._authorization
+        session = self._here if here else self._elsewhere
+        try:
+            async with asyncio.timeout(self._connect_timeout + self._timeout):
+                response = await session.request(method, URL(url, encoded=True), headers=sent, allow_redirects=False)
+        except _FAILURES as error:
+            if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, InsideError):
+                raise AnswerError(self.base, str(error.os_error)) from None
+            raise FailureError(self.base, _phrase(error)) from None
+        if here:
+            self.identity = next(iter(names(response.headers.get(IDENTITY, ""))), self.identity)
+        return response
+
+    def _redirected(self, url: str, location: str, *, anywhere: bool) -> str:
+        with suppress(ValueError):
+            target = urljoin(url, location)
+            downgrade = url.startswith("https:") and not target.startswith("https:")
+            if target.startswith(("http:", "https:")) and not downgrade and (anywhere or self.is_here(target)):
+                return target
+        raise AnswerError(self.base, "it redirects to where we do not follow")
+
+
+def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:
+    """Whether it is an answer with what was asked for: all, or the part that begins at `start`."""
+    if response.status == HTTPStatus.PARTIAL_CONTENT and ranged:
+        told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        return told is not None and int(told[1]) == start
+    return response.status == HTTPStatus.OK
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float:
+    with suppress(ValueError):
+        return max(float(response.headers.get("Retry-After", "0")), 0)
+    return 0
+
+
+def _phrase(error: BaseException) -> str:
+    kinds: dict[Any, str] = {
+        TimeoutError: "it does not answer in time",
+        aiohttp.ClientConnectorCertificateError: "nobody we trust vouches for its certificate",
+        aiohttp.ClientConnectorDNSError: "its name is not known",
+        aiohttp.ClientConnectorError: "no connection",
+        aiohttp.ClientPayloadError: "its answer breaks off",
+    }
+    found = (phrase for kind, phrase in kinds.items() if isinstance(error, kind))
+    return next(found, "it breaks the connection or the protocol")
