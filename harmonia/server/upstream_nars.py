@@ -12,8 +12,9 @@ from harmonia.nix.base32 import ALPHABET
 from harmonia.server.body import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.upstream.client import Client
-from harmonia.upstream.fetch import Fetches, Kept
+from harmonia.upstream.fetch import Fetches
 from harmonia.upstream.hops import ASKED, HOPS, Hops
+from harmonia.upstream.kept import Kept
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Found, Upstreams

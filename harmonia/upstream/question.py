@@ -19,6 +19,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.upstream.client import Client
 from harmonia.upstream.hops import Hops
 from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transport import Part
 
 POSITIVE_TTL = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
@@ -69,16 +70,14 @@ class Upstreams:
         self._bound = bound
         self._known = _Answers(_MEMORY)
         self._asking: dict[Hashable, asyncio.Task[Found | None]] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
 
     def start(self) -> None:
         for client in self.clients:
             client.breaker.start(self._bound)
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.stop()
         for client in self.clients:
             await client.close()
 
@@ -119,7 +118,7 @@ class Upstreams:
         async def first() -> _T | None:
             return (await self._first(ask, hops, discard))[0]
 
-        task = self._task(first())
+        task = self._tasks.begin(first())
         try:
             await asyncio.wait({task}, timeout=self._bound)
             return task.result() if task.done() else None
@@ -142,7 +141,7 @@ class Upstreams:
         sure = len(clients) == len(self.clients)
         try:
             for tier in tiers:
-                running |= {self._task(ask(client, headers)) for client in tier}
+                running |= {self._tasks.begin(ask(client, headers)) for client in tier}
                 patience = None if tier is tiers[-1] else self._bound / (len(tiers) + 1)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(patience):
@@ -187,15 +186,9 @@ class Upstreams:
         """The answer to a question that is asked once at a time, however many want to know."""
         task = self._asking.get(question)
         if task is None:
-            task = self._asking[question] = self._task(ask())
+            task = self._asking[question] = self._tasks.begin(ask())
             task.add_done_callback(lambda _: self._asking.pop(question, None))
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all may have gone away
-        return task
-
-    def _task(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         return task
 
     async def _narinfo(self, client: Client, hash_part: str, headers: dict[str, str]) -> Found | None:

@@ -1,0 +1,57 @@
+"""Work that goes on when whoever wanted it is gone: on the event loop until we stop, in threads to its end."""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+from harmonia.zstd import step_back
+
+_WRITERS = 4  # threads
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+
+
+class Tasks:
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def begin(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        task = asyncio.create_task(coroutine)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def stop(self) -> None:
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+
+class Threads:
+    """Those that write, none for long, and those that unpack, which takes long, and much memory for each NAR."""
+
+    def __init__(self) -> None:
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="fetch")
+        processors = len(os.sched_getaffinity(0))
+        self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
+
+    async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await _finished(self._writers, function, *arguments, **named)
+
+    async def unpack(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await _finished(self._unpackers, function, *arguments, **named)
+
+
+async def _finished(
+    threads: ThreadPoolExecutor, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs
+) -> _T:
+    """What comes of it. Who is cancelled while it runs still waits for its end."""
+    running = asyncio.wrap_future(threads.submit(function, *arguments, **named))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise

@@ -1,0 +1,137 @@
+"""A NAR on its way from an upstream into the cache: taken, resumed where it breaks off, and checked."""
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+
+import aiohttp
+
+from harmonia.cached_file import Filler
+from harmonia.errors import UpstreamError
+from harmonia.upstream import content
+from harmonia.upstream.question import Found
+from harmonia.upstream.tasks import Threads
+from harmonia.upstream.transport import WHOLE
+
+_PIECE = 256 * 1024  # bytes that are taken at once
+_RESUMES = 5  # in a row that bring nothing
+_RESUME_DELAY = 0.1  # seconds; it doubles with each of them
+
+_log = logging.getLogger("harmonia")
+
+
+class Transfer:
+    def __init__(self, found: Found, headers: Mapping[str, str], filler: Filler, limit: int, threads: Threads) -> None:
+        self.size = found.nar.file_size
+        """None until it is known."""
+        self.error: UpstreamError | None = None
+        self.started = asyncio.Event()
+        """Set when the upstream has begun to send it, or failed to."""
+        self._found = found
+        self._headers = headers
+        self._filler = filler
+        self._limit = limit
+        self._threads = threads
+        self._given_up = False
+
+    async def run(self) -> None:
+        write = self._threads.write
+        try:
+            await self._take()
+            await self._check()
+            await write(self._filler.commit)
+        except UpstreamError as error:
+            self.error = error
+            _log.error("%s: %s", self._found.url, error)
+            await write(self._filler.withdraw)
+        except OSError:  # of which the cache has told, unless it is only too large
+            await write(self._filler.abandon)
+        except BaseException:
+            self._filler.abandon()
+            raise
+        finally:
+            self.started.set()
+
+    async def _check(self) -> None:
+        """See that all is as the narinfo says. What takes long is done after the first clients have it."""
+        info, nar, filler = self._found.info, self._found.nar, self._filler
+        content.check_file(info, nar, filler.sha256, filler.size)
+        if nar.compression == "none":
+            return
+        if nar.file_hash is not None:
+            await self._threads.write(filler.finish)
+        await self._threads.unpack(content.check_content, info, nar, self._written())
+
+    def give_up(self) -> None:
+        """Keep nobody waiting: the task is about to be cancelled."""
+        self._given_up = True
+
+    def _written(self) -> Iterator[bytes]:
+        position = 0
+        while not self._given_up and (data := self._filler.read(position, _PIECE)):
+            position += len(data)
+            yield data
+
+    async def _take(self) -> None:
+        self._found.client.counters.add("fetches")
+        response: aiohttp.ClientResponse | None
+        response = first = await self._found.ask(self._headers, WHOLE)
+        try:
+            self._begin(first.content_length)
+        except BaseException:
+            first.close()
+            raise
+        self.started.set()
+        resumable = first.headers.get("Accept-Ranges", "").lower() == "bytes"
+        etag = first.headers.get("ETag", "")
+        headers = dict(self._headers) | ({"If-Range": etag} if etag.startswith('"') else {})
+        failures = 0
+        while True:
+            before = self._filler.size
+            try:
+                await self._take_all(response or await self._resume(headers))
+            except UpstreamError as error:
+                response = None
+                failures = 1 if self._filler.size > before else failures + 1
+                if not resumable or isinstance(error, _WrongError) or failures > _RESUMES:
+                    raise
+                await asyncio.sleep(_RESUME_DELAY * 2 ** (failures - 1))
+            else:
+                return
+
+    def _begin(self, length: int | None) -> None:
+        """What the upstream says of its length has to be what its narinfo says."""
+        if self.size is not None and length not in {None, self.size}:
+            raise _WrongError(f"it has {length} bytes where its FileSize is {self.size}")
+        self.size = length if length is not None else self.size
+        self._measure(self.size or 0)
+
+    async def _resume(self, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        response = await self._found.ask(headers, (self._filler.size, None))
+        if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
+            response.close()
+            raise _WrongError("it does not go on where it broke off")
+        return response
+
+    async def _take_all(self, response: aiohttp.ClientResponse) -> None:
+        async with response:
+            while data := await self._found.client.read(response, _PIECE):
+                size = self._filler.size + len(data)
+                if self.size is not None and size > self.size:
+                    raise _WrongError("it is longer than was said")
+                self._measure(size)
+                await self._threads.write(self._filler.append, data)
+                self._found.client.counters.add("fetched_bytes", len(data))
+        if self.size is not None and self._filler.size < self.size:
+            raise UpstreamError("its answer breaks off")
+
+    def _measure(self, size: int) -> None:
+        if size > self._limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+class _WrongError(UpstreamError):
+    """What no second try would mend."""
