@@ -20,7 +20,7 @@ from harmonia.errors import UpstreamError
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.upstream import breaker, question
+from harmonia.upstream import breaker, memory
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.content import check_content, check_file, conclusive, unpack
 from harmonia.upstream.hops import Hops
@@ -236,10 +236,10 @@ def test_what_clients_say_of_hops_is_cut_short() -> None:
 
 def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is used stays, what was used longest ago goes."""
-    monkeypatch.setattr(question, "_MEMORY", 1 << 20)
+    monkeypatch.setattr(memory, "_SIZE", 1 << 20)
 
     async def run() -> None:
-        upstreams = Upstreams([], "us", "/nix/store", 1)
+        upstreams = Upstreams([], "us", 1)
         hops = Hops.parse("a, b, c", ",".join(map(str, range(60))))
         await upstreams.find("used", hops)
         tracemalloc.start()

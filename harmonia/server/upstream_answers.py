@@ -20,8 +20,10 @@ from harmonia.server.body import IMMUTABLE, Body, Representation, Unread, whole_
 from harmonia.server.cache import Cache
 from harmonia.server.upstream_nars import Nars, hops_of, is_debug_nar
 from harmonia.upstream.client import Client
+from harmonia.upstream.found import Found
+from harmonia.upstream.memory import POSITIVE_TTL
 from harmonia.upstream.passed import Passed
-from harmonia.upstream.question import POSITIVE_TTL, Found, Upstreams
+from harmonia.upstream.question import Upstreams
 from harmonia.upstream.transport import Part
 
 _REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
@@ -48,7 +50,7 @@ class Answers:
             )
             for number, each in enumerate(settings.upstream)
         ]
-        self._upstreams = Upstreams(clients, cache.identity, settings.virtual_nix_store, settings.upstream_timeout)
+        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout)
         self._upstreams.start()
         self.nars = Nars(cache, self._upstreams, clients)
 

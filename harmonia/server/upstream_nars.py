@@ -13,11 +13,12 @@ from harmonia.server.body import IMMUTABLE, Body, Open, Representation, Unread, 
 from harmonia.server.cache import Cache
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import Fetches
+from harmonia.upstream.found import Found
 from harmonia.upstream.hops import ASKED, HOPS, Hops
 from harmonia.upstream.kept import Kept
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.passed import Passed
-from harmonia.upstream.question import Found, Upstreams
+from harmonia.upstream.question import Upstreams
 from harmonia.upstream.transport import WHOLE, Part
 
 _ID = f"[{ALPHABET}]{{16}}"

@@ -47,7 +47,7 @@ class Client:
         self.base = self._transport.base
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
         """The same as long as its URL is: some NARs are found by it."""
-        self._store_dir = store_dir
+        self.store_dir = store_dir
         self._patience = patience
         self._said: str | None = None
         self._turns = asyncio.Semaphore(_QUESTIONS)
@@ -212,7 +212,7 @@ class Client:
             return False
         lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
         fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
-        if fields.get("StoreDir", self._store_dir) != self._store_dir:
+        if fields.get("StoreDir", self.store_dir) != self.store_dir:
             self._say(f"cannot be used: it is for the store {fields['StoreDir']!r}")
             return False
         return True

@@ -13,9 +13,9 @@ import aiohttp
 
 from harmonia.nar_cache import NarCache
 from harmonia.upstream import content
+from harmonia.upstream.found import Found
 from harmonia.upstream.kept import Kept
 from harmonia.upstream.passed import Passed
-from harmonia.upstream.question import Found
 from harmonia.upstream.tasks import Tasks, Threads
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE, Part

@@ -12,7 +12,7 @@ import aiohttp
 from harmonia.cached_file import Filler
 from harmonia.errors import UpstreamError
 from harmonia.upstream import content
-from harmonia.upstream.question import Found
+from harmonia.upstream.found import Found
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
 

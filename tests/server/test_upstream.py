@@ -355,7 +355,7 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
 
 
 def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    brief = "from harmonia.upstream import question\nquestion._NEGATIVE_TTL = question.POSITIVE_TTL = 1.0"
+    brief = "from harmonia.upstream import memory\nmemory._NEGATIVE_TTL = memory.POSITIVE_TTL = 1.0"
     server = begin(entry(upstream), program=patched(brief))
     where = narinfo_path(there)
     assert server.get(where).status == 404

@@ -1,0 +1,78 @@
+"""A path that an upstream has: what its narinfo says, as far as we may believe it."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import aiohttp
+
+from harmonia.errors import FormatError
+from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.upstream.client import Client
+from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.transport import Part
+
+_LONG = 32 << 10  # bytes of a narinfo that are not looked at on the event loop: signatures take 0.1 ms each
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A path that an upstream has, as it says."""
+
+    client: Client
+    info: PathInfo
+    nar: NarFile
+    verified: bool
+    """Whether one of the upstream's public keys has signed it."""
+    url: str
+    """Where its NAR really is."""
+    size: int
+    """Bytes of its narinfo."""
+
+    @property
+    def name(self) -> NarName:
+        file = self.client.id if self.nar.file_hash is None else base32.encode(self.nar.file_hash)
+        return NarName(self.info.path.hash_part, base32.encode(self.info.nar_hash), file, self.nar.compression)
+
+    async def ask(
+        self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True
+    ) -> aiohttp.ClientResponse:
+        """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
+        return await self.client.nar(self.url, headers, method, part, anywhere=checked)
+
+
+async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) -> Found | None:
+    """What that upstream says of a path. UpstreamError where it does not answer."""
+    text = await client.ask_small(f"{hash_part}.narinfo", headers)
+    if text is None:
+        client.counters.add("misses")
+        return None
+    try:
+        parse = partial(_parse, client, hash_part, text)
+        found = parse() if len(text) < _LONG else await asyncio.to_thread(parse)
+    except FormatError as error:
+        _log.warning("%s/%s.narinfo is not passed on: %s", client.base, hash_part, error)
+        client.counters.add("refused")
+        return None
+    client.counters.add("hits")
+    return found
+
+
+def _parse(client: Client, hash_part: str, text: bytes) -> Found:
+    try:
+        info, nar = narinfo.parse(text.decode(), client.store_dir)
+    except UnicodeDecodeError:
+        raise FormatError("it is no text") from None
+    if info.path.hash_part != hash_part:
+        raise FormatError("it is of another path")
+    fingerprint = info.fingerprint(client.store_dir)
+    verified = any(key.verify(fingerprint, sig) for key in client.keys for sig in info.sigs)
+    if client.keys and not verified:
+        raise FormatError("none of the public_keys has signed it")
+    return Found(client, info, nar, verified, client.nar_url(nar.url), len(text))
