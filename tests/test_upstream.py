@@ -5,6 +5,7 @@ import bz2
 import gzip
 import hashlib
 import lzma
+import ssl
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonia.errors import UpstreamError
+from harmonia.metrics import Metrics
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.settings import Upstream
 from harmonia.upstream import breaker, memory
 from harmonia.upstream.breaker import Breaker
+from harmonia.upstream.client import Client
 from harmonia.upstream.content import check_content, check_file, conclusive, unpack
 from harmonia.upstream.hops import Hops
 from harmonia.upstream.question import Upstreams
@@ -104,7 +108,7 @@ def test_a_body_that_is_not_what_it_says_is_none(encoding: str) -> None:
         unpack(b"neither", encoding, 1000)
 
 
-class Upstream:
+class Probed:
     """What a breaker looks at."""
 
     def __init__(self, *, works: bool) -> None:
@@ -135,7 +139,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_breaker_closes_when_the_upstream_answers() -> None:
     async def run() -> None:
-        upstream = Upstream(works=False)
+        upstream = Probed(works=False)
         tried = upstream.breaker()
         tried.start(10)
         assert not await tried.usable()
@@ -160,7 +164,7 @@ def test_a_first_probe_that_hangs_is_not_waited_for() -> None:
 
 def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        upstream = Upstream(works=True)
+        upstream = Probed(works=True)
         shortages = [RuntimeError("can't start new thread"), MemoryError()]
 
         async def probe() -> bool:
@@ -179,7 +183,7 @@ def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCapture
 
 def test_a_breaker_opens_after_failures_in_a_row() -> None:
     async def run() -> None:
-        upstream = Upstream(works=True)
+        upstream = Probed(works=True)
         tried = upstream.breaker()
         tried.start(10)
         assert await tried.usable()
@@ -207,7 +211,7 @@ def test_who_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "LONGEST_DELAY", 60)
 
     async def run() -> None:
-        upstream = Upstream(works=True)
+        upstream = Probed(works=True)
         tried = upstream.breaker()
         tried.start(10)
         assert await tried.usable()
@@ -252,6 +256,32 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
         await upstreams.close()
 
     asyncio.run(run())
+
+
+def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:
+    async def run(steps: int) -> None:
+        asked: list[str] = []
+        discarded: list[str | None] = []
+
+        async def ask(*_: object) -> str:
+            asked.append("answer")
+            return "answer"
+
+        client = Client(Upstream(url="http://localhost"), "/nix/store", None, ssl.create_default_context(), counters, 1)
+        upstreams = Upstreams([client], "us", 10)
+        getting = asyncio.create_task(upstreams.get(ask, Hops(), discarded.append))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        getting.cancel()
+        (given,) = await asyncio.gather(getting, return_exceptions=True)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await upstreams.close()
+        assert asked == discarded + [given] * (given == "answer")
+
+    counters = Metrics([], [], 1, ["http://localhost"]).own_upstream("http://localhost")
+    for steps in range(20):
+        asyncio.run(run(steps))
 
 
 @pytest.mark.parametrize("empty", [bz2.compress(b""), gzip.compress(b"")], ids=["bzip2", "gzip"])

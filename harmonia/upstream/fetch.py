@@ -62,15 +62,14 @@ class Fetches:
                     transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
                     self._tasks.begin(self._run(key, transfer))
         if opened is None:
-            return await _passed(found, headers)
-        rest = Passed(found.client, lambda part: found.ask(headers, part, checked=False))
+            return _passed(found, headers, await found.ask(headers, WHOLE, checked=content.has_hash(found.nar)))
         running = self._running.get(key)
         if running is None:  # another worker fetches it
-            return Kept(opened[0], found.nar.file_size, None, rest)
+            return Kept(opened[0], found.nar.file_size, None, _passed(found, headers))
         await running.started.wait()
         if running.error is not None:
             raise running.error
-        return Kept(opened[0], running.size, running, rest)
+        return Kept(opened[0], running.size, running, _passed(found, headers))
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:
@@ -80,11 +79,11 @@ class Fetches:
                 del self._running[key]
 
 
-async def _passed(found: Found, headers: Mapping[str, str]) -> Passed:
-    """The NAR without the cache."""
+def _passed(found: Found, headers: Mapping[str, str], response: aiohttp.ClientResponse | None = None) -> Passed:
+    """The NAR without the cache. Where it is passed on from its beginning to its end, it is checked if it can be."""
     check = partial(content.check_file, found.info, found.nar) if content.has_hash(found.nar) else None
 
     async def ask(part: Part) -> aiohttp.ClientResponse:
         return await found.ask(headers, part, checked=check is not None and part == WHOLE)
 
-    return Passed(found.client, ask, await ask(WHOLE), check)
+    return Passed(found.client, ask, response, check, found.nar.file_size)

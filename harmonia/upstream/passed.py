@@ -27,12 +27,13 @@ class Passed:
         ask: Callable[[Part], Awaitable[aiohttp.ClientResponse]],
         response: aiohttp.ClientResponse | None = None,
         check: Callable[[bytes, int], None] | None = None,
+        size: int | None = None,
     ) -> None:
         """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
         where that has been asked for already. `check` looks at the SHA-256 and the size of the whole, and raises
-        UpstreamError where they are wrong.
+        UpstreamError where they are wrong. `size` is how large it will be, where that is known before it is asked for.
         """
-        self.size = response.content_length if response is not None else None
+        self.size = size if response is None else response.content_length
         self._client = client
         self._ask = ask
         self._response = response

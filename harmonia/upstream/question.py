@@ -77,11 +77,12 @@ class Upstreams:
             return (await self._first(ask, hops, discard))[0]
 
         task = self._tasks.begin(first())
+        done: set[asyncio.Task[_T | None]] = set()
         try:
-            await asyncio.wait({task}, timeout=self._bound)
-            return task.result() if task.done() else None
+            done, _ = await asyncio.wait({task}, timeout=self._bound)
+            return task.result() if done else None
         finally:
-            if not task.done():
+            if not done:
                 task.add_done_callback(partial(_discard, discard))
 
     async def _first(

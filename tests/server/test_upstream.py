@@ -27,6 +27,7 @@ import zstandard
 
 import upstream_server
 from harmonia import access
+from harmonia.nar_cache import NarCache
 from harmonia.nix import base32
 from harmonia.nix import nar as nix_nar
 from harmonia.nix.narinfo import NarFile
@@ -34,6 +35,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store_builder import StoreBuilder
+from harmonia.upstream.nar_name import NarName
 from running import HARMONIA, Answer, Server, open_files, patched, wait_until
 from upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
 
@@ -395,6 +397,24 @@ def test_a_wrong_nar_never_ends_even_without_the_cache(
     server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         server.get("/" + fields(server.get(narinfo_path(path)))["URL"])
+
+
+def test_what_another_worker_took_back_is_not_passed_on_unchecked(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+) -> None:
+    """The other worker is ourselves here, with the right to fill the file."""
+    upstream.add(there.info, bytes(len(there.file)), there.nar, keys=(KEY,))
+    server = begin(entry(upstream), cache_dir=tmp_path / "cache")
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    opened = NarCache(str(server.cache_dir / "nar")).open(NarName.parse(url.removeprefix("upstream/")).key)
+    assert opened
+    _, filler = opened
+    assert filler
+    with ThreadPoolExecutor(1) as threads:
+        download = threads.submit(aborted, server, f"/{url}")
+        wait_until(lambda: any(name.endswith(".growing") for name in open_files(server.workers[0])))
+        filler.withdraw()
+        assert download.result()
 
 
 def test_what_nothing_can_check_comes_from_no_other_host(
