@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from harmonia.zstd import step_back
 
 _WRITERS = 4  # threads
+_SYNCERS = 4
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -31,10 +32,13 @@ class Tasks:
 
 
 class Threads:
-    """Those that write, none for long, and those that unpack, which takes long, and much memory for each NAR."""
+    """Those that write, none for long, those that wait for the disk, and those that unpack, which takes long, and
+    much memory for each NAR.
+    """
 
     def __init__(self) -> None:
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="fetch")
+        self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="sync")
         processors = len(os.sched_getaffinity(0))
         self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
 
@@ -43,6 +47,9 @@ class Threads:
 
     async def unpack(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         return await _finished(self._unpackers, function, *arguments, **named)
+
+    async def sync(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        return await _finished(self._syncers, function, *arguments, **named)
 
 
 async def _finished(

@@ -42,7 +42,7 @@ class Transfer:
         try:
             await self._take()
             await self._check()
-            await write(self._filler.commit)
+            await self._threads.sync(self._filler.commit)
         except UpstreamError as error:
             self.error = error
             _log.error("%s: %s", self._found.url, error)
@@ -56,14 +56,16 @@ class Transfer:
             self.started.set()
 
     async def _check(self) -> None:
-        """See that all is as the narinfo says. What takes long is done after the first clients have it."""
+        """See that all is as the narinfo says. What takes long is done when the first clients have it, if it can be."""
         info, nar, filler = self._found.info, self._found.nar, self._filler
         content.check_file(info, nar, filler.sha256, filler.size)
-        if nar.compression == "none":
-            return
-        if nar.file_hash is not None:
+        is_right = content.has_hash(nar)
+        if is_right:
             await self._threads.write(filler.finish)
-        await self._threads.unpack(content.check_content, info, nar, self._written())
+        if nar.compression != "none":
+            await self._threads.unpack(content.check_content, info, nar, self._written())
+        if not is_right:
+            await self._threads.write(filler.finish)
 
     def give_up(self) -> None:
         """Keep nobody waiting: the task is about to be cancelled."""

@@ -707,6 +707,22 @@ def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamSer
     assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
 
 
+def test_a_disk_that_is_slow_to_sync_keeps_nobody_waiting(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    paths = [make_path(tmp_path / str(n), size=64 << 10, compression="none" if n % 2 else "xz") for n in range(9)]
+    for n, path in enumerate(paths):
+        nar = replace(path.nar, file_hash=None) if n % 3 else path.nar
+        upstream.add(path.info, path.file, nar, keys=(KEY,))
+    slow = patched("import os, time; os.fdatasync = lambda descriptor: time.sleep(2)")
+    server = begin(entry(upstream), workers=1, program=slow)
+    began = time.monotonic()
+    for path in paths:
+        assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
+    assert time.monotonic() - began < 2
+    assert not all(is_kept(server, path) for path in paths)
+
+
 @pytest.mark.root
 def test_a_disk_that_fills_up_stops_no_download(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     path = make_path(tmp_path / "elsewhere", size=16 << 20, compression="none")
