@@ -1,8 +1,11 @@
 """Which addresses an upstream from outside does not lead us to."""
 
-import pytest
+import socket
 
-from harmonia.upstream.reach import is_outside
+import pytest
+from aiohttp import AddrInfoType
+
+from harmonia.upstream.reach import InsideError, Reach, is_outside
 
 OUTSIDE = """
     8.8.8.8 198.41.0.4 2001:4860:4860::8888 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1
@@ -22,3 +25,24 @@ def test_it_may_lead_to_any_address_of_the_internet(address: str) -> None:
 @pytest.mark.parametrize("address", INSIDE.split())
 def test_it_may_not_lead_to_one_that_is_ours(address: str) -> None:
     assert not is_outside(address)
+
+
+def address(of: str) -> AddrInfoType:
+    return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (of, 80)
+
+
+@pytest.mark.parametrize("order", [("8.8.8.8", "10.0.0.1"), ("10.0.0.1", "8.8.8.8")])
+def test_one_whose_name_also_leads_inside_is_still_outside(order: tuple[str, str]) -> None:
+    reach = Reach()
+    for each in order:
+        reach.here(address(each)).close()
+    reach.elsewhere(address("8.8.4.4")).close()
+    with pytest.raises(InsideError):
+        reach.elsewhere(address("10.0.0.2"))
+
+
+def test_one_inside_leads_anywhere() -> None:
+    reach = Reach()
+    reach.here(address("10.0.0.1")).close()
+    for each in ("10.0.0.2", "8.8.8.8"):
+        reach.elsewhere(address(each)).close()

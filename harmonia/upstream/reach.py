@@ -18,19 +18,23 @@ class InsideError(OSError):
 
 
 class Reach:
-    """Of one upstream. The methods make the sockets of aiohttp's connectors."""
+    """Of one upstream. The methods make the sockets of aiohttp's connectors.
+
+    It is inside as long as no address of its own was outside: whoever answers for its name there would only have to
+    name, once, an address inside.
+    """
 
     def __init__(self) -> None:
-        self._inside = False
+        self._outside = False
 
     def here(self, address: AddrInfoType) -> socket.socket:
         """To the upstream itself: wherever the configuration says."""
-        self._inside |= not is_outside(address[4][0])
+        self._outside |= is_outside(address[4][0])
         return socket.socket(*address[:3])
 
     def elsewhere(self, address: AddrInfoType) -> socket.socket:
         """To where the upstream leads. InsideError where that is inside, and the upstream is not."""
-        if not self._inside and not is_outside(address[4][0]):
+        if self._outside and not is_outside(address[4][0]):
             raise InsideError("it leads from outside to an address inside")
         return socket.socket(*address[:3])
 
