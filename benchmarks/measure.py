@@ -19,7 +19,8 @@ from benchmarks.servers import HARMONIA, Server
 from benchmarks.store import MIB, BenchStore
 from harmonia.metrics import Metrics
 from harmonia.nix import base32
-from harmonia.store_builder import StoreBuilder, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import remove
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
 

@@ -18,7 +18,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder, Tree, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Tree, remove
 
 MIB = 1 << 20
 _VERSION = 1  # of what is made here: another one makes it anew

@@ -19,7 +19,8 @@ from harmonia.errors import ConfigError, HarmoniaError
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Database
-from harmonia.store_builder import Executable, StoreBuilder, Symlink, Tree, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Executable, Symlink, Tree, remove
 
 _MARK = "# The demo store beside this file, as harmonia made it. To remove both: chmod -R u+w DIR && rm -rf DIR\n"
 

@@ -7,19 +7,17 @@ import bz2
 import hashlib
 import os
 import platform
-import shutil
 import sqlite3
-import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from harmonia.nix import base32, confined, nar
+from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.tree import Tree, put, remove
 
 # Nix `src/libstore/schema.sql`, version 10: the same from Nix 2.3 to today's.
 _SCHEMA = """
@@ -58,78 +56,6 @@ create index IndexDerivationOutputs on DerivationOutputs(path);
 """
 
 _ATERM_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
-
-
-@dataclass(frozen=True, slots=True)
-class Executable:
-    contents: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Symlink:
-    target: str | bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Sparse:
-    """A file of `size` zeros that takes no space."""
-
-    size: int
-
-
-Tree = bytes | Executable | Symlink | Sparse | os.PathLike[str] | Mapping[Any, "Tree"]
-"""What a store object holds: a file, a symlink, a copy of what is on disk at a path, or a directory by its names, `str`
-or `bytes` (which a Mapping, invariant in its keys, cannot say)."""
-
-
-def remove(path: bytes) -> None:
-    """Removes what is at `path`, if anything, read-only directories too."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        for directory, _, _ in os.walk(path):
-            os.chmod(directory, 0o700)
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)
-
-
-def _write(tree: Tree, path: bytes) -> None:
-    match tree:
-        case bytes():
-            with open(path, "xb") as file:
-                file.write(tree)
-        case Executable(contents):
-            _write(contents, path)
-            os.chmod(path, 0o755)  # noqa: S103 (it is executable)
-        case Symlink(target):
-            os.symlink(os.fsencode(target), path)
-        case Sparse(size):
-            with open(path, "xb") as file:
-                file.truncate(size)
-        case Mapping():
-            os.mkdir(path)
-            for name, node in tree.items():
-                _write(node, os.path.join(path, os.fsencode(name)))
-        case _ if os.path.isdir(tree) and not os.path.islink(tree):
-            shutil.copytree(tree, os.fsdecode(path), symlinks=True)
-        case _:
-            shutil.copy(tree, os.fsdecode(path), follow_symlinks=False)
-
-
-def _canonicalise(path: bytes) -> None:
-    """Modes and times as Nix gives them (`src/libstore/posix-fs-canonicalise.cc`)."""
-    for entry in reversed(list(nar.walk(confined.resolved(path)))):  # a directory after what is in it
-        if not stat.S_ISLNK(entry.mode):
-            os.chmod(entry.path, 0o555 if entry.mode & stat.S_IXUSR else 0o444)
-        os.utime(entry.path, (1, 1), follow_symlinks=False)
-
-
-def _nar_hash(path: bytes) -> tuple[bytes, int]:
-    digest = hashlib.sha256()
-    size = 0
-    for chunk in nar.read(nar.dump(path)):
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.digest(), size
 
 
 class StoreBuilder:
@@ -185,10 +111,7 @@ class StoreBuilder:
 
         Without `known_size` the database has NULL for it, as it has for paths of very old Nixes.
         """
-        real_path = self.real_path(path)
-        _write(tree, real_path)
-        _canonicalise(real_path)
-        nar_hash, nar_size = _nar_hash(real_path)
+        nar_hash, nar_size = put(tree, self.real_path(path))
         info = PathInfo(path, nar_hash, nar_size, tuple(sorted(references)), deriver, tuple(sigs), ca)
         fingerprint = info.fingerprint(self.store_dir)
         info = replace(info, sigs=(*info.sigs, *(key.sign(fingerprint) for key in keys)))
@@ -198,9 +121,7 @@ class StoreBuilder:
     def add_source(self, name: str, tree: Tree, references: Collection[StorePath] = ()) -> PathInfo:
         """Adds `tree` under the path that follows from its NAR, as `nix-store --add` does."""
         staged = os.fsencode(f"{self.real_dir}/.{name}")
-        _write(tree, staged)
-        _canonicalise(staged)
-        nar_hash, nar_size = _nar_hash(staged)
+        nar_hash, nar_size = put(tree, staged)
         path = self._path("source", nar_hash, name, references)
         os.rename(staged, self.real_path(path))
         ca = f"fixed:r:sha256:{base32.encode(nar_hash)}"

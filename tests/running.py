@@ -21,7 +21,8 @@ import zstandard
 
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 NO_CACHE = Path("/proc/none")

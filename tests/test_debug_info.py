@@ -21,7 +21,8 @@ from harmonia.nix.build_id import build_ids
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder, Tree, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Tree, remove
 
 Open = Callable[..., DebugInfo]
 

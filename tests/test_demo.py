@@ -25,7 +25,8 @@ from harmonia.errors import ConfigError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import Store
-from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Executable, Sparse, Symlink, Tree, remove
 from running import Server, run
 
 NOBODY = 65534

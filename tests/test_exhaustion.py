@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import (
     HARMONIA,
     Sample,

@@ -16,6 +16,7 @@ LAYERS = {
     "systemd": 1,
     "cached_file": 2,
     "kinds": 2,
+    "tree": 2,
     "settings": 3,
     "credentials": 4,
     "store": 4,

@@ -23,7 +23,8 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix import confined, listing, nar
 from harmonia.nix.nar_layout import Layout
 from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder, Symlink, Tree
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Symlink, Tree
 from running import Server, nar_url
 
 SECONDS = 0.4

@@ -19,7 +19,8 @@ from harmonia.errors import HarmoniaError, StoreObjectError, StoreUnavailableErr
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import _PATH_INFO, Store
-from harmonia.store_builder import StoreBuilder, remove
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import remove
 from realisations import BUILD_TRACE, REALISATIONS, create
 
 NOBODY = 65534

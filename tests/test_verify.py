@@ -15,7 +15,8 @@ from harmonia.errors import ConfigError
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import Store
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from harmonia.verify import Journal, Result, verify
 from running import HARMONIA, patched, run, wait_until
 

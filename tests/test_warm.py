@@ -11,7 +11,8 @@ import pytest
 
 from harmonia.config import parse
 from harmonia.store import Store
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from harmonia.warm import warm
 from running import HARMONIA, Server, nar_url, run, unpacked, wait_until
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import Executable, StoreBuilder, Symlink, Tree
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Executable, Symlink, Tree
 from running import Server
 
 BIG = bytes(range(256)) * 4096 * 3

@@ -16,7 +16,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from harmonia import demo
 from harmonia.demo import Demo
-from harmonia.store_builder import StoreBuilder, Symlink, Tree
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Symlink, Tree
 from nginx import nginx
 from running import Server
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from harmonia.nix import nar
 from harmonia.server import byte_range
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import Server, read_answer
 from server.test_nar import dump, url
 from server.test_narinfo import info

@@ -16,7 +16,8 @@ import pytest
 
 from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import HARMONIA, NO_CACHE, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]

@@ -17,7 +17,7 @@ import zstandard
 
 from harmonia.nix import base32
 from harmonia.server.app import METRICS_ROUTES, ROUTES
-from harmonia.store_builder import StoreBuilder, Tree
+from harmonia.store_builder import StoreBuilder
 from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
 from running import Answer, Server, wait_until
 from server.conftest import BIG
@@ -133,7 +133,7 @@ def test_every_route_is_in_the_table() -> None:
 def stock(root: Path) -> dict[str, str]:
     """A store that has something for each row of the table. Returns what the rows leave open."""
     store = StoreBuilder(root)
-    debug: Tree = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
+    debug = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
     info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
     plain, packed = collected(store, "plain"), collected(store, "packed")
     keep(store, plain, suffix="")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import HARMONIA, Server, nar_url, read_answer, wait_until
 from unscathed import unscathed
 

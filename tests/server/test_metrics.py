@@ -16,7 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harmonia.metrics import BOUNDS, Histogram
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import Sample, Server, ServiceManager, nar_url, wait_until
 
 Start = Callable[..., Server]

@@ -11,7 +11,8 @@ import pytest
 
 from harmonia.nix import base32, nar
 from harmonia.store import Store
-from harmonia.store_builder import Sparse, StoreBuilder
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Sparse
 from running import Server, read_answer
 from server.test_narinfo import info
 

@@ -10,7 +10,8 @@ import pytest
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder, Symlink
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Symlink
 from running import Server, nar_url, run, wait_until
 from server.test_contract import ROWS, Row, stock
 from server.test_log import keep

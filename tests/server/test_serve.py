@@ -14,7 +14,8 @@ import pytest
 import zstandard
 
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import Executable, Sparse, StoreBuilder, Symlink, Tree
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Executable, Sparse, Symlink, Tree
 from running import Server, open_files, patched, wait_until
 
 Start = Callable[..., Server]

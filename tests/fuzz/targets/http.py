@@ -17,7 +17,8 @@ from harmonia.server.access import Guard
 from harmonia.server.app import count_with, create_app
 from harmonia.server.cache import Cache
 from harmonia.server.worker import limited_protocol
-from harmonia.store_builder import Executable, StoreBuilder, Symlink, Tree
+from harmonia.store_builder import StoreBuilder
+from harmonia.tree import Executable, Symlink, Tree
 
 WORDS = [b"GET /", b"HEAD /", b"PUT /", b" HTTP/1.1\r\nHost: x\r\n", b"\r\n\r\n", b"{hash}", b"{narhash}", b"{drv}"]
 WORDS += [
