@@ -2,6 +2,7 @@
 
 import asyncio
 import bz2
+import gc
 import gzip
 import hashlib
 import lzma
@@ -11,7 +12,9 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
+import aiohttp
 import pytest
 import zstandard
 from hypothesis import given
@@ -28,7 +31,9 @@ from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.client import Client
 from harmonia.upstream.content import check_content, check_file, conclusive, unpack
 from harmonia.upstream.hops import Hops
+from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Upstreams
+from harmonia.upstream.transport import Part
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "none": bytes,
@@ -258,6 +263,12 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
     asyncio.run(run())
 
 
+def real_client() -> Client:
+    url = "http://localhost"
+    counters = Metrics([], [], 1, [url]).own_upstream(url)
+    return Client(Upstream(url=url), "/nix/store", None, ssl.create_default_context(), counters, 1)
+
+
 def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:
     async def run(steps: int) -> None:
         asked: list[str] = []
@@ -267,8 +278,7 @@ def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -
             asked.append("answer")
             return "answer"
 
-        client = Client(Upstream(url="http://localhost"), "/nix/store", None, ssl.create_default_context(), counters, 1)
-        upstreams = Upstreams([client], "us", 10)
+        upstreams = Upstreams([real_client()], "us", 10)
         getting = asyncio.create_task(upstreams.get(ask, Hops(), discarded.append))
         for _ in range(steps):
             await asyncio.sleep(0)
@@ -279,9 +289,38 @@ def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -
         await upstreams.close()
         assert asked == discarded + [given] * (given == "answer")
 
-    counters = Metrics([], [], 1, ["http://localhost"]).own_upstream("http://localhost")
     for steps in range(20):
         asyncio.run(run(steps))
+
+
+def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> None:
+    """Also where it takes a while to give that up."""
+
+    async def run() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        given_up = asyncio.Event()
+
+        async def ask(_: Part) -> aiohttp.ClientResponse:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+                given_up.set()
+            raise UpstreamError("it does not answer")
+
+        client = real_client()
+        reading = Passed(client, ask).read(0, None)
+        next(reading)
+        await asyncio.sleep(0.01)
+        reading.close()
+        await asyncio.wait_for(given_up.wait(), 10)
+        await asyncio.sleep(0.01)
+        gc.collect()
+        assert not complaints
+        await client.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("empty", [bz2.compress(b""), gzip.compress(b"")], ids=["bzip2", "gzip"])

@@ -45,8 +45,15 @@ class Passed:
         if self._check is not None and start == 0 and stop in {None, self.size}:
             pieces = _checked(pieces, self._check)
 
+        turn = asyncio.Lock()  # a generator that runs cannot be closed
+
         async def following() -> bytes:
-            return await anext(pieces, b"")
+            async with turn:
+                return await anext(pieces, b"")
+
+        async def close() -> None:
+            async with turn:
+                await pieces.aclose()
 
         try:
             while True:
@@ -58,7 +65,7 @@ class Passed:
                 if not piece.result():
                     return
         finally:
-            self._on_loop(lambda: asyncio.ensure_future(pieces.aclose()))
+            self._on_loop(lambda: asyncio.ensure_future(close()))
 
     async def _pieces(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
         part = WHOLE if start == sys.maxsize or (start, stop) == (0, self.size) else (start, stop)
