@@ -33,7 +33,7 @@ from harmonia.upstream.content import check_content, check_file, conclusive, unp
 from harmonia.upstream.hops import Hops
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Upstreams
-from harmonia.upstream.transport import Part
+from harmonia.upstream.transport import Part, Transport
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
     "none": bytes,
@@ -266,7 +266,8 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
 def real_client() -> Client:
     url = "http://localhost"
     counters = Metrics([], [], 1, [url]).own_upstream(url)
-    return Client(Upstream(url=url), "/nix/store", None, ssl.create_default_context(), counters, 1)
+    settings = Upstream(url=url)
+    return Client(settings, Transport(settings, None, ssl.create_default_context()), counters, "/nix/store", 1)
 
 
 def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:

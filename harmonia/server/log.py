@@ -18,7 +18,7 @@ from harmonia.server.cache import Cache
 
 async def get(cache: Cache, request: Request, name: str) -> Representation:
     try:
-        derivation = await _derivation(cache, _decoded(request, name))
+        derivation = await _derivation(cache, decoded(request, name))
     except FormatError:
         raise NotFound from None
     log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
@@ -38,7 +38,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     )
 
 
-def _decoded(request: Request, name: str) -> str:
+def decoded(request: Request, name: str) -> str:
     """The name asked for. It may hold a `?`, after which Nix sends its rest as a query."""
     _, mark, query = request.raw_url.partition(b"?")
     return unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")

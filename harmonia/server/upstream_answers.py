@@ -15,7 +15,7 @@ from harmonia import credentials
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.narinfo import NarFile, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server import metadata, narinfo
+from harmonia.server import log, metadata, narinfo
 from harmonia.server.body import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.cache import Cache
 from harmonia.server.upstream_nars import Nars, hops_of, is_debug_nar
@@ -24,7 +24,7 @@ from harmonia.upstream.found import Found
 from harmonia.upstream.memory import POSITIVE_TTL
 from harmonia.upstream.passed import Passed
 from harmonia.upstream.question import Upstreams
-from harmonia.upstream.transport import Part
+from harmonia.upstream.transport import Part, Transport
 
 _REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
 _OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")
@@ -42,10 +42,11 @@ class Answers:
         clients = [
             Client(
                 each,
-                settings.virtual_nix_store,
-                credentials.authorization(settings, number),
-                credentials.upstream_tls(settings, number),
+                Transport(
+                    each, credentials.authorization(settings, number), credentials.upstream_tls(settings, number)
+                ),
                 cache.metrics.own_upstream(each.url),
+                settings.virtual_nix_store,
                 settings.upstream_timeout,
             )
             for number, each in enumerate(settings.upstream)
@@ -80,8 +81,7 @@ class Answers:
         return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
 
     async def log_get(self, request: Request, name: str) -> Representation:
-        _, mark, query = request.raw_url.partition(b"?")
-        asked = unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")
+        asked = log.decoded(request, name)
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import ssl
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from urllib.parse import urljoin, urlsplit
@@ -29,22 +28,16 @@ _log = logging.getLogger("harmonia")
 class Client:
     """To be made on the event loop that uses it."""
 
-    def __init__(  # noqa: PLR0917 (what it is told by, each of its own kind)
-        self,
-        settings: Upstream,
-        store_dir: str,
-        authorization: str | None,
-        tls: ssl.SSLContext,
-        counters: UpstreamCounters,
-        patience: float,
+    def __init__(
+        self, settings: Upstream, transport: Transport, counters: UpstreamCounters, store_dir: str, patience: float
     ) -> None:
         """`patience` is after how many seconds an answer is so late that this counts as a failure."""
         self.settings = settings
         self.counters = counters
         self.keys = [PublicKey.parse(key) for key in settings.public_keys]
         self.breaker = Breaker(self._probe, self._changed)
-        self._transport = Transport(settings, authorization, tls)
-        self.base = self._transport.base
+        self._transport = transport
+        self.base = transport.base
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
         """The same as long as its URL is: some NARs are found by it."""
         self.store_dir = store_dir
