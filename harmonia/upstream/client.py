@@ -122,10 +122,8 @@ class Client:
 
     @asynccontextmanager
     async def _question(self) -> AsyncGenerator[None]:
-        """A question in its turn. Who answers late has failed, although the answer is still taken. Waiting for its turn
-        is not the upstream's fault.
-        """
-        async with self._turns:
+        """A question in its turn. Who answers late has failed, although the answer is still taken."""
+        async with self._turn():
             await self._be_usable()
             loop = asyncio.get_running_loop()
             late = loop.call_later(self._patience, self._failed, "it answers late")
@@ -140,6 +138,21 @@ class Client:
                 raise
             finally:
                 late.cancel()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None]:
+        """To wait for it is not the upstream's fault, and nobody waits for ever: else those who come after a rush would
+        wait for all of it.
+        """
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise AnswerError(self.base, "it is asked too much at once") from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     @asynccontextmanager
     async def _answering(self) -> AsyncGenerator[None]:

@@ -873,6 +873,24 @@ def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: Up
     assert "left alone" not in "".join(server.log)
 
 
+def test_questions_that_nobody_waits_for_hold_up_no_other(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    def answer(handler: upstream_server.Handler) -> None:
+        time.sleep(0.3)
+        handler.serve()
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["narinfo"] = answer
+    one_at_a_time = patched("from harmonia.upstream import client; client._QUESTIONS = 1")
+    server = begin(entry(upstream, timeout=1.0), settings="upstream_timeout = 0.7", program=one_at_a_time)
+    with ThreadPoolExecutor(40) as threads:
+        list(threads.map(lambda number: server.get(f"/{number:032}.narinfo"), range(40)))
+    time.sleep(1)
+    assert server.get(narinfo_path(there)).status == 200
+    assert "left alone" not in "".join(server.log)
+
+
 def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.files["/nix-cache-info"] = b"StoreDir: /gnu/store\n"
