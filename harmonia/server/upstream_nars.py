@@ -77,8 +77,8 @@ class Nars:
 
     async def _unread(self, found: Found, hops: Hops) -> Body:
         """For HEAD."""
-        if found.nar.file_size is not None:
-            return Unread(found.nar.file_size)
+        if found.file_size is not None:
+            return Unread(found.file_size)
         async with await found.ask(self._headers(found.client, hops), WHOLE, "HEAD") as response:
             return Unread(response.content_length)
 

@@ -52,7 +52,7 @@ class Fetches:
         cache = self._cache
         key = found.name.key
         opened = None
-        if cache is not None and content.conclusive(found.nar) and (found.nar.file_size or 0) <= cache.limit:
+        if cache is not None and content.conclusive(found.nar) and (found.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MOST:
                     opened = await self._threads.write(cache.open, key)
@@ -65,7 +65,7 @@ class Fetches:
             return _passed(found, headers, await found.ask(headers, WHOLE, checked=content.has_hash(found.nar)))
         running = self._running.get(key)
         if running is None:  # another worker fetches it
-            return Kept(opened[0], found.nar.file_size, None, _passed(found, headers))
+            return Kept(opened[0], found.file_size, None, _passed(found, headers))
         await running.started.wait()
         if running.error is not None:
             raise running.error
@@ -86,4 +86,4 @@ def _passed(found: Found, headers: Mapping[str, str], response: aiohttp.ClientRe
     async def ask(part: Part) -> aiohttp.ClientResponse:
         return await found.ask(headers, part, checked=check is not None and part == WHOLE)
 
-    return Passed(found.client, ask, response, check, found.nar.file_size)
+    return Passed(found.client, ask, response, check, found.file_size)

@@ -32,13 +32,18 @@ class Found:
     """Whether one of the upstream's public keys has signed it."""
     url: str
     """Where its NAR really is."""
-    size: int
+    narinfo_size: int
     """Bytes of its narinfo."""
 
     @property
     def name(self) -> NarName:
         file = self.client.id if self.nar.file_hash is None else base32.encode(self.nar.file_hash)
         return NarName(self.info.path.hash_part, base32.encode(self.info.nar_hash), file, self.nar.compression)
+
+    @property
+    def file_size(self) -> int | None:
+        """Bytes of its NAR as it comes, as far as that is told. nix-serve has no FileSize of what is not compressed."""
+        return self.info.nar_size if self.nar.compression == "none" else self.nar.file_size
 
     async def ask(
         self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True

@@ -41,7 +41,11 @@ class Memory:
         self.forget(question)
         ttl = POSITIVE_TTL if found else _NEGATIVE_TTL
         # Objects in Python take more than the text that they were made of.
-        size = 500 + 100 * (len(question[1].through) + len(question[1].asked)) + (1000 + 3 * found.size if found else 0)
+        size = (
+            500
+            + 100 * (len(question[1].through) + len(question[1].asked))
+            + (1000 + 3 * found.narinfo_size if found else 0)
+        )
         self._by_question[question] = Answer(found, asyncio.get_running_loop().time() + ttl, size)
         self._left -= size
         while self._left < 0:

@@ -31,9 +31,9 @@ class Passed:
     ) -> None:
         """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
         where that has been asked for already. `check` looks at the SHA-256 and the size of the whole, and raises
-        UpstreamError where they are wrong. `size` is how large it will be, where that is known before it is asked for.
+        UpstreamError where they are wrong. `size` is how large it has to be, where that is told before.
         """
-        self.size = size if response is None else response.content_length
+        self.size = response.content_length if size is None and response is not None else size
         self._client = client
         self._ask = ask
         self._response = response

@@ -25,7 +25,7 @@ _log = logging.getLogger("harmonia")
 
 class Transfer:
     def __init__(self, found: Found, headers: Mapping[str, str], filler: Filler, limit: int, threads: Threads) -> None:
-        self.size = found.nar.file_size
+        self.size = found.file_size
         """None until it is known."""
         self.error: UpstreamError | None = None
         self.started = asyncio.Event()
@@ -107,7 +107,7 @@ class Transfer:
     def _begin(self, length: int | None) -> None:
         """What the upstream says of its length has to be what its narinfo says."""
         if self.size is not None and length not in {None, self.size}:
-            raise _WrongError(f"it has {length} bytes where its FileSize is {self.size}")
+            raise _WrongError(f"it has {length} bytes where its narinfo says {self.size}")
         self.size = length if length is not None else self.size
         self._measure(self.size or 0)
 

@@ -184,6 +184,24 @@ def test_a_path_comes_as_the_upstream_has_it(
     assert server.get(f"/{url}", {"If-None-Match": answer.headers["etag"]}).status == 304
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_not_compressed_has_the_size_of_its_nar(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
+) -> None:
+    """Also where the upstream tells of no size but that, as nix-serve does."""
+    path = make_path(tmp_path / "elsewhere", compression="none")
+    upstream.add(path.info, path.file, NarFile(path.nar.url, "none"), keys=(KEY,))
+    upstream.behaviours["^/nar/"] = chunked
+    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '{'1G' if kept else '1K'}'")
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    assert server.head(url).headers["content-length"] == str(len(path.file))
+    assert upstream.asked[f"HEAD /{path.nar.url}"] == 0
+    part = server.get(url, {"Range": "bytes=1000-1999"})
+    assert (part.status, part.body) == (206, path.file[1000:2000])
+    answer = server.get(url)
+    assert (answer.body, answer.headers["content-length"]) == (path.file, str(len(path.file)))
+
+
 def test_json_too(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream))
@@ -489,8 +507,9 @@ def test_what_is_too_large_to_keep_goes_on_without_the_cache(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     """In its midst: nobody said before how large it is."""
-    path = make_path(tmp_path / "elsewhere", size=8 << 20, compression="none")
-    upstream.add(path.info, path.file, NarFile(path.nar.url, "none"), keys=(KEY,))
+    path = make_path(tmp_path / "elsewhere", size=8 << 20)
+    upstream.add(path.info, path.file, NarFile(path.nar.url, "xz"), keys=(KEY,))
+    upstream.behaviours["^/nar/"] = chunked
     server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1M'")
     assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
     assert cached(server, path) == []
@@ -500,7 +519,7 @@ def test_what_is_too_large_to_keep_goes_on_without_the_cache(
 def test_what_is_too_large_to_keep_is_measured_for_who_must_know_its_length(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, version: str, headers: dict[str, str]
 ) -> None:
-    path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="none")
+    path = make_path(tmp_path / "elsewhere", size=4 << 20)
     upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
     server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1M'")
