@@ -46,7 +46,7 @@ class Fetches:
     async def open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
         """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
         # A client that goes away must not leave behind a file that nobody fills.
-        return await asyncio.shield(self._tasks.begin(self._open(found, headers)))
+        return await asyncio.shield(self._tasks.share(self._open(found, headers)))
 
     async def _open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
         cache = self._cache

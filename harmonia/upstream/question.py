@@ -145,9 +145,8 @@ class Upstreams:
         """The answer to a question that is asked once at a time, however many want to know."""
         task = self._asking.get(question)
         if task is None:
-            task = self._asking[question] = self._tasks.begin(ask())
+            task = self._asking[question] = self._tasks.share(ask())
             task.add_done_callback(lambda _: self._asking.pop(question, None))
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all may have gone away
         return task
 
 

@@ -25,6 +25,12 @@ class Tasks:
         task.add_done_callback(self._running.discard)
         return task
 
+    def share(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        """Likewise, for those who wait for its result: an error is theirs alone, and nobody's when all have gone."""
+        task = self.begin(coroutine)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
+
     async def stop(self) -> None:
         for task in self._running:
             task.cancel()

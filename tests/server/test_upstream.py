@@ -717,6 +717,26 @@ def test_a_nar_that_does_not_come_is_a_plain_miss(
     assert time.monotonic() - began < 9  # by default it would be 12
 
 
+def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_error_of_ours(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+) -> None:
+    def slow_reset(handler: upstream_server.Handler) -> None:
+        time.sleep(0.5)
+        reset(handler)
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["/nar/"] = slow_reset
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    with server.connect() as connection:
+        connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        wait_until(lambda: upstream.asked[f"GET /{there.nar.url}"] == 1)
+    time.sleep(1)
+    assert server.stop() == 0
+    assert not [line for line in server.log if "never retrieved" in line]
+
+
 def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     """It takes longer than an answer may; only no pause does."""
     path = make_path(tmp_path / "elsewhere", size=2000)
