@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -928,6 +928,52 @@ def test_questions_that_nobody_waits_for_hold_up_no_other(
     time.sleep(1)
     assert server.get(narinfo_path(there)).status == 200
     assert "left alone" not in "".join(server.log)
+
+
+def test_whatever_an_upstream_does_no_whole_nar_is_wrong_even_without_the_cache(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    def wrong(handler: upstream_server.Handler) -> None:
+        content = bytearray(handler.server.files[handler.path])
+        content[len(content) // 2] ^= 1
+        handler.answer(200, bytes(content), {"Accept-Ranges": "bytes"})
+
+    def short(handler: upstream_server.Handler) -> None:
+        handler.answer(200, handler.server.files[handler.path][:-1])
+
+    def misbehave(handler: upstream_server.Handler) -> None:
+        size = len(handler.server.files[handler.path])
+        faults = [late, wrong, short, chunked, status(500), status(302, Location=handler.path)]
+        random.choice([*faults, *[cut(random.randrange(1, size))] * 3, *[upstream_server.Handler.serve] * 6])(handler)
+
+    paths = [make_path(tmp_path / str(n), size=20_000 << n, compression=name) for n, name in enumerate(PACK)]
+    for path in paths:
+        upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    (tmp_path / "file").write_text("in the way")
+    server = begin(entry(upstream, timeout=0.5), workers=2, cache_dir=tmp_path / "file" / "cache", program=PROBING)
+    urls = ["/" + fields(server.get(narinfo_path(path)))["URL"] for path in paths]
+    upstream.behaviours["^/nar/"] = misbehave
+    end = time.monotonic() + 5
+
+    def ask(number: int) -> int:
+        """Returns how often the NAR came whole."""
+        which = number % len(paths)
+        whole = 0
+        while time.monotonic() < end:
+            with suppress(http.client.IncompleteRead, ConnectionError):
+                answer = server.get(urls[which])
+                assert answer.status in {200, 404}
+                if answer.status == 200:
+                    assert answer.body == paths[which].file
+                    whole += 1
+        return whole
+
+    with ThreadPoolExecutor(2 * len(paths)) as threads:
+        assert sum(threads.map(ask, range(2 * len(paths)))) > 0
+    upstream.behaviours.clear()
+    for path, url in zip(paths, urls, strict=True):
+        wait_until(partial(lambda url: not aborted(server, url), url))
+        assert server.get(url).body == path.file
 
 
 def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
