@@ -31,11 +31,11 @@ class Kept:
                 self.size = self._file.size
             if self._file.whole or position == stop:
                 return
+            withdrawn = start < position and self._file.size < position
+            self._file.close()  # an error would keep it, and its lock, for which others wait
+            self._file = None
             if self._transfer is not None and self._transfer.error is not None:
                 raise self._transfer.error
-            withdrawn = start < position and self._file.size < position
-            self._file.close()
-            self._file = None
             if withdrawn:
                 raise StoreObjectError("what the upstream sent is wrong")
         if self._rest is not None:

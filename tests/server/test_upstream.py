@@ -930,17 +930,20 @@ def test_questions_that_nobody_waits_for_hold_up_no_other(
     assert "left alone" not in "".join(server.log)
 
 
-def test_whatever_an_upstream_does_no_whole_nar_is_wrong_even_without_the_cache(
-    begin: Start, upstream: UpstreamServer, tmp_path: Path
+def wrong(handler: upstream_server.Handler) -> None:
+    content = bytearray(handler.server.files[handler.path])
+    content[len(content) // 2] ^= 1
+    handler.answer(200, bytes(content), {"Accept-Ranges": "bytes"})
+
+
+def short(handler: upstream_server.Handler) -> None:
+    handler.answer(200, handler.server.files[handler.path][:-1])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_whatever_an_upstream_does_no_whole_nar_is_wrong(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
 ) -> None:
-    def wrong(handler: upstream_server.Handler) -> None:
-        content = bytearray(handler.server.files[handler.path])
-        content[len(content) // 2] ^= 1
-        handler.answer(200, bytes(content), {"Accept-Ranges": "bytes"})
-
-    def short(handler: upstream_server.Handler) -> None:
-        handler.answer(200, handler.server.files[handler.path][:-1])
-
     def misbehave(handler: upstream_server.Handler) -> None:
         size = len(handler.server.files[handler.path])
         faults = [late, wrong, short, chunked, status(500), status(302, Location=handler.path)]
@@ -950,16 +953,20 @@ def test_whatever_an_upstream_does_no_whole_nar_is_wrong_even_without_the_cache(
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream, timeout=0.5), workers=2, cache_dir=tmp_path / "file" / "cache", program=PROBING)
+    cache_dir = tmp_path / ("cache" if kept else "file/cache")
+    server = begin(entry(upstream, timeout=0.5), workers=2, cache_dir=cache_dir, program=PROBING)
     urls = ["/" + fields(server.get(narinfo_path(path)))["URL"] for path in paths]
     upstream.behaviours["^/nar/"] = misbehave
     end = time.monotonic() + 5
 
     def ask(number: int) -> int:
-        """Returns how often the NAR came whole."""
+        """Returns how often the NAR came whole. What is kept of it is forgotten each time."""
         which = number % len(paths)
         whole = 0
         while time.monotonic() < end:
+            for name in cached(server, paths[which]):
+                if not name.endswith(".growing"):
+                    (cache_dir / "nar" / name).unlink(missing_ok=True)
             with suppress(http.client.IncompleteRead, ConnectionError):
                 answer = server.get(urls[which])
                 assert answer.status in {200, 404}
