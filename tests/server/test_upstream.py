@@ -36,7 +36,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
-from running import HARMONIA, Answer, Server, open_files, patched, wait_until
+from running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
 from upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
 
 Start = Callable[..., Server]
@@ -388,10 +388,9 @@ def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServ
     assert upstream.asked[f"GET {where}"] == 3
 
 
-def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path) -> None:
+def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
-    (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    server = begin(entry(upstream), cache_dir=NO_CACHE)
     url = fields(server.get(narinfo_path(there)))["URL"]
     answer = server.get(f"/{url}")
     assert (answer.status, answer.body) == (200, there.file)
@@ -411,8 +410,7 @@ def test_a_wrong_nar_never_ends_even_without_the_cache(
     wrong = bytes(len(path.file))
     nar = replace(path.nar, file_hash=None) if compression == "none" else path.nar
     upstream.add(path.info, wrong, nar, keys=(KEY,))
-    (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    server = begin(entry(upstream), cache_dir=NO_CACHE)
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         server.get("/" + fields(server.get(narinfo_path(path)))["URL"])
 
@@ -435,14 +433,11 @@ def test_what_another_worker_took_back_is_not_passed_on_unchecked(
         assert download.result()
 
 
-def test_what_nothing_can_check_comes_from_no_other_host(
-    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
-) -> None:
+def test_what_nothing_can_check_comes_from_no_other_host(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     """An upstream could have us fetch it from our own network."""
-    (tmp_path / "file").write_text("in the way")
     with UpstreamServer() as other:
         other.files["/there"] = there.file
-        server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+        server = begin(entry(upstream), cache_dir=NO_CACHE)
         for nar, part, status_ in (
             (there.nar, {}, 200),
             (there.nar, {"Range": "bytes=1000-"}, 404),
@@ -455,16 +450,13 @@ def test_what_nothing_can_check_comes_from_no_other_host(
             assert server.get(f"/{url}", part).status == status_
 
 
-def test_a_part_that_nobody_asked_for_is_not_passed_on(
-    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
-) -> None:
+def test_a_part_that_nobody_asked_for_is_not_passed_on(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     def another(handler: upstream_server.Handler) -> None:
         content_range = {"Content-Range": f"bytes 0-9/{len(there.file)}"}
         handler.answer(206, there.file[:10], content_range if "Range" in handler.headers else {})
 
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
-    (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    server = begin(entry(upstream), cache_dir=NO_CACHE)
     url = "/" + fields(server.get(narinfo_path(there)))["URL"]
     assert server.get(url).status == 200
     upstream.behaviours["/nar/"] = another
@@ -490,8 +482,7 @@ def test_a_slow_client_slows_the_upstream_where_nothing_is_kept(
 
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = flood
-    (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    server = begin(entry(upstream), cache_dir=NO_CACHE)
     url = fields(server.get(narinfo_path(path)))["URL"]
     with server.connect(receive_buffer=8192) as connection:
         connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
@@ -718,7 +709,7 @@ def test_a_nar_that_does_not_come_is_a_plain_miss(
 
 
 def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_error_of_ours(
-    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+    begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     def slow_reset(handler: upstream_server.Handler) -> None:
         time.sleep(0.5)
@@ -726,8 +717,7 @@ def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_erro
 
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = slow_reset
-    (tmp_path / "file").write_text("in the way")
-    server = begin(entry(upstream), cache_dir=tmp_path / "file" / "cache")
+    server = begin(entry(upstream), cache_dir=NO_CACHE)
     url = fields(server.get(narinfo_path(there)))["URL"]
     with server.connect() as connection:
         connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
@@ -944,20 +934,21 @@ def short(handler: upstream_server.Handler) -> None:
 def test_whatever_an_upstream_does_no_whole_nar_is_wrong(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
 ) -> None:
+    chance = random.Random(1)
+
     def misbehave(handler: upstream_server.Handler) -> None:
         size = len(handler.server.files[handler.path])
         faults = [late, wrong, short, chunked, status(500), status(302, Location=handler.path)]
-        random.choice([*faults, *[cut(random.randrange(1, size))] * 3, *[upstream_server.Handler.serve] * 6])(handler)
+        chance.choice([*faults, *[cut(chance.randrange(1, size))] * 3, *[upstream_server.Handler.serve] * 6])(handler)
 
     paths = [make_path(tmp_path / str(n), size=20_000 << n, compression=name) for n, name in enumerate(PACK)]
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
-    (tmp_path / "file").write_text("in the way")
-    cache_dir = tmp_path / ("cache" if kept else "file/cache")
+    cache_dir = tmp_path / "cache" if kept else NO_CACHE
     server = begin(entry(upstream, timeout=0.5), workers=2, cache_dir=cache_dir, program=PROBING)
     urls = ["/" + fields(server.get(narinfo_path(path)))["URL"] for path in paths]
     upstream.behaviours["^/nar/"] = misbehave
-    end = time.monotonic() + 5
+    end = time.monotonic() + 3
 
     def ask(number: int) -> int:
         """Returns how often the NAR came whole. What is kept of it is forgotten each time."""
