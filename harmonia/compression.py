@@ -271,7 +271,7 @@ class CompressedNar:
                 file = None if reopened else self._compressor.open(self._source)
                 reopened = True
             reached = yield from self._compressor.stream(self._source, position, stop)
-            if stop is None:
+            if stop in {None, self.size}:  # all of it was seen
                 self.size = reached
                 self._compressor.found_intact(self._source)
         except StoreObjectError as error:

@@ -469,6 +469,22 @@ def test_a_damaged_nar_is_told_of_once_until_it_is_mended(tmp_path: Path, caplog
                 os.unlink(tmp_path / name)
 
 
+def test_a_mended_nar_is_kept_again_also_where_its_size_is_known(tmp_path: Path) -> None:
+    source, damaged = nar(), changed(cut_short, nar())
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        assert read(compressor, source) == reference(source)
+        wait_until(lambda: cache.counters.fills == 1)
+        assert read(compressor, source) == reference(source)
+        os.unlink(cache.path(key_of(source, compressor)))
+        with pytest.raises(StoreObjectError):
+            read(compressor, damaged, 0, CompressedNar(compressor, damaged).size)
+        for _ in range(2):
+            body = CompressedNar(compressor, source)
+            assert body.size == len(reference(source))
+            assert everything(reading(body, 0, body.size)) == reference(source)
+        wait_until(lambda: cache.counters.fills == 2)
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "it is broken"), StoreObjectError("it is broken")])
 def test_an_error_of_the_source_comes_out_once(tmp_path: Path, error: Exception, *, cached: bool) -> None:
