@@ -61,7 +61,6 @@ class CachedFile:
         short.
         """
         position = start
-        abandoned = False
         while True:
             self.refresh()
             end = self.size if stop is None else min(stop, self.size)
@@ -71,11 +70,14 @@ class CachedFile:
                 position = part.position
             if self.whole and position < end:
                 raise StoreObjectError("its file in the cache was cut short")
-            if self.whole or position == stop or abandoned:
+            if self.whole or position == stop:
                 return position
-            abandoned = self.lock()  # then it may have become whole just before
-            if not abandoned:
+            if not self.lock():
                 yield None
+                continue
+            self.refresh()  # it may have become whole just before
+            if not self.whole:
+                return position  # also where there is more: who wants the lock must not wait until that is taken
 
     def lock(self) -> bool:
         """Whether nobody fills it, and nobody will before it is closed."""

@@ -1,6 +1,7 @@
 """The cache on disk: made once by whoever comes first, whole or not there, and never an error for who asks."""
 
 import errno
+import fcntl
 import gc
 import hashlib
 import os
@@ -199,6 +200,24 @@ def test_a_follower_sees_content_only_and_the_whole_when_it_is_committed(pieces:
             assert file.sha256 == hashlib.sha256(content).digest()
             file.close()
         assert content_of(other) == content
+
+
+def test_a_slow_reader_of_what_a_dead_filler_left_holds_up_nobody(cache: NarCache) -> None:
+    filler = os.open(f"{cache.path('key')}.growing", os.O_WRONLY | os.O_CREAT)
+    fcntl.flock(filler, fcntl.LOCK_EX)
+    os.write(filler, bytes(2 * TRAILER))
+    slow, _ = opened(cache)
+    following = slow.follow(0, None)
+    part = next(following)
+    assert part is not None
+    os.write(filler, bytes(TRAILER))  # while the client of the slow one takes that part
+    os.close(filler)  # as the kernel does
+    assert len(part.read()) == TRAILER
+    assert list(following) == []  # it has the lock now, for which others would wait as long as its client takes
+    slow.close()
+    file, another = filling(cache)
+    another.abandon()
+    file.close()
 
 
 def test_no_part_of_the_trailer_is_taken_for_content(cache: NarCache) -> None:
