@@ -35,7 +35,7 @@ _log = logging.getLogger("harmonia")
 class Source(Protocol):
     """What is compressed: `size` bytes, of which any part can be read, by several threads at once.
 
-    One with a hash is a NAR, whose `str` is its path.
+    Its `str` is its path. One with a hash is a NAR.
     """
 
     @property
@@ -232,7 +232,8 @@ class Compressor:
         end = min(offset + self.encoding.frame_size, source.size)
         buffer = self._buffer()
         content = memoryview(buffer)[: end - offset]
-        nar.read_into(content, source.read(offset, end))
+        if not nar.read_into(content, source.read(offset, end)):
+            raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
         frame = Frame(content, self.encoding.compress(content), buffer)
         with self._lock:
             self.seconds += time.thread_time() - began

@@ -75,6 +75,9 @@ class File:
     status: os.stat_result
     sha256: None = None
 
+    def __str__(self) -> str:
+        return os.fsdecode(b"/".join((self.top, *self.names)))
+
     @property
     def size(self) -> int:
         return self.status.st_size
@@ -82,7 +85,7 @@ class File:
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice]:
         with _opened(self.top, self.names) as descriptor:
             if not os.path.samestat(os.fstat(descriptor), self.status):
-                raise StoreObjectError(f"{os.fsdecode(self.top)} was changed while it was served")
+                raise StoreObjectError(f"{self} was changed while it was served")
             yield OpenSlice(descriptor, start, self.size if stop is None else stop)
 
 

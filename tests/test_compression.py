@@ -469,6 +469,17 @@ def test_a_damaged_nar_is_told_of_once_until_it_is_mended(tmp_path: Path, caplog
                 os.unlink(tmp_path / name)
 
 
+@pytest.mark.parametrize("wrong", [cut_short, too_long])
+def test_what_is_told_of_a_damaged_nar_names_its_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: Callable[[Memory, int, int], bytes]
+) -> None:
+    source = changed(wrong, nar())
+    with at(tmp_path) as cache, compressing(cache) as compressor, pytest.raises(StoreObjectError):
+        read(compressor, source)
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"{source} does not have the {source.size} bytes")
+
+
 def test_a_mended_nar_is_kept_again_also_where_its_size_is_known(tmp_path: Path) -> None:
     source, damaged = nar(), changed(cut_short, nar())
     with at(tmp_path) as cache, compressing(cache) as compressor:

@@ -295,8 +295,8 @@ def flatten(chunks: Generator[bytes | OpenSlice], chunk_size: int = CHUNK_SIZE) 
                 yield chunk
 
 
-def read_into(buffer: memoryview, chunks: Generator[bytes | OpenSlice]) -> None:
-    """Fill a buffer with what chunks are and stand for. StoreObjectError where they do not come to its length."""
+def read_into(buffer: memoryview, chunks: Generator[bytes | OpenSlice]) -> bool:
+    """Fill a buffer with what chunks are and stand for. Whether they come to its length, and to no more."""
     filled = 0
     with closing(chunks):
         for chunk in chunks:
@@ -306,9 +306,8 @@ def read_into(buffer: memoryview, chunks: Generator[bytes | OpenSlice]) -> None:
                 buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
             else:
-                raise StoreObjectError(f"more than {len(buffer)} bytes were read where {len(buffer)} should be")
-    if filled < len(buffer):
-        raise StoreObjectError(f"{filled} bytes were read where {len(buffer)} should be")
+                return False
+    return filled == len(buffer)
 
 
 def read(archive: Iterable[Segment], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
