@@ -42,12 +42,17 @@ class _Heard:
         self._progress = progress
         self._read: list[int] = []
         self.size, self.sha256 = nar.size, nar.sha256
+        self.why_not = "the log above tells why"
 
     def __str__(self) -> str:
         return str(self._nar)
 
     def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]:
-        yield from self._nar.read(start, stop)
+        try:
+            yield from self._nar.read(start, stop)
+        except OSError as error:  # which the log leaves to who reads it next
+            self.why_not = f"{os.fsdecode(error.filename or str(self))}: {error.strerror}"
+            raise
         self._read.append(stop - start)  # by several threads
         self._progress(stop - start)
 
@@ -136,7 +141,7 @@ def _filled(filling: dict[StorePath, tuple[CachedFile, _Heard]], most: int) -> I
                 del filling[path]
                 file.close()
                 nar.over()
-                yield Result(path, state, "" if state == "compressed" else "the log above tells why")
+                yield Result(path, state, "" if state == "compressed" else nar.why_not)
         if len(filling) <= most:
             return
         time.sleep(_POLL)

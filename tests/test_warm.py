@@ -118,6 +118,15 @@ def test_what_cannot_be_compressed_is_told_and_the_rest_is_done(store: StoreBuil
     assert counts(answer.stderr) == [1, 0, 0, 1]
 
 
+def test_what_cannot_be_read_is_told_with_the_reason(store: StoreBuilder, tmp_path: Path) -> None:
+    info = store.add(store.output_path("gone"), b"")
+    os.unlink(store.real_path(info.path))
+    answer = run("--config", config(store, tmp_path), "warm", info.path)
+    what = f"{store.real_dir}/{info.path}: No such file or directory"
+    assert answer.stderr.splitlines()[1:-1] == [f"failed: /nix/store/{info.path}: {what}"]
+    assert counts(answer.stderr) == [0, 0, 0, 1]
+
+
 def test_it_is_silent_where_all_went_well(store: StoreBuilder, tmp_path: Path) -> None:
     answer = run("--config", config(store, tmp_path), "warm", "--quiet", store.add_text("text", b"").path)
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
