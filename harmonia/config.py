@@ -74,7 +74,7 @@ def with_origins(
 def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]:
     given = tomllib.loads(text)
     keys: list[tuple[str, ...]] = [(field.name,) for field in msgspec.structs.fields(Settings)]
-    keys += [("zstd", field.name) for field in msgspec.structs.fields(Zstd)]
+    keys += [(table, field.name) for table, struct in _TABLES.items() for field in msgspec.structs.fields(struct)]
     for key, values in given.items():
         tables = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
         keys += [(key, str(number), each) for number, table in enumerate(tables) for each in table]

@@ -52,7 +52,7 @@ def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp
     for name in ("a", "b"):
         assert run("keygen", name, str(tmp_path)).returncode == 0
     with config.open("a") as file:
-        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n")
+        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n[release]\ndeny = ['x']\n")
     environment = {
         "CONFIG_FILE": str(config),
         "NIX_LOG_DIR": "/logs",
@@ -63,6 +63,8 @@ def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp
     origins = {line.split(" = ")[0]: line.partition("  # ")[2] for line in text.splitlines() if " = " in line}
     assert origins["bind"] == f"{config}:1"
     assert origins["level"] == f"{config}:6"
+    assert origins["deny"] == f"{config}:8"
+    assert origins["allow"] == "default"
     assert origins["priority"] == "default"
     assert origins["log_dir"] == "environment variable NIX_LOG_DIR"
     assert origins["cache_dir"] == "environment variable CACHE_DIRECTORY"
