@@ -123,7 +123,10 @@ def _wrong(settings: Settings, key: _Key, error: OSError) -> WrongSettingError:
 
 def _bound(host: str, port: int) -> list[socket.socket]:
     """Sockets at all addresses of that host, which do not listen yet."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:  # it is no name at all: a label is empty, or too long
+        raise socket.gaierror(socket.EAI_NONAME, "it is no host name") from None
     if host == "::" and not _has_ipv6():
         return _bound("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
     sockets = []

@@ -45,6 +45,7 @@ def told(directory: Path, settings: str) -> str:
     ("setting", "what"),
     [
         ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 names a host that has no address: "),
+        ("bind = 'a..b:5000'", "bind: a..b:5000 names a host that has no address: it is no host name; choose another"),
         ("bind = '192.0.2.1:5000'", "bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; "),
         ("bind = 'unix:ROOT/none/socket'", "bind: unix:ROOT/none/socket has no directory; make 'ROOT/none', in "),
         ("bind = 'unix:ROOT/file/socket'", "bind: unix:ROOT/file/socket cannot be listened on: Not a directory; "),
