@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from harmonia.errors import FormatError, RemoteError
+from harmonia.errors import ConfigError, FormatError, RemoteError
 from harmonia.settings import Settings
 
 LARGEST = 256 << 20
@@ -106,7 +106,8 @@ class Client:
     ) -> Answer:
         """The answer to one request on a connection of its own, which is cut after `stop` bytes of the body.
 
-        Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer.
+        Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer, ConfigError where
+        $NIX_SSL_CERT_FILE cannot be read.
         """
         url = _joined(self._base + "/", path)
         for _ in range(_REDIRECTS):
@@ -141,7 +142,7 @@ class Client:
             complete = stop is not None or response.length in (None, 0)
         except ssl.SSLCertVerificationError as error:
             raise RemoteError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last of what no URL or host has
             raise RemoteError(f"{self.url}: {_why(error)}") from None
         finally:
             connection.close()
@@ -154,7 +155,15 @@ class Client:
 
 
 def _tls(scheme: str) -> ssl.SSLContext | None:
-    return ssl.create_default_context(cafile=os.environ.get("NIX_SSL_CERT_FILE") or None) if scheme == "https" else None
+    if scheme != "https":
+        return None
+    path = os.environ.get("NIX_SSL_CERT_FILE") or None
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        why = "not PEM" if isinstance(error, ssl.SSLError) else error.strerror
+        what = f"cannot read {path!r}: {why}; name a file with certificates in PEM form, or unset it"
+        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: {what}") from None
 
 
 def _in_url(host: str) -> str:

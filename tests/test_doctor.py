@@ -732,6 +732,23 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
         assert said in answer.stdout
 
 
+@pytest.mark.parametrize("url", ["http://a..b", "https://.example.org", f"http://{'a' * 64}.org"])
+def test_a_host_that_is_no_name_is_a_finding(url: str) -> None:
+    answer = run("doctor", "--json", url)
+    assert answer.returncode == 3
+    [finding] = json.loads(answer.stdout)["findings"]
+    assert (finding["check"], finding["level"]) == ("connection", "error")
+
+
+@pytest.mark.parametrize(("file", "why"), [("/none", "No such file or directory"), (__file__, "not PEM")])
+def test_certificates_that_cannot_be_read_are_told_of_in_one_line(file: str, why: str) -> None:
+    answer = run("doctor", "https://localhost:1", environment={"NIX_SSL_CERT_FILE": file})
+    assert (answer.returncode, answer.stdout) == (2, "")
+    what = f"harmonia: environment variable NIX_SSL_CERT_FILE: cannot read {file!r}: {why}; name "
+    assert answer.stderr.startswith(what)
+    assert answer.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("command", ["doctor", "top"])
 @pytest.mark.parametrize("url", ["nowhere", "ftp://localhost", "/nix/store", "http://[::", "http://x:y", "unix:"])
 def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:

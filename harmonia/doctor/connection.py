@@ -6,7 +6,7 @@ from email.utils import parsedate_to_datetime
 
 from harmonia.client import Answer, Client
 from harmonia.doctor.finding import Finding, Findings
-from harmonia.errors import RemoteError
+from harmonia.errors import ConfigError, RemoteError
 
 _CLOCK = 60  # seconds of difference from which HTTP caches, and certificates, begin to suffer
 _EXPIRY = 14 * 86400  # seconds before a certificate's end at which somebody should know
@@ -41,7 +41,7 @@ def secure(client: Client) -> str | None:
     other = Client(client.url.replace("http:", "https:", 1))
     try:
         other.get("nix-cache-info")
-    except RemoteError as error:
+    except (RemoteError, ConfigError) as error:
         if _UNTRUSTED not in str(error):
             return None
     return f"it speaks TLS: ask {other.url}"
