@@ -542,6 +542,11 @@ class TestTheCommand:
         (tmp_path / "nix.conf").write_text(f"extra-trusted-public-keys = {KEY.public_key}\n")
         assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
 
+    def test_a_key_that_is_given_counts_before_that_of_its_name_in_nix_conf(self, cache: Cache, tmp_path: Path) -> None:
+        (tmp_path / "nix.conf").write_text(f"extra-trusted-public-keys = {SecretKey.generate('good-1').public_key}\n")
+        arguments = ("doctor", cache.url, f"/nix/store/{cache.info.path}", "--public-key", str(KEY.public_key))
+        assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
+
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
 class TestTLS:

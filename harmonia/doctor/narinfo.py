@@ -37,7 +37,7 @@ def read(client: Client, sample: str, store_dir: str) -> Generator[Finding, None
 
 def signatures(info: PathInfo, keys: Sequence[PublicKey], store_dir: str) -> Finding:
     fingerprint = info.fingerprint(store_dir)
-    by_name = {key.name: key for key in keys}
+    by_name = {key.name: key for key in reversed(keys)}  # as for Nix, the first of a name counts
     names = [sig.partition(":")[0] for sig in info.sigs]
     good = [
         name
