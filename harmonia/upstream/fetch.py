@@ -68,6 +68,7 @@ class Fetches:
             return Kept(opened[0], found.file_size, None, _passed(found, headers))
         await running.started.wait()
         if running.error is not None:
+            opened[0].close()  # the error, which the fetch has, would keep it
             raise running.error
         return Kept(opened[0], running.size, running, _passed(found, headers))
 

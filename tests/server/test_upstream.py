@@ -1030,6 +1030,20 @@ def test_another_upstream_steps_in_for_one_that_has_lost_a_nar(
         assert mirror.asked[f"GET /{there.nar.url}"] == 1
 
 
+def test_a_nar_that_does_not_come_leaves_no_file_open(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    def late_and_gone(handler: upstream_server.Handler) -> None:
+        time.sleep(0.5)
+        handler.answer(404, b"")
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours[r"^/nar/"] = late_and_gone
+    server = begin(entry(upstream), workers=1)
+    url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+    with ThreadPoolExecutor(30) as threads:
+        assert {answer.status for answer in threads.map(server.get, [url] * 30)} == {404}
+    assert not [name for name in open_files(server.workers[0]) if ".growing" in name]
+
+
 def test_a_nar_is_the_same_whichever_upstream_has_it(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     """Also of one that is gone from the settings: its clients remember the URL for a month."""
     with UpstreamServer() as mirror:
