@@ -19,7 +19,7 @@ import msgspec
 from harmonia import preflight
 from harmonia.errors import ConfigError
 from harmonia.kinds import wanted
-from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd
+from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
 
 _log = logging.getLogger("harmonia")
 
@@ -134,18 +134,12 @@ def _effective(given: Mapping[str, Any], name: str, environ: Mapping[str, str]) 
         _log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
     if environ.get("SIGN_KEY_PATH"):
         _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
-    values.setdefault("cache_dir", _cache_dir(environ))
+    values.setdefault("cache_dir", default_cache_dir(environ))
     if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
         values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
     if log_dir := environ.get("NIX_LOG_DIR"):
         values["log_dir"] = log_dir
     return values
-
-
-def _cache_dir(environ: Mapping[str, str]) -> str:
-    """The one that systemd made (of several, separated by colons, the first), else the user's."""
-    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
-    return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
 def _values(

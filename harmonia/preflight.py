@@ -11,7 +11,7 @@ from pathlib import Path
 from harmonia import credentials, sockets, systemd
 from harmonia.errors import StoreUnavailableError
 from harmonia.kinds import HostAndPort
-from harmonia.settings import Settings, WrongSettingError
+from harmonia.settings import Settings, WrongSettingError, default_cache_dir
 from harmonia.store import Store
 
 # What SQLite says of a file that is no database of Nix. That one is locked, or cannot be opened just now, may pass.
@@ -25,7 +25,7 @@ select path, exists (select 1 from ValidPaths where path >= ? || '/' and path < 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingError]:
     """What works, but is hardly meant so: to be warned of. WrongSettingError where something does not work."""
-    doubts = [*_store(settings), *_directories(settings), *_secrets(settings, environ)]
+    doubts = [*_store(settings), *_directories(settings, environ), *_secrets(settings, environ)]
     _addresses(settings, environ)
     return doubts
 
@@ -59,7 +59,7 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
             raise WrongSettingError(what, "release", "gc_roots")
 
 
-def _directories(settings: Settings) -> Iterator[WrongSettingError]:
+def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
     if settings.log_dir is not None and not os.path.isdir(settings.log_dir):  # the default one comes with the first log
         yield WrongSettingError(f"there is no directory {settings.log_dir!r}; name the one of Nix's logs", "log_dir")
     if settings.cache_dir is not None:
@@ -67,7 +67,10 @@ def _directories(settings: Settings) -> Iterator[WrongSettingError]:
         there = next(each for each in (path, *path.parents) if os.path.exists(each))
         if not there.is_dir():
             what = f"{str(there)!r} is no directory; name one, which may be yet to be made"
-            raise WrongSettingError(what, "cache_dir")
+            wrong = WrongSettingError(what, "cache_dir")
+            if settings.cache_dir != default_cache_dir(environ):
+                raise wrong
+            yield wrong  # nobody has set it
 
 
 def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:

@@ -6,7 +6,7 @@ how they come from a file in config.py. The reference in docs/configuration.md i
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -384,3 +384,9 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> 
             raise WrongSettingError("set together with netrc; keep one of them", *table, "credentials_file")
         if urls.index(urls[number]) != number:
             raise WrongSettingError("given twice; keep one of them", *table, "url")
+
+
+def default_cache_dir(environ: Mapping[str, str]) -> str:
+    """The one that systemd made (of several, separated by colons, the first), else the user's."""
+    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
+    return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")

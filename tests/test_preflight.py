@@ -132,6 +132,23 @@ def test_logs_that_are_not_there_are_warned_of(start: Start, tmp_path: Path) -> 
     assert warned(start, tmp_path, f"log_dir = '{tmp_path}/none'") == [told]
 
 
+@pytest.mark.usefixtures("store")
+def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    server = start(store=tmp_path / "store")
+    server.stop()
+    server.config.write_text(re.sub("cache_dir = .*\n", "", server.config.read_text()))
+    checked = run("--config", str(server.config), "check-config")
+    assert checked.returncode == 0
+    assert "cache_dir: '/dev/null' is no directory; name one" in checked.stderr
+    server.log.clear()
+    server.start()
+    assert server.get("/nix-cache-info").status == 200
+    assert any("cache_dir: '/dev/null' is no directory; name one" in line for line in server.log)
+
+
 @pytest.mark.parametrize("is_empty", [True, False])
 def test_a_store_of_another_name_is_warned_of(
     start: Start, store: StoreBuilder, tmp_path: Path, *, is_empty: bool
