@@ -5,47 +5,27 @@ All of these give the same bytes, so that a download may go from one to the next
 
 import hashlib
 import logging
-import mmap
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from harmonia.cached_file import CachedFile, Filler
 from harmonia.errors import StoreObjectError
+from harmonia.frames import Frame, Frames, Source, check
 from harmonia.nar_cache import NarCache
-from harmonia.nix import base32, nar
+from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice
 from harmonia.settings import Zstd
-from harmonia.zstd import Encoding, encoders
-
-_PIECE = 512 * 1024  # bytes that are given on at once
-_SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
 
 _FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
 _MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
 _REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
-
-
-class Source(Protocol):
-    """What is compressed: `size` bytes, of which any part can be read, by several threads at once.
-
-    Its `str` is its path. One with a hash is a NAR.
-    """
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def sha256(self) -> bytes | None:
-        """What the content must have, or it is not given out to its end. None where that is not known."""
-
-    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]: ...
 
 
 class CompressedFile(NamedTuple):
@@ -55,41 +35,19 @@ class CompressedFile(NamedTuple):
     size: int
 
 
-class Frame(NamedTuple):
-    content: memoryview
-    """Until the frame is released."""
-    compressed: bytes
-    buffer: mmap.mmap
-
-
 class Compressor:
-    """Compresses frame by frame, with threads that all downloads share, into a cache where there is one."""
+    """Compresses NARs into a cache, where there is one, and knows what is in it, and what cannot be."""
 
     def __init__(self, settings: Zstd, cache: NarCache | None) -> None:
-        self.encoding = Encoding.of(settings)
+        self.frames = Frames(settings)
         self.cache = cache
-        self.seconds = 0.0
-        """Of processor time, spent so far."""
         self.damaged_nars = 0
         """How often a NAR was found not to be what was registered."""
-        self.threads, self._encoders = encoders(settings)
-        self._waiting = 0
         self._fills = 0
         self._known: dict[bytes, CompressedFile] = {}
         self._unknown: dict[bytes, float] = {}
-        self._buffers: list[mmap.mmap] = []
         self._damaged: set[str] = set()
         self._lock = threading.Lock()
-
-    @property
-    def saturated(self) -> bool:
-        """Whether there is more to compress than is good for those who wait for it."""
-        return self._waiting > self.threads * _SATURATED
-
-    @property
-    def waiting(self) -> int:
-        """How many frames are being compressed, or wait for it."""
-        return self._waiting
 
     def known(self, sha256: bytes) -> CompressedFile | None:
         """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
@@ -140,62 +98,6 @@ class Compressor:
             _Fill(self, source, filler).start()
         return file
 
-    def stream(self, source: Source, start: int, stop: int | None) -> Generator[bytes | None, None, int]:
-        """The bytes without the cache, compressed on the way, also those before `start`. Returns how far it came."""
-        sha256 = hashlib.sha256()
-        position = unpacked = 0
-        # One frame after the other: however slow a client is, that is all that it holds in memory.
-        for offset in self.offsets(source):
-            frame = self.submit(source, offset)
-            try:
-                while not frame.done():
-                    yield None
-            finally:
-                frame.cancel()
-            try:
-                result = frame.result()
-            finally:
-                del frame  # an error refers to this function, and so to itself: nothing would be freed for a while
-            sha256.update(result.content)
-            unpacked += len(result.content)
-            compressed = result.compressed
-            self.release(result)
-            del result
-            if unpacked == source.size:
-                check(source, sha256.digest())
-            first = max(start - position, 0)
-            last = len(compressed) if stop is None else min(stop - position, len(compressed))
-            for piece in range(first, last, _PIECE):
-                yield compressed[piece : min(piece + _PIECE, last)]
-            position += len(compressed)
-            if stop is not None and position >= stop:
-                break
-        return position
-
-    def offsets(self, source: Source) -> Iterator[int]:
-        """Where the frames begin. There is always one."""
-        return iter(range(0, source.size or 1, self.encoding.frame_size))
-
-    def submit(self, source: Source, offset: int) -> Future[Frame]:
-        """Compress the frame that begins at `offset`, when its turn comes."""
-        self._count(1)
-        try:
-            frame = self._encoders.submit(self._compress, source, offset)
-        except RuntimeError:  # no thread can be started
-            self._count(-1)
-            raise
-        frame.add_done_callback(lambda _: self._count(-1))
-        return frame
-
-    def release(self, frame: Frame) -> None:
-        """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
-
-        Memory that is fresh from the kernel, page by page, takes longer than to read a file into it.
-        """
-        with self._lock:
-            if self._waiting:
-                self._buffers.append(frame.buffer)
-
     def count_fill(self, difference: int) -> None:
         with self._lock:
             self._fills += difference
@@ -215,32 +117,8 @@ class Compressor:
         with self._lock:
             self._damaged.discard(str(source))
 
-    def _count(self, difference: int) -> None:
-        with self._lock:
-            self._waiting += difference
-            if not self._waiting:
-                self._buffers.clear()
-
-    def _buffer(self) -> mmap.mmap:
-        with self._lock:
-            if self._buffers:
-                return self._buffers.pop()
-        return mmap.mmap(-1, self.encoding.frame_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-    def _compress(self, source: Source, offset: int) -> Frame:
-        began = time.thread_time()
-        end = min(offset + self.encoding.frame_size, source.size)
-        buffer = self._buffer()
-        content = memoryview(buffer)[: end - offset]
-        if not nar.read_into(content, source.read(offset, end)):
-            raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
-        frame = Frame(content, self.encoding.compress(content), buffer)
-        with self._lock:
-            self.seconds += time.thread_time() - began
-        return frame
-
     def _key(self, sha256: bytes) -> str:
-        return f"{base32.encode(sha256)}.{self.encoding.name}"
+        return f"{base32.encode(sha256)}.{self.frames.encoding.name}"
 
 
 class CompressedNar:
@@ -271,7 +149,7 @@ class CompressedNar:
                 file.close()
                 file = None if reopened else self._compressor.open(self._source)
                 reopened = True
-            reached = yield from self._compressor.stream(self._source, position, stop)
+            reached = yield from self._compressor.frames.stream(self._source, position, stop)
             if stop in {None, self.size}:  # all of it was seen
                 self.size = reached
                 self._compressor.found_intact(self._source)
@@ -290,37 +168,16 @@ class CompressedNar:
             self._compressor.remember(self._source.sha256, file)
 
 
-class Compressed:
-    """Any other body, compressed on the way."""
-
-    def __init__(self, compressor: Compressor, source: Source) -> None:
-        self._compressor = compressor
-        self._source = source
-
-    @property
-    def size(self) -> None:
-        return None
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        yield from self._compressor.stream(self._source, start, stop)
-
-
-def check(source: Source, sha256: bytes) -> None:
-    """StoreObjectError where what was read is not what it should be."""
-    if source.sha256 is not None and source.sha256 != sha256:
-        found, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
-        raise StoreObjectError(f"{source}: its NAR hash is sha256:{found}, but sha256:{registered} was registered")
-
-
 class _Fill:
     """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn."""
 
     def __init__(self, compressor: Compressor, source: Source, filler: Filler) -> None:
         self._compressor = compressor
+        self._frames = compressor.frames
         self._source = source
         self._filler = filler
         self._sha256 = hashlib.sha256()
-        self._offsets = compressor.offsets(source)  # of the frames that are still to be compressed
+        self._offsets = self._frames.offsets(source)  # of the frames that are still to be compressed
         self._written = 0  # up to where frames are written
         self._ready: dict[int, Frame] = {}  # those whose turn has not come
         self._over = False
@@ -328,12 +185,12 @@ class _Fill:
 
     def start(self) -> None:
         self._compressor.count_fill(1)
-        self._submit(self._compressor.threads + 1)  # one waits, for whoever is done before its turn
+        self._submit(self._frames.threads + 1)  # one waits, for whoever is done before its turn
 
     def _submit(self, frames: int) -> None:
         try:
             for offset in islice(self._offsets, frames):
-                self._compressor.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+                self._frames.submit(self._source, offset).add_done_callback(partial(self._done, offset))
         except RuntimeError as error:
             with self._lock:
                 self._give_up(error)
@@ -359,7 +216,7 @@ class _Fill:
     def _write(self, frame: Frame) -> None:
         self._sha256.update(frame.content)
         self._written += len(frame.content)
-        self._compressor.release(frame)
+        self._frames.release(frame)
         whole = self._written == self._source.size
         if whole:
             check(self._source, self._sha256.digest())

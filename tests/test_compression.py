@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 
 from harmonia import zstd
 from harmonia.cached_file import Filler
-from harmonia.compression import Compressed, CompressedFile, CompressedNar, Compressor
+from harmonia.compression import CompressedFile, CompressedNar, Compressor
 from harmonia.errors import StoreObjectError
+from harmonia.frames import Compressed
 from harmonia.nar_cache import NarCache
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
@@ -86,7 +87,7 @@ def compressing(
 ) -> Iterator[Compressor]:
     with (
         ThreadPoolExecutor(threads) as pool,
-        patch("harmonia.compression.encoders", lambda _: (threads, pool)),
+        patch("harmonia.frames.encoders", lambda _: (threads, pool)),
         patch.object(Encoding, "frame_size", frame_size),
     ):
         yield Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
@@ -166,7 +167,7 @@ def test_round_trip(content: bytes, frame_size: int, threads: int) -> None:
             assert read(compressor, source) == expected
         with compressing(threads=threads, frame_size=frame_size) as compressor:
             assert read(compressor, source) == expected
-            assert everything(Compressed(compressor, Memory(content)).read(0, None)) == expected
+            assert everything(Compressed(compressor.frames, Memory(content)).read(0, None)) == expected
 
 
 def test_frames_that_are_ready_in_any_order(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def in_state(state: str, source: Memory) -> Iterator[Compressor]:
 
 def key_of(source: Memory, compressor: Compressor) -> str:
     assert source.sha256
-    return f"{base32.encode(source.sha256)}.{compressor.encoding.name}"
+    return f"{base32.encode(source.sha256)}.{compressor.frames.encoding.name}"
 
 
 def full_after(size: int) -> Callable[[Filler, bytes], None]:
@@ -518,7 +519,7 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(tmp_path: Path) ->
             for _ in range(3):
                 with pytest.raises(RuntimeError, match="can't start new thread"):
                     read(compressor, source)
-        assert compressor.waiting == 0
+        assert compressor.frames.waiting == 0
         assert not os.listdir(tmp_path)
         assert read(compressor, source) == reference(source)
         wait_until(lambda: cache.counters.fills == 1)
@@ -568,11 +569,11 @@ def test_saturated_while_many_wait(tmp_path: Path) -> None:
         saturated = []
         for source in sources:
             CompressedNar(compressor, source)
-            saturated.append(compressor.saturated)
+            saturated.append(compressor.frames.saturated)
         assert saturated == [False] * 8 + [True] * 12  # each has a frame in work, and the next
         begin.set()
         wait_until(lambda: cache.counters.fills == len(sources))
-        assert not compressor.saturated
+        assert not compressor.frames.saturated
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -693,13 +694,13 @@ def test_only_some_are_remembered(tmp_path: Path) -> None:
 def test_what_it_took_is_counted(tmp_path: Path) -> None:
     source = nar(200 * FRAME)
     with at(tmp_path) as cache, compressing(cache) as compressor:
-        assert compressor.seconds == 0
+        assert compressor.frames.seconds == 0
         read(compressor, source)
         wait_until(lambda: cache.counters.fills)
-        seconds = compressor.seconds
+        seconds = compressor.frames.seconds
         assert seconds > 0
         read(compressor, source)
-        assert compressor.seconds == seconds
+        assert compressor.frames.seconds == seconds
         counters = cache.counters
         assert (counters.hits, counters.misses, counters.fills) == (1, 1, 1)
         assert counters.filled_bytes == len(reference(source))

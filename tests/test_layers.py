@@ -27,12 +27,13 @@ LAYERS = {
     "zstd": 4,
     "client": 4,
     "sockets": 4,
+    "compression": 6,
     "config": 6,
-    "server": 6,
-    "supervisor": 7,
-    "warm": 7,
-    "cli": 8,
-    "__main__": 9,
+    "server": 7,
+    "supervisor": 8,
+    "warm": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 OTHER = 5  # any other module: it builds on the store and the like, none of them on it
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from sanic import Request
 
 from harmonia import zstd
-from harmonia.compression import Compressed, Compressor, Source
+from harmonia.compression import Compressor
 from harmonia.debug_info import DebugInfo
+from harmonia.frames import Compressed, Source
 from harmonia.metrics import Metrics
 from harmonia.nar_cache import NarCache
 from harmonia.nix.nar_layout import Layouts
@@ -111,9 +112,9 @@ class Cache:
         async def open_encoded(request: Request) -> Body:
             if request.version == "1.0":  # it has no end for an unknown length
                 raise NotAcceptable
-            return Compressed(self.compressor, source)
+            return Compressed(self.compressor.frames, source)
 
-        return Encoded(self.compressor.encoding.name, open_encoded) if self.settings.enable_compression else None
+        return Encoded(self.compressor.frames.encoding.name, open_encoded) if self.settings.enable_compression else None
 
     def streamed(self, source: Stream) -> Encoded | None:
         """Likewise one that cannot be read from its midst."""

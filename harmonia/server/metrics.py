@@ -34,7 +34,9 @@ def look(cache: Cache) -> None:
     """Take down what others count for themselves. Done every now and then, for the other workers to see."""
     compressor = cache.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
-    cache.metrics.own.look((*astuple(counters), compressor.seconds, compressor.damaged_nars), compressor.waiting)
+    cache.metrics.own.look(
+        (*astuple(counters), compressor.frames.seconds, compressor.damaged_nars), compressor.frames.waiting
+    )
 
 
 async def get(cache: Cache, _: Request) -> Representation:
@@ -57,4 +59,6 @@ def _render(cache: Cache) -> bytes:
             used = compressor.cache.used()
         except OSError:  # the log tells, when something is to be put into it
             used = math.nan
-    return exposition.render(cache.metrics, encoder_threads=compressor.threads, cache_limit=limit, cache_used=used)
+    return exposition.render(
+        cache.metrics, encoder_threads=compressor.frames.threads, cache_limit=limit, cache_used=used
+    )

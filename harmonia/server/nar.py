@@ -129,15 +129,15 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     compressor = cache.compressor
     compressed = _compressed(cache, body)
     if named["compression"]:
-        etag = f'"{nar_hash}-{compressor.encoding.name}"'
+        etag = f'"{nar_hash}-{compressor.frames.encoding.name}"'
         return Representation(content_type=_CONTENT_TYPE, body=compressed, cache_control=IMMUTABLE, etag=etag)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
         cache_control=IMMUTABLE,
         etag=f'"{nar_hash}"',
-        zstd=Encoded(compressor.encoding.name, compressed) if cache.settings.enable_compression else None,
-        worthwhile=not compressor.saturated or compressor.known(info.nar_hash) is not None,
+        zstd=Encoded(compressor.frames.encoding.name, compressed) if cache.settings.enable_compression else None,
+        worthwhile=not compressor.frames.saturated or compressor.known(info.nar_hash) is not None,
     )
 
 

@@ -106,6 +106,6 @@ def _file(cache: Cache, entry: Entry) -> Representation:
         cache_control=IMMUTABLE,
         etag=f'"{base32.encode(entry.info.nar_hash)}-{hashlib.sha256(inner).hexdigest()[:32]}"',
         zstd=cache.encoded(body),
-        worthwhile=content_type.is_compressible(kind) and not cache.compressor.saturated,
+        worthwhile=content_type.is_compressible(kind) and not cache.compressor.frames.saturated,
         headers=headers,
     )
