@@ -35,7 +35,7 @@ class Journal:
 
     def __init__(self, path: str) -> None:
         try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             self._file = open(path, "a+", encoding="ascii", errors="replace")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             what = f"cannot write {path!r}: {error.strerror}; name a journal that can be written with --journal"

@@ -74,11 +74,11 @@ def take_owner(settings: Settings) -> None:
     """
     if not settings.enable_compression:
         raise ConfigError("enable_compression is false: this server keeps no compressed NARs")
-    directory = str(settings.cache_dir)
+    cache_dir = directory = os.path.abspath(str(settings.cache_dir))
     while not os.path.exists(directory):
         directory = os.path.dirname(directory)
     owner = os.stat(directory)
-    if owner.st_uid == os.geteuid() or directory != str(settings.cache_dir):
+    if owner.st_uid == os.geteuid() or directory != cache_dir:
         return
     if os.geteuid() != 0:
         raise ConfigError(f"cache_dir: {directory!r} is another user's; run this as the user that the server runs as")

@@ -170,6 +170,11 @@ class TestTheJournal:
         with Journal(str(tmp_path / "journal")):
             pass
 
+    def test_may_be_in_the_directory_where_it_is_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with Journal("journal"):
+            assert (tmp_path / "journal").exists()
+
     def test_that_cannot_be_written_is_a_wrong_setting(self) -> None:
         with pytest.raises(ConfigError, match=r"cannot write '/proc/journal'.*--journal"):
             Journal("/proc/journal")

@@ -139,6 +139,16 @@ def test_a_server_without_compression_needs_no_warming(store: StoreBuilder, tmp_
     assert answer.stderr == "harmonia: enable_compression is false: this server keeps no compressed NARs\n"
 
 
+def test_the_cache_may_be_told_from_where_it_is_run(
+    store: StoreBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(config(store, tmp_path))
+    file.write_text(file.read_text().replace(f"{tmp_path}/cache", "cache/below"))
+    monkeypatch.chdir(tmp_path)
+    assert counts(run("--config", str(file), "warm", store.add_text("text", b"").path).stderr) == [1, 0, 0, 0]
+    assert list((tmp_path / "cache/below/nar").iterdir())
+
+
 def test_it_runs_only_when_nobody_else_wants_to(store: StoreBuilder, tmp_path: Path) -> None:
     """The idle policy for processors, which brings the idle class for disks."""
     path = store.add_text("text", b"").path
