@@ -12,7 +12,7 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.errors import ConfigError, FormatError, RemoteError
 from harmonia.settings import Settings
@@ -23,6 +23,7 @@ _NETRC = ("/etc/nix/netrc", "~/.netrc")  # of which the first counts that knows 
 _TIMEOUT = 20.0  # seconds for each step
 _REDIRECTS = 5
 _PIECE = 1 << 18
+_ASCII = "".join(map(chr, range(33, 127)))  # what a request can ask for as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +70,16 @@ class Client:
         try:
             parts = urlsplit(self.url)
             name, port = parts.hostname, parts.port
-        except ValueError:  # of brackets and ports
+            (name or "").encode("idna")
+        except ValueError:  # of brackets, ports, and names that no host can have
             name = None
         if self.url.startswith("unix:") and self.url != "unix:":
             self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
         elif not name or parts.scheme not in ("http", "https"):
             raise FormatError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+        elif "@" in parts.netloc:  # which holds a password, and is not shown
+            line = f"machine {name} login USER password PASSWORD"
+            raise FormatError(f"a URL cannot bring a user here; give it in a netrc that $NETRC names, as {line}")
         elif host and port:
             self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
         authorization = _authorization(self.host)
@@ -107,7 +112,7 @@ class Client:
         """The answer to one request on a connection of its own, which is cut after `stop` bytes of the body.
 
         Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer, ConfigError where
-        $NIX_SSL_CERT_FILE cannot be read.
+        the certificates to trust cannot be read.
         """
         url = _joined(self._base + "/", path)
         for _ in range(_REDIRECTS):
@@ -123,6 +128,7 @@ class Client:
         if parts.scheme not in ("http", "https"):
             raise RemoteError(f"{url} is no URL of HTTP")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote(target, safe=_ASCII, errors="surrogateescape")
         is_ours = _origin(url) == _origin(self._base)
         try:
             connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None)
@@ -161,9 +167,9 @@ def _tls(scheme: str) -> ssl.SSLContext | None:
     try:
         return ssl.create_default_context(cafile=path)
     except OSError as error:
-        why = "not PEM" if isinstance(error, ssl.SSLError) else error.strerror
-        what = f"cannot read {path!r}: {why}; name a file with certificates in PEM form, or unset it"
-        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: {what}") from None
+        why = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else error.strerror
+        remedy = "name a file with certificates, or unset it"
+        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: cannot read {path!r}: {why}; {remedy}") from None
 
 
 def _in_url(host: str) -> str:

@@ -41,7 +41,9 @@ def secure(client: Client) -> str | None:
     other = Client(client.url.replace("http:", "https:", 1))
     try:
         other.get("nix-cache-info")
-    except (RemoteError, ConfigError) as error:
+    except ConfigError:  # nobody asked for TLS
+        return None
+    except RemoteError as error:
         if _UNTRUSTED not in str(error):
             return None
     return f"it speaks TLS: ask {other.url}"
