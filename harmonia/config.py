@@ -162,10 +162,17 @@ def _values(
             values[key] = msgspec.convert(part, types[key])
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
-            secret = "_path" in key or key in {"netrc", "credentials_file", "signed_by", "url"}  # a URL may hold one
+            secret = "_path" in key or key in {
+                "netrc",
+                "credentials_file",
+                "signed_by",
+                "url",
+                "upstream",
+            }  # so may URLs
             shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
-            raise WrongSettingError(f"expected {wanted(types[key])}, found {found}", *table, key) from None
+            remedy = "; begin each of them with [[upstream]]" if key == "upstream" else ""
+            raise WrongSettingError(f"expected {wanted(types[key])}, found {found}{remedy}", *table, key) from None
     return values
 
 

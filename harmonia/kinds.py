@@ -82,6 +82,8 @@ def check_path(text: str) -> None:
         raise FormatError("expected a path, found an empty string; name one, or remove this")
     if _NO_PATH.search(text):
         raise FormatError("expected a path, found something else (not shown)")
+    if text.startswith("~"):
+        raise FormatError("expected a path, found one that begins with ~, which only shells expand; write all of it")
 
 
 def check_absolute(text: str) -> None:
@@ -92,8 +94,8 @@ def check_absolute(text: str) -> None:
 def check_pattern(text: str) -> None:
     """That it can match the name of some store path."""
     if not _PATTERN.fullmatch(text) or (is_hash_part(text[:32]) and text[32:33] == "-"):
-        what = f"{reprlib.repr(text)} can match no name; that is a store path without its directory and hash"
-        raise FormatError(f"{what}, of letters, digits and +-._?= alone")
+        what = f"{reprlib.repr(text)} can match no name; a name is a store path without its directory and hash"
+        raise FormatError(f"{what}, and has letters, digits and +-._?= alone")
 
 
 def check_public_key(text: str) -> None:

@@ -33,7 +33,10 @@ def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingEr
 def _store(settings: Settings) -> Iterator[WrongSettingError]:
     key = "real_nix_store" if settings.real_nix_store else "virtual_nix_store"
     try:
-        os.stat(os.path.join(settings.real_store, ""))
+        os.stat(os.path.join(settings.real_store, "."))  # which takes the right to enter it
+    except PermissionError as error:
+        what = f"cannot enter {settings.real_store!r}: {error.strerror}; let the server's user read the store"
+        raise WrongSettingError(what, key) from None
     except OSError as error:
         what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to where it lies on disk"
         raise WrongSettingError(what, key) from None

@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 import pickle
 import re
 import ssl
@@ -200,6 +201,7 @@ def test_ranges_include_their_ends(line: str) -> None:
         ('real_nix_store = ""', "real_nix_store: expected a path, found an empty string; name one, or remove this"),
         ('sign_key_paths = [""]', "sign_key_paths: expected a path, found an empty string; name one, or remove this"),
         ('nix_db_path = "a\\u0000b"', "nix_db_path: expected a path"),
+        ('cache_dir = "~/cache"', "cache_dir: expected a path, found one that begins with ~, which only shells"),
         ('tls_cert_path = "c"', "tls_cert_path: set without tls_key_path; TLS needs both, set both or none"),
         ('tls_key_path = "k"', "tls_key_path: set without tls_cert_path; TLS needs both, set both or none"),
     ],
@@ -216,7 +218,7 @@ def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str,
 def test_a_pattern_that_can_match_no_name_is_refused(key: str, pattern: str) -> None:
     what = complaint(f"[release]\n{key} = ['*', {json.dumps(pattern)}]")
     assert what.startswith(f"h.toml:2: release.{key}: ")
-    assert " can match no name; that is a store path without its directory and hash" in what
+    assert " can match no name; a name is a store path without its directory and hash" in what
 
 
 @pytest.mark.parametrize("pattern", ["*", "hello-?.[0-9]*", "[!a-z]*", "[]]", "[!]]*", "a+b-c.d_e?f=g", "0*", "0" * 32])
@@ -397,6 +399,20 @@ def test_a_store_that_is_a_file_is_told(machine: Machine) -> None:
     machine.store.rmdir()
     machine.store.touch()
     assert "no store at 'ROOT/nix/store': Not a directory" in machine.complaint()
+
+
+def test_a_store_that_cannot_be_entered_is_told(machine: Machine) -> None:
+    given = machine.load()
+    machine.store.chmod(0)
+    user = os.geteuid()
+    os.seteuid(user or 65534)  # root enters everything
+    try:
+        with pytest.raises(
+            ConfigError, match=r"real_nix_store: cannot enter '.*': Permission denied; let the server's"
+        ):
+            preflight.check(given, {})
+    finally:
+        os.seteuid(user)
 
 
 def test_a_missing_database_is_told(machine: Machine) -> None:
@@ -597,8 +613,12 @@ def test_upstreams_keep_their_order() -> None:
         (upstream("sign = true"), "h.toml:3: [[upstream]] 1: sign: set without public_keys;"),
         (upstream("netrc = 'a'", "credentials_file = 'b'"), "h.toml:4: [[upstream]] 1: credentials_file: set together"),
         (upstream() + "\n" + upstream(), "h.toml:4: [[upstream]] 2: url: given twice"),
-        ("upstream = 1", "h.toml:1: upstream: expected an array of tables, found integer 1"),
+        ("upstream = 1", "h.toml:1: upstream: expected an array of tables, found integer (not shown); begin"),
         ("upstream = [1]", "h.toml:1: upstream: expected an array of tables, found array"),
+        (
+            "[upstream]\nurl = 'http://a:b@c'",
+            "h.toml:1: upstream: expected an array of tables, found table (not shown); begin each of them",
+        ),
     ],
 )
 def test_a_wrong_upstream_is_told(text: str, told: str) -> None:
