@@ -236,6 +236,8 @@ class TestKeygen:
         (["serv"], r"No such command 'serv'\. Did you mean 'serve'\? See harmonia --help"),
         (["sevre"], r"No such command 'sevre'\. Did you mean 'serve'\? See harmonia --help"),
         (["frobnicate"], "No such command 'frobnicate'; see harmonia --help"),
+        (["--config", "", "check-config"], "Invalid value for '--config': the name is empty; name a file, .*"),
+        (["ls", "--config", "", "x"], "Invalid value for '--config': the name is empty; name a file, .*"),
         (["--confg", "x"], "No such option '?--confg'?.*[;?] [Ss]ee harmonia --help"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "name some paths, or --all of them; see harmonia verify --help"),

@@ -230,6 +230,15 @@ def test_a_damaged_nar_is_told_in_one_line(archive: Path, tmp_path: Path) -> Non
         assert answer.stderr == f"harmonia: {cut} is no whole NAR: the archive ends early; get it anew\n"
 
 
+@pytest.mark.parametrize("arguments", [["ls"], ["restore", "out"]])
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = run("nar", *arguments, "/proc/self/mem")  # nothing is at its beginning
+    assert (answer.returncode, answer.stderr) == (1, "harmonia: /proc/self/mem: Input/output error\n")
+
+
 def test_what_is_not_in_a_nar_is_told(archive: Path) -> None:
     answer = run("nar", "ls", str(archive), "/none")
     assert answer.returncode == 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
+from typing import BinaryIO
 
 import click
 from click.shell_completion import FishComplete, add_completion_class
@@ -31,6 +32,7 @@ EXIT_INTERRUPTED = 130
 PATH = click.Path(readable=False)
 """A path, which shells complete. Whether it is there, and what it is, is for the command to say."""
 
+_CHUNK_SIZE = 1 << 18
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _SECTIONS = {
@@ -114,8 +116,14 @@ def _command(name: str) -> click.Command:
     return command
 
 
-def _take_config(context: click.Context, _: click.Parameter, file: str | None) -> None:
-    context.obj = file or context.obj
+def _named(context: click.Context, parameter: click.Parameter, file: str | None) -> str | None:
+    if file == "":  # of a variable that is not set, perhaps: the defaults are hardly what was meant
+        raise click.BadParameter("the name is empty; name a file, or leave --config out", context, parameter)
+    return file
+
+
+def _take_config(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
+    context.obj = _named(context, parameter, file) or context.obj
 
 
 _CONFIG_BEHIND = click.Option(["--config"], type=PATH, hidden=True, expose_value=False, callback=_take_config)
@@ -156,6 +164,19 @@ def _fail(what: str, status: int) -> None:
     sys.exit(status)
 
 
+def chunks(file: BinaryIO) -> Iterator[bytes]:
+    """What is in a file, which an OSError names, as one of opening it does."""
+    while True:
+        try:
+            chunk = file.read(_CHUNK_SIZE)
+        except OSError as error:
+            error.filename = file.name
+            raise
+        if not chunk:
+            return
+        yield chunk
+
+
 def in_a_pipe() -> None:
     """End without a word when nobody reads any further, as other programs in a pipe do."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -173,6 +194,7 @@ def in_a_pipe() -> None:
     "config_file",
     type=PATH,
     metavar="FILE",
+    callback=_named,
     help="The TOML file with the settings; else $CONFIG_FILE, else defaults.",
 )
 @click.pass_context

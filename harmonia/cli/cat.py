@@ -1,7 +1,6 @@
 """`harmonia cat`."""
 
 import os
-import shutil
 import stat
 import sys
 
@@ -28,5 +27,6 @@ def command(config_file: str | None, paths: tuple[str, ...]) -> None:
         if not stat.S_ISREG(os.lstat(real_path).st_mode):
             raise InvalidPathError(f"{path!r} is no regular file; `harmonia ls -l` tells what it is")
         with open(real_path, "rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 18)
+            for chunk in cli.chunks(file):
+                sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
