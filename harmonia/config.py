@@ -119,19 +119,20 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
         place = f"{name}:{at[1] or last}" if at else name
         raise ConfigError(f"{place}: not valid TOML: {error}") from None
     try:
-        return Settings(**_effective(given, name, environ))
+        return Settings(**_effective(given, text, name, environ))
     except WrongSettingError as error:
         raise _placed(error, text, name, environ) from None
 
 
-def _effective(given: Mapping[str, Any], name: str, environ: Mapping[str, str]) -> dict[str, Any]:
+def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """The values that the file and the environment give together."""
     values = _values(Settings, given)
     values["sign_key_paths"] = tuple(_key_files(values, environ))
     for key in sorted(values.keys() & _NO_EFFECT):
-        _log.warning("%s: %s has no effect in this Harmonia; it can be removed", name, key)
+        _log.warning("%s:%s: %s: has no effect in this Harmonia; remove it", name, _line(text, (key,)), key)
     if values.pop("sign_key_path", None) is not None:
-        _log.warning("%s: sign_key_path is deprecated; use sign_key_paths", name)
+        line = _line(text, ("sign_key_path",))
+        _log.warning("%s:%s: sign_key_path: deprecated; use sign_key_paths", name, line)
     if environ.get("SIGN_KEY_PATH"):
         _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
     values.setdefault("cache_dir", default_cache_dir(environ))
