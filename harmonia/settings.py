@@ -291,7 +291,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Annotated[bool, Meta(description="Tell Prometheus at `/metrics` what the server does.")] = True
     metrics_bind: Annotated[
         Address | None,
-        Meta(description="Where to listen for `/metrics` alone, without TLS, in place of among everything else."),
+        Meta(description="Where to listen for `/metrics` alone, without TLS. It is then not served at `bind`."),
     ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
     log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"

@@ -20,8 +20,8 @@ from harmonia.settings import Settings
 def command(config_file: str | None, *, text_only: bool) -> None:
     """Check the settings, and tell where each value comes from.
 
-    They are checked against this machine, as when the server starts. Only that an address is taken is not told: it may
-    be by the server of these settings.
+    They are checked against this machine, as when the server starts. Two things only a start tells: that another
+    program has the address, which may be the server of these settings, and that the cache directory cannot be written.
 
     The output is a configuration file of the same meaning. It has a line for each setting, and after that the file and
     line, the environment variable or the default that decided it.
