@@ -13,6 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -181,6 +182,8 @@ class Supervisor:
                 continue
             self._selector.unregister(worker.lifeline)
             worker.lifeline.close()
+            with suppress(BlockingIOError):  # who told it to stop may have told us, too
+                self._handle(self._signals.recv(64))
             if self._stop_at is not None:
                 continue
             code = os.waitstatus_to_exitcode(status)

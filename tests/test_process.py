@@ -151,6 +151,18 @@ def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
         assert all(connection.recv(1) == b"" for connection in connections[:11])
 
 
+def test_a_stop_of_the_whole_group_is_a_stop_and_no_death_of_workers(start: Start, sample: Sample) -> None:
+    slow = patched(
+        "import time\nfrom harmonia.supervisor import Supervisor\nreap = Supervisor._reap\n"
+        "Supervisor._reap = lambda self: (time.sleep(1), reap(self))"
+    )
+    server = start(store=sample.root, workers=2, program=slow)
+    for pid in (*server.workers, server.process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert server.wait() == 0
+    assert [line.split()[2:5] for line in server.log[1:]] == [["INFO", "SIGTERM:", "stopping;"]]
+
+
 def test_a_running_download_completes_while_all_else_is_refused(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2)
     with download(server, sample.big) as response, server.connect() as idle:
