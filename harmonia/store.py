@@ -28,6 +28,8 @@ select cast(path as text), cast(hash as text), cast(narSize as integer), cast(de
 from ValidPaths as found where path >= ? order by path limit 1
 """
 
+_NEED_SIGNATURES = "select cast(path as text) from ValidPaths where coalesce(ca, '') = ''"
+
 # Tables that come with the first use of content-addressed derivations (Nix `src/libstore/ca-specific-schema.sql`), one
 # kind up to Nix 2.34, the other since then. None is taken away again.
 _TABLES = "select count(*) from sqlite_master where type = 'table' and name in (?, ?)"
@@ -186,6 +188,10 @@ class Store:
         """All valid paths in full, sorted, whether or not their rows are of use, and the sum of their NAR sizes."""
         rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
         return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
+
+    def need_signatures(self) -> set[str]:
+        """The valid paths, in full, that clients take only with a signature: those that are not content-addressed."""
+        return {row[0] for row in self.database.query(_NEED_SIGNATURES)}
 
     def realisation(self, derivation_hash: str, output: str) -> Realisation | None:
         """What the output of the derivation with that hash came out as. StoreObjectError where its row is of no use."""

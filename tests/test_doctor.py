@@ -503,6 +503,16 @@ class TestTheCommand:
         [unsigned] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
         assert (answer.returncode, unsigned.level) == (3, "error")  # and not both, of one cause
 
+    def test_looks_first_at_paths_that_need_a_signature(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+        store = StoreBuilder(tmp_path / "store")
+        for number in range(20):
+            store.add_source(f"source-{number}", b"")
+        built = store.add(store.output_path("output"), b"", keys=[KEY])
+        server = start(store=tmp_path / "store", bind=f"unix:{tmp_path}/socket")
+        command = ("--config", str(server.config), "doctor", "--public-key", str(KEY.public_key), "--samples", "1")
+        told = json.loads(run(*command, "--json").stdout)["findings"]
+        assert f"{built.path}: signed by good-1" in [found["what"] for found in told]
+
     def test_misses_a_path_of_the_store_that_its_server_does_not_serve(
         self, tmp_path: Path, start: Callable[..., Server]
     ) -> None:

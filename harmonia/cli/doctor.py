@@ -152,13 +152,17 @@ def _base_name(store_dir: str, path: str) -> str:
 
 
 def _some(settings: Settings, count: int) -> list[str]:
+    """Local paths, by chance, those before others that tell whether signatures are right."""
     store = Store.of(settings)
     try:
         paths, _ = store.valid_paths()
+        telling = store.need_signatures()
     except StoreUnavailableError:
         return []
-    names = [path[len(store.store_dir) + 1 :] for path in paths if not path.endswith(".drv")]
-    return random.sample(names, min(len(names), count))
+    chosen = [path for path in paths if not path.endswith(".drv")]
+    random.shuffle(chosen)
+    chosen.sort(key=lambda path: path not in telling)
+    return [path[len(store.store_dir) + 1 :] for path in chosen[:count]]
 
 
 def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
