@@ -24,6 +24,7 @@ from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingErro
 _log = logging.getLogger("harmonia")
 
 _NO_EFFECT = {"max_connection_rate"}
+_CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables, the first that is set
 _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
 
 
@@ -82,7 +83,7 @@ def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]
     places = {key: f"{name}:{line}" if line else "default" for key, line in lines.items()}
     variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
     if "cache_dir" not in given:
-        variables["cache_dir"] = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]
+        variables["cache_dir"] = _CACHE_DIR
     for key, names in variables.items():
         if variable := next(filter(environ.get, names), None):
             places[key] = f"environment variable {variable}"
@@ -211,6 +212,8 @@ def _placed(error: WrongSettingError, text: str, name: str, environ: Mapping[str
         key = ("$NIX_STORE_DIR",)
     elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
         key = ("$NIX_LOG_DIR",)
+    elif key == ("cache_dir",) and "cache_dir" not in given:
+        key = (f"${next(filter(environ.get, _CACHE_DIR), 'HOME')}",)
     if key != error.key and key[0].startswith("$"):
         place = f"environment variable {key[0][1:]}"
     else:

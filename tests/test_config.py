@@ -293,6 +293,12 @@ def test_empty_variables_count_as_unset() -> None:
     assert settings(SIGN_KEY_PATH="", SIGN_KEY_PATHS="", NIX_STORE_DIR="", NIX_LOG_DIR="") == settings()
 
 
+@pytest.mark.parametrize("variable", ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"])
+def test_the_variable_is_named_that_tells_a_wrong_cache_directory(machine: Machine, variable: str) -> None:
+    machine.environ[variable] = str(machine.file("file", ""))
+    assert machine.complaint().startswith(f"environment variable {variable}: cache_dir: 'ROOT/file' is no directory; ")
+
+
 def test_a_wrong_variable_is_named() -> None:
     what = complaint(NIX_LOG_DIR="a\nb")
     assert what == "environment variable NIX_LOG_DIR: log_dir: expected a path, found something else (not shown)"
