@@ -208,7 +208,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     tokens_path: Annotated[
         File | None,
-        Meta(description="File with hashes of tokens: only who has one gets in. `harmonia token` makes them."),
+        Meta(description="File with hashes of tokens: clients need one of these tokens. `harmonia token` makes them."),
     ] = None
     anonymous_scopes: Annotated[Scopes, Meta(description="What needs no token. Needs `tokens_path`.")] = ()
     virtual_nix_store: Annotated[

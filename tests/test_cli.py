@@ -241,7 +241,7 @@ class TestKeygen:
         (["--confg", "x"], "No such option '?--confg'?.*[;?] [Ss]ee harmonia --help"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
-        (["nar", "dump", "/none"], "/none is not there; name a file, .* symlink; see harmonia nar dump --help"),
+        (["nar", "dump", "/none"], "'/none' is not there; name a file, .* symlink; see harmonia nar dump --help"),
         (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),
         (["verify", "--all", "--max-age", "soon"], ".*'soon' is no age like 12h or 7d; see harmonia verify --help"),
         (["warm"], "name some paths, or --gc-roots; see harmonia warm --help"),

@@ -77,7 +77,7 @@ def command(
 ) -> None:
     """Look at a binary cache with the eyes of its clients.
 
-    It tells what would fail them, or slow them down, each with a remedy. It looks at nix-cache-info, narinfos and
+    It tells what would make them fail, or slow them down, each with a remedy. It looks at nix-cache-info, narinfos and
     signatures; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
 
     It may be any cache. Without a URL, it is the server of the settings, on this machine: its certificate should be

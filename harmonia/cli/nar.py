@@ -40,7 +40,7 @@ def dump(path: str) -> None:
     if sys.stdout.isatty():
         raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
     if not os.path.lexists(path):
-        raise click.UsageError(f"{path} is not there; name a file, a directory or a symlink")
+        raise click.UsageError(f"{path!r} is not there; name a file, a directory or a symlink")
     for chunk in nar.read(nar.dump(os.fsencode(path))):
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()

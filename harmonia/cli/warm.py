@@ -26,9 +26,9 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
 
     They go into the server's cache, so that a deployment need not wait for them.
 
-    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. Give it the --config and the
-    environment of the server, which may run meanwhile, and goes first; it says which cache it fills. Nothing is
-    evicted from the cache: what it has no room for is left out, and counted at the end.
+    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. Give it the server's --config
+    and environment; it says which cache it fills. The server may run meanwhile, and has precedence. Nothing is evicted
+    from the cache: what it has no room for is left out, and counted at the end.
 
     \b
     After a build:       harmonia warm ./result
