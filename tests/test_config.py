@@ -294,9 +294,14 @@ def test_empty_variables_count_as_unset() -> None:
 
 
 @pytest.mark.parametrize("variable", ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"])
-def test_the_variable_is_named_that_tells_a_wrong_cache_directory(machine: Machine, variable: str) -> None:
-    machine.environ[variable] = str(machine.file("file", ""))
-    assert machine.complaint().startswith(f"environment variable {variable}: cache_dir: 'ROOT/file' is no directory; ")
+def test_the_variable_is_named_that_tells_a_wrong_cache_directory(
+    machine: Machine, caplog: pytest.LogCaptureFixture, variable: str
+) -> None:
+    file = machine.environ[variable] = str(machine.file("file", ""))
+    machine.load()
+    [record] = caplog.records
+    told = f"environment variable {variable}: cache_dir: {file!r} is no directory; "
+    assert record.getMessage().startswith(told)
 
 
 def test_a_wrong_variable_is_named() -> None:

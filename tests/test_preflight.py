@@ -146,7 +146,7 @@ def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeyp
     server.log.clear()
     server.start()
     assert server.get("/nix-cache-info").status == 200
-    assert any("cache_dir: '/dev/null' is no directory; name one" in line for line in server.log)
+    assert any("environment variable HOME: cache_dir: '/dev/null' is no directory; " in line for line in server.log)
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
