@@ -23,6 +23,7 @@ from harmonia.settings import ReleaseRules, Settings, Upstream, WrongSettingErro
 
 _log = logging.getLogger("harmonia")
 
+_SECRET = {"netrc", "credentials_file", "signed_by", "url", "upstream"}  # a URL may hold a password
 _NO_EFFECT = {"max_connection_rate"}
 _CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables, the first that is set
 _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
@@ -164,13 +165,7 @@ def _values(
             values[key] = msgspec.convert(part, types[key])
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
-            secret = "_path" in key or key in {
-                "netrc",
-                "credentials_file",
-                "signed_by",
-                "url",
-                "upstream",
-            }  # so may URLs
+            secret = "_path" in key or key in _SECRET
             shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
             remedy = "; begin each of them with [[upstream]]" if key == "upstream" else ""

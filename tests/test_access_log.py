@@ -1,7 +1,7 @@
 """Promises to whoever reads the log: what it says was so, and no client writes a line of it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 
 from harmonia.store_builder import StoreBuilder
-from running import Sample, Server, nar_url, patched, read_answer, wait_until
+from running import HARMONIA, Sample, Server, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
@@ -210,17 +210,27 @@ def test_no_client_writes_a_line_of_its_own(proxied: Server, request_head: bytes
     assert all(line.startswith(f"{today} ") for line in proxied.log), proxied.log
 
 
+def in_the_journal(program: Sequence[str]) -> list[str]:
+    """A program whose stderr systemd might have made."""
+    return ["sh", "-c", 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"', "sh", *program]
+
+
 def test_the_journal_gets_priorities(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, settings=ON, environment={"JOURNAL_STREAM": "8:1"})
+    server = start(store=sample.root, settings=ON, program=in_the_journal(HARMONIA))
     server.get("/health")
     server.wait_for_log("^<6>INFO 127.0.0.1 'GET /health' 200")
     assert server.stop() == 0
     assert all(line.startswith("<6>INFO ") for line in server.log), server.log
 
 
+def test_a_terminal_that_systemd_started_is_not_the_journal(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings=ON, environment={"JOURNAL_STREAM": "8:1"})
+    assert re.match(r"\d{4}-\d\d-\d\d \S+ INFO serving ", server.log[0])
+
+
 def test_the_journal_gets_a_traceback_as_one_event(sample: Sample, tmp_path: Path) -> None:
     fail = "from harmonia.server import worker\ndef fail(*_): raise RuntimeError('no\\nluck')\nworker.run = fail"
-    server = Server(tmp_path / "server", sample.root, environment={"JOURNAL_STREAM": "8:1"}, program=patched(fail))
+    server = Server(tmp_path / "server", sample.root, program=in_the_journal(patched(fail)))
     server.launch()
     assert server.wait() == 1
     assert [line[:3] for line in server.log] == ["<6>", "<2>", "<3>", "<2>"], server.log

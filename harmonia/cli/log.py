@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+from contextlib import suppress
 
 from harmonia.settings import Settings
 
@@ -22,7 +24,7 @@ class _LineFormatter(logging.Formatter):
 
 def to_stderr(settings: Settings | None = None) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter(journal="JOURNAL_STREAM" in os.environ))
+    handler.setFormatter(_LineFormatter(journal=_is_journal()))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("harmonia").setLevel((settings.log_level if settings else "info").upper())
     logging.getLogger("harmonia.access").setLevel(
@@ -31,3 +33,11 @@ def to_stderr(settings: Settings | None = None) -> None:
     # Sanic tells of each client that went away, and of each error that we have already told.
     for name in ("sanic.root", "sanic.error", "sanic.server"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _is_journal() -> bool:
+    """Whether systemd has connected stderr with its journal (systemd.exec(5)). A terminal may inherit the variable."""
+    with suppress(OSError):
+        status = os.fstat(sys.stderr.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
