@@ -462,7 +462,7 @@ class TestRaces:
         [worker] = server.workers
 
         def descriptors() -> int:
-            return sum("/store/" in name for name in open_files(worker))
+            return sum("/nix/store/" in name for name in open_files(worker))
 
         before = descriptors()
         for inner in ("/loop", "/real/", "/real/up", "/other", "/outside", "/real/nothing", "/file-as-directory", "/"):
