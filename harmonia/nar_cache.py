@@ -208,7 +208,8 @@ class NarCache:
                 file.refresh()
                 # One that is whole may be read by somebody, although who filled it died before it got its name.
                 if not file.whole and not os.path.exists(path):
-                    os.ftruncate(descriptor, 0)  # of what an earlier filler may have left
+                    if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 would flush at each close
+                        os.ftruncate(descriptor, 0)
                     reader = CachedFile(os.open(growing, os.O_RDONLY | os.O_CLOEXEC))
                     return reader, Filler(path, file.detach(), self.filled, self.failed)
                 os.unlink(growing)

@@ -297,6 +297,19 @@ def test_a_whole_file_without_its_name_is_made_again_beside_those_who_read_it(ca
         each.close()
 
 
+def test_only_what_somebody_left_is_truncated(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that was truncated, ext4 writes all to disk at each close: the last chunk would wait for that."""
+    truncated: list[int] = []
+    monkeypatch.setattr(os, "ftruncate", lambda descriptor, _: truncated.append(descriptor))
+    _, filler = filling(cache)
+    filler.abandon()
+    assert not truncated
+    Path(cache.path("key") + ".growing").write_bytes(b"left")
+    _, filler = filling(cache)
+    assert len(truncated) == 1
+    filler.abandon()
+
+
 def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_path: Path) -> None:
     file, filler = filling(cache)
     filler.append(b"a" * 100)
