@@ -34,7 +34,7 @@ from harmonia.server import (
 from harmonia.server.access import Guard, limited
 from harmonia.server.body import Representation, respond
 from harmonia.server.cache import Cache
-from harmonia.server.repeats import AbsentError, Repeats, date
+from harmonia.server.repeats import AbsentError, Lasts, Repeats, date
 from harmonia.server.upstream import or_upstream
 from harmonia.settings import Settings
 
@@ -164,15 +164,15 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
         route.begin()
         try:
-            representation = await handler(cache, request, **parameters)
-            response = await respond(request, representation, cache.threads.readers)
-            lasts = representation.lasts
+            response, lasts = await _answer(cache, handler, request, parameters)
         except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
             response = errors.response(cache, request, error)
             lasts = error.lasts if isinstance(error, AbsentError) else None
-        except asyncio.CancelledError:  # the client is gone, perhaps with all that it wanted, or we are told to stop
+        except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
             if request.responded:
                 _done(cache, route, request, None)
+            # Its frames hold what was to be sent, and the temporary root of that, as long as somebody has the error.
+            error.__traceback__ = None
             raise
         finally:
             route.end()
@@ -181,6 +181,13 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
         return _done(cache, route, request, response)
 
     return endpoint
+
+
+async def _answer(
+    cache: Cache, handler: Handler, request: Request, parameters: Mapping[str, str]
+) -> tuple[HTTPResponse | None, Lasts | None]:
+    representation = await handler(cache, request, **parameters)
+    return await respond(request, representation, cache.threads.readers), representation.lasts
 
 
 def _done(cache: Cache, route: Route, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
