@@ -247,7 +247,7 @@ class Unread:
     size: int | None
 
     def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        raise NotImplementedError
+        raise NotImplementedError  # HEAD asks for no more than the size
 
 
 async def exhaust(body: Body, readers: Executor) -> None:

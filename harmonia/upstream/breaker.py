@@ -59,7 +59,7 @@ class Breaker:
     def _pause(self) -> float:
         # It starts over only when a real question was answered: a probe that is, is no proof that those will be.
         delay, self._delay = self._delay, min(2 * self._delay, LONGEST_DELAY)
-        pause, self._retry_after = max(delay * random.uniform(0.75, 1.25), self._retry_after), 0.0  # noqa: S311
+        pause, self._retry_after = max(delay * random.uniform(0.75, 1.25), self._retry_after), 0.0  # noqa: S311 (no secret)
         return pause
 
     async def _works(self) -> bool:
