@@ -1,5 +1,5 @@
 # NixOS: services.harmonia, in place of the module of that name in nixpkgs, whose configurations keep working.
-# The options below `settings` come from module-settings.json, which a test holds to harmonia/settings.py.
+# The options below `settings` come from module-settings.json, which a test holds to harmonia/config/settings.py.
 {
   config,
   lib,
@@ -406,7 +406,7 @@ in
         wantedBy = [ "sockets.target" ];
         inherit listenStreams;
         socketConfig = {
-          # As harmonia/sockets.py does where it listens by itself.
+          # As harmonia/process/sockets.py does where it listens by itself.
           Backlog = 4096;
         }
         // lib.optionalAttrs onUnixSocket (

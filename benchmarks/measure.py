@@ -17,10 +17,10 @@ from benchmarks.client import Downloads, ask
 from benchmarks.figures import Figure, Measure, compare
 from benchmarks.servers import HARMONIA, Server
 from benchmarks.store import MIB, BenchStore
-from harmonia.metrics import Metrics
+from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix import base32
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import remove
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import remove
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.client import Address
 from benchmarks.store import BenchStore
 from harmonia.nix.path_info import PathInfo
-from harmonia.server.narinfo import nar_url
+from harmonia.server.resources.narinfo import nar_url
 
 OTHER = os.environ.get("BENCH_OTHER")
 HARMONIA = "Harmonia"

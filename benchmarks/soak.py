@@ -30,8 +30,8 @@ import zstandard
 
 from e2e.nix_client import NIXES, Client
 from harmonia.nix import base32
-from running import Server
-from unscathed import unscathed
+from support.running import Server
+from support.unscathed import unscathed
 
 CONNECTIONS, DOWNLOADS = 1000, 200
 WORKERS = 2

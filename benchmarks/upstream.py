@@ -30,7 +30,7 @@ from harmonia.nix import base32, nar, narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
+from harmonia.tools.store_builder import StoreBuilder
 
 ROUNDS = 5
 KEY = SecretKey.generate("upstream-1")

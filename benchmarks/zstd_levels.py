@@ -12,9 +12,9 @@ import time
 
 import zstandard
 
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
 from harmonia.nix import nar
-from harmonia.settings import Zstd
-from harmonia.zstd import Encoding
 
 DIRECTORIES = ["/usr/lib/python3", "/usr/share/locale", "/usr/lib/gcc", "/usr/share/perl", "/usr/bin"]
 SETTINGS = [

@@ -1,4 +1,4 @@
-"""What can go wrong, in the words of the domain. None of these knows HTTP; `server/errors.py` gives each its status.
+"""Errors in the words of the domain. None of them knows HTTP: `server/http/error_response.py` gives each its status.
 
 The base is never raised itself: an operator or a client is always told which of the leaves it was.
 """

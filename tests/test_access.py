@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonia.access import SCOPES, Tokens, new, parse
+from harmonia.config.tokens import SCOPES, Tokens, new, parse
 from harmonia.errors import FormatError
-from harmonia.store_builder import StoreBuilder
-from running import run
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import run
 
 SECRET, TOKEN = new("ci", ["read"])
 HASH = f"sha256:{TOKEN.sha256.hex()}"
@@ -28,7 +28,7 @@ def test_a_token_is_found_by_itself_alone() -> None:
 
 def test_what_agrees_in_what_a_token_is_found_by_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     near = TOKEN.sha256[:-1] + bytes([TOKEN.sha256[-1] ^ 1])
-    monkeypatch.setattr("harmonia.access._sha256", lambda _: near)
+    monkeypatch.setattr("harmonia.config.tokens._sha256", lambda _: near)
     assert Tokens([TOKEN]).find("another") is None
 
 

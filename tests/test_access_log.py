@@ -8,8 +8,8 @@ from uuid import uuid4
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from running import HARMONIA, Sample, Server, nar_url, patched, read_answer, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import HARMONIA, Sample, Server, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from running import Sample, Server, nar_url, read_answer, run
+from support.running import Sample, Server, nar_url, read_answer, run
 
 Start = Callable[..., Server]
 

@@ -17,8 +17,8 @@ import pytest
 
 from harmonia import __version__
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from running import HARMONIA, open_files, patched, run, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import HARMONIA, open_files, patched, run, wait_until
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) 
         file.write(f"cache_dir = '{tmp_path}/cache'\n")
     info = StoreBuilder(tmp_path / "another").add_text("text", b"")
     config.write_text(config.read_text().replace(f"{tmp_path}/nix", f"{tmp_path}/another/nix"))
-    endless = patched("import harmonia.warm\nharmonia.warm._state = lambda _: None")
+    endless = patched("import harmonia.tools.warm\nharmonia.tools.warm._state = lambda _: None")
     command = [*endless, "--config", str(config), "warm", info.path]
     done = interrupted(*command, begun=lambda _: any((tmp_path / "cache").glob("nar/*")))
     assert done.returncode == 130

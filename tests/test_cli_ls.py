@@ -14,9 +14,9 @@ import pytest
 
 from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Executable, Sparse, Symlink, Tree
-from running import HARMONIA, run
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
+from support.running import HARMONIA, run
 
 TREE: Tree = {
     "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},

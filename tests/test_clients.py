@@ -17,8 +17,8 @@ from typing import BinaryIO
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
-from unscathed import MANY, serves, unscathed
+from support.running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
+from support.unscathed import MANY, serves, unscathed
 
 Start = Callable[..., Server]
 
@@ -156,7 +156,7 @@ def test_their_machine_is_gone(start: Start, sample: Sample, networks: tuple[str
     servers, clients = networks
     # Seconds in place of minutes. What the kernel then does is the same.
     quick = patched(
-        "from harmonia import sockets\n"
+        "from harmonia.process import sockets\n"
         "sockets._OPTIONS = tuple((level, option, 1) for level, option, _ in sockets._OPTIONS)"
     )
     with network(servers), ExitStack() as stack:

@@ -24,16 +24,16 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harmonia import zstd
-from harmonia.cached_file import Filler
-from harmonia.compression import CompressedFile, CompressedNar, Compressor
+from harmonia.cache import zstd
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import Filler
+from harmonia.cache.nar_compressor import CompressedFile, CompressedNar, Compressor
+from harmonia.cache.zstd import Encoding
+from harmonia.cache.zstd_frames import Compressed
+from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
-from harmonia.frames import Compressed
-from harmonia.nar_cache import NarCache
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
-from harmonia.settings import Zstd
-from harmonia.zstd import Encoding
 from test_nar_cache import at, fill, filling, messages, mounted, no_leak, without
 
 FRAME = 1000
@@ -87,7 +87,7 @@ def compressing(
 ) -> Iterator[Compressor]:
     with (
         ThreadPoolExecutor(threads) as pool,
-        patch("harmonia.frames.encoders", lambda _: (threads, pool)),
+        patch("harmonia.cache.zstd_frames.encoders", lambda _: (threads, pool)),
         patch.object(Encoding, "frame_size", frame_size),
     ):
         yield Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
@@ -197,8 +197,8 @@ def test_the_zstd_command_reads_it() -> None:
 def test_another_process_makes_the_same_bytes() -> None:
     code = """
 import hashlib, random
-from harmonia.settings import Zstd
-from harmonia.zstd import Encoding
+from harmonia.config.settings import Zstd
+from harmonia.cache.zstd import Encoding
 data = random.Random(2).randbytes(5000) * 3
 print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())
 """
@@ -623,7 +623,7 @@ def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
     slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in (1, 2)]
     another = nar(seed=3)
     with (
-        patch("harmonia.compression._MOST_FILLS", 2),
+        patch("harmonia.cache.nar_compressor._MOST_FILLS", 2),
         at(tmp_path) as cache,
         compressing(cache, threads=3) as compressor,
     ):
@@ -681,7 +681,7 @@ def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
 
 def test_only_some_are_remembered(tmp_path: Path) -> None:
     with (
-        patch("harmonia.compression._REMEMBERED", 2),
+        patch("harmonia.cache.nar_compressor._REMEMBERED", 2),
         at(tmp_path) as cache,
         compressing(cache) as compressor,
     ):

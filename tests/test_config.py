@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
-from harmonia import preflight
-from harmonia.config import load, parse
-from harmonia.credentials import authorization, secret_keys, tls_context
+from harmonia.config.credentials import authorization, secret_keys, tls_context
+from harmonia.config.loader import load, parse
+from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
+from harmonia.config.value_types import wanted
 from harmonia.errors import ConfigError
-from harmonia.kinds import wanted
 from harmonia.nix.signing import SecretKey
-from harmonia.settings import ReleaseRules, Settings, Upstream, Zstd
-from harmonia.store_builder import StoreBuilder
+from harmonia.process import preflight
+from harmonia.tools.store_builder import StoreBuilder
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()

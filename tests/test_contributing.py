@@ -25,12 +25,12 @@ def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_resource_of_the_example_works(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    for name in ("harmonia", "tests/server", "tests/e2e"):
+    for name in ("harmonia", "tests/server", "tests/e2e", "tests/support"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "docs/openapi.json", *(str(it.relative_to(ROOT)) for it in ROOT.glob("tests/*.py"))):
         (copy / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, copy / file)
-    (copy / "harmonia/server/references.py").write_text(block("references.py"))
+    (copy / "harmonia/server/resources/references.py").write_text(block("references.py"))
     (copy / "tests/server/test_references.py").write_text(block("test_references.py"))
     app = copy / "harmonia/server/app.py"
     text = app.read_text().replace("    narinfo,\n", "    narinfo,\n    references,\n", 1)
@@ -45,6 +45,6 @@ def test_the_resource_of_the_example_works(tmp_path: Path) -> None:
     assert done.stdout.count("\nFAILED tests/server/test_openapi.py") == 1, done.stdout
     assert done.stdout.count("\nFAILED tests/server/test_contract.py") == 1, done.stdout
     assert "2 failed, 2 passed" in done.stdout
-    files = ("harmonia/server/references.py", "harmonia/server/app.py", "tests/server/test_references.py")
+    files = ("harmonia/server/resources/references.py", "harmonia/server/app.py", "tests/server/test_references.py")
     lints = run(copy, "ruff", "check", "--no-cache", *files)
     assert lints.returncode == 0, lints.stdout

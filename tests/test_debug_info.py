@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import debug_info
-from harmonia.debug_info import DebugInfo
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.build_id import build_ids
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Tree, remove
+from harmonia.store import debug_index
+from harmonia.store.debug_index import DebugInfo
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Tree, remove
 
 Open = Callable[..., DebugInfo]
 
@@ -82,7 +82,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(root)
         return build_ids(root)
 
-    monkeypatch.setattr(debug_info, "build_ids", spy)
+    monkeypatch.setattr(debug_index, "build_ids", spy)
     return seen
 
 
@@ -170,7 +170,7 @@ class TestTrueAtEveryMoment:
                 raise PermissionError(13, "Permission denied", root)
             return build_ids(root)
 
-        monkeypatch.setattr(debug_info, "build_ids", broken)
+        monkeypatch.setattr(debug_index, "build_ids", broken)
         assert found(index, ONE) == [one.path]
         assert f"{bad.path} is not looked through for debug info: Permission denied" in caplog.text
 

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import demo
-from harmonia.demo import Demo
 from harmonia.errors import ConfigError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Executable, Sparse, Symlink, Tree, remove
-from running import Server, run
+from harmonia.store.store import Store
+from harmonia.tools import demo
+from harmonia.tools.demo import Demo
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Sparse, Symlink, Tree, remove
+from support.running import Server, run
 
 NOBODY = 65534
 

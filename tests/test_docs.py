@@ -15,7 +15,8 @@ from typing import NamedTuple
 import pytest
 from click.testing import CliRunner
 
-from harmonia import cli, config
+from harmonia import cli
+from harmonia.config import loader
 from harmonia.nix.signing import SecretKey
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +128,7 @@ def with_keys(text: str) -> str:
 
 @of("toml")
 def test_settings_are_settings(block: Block) -> None:
-    config.parse(with_keys(block.text), block.page, {})
+    loader.parse(with_keys(block.text), block.page, {})
 
 
 @of("nix")

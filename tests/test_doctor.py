@@ -22,17 +22,17 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from harmonia import access
-from harmonia.client import Client
-from harmonia.doctor import examine
-from harmonia.doctor.finding import Finding
+from harmonia.config import tokens
 from harmonia.nix import base32, nar, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from nginx import nginx
-from running import Server, run
+from harmonia.tools.doctor import examine
+from harmonia.tools.doctor.finding import Finding
+from harmonia.tools.http_client import Client
+from harmonia.tools.store_builder import StoreBuilder
+from support.nginx import nginx
+from support.running import Server, run
 
 KEY = SecretKey.generate("good-1")
 NAR = "nar/file.nar"
@@ -646,7 +646,7 @@ class TestTLS:
 class TestWhatIsNoCacheIsOneFinding:
     def test_a_private_cache_and_no_token(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         StoreBuilder(tmp_path / "store")
-        (tmp_path / "tokens").write_text(str(access.new("all", ["read"])[1]))
+        (tmp_path / "tokens").write_text(str(tokens.new("all", ["read"])[1]))
         url = start(store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'").url
         [(what, remedy)] = told(url)
         assert what.startswith("nix-cache-info answers 401")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import (
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from support.running import (
     HARMONIA,
     Sample,
     Server,
@@ -28,7 +28,7 @@ from running import (
     unpacked,
     wait_until,
 )
-from unscathed import MANY, serves, unscathed
+from support.unscathed import MANY, serves, unscathed
 
 if TYPE_CHECKING:
     from harmonia.nix.path_info import PathInfo

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import demo
-from harmonia.store import Store
+from harmonia.store.store import Store
+from harmonia.tools import demo
 from test_docs import BLOCKS
 
 pytestmark = [

@@ -21,9 +21,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harmonia import nar_cache
-from harmonia.cached_file import CachedFile, Filler
-from harmonia.nar_cache import NarCache
+from harmonia.cache import disk_cache
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.nix.nar import OpenSlice
 
 TRAILER = 56
@@ -31,7 +31,7 @@ KIB = 1024
 
 PROCESS = """
 import sys
-from harmonia.nar_cache import NarCache
+from harmonia.cache.disk_cache import NarCache
 
 file, filler = NarCache(sys.argv[1]).open("key")
 print("filler" if filler else "follower", flush=True)
@@ -49,7 +49,7 @@ for line in sys.stdin:
 STRESS = """
 import random, sys
 from test_nar_cache import stress
-from harmonia.nar_cache import NarCache
+from harmonia.cache.disk_cache import NarCache
 
 stress(NarCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
 """
@@ -129,7 +129,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The time as the cache has it, which can be moved."""
     clock = SimpleNamespace(passed=0.0)
     times = SimpleNamespace(time=lambda: time.time() + clock.passed, monotonic=lambda: time.monotonic() + clock.passed)
-    monkeypatch.setattr(nar_cache, "time", times)
+    monkeypatch.setattr(disk_cache, "time", times)
     return clock
 
 
@@ -463,7 +463,7 @@ def test_each_file_is_checked_once(cache: NarCache, checked: list[CachedFile]) -
 def test_which_files_were_checked_is_not_remembered_without_bound(
     cache: NarCache, checked: list[CachedFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nar_cache, "_CHECKED", 3)
+    monkeypatch.setattr(disk_cache, "_CHECKED", 3)
     for key in "0123":
         fill(cache, key)
     for key in "00123300":

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.nix.nix_conf import trusted_keys
 from harmonia.nix.signing import SecretKey
-from harmonia.nix_conf import trusted_keys
 
 ONE, TWO, THREE = (str(SecretKey.generate(name).public_key) for name in ("one", "two", "three"))
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from e2e.nix_client import NIXES, Client, Nix
-from harmonia.settings import Settings
+from harmonia.config.settings import Settings
 
 PROJECT = Path(__file__).parent.parent
 KEYS = PROJECT / "module-settings.json"

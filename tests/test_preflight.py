@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from running import Server, run
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server, run
 
 Start = Callable[..., Server]
 

@@ -7,10 +7,10 @@ from threading import Thread
 
 import pytest
 
-from harmonia.access import new
-from harmonia.client import Client
+from harmonia.config.tokens import new
 from harmonia.errors import RemoteError
-from running import Sample, Server, run
+from harmonia.tools.http_client import Client
+from support.running import Sample, Server, run
 
 Start = Callable[..., Server]
 

@@ -14,12 +14,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from running import Sample, Server, ServiceManager, download, nar_url, patched, read_answer, run, wait_until
+from support.running import Sample, Server, ServiceManager, download, nar_url, patched, read_answer, run, wait_until
 
 Start = Callable[..., Server]
 
 KEEP_ALIVE_REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
-IMPATIENT = patched("from harmonia import supervisor\nsupervisor._HEARTBEAT = 0.1\nsupervisor._HANG_TIMEOUT = 3")
+IMPATIENT = patched(
+    "from harmonia.process import supervisor\nsupervisor._HEARTBEAT = 0.1\nsupervisor._HANG_TIMEOUT = 3"
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
 
 def test_a_stop_of_the_whole_group_is_a_stop_and_no_death_of_workers(start: Start, sample: Sample) -> None:
     slow = patched(
-        "import time\nfrom harmonia.supervisor import Supervisor\nreap = Supervisor._reap\n"
+        "import time\nfrom harmonia.process.supervisor import Supervisor\nreap = Supervisor._reap\n"
         "Supervisor._reap = lambda self: (time.sleep(1), reap(self))"
     )
     server = start(store=sample.root, workers=2, program=slow)

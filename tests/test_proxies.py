@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from running import Server, nar_url, run, unpacked, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server, nar_url, run, unpacked, wait_until
 from test_access_tls import openssl
 from test_docs import BLOCKS
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import store_object
 from harmonia.errors import StoreObjectError
 from harmonia.nix import confined, listing, nar
-from harmonia.nix.nar_layout import Layout
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Symlink, Tree
-from running import Server, nar_url
+from harmonia.nix.nar_index import Layout
+from harmonia.store import object_files
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Symlink, Tree
+from support.running import Server, nar_url
 
 SECONDS = 0.4
 SECRET = b"SECRET"
@@ -105,16 +105,16 @@ def part(_: Attacked, layout: Layout) -> bytes:
 
 
 def a_file(attacked: Attacked) -> bytes:
-    entry = store_object.look(attacked.store, attacked.info, [b"a", b"b", b"large"])
-    if not isinstance(entry, store_object.Entry):
+    entry = object_files.look(attacked.store, attacked.info, [b"a", b"b", b"large"])
+    if not isinstance(entry, object_files.Entry):
         raise StoreObjectError
     return entry.sample + b"".join(
-        nar.flatten(store_object.File(attacked.path, entry.names, entry.status).read(0, entry.status.st_size))
+        nar.flatten(object_files.File(attacked.path, entry.names, entry.status).read(0, entry.status.st_size))
     )
 
 
 def a_directory(attacked: Attacked) -> bytes:
-    return repr(store_object.listed(attacked.path, [b"a", b"b"], 100)).encode()
+    return repr(object_files.listed(attacked.path, [b"a", b"b"], 100)).encode()
 
 
 def a_listing(attacked: Attacked) -> bytes:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonia.rate import Rate
+from harmonia.server.http.rate_limit import Rate
 
 
 class Clock:

@@ -5,7 +5,7 @@ import socket
 import pytest
 from aiohttp import AddrInfoType
 
-from harmonia.upstream.reach import InsideError, Reach, is_outside
+from harmonia.upstream.address_filter import InsideError, Reach, is_outside
 
 OUTSIDE = """
     8.8.8.8 198.41.0.4 2001:4860:4860::8888 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1

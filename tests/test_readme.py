@@ -14,8 +14,8 @@ import pytest
 
 from harmonia.nix import narinfo
 from harmonia.nix.signing import PublicKey
-from harmonia.store_builder import StoreBuilder
-from running import wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import wait_until
 from test_docs import BLOCKS, ROOT, needs
 from test_nixos_module import evaluate, needs_nix
 

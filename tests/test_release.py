@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import catalogue
+from harmonia.config.settings import ReleaseRules
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.release import Closure, Release
-from harmonia.settings import ReleaseRules
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
+from harmonia.store import queries
+from harmonia.store.publish_policy import Closure, Release
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
 
 KEY, OTHER = SecretKey.generate("key-1"), SecretKey.generate("other-1")
 
@@ -225,7 +225,7 @@ def test_no_more_than_a_part_of_the_time_is_spent_on_it(
 def test_a_closure_beyond_the_bound_is_cut_and_told(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("harmonia.release._CLOSURE", 2)
+    monkeypatch.setattr("harmonia.store.publish_policy._CLOSURE", 2)
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     closure.refresh()
     assert len([path for path in chain if path in closure]) == 2
@@ -268,4 +268,4 @@ def test_outputs_are_known_without_their_derivation(store: StoreBuilder) -> None
                 for path in ("/nix/store/odd", f"/elsewhere/{output}", f"/nix/store/{output}/in")
             ),
         )
-    assert catalogue.outputs(opened(store), derivation) == [output]
+    assert queries.outputs(opened(store), derivation) == [output]

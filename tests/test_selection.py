@@ -10,9 +10,9 @@ import pytest
 
 from harmonia.errors import InvalidPathError
 from harmonia.nix.path_info import PathInfo
-from harmonia.selection import closure, gc_roots, named
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
+from harmonia.store.path_arguments import closure, gc_roots, named
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
 
 
 @pytest.fixture

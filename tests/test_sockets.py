@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from harmonia import config, sockets
-from harmonia.settings import Settings
-from running import Sample, Server, download, nar_url, open_files, patched, read_answer, wait_until
+from harmonia.config import loader
+from harmonia.config.settings import Settings
+from harmonia.process import sockets
+from support.running import Sample, Server, download, nar_url, open_files, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
@@ -71,7 +72,7 @@ def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sampl
 def test_an_address_that_a_name_has_twice_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))] * 2
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    with sockets.listen(config.parse("bind = 'twice:0'", "h.toml", {}), "bind") as listening:
+    with sockets.listen(loader.parse("bind = 'twice:0'", "h.toml", {}), "bind") as listening:
         assert len(listening) == 1
 
 

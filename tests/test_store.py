@@ -18,10 +18,10 @@ import pytest
 from harmonia.errors import HarmoniaError, StoreObjectError, StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.store import _PATH_INFO, Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import remove
-from realisations import BUILD_TRACE, REALISATIONS, create
+from harmonia.store.store import _PATH_INFO, Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import remove
+from support.realisations import BUILD_TRACE, REALISATIONS, create
 
 NOBODY = 65534
 TIMEOUT = 0.2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from running import HARMONIA, Sample, Server, ServiceManager, patched, read_answer
+from support.running import HARMONIA, Sample, Server, ServiceManager, patched, read_answer
 
 Start = Callable[..., Server]
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from daemon_server import DaemonServer
-from harmonia import temp_roots
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
-from harmonia.temp_roots import TempRoots
-from running import Sample, Server, download, nar_url, patched, wait_until
+from harmonia.store import temp_roots
+from harmonia.store.temp_roots import TempRoots
+from harmonia.tools.store_builder import StoreBuilder
+from support.daemon_server import DaemonServer
+from support.running import Sample, Server, download, nar_url, patched, wait_until
 
 Start = Callable[..., Server]
 
@@ -183,7 +183,7 @@ def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> N
 
 
 def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
-    patient = patched("from harmonia import temp_roots\ntemp_roots._TIMEOUT = 60.0")
+    patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT = 60.0")
     with DaemonServer(place, greet=lambda _: None) as daemon:
         server = start(store=sample.root, settings=f"daemon_socket = '{place}'", program=patient)
         began = time.monotonic()

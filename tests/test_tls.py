@@ -16,8 +16,8 @@ from typing import cast
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from running import Sample, Server, nar_url, read_answer, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Sample, Server, nar_url, read_answer, wait_until
 
 Start = Callable[..., Server]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from harmonia.top import Look, hit_ratio, rows
-from running import HARMONIA, Sample, Server, download, nar_url, run, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.top import Look, hit_ratio, rows
+from support.running import HARMONIA, Sample, Server, download, nar_url, run, wait_until
 
 Start = Callable[..., Server]
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]

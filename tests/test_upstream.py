@@ -20,19 +20,19 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmonia.config.settings import Upstream
 from harmonia.errors import UpstreamError
-from harmonia.metrics import Metrics
+from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.settings import Upstream
-from harmonia.upstream import breaker, memory
+from harmonia.upstream import breaker, lookup_cache
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.client import Client
-from harmonia.upstream.content import check_content, check_file, conclusive, unpack
-from harmonia.upstream.hops import Hops
-from harmonia.upstream.passed import Passed
-from harmonia.upstream.question import Upstreams
+from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.loop_guard import Hops
+from harmonia.upstream.nar_verifier import check_content, check_file, conclusive, unpack
+from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.transport import Part, Transport
 
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -245,7 +245,7 @@ def test_what_clients_say_of_hops_is_cut_short() -> None:
 
 def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is used stays, what was used longest ago goes."""
-    monkeypatch.setattr(memory, "_SIZE", 1 << 20)
+    monkeypatch.setattr(lookup_cache, "_SIZE", 1 << 20)
 
     async def run() -> None:
         upstreams = Upstreams([], "us", 1)

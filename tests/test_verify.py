@@ -14,11 +14,11 @@ import pytest
 from harmonia.errors import ConfigError
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from harmonia.verify import Journal, Result, verify
-from running import HARMONIA, patched, run, wait_until
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from harmonia.tools.verify import Journal, Result, verify
+from support.running import HARMONIA, patched, run, wait_until
 
 Verify = Callable[..., list[Result]]
 
@@ -208,7 +208,7 @@ class TestTheCommand:
         for number in range(count):
             store.add_text(f"text-{number}", b"")
         slow = patched(
-            "import time, harmonia.verify as v\ncheck = v._check\n"
+            "import time, harmonia.tools.verify as v\ncheck = v._check\n"
             "v._check = lambda *of: (time.sleep(0.1), check(*of))[1]"
         )
         journal = tmp_path / "cache/verified"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.config import parse
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from harmonia.warm import warm
-from running import HARMONIA, Server, nar_url, run, unpacked, wait_until
+from harmonia.config.loader import parse
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from harmonia.tools.warm import warm
+from support.running import HARMONIA, Server, nar_url, run, unpacked, wait_until
 
 Start = Callable[..., Server]
 

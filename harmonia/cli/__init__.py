@@ -18,8 +18,8 @@ import click
 from click.shell_completion import FishComplete, add_completion_class
 
 from harmonia import __version__
-from harmonia.cli import log
 from harmonia.errors import ConfigError, HarmoniaError, StoreUnavailableError
+from harmonia.process import log_setup
 
 EXIT_CONFIG = 2
 """A wrong setting or a wrong word on the command line. 1 is any other failure."""
@@ -200,7 +200,7 @@ def in_a_pipe() -> None:
 @click.pass_context
 def main(context: click.Context, config_file: str | None) -> None:
     """A Nix binary cache: serves this machine's store to others. Without a command, it serves."""
-    log.to_stderr()
+    log_setup.to_stderr()
     context.obj = config_file
     if context.invoked_subcommand is None:
         serve = main.get_command(context, "serve")

@@ -6,9 +6,11 @@ import sys
 
 import click
 
-from harmonia import cli, config, selection
+from harmonia import cli
+from harmonia.config import loader
 from harmonia.errors import InvalidPathError
-from harmonia.store import Store
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
 
 
 @click.command("cat")
@@ -21,9 +23,9 @@ def command(config_file: str | None, paths: tuple[str, ...]) -> None:
     of `nix store cat`.
     """
     cli.in_a_pipe()
-    store = Store.of(config.read(config_file, os.environ))
+    store = Store.of(loader.read(config_file, os.environ))
     for path in paths:
-        _, real_path = selection.named(store, path)
+        _, real_path = path_arguments.named(store, path)
         if not stat.S_ISREG(os.lstat(real_path).st_mode):
             raise InvalidPathError(f"{path!r} is no regular file; `harmonia ls -l` tells what it is")
         with open(real_path, "rb") as file:

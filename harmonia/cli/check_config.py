@@ -8,8 +8,8 @@ from typing import Any
 import click
 import msgspec
 
-from harmonia import config
-from harmonia.settings import Settings
+from harmonia.config import loader
+from harmonia.config.settings import Settings
 
 
 @click.command("check-config")
@@ -26,7 +26,7 @@ def command(config_file: str | None, *, text_only: bool) -> None:
     The output is a configuration file of the same meaning. It has a line for each setting, and after that the file and
     line, the environment variable or the default that decided it.
     """
-    settings, origins = config.with_origins(config_file, os.environ, text_only=text_only)
+    settings, origins = loader.with_origins(config_file, os.environ, text_only=text_only)
     click.echo("# The configuration is valid. These are the values in effect, and where they come from.")
     for line in explained(settings, origins):
         click.echo(line)

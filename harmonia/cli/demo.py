@@ -4,7 +4,7 @@ import shlex
 
 import click
 
-from harmonia import demo
+from harmonia.tools import demo
 
 
 @click.command("demo")

@@ -10,18 +10,20 @@ from collections.abc import Iterable, Iterator
 import click
 from rich.text import Text
 
-from harmonia import cli, config, credentials, nix_conf
+from harmonia import cli
 from harmonia.cli import progress
 from harmonia.cli.url import Url
-from harmonia.client import LARGEST, Client
-from harmonia.doctor import examine
-from harmonia.doctor.finding import Finding, once
+from harmonia.config import credentials, loader
+from harmonia.config.settings import ReleaseRules, Settings
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
+from harmonia.nix import nix_conf
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.settings import ReleaseRules, Settings
-from harmonia.store import Store
+from harmonia.store.store import Store
+from harmonia.tools.doctor import examine
+from harmonia.tools.doctor.finding import Finding, once
+from harmonia.tools.http_client import LARGEST, Client
 
 _STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
 _DIGESTS = re.compile(rf"(?<=\b[{ALPHABET}]{{8}})[{ALPHABET}]{{24,}}\b")  # all but their beginnings
@@ -91,7 +93,7 @@ def command(
     Any cache:                     harmonia doctor https://cache.example.org /nix/store/…
     For cron or CI:                harmonia --config FILE doctor --quiet https://cache.example.org
     """  # noqa: D301 (\b is click's mark of lines to be kept)
-    settings = config.read(config_file, os.environ)
+    settings = loader.read(config_file, os.environ)
     keys = [*_given(public_keys), *_own(settings), *nix_conf.trusted_keys(os.environ)]
     directory = store_dir or settings.virtual_nix_store
     named = [_base_name(directory, path) for path in paths]

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import click
 
-from harmonia import cli, config, selection
+from harmonia import cli
 from harmonia.cli import listing
 from harmonia.cli.listing import Node
+from harmonia.config import loader
 from harmonia.nix import confined, nar
-from harmonia.store import Store
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
 
 
 @click.command("ls")
@@ -27,7 +29,7 @@ def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bo
     As an .ls file:      harmonia ls --json -R ./result
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     cli.in_a_pipe()
-    _, real_path = selection.named(Store.of(config.read(config_file, os.environ)), path)
+    _, real_path = path_arguments.named(Store.of(loader.read(config_file, os.environ)), path)
     real_path = confined.resolved(real_path)
     nodes = _nodes(real_path, recursive=recursive)
     listing.show(nodes, os.path.basename(real_path), recursive=recursive, **how)

@@ -12,7 +12,7 @@ from harmonia import cli
 from harmonia.cli import listing
 from harmonia.cli.listing import Node
 from harmonia.errors import FormatError, InvalidPathError
-from harmonia.nix import nar, nar_reader
+from harmonia.nix import nar, nar_parser
 from harmonia.nix.nar import Entry
 
 
@@ -59,7 +59,7 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
     with _told(file):
-        parts = nar_reader.parse(cli.chunks(file))
+        parts = nar_parser.parse(cli.chunks(file))
         # A NAR that was parsed is the one that we would write.
         located = nar.located(part for part in parts if isinstance(part, Entry))
         nodes = _below(root, (Node(entry.path, entry, offset) for offset, entry in located))
@@ -78,7 +78,7 @@ def restore(path: str, file: BinaryIO) -> None:
     if os.path.lexists(path):
         raise click.UsageError(f"{path} exists and is left alone; name a place where nothing is")
     with _told(file):
-        nar_reader.restore(nar_reader.parse(cli.chunks(file)), os.fsencode(path))
+        nar_parser.restore(nar_parser.parse(cli.chunks(file)), os.fsencode(path))
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from functools import partial
 
 import click
 
-from harmonia import config, credentials, sockets, systemd
-from harmonia.cli import log
+from harmonia.config import credentials, loader
+from harmonia.config.settings import Settings
+from harmonia.process import log_setup, sockets, systemd
+from harmonia.process.supervisor import Supervisor
 from harmonia.server import app, worker
-from harmonia.server.cache import Cache
-from harmonia.settings import Settings
-from harmonia.supervisor import Supervisor
+from harmonia.server.context import Cache
 
 _log = logging.getLogger("harmonia")
 
@@ -22,14 +22,14 @@ _log = logging.getLogger("harmonia")
 @click.pass_obj
 def command(config_file: str | None) -> None:
     """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
-    with config.loaded(config_file, os.environ) as settings:
+    with loader.loaded(config_file, os.environ) as settings:
         status = _serve(settings)
     sys.exit(status)
 
 
 def _serve(settings: Settings) -> int:
     keys = credentials.secret_keys(settings)
-    log.to_stderr(settings)
+    log_setup.to_stderr(settings)
     inherited = systemd.inherited_sockets(os.environ)
     with (
         nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,

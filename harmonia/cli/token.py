@@ -2,8 +2,8 @@
 
 import click
 
-from harmonia import access
-from harmonia.access import SCOPES, Scope
+from harmonia.config import tokens
+from harmonia.config.tokens import SCOPES, Scope
 from harmonia.errors import FormatError
 
 
@@ -24,7 +24,7 @@ def command(name: str, scopes: tuple[Scope, ...]) -> None:
     no secret.
     """
     try:
-        secret, token = access.new(name, scopes)
+        secret, token = tokens.new(name, scopes)
     except FormatError:
         raise click.BadParameter(f"{name!r}: letters, digits and ._@- make up a name", param_hint="NAME") from None
     click.echo(f"""\

@@ -12,12 +12,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harmonia import config, top
 from harmonia.cli import progress
 from harmonia.cli.url import Url
-from harmonia.client import Client
+from harmonia.config import loader
 from harmonia.errors import RemoteError
-from harmonia.top import Look
+from harmonia.tools import top
+from harmonia.tools.http_client import Client
+from harmonia.tools.top import Look
 
 
 @click.command("top")
@@ -69,7 +70,7 @@ def _views(client: Client, interval: float, *, once: bool) -> Iterator[Renderabl
 
 
 def _own(config_file: str | None) -> Client:
-    settings = config.read(config_file, os.environ)
+    settings = loader.read(config_file, os.environ)
     return Client.of(settings, "metrics_bind" if settings.metrics_bind else "bind")
 
 

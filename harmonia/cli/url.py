@@ -2,8 +2,8 @@
 
 import click
 
-from harmonia.client import Client
 from harmonia.errors import FormatError
+from harmonia.tools.http_client import Client
 
 
 class Url(click.ParamType[Client]):

@@ -8,10 +8,12 @@ from contextlib import closing
 
 import click
 
-from harmonia import cli, config, selection
+from harmonia import cli
 from harmonia.cli import progress
-from harmonia.store import Store
-from harmonia.verify import Journal, Result, verify
+from harmonia.config import loader
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
+from harmonia.tools.verify import Journal, Result, verify
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _ORDER = ("corrupt", "missing", "unreadable", "unregistered")
@@ -75,13 +77,15 @@ def command(
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     if bool(paths) == everything:
         raise click.UsageError("name some paths, or --all of them")
-    settings = config.read(config_file, os.environ)
+    settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
     if everything:
         chosen, total = store.valid_paths()
     else:
-        infos = [selection.named(store, path)[0] for path in paths]
-        names = selection.closure(store, [info.path for info in infos]) if recursive else [info.path for info in infos]
+        infos = [path_arguments.named(store, path)[0] for path in paths]
+        names = (
+            path_arguments.closure(store, [info.path for info in infos]) if recursive else [info.path for info in infos]
+        )
         chosen = [f"{store.store_dir}/{name}" for name in dict.fromkeys(names)]
         total = sum(info.nar_size for name in names if (info := store.path_info(name.hash_part)))
     began = time.monotonic()

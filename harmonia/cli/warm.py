@@ -6,9 +6,12 @@ import time
 
 import click
 
-from harmonia import cli, config, selection, warm
+from harmonia import cli
 from harmonia.cli import progress
-from harmonia.store import Store
+from harmonia.config import loader
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
+from harmonia.tools import warm
 
 
 @click.command("warm")
@@ -36,12 +39,12 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     """  # noqa: D301 (\b is click's mark of lines to be kept)
     if not (paths or gc_roots):
         raise click.UsageError("name some paths, or --gc-roots")
-    settings = config.read(config_file, os.environ)
+    settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
-    chosen = [selection.named(store, path)[0].path for path in paths]
+    chosen = [path_arguments.named(store, path)[0].path for path in paths]
     if gc_roots:
-        chosen += selection.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
-    chosen = selection.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
+        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
     warm.take_owner(settings)
     warm.give_way()

@@ -10,17 +10,21 @@ from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
 from sanic.http.constants import HTTP
 
-from harmonia.access import Scope
-from harmonia.metrics import UNKNOWN, Metrics, Route
+from harmonia.config.settings import Settings
+from harmonia.config.tokens import Scope
+from harmonia.metrics.shared_counters import UNKNOWN, Metrics, Route
 from harmonia.nix.base32 import ALPHABET
-from harmonia.rate import Rate
-from harmonia.server import (
-    access_log,
+from harmonia.server.context import Cache
+from harmonia.server.http import access_log, error_response
+from harmonia.server.http.auth import Guard, limited
+from harmonia.server.http.rate_limit import Rate
+from harmonia.server.http.response import Representation, respond
+from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats, date
+from harmonia.server.resources import (
     browse,
     build_trace,
     cache_info,
     debuginfo,
-    errors,
     health,
     landing,
     listing,
@@ -31,12 +35,7 @@ from harmonia.server import (
     serve,
     upstream,
 )
-from harmonia.server.access import Guard, limited
-from harmonia.server.body import Representation, respond
-from harmonia.server.cache import Cache
-from harmonia.server.repeats import AbsentError, Lasts, Repeats, date
-from harmonia.server.upstream import or_upstream
-from harmonia.settings import Settings
+from harmonia.server.resources.upstream import or_upstream
 
 if TYPE_CHECKING:
     from sanic.http import Http
@@ -146,7 +145,7 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
         error = guard.instead(request, error) if guard else error
-        return _done(cache, unknown, request, errors.response(cache, request, error))
+        return _done(cache, unknown, request, error_response.response(cache, request, error))
 
     app.error_handler.add(Exception, failed)
     return app
@@ -165,8 +164,8 @@ def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, An
         route.begin()
         try:
             response, lasts = await _answer(cache, handler, request, parameters)
-        except Exception as error:  # noqa: BLE001 (errors.py tells each its status)
-            response = errors.response(cache, request, error)
+        except Exception as error:  # noqa: BLE001 (error_response.py tells each its status)
+            response = error_response.response(cache, request, error)
             lasts = error.lasts if isinstance(error, AbsentError) else None
         except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
             if request.responded:

@@ -15,8 +15,8 @@ from html5tagger import HTML, Builder, Document, E
 
 from harmonia import __version__
 from harmonia.nix.store_path import StorePath
-from harmonia.server.body import Representation
-from harmonia.server.cache import Cache
+from harmonia.server.context import Cache
+from harmonia.server.http.response import Representation
 
 _ICON = "data:image/svg+xml," + quote(
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="-8 -8 16 16" stroke="#5277c3" stroke-width="2">'

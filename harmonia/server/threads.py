@@ -8,8 +8,8 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from harmonia.errors import StoreUnavailableError
-from harmonia.metrics import Metrics
-from harmonia.store import BUSY_TIMEOUT, Store
+from harmonia.metrics.shared_counters import Metrics
+from harmonia.store.store import BUSY_TIMEOUT, Store
 
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
 

@@ -22,17 +22,18 @@ from sanic.http import Stage
 from sanic.server.async_server import AsyncioServer
 from sanic.server.protocols.http_protocol import HttpProtocol
 
-from harmonia import credentials
+from harmonia.config import credentials
+from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
-from harmonia.metrics import Row
-from harmonia.rate import network
-from harmonia.server import access_log, metrics, upstream
-from harmonia.server.access import Guard
+from harmonia.metrics.shared_counters import Row
+from harmonia.process.sockets import BACKLOG, admitted, notice_lost_clients
 from harmonia.server.app import create_app, create_metrics_app
-from harmonia.server.cache import Cache
-from harmonia.server.request_head import Http
-from harmonia.settings import Settings
-from harmonia.sockets import BACKLOG, admitted, notice_lost_clients
+from harmonia.server.context import Cache
+from harmonia.server.http import access_log
+from harmonia.server.http.auth import Guard
+from harmonia.server.http.rate_limit import network
+from harmonia.server.http.request_head import Http
+from harmonia.server.resources import metrics, upstream
 
 _TRIM = 10.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop

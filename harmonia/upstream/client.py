@@ -9,14 +9,14 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
+from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.metrics import UpstreamCounters
+from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.nix import base32
 from harmonia.nix.signing import PublicKey
-from harmonia.settings import Upstream
 from harmonia.upstream.breaker import Breaker
-from harmonia.upstream.content import unpack
-from harmonia.upstream.hops import HOPS
+from harmonia.upstream.loop_guard import HOPS
+from harmonia.upstream.nar_verifier import unpack
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those

@@ -1,8 +1,8 @@
 """NARs of upstreams: written to the cache as they come, once however many want them, and read from there.
 
 A NAR becomes whole, for those who read it already, when its file has proved to be what its narinfo said, and it is kept
-for others when its content has, too. Until then its last bytes are held back (cached_file.py), so that nobody ever gets
-a complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
+for others when its content has, too. Until then its last bytes are held back (cache/growing_file.py), so that nobody
+ever gets a complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
 """
 
 import asyncio
@@ -11,11 +11,11 @@ from functools import partial
 
 import aiohttp
 
-from harmonia.nar_cache import NarCache
-from harmonia.upstream import content
-from harmonia.upstream.found import Found
-from harmonia.upstream.kept import Kept
-from harmonia.upstream.passed import Passed
+from harmonia.cache.disk_cache import NarCache
+from harmonia.upstream import nar_verifier
+from harmonia.upstream.cached_body import Kept
+from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Tasks, Threads
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE, Part
@@ -52,7 +52,7 @@ class Fetches:
         cache = self._cache
         key = found.name.key
         opened = None
-        if cache is not None and content.conclusive(found.nar) and (found.file_size or 0) <= cache.limit:
+        if cache is not None and nar_verifier.conclusive(found.nar) and (found.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MOST:
                     opened = await self._threads.write(cache.open, key)
@@ -62,7 +62,7 @@ class Fetches:
                     transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
                     self._tasks.begin(self._run(key, transfer))
         if opened is None:
-            return _passed(found, headers, await found.ask(headers, WHOLE, checked=content.has_hash(found.nar)))
+            return _passed(found, headers, await found.ask(headers, WHOLE, checked=nar_verifier.has_hash(found.nar)))
         running = self._running.get(key)
         if running is None:  # another worker fetches it
             return Kept(opened[0], found.file_size, None, _passed(found, headers))
@@ -82,7 +82,7 @@ class Fetches:
 
 def _passed(found: Found, headers: Mapping[str, str], response: aiohttp.ClientResponse | None = None) -> Passed:
     """The NAR without the cache. Where it is passed on from its beginning to its end, it is checked if it can be."""
-    check = partial(content.check_file, found.info, found.nar) if content.has_hash(found.nar) else None
+    check = partial(nar_verifier.check_file, found.info, found.nar) if nar_verifier.has_hash(found.nar) else None
 
     async def ask(part: Part) -> aiohttp.ClientResponse:
         return await found.ask(headers, part, checked=check is not None and part == WHOLE)

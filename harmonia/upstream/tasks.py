@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from harmonia.zstd import step_back
+from harmonia.cache.zstd import step_back
 
 _WRITERS = 4  # threads
 _SYNCERS = 4

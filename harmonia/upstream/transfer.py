@@ -9,10 +9,10 @@ from http import HTTPStatus
 
 import aiohttp
 
-from harmonia.cached_file import Filler
+from harmonia.cache.growing_file import Filler
 from harmonia.errors import UpstreamError
-from harmonia.upstream import content
-from harmonia.upstream.found import Found
+from harmonia.upstream import nar_verifier
+from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
 
@@ -58,12 +58,12 @@ class Transfer:
     async def _check(self) -> None:
         """See that all is as the narinfo says. What takes long is done when the first clients have it, if it can be."""
         info, nar, filler = self._found.info, self._found.nar, self._filler
-        content.check_file(info, nar, filler.sha256, filler.size)
-        is_right = content.has_hash(nar)
+        nar_verifier.check_file(info, nar, filler.sha256, filler.size)
+        is_right = nar_verifier.has_hash(nar)
         if is_right:
             await self._threads.write(filler.finish)
         if nar.compression != "none":
-            await self._threads.unpack(content.check_content, info, nar, self._written())
+            await self._threads.unpack(nar_verifier.check_content, info, nar, self._written())
         if not is_right:
             await self._threads.write(filler.finish)
 

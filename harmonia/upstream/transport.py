@@ -13,10 +13,10 @@ import aiohttp
 from yarl import URL
 
 from harmonia import __version__
+from harmonia.config.settings import Upstream
 from harmonia.errors import UpstreamError
-from harmonia.settings import Upstream
-from harmonia.upstream.hops import IDENTITY, names
-from harmonia.upstream.reach import InsideError, Reach
+from harmonia.upstream.address_filter import InsideError, Reach
+from harmonia.upstream.loop_guard import IDENTITY, names
 
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}

@@ -8,8 +8,8 @@ import pytest
 
 from e2e.closure import Closure
 from e2e.nix_client import Client
-from harmonia.access import new
-from running import Server
+from harmonia.config.tokens import new
+from support.running import Server
 from test_access_tls import authority, issue, openssl
 
 Start = Callable[..., Server]

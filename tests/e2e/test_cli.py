@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from e2e.nix_client import Client
-from running import HARMONIA
+from support.running import HARMONIA
 
 _TREE = """
 derivation {

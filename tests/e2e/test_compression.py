@@ -10,7 +10,7 @@ from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
 from e2e.test_substitute import requisites
-from running import Server, wait_until
+from support.running import Server, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

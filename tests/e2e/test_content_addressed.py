@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from e2e.nix_client import NIXES, Client, Key
-from running import Server
+from support.running import Server
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

@@ -8,7 +8,7 @@ import pytest
 
 from e2e.closure import Closure, make_closure
 from e2e.nix_client import Client, Nix
-from running import wait_until
+from support.running import wait_until
 
 MakeClient = Callable[[str], Client]
 

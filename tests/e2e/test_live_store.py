@@ -14,7 +14,7 @@ import pytest
 
 from e2e.closure import Closure, build_one, instantiate
 from e2e.nix_client import Client
-from running import HARMONIA, Server, open_files
+from support.running import HARMONIA, Server, open_files
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

@@ -10,7 +10,7 @@ import pytest
 
 from e2e.closure import build_one, instantiate
 from e2e.nix_client import Client
-from running import Server, wait_until
+from support.running import Server, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

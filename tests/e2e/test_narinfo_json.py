@@ -6,7 +6,7 @@ from typing import Any
 
 from e2e.closure import Closure
 from e2e.nix_client import Client
-from running import Server
+from support.running import Server
 
 Start = Callable[..., Server]
 

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server
 
 Start = Callable[..., Server]
 

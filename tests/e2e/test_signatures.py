@@ -10,7 +10,7 @@ import pytest
 from e2e.closure import Closure, build_one
 from e2e.nix_client import Client, Key
 from harmonia.nix.signing import SecretKey
-from running import Server
+from support.running import Server
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

@@ -10,8 +10,8 @@ import pytest
 
 from e2e.closure import Closure
 from e2e.nix_client import NIXES, Client
-from nginx import nginx
-from running import Server
+from support.nginx import nginx
+from support.running import Server
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

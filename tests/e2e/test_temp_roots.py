@@ -12,7 +12,7 @@ import pytest
 
 from e2e.closure import build_one
 from e2e.nix_client import Client
-from running import Server, unpacked, wait_until
+from support.running import Server, unpacked, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from e2e.nix_client import NIXES, Client, Nix
-from harmonia.access import new
+from harmonia.config.tokens import new
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from running import HARMONIA, Server
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import HARMONIA, Server
 from test_access_tls import authority
 
 PAGE = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()

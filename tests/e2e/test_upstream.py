@@ -12,9 +12,9 @@ from e2e.closure import Closure, build_one
 from e2e.nix_client import Client
 from e2e.proxy import CuttingProxy
 from harmonia.nix import base32
-from harmonia.store_builder import StoreBuilder
-from nginx import nginx
-from running import Server, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.nginx import nginx
+from support.running import Server, wait_until
 
 Start = Callable[..., Server]
 

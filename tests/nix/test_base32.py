@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32
-from strategies import NIX32, digests
+from support.strategies import NIX32, digests
 
 
 @given(st.binary(max_size=70))

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from daemon_server import LAST, DaemonServer, number
 from harmonia.errors import RemoteError
 from harmonia.nix import nar
-from harmonia.nix.daemon import Daemon
+from harmonia.store.nix_daemon import Daemon
+from support.daemon_server import LAST, DaemonServer, number
 
 ROOT = "/nix/store/0000000000000000000000000000000a-näme"
 

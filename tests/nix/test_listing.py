@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonia.nix import listing, nar
-from harmonia.nix.nar_layout import Layout
+from harmonia.nix.nar_index import Layout
 from nix.test_nar import reference, word
-from strategies import Regular, Symlink, Tree, on_disk, trees
+from support.strategies import Regular, Symlink, Tree, on_disk, trees
 
 Node = dict[str, Any]
 

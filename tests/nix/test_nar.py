@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
 from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, OpenSlice, Segment
-from strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
+from support.strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
 
 segment_runs = st.lists(st.binary(max_size=40), max_size=8)
 

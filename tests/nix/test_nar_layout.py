@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmonia.nix import nar, nar_layout
+from harmonia.nix import nar, nar_index
 from harmonia.nix.nar import Entry
-from harmonia.nix.nar_layout import Layout, Layouts
+from harmonia.nix.nar_index import Layout, Layouts
 from nix.test_nar import reference, whole
-from strategies import Tree, on_disk, small_trees, trees, write_tree
+from support.strategies import Tree, on_disk, small_trees, trees, write_tree
 
 
 def kind(entry: Entry) -> Entry:
@@ -129,7 +129,7 @@ def test_the_last_byte_of_many_files_needs_no_walk(tmp_path: Path, monkeypatch: 
 
 def test_where_a_window_begins_is_found_without_a_look_at_all_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = recorded(b"/root", many(b"/root"))
-    made = calls(monkeypatch, nar_layout, "Entry")
+    made = calls(monkeypatch, nar_index, "Entry")
     for start in range(0, layout.size, layout.size // 50):
         assert sum(map(len, layout.window(start, start + 1))) == 1
     assert len(made) < 50 * 4
@@ -223,7 +223,7 @@ def test_it_is_walked_once_for_many_threads(root: bytes, monkeypatch: pytest.Mon
         all_ask.wait(10)
         return layouts.find("key", root)
 
-    monkeypatch.setattr(nar_layout, "walk", walk)
+    monkeypatch.setattr(nar_index, "walk", walk)
     layouts = Layouts(10_000)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(find, range(8)))
@@ -239,7 +239,7 @@ def test_different_ones_are_walked_at_the_same_time(root: bytes, monkeypatch: py
         both_walk.wait(10)
         return nar.walk(path)
 
-    monkeypatch.setattr(nar_layout, "walk", walk)
+    monkeypatch.setattr(nar_index, "walk", walk)
     layouts = Layouts(10_000)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda key: layouts.find(key, root), ("one", "other"))
@@ -256,7 +256,7 @@ def test_others_are_to_be_had_meanwhile(root: bytes, monkeypatch: pytest.MonkeyP
         assert go_on.wait(10)
         return nar.walk(path)
 
-    monkeypatch.setattr(nar_layout, "walk", walk)
+    monkeypatch.setattr(nar_index, "walk", walk)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(layouts.find, "key", root)
         assert walking.wait(10)

@@ -15,7 +15,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from strategies import STORE_DIR, content_addresses, digests, path_infos, sigs
+from support.strategies import STORE_DIR, content_addresses, digests, path_infos, sigs
 
 # What Nix 2.8 writes into a cache. Its key is for tests only.
 GOLDEN = """\

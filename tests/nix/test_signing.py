@@ -11,7 +11,7 @@ from nacl.signing import SigningKey
 
 from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey, SecretKey, is_signature
-from strategies import key_names, sigs
+from support.strategies import key_names, sigs
 
 # Nix made these, for tests only.
 SECRET = "test-1:MwghEDPsIZshZ5bOUvgeBbJhGkkXJGlet7RuVxpOzRguRiFB1/bierBd8R9WouqhpGv3TMOaMTC32vzr2BFaAw=="

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
-from strategies import NAME_CHARACTERS, NIX32, STORE_DIR, base_names, hash_parts, near_base_names, store_paths
+from support.strategies import NAME_CHARACTERS, NIX32, STORE_DIR, base_names, hash_parts, near_base_names, store_paths
 
 HASH_PART = "1dvdsyn9d7z6wfrkpxw28nj59kflfxyz"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Executable, Symlink, Tree
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Symlink, Tree
+from support.running import Server
 
 BIG = bytes(range(256)) * 4096 * 3
 """More than the sockets' buffers take: 3 MiB."""

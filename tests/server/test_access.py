@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.access import SCOPES, new
-from harmonia.config import load
+from harmonia.config.loader import load
+from harmonia.config.tokens import SCOPES, new
 from harmonia.nix.signing import SecretKey
-from running import Answer, Server, patched, run, wait_until
 from server.test_contract import ROWS, Row, stock
+from support.running import Answer, Server, patched, run, wait_until
 
 Start = Callable[..., Server]
 
@@ -166,7 +166,7 @@ def test_secrets_are_nowhere(server: Server) -> None:
 
 
 CRASH = """
-import harmonia.server.cache_info as resource
+import harmonia.server.resources.cache_info as resource
 async def get(cache, request):
     raise RuntimeError(f"a fault of ours, of {request!r}, {cache!r}")
 get.__module__ = resource.__name__

@@ -14,12 +14,12 @@ from urllib.parse import quote
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
-from harmonia import demo
-from harmonia.demo import Demo
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Symlink, Tree
-from nginx import nginx
-from running import Server
+from harmonia.tools import demo
+from harmonia.tools.demo import Demo
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Symlink, Tree
+from support.nginx import nginx
+from support.running import Server
 
 CHROMIUM = shutil.which("chromium")
 

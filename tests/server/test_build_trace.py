@@ -9,9 +9,9 @@ import pytest
 
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
-from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
+from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.running import Server
 
 Start = Callable[..., Server]
 

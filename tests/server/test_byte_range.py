@@ -11,12 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harmonia.nix import nar
-from harmonia.server import byte_range
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import Server, read_answer
+from harmonia.server.http import byte_range
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
 from server.test_nar import dump, url
 from server.test_narinfo import info
+from support.running import Server, read_answer
 
 Start = Callable[..., Server]
 

@@ -16,9 +16,9 @@ import pytest
 
 from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import HARMONIA, NO_CACHE, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from support.running import HARMONIA, NO_CACHE, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]
 
@@ -80,17 +80,17 @@ class Gate:
         self._path = path
         self.program = patched(f"""
 import itertools, os, time
-import harmonia.zstd
+import harmonia.cache.zstd
 
-def compress(self, data, *, compress=harmonia.zstd.Encoding.compress, count=itertools.count()):
+def compress(self, data, *, compress=harmonia.cache.zstd.Encoding.compress, count=itertools.count()):
     os.write(2, b"compresses in %d\\n" % os.getpid())
     if next(count):
         while not os.path.exists({str(path)!r}):
             time.sleep(0.01)
     return compress(self, data)
 
-harmonia.zstd.Encoding.compress = compress
-harmonia.zstd._MAX_THREADS = 1
+harmonia.cache.zstd.Encoding.compress = compress
+harmonia.cache.zstd._MAX_THREADS = 1
 """)
 
     def open(self) -> None:

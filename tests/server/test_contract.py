@@ -17,12 +17,12 @@ import zstandard
 
 from harmonia.nix import base32
 from harmonia.server.app import METRICS_ROUTES, ROUTES
-from harmonia.store_builder import StoreBuilder
-from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
-from running import Answer, Server, wait_until
+from harmonia.tools.store_builder import StoreBuilder
 from server.conftest import BIG
 from server.test_build_trace import HASH
 from server.test_log import collected, keep
+from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.running import Answer, Server, wait_until
 
 _NONE = "0" * 32
 _BUILD_ID = "1234567890abcdef1234567890abcdef12345678"

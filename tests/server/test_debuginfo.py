@@ -18,11 +18,11 @@ from urllib.parse import urljoin
 
 import pytest
 
-from harmonia.nix import base32, nar_reader
+from harmonia.nix import base32, nar_parser
 from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, nar_url, open_files, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Answer, Server, nar_url, open_files, wait_until
 from test_debug_info import ONE, OTHER, TWO, add, add_rows
 
 Start = Callable[..., Server]
@@ -234,7 +234,7 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     archive = urljoin(f"/debuginfo/{build_id}", told["archive"])
     nar = server.get(archive).body
 
-    parts = iter(nar_reader.parse([nar]))
+    parts = iter(nar_parser.parse([nar]))
     entry = next(part for part in parts if isinstance(part, Entry) and part.path == f"/{told['member']}".encode())
     member = b""
     while len(member) < entry.size:

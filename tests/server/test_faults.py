@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import HARMONIA, Server, nar_url, read_answer, wait_until
-from unscathed import unscathed
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from support.running import HARMONIA, Server, nar_url, read_answer, wait_until
+from support.unscathed import unscathed
 
 Start = Callable[..., Server]
 

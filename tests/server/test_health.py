@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harmonia import __version__
-from harmonia.store_builder import StoreBuilder
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server
 
 Start = Callable[..., Server]
 

@@ -5,10 +5,10 @@ import ssl
 import pytest
 
 from harmonia import __version__
-from harmonia.store_builder import StoreBuilder
-from running import Server, read_answer
+from harmonia.tools.store_builder import StoreBuilder
 from server.test_nar import url
 from server.test_narinfo import info
+from support.running import Server, read_answer
 
 
 @pytest.fixture(

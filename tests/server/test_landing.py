@@ -10,12 +10,12 @@ from urllib.parse import quote
 
 import pytest
 
-from harmonia import catalogue
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, patched, read_answer
+from harmonia.store import queries
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Answer, Server, patched, read_answer
 
 Start = Callable[..., Server]
 
@@ -234,10 +234,10 @@ class TestSearch:
         for name in reversed(names):
             builder.add_text(name, name.encode())
         store = Store("/nix/store", builder.real_dir, builder.db_path)
-        assert [path.name for path in catalogue.search(store, "vim", 9).shown] == [
+        assert [path.name for path in queries.search(store, "vim", 9).shown] == [
             "vim", "vim-9.1", "vim-plugin-x", "vim.drv", "neovim"
         ]  # fmt: skip
-        assert [path.name for path in catalogue.search(store, "vim", 2).shown] == ["vim", "vim-9.1"]
+        assert [path.name for path in queries.search(store, "vim", 2).shown] == ["vim", "vim-9.1"]
         store.database.close()
 
     def test_it_looks_at_many_paths_and_stops_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,20 +249,20 @@ class TestSearch:
             )
             connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('/nix/store/odd', '', 0)")
         store = Store("/nix/store", builder.real_dir, builder.db_path)
-        found = catalogue.search(store, "n-24999", 9)
+        found = queries.search(store, "n-24999", 9)
         assert ([path.name for path in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
-        monkeypatch.setattr(catalogue, "_SEARCH_TIME", 0)
-        assert not catalogue.search(store, "n-24999", 9).complete
+        monkeypatch.setattr(queries, "_SEARCH_TIME", 0)
+        assert not queries.search(store, "n-24999", 9).complete
         monkeypatch.undo()
-        many = catalogue.search(store, "n", 9)
+        many = queries.search(store, "n", 9)
         assert (len(many.shown), many.complete) == (9, False)
         assert many.total >= 5000
-        plan = " ".join(row[3] for row in store.database.query("explain query plan " + catalogue._MATCHES, *[""] * 6))  # noqa: SLF001
+        plan = " ".join(row[3] for row in store.database.query("explain query plan " + queries._MATCHES, *[""] * 6))  # noqa: SLF001
         assert "COVERING INDEX" in plan
         store.database.close()
 
     def test_a_slow_search_keeps_no_narinfo_waiting(self, start: Start, made: Made) -> None:
-        slow = "import time\nfrom harmonia import catalogue\ncatalogue.search = lambda *_: time.sleep(30)"
+        slow = "import time\nfrom harmonia.store import queries\nqueries.search = lambda *_: time.sleep(30)"
         server = start(store=made.root, settings="browse = true", program=patched(slow))
         with server.connect() as connection:
             connection.sendall(b"GET /search?q=x HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -346,11 +346,11 @@ class TestPath:
 
     def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         store = Store("/nix/store", made.store.real_dir, made.store.db_path)
-        assert catalogue.closure(store, made.top.path) == (
+        assert queries.closure(store, made.top.path) == (
             3, made.top.nar_size + made.app.nar_size + made.lib.nar_size, True
         )  # fmt: skip
-        monkeypatch.setattr(catalogue, "_CLOSURE", 2)
-        assert catalogue.closure(store, made.top.path).complete is False
+        monkeypatch.setattr(queries, "_CLOSURE", 2)
+        assert queries.closure(store, made.top.path).complete is False
         store.database.close()
 
     def test_a_size_that_is_not_known_is_not_taken_for_none(self, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ class TestPath:
         old = builder.add(builder.output_path("old"), b"", known_size=False)
         new = builder.add_source("new", b"", [old.path])
         store = Store("/nix/store", builder.real_dir, builder.db_path)
-        assert catalogue.closure(store, new.path) == (2, new.nar_size, False)
+        assert queries.closure(store, new.path) == (2, new.nar_size, False)
         store.database.close()
 
     @pytest.mark.parametrize("hash_part", ["0" * 32, "e" * 32, "x"])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from running import Answer, Sample, Server, read_answer
+from support.running import Answer, Sample, Server, read_answer
 
 Start = Callable[..., Server]
 

@@ -9,10 +9,10 @@ import pytest
 import zstandard
 
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import StoreBuilder
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
 from server.test_nar import dump, url
 from server.test_narinfo import info
+from support.running import Server
 
 Start = Callable[..., Server]
 

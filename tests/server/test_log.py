@@ -13,10 +13,10 @@ from urllib.parse import quote
 import pytest
 import zstandard
 
-from harmonia.build_log import find
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
-from running import Server, read_answer
+from harmonia.store.build_log import find
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server, read_answer
 
 Start = Callable[..., Server]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harmonia.metrics import BOUNDS, Histogram
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import Sample, Server, ServiceManager, nar_url, wait_until
+from harmonia.metrics.shared_counters import BOUNDS, Histogram
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+from support.running import Sample, Server, ServiceManager, nar_url, wait_until
 
 Start = Callable[..., Server]
 DOCS = Path(__file__).parents[2] / "docs"

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix import base32, nar
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Sparse
-from running import Server, read_answer
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
 from server.test_narinfo import info
+from support.running import Server, read_answer
 
 Start = Callable[..., Server]
 

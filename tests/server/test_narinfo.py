@@ -10,9 +10,9 @@ import pytest
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store import Store
-from harmonia.store_builder import StoreBuilder
-from running import Server
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server
 
 Start = Callable[..., Server]
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
-from harmonia.server.negotiation import NotAcceptable, prefers_html, prefers_zstd
-from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, nar_url, read_answer, unpacked, wait_until
+from harmonia.server.http.negotiation import NotAcceptable, prefers_html, prefers_zstd
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Answer, Server, nar_url, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]
 Weights = list[tuple[str, str | None]]

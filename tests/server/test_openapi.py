@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from harmonia.server.app import METRICS_ROUTES, ROUTES
-from harmonia.store_builder import StoreBuilder
-from realisations import BUILD_TRACE, REALISATIONS, create, register, trace
-from running import Server
+from harmonia.tools.store_builder import StoreBuilder
 from server.conftest import BIG
 from server.test_build_trace import HASH
 from server.test_log import keep
+from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.running import Server
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
 EXAMPLE = "6jg9f0rfvvdnpi5hyvjxgjlx7ps3l1m4"

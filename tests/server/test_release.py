@@ -10,11 +10,11 @@ import pytest
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Symlink
-from running import Server, nar_url, run, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Symlink
 from server.test_contract import ROWS, Row, stock
 from server.test_log import keep
+from support.running import Server, nar_url, run, wait_until
 
 Start = Callable[..., Server]
 

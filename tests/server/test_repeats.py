@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.access import new
+from harmonia.config.tokens import new
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store_builder import StoreBuilder
-from running import Answer, Server, nar_url, patched, read_answer, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Answer, Server, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
 LIMIT = 20_000
 TELL = f"""
 import os, sys
-from harmonia.server.repeats import Repeats
+from harmonia.server.http.response_cache import Repeats
 find, Repeats.__init__.__defaults__ = Repeats.find, ({LIMIT},)
 def telling(self, head):
     answer = find(self, head)
@@ -159,7 +159,7 @@ def test_what_is_not_there_is_told_again_until_it_is(
 
 
 def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, info: PathInfo, tmp_path: Path) -> None:
-    program = patched(f"{TELL}\nfrom harmonia.server import paths; paths._REMEMBERED = 1")
+    program = patched(f"{TELL}\nfrom harmonia.server import path_lookup; path_lookup._REMEMBERED = 1")
     server = start(store=tmp_path / "store", settings="nar_compression = 'none'", program=program)
     with server.connect() as connection:
         client = Client(connection, server)

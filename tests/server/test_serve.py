@@ -14,9 +14,9 @@ import pytest
 import zstandard
 
 from harmonia.nix.path_info import PathInfo
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Executable, Sparse, Symlink, Tree
-from running import Server, open_files, patched, wait_until
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
+from support.running import Server, open_files, patched, wait_until
 
 Start = Callable[..., Server]
 
@@ -558,7 +558,7 @@ class TestDirectories:
     def test_a_large_one_is_bounded(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add_source("large", {f"{n:02}": b"" for n in range(51)})
-        few = patched("from harmonia.server import directory\ndirectory._LISTED = 50")
+        few = patched("from harmonia.server.resources import directory\ndirectory._LISTED = 50")
         server = start(store=tmp_path / "store", program=few)
         page = server.get(url(path, "/")).text
         assert "The first 50 of 51 entries" in page

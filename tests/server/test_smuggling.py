@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonia import __version__
-from nginx import nginx
-from running import Server, wait_until
+from support.nginx import nginx
+from support.running import Server, wait_until
 
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
 """What an attacker would have us read as a request of its own, or a proxy sends for somebody else."""

@@ -25,19 +25,19 @@ from pathlib import Path
 import pytest
 import zstandard
 
-import upstream_server
-from harmonia import access
-from harmonia.nar_cache import NarCache
+from harmonia.cache.disk_cache import NarCache
+from harmonia.config import tokens
 from harmonia.nix import base32
 from harmonia.nix import nar as nix_nar
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store_builder import StoreBuilder
+from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
-from running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
-from upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
+from support import upstream_server
+from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
+from support.upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
 
 Start = Callable[..., Server]
 
@@ -375,7 +375,7 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
 
 
 def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    brief = "from harmonia.upstream import memory\nmemory._NEGATIVE_TTL = memory.POSITIVE_TTL = 1.0"
+    brief = "from harmonia.upstream import lookup_cache\nlookup_cache._NEGATIVE_TTL = lookup_cache.POSITIVE_TTL = 1.0"
     server = begin(entry(upstream), program=patched(brief))
     where = narinfo_path(there)
     assert server.get(where).status == 404
@@ -652,8 +652,8 @@ def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     slow = (
-        "import time; from harmonia.upstream import content\n"
-        "content.check_content = lambda info, nar, file: [time.sleep(0.5) for _ in file]"
+        "import time; from harmonia.upstream import nar_verifier\n"
+        "nar_verifier.check_content = lambda info, nar, file: [time.sleep(0.5) for _ in file]"
     )
     path = make_path(tmp_path / "elsewhere", size=8 << 20)
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
@@ -1132,7 +1132,9 @@ def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_in
     tmp_path: Path, begin: Start, upstream: UpstreamServer
 ) -> None:
     """127.0.0.1 is in our network, unless we say that it is not."""
-    outside = patched("from harmonia.upstream import reach; reach.is_outside = lambda address: address != '127.0.0.2'")
+    outside = patched(
+        "from harmonia.upstream import address_filter as filter; filter.is_outside = lambda host: host != '127.0.0.2'"
+    )
     for command, inside, arrives in ((HARMONIA, True, True), (outside, False, True), (outside, True, False)):
         there = make_path(tmp_path / "redirected")
         with UpstreamServer("127.0.0.2" if inside else "127.0.0.1") as other:
@@ -1262,7 +1264,7 @@ def test_a_chain_of_three(begin: Start, start: Start, tmp_path: Path) -> None:
 def test_a_private_harmonia_is_asked_with_its_token(begin: Start, start: Start, tmp_path: Path) -> None:
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
-    secret, token = access.new("site", ["read"])
+    secret, token = tokens.new("site", ["read"])
     (tmp_path / "tokens").write_text(f"{token}\n")
     (tmp_path / "credentials").write_text(f"harmonia:{secret}\n")
     (tmp_path / "credentials").chmod(0o600)

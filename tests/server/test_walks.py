@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.store_builder import StoreBuilder
-from running import Server, nar_url, patched, read_answer
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server, nar_url, patched, read_answer
 
 Start = Callable[..., Server]
 
@@ -21,14 +21,14 @@ def test_a_walk_is_for_all_and_for_who_comes_back(
     info = store.add(store.output_path("tree"), {f"{number:04}": b"" for number in range(3000)})
     walking = f"""
 import logging, os, time
-from harmonia.nix import nar_layout
-find = nar_layout.Layout.of
+from harmonia.nix import nar_index
+find = nar_index.Layout.of
 def waiting(root):
     logging.getLogger("harmonia").warning("a walk begins")
     while not os.path.exists({str(tmp_path / "go")!r}):
         time.sleep(0.01)
     return find(root)
-nar_layout.Layout.of = waiting
+nar_index.Layout.of = waiting
 """
     server = start(store=tmp_path / "store", program=patched(walking))
     asked = f"/{info.path.hash_part}.ls" if wanted == "listing" else nar_url(info)

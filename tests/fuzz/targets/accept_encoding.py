@@ -1,6 +1,6 @@
 """Accept-Encoding: any says what we may send, and of what is not about us nothing depends."""
 
-from harmonia.server.negotiation import NotAcceptable, prefers_zstd, weights
+from harmonia.server.http.negotiation import NotAcceptable, prefers_zstd, weights
 
 WORDS = [b"zstd", b"identity", b"gzip", b"*", b";q=", b"; q=0", b"1.000", b"0.001", b", ", b"deflate, gzip, br, zstd"]
 

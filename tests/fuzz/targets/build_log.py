@@ -3,8 +3,8 @@
 import os
 import tempfile
 
-from harmonia.build_log import BuildLog
 from harmonia.errors import StoreObjectError
+from harmonia.store.build_log import BuildLog
 
 WORDS = [b"BZh91AY&SY", b"\x17rE8P\x90", b"\x28\xb5\x2f\xfd", b"1", b"2", b"\x50\x2a\x4d\x18"]
 

@@ -1,7 +1,7 @@
 """Range and If-Range, with a size in front: what is given lies in what there is."""
 
-from harmonia.server import byte_range
-from harmonia.server.byte_range import UnsatisfiableError
+from harmonia.server.http import byte_range
+from harmonia.server.http.byte_range import UnsatisfiableError
 
 WORDS = [b"bytes=", b"BYTES=", b"-", b",", b" ", b"\t", b"0", b"99999999999999999999", b'\n"etag"']
 

@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 
-from harmonia import config
 from harmonia.cli.check_config import explained
+from harmonia.config import loader
+from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
-from harmonia.settings import Settings
 
 WORDS = [f"\n{name} = ".encode() for name in Settings.__struct_fields__]
 WORDS += [b"[zstd]\n", b"[[upstream]]\n", b"[release]\n", b'url = "https://x"', b"true", b'"', b"'''", b"[", b"]", b"{"]
@@ -19,7 +19,7 @@ def check(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     try:
-        settings = config.parse(text, "file", _ENVIRONMENT)
+        settings = loader.parse(text, "file", _ENVIRONMENT)
     except ConfigError as error:
         message = str(error)
         assert message.startswith("file")
@@ -27,10 +27,10 @@ def check(data: bytes) -> bool:
         assert len(message) < 1000
         return False
     again = "\n".join(explained(settings, defaultdict(str)))
-    assert config.parse(again, "again", _ENVIRONMENT) == _found(settings)
+    assert loader.parse(again, "again", _ENVIRONMENT) == _found(settings)
     return True
 
 
 def _found(settings: Settings) -> Settings:
     """What is found by default is told like what is given."""
-    return config.parse("\n".join(explained(settings, defaultdict(str))), "found", _ENVIRONMENT)
+    return loader.parse("\n".join(explained(settings, defaultdict(str))), "found", _ENVIRONMENT)

@@ -4,7 +4,7 @@ import base64
 import os
 import tempfile
 
-from harmonia import config, credentials
+from harmonia.config import credentials, loader
 from harmonia.errors import ConfigError
 
 WORDS = [b"machine ", b"default ", b"login ", b"password ", b"account ", b"macdef ", b"cache.example.org", b"\n", b"#"]
@@ -19,7 +19,7 @@ def check(data: bytes) -> bool:
     taken = False
     for key in ("netrc", "credentials_file"):
         text = f"[[upstream]]\nurl = 'https://cache.example.org'\n{key} = '{_FILE}'\n"
-        settings = config.parse(text, "file", {"HOME": "/home"})
+        settings = loader.parse(text, "file", {"HOME": "/home"})
         try:
             told = credentials.authorization(settings, 0)
         except ConfigError as error:

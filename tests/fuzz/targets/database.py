@@ -3,11 +3,11 @@
 import os
 import tempfile
 
-from harmonia import catalogue
 from harmonia.errors import StoreObjectError, StoreUnavailableError
 from harmonia.nix import narinfo
 from harmonia.nix.narinfo import NarFile
-from harmonia.store import Store
+from harmonia.store import queries
+from harmonia.store.store import Store
 
 WORDS = [b"/nix/store/", b"sha256:", b"SQLite format 3\0", b"ValidPaths", b"Refs", b"\x0d", b"\x05", b"\x0a"]
 LONGEST = 32 * 1024
@@ -40,10 +40,10 @@ def _is_used(store: Store, hash_part: str) -> bool:
         store.realisation("sha256:0", "out")
         store.build_trace("a.drv", "out")
         store.valid_paths()
-        catalogue.search(store, "name", 10)
-        catalogue.referrers(store, info.path, 10)
-        catalogue.outputs(store, info.path)
-        catalogue.closure(store, info.path)
+        queries.search(store, "name", 10)
+        queries.referrers(store, info.path, 10)
+        queries.outputs(store, info.path)
+        queries.closure(store, info.path)
     except (StoreObjectError, StoreUnavailableError):
         return False
     return True

@@ -11,14 +11,14 @@ from functools import cache
 import uvloop
 from sanic import Sanic
 
-from harmonia import config
+from harmonia.config import loader
 from harmonia.nix import base32
-from harmonia.server.access import Guard
 from harmonia.server.app import count_with, create_app
-from harmonia.server.cache import Cache
+from harmonia.server.context import Cache
+from harmonia.server.http.auth import Guard
 from harmonia.server.worker import limited_protocol
-from harmonia.store_builder import StoreBuilder
-from harmonia.tree import Executable, Symlink, Tree
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Symlink, Tree
 
 WORDS = [b"GET /", b"HEAD /", b"PUT /", b" HTTP/1.1\r\nHost: x\r\n", b"\r\n\r\n", b"{hash}", b"{narhash}", b"{drv}"]
 WORDS += [
@@ -116,7 +116,7 @@ class FuzzedServer:
         logging.getLogger("harmonia").propagate = False
         for name in ("harmonia", "sanic.root", "sanic.error", "asyncio"):
             logging.getLogger(name).addHandler(self._troubles)
-        self._settings = config.parse(
+        self._settings = loader.parse(
             f"real_nix_store = '{builder.real_dir}'\ncache_dir = '{directory}/cache'\nbrowse = true\nworkers = 1\n"
             f"max_query_rate = 0\ntrusted_proxies = ['127.0.0.1']\naccess_log = true\nheader_timeout = 5\n{more}",
             "fuzz",

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from fuzz.targets import http
-from harmonia.access import new
+from harmonia.config.tokens import new
 
 WORDS = [*http.WORDS, b"Authorization: Bearer ", b"harmonia_", b"Cookie: ", b"Proxy-Authorization: ", b"dTpw"]
 

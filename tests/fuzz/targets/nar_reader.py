@@ -3,7 +3,7 @@
 from harmonia.errors import FormatError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
-from harmonia.nix.nar_reader import parse
+from harmonia.nix.nar_parser import parse
 
 WORDS = [
     nar.encode(word)

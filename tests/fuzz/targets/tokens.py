@@ -3,9 +3,9 @@
 import re
 from types import SimpleNamespace
 
-from harmonia.access import Tokens, parse
+from harmonia.config.tokens import Tokens, parse
 from harmonia.errors import FormatError
-from harmonia.server.access import presented
+from harmonia.server.http.auth import presented
 
 WORDS = [b" read ", b" browse,metrics ", b"sha256:", b"0123456789abcdef" * 4, b"#", b"\nBearer ", b"\nBasic dTpw", b":"]
 

@@ -7,7 +7,7 @@ from harmonia.errors import UpstreamError
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.upstream.content import check_content, check_file, unpack
+from harmonia.upstream.nar_verifier import check_content, check_file, unpack
 
 WORDS = [b"\xfd7zXZ\0", b"YZ", b"BZh9", b"1AY&SY", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"0", b"1", b"2", b"3", b"4"]
 

@@ -1,6 +1,6 @@
 """What other Harmonias say of the way of a question: of any length, it is repeated within bounds and reads the same."""
 
-from harmonia.upstream.hops import ASKED, HOPS, Hops
+from harmonia.upstream.loop_guard import ASKED, HOPS, Hops
 
 WORDS = [b",", b" ", b"\n", b"0123456789abcdef"]
 

@@ -1,0 +1,217 @@
+"""A bounded cache of files on disk, shared by any number of processes: each file is made once, however many ask for it.
+
+All others read what there is of it while it grows (growing_file.py). Where who fills it dies, another one may take its
+place, for the same key always has the same content. Nothing here waits for anybody.
+"""
+
+import errno
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+from harmonia.cache.growing_file import GROWING, CachedFile, Filler
+
+_SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
+_LARGEST_DEFAULT = 20 << 30  # bytes
+_EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
+_TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
+_CHECKED = 65_536  # files, of which it is remembered that their content was looked at: some 10 MiB
+_RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass
+class Counters:
+    """What happened since the process began."""
+
+    hits: int = 0
+    misses: int = 0
+    fills: int = 0
+    filled_bytes: int = 0
+    evictions: int = 0
+    corrupt: int = 0
+
+
+class NarCache:
+    """The files in `directory` by their keys, in at most `limit` bytes; without a limit, in a good part of the disk.
+
+    For any thread. OSError where the directory cannot be made or written to.
+    """
+
+    def __init__(self, directory: str, limit: int | None = None) -> None:
+        self.counters = Counters()
+        self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._directory = directory
+        self._checked: set[str] = set()
+        self._unusable_until = 0.0
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+        disk = os.statvfs(directory)
+        self._spare = min(_SPARE, disk.f_blocks * disk.f_frsize // 20)
+        self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + self.used()) // 2)
+        self._unchecked = self.limit  # so that the first file that is added makes us look
+
+    def path(self, key: str) -> str:
+        return f"{self._directory}/{key}"
+
+    def find(self, key: str) -> CachedFile | None:
+        """The file, to be closed, if it is there, whole, and ours to read."""
+        with suppress(OSError):
+            return self._find(key)
+        return None
+
+    def use(self, key: str) -> CachedFile | None:
+        """Likewise, for somebody who wants its content: that counts as a use."""
+        with suppress(OSError):
+            return self._use(key)
+        return None
+
+    def _use(self, key: str) -> CachedFile | None:
+        if file := self._find(key):
+            self.counters.hits += 1
+            self._touch(key)
+            if key not in self._checked:
+                if len(self._checked) >= _CHECKED:
+                    self._checked.clear()
+                self._checked.add(key)
+                self.housekeeping.submit(self._check, key)
+        return file
+
+    def open(self, key: str) -> tuple[CachedFile, Filler | None] | None:
+        """The file, to be closed, whole or growing; and the right to fill it, where nobody does.
+
+        None where the disk does not let us.
+        """
+        try:
+            while True:
+                if file := self._use(key):
+                    return file, None
+                if self._unusable_until:
+                    if time.monotonic() < self._unusable_until:
+                        return None
+                    self._unusable_until = 0.0
+                    self.evict()  # others may have filled the disk
+                if opened := self._open_growing(key):
+                    self.counters.misses += 1
+                    return opened
+        except OSError as error:
+            self.failed(error)
+            return None
+
+    def discard(self, key: str) -> None:
+        """Remove a file that is not what was once written."""
+        with suppress(OSError):
+            os.unlink(self.path(key))
+        self.counters.corrupt += 1
+        _log.error("the cached file %s is damaged and removed", self.path(key))
+
+    def failed(self, error: OSError) -> None:
+        """Add nothing to the cache for a while, and say so once."""
+        known, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY
+        if not known:
+            _log.error("cannot write to %s, doing without that cache: %s", self._directory, error.strerror)
+
+    def filled(self, size: int) -> None:
+        """A file of that size has become whole."""
+        self.counters.fills += 1
+        self.counters.filled_bytes += size
+        self._unchecked += size
+        if self._unchecked * _EVICTION_STEP > self.limit:
+            self._unchecked = 0
+            with suppress(OSError):
+                self.evict()
+
+    def room(self) -> int:
+        """How many bytes can be added before something is evicted for them. OSError."""
+        return min(self.limit - self.used(), self._free() - self._spare)
+
+    def used(self) -> int:
+        """How many bytes of the disk its whole files take. OSError."""
+        return sum(size for _, size, _ in self._files())
+
+    def evict(self) -> None:
+        """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""
+        self.sweep()
+        files = self._files()
+        excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
+        # A file that is too large even alone goes before all others.
+        for _, size, path in sorted(files, key=lambda it: (it[1] <= self.limit, it)):
+            if excess <= 0:
+                break
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+                self.counters.evictions += 1
+            excess -= size  # also where another process was faster
+
+    def sweep(self) -> None:
+        """Remove growing files whose fillers died. OSError."""
+        with os.scandir(self._directory) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
+        for path in paths:
+            with suppress(OSError), closing(CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))) as file:
+                if file.lock() and file.is_at(path):
+                    os.unlink(path)
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        """When each file was last used, how much it takes on disk, and its path. Without those that are growing."""
+        files = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if not entry.name.endswith(GROWING):
+                        status = entry.stat(follow_symlinks=False)
+                        files.append((status.st_mtime, status.st_blocks * 512, entry.path))
+        return files
+
+    def _free(self) -> int:
+        disk = os.statvfs(self._directory)
+        return disk.f_bavail * disk.f_frsize
+
+    def _find(self, key: str) -> CachedFile | None:
+        try:
+            file = CachedFile(os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+        file.refresh()
+        if file.whole:
+            return file
+        file.close()
+        self.discard(key)
+        return None
+
+    def _check(self, key: str) -> None:
+        if file := self.find(key):
+            if not file.is_intact():
+                self.discard(key)
+            file.close()
+
+    def _touch(self, key: str) -> None:
+        with suppress(OSError):
+            if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH:
+                os.utime(self.path(key))
+
+    def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
+        """None where it has just become whole, or was taken away."""
+        path = self.path(key)
+        growing = path + GROWING
+        descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = CachedFile(descriptor)
+        if not file.lock():
+            return file, None
+        with suppress(FileNotFoundError):
+            if file.is_at(growing):
+                file.refresh()
+                # One that is whole may be read by somebody, although who filled it died before it got its name.
+                if not file.whole and not os.path.exists(path):
+                    if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 would flush at each close
+                        os.ftruncate(descriptor, 0)
+                    reader = CachedFile(os.open(growing, os.O_RDONLY | os.O_CLOEXEC))
+                    return reader, Filler(path, file.detach(), self.filled, self.failed)
+                os.unlink(growing)
+        file.close()
+        return None

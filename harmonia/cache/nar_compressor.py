@@ -1,0 +1,240 @@
+"""Compressed NARs: from the cache, from a file of it that is just being filled, or made on the way where there is none.
+
+All of these give the same bytes, so that a download may go from one to the next in its midst.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import CachedFile, Filler
+from harmonia.cache.zstd_frames import Frame, Frames, Source, check
+from harmonia.config.settings import Zstd
+from harmonia.errors import StoreObjectError
+from harmonia.nix import base32
+from harmonia.nix.nar import OpenSlice
+
+_FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
+_MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
+_REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
+
+_log = logging.getLogger("harmonia")
+
+
+class CompressedFile(NamedTuple):
+    """What a narinfo tells of it: FileHash and FileSize."""
+
+    sha256: bytes
+    size: int
+
+
+class Compressor:
+    """Compresses NARs into a cache, where there is one, and knows what is in it, and what cannot be."""
+
+    def __init__(self, settings: Zstd, cache: NarCache | None) -> None:
+        self.frames = Frames(settings)
+        self.cache = cache
+        self.damaged_nars = 0
+        """How often a NAR was found not to be what was registered."""
+        self._fills = 0
+        self._known: dict[bytes, CompressedFile] = {}
+        self._unknown: dict[bytes, float] = {}
+        self._damaged: set[str] = set()
+        self._lock = threading.Lock()
+
+    def known(self, sha256: bytes) -> CompressedFile | None:
+        """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
+        return self._known.get(sha256)
+
+    def is_certain(self, sha256: bytes) -> bool:
+        """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
+        return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
+
+    def find(self, sha256: bytes) -> CompressedFile | None:
+        """What is known of it, looked up in the cache if need be."""
+        if (known := self.known(sha256)) is None and self.cache:
+            if file := self.cache.find(self._key(sha256)):
+                self.remember(sha256, file)
+                file.close()
+                known = self.known(sha256)
+            else:
+                with self._lock:
+                    self._unknown[sha256] = time.monotonic()
+                    if len(self._unknown) > _REMEMBERED:
+                        del self._unknown[next(iter(self._unknown))]
+        return known
+
+    def remember(self, sha256: bytes, file: CachedFile) -> None:
+        if file.sha256 is not None:
+            with self._lock:
+                self._known[sha256] = CompressedFile(file.sha256, file.size)
+                if len(self._known) > _REMEMBERED:
+                    del self._known[next(iter(self._known))]
+
+    def open(self, source: Source) -> CachedFile | None:
+        """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
+
+        None where there is no cache that can be written, where the source has no hash that could be its name, where it
+        was damaged when it was read last, or where so much is being compressed that no more may begin whose client can
+        leave.
+        """
+        if not self.cache or not source.sha256:
+            return None
+        key = self._key(source.sha256)
+        if self._fills >= _MOST_FILLS or str(source) in self._damaged:
+            return self.cache.use(key)
+        opened = self.cache.open(key)
+        if opened is None:
+            return None
+        file, filler = opened
+        if filler is not None:
+            _Fill(self, source, filler).start()
+        return file
+
+    def count_fill(self, difference: int) -> None:
+        with self._lock:
+            self._fills += difference
+
+    def found_damaged(self, source: Source, error: StoreObjectError) -> None:
+        """Count a NAR that is not what was registered, and tell of it once."""
+        with self._lock:
+            self.damaged_nars += 1
+            known = str(source) in self._damaged
+            if len(self._damaged) > _REMEMBERED:
+                self._damaged.clear()
+            self._damaged.add(str(source))
+        if not known:
+            _log.error("%s; nix-store --repair-path mends it, and harmonia verify --all finds others like it", error)
+
+    def found_intact(self, source: Source) -> None:
+        with self._lock:
+            self._damaged.discard(str(source))
+
+    def _key(self, sha256: bytes) -> str:
+        return f"{base32.encode(sha256)}.{self.frames.encoding.name}"
+
+
+class CompressedNar:
+    """The compressed form of a NAR as something that can be read: from the cache, or else made on the way."""
+
+    def __init__(self, compressor: Compressor, source: Source) -> None:
+        """Begins to fill the cache with it, where it is not there. Blocks for a moment."""
+        self._compressor = compressor
+        self._source = source
+        self._file = compressor.open(source)
+        known = source.sha256 and compressor.known(source.sha256)
+        self.size = known.size if known else None
+        """None until it was once compressed to its end."""
+        if self._file is not None:
+            self._look(self._file)
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
+        file, self._file = self._file or self._compressor.open(self._source), None
+        position = start
+        reopened = False
+        try:
+            while file is not None:
+                position = yield from file.follow(position, stop)
+                self._look(file)
+                if file.whole or position == stop:
+                    return
+                # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
+                file.close()
+                file = None if reopened else self._compressor.open(self._source)
+                reopened = True
+            reached = yield from self._compressor.frames.stream(self._source, position, stop)
+            if stop in {None, self.size}:  # all of it was seen
+                self.size = reached
+                self._compressor.found_intact(self._source)
+        except StoreObjectError as error:
+            if file is None:  # else it is the file that was cut short
+                self._compressor.found_damaged(self._source, error)
+            raise
+        finally:
+            if file is not None:
+                file.close()
+
+    def _look(self, file: CachedFile) -> None:
+        file.refresh()
+        if file.whole and self._source.sha256:
+            self.size = file.size
+            self._compressor.remember(self._source.sha256, file)
+
+
+class _Fill:
+    """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn."""
+
+    def __init__(self, compressor: Compressor, source: Source, filler: Filler) -> None:
+        self._compressor = compressor
+        self._frames = compressor.frames
+        self._source = source
+        self._filler = filler
+        self._sha256 = hashlib.sha256()
+        self._offsets = self._frames.offsets(source)  # of the frames that are still to be compressed
+        self._written = 0  # up to where frames are written
+        self._ready: dict[int, Frame] = {}  # those whose turn has not come
+        self._over = False
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        self._compressor.count_fill(1)
+        self._submit(self._frames.threads + 1)  # one waits, for whoever is done before its turn
+
+    def _submit(self, frames: int) -> None:
+        try:
+            for offset in islice(self._offsets, frames):
+                self._frames.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+        except RuntimeError as error:
+            with self._lock:
+                self._give_up(error)
+
+    def _done(self, offset: int, future: Future[Frame]) -> None:
+        written = 0
+        with self._lock:
+            if self._over:
+                return
+            if (failure := future.exception()) is not None:
+                self._give_up(failure)  # raised here, it would refer to itself by way of the future
+                return
+            try:
+                self._ready[offset] = future.result()
+                while frame := self._ready.pop(self._written, None):
+                    self._write(frame)
+                    written += 1
+            except Exception as error:  # noqa: BLE001 (no other thread would hear of it)
+                self._give_up(error)
+                return
+        self._submit(written)  # no more, so that few frames wait for one that is slow
+
+    def _write(self, frame: Frame) -> None:
+        self._sha256.update(frame.content)
+        self._written += len(frame.content)
+        self._frames.release(frame)
+        whole = self._written == self._source.size
+        if whole:
+            check(self._source, self._sha256.digest())
+        self._filler.append(frame.compressed)
+        if whole:
+            self._filler.commit()
+            self._end()
+
+    def _give_up(self, error: BaseException) -> None:
+        if self._over:
+            return
+        self._end()
+        if isinstance(error, StoreObjectError):
+            self._compressor.found_damaged(self._source, error)
+        elif not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
+            _log.error("a NAR cannot be kept compressed: %s", str(error) or type(error).__name__)
+        self._filler.abandon()  # so that who reads it does not try once more what was found damaged
+
+    def _end(self) -> None:
+        self._over = True
+        self._compressor.count_fill(-1)

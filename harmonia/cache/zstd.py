@@ -1,0 +1,90 @@
+"""zstd as we use it: a body is cut into pieces, and each becomes a frame of its own (RFC 8878 section 3.1).
+
+So the same bytes come out however many threads take part; a large NAR keeps all cores busy; many downloads take turns,
+frame by frame; and what is in memory follows from the number of threads alone. The price is that no repetition is found
+beyond its frame: docs/benchmarks.md tells how much that is.
+"""
+
+import os
+import threading
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import zstandard
+
+from harmonia.config.settings import Zstd
+
+_MIN_FRAME_LOG = 23
+"""8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""
+_LDM_WINDOW_LOG = 25  # 32 MiB: long-distance matches are worth their name from here on
+_MAX_THREADS = 8
+_STREAM_LEVEL = 3
+_NICENESS = 10  # so that a busy machine still answers at once
+
+_LIBRARY = ".".join(map(str, zstandard.ZSTD_VERSION))
+
+STREAM = f"zstd-{_LIBRARY}-{_STREAM_LEVEL}-stream"
+"""What tells the bytes of `stream` from any others."""
+
+_thread = threading.local()  # a compressor is for one thread at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """All that decides which bytes come out."""
+
+    level: int
+    window_log: int
+    """0 is what the level brings."""
+    long_distance_matching: bool
+
+    @classmethod
+    def of(cls, settings: Zstd) -> "Encoding":
+        automatic = _LDM_WINDOW_LOG if settings.long_distance_matching else 0
+        return cls(settings.level, settings.window_log or automatic, settings.long_distance_matching)
+
+    @property
+    def name(self) -> str:
+        """Another one for everything that makes other bytes, another libzstd among it."""
+        return f"zstd-{_LIBRARY}-{self.level}-{self.window_log}{'-ldm' if self.long_distance_matching else ''}"
+
+    @property
+    def frame_size(self) -> int:
+        """How many bytes go into a frame."""
+        return 1 << max(self.window_log, _MIN_FRAME_LOG)
+
+    def compress(self, data: bytes | memoryview) -> bytes:
+        """One frame. It tells its length, and has a checksum."""
+        compressor = getattr(_thread, "compressor", None)
+        if compressor is None or _thread.encoding != self:
+            window = {"window_log": self.window_log} if self.window_log else {}  # a 0 would not be the level's own
+            parameters = zstandard.ZstdCompressionParameters.from_level(
+                self.level, enable_ldm=self.long_distance_matching, write_checksum=True, **window
+            )
+            compressor = zstandard.ZstdCompressor(compression_params=parameters)
+            _thread.compressor, _thread.encoding = compressor, self
+        frame: bytes = compressor.compress(data)
+        return frame
+
+
+def stream(chunks: Iterable[bytes | None]) -> Generator[bytes | None]:
+    """The chunks as one frame, of which a piece is there after each, for what comes bit by bit and nobody waits for."""
+    compressor = zstandard.ZstdCompressor(level=_STREAM_LEVEL, write_checksum=True).compressobj()
+    for chunk in chunks:
+        yield chunk and compressor.compress(chunk) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    yield compressor.flush()
+
+
+def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
+    """The threads that compress, for all downloads together, and how many they are."""
+    most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0
+    threads = min(len(os.sched_getaffinity(0)), most or _MAX_THREADS, _MAX_THREADS)
+    return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=step_back)
+
+
+def step_back() -> None:
+    """Let other threads go before the one that calls this."""
+    with suppress(OSError):  # a service's system call filter may forbid it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -1,0 +1,166 @@
+"""Frames: the pieces that a body is cut into to be compressed, each by itself, in threads that all downloads share."""
+
+import hashlib
+import mmap
+import threading
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+from harmonia.cache.zstd import Encoding, encoders
+from harmonia.config.settings import Zstd
+from harmonia.errors import StoreObjectError
+from harmonia.nix import base32, nar
+from harmonia.nix.nar import OpenSlice
+
+_PIECE = 512 * 1024  # bytes that are given on at once
+_SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
+
+
+class Source(Protocol):
+    """What is compressed: `size` bytes, of which any part can be read, by several threads at once.
+
+    Its `str` is its path. One with a hash is a NAR.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sha256(self) -> bytes | None:
+        """What the content must have, or it is not given out to its end. None where that is not known."""
+
+    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]: ...
+
+
+class Frame(NamedTuple):
+    content: memoryview
+    """Until the frame is released."""
+    compressed: bytes
+    buffer: mmap.mmap
+
+
+class Frames:
+    """Compresses frame by frame, each download in its turn."""
+
+    def __init__(self, settings: Zstd) -> None:
+        self.encoding = Encoding.of(settings)
+        self.seconds = 0.0
+        """Of processor time, spent so far."""
+        self.threads, self._encoders = encoders(settings)
+        self._waiting = 0
+        self._buffers: list[mmap.mmap] = []
+        self._lock = threading.Lock()
+
+    @property
+    def saturated(self) -> bool:
+        """Whether there is more to compress than is good for those who wait for it."""
+        return self._waiting > self.threads * _SATURATED
+
+    @property
+    def waiting(self) -> int:
+        """How many frames are being compressed, or wait for it."""
+        return self._waiting
+
+    def stream(self, source: Source, start: int, stop: int | None) -> Generator[bytes | None, None, int]:
+        """The bytes without the cache, compressed on the way, also those before `start`. Returns how far it came."""
+        sha256 = hashlib.sha256()
+        position = unpacked = 0
+        # One frame after the other: however slow a client is, that is all that it holds in memory.
+        for offset in self.offsets(source):
+            frame = self.submit(source, offset)
+            try:
+                while not frame.done():
+                    yield None
+            finally:
+                frame.cancel()
+            try:
+                result = frame.result()
+            finally:
+                del frame  # an error refers to this function, and so to itself: nothing would be freed for a while
+            sha256.update(result.content)
+            unpacked += len(result.content)
+            compressed = result.compressed
+            self.release(result)
+            del result
+            if unpacked == source.size:
+                check(source, sha256.digest())
+            first = max(start - position, 0)
+            last = len(compressed) if stop is None else min(stop - position, len(compressed))
+            for piece in range(first, last, _PIECE):
+                yield compressed[piece : min(piece + _PIECE, last)]
+            position += len(compressed)
+            if stop is not None and position >= stop:
+                break
+        return position
+
+    def offsets(self, source: Source) -> Iterator[int]:
+        """Where the frames begin. There is always one."""
+        return iter(range(0, source.size or 1, self.encoding.frame_size))
+
+    def submit(self, source: Source, offset: int) -> Future[Frame]:
+        """Compress the frame that begins at `offset`, when its turn comes."""
+        self._count(1)
+        try:
+            frame = self._encoders.submit(self._compress, source, offset)
+        except RuntimeError:  # no thread can be started
+            self._count(-1)
+            raise
+        frame.add_done_callback(lambda _: self._count(-1))
+        return frame
+
+    def release(self, frame: Frame) -> None:
+        """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
+
+        Memory that is fresh from the kernel, page by page, takes longer than to read a file into it.
+        """
+        with self._lock:
+            if self._waiting:
+                self._buffers.append(frame.buffer)
+
+    def _count(self, difference: int) -> None:
+        with self._lock:
+            self._waiting += difference
+            if not self._waiting:
+                self._buffers.clear()
+
+    def _buffer(self) -> mmap.mmap:
+        with self._lock:
+            if self._buffers:
+                return self._buffers.pop()
+        return mmap.mmap(-1, self.encoding.frame_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+    def _compress(self, source: Source, offset: int) -> Frame:
+        began = time.thread_time()
+        end = min(offset + self.encoding.frame_size, source.size)
+        buffer = self._buffer()
+        content = memoryview(buffer)[: end - offset]
+        if not nar.read_into(content, source.read(offset, end)):
+            raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
+        frame = Frame(content, self.encoding.compress(content), buffer)
+        with self._lock:
+            self.seconds += time.thread_time() - began
+        return frame
+
+
+class Compressed:
+    """Any other body, compressed on the way."""
+
+    def __init__(self, frames: Frames, source: Source) -> None:
+        self._frames = frames
+        self._source = source
+
+    @property
+    def size(self) -> None:
+        return None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        yield from self._frames.stream(self._source, start, stop)
+
+
+def check(source: Source, sha256: bytes) -> None:
+    """StoreObjectError where what was read is not what it should be."""
+    if source.sha256 is not None and source.sha256 != sha256:
+        found, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
+        raise StoreObjectError(f"{source}: its NAR hash is sha256:{found}, but sha256:{registered} was registered")

@@ -1,0 +1,1 @@
+"""Configuration: TOML file and environment to validated settings."""

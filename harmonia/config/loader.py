@@ -1,0 +1,239 @@
+"""How the settings come about: from one TOML file and the environment.
+
+`parse` is pure, `read` reads the file, `load` checks the settings against this machine as well (preflight.py). A wrong
+setting is told with its file, line and key.
+"""
+
+import difflib
+import logging
+import os
+import re
+import reprlib
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from harmonia.config.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
+from harmonia.config.value_types import wanted
+from harmonia.errors import ConfigError
+from harmonia.process import preflight
+
+_log = logging.getLogger("harmonia")
+
+_SECRET = {"netrc", "credentials_file", "signed_by", "url", "upstream"}  # a URL may hold a password
+_NO_EFFECT = {"max_connection_rate"}
+_CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables, the first that is set
+_GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
+
+
+def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+    with loaded(path, environ) as settings:
+        return settings
+
+
+@contextmanager
+def loaded(path: str | None, environ: Mapping[str, str]) -> Iterator[Settings]:
+    """The same. What turns out wrong with one of them within is told with its place, too."""
+    name, text = _file(path, environ)
+    with _checked(text, name, environ) as settings:
+        yield settings
+
+
+@contextmanager
+def _checked(text: str, name: str, environ: Mapping[str, str]) -> Iterator[Settings]:
+    settings = parse(text, name, environ)
+    try:
+        for doubt in preflight.check(settings, environ):
+            _log.warning("%s", _placed(doubt, text, name, environ))
+        yield settings
+    except WrongSettingError as error:
+        raise _placed(error, text, name, environ) from None
+
+
+def read(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """The same, not checked: for those who only want to know where things are, and for settings of another machine."""
+    name, text = _file(path, environ)
+    return parse(text, name, environ)
+
+
+def with_origins(
+    path: str | None, environ: Mapping[str, str], *, text_only: bool = False
+) -> tuple[Settings, dict[str, str]]:
+    """The settings, checked unless it is by their text only, and where the value of each key comes from: `file:line`,
+    the environment, or `default`. Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
+    """
+    name, text = _file(path, environ)
+    if text_only:
+        return parse(text, name, environ), _origins(text, name, environ)
+    with _checked(text, name, environ) as settings:
+        return settings, _origins(text, name, environ)
+
+
+def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    given = tomllib.loads(text)
+    keys: list[tuple[str, ...]] = [(field.name,) for field in msgspec.structs.fields(Settings)]
+    keys += [(table, field.name) for table, struct in _TABLES.items() for field in msgspec.structs.fields(struct)]
+    for key, values in given.items():
+        tables = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+        keys += [(key, str(number), each) for number, table in enumerate(tables) for each in table]
+    lines = {".".join(key): _line(text, key) for key in keys}
+    places = {key: f"{name}:{line}" if line else "default" for key, line in lines.items()}
+    variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
+    if "cache_dir" not in given:
+        variables["cache_dir"] = _CACHE_DIR
+    for key, names in variables.items():
+        if variable := next(filter(environ.get, names), None):
+            places[key] = f"environment variable {variable}"
+    if named := dict.fromkeys(_key_files(given, environ).values()):
+        places["sign_key_paths"] = ", ".join(
+            f"environment variable {key[1:]}" if key.startswith("$") else places[key] for key in named
+        )
+    return places
+
+
+def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The name and the content of the file with the settings; of the defaults, where there is none."""
+    name, text = path or environ.get("CONFIG_FILE"), ""
+    if name:
+        try:
+            with open(name, "rb") as file:
+                text = file.read().decode()
+        except OSError as error:
+            origin = "--config" if path else "environment variable CONFIG_FILE"
+            raise ConfigError(f"{origin}: cannot read {name!r}: {error.strerror}; name a readable TOML file") from None
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
+    return name or "built-in defaults", text
+
+
+def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
+    """The settings that `text`, the content of the file `name`, and the environment give. The disk is not looked at."""
+    try:
+        given = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = re.search(r"\(at (?:line (\d+), column \d+|end of document)\)\Z", str(error))
+        last = text.rstrip().count("\n") + 1
+        place = f"{name}:{at[1] or last}" if at else name
+        raise ConfigError(f"{place}: not valid TOML: {error}") from None
+    try:
+        return Settings(**_effective(given, text, name, environ))
+    except WrongSettingError as error:
+        raise _placed(error, text, name, environ) from None
+
+
+def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The values that the file and the environment give together."""
+    values = _values(Settings, given)
+    values["sign_key_paths"] = tuple(_key_files(values, environ))
+    for key in sorted(values.keys() & _NO_EFFECT):
+        _log.warning("%s:%s: %s: has no effect in this Harmonia; remove it", name, _line(text, (key,)), key)
+    if values.pop("sign_key_path", None) is not None:
+        line = _line(text, ("sign_key_path",))
+        _log.warning("%s:%s: sign_key_path: deprecated; use sign_key_paths", name, line)
+    if environ.get("SIGN_KEY_PATH"):
+        _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
+    values.setdefault("cache_dir", default_cache_dir(environ))
+    if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
+        values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
+    if log_dir := environ.get("NIX_LOG_DIR"):
+        values["log_dir"] = log_dir
+    return values
+
+
+def _values(
+    struct: type[Settings | Zstd | ReleaseRules | Upstream], given: Mapping[str, Any], *table: str
+) -> dict[str, Any]:
+    """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
+    types = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            near = [_GUESSES[key]] if key in _GUESSES else difflib.get_close_matches(key, _KEYS, 1)
+            remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
+            raise WrongSettingError(f"unknown key; {remedy}", *table, key)
+        part = value
+        if key in _TABLES and isinstance(value, dict):
+            part = _TABLES[key](**_values(_TABLES[key], value, key))
+        elif key == "upstream" and isinstance(value, list) and all(isinstance(each, dict) for each in value):
+            part = tuple(_upstream(each, str(number)) for number, each in enumerate(value))
+        try:
+            values[key] = msgspec.convert(part, types[key])
+        except msgspec.ValidationError:
+            # A secret key in the place of its file's path must not be shown.
+            secret = "_path" in key or key in _SECRET
+            shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
+            found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
+            remedy = "; begin each of them with [[upstream]]" if key == "upstream" else ""
+            raise WrongSettingError(f"expected {wanted(types[key])}, found {found}{remedy}", *table, key) from None
+    return values
+
+
+def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
+    values = _values(Upstream, given, "upstream", number)
+    if "url" not in values:
+        raise WrongSettingError("missing; each [[upstream]] needs the URL of a cache", "upstream", number, "url")
+    return Upstream(**values)
+
+
+_TABLES: dict[str, type[Zstd | ReleaseRules]] = {"zstd": Zstd, "release": ReleaseRules}
+_KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
+_KEYS |= {
+    field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)
+}
+_KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
+_TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
+
+
+def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Each key file once, and what named it. The order is upstream's, for clients see the signatures in it."""
+    named = [(path, "sign_key_paths") for path in given.get("sign_key_paths", ())]
+    named += [(path, "sign_key_path") for path in [given.get("sign_key_path")] if path is not None]
+    named += [(path, "$SIGN_KEY_PATH") for path in [environ.get("SIGN_KEY_PATH")] if path]
+    named += [(path, "$SIGN_KEY_PATHS") for path in environ.get("SIGN_KEY_PATHS", "").split()]
+    return dict(named)
+
+
+def _placed(error: WrongSettingError, text: str, name: str, environ: Mapping[str, str]) -> ConfigError:
+    """The same, after where that setting was made: the environment variable, or the file and its line."""
+    given, key = tomllib.loads(text), error.key
+    if key == ("sign_key_paths",) and error.key_file is not None:
+        key = (_key_files(given, environ)[error.key_file],)
+    elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
+        key = ("$NIX_STORE_DIR",)
+    elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
+        key = ("$NIX_LOG_DIR",)
+    elif key == ("cache_dir",) and "cache_dir" not in given:
+        key = (f"${next(filter(environ.get, _CACHE_DIR), 'HOME')}",)
+    if key != error.key and key[0].startswith("$"):
+        place = f"environment variable {key[0][1:]}"
+    else:
+        line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, where it is missing
+        place = f"{name}:{line}" if line else name
+    return ConfigError(f"{place}: {error}")
+
+
+def _line(text: str, key: tuple[str, ...]) -> int | None:
+    """The line where the statement starts that first gives `key`. tomllib tells no lines, but it can be asked: whole
+    statements are what parses, and the first run of them that has the key ends with the one sought.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    start = 1
+    for count in range(1, len(lines) + 1):
+        try:
+            table: Any = tomllib.loads("\n".join(lines[:count]))
+        except (ValueError, RecursionError):
+            continue  # amid an array or string of several lines
+        for part in key:
+            if isinstance(table, list):
+                table = table[int(part)] if int(part) < len(table) else None
+            else:
+                table = table.get(part) if isinstance(table, dict) else None
+        if table is not None:
+            return start
+        start = count + 1
+    return None

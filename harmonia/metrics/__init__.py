@@ -1,0 +1,1 @@
+"""Counters shared by all workers, and their Prometheus text."""

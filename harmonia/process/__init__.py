@@ -1,0 +1,1 @@
+"""Main process and its surroundings: supervisor, sockets, systemd, start-up checks, logging."""

@@ -1,0 +1,43 @@
+"""The log: on stderr, one line for each event."""
+
+import logging
+import os
+import sys
+from contextlib import suppress
+
+from harmonia.config.settings import Settings
+
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+
+class _LineFormatter(logging.Formatter):
+    """One line for each event. For the journal it has no time, and starts with its priority (sd-daemon(3))."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__("%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record).replace("\n", " | ")
+        return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line
+
+
+def to_stderr(settings: Settings | None = None) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LineFormatter(journal=_is_journal()))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("harmonia").setLevel((settings.log_level if settings else "info").upper())
+    logging.getLogger("harmonia.access").setLevel(
+        logging.INFO if settings and settings.access_log else logging.CRITICAL
+    )
+    # Sanic tells of each client that went away, and of each error that we have already told.
+    for name in ("sanic.root", "sanic.error", "sanic.server"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _is_journal() -> bool:
+    """Whether systemd has connected stderr with its journal (systemd.exec(5)). A terminal may inherit the variable."""
+    with suppress(OSError):
+        status = os.fstat(sys.stderr.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False

@@ -1,0 +1,116 @@
+"""Whether the settings can work on this machine. A start and `harmonia check-config` both ask this, and nothing else.
+
+Nothing is taken or changed: a server that runs with the same settings does not notice.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from harmonia.config import credentials
+from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
+from harmonia.config.value_types import HostAndPort
+from harmonia.errors import StoreUnavailableError
+from harmonia.process import sockets, systemd
+from harmonia.store.store import Store
+
+# What SQLite says of a file that is no database of Nix. That one is locked, or cannot be opened just now, may pass.
+_NO_DATABASE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
+
+# The index on `path` finds the prefix; "0" follows "/".
+_SOME_PATH = """
+select path, exists (select 1 from ValidPaths where path >= ? || '/' and path < ? || '0') from ValidPaths limit 1
+"""
+
+
+def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingError]:
+    """What works, but is hardly meant so: to be warned of. WrongSettingError where something does not work."""
+    doubts = [*_store(settings), *_directories(settings, environ), *_secrets(settings, environ)]
+    _addresses(settings, environ)
+    return doubts
+
+
+def _store(settings: Settings) -> Iterator[WrongSettingError]:
+    key = "real_nix_store" if settings.real_nix_store else "virtual_nix_store"
+    try:
+        os.stat(os.path.join(settings.real_store, "."))  # which takes the right to enter it
+    except PermissionError as error:
+        what = f"cannot enter {settings.real_store!r}: {error.strerror}; let the server's user read the store"
+        raise WrongSettingError(what, key) from None
+    except OSError as error:
+        what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to where it lies on disk"
+        raise WrongSettingError(what, key) from None
+    credentials.open_file("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
+    store_dir = settings.virtual_nix_store
+    database = Store.of(settings).database
+    try:
+        for path, is_below in database.query(_SOME_PATH, store_dir, store_dir):
+            if not is_below:
+                what = f"no path of {settings.database!r} is in {store_dir!r}; they are in {os.path.dirname(path)!r}"
+                yield WrongSettingError(f"{what}, which this should name", "virtual_nix_store")
+    except StoreUnavailableError as error:
+        cause = error.__cause__
+        if getattr(cause, "sqlite_errorcode", 0) & 0xFF in _NO_DATABASE:
+            what = f"{settings.database!r} is no database of Nix: {cause}; name the store's db.sqlite"
+            raise WrongSettingError(what, "nix_db_path") from None
+        yield WrongSettingError(f"{error}; until it can be read, nothing is served", "nix_db_path")
+    finally:
+        database.close()
+    for root in settings.release.gc_roots:
+        if not root.startswith(f"{store_dir}/") and not os.path.lexists(root):
+            what = f"there is no {root!r}; name a store path, a symlink to one, or a directory of such"
+            raise WrongSettingError(what, "release", "gc_roots")
+
+
+def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
+    if settings.log_dir is not None and not os.path.isdir(settings.log_dir):  # the default one comes with the first log
+        yield WrongSettingError(f"there is no directory {settings.log_dir!r}; name the one of Nix's logs", "log_dir")
+    if settings.cache_dir is not None:
+        path = Path(settings.cache_dir).absolute()
+        there = next(each for each in (path, *path.parents) if os.path.exists(each))
+        if not there.is_dir():
+            what = f"{str(there)!r} is no directory; name one, which may be yet to be made"
+            wrong = WrongSettingError(what, "cache_dir")
+            if settings.cache_dir != default_cache_dir(environ):
+                raise wrong
+            yield wrong  # nobody has set it
+
+
+def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
+    credentials.secret_keys(settings)
+    credentials.load_tokens(settings)
+    if (tls := credentials.tls_context(settings)) and (wrong := credentials.complaint(settings, tls)):
+        yield WrongSettingError(f"clients will refuse {settings.tls_cert_path!r}: {wrong}; replace it", "tls_cert_path")
+    files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
+    files[settings.tls_key_path] = ("tls_key_path",)
+    for number, upstream in enumerate(settings.upstream):
+        credentials.authorization(settings, number)
+        credentials.upstream_tls(settings, number)
+        files |= {getattr(upstream, key): ("upstream", str(number), key) for key in ("netrc", "credentials_file")}
+    # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).
+    guarded = os.path.join(os.path.realpath(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent"), "")
+    for path, key in files.items():
+        if path is None or os.path.realpath(path).startswith(guarded):
+            continue
+        if (mode := os.stat(path).st_mode & 0o777) & 0o077:
+            what = f"key file {path!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+            yield WrongSettingError(what, *key, key_file=path)
+
+
+def _addresses(settings: Settings, environ: Mapping[str, str]) -> None:
+    if not systemd.has_sockets(environ):
+        sockets.check(settings, "bind")
+        if _overlap(settings.address("bind"), settings.address("metrics_bind")):
+            what = f"{settings.metrics_bind} is taken by bind = {settings.bind!r}; choose another address"
+            raise WrongSettingError(what, "metrics_bind")
+    sockets.check(settings, "metrics_bind")
+
+
+def _overlap(one: HostAndPort | str | None, other: HostAndPort | str | None) -> bool:
+    """Whether both cannot be listened on, as far as the names tell."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple):
+        return one == other
+    hosts = {one[0], other[0]}
+    any_v4 = "0.0.0.0" in hosts and not any(":" in host for host in hosts)  # noqa: S104 (it is compared)
+    return one[1] == other[1] != 0 and (len(hosts) == 1 or "::" in hosts or any_v4)

@@ -1,0 +1,127 @@
+"""What every resource is answered from."""
+
+import importlib
+import logging
+import os
+import secrets
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol
+
+from sanic import Request
+
+from harmonia.cache import zstd
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.nar_compressor import Compressor
+from harmonia.cache.zstd_frames import Compressed, Source
+from harmonia.config.settings import ReleaseRules, Settings
+from harmonia.metrics.shared_counters import Metrics
+from harmonia.nix.nar_index import Layouts
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.server.http.negotiation import NotAcceptable
+from harmonia.server.http.response import Body, Encoded
+from harmonia.server.path_lookup import Paths
+from harmonia.server.threads import Threads
+from harmonia.store.debug_index import DebugInfo
+from harmonia.store.publish_policy import Release
+from harmonia.store.store import Store
+from harmonia.store.temp_roots import Hold, TempRoots
+
+if TYPE_CHECKING:
+    from harmonia.server.resources.upstream_answers import Answers
+
+_LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
+_HELD = 1 << 20  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
+
+
+_log = logging.getLogger("harmonia")
+
+
+class Stream(Protocol):
+    """Bytes that are read from the first to the last."""
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Streamed:
+    """A body compressed from its beginning to its end, by the thread that reads it."""
+
+    source: Stream
+    size: None = None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+        return zstd.stream(self.source.read(start, stop))
+
+
+def _nar_cache(settings: Settings) -> NarCache | None:
+    if not (settings.enable_compression or settings.upstream):
+        return None
+    try:
+        return NarCache(os.path.join(str(settings.cache_dir), "nar"), settings.cache_bytes)
+    except OSError as error:
+        _log.warning("NARs are not kept: %s: %s", error.filename, error.strerror)
+        return None
+
+
+def _temp_roots(settings: Settings) -> TempRoots | None:
+    expected = settings.daemon_socket is not None
+    return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
+
+
+class Cache:
+    def __init__(self, settings: Settings, keys: Sequence[SecretKey], metrics: Metrics) -> None:
+        self.settings = settings
+        self.keys = keys
+        self.metrics = metrics
+        self.store = Store.of(settings)
+        self.threads = Threads(Store.of(settings), metrics)
+        release = Release(settings.release, Store.of(settings)) if settings.release != ReleaseRules() else None
+        self.paths = Paths(self.store, settings.database, keys, release, self.threads)
+        self.layouts = Layouts(_LAYOUT_MEMORY)
+        self._temp_roots = _temp_roots(settings)
+        nar_cache = _nar_cache(settings)
+        self.compressor = Compressor(settings.zstd, nar_cache)
+        wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
+        self.offers_zstd = settings.enable_compression and wanted
+        """Whether narinfos lead to compressed NARs."""
+        directory = os.path.join(str(settings.cache_dir), "debug-info")
+        self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
+        self.upstreams: Answers | None = None
+        """Other caches, while a worker serves."""
+        if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
+            importlib.import_module("harmonia.server.resources.upstream_answers")
+        self.identity = secrets.token_hex(8)
+        """What we call ourselves to other Harmonias, all workers alike."""
+
+    @property
+    def trusted_keys(self) -> list[str]:
+        """What clients have to trust: our public keys, and those of upstreams whose paths we do not sign as well."""
+        theirs = (upstream.public_keys for upstream in self.settings.upstream if not (upstream.sign and self.keys))
+        return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(theirs)]))
+
+    def hold(self, info: PathInfo) -> Hold | None:
+        """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""
+        return self._temp_roots.hold(info.path) if self._temp_roots and info.nar_size >= _HELD else None
+
+    def encoded(self, source: Source) -> Encoded | None:
+        """A body as it can be sent compressed, if it can."""
+
+        async def open_encoded(request: Request) -> Body:
+            if request.version == "1.0":  # it has no end for an unknown length
+                raise NotAcceptable
+            return Compressed(self.compressor.frames, source)
+
+        return Encoded(self.compressor.frames.encoding.name, open_encoded) if self.settings.enable_compression else None
+
+    def streamed(self, source: Stream) -> Encoded | None:
+        """Likewise one that cannot be read from its midst."""
+
+        async def open_encoded(request: Request) -> Body:
+            if request.version == "1.0":
+                raise NotAcceptable
+            return _Streamed(source)
+
+        return Encoded(zstd.STREAM, open_encoded) if self.settings.enable_compression else None

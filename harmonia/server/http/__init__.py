@@ -1,0 +1,1 @@
+"""HTTP on top of Sanic: conditions, ranges, encodings, bodies, access, limits."""

@@ -1,0 +1,56 @@
+"""What a file of the store is to a browser: by its name, where that tells, else by whether it is text."""
+
+import mimetypes
+import os
+
+from harmonia.store.object_files import SAMPLE
+
+# Those of the standard library differ with its version, and with /etc/mime.types. These make web sites work, or are
+# shown instead of saved.
+_TYPES = mimetypes.MimeTypes(())
+for _type, _extensions in {
+    "text/html": ".html .htm",
+    "text/css": ".css",
+    "text/javascript": ".js .mjs",
+    "application/json": ".json .map",
+    "application/manifest+json": ".webmanifest",
+    "application/wasm": ".wasm",
+    "application/xhtml+xml": ".xhtml",
+    "application/xml": ".xml .xsl .xsd",
+    "application/octet-stream": ".a .o .so",
+    "application/zstd": ".zst",
+    "font/otf": ".otf",
+    "font/ttf": ".ttf",
+    "font/woff": ".woff",
+    "font/woff2": ".woff2",
+    "image/avif": ".avif",
+    "image/svg+xml": ".svg",
+    "image/webp": ".webp",
+    "image/x-icon": ".ico",
+    "text/plain": ".bash .c .cfg .conf .drv .h .ini .log .md .nix .patch .pl .py .rs .sh .toml .ts .yaml .yml",
+}.items():
+    for _extension in _extensions.split():
+        _TYPES.add_type(_type, _extension)
+_ENCODINGS = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}
+PDF = "application/pdf"
+_COMPRESSED = ("image/", "audio/", "video/", "font/", "application/zip", "application/zstd", PDF)
+
+
+def of(name: bytes, sample: bytes) -> str:
+    """By the name, where that tells. What is UTF-8 otherwise is text; the last character of a sample may be cut."""
+    try:
+        utf8 = b"\0" not in sample and len(sample.decode(errors="strict")) >= 0
+    except UnicodeDecodeError as error:
+        utf8 = len(sample) == SAMPLE and error.reason == "unexpected end of data"
+    guessed, encoding = _TYPES.guess_type("./" + os.fsdecode(name).lower())
+    if encoding:
+        return _ENCODINGS.get(encoding, "application/octet-stream")
+    guessed = guessed or ("text/plain" if utf8 else "application/octet-stream")
+    if guessed.startswith("text/x-"):  # source code and the like, which some browsers would save
+        guessed = "text/plain"
+    return f"{guessed}; charset=utf-8" if guessed.startswith("text/") and utf8 else guessed
+
+
+def is_compressible(content_type: str) -> bool:
+    compressed = content_type.startswith((*_COMPRESSED, *_ENCODINGS.values()))
+    return content_type == "image/svg+xml" or not compressed

@@ -1,0 +1,301 @@
+"""How a representation becomes a response: conditions, encodings, ranges, HEAD, and the one pump for streamed bodies.
+
+RFC 9110 sections 8.4, 12.5.3, 13 and 14. A body that fails half-way ends in a broken connection, never in a short one
+that looks complete.
+"""
+
+import asyncio
+import logging
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from time import perf_counter
+from typing import Any, Protocol, cast
+
+from sanic import HTTPResponse, Request
+from sanic.exceptions import RangeNotSatisfiable
+
+from harmonia.errors import StoreObjectError
+from harmonia.nix.nar import CHUNK_SIZE, OpenSlice
+from harmonia.server.http import byte_range
+from harmonia.server.http.negotiation import prefers_zstd
+from harmonia.server.http.response_cache import Lasts
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+
+_PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
+_AT_ONCE = 0.001  # seconds for which what is there already waits for more
+_LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
+
+_log = logging.getLogger("harmonia")
+
+
+Chunk = bytes | OpenSlice | Future[bytes] | None
+
+
+class Body(Protocol):
+    """Bytes that are read when they are wanted, by a thread."""
+
+    @property
+    def size(self) -> int | None:
+        """How many they are, None as long as that is not known."""
+
+    def read(self, start: int, stop: int | None) -> Generator["Chunk"]:
+        """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet.
+
+        An open slice is read to its end, and a future waited for, before the generator goes on.
+        """
+
+
+Open = Callable[[Request], Awaitable[Body]]
+"""Makes a body when it is known to be wanted. For HEAD it is only asked for its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A body in the content coding zstd. `name` tells how it is encoded from every other way to do it."""
+
+    name: str
+    open: Open
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Representation:
+    """What a resource has to say, whatever the method and the conditions of the request (RFC 9110 section 3.2)."""
+
+    content_type: str
+    body: bytes | Body | Open
+    cache_control: str
+    etag: str | None = None
+    zstd: Encoded | None = None
+    """The same encoded, for those who accept that. Its ETag is then another one."""
+    worthwhile: bool = True
+    """Whether to encode it where nobody insists."""
+    status: HTTPStatus = HTTPStatus.OK
+    """Another one only for a body of bytes."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Further ones, by lower-case name."""
+    lasts: Lasts | None = None
+    """Only for a body of bytes, and where it takes no more to know it than who asks in the same words may hear."""
+
+
+async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:
+    """The response to return to Sanic, or None where it has been sent already.
+
+    An error is raised only before the first byte; after it, the connection is broken.
+    """
+    headers = {"cache-control": representation.cache_control, "content-type": representation.content_type}
+    headers |= representation.headers
+    body, etag = representation.body, representation.etag
+    if representation.zstd is not None:
+        headers["vary"] = "Accept-Encoding"
+        if _is_encoded(request, representation):
+            headers["content-encoding"] = "zstd"
+            body = representation.zstd.open
+            etag = etag and f'{etag[:-1]}-encoded-{representation.zstd.name}"'
+    if etag is not None:
+        headers["etag"] = etag
+        if _matches(request.headers.get("if-none-match"), etag):
+            kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
+            return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
+    if isinstance(body, bytes):
+        headers["content-length"] = str(len(body))
+        return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
+    return await _respond_with(request, await body(request) if callable(body) else body, headers, readers)
+
+
+async def _respond_with(
+    request: Request, body: Body, headers: dict[str, str], readers: Executor
+) -> HTTPResponse | None:
+    status = HTTPStatus.OK
+    start, stop = 0, body.size
+    if "content-encoding" not in headers:
+        headers["accept-ranges"] = "bytes"
+        if body.size is not None and (part := _range(request, headers.get("etag"), body.size)):
+            start, stop = part
+            status = HTTPStatus.PARTIAL_CONTENT
+            headers["content-range"] = f"bytes {start}-{stop - 1}/{body.size}"
+    if stop is not None:
+        headers["content-length"] = str(stop - start)
+    if request.method != "HEAD":
+        size = None if stop is None else stop - start
+        response = HTTPResponse(status=status, headers=headers)
+        await _pump(request, response, _ReadAhead(body.read(start, stop), readers), size)
+        return None
+    if stop is not None:
+        return HTTPResponse(status=status, headers=headers)
+    if request.version != "1.0":
+        headers["transfer-encoding"] = "chunked"
+    return _HeadOfUnknownLength(headers=headers)
+
+
+class _HeadOfUnknownLength(HTTPResponse):
+    @property
+    def processed_headers(self) -> Iterator[tuple[bytes, bytes]]:
+        self.headers.pop("content-length")  # Sanic tells one of 0
+        return super().processed_headers
+
+
+def _is_encoded(request: Request, representation: Representation) -> bool:
+    """Never parts: Nix counts the bytes of a range unencoded. Nor HTTP/1.0: it has no end for an unknown length."""
+    plain = representation.body
+    size = len(plain) if isinstance(plain, bytes) else None if callable(plain) else plain.size
+    worthwhile = representation.worthwhile and (size is None or size > _PACKET)
+    sendable = "range" not in request.headers and request.version != "1.0"
+    accepted = ",".join(request.headers.getall("accept-encoding", []))
+    return prefers_zstd(accepted, worthwhile=worthwhile and sendable)
+
+
+def _range(request: Request, etag: str | None, size: int) -> tuple[int, int] | None:
+    try:
+        return byte_range.requested(request.headers.get("range"), request.headers.get("if-range"), etag, size)
+    except byte_range.UnsatisfiableError:
+        raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
+
+
+def _matches(condition: str | None, etag: str) -> bool:
+    """Whether If-None-Match names this ETag, by the weak comparison that it asks for."""
+    if condition is None:
+        return False
+    return condition.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in condition.split(","))
+
+
+class _ReadAhead:
+    """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory.
+
+    To wake a thread takes longer than to read what is small: one goes on with that until it has a chunk's worth. For
+    the same reason, what the page cache has of open files is read at once.
+    """
+
+    def __init__(self, chunks: Generator[Chunk], readers: Executor) -> None:
+        self._chunks = chunks
+        self._readers = readers
+        self._ready: deque[Chunk] = deque()
+        self._slice: OpenSlice | None = None
+        self._reading: Future[Any] = self._submit()
+
+    def _submit(self) -> "Future[list[Chunk]]":
+        return self._readers.submit(_pull, self._chunks)
+
+    async def next(self) -> bytes | bytearray:
+        """The next chunk, empty after the last."""
+        delay = 0.001
+        while True:
+            if self._slice is not None:
+                if data := await self._read(self._slice):
+                    return data
+                self._slice = None
+                self._reading = self._submit()
+            if not self._ready:
+                self._ready.extend(await asyncio.wrap_future(self._reading))
+            chunk = self._ready.popleft()
+            if isinstance(chunk, OpenSlice):
+                self._slice = chunk
+            elif isinstance(chunk, Future):
+                data = await asyncio.wrap_future(chunk)
+                self._reading = self._submit()
+                if data:
+                    return data
+            elif chunk is None:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, _LONGEST_WAIT)
+                self._reading = self._submit()
+            else:
+                if chunk and not self._ready:
+                    self._reading = self._submit()
+                return chunk
+
+    async def _read(self, part: OpenSlice) -> bytes | bytearray:
+        data = part.read_cached()
+        if data is None:
+            reading = self._readers.submit(part.read)
+            self._reading = reading
+            return await asyncio.wrap_future(reading)
+        await asyncio.sleep(0)  # it is the turn of others
+        return data
+
+    def close(self) -> None:
+        # A generator cannot be closed while a thread runs it.
+        chunks = self._chunks
+        self._reading.add_done_callback(lambda _: chunks.close())
+        del self._reading  # an error in it refers to us, and so to all that was to be sent
+
+
+def _pull(chunks: Generator[Chunk]) -> list[Chunk]:
+    """The next chunks: several, where they are small, and there at once. After the last, an empty one."""
+    pulled: list[Chunk] = []
+    size = 0
+    began = perf_counter()
+    for chunk in chunks:
+        data = chunk.read() if isinstance(chunk, OpenSlice) and len(chunk) < CHUNK_SIZE else chunk
+        pulled.append(data)
+        if not isinstance(data, bytes):
+            return pulled
+        size += len(data)
+        if size >= CHUNK_SIZE or perf_counter() - began > _AT_ONCE:
+            return pulled
+    return [*pulled, b""]
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What HEAD wants to know of a body."""
+
+    size: int | None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        raise NotImplementedError  # HEAD asks for no more than the size
+
+
+async def exhaust(body: Body, readers: Executor) -> None:
+    """Wait until a body is made, and its size known."""
+    chunks = _ReadAhead(body.read(sys.maxsize, None), readers)
+    try:
+        while await chunks.next():
+            pass
+    finally:
+        chunks.close()
+
+
+async def whole_if_need_be(body: Body, request: Request, readers: Executor) -> Body:
+    """The body, whole where the request cannot do without its length."""
+    if body.size is None and ("range" in request.headers or request.version == "1.0"):
+        await exhaust(body, readers)
+    return body
+
+
+async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, size: int | None) -> None:
+    """Send a body of that size, if it is known before."""
+    sent = request.ctx.sent = 0
+    try:
+        chunk = await chunks.next()
+        request.ctx.head_at = perf_counter()
+        await request.respond(response)
+        while chunk:
+            if size is not None and sent + len(chunk) > size:
+                raise StoreObjectError(f"there is more of it than {size} bytes")
+            await response.send(cast("bytes", chunk))
+            sent = request.ctx.sent = sent + len(chunk)
+            chunk = await chunks.next()
+        if size is not None and sent < size:
+            raise StoreObjectError(f"only {sent} of {size} bytes are there")
+    except Exception as error:
+        if not request.responded:
+            raise
+        _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
+        request.ctx.broken = True
+        _abort(request)
+    except BaseException:  # the client is gone, or too slow, or we are told to stop
+        _abort(request)
+        raise
+    finally:
+        chunks.close()
+
+
+def _abort(request: Request) -> None:
+    # Sanic would end the body politely, and the client take it for whole.
+    if request.transport is not None:
+        cast("asyncio.WriteTransport", request.transport).abort()

@@ -1,0 +1,172 @@
+"""The store's paths, looked up and remembered, as far as they may leave the house."""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from harmonia.errors import StoreObjectError, StoreUnavailableError
+from harmonia.nix import narinfo
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey, is_signature
+from harmonia.nix.store_path import StorePath
+from harmonia.server.threads import Threads
+from harmonia.store import queries
+from harmonia.store.publish_policy import Release
+from harmonia.store.store import Database, Store
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+_REMEMBERED = 8192  # paths, about 2 KiB each
+_FRESH = 1.0  # seconds for which what the roots of a release need is taken not to have changed
+_STALE = 10.0  # seconds for which a path that was among it may go out without another look
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedPath:
+    """A valid path that may leave the house, with all the signatures that its narinfo shows."""
+
+    info: PathInfo
+    sigs: tuple[str, ...]
+
+
+class Paths:
+    def __init__(
+        self, store: Store, database: str, keys: Sequence[SecretKey], release: Release | None, threads: Threads
+    ) -> None:
+        """`store` and `release` are each for one of the `threads`; `keys` are what all paths are signed with."""
+        self.release = release
+        self._store = store
+        self._keys = keys
+        self._threads = threads
+        # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
+        self._watch = Database(database, timeout=0)
+        self._this_turn: Hashable = None
+        self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
+        self._absent_as_of: Hashable = None
+        self._absent: set[str] = set()
+        """Hash parts of no path, as of that generation."""
+        self._closure = release.closure if release is not None else None
+        self._refreshing: Future[None] | None = None
+
+    async def find(self, hash_part: str) -> SignedPath | None:
+        """The valid path with that hash part, if it may leave the house: all that is told of paths is asked for here.
+
+        StoreObjectError where its row is of no use; StoreUnavailableError.
+        """
+        generation = self._generation()
+        if self._absent_as_of != generation:
+            self._absent_as_of = generation
+            self._absent.clear()
+        if hash_part in self._absent:
+            return None
+        seen, known = self._known.get(hash_part, (None, None))
+        if known is not None and seen == generation:
+            self._known.move_to_end(hash_part)
+            return known if self._closure is None or await self._is_needed(known.info.path) else None
+        found = await self._threads.query(partial(self._look_up, hash_part, known))
+        if found is None:
+            self._known.pop(hash_part, None)
+            if self._absent_as_of == generation and len(self._absent) < _REMEMBERED:
+                self._absent.add(hash_part)
+            return None
+        # The generation was taken before the path was read: a change in between makes the next request look again.
+        self._known[hash_part] = generation, found
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found if self._closure is None or await self._is_needed(found.info.path) else None
+
+    async def find_usable(self, hash_part: str) -> SignedPath | None:
+        """Likewise, of a path beside the one that is asked for. None also where its row is of no use."""
+        try:
+            return await self.find(hash_part)
+        except StoreObjectError:
+            return None
+
+    def is_current(self, path: SignedPath) -> bool:
+        """Whether `find` would give the very same just now. False where only a longer look can tell."""
+        known = self._known.get(path.info.path.hash_part)
+        return self._closure is None and known is not None and known == (self._generation(), path)
+
+    def is_absent(self, hash_part: str) -> bool:
+        """Whether it is known that no path has that hash part just now. False where only a longer look can tell."""
+        return self._absent_as_of == self._generation() and hash_part in self._absent
+
+    def _generation(self) -> Hashable:
+        """That of the database, asked once for all requests that one turn of the event loop finds."""
+        if self._this_turn is None:
+            try:
+                self._this_turn = self._watch.generation()
+            except StoreUnavailableError:
+                return object()  # equals no other: ask the thread, which may wait
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        return self._this_turn
+
+    def _end_turn(self) -> None:
+        self._this_turn = None
+
+    async def releases(self, path: StorePath) -> bool:
+        """Whether a path is valid and may leave the house; without rules for that, always."""
+        if self.release is None:
+            return True
+        found = await self.find_usable(path.hash_part)
+        return found is not None and found.info.path == path
+
+    async def releases_log(self, derivation: StorePath) -> bool:
+        """Whether the log of a derivation may leave the house: with the derivation itself, or with what it made."""
+        if self.release is None:
+            return True
+        if self.release.by_name_alone or not self.release.permits_name(derivation):
+            return self.release.permits_name(derivation)
+        if await self.releases(derivation):
+            return True
+        outputs = await self._threads.browse(lambda store: queries.outputs(store, derivation))
+        return any([await self.releases(output) for output in outputs])
+
+    def released(self, store: Store) -> Callable[[StorePath], bool] | None:
+        """Tells of a valid path whether it may leave the house; None where all may. For one thread, which may wait."""
+        release = self.release
+        if release is None:
+            return None
+        if self._closure is not None:
+            self._closure.refresh(_FRESH)
+
+        def is_released(path: StorePath) -> bool:
+            if not release.permits_name(path) or not (self._closure is None or path in self._closure):
+                return False
+            try:
+                info = store.path_info(path.hash_part)
+            except StoreObjectError:
+                return False
+            return info is not None and release.permits(info)
+
+        return is_released
+
+    async def _is_needed(self, path: StorePath) -> bool:
+        """Whether a root of the release needs it."""
+        closure = self._closure
+        assert closure is not None  # noqa: S101 (or nobody asks)
+        if path in closure and closure.age < _STALE:
+            if closure.age > _FRESH and (self._refreshing is None or self._refreshing.done()):
+                self._refreshing = self._threads.release.submit(closure.refresh, _FRESH)
+            return True
+        # Perhaps it was added just now, and a client remembers for an hour that it was not there.
+        await self._threads.wait_for(self._threads.release, partial(closure.refresh, _FRESH))
+        return path in closure
+
+    def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:
+        info = self._store.path_info(hash_part)
+        if info is None or (known is not None and known.info == info):
+            return known if info else None
+        if self.release is not None and not self.release.permits(info):
+            return None
+        for sig in info.sigs:
+            if not is_signature(sig):
+                _log.warning("%s: the stored signature %r is malformed and left out", info.path, sig)
+        return SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))

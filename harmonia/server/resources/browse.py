@@ -1,0 +1,149 @@
+"""`/search` finds store paths by name or hash, `/path/<hash>` tells what is known of one: for people.
+
+Only where `browse` is set. All else that we serve is for those who know a hash part, which nobody can guess, and that
+is how a private path in a public cache stays private. A search would tell all of them, and referrers tell others.
+"""
+
+import re
+from collections.abc import Container
+from contextlib import suppress
+from http import HTTPStatus
+from urllib.parse import quote
+
+from html5tagger import Builder
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
+from harmonia.server import page
+from harmonia.server.context import Cache
+from harmonia.server.http import origin
+from harmonia.server.http.response import Representation
+from harmonia.server.path_lookup import SignedPath
+from harmonia.server.resources import landing
+from harmonia.store import build_log, queries
+
+_SHOWN = 200  # paths on one page
+_LONGEST = 300  # characters to search for: more than a store path has
+_HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
+
+
+async def search(cache: Cache, request: Request) -> Representation:
+    if not cache.settings.browse:
+        raise NotFound
+    asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
+    named = _HASH_PART.match(asked.removeprefix(cache.store.store_dir + "/"))
+    if named and await cache.paths.find_usable(named[0]):
+        return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
+    result = await cache.threads.browse(lambda store: queries.search(store, asked, _SHOWN, cache.paths.released(store)))
+    document = page.begin(
+        cache, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
+    )
+    with document.main:
+        document.h1("Search")
+        with document.section:
+            document.p(_summary(asked, result), class_="dim", role="status")
+            page.paths(document, result.shown, "path/")
+    return page.end(cache, document)
+
+
+def _summary(asked: str, result: queries.Paths) -> str:
+    if not asked:
+        return "Find a path by a part of its name, or by the beginning of its hash."
+    least = "" if result.complete else "at least "
+    first = f"The first {len(result.shown)} of " if result.total > len(result.shown) else ""
+    return f"{first}{least if first else least.capitalize()}{page.count(result.total, 'path')} for “{asked}”"
+
+
+async def path(cache: Cache, request: Request, hash_part: str) -> Representation:
+    if not cache.settings.browse:
+        raise NotFound
+    signed = await cache.paths.find(hash_part)
+    if signed is None:
+        raise NotFound
+    info = signed.info
+    referrers = await cache.threads.browse(
+        lambda store: queries.referrers(store, info.path, _SHOWN, cache.paths.released(store))
+    )
+    # What it needs may be paths that are nobody's business.
+    closure = (
+        None if cache.paths.release else await cache.threads.browse(lambda store: queries.closure(store, info.path))
+    )
+    deriver_is_here = info.deriver is not None and await cache.paths.find_usable(info.deriver.hash_part) is not None
+    full_path = f"{cache.store.store_dir}/{info.path}"
+    keys = cache.trusted_keys
+    references = sorted(info.references, key=queries.by_name)
+    kept_back = {path for path in references[:_SHOWN] if not await cache.paths.releases(path)}
+
+    document = page.begin(cache, info.path.name, "../")
+    with document.main:
+        document.h1(info.path.name)
+        page.snippet(document, full_path, "Store path")
+        _links(cache, document, info, await _logged(cache, info))
+        with document.section:
+            document.h2("About this path")
+            _facts(document, signed, closure, deriver_is_here=deriver_is_here)
+        with document.section:
+            document.h2("Download it with Nix")
+            command = f"nix-store --realise {full_path}"
+            page.snippet(document, landing.command(command, origin.base_url(request, cache.settings), keys), "Command")
+        _paths(document, "References", queries.Paths(references[:_SHOWN], len(references)), kept_back)
+        _paths(document, "Referrers", referrers)
+    return page.end(cache, document, script=True)
+
+
+async def _logged(cache: Cache, info: PathInfo) -> StorePath | None:
+    """The derivation whose log tells how the path came about, if that is here and may leave the house."""
+    derivation = info.path if info.path.is_derivation else info.deriver
+    if derivation is not None:
+        with suppress(OSError):
+            log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
+            if log is not None and await cache.paths.releases_log(derivation):
+                return derivation
+    return None
+
+
+def _links(cache: Cache, document: Builder, info: PathInfo, logged: StorePath | None) -> None:
+    with document.nav(class_="actions", aria_label="What there is of it"):
+        if cache.settings.serve_files:
+            document.a("Files", href=f"../serve/{info.path.hash_part}")
+        document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
+        document.a("NAR listing", href=f"../{info.path.hash_part}.ls")
+        document.a("narinfo", href=f"../{info.path.hash_part}.narinfo")
+        if logged:
+            document.a("Build log", href=f"../log/{quote(logged)}")
+
+
+def _facts(document: Builder, signed: SignedPath, closure: queries.Closure | None, *, deriver_is_here: bool) -> None:
+    info = signed.info
+    with document.dl:
+        document.dt("Size").dd(page.size(info.nar_size))
+        if closure is not None:
+            least = "" if closure.complete else "at least "
+            document.dt("Closure").dd(f"{least}{page.size(closure.size)}, {page.count(closure.paths, 'path')}")
+        document.dt("NAR hash").dd.code(f"sha256:{base32.encode(info.nar_hash)}")
+        if info.deriver:
+            document.dt("Deriver")
+            if deriver_is_here:
+                document.dd.a(info.deriver, href=info.deriver.hash_part, class_="path")
+            else:
+                document.dd.code(info.deriver)._(" (not here)")
+        if info.ca:
+            document.dt("Content address").dd.code(info.ca)
+        document.dt("Signatures")
+        for sig in signed.sigs:
+            document.dd.code(sig)
+        if not signed.sigs:
+            document.dd("none")
+
+
+def _paths(document: Builder, heading: str, found: queries.Paths, kept_back: Container[StorePath] = ()) -> None:
+    with document.section:
+        document.h2(heading)
+        if not found.total:
+            document.p("None", class_="dim")
+        elif found.total > len(found.shown):
+            document.p(f"{len(found.shown)} of {found.total:,}", class_="dim")
+        page.paths(document, found.shown, "./", kept_back)

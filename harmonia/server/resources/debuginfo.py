@@ -1,0 +1,57 @@
+"""`/debuginfo/<build id>`: in which NAR the debug info of a binary is, for dwarffs and nixseparatedebuginfod2.
+
+The same as Nix writes into a binary cache with `index-debug-info=true`, there as `debuginfo/<build id>.debug`. The
+archive is relative to this resource. It is the plain NAR, for dwarffs knows no compressed one but `.nar.xz`.
+"""
+
+import asyncio
+import json
+from functools import partial
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.errors import StoreUnavailableError
+from harmonia.nix.build_id import is_build_id, member
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.context import Cache
+from harmonia.server.http import metadata
+from harmonia.server.http.response import Representation
+from harmonia.server.resources.narinfo import nar_url
+
+_PATIENCE = 2.0  # seconds for which an answer waits for paths that are yet to be looked at
+_POLL = 0.01  # seconds
+
+
+async def get(cache: Cache, _: Request, name: str) -> Representation:
+    build_id = name.removesuffix(".debug")
+    if not is_build_id(build_id):
+        raise NotFound
+    info = await _find(cache, build_id)
+    if info is None:
+        raise NotFound
+    text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
+    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
+
+
+async def _find(cache: Cache, build_id: str) -> PathInfo | None:
+    """A valid path with the debug file. StoreUnavailableError where that cannot be told yet: dwarffs remembers for a
+    day that there is none, but asks again after some seconds where it got a 503.
+    """
+    index = cache.debug_info
+    if index is None:
+        return None
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _PATIENCE
+    while True:
+        paths, complete = await cache.threads.wait_for(cache.threads.index, partial(index.look_up, build_id))
+        for path in paths:
+            found = await cache.paths.find_usable(path.hash_part)
+            if found is not None and found.info.path == path:
+                return found.info
+        if complete:
+            return None
+        if loop.time() > deadline:
+            raise StoreUnavailableError("the index of debug info is not complete yet")
+        index.hurry()
+        await asyncio.sleep(_POLL)

@@ -1,0 +1,74 @@
+"""The page of a directory: its entries, with a link to each and to what is above it."""
+
+import os
+import stat
+from collections.abc import Sequence
+from urllib.parse import quote
+
+from html5tagger import Builder
+
+from harmonia.nix.path_info import PathInfo
+from harmonia.server import page
+from harmonia.server.context import Cache
+from harmonia.server.http.response import Representation
+from harmonia.store.object_files import Entry, Listed, listed
+
+_LISTED = 2000  # entries on the page; the NAR listing has them all
+
+
+async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], entry: Entry) -> Representation:
+    """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
+
+    def render() -> Representation:
+        entries, count = listed(cache.store.real_path(entry.info.path), entry.names, _LISTED)
+        document = page.begin(cache, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2))
+        with document.main:
+            _heading(cache, document, asked, names)
+            with document.section:
+                summary = page.count(count, "entry", "entries")
+                if count > len(entries):
+                    summary = f"The first {len(entries):,} of {summary}; the NAR listing has them all"
+                document.p(summary, class_="dim")
+                with document.table:
+                    document.tr.th("Name", scope="col").th("Kind", scope="col", class_="kind")
+                    document.th("Size", scope="col", class_="size")
+                    if names:
+                        document.tr.td.a("..", href="../", aria_label="Parent directory").td(
+                            "directory", class_="kind"
+                        ).td("")
+                    for each in entries:
+                        _row(document, each)
+        return page.end(cache, document)
+
+    return await cache.threads.read(render)
+
+
+def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
+    """Where the page is, each directory above it a link, and what else there is of the store path."""
+    top = "../" * (len(names) + 2)
+    with document.h1(class_="path"):
+        document(cache.store.store_dir)
+        for above, name in zip(range(len(names), -1, -1), [os.fsencode(asked.path), *names], strict=True):
+            document._("/")
+            if above:
+                document.a(page.printable(name), href="../" * above)
+            else:
+                document._(page.printable(name))
+    with document.nav(class_="actions", aria_label="What else there is of the store path"):
+        if cache.settings.browse:
+            document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
+        document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
+
+
+def _row(document: Builder, listed: Listed) -> None:
+    reference = "./" + quote(listed.name, safe="")
+    size = after = ""
+    if stat.S_ISDIR(listed.mode):
+        kind, reference, after = "directory", reference + "/", "/"
+    elif stat.S_ISLNK(listed.mode):
+        kind, after = "symlink", f" → {page.printable(listed.target)}"
+    else:
+        kind, size = "executable" if listed.mode & stat.S_IXUSR else "file", page.size(listed.size)
+    document.tr.td(class_="path").a(page.printable(listed.name), href=reference)
+    document.span(after, class_="dim")
+    document.td(kind, class_="kind").td(size, class_="size", title=f"{listed.size:,} bytes" if size else None)

@@ -1,0 +1,91 @@
+"""`/`: what this cache is and how to use it, for people."""
+
+import shlex
+from collections.abc import Sequence
+
+from html5tagger import Builder
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.server import page
+from harmonia.server.context import Cache
+from harmonia.server.http import origin
+from harmonia.server.http.response import Representation
+
+
+async def get(cache: Cache, request: Request) -> Representation:
+    settings = cache.settings
+    if not settings.landing or request.path != "/":
+        raise NotFound
+    url = origin.base_url(request, settings)
+    keys = cache.trusted_keys
+    _, _, name = url.partition("//")
+    document = page.begin(cache, f"{name}, a Nix binary cache", "./")
+    with document.main:
+        document.h1(name)
+        document.p("From here, ").a("Nix", href="https://nixos.org/")._(" downloads what it would otherwise build.")
+        _identity(document, url, keys)
+        _section(document, "nix.conf", "/etc/nix/nix.conf, on any system", _nix_conf(url, keys))
+        _section(document, "NixOS", "configuration.nix", _nixos(url, keys))
+        _section(document, "Flake", "flake.nix, for all who use that flake", _flake(url, keys))
+        once = command("nix build nixpkgs#hello", url, keys)
+        _section(document, "Once", "For one command; Nix heeds it from its trusted users", once)
+        with document.section:
+            document.h2("About")
+            with document.dl:
+                document.dt("Store directory").dd.code(settings.virtual_nix_store)
+                document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest first)")
+                document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
+    return page.end(cache, document, script=True)
+
+
+def _identity(document: Builder, url: str, keys: Sequence[str]) -> None:
+    page.snippet(document, url, "URL")
+    for key in keys:
+        page.snippet(document, key, "Public key")
+    if not keys:
+        document.p("This cache signs nothing itself. Paths keep the signatures that they came with.", class_="dim")
+
+
+def _section(document: Builder, heading: str, where: str, text: str) -> None:
+    with document.section:
+        document.h2(heading)
+        page.snippet(document, text, where)
+
+
+def _nix_conf(url: str, keys: Sequence[str]) -> str:
+    lines = [f"extra-substituters = {url}"]
+    if keys:
+        lines.append(f"extra-trusted-public-keys = {' '.join(keys)}")
+    return "\n".join(lines)
+
+
+def _nixos(url: str, keys: Sequence[str]) -> str:
+    lines = [f"substituters = [ {_nix_string(url)} ];"]
+    if keys:
+        lines.append(f"trusted-public-keys = [ {' '.join(map(_nix_string, keys))} ];")
+    return _attributes("nix.settings", lines)
+
+
+def _flake(url: str, keys: Sequence[str]) -> str:
+    lines = [f"extra-substituters = [ {_nix_string(url)} ];"]
+    if keys:
+        lines.append(f"extra-trusted-public-keys = [ {' '.join(map(_nix_string, keys))} ];")
+    return _attributes("nixConfig", lines)
+
+
+def command(start: str, url: str, keys: Sequence[str]) -> str:
+    """A command of Nix that uses this cache, whatever nix.conf says."""
+    lines = [start, f"--option extra-substituters {url}"]
+    if keys:
+        lines.append(f"--option extra-trusted-public-keys {shlex.quote(' '.join(keys))}")
+    return " \\\n  ".join(lines)
+
+
+def _attributes(name: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{name} = {{", *(f"  {line}" for line in lines), "};"])
+
+
+def _nix_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
+    return f'"{escaped}"'

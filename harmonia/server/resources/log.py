@@ -1,0 +1,63 @@
+"""`/log/<drv>`: the build log of a derivation, for people and for `nix log`.
+
+By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either. Of a derivation
+that was collected, the store knows no hash part any longer, but the log's own name begins with it.
+"""
+
+from urllib.parse import unquote_to_bytes
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.errors import FormatError
+from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.server.context import Cache
+from harmonia.server.http.response import IMMUTABLE, Body, Representation, whole_if_need_be
+from harmonia.store import build_log
+
+
+async def get(cache: Cache, request: Request, name: str) -> Representation:
+    try:
+        derivation = await _derivation(cache, decoded(request, name))
+    except FormatError:
+        raise NotFound from None
+    log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
+    if log is None or not await cache.paths.releases_log(derivation):
+        raise NotFound
+
+    async def open_plain(request: Request) -> Body:
+        return await whole_if_need_be(log, request, cache.threads.readers)
+
+    return Representation(
+        content_type="text/plain; charset=utf-8",
+        body=log if log.size is not None else open_plain,
+        cache_control=IMMUTABLE if log.finished else "no-cache",
+        etag=f'"{log.version}"',
+        zstd=cache.streamed(log),
+        headers={"x-content-type-options": "nosniff"},  # it is anybody's text, and no web page
+    )
+
+
+def decoded(request: Request, name: str) -> str:
+    """The name asked for. It may hold a `?`, after which Nix sends its rest as a query."""
+    _, mark, query = request.raw_url.partition(b"?")
+    return unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")
+
+
+async def _derivation(cache: Cache, name: str) -> StorePath:
+    """The derivation that is meant. FormatError where `name` can mean none, NotFound where nothing has its hash."""
+    if is_hash_part(name):
+        known = await cache.paths.find_usable(name)
+        if known is None:
+            collected = await cache.threads.read(lambda: build_log.derivation(cache.settings.logs, name))
+            if collected is None:
+                raise NotFound
+            return collected
+        path = known.info.path
+    else:
+        path = StorePath(name)
+    if path.is_derivation:
+        return path
+    known = await cache.paths.find_usable(path.hash_part)
+    output = known.info if known and known.info.path == path else None
+    return (output and output.deriver) or StorePath(f"{path}.drv")

@@ -1,0 +1,64 @@
+"""`/metrics`: what the workers have counted, all together, in the text format of Prometheus."""
+
+import math
+from dataclasses import astuple, fields
+from time import perf_counter
+from typing import TYPE_CHECKING, cast
+
+from sanic import Request
+
+from harmonia.cache.disk_cache import Counters
+from harmonia.metrics.shared_counters import Route
+from harmonia.server.context import Cache
+from harmonia.server.http.response import Representation
+
+if TYPE_CHECKING:
+    from sanic.http import Http
+
+
+TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
+"""What `look` takes down."""
+
+
+def count(route: Route, request: Request, status: int, sent: int) -> None:
+    """Count a request that was answered with that many bytes of body."""
+    now = perf_counter()
+    began = cast("Http", request.stream).perft0 or now
+    head = getattr(request.ctx, "head_at", None)
+    route.count(status, sent, (head or now) - began, now - head if head else None)
+    if getattr(request.ctx, "broken", False):
+        route.break_off()
+
+
+def look(cache: Cache) -> None:
+    """Take down what others count for themselves. Done every now and then, for the other workers to see."""
+    compressor = cache.compressor
+    counters = compressor.cache.counters if compressor.cache else Counters()
+    cache.metrics.own.look(
+        (*astuple(counters), compressor.frames.seconds, compressor.damaged_nars), compressor.frames.waiting
+    )
+
+
+async def get(cache: Cache, _: Request) -> Representation:
+    look(cache)
+    return Representation(
+        content_type="text/plain; version=0.0.4; charset=utf-8",
+        body=await cache.threads.read(lambda: _render(cache)),
+        cache_control="no-store",
+    )
+
+
+def _render(cache: Cache) -> bytes:
+    from harmonia.metrics import prometheus  # noqa: PLC0415 (a tenth of a second, which only those spend who are asked)
+
+    compressor = cache.compressor
+    limit, used = 0, 0.0
+    if compressor.cache is not None:
+        limit = compressor.cache.limit
+        try:
+            used = compressor.cache.used()
+        except OSError:  # the log tells, when something is to be put into it
+            used = math.nan
+    return prometheus.render(
+        cache.metrics, encoder_threads=compressor.frames.threads, cache_limit=limit, cache_used=used
+    )

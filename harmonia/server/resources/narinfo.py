@@ -1,0 +1,63 @@
+"""`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is. With `?json`, in JSON."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from sanic import Request
+
+from harmonia.cache.nar_compressor import CompressedFile
+from harmonia.errors import FormatError, StoreObjectError
+from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.server.context import Cache
+from harmonia.server.http import metadata
+from harmonia.server.http.response import Representation
+from harmonia.server.http.response_cache import AbsentError
+
+
+def nar_url(info: PathInfo) -> str:
+    """Where the plain NAR is, below the cache's URL."""
+    return f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+
+
+async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
+    path = await cache.paths.find(hash_part)
+    if path is None:
+        raise AbsentError(partial(cache.paths.is_absent, hash_part))
+    info, compressor = path.info, cache.compressor
+    if cache.offers_zstd and not compressor.is_certain(info.nar_hash):
+        await cache.threads.read(lambda: compressor.find(info.nar_hash))
+    compressed = compressor.known(info.nar_hash)
+    nar, max_age = _nar_file(cache, info, compressed), cache.settings.narinfo_max_age
+
+    def lasts() -> bool:
+        is_certain = not cache.offers_zstd or compressor.is_certain(info.nar_hash)
+        return is_certain and compressor.known(info.nar_hash) == compressed and cache.paths.is_current(path)
+
+    return replace(representation(cache, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
+
+
+def representation(
+    cache: Cache, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
+) -> Representation:
+    """As Nix reads it, or in JSON; for `max_age` seconds. StoreObjectError where JSON cannot tell it."""
+    store_dir, content_type = cache.settings.virtual_nix_store, narinfo.CONTENT_TYPE
+    if request.query_string and "json" in request.get_args(keep_blank_values=True):
+        content_type = "application/json"
+        try:
+            text = narinfo.render_json(info, store_dir, nar, sigs)
+        except FormatError as error:
+            raise StoreObjectError(f"{info.path}: {error}") from error
+    else:
+        text = narinfo.render(info, store_dir, nar, sigs)
+    return metadata.representation(content_type, text.encode(), max_age)
+
+
+def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
+    """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
+    url = nar_url(info)
+    if not cache.offers_zstd:
+        return NarFile(url, "none", info.nar_hash, info.nar_size)
+    return NarFile(url + ".zst", "zstd", compressed and compressed.sha256, compressed and compressed.size)

@@ -1,0 +1,113 @@
+"""`/serve/<hash>/<path>`: what is in a store path, for browsers.
+
+Symlinks are followed within the store path, and to another one that is valid. This is no more than `/nar` gives to
+those who know the hash part, and so it is on by default.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from functools import partial
+from http import HTTPStatus
+from urllib.parse import quote, unquote_to_bytes
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.errors import FormatError
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.server import page
+from harmonia.server.context import Cache
+from harmonia.server.http import content_type
+from harmonia.server.http.response import IMMUTABLE, Representation
+from harmonia.server.resources import directory
+from harmonia.server.resources.nar import found
+from harmonia.store import object_files
+from harmonia.store.object_files import Entry, File
+
+_LINKS = 40  # symlinks on the way, as in Linux (path_resolution(7))
+_PATH_MAX = 4096  # bytes, likewise
+
+# A page from the store may hold anybody's script, and must not act as this cache: read with the rights of who looks at
+# it, be it by a cookie of the proxy in front or by the network that it is in. In a sandbox its origin is no other's
+# (HTML section 7.1.1, "opaque origin"), so that it can read nothing of us but what CORS opens to all, and that is this
+# resource: its own modules, fonts and data. It has no cookies and no local storage. All types but one get the header:
+# which of them can run a script is for browsers to know.
+_SANDBOX = "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts"
+
+
+async def get(cache: Cache, request: Request, where: str) -> Representation:  # noqa: ARG001 (not as it was sent)
+    if not cache.settings.serve_files:
+        raise NotFound
+    _, _, hash_part, *encoded = request.path.split("/")
+    names = [unquote_to_bytes(name) for name in encoded]
+    as_directory = names[-1:] == [b""]
+    names = names[:-1] if as_directory else names
+    if not is_hash_part(hash_part) or any(name in (b"", b".", b"..") or set(name) & set(b"/\0") for name in names):
+        raise NotFound
+    info = found(await cache.paths.find(hash_part))
+    entry = await _resolve(cache, info, names)
+    if not stat.S_ISDIR(entry.status.st_mode):
+        if as_directory:
+            raise NotFound
+        return _file(cache, entry)
+    if not as_directory:
+        return page.redirect(
+            f"./{quote(names[-1] if names else hash_part, safe='')}/", HTTPStatus.MOVED_PERMANENTLY, IMMUTABLE
+        )
+    try:
+        index = await _resolve(cache, entry.info, [*entry.names, b"index.html"])
+    except NotFound:
+        index = entry
+    if stat.S_ISREG(index.status.st_mode):
+        return _file(cache, index)
+    return await directory.representation(cache, info, names, entry)
+
+
+async def _resolve(cache: Cache, info: PathInfo, names: Sequence[bytes]) -> Entry:
+    """What is at `names` in that store path, by way of symlinks. NotFound also where these lead elsewhere."""
+    parts = [os.fsencode(info.path), *names]
+    for _ in range(_LINKS + 1):
+        if sum(map(len, parts)) + len(parts) > _PATH_MAX:
+            break
+        if parts[0] != os.fsencode(info.path):
+            info = await _named(cache, parts[0])
+        step = await cache.threads.read(partial(object_files.look, cache.store, info, parts[1:]))
+        if isinstance(step, Entry):
+            return step
+        if not step:  # it leads elsewhere, or to the store itself
+            break
+        parts = step
+    raise NotFound
+
+
+async def _named(cache: Cache, base_name: bytes) -> PathInfo:
+    try:
+        path = StorePath(os.fsdecode(base_name))
+    except FormatError:
+        raise NotFound from None
+    info = found(await cache.paths.find(path.hash_part))
+    if info.path != path:
+        raise NotFound
+    return info
+
+
+def _file(cache: Cache, entry: Entry) -> Representation:
+    body = File(cache.store.real_path(entry.info.path), entry.names, entry.status)
+    inner = b"/".join(entry.names)
+    kind = content_type.of(entry.names[-1] if entry.names else os.fsencode(entry.info.path), entry.sample)
+    headers = {"x-content-type-options": "nosniff", "access-control-allow-origin": "*"}
+    if kind != content_type.PDF:  # Chromium shows none in a sandbox
+        headers["content-security-policy"] = _SANDBOX
+    return Representation(
+        content_type=kind,
+        body=body,
+        cache_control=IMMUTABLE,
+        etag=f'"{base32.encode(entry.info.nar_hash)}-{hashlib.sha256(inner).hexdigest()[:32]}"',
+        zstd=cache.encoded(body),
+        worthwhile=content_type.is_compressible(kind) and not cache.compressor.frames.saturated,
+        headers=headers,
+    )

@@ -1,0 +1,196 @@
+"""What the resources answer where the store has nothing: what other caches say.
+
+Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
+"""
+
+import json
+import re
+from urllib.parse import quote, unquote_to_bytes, urljoin
+
+import aiohttp
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.config import credentials
+from harmonia.errors import FormatError, UpstreamError
+from harmonia.nix.narinfo import NarFile, signatures
+from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.server.context import Cache
+from harmonia.server.http import metadata
+from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
+from harmonia.server.resources import log, narinfo
+from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
+from harmonia.upstream.client import Client
+from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.lookup_cache import POSITIVE_TTL
+from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.remote_path import Found
+from harmonia.upstream.transport import Part, Transport
+
+_REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
+_OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")
+_BUILD_ID = re.compile(r"[0-9a-f]{40}")
+_NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
+"""What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
+
+
+class Answers:
+    """To be made on the event loop that serves."""
+
+    def __init__(self, cache: Cache) -> None:
+        settings = cache.settings
+        self._cache = cache
+        clients = [
+            Client(
+                each,
+                Transport(
+                    each, credentials.authorization(settings, number), credentials.upstream_tls(settings, number)
+                ),
+                cache.metrics.own_upstream(each.url),
+                settings.virtual_nix_store,
+                settings.upstream_timeout,
+            )
+            for number, each in enumerate(settings.upstream)
+        ]
+        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout)
+        self._upstreams.start()
+        self.nars = Nars(cache, self._upstreams, clients)
+
+    async def close(self) -> None:
+        await self.nars.close()
+        await self._upstreams.close()
+
+    def state(self) -> str:
+        """A line for each upstream."""
+        clients = self._upstreams.clients
+        return "".join(f"upstream {client.base}: {'up' if client.breaker.closed else 'down'}\n" for client in clients)
+
+    @property
+    def _max_age(self) -> int:
+        return min(self._cache.settings.narinfo_max_age, int(POSITIVE_TTL))
+
+    async def narinfo_get(self, request: Request, hash_part: str) -> Representation:
+        found = await self._find(request, hash_part)
+        info, settings = found.info, found.client.settings
+        url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
+        nar = NarFile(url, found.nar.compression, found.nar.file_hash, found.nar.file_size)
+        keys = self._cache.keys if settings.sign and found.verified else ()
+        sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
+        return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
+
+    async def listing_get(self, request: Request, hash_part: str) -> Representation:
+        return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
+
+    async def log_get(self, request: Request, name: str) -> Representation:
+        asked = log.decoded(request, name)
+        try:
+            path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
+            if not path.is_derivation:
+                found = await self._upstreams.find(path.hash_part, hops_of(request))
+                deriver = found.info.deriver if found and found.info.path == path else None
+                path = deriver or StorePath(f"{path}.drv")
+        except FormatError:
+            raise NotFound from None
+        headers = {"x-content-type-options": "nosniff"}
+        return await self._passed(request, f"log/{quote(path)}", "text/plain; charset=utf-8", "no-cache", headers)
+
+    async def build_trace_get_realisation(self, request: Request, name: str) -> Representation:
+        name = unquote_to_bytes(name).decode(errors="replace")
+        if not _REALISATION.fullmatch(name):
+            raise NotFound
+        return await self._realisation(request, f"realisations/{quote(name, safe='!:')}")
+
+    async def build_trace_get(self, request: Request, derivation: str, name: str) -> Representation:
+        derivation, name = (unquote_to_bytes(text).decode(errors="replace") for text in (derivation, name))
+        try:
+            StorePath(derivation)
+        except FormatError:
+            raise NotFound from None
+        if not _OUTPUT.fullmatch(name):
+            raise NotFound
+        return await self._realisation(request, f"build-trace-v2/{quote(derivation)}/{quote(name)}")
+
+    async def _realisation(self, request: Request, path: str) -> Representation:
+        async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
+            text = await client.ask_small(path, headers)
+            if text is not None:
+                try:
+                    StorePath(json.loads(text)["outPath"])
+                except (*_NO_SUCH_JSON, FormatError):
+                    raise UpstreamError(f"{client.base}/{path} is no realisation") from None
+            return text
+
+        text = await self._upstreams.get(ask, hops_of(request))
+        if text is None:
+            raise NotFound
+        return metadata.representation("application/json", text, self._max_age)
+
+    async def debuginfo_get(self, request: Request, name: str) -> Representation:
+        build_id = name.removesuffix(".debug")
+        if not _BUILD_ID.fullmatch(build_id):
+            raise NotFound
+
+        async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
+            path = f"debuginfo/{build_id}.debug"
+            text = await client.ask_small(path, headers) or await client.ask_small(f"debuginfo/{build_id}", headers)
+            if text is None:
+                return None
+            try:
+                said = json.loads(text)
+                archive, member = urljoin(f"{client.base}/debuginfo/", said["archive"]), said["member"]
+            except _NO_SUCH_JSON:
+                raise UpstreamError(f"{client.base}/{path} is no debuginfo") from None
+            if client.settings.mode == "proxy":
+                relative = archive.removeprefix(f"{client.base}/")
+                if not is_debug_nar(relative):
+                    return None
+                archive = f"../upstream/{client.id}/{relative}"
+            return json.dumps({"archive": archive, "member": member}).encode()
+
+        text = await self._upstreams.get(ask, hops_of(request))
+        if text is None:
+            raise NotFound
+        return metadata.representation("application/json", text, self._max_age)
+
+    async def _find(self, request: Request, hash_part: str) -> Found:
+        found = await self._upstreams.find(hash_part, hops_of(request))
+        if found is None:
+            raise NotFound
+        return found
+
+    async def _passed(
+        self, request: Request, path: str, content_type: str, cache_control: str, headers: dict[str, str] | None = None
+    ) -> Representation:
+        """Whatever the first upstream says there."""
+        method = "HEAD" if request.method == "HEAD" else "GET"
+
+        async def ask(
+            client: Client, asked: dict[str, str]
+        ) -> tuple[Client, dict[str, str], aiohttp.ClientResponse] | None:
+            response = await client.ask(path, asked, method)
+            return None if response is None else (client, asked, response)
+
+        answer = await self._upstreams.get(ask, hops_of(request), lambda answer: answer[2].close())
+        if answer is None:
+            raise NotFound
+        client, asked, response = answer
+        encoding = response.headers.get("Content-Encoding", "").lower()
+        encoded = {} if encoding in {"", "identity", "none"} else {"content-encoding": encoding}
+        if method == "HEAD":
+            body: Body = Unread(response.content_length)
+            response.close()
+        else:
+
+            async def again(part: Part) -> aiohttp.ClientResponse:
+                return _there(await client.ask(path, asked, method, part))
+
+            body = await whole_if_need_be(Passed(client, again, response), request, self._cache.threads.readers)
+        return Representation(
+            content_type=content_type, body=body, cache_control=cache_control, headers={**(headers or {}), **encoded}
+        )
+
+
+def _there(response: aiohttp.ClientResponse | None) -> aiohttp.ClientResponse:
+    if response is None:
+        raise NotFound
+    return response

@@ -1,0 +1,112 @@
+"""`/upstream/…`: NARs of other caches, by what they are (`harmonia/upstream/nar_name.py`). For debug info, by where."""
+
+import re
+from collections.abc import Sequence
+
+import aiohttp
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.errors import FormatError, UpstreamError
+from harmonia.nix.base32 import ALPHABET
+from harmonia.server.context import Cache
+from harmonia.server.http.response import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
+from harmonia.upstream.cached_body import Kept
+from harmonia.upstream.client import Client
+from harmonia.upstream.fetch import Fetches
+from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.loop_guard import ASKED, HOPS, Hops
+from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.remote_path import Found
+from harmonia.upstream.transport import WHOLE, Part
+
+_ID = f"[{ALPHABET}]{{16}}"
+_DEBUG_NAR = re.compile(rf"(?:upstream/{_ID}/){{0,8}}nar/(?!\.)[0-9A-Za-z._+-]{{1,255}}")
+"""What a debuginfo file may lead to: it tells no hash part, but only a place."""
+_PLACE = re.compile(rf"(?P<upstream>{_ID})/(?P<place>.+)")
+_TYPE = "application/x-nix-nar"
+
+
+class Nars:
+    def __init__(self, cache: Cache, upstreams: Upstreams, clients: Sequence[Client]) -> None:
+        self._readers = cache.threads.readers
+        self._upstreams = upstreams
+        self._by_id = {client.id: client for client in clients}
+        self._fetches = Fetches(cache.compressor.cache)
+
+    async def close(self) -> None:
+        await self._fetches.close()
+
+    async def get(self, request: Request, name: str) -> Representation:
+        hops = hops_of(request)
+        if hops.is_over(self._upstreams.identity):
+            raise NotFound
+        if (found := _PLACE.fullmatch(name)) and found["upstream"] in self._by_id and is_debug_nar(found["place"]):
+            return self._debug_nar(self._by_id[found["upstream"]], found["place"], hops)
+        try:
+            wanted = NarName.parse(name)
+        except FormatError:
+            raise NotFound from None
+        if kept := await self._fetches.find(wanted.key):
+            return _nar(wanted.key, kept)
+        found_nar = await self._upstreams.find_nar(wanted, hops)
+        if found_nar is None:
+            raise NotFound
+
+        async def open_nar(request: Request) -> Body:
+            if request.method == "HEAD":
+                return await self._unread(found_nar, hops)
+            return await whole_if_need_be(await self._open(found_nar, hops), request, self._readers)
+
+        return _nar(found_nar.name.key, open_nar)
+
+    async def _open(self, found: Found, hops: Hops) -> Kept | Passed:
+        """The NAR from there, or from the next upstream that has the same file, where that one fails."""
+        failed: list[Client] = []
+        while True:
+            try:
+                return await self._fetches.open(found, self._headers(found.client, hops))
+            except UpstreamError:
+                self._upstreams.forget(found)
+                failed.append(found.client)
+                other = await self._upstreams.find_nar(found.name, hops, failed)
+                if other is None or other.name != found.name:
+                    raise
+                found = other
+
+    async def _unread(self, found: Found, hops: Hops) -> Body:
+        """For HEAD."""
+        if found.file_size is not None:
+            return Unread(found.file_size)
+        async with await found.ask(self._headers(found.client, hops), WHOLE, "HEAD") as response:
+            return Unread(response.content_length)
+
+    def _debug_nar(self, client: Client, place: str, hops: Hops) -> Representation:
+        headers = self._headers(client, hops)
+
+        async def ask(part: Part, method: str = "GET") -> aiohttp.ClientResponse:
+            return await client.nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
+
+        async def open_nar(request: Request) -> Body:
+            if request.method == "HEAD":
+                async with await ask(WHOLE, "HEAD") as response:
+                    return Unread(response.content_length)
+            return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._readers)
+
+        return Representation(content_type=_TYPE, body=open_nar, cache_control="no-cache")
+
+    def _headers(self, client: Client, hops: Hops) -> dict[str, str]:
+        return hops.headers(self._upstreams.identity, [client.identity])
+
+
+def _nar(key: str, body: Body | Open) -> Representation:
+    return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE, etag=f'"{key}"')
+
+
+def is_debug_nar(place: str) -> bool:
+    return _DEBUG_NAR.fullmatch(place) is not None
+
+
+def hops_of(request: Request) -> Hops:
+    return Hops.parse(*(",".join(request.headers.getall(name, [])) for name in (HOPS, ASKED)))

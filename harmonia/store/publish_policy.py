@@ -1,0 +1,157 @@
+"""Which of the valid paths may leave the house. Of all others, nothing that a client asks tells that they are there.
+
+By who signed it, by its name, and by whether a root needs it: a path has to satisfy all that is asked for. What its row
+in the database tells (`Release.permits`) holds as long as that row. What roots need (`Closure`) changes with them.
+"""
+
+import fnmatch
+import json
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from harmonia.config.settings import ReleaseRules
+from harmonia.errors import FormatError
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+from harmonia.store.store import Store
+
+_LINKS = 16  # symlinks from a root to its store path: a profile has two
+_ROOTS = 100_000  # entries of the directories with roots
+_CLOSURE = 1_000_000  # paths; some 120 bytes each
+_DAMPING = 10  # of its time, how much of it a closure is being found again
+
+_ROOT_IDS = "select id from ValidPaths where path in (select value from json_each(?)) order by id"
+_NEEDED = """
+with recursive needed(id) as (
+  select value from json_each(?)
+  union select reference from Refs join needed on referrer = needed.id limit ?)
+select substr(path, ?, 32) from needed join ValidPaths using (id)
+"""
+
+_log = logging.getLogger("harmonia")
+
+
+class Release:
+    """The rules, for any thread. Its methods block."""
+
+    def __init__(self, rules: ReleaseRules, store: Store) -> None:
+        """`store` is for this alone. Nothing is opened yet, so that the process may still fork."""
+        self._store_dir = store.store_dir
+        self._keys = rules.public_keys
+        self._allow = _patterns(rules.allow) if rules.allow else None
+        self._deny = _patterns(rules.deny) if rules.deny else None
+        self.by_name_alone = not (rules.signed_by or rules.gc_roots)
+        self.closure = Closure(store, rules.gc_roots) if rules.gc_roots else None
+
+    def permits_name(self, path: StorePath) -> bool:
+        """Whether its name is in no way of it. A derivation is known by the name of what it makes, too."""
+        names = {path.name, path.name.removesuffix(".drv")}
+        if self._deny is not None and any(map(self._deny.fullmatch, names)):
+            return False
+        return self._allow is None or any(map(self._allow.fullmatch, names))
+
+    def permits(self, info: PathInfo) -> bool:
+        """Whether nothing but the roots may be in its way."""
+        return self.permits_name(info.path) and (not self._keys or self._is_signed(info))
+
+    def _is_signed(self, info: PathInfo) -> bool:
+        """By what the store has. Our own keys sign all that we serve, which tells nothing of where it is from."""
+        fingerprint = info.fingerprint(self._store_dir)
+        return any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs)
+
+
+class Closure:
+    """All that the roots need, as it was not long ago. One thread at a time finds it anew; any may ask."""
+
+    def __init__(self, store: Store, roots: Sequence[str]) -> None:
+        self._store = store
+        self._given = roots
+        self._lock = threading.Lock()
+        self._needed: frozenset[str] = frozenset()
+        self._roots: Sequence[int] | None = None
+        self._troubles: set[str] = set()
+        self._looked_at = -float("inf")
+        self._not_before = 0.0
+
+    def __contains__(self, path: StorePath) -> bool:
+        return path.hash_part in self._needed
+
+    @property
+    def age(self) -> float:
+        """Seconds since we looked whether it is still right."""
+        return time.monotonic() - self._looked_at
+
+    def refresh(self, age: float = 0.0) -> None:
+        """Look whether it is still right, unless that was done less than `age` seconds ago, and find it anew if not.
+
+        StoreUnavailableError; then it stays as it was.
+        """
+        with self._lock:
+            began = time.monotonic()
+            if self.age <= age or began < self._not_before:
+                return
+            # A path that is valid has the same references as long as its row, and so have those that it needs: Nix
+            # deletes none that another refers to. So the rows of the roots tell whether anything changed.
+            troubles: set[str] = set()
+            paths = json.dumps([f"{self._store.store_dir}/{root}" for root in set(self._found(troubles))])
+            for trouble in sorted(troubles - self._troubles):
+                _log.warning("release.gc_roots: %s", trouble)
+            self._troubles = troubles
+            roots = [number for (number,) in self._store.database.query(_ROOT_IDS, paths)]
+            if roots != self._roots:
+                self._needed = self._find(roots)
+                self._roots = roots
+            self._looked_at = time.monotonic()
+            self._not_before = self._looked_at + _DAMPING * (self._looked_at - began)
+
+    def _find(self, roots: Sequence[int]) -> frozenset[str]:
+        rows = self._store.database.query(_NEEDED, json.dumps(roots), _CLOSURE, len(self._store.store_dir) + 2)
+        if len(rows) == _CLOSURE:
+            _log.error("release.gc_roots need more than %d paths; those beyond are not served", _CLOSURE)
+        return frozenset(hash_part for (hash_part,) in rows)
+
+    def _found(self, troubles: set[str]) -> Iterator[StorePath]:
+        """The store paths of the roots. As in Nix's own search (`src/libstore/gc.cc`, `findRoots`), a symlink in a
+        directory may lead to a store path, but to no other directory.
+        """
+        left = _ROOTS
+        waiting = list(self._given)
+        while waiting and left:
+            left -= 1
+            name = waiting.pop()
+            try:
+                path = self._followed(name)
+                if isinstance(path, StorePath):
+                    yield path
+                elif stat.S_ISDIR(os.lstat(path).st_mode) and (path == name or name in self._given):
+                    with os.scandir(path) as entries:
+                        waiting += (entry.path for entry in entries)
+            except FileNotFoundError:
+                if name in self._given:
+                    troubles.add(f"there is no {name!r} any more")
+            except (OSError, FormatError) as error:
+                troubles.add(f"{name!r} is no root: {getattr(error, 'strerror', None) or error}")
+        if waiting:
+            troubles.add(f"there are more than {_ROOTS} entries; those beyond are left out")
+
+    def _followed(self, name: str) -> StorePath | str:
+        """The store path that a root leads to; else where it leads on disk. What the store has is not followed on."""
+        inside = tuple(f"{directory}/" for directory in (self._store.store_dir, self._store.real_dir))
+        for _ in range(_LINKS):
+            name = os.path.normpath(name)
+            for directory in inside:
+                if name.startswith(directory):
+                    return StorePath(name.removeprefix(directory).partition("/")[0])
+            if not os.path.islink(name):
+                return name
+            name = os.path.join(os.path.dirname(name), os.readlink(name))
+        raise FormatError("too many symlinks")
+
+
+def _patterns(patterns: Sequence[str]) -> "re.Pattern[str]":
+    return re.compile("|".join(map(fnmatch.translate, patterns)))

@@ -1,0 +1,241 @@
+"""The local store: the database that says which paths are valid, and the directory that holds them.
+
+It is only read, and without a daemon. The tables are those of Nix `src/libstore/schema.sql`, from Nix 2.3 on.
+"""
+
+import os
+import sqlite3
+from collections.abc import Hashable
+from typing import Any
+from urllib.parse import quote
+
+from harmonia.config.settings import Settings
+from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
+from harmonia.nix.build_trace import Realisation
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+
+BUSY_TIMEOUT = 2.0
+"""Seconds to wait for a locked database. Nix writes in WAL mode, where a reader never has to."""
+
+# One statement, so that a path and its references are of one moment. The index on `path` finds the prefix.
+# SQLite lets a column hold any type; like Nix, which asks for text or a number, we get nothing else.
+_PATH_INFO = """
+select cast(path as text), cast(hash as text), cast(narSize as integer), cast(deriver as text), cast(sigs as text),
+  cast(ca as text),
+  (select group_concat(referred.path, ' ')
+   from Refs join ValidPaths as referred on referred.id = reference where referrer = found.id)
+from ValidPaths as found where path >= ? order by path limit 1
+"""
+
+_NEED_SIGNATURES = "select cast(path as text) from ValidPaths where coalesce(ca, '') = ''"
+
+# Tables that come with the first use of content-addressed derivations (Nix `src/libstore/ca-specific-schema.sql`), one
+# kind up to Nix 2.34, the other since then. None is taken away again.
+_TABLES = "select count(*) from sqlite_master where type = 'table' and name in (?, ?)"
+_REALISATION = """
+select cast(path as text), cast(signatures as text),
+  (select group_concat(other.drvPath || '!' || other.outputName || ' ' || referred.path, ' ')
+   from RealisationsRefs join Realisations as other on other.id = realisationReference
+   join ValidPaths as referred on referred.id = other.outputPath where referrer = found.id)
+from Realisations as found join ValidPaths on ValidPaths.id = outputPath
+where drvPath = ? and outputName = ? order by found.id limit 1
+"""
+_BUILD_TRACE = """
+select cast(path as text), cast(signatures as text), null
+from BuildTraceV3 as found join ValidPaths on path = outputPath
+where drvPath = ? and outputName = ? order by found.id limit 1
+"""
+
+_NO_SHM = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+
+_Signature = tuple[int, int, int, int]
+
+
+def _signature(path: str) -> _Signature | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+class Database:
+    """One read-only connection to a `db.sqlite`: opened when it is needed, and again when the file was replaced.
+
+    For one thread at a time. Its methods raise StoreUnavailableError where the database is busy for longer than
+    `timeout` seconds, gone, or not a database.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._connection: sqlite3.Connection | None = None
+        self._immutable = False
+        self._opened: Hashable = None
+        self._openings = 0
+
+    def query(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        try:
+            while True:
+                rows = self._connected().execute(statement, parameters).fetchall()
+                # SQLite takes no lock on an immutable database: what was read counts if nobody wrote meanwhile.
+                if self._opened == self._state():
+                    return rows
+        except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:  # the last two: of some damage
+            self.close()
+            raise StoreUnavailableError(f"cannot read {self._path}: {str(error) or 'no memory for it'}") from error
+
+    def generation(self) -> Hashable:
+        """A value that is another one after anything in the database changed. Costs no disk access."""
+        [(version,)] = self.query("pragma data_version")
+        return self._openings, version  # each connection counts from the same start
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _state(self) -> Hashable:
+        """What must not change, or the connection sees no truth: the file, and of an immutable one its content."""
+        found = _signature(self._path)
+        if found is None:
+            raise FileNotFoundError("the file is gone")
+        return (found, _signature(self._path + "-wal")) if self._immutable else found[:2]
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is not None and self._opened != self._state():
+            self.close()
+        if self._connection is None:
+            try:
+                self._connection = self._open("mode=ro", immutable=False)
+            except sqlite3.OperationalError as error:
+                # Unprivileged, SQLite reads a WAL database only while its -shm file exists, and Nix up to 2.21 removes
+                # that when it closes. While no log holds rows, the file alone is then the whole truth.
+                if error.sqlite_errorcode & 0xFF not in _NO_SHM:
+                    raise
+                self._connection = self._open("immutable=1", immutable=True)
+        return self._connection
+
+    def _open(self, mode: str, *, immutable: bool) -> sqlite3.Connection:
+        self._immutable = immutable
+        self._openings += 1
+        self._opened = self._state()  # before the file is read: a change in between is then noticed
+        if immutable and self._has_log():
+            raise sqlite3.OperationalError("its log holds rows, and cannot be read for want of the -shm file")
+        uri = f"file:{quote(self._path)}?{mode}"
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=self._timeout, isolation_level=None, check_same_thread=False
+        )
+        # Text that is no UTF-8 spoils its own row, not the search that comes across it.
+        connection.text_factory = lambda text: text.decode(errors="backslashreplace")
+        try:
+            connection.execute("select 1 from ValidPaths limit 1").fetchall()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _has_log(self) -> bool:
+        return any(found and found[3] for found in map(_signature, (self._path + "-wal", self._path + "-journal")))
+
+
+class Store:
+    """A store by its directories and its database: paths are named by `store_dir` and lie in `real_dir`.
+
+    For one thread at a time. Its methods block, if only for an index probe, and raise StoreUnavailableError.
+    """
+
+    def __init__(self, store_dir: str, real_dir: str, db_path: str, timeout: float = BUSY_TIMEOUT) -> None:
+        self.store_dir = store_dir
+        self.real_dir = real_dir
+        self.database = Database(db_path, timeout)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Store":
+        """The store that the settings tell of."""
+        return cls(settings.virtual_nix_store, settings.real_store, settings.database)
+
+    def real_path(self, path: StorePath) -> bytes:
+        """Where the store object is on disk."""
+        return os.fsencode(f"{self.real_dir}/{path}")
+
+    def path_info(self, hash_part: str) -> PathInfo | None:
+        """The valid path with that hash part. StoreObjectError where its row lacks what Nix needs."""
+        prefix = f"{self.store_dir}/{hash_part}"
+        rows = self.database.query(_PATH_INFO, prefix)
+        if not rows or not rows[0][0].startswith(prefix):
+            return None
+        path, nar_hash, nar_size, deriver, sigs, ca, references = rows[0]
+        try:
+            if nar_size is None or nar_size <= 0:
+                raise FormatError("its NAR size is not known")
+            if ca and ca.splitlines() != [ca]:  # which it would be in a narinfo, too
+                raise FormatError(f"its content address is {ca!r}")
+            return PathInfo(
+                path=self._store_path(path),
+                nar_hash=_sha256(nar_hash),
+                nar_size=nar_size,
+                references=tuple(sorted(map(self._store_path, (references or "").split()))),
+                deriver=self._store_path(deriver) if deriver else None,
+                sigs=tuple((sigs or "").split()),
+                ca=ca or None,
+            )
+        except FormatError as error:
+            raise StoreObjectError(f"the database's row for {path} is of no use: {error}") from error
+
+    def valid_paths(self) -> tuple[list[str], int]:
+        """All valid paths in full, sorted, whether or not their rows are of use, and the sum of their NAR sizes."""
+        rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
+        return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
+
+    def need_signatures(self) -> set[str]:
+        """The valid paths, in full, that clients take only with a signature: those that are not content-addressed."""
+        return {row[0] for row in self.database.query(_NEED_SIGNATURES)}
+
+    def realisation(self, derivation_hash: str, output: str) -> Realisation | None:
+        """What the output of the derivation with that hash came out as. StoreObjectError where its row is of no use."""
+        return self._realisation(("Realisations", "RealisationsRefs"), _REALISATION, derivation_hash, output)
+
+    def build_trace(self, derivation: str, output: str) -> Realisation | None:
+        """The same, of the derivation of that name."""
+        return self._realisation(("BuildTraceV3", "BuildTraceV3"), _BUILD_TRACE, derivation, output)
+
+    def _realisation(self, tables: tuple[str, str], statement: str, derivation: str, output: str) -> Realisation | None:
+        there = self.database.query(_TABLES, *tables)[0][0] == len(set(tables))
+        rows = self.database.query(statement, derivation, output) if there else []
+        if not rows:
+            return None
+        path, sigs, dependent = rows[0]
+        words = (dependent or "").split()
+        try:
+            return Realisation(
+                self._store_path(path),
+                tuple((sigs or "").split()),
+                dict(zip(words[::2], map(self._store_path, words[1::2]), strict=True)),
+            )
+        except FormatError as error:
+            raise StoreObjectError(f"the database's row for {derivation}!{output} is of no use: {error}") from error
+
+    def _store_path(self, path: str) -> StorePath:
+        return StorePath.in_dir(self.store_dir, path)
+
+    def check(self) -> None:
+        """That paths can be served just now: the database answers, and the store directory can be read."""
+        self.database.query("select 1 from ValidPaths limit 1")
+        try:
+            with os.scandir(self.real_dir) as entries:
+                next(entries, None)
+        except OSError as error:
+            raise StoreUnavailableError(f"cannot read {self.real_dir}: {error}") from error
+
+
+def _sha256(text: str) -> bytes:
+    algorithm, _, digest = text.partition(":")
+    try:
+        value = bytes.fromhex(digest)
+    except ValueError:
+        value = b""
+    if algorithm != "sha256" or len(value) != 32:  # noqa: PLR2004 (the bytes of a SHA-256)
+        raise FormatError(f"its NAR hash is {text!r}")
+    return value

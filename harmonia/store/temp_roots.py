@@ -1,0 +1,146 @@
+"""Keeps paths that are being sent from Nix's garbage collector, by *temporary roots* that the Nix daemon takes for us.
+
+A root lasts as long as the connection over which it was taken, and none can be given back alone. So a connection takes
+roots for a minute only, and is closed when nothing needs any of them any longer.
+
+One thread does it all, beside the downloads: where the daemon is slow or not there, they neither wait nor fail, and a
+path that is collected meanwhile breaks them off.
+"""
+
+import logging
+import threading
+import time
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from weakref import ref
+
+from harmonia.errors import RemoteError
+from harmonia.nix.store_path import StorePath
+from harmonia.store.nix_daemon import Daemon
+
+_TIMEOUT = 5.0  # seconds for an answer of the daemon
+_RETRY = 2.0  # seconds before another try, where it gave none
+_LOOK = 1.0  # seconds between two looks for what is over, and for a daemon that has ended
+_TAKING = 60.0  # seconds for which a connection takes further roots
+_MOST = 4  # connections, each a process of the daemon
+
+_log = logging.getLogger("harmonia")
+
+
+class Hold:
+    """Keeps a path for as long as anybody has this object."""
+
+    __slots__ = ("__weakref__", "path")
+
+    def __init__(self, path: StorePath) -> None:
+        self.path = path
+
+
+class _Connection:
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+        self.opened = time.monotonic()
+        self.paths: set[StorePath] = set()
+        self.holds: list[ref[Hold]] = []
+
+
+class TempRoots:
+    """Roots of paths in `store_dir`, taken through the daemon that listens at `socket`.
+
+    Whether anybody needs to know that there is none, `expected` tells.
+    """
+
+    def __init__(self, socket: str, store_dir: str, *, expected: bool) -> None:
+        self._socket = socket
+        self._store_dir = store_dir
+        self._expected = expected
+        self._asked: SimpleQueue[ref[Hold]] = SimpleQueue()
+        self._waiting: list[ref[Hold]] = []
+        self._connections: list[_Connection] = []
+        self._look_at = 0.0
+        self._retry_at = 0.0
+        self._failing = False
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def hold(self, path: StorePath) -> Hold:
+        """Have a root taken, soon, and kept for as long as what this returns. Waits for nothing."""
+        hold = Hold(path)
+        self._asked.put(ref(hold))
+        if self._thread is None:
+            with self._start, suppress(RuntimeError):  # where no thread can be started now, it may be later
+                if self._thread is None:  # in the process that serves, not in the one that it was forked from
+                    thread = threading.Thread(target=self._run, name="temp-roots", daemon=True)
+                    thread.start()
+                    self._thread = thread
+        return hold
+
+    def _run(self) -> None:
+        while True:
+            self._listen()
+            if time.monotonic() >= self._look_at:
+                self._let_go()
+                self._look_at = time.monotonic() + _LOOK
+            if self._waiting and time.monotonic() >= self._retry_at:
+                try:
+                    self._take()
+                except (OSError, RemoteError, MemoryError) as error:
+                    self._failed(error)
+
+    def _listen(self) -> None:
+        """Wait for something to do, and gather what there is."""
+        try:
+            self._waiting.append(self._asked.get(timeout=_LOOK if self._waiting or self._connections else None))
+            while True:
+                self._waiting.append(self._asked.get_nowait())
+        except Empty:
+            return
+
+    def _let_go(self) -> None:
+        """Close the connections that nobody needs. What was kept by one that is lost waits for another."""
+        kept = []
+        for connection in self._connections:
+            connection.holds = _alive(connection.holds)
+            if connection.holds and not connection.daemon.lost:
+                kept.append(connection)
+            else:
+                connection.daemon.close()
+                self._waiting += connection.holds
+        self._connections = kept
+        self._waiting = _alive(self._waiting)
+
+    def _take(self) -> None:
+        while self._waiting:
+            if hold := self._waiting[-1]():
+                connection = self._connection()
+                if hold.path not in connection.paths:
+                    try:
+                        connection.daemon.add_temp_root(f"{self._store_dir}/{hold.path}")
+                    except BaseException:
+                        connection.daemon.close()  # which makes it a lost one
+                        raise
+                    connection.paths.add(hold.path)
+                connection.holds.append(ref(hold))
+            self._waiting.pop()
+        if self._failing:
+            _log.info("the Nix daemon at %s keeps what is sent from being collected again", self._socket)
+            self._failing = False
+
+    def _connection(self) -> _Connection:
+        usable = [connection for connection in self._connections if not connection.daemon.lost]
+        if usable and (time.monotonic() - usable[-1].opened < _TAKING or len(usable) >= _MOST):
+            return usable[-1]
+        self._connections.append(_Connection(Daemon(self._socket, _TIMEOUT)))
+        return self._connections[-1]
+
+    def _failed(self, error: Exception) -> None:
+        self._retry_at = time.monotonic() + _RETRY
+        if not self._failing:
+            level = logging.DEBUG if isinstance(error, FileNotFoundError) and not self._expected else logging.WARNING
+            what = "nothing keeps what is sent from being collected, for want of the Nix daemon at %s: %s"
+            _log.log(level, what, self._socket, error)
+            self._failing = True
+
+
+def _alive(holds: list[ref[Hold]]) -> list[ref[Hold]]:
+    return [hold for hold in holds if hold() is not None]

@@ -1,0 +1,1 @@
+"""Implementations of the commands that are not the server."""

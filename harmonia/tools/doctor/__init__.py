@@ -1,0 +1,84 @@
+"""A binary cache as its clients see it, whoever made it: what would fail them or slow them down, and remedies.
+
+What is checked follows from what Nix clients do (docs/http-api.md): their parsers, their resumption of downloads, their
+caching of narinfos for 30 days.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from harmonia.errors import RemoteError
+from harmonia.nix.signing import PublicKey
+from harmonia.tools.doctor import cache_info, connection, nar, narinfo
+from harmonia.tools.doctor.answer import head
+from harmonia.tools.doctor.finding import LOG, Finding, Findings
+from harmonia.tools.http_client import Client
+
+_OK = 200
+_ABSENT = "see that the served store has it, and no [release] keeps it back; into a directory of files, copy it"
+
+
+def examine(
+    client: Client,
+    samples: Iterable[str],
+    keys: Sequence[PublicKey],
+    *,
+    store_dir: str,
+    count: int,
+    demanded: bool,
+    largest: int,
+) -> Findings:
+    """What is found, in the order of a client's requests.
+
+    `samples` are base names or hash parts of store paths, of which the first `count` that the cache has are looked at:
+    if `demanded`, it should have all of them. NARs of more than `largest` bytes are not downloaded.
+    """
+    try:
+        answer = client.get("nix-cache-info")
+    except RemoteError as error:
+        yield connection.unreachable(client, error)
+        return
+    if refusal := cache_info.refusal(client, answer, store_dir):
+        yield refusal
+        return
+    yield from connection.tls(client, answer)
+    yield from connection.clock(answer)
+    yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
+    yield from _guarded("missing paths", cache_info.missing(client))
+    looked = missed = 0
+    for sample in samples:
+        if looked >= count:
+            break
+        try:
+            there = client.get(f"{sample[:32]}.narinfo").status == _OK
+        except RemoteError:
+            there = True  # which is told below
+        if there:
+            looked += 1
+            yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
+        elif demanded:
+            missed += 1
+            yield Finding("narinfo", "error", f"{sample} is not in the cache", _ABSENT)
+    if count and not looked and not missed:
+        yield Finding(
+            "samples",
+            "warning",
+            "no path is known that this cache has, so that neither narinfos nor NARs were looked at",
+            "name some of its paths: harmonia doctor URL /nix/store/…",
+        )
+
+
+def _guarded(check: str, findings: Findings) -> Findings:
+    try:
+        yield from findings
+    except RemoteError as error:
+        yield Finding(check, "error", str(error), LOG)
+
+
+def _sample(client: Client, sample: str, keys: Sequence[PublicKey], store_dir: str, largest: int) -> Findings:
+    parsed = yield from narinfo.read(client, sample, store_dir)
+    if parsed is None:
+        return
+    info, file = parsed
+    yield narinfo.signatures(info, keys, store_dir)
+    yield from head(client, f"{info.path.hash_part}.narinfo")
+    yield from _guarded("NAR", nar.check(client, info, file, largest))

@@ -1,0 +1,208 @@
+"""A plain HTTP client that shows what was really sent: for questions about a server, not for downloads of any size.
+
+A private one is given what a netrc(5) has for its host, as Nix and curl give it.
+"""
+
+import base64
+import http.client
+import netrc
+import os
+import socket
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urljoin, urlsplit
+
+from harmonia.config.settings import Settings
+from harmonia.errors import ConfigError, FormatError, RemoteError
+
+LARGEST = 256 << 20
+"""Bytes of a body that are taken, at most."""
+_NETRC = ("/etc/nix/netrc", "~/.netrc")  # of which the first counts that knows the host, unless $NETRC names another
+_TIMEOUT = 20.0  # seconds for each step
+_REDIRECTS = 5
+_PIECE = 1 << 18
+_ASCII = "".join(map(chr, range(33, 127)))  # what a request can ask for as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    """By lower-case name."""
+    body: bytes
+    """As it was sent, still encoded."""
+    certificate: Mapping[str, Any]
+    """Of the server, as `ssl` tells it; empty without TLS."""
+
+
+class _Connection(http.client.HTTPConnection):
+    """To the host of a URL, or to where it is said to be: another host and port, or a unix socket."""
+
+    def __init__(self, netloc: str, tls: ssl.SSLContext | None, place: tuple[str, int] | str | None) -> None:
+        self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
+        super().__init__(netloc, timeout=_TIMEOUT)
+        self._tls = tls
+        self._place = place or (self.host, self.port)
+
+    def connect(self) -> None:
+        if isinstance(self._place, str):
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(self.timeout)
+            self.sock.connect(self._place)
+        else:
+            self.sock = socket.create_connection(self._place, self.timeout)
+        if self._tls:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+
+
+class Client:
+    """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket."""
+
+    def __init__(self, url: str, host: str | None = None) -> None:
+        """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
+
+        FormatError where it is no URL, RemoteError where the netrc is none.
+        """
+        self.url = self._base = url.rstrip("/")
+        self._place: tuple[str, int] | str | None = None
+        try:
+            parts = urlsplit(self.url)
+            name, port = parts.hostname, parts.port
+            (name or "").encode("idna")
+        except ValueError:  # of brackets, ports, and names that no host can have
+            name = None
+        if self.url.startswith("unix:") and self.url != "unix:":
+            self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
+        elif not name or parts.scheme not in ("http", "https"):
+            raise FormatError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+        elif "@" in parts.netloc:  # which holds a password, and is not shown
+            line = f"machine {name} login USER password PASSWORD"
+            raise FormatError(f"a URL cannot bring a user here; give it in a netrc that $NETRC names, as {line}")
+        elif host and port:
+            self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
+        authorization = _authorization(self.host)
+        self._own_headers = {"Authorization": authorization} if authorization else {}
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self._base).hostname or ""
+
+    @property
+    def brings_token(self) -> bool:
+        return bool(self._own_headers)
+
+    @classmethod
+    def of(cls, settings: Settings, key: str = "bind") -> "Client":
+        """The server with these settings, on this machine. RemoteError where they leave open where it listens."""
+        address = settings.address("metrics_bind" if key == "metrics_bind" else "bind")
+        name = urlsplit(settings.base_url).hostname if settings.base_url else None
+        if isinstance(address, str):
+            return cls(f"unix:{address}", name)
+        if address is None or address[1] == 0:
+            raise RemoteError(f"{key} does not tell the port that the server has; give its URL")
+        host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (it is compared)
+        scheme = "https" if settings.tls_cert_path and key == "bind" else "http"
+        return cls(f"{scheme}://{_in_url(host)}:{address[1]}", name)
+
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", stop: int | None = None
+    ) -> Answer:
+        """The answer to one request on a connection of its own, which is cut after `stop` bytes of the body.
+
+        Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer, ConfigError where
+        the certificates to trust cannot be read.
+        """
+        url = _joined(self._base + "/", path)
+        for _ in range(_REDIRECTS):
+            answer = self._ask(method, url, {"Accept-Encoding": "identity", **(headers or {})}, stop)
+            location = answer.headers.get("location")
+            if not 300 < answer.status < 400 or answer.status == 304 or not location:  # noqa: PLR2004 (RFC 9110)
+                return answer
+            url = _joined(url, location)
+        raise RemoteError(f"{url}: redirected more than {_REDIRECTS} times")
+
+    def _ask(self, method: str, url: str, headers: Mapping[str, str], stop: int | None) -> Answer:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https"):
+            raise RemoteError(f"{url} is no URL of HTTP")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote(target, safe=_ASCII, errors="surrogateescape")
+        is_ours = _origin(url) == _origin(self._base)
+        try:
+            connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None)
+        except http.client.InvalidURL as error:
+            raise RemoteError(f"{url}: {error}") from None
+        certificate: Mapping[str, Any] = {}
+        try:
+            connection.connect()
+            if isinstance(connection.sock, ssl.SSLSocket):
+                certificate = connection.sock.getpeercert() or {}
+            own = self._own_headers if is_ours else {}
+            connection.request(method, target, headers={"Connection": "close", **own, **headers})
+            response = connection.getresponse()
+            body = bytearray()
+            while len(body) < (LARGEST if stop is None else stop) and (piece := response.read1(_PIECE)):
+                body += piece
+            complete = stop is not None or response.length in (None, 0)
+        except ssl.SSLCertVerificationError as error:
+            raise RemoteError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last of what no URL or host has
+            raise RemoteError(f"{self.url}: {_why(error)}") from None
+        finally:
+            connection.close()
+        if not complete and method != "HEAD":
+            raise RemoteError(f"{url}: the body breaks off after {len(body)} bytes")
+        names = {name.lower() for name in response.headers}
+        # Several fields of one name are one (RFC 9110 section 5.3).
+        joined = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
+        return Answer(response.status, joined, bytes(body[:stop]), certificate)
+
+
+def _tls(scheme: str) -> ssl.SSLContext | None:
+    if scheme != "https":
+        return None
+    path = os.environ.get("NIX_SSL_CERT_FILE") or None
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        why = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else error.strerror
+        remedy = "name a file with certificates, or unset it"
+        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: cannot read {path!r}: {why}; {remedy}") from None
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _origin(url: str) -> tuple[str, str]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+def _authorization(host: str) -> str | None:
+    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else map(os.path.expanduser, _NETRC):
+        try:
+            found = netrc.netrc(path).authenticators(host)
+        except OSError:
+            continue  # it is not for this user
+        except (netrc.NetrcParseError, UnicodeDecodeError):  # whose own words quote it
+            raise RemoteError(f"{path} is no netrc(5); mend it, or name another one in $NETRC") from None
+        if found:
+            return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+    return None
+
+
+def _joined(base: str, url: str) -> str:
+    """By RFC 3986, as Nix does it since 2.32."""
+    try:
+        return urljoin(base, url)
+    except ValueError as error:
+        raise RemoteError(f"{url!r} is no URL: {error}") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

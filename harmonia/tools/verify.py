@@ -1,0 +1,154 @@
+"""Whether what is on disk still is what was registered: each path's NAR is hashed, several at a time.
+
+What was found good is noted in a journal, so that an interrupted run goes on where it stopped, and so that a store too
+large for one night is gone through in several.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from threading import Event
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+from harmonia.errors import ConfigError, StoreObjectError
+from harmonia.nix import base32, nar
+from harmonia.nix.path_info import PathInfo
+from harmonia.store.store import Store
+
+State = Literal["good", "corrupt", "missing", "unreadable", "unregistered"]
+
+
+class Result(NamedTuple):
+    path: str
+    """In full."""
+    state: State
+    what: str = ""
+    """What is wrong with it, in a few words."""
+
+
+class Journal:
+    """A file of lines `time hash path`: when which path was found good. ConfigError where it cannot be kept."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
+            self._file = open(path, "a+", encoding="ascii", errors="replace")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            what = f"cannot write {path!r}: {error.strerror}; name a journal that can be written with --journal"
+            raise ConfigError(what) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"{path}: another verification uses it; wait for its end, or name another") from None
+        self._file.seek(0)
+        lines = self._file.read().split("\n")[:-1]
+        # The last one, where a run was killed, may be torn, and so is any other that makes no sense.
+        self._times = {(words[1], words[2]): int(words[0]) for words in map(str.split, lines) if _is_whole(words)}
+        if len(lines) > 2 * len(self._times):
+            self._file.truncate(0)
+            for (nar_hash, name), when in self._times.items():
+                self._file.write(f"{when} {nar_hash} {name}\n")
+
+    def age(self, info: PathInfo) -> float:
+        """How many seconds ago the path was found good, with the content that is registered now."""
+        when = self._times.get((base32.encode(info.nar_hash), str(info.path)))
+        return float("inf") if when is None else time.time() - when
+
+    def note(self, info: PathInfo) -> None:
+        self._file.write(f"{int(time.time())} {base32.encode(info.nar_hash)} {info.path}\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _is_whole(words: list[str]) -> bool:
+    return len(words) == 3 and words[0].isdigit()  # noqa: PLR2004 (the three of a line)
+
+
+def verify(
+    store: Store,
+    paths: Iterable[str],
+    journal: Journal,
+    *,
+    max_age: float = 0,
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Generator[Result]:
+    """What comes of each of the paths, in full, in the order in which they are done.
+
+    Those found good less than `max_age` seconds ago are left out, and those that are deleted meanwhile. `progress`
+    hears, from any thread, of every few bytes that are done.
+    """
+    stop = Event()
+    running: dict[Future[Result], PathInfo] = {}
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
+
+    def done(most: int) -> Iterator[Result]:
+        """Those that are done, until no more than `most` are not."""
+        while len(running) > most:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                info, result = running.pop(future), future.result()
+                if result.state == "good":
+                    journal.note(info)
+                elif _look_up(store, result.path) != info:
+                    continue  # the garbage collector was faster
+                yield result
+
+    try:
+        for path in paths:
+            try:
+                info = _look_up(store, path)
+            except StoreObjectError as error:
+                yield Result(path, "unregistered", str(error))
+                continue
+            if info is None:
+                continue
+            if journal.age(info) < max_age:
+                progress(info.nar_size)
+                continue
+            yield from done(2 * threads)
+            running[pool.submit(_check, store, info, progress, stop)] = info
+        yield from done(0)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _look_up(store: Store, path: str) -> PathInfo | None:
+    info = store.path_info(path[len(store.store_dir) + 1 :][:32])
+    return info if info is not None and f"{store.store_dir}/{info.path}" == path else None
+
+
+def _check(store: Store, info: PathInfo, progress: Callable[[int], None], stop: Event) -> Result:
+    path, root = f"{store.store_dir}/{info.path}", store.real_path(info.path)
+    sha256, size = hashlib.sha256(), 0
+    try:
+        for chunk in nar.read(nar.dump(root)):
+            if stop.is_set():
+                break
+            sha256.update(chunk)
+            size += len(chunk)
+            progress(min(len(chunk), max(info.nar_size - size + len(chunk), 0)))
+    except StoreObjectError as error:
+        return Result(path, "corrupt", str(error))
+    except OSError as error:
+        if not os.path.lexists(root):
+            return Result(path, "missing", "it is registered, but not on disk")
+        return Result(path, "unreadable", f"{os.fsdecode(error.filename or root)}: {error.strerror}")
+    if size != info.nar_size:
+        return Result(path, "corrupt", f"its NAR has {size} bytes, but {info.nar_size} were registered")
+    if sha256.digest() != info.nar_hash:
+        found, wanted = base32.encode(sha256.digest()), base32.encode(info.nar_hash)
+        return Result(path, "corrupt", f"its NAR hash is sha256:{found}, but sha256:{wanted} was registered")
+    return Result(path, "good")

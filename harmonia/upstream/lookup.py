@@ -1,0 +1,155 @@
+"""What all upstreams together know of a path. Each question is asked once, however many want to know."""
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
+from typing import Any, TypeVar
+
+from harmonia.errors import UpstreamError
+from harmonia.upstream.client import Client
+from harmonia.upstream.lookup_cache import Memory
+from harmonia.upstream.loop_guard import Hops
+from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.remote_path import Found, look_up
+from harmonia.upstream.tasks import Tasks
+
+_T = TypeVar("_T")
+Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
+"""Asks one upstream something, with these headers. UpstreamError where it fails."""
+
+
+class Upstreams:
+    def __init__(self, clients: Sequence[Client], identity: str, bound: float) -> None:
+        """`bound` is after how many seconds a question is answered with no, whoever has yet to answer."""
+        self.clients = sorted(clients, key=lambda client: client.settings.priority)
+        self.identity = identity
+        self._bound = bound
+        self._known = Memory()
+        self._asking: dict[Hashable, asyncio.Task[Found | None]] = {}
+        self._tasks = Tasks()
+
+    def start(self) -> None:
+        for client in self.clients:
+            client.breaker.start(self._bound)
+
+    async def close(self) -> None:
+        await self._tasks.stop()
+        for client in self.clients:
+            await client.close()
+
+    async def find(self, hash_part: str, hops: Hops) -> Found | None:
+        """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it."""
+        if hops.is_over(self.identity):
+            return None
+        # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
+        for key in ((hash_part, Hops()), (hash_part, hops)):
+            known = self._known.get(key)
+            if known is not None and not (known.found and known.found.client.identity in hops.through):
+                return known.found
+        task = self._once((hash_part, hops), lambda: self._find(hash_part, hops))
+        done, _ = await asyncio.wait({task}, timeout=self._bound)
+        return task.result() if done else None
+
+    async def find_nar(self, name: NarName, hops: Hops, failed: Collection[Client] = ()) -> Found | None:
+        """Who has the NAR of that name, or one like it: packed anew, perhaps, but in the same compression.
+
+        Nobody who has failed. This takes its time: a client that asks for a NAR knows that there is one.
+        """
+        if hops.is_over(self.identity):
+            return None
+        known = self._known.get((name.hash_part, Hops()))
+        if known and known.found and known.found.name == name and known.found.client not in failed:
+            return known.found
+        return await asyncio.shield(self._once((name, hops, *failed), lambda: self._find_nar(name, hops, failed)))
+
+    def forget(self, found: Found) -> None:
+        """It is no longer true."""
+        self._known.forget((found.info.path.hash_part, Hops()))
+
+    async def get(self, ask: Ask[_T], hops: Hops, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
+        """The first answer of all upstreams, within the bound. What comes later, or second, is discarded."""
+        if hops.is_over(self.identity):
+            return None
+
+        async def first() -> _T | None:
+            return (await self._first(ask, hops, discard))[0]
+
+        task = self._tasks.begin(first())
+        done: set[asyncio.Task[_T | None]] = set()
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self._bound)
+            return task.result() if done else None
+        finally:
+            if not done:
+                task.add_done_callback(partial(_discard, discard))
+
+    async def _first(
+        self, ask: Ask[_T], hops: Hops, discard: Callable[[_T], object] = lambda _: None
+    ) -> tuple[_T | None, bool]:
+        """The first answer of all upstreams, and whether all have answered that were to be asked.
+
+        Those of the lowest priority are asked first, all at once; others when these have no answer, or keep us waiting.
+        Whoever is slower is still heard out: else its connection had to be closed, and its slowness went unnoticed.
+        """
+        clients = [client for client in self.clients if client.identity not in {*hops.through, *hops.asked}]
+        headers = hops.headers(self.identity, [client.identity for client in clients])
+        tiers = [list(tier) for _, tier in groupby(clients, lambda client: client.settings.priority)]
+        running: set[asyncio.Task[_T | None]] = set()
+        sure = len(clients) == len(self.clients)
+        try:
+            for tier in tiers:
+                running |= {self._tasks.begin(ask(client, headers)) for client in tier}
+                patience = None if tier is tiers[-1] else self._bound / (len(tiers) + 1)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        while running:
+                            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                            failed = {task for task in done if isinstance(task.exception(), UpstreamError)}
+                            sure = sure and not failed
+                            answers = [task for task in done - failed if task.result() is not None]
+                            running |= set(answers[1:])  # to be discarded
+                            if answers:
+                                return answers[0].result(), True
+            return None, sure
+        finally:
+            for task in running:
+                task.add_done_callback(partial(_discard, discard))
+
+    async def _find(self, hash_part: str, hops: Hops) -> Found | None:
+        found, sure = await self._first(lambda client, headers: look_up(client, hash_part, headers), hops)
+        if found or sure:
+            self._known.remember((hash_part, Hops() if found else hops), found)
+        return found
+
+    async def _find_nar(self, name: NarName, hops: Hops, failed: Collection[Client]) -> Found | None:
+        alike: list[Found] = []
+
+        async def ask(client: Client, headers: dict[str, str]) -> Found | None:
+            if client in failed or not name.may_be_at(client.id):
+                return None
+            found = await look_up(client, name.hash_part, headers)
+            if found and (found.name.nar_hash, found.name.compression) == (name.nar_hash, name.compression):
+                if found.name == name:
+                    return found
+                alike.append(found)
+            return None
+
+        found, _ = await self._first(ask, hops)
+        return found or next(iter(alike), None)
+
+    def _once(
+        self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, Found | None]]
+    ) -> "asyncio.Task[Found | None]":
+        """The answer to a question that is asked once at a time, however many want to know."""
+        task = self._asking.get(question)
+        if task is None:
+            task = self._asking[question] = self._tasks.share(ask())
+            task.add_done_callback(lambda _: self._asking.pop(question, None))
+        return task
+
+
+def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:
+    if not task.cancelled() and task.exception() is None and (answer := task.result()) is not None:
+        discard(answer)

@@ -1,0 +1,299 @@
+"""A Harmonia that runs: the real process, its log, and a client that sees what is really on the wire."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Self
+from urllib.parse import urlsplit
+
+import zstandard
+
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Sparse
+
+HARMONIA = [sys.executable, "-m", "harmonia"]
+NO_CACHE = Path("/proc/none")
+"""A directory that nobody can make, root neither."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    """By lower-case name, without Date. A header that came twice fails the test."""
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+class Server:
+    """A server of the store below `store` (as `nix/store` and `nix/var/nix/db/db.sqlite`), with further `settings`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        store: Path,
+        settings: str = "",
+        *,
+        bind: str = "127.0.0.1:0",
+        workers: int = 1,
+        cache_dir: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = HARMONIA,
+        client_certificate: Path | None = None,
+        **process: object,
+    ) -> None:
+        directory.mkdir()
+        self._program = program
+        self.client_certificate = client_certificate
+        """What its clients present, a file with the certificate and the key."""
+        self.directory = directory
+        self.cache_dir = cache_dir or directory / "cache"
+        self.config = directory / "harmonia.toml"
+        self.config.write_text(
+            f"bind = {bind!r}\nworkers = {workers}\nreal_nix_store = '{store}/nix/store'\n"
+            f"nix_db_path = '{store}/nix/var/nix/db/db.sqlite'\ncache_dir = '{self.cache_dir}'\n{settings}\n"
+        )
+        self.environment = {**os.environ, **(environment or {})}
+        self._options = process
+        self.log: list[str] = []
+        self.process: subprocess.Popen[str]
+
+    def start(self) -> None:
+        self.launch()
+        self.url = self.wait_for_log(r"serving .* at (\S+)")[1]
+        deadline = time.monotonic() + 20
+        while not self._answers():
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.01)
+
+    def launch(self) -> None:
+        """Start it, whatever comes of it."""
+        command = [*self._program, "--config", str(self.config)]
+        self.process = subprocess.Popen(  # type: ignore[call-overload]
+            command, stderr=subprocess.PIPE, text=True, env=self.environment, **self._options
+        )
+        assert self.process.stderr is not None
+        self._reader = threading.Thread(target=self._read, args=(self.process.stderr,))
+        self._reader.start()
+
+    def _answers(self) -> bool:
+        try:
+            return self.get("/version").status == 200
+        except OSError:
+            assert self.process.poll() is None, self.log
+            return False
+
+    def _read(self, stderr: IO[str]) -> None:
+        self.log.extend(iter(stderr.readline, ""))
+
+    def wait_for_log(self, pattern: str, seconds: float = 20) -> re.Match[str]:
+        """The first line of the log that matches, waited for."""
+        deadline = time.monotonic() + seconds
+        while True:
+            for line in list(self.log):
+                if match := re.search(pattern, line):
+                    return match
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.log}"
+            assert self.process.poll() is None, f"ended without {pattern!r} in {self.log}"
+            time.sleep(0.01)
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 10) -> int:
+        """Signal it, wait for its end, and return its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 10) -> int:
+        """Wait for its end, and return its exit status."""
+        try:
+            status = self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self._reader.join()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
+        return status
+
+    def settle(self) -> None:
+        """Wait until its one worker has seen the end of each connection that was closed before."""
+        with self.connect() as connection:
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
+            while connection.recv(4096):
+                pass
+
+    @property
+    def workers(self) -> list[int]:
+        """The process ids of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    @contextmanager
+    def connect(self, timeout: float = 20, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+        """A plain connection to it. `receive_buffer` bounds the bytes that arrive before anybody reads them."""
+        target: str | tuple[str, int]
+        if self.url.startswith("unix:"):
+            connection, target = socket.socket(socket.AF_UNIX), self.url.removeprefix("unix:")
+        else:
+            address = urlsplit(self.url)
+            assert address.hostname
+            assert address.port
+            target = (address.hostname, address.port)
+            family = socket.getaddrinfo(*target, type=socket.SOCK_STREAM)[0][0]
+            connection = socket.socket(family)
+        with connection:
+            connection.settimeout(timeout)
+            if receive_buffer:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            connection.connect(target)
+            if self.url.startswith("https:"):
+                context = ssl.create_default_context()
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                if self.client_certificate is not None:
+                    context.load_cert_chain(self.client_certificate)
+                with context.wrap_socket(connection) as secured:
+                    yield secured
+            else:
+                yield connection
+
+    def request(
+        self, method: str, path: str, headers: Mapping[str, str] | None = None, *, version: str = "1.1"
+    ) -> Answer:
+        """One request on a connection of its own, its head sent to the letter."""
+        lines = [f"{method} {path} HTTP/{version}", "Host: cache", "Connection: close"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        with self.connect() as connection:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+            return read_answer(connection, method)
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return self.request("GET", path, headers)
+
+    def head(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return self.request("HEAD", path, headers)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A store for tests of the process: it has something small and something that no buffer holds."""
+
+    root: Path
+    small: PathInfo
+    big: PathInfo
+
+    @classmethod
+    def make(cls, root: Path, size: int = 64 << 20) -> "Sample":
+        store = StoreBuilder(root)
+        big = store.add(store.output_path("big"), Sparse(size))
+        return cls(root, store.add_text("small", b"small\n"), big)
+
+
+class ServiceManager:
+    """What systemd is to a service: it gives it the address to notify, and reads what comes there."""
+
+    def __init__(self, address: str) -> None:
+        """`address` is a path, or an abstract socket's name after an @."""
+        self.environment = {"NOTIFY_SOCKET": address}
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def drain(self) -> None:
+        """Forget the datagrams that have come."""
+        self._socket.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self._socket.recv(4096)
+
+    def receive(self, seconds: float = 20) -> str:
+        """The next datagram. TimeoutError where none comes."""
+        self._socket.settimeout(seconds)
+        return self._socket.recv(4096).decode()
+
+
+def unpacked(encoded: bytes) -> bytes:
+    """What zstd frames hold. Fails where they are damaged, or the last one is not whole."""
+    content = bytearray()
+    while encoded:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        content += frame.decompress(encoded)
+        assert frame.eof
+        encoded = frame.unused_data
+    return bytes(content)
+
+
+def nar_url(info: PathInfo) -> str:
+    return f"/nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+
+
+def patched(statements: str) -> list[str]:
+    """The program with changes that no setting makes: constants of minutes, failures that never come when called."""
+    return [sys.executable, "-c", f"{statements}\nfrom harmonia.cli import main\nmain()"]
+
+
+@contextmanager
+def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
+    """A response whose head has come, while most of its body waits for the client to read."""
+    with server.connect(receive_buffer=8192) as connection:
+        connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as response:
+            response.begin()
+            yield response
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open just now. It may close any of it while we look."""
+    names = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(descriptor))
+    return names
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def read_answer(connection: socket.socket, method: str = "GET") -> Answer:
+    """One response off a connection; http.client.IncompleteRead where its body breaks off."""
+    response = http.client.HTTPResponse(connection, method=method)
+    response.begin()
+    headers: dict[str, str] = {}
+    for name, value in response.getheaders():
+        assert name.lower() not in headers, f"{name} came twice"
+        headers[name.lower()] = value
+    headers.pop("date", None)  # it is another one a second later
+    return Answer(response.status, headers, response.read())
+
+
+def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line, run to its end."""
+    command: Sequence[str] = [*HARMONIA, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, env={**os.environ, **(environment or {})}, check=False
+    )

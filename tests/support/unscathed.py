@@ -1,0 +1,93 @@
+"""Whether a server is as before, whatever befell it: nothing is left behind, and what it answers next is right."""
+
+import re
+import resource
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from harmonia.nix.path_info import PathInfo
+from support.running import Server, nar_url, open_files, unpacked, wait_until
+
+THREADS = 48
+"""More than a worker's pools have at most (`harmonia/server/threads.py`), fewer than one for each of `MANY`."""
+CONNECTIONS = 6
+"""To a database: one for each thread that asks it, opened when it first does."""
+MEMORY = 48 << 20
+"""Bytes that the malloc of a worker may keep for the next time, of 16 threads that read and 8 that compress."""
+MANY = 200
+"""Clients. Each that left a connection, a file, a thread, or its share of `MEMORY`, would be noticed."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a server's workers have."""
+
+    descriptors: Counter[str]
+    threads: int
+    memory: int
+    growing: tuple[str, ...]
+    workers: int
+
+    @classmethod
+    def by(cls, server: Server) -> "Held":
+        names = [re.sub(r":\[\d+\]", "", name) for worker in server.workers for name in open_files(worker)]
+        # libuv's spare one, for when there is no other, is another file after it was of use.
+        names = ["/dev/null" if name == "/" else name for name in names]
+        resident = [int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in server.workers]
+        return cls(
+            Counter(names),
+            max(map(threads, server.workers)),
+            sum(resident) * resource.getpagesize(),
+            tuple(path.name for path in server.cache_dir.glob("nar/*.growing")),
+            len(server.workers),
+        )
+
+    def beyond(self, before: "Held") -> list[object]:
+        """What there is of it that was not there before."""
+        more = (self.descriptors - before.descriptors).items()
+        return [
+            *[(name, count) for name, count in more if "sqlite" not in name or self.descriptors[name] > CONNECTIONS],
+            *[f"{self.threads} threads"] * (self.threads > THREADS),
+            *[f"{self.memory - before.memory} bytes"] * (self.memory - before.memory > MEMORY * self.workers),
+            *self.growing,
+        ]
+
+
+def threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+@contextmanager
+def unscathed(server: Server, *paths: PathInfo, seconds: float = 20) -> Iterator[None]:
+    """What happens meanwhile leaves nothing behind after `seconds`; before and after it, all of `paths` is served."""
+    for _ in range(2):
+        serves(server, *paths)
+    server.settle()
+    wait_until(lambda: all(threads(worker) > 1 for worker in server.workers))  # one that serves has begun some
+    before = Held.by(server)
+    yield
+    left: list[object] = []
+
+    def is_as_before() -> bool:
+        left[:] = Held.by(server).beyond(before)
+        return not left
+
+    try:
+        wait_until(is_as_before, seconds)
+    except AssertionError:
+        raise AssertionError(f"left behind: {left}") from None
+    serves(server, *paths)
+
+
+def serves(server: Server, *paths: PathInfo) -> None:
+    """Whether what it answers of those paths is right."""
+    for info in paths:
+        narinfo = server.get(f"/{info.path.hash_part}.narinfo")
+        assert narinfo.status == 200, narinfo
+        assert f"\nNarSize: {info.nar_size}\n" in narinfo.text
+        assert sha256(server.get(nar_url(info)).body).digest() == info.nar_hash
+        assert sha256(unpacked(server.get(nar_url(info) + ".zst").body)).digest() == info.nar_hash
