@@ -238,12 +238,12 @@ class TestKeygen:
         (["frobnicate"], "No such command 'frobnicate'; see harmonia --help"),
         (["--config", "", "check-config"], "Invalid value for '--config': the name is empty; name a file, .*"),
         (["ls", "--config", "", "x"], "Invalid value for '--config': the name is empty; name a file, .*"),
-        (["--confg", "x"], "No such option '?--confg'?.*[;?] [Ss]ee harmonia --help"),
+        (["--confg", "x"], "No such option:? '?--confg'?.*[;?] [Ss]ee harmonia --help"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
         (["nar", "dump", "/none"], "'/none' is not there; name a file, .* symlink; see harmonia nar dump --help"),
         (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),
-        (["verify", "--all", "--max-age", "soon"], ".*'soon' is no age like 12h or 7d; see harmonia verify --help"),
+        (["verify", "--all", "--max-age", "soon"], ".*'soon' is not an age like 12h or 7d; see harmonia verify --help"),
         (["warm"], "name some paths, or --gc-roots; see harmonia warm --help"),
     ],
 )
@@ -373,13 +373,15 @@ def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, progr
         start_new_session=True,
     ) as process:  # fmt: skip
         os.close(terminal)
-        os.write(keyboard, f"{prepare}{start_up(name)}; echo rea''dy\n".encode())
-        read_until(keyboard, "ready")
-        for typed, completed in COMPLETED:
-            os.write(keyboard, f"{typed}\t".encode())
-            read_until(keyboard, typed.rpartition(" ")[0] + " " + completed)
-            os.write(keyboard, b"\x15")  # Ctrl-U: begin the line anew
-        process.kill()
+        try:
+            os.write(keyboard, f"{prepare}{start_up(name)}; echo rea''dy\n".encode())
+            read_until(keyboard, "ready")
+            for typed, completed in COMPLETED:
+                os.write(keyboard, f"{typed}\t".encode())
+                read_until(keyboard, typed.rpartition(" ")[0] + " " + completed)
+                os.write(keyboard, b"\x15")  # Ctrl-U: begin the line anew
+        finally:
+            process.kill()
     os.close(keyboard)
 
 

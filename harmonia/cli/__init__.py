@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import BinaryIO
 
 import click
-from click.shell_completion import FishComplete, add_completion_class
+from click.shell_completion import CompletionItem, FishComplete, add_completion_class
 
 from harmonia import __version__
 from harmonia.errors import ConfigError, HarmoniaError, StoreUnavailableError
@@ -72,9 +72,34 @@ More:
 
 @add_completion_class
 class _Fish(FishComplete):
-    """Click's, but for descriptions with commas in them, of which it shows what is before the first."""
+    """Completion for fish: each candidate is a line `TYPE,VALUE`, a tab and its description.
 
-    source_template = FishComplete.source_template.replace('string split ","', 'string split --max 1 ","')
+    The script and the lines are both ours, because Click's differ between versions: those of 8.4.0 and 8.4.1 do not fit
+    each other, so nothing is completed, and those of the others end a description at its first comma.
+    """
+
+    source_template = """\
+function %(complete_func)s
+    for line in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp) \
+COMP_CWORD=(commandline -t) %(prog_name)s)
+        set -l candidate (string split --max 1 "," $line)
+        switch $candidate[1]
+            case dir
+                __fish_complete_directories $candidate[2]
+            case file
+                __fish_complete_path $candidate[2]
+            case plain
+                echo $candidate[2]
+        end
+    end
+end
+
+complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
+"""
+
+    def format_completion(self, item: CompletionItem) -> str:
+        description = " ".join((item.help or "").split())
+        return f"{item.type},{item.value}\t{description}" if description else f"{item.type},{item.value}"
 
 
 class _Commands(click.Group):
@@ -185,6 +210,7 @@ def in_a_pipe() -> None:
 @click.command(
     cls=_Commands,
     invoke_without_command=True,
+    subcommand_metavar="[COMMAND] [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_EPILOG,
 )

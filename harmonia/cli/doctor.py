@@ -12,7 +12,7 @@ from rich.text import Text
 
 from harmonia import cli
 from harmonia.cli import progress
-from harmonia.cli.url import Url
+from harmonia.cli.url import parse_url
 from harmonia.config import credentials, loader
 from harmonia.config.settings import ReleaseRules, Settings
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
@@ -31,7 +31,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 
 
 @click.command("doctor")
-@click.argument("client", type=Url(), metavar="[URL]", required=False)
+@click.argument("client", type=parse_url, metavar="[URL]", required=False)
 @click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option(
     "--public-key",

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harmonia.cli import progress
-from harmonia.cli.url import Url
+from harmonia.cli.url import parse_url
 from harmonia.config import loader
 from harmonia.errors import RemoteError
 from harmonia.tools import top
@@ -22,7 +22,7 @@ from harmonia.tools.top import Look
 
 
 @click.command("top")
-@click.argument("client", type=Url(), metavar="[URL]", required=False)
+@click.argument("client", type=parse_url, metavar="[URL]", required=False)
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),

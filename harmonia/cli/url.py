@@ -6,13 +6,9 @@ from harmonia.errors import FormatError
 from harmonia.tools.http_client import Client
 
 
-class Url(click.ParamType[Client]):
-    """Makes a client of that server."""
-
-    name = "URL"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Client:
-        try:
-            return Client(str(value))
-        except FormatError as error:
-            self.fail(str(error), param, ctx)
+def parse_url(text: str) -> Client:
+    """Return a client of the server with this URL. Raises BadParameter if it is malformed."""
+    try:
+        return Client(text)
+    except FormatError as error:
+        raise click.BadParameter(str(error)) from error

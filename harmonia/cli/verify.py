@@ -19,16 +19,12 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _ORDER = ("corrupt", "missing", "unreadable", "unregistered")
 
 
-class _Age(click.ParamType[float]):
-    name = "AGE"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"([0-9]{1,6})([smhdw])", str(value))
-        if match is None:
-            self.fail(f"{value!r} is no age like 12h or 7d", param, ctx)
-        return float(match[1]) * _UNITS[match[2]]
+def _parse_age(text: str) -> float:
+    """Return the seconds of an age like 12h or 7d. Raises BadParameter if it is malformed."""
+    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not an age like 12h or 7d")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command("verify")
@@ -37,7 +33,8 @@ class _Age(click.ParamType[float]):
 @click.option("-r", "--recursive", is_flag=True, help="Verify what the PATHs refer to, too.")
 @click.option(
     "--max-age",
-    type=_Age(),
+    type=_parse_age,
+    metavar="AGE",
     default="0s",
     help="Leave out what was found good less than this ago: 12h, 7d.",
 )

@@ -192,8 +192,16 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
     ("rules", "what"),
     [
         ("signed_by = ['x']", "release.signed_by: a public key has the form name:base64, as in nix.conf"),
-        (f"signed_by = '{KEY.export()}'", "release.signed_by: expected an array of strings, found string (not shown)"),
-        (f"signed_by = ['{KEY.export()}']", "release.signed_by: the public key has 64 bytes after its colon"),
+        pytest.param(
+            f"signed_by = '{KEY.export()}'",
+            "release.signed_by: expected an array of strings, found string (not shown)",
+            id="a secret key",
+        ),
+        pytest.param(
+            f"signed_by = ['{KEY.export()}']",
+            "release.signed_by: the public key has 64 bytes after its colon",
+            id="a list of a secret key",
+        ),
         ("gc_roots = ['roots']", "release.gc_roots: expected an absolute path, found 'roots'"),
         ("gc_roots = ['/nowhere/roots']", "release.gc_roots: there is no '/nowhere/roots'; name a store path"),
         ("alow = ['a']", "release.alow: unknown key; did you mean release.allow?"),
