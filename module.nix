@@ -12,19 +12,26 @@ let
   format = pkgs.formats.toml { };
   # Settings: an option for each key we know. Null is not written, nor a table of that, so that Harmonia's own default
   # holds.
-  keys = lib.importJSON ./module-settings.json;
+  keys = lib.recursiveUpdate (lib.importJSON ./module-settings.json) {
+    # Values that other modules read, as in nixpkgs' module. Clients ask cache.nixos.org first, which has priority 40.
+    bind.nixosDefault = if cfg.nginx.enable then "unix:/run/harmonia/socket" else "[::]:5000";
+    priority.nixosDefault = 50;
+    workers.nixosDefault = 4;
+  };
   given =
     table:
     lib.filterAttrs (_: value: value != null && value != { }) (
       lib.mapAttrs (_: value: if lib.isAttrs value then given value else value) table
     );
+  # A path literal is copied to the Nix store, as NixOS does elsewhere.
+  file = types.coercedTo types.path (path: "${path}") types.str;
   settingType =
     key:
     {
       bool = types.bool;
       enum = types.enum key.words;
-      file = types.str;
-      files = types.listOf types.str;
+      inherit file;
+      files = types.listOf file;
       int = if key.max == null then types.ints.unsigned else types.ints.between key.min key.max;
       number = types.number;
       string = types.str;
@@ -51,6 +58,12 @@ let
         default = [ ];
         inherit (key) description;
       }
+    else if key ? nixosDefault then
+      mkOption {
+        type = settingType key;
+        default = key.nixosDefault;
+        inherit (key) description;
+      }
     else if key ? default then
       mkOption {
         type = types.nullOr (settingType key);
@@ -67,13 +80,17 @@ let
   inherit (cfg.settings) bind;
   onUnixSocket = lib.hasPrefix "unix:" bind;
   address = builtins.match "(.*):([0-9]+)" bind;
-  host = builtins.elemAt address 0;
-  port = lib.toInt (builtins.elemAt address 1);
+  host = if address == null then bind else builtins.elemAt address 0;
+  port = if address == null then 5000 else lib.toInt (builtins.elemAt address 1);
+  onAnyAddress = lib.elem host [
+    ""
+    "[::]"
+  ];
   listenStreams =
     if onUnixSocket then
       [ (lib.removePrefix "//" (lib.removePrefix "unix:" bind)) ]
     # A port alone means IPv6 and IPv4, and works where there is no IPv6.
-    else if host == "[::]" then
+    else if onAnyAddress then
       [ (toString port) ]
     else if host == "localhost" then
       [
@@ -81,7 +98,7 @@ let
         "[::1]:${toString port}"
       ]
     else
-      [ bind ];
+      [ "${host}:${toString port}" ];
 
   # Files that may be for nobody else to read: root's systemd does, and hands them over.
   credential = name: "/run/credentials/harmonia.service/${name}";
@@ -101,10 +118,11 @@ let
     lib.imap0
       (number: path: {
         name = "sign-key-${toString number}";
-        path = toString path;
+        path = "${path}";
       })
       (
         cfg.signKeyPaths
+        ++ lib.optional (cfg.signKeyPath != null) cfg.signKeyPath
         ++ lib.optionals (cfg.settings.sign_key_paths != null) cfg.settings.sign_key_paths
         ++ lib.optional (cfg.settings.sign_key_path != null) cfg.settings.sign_key_path
       );
@@ -132,7 +150,7 @@ let
   checked =
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
       pkgs.runCommand "harmonia.toml" { passthru = { inherit settings; }; } ''
-        ${lib.getExe cfg.package} --config ${unchecked} check-config --text-only
+        ${lib.getExe package} --config ${unchecked} check-config --text-only
         cp ${unchecked} "$out"
       ''
     else
@@ -165,64 +183,29 @@ let
   # Metrics of their own address are the one thing that Harmonia listens for itself, upstreams what it asks.
   needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
-  noDaemon = "This Harmonia is a cache alone, and reads the store without any daemon.";
+
+  # The Harmonia written in Rust cannot run with these arguments; it would even start a server in the build.
+  ownPackage = pkgs.callPackage ./package.nix { };
+  isRust =
+    cfg.package ? cargoDeps
+    || cfg.package ? cargoArtifacts
+    || cfg.package.meta.mainProgram or "" == "harmonia-cache";
+  package = if isRust then ownPackage else cfg.package;
+
+  # A configuration that sets one of these as well has precedence, without mkForce. Lists are joined.
+  yielding = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
 in
 {
   disabledModules = [ "services/networking/harmonia.nix" ];
 
-  # The layouts of nixpkgs' module since 2026 (`cache`), and of upstream's own flake (`harmonia-dev`).
-  imports =
-    let
-      renamed =
-        old: name:
-        lib.mkRenamedOptionModule ([ "services" ] ++ old ++ [ name ]) [
-          "services"
-          "harmonia"
-          name
-        ];
-      signKeyPath =
-        old:
-        let
-          from = [ "services" ] ++ old ++ [ "signKeyPath" ];
-        in
-        lib.mkChangedOptionModule from [ "services" "harmonia" "signKeyPaths" ] (
-          config: lib.optional (lib.getAttrFromPath from config != null) (lib.getAttrFromPath from config)
-        );
-      whole =
-        old:
-        map (renamed old) [
-          "enable"
-          "package"
-          "settings"
-          "signKeyPaths"
-        ]
-        ++ [ (signKeyPath old) ];
-    in
-    [ (signKeyPath [ "harmonia" ]) ]
-    ++ whole [
-      "harmonia"
-      "cache"
-    ]
-    ++ whole [ "harmonia-dev" ]
-    ++ whole [
-      "harmonia-dev"
-      "cache"
-    ]
-    ++ [
-      (lib.mkRemovedOptionModule [ "services" "harmonia-dev" "daemon" ] noDaemon)
-      (lib.mkRemovedOptionModule [
-        "services"
-        "harmonia-dev"
-        "gc"
-      ] "This Harmonia is a cache alone; see nix.gc.")
-    ];
+  imports = [ ./nix/compatibility.nix ];
 
   options.services.harmonia = {
     enable = lib.mkEnableOption "Harmonia, a Nix binary cache that serves this machine's store";
 
     package = mkOption {
       type = types.package;
-      default = pkgs.callPackage ./package.nix { };
+      default = ownPackage;
       defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
       description = "The Harmonia to run. Not nixpkgs' `pkgs.harmonia`, which is the one written in Rust.";
     };
@@ -280,13 +263,6 @@ in
       description = "Whether to let other machines reach the cache: its port, or with `nginx.enable` ports 80 and 443.";
     };
 
-    daemon = mkOption {
-      type = types.attrsOf types.anything;
-      default = { };
-      visible = false;
-      description = "Of nixpkgs' module; nothing of it is here.";
-    };
-
     nginx = {
       enable = lib.mkEnableOption ''
         a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket
@@ -317,16 +293,6 @@ in
   };
 
   config = lib.mkMerge [
-    {
-      assertions = [
-        {
-          # A cache does without; but somebody may have wanted nothing else.
-          assertion = cfg.daemon.enable or false -> cfg.enable;
-          message = "services.harmonia.daemon: ${noDaemon}";
-        }
-      ];
-    }
-
     (lib.mkIf (cfg.client.caches != { }) {
       nix.settings = {
         substituters = lib.attrNames cfg.client.caches;
@@ -339,7 +305,9 @@ in
         {
           assertion =
             onUnixSocket
-            || (address != null && (host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null));
+            || onAnyAddress
+            || host == "localhost"
+            || builtins.match "[0-9.]+|\\[.*]" host != null;
           message = ''
             services.harmonia.settings.bind: systemd listens on IP addresses and unix sockets, not on the name in "${bind}".
           '';
@@ -368,13 +336,9 @@ in
         map (key: ''
           services.harmonia: the secret key ${key.path} is in the Nix store, where everyone on this machine can read it.
         '') inStore
-        ++ lib.optional (
-          cfg.daemon != { }
-        ) "services.harmonia.daemon has no effect, and can be removed. ${noDaemon}";
+        ++ lib.optional isRust "services.harmonia.package is the Harmonia written in Rust, and is not used: remove it.";
 
       services.harmonia.settings = lib.mkMerge [
-        # Harmonia's own default, told here because others look at it.
-        { bind = lib.mkDefault (if cfg.nginx.enable then "unix:/run/harmonia/socket" else "[::]:5000"); }
         (lib.mkIf (cfg.cacheSize != null) { cache_size = cfg.cacheSize; })
         (lib.mkIf cfg.nginx.enable {
           trusted_proxies =
@@ -389,7 +353,10 @@ in
       ];
 
       # harmonia doctor, top, warm, token …
-      environment.systemPackages = [ cfg.package ];
+      environment.systemPackages = [ package ];
+
+      # Temporary roots are asked for by the name of the service's user.
+      nix.settings.extra-allowed-users = lib.mkIf (cfg.settings.daemon_socket != "") [ "harmonia" ];
 
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
         if cfg.nginx.enable then
@@ -404,21 +371,25 @@ in
       systemd.sockets.harmonia = {
         description = "Harmonia binary cache, socket";
         wantedBy = [ "sockets.target" ];
-        inherit listenStreams;
-        socketConfig = {
-          # As harmonia/process/sockets.py does where it listens by itself.
-          Backlog = 4096;
-        }
-        // lib.optionalAttrs onUnixSocket (
-          if cfg.settings.unix_socket_mode != null then
-            { SocketMode = cfg.settings.unix_socket_mode; }
-          else if cfg.nginx.enable then
-            {
-              SocketGroup = config.services.nginx.group;
-              SocketMode = "0660";
-            }
-          else
-            { SocketMode = "0666"; }
+        socketConfig = yielding (
+          {
+            # As harmonia/process/sockets.py does where it listens by itself.
+            Backlog = 4096;
+            # The address may come later than this socket, such as that of a VPN.
+            FreeBind = true;
+            ListenStream = listenStreams;
+          }
+          // lib.optionalAttrs onUnixSocket (
+            if cfg.settings.unix_socket_mode != null then
+              { SocketMode = cfg.settings.unix_socket_mode; }
+            else if cfg.nginx.enable then
+              {
+                SocketGroup = config.services.nginx.group;
+                SocketMode = "0660";
+              }
+            else
+              { SocketMode = "0666"; }
+          )
         );
       };
 
@@ -433,17 +404,19 @@ in
         wantedBy = [ "multi-user.target" ];
         # The socket stays open meanwhile: no connection is refused.
         stopIfChanged = false;
-        unitConfig = {
-          # A service that cannot start is given up, with its socket, on which clients would wait otherwise.
-          StartLimitIntervalSec = 120;
-          StartLimitBurst = 20;
-        }
-        // lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; };
+        unitConfig = yielding (
+          {
+            # A service that cannot start is given up, with its socket, on which clients would wait otherwise.
+            StartLimitIntervalSec = 120;
+            StartLimitBurst = 20;
+          }
+          // lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; }
+        );
 
-        serviceConfig = {
+        serviceConfig = yielding {
           Type = "notify";
           # No ExecReload: systemd copies credentials at a start alone, so a new certificate needs a restart.
-          ExecStart = "${lib.getExe cfg.package} --config ${cfg.configFile} serve";
+          ExecStart = "${lib.getExe package} --config ${cfg.configFile} serve";
           WatchdogSec = 30;
           # The main process ends its workers, after their downloads.
           KillMode = "mixed";
@@ -524,7 +497,14 @@ in
       services.nginx = {
         enable = true;
         upstreams.harmonia = {
-          servers.${if onUnixSocket then "unix:${lib.head listenStreams}" else lib.head listenStreams} = { };
+          servers.${
+            if onUnixSocket then
+              "unix:${lib.head listenStreams}"
+            else if onAnyAddress then
+              "127.0.0.1:${toString port}"
+            else
+              lib.head listenStreams
+          } = { };
           extraConfig = "keepalive 32;\n";
         };
         virtualHosts.${cfg.nginx.hostName} = {

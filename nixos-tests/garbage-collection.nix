@@ -1,9 +1,11 @@
-# Garbage is collected while a path is sent from the sandbox: not that path, until its download has ended.
+# Garbage is collected while a path is sent from the sandbox: not that path, until its download has ended. The daemon
+# keeps it for the service, although it allows only some users.
 {
   name = "harmonia-garbage-collection";
   nodes.server = {
     imports = [ ./lab/server.nix ];
     services.harmonia.settings.enable_compression = false;
+    nix.settings.allowed-users = [ "@wheel" ];
   };
   nodes.client.imports = [ ./lab/client.nix ];
 

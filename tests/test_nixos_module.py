@@ -1,9 +1,6 @@
-"""module.nix keeps what it says. It is evaluated by the Nix on this machine, through our own small NixOS in
-nixos-tests/eval, or through the real one where $NIXPKGS names a nixpkgs tree.
-"""
+"""module.nix keeps what it says."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -18,8 +15,8 @@ import pytest
 
 from e2e.nix_client import NIXES, Client, Nix
 from harmonia.config.settings import Settings
+from support.nixos_machine import PROJECT, configured, directives, evaluate, needs_nix, nix
 
-PROJECT = Path(__file__).parent.parent
 KEYS = PROJECT / "module-settings.json"
 REFERENCE = PROJECT / "docs/nixos-options.md"
 UNITS = PROJECT / "docs/systemd"
@@ -31,62 +28,8 @@ EXPOSURE_IN_NETWORK = 1.2
 EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAddressFamilies_AF_UNIX", "DeviceAllow"}
 """What that is made of; docs/nixos.md tells why."""
 
-needs_nix = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on PATH")
-Machine = Mapping[str, Any]
-
-
-def nix(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: os.environ[name] for name in ("PATH", "NIXPKGS", "HOME") if name in os.environ}
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env={**inherited, **environment}
-    )
-
-
-def evaluate(expression: str) -> Any:
-    # The dummy store keeps nothing: no daemon and no right to write are needed.
-    found = nix(
-        "nix-instantiate", "--eval", "--strict", "--json", "--show-trace", "--expr", expression, NIX_REMOTE="dummy://"
-    )
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
-
-
-def configured(configuration: str, *, beside: str = "", module: str = "{ }") -> Machine:
-    """What a NixOS machine has of us with `configuration`, what is `beside` services.harmonia, and a module."""
-    machine: Machine = evaluate(f"""
-      let
-        machine = (import {PROJECT}/nixos-tests/eval {{ }}).configure {{
-          imports = [ ({module}) ];
-          services.harmonia = {{ {configuration} }};
-          boot.isContainer = true;
-          security.acme = {{ acceptTerms = true; defaults.email = "root@example.org"; }};
-          system.stateVersion = "25.05";
-          {beside}
-        }};
-        text = name: machine.systemd.units.${{name}}.text or null;
-      in
-      {{
-        service = text "harmonia.service";
-        socket = text "harmonia.socket";
-        settings = machine.services.harmonia.configFile.settings;
-        ports = machine.networking.firewall.allowedTCPPorts;
-        nix = builtins.intersectAttrs {{ substituters = 1; trusted-public-keys = 1; }} (
-          if machine.nix.enable then machine.nix.settings else {{ }});
-        inherit (machine) warnings;
-        failed = map (each: each.message) (builtins.filter (each: !each.assertion) machine.assertions);
-        hosts = builtins.mapAttrs (_: host: {{
-          inherit (host) enableACME forceSSL http2;
-          place = {{ inherit (host.locations."/") extraConfig proxyPass; }};
-        }}) machine.services.nginx.virtualHosts;
-        upstreams = builtins.mapAttrs (_: each: builtins.attrNames each.servers) machine.services.nginx.upstreams;
-      }}
-    """)
-    return machine
-
-
-def directives(unit: str, key: str) -> list[str]:
-    return re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
-
+DEFAULTS = {"bind": "[::]:5000", "priority": 50, "workers": 4}
+"""Settings that the module always writes."""
 
 SIMPLE: Mapping[Any, str] = {
     msgspec.inspect.BoolType: "bool",
@@ -214,7 +157,7 @@ class TestModule:
     def test_works_with_enable_alone(self) -> None:
         machine = configured("enable = true;")
         assert machine["failed"] == machine["warnings"] == machine["ports"] == []
-        assert machine["settings"] == {"bind": "[::]:5000"}
+        assert machine["settings"] == DEFAULTS
         assert directives(machine["socket"], "ListenStream") == ["5000"]
         [start] = directives(machine["service"], "ExecStart")
         assert re.fullmatch(
@@ -257,7 +200,7 @@ class TestModule:
         ]
         at = "/run/credentials/harmonia.service"
         assert machine["settings"] == {
-            "bind": "[::]:5000",
+            **DEFAULTS,
             "sign_key_paths": [f"{at}/sign-key-{number}" for number in range(3)],
             "tls_cert_path": f"{at}/tls_cert_path",
             "tls_client_ca_path": f"{at}/tls_client_ca_path",
@@ -275,6 +218,8 @@ class TestModule:
         ("bind", "streams"),
         [
             ("[::]:5001", ["5001"]),
+            (":5001", ["5001"]),
+            ("0.0.0.0", ["0.0.0.0:5000"]),
             ("0.0.0.0:80", ["0.0.0.0:80"]),
             ("[::1]:5000", ["[::1]:5000"]),
             ("localhost:5000", ["127.0.0.1:5000", "[::1]:5000"]),
@@ -299,12 +244,10 @@ class TestModule:
                 'nginx.enable = true; nginx.hostName = "a"; settings = { tls_cert_path = "/c"; tls_key_path = "/k"; };',
                 "nginx",
             ),
-            ("enable = false; daemon.enable = true;", "daemon"),
         ],
     )
     def test_tells_what_cannot_work(self, configuration: str, key: str) -> None:
-        enabled = "" if "enable = false" in configuration else "enable = true;"
-        [message] = configured(f"{enabled} {configuration}")["failed"]
+        [message] = configured(f"enable = true; {configuration}")["failed"]
         assert f"services.harmonia.{key}" in message
 
     def test_opens_the_port_it_listens_on(self) -> None:
@@ -315,7 +258,7 @@ class TestModule:
             'enable = true; cacheSize = "50G"; settings = { workers = 2; zstd.level = 7; shutdown_grace = 5; };'
         )
         assert machine["settings"] == {
-            "bind": "[::]:5000",
+            **DEFAULTS,
             "cache_size": "50G",
             "workers": 2,
             "shutdown_grace": 5,
@@ -330,7 +273,11 @@ class TestModule:
     def test_puts_nginx_in_front(self) -> None:
         machine = configured('enable = true; openFirewall = true; nginx = { enable = true; hostName = "c.org"; };')
         assert machine["failed"] == []
-        assert machine["settings"] == {"bind": "unix:/run/harmonia/socket", "trusted_proxies": ["unix"]}
+        assert machine["settings"] == {
+            **DEFAULTS,
+            "bind": "unix:/run/harmonia/socket",
+            "trusted_proxies": ["unix"],
+        }
         assert machine["ports"] == [80, 443]
         assert directives(machine["socket"], "SocketGroup") == ["nginx"]
         assert directives(machine["socket"], "SocketMode") == ["0660"]
@@ -342,13 +289,17 @@ class TestModule:
         for line in ("proxy_buffering off;", "proxy_http_version 1.1;", "X-Forwarded-Proto $scheme;"):
             assert line in place["extraConfig"]
 
-    def test_trusts_an_nginx_that_comes_over_tcp(self) -> None:
+    @pytest.mark.parametrize(
+        ("bind", "upstream"),
+        [("127.0.0.1:5000", "127.0.0.1:5000"), ("[::]:5001", "127.0.0.1:5001"), ("localhost:80", "127.0.0.1:80")],
+    )
+    def test_trusts_an_nginx_that_comes_over_tcp(self, bind: str, upstream: str) -> None:
         machine = configured(
-            'enable = true; nginx = { enable = true; hostName = "c.org"; }; settings.bind = "127.0.0.1:5000";'
+            f'enable = true; nginx = {{ enable = true; hostName = "c.org"; }}; settings.bind = "{bind}";'
         )
         assert machine["failed"] == []
         assert machine["settings"]["trusted_proxies"] == ["127.0.0.1", "::1"]
-        assert machine["upstreams"] == {"harmonia": ["127.0.0.1:5000"]}
+        assert machine["upstreams"] == {"harmonia": [upstream]}
 
     def test_sets_a_client_up(self) -> None:
         machine = configured('client.caches."https://cache.example.org" = [ "cache.example.org-1:abc=" ];')
@@ -412,70 +363,6 @@ class TestModule:
 
 @pytest.mark.nix
 @needs_nix
-class TestOlderConfigurations:
-    def test_flat(self) -> None:
-        """nixpkgs' module from 23.05 on: one key at first, then several."""
-        machine = configured("""
-          enable = true;
-          signKeyPath = "/secrets/one";
-          signKeyPaths = [ "/secrets/two" ];
-          settings = { bind = "[::]:5000"; workers = 4; max_connection_rate = 256; priority = 50; };
-        """)
-        assert machine["failed"] == []
-        [warning] = machine["warnings"]
-        assert "`services.harmonia.signKeyPath'" in warning
-        assert {each.split(":")[1] for each in directives(machine["service"], "LoadCredential")} == {
-            "/secrets/one",
-            "/secrets/two",
-        }
-        assert machine["settings"]["priority"] == 50
-
-    @pytest.mark.parametrize("layout", ["harmonia.cache", "harmonia-dev", "harmonia-dev.cache"])
-    def test_nested(self, layout: str) -> None:
-        """nixpkgs' module since the daemon came, and upstream's own."""
-        machine = configured(
-            "",
-            beside=f"""
-              services.{layout} = {{
-                enable = true;
-                signKeyPaths = [ "/secrets/one" ];
-                settings.priority = 50;
-              }};
-            """,
-        )
-        assert machine["failed"] == []
-        assert len(machine["warnings"]) == 3
-        assert all("renamed" in warning for warning in machine["warnings"])
-        assert machine["settings"]["priority"] == 50
-        assert directives(machine["service"], "LoadCredential") == ["sign-key-0:/secrets/one"]
-
-    def test_behind_a_proxy_of_ones_own(self) -> None:
-        """Where to find it is taken from its settings."""
-        machine = configured(
-            "cache.enable = true;",
-            module="""{ config, ... }: {
-              services.nginx.virtualHosts."c.org".locations."/" = {
-                proxyPass = "http://${config.services.harmonia.cache.settings.bind}";
-                extraConfig = "";
-              };
-            }""",
-        )
-        assert machine["hosts"]["c.org"]["place"]["proxyPass"] == "http://[::]:5000"
-
-    def test_with_a_daemon_that_is_not_needed(self) -> None:
-        machine = configured('cache.enable = true; daemon = { enable = true; socketPath = "/run/d/socket"; };')
-        assert machine["failed"] == []
-        assert any("services.harmonia.daemon has no effect" in warning for warning in machine["warnings"])
-
-    def test_whose_garbage_collector_is_missed(self) -> None:
-        machine = configured("enable = true;", beside="services.harmonia-dev.gc.automatic = true;")
-        [message] = machine["failed"]
-        assert "services.harmonia-dev.gc" in message
-        assert "see nix.gc" in message
-
-
-@pytest.mark.nix
-@needs_nix
 class TestSettingsAreCheckedWhenTheSystemIsBuilt:
     """Nix really builds the file, in a store of its own, with this Harmonia."""
 
@@ -518,7 +405,7 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
         assert built.returncode == 0, built.stderr
         text = Path(built.stdout.strip()).read_text()
         assert tomllib.loads(text) == {
-            "bind": "[::]:5000",
+            **DEFAULTS,
             "priority": 35,
             "zstd": {"level": 7},
             "trusted_proxies": ["unix"],
@@ -561,7 +448,7 @@ def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
     client.settings["experimental-features"] = "nix-command flakes"
     copy = tmp_path / "project"
     copy.mkdir()
-    for name in ("harmonia", "nixos-tests", "tests", "docs"):
+    for name in ("harmonia", "nix", "nixos-tests", "tests", "docs"):
         shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("flake.nix", "flake.lock", "module.nix", "module-settings.json", "package.nix", "pyproject.toml"):
         shutil.copy(PROJECT / name, copy)

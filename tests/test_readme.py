@@ -15,9 +15,9 @@ import pytest
 from harmonia.nix import narinfo
 from harmonia.nix.signing import PublicKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.nixos_machine import evaluate, needs_nix
 from support.running import wait_until
 from test_docs import BLOCKS, ROOT, needs
-from test_nixos_module import evaluate, needs_nix
 
 
 def block(language: str, *, after: str) -> str:

@@ -157,8 +157,9 @@ def test_the_manager_hears_of_the_start_and_the_end_alone(
         manager.receive(0.1)
 
 
-def test_it_is_ready_only_when_every_worker_serves(
-    start: Start, sample: Sample, manager: ServiceManager, tmp_path: Path
+@pytest.mark.parametrize("watchdog", [{}, {"WATCHDOG_USEC": "100000"}], ids=["no watchdog", "watchdog"])
+def test_nothing_is_sent_before_ready_which_waits_for_every_worker(
+    start: Start, sample: Sample, manager: ServiceManager, tmp_path: Path, watchdog: dict[str, str]
 ) -> None:
     late = patched(
         "import os, time\nfrom harmonia.server import worker\nserve = worker.run\n"
@@ -170,7 +171,7 @@ def test_it_is_ready_only_when_every_worker_serves(
         "worker.run = wait"
     )
     go = tmp_path / "go"
-    environment = {**manager.environment, "GO": str(go)}
+    environment = {**manager.environment, **watchdog, "GO": str(go)}
     server = start(store=sample.root, workers=2, environment=environment, program=late)
     with pytest.raises(TimeoutError):
         manager.receive(0.5)

@@ -145,7 +145,7 @@ class Supervisor:
             if not self._announced and sum(each.ready for each in self._workers.values()) == self._count:
                 self._announced = True
                 systemd.notify("READY=1")
-            if self._watchdog:
+            if self._watchdog and self._announced:  # systemd counts from READY=1 on
                 systemd.notify("WATCHDOG=1")
 
     def _handle(self, numbers: Sequence[int]) -> None:

@@ -259,26 +259,6 @@ let
     inherit order content;
   };
 
-  # A name that is no longer an option's: what is set under it goes to `to`, changed by `change`, with a warning.
-  forward =
-    {
-      from,
-      to,
-      change,
-      because,
-      more ? config: { },
-    }:
-    { config, options, ... }:
-    let
-      given = (getAttrFromPath from options).isDefined;
-    in
-    {
-      options = setAttrByPath from (mkOption ({ visible = false; } // more config));
-      config = lib.recursiveUpdate (setAttrByPath to (mkIf given (change config))) {
-        warnings = optional given "The option `${showOption from}' ${because} `${showOption to}'.";
-      };
-    };
-
   type = name: description: check: merge: {
     _type = "option-type";
     inherit
@@ -464,34 +444,28 @@ in
     _type = "literalMD";
     inherit text;
   };
-  mkRenamedOptionModule =
-    from: to:
-    { config, options, ... }@arguments:
-    forward {
-      inherit from to;
-      because = "has been renamed to";
-      # As it was set: what apply makes of it is the new option's value.
-      change = _: mkMerge (getAttrFromPath from options).definitions;
-      more = config: { apply = _: getAttrFromPath to config; };
-    } arguments;
-  mkChangedOptionModule =
-    from: to: change:
-    forward {
-      inherit from to change;
-      because = "has been changed to";
-    };
-  mkRemovedOptionModule =
-    from: because:
-    { options, ... }:
+  # Another name of an option: a definition of it is one of `to`.
+  doRename =
+    {
+      from,
+      to,
+      visible,
+      warn,
+      use,
+    }:
+    { config, options, ... }:
+    let
+      given = getAttrFromPath from options;
+    in
     {
       options = setAttrByPath from (mkOption {
-        visible = false;
+        inherit visible;
+        apply = _: use (getAttrFromPath to config);
       });
-      config.assertions = [
-        {
-          assertion = !(getAttrFromPath from options).isDefined;
-          message = "The option `${showOption from}' can no longer be used: ${because}";
-        }
-      ];
+      config = lib.recursiveUpdate (setAttrByPath to (mkIf given.isDefined (mkMerge given.definitions))) {
+        warnings = optional (
+          warn && given.isDefined
+        ) "The option `${showOption from}' has been renamed to `${showOption to}'.";
+      };
     };
 }

@@ -10,7 +10,7 @@ dir=$1
 shift
 mkdir -p "$dir"
 
-packages=systemd-sysv,udev,dbus,iproute2,nix-bin,nix-setup-systemd
+packages=systemd-sysv,libnss-systemd,udev,dbus,iproute2,nix-bin,nix-setup-systemd
 packages=$packages,ca-certificates,curl,netcat-openbsd,nginx-light,openssl,python3-venv,zstd
 # What takes time to start, needs hardware, or would not run unasked on NixOS.
 unwanted='apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service

@@ -83,6 +83,7 @@ def units(node: dict[str, Any]) -> Iterator[str]:
         for alias in unit["aliases"]:
             yield quoted("ln -sf", name, f"{UNITS}/{alias}")
     yield "systemctl daemon-reload"
+    yield "systemctl try-restart nix-daemon.service"  # Debian's started before nix.conf was written
     if wanted:
         yield quoted("systemctl start --no-block", *sorted(wanted))
 

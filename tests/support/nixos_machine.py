@@ -1,0 +1,81 @@
+"""NixOS machines with our module, evaluated by the Nix on this machine.
+
+They are configured through our own small NixOS in nixos-tests/eval, or through the real one if $NIXPKGS names a nixpkgs
+tree.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+
+needs_nix = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on PATH")
+Machine = Mapping[str, Any]
+
+
+def nix(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Nix with this environment."""
+    inherited = {name: os.environ[name] for name in ("PATH", "NIXPKGS", "HOME") if name in os.environ}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env={**inherited, **environment}
+    )
+
+
+def evaluate(expression: str) -> Any:
+    """Return the value of a Nix expression."""
+    # The dummy store keeps nothing: no daemon and no right to write are needed.
+    found = nix(
+        "nix-instantiate", "--eval", "--strict", "--json", "--show-trace", "--expr", expression, NIX_REMOTE="dummy://"
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def configured(configuration: str, *, beside: str = "", module: str = "{ }", read: str = "null") -> Machine:
+    """Return what a machine has of us with `configuration`, with what is `beside` services.harmonia, and a module.
+
+    `read` is a Nix expression of what another module reads in `config`.
+    """
+    machine: Machine = evaluate(f"""
+      let
+        config = (import {PROJECT}/nixos-tests/eval {{ }}).configure {{
+          imports = [ ({module}) ];
+          services.harmonia = {{ {configuration} }};
+          boot.isContainer = true;
+          security.acme = {{ acceptTerms = true; defaults.email = "root@example.org"; }};
+          system.stateVersion = "25.05";
+          {beside}
+        }};
+        text = name: config.systemd.units.${{name}}.text or null;
+      in
+      {{
+        service = text "harmonia.service";
+        socket = text "harmonia.socket";
+        settings = config.services.harmonia.configFile.settings;
+        ports = config.networking.firewall.allowedTCPPorts;
+        nix = builtins.intersectAttrs {{ substituters = 1; trusted-public-keys = 1; extra-allowed-users = 1; }} (
+          if config.nix.enable then config.nix.settings else {{ }});
+        inherit (config) warnings;
+        failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);
+        hosts = builtins.mapAttrs (_: host: {{
+          inherit (host) enableACME forceSSL http2;
+          place = {{ inherit (host.locations."/") extraConfig proxyPass; }};
+        }}) config.services.nginx.virtualHosts;
+        upstreams = builtins.mapAttrs (_: each: builtins.attrNames each.servers) config.services.nginx.upstreams;
+        read = {read};
+      }}
+    """)
+    return machine
+
+
+def directives(unit: str, key: str) -> list[str]:
+    """Return the values of a key in a unit file."""
+    return re.findall(rf"^{key}=(.*)$", unit, re.MULTILINE)
