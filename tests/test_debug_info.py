@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,7 +21,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import debug_index
 from harmonia.store.debug_index import DebugInfo
-from harmonia.store.store import Store
+from harmonia.store.store import Database, Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Tree, remove
 
@@ -426,3 +427,54 @@ def test_an_index_that_does_not_know_how_far_it_came_begins_anew(
     with closing(sqlite3.connect(index_file(directory))) as connection, connection:
         connection.execute("update State set checked = 'x'")
     assert found(open_index(), ONE) == [path]
+
+
+class CountingLock:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.times = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.times += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_the_search_for_paths_that_are_gone_asks_in_batches_and_lets_lookups_in(
+    builder: StoreBuilder, open_index: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [add(builder, f"kept-{number}", f"{number:040}") for number in range(4)]
+    gone = [add(builder, f"gone-{number}", f"{number:040}") for number in range(10)]
+    index = open_index()
+    index.update()
+    for path in gone:
+        builder.delete(path.path)
+    queries: list[str] = []
+    query = Database.query
+    taken = []
+
+    def counted(database: Database, statement: str, *parameters: object) -> list[tuple[object, ...]]:
+        queries.append(statement)
+        return query(database, statement, *parameters)
+
+    sweep = DebugInfo._sweep  # noqa: SLF001 (a batch)
+    lock = CountingLock()
+
+    def seen(index: DebugInfo, last: int) -> int | None:
+        taken.append(lock.times)
+        return sweep(index, last)
+
+    monkeypatch.setattr(Database, "query", counted)
+    monkeypatch.setattr(DebugInfo, "_sweep", seen)
+    monkeypatch.setattr(debug_index, "_SWEEP_BATCH", 5)
+    monkeypatch.setattr(index, "_lock", lock)
+    monkeypatch.setattr(index, "_next_sweep", 0)
+    monkeypatch.setattr(index, "_gone", {0})  # so that there is something to do
+    index.update()
+    assert len([statement for statement in queries if statement == debug_index._VALID_BATCH]) == 3  # noqa: SLF001
+    assert debug_index._VALID not in queries  # noqa: SLF001
+    assert len(set(taken)) == 3  # the lock was free between the batches
+    assert [index.look_up(f"{number:040}")[0] for number in range(4)] == [[path.path] for path in kept]
+    assert index.look_up(f"{9:040}")[0] == []

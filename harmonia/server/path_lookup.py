@@ -13,6 +13,7 @@ from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
 from harmonia.nix.store_path import StorePath
+from harmonia.process.single_flight import SingleFlight
 from harmonia.server.threads import Threads
 from harmonia.store import queries
 from harmonia.store.publish_policy import Release
@@ -49,6 +50,7 @@ class Paths:
         self._watch = Database(database, timeout=0)
         self._this_turn: Hashable = None
         self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
+        self._lookups = SingleFlight()
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
         """Hash parts of no path, as of that generation."""
@@ -70,6 +72,13 @@ class Paths:
         if known is not None and seen == generation:
             self._known.move_to_end(hash_part)
             return known if self._closure is None or await self._is_needed(known.info.path) else None
+        # A lookup that began before the last change of the database may have missed it, and is not joined.
+        query = partial(self._query, hash_part, generation, known)
+        found = await self._lookups.run((hash_part, generation), query)
+        return found if found is None or self._closure is None or await self._is_needed(found.info.path) else None
+
+    async def _query(self, hash_part: str, generation: Hashable, known: SignedPath | None) -> SignedPath | None:
+        """Look the path up in the database, and remember the answer as of `generation`."""
         found = await self._threads.query(partial(self._look_up, hash_part, known))
         if found is None:
             self._known.pop(hash_part, None)
@@ -80,7 +89,7 @@ class Paths:
         self._known[hash_part] = generation, found
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
-        return found if self._closure is None or await self._is_needed(found.info.path) else None
+        return found
 
     async def find_usable(self, hash_part: str) -> SignedPath | None:
         """Likewise, of a path beside the one that is asked for. None also where its row is of no use."""
@@ -104,7 +113,7 @@ class Paths:
             try:
                 self._this_turn = self._watch.generation()
             except StoreUnavailableError:
-                return object()  # equals no other: ask the thread, which may wait
+                self._this_turn = object()  # equals that of no other turn: ask the thread, which may wait
             asyncio.get_running_loop().call_soon(self._end_turn)
         return self._this_turn
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
+from harmonia.process.single_flight import SingleFlight
 from harmonia.store.store import BUSY_TIMEOUT, Store
 
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
@@ -25,7 +26,7 @@ class Threads:
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
         self.index = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._browsed = browsed
-        self._reading: dict[Hashable, asyncio.Future[Any]] = {}
+        self._reading = SingleFlight()
         self._metrics = metrics
 
     async def read(self, ask: Callable[[], _T]) -> _T:
@@ -33,19 +34,8 @@ class Threads:
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
 
     async def read_once(self, key: Hashable, ask: Callable[[], _T]) -> _T:
-        """The same, once for all who want what the `key` stands for. It goes on when all of them have gone."""
-        reading = self._reading.get(key)
-        if reading is None:
-            reading = self._reading[key] = asyncio.get_running_loop().run_in_executor(self.readers, ask)
-
-            def done(reading: asyncio.Future[Any]) -> None:
-                del self._reading[key]
-                if not reading.cancelled():
-                    reading.exception()  # nobody may be left to look at it, which asyncio would complain of
-
-            reading.add_done_callback(done)
-        found: _T = await asyncio.shield(reading)
-        return found
+        """Return what `ask` finds on disk. It runs once for all who ask with the same `key` at the same time."""
+        return await self._reading.run(key, lambda: self.read(ask))
 
     async def query(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds in the store, in the one thread that may wait for its database. StoreUnavailableError."""

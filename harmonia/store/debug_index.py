@@ -6,6 +6,7 @@ the database was asked.
 """
 
 import hashlib
+import json
 import logging
 import os
 import sqlite3
@@ -22,6 +23,7 @@ from harmonia.store.store import Store
 _BATCH = 4000  # paths that are looked at between two transactions
 _POLL = 10.0  # seconds between two looks for new paths that nobody asked for
 _SWEEP = 3600.0  # seconds between two searches for paths of the index that are gone
+_SWEEP_BATCH = 500  # paths of the index that are compared with the database while lookups wait
 
 _SCHEMA = """
 begin immediate;
@@ -38,6 +40,7 @@ select id, cast(path as text) from ValidPaths
 where id > ? and id <= ? and path not glob '*.drv' order by id limit ?
 """
 _VALID = "select 1 from ValidPaths where id = ? and path = ?"
+_VALID_BATCH = "select id, cast(path as text) from ValidPaths where id in (select value from json_each(?))"
 
 _log = logging.getLogger("harmonia")
 
@@ -116,6 +119,7 @@ class DebugInfo:
         try:
             with self._lock:
                 checked: int | None = self._prepare()
+            self._remove_gone()
             while checked is not None:
                 checked = self._look_at_some(checked)
         except FAILURES as error:
@@ -125,7 +129,7 @@ class DebugInfo:
             self.hurry()
 
     def _prepare(self) -> int:
-        """Make the index one of this database, forget what is gone, and return how far it came."""
+        """Make the index one of this database, and return how far it came."""
         index = self._index.connection(create=True)
         index.executescript(_SCHEMA)
         if self._damaged and index.execute("pragma quick_check").fetchall() != [("ok",)]:
@@ -138,15 +142,38 @@ class DebugInfo:
                     index.execute(f"delete from {table}")  # noqa: S608 (the names above)
                 index.execute("insert into State values (?, 0)", (self._origin(),))
             checked = 0
+        return checked
+
+    def _remove_gone(self) -> None:
+        """Remove paths from the index that are no longer valid: those already seen, and hourly all others."""
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP
-            self._gone |= {row[0] for row in index.execute("select * from Paths") if not self._is_valid(*row)}
-        if self._gone:
+            last: int | None = -1
+            while last is not None:
+                with self._lock:
+                    last = self._sweep(last)
+        with self._lock:
+            if not self._gone:
+                return
             with self._index.transaction() as index:
                 index.executemany("delete from Paths where number = ?", [(number,) for number in self._gone])
                 index.execute("delete from Files where number not in (select number from Paths)")  # one walk for all
             self._gone.clear()
-        return checked
+
+    def _sweep(self, last: int) -> int | None:
+        """Note which of the next paths of the index, after number `last`, are gone. Return where to go on, if anywhere.
+
+        One query for each batch, with the lock free in between: a lookup waits for one batch at most.
+        """
+        rows = dict(
+            self._index.connection().execute(
+                "select number, path from Paths where number > ? order by number limit ?", (last, _SWEEP_BATCH)
+            )
+        )
+        prefix = f"{self._store.store_dir}/"
+        valid = dict(self._store.database.query(_VALID_BATCH, json.dumps(list(rows))))
+        self._gone |= {number for number, path in rows.items() if valid.get(number) != prefix + path}
+        return max(rows) if len(rows) == _SWEEP_BATCH else None
 
     def _look_at_some(self, checked: int) -> int | None:
         """Go on from there. Returns how far it came, None where that is the end."""

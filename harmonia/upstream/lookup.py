@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from harmonia.errors import UpstreamError
+from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.lookup_cache import Memory
 from harmonia.upstream.loop_guard import Hops
@@ -27,7 +28,7 @@ class Upstreams:
         self.identity = identity
         self._bound = bound
         self._known = Memory()
-        self._asking: dict[Hashable, asyncio.Task[Found | None]] = {}
+        self._asking = SingleFlight()
         self._tasks = Tasks()
 
     def start(self) -> None:
@@ -141,13 +142,9 @@ class Upstreams:
 
     def _once(
         self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, Found | None]]
-    ) -> "asyncio.Task[Found | None]":
+    ) -> "asyncio.Future[Found | None]":
         """The answer to a question that is asked once at a time, however many want to know."""
-        task = self._asking.get(question)
-        if task is None:
-            task = self._asking[question] = self._tasks.share(ask())
-            task.add_done_callback(lambda _: self._asking.pop(question, None))
-        return task
+        return self._asking.start(question, lambda: self._tasks.begin(ask()))
 
 
 def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:
