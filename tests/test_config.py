@@ -652,10 +652,11 @@ def test_a_url_with_a_password_is_not_shown(url: str) -> None:
     ("key", "content", "told"),
     [
         ("netrc", None, "cannot read"),
-        ("netrc", "machine", "cannot read"),
-        ("netrc", "machine other login a password b", "no user and password for this upstream"),
+        ("netrc", 'machine cache login a password "b', "cannot use"),
         ("credentials_file", None, "cannot read"),
-        ("credentials_file", "no colon", "no user and password for this upstream"),
+        ("credentials_file", "no colon", "cannot use"),
+        ("credentials_file", ":", "cannot use"),
+        ("credentials_file", "a:b\nc", "cannot use"),
         ("ca_file", None, "cannot read"),
         ("ca_file", "no PEM", "cannot read"),
     ],
@@ -667,6 +668,34 @@ def test_a_file_of_an_upstream_that_does_not_work_is_told(
         machine.file("file", content)
     what = machine.complaint(upstream(f"{key} = '{machine.root}/file'"))
     assert what.startswith(f"ROOT/harmonia.toml:4: [[upstream]] 1: {key}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("content", "sent"),
+    [
+        ("me:sesame\n", "Basic bWU6c2VzYW1l"),
+        ("me:sesame\r\n", "Basic bWU6c2VzYW1l"),
+        (":sesame", "Basic OnNlc2FtZQ=="),
+        ("me:", "Basic bWU6"),
+        ("me:a:b", "Basic bWU6YTpi"),
+        (r"me:a\b", "Basic bWU6YVxi"),
+    ],
+)
+def test_the_forms_of_a_credentials_file(machine: Machine, content: str, sent: str) -> None:
+    machine.file("file", content)
+    given = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
+    assert authorization(given, 0) == sent
+
+
+def test_a_netrc_without_the_host_of_its_upstream_gives_a_warning(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.file("netrc", "machine other login a password sesame\n")
+    given = machine.load(upstream(f"netrc = '{machine.root}/netrc'"))
+    assert authorization(given, 0) is None
+    [warning] = caplog.messages
+    assert "[[upstream]] 1: netrc: no entry for " in warning
+    assert "sesame" not in warning
 
 
 def test_credentials_are_in_no_repr(machine: Machine) -> None:

@@ -59,10 +59,11 @@ def test_the_token_of_the_settings_own_server_is_that_of_its_base_url(
 
 
 def test_a_broken_netrc_is_told_and_not_shown(private: Server, netrc: Path) -> None:
-    netrc.write_text(f"machine 127.0.0.1 passwort {SECRET}\n")
+    netrc.write_text(f'machine 127.0.0.1 password "{SECRET}\n')
     refused = run("doctor", private.url)
     assert refused.returncode == 1
-    assert refused.stderr == f"harmonia: {netrc} is no netrc(5); mend it, or name another one in $NETRC\n"
+    why = "a quoted word has no closing quote; correct it, or name another file in $NETRC"
+    assert refused.stderr == f"harmonia: cannot read {netrc}: {why}\n"
 
 
 def test_a_redirect_takes_the_token_nowhere_else(netrc: Path) -> None:

@@ -3,13 +3,12 @@
 All of it is read anew at each call. ConfigError where a file is not what it should be; no message quotes one.
 """
 
-import base64
-import netrc
+import re
 import ssl
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from harmonia.config import tokens
+from harmonia.config import netrc, tokens
 from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.config.tokens import Token
 from harmonia.errors import FormatError
@@ -108,29 +107,31 @@ def complaint(settings: Settings, context: ssl.SSLContext) -> str | None:
 
 
 def authorization(settings: Settings, number: int) -> str | None:
-    """The Authorization for that upstream, read from its file; None where it wants none."""
+    """Return the Authorization for that upstream, read from its file, or None if its netrc has none for its host."""
     upstream = settings.upstream[number]
-    given = {"netrc": upstream.netrc, "credentials_file": upstream.credentials_file}
-    for key, path in given.items():
-        if path is None:
-            continue
-        key_path = ("upstream", str(number), key)
-        try:
-            if key == "netrc":
-                found = netrc.netrc(path).authenticators(urlsplit(upstream.url).hostname or "")
-                user, password = (found[0], found[2]) if found else ("", "")
-            else:
-                with open(path, encoding="utf-8") as file:
-                    user, _, password = file.read().rstrip("\n").partition(":")
-        except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:
-            what = getattr(error, "strerror", None) or "not of its format"
-            raise WrongSettingError(f"cannot read {path!r}: {what}; name a readable file", *key_path) from None
-        if not user or not password or "\n" in user + password:
-            line = "machine HOST login USER password PASSWORD" if key == "netrc" else "USER:PASSWORD"
-            what = f"no user and password for this upstream in {path!r}; give them there as {line}"
-            raise WrongSettingError(what, *key_path)
-        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    return None
+    key = "netrc" if upstream.netrc is not None else "credentials_file"
+    path = getattr(upstream, key)
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            content = file.read(netrc.MAX_BYTES + 1)
+        if key == "netrc":
+            return netrc.authorization(content, urlsplit(upstream.url).hostname or "")
+        return _credentials(content)
+    except OSError as error:
+        what = f"cannot read {path!r}: {error.strerror}; name a readable file"
+    except FormatError as error:
+        what = f"cannot use {path!r}: {error}"
+    raise WrongSettingError(what, "upstream", str(number), key)
+
+
+def _credentials(content: bytes) -> str:
+    """Return the Authorization of a `credentials_file`. A token has no user, or no password."""
+    user, colon, password = content.rstrip(b"\r\n").partition(b":")
+    if not colon or not (user or password) or re.search(rb"[\r\n]", user + password):
+        raise FormatError("it has no user and password; give one line USER:PASSWORD, or :TOKEN")
+    return netrc.basic(user, password)
 
 
 def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:

@@ -109,9 +109,11 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[
         Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
     ] = 10.0
-    netrc: Annotated[File | None, Meta(description="A netrc(5) file with the user and password for its host.")] = None
+    netrc: Annotated[
+        File | None, Meta(description="A netrc(5) file with the user and password for its host, read as curl reads it.")
+    ] = None
     credentials_file: Annotated[
-        File | None, Meta(description="A file with `user:password` for it, in place of `netrc`.")
+        File | None, Meta(description="A file with `user:password` or `:token` for it, in place of `netrc`.")
     ] = None
     ca_file: Annotated[
         File | None,

@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from harmonia.config import credentials
 from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
@@ -85,7 +86,11 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
     files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
     files[settings.tls_key_path] = ("tls_key_path",)
     for number, upstream in enumerate(settings.upstream):
-        credentials.authorization(settings, number)
+        if credentials.authorization(settings, number) is None and upstream.netrc is not None:
+            host = urlsplit(upstream.url).hostname
+            what = f"no entry for {host} in {upstream.netrc!r}, so no password is sent"
+            what += f"; add machine {host} login USER password PASSWORD"
+            yield WrongSettingError(what, "upstream", str(number), "netrc")
         credentials.upstream_tls(settings, number)
         files |= {getattr(upstream, key): ("upstream", str(number), key) for key in ("netrc", "credentials_file")}
     # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).

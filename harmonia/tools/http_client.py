@@ -3,9 +3,7 @@
 A private one is given what a netrc(5) has for its host, as Nix and curl give it.
 """
 
-import base64
 import http.client
-import netrc
 import os
 import socket
 import ssl
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from harmonia.config import netrc
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, RemoteError
 
@@ -184,13 +183,14 @@ def _origin(url: str) -> tuple[str, str]:
 def _authorization(host: str) -> str | None:
     for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else map(os.path.expanduser, _NETRC):
         try:
-            found = netrc.netrc(path).authenticators(host)
+            with open(path, "rb") as file:
+                found = netrc.authorization(file.read(netrc.MAX_BYTES + 1), host)
         except OSError:
             continue  # it is not for this user
-        except (netrc.NetrcParseError, UnicodeDecodeError):  # whose own words quote it
-            raise RemoteError(f"{path} is no netrc(5); mend it, or name another one in $NETRC") from None
+        except FormatError as error:
+            raise RemoteError(f"cannot read {path}: {error}; correct it, or name another file in $NETRC") from None
         if found:
-            return "Basic " + base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode()
+            return found
     return None
 
 
