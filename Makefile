@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format fuzz audit bench soak vm-test clean help
+.PHONY: serve test check format docs fuzz audit bench soak vm-test clean help
 
 serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
 	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
@@ -22,6 +22,9 @@ check: .venv/ready  ## Check lints, formatting and types
 format: .venv/ready  ## Mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: .venv/ready  ## Write the documents that follow from the code
+	PYTHONPATH=tests $(BIN)/python -m support.generated
 
 # For SECONDS each, another way each time, or from a SEED. Which of tests/fuzz/targets: all.
 SEED ?= 0

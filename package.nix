@@ -39,8 +39,6 @@ python3Packages.buildPythonApplication {
       ./LICENSE
       ./README.md
       # Tests hold these to the code.
-      ./docs/cli.md
-      ./docs/configuration.md
       ./docs/grafana-dashboard.json
       ./docs/library
       ./docs/openapi.json
@@ -53,6 +51,7 @@ python3Packages.buildPythonApplication {
           ./tests/e2e/test_troubleshooting.py
           ./tests/test_contributing.py
           ./tests/test_docs.py
+          ./tests/test_generated.py
           ./tests/test_migration.py
           ./tests/test_nixos_lab.py
           ./tests/test_nixos_module.py

@@ -28,8 +28,8 @@ from statistics import median, quantiles
 
 import zstandard
 
-from e2e.nix_client import NIXES, Client
 from harmonia.nix import base32
+from support.nix_client import NIXES, Client
 from support.running import Server
 from support.unscathed import unscathed
 

@@ -34,7 +34,7 @@ from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
-from test_nar_cache import at, fill, filling, messages, mounted, no_leak, without
+from support.nar_cache import at, fill, filling, messages, mounted, no_leak, without
 
 FRAME = 1000
 MIB = 1 << 20

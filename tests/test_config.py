@@ -22,13 +22,11 @@ from nacl.signing import SigningKey
 from harmonia.config.credentials import authorization, secret_keys, tls_context
 from harmonia.config.loader import load, parse
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
-from harmonia.config.value_types import wanted
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process import preflight
 from harmonia.tools.store_builder import StoreBuilder
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
 BASE64 = SECRET.partition(":")[2]
 
@@ -784,37 +782,7 @@ def test_no_text_does_worse_than_one_line_of_complaint(text: str) -> None:
         assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  no complaint is fine as well
 
 
-# The reference
-
-
-def table(struct: type[msgspec.Struct]) -> str:
-    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
-        schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream", "release"}:
-            continue  # has a table of its own
-        if item.required:
-            rows.append(f"| `{item.name}` | {wanted(item.type)} | | {schema['description']} |")
-            continue
-        default = extra.get("default") or ("none" if item.default is None else f"`{json.dumps(item.default)}`")
-        rows.append(f"| `{item.name}` | {wanted(item.type)} | {default} | {schema['description']} |")
-    return "\n".join(rows)
-
-
 def test_what_may_leave_and_upstreams_do_not_go_together() -> None:
     text = "[release]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
     with pytest.raises(ConfigError, match=r"^harmonia.toml:1: release: .*give one or the other"):
         parse(text, "harmonia.toml", {})
-
-
-def test_the_reference_tells_every_key() -> None:
-    text = DOCUMENT.read_text()
-    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", ReleaseRules))
-    for name, struct in structs:
-        head, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, tail = rest.partition(f"<!-- /{name} -->\n")
-        assert end
-        text = f"{head}<!-- {name} -->\n{table(struct)}\n{end}{tail}"
-    if text != DOCUMENT.read_text():
-        DOCUMENT.write_text(text)
-        pytest.fail("the tables in docs/configuration.md were out of date; they are written anew, look and commit them")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_docs import ROOT
+from support.pages import ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 

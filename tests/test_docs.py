@@ -4,13 +4,10 @@ import netrc
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from click.testing import CliRunner
@@ -18,37 +15,16 @@ from click.testing import CliRunner
 from harmonia import cli
 from harmonia.config import loader
 from harmonia.nix.signing import SecretKey
+from support.generated import targets
+from support.pages import BLOCKS, PAGES, ROOT, Block, needs
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-
-
-class Block(NamedTuple):
-    page: str
-    line: int
-    language: str
-    text: str
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    found = re.finditer(r"^( *)```([\w.]*)\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    for match in found:
-        line = match.string.count("\n", 0, match.start()) + 1
-        yield Block(str(page.relative_to(ROOT)), line, match[2], textwrap.dedent(match[3]))
-
-
-BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def of(*languages: str) -> pytest.MarkDecorator:
     chosen = [block for block in BLOCKS if block.language in languages]
     assert chosen
     return pytest.mark.parametrize("block", chosen, ids=lambda block: f"{block.page}:{block.line}")
-
-
-def needs(program: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"there is no {program} on this machine")
 
 
 def prose(page: Path) -> str:
@@ -230,12 +206,6 @@ def commands(text: str) -> Iterator[list[str]]:
         yield command
 
 
-@cache
-def targets() -> dict[str, str]:
-    """What the Makefile makes, and what it says of that."""
-    return dict(re.findall(r"(?m)^([a-z-]+):.*?  ## (.*)$", (ROOT / "Makefile").read_text()))
-
-
 @of("console")
 def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Block) -> None:
     assert re.match(r"[$#] ", block.text)
@@ -256,17 +226,3 @@ def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Bloc
             pass
         else:
             assert program in ELSEWHERE, words
-
-
-def test_contributing_tells_every_target_of_the_makefile() -> None:
-    page = ROOT / "CONTRIBUTING.md"
-    table = "\n".join(
-        ["| command | does |", "|---|---|", *(f"| `make {name}` | {does} |" for name, does in targets().items())]
-    )
-    head, begin, rest = page.read_text().partition("<!-- targets -->\n")
-    _, end, tail = rest.partition("<!-- /targets -->\n")
-    text = f"{head}{begin}{table}\n{end}{tail}"
-    assert end
-    if text != page.read_text():
-        page.write_text(text)
-        pytest.fail("the table in CONTRIBUTING.md was out of date; it is written anew, look and commit it")

@@ -9,7 +9,7 @@ import pytest
 
 from harmonia.store.store import Store
 from harmonia.tools import demo
-from test_docs import BLOCKS
+from support.pages import BLOCKS
 
 pytestmark = [
     pytest.mark.nix,

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import hashlib
 import os
 import random
@@ -13,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +23,7 @@ from harmonia.cache import disk_cache
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.nix.nar import OpenSlice
+from support.nar_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
 
 TRAILER = 56
 KIB = 1024
@@ -48,7 +47,7 @@ for line in sys.stdin:
 
 STRESS = """
 import random, sys
-from test_nar_cache import stress
+from support.nar_cache import stress
 from harmonia.cache.disk_cache import NarCache
 
 stress(NarCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
@@ -91,31 +90,10 @@ def process(tmp_path: Path) -> Iterator[Callable[[], Process]]:
         process.kill()
 
 
-@contextmanager
-def at(directory: object, limit: int | None = None) -> Iterator[NarCache]:
-    cache = NarCache(str(directory), limit)
-    yield cache
-    cache.housekeeping.shutdown()
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[NarCache]:
     with at(tmp_path) as cache:
         yield cache
-
-
-@contextmanager
-def no_leak() -> Iterator[None]:
-    """No descriptor and no thread is left."""
-
-    def count() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
-
-    before = count()
-    yield
-    if count() != before:
-        gc.collect()
-    assert count() == before
 
 
 @pytest.fixture(autouse=True)
@@ -136,32 +114,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def settle(cache: NarCache) -> None:
     """Wait for what is done in the background."""
     cache.housekeeping.submit(int).result()
-
-
-def opened(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
-    found = cache.open(key)
-    assert found is not None
-    return found
-
-
-def filling(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler]:
-    file, filler = opened(cache, key)
-    assert filler is not None
-    return file, filler
-
-
-def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
-    """The path of a file that is whole now."""
-    file, filler = filling(cache, key)
-    filler.append(content)
-    filler.commit()
-    file.close()
-    return cache.path(key)
-
-
-def read(file: CachedFile) -> bytes:
-    file.refresh()
-    return file.slice(0, file.size).read(file.size)
 
 
 def content_of(cache: NarCache, key: str = "key") -> bytes | None:
@@ -584,29 +536,10 @@ def test_what_nobody_fills_any_longer_is_removed_whatever_the_clock_says(
 # A disk that does not let us
 
 
-@contextmanager
-def mounted(path: Path) -> Iterator[Path]:
-    """A disk of 2 MiB."""
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     with mounted(tmp_path / "disk") as disk:
         yield disk
-
-
-def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records]
-
-
-def without(directory: object, why: int) -> str:
-    return f"cannot write to {directory}, doing without that cache: {os.strerror(why)}"
 
 
 @pytest.mark.root
@@ -725,33 +658,6 @@ def test_a_file_that_is_not_ours_to_read(
 
 
 # All of it at once
-
-
-def stress(cache: NarCache, chance: random.Random, filled_now: set[str]) -> None:
-    """Do with a few keys what may be done with them, and look whether what is seen is right."""
-    for _ in range(100):
-        key = chance.choice("abc")
-        content = random.Random(key).randbytes(70_000)
-        file, filler = opened(cache, key)
-        if filler:
-            assert key not in filled_now
-            filled_now.add(key)
-            size = chance.choice([30_000, 70_000, 70_000])
-            for start in range(0, size, 10_000):
-                filler.append(content[start : start + 10_000])
-            filled_now.remove(key)
-            if size < len(content):
-                filler.abandon()
-            else:
-                filler.commit()
-        seen = read(file)
-        assert seen == content[: len(seen)]
-        assert file.sha256 in (None, hashlib.sha256(content).digest())
-        if file.whole:
-            assert seen == content
-        file.close()
-        if chance.random() < 0.1:
-            cache.evict()
 
 
 def test_threads_in_a_race(tmp_path: Path) -> None:

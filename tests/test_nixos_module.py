@@ -6,20 +6,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from e2e.nix_client import NIXES, Client, Nix
 from harmonia.config.settings import Settings
-from support.nixos_machine import PROJECT, configured, directives, evaluate, needs_nix, nix
+from support.generated import module_keys
+from support.nix_client import NIXES, Client, Nix
+from support.nixos_machine import configured, directives, needs_nix, nix
+from support.pages import ROOT
 
-KEYS = PROJECT / "module-settings.json"
-REFERENCE = PROJECT / "docs/nixos-options.md"
-UNITS = PROJECT / "docs/systemd"
+UNITS = ROOT / "docs/systemd"
 
 EXPOSURE = 0.3
 """What `systemd-analyze security` says of the unit: 0 is nothing, 10 everything."""
@@ -31,119 +29,15 @@ EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAd
 DEFAULTS = {"bind": "[::]:5000", "priority": 50, "workers": 4}
 """Settings that the module always writes."""
 
-SIMPLE: Mapping[Any, str] = {
-    msgspec.inspect.BoolType: "bool",
-    msgspec.inspect.FloatType: "number",
-    msgspec.inspect.StrType: "string",
-    msgspec.inspect.VarTupleType: "strings",
-}
-
-
-def keys(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    infos = msgspec.inspect.type_info(struct).fields  # type: ignore[attr-defined]
-    return {item.name: key(item, info) for item, info in zip(msgspec.structs.fields(struct), infos, strict=True)}
-
-
-def key(item: Any, info: Any) -> dict[str, Any]:
-    """What module.nix needs to know of one setting."""
-    told: dict[str, Any] = {"description": info.type.extra_json_schema["description"]}
-    if item.default_factory is msgspec.NODEFAULT and item.default is not msgspec.NODEFAULT:
-        told["default"] = "none" if item.default is None else f"`{msgspec.json.encode(item.default).decode()}`"
-    told |= {name: text for name, text in (info.type.extra or {}).items() if name == "default"}
-    kind = info.type
-    is_file = False
-    while isinstance(kind, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
-        if isinstance(kind, msgspec.inspect.Metadata):
-            is_file = is_file or "file" in (kind.extra or {})
-            kind = kind.type
-        else:  # with None: not set
-            [kind] = [each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType)]
-    more: dict[str, Any]
-    match kind:
-        case msgspec.inspect.IntType(ge=low, le=high):
-            more = {"type": "int", "min": low, "max": high}
-        case msgspec.inspect.LiteralType(values=words):
-            more = {"type": "enum", "words": list(words)}
-        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.Metadata(extra={"file": True})):
-            more = {"type": "files"}
-        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.StructType(cls=struct)):
-            more = {"type": "tables", "keys": keys(struct)}
-        case msgspec.inspect.StructType(cls=struct):
-            more = {"type": "table", "keys": keys(struct)}
-        case _:
-            more = {"type": "file" if is_file else SIMPLE[type(kind)]}
-    return told | more
-
-
-def test_every_setting_is_an_option() -> None:
-    kept(KEYS, json.dumps(keys(Settings), indent=2) + "\n")
-
 
 def test_every_file_is_handed_over() -> None:
     """But for those of Nix, which everyone may read."""
-    known = keys(Settings)
+    known = module_keys(Settings)
     named = {name for name in {**known, **known["upstream"]["keys"]} if re.search("_paths?$|_file$|^netrc$", name)}
     handed_over = {
         name for name, each in {**known, **known["upstream"]["keys"]}.items() if each["type"] in {"file", "files"}
     }
     assert handed_over == named - {"nix_db_path"}
-
-
-def kept(file: Path, text: str) -> None:
-    """The file has this text. If not, it has it now."""
-    if not file.exists() or file.read_text() != text:
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
-        pytest.fail(f"{file.relative_to(PROJECT)} was out of date; it is written anew, look and commit it")
-
-
-@pytest.mark.nix
-@needs_nix
-def test_the_reference_tells_every_option() -> None:
-    def shown(value: Any) -> str:
-        if isinstance(value, dict) and "_type" in value:
-            text = value["text"].strip()
-            return text if value["_type"] == "literalMD" else f"`{text}`"
-        return f"`{nix_value(value)}`"
-
-    def nix_value(value: Any) -> str:
-        match value:
-            case None | bool() | int() | str():
-                return json.dumps(value)
-            case list():
-                return f"[ {' '.join(map(nix_value, value))} ]" if value else "[ ]"
-            case dict():
-                inner = "".join(f'"{name}" = {nix_value(each)}; ' for name, each in value.items())
-                return f"{{ {inner}}}"
-        raise AssertionError(value)
-
-    parts = [
-        "# Options of the NixOS module\n",
-        "Made from `module.nix` by `tests/test_nixos_module.py`. See [NixOS](nixos.md) for how to use them.\n",
-    ]
-    for each in evaluate(f'(import {PROJECT}/nixos-tests/eval {{ nixpkgs = ""; }}).options'):
-        parts.append(f"## `{each['name']}`\n")
-        parts.append(each["description"].strip() + "\n")
-        rows = [f"- type: {each['type']}"]
-        if not each["required"] and (each["default"] is not None or ".settings." not in each["name"]):
-            rows.append(f"- default: {shown(each['default'])}")
-        if each["example"] is not None:
-            example = shown(each["example"])
-            fence = "\n  ```nix\n" + "".join(f"  {line}\n" for line in example.strip("`").split("\n")) + "  ```"
-            rows.append(f"- example:{fence}" if "\n" in example else f"- example: {example}")
-        parts.append("\n".join(rows) + "\n")
-    kept(REFERENCE, "\n".join(parts))
-
-
-@pytest.mark.nix
-@needs_nix
-def test_the_units_without_nixos_are_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NIXPKGS", raising=False)
-    machine = configured('enable = true; signKeyPaths = [ "/etc/harmonia/cache.secret" ];')
-    service = re.sub(r"^Environment=.*\n", "", machine["service"], flags=re.MULTILINE)
-    start = "ExecStart=/opt/harmonia/bin/harmonia --config /etc/harmonia/harmonia.toml serve"
-    kept(UNITS / "harmonia.service", re.sub(r"^ExecStart=.*", start, service, flags=re.MULTILINE))
-    kept(UNITS / "harmonia.socket", machine["socket"])
 
 
 @pytest.mark.nix
@@ -345,7 +239,7 @@ class TestModule:
     @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on PATH")
     def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
         unit = tmp_path / "harmonia.service"
-        guide = (PROJECT / "docs/nixos.md").read_text()
+        guide = (ROOT / "docs/nixos.md").read_text()
 
         def said(*options: str) -> str:
             return subprocess.check_output(
@@ -371,9 +265,9 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
         def build(settings: str) -> subprocess.CompletedProcess[str]:
             expression = f"""
               let
-                world = import {PROJECT}/nixos-tests/eval {{ nixpkgs = ""; }};
+                world = import {ROOT}/nixos-tests/eval {{ nixpkgs = ""; }};
                 package = world.pkgs.writeShellScriptBin "harmonia" ''
-                  export PYTHONPATH={PROJECT}
+                  export PYTHONPATH={ROOT}
                   exec {sys.executable} -m harmonia "$@"
                 '';
               in
@@ -430,10 +324,10 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
 @needs_nix
 def test_the_lock_is_what_the_flake_asks_for() -> None:
     """The file is JSON that no tool here may renew: its pin and flake.nix must name the same nixpkgs."""
-    lock = json.loads((PROJECT / "flake.lock").read_text())
+    lock = json.loads((ROOT / "flake.lock").read_text())
     node = lock["nodes"][lock["nodes"]["root"]["inputs"]["nixpkgs"]]
     asked = node["original"]
-    assert f'"github:{asked["owner"]}/{asked["repo"]}/{asked["ref"]}"' in (PROJECT / "flake.nix").read_text()
+    assert f'"github:{asked["owner"]}/{asked["repo"]}/{asked["ref"]}"' in (ROOT / "flake.nix").read_text()
     assert re.fullmatch(r"[0-9a-f]{40}", node["locked"]["rev"])
     assert re.fullmatch(r"sha256-[A-Za-z0-9+/]{43}=", node["locked"]["narHash"])
 
@@ -449,22 +343,22 @@ def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
     copy = tmp_path / "project"
     copy.mkdir()
     for name in ("harmonia", "nix", "nixos-tests", "tests", "docs"):
-        shutil.copytree(PROJECT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("flake.nix", "flake.lock", "module.nix", "module-settings.json", "package.nix", "pyproject.toml"):
-        shutil.copy(PROJECT / name, copy)
+        shutil.copy(ROOT / name, copy)
     stand_in = ("--override-input", "nixpkgs", f"path:{copy}/nixos-tests/eval", "--no-write-lock-file")
     client.run("nix", "flake", "check", "--no-build", "--all-systems", *stand_in, f"path:{copy}", timeout=300)
     names = client.run(
         "nix", "eval", "--json", *stand_in, f"path:{copy}#checks.aarch64-linux", "--apply", "builtins.attrNames"
     )
-    tests = {file.stem for file in (PROJECT / "nixos-tests").glob("*.nix")}
+    tests = {file.stem for file in (ROOT / "nixos-tests").glob("*.nix")}
     assert {"lints", "module", "package"} | tests == set(json.loads(names.text))
     assert tests
 
 
 def test_the_package_has_what_the_project_needs() -> None:
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    text = (PROJECT / "package.nix").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "package.nix").read_text()
     [listed] = re.findall(r"\n  dependencies = \[\n(.*?)\n  \];", text, re.DOTALL)
     names = {line.strip().removeprefix("python3Packages.") for line in listed.splitlines()}
     assert names == {re.split(r"[<>=]", each)[0] for each in project["dependencies"]}

@@ -15,9 +15,9 @@ import pytest
 
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.certificates import openssl
+from support.pages import BLOCKS
 from support.running import Server, nar_url, run, unpacked, wait_until
-from test_access_tls import openssl
-from test_docs import BLOCKS
 
 Start = Callable[..., Server]
 

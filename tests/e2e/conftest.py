@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure, make_closure, make_sparse
-from e2e.nix_client import NIXES, Client, Nix
+from support.closure import Closure, make_closure, make_sparse
+from support.nix_client import NIXES, Client, Nix
 
 _HOST, *_NEWER = NIXES
 

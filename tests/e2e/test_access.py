@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure
-from e2e.nix_client import Client
 from harmonia.config.tokens import new
+from support.certificates import authority, issue, openssl
+from support.closure import Closure
+from support.nix_client import Client
 from support.running import Server
-from test_access_tls import authority, issue, openssl
 
 Start = Callable[..., Server]
 

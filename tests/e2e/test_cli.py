@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from e2e.nix_client import Client
+from support.nix_client import Client
 from support.running import HARMONIA
 
 _TREE = """

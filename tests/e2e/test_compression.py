@@ -6,10 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from e2e.closure import Closure, build_one
-from e2e.nix_client import Client
-from e2e.proxy import CuttingProxy
-from e2e.test_substitute import requisites
+from support.closure import Closure, build_one, requisites
+from support.cutting_proxy import CuttingProxy
+from support.nix_client import Client
 from support.running import Server, wait_until
 
 Start = Callable[..., Server]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.nix_client import NIXES, Client, Key
+from support.nix_client import NIXES, Client, Key
 from support.running import Server
 
 Start = Callable[..., Server]

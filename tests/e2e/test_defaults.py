@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure
+from support.closure import Closure
 from support.running import HARMONIA
 
 # A machine of its own as far as it matters: its /nix, and port 5000 of its loopback.

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from e2e.nix_client import Client
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.nix_client import Client
 from support.running import Server, run, wait_until
 
 Start = Callable[..., Server]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure, make_closure
-from e2e.nix_client import Client, Nix
+from support.closure import Closure, make_closure
+from support.nix_client import Client, Nix
 from support.running import wait_until
 
 MakeClient = Callable[[str], Client]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure, build_one, instantiate
-from e2e.nix_client import Client
+from support.closure import Closure, build_one, instantiate
+from support.nix_client import Client
 from support.running import HARMONIA, Server, open_files
 
 Start = Callable[..., Server]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import build_one, instantiate
-from e2e.nix_client import Client
+from support.closure import build_one, instantiate
+from support.nix_client import Client
 from support.running import Server, wait_until
 
 Start = Callable[..., Server]

@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from e2e.closure import Closure
-from e2e.nix_client import Client
+from support.closure import Closure
+from support.nix_client import Client
 from support.running import Server
 
 Start = Callable[..., Server]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from e2e.nix_client import Client
-from e2e.proxy import CuttingProxy
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.cutting_proxy import CuttingProxy
+from support.nix_client import Client
 from support.running import Server
 
 Start = Callable[..., Server]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure, build_one
-from e2e.nix_client import Client, Key
 from harmonia.nix.signing import SecretKey
+from support.closure import Closure, build_one
+from support.nix_client import Client, Key
 from support.running import Server
 
 Start = Callable[..., Server]

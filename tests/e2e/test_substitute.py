@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import Closure
-from e2e.nix_client import NIXES, Client
+from support.closure import Closure, requisites
 from support.nginx import nginx
+from support.nix_client import NIXES, Client
 from support.running import Server
 
 Start = Callable[..., Server]
@@ -28,10 +28,6 @@ def serve(start: Start, closure: Closure) -> Server:
 
 def trust(client: Client, server: Server, closure: Closure) -> None:
     client.settings |= {"substituters": server.url, "trusted-public-keys": closure.key.public}
-
-
-def requisites(client: Client, path: str) -> list[str]:
-    return client.run("nix-store", "--query", "--requisites", path).lines
 
 
 def hash_part(path: str) -> str:

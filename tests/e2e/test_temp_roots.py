@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.closure import build_one
-from e2e.nix_client import Client
+from support.closure import build_one
+from support.nix_client import Client
 from support.running import Server, unpacked, wait_until
 
 Start = Callable[..., Server]

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from e2e.nix_client import NIXES, Client, Nix
 from harmonia.config.tokens import new
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.certificates import authority
+from support.nix_client import NIXES, Client, Nix
 from support.running import HARMONIA, Server
-from test_access_tls import authority
 
 PAGE = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from e2e.closure import Closure, build_one
-from e2e.nix_client import Client
-from e2e.proxy import CuttingProxy
 from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
+from support.closure import Closure, build_one
+from support.cutting_proxy import CuttingProxy
 from support.nginx import nginx
+from support.nix_client import Client
 from support.running import Server, wait_until
 
 Start = Callable[..., Server]

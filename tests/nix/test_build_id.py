@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from harmonia.nix.build_id import build_ids, is_build_id, member
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Symlink, Tree
-from test_debug_info import ONE, TWO, add, tree
+from support.debug_info import ONE, TWO, add, tree
 
 
 @pytest.fixture

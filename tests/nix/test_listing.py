@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harmonia.nix import listing, nar
 from harmonia.nix.nar_index import Layout
-from nix.test_nar import reference, word
+from support.nars import reference, word
 from support.strategies import Regular, Symlink, Tree, on_disk, trees
 
 Node = dict[str, Any]

@@ -2,7 +2,7 @@ import os
 import random
 import stat
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,37 +11,11 @@ from hypothesis import strategies as st
 
 from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
-from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, OpenSlice, Segment
+from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, OpenSlice
+from support.nars import open_files, reference, whole, word
 from support.strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
 
 segment_runs = st.lists(st.binary(max_size=40), max_size=8)
-
-
-def word(text: bytes) -> bytes:
-    return len(text).to_bytes(8, "little") + text + bytes(-len(text) % 8)
-
-
-def reference_node(tree: Tree) -> bytes:
-    if isinstance(tree, Regular):
-        flag = word(b"executable") + word(b"") if tree.executable else b""
-        body = word(b"regular") + flag + word(b"contents") + word(tree.contents)
-    elif isinstance(tree, Symlink):
-        body = word(b"symlink") + word(b"target") + word(tree.target)
-    else:
-        body = word(b"directory")
-        for name, child in sorted(tree.items()):
-            entry = word(b"name") + word(name) + word(b"node") + reference_node(child)
-            body += word(b"entry") + word(b"(") + entry + word(b")")
-    return word(b"(") + word(b"type") + body + word(b")")
-
-
-def reference(tree: Tree) -> bytes:
-    """The grammar, and nothing clever."""
-    return word(b"nix-archive-1") + reference_node(tree)
-
-
-def whole(archive: Iterable[Segment]) -> bytes:
-    return b"".join(nar.read(archive))
 
 
 @settings(deadline=None)
@@ -293,10 +267,6 @@ def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
     vanish(root / "b")
     for start, stop in [(0, 20), (position - 8, position), (position + 100, position + 108), (position, position)]:
         assert whole(nar.window(archive, start, stop)) == expected[start:stop]
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_no_file_stays_open(root: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from harmonia.nix import nar, nar_index
 from harmonia.nix.nar import Entry
 from harmonia.nix.nar_index import Layout, Layouts
-from nix.test_nar import reference, whole
+from support.nars import reference, whole
 from support.strategies import Tree, on_disk, small_trees, trees, write_tree
 
 

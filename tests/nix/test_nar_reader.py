@@ -16,7 +16,7 @@ from harmonia.errors import FormatError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
 from harmonia.nix.nar_parser import MAX_DEPTH, parse, restore
-from nix.test_nar import open_files, reference, whole, word
+from support.nars import open_files, reference, whole, word
 from support.strategies import Regular, Symlink, Tree, file_names, on_disk, small_trees, trees, write_tree
 
 Parts = list[tuple[Entry, bytes]]

@@ -7,19 +7,8 @@ import pytest
 
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Symlink, Tree
 from support.running import Server
-
-BIG = bytes(range(256)) * 4096 * 3
-"""More than the sockets' buffers take: 3 MiB."""
-
-TREE: Tree = {
-    b"\xff\xfe": b"not UTF-8",
-    "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},
-    "big": BIG,
-    "empty": b"",
-    "empty-dir": {},
-}
+from support.shared_store import TREE
 
 
 @pytest.fixture(scope="session")

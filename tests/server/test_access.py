@@ -13,7 +13,7 @@ import pytest
 from harmonia.config.loader import load
 from harmonia.config.tokens import SCOPES, new
 from harmonia.nix.signing import SecretKey
-from server.test_contract import ROWS, Row, stock
+from support.contract import ROWS, Row, stock
 from support.running import Answer, Server, patched, run, wait_until
 
 Start = Callable[..., Server]

@@ -10,12 +10,11 @@ import pytest
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
-from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.realisations import BUILD_TRACE, HASH, OTHER, REALISATIONS, create, register, trace
 from support.running import Server
 
 Start = Callable[..., Server]
 
-HASH, OTHER = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
 OLD = f"/realisations/{HASH}!out.doi"
 
 

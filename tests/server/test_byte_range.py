@@ -14,9 +14,8 @@ from harmonia.nix import nar
 from harmonia.server.http import byte_range
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
-from server.test_nar import dump, url
-from server.test_narinfo import info
 from support.running import Server, read_answer
+from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
 

@@ -7,93 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from pathlib import Path
 from time import time
-from typing import NamedTuple
 from urllib.parse import urljoin
 
 import pytest
 import zstandard
 
-from harmonia.nix import base32
 from harmonia.server.app import METRICS_ROUTES, ROUTES
-from harmonia.tools.store_builder import StoreBuilder
-from server.conftest import BIG
-from server.test_build_trace import HASH
-from server.test_log import collected, keep
-from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.contract import ROWS, Row, stock
 from support.running import Answer, Server, wait_until
 
-_NONE = "0" * 32
-_BUILD_ID = "1234567890abcdef1234567890abcdef12345678"
-
-
-class Row(NamedTuple):
-    path: str
-    negotiable: bool = False
-    """Whether it is there in zstd, too."""
-    ranges: bool = False
-    etag: bool = True
-    status: int = 200
-    live: bool = False
-    """Whether it says something else each time."""
-
-
-ROWS: dict[str, list[Row]] = {
-    "/": [Row("/", negotiable=True)],
-    "/nix-cache-info": [Row("/nix-cache-info", etag=False)],
-    "narinfo": [
-        Row("/{hash}.narinfo"),
-        Row("/{hash}.narinfo?json"),
-        Row(f"/{_NONE}.narinfo", status=404),
-        Row(f"/{_NONE}.narinfo?json", status=404),
-    ],
-    "ls": [Row("/{hash}.ls", negotiable=True, ranges=True), Row(f"/{_NONE}.ls", status=404)],
-    "/nar/<name:str>": [
-        Row("/nar/{hash}-{narhash}.nar", negotiable=True, ranges=True),
-        Row("/nar/{hash}-{narhash}.nar.zst", ranges=True),
-        Row("/nar/{narhash}.nar?hash={hash}", negotiable=True, ranges=True),
-        Row("/nar/{hash}.nar", negotiable=True, ranges=True),
-        Row(f"/nar/{_NONE}.nar", status=404),
-        Row("/nar/..%2f..%2fetc%2fpasswd", status=404),
-    ],
-    "/upstream/<name:path>": [Row("/upstream/{hash}-{narhash}-{narhash}.nar.xz", status=404)],
-    "/log/<name:str>": [
-        Row("/log/{plain}", negotiable=True, ranges=True),
-        Row("/log/{packed}", negotiable=True, ranges=True),
-        Row(f"/log/{_NONE}-none.drv", status=404),
-        Row("/log/none", status=404),
-    ],
-    "/realisations/<name:str>": [
-        Row(f"/realisations/{HASH}!out.doi"),
-        Row(f"/realisations/{HASH}!doc.doi", status=404),
-        Row("/realisations/none", status=404),
-    ],
-    "/build-trace-v2/<derivation:str>/<name:str>": [
-        Row("/build-trace-v2/{plain}/out.doi"),
-        Row("/build-trace-v2/{packed}/out.doi", status=404),
-        Row("/build-trace-v2/none/none", status=404),
-    ],
-    "/debuginfo/<name:str>": [
-        Row(f"/debuginfo/{_BUILD_ID}"),
-        Row(f"/debuginfo/{_BUILD_ID}.debug"),
-        Row(f"/debuginfo/{'0' * 40}", status=404),
-    ],
-    "/serve/<where:path>": [
-        Row("/serve/{hash}/", negotiable=True),
-        Row("/serve/{hash}", etag=False, status=301),
-        Row("/serve/{hash}/big", negotiable=True, ranges=True),
-        Row("/serve/{hash}/empty", negotiable=True, ranges=True),
-        Row("/serve/{hash}/../{hash}/big", status=404),
-        Row("/serve/{hash}/none", status=404),
-        Row(f"/serve/{_NONE}/", status=404),
-    ],
-    "/search": [Row("/search?q=tree", negotiable=True)],
-    "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
-    "/version": [Row("/version", etag=False)],
-    "/health": [Row("/health", etag=False), Row("/health?verbose", etag=False)],
-    "/metrics": [Row("/metrics", etag=False, live=True)],
-}
 METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "QUERY"]
 ENCODINGS = [
     None,
@@ -128,20 +51,6 @@ def name(uri: str) -> str:
 
 def test_every_route_is_in_the_table() -> None:
     assert [name(uri) for uri in ROUTES | METRICS_ROUTES] == list(ROWS)
-
-
-def stock(root: Path) -> dict[str, str]:
-    """A store that has something for each row of the table. Returns what the rows leave open."""
-    store = StoreBuilder(root)
-    debug = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
-    info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
-    plain, packed = collected(store, "plain"), collected(store, "packed")
-    keep(store, plain, suffix="")
-    keep(store, packed, suffix=".bz2")
-    create(store, REALISATIONS + BUILD_TRACE)
-    register(store, HASH, "out", info.path)
-    trace(store, plain, "out", info.path)
-    return {"hash": info.path.hash_part, "narhash": base32.encode(info.nar_hash), "plain": plain, "packed": packed}
 
 
 @pytest.fixture(scope="module")

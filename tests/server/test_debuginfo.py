@@ -22,8 +22,8 @@ from harmonia.nix import base32, nar_parser
 from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
+from support.debug_info import ONE, OTHER, TWO, add, add_rows
 from support.running import Answer, Server, nar_url, open_files, wait_until
-from test_debug_info import ONE, OTHER, TWO, add, add_rows
 
 Start = Callable[..., Server]
 

@@ -6,9 +6,8 @@ import pytest
 
 from harmonia import __version__
 from harmonia.tools.store_builder import StoreBuilder
-from server.test_nar import url
-from server.test_narinfo import info
 from support.running import Server, read_answer
+from support.shared_store import info, url
 
 
 @pytest.fixture(

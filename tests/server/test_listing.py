@@ -10,9 +10,8 @@ import zstandard
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from server.test_nar import dump, url
-from server.test_narinfo import info
 from support.running import Server
+from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
 

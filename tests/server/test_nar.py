@@ -13,22 +13,10 @@ from harmonia.nix import base32, nar
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
-from server.test_narinfo import info
 from support.running import Server, read_answer
+from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
-
-
-def url(server: Server, hash_part: str) -> str:
-    """Where the plain NAR is, beside the one that the narinfo tells of."""
-    for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
-        if line.startswith("URL: "):
-            return "/" + line.removeprefix("URL: ").removesuffix(".zst")
-    raise AssertionError("no URL")
-
-
-def dump(store: StoreBuilder, name: str) -> bytes:
-    return b"".join(nar.read(nar.dump(store.real_path(info(store, name).path))))
 
 
 @pytest.mark.parametrize("name", ["tree", "dep", "tree.drv"])

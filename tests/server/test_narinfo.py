@@ -8,22 +8,12 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix import base32
-from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
-from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import Server
+from support.shared_store import info
 
 Start = Callable[..., Server]
-
-
-def info(store: StoreBuilder, name: str) -> PathInfo:
-    """What the database knows of the path of that name, read with SQL of our own."""
-    with store.connect() as connection:
-        [(path,)] = connection.execute("select path from ValidPaths where path like ?", (f"%-{name}",))
-    found = Store(store.store_dir, store.real_dir, store.db_path).path_info(path.removeprefix("/nix/store/")[:32])
-    assert found
-    return found
 
 
 def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:

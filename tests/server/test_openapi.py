@@ -13,11 +13,10 @@ import pytest
 
 from harmonia.server.app import METRICS_ROUTES, ROUTES
 from harmonia.tools.store_builder import StoreBuilder
-from server.conftest import BIG
-from server.test_build_trace import HASH
-from server.test_log import keep
-from support.realisations import BUILD_TRACE, REALISATIONS, create, register, trace
+from support.build_logs import keep
+from support.realisations import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
 from support.running import Server
+from support.shared_store import BIG
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
 EXAMPLE = "6jg9f0rfvvdnpi5hyvjxgjlx7ps3l1m4"

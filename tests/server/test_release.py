@@ -12,8 +12,8 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Symlink
-from server.test_contract import ROWS, Row, stock
-from server.test_log import keep
+from support.build_logs import keep
+from support.contract import ROWS, Row, stock
 from support.running import Server, nar_url, run, wait_until
 
 Start = Callable[..., Server]

@@ -10,12 +10,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).parents[2]
+from support.pages import ROOT
 
 needs_nix = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on PATH")
 Machine = Mapping[str, Any]
@@ -39,14 +38,16 @@ def evaluate(expression: str) -> Any:
     return json.loads(found.stdout)
 
 
-def configured(configuration: str, *, beside: str = "", module: str = "{ }", read: str = "null") -> Machine:
+def configured(
+    configuration: str, *, beside: str = "", module: str = "{ }", read: str = "null", arguments: str = ""
+) -> Machine:
     """Return what a machine has of us with `configuration`, with what is `beside` services.harmonia, and a module.
 
-    `read` is a Nix expression of what another module reads in `config`.
+    `read` is a Nix expression of what another module reads in `config`, `arguments` are those of nixos-tests/eval.
     """
     machine: Machine = evaluate(f"""
       let
-        config = (import {PROJECT}/nixos-tests/eval {{ }}).configure {{
+        config = (import {ROOT}/nixos-tests/eval {{ {arguments} }}).configure {{
           imports = [ ({module}) ];
           services.harmonia = {{ {configuration} }};
           boot.isContainer = true;

@@ -51,3 +51,6 @@ def trace(store: StoreBuilder, derivation: str, output: str, path: StorePath, si
 def create(store: StoreBuilder, tables: str) -> None:
     with store.connect() as connection:
         connection.executescript(tables)
+
+
+HASH, OTHER = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"

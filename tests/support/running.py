@@ -1,5 +1,6 @@
 """A Harmonia that runs: the real process, its log, and a client that sees what is really on the wire."""
 
+import ast
 import http.client
 import os
 import re
@@ -248,9 +249,26 @@ def nar_url(info: PathInfo) -> str:
     return f"/nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
 
 
+class _Existing(ast.NodeTransformer):
+    """Read each attribute before its assignment, so that the assignment fails if the attribute does not exist."""
+
+    def visit_Assign(self, node: ast.Assign) -> list[ast.stmt]:
+        assigned = (each for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Attribute))
+        reads = [ast.parse(ast.unparse(each)).body[0] for each in assigned if isinstance(each.ctx, ast.Store)]
+        return [*reads, node]
+
+
+def existing(statements: str) -> str:
+    """Return the statements so that they raise AttributeError if they patch what does not exist."""
+    return ast.unparse(_Existing().visit(ast.parse(statements)))
+
+
 def patched(statements: str) -> list[str]:
-    """The program with changes that no setting makes: constants of minutes, failures that never come when called."""
-    return [sys.executable, "-c", f"{statements}\nfrom harmonia.cli import main\nmain()"]
+    """Return a command that changes the program by `statements`, then runs it.
+
+    It patches what no setting changes: constants of minutes, failures that never come when called.
+    """
+    return [sys.executable, "-c", f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from e2e.nix_client import Client, Key
+from support.nix_client import Client, Key
 
 _NAME_AT = len("/nix/store/") + 32 + len("-")
 
@@ -69,3 +69,7 @@ def _derivation(name: str, script: str) -> str:
 def make_sparse(server: Client) -> str:
     """A store path with a file of 5 GiB that takes no room on disk, but all the time that reading zeros takes."""
     return build_one(server, "sparse-1.0", "mkdir $out; truncate --size 5G $out/zeros", timeout=600)
+
+
+def requisites(client: Client, path: str) -> list[str]:
+    return client.run("nix-store", "--query", "--requisites", path).lines

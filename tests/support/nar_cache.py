@@ -1,0 +1,109 @@
+"""The NAR cache on disk, as its tests use it."""
+
+import gc
+import hashlib
+import os
+import random
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import CachedFile, Filler
+
+
+@contextmanager
+def at(directory: object, limit: int | None = None) -> Iterator[NarCache]:
+    cache = NarCache(str(directory), limit)
+    yield cache
+    cache.housekeeping.shutdown()
+
+
+@contextmanager
+def no_leak() -> Iterator[None]:
+    """No descriptor and no thread is left."""
+
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    before = count()
+    yield
+    if count() != before:
+        gc.collect()
+    assert count() == before
+
+
+def opened(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
+    found = cache.open(key)
+    assert found is not None
+    return found
+
+
+def filling(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler]:
+    file, filler = opened(cache, key)
+    assert filler is not None
+    return file, filler
+
+
+def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
+    """The path of a file that is whole now."""
+    file, filler = filling(cache, key)
+    filler.append(content)
+    filler.commit()
+    file.close()
+    return cache.path(key)
+
+
+def read(file: CachedFile) -> bytes:
+    file.refresh()
+    return file.slice(0, file.size).read(file.size)
+
+
+@contextmanager
+def mounted(path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def without(directory: object, why: int) -> str:
+    return f"cannot write to {directory}, doing without that cache: {os.strerror(why)}"
+
+
+def stress(cache: NarCache, chance: random.Random, filled_now: set[str]) -> None:
+    """Do with a few keys what may be done with them, and look whether what is seen is right."""
+    for _ in range(100):
+        key = chance.choice("abc")
+        content = random.Random(key).randbytes(70_000)
+        file, filler = opened(cache, key)
+        if filler:
+            assert key not in filled_now
+            filled_now.add(key)
+            size = chance.choice([30_000, 70_000, 70_000])
+            for start in range(0, size, 10_000):
+                filler.append(content[start : start + 10_000])
+            filled_now.remove(key)
+            if size < len(content):
+                filler.abandon()
+            else:
+                filler.commit()
+        seen = read(file)
+        assert seen == content[: len(seen)]
+        assert file.sha256 in (None, hashlib.sha256(content).digest())
+        if file.whole:
+            assert seen == content
+        file.close()
+        if chance.random() < 0.1:
+            cache.evict()

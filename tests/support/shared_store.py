@@ -1,0 +1,41 @@
+"""The store that the tests of the server share, and what they read of it."""
+
+from harmonia.nix import nar
+from harmonia.nix.path_info import PathInfo
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import Executable, Symlink, Tree
+from support.running import Server
+
+BIG = bytes(range(256)) * 4096 * 3
+"""More than the sockets' buffers take: 3 MiB."""
+
+
+TREE: Tree = {
+    b"\xff\xfe": b"not UTF-8",
+    "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},
+    "big": BIG,
+    "empty": b"",
+    "empty-dir": {},
+}
+
+
+def info(store: StoreBuilder, name: str) -> PathInfo:
+    """What the database knows of the path of that name, read with SQL of our own."""
+    with store.connect() as connection:
+        [(path,)] = connection.execute("select path from ValidPaths where path like ?", (f"%-{name}",))
+    found = Store(store.store_dir, store.real_dir, store.db_path).path_info(path.removeprefix("/nix/store/")[:32])
+    assert found
+    return found
+
+
+def url(server: Server, hash_part: str) -> str:
+    """Where the plain NAR is, beside the one that the narinfo tells of."""
+    for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
+        if line.startswith("URL: "):
+            return "/" + line.removeprefix("URL: ").removesuffix(".zst")
+    raise AssertionError("no URL")
+
+
+def dump(store: StoreBuilder, name: str) -> bytes:
+    return b"".join(nar.read(nar.dump(store.real_path(info(store, name).path))))
