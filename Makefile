@@ -6,10 +6,12 @@ SECONDS ?= 60
 
 .PHONY: serve test check format docs fuzz audit bench soak vm-test clean help
 
-serve: .venv/ready  ## Serve /nix/store, or a demo store where there is none
-	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia; \
+# Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
+BIND ?=
+serve: .venv/ready  ## Serve /nix/store, or a demo store if there is none, at BIND=:5000
+	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia serve $(if $(BIND),--bind '$(BIND)'); \
 	else $(BIN)/harmonia demo demo-store && echo "It is being served now. Ctrl-C ends that." && \
-	exec $(BIN)/harmonia --config demo-store/harmonia.toml; fi
+	exec $(BIN)/harmonia --config demo-store/harmonia.toml serve $(if $(BIND),--bind '$(BIND)'); fi
 
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal

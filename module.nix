@@ -77,13 +77,22 @@ let
       };
 
   # Where to listen: systemd does, so that the service needs no network and a restart refuses no connection.
-  inherit (cfg.settings) bind;
-  onUnixSocket = lib.hasPrefix "unix:" bind;
+  # The forms are those of harmonia/config/value_types.py.
+  isUnixSocket = bind: builtins.match "(unix:|/).*" bind != null;
+  onUnixSocket = isUnixSocket cfg.settings.bind;
+  bind =
+    if builtins.match "[0-9]+" cfg.settings.bind != null then
+      ":${cfg.settings.bind}"
+    else if !onUnixSocket && builtins.match "[^][]*:[^][]*:[^][]*" cfg.settings.bind != null then
+      "[${cfg.settings.bind}]"
+    else
+      cfg.settings.bind;
   address = builtins.match "(.*):([0-9]+)" bind;
   host = if address == null then bind else builtins.elemAt address 0;
   port = if address == null then 5000 else lib.toInt (builtins.elemAt address 1);
   onAnyAddress = lib.elem host [
     ""
+    "*"
     "[::]"
   ];
   listenStreams =
@@ -320,7 +329,7 @@ in
           '';
         }
         {
-          assertion = cfg.settings.metrics_bind == null || !lib.hasPrefix "unix:" cfg.settings.metrics_bind;
+          assertion = cfg.settings.metrics_bind == null || !isUnixSocket cfg.settings.metrics_bind;
           message = "services.harmonia.settings.metrics_bind: nobody could reach a unix socket in there; give host:port.";
         }
         {

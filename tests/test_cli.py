@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from support.running import HARMONIA, open_files, patched, run, wait_until
 def config(tmp_path: Path) -> Path:
     """A file with settings that work."""
     store = StoreBuilder(tmp_path)
+    store.add_text("text", b"text")
     file = tmp_path / "harmonia.toml"
     file.write_text(f"bind = '127.0.0.1:0'\nreal_nix_store = '{store.real_dir}'\nnix_db_path = '{store.db_path}'\n")
     return file
@@ -129,6 +131,19 @@ def test_the_file_is_taken_from_the_environment(config: Path) -> None:
     answer = run("check-config", environment={"CONFIG_FILE": "/none"})
     assert answer.returncode == 2
     assert "CONFIG_FILE" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--bind", "ADDRESS"], ["serve", "--bind", "ADDRESS"], ["--bind", "ADDRESS", "serve"]]
+)
+def test_bind_takes_the_place_of_the_setting(config: Path, arguments: list[str]) -> None:
+    config.write_text(config.read_text().replace("bind = '127.0.0.1:0'", "bind = 'unix:/nonexistent/socket'"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        answer = run("--config", str(config), *(word.replace("ADDRESS", address) for word in arguments))
+    assert answer.returncode == 2
+    remedy = "choose another address, as by harmonia serve --bind :8080, or stop what listens there"
+    assert answer.stderr == f"harmonia: --bind: {address} is already in use; {remedy}\n"
 
 
 @pytest.mark.parametrize("before", [[], ["--config", "/none"]])
@@ -238,12 +253,25 @@ class TestKeygen:
         (["frobnicate"], "No such command 'frobnicate'; see harmonia --help"),
         (["--config", "", "check-config"], "Invalid value for '--config': the name is empty; name a file, .*"),
         (["ls", "--config", "", "x"], "Invalid value for '--config': the name is empty; name a file, .*"),
-        (["--confg", "x"], "No such option:? '?--confg'?.*[;?] [Ss]ee harmonia --help"),
+        (["--confg", "x"], r"No such option '--confg'; did you mean --config\? See harmonia --help"),
+        (["--xyz"], "No such option '--xyz'; see harmonia --help"),
+        (["--port", "8080"], "No such option '--port'; use --bind ADDRESS, for example --bind :8080"),
+        (["-p8080"], "No such option '-p'; use --bind ADDRESS, for example --bind :8080"),
+        (["serve", "--host=::"], "No such option '--host'; use --bind ADDRESS, for example --bind :8080"),
+        (["top", "--port", "80"], "No such option '--port'; see harmonia top --help"),
+        (["serve", "--priority=50"], "No such option '--priority'; priority is a setting, for the file that .*"),
+        (["--cache-size", "5G"], "No such option '--cache-size'; cache_size is a setting, for the file that .*"),
+        (["--bind", ":80", "top"], "--bind is for serve, not for top; leave it out; see harmonia --help"),
+        (["--bind", "x:y"], "--bind: expected \"host:port\", .*, found 'x:y'"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
         (["nar", "dump", "/none"], "'/none' is not there; name a file, .* symlink; see harmonia nar dump --help"),
         (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),
-        (["verify", "--all", "--max-age", "soon"], ".*'soon' is not an age like 12h or 7d; see harmonia verify --help"),
+        (["verify", "--all", "--max-age", "soon"], ".*duration like .*, found 'soon'; see harmonia verify --help"),
+        (["top", "--interval", "fast"], ".*duration like .*, found 'fast'; see harmonia top --help"),
+        (["top", "--interval", "2h"], r".* 7200(\.0)? is not in the range 0\.1<=x<=3600; see harmonia top --help"),
+        (["doctor", "--largest", "lots"], ".* size like .*, found 'lots'; see harmonia doctor --help"),
+        (["doctor", "--largest", "1G"], r".* 1024 is not in the range 1<=x<=256; see harmonia doctor --help"),
         (["warm"], "name some paths, or --gc-roots; see harmonia warm --help"),
     ],
 )

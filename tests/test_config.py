@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import ssl
 import subprocess
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    StoreBuilder(tmp_path)
+    StoreBuilder(tmp_path).add_text("text", b"text")
     return Machine(tmp_path)
 
 
@@ -141,28 +142,136 @@ def test_workers_default_to_four_or_the_cpus_if_fewer(monkeypatch: pytest.Monkey
         ("unix:///run/harmonia/socket", "/run/harmonia/socket"),
         ("unix:socket", "socket"),
         ("unix:/" + "x" * 106, "/" + "x" * 106),
+        ("/run/harmonia/socket", "/run/harmonia/socket"),
+        (":5000", ("::", 5000)),
+        ("*:5000", ("::", 5000)),
+        ("5000", ("::", 5000)),
+        ("0", ("::", 0)),
     ],
 )
-def test_bind_takes_upstreams_forms(bind: str, address: object) -> None:
+def test_addresses_mean_the_same_in_both_settings(bind: str, address: object) -> None:
     assert settings(f'bind = "{bind}"').address("bind") == address
     assert settings(f'metrics_bind = "{bind}"').address("metrics_bind") == address
 
 
+def test_a_port_may_be_a_number() -> None:
+    assert settings("bind = 8080").address("bind") == ("::", 8080)
+    assert complaint("bind = 80800").endswith("found '80800'")
+
+
+@pytest.mark.parametrize(
+    ("bind", "host"),
+    [
+        ("0.0.0.0", "0.0.0.0"),
+        ("localhost", "localhost"),
+        ("cache.example.org", "cache.example.org"),
+        ("*", "::"),
+        ("::", "::"),
+        ("[::]", "::"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("2001:db8::53", "2001:db8::53"),
+        ("2001:db8:0:0:0:0:0:53", "2001:db8::53"),
+    ],
+)
+def test_a_host_alone_has_the_default_port_except_for_metrics(bind: str, host: str) -> None:
+    assert settings(f'bind = "{bind}"').address("bind") == (host, 5000)
+    assert complaint(f'metrics_bind = "{bind}"').endswith(f"found {bind!r}, which has no port; add one")
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("20G", 20 << 30),
+        ("20GiB", 20 << 30),
+        ("20 GiB", 20 << 30),
+        ("20Gi", 20 << 30),
+        ("20g", 20 << 30),
+        ("20GB", 20 * 10**9),
+        ("20 GB", 20 * 10**9),
+        ("20 gb", 20 * 10**9),
+        ("1.5T", 3 << 39),
+        ("500 kB", 500_000),
+        ("1K", 1024),
+        ("700B", 700),
+        ("1P", 1 << 50),
+        ("20000000000", 20 * 10**9),
+        ("0", 0),
+    ],
+)
+def test_sizes_have_the_units_of_coreutils(size: str, count: int) -> None:
+    assert settings(f"cache_size = '{size}'").cache_bytes == count
+
+
+def test_a_size_may_be_a_number_of_bytes() -> None:
+    assert settings(f"cache_size = {20 << 30}").cache_bytes == 20 << 30
+    assert settings("cache_size = 0").cache_bytes == 0
+    assert settings().cache_bytes is None
+
+
+@pytest.mark.parametrize("size", ["20", "500.5", 20, 1 << 19])
+def test_a_small_size_without_a_unit_is_refused(size: str | int) -> None:
+    what = complaint(f"cache_size = {json.dumps(size)}")
+    assert what.endswith(f"found {size}, which is less than one NAR takes; add a unit")
+
+
+@pytest.mark.parametrize(
+    "size", ["", "G", "20X", "20 Gbit", "-1G", "1,5G", "20  G", "20iB", "1e9", "٣G", "9" * 19 + "P"]
+)
+def test_other_sizes_are_refused(size: str) -> None:
+    assert complaint(f"cache_size = '{size}'").startswith("h.toml:1: cache_size: expected a ")
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"),
+    [
+        ("90", 90),
+        ("90s", 90),
+        ("90 s", 90),
+        ("90 seconds", 90),
+        ("5m", 300),
+        ("5min", 300),
+        ("1h 30min", 5400),
+        ("1h30m", 5400),
+        ("1.5h", 5400),
+        ("1d", 86400),
+    ],
+)
+def test_durations_have_the_units_of_systemd(duration: str, seconds: int) -> None:
+    for key in ("keep_alive_timeout", "narinfo_max_age", "shutdown_grace"):
+        assert getattr(settings(f"{key} = '{duration}'"), key) == seconds
+
+
+def test_a_duration_may_be_less_than_a_second_if_the_setting_may() -> None:
+    assert settings("upstream_timeout = '500ms'").upstream_timeout == 0.5
+    assert settings("[[upstream]]\nurl = 'http://a'\ntimeout = '1m'").upstream[0].timeout == 60
+    wanted_seconds = 'seconds from 1 to 3600, or a string like "30s", "5m" or "1h 30min"'
+    for duration in ("500ms", "2h", "30x", "5M", "5 5", "1m30", "", "-1s"):
+        what = complaint(f"header_timeout = '{duration}'")
+        assert what == f"h.toml:1: header_timeout: expected {wanted_seconds}, found string '{duration}'"
+
+
+def test_bytes_of_a_head_may_have_a_unit() -> None:
+    assert settings("max_header_size = '16K'").max_header_size == 16384
+    assert complaint("max_header_size = '17K'").endswith("found string '17K'")
+
+
 def test_metrics_are_at_the_address_of_everything_else_unless_they_have_their_own() -> None:
     assert settings().address("metrics_bind") is None
-    assert complaint('metrics_bind = "localhost"').startswith('h.toml:1: metrics_bind: expected "host:port"')
     what = complaint('metrics = false\nmetrics_bind = "[::1]:5001"')
     assert what == "h.toml:2: metrics_bind: set without metrics; remove this or set metrics = true"
 
 
 @pytest.mark.parametrize(
     "bind",
-    ["", "5000", "localhost", ":5000", "::1:5000", "[::g]:1", "[1.2.3.4]:1", "a:65536", "a:-1", "a:٣", "a b:1",
+    ["", ":", "65536", "::1:5000", "::5000", "2001:db8::1:80", "a:http", "*.org:1",
+     "[::g]:1", "[1.2.3.4]:1", "a:65536", "a:-1", "a:٣", "a b:1",
      "http://a:1", "unix:", "unix://host/path", "unix:/" + "x" * 107, "unix:/a\\u0000b"],
 )  # fmt: skip
 def test_bind_takes_nothing_else(bind: str) -> None:
     assert complaint(f'bind = "{bind}"').startswith(
-        'h.toml:1: bind: expected "host:port", "[IPv6]:port" or "unix:/path"'
+        'h.toml:1: bind: expected "host:port", "[IPv6]:port", ":port" or "unix:/path"'
     )
 
 
@@ -181,13 +290,14 @@ def test_ranges_include_their_ends(line: str) -> None:
         ('workers = "4"', "workers: expected an integer from 1 to 1024, found string '4'"),
         ("workers = 4.0", "workers: expected an integer from 1 to 1024, found float 4.0"),
         ("priority = -1", "priority: expected an integer from 0 to 2147483647, found integer -1"),
-        ("cache_size = '20X'", 'cache_size: expected a string like "500M" or "20G": K, M, G, T for KiB to TiB, found'),
+        ("cache_size = '20X'", 'cache_size: expected a size like "500M", "20G" or "20GiB" (of 1024), "20 GB" (of'),
+        ("cache_size = true", 'cache_size: expected a string like "500M", "20G" or "20GiB" (of 1024), "20 GB" (of'),
         ("base_url = 'cache'", 'base_url: expected a string like "https://cache.example.org" or'),
         ("max_connections = -1", "max_connections: expected an integer, 0 or more, found integer -1"),
         ("access_log = 1", "access_log: expected true or false, found integer 1"),
         ('log_level = "no"', 'log_level: expected one of "debug", "error", "info", "warning", found string \'no\''),
         ('sign_key_paths = "a"', "sign_key_paths: expected an array of strings, found string (not shown)"),
-        ("bind = 1979-05-27", 'bind: expected "host:port", "[IPv6]:port" or "unix:/path", found date or time'),
+        ("bind = 1979-05-27", 'bind: expected "host:port", "[IPv6]:port", ":port" or "unix:/path", found date or time'),
         ("zstd = 3", "zstd: expected a table, found integer 3"),
         ("zstd.level = 23", "zstd.level: expected an integer from -7 to 22, found integer 23"),
         ("zstd.window_log = 9", "zstd.window_log: expected 0, or an integer from 10 to 27, found integer 9"),
@@ -400,7 +510,7 @@ def test_the_database_is_found_beside_what_a_symlink_points_to(machine: Machine)
 
 
 def test_a_missing_store_is_told(machine: Machine) -> None:
-    machine.store.rmdir()
+    shutil.rmtree(machine.store)
     assert machine.complaint() == (
         "ROOT/harmonia.toml:1: real_nix_store: no store at 'ROOT/nix/store': No such file or directory; "
         "set real_nix_store to where it lies on disk"
@@ -408,7 +518,7 @@ def test_a_missing_store_is_told(machine: Machine) -> None:
 
 
 def test_a_store_that_is_a_file_is_told(machine: Machine) -> None:
-    machine.store.rmdir()
+    shutil.rmtree(machine.store)
     machine.store.touch()
     assert "no store at 'ROOT/nix/store': Not a directory" in machine.complaint()
 

@@ -749,12 +749,12 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
 
 @pytest.mark.parametrize("command", ["doctor", "top"])
 @pytest.mark.parametrize(
-    "url", ["nowhere", "ftp://localhost", "/nix/store", "http://[::", "http://x:y", "http://a..b", "unix:"]
+    "url", ["no where", "ftp://localhost", "/nix/store", "http://[::", "http://x:y", "http://a..b", "unix:"]
 )
 def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
     answer = run(command, url)
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert f"'{url}' is no URL like http://" in answer.stderr
+    assert f"'{url}' is not a URL like http://" in answer.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "top"])

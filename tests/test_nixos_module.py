@@ -113,6 +113,12 @@ class TestModule:
         [
             ("[::]:5001", ["5001"]),
             (":5001", ["5001"]),
+            ("*:5001", ["5001"]),
+            ("5001", ["5001"]),
+            ("::", ["5000"]),
+            ("::1", ["[::1]:5000"]),
+            ("localhost", ["127.0.0.1:5000", "[::1]:5000"]),
+            ("/run/harmonia/socket", ["/run/harmonia/socket"]),
             ("0.0.0.0", ["0.0.0.0:5000"]),
             ("0.0.0.0:80", ["0.0.0.0:80"]),
             ("[::1]:5000", ["[::1]:5000"]),
@@ -125,7 +131,7 @@ class TestModule:
         machine = configured(f'enable = true; settings.bind = "{bind}";')
         assert machine["failed"] == []
         assert directives(machine["socket"], "ListenStream") == streams
-        assert directives(machine["socket"], "SocketMode") == (["0666"] if bind.startswith("unix:") else [])
+        assert directives(machine["socket"], "SocketMode") == (["0666"] if "/run" in bind else [])
 
     @pytest.mark.parametrize(
         ("configuration", "key"),

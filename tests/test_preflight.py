@@ -23,7 +23,9 @@ def store(tmp_path: Path) -> StoreBuilder:
     (tmp_path / "empty").touch()
     with closing(sqlite3.connect(tmp_path / "other")) as other, other:
         other.execute("create table recipes (name)")
-    return StoreBuilder(tmp_path / "store")
+    builder = StoreBuilder(tmp_path / "store")
+    builder.add_text("text", b"text")
+    return builder
 
 
 def told(directory: Path, settings: str) -> str:
@@ -149,15 +151,17 @@ def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeyp
     assert any("environment variable HOME: cache_dir: '/dev/null' is no directory; " in line for line in server.log)
 
 
-@pytest.mark.parametrize("is_empty", [True, False])
-def test_a_store_of_another_name_is_warned_of(
-    start: Start, store: StoreBuilder, tmp_path: Path, *, is_empty: bool
-) -> None:
-    if not is_empty:
-        store.add_text("text", b"")
+def test_a_store_of_another_name_is_warned_of(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store', which this should name"
     told = f"6: virtual_nix_store: {what}\n".replace(str(tmp_path), "ROOT")
-    assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == ([] if is_empty else [told])
+    assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == [told]
+
+
+def test_an_empty_store_is_warned_of(start: Start, tmp_path: Path) -> None:
+    StoreBuilder(tmp_path / "store")
+    [told] = warned(start, tmp_path, "")
+    assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths: nothing is served" in told
+    assert told.endswith("; harmonia demo makes a store to try\n")
 
 
 @pytest.mark.usefixtures("store")

@@ -60,7 +60,7 @@ def test_one_view_of_a_running_server(tmp_path: Path, start: Start) -> None:
     for _ in range(2):
         server.get(nar_url(sample.small) + ".zst")
     with download(server, sample.big):
-        answer = run("top", server.url, "--once", "--interval", "0.2")
+        answer = run("top", server.url, "--once", "--interval", "200ms")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert f"harmonia at {server.url}: " in answer.stdout
     assert "1 downloads in flight" in answer.stdout

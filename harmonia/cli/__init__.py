@@ -6,6 +6,7 @@ What the commands do is done elsewhere: they read the arguments, and tell what c
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import click
 from click.shell_completion import CompletionItem, FishComplete, add_completion_class
 
 from harmonia import __version__
+from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, HarmoniaError, StoreUnavailableError
 from harmonia.process import log_setup
 
@@ -31,6 +33,16 @@ EXIT_INTERRUPTED = 130
 
 PATH = click.Path(readable=False)
 """A path, which shells complete. Whether it is there, and what it is, is for the command to say."""
+
+bind_option = click.option(
+    "--bind",
+    metavar="ADDRESS",
+    help='Where to listen, like ":8080" or "127.0.0.1:8080"; else as the settings say, by default on port 5000.',
+)
+"""For `serve`, and for `harmonia` alone."""
+
+# Names that other servers give this option.
+_LIKE_BIND = re.compile("-[abHlp]|--(bind-)?addr(ess)?|--host(name)?|--http|--interface|--listen(-addr(ess)?)?|--port")
 
 _CHUNK_SIZE = 1 << 18
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -163,9 +175,7 @@ def _errors_told() -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else "harmonia"
-        what = error.format_message().rstrip(".")
-        _fail(f"{what} See {path} --help" if what.endswith("?") else f"{what}; see {path} --help", EXIT_CONFIG)
+        _fail(_explain_usage(error), EXIT_CONFIG)
     except ConfigError as error:
         _fail(str(error), EXIT_CONFIG)
     except StoreUnavailableError as error:
@@ -182,6 +192,23 @@ def _errors_told() -> Iterator[None]:
         with suppress(OSError):
             sys.stdout.close()  # or Python tries it once more at its end
         _fail(f"cannot write: {error.strerror}", 1)
+
+
+def _explain_usage(error: click.UsageError) -> str:
+    """Return what is wrong on the command line, and what to do. An unknown option may have another name here."""
+    path = error.ctx.command_path if error.ctx else "harmonia"
+    what = error.format_message().rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        name = error.option_name
+        key = name.lstrip("-").replace("-", "_")
+        near = " or ".join(error.possibilities or ())
+        what = f"No such option {name!r}"
+        if _LIKE_BIND.fullmatch(name) and path in ("harmonia", "harmonia serve"):
+            return f"{what}; use --bind ADDRESS, for example --bind :8080"
+        if key in Settings.__struct_fields__:
+            return f"{what}; {key} is a setting, for the file that --config names; docs/configuration.md lists them"
+        what += f"; did you mean {near}?" if near else ""
+    return f"{what} See {path} --help" if what.endswith("?") else f"{what}; see {path} --help"
 
 
 def _fail(what: str, status: int) -> None:
@@ -223,12 +250,17 @@ def in_a_pipe() -> None:
     callback=_named,
     help="The TOML file with the settings; else $CONFIG_FILE, else defaults.",
 )
+@bind_option
 @click.pass_context
-def main(context: click.Context, config_file: str | None) -> None:
+def main(context: click.Context, config_file: str | None, bind: str | None) -> None:
     """A Nix binary cache: serves this machine's store to others. Without a command, it serves."""
     log_setup.to_stderr()
     context.obj = config_file
     if context.invoked_subcommand is None:
         serve = main.get_command(context, "serve")
         assert serve is not None  # noqa: S101 (it is listed above)
-        context.invoke(serve)
+        context.invoke(serve, bind=bind)
+    elif context.invoked_subcommand == "serve":
+        context.default_map = {"serve": {"bind": bind}}
+    elif bind is not None:
+        raise click.UsageError(f"--bind is for serve, not for {context.invoked_subcommand}; leave it out")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from harmonia import cli
 from harmonia.cli import progress
-from harmonia.cli.url import parse_url
+from harmonia.cli.arguments import Mebibytes, parse_url
 from harmonia.config import credentials, loader
 from harmonia.config.settings import ReleaseRules, Settings
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
@@ -51,7 +51,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 @click.option(
     "--largest",
     metavar="MIB",
-    type=click.IntRange(1, LARGEST >> 20),
+    type=Mebibytes(1, LARGEST >> 20),
     default=64,
     show_default=True,
     help="NARs of more MiB are not downloaded.",

@@ -8,6 +8,7 @@ from functools import partial
 
 import click
 
+from harmonia import cli
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
 from harmonia.process import log_setup, sockets, systemd
@@ -19,10 +20,11 @@ _log = logging.getLogger("harmonia")
 
 
 @click.command("serve")
+@cli.bind_option
 @click.pass_obj
-def command(config_file: str | None) -> None:
+def command(config_file: str | None, bind: str | None) -> None:
     """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
-    with loader.loaded(config_file, os.environ) as settings:
+    with loader.loaded(config_file, os.environ, bind) as settings:
         status = _serve(settings)
     sys.exit(status)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harmonia.cli import progress
-from harmonia.cli.url import parse_url
+from harmonia.cli.arguments import Duration, parse_url
 from harmonia.config import loader
 from harmonia.errors import RemoteError
 from harmonia.tools import top
@@ -25,7 +25,7 @@ from harmonia.tools.top import Look
 @click.argument("client", type=parse_url, metavar="[URL]", required=False)
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 3600),
+    type=Duration(0.1, 3600),
     metavar="SECONDS",
     default=2.0,
     show_default=True,

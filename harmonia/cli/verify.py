@@ -1,7 +1,6 @@
 """`harmonia verify`."""
 
 import os
-import re
 import sys
 import time
 from contextlib import closing
@@ -10,21 +9,13 @@ import click
 
 from harmonia import cli
 from harmonia.cli import progress
+from harmonia.cli.arguments import Duration
 from harmonia.config import loader
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
 from harmonia.tools.verify import Journal, Result, verify
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _ORDER = ("corrupt", "missing", "unreadable", "unregistered")
-
-
-def _parse_age(text: str) -> float:
-    """Return the seconds of an age like 12h or 7d. Raises BadParameter if it is malformed."""
-    match = re.fullmatch(r"([0-9]{1,6})([smhdw])", text)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is not an age like 12h or 7d")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command("verify")
@@ -33,7 +24,7 @@ def _parse_age(text: str) -> float:
 @click.option("-r", "--recursive", is_flag=True, help="Verify what the PATHs refer to, too.")
 @click.option(
     "--max-age",
-    type=_parse_age,
+    type=Duration(min=0),
     metavar="AGE",
     default="0s",
     help="Leave out what was found good less than this ago: 12h, 7d.",

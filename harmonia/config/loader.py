@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
-from harmonia.config.value_types import wanted
+from harmonia.config.value_types import plain, wanted
 from harmonia.errors import ConfigError
 from harmonia.process import preflight
 
@@ -36,22 +36,25 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
 
 
 @contextmanager
-def loaded(path: str | None, environ: Mapping[str, str]) -> Iterator[Settings]:
-    """The same. What turns out wrong with one of them within is told with its place, too."""
+def loaded(path: str | None, environ: Mapping[str, str], bind: str | None = None) -> Iterator[Settings]:
+    """The same. What turns out wrong with one of them within is told with its place, too.
+
+    `bind` is what the command line gives in place of that setting.
+    """
     name, text = _file(path, environ)
-    with _checked(text, name, environ) as settings:
+    with _checked(text, name, environ, bind) as settings:
         yield settings
 
 
 @contextmanager
-def _checked(text: str, name: str, environ: Mapping[str, str]) -> Iterator[Settings]:
-    settings = parse(text, name, environ)
+def _checked(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Iterator[Settings]:
+    settings = parse(text, name, environ, bind)
     try:
         for doubt in preflight.check(settings, environ):
-            _log.warning("%s", _placed(doubt, text, name, environ))
+            _log.warning("%s", _placed(doubt, text, name, environ, bind))
         yield settings
     except WrongSettingError as error:
-        raise _placed(error, text, name, environ) from None
+        raise _placed(error, text, name, environ, bind) from None
 
 
 def read(path: str | None, environ: Mapping[str, str]) -> Settings:
@@ -111,7 +114,7 @@ def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
     return name or "built-in defaults", text
 
 
-def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
+def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Settings:
     """The settings that `text`, the content of the file `name`, and the environment give. The disk is not looked at."""
     try:
         given = tomllib.loads(text)
@@ -121,9 +124,10 @@ def parse(text: str, name: str, environ: Mapping[str, str]) -> Settings:
         place = f"{name}:{at[1] or last}" if at else name
         raise ConfigError(f"{place}: not valid TOML: {error}") from None
     try:
-        return Settings(**_effective(given, text, name, environ))
+        values = _effective(given, text, name, environ)
+        return Settings(**(values if bind is None else values | {"bind": bind}))
     except WrongSettingError as error:
-        raise _placed(error, text, name, environ) from None
+        raise _placed(error, text, name, environ, bind) from None
 
 
 def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def _values(
         elif key == "upstream" and isinstance(value, list) and all(isinstance(each, dict) for each in value):
             part = tuple(_upstream(each, str(number)) for number, each in enumerate(value))
         try:
-            values[key] = msgspec.convert(part, types[key])
+            values[key] = msgspec.convert(plain(part, types[key]), types[key])
         except msgspec.ValidationError:
             # A secret key in the place of its file's path must not be shown.
             secret = "_path" in key or key in _SECRET
@@ -198,9 +202,13 @@ def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
     return dict(named)
 
 
-def _placed(error: WrongSettingError, text: str, name: str, environ: Mapping[str, str]) -> ConfigError:
-    """The same, after where that setting was made: the environment variable, or the file and its line."""
+def _placed(
+    error: WrongSettingError, text: str, name: str, environ: Mapping[str, str], bind: str | None = None
+) -> ConfigError:
+    """The same, after where that setting was made: the option, the environment variable, or the file and its line."""
     given, key = tomllib.loads(text), error.key
+    if key == ("bind",) and bind is not None:
+        return ConfigError(f"--{error}")
     if key == ("sign_key_paths",) and error.key_file is not None:
         key = (_key_files(given, environ)[error.key_file],)
     elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from harmonia.config import value_types
+from harmonia.config import amounts, value_types
 from harmonia.config.value_types import (
     AbsolutePath,
     Address,
+    Bytes,
     Count,
     File,
     Level,
@@ -25,6 +26,7 @@ from harmonia.config.value_types import (
     Seconds,
     Size,
     Url,
+    WholeSeconds,
     WindowLog,
 )
 from harmonia.errors import ConfigError, FormatError
@@ -35,6 +37,7 @@ _LOGS = "../../log/nix"  # from the directory of the database, likewise
 _DAEMON = "../daemon-socket/socket"
 _PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
+_PORT = 5000
 _NEEDS = (
     ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
     ("tls_key_path", "tls_cert_path", "TLS needs both, set both or none"),
@@ -153,7 +156,7 @@ class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind: Annotated[
         Address, Meta(description="Where to listen; port 0 takes a free one. Sockets from systemd take its place.")
-    ] = "[::]:5000"
+    ] = f"[::]:{_PORT}"
     unix_socket_mode: Annotated[Mode, Meta(description="Permissions of the unix socket.")] = "0666"
     workers: Annotated[
         int,
@@ -173,13 +176,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
     ] = 256
     max_header_size: Annotated[
-        int, Meta(ge=1024, le=16384, description="Bytes that the head of a request may have.")
+        Bytes, Meta(ge=1024, le=16384, description="Bytes that the head of a request may have.")
     ] = 8192
     header_timeout: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds for which the head of a request may be on its way.")
+        WholeSeconds, Meta(ge=1, le=3600, description="Seconds for which the head of a request may be on its way.")
     ] = 30
     keep_alive_timeout: Annotated[
-        int, Meta(ge=1, le=86400, description="Seconds for which a connection may be idle between two requests.")
+        WholeSeconds,
+        Meta(ge=1, le=86400, description="Seconds for which a connection may be idle between two requests."),
     ] = 120
     max_query_rate: Annotated[
         Count,
@@ -196,7 +200,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 120
     shutdown_grace: Annotated[
-        Count, Meta(description="Seconds that running downloads get when the server is told to stop.")
+        WholeSeconds, Meta(ge=0, description="Seconds that running downloads get when the server is told to stop.")
     ] = 30
     tls_cert_path: Annotated[
         File | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
@@ -246,7 +250,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         int, Meta(ge=0, le=2**31 - 1, description="Told in `/nix-cache-info`: clients ask the lowest cache first.")
     ] = 30
     narinfo_max_age: Annotated[
-        int, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
+        WholeSeconds, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
     ] = 86400
     enable_compression: Annotated[
         bool, Meta(description="Compress with zstd: for clients that accept it, and as `nar_compression` says.")
@@ -319,6 +323,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise WrongSettingError(what, "nar_compression")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
+        _check(value_types.check_size, [self.cache_size], "cache_size")
         _check(value_types.check_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.release)
 
@@ -326,14 +331,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """That setting taken apart: host and port, or the path of a unix socket."""
         given = getattr(self, key)
         try:
-            return None if given is None else value_types.address(given)
+            return None if given is None else value_types.address(given, _PORT if key == "bind" else None)
         except FormatError as error:
             raise WrongSettingError(str(error), key) from None
 
     @property
     def cache_bytes(self) -> int | None:
         """`cache_size` as a number."""
-        return value_types.size(self.cache_size) if self.cache_size else None
+        return None if self.cache_size is None else amounts.size(self.cache_size)
 
     @property
     def real_store(self) -> str:

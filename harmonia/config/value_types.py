@@ -7,12 +7,13 @@ import ipaddress
 import os
 import re
 import reprlib
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from harmonia.config import tokens
+from harmonia.config import amounts, tokens
 from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import is_hash_part
@@ -21,9 +22,15 @@ _UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final N
 _PORT_MAX = 65535
 _WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
 _WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
-_ADDRESS = '"host:port", "[IPv6]:port" or "unix:/path"'
+_ADDRESS = '"host:port", "[IPv6]:port", ":port" or "unix:/path"'
 _MODE = 'a string of three or four octal digits, like "0660"'
-_SIZE = 'a string like "500M" or "20G": K, M, G, T for KiB to TiB'
+_SIZE = f"a string like {amounts.SIZE}, or a number of bytes"
+_SIZE_MIN_BYTES = 1 << 20  # of a size without a unit: with less, the unit was forgotten
+_DURATION: dict[str, Any] = {
+    "unit": "seconds",
+    "also": f", or a string like {amounts.DURATION}",
+    "reader": (str, amounts.duration),
+}
 _PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
 _URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
 _SCOPES = "an array of " + ", ".join(f'"{scope}"' for scope in tokens.SCOPES)
@@ -38,11 +45,14 @@ _NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
 _PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 
 Count = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0, le=3600)]
+# A reader makes what the field stores of another type in TOML.
+Seconds = Annotated[float, Meta(gt=0, le=3600, extra=_DURATION)]
+WholeSeconds = Annotated[int, Meta(extra=_DURATION)]
+Bytes = Annotated[int, Meta(extra={"unit": "bytes", "also": ', or a string like "8K"', "reader": (str, amounts.size)})]
+Address = Annotated[str, Meta(extra={"wanted": _ADDRESS, "reader": (int, str)})]
+Size = Annotated[str, Meta(extra={"wanted": _SIZE, "reader": (int, str)})]
 Level = Literal["debug", "info", "warning", "error"]
-Address = Annotated[str, Meta(extra={"wanted": _ADDRESS})]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
-Size = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}[KMGT]\Z", extra={"wanted": _SIZE})]
 Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
 # One that the server reads, and perhaps nobody else may: the NixOS module has systemd hand it over.
@@ -52,28 +62,64 @@ Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
 Scopes = Annotated[tuple[tokens.Scope, ...], Meta(extra={"wanted": _SCOPES})]
 
 HostAndPort = tuple[str, int]
+_HOST_AND_PORT = re.compile(r"(?=.)(?:\[([^]]+)\]|([A-Za-z0-9._-]*|\*))(?::([0-9]{1,5}))?")
 
 
-def address(text: str) -> HostAndPort | str:
-    """Host and port, or the path of a unix socket."""
-    if text.startswith("unix:"):
+def address(text: str, default_port: int | None) -> HostAndPort | str:
+    """Return host and port, or the path of a unix socket. Without a host, the host is `::`: all addresses.
+
+    Raise FormatError if `text` is not an address, or has no port and there is no default.
+    """
+    if text.startswith(("unix:", "/")):
         path = re.sub(r"\A//(?=/)", "", text.removeprefix("unix:"))
         if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
             return path
-    elif match := re.fullmatch(r"(?:\[([^]]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", text):
+    elif match := _HOST_AND_PORT.fullmatch(_bracketed(text)):
         v6, host, port = match.groups()
-        try:
-            if int(port) <= _PORT_MAX:
-                return str(ipaddress.IPv6Address(v6)) if v6 else host, int(port)
-        except ValueError:
-            pass  # not an IPv6 address: told below
+        if not port and default_port is None:
+            raise FormatError(f"expected {_ADDRESS}, found {reprlib.repr(text)}, which has no port; add one")
+        number = int(port or default_port or 0)
+        if number <= _PORT_MAX and (not v6 or _is_v6(v6)):
+            return str(ipaddress.IPv6Address(v6)) if v6 else "::" if host in ("", "*") else host, number
     limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
     raise FormatError(f"expected {_ADDRESS} ({limits}), found {reprlib.repr(text)}")
 
 
-def size(text: str) -> int:
-    """A `Size` in bytes."""
-    return int(text[:-1]) << 10 * (1 + "KMGT".index(text[-1]))
+def _bracketed(text: str) -> str:
+    """Return an address in which a colon stands before a port alone.
+
+    `::1:5000` is an IPv6 address, too, but hardly meant as one: it is returned as it is, and nothing matches it.
+    """
+    if re.fullmatch(r"[0-9]{1,5}", text):
+        return f":{text}"
+    with_port = re.fullmatch(r"(.+):[0-9]{2,5}", text)
+    is_ambiguous = with_port and (with_port[1] == ":" or _is_v6(with_port[1]))
+    return f"[{text}]" if _is_v6(text) and not is_ambiguous else text
+
+
+def _is_v6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def plain(value: object, kind: object) -> object:
+    """Return the value as a field of this type stores it: a duration as its seconds, a port as text. Return all other
+    values, wrong ones too, as they are.
+    """
+    accepted, reader = _inspected(kind)[1].get("reader", (None, None))
+    if type(value) is accepted:
+        with suppress(FormatError):
+            return reader(value)
+    return value
+
+
+def check_size(text: str) -> None:
+    """Raise FormatError if this is not a size, or a small one without a unit."""
+    if amounts.size(text) < _SIZE_MIN_BYTES and re.fullmatch("[0-9.]*[1-9][0-9.]*", text):
+        raise FormatError(f"expected {_SIZE}, found {text}, which is less than one NAR takes; add a unit")
 
 
 def check_path(text: str) -> None:
@@ -117,21 +163,31 @@ def check_window_log(number: int) -> None:
         raise FormatError(f"expected {_WINDOW_LOG}, found integer {number}")
 
 
+def _inspected(kind: object) -> tuple[object, dict[str, Any]]:
+    """Return the type without None and metadata, and the extra metadata."""
+    schema = msgspec.inspect.type_info(kind)
+    extra: dict[str, Any] = {}
+    while True:
+        if isinstance(schema, msgspec.inspect.UnionType):  # with None, if the field may be left out
+            schema = next(one for one in schema.types if not isinstance(one, msgspec.inspect.NoneType))
+        elif isinstance(schema, msgspec.inspect.Metadata):
+            extra |= schema.extra or {}
+            schema = schema.type
+        else:
+            return schema, extra
+
+
 def wanted(kind: object) -> str:
     """What a field of this type takes, in the words of error messages and of the reference."""
-    schema = msgspec.inspect.type_info(kind)
-    while isinstance(schema, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
-        if isinstance(schema, msgspec.inspect.UnionType):  # with None, where nothing is given
-            schema = next(one for one in schema.types if not isinstance(one, msgspec.inspect.NoneType))
-        elif schema.extra and "wanted" in schema.extra:
-            return str(schema.extra["wanted"])
-        else:
-            schema = schema.type
+    schema, extra = _inspected(kind)
+    if "wanted" in extra:
+        return str(extra["wanted"])
+    unit, also = extra.get("unit", "an integer"), extra.get("also", "")
     match schema:
         case msgspec.inspect.IntType(ge=low, le=high):
-            return f"an integer, {low} or more" if high is None else f"an integer from {low} to {high}"
+            return f"{unit}, {low} or more{also}" if high is None else f"{unit} from {low} to {high}{also}"
         case msgspec.inspect.FloatType(le=high):
-            return f"seconds, more than 0 and at most {high}"
+            return f"{unit}, more than 0 and at most {high}{also}"
         case msgspec.inspect.LiteralType(values=words):
             return "one of " + ", ".join(f'"{word}"' for word in words)
     names: dict[type, str] = {

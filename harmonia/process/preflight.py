@@ -46,7 +46,11 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
     store_dir = settings.virtual_nix_store
     database = Store.of(settings).database
     try:
-        for path, is_below in database.query(_SOME_PATH, store_dir, store_dir):
+        paths = list(database.query(_SOME_PATH, store_dir, store_dir))
+        if not paths:
+            what = f"{settings.database!r} has no valid paths: nothing is served until it has"
+            yield WrongSettingError(f"{what}; harmonia demo makes a store to try", "nix_db_path")
+        for path, is_below in paths:
             if not is_below:
                 what = f"no path of {settings.database!r} is in {store_dir!r}; they are in {os.path.dirname(path)!r}"
                 yield WrongSettingError(f"{what}, which this should name", "virtual_nix_store")

@@ -111,7 +111,8 @@ def _wrong(settings: Settings, key: _Key, error: OSError) -> WrongSettingError:
     if isinstance(error, socket.gaierror):
         what = f"names a host that has no address: {error.strerror}"
     elif error.errno == errno.EADDRINUSE:
-        what, remedy = "is already in use", "choose another address, or stop what listens there"
+        option = ", as by harmonia serve --bind :8080" if key == "bind" else ""
+        what, remedy = "is already in use", f"choose another address{option}, or stop what listens there"
     elif isinstance(address, str) and error.errno == errno.ENOENT:
         what, remedy = "has no directory", f"make {os.path.dirname(address)!r}, in systemd with RuntimeDirectory="
     elif isinstance(address, str) and error.errno == errno.EEXIST:

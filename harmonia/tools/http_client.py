@@ -5,14 +5,16 @@ A private one is given what a netrc(5) has for its host, as Nix and curl give it
 
 import http.client
 import os
+import re
 import socket
 import ssl
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from harmonia.config import netrc
+from harmonia.config import netrc, value_types
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, RemoteError
 
@@ -57,14 +59,14 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Client:
-    """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket."""
+    """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket, or a short form of these."""
 
     def __init__(self, url: str, host: str | None = None) -> None:
         """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
 
         FormatError where it is no URL, RemoteError where the netrc is none.
         """
-        self.url = self._base = url.rstrip("/")
+        self.url = self._base = _completed(url).rstrip("/")
         self._place: tuple[str, int] | str | None = None
         try:
             parts = urlsplit(self.url)
@@ -75,7 +77,7 @@ class Client:
         if self.url.startswith("unix:") and self.url != "unix:":
             self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
         elif not name or parts.scheme not in ("http", "https"):
-            raise FormatError(f"{url!r} is no URL like http://localhost:5000 or unix:/run/harmonia/socket")
+            raise FormatError(f"{url!r} is not a URL like http://localhost:5000 or unix:/run/harmonia/socket")
         elif "@" in parts.netloc:  # which holds a password, and is not shown
             line = f"machine {name} login USER password PASSWORD"
             raise FormatError(f"a URL cannot bring a user here; give it in a netrc that $NETRC names, as {line}")
@@ -157,6 +159,27 @@ class Client:
         # Several fields of one name are one (RFC 9110 section 5.3).
         joined = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
         return Answer(response.status, joined, bytes(body[:stop]), certificate)
+
+
+def _completed(url: str) -> str:
+    """Return the URL that a short form stands for: a port, `host:port`, a host, or the path of a socket.
+
+    Without a port, a name means HTTPS, as do ports that end in 443. Otherwise it is HTTP. All other text is returned
+    as it is.
+    """
+    if url.startswith("/") and os.path.exists(url) and stat.S_ISSOCK(os.stat(url).st_mode):
+        return f"unix:{url}"
+    authority, slash, path = url.partition("/")
+    try:
+        address = value_types.address(authority, default_port=0)
+    except FormatError:
+        return url
+    if isinstance(address, str):
+        return url
+    host, port = ("localhost" if address[0] == "::" else address[0]), address[1]
+    is_name = host != "localhost" and not re.fullmatch(r"[0-9.]+|.*:.*", host)
+    scheme = "https" if f"{port}".endswith("443") or (is_name and not port) else "http"
+    return f"{scheme}://{_in_url(host)}{f':{port}' if port else ''}{slash}{path}"
 
 
 def _tls(scheme: str) -> ssl.SSLContext | None:

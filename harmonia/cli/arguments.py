@@ -1,0 +1,37 @@
+"""Types of arguments on the command line: URLs, durations, sizes."""
+
+import click
+
+from harmonia.config import amounts
+from harmonia.errors import FormatError
+from harmonia.tools.http_client import Client
+
+
+def parse_url(text: str) -> Client:
+    """Return a client of the server with this URL. Raises BadParameter if it is malformed."""
+    try:
+        return Client(text)
+    except FormatError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+class Duration(click.FloatRange):
+    """Seconds, or a duration like 500ms or 12h."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return float(super().convert(amounts.duration(str(value)), param, ctx))
+        except FormatError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Mebibytes(click.IntRange):
+    """A number of MiB, or a size like 512K or 1GB, rounded up to MiB."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        try:
+            count = int(text) if text.isdecimal() else -(-amounts.size(text) >> 20)
+        except FormatError as error:
+            self.fail(str(error), param, ctx)
+        return int(super().convert(count, param, ctx))
