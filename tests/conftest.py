@@ -52,7 +52,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the developer's own gets into a test."""
-    for name in [
-        name for name in os.environ if name.startswith(("NIX_", "SIGN_KEY", "CONFIG_FILE", "LISTEN_", "NOTIFY_"))
-    ]:
+    prefixes = ("NIX_", "SIGN_KEY", "CONFIG_FILE", "LISTEN_", "NOTIFY_")
+    for name in [name for name in os.environ if name.startswith(prefixes) or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)

@@ -20,6 +20,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import UpstreamError
 from harmonia.metrics.shared_counters import Metrics
@@ -267,7 +268,9 @@ def real_client() -> Client:
     url = "http://localhost"
     counters = Metrics([], [], 1, [url]).own_upstream(url)
     settings = Upstream(url=url)
-    return Client(settings, Transport(settings, None, ssl.create_default_context()), counters, "/nix/store", 1)
+    return Client(
+        settings, Transport(settings, None, ssl.create_default_context(), ProxyRules({})), counters, "/nix/store", 1
+    )
 
 
 def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:

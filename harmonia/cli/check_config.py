@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from harmonia.config import loader
+from harmonia.config.proxy import without_password
 from harmonia.config.settings import Settings
 
 
@@ -50,7 +51,8 @@ def explained(settings: Settings, origins: Mapping[str, str]) -> Iterator[str]:
             yield f"\n[[{key}]]" if many else f"\n[{key}]"
             for name, value in msgspec.to_builtins(each).items():
                 path = f"{key}.{number}.{name}" if many else f"{key}.{name}"
-                yield _line(name, value, origins.get(path, "default"), None)
+                shown = without_password(value) if name == "proxy" and value else value
+                yield _line(name, shown, origins.get(path, "default"), None)
 
 
 def _is_table(value: object) -> bool:

@@ -23,7 +23,7 @@ from harmonia.process import preflight
 
 _log = logging.getLogger("harmonia")
 
-_SECRET = {"netrc", "credentials_file", "signed_by", "url", "upstream"}  # a URL may hold a password
+_SECRET = {"netrc", "credentials_file", "signed_by", "url", "proxy", "upstream"}  # a URL may hold a password
 _NO_EFFECT = {"max_connection_rate"}
 _CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables, the first that is set
 _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from harmonia.config import amounts, value_types
+from harmonia.config.proxy import Proxy
 from harmonia.config.value_types import (
     AbsolutePath,
     Address,
@@ -58,7 +59,7 @@ class WrongSettingError(ConfigError):
         """Which of several files that the key names."""
 
 
-def _check(check: Callable[[Any], None], values: Iterable[object], *key: str) -> None:
+def _check(check: Callable[[Any], object], values: Iterable[object], *key: str) -> None:
     """WrongSettingError where one of the values that are given for that key does not pass."""
     for value in values:
         if value is not None:
@@ -112,6 +113,14 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[
         Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
     ] = 10.0
+    proxy: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "as the environment says"},
+            description="The HTTP proxy that it is asked through: `http://host:port` or `http://user:password@host:port`;"
+            ' `""` is none.',
+        ),
+    ] = None
     netrc: Annotated[
         File | None, Meta(description="A netrc(5) file with the user and password for its host, read as curl reads it.")
     ] = None
@@ -384,6 +393,7 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> 
         for key in ("netrc", "credentials_file", "ca_file"):
             _check(value_types.check_path, [getattr(upstream, key)], *table, key)
         _check(value_types.check_public_key, upstream.public_keys, *table, "public_keys")
+        _check(Proxy.parse, [upstream.proxy or None], *table, "proxy")
         if upstream.sign and not upstream.public_keys:
             what = "set without public_keys; only what they signed is signed again, so give them or remove this"
             raise WrongSettingError(what, *table, "sign")

@@ -10,9 +10,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from harmonia.config import credentials
+from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
 from harmonia.config.value_types import HostAndPort
-from harmonia.errors import StoreUnavailableError
+from harmonia.errors import FormatError, StoreUnavailableError
 from harmonia.process import sockets, systemd
 from harmonia.store.store import Store
 
@@ -96,6 +97,10 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
             what += f"; add machine {host} login USER password PASSWORD"
             yield WrongSettingError(what, "upstream", str(number), "netrc")
         credentials.upstream_tls(settings, number)
+        try:
+            ProxyRules(environ, upstream.proxy).proxy_for(upstream.url)
+        except FormatError as error:
+            raise WrongSettingError(f'{error}, or set proxy = "" here', "upstream", str(number), "proxy") from None
         files |= {getattr(upstream, key): ("upstream", str(number), key) for key in ("netrc", "credentials_file")}
     # systemd gives credentials the mode 0440 and guards their directory instead (systemd issue 29435).
     guarded = os.path.join(os.path.realpath(environ.get("CREDENTIALS_DIRECTORY") or "/nonexistent"), "")

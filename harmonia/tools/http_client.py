@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.config import netrc, value_types
+from harmonia.config.proxy import Proxy, ProxyRules
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, RemoteError
 
@@ -39,34 +40,48 @@ class Answer:
 
 
 class _Connection(http.client.HTTPConnection):
-    """To the host of a URL, or to where it is said to be: another host and port, or a unix socket."""
+    """To the host of a URL, through a proxy or not, or to where it is said to be: a host and port, or a unix socket."""
 
-    def __init__(self, netloc: str, tls: ssl.SSLContext | None, place: tuple[str, int] | str | None) -> None:
+    def __init__(
+        self, netloc: str, tls: ssl.SSLContext | None, place: tuple[str, int] | str | None, proxy: Proxy | None
+    ) -> None:
+        """`place` and `proxy` exclude each other."""
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
         super().__init__(netloc, timeout=_TIMEOUT)
+        self._name = self.host
         self._tls = tls
-        self._place = place or (self.host, self.port)
+        self._place = place
+        if proxy:
+            port = self.port
+            super().__init__(proxy.host, proxy.port, timeout=_TIMEOUT)
+            if tls:
+                self.set_tunnel(self._name, port, _proxy_headers(proxy))
 
     def connect(self) -> None:
         if isinstance(self._place, str):
             self.sock = socket.socket(socket.AF_UNIX)
             self.sock.settimeout(self.timeout)
             self.sock.connect(self._place)
-        else:
+        elif self._place:
             self.sock = socket.create_connection(self._place, self.timeout)
+        else:
+            super().connect()
         if self._tls:
-            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name)
 
 
 class Client:
     """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket, or a short form of these."""
 
-    def __init__(self, url: str, host: str | None = None) -> None:
+    def __init__(self, url: str, host: str | None = None, *, direct: bool = False) -> None:
         """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
 
+        Unless it is asked `direct`, it is asked through the proxy that the environment has for it, as by curl.
         FormatError where it is no URL, RemoteError where the netrc is none.
         """
         self.url = self._base = _completed(url).rstrip("/")
+        self.is_direct = direct or self.url.startswith("unix:")
+        self._proxies = ProxyRules({} if self.is_direct else os.environ)
         self._place: tuple[str, int] | str | None = None
         try:
             parts = urlsplit(self.url)
@@ -105,7 +120,7 @@ class Client:
             raise RemoteError(f"{key} does not tell the port that the server has; give its URL")
         host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (it is compared)
         scheme = "https" if settings.tls_cert_path and key == "bind" else "http"
-        return cls(f"{scheme}://{_in_url(host)}:{address[1]}", name)
+        return cls(f"{scheme}://{_in_url(host)}:{address[1]}", name, direct=True)
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", stop: int | None = None
@@ -132,15 +147,19 @@ class Client:
         target = quote(target, safe=_ASCII, errors="surrogateescape")
         is_ours = _origin(url) == _origin(self._base)
         try:
-            connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None)
-        except http.client.InvalidURL as error:
+            proxy = self._proxies.proxy_for(url)
+            connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None, proxy)
+        except (http.client.InvalidURL, FormatError) as error:
             raise RemoteError(f"{url}: {error}") from None
+        own = dict(self._own_headers) if is_ours else {}
+        if proxy and parts.scheme == "http":
+            target = f"http://{parts.netloc}{target}"
+            own |= _proxy_headers(proxy)
         certificate: Mapping[str, Any] = {}
         try:
             connection.connect()
             if isinstance(connection.sock, ssl.SSLSocket):
                 certificate = connection.sock.getpeercert() or {}
-            own = self._own_headers if is_ours else {}
             connection.request(method, target, headers={"Connection": "close", **own, **headers})
             response = connection.getresponse()
             body = bytearray()
@@ -150,7 +169,8 @@ class Client:
         except ssl.SSLCertVerificationError as error:
             raise RemoteError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:  # the last of what no URL or host has
-            raise RemoteError(f"{self.url}: {_why(error)}") from None
+            through = f" (through the proxy {proxy.url})" if proxy else ""
+            raise RemoteError(f"{self.url}: {_why(error)}{through}") from None
         finally:
             connection.close()
         if not complete and method != "HEAD":
@@ -180,6 +200,10 @@ def _completed(url: str) -> str:
     is_name = host != "localhost" and not re.fullmatch(r"[0-9.]+|.*:.*", host)
     scheme = "https" if f"{port}".endswith("443") or (is_name and not port) else "http"
     return f"{scheme}://{_in_url(host)}{f':{port}' if port else ''}{slash}{path}"
+
+
+def _proxy_headers(proxy: Proxy) -> dict[str, str]:
+    return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
 def _tls(scheme: str) -> ssl.SSLContext | None:

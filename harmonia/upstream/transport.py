@@ -13,8 +13,9 @@ import aiohttp
 from yarl import URL
 
 from harmonia import __version__
+from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
-from harmonia.errors import UpstreamError
+from harmonia.errors import FormatError, UpstreamError
 from harmonia.upstream.address_filter import InsideError, Reach
 from harmonia.upstream.loop_guard import IDENTITY, names
 
@@ -51,18 +52,20 @@ class FailureError(AnswerError):
 class Transport:
     """To be made on the event loop that uses it."""
 
-    def __init__(self, settings: Upstream, authorization: str | None, tls: ssl.SSLContext) -> None:
+    def __init__(self, settings: Upstream, authorization: str | None, tls: ssl.SSLContext, proxies: ProxyRules) -> None:
         self.base = settings.url.rstrip("/")
         self.identity: str | None = None
         """What the upstream calls itself, where it is a Harmonia."""
         self._timeout = settings.timeout
         self._connect_timeout = settings.connect_timeout
         self._authorization = authorization
-        reach = Reach()
-        self._here = self._session(tls, reach.here)
-        self._elsewhere = self._session(tls, reach.elsewhere)
+        self._proxies = proxies
+        self._reach = Reach()
+        self._here = self._session(tls, self._reach.here)
+        self._elsewhere = self._session(tls, self._reach.elsewhere)
+        self._proxied = self._session(tls)
 
-    def _session(self, tls: ssl.SSLContext, connect: aiohttp.SocketFactoryType) -> aiohttp.ClientSession:
+    def _session(self, tls: ssl.SSLContext, connect: aiohttp.SocketFactoryType | None = None) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ssl=tls, keepalive_timeout=60, socket_factory=connect),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
@@ -73,8 +76,8 @@ class Transport:
         )
 
     async def close(self) -> None:
-        await self._here.close()
-        await self._elsewhere.close()
+        for session in (self._here, self._elsewhere, self._proxied):
+            await session.close()
 
     async def open(
         self, method: str, url: str, headers: Mapping[str, str], part: Part = WHOLE, *, anywhere: bool = False
@@ -126,17 +129,35 @@ class Transport:
         sent = {k: v for k, v in headers.items() if here or not k.startswith("Harmonia-")} | dict(ranged)
         if here and self._authorization:
             sent["Authorization"] = self._authorization
-        session = self._here if here else self._elsewhere
+        target = URL(url, encoded=True)
         try:
+            proxy = self._proxies.proxy_for(url)
             async with asyncio.timeout(self._connect_timeout + self._timeout):
-                response = await session.request(method, URL(url, encoded=True), headers=sent, allow_redirects=False)
+                if proxy is None:
+                    session = self._here if here else self._elsewhere
+                    response = await session.request(method, target, headers=sent, allow_redirects=False)
+                else:
+                    await self._judge(target, here=here)
+                    auth = None if proxy.user is None else aiohttp.BasicAuth(proxy.user, proxy.password, "utf-8")
+                    response = await self._proxied.request(
+                        method, target, headers=sent, allow_redirects=False, proxy=proxy.url, proxy_auth=auth
+                    )
+        except FormatError as error:
+            raise AnswerError(self.base, str(error)) from None
         except _FAILURES as error:
-            if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, InsideError):
-                raise AnswerError(self.base, str(error.os_error)) from None
+            cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+            if isinstance(cause, InsideError):
+                raise AnswerError(self.base, str(cause)) from None
             raise FailureError(self.base, _phrase(error)) from None
         if here:
             self.identity = next(iter(names(response.headers.get(IDENTITY, ""))), self.identity)
         return response
+
+    async def _judge(self, target: URL, *, here: bool) -> None:
+        """Raise InsideError if the proxy must not be asked for this."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._connect_timeout):
+                await self._reach.through_proxy(target.host or "", here=here)
 
     def _redirected(self, url: str, location: str, *, anywhere: bool) -> str:
         with suppress(ValueError):
@@ -162,8 +183,11 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
 
 
 def _phrase(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"its proxy answers with status {error.status}"
     kinds: dict[Any, str] = {
         TimeoutError: "it does not answer in time",
+        aiohttp.ClientProxyConnectionError: "no connection to its proxy",
         aiohttp.ClientConnectorCertificateError: "nobody we trust vouches for its certificate",
         aiohttp.ClientConnectorDNSError: "its name is not known",
         aiohttp.ClientConnectorError: "no connection",

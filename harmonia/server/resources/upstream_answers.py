@@ -4,6 +4,7 @@ Logs, listings and the like are passed on as they come. NARs are `upstream_nars.
 """
 
 import json
+import os
 import re
 from urllib.parse import quote, unquote_to_bytes, urljoin
 
@@ -12,6 +13,7 @@ from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.config import credentials
+from harmonia.config.proxy import ProxyRules
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.narinfo import NarFile, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
@@ -44,7 +46,10 @@ class Answers:
             Client(
                 each,
                 Transport(
-                    each, credentials.authorization(settings, number), credentials.upstream_tls(settings, number)
+                    each,
+                    credentials.authorization(settings, number),
+                    credentials.upstream_tls(settings, number),
+                    ProxyRules(os.environ, each.proxy),
                 ),
                 cache.metrics.own_upstream(each.url),
                 settings.virtual_nix_store,

@@ -38,7 +38,7 @@ def secure(client: Client) -> str | None:
     """A remedy where a server that speaks TLS is asked without, which servers tell each in a way of its own."""
     if not client.url.startswith("http:"):
         return None
-    other = Client(client.url.replace("http:", "https:", 1))
+    other = Client(client.url.replace("http:", "https:", 1), direct=client.is_direct)
     try:
         other.get("nix-cache-info")
     except ConfigError:  # nobody asked for TLS

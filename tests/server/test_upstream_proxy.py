@@ -1,0 +1,249 @@
+"""Upstreams are asked through the proxies that the environment or the settings name, as Nix would ask them."""
+
+import hashlib
+import lzma
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.signing import SecretKey
+from harmonia.tools.store_builder import StoreBuilder
+from support.proxy_server import ProxyServer
+from support.running import Server, run
+from support.upstream_server import UpstreamServer, file_url, status
+
+Start = Callable[..., Server]
+
+KEY = SecretKey.generate("upstream-1")
+CACHE = "cache.test"  # a name that no DNS has (RFC 6761)
+FILE = lzma.compress(
+    b"".join(
+        len(word).to_bytes(8, "little") + word + bytes(-len(word) % 8)
+        for word in (b"nix-archive-1", b"(", b"type", b"regular", b"contents", b"far\n", b")")
+    )
+)
+NAR = NarFile(file_url(hashlib.sha256(FILE).digest(), ".xz"), "xz", hashlib.sha256(FILE).digest(), len(FILE))
+
+
+@pytest.fixture
+def upstream() -> Iterator[UpstreamServer]:
+    with UpstreamServer() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def proxy(upstream: UpstreamServer) -> Iterator[ProxyServer]:
+    with ProxyServer() as proxy:
+        proxy.places[CACHE] = ("127.0.0.1", upstream.server_port)
+        yield proxy
+
+
+@pytest.fixture
+def narinfo(upstream: UpstreamServer, tmp_path: Path) -> str:
+    """The URL of what only the upstream has."""
+    far = StoreBuilder(tmp_path / "far")
+    info = far.add_text("far", b"far\n")
+    upstream.add(info, FILE, NAR, keys=(KEY,))
+    return f"/{info.path.hash_part}.narinfo"
+
+
+@pytest.fixture
+def begin(start: Start, tmp_path: Path) -> Start:
+    StoreBuilder(tmp_path / "store").add_text("here", b"here\n")
+
+    def begin(url: str = f"http://{CACHE}", more: str = "", **environment: str) -> Server:
+        upstreams = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{KEY.public_key}']\n{more}"
+        return start(
+            store=tmp_path / "store", settings=f"upstream_timeout = 20.0\n{upstreams}", environment=environment
+        )
+
+    return begin
+
+
+def nar_of(server: Server, narinfo: str) -> bytes:
+    answer = server.get(narinfo)
+    assert answer.status == 200, server.log
+    url = re.search("^URL: (.*)$", answer.text, re.MULTILINE)
+    assert url
+    return server.get(f"/{url[1]}").body
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "ALL_PROXY"])
+def test_the_environment_names_the_proxy(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, variable: str
+) -> None:
+    server = begin(**{variable: proxy.url})
+    assert nar_of(server, narinfo) == FILE
+    assert f"GET http://{CACHE}{narinfo}" in proxy.asked
+    assert f"GET http://{CACHE}/{NAR.url}" in proxy.asked
+    assert all(headers["Host"] == CACHE for headers in upstream.headers)
+
+
+@pytest.mark.parametrize("without", ["HTTP_PROXY", "https_proxy"])
+def test_a_variable_that_curl_ignores_for_http_is_ignored(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, without: str
+) -> None:
+    assert nar_of(begin(upstream.url, **{without: proxy.url}), narinfo) == FILE
+    assert not proxy.asked
+
+
+@pytest.mark.parametrize("no_proxy", ["127.0.0.1", "other,127.0.0.0/8", "*"])
+def test_no_proxy_excepts_an_upstream(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, no_proxy: str
+) -> None:
+    assert nar_of(begin(upstream.url, http_proxy=proxy.url, no_proxy=no_proxy), narinfo) == FILE
+    assert not proxy.asked
+
+
+def test_the_setting_of_an_upstream_counts_before_the_environment(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
+) -> None:
+    named = begin(more=f"proxy = '{proxy.url}'", http_proxy="http://127.0.0.1:1", no_proxy="*")
+    assert nar_of(named, narinfo) == FILE
+    asked = len(proxy.asked)
+    assert asked
+    assert nar_of(begin(upstream.url, more='proxy = ""', http_proxy=proxy.url), narinfo) == FILE
+    assert len(proxy.asked) == asked
+
+
+def test_a_proxy_gets_its_password_and_nobody_else_does(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
+) -> None:
+    proxy.user_and_password = "me@work:ses:ame"
+    server = begin(http_proxy=f"http://me%40work:ses%3aame@{proxy.host}/")
+    assert nar_of(server, narinfo) == FILE
+    assert "Authorization" not in str(upstream.headers)
+    assert "ses" not in "".join(server.log)
+
+
+def test_a_proxy_that_refuses_is_named_in_the_log_without_its_password(
+    begin: Start, proxy: ProxyServer, narinfo: str
+) -> None:
+    proxy.user_and_password = "me:sesame"
+    server = begin(more=f"proxy = 'http://me:wrong-password@{proxy.host}'")
+    server.wait_for_log(f"upstream http://{CACHE} cannot be used: it answers with status 407")
+    assert server.get(narinfo).status == 404
+    checked = run("--config", str(server.config), "check-config")
+    assert f'proxy = "http://(not shown)@{proxy.host}"' in checked.stdout
+    assert "wrong-password" not in checked.stdout + checked.stderr + "".join(server.log)
+
+
+def test_a_proxy_that_is_dead_counts_against_the_upstream(begin: Start, narinfo: str) -> None:
+    with ProxyServer() as dead:
+        pass
+    server = begin(http_proxy=dead.url)
+    server.wait_for_log("cannot be used: no connection to its proxy")
+    assert server.get(narinfo).status == 404
+    assert f"upstream http://{CACHE}: down" in server.get("/health?verbose").text
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+def test_https_goes_through_the_proxy_unread(  # noqa: PLR0917 (fixtures)
+    begin: Start, start: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    """The upstream of the upstream has the path."""
+    command = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache -keyout key.pem"
+        f" -out cert.pem -addext subjectAltName=DNS:{CACHE}"
+    )
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    tls = f"tls_cert_path = '{tmp_path}/cert.pem'\ntls_key_path = '{tmp_path}/key.pem'"
+    secured = start(
+        store=tmp_path / "store", settings=f"{tls}\nupstream_timeout = 20.0\n[[upstream]]\nurl = '{upstream.url}'"
+    )
+    proxy.user_and_password = "me:sesame"
+    proxy.places[f"{CACHE}:443"] = ("127.0.0.1", int(secured.url.rpartition(":")[2]))
+    environment = {"HTTPS_PROXY": f"me:sesame@{proxy.host}"}  # without a scheme, as curl takes it
+    server = begin(f"https://{CACHE}", f"ca_file = '{tmp_path}/cert.pem'", **environment)
+    assert nar_of(server, narinfo) == FILE
+    assert set(proxy.asked) == {f"CONNECT {CACHE}:443"}
+    wrong = begin(f"https://{CACHE}", f"proxy = 'http://me:wrong@{proxy.host}'")
+    wrong.wait_for_log("cannot be used: its proxy answers with status 407")
+
+
+INSIDE = ["127.0.0.1:80", "10.0.0.1", "[::1]:8080", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1"]
+INSIDE += ["localhost", "intranet", "db.internal"]
+
+
+def test_an_upstream_outside_leads_to_nothing_inside_through_the_proxy(
+    begin: Start, proxy: ProxyServer, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    server = begin(http_proxy=proxy.url)
+    far = StoreBuilder(tmp_path / "far")
+    for inside in INSIDE:
+        proxy.places[inside] = ("127.0.0.1", upstream.server_port)
+        info = far.add_text("far", inside.encode())
+        upstream.add(info, FILE, NAR, keys=(KEY,))
+        upstream.behaviours["^/nar/"] = status(302, Location=f"http://{inside}/{NAR.url}")
+        assert nar_of(server, f"/{info.path.hash_part}.narinfo") == b"Not Found\n"
+    assert not [asked for asked in proxy.asked if CACHE not in asked]
+    assert f"GET http://{CACHE}/{NAR.url}" in proxy.asked
+    server.wait_for_log("leads from outside to an address inside")
+
+
+def test_an_upstream_outside_may_lead_to_another_host_outside_through_the_proxy(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
+) -> None:
+    with UpstreamServer() as bucket:
+        bucket.files[f"/{NAR.url}"] = FILE
+        proxy.places["bucket.test"] = ("127.0.0.1", bucket.server_port)
+        upstream.behaviours["^/nar/"] = status(302, Location=f"http://bucket.test/{NAR.url}")
+        assert nar_of(begin(http_proxy=proxy.url), narinfo) == FILE
+    assert f"GET http://bucket.test/{NAR.url}" in proxy.asked
+
+
+def test_an_upstream_inside_may_lead_to_another_host_inside_through_the_proxy(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
+) -> None:
+    proxy.places["cache.internal"] = proxy.places["10.0.0.1"] = ("127.0.0.1", upstream.server_port)
+    upstream.behaviours["^/nar/"] = lambda handler: (
+        handler.serve()
+        if handler.headers["Host"] == "10.0.0.1"
+        else status(302, Location=f"http://10.0.0.1/{NAR.url}")(handler)
+    )
+    assert nar_of(begin("http://cache.internal", http_proxy=proxy.url), narinfo) == FILE
+
+
+@pytest.mark.parametrize(
+    ("more", "environment", "told"),
+    [
+        ("proxy = 'socks5://me:sesame@x:1080'", {}, "[[upstream]] 1: proxy: SOCKS proxies are not supported"),
+        ("proxy = 'http://me:sesame@x:99999'", {}, "[[upstream]] 1: proxy: not the URL of a proxy"),
+        ("proxy = 'https://me:sesame@x'", {}, "[[upstream]] 1: proxy: only proxies that are asked over plain HTTP"),
+        ("proxy = 1", {}, "[[upstream]] 1: proxy: expected a string, found integer (not shown)"),
+        ("", {"all_proxy": "socks5h://me:sesame@x"}, "proxy: environment variable all_proxy: SOCKS proxies are not"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_stops_the_start(
+    tmp_path: Path, more: str, environment: dict[str, str], told: str
+) -> None:
+    StoreBuilder(tmp_path)
+    config = tmp_path / "harmonia.toml"
+    config.write_text(
+        f"real_nix_store = '{tmp_path}/nix/store'\nbind = '127.0.0.1:0'\n[[upstream]]\nurl = 'http://{CACHE}'\n{more}\n"
+    )
+    ended = run("--config", str(config), "serve", environment=environment)
+    assert ended.returncode != 0
+    assert told in ended.stderr
+    assert "sesame" not in ended.stderr
+
+
+def test_doctor_and_top_ask_through_the_proxy(
+    start: Start, proxy: ProxyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StoreBuilder(tmp_path / "store").add_text("here", b"here\n")
+    server = start(store=tmp_path / "store")
+    proxy.places[CACHE] = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    monkeypatch.setenv("http_proxy", proxy.url)
+    assert "a binary cache for /nix/store" in run("doctor", f"http://{CACHE}").stdout
+    assert run("top", "--once", "--interval", "0.1", f"http://{CACHE}").returncode == 0
+    assert f"GET http://{CACHE}/nix-cache-info" in proxy.asked
+    assert f"GET http://{CACHE}/metrics" in proxy.asked
+    asked = len(proxy.asked)
+    run("--config", str(server.config), "doctor", server.url, environment={"no_proxy": "127.0.0.1"})
+    assert len(proxy.asked) == asked

@@ -1,0 +1,107 @@
+"""A forward proxy for HTTP and, by CONNECT, for https. It knows no names but those that a test gives it."""
+
+import base64
+import http.client
+import select
+import socket
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+from urllib.parse import urlsplit
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    server: "ProxyServer"
+
+    def do_GET(self) -> None:
+        if not self._is_allowed():
+            return
+        parts = urlsplit(self.path)
+        place = self.server.places.get(parts.netloc)
+        if place is None:
+            self._answer(502, {}, b"")
+            return
+        connection = http.client.HTTPConnection(*place, timeout=20)
+        headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
+        connection.request(self.command, f"{parts.path}?{parts.query}".rstrip("?"), headers=headers)
+        answer = connection.getresponse()
+        self._answer(answer.status, dict(answer.getheaders()), answer.read())
+        connection.close()
+
+    do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
+
+    def do_CONNECT(self) -> None:
+        self.close_connection = True
+        if not self._is_allowed():
+            return
+        place = self.server.places.get(self.path)
+        if place is None:
+            self._answer(502, {}, b"")
+            return
+        with socket.create_connection(place) as other:
+            self._answer(200, {}, b"")
+            self.wfile.flush()
+            pairs = {self.connection: other, other: self.connection}
+            while True:
+                for readable in select.select(list(pairs), [], [])[0]:
+                    data = readable.recv(65536)
+                    if not data:
+                        return
+                    pairs[readable].sendall(data)
+
+    def _is_allowed(self) -> bool:
+        self.server.asked.append(f"{self.command} {self.path}")
+        wanted = self.server.user_and_password
+        if wanted is None:
+            return True
+        given = self.headers.get("Proxy-Authorization", "")
+        if given == "Basic " + base64.b64encode(wanted.encode()).decode():
+            return True
+        self._answer(407, {"Proxy-Authenticate": "Basic"}, b"")
+        return False
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() not in {"content-length", "transfer-encoding", "date", "server", "connection"}:
+                self.send_header(name, value)
+        length = headers.get("Content-Length") if self.command == "HEAD" else len(body)
+        if self.command != "CONNECT":
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def handle(self) -> None:
+        with suppress(OSError):  # the client is gone
+            super().handle()
+
+
+class ProxyServer(ThreadingHTTPServer):
+    """`places` are the addresses of the hosts (with ports) that it knows, `asked` all that it was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, user_and_password: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.host = f"127.0.0.1:{self.server_port}"
+        self.url = f"http://{self.host}"
+        self.user_and_password = user_and_password
+        self.places: dict[str, tuple[str, int]] = {}
+        self.asked: list[str] = []
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
