@@ -1,14 +1,15 @@
 """What tests of the running server share: a real process, on a real socket, over a store made for the test."""
 
 import os
-import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from support.programs import NOT_ROOT, require, skips
 from support.running import Server
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -26,11 +27,21 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What a marker says that a test needs, and is not here, is told as the reason why it is skipped."""
-    if item.get_closest_marker("nix") and shutil.which("nix-store") is None:
-        pytest.skip("there is no Nix on this machine: apt-get install nix-bin")
-    if item.get_closest_marker("root") and (os.geteuid() != 0 or shutil.which("mount") is None):
-        pytest.skip("not root, or no mount on this machine")
+    """Skip a test if what its marker says that it needs is missing."""
+    if item.get_closest_marker("nix"):
+        require("nix-store")
+    if item.get_closest_marker("root"):
+        require("mount")
+        if os.geteuid() != 0:
+            pytest.skip(NOT_ROOT)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Sum up the skipped tests in one line."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if skipped:
+        reasons = Counter(str(each.longrepr[2]).removeprefix("Skipped: ") for each in skipped)
+        terminalreporter.write_line(skips(reasons), yellow=True)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Promises of mutual TLS: without a certificate that a given authority signed, nobody gets a word in."""
 
-import shutil
 import signal
 import socket
 import ssl
@@ -12,11 +11,12 @@ from typing import cast
 import pytest
 
 from support.certificates import authority, issue
+from support.programs import needs
 from support.running import Sample, Server, nar_url, read_answer, run
 
 Start = Callable[..., Server]
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+pytestmark = needs("openssl")
 
 REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 
@@ -107,7 +107,7 @@ def test_sighup_keeps_asking(server: Server, keys: Path) -> None:
     assert attempt(server, keys / "client.both")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@needs("curl")
 def test_curl(server: Server, keys: Path) -> None:
     command = ["curl", "--silent", "--insecure", "--max-time", "20", f"{server.url}/version"]
     told = subprocess.run(

@@ -4,7 +4,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 from harmonia import __version__
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import needs, require
 from support.running import HARMONIA, open_files, patched, run, wait_until
 
 
@@ -226,7 +226,7 @@ class TestKeygen:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.nix
-    @pytest.mark.skipif(shutil.which("nix") is None, reason="there is no nix on this machine")
+    @needs("nix")
     def test_its_keys_are_nixs(self, tmp_path: Path) -> None:
         run("keygen", "cache.example.org-1", str(tmp_path))
         secret, public = (tmp_path / f"cache.example.org-1.{kind}" for kind in ("secret", "public"))
@@ -393,8 +393,7 @@ COMPLETED = [
 )
 def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, program: dict[str, str]) -> None:
     name, *options = shell.split()
-    if shutil.which(name) is None:
-        pytest.skip(f"there is no {name} on this machine")
+    require(name)
     keyboard, terminal = pty.openpty()
     with subprocess.Popen(
         [name, *options], stdin=terminal, stdout=terminal, stderr=terminal, env=program, cwd=program["HOME"],
@@ -421,7 +420,7 @@ def read_until(terminal: int, text: str) -> None:
         shown += os.read(terminal, 4096).decode()
 
 
-@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish on this machine")
+@needs("fish")
 def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str, str]) -> None:
     script = "\n".join([start_up("fish"), *(f"complete -C '{typed}'" for typed, _ in COMPLETED)])
     command = ["fish", "--no-config", "-c", script]
@@ -431,7 +430,7 @@ def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str,
     assert lines[1] == "--gc-roots\tAlso what the garbage collector keeps: profiles, systems, results."
 
 
-@pytest.mark.skipif(shutil.which("groff") is None, reason="there is no groff on this machine")
+@needs("groff")
 def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path: Path) -> None:
     page = tmp_path / "harmonia.1"
     page.write_text(run("man").stdout)
@@ -452,7 +451,7 @@ def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path:
     assert "\\" not in text
 
 
-@pytest.mark.skipif(shutil.which("mandoc") is None, reason="there is no mandoc on this machine")
+@needs("mandoc")
 def test_mandoc_finds_nothing_in_the_manual_page_but_that_it_has_no_date(tmp_path: Path) -> None:
     (tmp_path / "harmonia.1").write_text(run("man").stdout)
     command = ["mandoc", "-T", "lint", "-W", "warning", str(tmp_path / "harmonia.1")]

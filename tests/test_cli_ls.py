@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
+from support.programs import needs
 from support.running import HARMONIA, run
 
 TREE: Tree = {
@@ -31,7 +31,7 @@ Nix = Callable[..., bytes]
 
 needs_nix = [
     pytest.mark.nix,
-    pytest.mark.skipif(shutil.which("nix") is None, reason="there is no nix on this machine"),
+    needs("nix"),
 ]
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -17,6 +16,7 @@ from typing import BinaryIO
 import pytest
 
 from harmonia.nix.path_info import PathInfo
+from support.programs import require
 from support.running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
 from support.unscathed import MANY, serves, unscathed
 
@@ -135,8 +135,7 @@ def ip(*command: str) -> None:
 @pytest.fixture
 def networks() -> Iterator[tuple[str, str]]:
     """Two with a link between them, by name: the server's, at 192.0.2.1, and the clients'."""
-    if shutil.which("ip") is None:
-        pytest.skip("no ip: install iproute2")
+    require("ip")
     names = f"harmonia-s{os.getpid()}", f"harmonia-c{os.getpid()}"
     with ExitStack() as stack:
         for name in names:

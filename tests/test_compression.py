@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
 from harmonia.nix.nar import OpenSlice, flatten
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, without
+from support.programs import needs
 
 FRAME = 1000
 MIB = 1 << 20
@@ -186,7 +186,7 @@ def test_each_frame_tells_its_length_and_has_a_checksum() -> None:
     assert b"".join(content for _, content in parts) == source.content
 
 
-@pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command")
+@needs("zstd")
 def test_the_zstd_command_reads_it() -> None:
     source = nar()
     with compressing() as compressor:
@@ -199,6 +199,7 @@ def test_another_process_makes_the_same_bytes() -> None:
 import hashlib, random
 from harmonia.config.settings import Zstd
 from harmonia.cache.zstd import Encoding
+from support.programs import needs
 data = random.Random(2).randbytes(5000) * 3
 print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())
 """
@@ -726,10 +727,21 @@ def test_number_of_threads(cpus: int, options: Zstd, threads: int) -> None:
     assert number == threads
 
 
-def test_threads_step_back_where_they_may() -> None:
-    _, pool = zstd.encoders(Zstd())
-    assert pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
-    pool.shutdown()
+@pytest.mark.parametrize("niceness", [0, 5, 15])
+def test_threads_are_nicer_than_their_process(niceness: int) -> None:
+    """Seen by a process of its own, since niceness only grows without privileges."""
+    program = (
+        "import os; from harmonia.cache import zstd; from harmonia.config.settings import Zstd\n"
+        f"ours = os.nice({niceness})\n"
+        "_, pool = zstd.encoders(Zstd())\n"
+        "print(ours, pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ours, theirs = map(int, done.stdout.split())
+    assert theirs == min(ours + 10, 19)
+
+
+def test_threads_that_cannot_change_their_niceness_compress() -> None:
     with patch.object(os, "setpriority", side_effect=PermissionError):
         _, pool = zstd.encoders(Zstd())
         assert pool.submit(int).result() == 0

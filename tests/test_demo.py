@@ -27,11 +27,12 @@ from harmonia.tools import demo
 from harmonia.tools.demo import Demo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Executable, Sparse, Symlink, Tree, remove
+from support.programs import needs, needs_root
 from support.running import Server, run
 
 NOBODY = 65534
 
-needs_nix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="there is no nix-store on this machine")
+needs_nix = needs("nix-store")
 
 Nix = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -158,7 +159,7 @@ class TestNixAgrees:
             assert any(path.name.endswith("-hello-1.0") for path in (copy / "nix/store").iterdir())
 
     @pytest.mark.root
-    @pytest.mark.skipif(os.geteuid() != 0, reason="not root: Nix cannot build in a chroot store")
+    @needs_root
     def test_with_the_derivation_and_its_log_when_it_builds_it_again(self, made: Demo, nix: Nix) -> None:
         derivation = f"/nix/store/{made.paths['hello-1.0.drv']}"
         programs = " ".join(path for path in ("/bin", "/usr", "/lib", "/lib64") if os.path.exists(path))
@@ -294,7 +295,7 @@ class TestMakingItAgain:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="not root: cannot become another user")
+@needs_root
 def test_another_user_than_root_removes_it_as_documented(made: Demo) -> None:
     place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
     os.chown(place, NOBODY, NOBODY)

@@ -16,7 +16,8 @@ from harmonia import cli
 from harmonia.config import loader
 from harmonia.nix.signing import SecretKey
 from support.generated import targets
-from support.pages import BLOCKS, PAGES, ROOT, Block, needs
+from support.pages import BLOCKS, PAGES, ROOT, Block
+from support.programs import needs
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 

@@ -7,7 +7,6 @@ import json
 import lzma
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -32,6 +31,7 @@ from harmonia.tools.doctor.finding import Finding
 from harmonia.tools.http_client import Client
 from harmonia.tools.store_builder import StoreBuilder
 from support.nginx import nginx
+from support.programs import needs
 from support.running import Server, run
 
 KEY = SecretKey.generate("good-1")
@@ -216,6 +216,13 @@ def on(path: str, method: str | None = None, **changes: object) -> Fault:
     return fault
 
 
+def clock(ahead: float) -> Fault:
+    def fault(question: Question, reply: Reply) -> Reply:
+        return on("info", date=formatdate(time.time() + ahead, usegmt=True))(question, reply)
+
+    return fault
+
+
 def line(pattern: str, replacement: str) -> Fault:
     def fault(question: Question, reply: Reply) -> Reply:
         if question.path.endswith(".narinfo") and reply.status == 200:
@@ -257,8 +264,8 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
     "no store": (on("info", body=b"WantMassQuery: 1\n"), "cache info", "warning", "no StoreDir"),
     "priority": (on("info", body=b"WantMassQuery: 1\nPriority: high\n"), "cache info", "error", "'high' is no number"),
     "no mass query": (on("info", body=b"StoreDir: /nix/store\n"), "cache info", "warning", "WantMassQuery is not 1"),
-    "clock ahead": (on("info", date=formatdate(time.time() + 900, usegmt=True)), "clock", "warning", "ahead of ours"),
-    "clock behind": (on("info", date=formatdate(time.time() - 900, usegmt=True)), "clock", "warning", "behind ours"),
+    "clock ahead": (clock(900), "clock", "warning", "ahead of ours"),
+    "clock behind": (clock(-900), "clock", "warning", "behind ours"),
     "no date": (on("info", date=""), "clock", "warning", "no Date"),
     "missing is 500": (missing(500), "missing paths", "error", "answered 500"),
     "missing is 403": (missing(403), "missing paths", "warning", "answered 403, as S3 does"),
@@ -558,7 +565,7 @@ class TestTheCommand:
         assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@needs("openssl")
 class TestTLS:
     @pytest.fixture
     def certificate(self, tmp_path: Path) -> Callable[..., str]:

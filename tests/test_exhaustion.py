@@ -170,7 +170,7 @@ def test_files_that_may_not_grow(start: Start, tmp_path: Path) -> None:
 LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
-@pytest.mark.skipif(LIBRARY is None, reason="no libfaketime: install faketime")
+@pytest.mark.skipif(LIBRARY is None, reason="no faketime on this machine: apt-get install faketime")
 def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
     """The wall clock alone: no limit of time and no cache lifetime hangs on it."""
     store = StoreBuilder(tmp_path / "store")

@@ -1,7 +1,6 @@
 """A store that was backed up, as docs/operations.md says, comes back, as it says, with its signatures."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import pytest
 from harmonia.store.store import Store
 from harmonia.tools import demo
 from support.pages import BLOCKS
+from support.programs import needs
 
 pytestmark = [
     pytest.mark.nix,
-    pytest.mark.skipif(shutil.which("nix-store") is None, reason="there is no nix-store on this machine"),
+    needs("nix-store"),
 ]
 
 

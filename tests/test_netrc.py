@@ -2,7 +2,6 @@
 
 import base64
 import random
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from harmonia.config import netrc
 from harmonia.errors import FormatError
+from support.programs import needs
 
 HOST = "127.0.0.1"
 OUR_CASES = {
@@ -161,7 +161,7 @@ def some_netrc(chance: random.Random) -> bytes:
     return ("\n".join(parts) + chance.choice(["", "\n"])).encode()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@needs("curl")
 def test_curl_sends_the_same(tmp_path: Path) -> None:
     chance = random.Random(16)
     files = [content for name, (content, _) in OUR_CASES.items() if name not in NOT_OF_EVERY_CURL]

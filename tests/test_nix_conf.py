@@ -1,7 +1,6 @@
 """The keys that Nix trusts are found where Nix finds them."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from harmonia.nix.nix_conf import trusted_keys
 from harmonia.nix.signing import SecretKey
+from support.programs import needs
 
 ONE, TWO, THREE = (str(SecretKey.generate(name).public_key) for name in ("one", "two", "three"))
 
@@ -37,7 +37,7 @@ def test_files_include_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.nix
-@pytest.mark.skipif(shutil.which("nix") is None, reason="there is no nix on this machine")
+@needs("nix")
 def test_nix_trusts_the_same(tmp_path: Path) -> None:
     (tmp_path / ".config/nix").mkdir(parents=True)
     (tmp_path / ".config/nix/nix.conf").write_text("include more.conf\n")

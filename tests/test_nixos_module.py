@@ -16,6 +16,7 @@ from support.generated import module_keys
 from support.nix_client import NIXES, Client, Nix
 from support.nixos_machine import configured, directives, needs_nix, nix
 from support.pages import ROOT
+from support.programs import needs
 
 UNITS = ROOT / "docs/systemd"
 
@@ -242,7 +243,7 @@ class TestModule:
         service = configured("enable = true;")["service"]
         assert directives(service, "CapabilityBoundingSet") == directives(service, "AmbientCapabilities") == [""]
 
-    @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on PATH")
+    @needs("systemd-analyze")
     def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
         unit = tmp_path / "harmonia.service"
         guide = (ROOT / "docs/nixos.md").read_text()
@@ -343,7 +344,7 @@ def test_the_lock_is_what_the_flake_asks_for() -> None:
 def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
     """Nix 2.8 knows no `path:` that is relative, so here are the newer ones."""
     if newer.missing is not None:
-        pytest.skip(f"{newer.name}'s Nix: {newer.missing}")
+        pytest.skip(newer.missing)
     client = Client(newer, tmp_path / "client")
     client.settings["experimental-features"] = "nix-command flakes"
     copy = tmp_path / "project"

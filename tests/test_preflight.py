@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import needs
 from support.running import Server, run
 
 Start = Callable[..., Server]
@@ -120,7 +121,7 @@ def warned(start: Start, root: Path, settings: str) -> list[str]:
     return both[0]
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@needs("openssl")
 @pytest.mark.parametrize("days", [-1, 1])
 @pytest.mark.usefixtures("store")
 def test_a_certificate_that_clients_will_refuse_is_warned_of(start: Start, tmp_path: Path, days: int) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,6 +16,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import openssl
 from support.pages import BLOCKS
+from support.programs import needs, require
 from support.running import Server, nar_url, run, unpacked, wait_until
 
 Start = Callable[..., Server]
@@ -92,14 +92,13 @@ def certificate(tmp_path: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=tmp_path / "cert.pem")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@needs("openssl")
 @pytest.mark.parametrize("proxy", [nginx, caddy], ids=["nginx", "caddy"])
 def test_a_cache_behind_a_proxy(
     proxy: Callable[[Path], AbstractContextManager[str]], tmp_path: Path, start: Start, certificate: ssl.SSLContext
 ) -> None:
     name = proxy.__name__
-    if shutil.which(name) is None:
-        pytest.skip(f"there is no {name} on this machine")
+    require(name)
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("large"), {"data": os.urandom(3 << 20)})
     key = SecretKey.generate("cache-1")

@@ -16,7 +16,8 @@ from harmonia.nix import narinfo
 from harmonia.nix.signing import PublicKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.nixos_machine import evaluate, needs_nix
-from support.pages import BLOCKS, ROOT, needs
+from support.pages import BLOCKS, ROOT
+from support.programs import needs
 from support.running import wait_until
 
 

@@ -1,7 +1,6 @@
 """Which paths are meant, by name, by references and by roots: as Nix finds them."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store.path_arguments import closure, gc_roots, named
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import needs
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_no_state_directory_is_no_root(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.nix
-@pytest.mark.skipif(shutil.which("nix-store") is None, reason="there is no nix-store on this machine")
+@needs("nix-store")
 def test_nix_finds_the_same_roots(store: Store, roots: Callable[..., Path], tmp_path: Path) -> None:
     state = roots()
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONFIG": "build-users-group =\n"}

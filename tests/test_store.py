@@ -21,6 +21,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.store import _PATH_INFO, Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import remove
+from support.programs import needs_root
 from support.realisations import BUILD_TRACE, REALISATIONS, create
 
 NOBODY = 65534
@@ -345,7 +346,7 @@ class Reader:
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="not root: cannot become a user without privileges")
+@needs_root
 class TestWithoutPrivileges:
     """As a user who cannot write beside the database: the states that it may be left in, by Nix and by others."""
 

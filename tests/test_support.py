@@ -2,10 +2,12 @@
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from support.programs import skips
 from support.running import patched
 
 TESTS = Path(__file__).parent
@@ -39,3 +41,15 @@ def test_a_patch_of_an_existing_name_changes_the_program() -> None:
     command = [*patched("from harmonia.cli import main; main.help = 'another help'"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, "another help" in done.stdout) == (0, True)
+
+
+def test_skipped_tests_are_summed_up_in_one_line() -> None:
+    nix = "no nix-store on this machine: apt-get install nix-bin"
+    reasons = Counter({nix: 37, "no curl on this machine: apt-get install curl": 2, "not root: run as root": 5})
+    assert skips(reasons) == (
+        "44 tests skipped: 37 no nix-store on this machine, 5 not root, 2 no curl on this machine; "
+        "to run them: apt-get install curl nix-bin; run as root"
+    )
+    assert skips(Counter({"Nix presents certificates from 2.34 on": 1})) == (
+        "1 test skipped: 1 Nix presents certificates from 2.34 on"
+    )

@@ -3,7 +3,6 @@
 import http.client
 import os
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -17,11 +16,12 @@ from typing import cast
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import needs
 from support.running import Sample, Server, nar_url, read_answer, wait_until
 
 Start = Callable[..., Server]
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+pytestmark = needs("openssl")
 
 REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 

@@ -14,6 +14,7 @@ from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
 from harmonia.tools.warm import warm
+from support.programs import needs_root
 from support.running import HARMONIA, Server, nar_url, run, unpacked, wait_until
 
 Start = Callable[..., Server]
@@ -162,7 +163,7 @@ def test_it_runs_only_when_nobody_else_wants_to(store: StoreBuilder, tmp_path: P
 
 
 @pytest.mark.root
-@pytest.mark.skipif(os.geteuid() != 0, reason="not root: cannot become another user")
+@needs_root
 def test_root_fills_it_as_the_servers_user() -> None:
     with tempfile.TemporaryDirectory() as directory:  # where others than root may go
         tmp_path = Path(directory)

@@ -85,6 +85,7 @@ def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
 
 
 def step_back() -> None:
-    """Let other threads go before the one that calls this."""
+    """Raise the niceness of the calling thread, so that other threads run first."""
+    thread = threading.get_native_id()
     with suppress(OSError):  # a service's system call filter may forbid it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)

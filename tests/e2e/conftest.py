@@ -21,7 +21,7 @@ def nix(request: pytest.FixtureRequest) -> Nix:
     """Each Nix in turn."""
     chosen: Nix = request.param
     if chosen.missing is not None:
-        pytest.skip(f"{chosen.name}'s Nix: {chosen.missing}")
+        pytest.skip(chosen.missing)
     return chosen
 
 
@@ -41,7 +41,7 @@ def closure(tmp_path_factory: pytest.TempPathFactory) -> Closure:
     """A realistic closure, built once by the first Nix to be had: copy from it, never change it."""
     usable = next((nix for nix in NIXES if nix.missing is None), None)
     if usable is None:
-        pytest.skip("; ".join(f"{nix.name}'s Nix: {nix.missing}" for nix in NIXES))
+        pytest.skip(str(NIXES[0].missing))
     return make_closure(Client(usable, tmp_path_factory.mktemp("closure") / "server"))
 
 

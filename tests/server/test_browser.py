@@ -19,13 +19,14 @@ from harmonia.tools.demo import Demo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Symlink, Tree
 from support.nginx import nginx
+from support.programs import needs
 from support.running import Server
 
 CHROMIUM = shutil.which("chromium")
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine: apt-get install chromium"),
+    needs("chromium"),
 ]
 
 DESKTOP, PHONE = (1280, 900), (360, 740)

@@ -1,7 +1,6 @@
 """Ranges of every NAR, as RFC 9110 has them: what was missing, and nothing else."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from harmonia.nix import nar
 from harmonia.server.http import byte_range
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
+from support.programs import needs
 from support.running import Server, read_answer
 from support.shared_store import dump, info, url
 
@@ -139,7 +139,7 @@ def test_the_older_urls_have_ranges_too(server: Server, shared_store: StoreBuild
     assert (answer.status, answer.body) == (206, whole[-100:])
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine: apt-get install curl")
+@needs("curl")
 def test_parallel_ranges_make_the_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     store.add(store.output_path("tree"), {f"{n:04}": bytes([n % 251]) * (n * 7) for n in range(2000)})
     server = start(store=tmp_path / "store", workers=2)

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -23,6 +22,7 @@ from harmonia.nix.nar import Entry
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from support.debug_info import ONE, OTHER, TWO, add, add_rows
+from support.programs import needs
 from support.running import Answer, Server, nar_url, open_files, wait_until
 
 Start = Callable[..., Server]
@@ -214,7 +214,7 @@ def test_a_server_killed_while_it_looks(start: Start, store: StoreBuilder, tmp_p
     assert found(server, ONE) == answer_for(one, ONE)
 
 
-@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objcopy")), reason="needs gcc and objcopy")
+@needs("gcc", "objcopy")
 def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """From a binary's build id to its debug file, the way dwarffs goes, and by the listing and a range of the NAR."""
     (tmp_path / "main.c").write_text("int main(void) { return 0; }\n")

@@ -4,7 +4,6 @@ import errno
 import http.client
 import os
 import random
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
+from support.programs import require
 from support.running import HARMONIA, Server, nar_url, read_answer, wait_until
 from support.unscathed import unscathed
 
@@ -139,8 +139,7 @@ def test_what_becomes_of_a_file_under_a_download_breaks_it(
 @pytest.mark.root
 def test_a_disk_that_cannot_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """A file system with a checksum that is wrong, of which the kernel itself says EIO."""
-    if shutil.which("mksquashfs") is None:
-        pytest.skip("no mksquashfs: install squashfs-tools")
+    require("mksquashfs")
     chance = random.Random(1)
     marks = [chance.randbytes(64 << 10) for _ in range(2)]
     early = store.add(store.output_path("early"), {"a": marks[0] + bytes(64 << 10)})

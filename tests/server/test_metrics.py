@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from harmonia.metrics.shared_counters import BOUNDS, Histogram
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
+from support.programs import require
 from support.running import Sample, Server, ServiceManager, nar_url, wait_until
 
 Start = Callable[..., Server]
@@ -226,10 +227,9 @@ def test_a_bucket_has_its_upper_end(seconds: float, bucket: int) -> None:
 
 def promtool(*arguments: str, text: str = "") -> None:
     """Fails where Prometheus' own tool has anything to say."""
-    if not (program := shutil.which("promtool")):
-        pytest.skip("there is no promtool on this machine: it is in Debian's package prometheus")
+    require("promtool")
     checked = subprocess.run(
-        [program, "check", *arguments], input=text, capture_output=True, text=True, timeout=30, check=False
+        ["promtool", "check", *arguments], input=text, capture_output=True, text=True, timeout=30, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
 

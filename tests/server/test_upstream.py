@@ -9,7 +9,6 @@ import lzma
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
 from support import upstream_server
+from support.programs import needs
 from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
 from support.upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
 
@@ -1310,7 +1310,7 @@ def test_a_question_does_not_go_round_in_circles(start: Start, store: StoreBuild
 # TLS
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@needs("openssl")
 def test_only_an_upstream_with_a_certificate_that_is_vouched_for_is_used(
     begin: Start, start: Start, tmp_path: Path
 ) -> None:

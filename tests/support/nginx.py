@@ -17,7 +17,7 @@ def nginx(directory: Path, server: str, http: str = "") -> Iterator[tuple[str, P
     """One with these lines in its one `server`, and those around it: its URL and its access log."""
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     if not Path(program).exists():
-        pytest.skip("there is no nginx on this machine: apt-get install nginx-light")
+        pytest.skip("no nginx on this machine: apt-get install nginx-light")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     directory.mkdir()

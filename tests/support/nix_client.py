@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from support.programs import NOT_ROOT, missing
+
 ROOTS = Path(
     os.environ.get("HARMONIA_NIX_ROOTS")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harmonia", "nix-roots")
@@ -75,17 +77,17 @@ class Nix:
     def missing(self) -> str | None:
         """Why this Nix cannot be used here, or None when it can."""
         if os.geteuid() != 0:
-            return "needs root, to mount and chroot"
+            return NOT_ROOT
         if error := _namespace_error():
             return f"cannot make private namespaces: {error}"
         if self.root != Path("/"):
-            return None if self.root.is_dir() else f"no {self.root}: make it with {MAKE_ROOTS}"
+            return None if self.root.is_dir() else f"no Nix of Debian {self.name} on this machine: {MAKE_ROOTS}"
         program = shutil.which("nix-store")
         if program is None:
-            return "no nix-store on PATH"
+            return missing("nix-store")
         if not Path(program).resolve().is_relative_to("/usr"):
             # A client's own /nix would hide a Nix that was installed by Nix.
-            return f"{program} is not a distribution's nix-store: the real one must be below /usr"
+            return "no nix-store of the distribution on this machine: apt-get install nix-bin"
         return None
 
     @cached_property

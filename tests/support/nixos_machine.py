@@ -7,16 +7,14 @@ tree.
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
-
 from support.pages import ROOT
+from support.programs import needs
 
-needs_nix = pytest.mark.skipif(shutil.which("nix-instantiate") is None, reason="no nix-instantiate on PATH")
+needs_nix = needs("nix-instantiate")
 Machine = Mapping[str, Any]
 
 

@@ -25,6 +25,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
 
+PATIENCE_S = 120.0
+"""How long anything is waited for that comes at once on an idle machine: a bound against hangs only."""
 HARMONIA = [sys.executable, "-m", "harmonia"]
 NO_CACHE = Path("/proc/none")
 """A directory that nobody can make, root neither."""
@@ -78,7 +80,7 @@ class Server:
     def start(self) -> None:
         self.launch()
         self.url = self.wait_for_log(r"serving .* at (\S+)")[1]
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not self._answers():
             assert time.monotonic() < deadline, self.log
             time.sleep(0.01)
@@ -103,7 +105,7 @@ class Server:
     def _read(self, stderr: IO[str]) -> None:
         self.log.extend(iter(stderr.readline, ""))
 
-    def wait_for_log(self, pattern: str, seconds: float = 20) -> re.Match[str]:
+    def wait_for_log(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """The first line of the log that matches, waited for."""
         deadline = time.monotonic() + seconds
         while True:
@@ -114,13 +116,13 @@ class Server:
             assert self.process.poll() is None, f"ended without {pattern!r} in {self.log}"
             time.sleep(0.01)
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 10) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = PATIENCE_S) -> int:
         """Signal it, wait for its end, and return its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.wait(seconds)
 
-    def wait(self, seconds: float = 10) -> int:
+    def wait(self, seconds: float = PATIENCE_S) -> int:
         """Wait for its end, and return its exit status."""
         try:
             status = self.process.wait(seconds)
@@ -147,7 +149,7 @@ class Server:
         return [int(pid) for pid in children.split()]
 
     @contextmanager
-    def connect(self, timeout: float = 20, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    def connect(self, timeout: float = PATIENCE_S, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
         """A plain connection to it. `receive_buffer` bounds the bytes that arrive before anybody reads them."""
         target: str | tuple[str, int]
         if self.url.startswith("unix:"):
@@ -228,7 +230,7 @@ class ServiceManager:
             while True:
                 self._socket.recv(4096)
 
-    def receive(self, seconds: float = 20) -> str:
+    def receive(self, seconds: float = PATIENCE_S) -> str:
         """The next datagram. TimeoutError where none comes."""
         self._socket.settimeout(seconds)
         return self._socket.recv(4096).decode()
@@ -290,7 +292,7 @@ def open_files(pid: int) -> list[str]:
     return names
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
@@ -313,5 +315,10 @@ def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subpro
     """The command line, run to its end."""
     command: Sequence[str] = [*HARMONIA, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=30, env={**os.environ, **(environment or {})}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env={**os.environ, **(environment or {})},
+        check=False,
     )

@@ -1,0 +1,64 @@
+"""Programs that some tests need: a test is skipped without its program, and its reason names the remedy."""
+
+import os
+import re
+import shutil
+from collections import Counter
+
+import pytest
+
+_PACKAGES = {
+    "ip": "iproute2",
+    "mksquashfs": "squashfs-tools",
+    "nginx": "nginx-light",
+    "nix": "nix-bin",
+    "nix-instantiate": "nix-bin",
+    "nix-store": "nix-bin",
+    "objcopy": "binutils",
+    "promtool": "prometheus",
+    "systemd-analyze": "systemd",
+}
+"""Debian packages whose names are not those of their programs."""
+
+
+def missing(*programs: str) -> str | None:
+    """Return a reason to skip a test that needs these programs, or None if all are there."""
+    for program in programs:
+        if shutil.which(program) is None:
+            return f"no {program} on this machine: apt-get install {_PACKAGES.get(program, program)}"
+    return None
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skip the test if a program is missing."""
+    reason = missing(*programs)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def require(*programs: str) -> None:
+    """Skip the running test if a program is missing."""
+    if reason := missing(*programs):
+        pytest.skip(reason)
+
+
+NOT_ROOT = "not root: run make test as root"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason=NOT_ROOT)
+
+
+def skips(reasons: Counter[str]) -> str:
+    """Return one line that counts the skipped tests by cause and names what to do about them."""
+    causes: Counter[str] = Counter()
+    packages, remedies = set(), set()
+    for reason, count in reasons.items():
+        cause, _, remedy = reason.partition(": ")
+        causes[cause] += count
+        if found := re.fullmatch("apt-get install (.+)", remedy):
+            packages.add(found[1])
+        elif remedy:
+            remedies.add(remedy)
+    told = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+    if packages:
+        remedies.add(f"apt-get install {' '.join(sorted(packages))}")
+    number = causes.total()
+    line = f"{number} {'test' if number == 1 else 'tests'} skipped: {told}"
+    return f"{line}; to run them: {'; '.join(sorted(remedies))}" if remedies else line
