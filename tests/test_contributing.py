@@ -12,7 +12,7 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def block(name: str) -> str:
-    [text] = re.findall(rf"<!-- {re.escape(name)} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    [text] = re.findall(rf"<!-- {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE, re.DOTALL)
     found: str = text
     return found
 
@@ -32,9 +32,10 @@ def test_the_resource_of_the_example_works(tmp_path: Path) -> None:
         shutil.copy(ROOT / file, copy / file)
     (copy / "harmonia/server/resources/references.py").write_text(block("references.py"))
     (copy / "tests/server/test_references.py").write_text(block("test_references.py"))
-    app = copy / "harmonia/server/app.py"
-    text = app.read_text().replace("    narinfo,\n", "    narinfo,\n    references,\n", 1)
-    app.write_text(text.replace('    "/version":', f'{block("route")}    "/version":', 1))
+    routes = copy / "harmonia/server/routes.py"
+    text = routes.read_text().replace("    narinfo,\n", "    narinfo,\n    references,\n", 1)
+    before = '    Route(uri="/version"'
+    routes.write_text(text.replace(before, f"{block('route')}{before}", 1))
 
     # Its own tests pass, and what is not done yet is missed, as the page says.
     tests = ("test_references.py", "test_openapi.py", "test_contract.py")
@@ -45,6 +46,6 @@ def test_the_resource_of_the_example_works(tmp_path: Path) -> None:
     assert done.stdout.count("\nFAILED tests/server/test_openapi.py") == 1, done.stdout
     assert done.stdout.count("\nFAILED tests/server/test_contract.py") == 1, done.stdout
     assert "2 failed, 2 passed" in done.stdout
-    files = ("harmonia/server/resources/references.py", "harmonia/server/app.py", "tests/server/test_references.py")
+    files = ("harmonia/server/resources/references.py", "harmonia/server/routes.py", "tests/server/test_references.py")
     lints = run(copy, "ruff", "check", "--no-cache", *files)
     assert lints.returncode == 0, lints.stdout

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from harmonia import __version__
-from harmonia.metrics.shared_counters import BOUNDS, Histogram, Metrics, Route, UpstreamCounters
+from harmonia.metrics.shared_counters import BOUNDS, Histogram, Metrics, RouteCounters, UpstreamCounters
 
 _TOTALS = {
     "cache_hits": "NARs found in the cache, whole or growing.",
@@ -120,7 +120,7 @@ class _Families(Collector):
             yield family
 
 
-def _is_streamed(route: Route) -> bool:
+def _is_streamed(route: RouteCounters) -> bool:
     return any(route.body.cells)
 
 

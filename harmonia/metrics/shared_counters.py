@@ -31,7 +31,7 @@ class Histogram:
         self.cells[-1] += seconds
 
 
-class Route:
+class RouteCounters:
     """What is counted of the requests for one kind of resource."""
 
     size = STATUSES + 2 * Histogram.size + 3
@@ -81,7 +81,7 @@ class Route:
 class Row:
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
-        self.routes = dict(zip(routes, map(Route, each), strict=True))
+        self.routes = dict(zip(routes, map(RouteCounters, each), strict=True))
         self.database = Histogram(database)
         self._before = list(self.totals)
 
@@ -169,7 +169,7 @@ def _upstream(workers: int) -> list[UpstreamCounters]:
 
 
 def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:
-    return [*[Route.size] * len(routes), Histogram.size, len(totals), 3]
+    return [*[RouteCounters.size] * len(routes), Histogram.size, len(totals), 3]
 
 
 def _cut(cells: "memoryview[float]", *sizes: int) -> "list[memoryview[float]]":

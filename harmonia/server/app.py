@@ -1,8 +1,8 @@
-"""The routes, and the Sanic application made of them."""
+"""Sanic applications made of the table of routes."""
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from sanic import HTTPResponse, Request, Sanic
@@ -11,65 +11,20 @@ from sanic.config import Config
 from sanic.http.constants import HTTP
 
 from harmonia.config.settings import Settings
-from harmonia.config.tokens import Scope
-from harmonia.metrics.shared_counters import UNKNOWN, Metrics, Route
-from harmonia.nix.base32 import ALPHABET
+from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
 from harmonia.server.context import Cache
 from harmonia.server.http import access_log, error_response
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.rate_limit import Rate
-from harmonia.server.http.response import Representation, respond
+from harmonia.server.http.response import Handler, respond
 from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats, date
-from harmonia.server.resources import (
-    browse,
-    build_trace,
-    cache_info,
-    debuginfo,
-    health,
-    landing,
-    listing,
-    log,
-    metrics,
-    nar,
-    narinfo,
-    serve,
-    upstream,
-)
-from harmonia.server.resources.upstream import or_upstream
+from harmonia.server.resources import metrics
+from harmonia.server.resources.upstream import with_fallback
+from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
 
 if TYPE_CHECKING:
     from sanic.http import Http
     from sanic.response import BaseHTTPResponse
-
-Handler = Callable[..., Awaitable[Representation]]
-
-_HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
-
-ROUTES: dict[str, Handler] = {
-    "/": landing.get,
-    "/nix-cache-info": cache_info.get,
-    rf"/<hash_part:{_HASH_PART}\.narinfo>": or_upstream(narinfo.get),
-    rf"/<hash_part:{_HASH_PART}\.ls>": or_upstream(listing.get),
-    "/nar/<name:str>": nar.get,
-    "/upstream/<name:path>": upstream.get,
-    "/log/<name:str>": or_upstream(log.get),
-    "/realisations/<name:str>": or_upstream(build_trace.get_realisation),
-    "/build-trace-v2/<derivation:str>/<name:str>": or_upstream(build_trace.get),
-    "/debuginfo/<name:str>": or_upstream(debuginfo.get),
-    "/serve/<where:path>": serve.get,
-    "/search": browse.search,
-    f"/path/<hash_part:{_HASH_PART}>": browse.path,
-    "/version": health.get_version,
-    "/health": health.get,
-}
-METRICS_ROUTES: dict[str, Handler] = {"/metrics": metrics.get}
-"""Among the others, or alone at an address of their own."""
-
-_SCOPES: dict[str, Scope] = {"search": "browse", "path": "browse", "metrics": "metrics"}
-"""What a token has to be good for, by the name of the resource in the metrics. For all others it is `read`."""
-_OPEN = {"health", "version"}
-_LIMITED = {"search", "path", "debuginfo"}
-"""What one client can make expensive, and Nix never asks: from 2.29 to 2.34 it waits a minute after each 429."""
 
 _CONFIG: dict[str, Any] = {
     # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Who is gone, the kernel knows (sockets.py).
@@ -102,16 +57,16 @@ class _Request(Request):
 
 def count_with(settings: Settings) -> Metrics:
     """What this application counts with. To be made before its processes part."""
-    names = dict.fromkeys(map(_name, (ROUTES | METRICS_ROUTES).values()))
+    names = [route.metric for route in ROUTES + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.upstream]
-    return Metrics(tuple(names), metrics.TOTALS, settings.workers, upstreams)
+    return Metrics(names, metrics.TOTALS, settings.workers, upstreams)
 
 
 def create_app(cache: Cache, guard: Guard | None = None) -> "Sanic[Any, Any]":
     """With a guard, for those only who have a token."""
     settings = cache.settings
     public = settings.metrics and settings.metrics_bind is None
-    return _app("harmonia", cache, ROUTES | METRICS_ROUTES if public else ROUTES, guard)
+    return _app("harmonia", cache, ROUTES + METRICS_ROUTES if public else ROUTES, guard)
 
 
 def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
@@ -120,7 +75,7 @@ def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
     return app
 
 
-def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | None = None) -> "Sanic[Any, Any]":
+def _app(name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None = None) -> "Sanic[Any, Any]":
     settings = cache.settings
     config = _CONFIG | {
         "REQUEST_MAX_HEADER_SIZE": settings.max_header_size,
@@ -133,14 +88,11 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
-    for uri, handler in routes.items():
-        if rate is not None and _name(handler) in _LIMITED:
-            handler = limited(handler, rate)  # noqa: PLW2901 (the same one, wrapped)
-        if guard is not None and _name(handler) not in _OPEN:
-            handler = guard.guarded(handler, _SCOPES.get(_name(handler), "read"))  # noqa: PLW2901
-        name = f"{handler.__module__}.{handler.__name__}".replace(".", "_")
-        strict = uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
-        app.add_route(_endpoint(cache, handler), uri, methods=("GET", "HEAD"), name=name, strict_slashes=strict)
+    for route in routes:
+        handler = _handler(route, rate, guard)
+        strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
+        endpoint = _endpoint(cache, handler, cache.metrics.own.routes[route.metric])
+        app.add_route(endpoint, route.uri, methods=("GET", "HEAD"), name=route.metric, strict_slashes=strict)
     unknown = cache.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
@@ -151,15 +103,19 @@ def _app(name: str, cache: Cache, routes: Mapping[str, Handler], guard: Guard | 
     return app
 
 
-def _name(handler: Handler) -> str:
-    """What a resource is called in the metrics."""
-    module, name = handler.__module__.rpartition(".")[2], handler.__name__
-    return module if name == "get" else name.removeprefix("get_")
+def _handler(route: Route, rate: Rate | None, guard: Guard | None) -> Handler:
+    """Return the handler of a route with the checks of its row: first the token, then the rate, then the resource."""
+    handler = with_fallback(route.handler, route.fallback) if route.fallback else route.handler
+    if rate is not None and route.rate_limited:
+        handler = limited(handler, rate)
+    if guard is not None and route.scope is not None:
+        handler = guard.guarded(handler, route.scope)
+    return handler
 
 
-def _endpoint(cache: Cache, handler: Handler) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
-    route = cache.metrics.own.routes[_name(handler)]
-
+def _endpoint(
+    cache: Cache, handler: Handler, route: RouteCounters
+) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
         route.begin()
         try:
@@ -189,7 +145,7 @@ async def _answer(
     return await respond(request, representation, cache.threads.readers), representation.lasts
 
 
-def _done(cache: Cache, route: Route, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
+def _done(cache: Cache, route: RouteCounters, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
     """Count and log a request. Its response is to be sent yet, or None where that has been done."""
     answer = response or cast("Http", request.stream).response
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))

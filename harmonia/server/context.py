@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sanic import Request
 
@@ -21,7 +21,7 @@ from harmonia.nix.nar_index import Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.server.http.negotiation import NotAcceptable
-from harmonia.server.http.response import Body, Encoded
+from harmonia.server.http.response import Body, Encoded, Representation
 from harmonia.server.path_lookup import Paths
 from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
@@ -29,14 +29,30 @@ from harmonia.store.publish_policy import Release
 from harmonia.store.store import Store
 from harmonia.store.temp_roots import Hold, TempRoots
 
-if TYPE_CHECKING:
-    from harmonia.server.resources.upstream_answers import Answers
-
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _HELD = 1 << 20  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
 
 
 _log = logging.getLogger("harmonia")
+
+
+class Fallback(Protocol):
+    """The resources of other caches. Each handler raises NotFound if no upstream has the resource.
+
+    The resources know this interface only: its implementation needs them, and an HTTP client.
+    """
+
+    async def get_narinfo(self, request: Request, hash_part: str) -> Representation: ...
+    async def get_listing(self, request: Request, hash_part: str) -> Representation: ...
+    async def get_nar(self, request: Request, name: str) -> Representation: ...
+    async def get_log(self, request: Request, name: str) -> Representation: ...
+    async def get_realisation(self, request: Request, name: str) -> Representation: ...
+    async def get_build_trace(self, request: Request, derivation: str, name: str) -> Representation: ...
+    async def get_debuginfo(self, request: Request, name: str) -> Representation: ...
+    def state(self) -> str:
+        """Return a line for each upstream that tells whether it is up."""
+
+    async def close(self) -> None: ...
 
 
 class Stream(Protocol):
@@ -89,7 +105,7 @@ class Cache:
         """Whether narinfos lead to compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
-        self.upstreams: Answers | None = None
+        self.upstreams: Fallback | None = None
         """Other caches, while a worker serves."""
         if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
             importlib.import_module("harmonia.server.resources.upstream_answers")

@@ -15,6 +15,7 @@ from support.running import Server
 
 Start = Callable[..., Server]
 
+DRV, OTHER_DRV = f"{'1' * 32}-x.drv", f"{'2' * 32}-x.drv"
 OLD = f"/realisations/{HASH}!out.doi"
 
 
@@ -98,7 +99,7 @@ def test_each_kind_is_served_from_its_own_table(
     serve: Callable[[], Server], store: StoreBuilder, path: StorePath
 ) -> None:
     """Whichever of them are there, and as soon as they are there."""
-    new = "/build-trace-v2/x.drv/out.doi"
+    new = f"/build-trace-v2/{DRV}/out.doi"
     server = serve()
     assert [server.get(where).status for where in (OLD, new)] == [404, 404]
     create(store, REALISATIONS)
@@ -106,7 +107,7 @@ def test_each_kind_is_served_from_its_own_table(
     register(store, HASH, "out", path)
     assert [server.get(where).status for where in (OLD, new)] == [200, 404]
     create(store, BUILD_TRACE)
-    trace(store, "x.drv", "out", path)
+    trace(store, DRV, "out", path)
     assert [server.get(where).status for where in (OLD, new)] == [200, 200]
     create(store, "drop table RealisationsRefs; drop table Realisations;")
     assert [server.get(where).status for where in (OLD, new)] == [404, 200]
@@ -163,13 +164,13 @@ def test_malformed_signatures_are_left_out(serve: Callable[[], Server], store: S
         f"/realisations/{HASH}!out.doi/",
         "/realisations/%80.doi",
         "/realisations/' or 1=1!out.doi".replace(" ", "%20"),
-        "/build-trace-v2/x.drv",
-        "/build-trace-v2/x.drv/",
-        "/build-trace-v2/x.drv/out",
-        "/build-trace-v2/y.drv/out.doi",
-        "/build-trace-v2/x.drv/bin.doi",
+        f"/build-trace-v2/{DRV}",
+        f"/build-trace-v2/{DRV}/",
+        f"/build-trace-v2/{DRV}/out",
+        f"/build-trace-v2/{OTHER_DRV}/out.doi",
+        f"/build-trace-v2/{DRV}/bin.doi",
         "/build-trace-v2/%80/out.doi",
-        "/build-trace-v2/x.drv%2fout.doi",
+        f"/build-trace-v2/{DRV}%2fout.doi",
     ],
 )
 def test_what_we_do_not_have_is_404(server: Server, traced: None, where: str) -> None:  # noqa: ARG001 (fills the store)
@@ -181,15 +182,15 @@ def traced(shared_store: StoreBuilder) -> None:
     path = shared_store.add_source("traced", b"traced").path
     create(shared_store, REALISATIONS + BUILD_TRACE)
     register(shared_store, HASH, "out", path)
-    trace(shared_store, "x.drv", "out", path)
+    trace(shared_store, DRV, "out", path)
 
 
 def test_what_is_in_no_store_is_404(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
     create(store, BUILD_TRACE)
-    trace(store, "x.drv", "out", path)
+    trace(store, DRV, "out", path)
     with store.connect() as connection:
         connection.execute("update BuildTraceV3 set outputPath = ?", ("/nix/store/nonsense",))
         connection.execute("update ValidPaths set path = ?", ("/nix/store/nonsense",))
     server = serve()
-    assert server.get("/build-trace-v2/x.drv/out.doi").status == 404
-    assert server.wait_for_log("the database's row for x.drv!out is of no use")
+    assert server.get(f"/build-trace-v2/{DRV}/out.doi").status == 404
+    assert server.wait_for_log(f"the database's row for {DRV}!out is of no use")

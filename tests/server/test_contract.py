@@ -13,7 +13,7 @@ from urllib.parse import urljoin
 import pytest
 import zstandard
 
-from harmonia.server.app import METRICS_ROUTES, ROUTES
+from harmonia.server.routes import METRICS_ROUTES, ROUTES
 from support.contract import ROWS, Row, stock
 from support.running import Answer, Server, wait_until
 
@@ -50,7 +50,7 @@ def name(uri: str) -> str:
 
 
 def test_every_route_is_in_the_table() -> None:
-    assert [name(uri) for uri in ROUTES | METRICS_ROUTES] == list(ROWS)
+    assert [name(route.uri) for route in ROUTES + METRICS_ROUTES] == list(ROWS)
 
 
 @pytest.fixture(scope="module")

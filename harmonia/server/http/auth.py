@@ -10,7 +10,6 @@ too: from Nix 2.26 on that ends with a clear word, and up to 2.25 with "does not
 import base64
 import logging
 import math
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import wraps
 from typing import Protocol
@@ -23,10 +22,8 @@ from harmonia.config.settings import Settings
 from harmonia.config.tokens import Scope, Tokens
 from harmonia.server.http import access_log
 from harmonia.server.http.rate_limit import Rate
-from harmonia.server.http.response import Representation
+from harmonia.server.http.response import Handler, Representation
 from harmonia.server.http.response_cache import AbsentError
-
-Handler = Callable[..., Awaitable[Representation]]
 
 # RFC 9110 section 11.6.1 allows for both in one line. A browser asks people for a name and a password, the token.
 _CHALLENGE = 'Basic realm="Nix binary cache", charset="UTF-8", Bearer realm="Nix binary cache"'

@@ -82,6 +82,10 @@ class Representation:
     """Only for a body of bytes, and where it takes no more to know it than who asks in the same words may hear."""
 
 
+Handler = Callable[..., Awaitable[Representation]]
+"""Answers for a resource: takes the context, the request and the parameters of the URI."""
+
+
 async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:
     """The response to return to Sanic, or None where it has been sent already.
 

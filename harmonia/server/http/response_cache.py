@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.metrics.shared_counters import Route
+from harmonia.metrics.shared_counters import RouteCounters
 
 if TYPE_CHECKING:
     from sanic.http import Http
@@ -28,9 +28,12 @@ Lasts = Callable[[], bool]
 
 
 class AbsentError(NotFound):
-    """404, as long as that lasts."""
+    """404 for a well-formed question to which the local store has no answer: an upstream may have one.
 
-    def __init__(self, lasts: Lasts) -> None:
+    `lasts` returns True while the store still has none. Without it, the answer is not repeated from memory.
+    """
+
+    def __init__(self, lasts: Lasts | None = None) -> None:
         super().__init__()
         self.lasts = lasts
 
@@ -41,7 +44,7 @@ class _Answer:
     """All bytes up to the date."""
     after: bytes
     lasts: Lasts
-    route: Route
+    route: RouteCounters
     status: int
     sent: int
 
@@ -72,7 +75,7 @@ class Repeats:
 
     def remember(self, request: Request, sent: bytes) -> None:
         """Remember what was sent for a request, where its resource has told whether that `lasts`."""
-        told: tuple[Lasts, Route] | None = getattr(request.ctx, "lasts", None)
+        told: tuple[Lasts, RouteCounters] | None = getattr(request.ctx, "lasts", None)
         http = cast("Http", request.stream)
         # Bytes of a body would be taken for the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers

@@ -1,38 +1,66 @@
 """`/realisations/…` and `/build-trace-v2/…`: what the outputs of content-addressed derivations came out as."""
 
 import logging
+import re
 from urllib.parse import unquote_to_bytes
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.errors import FormatError
 from harmonia.nix.build_trace import Realisation, render_build_trace, render_realisation
 from harmonia.nix.signing import is_signature
+from harmonia.nix.store_path import StorePath
 from harmonia.server.context import Cache
 from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
+from harmonia.server.http.response_cache import AbsentError
 
-_SUFFIX = ".doi"
+_OUTPUT = re.compile(r"(?P<output>[0-9A-Za-z+._?=-]{1,211})\.doi")
+_REALISATION = re.compile(rf"(?P<hash>sha256:[0-9a-f]{{64}})!{_OUTPUT.pattern}")
 
 _log = logging.getLogger("harmonia")
 
 
 async def get_realisation(cache: Cache, _: Request, name: str) -> Representation:
     """`<derivation's hash>!<output>.doi`, as Nix up to 2.34 asks for it."""
-    realisation_id = _stem(name)
-    derivation_hash, _mark, output = realisation_id.partition("!")
-    found = await _checked(
-        cache, name, await cache.threads.query(lambda: cache.store.realisation(derivation_hash, output))
-    )
-    return _representation(cache, render_realisation(realisation_id, found, cache.keys))
+    derivation_hash, output = parse_realisation_id(name)
+    known = await cache.threads.query(lambda: cache.store.realisation(derivation_hash, output))
+    found = await _checked(cache, name, known)
+    return _representation(cache, render_realisation(f"{derivation_hash}!{output}", found, cache.keys))
 
 
 async def get(cache: Cache, _: Request, derivation: str, name: str) -> Representation:
     """`<derivation>/<output>.doi`, as newer Nixes ask for it."""
-    derivation, output = _decoded(derivation), _stem(name)
-    known = await cache.threads.query(lambda: cache.store.build_trace(derivation, output))
+    drv, output = parse_trace_key(derivation, name)
+    known = await cache.threads.query(lambda: cache.store.build_trace(drv, output))
     found = await _checked(cache, name, known)
-    return _representation(cache, render_build_trace(derivation, output, found, cache.keys))
+    return _representation(cache, render_build_trace(drv, output, found, cache.keys))
+
+
+def parse_realisation_id(name: str) -> tuple[str, str]:
+    """Return the hash (`sha256:` and 64 hexadecimal digits) and the output that `<hash>!<output>.doi` names.
+
+    Raises NotFound if the name is malformed.
+    """
+    found = _REALISATION.fullmatch(_decoded(name))
+    if found is None:
+        raise NotFound
+    return found["hash"], found["output"]
+
+
+def parse_trace_key(derivation: str, name: str) -> tuple[StorePath, str]:
+    """Return the derivation and the output that `<derivation>/<output>.doi` names.
+
+    Raises NotFound if one of the two is malformed.
+    """
+    found = _OUTPUT.fullmatch(_decoded(name))
+    if found is None:
+        raise NotFound
+    try:
+        return StorePath(_decoded(derivation)), found["output"]
+    except FormatError:
+        raise NotFound from None
 
 
 def _decoded(text: str) -> str:
@@ -43,16 +71,9 @@ def _decoded(text: str) -> str:
         raise NotFound from None
 
 
-def _stem(name: str) -> str:
-    stem = _decoded(name)
-    if not stem.endswith(_SUFFIX):
-        raise NotFound
-    return stem.removesuffix(_SUFFIX)
-
-
 async def _checked(cache: Cache, name: str, realisation: Realisation | None) -> Realisation:
     if realisation is None or not await cache.paths.releases(realisation.out_path):
-        raise NotFound
+        raise AbsentError
     for sig in realisation.sigs:
         if not is_signature(sig):
             _log.warning("%s: the stored signature %r is malformed and left out", name, sig)

@@ -17,6 +17,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.server.context import Cache
 from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
+from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.resources.narinfo import nar_url
 
 _PATIENCE = 2.0  # seconds for which an answer waits for paths that are yet to be looked at
@@ -24,14 +25,20 @@ _POLL = 0.01  # seconds
 
 
 async def get(cache: Cache, _: Request, name: str) -> Representation:
+    build_id = parse_name(name)
+    info = await _find(cache, build_id)
+    if info is None:
+        raise AbsentError
+    text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
+    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
+
+
+def parse_name(name: str) -> str:
+    """Return the build id of a name with or without `.debug`. Raises NotFound if it is malformed."""
     build_id = name.removesuffix(".debug")
     if not is_build_id(build_id):
         raise NotFound
-    info = await _find(cache, build_id)
-    if info is None:
-        raise NotFound
-    text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
-    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
+    return build_id
 
 
 async def _find(cache: Cache, build_id: str) -> PathInfo | None:

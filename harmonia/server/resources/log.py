@@ -13,6 +13,7 @@ from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, whole_if_need_be
+from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
 
 
@@ -23,7 +24,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
         raise NotFound from None
     log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
     if log is None or not await cache.paths.releases_log(derivation):
-        raise NotFound
+        raise AbsentError
 
     async def open_plain(request: Request) -> Body:
         return await whole_if_need_be(log, request, cache.threads.readers)
@@ -45,13 +46,13 @@ def decoded(request: Request, name: str) -> str:
 
 
 async def _derivation(cache: Cache, name: str) -> StorePath:
-    """The derivation that is meant. FormatError where `name` can mean none, NotFound where nothing has its hash."""
+    """The derivation that is meant. FormatError where `name` can mean none, AbsentError if nothing has its hash."""
     if is_hash_part(name):
         known = await cache.paths.find_usable(name)
         if known is None:
             collected = await cache.threads.read(lambda: build_log.derivation(cache.settings.logs, name))
             if collected is None:
-                raise NotFound
+                raise AbsentError
             return collected
         path = known.info.path
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
-from harmonia.metrics.shared_counters import Route
+from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.context import Cache
 from harmonia.server.http.response import Representation
 
@@ -20,7 +20,7 @@ TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_s
 """What `look` takes down."""
 
 
-def count(route: Route, request: Request, status: int, sent: int) -> None:
+def count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
     """Count a request that was answered with that many bytes of body."""
     now = perf_counter()
     began = cast("Http", request.stream).perft0 or now

@@ -22,6 +22,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Open, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.path_lookup import SignedPath
 from harmonia.store.temp_roots import Hold
 
@@ -105,9 +106,9 @@ class Nar:
 
 
 def found(path: SignedPath | None) -> PathInfo:
-    """What is known of a path that was looked up, NotFound where that is nothing."""
+    """Return the info of a path that was looked up. Raises AbsentError if there is no such path."""
     if path is None:
-        raise NotFound
+        raise AbsentError
     return path.info
 
 

@@ -1,30 +1,25 @@
-"""What is not in the store, from other caches. And `/upstream/…`, where their NARs are to be had."""
+"""`/upstream/…`: NARs of other caches. And the fallback to other caches for what the local store does not have."""
 
-from collections.abc import Awaitable, Callable
-from functools import wraps
+from collections.abc import Callable
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.server.context import Cache
-from harmonia.server.http.response import Representation
+from harmonia.server.context import Cache, Fallback
+from harmonia.server.http.response import Handler, Representation
+from harmonia.server.http.response_cache import AbsentError
 
-Handler = Callable[..., Awaitable[Representation]]
 
+def with_fallback(local: Handler, select: Callable[[Fallback], Handler]) -> Handler:
+    """Return a handler that asks the upstreams if the local store does not have the resource."""
 
-def or_upstream(local: Handler) -> Handler:
-    """The same resource, for which the upstreams are asked where the store has none."""
-    name = f"{local.__module__.rpartition('.')[2]}_{local.__name__}"
-
-    @wraps(local)
     async def get(cache: Cache, request: Request, **parameters: str) -> Representation:
         try:
             return await local(cache, request, **parameters)
-        except NotFound:
+        except AbsentError:
             if cache.upstreams is None:
                 raise
-        remote: Handler = getattr(cache.upstreams, name)
-        return await remote(request, **parameters)
+        return await select(cache.upstreams)(request, **parameters)
 
     return get
 
@@ -32,12 +27,14 @@ def or_upstream(local: Handler) -> Handler:
 async def get(cache: Cache, request: Request, name: str) -> Representation:
     if cache.upstreams is None:
         raise NotFound
-    return await cache.upstreams.nars.get(request, name)
+    return await cache.upstreams.get_nar(request, name)
 
 
 async def start(cache: Cache) -> None:
     if cache.settings.upstream:
-        from harmonia.server.resources.upstream_answers import Answers  # noqa: PLC0415 (half a second, for those who need it)
+        from harmonia.server.resources.upstream_answers import (  # noqa: PLC0415 (half a second, for those who need it)
+            Answers,
+        )
 
         cache.upstreams = Answers(cache)
 

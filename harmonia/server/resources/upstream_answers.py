@@ -5,8 +5,7 @@ Logs, listings and the like are passed on as they come. NARs are `upstream_nars.
 
 import json
 import os
-import re
-from urllib.parse import quote, unquote_to_bytes, urljoin
+from urllib.parse import quote, urljoin
 
 import aiohttp
 from sanic import Request
@@ -20,7 +19,7 @@ from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
-from harmonia.server.resources import log, narinfo
+from harmonia.server.resources import build_trace, debuginfo, log, narinfo
 from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
 from harmonia.upstream.client import Client
 from harmonia.upstream.lookup import Upstreams
@@ -29,9 +28,6 @@ from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.transport import Part, Transport
 
-_REALISATION = re.compile(r"sha256:[0-9a-f]{64}![0-9A-Za-z+._?=-]{1,211}\.doi")
-_OUTPUT = re.compile(r"[0-9A-Za-z+._?=-]{1,211}\.doi")
-_BUILD_ID = re.compile(r"[0-9a-f]{40}")
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
 
@@ -59,10 +55,10 @@ class Answers:
         ]
         self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout)
         self._upstreams.start()
-        self.nars = Nars(cache, self._upstreams, clients)
+        self._nars = Nars(cache, self._upstreams, clients)
 
     async def close(self) -> None:
-        await self.nars.close()
+        await self._nars.close()
         await self._upstreams.close()
 
     def state(self) -> str:
@@ -74,7 +70,7 @@ class Answers:
     def _max_age(self) -> int:
         return min(self._cache.settings.narinfo_max_age, int(POSITIVE_TTL))
 
-    async def narinfo_get(self, request: Request, hash_part: str) -> Representation:
+    async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
         url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
@@ -83,10 +79,13 @@ class Answers:
         sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
         return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
 
-    async def listing_get(self, request: Request, hash_part: str) -> Representation:
+    async def get_nar(self, request: Request, name: str) -> Representation:
+        return await self._nars.get(request, name)
+
+    async def get_listing(self, request: Request, hash_part: str) -> Representation:
         return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
 
-    async def log_get(self, request: Request, name: str) -> Representation:
+    async def get_log(self, request: Request, name: str) -> Representation:
         asked = log.decoded(request, name)
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
@@ -99,21 +98,13 @@ class Answers:
         headers = {"x-content-type-options": "nosniff"}
         return await self._passed(request, f"log/{quote(path)}", "text/plain; charset=utf-8", "no-cache", headers)
 
-    async def build_trace_get_realisation(self, request: Request, name: str) -> Representation:
-        name = unquote_to_bytes(name).decode(errors="replace")
-        if not _REALISATION.fullmatch(name):
-            raise NotFound
-        return await self._realisation(request, f"realisations/{quote(name, safe='!:')}")
+    async def get_realisation(self, request: Request, name: str) -> Representation:
+        derivation_hash, output = build_trace.parse_realisation_id(name)
+        return await self._realisation(request, f"realisations/{derivation_hash}!{quote(output)}.doi")
 
-    async def build_trace_get(self, request: Request, derivation: str, name: str) -> Representation:
-        derivation, name = (unquote_to_bytes(text).decode(errors="replace") for text in (derivation, name))
-        try:
-            StorePath(derivation)
-        except FormatError:
-            raise NotFound from None
-        if not _OUTPUT.fullmatch(name):
-            raise NotFound
-        return await self._realisation(request, f"build-trace-v2/{quote(derivation)}/{quote(name)}")
+    async def get_build_trace(self, request: Request, derivation: str, name: str) -> Representation:
+        drv, output = build_trace.parse_trace_key(derivation, name)
+        return await self._realisation(request, f"build-trace-v2/{quote(drv)}/{quote(output)}.doi")
 
     async def _realisation(self, request: Request, path: str) -> Representation:
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
@@ -130,10 +121,8 @@ class Answers:
             raise NotFound
         return metadata.representation("application/json", text, self._max_age)
 
-    async def debuginfo_get(self, request: Request, name: str) -> Representation:
-        build_id = name.removesuffix(".debug")
-        if not _BUILD_ID.fullmatch(build_id):
-            raise NotFound
+    async def get_debuginfo(self, request: Request, name: str) -> Representation:
+        build_id = debuginfo.parse_name(name)
 
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
             path = f"debuginfo/{build_id}.debug"

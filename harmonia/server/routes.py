@@ -1,0 +1,92 @@
+"""Table of routes: one row for each resource, with all the rules that depend on the resource alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from harmonia.config.tokens import Scope
+from harmonia.nix.base32 import ALPHABET
+from harmonia.server.context import Fallback
+from harmonia.server.http.response import Handler
+from harmonia.server.resources import (
+    browse,
+    build_trace,
+    cache_info,
+    debuginfo,
+    health,
+    landing,
+    listing,
+    log,
+    metrics,
+    nar,
+    narinfo,
+    serve,
+    upstream,
+)
+
+_HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A resource: where it is, what answers for it, and which rules hold for it."""
+
+    uri: str
+    """Sanic's pattern."""
+    handler: Handler
+    metric: str
+    """Value of the label `route` in the metrics."""
+    scope: Scope | None = "read"
+    """Scope that a token needs, or None if the resource is open to everybody even if tokens are required."""
+    rate_limited: bool = False
+    """True if `max_query_rate` applies: for what a client can make expensive and Nix never asks for. After a 429, Nix
+    2.29 to 2.34 waits a minute.
+    """
+    fallback: Callable[[Fallback], Handler] | None = None
+    """Selects the upstreams' handler, which answers if the local store does not have the resource."""
+
+
+ROUTES = (
+    Route(uri="/", handler=landing.get, metric="landing"),
+    Route(uri="/nix-cache-info", handler=cache_info.get, metric="cache_info"),
+    Route(
+        uri=rf"/<hash_part:{_HASH_PART}\.narinfo>",
+        handler=narinfo.get,
+        metric="narinfo",
+        fallback=lambda upstreams: upstreams.get_narinfo,
+    ),
+    Route(
+        uri=rf"/<hash_part:{_HASH_PART}\.ls>",
+        handler=listing.get,
+        metric="listing",
+        fallback=lambda upstreams: upstreams.get_listing,
+    ),
+    Route(uri="/nar/<name:str>", handler=nar.get, metric="nar"),
+    Route(uri="/upstream/<name:path>", handler=upstream.get, metric="upstream"),
+    Route(uri="/log/<name:str>", handler=log.get, metric="log", fallback=lambda upstreams: upstreams.get_log),
+    Route(
+        uri="/realisations/<name:str>",
+        handler=build_trace.get_realisation,
+        metric="realisation",
+        fallback=lambda upstreams: upstreams.get_realisation,
+    ),
+    Route(
+        uri="/build-trace-v2/<derivation:str>/<name:str>",
+        handler=build_trace.get,
+        metric="build_trace",
+        fallback=lambda upstreams: upstreams.get_build_trace,
+    ),
+    Route(
+        uri="/debuginfo/<name:str>",
+        handler=debuginfo.get,
+        metric="debuginfo",
+        rate_limited=True,
+        fallback=lambda upstreams: upstreams.get_debuginfo,
+    ),
+    Route(uri="/serve/<where:path>", handler=serve.get, metric="serve"),
+    Route(uri="/search", handler=browse.search, metric="search", scope="browse", rate_limited=True),
+    Route(uri=f"/path/<hash_part:{_HASH_PART}>", handler=browse.path, metric="path", scope="browse", rate_limited=True),
+    Route(uri="/version", handler=health.get_version, metric="version", scope=None),
+    Route(uri="/health", handler=health.get, metric="health", scope=None),
+)
+METRICS_ROUTES = (Route(uri="/metrics", handler=metrics.get, metric="metrics", scope="metrics"),)
+"""Served among the others, or alone at `metrics_bind`."""
