@@ -65,6 +65,7 @@ python3Packages.buildPythonApplication {
   build-system = [ python3Packages.hatchling ];
   dependencies = [
     python3Packages.aiohttp
+    python3Packages.brotli
     python3Packages.click
     python3Packages.html5tagger
     python3Packages.msgspec

@@ -324,7 +324,7 @@ class TestBuilder:
             deriver=builder.output_path("mine.drv"),
             keys=[key],
             sigs=["elsewhere-1:abc"],
-            ca="fixed:r:sha256:whatever",
+            ca="fixed:r:sha256:" + "0" * 52,
         )
         store = Store("/nix/store", builder.real_dir, builder.db_path)
         assert store.path_info(path.hash_part) == info

@@ -262,7 +262,7 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
     "cache info is forbidden": (on("nix-cache-info", status=403), "cache info", "error", "answers 403"),
     "another store": (on("info", body=b"StoreDir: /gnu/store\n"), "cache info", "error", "/gnu/store"),
     "no store": (on("info", body=b"WantMassQuery: 1\n"), "cache info", "warning", "no StoreDir"),
-    "priority": (on("info", body=b"WantMassQuery: 1\nPriority: high\n"), "cache info", "error", "'high' is no number"),
+    "priority": (on("info", body=b"WantMassQuery: 1\nPriority: high\n"), "cache info", "error", "is not a number"),
     "no mass query": (on("info", body=b"StoreDir: /nix/store\n"), "cache info", "warning", "WantMassQuery is not 1"),
     "clock ahead": (clock(900), "clock", "warning", "ahead of ours"),
     "clock behind": (clock(-900), "clock", "warning", "behind ours"),

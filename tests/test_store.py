@@ -26,6 +26,7 @@ from support.realisations import BUILD_TRACE, REALISATIONS, create
 
 NOBODY = 65534
 TIMEOUT = 0.2
+CA = "fixed:r:sha256:" + "0" * 52
 
 
 @pytest.fixture
@@ -60,9 +61,7 @@ class TestPathInfo:
     def test_tells_all_that_the_database_knows(self, builder: StoreBuilder, store: Store) -> None:
         path, deriver = builder.output_path("all-1.0"), builder.output_path("all-1.0.drv")
         others = [builder.add_source(f"other-{number}", b"").path for number in range(20)]
-        info = builder.add(
-            path, b"", references=[*others, path], deriver=deriver, sigs=["a-1:YQ==", "b-1:Yg=="], ca="fixed:r:sha256:x"
-        )
+        info = builder.add(path, b"", references=[*others, path], deriver=deriver, sigs=["a-1:YQ==", "b-1:Yg=="], ca=CA)
         found = look_up(store, info)
         assert found == info
         assert list(info.references) == sorted([*others, path])
@@ -133,6 +132,7 @@ class TestRowsOfNoUse:
                 ("deriver", text)
                 for text in ("/elsewhere/x", "unknown-deriver", 5, b"\x01", "/nix/store/" + "e" * 34, b"\xff")
             ],
+            *[("ca", text) for text in ("fixed:r:sha256:x", "text:", f"{CA}\n", f" {CA}", CA.replace("r:", "x:"), 7)],
         ],
     )
     def test_are_errors(self, builder: StoreBuilder, store: Store, column: str, value: object) -> None:

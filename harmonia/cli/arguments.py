@@ -5,6 +5,9 @@ import click
 from harmonia.config import amounts
 from harmonia.errors import FormatError
 from harmonia.tools.http_client import Client
+from harmonia.untrusted import integer
+
+_MEBIBYTES_MAX = 1 << 43
 
 
 def parse_url(text: str) -> Client:
@@ -31,7 +34,9 @@ class Mebibytes(click.IntRange):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         text = str(value)
         try:
-            count = int(text) if text.isdecimal() else -(-amounts.size(text) >> 20)
+            count = integer(text, _MEBIBYTES_MAX)
+            if count is None:
+                count = -(-amounts.size(text) >> 20)
         except FormatError as error:
             self.fail(str(error), param, ctx)
         return int(super().convert(count, param, ctx))

@@ -17,6 +17,7 @@ from harmonia.config import amounts, tokens
 from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import is_hash_part
+from harmonia.untrusted import integer
 
 _UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
 _PORT_MAX = 65535
@@ -78,8 +79,8 @@ def address(text: str, default_port: int | None) -> HostAndPort | str:
         v6, host, port = match.groups()
         if not port and default_port is None:
             raise FormatError(f"expected {_ADDRESS}, found {reprlib.repr(text)}, which has no port; add one")
-        number = int(port or default_port or 0)
-        if number <= _PORT_MAX and (not v6 or _is_v6(v6)):
+        number = integer(port, _PORT_MAX) if port else default_port
+        if number is not None and (not v6 or _is_v6(v6)):
             return str(ipaddress.IPv6Address(v6)) if v6 else "::" if host in ("", "*") else host, number
     limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
     raise FormatError(f"expected {_ADDRESS} ({limits}), found {reprlib.repr(text)}")

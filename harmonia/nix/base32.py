@@ -4,6 +4,7 @@ Nix `src/libutil/base-nix-32.cc`.
 """
 
 from harmonia.errors import FormatError
+from harmonia.untrusted import excerpt
 
 ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"  # without e, o, t, u: so that no digest spells a word
 _DIGITS = {digit: value for value, digit in enumerate(ALPHABET)}
@@ -28,5 +29,5 @@ def decode(text: str) -> bytes:
         number = number << 5 | _DIGITS[digit]
     size = len(text) * 5 // 8
     if encoded_length(size) != len(text) or number >> size * 8:
-        raise FormatError(f"{text!r} encodes no whole number of bytes")
+        raise FormatError(f"{excerpt(text)} encodes no whole number of bytes")
     return number.to_bytes(size, "little")

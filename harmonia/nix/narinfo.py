@@ -2,28 +2,28 @@
 
 import base64
 import json
+import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from harmonia.errors import FormatError
-from harmonia.nix import base32
+from harmonia.nix import base32, content_address, hashes
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
 from harmonia.nix.store_path import StorePath
+from harmonia.untrusted import excerpt, integer
 
 CONTENT_TYPE = "text/x-nix-narinfo"
 
 COMPRESSIONS = frozenset(
     ("none", "xz", "bzip2", "gzip", "zstd", "br", "lz4", "lzip", "lzma", "lzop", "compress", "grzip", "lrzip")
 )
-_HASHES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64, "blake3": 32}
-"""Those that Nix knows, and their bytes."""
-_HASH = re.compile(rf"({'|'.join(_HASHES)})([:-])(.*)")
-_CONTENT_ADDRESS = re.compile(r"(text:|fixed:r:|fixed:git:|fixed:)(.*)")
-_METHODS = {"text:": "text", "fixed:r:": "nar", "fixed:git:": "git", "fixed:": "flat"}
-_URL = re.compile(r"[!-~]{1,2048}")
-_SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
+MAX_URL_LENGTH = 64 << 10
+"""Characters: curl takes 8 million, but no server that many."""
+_URL = re.compile(rf"[^\x00-\x1f\x7f]{{1,{MAX_URL_LENGTH}}}")
+_SIZE_MAX = (1 << 64) - 1
+_NO_DERIVER = "unknown-deriver"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ def render_json(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str
         "narHash": _sri("sha256", info.nar_hash),
         "narSize": info.nar_size,
         "references": info.references,
-        "ca": info.ca and _content_address(info.ca),
+        "ca": info.ca
+        and {"method": (ca := content_address.parse(info.ca)).method, "hash": _sri(ca.algorithm, ca.digest)},
         "deriver": info.deriver,
         "registrationTime": None,
         "ultimate": False,
@@ -102,98 +103,82 @@ def render_json(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str
     return json.dumps(value) + "\n"
 
 
-def _content_address(text: str) -> dict[str, str]:
-    """Nix `src/libstore/content-address.cc`."""
-    match = _CONTENT_ADDRESS.fullmatch(text)
-    if match is None:
-        raise FormatError(f"{text!r} is no content address")
-    return {"method": _METHODS[match[1]], "hash": _sri(*_hash(match[2]))}
-
-
 def _sri(algorithm: str, digest: bytes) -> str:
     return f"{algorithm}-{base64.b64encode(digest).decode()}"
 
 
 def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
-    """What a narinfo says. FormatError where a Nix of any version would refuse it, and where it is no help:
-    where it tells of a path in another store, or has an unknown compression or a hash other than SHA-256.
+    """Return what a narinfo says, read to the letter as Nix does, in every version from 2.8 on.
 
-    As for Nix, the last of several values counts, unknown fields are skipped, and no compression is bzip2.
+    Raise FormatError if Nix would refuse it, and if the path is in another store, or the compression or the algorithm
+    of NarHash is unknown: then it is no help. Two things are left out that Nix takes or ignores, depending on its
+    version: a malformed Sig, and a FileHash in another algorithm than SHA-256. Nor is a FileSize of 0 a size.
     """
     fields, sigs = _fields(text)
     for name in ("StorePath", "URL", "NarHash", "NarSize"):
         if not fields.get(name):
-            raise FormatError(f"a narinfo has no {name}")
+            raise FormatError(f"the narinfo has no {name}")
     if not _URL.fullmatch(fields["URL"]):
-        raise FormatError("the URL in a narinfo is none")
+        raise FormatError(f"malformed URL {excerpt(fields['URL'])}")
     compression = fields.get("Compression") or "bzip2"
     if compression not in COMPRESSIONS:
-        raise FormatError("the Compression in a narinfo is unknown")
+        raise FormatError(f"unknown Compression {excerpt(compression)}")
+    algorithm, nar_hash = hashes.parse(fields["NarHash"])
+    if algorithm != "sha256":
+        raise FormatError("NarHash is not a SHA-256")
     nar_size = _size(fields["NarSize"])
     if not nar_size:
-        raise FormatError("the NarSize in a narinfo is 0")
-    deriver = fields.get("Deriver", "")
+        raise FormatError("NarSize is 0")
+    deriver = fields.get("Deriver", _NO_DERIVER)
+    if ca := fields.get("CA"):
+        content_address.parse(ca)
     info = PathInfo(
-        path=StorePath.in_dir(store_dir, fields["StorePath"]),
-        nar_hash=_sha256(fields["NarHash"]),
+        path=StorePath.in_dir(store_dir, _canonical(fields["StorePath"])),
+        nar_hash=nar_hash,
         nar_size=nar_size,
         references=tuple(sorted({StorePath(name) for name in fields.get("References", "").split(" ") if name})),
-        deriver=StorePath(deriver) if deriver not in {"", "unknown-deriver"} else None,
-        sigs=tuple(sigs),
-        ca=fields.get("CA") or None,
+        deriver=None if deriver == _NO_DERIVER else StorePath(deriver),
+        sigs=tuple(filter(is_signature, sigs)),
+        ca=ca or None,
     )
-    file_hash = _sha256(fields["FileHash"]) if fields.get("FileHash") else None
-    file_size = _size(fields["FileSize"]) if fields.get("FileSize") else None
-    return info, NarFile(fields["URL"], compression, file_hash, file_size)
+    algorithm, file_hash = hashes.parse(fields["FileHash"]) if "FileHash" in fields else ("", b"")
+    file_size = _size(fields.get("FileSize", "0"))
+    return info, NarFile(fields["URL"], compression, file_hash if algorithm == "sha256" else None, file_size or None)
 
 
 def _fields(text: str) -> tuple[dict[str, str], list[str]]:
-    """The values that count, by their names, and the signatures."""
-    if not text.endswith("\n"):
-        raise FormatError("a narinfo ends with a newline")
+    """Return the values that count, by their names, and the signatures."""
     fields: dict[str, str] = {}
-    sigs = []
-    for line in text[:-1].split("\n"):
-        name, colon, value = line.partition(": ")
-        if not colon or "\r" in value:
-            raise FormatError("a line of a narinfo has the form Name: value")
-        if name in {"References", "CA"} and fields.get(name):
-            raise FormatError(f"a narinfo has more than one {name}")
+    sigs: list[str] = []
+    for name, value in _lines(text):
+        if name in {"References", "CA"} and fields.get(name, "").strip(" "):
+            raise FormatError(f"the narinfo has more than one {name}")
         if name == "Sig":
             sigs.append(value)
         else:
             fields[name] = value
-    if not all(map(is_signature, sigs)):
-        raise FormatError("a signature in a narinfo is malformed")
     return fields, sigs
 
 
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """Yield names and values. Nix skips the character after a colon blindly, be it a line's end."""
+    position = 0
+    while position < len(text):
+        colon = text.find(":", position)
+        end = text.find("\n", colon + 2)
+        if colon < 0 or end < 0:
+            raise FormatError("a line of the narinfo is not `Name: value` with a newline")
+        yield text[position:colon], text[colon + 2 : end]
+        position = end + 1
+
+
+def _canonical(path: str) -> str:
+    """Return the path as Nix's `canonPath` does: without empty, `.` and `..` components."""
+    return f"/{posixpath.normpath(path).lstrip('/')}" if path.startswith("/") else path
+
+
 def _size(text: str) -> int:
-    if not _SIZE.fullmatch(text):
-        raise FormatError("a size in a narinfo is no number")
-    return int(text)
-
-
-def _sha256(text: str) -> bytes:
-    algorithm, value = _hash(text)
-    if algorithm != "sha256":
-        raise FormatError("a hash in a narinfo is no SHA-256")
-    return value
-
-
-def _hash(text: str) -> tuple[str, bytes]:
-    """The algorithm and the digest, which is in base 32, in hex, in base 64, or as SRI (Nix `src/libutil/hash.cc`)."""
-    algorithm, separator, digest = match.groups() if (match := _HASH.fullmatch(text)) else ("", "", "")
-    size = _HASHES.get(algorithm)
-    try:
-        if size and len(digest) == base32.encoded_length(size) and separator == ":":
-            value = base32.decode(digest)
-        elif size and len(digest) == 2 * size and separator == ":":
-            value = bytes.fromhex(digest)
-        else:
-            value = base64.b64decode(digest, validate=True)
-    except ValueError:
-        value = b""
-    if len(value) != size:
-        raise FormatError("a hash in a narinfo is none")
-    return algorithm, value
+    size = integer(text.removeprefix("+"), _SIZE_MAX)
+    if size is None:
+        raise FormatError(f"malformed size {excerpt(text)}")
+    return size

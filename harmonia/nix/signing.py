@@ -56,12 +56,14 @@ class PublicKey:
 
     def verify(self, message: bytes, signature: str) -> bool:
         """Whether `signature` is this key's, by name and by content."""
+        if not signature.startswith(f"{self.name}:"):  # it takes 0.1 ms to see that another key made it
+            return False
         try:
-            name, value = _split(signature, SIGNATURE_SIZE, "signature")
+            _, value = _split(signature, SIGNATURE_SIZE, "signature")
             self.key.verify(message, value)
         except (FormatError, BadSignatureError):
             return False
-        return name == self.name
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import Self
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32
+from harmonia.untrusted import excerpt
 
 HASH_PART_LENGTH = 32
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{32}}")
@@ -24,14 +25,14 @@ class StorePath(str):
     def __new__(cls, base_name: str) -> Self:
         """FormatError where `base_name` does not follow the grammar."""
         if not _BASE_NAME.fullmatch(base_name):
-            raise FormatError(f"{base_name!r} is not the base name of a store path")
+            raise FormatError(f"{excerpt(base_name)} is not the base name of a store path")
         return super().__new__(cls, base_name)
 
     @classmethod
     def in_dir(cls, store_dir: str, path: str) -> Self:
         """The store path that the full `path` names. FormatError where it lies elsewhere, or deeper."""
         if not path.startswith(store_dir + "/"):
-            raise FormatError(f"{path!r} is not in the store {store_dir}")
+            raise FormatError(f"{excerpt(path)} is not in the store {store_dir}")
         return cls(path[len(store_dir) + 1 :])
 
     @property

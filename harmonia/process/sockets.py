@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 
 from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.untrusted import integer
 
 BACKLOG = 4096
 """Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""
@@ -26,6 +27,7 @@ _OPTIONS = (
 _DESCRIPTORS = 2  # of a connection: its own, and that of the file that is sent
 _OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
 
+_MODE_MAX = 0o7777
 _Key = Literal["bind", "metrics_bind"]
 
 _log = logging.getLogger("harmonia")
@@ -173,7 +175,7 @@ def _listen_unix(path: str, settings: Settings) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listening.bind(path)
-        os.chmod(path, int(settings.unix_socket_mode, 8))
+        os.chmod(path, integer(settings.unix_socket_mode, _MODE_MAX, base=8) or 0)
         listening.listen(BACKLOG)
     except BaseException:
         listening.close()

@@ -6,8 +6,11 @@ from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 
 from harmonia.errors import ConfigError
+from harmonia.untrusted import integer
 
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
+_MAX_SOCKETS = 1 << 16
+_MAX_INTERVAL_US = 1 << 63
 
 
 def has_sockets(environ: Mapping[str, str]) -> bool:
@@ -24,7 +27,7 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     if pid != str(os.getpid()):
         return []
     sockets = []
-    for fd in range(_FIRST_FD, _FIRST_FD + int(count or 0)):
+    for fd in range(_FIRST_FD, _FIRST_FD + (integer(count, _MAX_SOCKETS) or 0)):
         try:
             os.set_inheritable(fd, False)
             inherited = socket.socket(fileno=fd)
@@ -54,5 +57,5 @@ def watchdog_interval() -> float | None:
     """The seconds within which the manager wants a sign of life from this process, None where it wants none."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
-    microseconds = os.environ.get("WATCHDOG_USEC", "")
-    return int(microseconds) / 1e6 if microseconds.isdecimal() and int(microseconds) else None
+    interval = integer(os.environ.get("WATCHDOG_USEC", ""), _MAX_INTERVAL_US)
+    return interval / 1e6 if interval else None

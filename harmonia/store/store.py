@@ -11,9 +11,11 @@ from urllib.parse import quote
 
 from harmonia.config.settings import Settings
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
+from harmonia.nix import content_address
 from harmonia.nix.build_trace import Realisation
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.untrusted import excerpt
 
 BUSY_TIMEOUT = 2.0
 """Seconds to wait for a locked database. Nix writes in WAL mode, where a reader never has to."""
@@ -170,8 +172,8 @@ class Store:
         try:
             if nar_size is None or nar_size <= 0:
                 raise FormatError("its NAR size is not known")
-            if ca and ca.splitlines() != [ca]:  # which it would be in a narinfo, too
-                raise FormatError(f"its content address is {ca!r}")
+            if ca:
+                content_address.parse(ca)
             return PathInfo(
                 path=self._store_path(path),
                 nar_hash=_sha256(nar_hash),
@@ -182,7 +184,7 @@ class Store:
                 ca=ca or None,
             )
         except FormatError as error:
-            raise StoreObjectError(f"the database's row for {path} is of no use: {error}") from error
+            raise StoreObjectError(f"the database's row for {excerpt(path)} is of no use: {error}") from error
 
     def valid_paths(self) -> tuple[list[str], int]:
         """All valid paths in full, sorted, whether or not their rows are of use, and the sum of their NAR sizes."""
@@ -237,5 +239,5 @@ def _sha256(text: str) -> bytes:
     except ValueError:
         value = b""
     if algorithm != "sha256" or len(value) != 32:  # noqa: PLR2004 (the bytes of a SHA-256)
-        raise FormatError(f"its NAR hash is {text!r}")
+        raise FormatError(f"its NAR hash is {excerpt(text)}")
     return value

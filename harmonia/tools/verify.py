@@ -18,6 +18,9 @@ from harmonia.errors import ConfigError, StoreObjectError
 from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
+from harmonia.untrusted import integer
+
+_MAX_TIME_S = 1 << 40
 
 State = Literal["good", "corrupt", "missing", "unreadable", "unregistered"]
 
@@ -48,7 +51,9 @@ class Journal:
         self._file.seek(0)
         lines = self._file.read().split("\n")[:-1]
         # The last one, where a run was killed, may be torn, and so is any other that makes no sense.
-        self._times = {(words[1], words[2]): int(words[0]) for words in map(str.split, lines) if _is_whole(words)}
+        self._times = {
+            (words[1], words[2]): when for words in map(str.split, lines) if (when := _time(words)) is not None
+        }
         if len(lines) > 2 * len(self._times):
             self._file.truncate(0)
             for (nar_hash, name), when in self._times.items():
@@ -72,8 +77,9 @@ class Journal:
         self._file.close()
 
 
-def _is_whole(words: list[str]) -> bool:
-    return len(words) == 3 and words[0].isdigit()  # noqa: PLR2004 (the three of a line)
+def _time(words: list[str]) -> int | None:
+    """Return the time in a line of the journal, or None if it has another form."""
+    return integer(words[0], _MAX_TIME_S) if len(words) == 3 else None  # noqa: PLR2004 (the three of a line)
 
 
 def verify(

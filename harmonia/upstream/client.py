@@ -14,6 +14,7 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.nix import base32
 from harmonia.nix.signing import PublicKey
+from harmonia.untrusted import excerpt
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.loop_guard import HOPS
 from harmonia.upstream.nar_verifier import unpack
@@ -219,6 +220,6 @@ class Client:
         lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
         fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
         if fields.get("StoreDir", self.store_dir) != self.store_dir:
-            self._say(f"cannot be used: it is for the store {fields['StoreDir']!r}")
+            self._say(f"cannot be used: it is for the store {excerpt(fields['StoreDir'])}")
             return False
         return True

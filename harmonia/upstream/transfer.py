@@ -12,6 +12,7 @@ import aiohttp
 from harmonia.cache.growing_file import Filler
 from harmonia.errors import UpstreamError
 from harmonia.upstream import nar_verifier
+from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
@@ -87,7 +88,7 @@ class Transfer:
             first.close()
             raise
         self.started.set()
-        resumable = first.headers.get("Accept-Ranges", "").lower() == "bytes"
+        resumable = accepts_ranges(first.headers)
         etag = first.headers.get("ETag", "")
         headers = dict(self._headers) | ({"If-Range": etag} if etag.startswith('"') else {})
         failures = 0

@@ -1,7 +1,6 @@
 """HTTP to one upstream, and to where it leads. What goes wrong is raised; what follows from that is `client.py`'s."""
 
 import asyncio
-import re
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,12 +16,12 @@ from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.upstream.address_filter import InsideError, Reach
+from harmonia.upstream.header_fields import content_range_start, retry_after_s
 from harmonia.upstream.loop_guard import IDENTITY, names
 
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/(?:[0-9]+|\*)", re.ASCII)
 _BUFFER = 256 * 1024  # bytes of a body that wait to be taken
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
@@ -99,7 +98,7 @@ class Transport:
             elif status in _MISSING:
                 return None
             else:
-                raise FailureError(self.base, f"it answers with status {status}", _retry_after(response))
+                raise FailureError(self.base, f"it answers with status {status}", retry_after_s(response.headers))
         raise AnswerError(self.base, "it redirects without end")
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
@@ -171,15 +170,8 @@ class Transport:
 def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:
     """Whether it is an answer with what was asked for: all, or the part that begins at `start`."""
     if response.status == HTTPStatus.PARTIAL_CONTENT and ranged:
-        told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        return told is not None and int(told[1]) == start
+        return content_range_start(response.headers) == start
     return response.status == HTTPStatus.OK
-
-
-def _retry_after(response: aiohttp.ClientResponse) -> float:
-    with suppress(ValueError):
-        return max(float(response.headers.get("Retry-After", "0")), 0)
-    return 0
 
 
 def _phrase(error: BaseException) -> str:

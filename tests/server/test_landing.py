@@ -54,7 +54,7 @@ class Made:
         store.add_log(derivation.path, b"built")
         self.named = store.add_source("odd+name?=a_b", b"odd")
         gone = store.output_path("gone.drv")
-        self.orphan = store.add(store.output_path("orphan"), b"", deriver=gone, sigs=[f"{EVIL}:abc"], ca=f"text:{EVIL}")
+        self.orphan = store.add(store.output_path("orphan"), b"", deriver=gone, sigs=[f"{EVIL}:abc"])
 
 
 @pytest.fixture(scope="module")

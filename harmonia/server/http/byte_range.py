@@ -3,6 +3,8 @@
 import re
 import sys
 
+from harmonia.untrusted import integer
+
 _SPEC = re.compile(r"(?i:bytes)=[ \t,]*(?P<first>[0-9]*)-(?P<last>[0-9]*)[ \t,]*", re.ASCII)
 
 
@@ -34,6 +36,6 @@ def requested(header: str | None, if_range: str | None, etag: str | None, size: 
 
 
 def _number(digits: str) -> int:
-    """Of any length: Python refuses to read thousands of digits, but no file has that many bytes."""
-    digits = digits.lstrip("0") or "0"
-    return int(digits) if len(digits) < len(str(sys.maxsize)) else sys.maxsize
+    """Return the number, cut to more than any file has bytes."""
+    number = integer(digits, sys.maxsize)
+    return sys.maxsize if number is None else number

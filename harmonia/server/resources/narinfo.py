@@ -7,7 +7,6 @@ from functools import partial
 from sanic import Request
 
 from harmonia.cache.nar_compressor import CompressedFile
-from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
@@ -42,14 +41,11 @@ async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
 def representation(
     cache: Cache, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
 ) -> Representation:
-    """As Nix reads it, or in JSON; for `max_age` seconds. StoreObjectError where JSON cannot tell it."""
+    """As Nix reads it, or in JSON; for `max_age` seconds."""
     store_dir, content_type = cache.settings.virtual_nix_store, narinfo.CONTENT_TYPE
     if request.query_string and "json" in request.get_args(keep_blank_values=True):
         content_type = "application/json"
-        try:
-            text = narinfo.render_json(info, store_dir, nar, sigs)
-        except FormatError as error:
-            raise StoreObjectError(f"{info.path}: {error}") from error
+        text = narinfo.render_json(info, store_dir, nar, sigs)
     else:
         text = narinfo.render(info, store_dir, nar, sigs)
     return metadata.representation(content_type, text.encode(), max_age)

@@ -2,8 +2,10 @@
 
 from harmonia.tools.doctor.finding import Finding, Findings
 from harmonia.tools.http_client import Answer, Client
+from harmonia.untrusted import integer
 
 _NOT_MODIFIED = 304
+_MAX_AGE_S = 1 << 31  # from which on all are alike (RFC 9111 section 1.2.2)
 _COMPARED = ("content-type", "content-length", "content-encoding", "etag", "cache-control", "last-modified", "vary")
 
 
@@ -56,4 +58,4 @@ def caching(client: Client, path: str, answer: Answer, least: int) -> Findings:
 
 def max_age(answer: Answer) -> int:
     words = [word.strip().partition("=") for word in answer.headers.get("cache-control", "").split(",")]
-    return max((int(value) for name, _, value in words if name == "max-age" and value.isdigit()), default=0)
+    return max((integer(value, _MAX_AGE_S) or 0 for name, _, value in words if name == "max-age"), default=0)

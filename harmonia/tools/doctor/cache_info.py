@@ -4,7 +4,9 @@ from harmonia.tools.doctor.answer import head, max_age
 from harmonia.tools.doctor.connection import secure
 from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Answer, Client
+from harmonia.untrusted import excerpt, integer
 
+_PRIORITY_MAX = (1 << 31) - 1  # of an `int`, which Nix makes of it
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _MISSING = 200, 400, 401, 404
 _NEGATIVE = 3600  # seconds; Nix remembers no longer that a path is missing
 _BEHIND = "see that the server behind the proxy runs, that the proxy looks for it in the right place, and what they log"
@@ -51,8 +53,8 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     found = fields.get("StoreDir")
     if found is None:
         yield Finding("cache info", "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
-    if not fields.get("Priority", "0").isdigit():
-        what = f"Priority {fields['Priority']!r} is no number: clients fail with `stoi`"
+    if integer(fields.get("Priority", "0"), _PRIORITY_MAX) is None:
+        what = f"Priority {excerpt(fields['Priority'])} is not a number: clients fail with `stoi`"
         remedy = "make it a number: 40 is that of cache.nixos.org, less is asked earlier"
         yield Finding("cache info", "error", what, remedy)
     if fields.get("WantMassQuery") != "1":

@@ -1,0 +1,345 @@
+"""Decompressors for NARs and for HTTP bodies: every valid file of each format, in pieces, in bounded memory.
+
+Files of several streams (members, frames) and with padding are valid in most formats. What follows the end is ignored
+where libarchive ignores it, which reads these files for Nix: in gzip, bzip2, lzip and lzma.
+"""
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import brotli
+import zstandard
+
+from harmonia.errors import FormatError
+from harmonia.untrusted import excerpt
+
+MEMORY_BYTES = 128 << 20
+"""What the window of an xz, lzma, lzip or zstd file may take: libzstd takes no more for Nix, nor do presets of xz."""
+LARGE_MEMORY_BYTES = (1536 << 20) + MEMORY_BYTES
+"""What xz takes at most, with the largest of its dictionaries. Allow it to one decompressor at a time."""
+MAX_CODINGS = 5
+"""How often an HTTP body may be encoded: curl takes no more."""
+
+_PIECE_BYTES = 1 << 20  # of output
+_INPUT_BYTES = 4096  # the rest of it is copied for each stream that ends in it
+_ZSTD_INPUT_BYTES = 1024  # a block of 128 KiB may come out of each four bytes
+_BROTLI_INPUT_BYTES = 64  # 16 MiB may come out of each 24 bytes
+_XZ_ALIGNMENT = 4  # bytes, to a multiple of which streams are padded with zeros
+
+
+class WindowError(FormatError):
+    """It takes more memory than is allowed, and may be tried again with LARGE_MEMORY_BYTES."""
+
+
+class Decompressor(Protocol):
+    """The decompressor of one file."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield what comes out of the next bytes of the file."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the file may end here."""
+
+
+class _Stream(Protocol):
+    """The decompressor of one stream of the file."""
+
+    eof: bool
+    unused_data: bytes
+    """What came after its end."""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]: ...
+
+
+class _Plain:
+    whole = True
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        yield data
+
+
+class _Stepwise:
+    """A stream of xz, bzip2 or lzma."""
+
+    def __init__(self, stream: lzma.LZMADecompressor | bz2.BZ2Decompressor) -> None:
+        self._stream = stream
+        self.eof = False
+        self.unused_data = b""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        yield self._stream.decompress(data, _PIECE_BYTES)
+        while not self._stream.eof and not self._stream.needs_input:
+            yield self._stream.decompress(b"", _PIECE_BYTES)
+        self.eof, self.unused_data = self._stream.eof, self._stream.unused_data
+
+
+class _Zlib:
+    """A stream of gzip or zlib, or of deflate without a head."""
+
+    def __init__(self, wbits: int) -> None:
+        self._stream = zlib.decompressobj(wbits)
+        self.eof = False
+        self.unused_data = b""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            yield self._stream.decompress(data, _PIECE_BYTES)
+            data = b"" if self._stream.eof else self._stream.unconsumed_tail
+        self.eof, self.unused_data = self._stream.eof, self._stream.unused_data
+
+
+class _Deflate:
+    """The content coding `deflate`: zlib, as RFC 9110 has it, or without its head, as many a server sends it."""
+
+    def __init__(self) -> None:
+        self._stream = _Zlib(zlib.MAX_WBITS)
+        self._head: bytes | None = b""
+        """What came before the first output, which may show that there is no head."""
+        self.eof = False
+        self.unused_data = b""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        if self._head is not None:
+            self._head += data
+        try:
+            for piece in self._stream.pieces(data):
+                if piece:
+                    self._head = None
+                yield piece
+        except zlib.error:
+            if self._head is None:
+                raise
+            self._stream, data, self._head = _Zlib(-zlib.MAX_WBITS), self._head, None
+            yield from self._stream.pieces(data)
+        self.eof, self.unused_data = self._stream.eof, self._stream.unused_data
+
+
+class _Zstd:
+    """A frame, which may be one to be skipped."""
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=MEMORY_BYTES).decompressobj()
+        self.eof = False
+        self.unused_data = b""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        yield self._frame.decompress(data)
+        self.eof, self.unused_data = self._frame.eof, self._frame.unused_data
+
+
+class _Brotli:
+    unused_data = b""
+
+    def __init__(self) -> None:
+        self._stream = brotli.Decompressor()
+        self.eof = False
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        yield self._stream.process(data)
+        self.eof = self._stream.is_finished()
+
+
+class _Lzip:
+    """A member: a head, a raw LZMA stream with an end marker, and a trailer with sizes and a checksum."""
+
+    _HEAD_BYTES = 6
+    _TRAILER_BYTES = (12, 20)  # in versions 0 and 1
+    _DICTIONARY_BITS = range(12, 30)
+
+    def __init__(self, memory: int) -> None:
+        self._memory = memory
+        self._held = b""
+        self._stream: _Stepwise | None = None
+        self._trailer = 0
+        self.eof = False
+        self.unused_data = b""
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        if self._stream is None:
+            self._held += data
+            if len(self._held) < self._HEAD_BYTES:
+                return
+            self._stream, data, self._held = self._begin(self._held), self._held[self._HEAD_BYTES :], b""
+        if not self._stream.eof:
+            yield from self._stream.pieces(data)
+            data = self._stream.unused_data
+        if self._stream.eof:
+            self._held += data
+            self.eof = len(self._held) >= self._trailer
+            self.unused_data = self._held[self._trailer :]
+
+    def _begin(self, head: bytes) -> _Stepwise:
+        bits = head[5] & 0x1F
+        if head[:4] != b"LZIP" or head[4] >= len(self._TRAILER_BYTES) or bits not in self._DICTIONARY_BITS:
+            raise FormatError("not an lzip member")
+        self._trailer = self._TRAILER_BYTES[head[4]]
+        size = (1 << bits) - (1 << bits) // 16 * (head[5] >> 5)
+        if size > self._memory:
+            raise WindowError("the dictionary of an lzip member is too large")
+        lzma1 = {"id": lzma.FILTER_LZMA1, "dict_size": size, "lc": 3, "lp": 0, "pb": 2}
+        return _Stepwise(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[lzma1]))
+
+
+class _Single:
+    """A file of one stream. What follows it is ignored."""
+
+    def __init__(self, begin: Callable[[], _Stream], input_bytes: int = _INPUT_BYTES) -> None:
+        self._begin = begin
+        self._input_bytes = input_bytes
+        self._stream = begin()
+
+    @property
+    def whole(self) -> bool:
+        return self._stream.eof
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        for start in range(0, len(data), self._input_bytes):
+            part = data[start : start + self._input_bytes]
+            while part:
+                if self._stream.eof and not (part := self._next(part)):
+                    break
+                yield from self._stream.pieces(part)
+                part = self._stream.unused_data if self._stream.eof else b""
+
+    def _next(self, _data: bytes) -> bytes:
+        """Begin the next stream, and return its bytes. Return none if none begins here."""
+        return b""
+
+
+class _Members(_Single):
+    """A file of streams that begin with certain bytes. What else follows them is ignored."""
+
+    def __init__(self, begin: Callable[[], _Stream], magic: bytes) -> None:
+        super().__init__(begin)
+        self._magic = magic
+        self._held: bytes | None = b""
+        """The beginning of what may be the next stream; None if something else follows."""
+
+    def _next(self, _data: bytes) -> bytes:
+        if self._held is None:
+            return b""
+        held = self._held + _data
+        if held.startswith(self._magic):
+            self._stream, self._held = self._begin(), b""
+            return held
+        self._held = held if self._magic.startswith(held) else None
+        return b""
+
+
+class _Frames(_Single):
+    """A file of nothing but streams, which zeros may follow up to a multiple of `alignment` bytes."""
+
+    def __init__(
+        self, begin: Callable[[], _Stream], input_bytes: int = _INPUT_BYTES, alignment: int | None = None
+    ) -> None:
+        super().__init__(begin, input_bytes)
+        self._alignment = alignment
+        self._zeros = 0
+
+    @property
+    def whole(self) -> bool:
+        return self._stream.eof and self._zeros % (self._alignment or 1) == 0
+
+    def _next(self, _data: bytes) -> bytes:
+        rest = _data.lstrip(b"\0") if self._alignment else _data
+        self._zeros += len(_data) - len(rest)
+        if rest:
+            if not self.whole:
+                raise FormatError("padding to no multiple of four bytes")
+            self._stream, self._zeros = self._begin(), 0
+        return rest
+
+
+def _xz(form: int, memory: int) -> _Stepwise:
+    return _Stepwise(lzma.LZMADecompressor(form, memory))
+
+
+_FORMATS: dict[str, Callable[[int], Decompressor]] = {
+    "none": lambda _: _Plain(),
+    "xz": lambda memory: _Frames(lambda: _xz(lzma.FORMAT_XZ, memory), alignment=_XZ_ALIGNMENT),
+    "bzip2": lambda _: _Members(lambda: _Stepwise(bz2.BZ2Decompressor()), b"BZh"),
+    "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b"),
+    "zstd": lambda _: _Frames(_Zstd, _ZSTD_INPUT_BYTES),
+    "br": lambda _: _Single(_Brotli, _BROTLI_INPUT_BYTES),
+    "lzma": lambda memory: _Single(lambda: _xz(lzma.FORMAT_ALONE, memory)),
+    "lzip": lambda memory: _Members(lambda: _Lzip(memory), b"LZIP"),
+}
+COMPRESSIONS = frozenset(_FORMATS)
+"""The values of a narinfo's `Compression` that are taken. Of Nix's others, some need a program that nobody has."""
+
+_CODINGS = {name: name for name in COMPRESSIONS - {"none"}} | {f"x-{name}": name for name in ("gzip", "bzip2", "xz")}
+
+
+class _Failures:
+    """A decompressor whose errors are all FormatErrors."""
+
+    def __init__(self, name: str, inner: Decompressor) -> None:
+        self._name = name
+        self._inner = inner
+
+    @property
+    def whole(self) -> bool:
+        return self._inner.whole
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        try:
+            yield from self._inner.feed(data)
+        except lzma.LZMAError as error:
+            if "limit" in str(error):  # Python has no other way to tell
+                raise WindowError(f"a window of this {self._name} file is too large") from None
+            raise FormatError(f"not {self._name} data") from None
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError, brotli.error):
+            raise FormatError(f"not {self._name} data") from None
+
+
+class _Chain:
+    """What was encoded several times, in the order of decoding."""
+
+    def __init__(self, steps: list[Decompressor]) -> None:
+        self._steps = steps
+        self._empty = True
+
+    @property
+    def whole(self) -> bool:
+        # An empty body is empty, however it should be encoded.
+        return self._empty or all(step.whole for step in self._steps)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self._empty = self._empty and not data
+        pieces: Iterable[bytes] = [data]
+        for step in self._steps:
+            pieces = _fed(step, pieces)
+        yield from pieces
+
+
+def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from step.feed(piece)
+
+
+def decompressor(compression: str, memory: int = MEMORY_BYTES) -> Decompressor:
+    """Return a decompressor for a file of that compression, one of COMPRESSIONS."""
+    return _Failures(compression, _FORMATS[compression](memory))
+
+
+def decoder(codings: Iterable[str]) -> Decompressor | None:
+    """Return a decompressor for an HTTP body with these content codings, or None if it is not encoded.
+
+    Raise FormatError if one of them is unknown, or there are too many.
+    """
+    names = [name for name in map(str.lower, codings) if name not in {"", "identity", "none"}]
+    if len(names) > MAX_CODINGS:
+        raise FormatError(f"its Content-Encoding names {len(names)} codings, where at most {MAX_CODINGS} may be")
+    steps: list[Decompressor] = []
+    for name in reversed(names):
+        if name == "deflate":
+            steps.append(_Failures(name, _Single(_Deflate)))
+        elif name in _CODINGS:
+            steps.append(decompressor(_CODINGS[name]))
+        else:
+            raise FormatError(f"its Content-Encoding {excerpt(name)} is unknown")
+    return _Chain(steps) if steps else None

@@ -1,0 +1,47 @@
+"""What headers of an upstream's answer say, in every form that RFC 9110 allows."""
+
+import re
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+
+from multidict import CIMultiDictProxy
+
+from harmonia.untrusted import integer
+
+_MAX_SECONDS = 1 << 31
+_MAX_POSITION = (1 << 63) - 1
+_CONTENT_RANGE = re.compile(
+    r"bytes[ \t]+([0-9]+)[ \t]*-[ \t]*[0-9]+[ \t]*/[ \t]*(?:[0-9]+|\*)", re.ASCII | re.IGNORECASE
+)
+
+Headers = CIMultiDictProxy[str]
+
+
+def elements(headers: Headers, name: str) -> Iterator[str]:
+    """Yield the elements of a list, in lower case, however many lines it is on (sections 5.3, 5.6.1)."""
+    for line in headers.getall(name, ()):
+        for element in line.split(","):
+            if stripped := element.strip(" \t").lower():
+                yield stripped
+
+
+def accepts_ranges(headers: Headers) -> bool:
+    return "bytes" in elements(headers, "Accept-Ranges")
+
+
+def content_range_start(headers: Headers) -> int | None:
+    """Return the position of the first byte of a partial answer, None if it is not told."""
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip(" \t"))
+    return integer(match[1], _MAX_POSITION) if match else None
+
+
+def retry_after_s(headers: Headers) -> float:
+    """Return the seconds of Retry-After, which are told as such or as a date (section 10.2.3). Without it, 0."""
+    text = headers.get("Retry-After", "").strip(" \t")
+    if (seconds := integer(text, _MAX_SECONDS)) is not None:
+        return seconds
+    try:
+        return max(parsedate_to_datetime(text[:100]).timestamp() - time.time(), 0)
+    except (ValueError, OverflowError):
+        return 0

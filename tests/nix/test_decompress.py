@@ -1,0 +1,253 @@
+"""Every valid file of every compression is taken, in whatever pieces it comes, and nothing else passes for whole."""
+
+import bz2
+import gzip
+import lzma
+import subprocess
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import brotli
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.errors import FormatError
+from harmonia.nix.decompress import (
+    COMPRESSIONS,
+    LARGE_MEMORY_BYTES,
+    MAX_CODINGS,
+    Decompressor,
+    WindowError,
+    decoder,
+    decompressor,
+)
+
+_LZMA1 = {"id": lzma.FILTER_LZMA1, "dict_size": 1 << 16, "lc": 3, "lp": 0, "pb": 2}
+
+
+def lzip(content: bytes, version: int = 1) -> bytes:
+    raw = lzma.compress(content, lzma.FORMAT_RAW, filters=[_LZMA1])
+    trailer = zlib.crc32(content).to_bytes(4, "little") + len(content).to_bytes(8, "little")
+    size = 6 + len(raw) + 20
+    return b"LZIP" + bytes((version, 16)) + raw + trailer + (size.to_bytes(8, "little") if version else b"")
+
+
+def tool(*command: str) -> Callable[[bytes], bytes]:
+    return lambda content: subprocess.run(command, input=content, capture_output=True, check=True).stdout
+
+
+def skippable(content: bytes) -> bytes:
+    return b"\x5a\x2a\x4d\x18" + len(content).to_bytes(4, "little") + content
+
+
+def deflate(content: bytes) -> bytes:
+    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return stream.compress(content) + stream.flush()
+
+
+def xz(check: int) -> Callable[[bytes], bytes]:
+    return lambda content: lzma.compress(content, check=check)
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "xz": lzma.compress,
+    "bzip2": bz2.compress,
+    "gzip": gzip.compress,
+    "zstd": zstandard.ZstdCompressor().compress,
+    "br": brotli.compress,
+    "lzma": lambda content: lzma.compress(content, lzma.FORMAT_ALONE),
+    "lzip": lzip,
+}
+SINGLE = {"br", "lzma"}
+"""Formats of one stream."""
+
+contents = st.binary(max_size=300) | st.binary(min_size=1, max_size=9).map(lambda data: data * 50_000)
+
+
+def unpacked(inner: Decompressor | None, data: bytes, cuts: Sequence[int] = ()) -> bytes | None:
+    """Return what comes out of the data, in pieces cut at these places, or None if it is not whole."""
+    assert inner is not None
+    places = sorted({min(cut, len(data)) for cut in cuts})
+    content = b"".join(
+        piece for start, stop in pairwise([0, *places, len(data)]) for piece in inner.feed(data[start:stop])
+    )
+    return content if inner.whole else None
+
+
+def test_every_claimed_compression_is_tried() -> None:
+    assert PACK.keys() == COMPRESSIONS
+
+
+@given(
+    st.sampled_from(sorted(PACK)),
+    st.lists(contents, min_size=1, max_size=3),
+    st.lists(st.integers(0, 2000), max_size=9),
+)
+def test_streams_one_after_the_other_are_one_file(compression: str, parts: list[bytes], cuts: list[int]) -> None:
+    parts = parts[:1] if compression in SINGLE else parts
+    data = b"".join(map(PACK[compression], parts))
+    assert unpacked(decompressor(compression), data, cuts) == b"".join(parts)
+
+
+VARIANTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "xz without a check": ("xz", xz(lzma.CHECK_NONE)),
+    "xz with CRC32": ("xz", xz(lzma.CHECK_CRC32)),
+    "xz with SHA-256": ("xz", xz(lzma.CHECK_SHA256)),
+    "xz padded": ("xz", lambda data: lzma.compress(data) + bytes(8)),
+    "xz padded between streams": ("xz", lambda data: lzma.compress(data) + bytes(4) + lzma.compress(b"")),
+    "xz in blocks": ("xz", tool("xz", "--block-size=1000", "-T2", "-c")),
+    "xz with a filter": ("xz", tool("xz", "--x86", "--lzma2", "-c")),
+    "xz with delta": ("xz", tool("xz", "--delta=dist=4", "--lzma2=preset=1", "-c")),
+    "xz -9e": ("xz", tool("xz", "-9e", "-c")),
+    "lzma by xz": ("lzma", tool("xz", "--format=lzma", "-c")),
+    "lzma followed by garbage": ("lzma", lambda data: PACK["lzma"](data) + b"garbage"),
+    "gzip padded with zeros": ("gzip", lambda data: gzip.compress(data) + bytes(513)),
+    "gzip followed by garbage": ("gzip", lambda data: gzip.compress(data) + b"\x1fgarbage"),
+    "gzip with an empty member": ("gzip", lambda data: gzip.compress(b"") + gzip.compress(data) + gzip.compress(b"")),
+    "gzip by gzip": ("gzip", tool("gzip", "-9", "-n")),
+    "gzip stored": ("gzip", lambda data: gzip.compress(data, 0)),
+    "gzip with all of the head": (
+        "gzip",
+        lambda data: (
+            b"\x1f\x8b\x08\x1e\0\0\0\0\0\x03\x02\0exname\0comment\0"
+            + zlib.crc32(b"\x1f\x8b\x08\x1e\0\0\0\0\0\x03\x02\0exname\0comment\0").to_bytes(4, "little")[:2]
+            + deflate(data)
+            + zlib.crc32(data).to_bytes(4, "little")
+            + len(data).to_bytes(4, "little")
+        ),
+    ),
+    "bzip2 by bzip2": ("bzip2", tool("bzip2", "-1", "-c")),
+    "bzip2 padded with zeros": ("bzip2", lambda data: bz2.compress(data) + bytes(100)),
+    "bzip2 followed by garbage": ("bzip2", lambda data: bz2.compress(data) + b"BZgarbage"),
+    "zstd with skippable frames": (
+        "zstd",
+        lambda data: skippable(b"head") + PACK["zstd"](data) + skippable(b"") + skippable(b"x" * 5000),
+    ),
+    "zstd without content size": ("zstd", zstandard.ZstdCompressor(write_content_size=False).compress),
+    "zstd with a checksum": ("zstd", zstandard.ZstdCompressor(write_checksum=True).compress),
+    "zstd by zstd": ("zstd", tool("zstd", "-19", "-c")),
+    "zstd --long=27": ("zstd", tool("zstd", "--long=27", "-c")),
+    "zstd stored": ("zstd", tool("zstd", "--no-compress-literals", "-1", "-c")),
+    "zstd with an empty frame": ("zstd", lambda data: PACK["zstd"](b"") + PACK["zstd"](data)),
+    "br with a large window": ("br", lambda data: brotli.compress(data, lgwin=24)),
+    "br at level 0": ("br", lambda data: brotli.compress(data, quality=0)),
+    "lzip version 0": ("lzip", lambda data: lzip(data, 0)),
+    "lzip followed by garbage": ("lzip", lambda data: lzip(data) + b"LZgarbage"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("content", [b"", b"nix" * 30_000 + bytes(range(256)) * 16], ids=["empty", "content"])
+def test_a_valid_file_is_taken(variant: str, content: bytes) -> None:
+    compression, pack = VARIANTS[variant]
+    data = pack(content)
+    for cuts in ((), range(1, min(len(data), 3000)), (len(data) - 1,)):
+        assert unpacked(decompressor(compression), data, cuts) == content
+
+
+@given(st.sampled_from(sorted(PACK.keys() - {"none"})), contents, st.data())
+def test_a_file_cut_short_is_not_whole(compression: str, content: bytes, data: st.DataObject) -> None:
+    file = PACK[compression](content)
+    assert unpacked(decompressor(compression), file[: data.draw(st.integers(0, len(file) - 1))]) is None
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 3, 5])
+def test_xz_padding_is_a_multiple_of_four(zeros: int) -> None:
+    assert unpacked(decompressor("xz"), lzma.compress(b"x") + bytes(zeros)) is None
+    with pytest.raises(FormatError):
+        unpacked(decompressor("xz"), lzma.compress(b"x") + bytes(zeros) + lzma.compress(b"y"))
+
+
+@pytest.mark.parametrize("compression", ["xz", "zstd"])
+def test_garbage_after_the_end_is_refused_where_libarchive_refuses_it(compression: str) -> None:
+    with pytest.raises(FormatError):
+        unpacked(decompressor(compression), PACK[compression](b"x") + b"garbage, and more")
+
+
+@pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
+def test_garbage_is_an_error(compression: str) -> None:
+    with pytest.raises(FormatError):
+        unpacked(decompressor(compression), b"neither this nor that, but garbage" * 10)
+
+
+@pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
+def test_a_bomb_takes_little_memory(compression: str) -> None:
+    size = 256 << 20 if compression == "zstd" else 64 << 20
+    pack = partial(brotli.compress, quality=5) if compression == "br" else PACK[compression]
+    bomb = pack(bytes(size))
+    tracemalloc.start()
+    assert sum(map(len, decompressor(compression).feed(bomb))) == size
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 70 << 20
+
+
+def test_a_huge_window_is_told_from_damage() -> None:
+    file = lzma.compress(b"x" * 1000, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 512 << 20}])
+    with pytest.raises(WindowError):
+        unpacked(decompressor("xz"), file)
+    assert unpacked(decompressor("xz", LARGE_MEMORY_BYTES), file) == b"x" * 1000
+
+
+CODE: dict[str, Callable[[bytes], bytes]] = {
+    **{name: pack for name, pack in PACK.items() if name != "none"},
+    "GZip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "Deflate": deflate,
+    "identity": bytes,
+    "none": bytes,
+    "": bytes,
+}
+
+
+@given(st.lists(st.sampled_from(sorted(CODE)), max_size=MAX_CODINGS), st.binary(max_size=3000), st.data())
+def test_content_codings_are_taken_off_in_their_order(codings: list[str], body: bytes, data: st.DataObject) -> None:
+    encoded = body
+    for coding in codings:
+        encoded = CODE[coding](encoded)
+    inner = decoder(codings)
+    if inner is None:
+        assert encoded == body
+    else:
+        assert unpacked(inner, encoded, data.draw(st.lists(st.integers(0, 3000), max_size=5))) == body
+
+
+@given(st.binary(max_size=3000), st.integers(0, 9), st.lists(st.integers(0, 200), max_size=5))
+def test_deflate_has_a_head_or_none(body: bytes, level: int, cuts: list[int]) -> None:
+    stream = zlib.compressobj(level, wbits=-zlib.MAX_WBITS)
+    raw = stream.compress(body) + stream.flush()
+    assert unpacked(decoder(["deflate"]), raw, cuts) == body
+    assert unpacked(decoder(["deflate"]), zlib.compress(body, level), cuts) == body
+
+
+@pytest.mark.parametrize("codings", [["rot13"], ["gzip"] * (MAX_CODINGS + 1), ["br", "\x00" * 10_000]])
+def test_unknown_codings_are_refused_in_few_words(codings: list[str]) -> None:
+    with pytest.raises(FormatError) as caught:
+        decoder(codings)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
+def test_an_empty_body_is_empty_however_it_is_encoded(coding: str) -> None:
+    inner = decoder([coding])
+    assert inner is not None
+    assert inner.whole
+
+
+@pytest.mark.parametrize("compression", sorted(PACK.keys() - SINGLE - {"none"}))
+def test_a_file_of_many_empty_streams_is_read_in_time(compression: str) -> None:
+    """Each stream copies what is left of a piece of input: without a bound on that, this takes a minute."""
+    inner = decompressor(compression)
+    file = PACK[compression](b"") * 50_000
+    began = time.process_time()
+    assert b"".join(inner.feed(file)) == b""
+    assert time.process_time() - began < 20
+    assert inner.whole

@@ -1,0 +1,78 @@
+"""Headers of upstreams mean the same in all their forms."""
+
+import time
+from email.utils import formatdate
+
+import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from harmonia.upstream.header_fields import accepts_ranges, content_range_start, elements, retry_after_s
+
+
+def headers(name: str, *lines: str) -> CIMultiDictProxy[str]:
+    return CIMultiDictProxy(CIMultiDict((name, line) for line in lines))
+
+
+@pytest.mark.parametrize(
+    "lines", [("gzip, br",), ("gzip", "br"), (" GZip ,\t BR ",), (",gzip,,br,",), ("", "gzip", "", "br"), ("gzip,br",)]
+)
+def test_a_list_is_the_same_on_one_line_and_on_many(lines: tuple[str, ...]) -> None:
+    assert list(elements(headers("Content-Encoding", *lines), "content-encoding")) == ["gzip", "br"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "accepted"),
+    [
+        (("bytes",), True),
+        (("Bytes ",), True),
+        (("pages, bytes",), True),
+        (("pages", "bytes"), True),
+        (("none",), False),
+        (("",), False),
+        ((), False),
+        (("megabytes",), False),
+    ],
+)
+def test_ranges_are_accepted_if_bytes_is_one_of_the_units(lines: tuple[str, ...], *, accepted: bool) -> None:
+    assert accepts_ranges(headers("Accept-Ranges", *lines)) is accepted
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("bytes 5-9/10", 5),
+        (" Bytes  005-9/* ", 5),
+        ("bytes\t5 - 9 / 10", 5),
+        ("bytes */10", None),
+        ("bytes=5-9/10", None),
+        ("pages 5-9/10", None),
+        ("bytes 5-9", None),
+        ("bytes " + "9" * 5000 + "-9/10", None),
+        ("bytes \u0665-9/10", None),
+        ("", None),
+    ],
+)
+def test_a_content_range_tells_its_first_byte(text: str, start: int | None) -> None:
+    assert content_range_start(headers("Content-Range", text)) == start
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        ("7", 7, 7),
+        (" 007 ", 7, 7),
+        (formatdate(time.time() + 100, usegmt=True), 1, 100),
+        (time.strftime("%A, %d-%b-%y %H:%M:%S GMT", time.gmtime(time.time() + 100)), 1, 100),
+        (time.strftime("%a %b %e %H:%M:%S %Y", time.gmtime(time.time() + 100)), 1, 100),
+        (formatdate(0, usegmt=True), 0, 0),
+        ("9" * 5000, 0, 0),
+        ("nan", 0, 0),
+        ("inf", 0, 0),
+        ("-3", 0, 0),
+        ("1e3", 0, 0),
+        ("Thu, 99 Foo 99999 99:99:99 GMT", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(text: str, least: float, most: float) -> None:
+    assert least <= retry_after_s(headers("Retry-After", text)) <= most
