@@ -38,7 +38,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 html { font: 1rem/1.55 system-ui, sans-serif; color: var(--text); background: var(--ground); text-size-adjust: 100%; }
 body { max-width: 64rem; margin: 0 auto; padding: 0 1rem 3rem; overflow-wrap: anywhere; }
-a { color: var(--link); text-underline-offset: .15em; }
+a { color: var(--link); text-underline-offset: .35em; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 header { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: center; padding: 1rem 0; }
 header > a { display: flex; align-items: center; gap: .6rem; margin-right: auto; }

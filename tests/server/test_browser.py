@@ -51,6 +51,16 @@ CONTRAST = """(() => {
 """The least contrast of any text with what is behind it (WCAG 2.1, 1.4.3)."""
 
 
+UNDERLINES = """[...document.querySelectorAll("main a")].map((link) => {
+  const style = getComputedStyle(link);
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = style.font;
+  const underscore = context.measureText("_").actualBoundingBoxDescent;
+  return style.textDecorationLine === "none" ? 99 : parseFloat(style.textUnderlineOffset) - underscore;
+})"""
+"""For each link, how far below the underscores of its font it is underlined, in pixels."""
+
+
 class Page:
     """A tab, and all that it asked for and complained of."""
 
@@ -244,6 +254,14 @@ def test_each_page_can_be_read_by_day_and_night_on_any_screen(page: Page, urls: 
             if directory := os.environ.get("SCREENSHOTS"):
                 page.screenshot(f"{directory}/{which}-{scheme}-{size[0]}.png")
     assert len(grounds) == 2
+
+
+@pytest.mark.parametrize("which", ["search", "path", "listing"])
+def test_underlines_of_links_leave_underscores_visible(page: Page, urls: dict[str, str], which: str) -> None:
+    page.open(urls[which])
+    distances = page.run(UNDERLINES)
+    assert distances
+    assert min(distances) > 0
 
 
 def test_copying_with_one_click(page: Page, urls: dict[str, str], server: Server, made: Demo) -> None:
