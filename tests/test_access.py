@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,14 @@ def test_a_wrong_file_stops_the_start(tmp_path: Path, content: str | None, what:
     assert what in checked.stderr
     assert checked.stderr.count("\n") == 1
     assert SECRET not in checked.stderr
+
+
+def test_many_tokens_are_read_in_linear_time() -> None:
+    """A second is ten times what it takes; in quadratic time it would be half a minute."""
+    hashes = (hashlib.sha256(str(number).encode()).hexdigest() for number in range(20_000))
+    text = "".join(f"token-{number} read,browse sha256:{each}\n" for number, each in enumerate(hashes))
+    began = time.process_time()
+    assert len(parse(text)) == 20_000
+    assert time.process_time() - began < 2
+    with pytest.raises(FormatError, match="line 20001 has the name"):
+        parse(f"{text}token-0 read sha256:{'0' * 64}")

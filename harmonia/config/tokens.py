@@ -29,6 +29,7 @@ _PREFIX = "harmonia_"  # by which scanners for leaked secrets, and people, know 
 _RANDOM = 32  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
+_LINE = re.compile(rf"\s*({_NAME.pattern})\s+([^\s#]+)\s+{_HASH.pattern}\s*(?:#.*)?", re.DOTALL)
 _INDEXED = 8  # bytes of a hash that a token is found by
 
 
@@ -73,32 +74,42 @@ def new(name: str, scopes: Iterable[Scope]) -> tuple[str, Token]:
 
 def parse(text: str) -> tuple[Token, ...]:
     """The tokens of a file. FormatError shows nothing of a line: a secret may be where something else should."""
-    tokens: list[Token] = []
+    by_name: dict[str, Token] = {}
+    indexes = set()
+    scopes: dict[str, frozenset[Scope]] = {}  # by their text: few of them for many tokens
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].split()
-        if words:
-            token = _token(number, words)
-            if any(token.name == other.name or token.sha256[:_INDEXED] == other.sha256[:_INDEXED] for other in tokens):
-                raise FormatError(f"line {number} has the name or the hash of a line before it")
-            tokens.append(token)
-    return tuple(tokens)
+        match = _LINE.fullmatch(line)
+        if match is None:
+            _check_words(number, line.partition("#")[0].split())
+            continue
+        name, given, digest = match.groups()
+        if given not in scopes:
+            scopes[given] = _scopes(number, given)
+        sha256 = bytes.fromhex(digest)
+        index = sha256[:_INDEXED]
+        if name in by_name or index in indexes:
+            raise FormatError(f"line {number} has the name or the hash of a line before it")
+        by_name[name] = Token(name, scopes[given], sha256)
+        indexes.add(index)
+    return tuple(by_name.values())
 
 
-def _token(number: int, words: list[str]) -> Token:
-    try:
-        name, scopes, digest = words
-    except ValueError:
-        raise FormatError(f"line {number} has {len(words)} words in place of a name, scopes and a hash") from None
-    match = _HASH.fullmatch(digest)
-    if match is None:
-        raise FormatError(f"line {number} has no hash of the form sha256:, 64 hexadecimal digits")
-    if not _NAME.fullmatch(name):
-        raise FormatError(f"line {number} has a name of other than letters, digits and ._@-")
-    given = scopes.split(",")
-    known = [scope for scope in SCOPES if scope in given]
-    if len(known) != len(given):
+def _scopes(number: int, given: str) -> frozenset[Scope]:
+    words = given.split(",")
+    known = frozenset(scope for scope in SCOPES if scope in words)
+    if len(known) != len(words):
         raise FormatError(f"line {number} has an unknown scope, or one twice; there are {', '.join(SCOPES)}")
-    return Token(name, frozenset(known), bytes.fromhex(match[1]))
+    return known
+
+
+def _check_words(number: int, words: list[str]) -> None:
+    """Raise FormatError with what is wrong, unless the line is empty."""
+    if words and len(words) != 3:  # noqa: PLR2004 (as the message lists)
+        raise FormatError(f"line {number} has {len(words)} words in place of a name, scopes and a hash")
+    if words and not _HASH.fullmatch(words[2]):
+        raise FormatError(f"line {number} has no hash of the form sha256:, 64 hexadecimal digits")
+    if words:
+        raise FormatError(f"line {number} has a name of other than letters, digits and ._@-")
 
 
 def _sha256(token: str) -> bytes:

@@ -12,7 +12,7 @@ import sys
 import termios
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, cast
@@ -73,7 +73,8 @@ async def _serve(
     tls: ssl.SSLContext | None = None
     guard: Guard | None = None
     # Before the first read, to miss no change.
-    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, tls, guard))
+    reload_wanted = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
     tls = credentials.tls_context(settings)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
@@ -109,7 +110,8 @@ async def _serve(
         cache.debug_info.start()
     if (nar_cache := cache.compressor.cache) is not None:
         nar_cache.housekeeping.submit(nar_cache.sweep)  # of what a worker left that was killed
-    chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache))]
+    reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
+    chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache), reloading)]
     await stop.wait()
     await _drain(servers, settings.shutdown_grace)
     for chore in chores:
@@ -150,6 +152,14 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
             else:
                 connection.close()
         await asyncio.sleep(_POLL)
+
+
+async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> None:
+    """Reload in a thread of its own, so that requests go on, once for all signals that come before it begins."""
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        await asyncio.to_thread(reload)
 
 
 def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None) -> None:

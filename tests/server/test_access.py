@@ -3,6 +3,7 @@ is ever told again.
 """
 
 import base64
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -256,6 +257,26 @@ def test_tokens_are_read_again_on_sighup(start: Start, stocked: tuple[Path, dict
     line = server.wait_for_log("ERROR the tokens are not read again: .*line 1 has 2 words").string
     assert TOKENS["read"][0] not in line
     assert statuses("all") == {200}
+
+
+def test_the_old_tokens_hold_while_new_ones_are_read(
+    start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    """A FIFO stands for a file that takes long to read: nothing comes before somebody writes into it."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(str(TOKENS["read"][1]))
+    server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tokens}'")
+    tokens.unlink()
+    os.mkfifo(tokens)
+    server.process.send_signal(signal.SIGHUP)
+    with tokens.open("w") as file:  # which opens when the server reads it
+        file.write(f"{TOKENS['all'][1]}\n")
+        file.flush()
+        for name, expected in (("read", 200), ("all", 401)):
+            assert server.get("/nix-cache-info", bearer(name)).status == expected
+    server.wait_for_log("INFO the tokens were read again")
+    for name, expected in (("read", 401), ("all", 200)):
+        assert server.get("/nix-cache-info", bearer(name)).status == expected
 
 
 def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:

@@ -47,7 +47,7 @@ class Guard:
         self.read()
 
     def read(self) -> None:
-        """Read the file with the tokens again. A broken one leaves those of before."""
+        """Read the file with the tokens again, in any thread. A broken one leaves those of before in place."""
         self._tokens = Tokens(credentials.load_tokens(self._settings))
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:
