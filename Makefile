@@ -4,14 +4,17 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve test check format docs fuzz audit bench soak vm-test clean help
+.PHONY: serve demo test check format docs fuzz audit bench soak vm-test clean help
 
 # Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
 BIND ?=
+SERVE = serve $(if $(BIND),--bind '$(BIND)')
 serve: .venv/ready  ## Serve /nix/store, or a demo store if there is none, at BIND=:5000
-	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia serve $(if $(BIND),--bind '$(BIND)'); \
-	else $(BIN)/harmonia demo demo-store && echo "It is being served now. Ctrl-C ends that." && \
-	exec $(BIN)/harmonia --config demo-store/harmonia.toml serve $(if $(BIND),--bind '$(BIND)'); fi
+	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia $(SERVE); else exec $(MAKE) --no-print-directory demo; fi
+
+demo: .venv/ready  ## Serve a demo store, at BIND=:5000
+	@$(BIN)/harmonia demo demo-store && echo "It is being served now. Ctrl-C ends that." && \
+	exec $(BIN)/harmonia --config demo-store/harmonia.toml $(SERVE)
 
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
@@ -68,6 +71,7 @@ clean:  ## Remove what the other targets made
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo '$(PYTHON) is no Python 3.11 or newer; name one: make $(or $(MAKECMDGOALS),serve) PYTHON=python3.11' >&2; exit 1; }
+	@echo 'Downloading from PyPI, into .venv, what pyproject.toml names: about a minute, once'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@

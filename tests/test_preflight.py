@@ -162,7 +162,7 @@ def test_an_empty_store_is_warned_of(start: Start, tmp_path: Path) -> None:
     StoreBuilder(tmp_path / "store")
     [told] = warned(start, tmp_path, "")
     assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths: nothing is served" in told
-    assert told.endswith("; harmonia demo makes a store to try\n")
+    assert told.endswith("; to try Harmonia, use harmonia demo, or make demo in a clone\n")
 
 
 @pytest.mark.usefixtures("store")

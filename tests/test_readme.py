@@ -80,6 +80,36 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     assert needed == ">=3.11"
 
 
+def in_copy_of_make(directory: Path, *arguments: str) -> str:
+    """Return what make prints, with programs that only print their arguments."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, directory)
+    program = directory / "program"
+    program.write_text(
+        '#!/bin/sh\necho "$(basename "$0") $*"\n'
+        'case $* in "-m venv "*) mkdir -p .venv/bin; cp "$0" .venv/bin/pip; cp "$0" .venv/bin/harmonia;; esac\n'
+    )
+    program.chmod(0o755)
+    command = ["make", *arguments, f"PYTHON={program}"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_says_what_it_downloads_before_it_does(tmp_path: Path) -> None:
+    said = in_copy_of_make(tmp_path, ".venv/ready")
+    assert 0 < said.index("Downloading from PyPI, into .venv") < said.index("pip install")
+
+
+@pytest.mark.parametrize(("given", "options"), [([], ""), (["BIND=:8080"], " --bind :8080")])
+def test_make_serves_where_bind_says(tmp_path: Path, given: list[str], options: str) -> None:
+    demo = in_copy_of_make(tmp_path, "demo", *given).splitlines()
+    assert "harmonia demo demo-store" in demo
+    assert demo[-1] == f"harmonia --config demo-store/harmonia.toml serve{options}"
+    if Path("/nix/var/nix/db/db.sqlite").exists():
+        assert in_copy_of_make(tmp_path, "serve", *given).splitlines()[-1] == f"harmonia serve{options}"
+    else:
+        assert in_copy_of_make(tmp_path, "serve", *given).splitlines()[-1] == demo[-1]
+
+
 @needs("git")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
 def test_what_it_makes_in_a_clone_is_not_for_git() -> None:

@@ -50,7 +50,9 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
         paths = list(database.query(_SOME_PATH, store_dir, store_dir))
         if not paths:
             what = f"{settings.database!r} has no valid paths: nothing is served until it has"
-            yield WrongSettingError(f"{what}; harmonia demo makes a store to try", "nix_db_path")
+            yield WrongSettingError(
+                f"{what}; to try Harmonia, use harmonia demo, or make demo in a clone", "nix_db_path"
+            )
         for path, is_below in paths:
             if not is_below:
                 what = f"no path of {settings.database!r} is in {store_dir!r}; they are in {os.path.dirname(path)!r}"
