@@ -146,12 +146,28 @@ let
     ]
   );
   credentials = signKeys ++ lib.concatMap (each: each.credentials) ([ others ] ++ upstreams);
-  settings =
-    others.settings
-    // lib.optionalAttrs (upstreams != [ ]) { upstream = map (each: each.settings) upstreams; }
-    // lib.optionalAttrs (signKeys != [ ]) {
-      sign_key_paths = map (key: credential key.name) signKeys;
-    };
+  withLists =
+    settings: upstream: sign_key_paths:
+    settings
+    // lib.filterAttrs (_: list: list != [ ]) { inherit upstream sign_key_paths; };
+  settings = withLists others.settings (map (each: each.settings) upstreams) (
+    map (key: credential key.name) signKeys
+  );
+  # For commands outside the service: the same files under their own names, and the cache that systemd made.
+  settingsOutside =
+    withLists
+      (given (
+        removeAttrs cfg.settings [
+          "sign_key_path"
+          "sign_key_paths"
+          "upstream"
+        ]
+        // {
+          cache_dir = "/var/cache/harmonia";
+        }
+      ))
+      (map given cfg.settings.upstream)
+      (map (key: key.path) signKeys);
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
   unchecked = format.generate "harmonia.toml" settings;
@@ -253,7 +269,10 @@ in
       default = checked;
       defaultText = lib.literalMD "made from `settings`";
       readOnly = true;
-      description = "The file that the service is started with, for `harmonia --config … check-config` and the like.";
+      description = ''
+        The file that the service is started with. Keys and certificates are systemd's copies in it. For `harmonia doctor`
+        and other commands, `/etc/harmonia/harmonia.toml` has the same settings with the files themselves.
+      '';
     };
 
     cacheSize = mkOption {
@@ -361,8 +380,11 @@ in
         })
       ];
 
-      # harmonia doctor, top, warm, token …
+      # harmonia doctor, top, warm, token …, which look there for their settings
       environment.systemPackages = [ package ];
+      environment.etc."harmonia/harmonia.toml".source = lib.mkDefault (
+        format.generate "harmonia.toml" settingsOutside
+      );
 
       # Temporary roots are asked for by the name of the service's user.
       nix.settings.extra-allowed-users = lib.mkIf (cfg.settings.daemon_socket != "") [ "harmonia" ];

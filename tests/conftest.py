@@ -66,3 +66,4 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     prefixes = ("NIX_", "SIGN_KEY", "CONFIG_FILE", "LISTEN_", "NOTIFY_")
     for name in [name for name in os.environ if name.startswith(prefixes) or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr("harmonia.config.loader.SYSTEM_FILE", "/nonexistent/harmonia.toml")

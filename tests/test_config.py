@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from harmonia.config.credentials import authorization, secret_keys, tls_context
-from harmonia.config.loader import load, parse
+from harmonia.config.loader import load, parse, read, with_origins
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
@@ -468,6 +468,45 @@ def test_a_full_file_of_upstream_starts_unchanged(machine: Machine, pair: tuple[
 def test_config_goes_before_config_file(machine: Machine) -> None:
     machine.environ["CONFIG_FILE"] = "/nowhere"
     assert machine.load("priority = 7").priority == 7
+
+
+@pytest.fixture
+def system_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that is read if nothing names another one."""
+    path = tmp_path / "etc/harmonia.toml"
+    path.parent.mkdir()
+    monkeypatch.setattr("harmonia.config.loader.SYSTEM_FILE", str(path))
+    return path
+
+
+def test_the_file_in_etc_is_read_last(machine: Machine, system_file: Path) -> None:
+    system_file.write_text("priority = 1")
+    assert read(None, {}).priority == 1
+    assert read(None, {"CONFIG_FILE": str(machine.file("variable.toml", "priority = 2"))}).priority == 2
+    assert read(str(machine.file("option.toml", "priority = 3")), {}).priority == 3
+    assert read("/dev/null", {}).priority == 30
+
+
+def test_a_setting_of_the_file_in_etc_has_a_place(system_file: Path) -> None:
+    system_file.write_text("# mine\npriority = 1")
+    assert with_origins(None, {}, text_only=True)[1]["priority"] == f"{system_file}:2"
+    system_file.write_text("priority = true")
+    with pytest.raises(ConfigError, match=re.escape(f"{system_file}:1: priority: ")):
+        read(None, {})
+
+
+def test_without_the_file_in_etc_there_are_defaults(system_file: Path) -> None:
+    assert read(None, {}) == settings()
+    system_file.parent.rmdir()
+    assert read(None, {}) == settings()
+    system_file.parent.touch()
+    assert read(None, {}) == settings()
+
+
+def test_an_unreadable_file_in_etc_is_an_error(system_file: Path) -> None:
+    system_file.mkdir()
+    with pytest.raises(ConfigError, match=re.escape(f"cannot read '{system_file}': Is a directory; make it readable,")):
+        read(None, {})
 
 
 def test_without_a_file_the_defaults_are_checked_too(tmp_path: Path) -> None:

@@ -322,6 +322,13 @@ CASES = {
         };""",
         units={"DynamicUser": ["false"], "Environment": ['"SIGN_KEY_PATHS=/var/lib/harmonia/key"']},
     ),
+    "a file for commands by hand": Case(
+        """services.harmonia.enable = true;
+        environment.etc."harmonia/harmonia.toml".source = (pkgs.formats.toml { }).generate "mine" { workers = 9; };""",
+        read={
+            'builtins.fromJSON config.environment.etc."harmonia/harmonia.toml".source.value': {"workers": 9},
+        },
+    ),
     "more of the unit": Case(
         """services.harmonia.enable = true;
         systemd.services.harmonia = {
@@ -375,7 +382,7 @@ def toml(settings: Mapping[str, Any]) -> str:
 def test_a_configuration_means_what_it_meant(name: str) -> None:
     case = CASES[name]
     read = "".join(f"({expression}) " for expression in case.read)
-    machine = configured("", module=f"{{ config, lib, ... }}: {{ {case.configuration} }}", read=f"[ {read}]")
+    machine = configured("", module=f"{{ config, lib, pkgs, ... }}: {{ {case.configuration} }}", read=f"[ {read}]")
     assert machine["failed"] == []
     assert machine["settings"] == {"bind": "[::]:5000", "priority": 50, "workers": 4, **case.settings}
     assert tuple(directives(machine["socket"], "ListenStream")) == case.streams

@@ -53,6 +53,7 @@ class TestModule:
         machine = configured("enable = true;")
         assert machine["failed"] == machine["warnings"] == machine["ports"] == []
         assert machine["settings"] == DEFAULTS
+        assert machine["system_file"] == {**DEFAULTS, "cache_dir": "/var/cache/harmonia"}
         assert directives(machine["socket"], "ListenStream") == ["5000"]
         [start] = directives(machine["service"], "ExecStart")
         assert re.fullmatch(
@@ -103,6 +104,15 @@ class TestModule:
             "tokens_path": f"{at}/tokens_path",
         }
         assert "/secrets" not in re.sub(r"LoadCredential=.*", "", machine["service"])
+        assert machine["system_file"] == {
+            **DEFAULTS,
+            "cache_dir": "/var/cache/harmonia",
+            "sign_key_paths": ["/secrets/one", "/secrets/two", "/secrets/three"],
+            "tls_cert_path": "/secrets/cert.pem",
+            "tls_client_ca_path": "/secrets/clients.pem",
+            "tls_key_path": "/secrets/key.pem",
+            "tokens_path": "/secrets/tokens",
+        }
 
     def test_warns_of_a_secret_key_in_the_store(self) -> None:
         path = "/nix/store/00000000000000000000000000000000-key"
@@ -238,6 +248,10 @@ class TestModule:
         first, second = machine["settings"]["upstream"]
         assert first == {"url": "https://cache.nixos.org"}
         assert second["credentials_file"] == "/run/credentials/harmonia.service/upstream-1-credentials_file"
+        assert machine["system_file"]["upstream"] == [
+            {"url": "https://cache.nixos.org"},
+            {"url": "https://private.example.org", "credentials_file": "/secrets/password"},
+        ]
 
     def test_has_no_capability(self) -> None:
         service = configured("enable = true;")["service"]

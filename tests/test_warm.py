@@ -170,8 +170,11 @@ def test_root_fills_it_as_the_servers_user() -> None:
         tmp_path.chmod(0o755)
         store = StoreBuilder(tmp_path / "store")
         path = store.add_text("text", b"").path
-        (tmp_path / "cache").mkdir()
-        os.chown(tmp_path / "cache", NOBODY, NOBODY)
+        # As systemd makes it for a DynamicUser=: only root gets through to it.
+        (tmp_path / "private").mkdir(mode=0o700)
+        (tmp_path / "private/cache").mkdir()
+        os.chown(tmp_path / "private/cache", NOBODY, NOBODY)
+        (tmp_path / "cache").symlink_to("private/cache")
         answer = run("--config", config(store, tmp_path), "warm", path)
         assert answer.returncode == 0, answer.stderr
         [file] = (tmp_path / "cache/nar").iterdir()

@@ -65,7 +65,7 @@ Exit status:
 
 \b
 Environment:
-  CONFIG_FILE  the file with the settings, where --config is not given
+  CONFIG_FILE  the file with the settings, if --config is not given
   NETRC        the file with tokens for private caches, for `doctor` and `top`; else /etc/nix/netrc and ~/.netrc
   NO_COLOR     if set, no colours
 
@@ -248,7 +248,7 @@ def in_a_pipe() -> None:
     type=PATH,
     metavar="FILE",
     callback=_named,
-    help="The TOML file with the settings; else $CONFIG_FILE, else defaults.",
+    help="The TOML file with the settings; otherwise $CONFIG_FILE, then /etc/harmonia/harmonia.toml, then defaults.",
 )
 @bind_option
 @click.pass_context

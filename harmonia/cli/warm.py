@@ -46,7 +46,7 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
-    warm.take_owner(settings)
+    own_settings = warm.take_owner(settings)
     warm.give_way()
     if not quiet:
         click.echo(f"Filling the cache in {settings.cache_dir}", err=True)
@@ -54,7 +54,7 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
     try:
         with progress.bar("compressing", total) as tell:
-            for result in warm.warm(settings, store, chosen, tell):
+            for result in warm.warm(own_settings, store, chosen, tell):
                 counts[result.state] += 1
                 if result.state == "failed":
                     click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)

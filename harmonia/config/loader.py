@@ -21,6 +21,9 @@ from harmonia.config.value_types import plain, wanted
 from harmonia.errors import ConfigError
 from harmonia.process import preflight
 
+SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
+"""The file that is read if nothing names another one."""
+
 _log = logging.getLogger("harmonia")
 
 _SECRET = {"netrc", "credentials_file", "signed_by", "url", "proxy", "upstream"}  # a URL may hold a password
@@ -30,7 +33,10 @@ _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what 
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """The settings of the file at `path`, else at `$CONFIG_FILE`, else the defaults: checked against this machine."""
+    """Return the settings, checked against this machine.
+
+    They come from the file at `path`, else at `$CONFIG_FILE`, else at `SYSTEM_FILE`, else they are the defaults.
+    """
     with loaded(path, environ) as settings:
         return settings
 
@@ -99,19 +105,24 @@ def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]
 
 
 def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-    """The name and the content of the file with the settings; of the defaults, where there is none."""
-    name, text = path or environ.get("CONFIG_FILE"), ""
-    if name:
-        try:
-            with open(name, "rb") as file:
-                text = file.read().decode()
-        except OSError as error:
-            origin = "--config" if path else "environment variable CONFIG_FILE"
-            raise ConfigError(f"{origin}: cannot read {name!r}: {error.strerror}; name a readable TOML file") from None
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
-    return name or "built-in defaults", text
+    """Return the name and the content of the file with the settings, or of the built-in defaults."""
+    if path:
+        name, origin = path, "--config: "
+    elif variable := environ.get("CONFIG_FILE"):
+        name, origin = variable, "environment variable CONFIG_FILE: "
+    else:
+        name, origin = SYSTEM_FILE, ""
+    try:
+        with open(name, "rb") as file:
+            return name, file.read().decode()
+    except OSError as error:
+        if not origin and isinstance(error, FileNotFoundError | NotADirectoryError):
+            return "built-in defaults", ""
+        remedy = "name a readable TOML file" if origin else "make it readable, or name another file with --config"
+        raise ConfigError(f"{origin}cannot read {name!r}: {error.strerror}; {remedy}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
 
 
 def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Settings:

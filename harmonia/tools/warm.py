@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.nar_compressor import Compressor
@@ -67,10 +69,11 @@ def give_way() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def take_owner(settings: Settings) -> None:
-    """As root, become who owns the cache directory, for the server to be able to read what we add.
+def take_owner(settings: Settings) -> Settings:
+    """Become the owner of the cache directory, if root, so that the server can read what we add.
 
-    ConfigError where the server is told not to compress, or where the directory is not ours.
+    Returns settings by which the new user reaches the directory. Raises ConfigError if the server does not compress, or
+    if the directory is not ours.
     """
     if not settings.enable_compression:
         raise ConfigError("enable_compression is false: this server keeps no compressed NARs")
@@ -79,12 +82,14 @@ def take_owner(settings: Settings) -> None:
         directory = os.path.dirname(directory)
     owner = os.stat(directory)
     if owner.st_uid == os.geteuid() or directory != cache_dir:
-        return
+        return settings
     if os.geteuid() != 0:
-        raise ConfigError(f"cache_dir: {directory!r} is another user's; run this as the user that the server runs as")
+        raise ConfigError(f"cache_dir: {directory!r} is another user's; run this as root, or as that user")
+    opened = os.open(cache_dir, os.O_PATH | os.O_DIRECTORY)  # systemd's /var/cache/private lets only root through
     os.setgroups([])
     os.setgid(owner.st_gid)
     os.setuid(owner.st_uid)
+    return msgspec.structs.replace(settings, cache_dir=f"/proc/self/fd/{opened}")
 
 
 def warm(
@@ -98,7 +103,9 @@ def warm(
     try:
         cache = NarCache(directory, settings.cache_bytes)
     except OSError as error:
-        what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as the user that the server runs as"
+        what = (
+            f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root, or as the user of the server"
+        )
         raise ConfigError(what) from None
     compressor = Compressor(settings.zstd, cache)
     layouts = Layouts(_LAYOUT_MEMORY)

@@ -49,6 +49,11 @@ with subtest("the service is what it is on NixOS"):
 with subtest("a client substitutes"):
     assert "the Nix daemon" in download("1M")
 
+with subtest("commands find the settings of the service"):
+    path = server.succeed("nix-store --add /etc/os-release").strip()
+    for command in "check-config", f"doctor {path}", f"verify {path}", f"warm {path}":
+        server.succeed(f"/opt/harmonia/bin/harmonia {command} >&2")
+
 with subtest("what is told of the daemon helps"):
     server.succeed("journalctl --rotate; journalctl --vacuum-time=1s")
     type_in(commands("mkdir -p /etc/systemd/system/harmonia.service.d"))

@@ -59,6 +59,9 @@ def configured(
         service = text "harmonia.service";
         socket = text "harmonia.socket";
         settings = config.services.harmonia.configFile.settings;
+        system_file =
+          let file = config.environment.etc."harmonia/harmonia.toml" or null; in
+          if file == null then null else builtins.fromJSON (builtins.unsafeDiscardStringContext file.source.value);
         ports = config.networking.firewall.allowedTCPPorts;
         nix = builtins.intersectAttrs {{ substituters = 1; trusted-public-keys = 1; extra-allowed-users = 1; }} (
           if config.nix.enable then config.nix.settings else {{ }});
