@@ -217,7 +217,7 @@ def test_what_is_open_to_all_names_no_upstream(
     assert "secret-place" in start(store=stocked[0] / "store", settings=entry).get("/health?verbose").text
     (tmp_path / "tokens").write_text(FILE)
     server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tmp_path}/tokens'\n{entry}")
-    assert server.get("/health?verbose").text == "ok\n"
+    assert server.get("/health?verbose").text == "OK\n"
 
 
 def test_without_tokens_nothing_asks_for_one(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:

@@ -13,7 +13,7 @@ Start = Callable[..., Server]
 def test_it_is_healthy_while_database_and_store_can_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     server = start(store=tmp_path / "store")
     answer = server.get("/health")
-    assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"ok\n", "no-store")
+    assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"OK\n", "no-store")
     for needed in (Path(store.db_path), Path(store.real_dir)):
         needed.rename(tmp_path / "away")
         answer = server.get("/health")

@@ -119,9 +119,9 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
         connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         connection.settimeout(5)
         received = b""
-        while not received.endswith(b"ok\n"):
+        while not received.endswith(b"OK\n"):
             received += connection.recv(4096)
-    assert received.index(b"harmonia ") < received.index(b"ok\n")
+    assert received.index(b"harmonia ") < received.index(b"OK\n")
 
 
 def test_cache_info(server: Server) -> None:

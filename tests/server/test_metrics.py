@@ -258,6 +258,21 @@ def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
     assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
 
 
+def test_the_guide_translates_metrics_of_the_rust_harmonia(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root)
+    server.get("/health")
+    families = scrape(server).families.values()
+    guide = (DOCS / "nixos.md").read_text().partition("### Monitoring of the Rust Harmonia\n")[2].partition("\n#")[0]
+    rows = [line.split(" | ") for line in guide.splitlines() if line.startswith("| `")]
+    translated = set(re.findall(r"`(harmonia_[a-z_]+)`", " ".join(now for _, now in rows)))
+    assert translated
+    assert translated <= {name_in_use(family) for family in families}
+    routes = {name for before, now in rows if before.startswith("| `/") for name in re.findall(r"`([a-z_]+)`", now)}
+    known = {each.labels["route"] for family in families for each in vars(family)["samples"] if "route" in each.labels}
+    assert routes - {"OK", "harmonia"} <= known
+    assert len(routes) > 9
+
+
 def name_in_use(family: object) -> str:
     name, kind = str(vars(family)["name"]), vars(family)["type"]
     return f"{name}_total" if kind == "counter" else name

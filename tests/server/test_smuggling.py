@@ -22,7 +22,7 @@ from support.running import Server, wait_until
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
 """What an attacker would have us read as a request of its own, or a proxy sends for somebody else."""
 REFUSALS = {400, 408, 411, 413, 417, 501, 505}
-BODIES = {"/version": f"harmonia {__version__}\n", "/health": "ok\n", "/nix-cache-info": "StoreDir: "}
+BODIES = {"/version": f"harmonia {__version__}\n", "/health": "OK\n", "/nix-cache-info": "StoreDir: "}
 
 
 class Seen(NamedTuple):

@@ -830,7 +830,7 @@ def test_dead_upstreams_delay_neither_start_nor_misses(begin: Start, store: Stor
         began = time.monotonic()
         assert server.get(f"/{here.path.hash_part}.narinfo").status == 200
         assert time.monotonic() - began < SOON
-        assert server.get("/health").text == "ok\n"
+        assert server.get("/health").text == "OK\n"
         assert server.get("/health?verbose").text.count(": down\n") == 2
 
 

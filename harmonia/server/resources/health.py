@@ -18,7 +18,7 @@ async def get(cache: Cache, request: Request) -> Representation:
     verbose = "verbose" in request.get_args(keep_blank_values=True)
     private = cache.settings.tokens_path is not None  # it asks for none itself
     more = cache.upstreams.state() if verbose and cache.upstreams and not private else ""
-    return Representation(content_type=_TEXT, body=f"ok\n{more}".encode(), cache_control="no-store")
+    return Representation(content_type=_TEXT, body=f"OK\n{more}".encode(), cache_control="no-store")
 
 
 async def get_version(_: Cache, __: Request) -> Representation:
