@@ -451,6 +451,54 @@ def test_a_complaint_names_file_and_line(text: str, place: str) -> None:
     assert complaint(text).startswith(place)
 
 
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("info", "info"),
+        ("WARN", "warning"),
+        ("trace", "debug"),
+        ("off", "error"),
+        ("harmonia=debug,actix=warn", "debug"),
+        ("warn,harmonia_cache=debug", "debug"),
+        ("debug,harmonia_cache=warn", "warning"),
+        ("harmonia_cache::nar=info,harmonia_store_db=error", "info"),
+        ("debug,actix_web::middleware=debug", "debug"),
+        (" info , hyper=off ", "info"),
+        ("harmonia", "debug"),
+        ("harmonia_cache[request{path=/nar}]=debug", "debug"),
+        ("error/some.*pattern", "error"),
+        ("actix_web=debug", None),
+        ("harmonia=loud", None),
+        ("harmonious=debug", None),
+        (",=,", None),
+        ("", None),
+    ],
+)
+def test_rust_log_sets_the_level(text: str, level: str | None) -> None:
+    assert settings(RUST_LOG=text).log_level == (level or "info")
+    assert settings('log_level = "warning"', RUST_LOG=text).log_level == "warning"
+    origin = with_origins("/dev/null", {"RUST_LOG": text}, text_only=True)[1]["log_level"]
+    assert origin == ("environment variable RUST_LOG" if level else "default")
+
+
+@pytest.mark.parametrize(
+    ("file", "variable", "warned"),
+    [
+        ("", "debug", False),
+        ("", "actix_web=debug", True),
+        ('log_level = "info"', "debug", True),
+        ('log_level = "info"', "", False),
+    ],
+)
+def test_rust_log_without_effect_gives_one_warning(
+    machine: Machine, caplog: pytest.LogCaptureFixture, file: str, variable: str, *, warned: bool
+) -> None:
+    machine.environ["RUST_LOG"] = variable
+    machine.load(file)
+    messages = [message for message in caplog.messages if "RUST_LOG" in message]
+    assert len(messages) == warned
+
+
 # Files
 
 

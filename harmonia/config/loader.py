@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
+from harmonia.config import rust_log
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
-from harmonia.config.value_types import plain, wanted
+from harmonia.config.value_types import Level, plain, wanted
 from harmonia.errors import ConfigError
 from harmonia.process import preflight
 
@@ -55,6 +56,9 @@ def loaded(path: str | None, environ: Mapping[str, str], bind: str | None = None
 @contextmanager
 def _checked(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Iterator[Settings]:
     settings = parse(text, name, environ, bind)
+    if environ.get("RUST_LOG") and _rust_log_level(tomllib.loads(text), environ) is None:
+        why = "the file sets log_level" if "log_level" in tomllib.loads(text) else "it has no level for Harmonia"
+        _log.warning("environment variable RUST_LOG has no effect: %s; remove it, or use log_level alone", why)
     try:
         for doubt in preflight.check(settings, environ):
             _log.warning("%s", _placed(doubt, text, name, environ, bind))
@@ -94,6 +98,8 @@ def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]
     variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
     if "cache_dir" not in given:
         variables["cache_dir"] = _CACHE_DIR
+    if _rust_log_level(given, environ):
+        variables["log_level"] = ["RUST_LOG"]
     for key, names in variables.items():
         if variable := next(filter(environ.get, names), None):
             places[key] = f"environment variable {variable}"
@@ -157,6 +163,8 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
         values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
     if log_dir := environ.get("NIX_LOG_DIR"):
         values["log_dir"] = log_dir
+    if level := _rust_log_level(values, environ):
+        values["log_level"] = level
     return values
 
 
@@ -202,6 +210,11 @@ _KEYS |= {
 }
 _KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
+
+
+def _rust_log_level(given: Mapping[str, Any], environ: Mapping[str, str]) -> Level | None:
+    """Return the level that RUST_LOG sets, or None if it sets none, or if the file does."""
+    return None if "log_level" in given else rust_log.level(environ.get("RUST_LOG", ""))
 
 
 def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
