@@ -74,6 +74,7 @@ python3Packages.buildPythonApplication {
     python3Packages.rich
     sanic
     python3Packages.uvloop
+    python3Packages.xxhash
     python3Packages.yarl
     python3Packages.zstandard
   ];

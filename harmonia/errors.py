@@ -29,6 +29,10 @@ class StoreObjectError(HarmoniaError):
     """What is on disk is not what the database says of it."""
 
 
+class CacheFileError(HarmoniaError):
+    """A file of our own cache is damaged. It is removed when that is found, so the next request has it made anew."""
+
+
 class InvalidPathError(HarmoniaError):
     """What should be a valid path of the store, and is none."""
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,13 @@ from hypothesis import strategies as st
 
 from harmonia.cache import disk_cache
 from harmonia.cache.disk_cache import NarCache
-from harmonia.cache.growing_file import CachedFile, Filler
+from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content_size
+from harmonia.errors import CacheFileError
 from harmonia.nix.nar import OpenSlice
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
 
-TRAILER = 56
+TRAILER = 72
+"""Bytes after the content of a file of one block, its digest among them."""
 KIB = 1024
 
 PROCESS = """
@@ -354,74 +357,138 @@ def test_a_file_of_another_length_is_never_whole(content: bytes, more: bytes) ->
         assert fill(cache) == str(path)
 
 
-@given(st.binary(min_size=1, max_size=100), st.data())
-def test_a_flipped_bit_is_found_in_the_background(content: bytes, choice: st.DataObject) -> None:
+SIZES = st.integers(0, 3).flatmap(
+    lambda blocks: st.integers(-2, 2).map(lambda near: max(blocks * BLOCK_BYTES + near, 0))
+)
+
+
+@settings(max_examples=30)
+@given(SIZES, st.lists(st.integers(1, 2 * BLOCK_BYTES), max_size=5), st.data())
+def test_content_of_any_size_written_in_any_pieces_is_read_back_from_any_position(
+    size: int, cuts: list[int], choice: st.DataObject
+) -> None:
+    content = random.Random(size).randbytes(size)
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
-        path = Path(fill(cache, content=content))
-        data = bytearray(path.read_bytes())
-        bit = choice.draw(st.integers(0, 8 * len(data) - 1))
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        file, filler = opened(cache)
-        if filler:
-            filler.abandon()
+        file, filler = filling(cache)
+        written = 0
+        for cut in [*cuts, size]:
+            filler.append(content[written : written + cut])
+            written += cut
+            file.refresh()
+            assert file.size <= filler.size
+        filler.commit()
+        file.refresh()
+        assert (file.size, file.sha256) == (size, hashlib.sha256(content).digest())
+        start = choice.draw(st.integers(0, size))
+        stop = choice.draw(st.integers(start, size))
+        for method in ("read", "read_cached", "read_into"):
+            assert all_of(file.slice(start, stop), method) == content[start:stop]
         file.close()
-        settle(cache)
+
+
+def all_of(part: OpenSlice, method: str) -> bytes:
+    """Return the bytes of a slice, read by this method. What `read_cached` cannot read yet is read otherwise."""
+    if method == "read_into":
+        buffer = bytearray(len(part))
+        return bytes(buffer[: part.read_into(memoryview(buffer))])
+    data = b""
+    while piece := (part.read_cached() if method == "read_cached" else None) or part.read():
+        data += piece
+    return data
+
+
+@given(st.integers(0, BLOCK_BYTES + 100), st.integers(0, TRAILER))
+def test_of_a_growing_file_only_content_is_read_however_much_of_the_trailer_is_there(size: int, written: int) -> None:
+    assert content_size(size + written) <= size
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([1, 100, BLOCK_BYTES, BLOCK_BYTES + 100]), st.data())
+def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
+    """Wherever it is. The file is removed and counted, so that it is made anew."""
+    with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
+        path = Path(fill(cache, content=b"x" * size))
+        file = cache.find("key")
+        assert file is not None
+        data = bytearray(path.read_bytes())
+        near = choice.draw(st.sampled_from([st.integers(0, 8 * size - 1), st.integers(8 * size, 8 * len(data) - 1)]))
+        bit = choice.draw(near)
+        with path.open("r+b") as damaged:
+            damaged.seek(bit // 8)
+            damaged.write(bytes([data[bit // 8] ^ 1 << bit % 8]))
+        if bit < 8 * size:  # the reader that has it open already sees it, too
+            with pytest.raises(CacheFileError):
+                all_of(file.slice(0, file.size), choice.draw(st.sampled_from(["read", "read_cached", "read_into"])))
+        file.close()
+        if (again := cache.find("key")) is not None:
+            with pytest.raises(CacheFileError):
+                all_of(again.slice(0, again.size), "read")
+            again.close()
         assert not path.exists()
         assert cache.counters.corrupt == 1
 
 
-def test_damage_is_logged(cache: NarCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCache) -> None:
+    path = fill(cache)
+    file = cache.find("key")
+    assert file is not None
+    with open(path, "r+b") as damaged:
+        damaged.write(b"C")
+    os.unlink(path)
+    fill(cache)
+    with pytest.raises(CacheFileError):
+        read(file)
+    file.close()
+    assert content_of(cache) == b"content"
+
+
+def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture) -> None:
     path = fill(cache)
     os.truncate(path, 3)
     assert cache.find("key") is None
-    assert [record.getMessage() for record in caplog.records] == [f"the cached file {path} is damaged and removed"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"removed a damaged file from the cache: {path}; check that disk for faults if this repeats"
+    ]
 
 
 def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fill(cache)
+    file, _ = opened(cache)
 
-    def fail(_: OpenSlice) -> bytes:
+    def fail(*_: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(OpenSlice, "read", fail)
-    file, _ = opened(cache)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CacheFileError, match="Input/output error"):
+        file.slice(0, file.size).read()
     file.close()
-    settle(cache)
     assert not os.path.exists(path)
 
 
-@pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> list[CachedFile]:
-    """The files that are checked, none of which is found damaged."""
-    checked: list[CachedFile] = []
-
-    def is_intact(file: CachedFile) -> bool:
-        checked.append(file)
-        return True
-
-    monkeypatch.setattr(CachedFile, "is_intact", is_intact)
-    return checked
+# Who can get at it
 
 
-def test_each_file_is_checked_once(cache: NarCache, checked: list[CachedFile]) -> None:
-    fill(cache)
-    for _ in range(3):
-        opened(cache)[0].close()
-    settle(cache)
-    assert len(checked) == 1
+def test_only_its_owner_can_enter_the_directory_and_read_the_files(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o755)
+    with at(tmp_path / "cache") as cache:
+        path = fill(cache)
+        assert stat.S_IMODE(os.stat(tmp_path / "cache").st_mode) == 0o700
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
-def test_which_files_were_checked_is_not_remembered_without_bound(
-    cache: NarCache, checked: list[CachedFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(disk_cache, "_CHECKED", 3)
-    for key in "0123":
-        fill(cache, key)
-    for key in "00123300":
-        opened(cache, key)[0].close()
-    settle(cache)
-    assert len(checked) == 5
+def test_symlinks_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "cache").symlink_to("real")
+    with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
+        NarCache(str(tmp_path / "cache"))
+    with at(tmp_path / "real") as cache:
+        path = fill(cache)
+        os.rename(path, tmp_path / "elsewhere")
+        os.symlink(tmp_path / "elsewhere", path)
+        assert cache.find("key") is None
+        os.symlink(tmp_path / "victim", cache.path("other.growing"))
+        assert cache.open("other") is None
+        assert not (tmp_path / "victim").exists()
 
 
 # Eviction

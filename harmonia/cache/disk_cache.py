@@ -7,10 +7,12 @@ place, for the same key always has the same content. Nothing here waits for anyb
 import errno
 import logging
 import os
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from harmonia.cache.growing_file import GROWING, CachedFile, Filler
 
@@ -18,8 +20,9 @@ _SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a sm
 _LARGEST_DEFAULT = 20 << 30  # bytes
 _EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
 _TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
-_CHECKED = 65_536  # files, of which it is remembered that their content was looked at: some 10 MiB
 _RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _log = logging.getLogger("harmonia")
 
@@ -46,11 +49,8 @@ class NarCache:
         self.counters = Counters()
         self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._directory = directory
-        self._checked: set[str] = set()
         self._unusable_until = 0.0
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)
+        _make_private(directory)
         disk = os.statvfs(directory)
         self._spare = min(_SPARE, disk.f_blocks * disk.f_frsize // 20)
         self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + self.used()) // 2)
@@ -75,11 +75,6 @@ class NarCache:
         if file := self._find(key):
             self.counters.hits += 1
             self._touch(key)
-            if key not in self._checked:
-                if len(self._checked) >= _CHECKED:
-                    self._checked.clear()
-                self._checked.add(key)
-                self.housekeeping.submit(self._check, key)
         return file
 
     def open(self, key: str) -> tuple[CachedFile, Filler | None] | None:
@@ -103,12 +98,14 @@ class NarCache:
             self.failed(error)
             return None
 
-    def discard(self, key: str) -> None:
-        """Remove a file that is not what was once written."""
+    def discard(self, path: str, file: CachedFile) -> None:
+        """Remove a file whose content changed after it was written, unless another one took its place already."""
         with suppress(OSError):
-            os.unlink(self.path(key))
+            if not file.is_at(path):
+                return
+            os.unlink(path)
         self.counters.corrupt += 1
-        _log.error("the cached file %s is damaged and removed", self.path(key))
+        _log.error("removed a damaged file from the cache: %s; check that disk for faults if this repeats", path)
 
     def failed(self, error: OSError) -> None:
         """Add nothing to the cache for a while, and say so once."""
@@ -153,7 +150,7 @@ class NarCache:
         with os.scandir(self._directory) as entries:
             paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
         for path in paths:
-            with suppress(OSError), closing(CachedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))) as file:
+            with suppress(OSError), closing(CachedFile(os.open(path, _READ))) as file:
                 if file.lock() and file.is_at(path):
                     os.unlink(path)
 
@@ -173,22 +170,17 @@ class NarCache:
         return disk.f_bavail * disk.f_frsize
 
     def _find(self, key: str) -> CachedFile | None:
+        path = self.path(key)
         try:
-            file = CachedFile(os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC))
+            file = CachedFile(os.open(path, _READ), damaged=partial(self.discard, path))
         except FileNotFoundError:
             return None
         file.refresh()
         if file.whole:
             return file
+        self.discard(path, file)
         file.close()
-        self.discard(key)
         return None
-
-    def _check(self, key: str) -> None:
-        if file := self.find(key):
-            if not file.is_intact():
-                self.discard(key)
-            file.close()
 
     def _touch(self, key: str) -> None:
         with suppress(OSError):
@@ -199,7 +191,7 @@ class NarCache:
         """None where it has just become whole, or was taken away."""
         path = self.path(key)
         growing = path + GROWING
-        descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         file = CachedFile(descriptor)
         if not file.lock():
             return file, None
@@ -210,8 +202,26 @@ class NarCache:
                 if not file.whole and not os.path.exists(path):
                     if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 would flush at each close
                         os.ftruncate(descriptor, 0)
-                    reader = CachedFile(os.open(growing, os.O_RDONLY | os.O_CLOEXEC))
+                    reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
                     return reader, Filler(path, file.detach(), self.filled, self.failed)
                 os.unlink(growing)
         file.close()
         return None
+
+
+def _make_private(directory: str) -> None:
+    """Make a directory that only its owner can enter, or make the one that is there private.
+
+    Raises OSError if that is not possible: it belongs to another user, or it is a symlink.
+    """
+    os.makedirs(os.path.dirname(directory) or ".", exist_ok=True)
+    with suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
+            os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), directory)

@@ -63,6 +63,7 @@ let
     "schemathesis"
     "uvloop"
     "websockets"
+    "xxhash"
     "zstandard"
   ];
 

@@ -7,7 +7,7 @@ from typing import cast
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
-from harmonia.errors import SHORTAGES, StoreObjectError, StoreUnavailableError, UpstreamError
+from harmonia.errors import SHORTAGES, CacheFileError, StoreObjectError, StoreUnavailableError, UpstreamError
 from harmonia.server import page
 from harmonia.server.context import Cache
 from harmonia.server.http.negotiation import prefers_html
@@ -37,7 +37,7 @@ def response(cache: Cache, request: Request, error: Exception) -> HTTPResponse:
             headers |= {name.lower(): str(value) for name, value in error.headers.items()}
             if "allow" in headers:  # Sanic's is in any order
                 headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
-        case StoreUnavailableError() | MemoryError():
+        case StoreUnavailableError() | CacheFileError() | MemoryError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in SHORTAGES:
             status = HTTPStatus.SERVICE_UNAVAILABLE
