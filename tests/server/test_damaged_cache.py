@@ -1,0 +1,89 @@
+"""A file of the cache that changes on the disk after it was checked: its bytes are never sent."""
+
+import http.client
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harmonia.nix.path_info import PathInfo
+from harmonia.tools.store_builder import StoreBuilder
+from support.running import Server, wait_until
+
+BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+SIZE = 2 << 20  # bytes, of which none can be compressed
+
+
+@pytest.fixture
+def server(start: Callable[..., Server], tmp_path: Path, store: StoreBuilder) -> Iterator[Server]:  # noqa: ARG001 (makes it)
+    return start(store=tmp_path / "store")
+
+
+@pytest.fixture
+def path(store: StoreBuilder) -> PathInfo:
+    return store.add(store.output_path("random"), random.Random(1).randbytes(SIZE))
+
+
+def url_of(server: Server, path: PathInfo) -> str:
+    """Return the URL of the compressed NAR as the narinfo has it."""
+    lines = server.get(f"/{path.path.hash_part}.narinfo").text.splitlines()
+    return "/" + dict(line.split(": ", 1) for line in lines)["URL"]
+
+
+def cached_file(server: Server) -> Path:
+    """Return the one file of the cache, when it is whole."""
+    wait_until(lambda: [file for file in (server.cache_dir / "nar").iterdir() if file.suffix != ".growing"])
+    (file,) = (server.cache_dir / "nar").iterdir()
+    return file
+
+
+def flip(file: Path, position: int) -> None:
+    """Change a byte behind everybody's back: size and times stay as they are."""
+    times = os.stat(file)
+    with file.open("r+b") as content:
+        content.seek(position)
+        (byte,) = content.read(1)
+        content.seek(position)
+        content.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_byte_that_changes_breaks_the_download_and_the_next_one_is_right(server: Server, path: PathInfo) -> None:
+    url = url_of(server, path)
+    whole = server.get(url).body
+    for position in (SIZE // 2, SIZE - 1):
+        file = cached_file(server)
+        assert server.get(url).body == whole
+        flip(file, position)
+        with pytest.raises(BROKEN) as broken:
+            server.get(url)
+        server.wait_for_log("removed a damaged file from the cache")
+        if isinstance(broken.value, http.client.IncompleteRead):
+            received = broken.value.partial
+            assert whole.startswith(received)
+            rest = server.get(url, {"Range": f"bytes={len(received)}-"})
+            assert received + rest.body == whole
+        assert server.get(url).body == whole
+    assert "harmonia_cache_corrupt_total 2.0" in server.get("/metrics").text
+
+
+def test_a_byte_that_changes_in_the_first_block_is_503_and_then_mended(server: Server, path: PathInfo) -> None:
+    """Nix tries again after a 503."""
+    url = url_of(server, path)
+    whole = server.get(url).body
+    flip(cached_file(server), 100)
+    answer = server.get(url)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert server.get(url).body == whole
+
+
+def test_a_range_needs_only_the_blocks_that_it_touches(server: Server, path: PathInfo) -> None:
+    url = url_of(server, path)
+    whole = server.get(url).body
+    flip(cached_file(server), SIZE // 2)
+    assert server.get(url, {"Range": "bytes=1000-1999"}).body == whole[1000:2000]
+    assert server.get(url, {"Range": "bytes=-100"}).body == whole[-100:]
+    assert server.get(url, {"Range": f"bytes={SIZE // 2}-{SIZE // 2}"}).status == 503
+    assert server.get(url, {"Range": f"bytes={SIZE // 2}-{SIZE // 2}"}).body == whole[SIZE // 2 : SIZE // 2 + 1]
