@@ -152,8 +152,15 @@ class _VerifiedSlice(OpenSlice):
         self._first_digest = 0  # the block that the first of them belongs to
 
     def read(self, size: int = BLOCK_BYTES) -> bytes:
-        if not len(self):
-            return b""
+        """Read to the end of a block, so that the next read begins with one, or the whole slice if `size` allows it."""
+        if len(self) > size:
+            return self._read_block(size)
+        data = b""
+        while len(self):
+            data += self._read_block(size)
+        return data
+
+    def _read_block(self, size: int) -> bytes:
         start, length = self._block()
         try:
             digest, block = self._digest(), os.pread(self._descriptor, length, start)

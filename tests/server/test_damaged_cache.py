@@ -3,7 +3,7 @@
 import http.client
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ SIZE = 2 << 20  # bytes, of which none can be compressed
 
 
 @pytest.fixture
-def server(start: Callable[..., Server], tmp_path: Path, store: StoreBuilder) -> Iterator[Server]:  # noqa: ARG001 (makes it)
+def server(start: Callable[..., Server], tmp_path: Path, store: StoreBuilder) -> Server:  # noqa: ARG001 (makes it)
     return start(store=tmp_path / "store")
 
 
