@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve demo test check format docs fuzz audit bench soak vm-test clean help
+.PHONY: serve demo test check format test-versions docs fuzz audit bench soak vm-test clean help
 
 # Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
 BIND ?=
@@ -19,14 +19,22 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
-check: .venv/ready  ## Check lints, formatting and types
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+# treefmt.toml names the tools. All but nixfmt come with .venv.
+TREEFMT := PATH="$(CURDIR)/$(BIN):$$PATH" treefmt --allow-missing-formatter
+
+check: .venv/ready  ## Check lints, formatting and types; fail if `make format` changes anything
+	$(TREEFMT) --ci
+	@command -v nixfmt >/dev/null || echo 'check: nixfmt is not installed, so Nix files are unchecked' >&2
 	$(BIN)/mypy
 
-format: .venv/ready  ## Mend what ruff can mend
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
+format: .venv/ready  ## Format Python, Nix and shell, and mend what ruff can mend
+	$(TREEFMT)
+
+# Which of them: `lowest`, `nixpkgs`.
+VERSIONS ?= lowest nixpkgs
+test-versions: .venv/ready  ## Test with the lowest versions of all dependencies, and with those of nixpkgs
+	$(BIN)/pip install --quiet uv
+	.ci/test-versions $(BIN)/uv $(VERSIONS)
 
 docs: .venv/ready  ## Write the documents that follow from the code
 	PYTHONPATH=tests $(BIN)/python -m support.generated
@@ -66,7 +74,7 @@ help:  ## Tell what there is to make
 
 clean:  ## Remove what the other targets made
 	if [ -e demo-store ]; then chmod -R u+w demo-store; fi
-	rm -rf .venv .audit bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .versions .audit bench-results demo-store dist .fuzz .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -27,23 +27,36 @@
           defaults.imports = [ self.nixosModules.default ];
         };
 
-      # `make check` runs all lints of Python, with the versions that pyproject.toml names. nixpkgs' ruff is another one:
-      # here are those that mean the same in all of them.
+      # What treefmt.toml names. pyproject.toml names the versions of ruff and mypy that nixpkgs has.
+      formatters = pkgs: [
+        pkgs.nixfmt
+        pkgs.ruff
+        pkgs.shellcheck
+        pkgs.shfmt
+        pkgs.treefmt
+      ];
+      # Python with all that the code and its tests import, for mypy.
+      python =
+        pkgs:
+        let
+          harmonia = package pkgs;
+        in
+        pkgs.python3.withPackages (
+          packages: [ packages.mypy ] ++ harmonia.dependencies ++ harmonia.testDependencies
+        );
+
+      # As `make check`.
       lints =
         pkgs:
-        pkgs.runCommand "harmonia-lints"
-          {
-            nativeBuildInputs = [
-              pkgs.nixfmt
-              pkgs.ruff
-            ];
-          }
-          ''
-            cd ${self}
-            ruff check --no-cache --select E,F,I,W
-            find . -name '*.nix' -exec nixfmt --check {} +
-            touch "$out"
-          '';
+        pkgs.runCommand "harmonia-lints" { nativeBuildInputs = formatters pkgs ++ [ (python pkgs) ]; } ''
+          cp -r ${self} source
+          chmod -R u+w source
+          cd source
+          export HOME=$TMPDIR
+          treefmt --ci
+          python -m mypy
+          touch "$out"
+        '';
 
       # That a machine with nearly everything evaluates down to its whole system, whose assertions hold.
       evaluation =
@@ -94,21 +107,24 @@
 
       devShells = eachSystem (pkgs: {
         default = pkgs.mkShell {
-          inputsFrom = [ (package pkgs) ];
-          packages = [
-            pkgs.nixfmt
-            pkgs.ruff
-            pkgs.python3Packages.mypy
-          ];
+          packages = formatters pkgs ++ [ (python pkgs) ];
         };
       });
 
-      formatter = eachSystem (pkgs: pkgs.nixfmt-tree);
+      formatter = eachSystem (
+        pkgs:
+        pkgs.writeShellApplication {
+          name = "harmonia-format";
+          runtimeInputs = formatters pkgs;
+          text = ''exec treefmt "$@"'';
+        }
+      );
 
       checks = eachSystem (
         pkgs:
         {
           package = package pkgs;
+          pytest = (package pkgs).tests.pytest;
           lints = lints pkgs;
           module = evaluation pkgs;
         }

@@ -148,26 +148,21 @@ let
   credentials = signKeys ++ lib.concatMap (each: each.credentials) ([ others ] ++ upstreams);
   withLists =
     settings: upstream: sign_key_paths:
-    settings
-    // lib.filterAttrs (_: list: list != [ ]) { inherit upstream sign_key_paths; };
+    settings // lib.filterAttrs (_: list: list != [ ]) { inherit upstream sign_key_paths; };
   settings = withLists others.settings (map (each: each.settings) upstreams) (
     map (key: credential key.name) signKeys
   );
   # For commands outside the service: the same files under their own names, and the cache that systemd made.
-  settingsOutside =
-    withLists
-      (given (
-        removeAttrs cfg.settings [
-          "sign_key_path"
-          "sign_key_paths"
-          "upstream"
-        ]
-        // {
-          cache_dir = "/var/cache/harmonia";
-        }
-      ))
-      (map given cfg.settings.upstream)
-      (map (key: key.path) signKeys);
+  settingsOutside = withLists (given (
+    removeAttrs cfg.settings [
+      "sign_key_path"
+      "sign_key_paths"
+      "upstream"
+    ]
+    // {
+      cache_dir = "/var/cache/harmonia";
+    }
+  )) (map given cfg.settings.upstream) (map (key: key.path) signKeys);
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
   unchecked = format.generate "harmonia.toml" settings;
@@ -332,10 +327,7 @@ in
       assertions = [
         {
           assertion =
-            onUnixSocket
-            || onAnyAddress
-            || host == "localhost"
-            || builtins.match "[0-9.]+|\\[.*]" host != null;
+            onUnixSocket || onAnyAddress || host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null;
           message = ''
             services.harmonia.settings.bind: systemd listens on IP addresses and unix sockets, not on the name in "${bind}".
           '';
@@ -535,7 +527,8 @@ in
               "127.0.0.1:${toString port}"
             else
               lib.head listenStreams
-          } = { };
+          } =
+            { };
           extraConfig = "keepalive 32;\n";
         };
         virtualHosts.${cfg.nginx.hostName} = {

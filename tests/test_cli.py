@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from harmonia import __version__
+from harmonia import __version__, cli
+from harmonia.cli.man import commands
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs, require
@@ -42,6 +44,13 @@ def test_help_names_every_command() -> None:
         assert f"\n  {command} " in text
     for words in ("--config", "Exit status:", "NO_COLOR", "_HARMONIA_COMPLETE", "harmonia man"):
         assert words in text
+
+
+@pytest.mark.parametrize("path", [context.command_path for context in commands(cli.main)])
+def test_each_command_has_its_help(path: str) -> None:
+    answer = CliRunner().invoke(cli.main, [*path.split()[1:], "--help"], prog_name="harmonia")
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    assert answer.stdout.startswith(f"Usage: {path} ")
 
 
 def test_check_config_of_what_works(config: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,9 @@ def test_the_lock_is_what_the_flake_asks_for() -> None:
     assert f'"github:{asked["owner"]}/{asked["repo"]}/{asked["ref"]}"' in (ROOT / "flake.nix").read_text()
     assert re.fullmatch(r"[0-9a-f]{40}", node["locked"]["rev"])
     assert re.fullmatch(r"sha256-[A-Za-z0-9+/]{43}=", node["locked"]["narHash"])
+    date = datetime.fromtimestamp(node["locked"]["lastModified"], UTC).date()
+    pinned = f"the branch {asked['ref']} of nixpkgs at revision {node['locked']['rev'][:12]} of {date}"
+    assert pinned in (ROOT / "docs/nixos.md").read_text()
 
 
 @pytest.mark.newer_nix
@@ -373,13 +377,5 @@ def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
         "nix", "eval", "--json", *stand_in, f"path:{copy}#checks.aarch64-linux", "--apply", "builtins.attrNames"
     )
     tests = {file.stem for file in (ROOT / "nixos-tests").glob("*.nix")}
-    assert {"lints", "module", "package"} | tests == set(json.loads(names.text))
+    assert {"lints", "module", "package", "pytest"} | tests == set(json.loads(names.text))
     assert tests
-
-
-def test_the_package_has_what_the_project_needs() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = (ROOT / "package.nix").read_text()
-    [listed] = re.findall(r"\n  dependencies = \[\n(.*?)\n  \];", text, re.DOTALL)
-    names = {line.strip().removeprefix("python3Packages.") for line in listed.splitlines()}
-    assert names == {re.split(r"[<>=]", each)[0] for each in project["dependencies"]}

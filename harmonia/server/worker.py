@@ -45,7 +45,7 @@ _FULL = (  # no body: it may be the answer to HEAD
 _log = logging.getLogger("harmonia")
 
 
-def run(  # noqa: PLR0917 (two to bind, and what the supervisor then gives)
+def run(
     cache: Cache,
     for_metrics: Sequence[socket.socket],
     place: int,

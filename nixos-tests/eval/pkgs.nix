@@ -32,18 +32,22 @@ let
     "nftables"
     "nginx"
     "nixfmt"
-    "nixfmt-tree"
     "openssl"
     "python3"
     "ruff"
+    "shellcheck"
+    "shfmt"
     "sqlite"
     "systemd"
+    "treefmt"
     "tzdata"
     "util-linux"
     "xz"
     "zstd"
   ];
   pythonNames = [
+    "aiohttp"
+    "brotli"
     "build"
     "click"
     "h11"
@@ -51,6 +55,7 @@ let
     "html5tagger"
     "hypothesis"
     "msgspec"
+    "multidict"
     "mypy"
     "prometheus-client"
     "pynacl"
@@ -58,12 +63,14 @@ let
     "pytest-timeout"
     "pytest-xdist"
     "pytestCheckHook"
+    "rich"
     "ruff"
     "sanic"
     "schemathesis"
     "uvloop"
     "websockets"
     "xxhash"
+    "yarl"
     "zstandard"
   ];
 
@@ -199,11 +206,15 @@ let
             args = [ ./unpack_wheels.py ];
           };
     in
-    package {
-      inherit (args) pname version;
-      meta = args.meta or { };
-      inherit args;
-    } drv;
+    package (
+      {
+        inherit (args) pname version;
+        meta = args.meta or { };
+        dependencies = args.dependencies or [ ];
+        inherit args;
+      }
+      // args.passthru or { }
+    ) drv;
 
   python3Packages = lib.genAttrs pythonNames (name: shim name) // {
     inherit buildPythonApplication;
@@ -249,7 +260,9 @@ let
     callPackage = lib.callPackageWith final;
     python3 = shim "python3" // {
       pkgs = python3Packages;
-      withPackages = _: shim "python3";
+      # The packages have to be there, though Debian's Python does without them.
+      withPackages =
+        choose: builtins.deepSeq (map (each: each.name) (choose python3Packages)) (shim "python3");
     };
     nix = shim "nix";
     hello = writeShellScriptBin "hello" "echo 'Hello, world!'";

@@ -21,6 +21,7 @@ if [ -n "${NIXPKGS:-}" ]; then
   NIXPKGS=/nixpkgs
 fi
 
+# shellcheck disable=SC2016 # the inner shell expands it
 exec env -i NIXPKGS="${NIXPKGS:-}" HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin NIX_CONFIG='sandbox = false
 substituters =
 build-users-group =' chroot "$scratch/root" sh -euc '

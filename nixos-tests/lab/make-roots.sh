@@ -19,6 +19,7 @@ unwanted='apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_a
   systemd-networkd.service systemd-networkd.socket systemd-pstore.service systemd-update-done.service'
 
 # What is needed to mount the disk.
+# shellcheck disable=SC2016 # the inner shell expands it
 initrd_modules='mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
   echo MODULES=list >"$1/etc/initramfs-tools/conf.d/machine"
   printf "%s\n" virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/machine"'

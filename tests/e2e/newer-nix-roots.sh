@@ -19,8 +19,10 @@ make_root() {
   mv -T "$root.tmp" "$root"
 }
 
-make_root trixie & trixie=$!
-make_root sid & sid=$!
+make_root trixie &
+trixie=$!
+make_root sid &
+sid=$!
 failed=0
 wait "$trixie" || failed=1
 wait "$sid" || failed=1

@@ -12,7 +12,8 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import pytest
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
@@ -64,7 +65,7 @@ UNDERLINES = """[...document.querySelectorAll("main a")].map((link) => {
 class Page:
     """A tab, and all that it asked for and complained of."""
 
-    def __init__(self, connection: ClientConnection, session: str, context: str) -> None:
+    def __init__(self, connection: Connection, session: str, context: str) -> None:
         self.context = context
         self._connection = connection
         self._session = session
@@ -146,7 +147,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientConnection]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
     profile = tmp_path_factory.mktemp("chromium")
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     options += " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
@@ -170,7 +171,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClientConnect
 
 
 @pytest.fixture
-def page(chromium: ClientConnection) -> Iterator[Page]:
+def page(chromium: Connection) -> Iterator[Page]:
     def browser(method: str, **parameters: object) -> dict[str, Any]:
         chromium.send(json.dumps({"id": 0, "method": method, "params": parameters}))
         while (answer := json.loads(chromium.recv(timeout=30))).get("id") != 0:

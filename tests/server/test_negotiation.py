@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harmonia.nix import nar
@@ -87,11 +87,13 @@ def headers(draw: st.DrawFn) -> tuple[str, Weights]:
 
 
 @given(headers())
+@example(("zstd;q=0,identity;q=0,*", [("zstd", "0"), ("identity", "0"), ("*", None)]))
 def test_every_header_means_what_the_rfc_says(header: tuple[str, Weights]) -> None:
     text, weights = header
     assert chosen(text) == reference(weights)
     # What is not worth it is only sent to those who refuse everything else.
-    refused = reference([each for each in weights if each[0].lower() != "zstd"]) == "406"
+    without = [each for each in weights if each[0].lower() != "zstd"]
+    refused = reference([*without, ("zstd", "0")]) == "406"
     assert chosen(text, worthwhile=False) == (reference(weights) if refused else "identity")
 
 

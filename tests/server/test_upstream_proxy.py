@@ -143,7 +143,7 @@ def test_a_proxy_that_is_dead_counts_against_the_upstream(begin: Start, narinfo:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
-def test_https_goes_through_the_proxy_unread(  # noqa: PLR0917 (fixtures)
+def test_https_goes_through_the_proxy_unread(
     begin: Start, start: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     """The upstream of the upstream has the path."""

@@ -32,9 +32,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
 
 async def start(cache: Cache) -> None:
     if cache.settings.upstream:
-        from harmonia.server.resources.upstream_answers import (  # noqa: PLC0415 (half a second, for those who need it)
-            Answers,
-        )
+        from harmonia.server.resources.upstream_answers import Answers  # noqa: PLC0415 (half a second to load)
 
         cache.upstreams = Answers(cache)
 

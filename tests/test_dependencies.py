@@ -1,0 +1,56 @@
+"""What Harmonia imports is declared, and pyproject.toml, package.nix and nixpkgs-versions.txt agree on it."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+RUNTIME = {each.name: each for each in map(Requirement, PROJECT["dependencies"])}
+DEV = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["dev"])}
+PACKAGE = (ROOT / "package.nix").read_text()
+
+
+def imported(folder: Path) -> Iterator[str]:
+    """Yield the distributions that the modules in a folder import."""
+    distributions = packages_distributions()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Import(names):
+                    modules = [name.name for name in names]
+                case ast.ImportFrom(module=str(module)):
+                    modules = [module]
+                case _:
+                    continue
+            for top in {module.partition(".")[0] for module in modules} - {"harmonia", *sys.stdlib_module_names}:
+                yield canonicalize_name(distributions[top][0])
+
+
+def test_every_import_is_declared() -> None:
+    assert set(imported(ROOT / "harmonia")) == set(RUNTIME)
+
+
+def test_the_nix_package_has_the_same_dependencies() -> None:
+    listed = re.search(r"\n +dependencies = \[(.*?)\];", PACKAGE, re.DOTALL)
+    assert listed
+    assert [name.removeprefix("python3Packages.") for name in listed[1].split()] == sorted(RUNTIME)
+
+
+def test_upper_bounds_are_where_private_parts_are_used() -> None:
+    assert "<26" in str(RUNTIME["sanic"].specifier)
+
+
+@pytest.mark.parametrize("requirement", [*RUNTIME.values(), *DEV.values()], ids=str)
+def test_nixpkgs_has_a_version_that_will_do(requirement: Requirement) -> None:
+    lines = (ROOT / ".ci/nixpkgs-versions.txt").read_text().splitlines()
+    versions = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert requirement.specifier.contains(versions[requirement.name])
