@@ -16,7 +16,7 @@ def command(directory: str) -> None:
     """
     made = demo.make(directory)
     url = "http://localhost:5000"
-    whole = made.paths["demo"]
+    hello, manual = made.paths["hello-2.13.0"], made.paths["hello-manual-2.13.0"]
     click.echo(f"""\
 The demo store is in {made.directory}. To serve it:
 
@@ -25,9 +25,10 @@ The demo store is in {made.directory}. To serve it:
 To try it, from another terminal:
 
   curl {url}/nix-cache-info
-  curl {url}/{whole.hash_part}.narinfo
+  curl {url}/{hello.hash_part}.narinfo
   nix --extra-experimental-features nix-command copy --refresh --from {url} --to /tmp/demo-copy \\
-    --option trusted-public-keys {made.public_key} /nix/store/{whole}
+    --option trusted-public-keys {made.public_key} /nix/store/{hello}
+  /tmp/demo-copy/nix/store/{hello}/bin/hello Ada Grace
 
-Or open {url}/ in a browser.
+Or open {url}/, or the manual at {url}/serve/{manual.hash_part}/, in a browser.
 """)

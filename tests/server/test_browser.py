@@ -18,7 +18,7 @@ from websockets.sync.connection import Connection
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Symlink, Tree
+from harmonia.tools.tree import Executable, Symlink, Tree
 from support.nginx import nginx
 from support.programs import needs
 from support.running import Server
@@ -188,9 +188,34 @@ def page(chromium: Connection) -> Iterator[Page]:
     browser("Target.disposeBrowserContext", browserContextId=context)
 
 
+ODD_NAMES: Tree = {
+    ".hidden": b"hidden\n",
+    "100%": b"no escape: %2f\n",
+    "__init__.py": b"",
+    "a": {"b": {"c": b"sorted before a-b, though / comes after -\n"}},
+    "a-b": b"",
+    "a.b": Executable(b"#!/bin/sh\necho odd\n"),
+    "dangling": Symlink("nowhere"),
+    "empty": {},
+    "n" * 140: b"a long name\n",
+    "question?&hash#<b>": b"not markup\n",
+    'quote"\\': b"\n",
+    "tab\tand newline\n": b"\n",
+    "up": Symlink(".."),
+    "with space": b"\n",
+    "Ünïcödé-☃": b"\n",
+}
+"""Names that need care on their way through URLs and pages."""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    return demo.make(str(tmp_path_factory.mktemp("browser") / "demo"))
+    directory = str(tmp_path_factory.mktemp("browser") / "demo")
+    manual = demo.make(directory).paths["hello-manual-2.13.0"]
+    store = StoreBuilder(directory)
+    store.add_source("odd-names", ODD_NAMES)
+    store.add_source("latest-manual", Symlink(f"/nix/store/{manual}"), [manual])
+    return demo.make(directory)  # which keeps it, with what was added
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +251,7 @@ def urls(server: Server, made: Demo) -> dict[str, str]:
     return {
         "landing": f"{server.url}/",
         "search": f"{server.url}/search?q=hello",
-        "path": f"{server.url}/path/{hashes['hello-1.0']}",
+        "path": f"{server.url}/path/{hashes['hello-2.13.0']}",
         "listing": f"{server.url}/serve/{hashes['odd-names']}/",
         "error": f"{server.url}/path/{'0' * 32}",
     }
@@ -302,11 +327,11 @@ def test_without_scripts_there_is_no_dead_button(page: Page, urls: dict[str, str
 def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["landing"])
     page.events.clear()
-    page.run("document.querySelector('input').value = 'hello-1'; document.querySelector('form').requestSubmit()")
+    page.run("document.querySelector('input').value = 'hello-2.13'; document.querySelector('form').requestSubmit()")
     page.loaded()
     for selector, title in (
-        ("section a", "hello-1.0"),
-        ("nav a", "hello-1.0"),
+        ("section a", "hello-2.13.0"),
+        ("nav a", "hello-2.13.0"),
         ("tr:nth-child(2) a", "bin"),
         ("header a", f"{server.url.removeprefix('http://')}, a Nix binary cache"),
     ):
@@ -322,7 +347,7 @@ def test_all_of_it_works_under_a_path_of_a_proxy(
     page: Page, start: Callable[..., Server], made: Demo, tmp_path: Path
 ) -> None:
     server = start(store=Path(made.directory), settings="browse = true\ntrusted_proxies = ['127.0.0.1']")
-    hello, website = made.paths["hello-1.0"], made.paths["latest-website"]
+    hello, manual = made.paths["hello-2.13.0"], made.paths["latest-manual"]
     headers = "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Prefix /a/cache;"
     with nginx(tmp_path / "nginx", f"location /a/cache/ {{ proxy_pass {server.url}/; {headers} }}") as (url, _):
         base = f"{url}/a/cache"
@@ -350,7 +375,7 @@ def test_all_of_it_works_under_a_path_of_a_proxy(
             assert page.run("document.title") == title
             assert page.complaints == []
             asked += page.requested
-        asked += page.open(f"{base}/serve/{website.hash_part}").requested
+        asked += page.open(f"{base}/serve/{manual.hash_part}").requested
         assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
     assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
 
@@ -368,18 +393,18 @@ def test_a_log_is_shown_and_not_saved(page: Page, urls: dict[str, str]) -> None:
     page.click("nav a:last-child")
     page.loaded()
     assert page.run("document.contentType") == "text/plain"
-    assert page.run("document.body.innerText").startswith("installing hello as /nix/store/")
+    assert page.run("document.body.innerText").startswith("installing hello-2.13.0 as /nix/store/")
     assert page.complaints == []
 
 
 def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
-    page.open(f"{server.url}/serve/{made.paths['latest-website'].hash_part}")
-    assert page.run("document.title") == "A page in a Nix store"
+    page.open(f"{server.url}/serve/{made.paths['latest-manual'].hash_part}")
+    assert page.run("document.title") == "The manual of hello"
     assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
     page.events.clear()
     page.click("a")
     page.loaded()
-    assert page.run("document.title") == "Another page"
+    assert page.run("document.title") == "Options of hello"
     assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
     assert page.complaints == []
 
@@ -417,7 +442,7 @@ class Hostile:
         self.path = store.add(output, {**files, **links, "dir": files, "text": page}, deriver=derivation.path)
         store.add_log(derivation.path, page)
         with store.connect() as connection:
-            connection.execute("update ValidPaths set ca = ?, sigs = ?", ("".join(EVIL), " ".join(EVIL)))
+            connection.execute("update ValidPaths set sigs = ?", (" ".join(EVIL),))  # with such a ca, it is no path
         settings = "browse = true\ntrusted_proxies = ['127.0.0.1']"
         self.server = Server(directory / "server", directory / "store", settings)
         self.server.start()
