@@ -764,6 +764,32 @@ def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
     assert f"'{url}' is not a URL like http://" in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("5000", "http://localhost:5000"),
+        (":5000", "http://localhost:5000"),
+        ("localhost", "http://localhost"),
+        ("localhost:5000", "http://localhost:5000"),
+        ("[::1]:5000/nix/", "http://[::1]:5000/nix"),
+        ("192.0.2.1", "http://192.0.2.1"),
+        ("cache.example.org", "https://cache.example.org"),
+        ("cache.example.org/nix", "https://cache.example.org/nix"),
+        ("cache.example.org:8443", "https://cache.example.org:8443"),
+        ("cache.example.org:8080", "http://cache.example.org:8080"),
+        ("unix:/run/harmonia/socket", "unix:/run/harmonia/socket"),
+    ],
+)
+def test_a_url_may_be_without_a_scheme(given: str, url: str) -> None:
+    assert Client(given).url == url
+
+
+def test_the_path_of_a_socket_is_a_url(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{tmp_path}/socket")
+        assert Client(f"{tmp_path}/socket").url == f"unix:{tmp_path}/socket"
+
+
 @pytest.mark.parametrize("command", ["doctor", "top"])
 def test_a_url_with_a_password_is_refused_and_not_shown(command: str) -> None:
     answer = run(command, "http://me:sesame@localhost:5000")
