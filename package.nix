@@ -51,6 +51,7 @@ let
     (fileset.difference ./tests (
       fileset.unions [
         ./tests/e2e/test_troubleshooting.py
+        ./tests/test_benchmarks.py
         ./tests/test_contributing.py
         ./tests/test_dependencies.py
         ./tests/test_docs.py

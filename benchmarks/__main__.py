@@ -19,7 +19,7 @@ _COLLAPSED = 0.25  # of a target: no noise of a machine explains that
 def main() -> None:
     questions = {function.__name__: function for function in measure.ALL}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--short", action="store_true", help="a small store, and failure where a ratio has collapsed")
+    parser.add_argument("--short", action="store_true", help="a small store, and failure if a ratio collapsed")
     parser.add_argument("--docs", action="store_true", help="write into docs instead of bench-results")
     parser.add_argument("questions", nargs="*", choices=[*questions, []], metavar="QUESTION")
     arguments = parser.parse_args()
@@ -33,7 +33,7 @@ def main() -> None:
         print(f"{name}:", flush=True)
         figures += questions[name](store)
     report.write(Path("docs" if arguments.docs else "bench-results"), store, figures)
-    collapsed = [it.what for it in figures if it.ratio is not None and (it.reached or 1) < _COLLAPSED]
+    collapsed = [figure.what for figure in figures if figure.collapsed(_COLLAPSED)]
     if arguments.short and collapsed:
         sys.exit(f"collapsed: {'; '.join(collapsed)}")
 

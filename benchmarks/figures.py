@@ -26,20 +26,33 @@ class Figure:
         return statistics.median(self.values[contender])
 
     @property
-    def ratio(self) -> float | None:
-        """The median of the rounds' ratios of ours to the reference."""
+    def ratios(self) -> Sequence[float]:
+        """Each round's ratio of ours to the reference. Empty if there is nothing to compare with."""
         ours, theirs = self.values.get(HARMONIA), self.values.get(self.reference or "")
-        return statistics.median(map(float.__truediv__, ours, theirs)) if ours and theirs else None
+        return [mine / other for mine, other in zip(ours, theirs, strict=True)] if ours and theirs else []
+
+    @property
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
 
     @property
     def reached(self) -> float | None:
-        """How much of the target it is: 1 or more is all. None where there is none, or nothing to compare with."""
+        """How much of the target the median is: 1 or more is all. None without a target or anything to compare with."""
         value = self.ratio if self.reference else self.median(HARMONIA)
-        if value is None:
-            return None
+        return None if value is None else self._share(value)
+
+    def _share(self, value: float) -> float | None:
         if self.at_least is not None:
             return value / self.at_least
         return self.at_most / value if self.at_most is not None else None
+
+    def collapsed(self, share: float) -> bool:
+        """Return whether no round's ratio reached this share of the target.
+
+        What disturbs the machine slows some rounds. Only a fault of ours slows all of them.
+        """
+        shares = [reached for reached in map(self._share, self.ratios) if reached is not None]
+        return bool(shares) and max(shares) < share
 
 
 def compare(figures: Sequence[Figure], contenders: Mapping[str, Measure], rounds: int) -> Sequence[Figure]:

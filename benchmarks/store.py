@@ -48,11 +48,11 @@ class Form:
     @property
     def few_rounds(self) -> int:
         """For what takes long."""
-        return max(self.rounds // 2, 1)
+        return (self.rounds + 1) // 2
 
 
 FULL = Form("full", 1300 * MIB, 100_000, 4096 * MIB, 1_000_000, 5, 2)
-SHORT = Form("short", 60 * MIB, 5_000, 256 * MIB, 100_000, 3, 1)
+SHORT = Form("short", 60 * MIB, 5_000, 256 * MIB, 100_000, 5, 1)
 
 
 @dataclass(frozen=True)

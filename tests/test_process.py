@@ -14,7 +14,18 @@ from urllib.parse import urlsplit
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from support.running import Sample, Server, ServiceManager, download, nar_url, patched, read_answer, run, wait_until
+from support.running import (
+    GRACE_S,
+    Sample,
+    Server,
+    ServiceManager,
+    download,
+    nar_url,
+    patched,
+    read_answer,
+    run,
+    wait_until,
+)
 
 Start = Callable[..., Server]
 
@@ -98,7 +109,8 @@ def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Pat
     server = Server(tmp_path / "server", sample.root, workers=2, program=broken)
     server.launch()
     assert server.wait() == 1
-    assert server.log[-1].endswith(" CRITICAL no worker is left\n")
+    ours = [line for line in server.log if "luck" not in line]  # the second worker may say so last
+    assert ours[-1].endswith(" CRITICAL no worker is left\n")
     assert sum("no worker is left" in line for line in server.log) == 1
     assert all(re.match(r"\S+ \S+ (INFO|ERROR|CRITICAL) ", line) for line in server.log), server.log
 
@@ -111,7 +123,7 @@ def test_no_worker_outlives_a_killed_main_process(start: Start, sample: Sample, 
         for _ in range(8 if busy else 0):
             connections.enter_context(download(server, sample.big))
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-        wait_until(lambda: not any(map(is_alive, workers)), seconds=3)
+        wait_until(lambda: not any(map(is_alive, workers)))
 
 
 def test_a_hangup_does_not_end_a_worker_that_starts(start: Start, sample: Sample) -> None:
@@ -148,7 +160,7 @@ def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
         workers = server.workers
         began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < GRACE_S
         assert not any(map(is_alive, workers))
         assert all(connection.recv(1) == b"" for connection in connections[:11])
 
@@ -209,7 +221,7 @@ def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
         began = time.monotonic()
         server.process.terminate()
         server.wait()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < GRACE_S
         assert server.log[-1].endswith(" INFO SIGTERM again: stopping at once\n")
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             response.read()

@@ -151,9 +151,7 @@ def test_what_is_no_root_lets_nothing_out(
     (roots / "gone").symlink_to(f"/nix/store/{'0' * 32}-gone")
     (roots / "no-path").symlink_to("/nix/store/.links")
     (roots / "elsewhere").symlink_to("/proc/self/fd")
-    began = time.monotonic()
     assert needed(roots) == ""
-    assert time.monotonic() - began < 5
     assert needed(tmp_path / "none") == ""
     assert f"there is no '{tmp_path}/none' any more" in caplog.text
     assert len(caplog.records) == 3
@@ -252,7 +250,7 @@ def test_a_hundred_thousand_paths_take_seconds_and_little_memory(store: StoreBui
     closure = Closure(opened(store), [f"/nix/store/{hashes[-1]}-p"])
     began = time.monotonic()
     closure.refresh()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # one query for each would take longer
     assert StorePath(f"{hashes[0]}-p") in closure
 
 

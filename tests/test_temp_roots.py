@@ -179,17 +179,17 @@ def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> N
             os.truncate(sample.root / "nix/store" / str(sample.big.path), 1000)
             with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
                 response.read()
-        wait_until(lambda: not daemon.open, seconds=10)
+        wait_until(lambda: not daemon.open)
 
 
 def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
-    patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT = 60.0")
+    patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT = 600.0")
     with DaemonServer(place, greet=lambda _: None) as daemon:
         server = start(store=sample.root, settings=f"daemon_socket = '{place}'", program=patient)
         began = time.monotonic()
         for _ in range(3):
             assert sha256(server.get(nar_url(sample.big)).body).digest() == sample.big.nar_hash
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 300
         assert daemon.open == [[]]
 
 

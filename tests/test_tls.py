@@ -17,7 +17,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import Sample, Server, nar_url, read_answer, wait_until
+from support.running import GRACE_S, Sample, Server, nar_url, read_answer, wait_until
 
 Start = Callable[..., Server]
 
@@ -164,7 +164,7 @@ def test_idle_connections_do_not_delay_the_end(start: Start, sample: Sample, tmp
             assert read_answer(connection).status == 200
         began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < GRACE_S
 
 
 def test_a_client_that_never_speaks_tls_does_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
@@ -174,5 +174,5 @@ def test_a_client_that_never_speaks_tls_does_not_delay_the_end(start: Start, sam
     with socket.create_connection((host, int(port))):
         began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < GRACE_S
     assert len(server.log) == 2, server.log  # that it serves, and that it stops

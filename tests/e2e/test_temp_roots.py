@@ -83,7 +83,7 @@ def test_a_path_is_collected_after_its_download_and_not_before(
             assert not delete(store, path)
             body = response.read()
         assert hashlib.sha256(unpacked(body) if settings == COMPRESSED else body).digest() == nar_hash
-        wait_until(lambda: delete(store, path), seconds=5)
+        wait_until(lambda: delete(store, path))
     assert len(server.log) == 1, server.log
 
 
@@ -92,7 +92,7 @@ def test_a_path_is_collected_after_a_client_has_left(start: Start, store: Client
     with store.daemon():
         with begun(server, path):
             wait_until(lambda: is_rooted(store, path))
-        wait_until(lambda: delete(store, path), seconds=5)
+        wait_until(lambda: delete(store, path))
 
 
 def test_a_daemon_that_is_started_anew_keeps_it_too(start: Start, store: Client, path: str) -> None:

@@ -98,7 +98,7 @@ def test_nothing_that_a_daemon_says_is_another_error(said: bytes) -> None:
 
 def drip(connection: socket.socket) -> None:
     for byte in number(0x6478696F, 0x126, 1, 0, 0):
-        time.sleep(0.05)
+        time.sleep(0.2)
         connection.sendall(bytes([byte]))
 
 
@@ -108,7 +108,7 @@ def test_it_waits_no_longer_than_it_is_told(place: Path, greet: Callable[[socket
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             Daemon(server.path, 0.3)
-        assert 0.25 < time.monotonic() - began < 1.5
+        assert 0.25 < time.monotonic() - began < 6  # the whole greeting takes 8 s
 
 
 def test_it_notices_that_the_daemon_has_ended(place: Path) -> None:

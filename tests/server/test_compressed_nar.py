@@ -5,6 +5,8 @@ import http.client
 import os
 import re
 import signal
+import socket
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,18 @@ from harmonia.nix import base32, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
-from support.running import HARMONIA, NO_CACHE, Answer, Server, nar_url, patched, read_answer, unpacked, wait_until
+from support.running import (
+    GRACE_S,
+    HARMONIA,
+    NO_CACHE,
+    Answer,
+    Server,
+    nar_url,
+    patched,
+    read_answer,
+    unpacked,
+    wait_until,
+)
 
 Start = Callable[..., Server]
 
@@ -293,7 +306,7 @@ def test_what_another_process_has_compressed_is_told_a_second_later(
     other = start(store=tmp_path / "store", cache_dir=server.cache_dir)
     assert "FileHash" not in narinfo(other, path)
     warm(server, path)
-    wait_until(lambda: narinfo(other, path) == narinfo(server, path), seconds=3)
+    wait_until(lambda: narinfo(other, path) == narinfo(server, path))
 
 
 @pytest.mark.parametrize("wanted", ["auto", "zstd", "none"])
@@ -402,7 +415,7 @@ def test_a_fill_does_not_keep_the_server(
         server.settle()
         began = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < GRACE_S
         assert [rest(download) for download in downloads] == [None] * clients
     assert cached(server) == []
 
@@ -411,18 +424,24 @@ def test_narinfos_stay_fast_while_all_encoders_are_busy(start: Start, store: Sto
     paths = [store.add(store.output_path(f"zeros-{number}"), Sparse(MEBIBYTE << 10)) for number in range(2)]
     small = store.add_text("small", b"small")
     server = start(store=tmp_path / "store", settings="zstd.level = 12")
-    with ExitStack() as stack:
-        for path in paths:
-            stack.enter_context(begun(server, file_url(path)))
-        connection = stack.enter_context(server.connect())
+
+    def median(connection: socket.socket) -> float:
         times = []
         for _ in range(100):
             began = time.monotonic()
             connection.sendall(f"GET /{small.path.hash_part}.narinfo HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             assert read_answer(connection).status == 200
             times.append(time.monotonic() - began)
+        return statistics.median(times)
+
+    with ExitStack() as stack:
+        connection = stack.enter_context(server.connect())
+        idle = median(connection)
+        for path in paths:
+            stack.enter_context(begun(server, file_url(path)))
+        busy = median(connection)
         assert not cached(server)  # they were busy all the time
-    assert sorted(times)[50] < 0.05
+    assert busy < 50 * idle
 
 
 def test_many_cold_downloads_take_bounded_memory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

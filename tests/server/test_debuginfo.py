@@ -106,9 +106,7 @@ def test_paths_that_come_and_go(start: Start, store: StoreBuilder, tmp_path: Pat
     for _ in range(3):
         assert nothing(server.get(f"/debuginfo/{ONE}"))
         one, two = add(store, "one-debug", ONE), add(store, "two-debug", ONE)
-        began = time.monotonic()
         assert found(server, ONE) in (answer_for(one, ONE), answer_for(two, ONE))
-        assert time.monotonic() - began < 2
         store.delete(one.path)
         assert found(server, ONE) == answer_for(two, ONE)
         store.delete(two.path)
@@ -154,16 +152,15 @@ def test_a_miss_is_no_answer_while_paths_are_looked_at(start: Start, store: Stor
     with ThreadPoolExecutor() as threads, index_locked(server):
         two = add(store, "two-debug", TWO)
         waiting = threads.submit(server.get, f"/debuginfo/{TWO}")
-        slowest = 0.0
+        meanwhile = 0
         while not waiting.done():
-            began = time.monotonic()
             assert found(server, ONE) == answer_for(one, ONE)
             assert server.get("/version").status == 200
-            slowest = max(slowest, time.monotonic() - began)
+            meanwhile += 1
         answer = waiting.result()
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.headers["cache-control"] == "no-store"
-        assert slowest < 1
+        assert meanwhile > 2  # each time the last one may have been answered after it
     assert found(server, TWO) == answer_for(two, TWO)
 
 
@@ -259,13 +256,8 @@ def test_downloads_do_not_wait_for_the_index(start: Start, store: StoreBuilder, 
     (path,) = server.cache_dir.rglob("*.sqlite")
     with ThreadPoolExecutor(21) as clients, closing(sqlite3.connect(path, isolation_level=None)) as index:
         index.execute("begin exclusive")  # another worker commits, and the disk is slow
-        for _ in range(20):
-            clients.submit(server.get, f"/debuginfo/{ONE}")
+        waiting = [clients.submit(server.get, f"/debuginfo/{ONE}") for _ in range(20)]
         time.sleep(0.3)
-        began = time.monotonic()
-        downloading = clients.submit(lambda: (server.get(nar_url(info)).status, time.monotonic()))
-        time.sleep(2)
+        assert server.get(nar_url(info)).status == 200
+        assert not all(each.done() for each in waiting)
         index.execute("rollback")
-    code, ended = downloading.result()
-    assert code == 200
-    assert ended - began < 1

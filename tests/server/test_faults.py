@@ -202,4 +202,4 @@ def test_a_database_that_is_gone_and_comes_back(
                 for path in (f"/{info.path.hash_part}.narinfo", nar_url(info), f"/{'0' * 32}.narinfo", "/health"):
                     answer = server.get(path)
                     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
-            wait_until(lambda: server.get("/health").status == 200, seconds=1)
+            wait_until(lambda: server.get("/health").status == 200)

@@ -1,12 +1,13 @@
 """Promises of the limits that are settings: each holds, and who keeps to it notices nothing."""
 
+import select
 import socket
 import time
 from collections.abc import Callable
 
 import pytest
 
-from support.running import Answer, Sample, Server, read_answer
+from support.running import PATIENCE_S, Answer, Sample, Server, read_answer
 
 Start = Callable[..., Server]
 
@@ -27,7 +28,7 @@ def test_the_size_of_a_head(start: Start, sample: Sample, settings: str, limit: 
 
 def test_the_time_for_a_head(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 1")
-    began = time.monotonic()
+    began, sent = time.monotonic(), 0
     with server.connect() as dripped:
         # Each byte on its own does not begin the time anew.
         dripped.settimeout(0.2)
@@ -35,13 +36,15 @@ def test_the_time_for_a_head(start: Start, sample: Sample) -> None:
         for byte in b"GET /version HTTP/1.1\r\n" + b"X: y\r\n" * 100:
             try:
                 dripped.sendall(bytes([byte]))
+                sent += 1
                 answer = dripped.recv(4096)
                 break
             except TimeoutError:
                 continue
             except OSError:
                 break
-    assert 0.9 < time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.9
+    assert sent < 25  # bytes at 0.2 s each: 5 s if nothing else took time
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
 
 
@@ -54,7 +57,7 @@ def test_the_time_between_two_requests(start: Start, sample: Sample) -> None:
             time.sleep(0.3)
         began = time.monotonic()
         assert connection.recv(1) == b""
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60  # by default it would be 120
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_no_rate_is_no_rate(start: Start, sample: Sample) -> None:
 
 
 def test_a_slow_head_keeps_nobody_else_waiting(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, settings="header_timeout = 2")
+    server = start(store=sample.root, settings="header_timeout = 5")
     slow: list[socket.socket] = []
     try:
         host, _, port = server.url.removeprefix("http://").rpartition(":")
@@ -101,11 +104,10 @@ def test_a_slow_head_keeps_nobody_else_waiting(start: Start, sample: Sample) -> 
             each = socket.create_connection((host, int(port)))
             each.sendall(b"GET /version HTTP/1.1\r\nX: ")
             slow.append(each)
-        began = time.monotonic()
         assert server.get("/version").status == 200
-        assert time.monotonic() - began < 2
+        assert select.select(slow, [], [], 0)[0] != slow  # it did not wait for their end
         for each in slow:
-            each.settimeout(10)
+            each.settimeout(PATIENCE_S)
             assert each.recv(4096)[:12] in (b"", b"HTTP/1.1 408")
     finally:
         for each in slow:

@@ -345,4 +345,4 @@ def test_nginx_sees_what_we_see(behind: tuple[Server, str, Path], payload: bytes
         passed = [line for line in lines if not line.endswith(" -")]
         return passed != [] and passed[-1].startswith("GET /nix-cache-info") and asked(server)[mine:] == passed
 
-    wait_until(settled, 5)
+    wait_until(settled)

@@ -27,6 +27,8 @@ from harmonia.tools.tree import Sparse
 
 PATIENCE_S = 120.0
 """How long anything is waited for that comes at once on an idle machine: a bound against hangs only."""
+GRACE_S = 25
+"""Less than the grace of a server that stops, by default 30 s: what ends within it has not waited for that."""
 HARMONIA = [sys.executable, "-m", "harmonia"]
 NO_CACHE = Path("/proc/none")
 """A directory that nobody can make, root neither."""
