@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve demo test check format test-versions docs fuzz audit bench soak vm-test clean help
+.PHONY: serve demo test quick check format test-versions docs fuzz audit bench soak vm-test clean help
 
 # Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
 BIND ?=
@@ -18,6 +18,12 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+# Tests of the formats and the settings, and of all resources by the one server that they share.
+QUICK := tests/nix tests/fuzz tests/server/test_contract.py tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \
+  benchmarks config docs generated layers rate reach release single_flight support))
+quick: .venv/ready  ## Run the tests that take half a minute in all
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'not nix and not newer_nix and not root and not browser' $(QUICK)
 
 # treefmt.toml names the tools. All but nixfmt come with .venv.
 TREEFMT := PATH="$(CURDIR)/$(BIN):$$PATH" treefmt --allow-missing-formatter
