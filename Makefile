@@ -19,10 +19,10 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
-# Tests of the formats and the settings, and of all resources by the one server that they share.
-QUICK := tests/nix tests/fuzz tests/server/test_contract.py tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \
-  benchmarks config docs generated layers rate reach release single_flight support))
-quick: .venv/ready  ## Run the tests that take half a minute in all
+# Tests that need no programs, no privileges and few servers.
+QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \
+  benchmarks config layers rate reach release single_flight support))
+quick: .venv/ready  ## Run the fast tests: of formats, settings and HTTP
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'not nix and not newer_nix and not root and not browser' $(QUICK)
 
 # treefmt.toml names the tools. All but nixfmt come with .venv.
