@@ -26,10 +26,11 @@ from pathlib import Path
 
 import zstandard
 
-from harmonia.nix import base32, nar, narinfo
+from harmonia.nix import base32, narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 
 ROUNDS = 5
@@ -166,7 +167,7 @@ def measure(directory: Path, content: bytes, compression: str) -> Iterator[tuple
 
 def main() -> None:
     tree = sys.argv[1] if len(sys.argv) > 1 else "/usr/lib/python3.11"
-    content = b"".join(nar.read(nar.dump(os.fsencode(tree))))
+    content = b"".join(file_reader.read(tree_reader.dump(os.fsencode(tree))))
     print(f"A NAR of {len(content) / 1e6:.0f} MB\n")
     print("| compression | | MB/s | times nginx | CPU, s/GB |\n|---|---|---|---|---|")
     for compression in PACK:

@@ -14,7 +14,7 @@ import zstandard
 
 from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
-from harmonia.nix import nar
+from harmonia.store import file_reader, tree_reader
 
 DIRECTORIES = ["/usr/lib/python3", "/usr/share/locale", "/usr/lib/gcc", "/usr/share/perl", "/usr/bin"]
 SETTINGS = [
@@ -53,7 +53,7 @@ def row(settings: Zstd, nars: list[bytes]) -> str:
 
 def main() -> None:
     directories = sys.argv[1:] or list(filter(os.path.isdir, DIRECTORIES))
-    nars = [b"".join(nar.read(nar.dump(os.fsencode(directory)))) for directory in directories]
+    nars = [b"".join(file_reader.read(tree_reader.dump(os.fsencode(directory)))) for directory in directories]
     library = ".".join(map(str, zstandard.ZSTD_VERSION))
     print(f"NARs of {', '.join(directories)}: {sum(map(len, nars)) / 2**20:.0f} MiB; libzstd {library}\n")
     print("| level | window, MiB | frame, MiB | ratio | CPU s | MB/s | one frame: ratio | CPU s | ours is larger by |")

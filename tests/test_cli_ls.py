@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
 from support.programs import needs
@@ -55,7 +55,7 @@ def config(store: StoreBuilder) -> str:
 @pytest.fixture(scope="module")
 def archive(store: StoreBuilder, tree: PathInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("nar") / "tree.nar"
-    file.write_bytes(b"".join(nar.read(nar.dump(store.real_path(tree.path)))))
+    file.write_bytes(b"".join(file_reader.read(tree_reader.dump(store.real_path(tree.path)))))
     return file
 
 

@@ -32,7 +32,7 @@ from harmonia.cache.zstd_frames import Compressed
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
-from harmonia.nix.nar import OpenSlice, flatten
+from harmonia.store.file_reader import OpenSlice, flatten
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, without
 from support.programs import needs
 

@@ -22,10 +22,11 @@ import pytest
 import zstandard
 
 from harmonia.config import tokens
-from harmonia.nix import base32, nar, narinfo
+from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.doctor import examine
 from harmonia.tools.doctor.finding import Finding
 from harmonia.tools.http_client import Client
@@ -147,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[PathInfo, bytes]:
     store = StoreBuilder(tmp_path_factory.mktemp("store"))
     info = store.add(store.output_path("sample"), {"file": bytes(range(256)) * 40})
-    return info, b"".join(nar.read(nar.dump(store.real_path(info.path))))
+    return info, b"".join(file_reader.read(tree_reader.dump(store.real_path(info.path))))
 
 
 @pytest.fixture

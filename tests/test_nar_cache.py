@@ -24,7 +24,7 @@ from harmonia.cache import disk_cache
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content_size
 from harmonia.errors import CacheFileError
-from harmonia.nix.nar import OpenSlice
+from harmonia.store.file_reader import OpenSlice
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
 
 TRAILER = 72

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix import confined, listing, nar
-from harmonia.nix.nar_index import Layout
-from harmonia.store import object_files
+from harmonia.nix import listing
+from harmonia.store import confined, file_reader, object_files, tree_reader
+from harmonia.store.nar_layout import Layout
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Symlink, Tree
@@ -97,11 +97,12 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def whole(attacked: Attacked) -> bytes:
-    return b"".join(nar.read(nar.dump(attacked.path)))
+    return b"".join(file_reader.read(tree_reader.dump(attacked.path)))
 
 
 def part(_: Attacked, layout: Layout) -> bytes:
-    return b"".join(nar.read(layout.window(layout.size // 2, layout.size)))
+    assert layout.size
+    return b"".join(file_reader.read(layout.window(layout.size // 2, layout.size)))
 
 
 def a_file(attacked: Attacked) -> bytes:
@@ -109,7 +110,7 @@ def a_file(attacked: Attacked) -> bytes:
     if not isinstance(entry, object_files.Entry):
         raise StoreObjectError
     return entry.sample + b"".join(
-        nar.flatten(object_files.File(attacked.path, entry.names, entry.status).read(0, entry.status.st_size))
+        file_reader.flatten(object_files.File(attacked.path, entry.names, entry.status).read(0, entry.status.st_size))
     )
 
 
@@ -182,4 +183,4 @@ def test_the_tree_may_be_named_by_way_of_symlinks(tmp_path: Path) -> None:
     (tmp_path / "a/tree/file").write_text("text")
     (tmp_path / "link").symlink_to("a")
     named = [os.fsencode(tmp_path / name) for name in ("a/tree", "link/tree")]
-    assert len({b"".join(nar.read(nar.dump(path))) for path in named}) == 1
+    assert len({b"".join(file_reader.read(tree_reader.dump(path))) for path in named}) == 1

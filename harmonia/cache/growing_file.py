@@ -23,7 +23,7 @@ from contextlib import suppress
 import xxhash
 
 from harmonia.errors import CacheFileError
-from harmonia.nix.nar import CHUNK_SIZE, OpenSlice
+from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 
 GROWING = ".growing"
 """What its name ends in until it is whole."""

@@ -19,7 +19,7 @@ from harmonia.cache.zstd_frames import Frame, Frames, Source, check
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
-from harmonia.nix.nar import OpenSlice
+from harmonia.store.file_reader import OpenSlice
 
 _FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
 _MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file

@@ -4,15 +4,19 @@ import hashlib
 import mmap
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from harmonia.cache.zstd import Encoding, encoders
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
-from harmonia.nix import base32, nar
-from harmonia.nix.nar import OpenSlice
+from harmonia.nix import base32
+from harmonia.store import file_reader
+from harmonia.store.file_reader import Chunk
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 _PIECE = 512 * 1024  # bytes that are given on at once
 _SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
@@ -31,7 +35,15 @@ class Source(Protocol):
     def sha256(self) -> bytes | None:
         """What the content must have, or it is not given out to its end. None where that is not known."""
 
-    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]: ...
+    def read(self, start: int, stop: int) -> Generator[Chunk]: ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A source of which not every part can be read yet without a wait."""
+
+    def wait_covered(self, stop: int) -> Future[bytes] | None:
+        """Return a future that ends when the bytes up to `stop` can be read, or never will; None if they can now."""
 
 
 class Frame(NamedTuple):
@@ -101,6 +113,10 @@ class Frames:
 
     def submit(self, source: Source, offset: int) -> Future[Frame]:
         """Compress the frame that begins at `offset`, when its turn comes."""
+        waiting = source.wait_covered(self._end(source, offset)) if isinstance(source, Growing) else None
+        return self._submit(source, offset) if waiting is None else chain(waiting, self._submit, source, offset)
+
+    def _submit(self, source: Source, offset: int) -> Future[Frame]:
         self._count(1)
         try:
             frame = self._encoders.submit(self._compress, source, offset)
@@ -109,6 +125,9 @@ class Frames:
             raise
         frame.add_done_callback(lambda _: self._count(-1))
         return frame
+
+    def _end(self, source: Source, offset: int) -> int:
+        return min(offset + self.encoding.frame_size, source.size)
 
     def release(self, frame: Frame) -> None:
         """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
@@ -133,10 +152,10 @@ class Frames:
 
     def _compress(self, source: Source, offset: int) -> Frame:
         began = time.thread_time()
-        end = min(offset + self.encoding.frame_size, source.size)
+        end = self._end(source, offset)
         buffer = self._buffer()
         content = memoryview(buffer)[: end - offset]
-        if not nar.read_into(content, source.read(offset, end)):
+        if not file_reader.read_into(content, source.read(offset, end)):
             raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
         frame = Frame(content, self.encoding.compress(content), buffer)
         with self._lock:
@@ -157,6 +176,27 @@ class Compressed:
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
         yield from self._frames.stream(self._source, start, stop)
+
+
+def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, **named: _P.kwargs) -> Future[_T]:
+    """Return a future of what `submit` begins when the first future has ended. No thread waits for it."""
+    both: Future[_T] = Future()
+
+    def finish(second: Future[_T]) -> None:
+        if (error := second.exception()) is not None:
+            both.set_exception(error)
+        else:
+            both.set_result(second.result())
+
+    def begin(_: Future[Any]) -> None:
+        if both.set_running_or_notify_cancel():
+            try:
+                submit(*args, **named).add_done_callback(finish)
+            except RuntimeError as error:  # no thread can be started
+                both.set_exception(error)
+
+    first.add_done_callback(begin)
+    return both
 
 
 def check(source: Source, sha256: bytes) -> None:

@@ -9,8 +9,7 @@ from harmonia import cli
 from harmonia.cli import listing
 from harmonia.cli.listing import Node
 from harmonia.config import loader
-from harmonia.nix import confined, nar
-from harmonia.store import path_arguments
+from harmonia.store import confined, path_arguments, tree_reader
 from harmonia.store.store import Store
 
 
@@ -37,10 +36,10 @@ def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bo
 
 def _nodes(root: bytes, *, recursive: bool) -> Iterator[Node]:
     if recursive:
-        yield from (Node(entry.path[len(root) :], entry) for entry in nar.walk(root))
+        yield from (Node(entry.path[len(root) :], entry) for entry in tree_reader.walk(root))
         return
-    entry = next(nar.walk(root))
+    entry = next(tree_reader.walk(root))
     yield Node(b"", entry)
     if os.path.isdir(root) and not os.path.islink(root):
         for name in sorted(os.listdir(root)):
-            yield Node(b"/" + name, next(nar.walk(root + b"/" + name)))
+            yield Node(b"/" + name, next(tree_reader.walk(root + b"/" + name)))

@@ -14,6 +14,7 @@ from harmonia.cli.listing import Node
 from harmonia.errors import FormatError, InvalidPathError
 from harmonia.nix import nar, nar_parser
 from harmonia.nix.nar import Entry
+from harmonia.store import file_reader, tree_reader
 
 
 @click.group("nar")
@@ -41,7 +42,7 @@ def dump(path: str) -> None:
         raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
     if not os.path.lexists(path):
         raise click.UsageError(f"{path!r} is not there; name a file, a directory or a symlink")
-    for chunk in nar.read(nar.dump(os.fsencode(path))):
+    for chunk in file_reader.read(tree_reader.dump(os.fsencode(path))):
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
 

@@ -197,8 +197,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_query_rate: Annotated[
         Count,
         Meta(
-            description="Searches, pages of paths and questions for debug info that each worker answers to one client"
-            " address in a minute; beyond it 429. 0 is no limit."
+            description="Searches, pages of paths and directories, listings of more than 2000 entries, and questions"
+            " for debug info that each worker answers to one client address in a minute; beyond it 429. 0 is no limit."
         ),
     ] = 1200
     max_failed_auth_rate: Annotated[

@@ -15,7 +15,6 @@ from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
 from harmonia.server.context import Cache
 from harmonia.server.http import access_log, error_response
 from harmonia.server.http.auth import Guard, limited
-from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, respond
 from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats, date
 from harmonia.server.resources import metrics
@@ -87,9 +86,8 @@ def _app(name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None =
     app.ctx.repeats = Repeats()
     # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
-    rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
     for route in routes:
-        handler = _handler(route, rate, guard)
+        handler = _handler(route, guard)
         strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
         endpoint = _endpoint(cache, handler, cache.metrics.own.routes[route.metric])
         app.add_route(endpoint, route.uri, methods=("GET", "HEAD"), name=route.metric, strict_slashes=strict)
@@ -103,11 +101,11 @@ def _app(name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None =
     return app
 
 
-def _handler(route: Route, rate: Rate | None, guard: Guard | None) -> Handler:
+def _handler(route: Route, guard: Guard | None) -> Handler:
     """Return the handler of a route with the checks of its row: first the token, then the rate, then the resource."""
     handler = with_fallback(route.handler, route.fallback) if route.fallback else route.handler
-    if rate is not None and route.rate_limited:
-        handler = limited(handler, rate)
+    if route.rate_limited:
+        handler = limited(handler)
     if guard is not None and route.scope is not None:
         handler = guard.guarded(handler, route.scope)
     return handler

@@ -13,15 +13,18 @@ from sanic import Request
 
 from harmonia.cache import zstd
 from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
 from harmonia.config.settings import ReleaseRules, Settings
 from harmonia.metrics.shared_counters import Metrics
-from harmonia.nix.nar_index import Layouts
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
+from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Body, Encoded, Representation
+from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
@@ -30,6 +33,8 @@ from harmonia.store.store import Store
 from harmonia.store.temp_roots import Hold, TempRoots
 
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
+_LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
+_MADE_MEMORY = 8 * 1024 * 1024  # bytes for pages of directories and short listings
 _HELD = 1 << 20  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
 
 
@@ -82,6 +87,15 @@ def _nar_cache(settings: Settings) -> NarCache | None:
         return None
 
 
+def _layout_files(settings: Settings) -> NarCache | None:
+    limit = _LAYOUT_FILES_BYTES if settings.cache_bytes is None else min(settings.cache_bytes, _LAYOUT_FILES_BYTES)
+    try:
+        return NarCache(os.path.join(str(settings.cache_dir), "layouts"), limit)
+    except OSError as error:
+        _log.debug("large layouts of NARs are not kept: %s: %s", error.filename, error.strerror)
+        return None
+
+
 def _temp_roots(settings: Settings) -> TempRoots | None:
     expected = settings.daemon_socket is not None
     return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
@@ -96,7 +110,10 @@ class Cache:
         self.threads = Threads(Store.of(settings), metrics)
         release = Release(settings.release, Store.of(settings)) if settings.release != ReleaseRules() else None
         self.paths = Paths(self.store, settings.database, keys, release, self.threads)
-        self.layouts = Layouts(_LAYOUT_MEMORY)
+        layout_files = _layout_files(settings)
+        self.layouts = Layouts(_LAYOUT_MEMORY, layout_files)
+        self.made = MadeOnce(_MADE_MEMORY, layout_files)
+        self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
         self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
         self.compressor = Compressor(settings.zstd, nar_cache)
@@ -117,6 +134,10 @@ class Cache:
         """What clients have to trust: our public keys, and those of upstreams whose paths we do not sign as well."""
         theirs = (upstream.public_keys for upstream in self.settings.upstream if not (upstream.sign and self.keys))
         return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(theirs)]))
+
+    def client(self, request: Request) -> str:
+        """Return the address of the client, as far as it is known."""
+        return access_log.client(request, self.settings.trusted_proxies)
 
     def hold(self, info: PathInfo) -> Hold | None:
         """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""

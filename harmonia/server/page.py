@@ -133,7 +133,7 @@ _POLICY_WITH_SCRIPT = f"{_POLICY}; script-src {_allowed(_SCRIPT)}"
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
+class Text:
     """The bytes of a page, as a body that can be compressed."""
 
     content: bytes
@@ -174,7 +174,7 @@ def end(cache: Cache, page: Builder, *, script: bool = False) -> Representation:
         page(f"Served by Harmonia {__version__}")
     if script:
         page.script(HTML(_SCRIPT))
-    text = _Text(str(page).encode())
+    text = Text(str(page).encode())
     return Representation(
         content_type="text/html; charset=utf-8",
         body=text.content,

@@ -35,6 +35,7 @@ from harmonia.server.http.rate_limit import network
 from harmonia.server.http.request_head import Http
 from harmonia.server.resources import metrics, upstream
 
+_SWITCH = 0.001  # seconds, not 0.005, after which a thread that computes lets the event loop go on
 _TRIM = 10.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
 _FULL = (  # no body: it may be the answer to HEAD
@@ -55,6 +56,7 @@ def run(
 ) -> None:
     """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
     cache.metrics.take(place)
+    sys.setswitchinterval(_SWITCH)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(cache, for_metrics, listening, lifeline, heartbeat))
 
@@ -108,8 +110,8 @@ async def _serve(
         await server.start_serving()  # type: ignore[no-untyped-call]
     if cache.debug_info is not None:
         cache.debug_info.start()
-    if (nar_cache := cache.compressor.cache) is not None:
-        nar_cache.housekeeping.submit(nar_cache.sweep)  # of what a worker left that was killed
+    for files in filter(None, (cache.compressor.cache, cache.layouts.files)):
+        files.housekeeping.submit(files.sweep)  # of what a worker left that was killed
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
     chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache), reloading)]
     await stop.wait()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import OpenSlice
 from harmonia.nix.path_info import PathInfo
+from harmonia.store.file_reader import OpenSlice
 from harmonia.store.store import Store
 
 SAMPLE = 64 * 1024

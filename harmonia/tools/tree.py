@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from harmonia.nix import confined, nar
+from harmonia.store import confined, file_reader, tree_reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _write(tree: Tree, path: bytes) -> None:
 
 def _canonicalise(path: bytes) -> None:
     """Modes and times as Nix gives them (`src/libstore/posix-fs-canonicalise.cc`)."""
-    for entry in reversed(list(nar.walk(confined.resolved(path)))):  # a directory after what is in it
+    for entry in reversed(list(tree_reader.walk(confined.resolved(path)))):  # a directory after what is in it
         if not stat.S_ISLNK(entry.mode):
             os.chmod(entry.path, 0o555 if entry.mode & stat.S_IXUSR else 0o444)
         os.utime(entry.path, (1, 1), follow_symlinks=False)
@@ -84,7 +84,7 @@ def _canonicalise(path: bytes) -> None:
 def _nar_hash(path: bytes) -> tuple[bytes, int]:
     digest = hashlib.sha256()
     size = 0
-    for chunk in nar.read(nar.dump(path)):
+    for chunk in file_reader.read(tree_reader.dump(path)):
         digest.update(chunk)
         size += len(chunk)
     return digest.digest(), size

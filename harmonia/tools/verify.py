@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
 from harmonia.errors import ConfigError, StoreObjectError
-from harmonia.nix import base32, nar
+from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
+from harmonia.store import file_reader, tree_reader
 from harmonia.store.store import Store
 from harmonia.untrusted import integer
 
@@ -140,7 +141,7 @@ def _check(store: Store, info: PathInfo, progress: Callable[[int], None], stop: 
     path, root = f"{store.store_dir}/{info.path}", store.real_path(info.path)
     sha256, size = hashlib.sha256(), 0
     try:
-        for chunk in nar.read(nar.dump(root)):
+        for chunk in file_reader.read(tree_reader.dump(root)):
             if stop.is_set():
                 break
             sha256.update(chunk)

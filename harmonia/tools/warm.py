@@ -13,14 +13,14 @@ import msgspec
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile
+from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, StoreObjectError
-from harmonia.nix.nar import OpenSlice
-from harmonia.nix.nar_index import Layouts
 from harmonia.nix.store_path import StorePath
-from harmonia.server.resources.nar import Nar
+from harmonia.store.file_reader import Chunk
 from harmonia.store.store import Store
+from harmonia.store.store_nar import StoreNar
 
 _AT_ONCE = 8  # NARs, so that small ones do not wait for each other's disk
 _POLL = 0.005  # seconds
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 class _Heard:
     """A NAR to be compressed, of which `progress` hears as it is read."""
 
-    def __init__(self, nar: Nar, progress: Callable[[int], None]) -> None:
+    def __init__(self, nar: StoreNar, progress: Callable[[int], None]) -> None:
         self._nar = nar
         self._progress = progress
         self._read: list[int] = []
@@ -49,7 +49,7 @@ class _Heard:
     def __str__(self) -> str:
         return str(self._nar)
 
-    def read(self, start: int, stop: int) -> Generator[bytes | OpenSlice]:
+    def read(self, start: int, stop: int) -> Generator[Chunk]:
         try:
             yield from self._nar.read(start, stop)
         except OSError as error:  # which the log leaves to who reads it next
@@ -131,7 +131,7 @@ def warm(
             yield Result(path, "too large")
             continue
         room -= _bound(info.nar_size)
-        nar = _Heard(Nar(info, store.real_path(path), layouts), progress)
+        nar = _Heard(StoreNar(info, store.real_path(path), layouts), progress)
         file = compressor.open(nar)
         if file is None:
             raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")

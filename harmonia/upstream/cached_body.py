@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import OpenSlice
+from harmonia.store.file_reader import OpenSlice
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.transfer import Transfer
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonia.nix import listing, nar
-from harmonia.nix.nar_index import Layout
+from harmonia.store import file_reader, tree_reader
+from harmonia.store.nar_layout import Layout
 from support.nars import reference, word
 from support.strategies import Regular, Symlink, Tree, on_disk, trees
 
@@ -123,7 +124,7 @@ def readable(tree: Tree) -> Tree:
 def test_nix_lists_the_same(tree: Tree) -> None:
     with on_disk(tree) as path:
         with open(path + b".nar", "xb") as file:
-            file.writelines(nar.read(nar.dump(path)))
+            file.writelines(file_reader.read(tree_reader.dump(path)))
         command = ["nix", "--extra-experimental-features", "nix-command", "nar", "ls", "--json", "--recursive"]
         nix = subprocess.run([*command, path + b".nar", "/"], check=True, capture_output=True)
         ours = told(path)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
-from harmonia.nix.nar import CHUNK_SIZE, Entry, FileSlice, OpenSlice
+from harmonia.nix.nar import Entry, FileSlice
+from harmonia.store import file_reader, tree_reader
+from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 from support.nars import open_files, reference, whole, word
 from support.strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
 
@@ -22,8 +24,8 @@ segment_runs = st.lists(st.binary(max_size=40), max_size=8)
 @given(trees)
 def test_is_what_the_grammar_says(tree: Tree) -> None:
     with on_disk(tree) as path:
-        assert whole(nar.dump(path)) == reference(tree)
-        assert sum(map(len, nar.dump(path))) == len(reference(tree))
+        assert whole(tree_reader.dump(path)) == reference(tree)
+        assert sum(map(len, tree_reader.dump(path))) == len(reference(tree))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_is_what_the_grammar_says(tree: Tree) -> None:
 )
 def test_small_trees(tree: Tree) -> None:
     with on_disk(tree) as path:
-        assert whole(nar.dump(path)) == reference(tree)
+        assert whole(tree_reader.dump(path)) == reference(tree)
 
 
 def test_deep_trees(tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_deep_trees(tmp_path: Path) -> None:
         tree = {b"directory": tree, b"next to it": Symlink(b"directory")}
     path = os.fsencode(tmp_path / "root")
     write_tree(tree, path)
-    assert whole(nar.dump(path)) == reference(tree)
+    assert whole(tree_reader.dump(path)) == reference(tree)
 
 
 @pytest.mark.nix
@@ -62,7 +64,7 @@ def test_is_what_nix_dumps(trees: list[Tree]) -> None:
     """Many trees in one directory, since each example starts a process."""
     with on_disk({b"%d" % number: tree for number, tree in enumerate(trees)}) as path:
         nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
-        assert whole(nar.dump(path)) == nix.stdout
+        assert whole(tree_reader.dump(path)) == nix.stdout
 
 
 @pytest.mark.nix
@@ -71,29 +73,29 @@ def test_is_what_nix_dumps(trees: list[Tree]) -> None:
 def test_nix_dumps_any_root_likewise(tree: Tree) -> None:
     with on_disk(tree) as path:
         nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
-        assert whole(nar.dump(path)) == nix.stdout
+        assert whole(tree_reader.dump(path)) == nix.stdout
 
 
 @settings(deadline=None)
 @given(directories, st.integers(1, 100) | st.just(CHUNK_SIZE), st.data())
 def test_a_window_is_a_slice(tree: Directory, chunk_size: int, data: st.DataObject) -> None:
     with on_disk(tree) as path:
-        archive, expected = list(nar.dump(path)), reference(tree)
+        archive, expected = list(tree_reader.dump(path)), reference(tree)
         for _ in range(10):
             start, stop = data.draw(st.tuples(*[st.integers(0, len(expected) + 9)] * 2))
             view = list(nar.window(archive, start, stop))
             assert sum(map(len, view)) == len(expected[start:stop])
             # Small chunks of a long file take long, and say nothing that those of a short one do not.
             size = chunk_size if len(expected) < 10_000 else CHUNK_SIZE
-            assert b"".join(nar.read(view, size)) == expected[start:stop]
+            assert b"".join(file_reader.read(view, size)) == expected[start:stop]
 
 
 @given(segment_runs, st.integers(0, 350), st.integers(0, 350), st.integers(1, 50))
 def test_a_window_of_a_window(run: list[bytes], start: int, stop: int, chunk_size: int) -> None:
     expected = b"".join(run)[start:stop]
     view = list(nar.window(run, start, stop))
-    assert b"".join(nar.read(view, chunk_size)) == expected
-    assert b"".join(nar.read(nar.window(view, 3, 20), chunk_size)) == expected[3:20]
+    assert b"".join(file_reader.read(view, chunk_size)) == expected
+    assert b"".join(file_reader.read(nar.window(view, 3, 20), chunk_size)) == expected[3:20]
 
 
 @given(st.integers(0, 50), st.integers(-60, 60), st.integers(-60, 60), st.integers(0, 60))
@@ -107,7 +109,7 @@ def test_a_file_slice_is_cut_as_bytes_are(size: int, start: int, stop: int, agai
 
 @given(segment_runs, st.integers(1, 50))
 def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> None:
-    chunks = list(nar.read(run, chunk_size))
+    chunks = list(file_reader.read(run, chunk_size))
     assert all(chunk_size <= len(chunk) < 2 * chunk_size for chunk in chunks[:-1])
     assert all(0 < len(chunk) < 2 * chunk_size for chunk in chunks[-1:])
 
@@ -116,7 +118,7 @@ def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> Non
 @given(trees, st.sampled_from([1000, 4096, CHUNK_SIZE]))
 def test_chunks_of_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
     with on_disk(tree) as path:
-        assert all(0 < len(chunk) < 2 * chunk_size for chunk in nar.read(nar.dump(path), chunk_size))
+        assert all(0 < len(chunk) < 2 * chunk_size for chunk in file_reader.read(tree_reader.dump(path), chunk_size))
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -206,7 +208,7 @@ CHANGES = [
 def test_a_file_that_changes_is_an_error(
     root: Path, change: Callable[[Path], None], error: type[Exception], message: str
 ) -> None:
-    archive = list(nar.dump(os.fsencode(root)))
+    archive = list(tree_reader.dump(os.fsencode(root)))
     change(root / "b")
     with pytest.raises(error, match=message):
         whole(archive)
@@ -214,8 +216,8 @@ def test_a_file_that_changes_is_an_error(
 
 @pytest.mark.parametrize("change", [grow, shrink])
 def test_a_file_that_changes_while_it_is_read(root: Path, change: Callable[[Path], None]) -> None:
-    archive = list(nar.dump(os.fsencode(root)))
-    chunks = nar.read([segment for segment in archive if isinstance(segment, FileSlice)][1:2], 40)
+    archive = list(tree_reader.dump(os.fsencode(root)))
+    chunks = file_reader.read([segment for segment in archive if isinstance(segment, FileSlice)][1:2], 40)
     assert len(next(chunks)) == 40
     change(root / "b")
     with pytest.raises(StoreObjectError, match="changed its length"):
@@ -223,7 +225,7 @@ def test_a_file_that_changes_while_it_is_read(root: Path, change: Callable[[Path
 
 
 def test_a_window_of_a_file_that_grew_is_an_error_too(root: Path) -> None:
-    archive = list(nar.dump(os.fsencode(root)))
+    archive = list(tree_reader.dump(os.fsencode(root)))
     position = whole(archive).index(Regular(100).contents)
     grow(root / "b")
     with pytest.raises(StoreObjectError, match="changed its length"):
@@ -232,7 +234,7 @@ def test_a_window_of_a_file_that_grew_is_an_error_too(root: Path) -> None:
 
 def test_a_root_that_vanished_is_not_found(root: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        whole(nar.dump(os.fsencode(root / "gone")))
+        whole(tree_reader.dump(os.fsencode(root / "gone")))
 
 
 @pytest.mark.parametrize(
@@ -243,14 +245,14 @@ def test_what_a_nar_cannot_hold_is_an_error(root: Path, make: Callable[[Path], N
     special = root.parent / name
     make(special)
     with pytest.raises(StoreObjectError, match=f"{name} is no regular file, directory or symlink"):
-        whole(nar.dump(os.fsencode(special if name == "special" else root)))
+        whole(tree_reader.dump(os.fsencode(special if name == "special" else root)))
 
 
 def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff"
     os.mkfifo(path)
     with pytest.raises(StoreObjectError) as caught:
-        whole(nar.dump(path))
+        whole(tree_reader.dump(path))
     assert "\udcff is no regular file" in str(caught.value)
 
 
@@ -258,7 +260,7 @@ def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
 
 
 def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
-    archive = list(nar.dump(os.fsencode(root)))
+    archive = list(tree_reader.dump(os.fsencode(root)))
     expected = whole(archive)
     position = expected.index(Regular(100).contents)
     vanish(root / "a")
@@ -271,11 +273,11 @@ def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
 
 def test_no_file_stays_open(root: Path) -> None:
     before = open_files()
-    whole(nar.dump(os.fsencode(root)))
+    whole(tree_reader.dump(os.fsencode(root)))
     assert open_files() == before
 
-    (file,) = [segment for segment in nar.dump(os.fsencode(root)) if len(segment) == 100]
-    half_way = nar.read([file], 10)
+    (file,) = [segment for segment in tree_reader.dump(os.fsencode(root)) if len(segment) == 100]
+    half_way = file_reader.read([file], 10)
     next(half_way)
     assert open_files() == before + 1
     half_way.close()
@@ -292,7 +294,7 @@ def test_the_end_of_a_huge_file_is_at_hand(tmp_path: Path, monkeypatch: pytest.M
     with open(tmp_path / "huge", "wb") as file:
         file.seek(size - 6)
         file.write(b"abcdef")
-    archive = list(nar.dump(os.fsencode(tmp_path / "huge")))
+    archive = list(tree_reader.dump(os.fsencode(tmp_path / "huge")))
     length = sum(map(len, archive))
     assert length == len(reference(Regular(0))) + size + 5
 

@@ -16,6 +16,7 @@ from harmonia.errors import FormatError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
 from harmonia.nix.nar_parser import MAX_DEPTH, parse, restore
+from harmonia.store import file_reader, tree_reader
 from support.nars import open_files, reference, whole, word
 from support.strategies import Regular, Symlink, Tree, file_names, on_disk, small_trees, trees, write_tree
 
@@ -55,9 +56,9 @@ def accepted(archive: bytes) -> bool:
 @given(trees)
 def test_the_inverse_of_a_dump(tree: Tree) -> None:
     with on_disk(tree) as path:
-        archive = whole(nar.dump(path))
-        restore(parse(nar.read(nar.dump(path))), path + b" again")
-        assert whole(nar.dump(path + b" again")) == archive
+        archive = whole(tree_reader.dump(path))
+        restore(parse(file_reader.read(tree_reader.dump(path))), path + b" again")
+        assert whole(tree_reader.dump(path + b" again")) == archive
 
 
 @settings(deadline=None)
@@ -66,8 +67,8 @@ def test_what_is_told(tree: Tree) -> None:
     with on_disk(tree) as path:
         parts = parsed([reference(tree)])
         assert written(parts) == reference(tree)
-        assert len(parts) == len(list(nar.walk(path)))
-        for (told, contents), entry in zip(parts, nar.walk(path), strict=True):
+        assert len(parts) == len(list(tree_reader.walk(path)))
+        for (told, contents), entry in zip(parts, tree_reader.walk(path), strict=True):
             assert (told.depth, told.size, told.target) == (entry.depth, entry.size, entry.target)
             assert path + told.path == entry.path
             assert stat.S_IFMT(told.mode) == stat.S_IFMT(entry.mode)
@@ -83,7 +84,7 @@ def test_in_any_chunks_and_with_no_tail(tree: Tree, data: st.DataObject) -> None
     cuts = sorted(data.draw(st.lists(st.integers(0, len(archive)), max_size=20)))
     odd = [archive[first:last] for first, last in pairwise([0, *cuts, len(archive)])]
     size = data.draw(st.integers(2, 20))
-    for chunks in (odd, [bytes([byte]) for byte in archive], [*map(bytes, nar.read([archive], size))]):
+    for chunks in (odd, [bytes([byte]) for byte in archive], [*map(bytes, file_reader.read([archive], size))]):
         assert parsed(chunks) == expected
         with pytest.raises(FormatError, match="more after the end"):
             parsed([*chunks, b"", b"\0"])
@@ -329,7 +330,7 @@ def test_as_deep_and_as_long_as_may_be(tmp_path: Path) -> None:
     root = os.fsencode(tmp_path / "root")
     text = archive(directory((b"l", link(b"t" * 4095)), (b"n", nested(MAX_DEPTH - 2, FILE)), (b"o" * 255, FILE)))
     restore(parse([text]), root)
-    assert whole(nar.dump(root)) == text
+    assert whole(tree_reader.dump(root)) == text
 
 
 @pytest.mark.nix
@@ -337,12 +338,12 @@ def test_as_deep_and_as_long_as_may_be(tmp_path: Path) -> None:
 @given(trees)
 def test_nix_restores_the_same(tree: Tree) -> None:
     with on_disk(tree) as path:
-        text = whole(nar.dump(path))
+        text = whole(tree_reader.dump(path))
         restore(parse([text]), path + b" ours")
         subprocess.run(["nix-store", "--restore", path + b" theirs"], input=text, check=True)
-        ours, theirs = list(nar.walk(path + b" ours")), list(nar.walk(path + b" theirs"))
+        ours, theirs = list(tree_reader.walk(path + b" ours")), list(tree_reader.walk(path + b" theirs"))
         assert [entry[2:] for entry in ours] == [entry[2:] for entry in theirs]  # modes and all
-        assert whole(nar.dump(path + b" theirs")) == text
+        assert whole(tree_reader.dump(path + b" theirs")) == text
 
 
 @pytest.mark.nix
@@ -350,7 +351,7 @@ def test_nix_restores_the_same(tree: Tree) -> None:
 def test_nix_takes_what_we_take(name: str, tmp_path: Path) -> None:
     text = archive(TAKEN[name])
     subprocess.run(["nix-store", "--restore", tmp_path / "root"], input=text, check=True)
-    assert whole(nar.dump(os.fsencode(tmp_path / "root"))) == text
+    assert whole(tree_reader.dump(os.fsencode(tmp_path / "root"))) == text
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
@@ -376,10 +377,10 @@ def make_dangling_symlink(path: Path) -> None:
 @pytest.mark.parametrize("node", [FILE, link(b"target"), directory((b"a", FILE))], ids=["file", "link", "directory"])
 def test_nothing_is_written_over(tmp_path: Path, node: bytes, make: Callable[[Path], None]) -> None:
     make(tmp_path / "root")
-    before = whole(nar.dump(os.fsencode(tmp_path)))
+    before = whole(tree_reader.dump(os.fsencode(tmp_path)))
     with pytest.raises(FileExistsError):
         restore(parse([archive(node)]), os.fsencode(tmp_path / "root"))
-    assert whole(nar.dump(os.fsencode(tmp_path))) == before
+    assert whole(tree_reader.dump(os.fsencode(tmp_path))) == before
 
 
 @pytest.mark.parametrize(

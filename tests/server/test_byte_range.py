@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harmonia.nix import nar
 from harmonia.server.http import byte_range
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
 from support.programs import needs
@@ -160,7 +160,7 @@ def test_a_range_opens_no_file_before_it(start: Start, store: StoreBuilder, tmp_
     path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000})
     server = start(store=tmp_path / "store")
     where = url(server, path.path.hash_part)
-    whole = b"".join(nar.read(nar.dump(store.real_path(path.path))))
+    whole = b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
     assert server.get(where if first == "nar" else f"/{path.path.hash_part}.ls").status == 200
     root = Path(store.real_path(path.path).decode())
     root.chmod(0o700)
@@ -194,7 +194,7 @@ def test_the_end_of_a_large_nar_costs_what_its_beginning_does(
     file.chmod(0o600)
     with file.open("r+b") as handle:
         handle.truncate(100 << 30)
-    whole = sum(map(len, nar.dump(store.real_path(path))))
+    whole = sum(map(len, tree_reader.dump(store.real_path(path))))
     with store.connect() as connection:
         connection.execute("update ValidPaths set narSize = ?", (whole,))
     server = start(store=tmp_path / "store")

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.nix import base32, nar
+from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
 from support.running import (
@@ -46,7 +47,7 @@ def big(store: StoreBuilder, name: str = "big", contents: bytes = b"") -> PathIn
 
 
 def dump(store: StoreBuilder, path: PathInfo) -> bytes:
-    return b"".join(nar.read(nar.dump(store.real_path(path.path))))
+    return b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
 
 
 def file_url(path: PathInfo) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import zstandard
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server
+from support.running import NO_CACHE, Server, patched
 from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
@@ -100,21 +101,72 @@ def test_what_is_not_as_registered_is_404(start: Start, store: StoreBuilder, tmp
 
 @pytest.fixture
 def large(store: StoreBuilder) -> PathInfo:
-    """A path whose listing is too long to be rendered twice."""
+    """A path whose listing is kept in a file."""
     return store.add(store.output_path("large"), {f"a-name-of-many-letters-{number:06}": b"" for number in range(9000)})
 
 
-def test_a_large_one_is_sent_while_it_is_made(start: Start, large: PathInfo, tmp_path: Path) -> None:
-    server, where = start(store=tmp_path / "store"), f"/{large.path.hash_part}.ls"
+@pytest.mark.parametrize("cache_dir", [None, NO_CACHE], ids=["kept", "no cache directory"])
+def test_a_large_one_is_the_same_in_all_forms(
+    start: Start, large: PathInfo, tmp_path: Path, cache_dir: Path | None
+) -> None:
+    server, where = start(store=tmp_path / "store", cache_dir=cache_dir), f"/{large.path.hash_part}.ls"
     streamed = server.get(where)
-    assert streamed.headers["transfer-encoding"] == "chunked"
     assert server.head(where).headers == streamed.headers
     assert len(json.loads(streamed.body)["root"]["entries"]) == 9000
-    compressed = server.get(where, {"Accept-Encoding": "zstd"})
-    assert zstandard.ZstdDecompressor().decompressobj().decompress(compressed.body) == streamed.body
+    for _ in range(2):
+        compressed = server.get(where, {"Accept-Encoding": "zstd"})
+        assert zstandard.ZstdDecompressor().decompressobj().decompress(compressed.body) == streamed.body
     of_an_old_client = server.request("GET", where, version="1.0")
     assert of_an_old_client.headers["content-length"] == str(len(streamed.body))
     assert of_an_old_client.body == streamed.body
     part = server.get(where, {"Range": "bytes=300000-300099"})
     assert part.headers["content-range"] == f"bytes 300000-300099/{len(streamed.body)}"
     assert part.body == streamed.body[300000:300100]
+
+
+COUNTED = """
+import logging
+from harmonia.nix import listing
+render = listing.render
+def counted(located):
+    logging.getLogger("harmonia").warning("a listing is made")
+    return render(located)
+listing.render = counted
+"""
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_it_is_made_once_and_parts_are_cut_from_that(
+    start: Start, store: StoreBuilder, large: PathInfo, tmp_path: Path, length: str
+) -> None:
+    path = large.path if length == "long" else store.add(store.output_path("short"), {"file": b""}).path
+    server, where = start(store=tmp_path / "store", program=patched(COUNTED)), f"/{path.hash_part}.ls"
+    with ThreadPoolExecutor(8) as clients:
+        parts = list(clients.map(lambda number: server.get(where, {"Range": f"bytes={number}-{number}"}), range(30)))
+    whole = server.get(where).body
+    assert b"".join(part.body for part in parts) == whole[:30]
+    assert len([line for line in server.log if "a listing is made" in line]) == 1
+
+
+def test_a_damaged_file_is_made_again(start: Start, large: PathInfo, tmp_path: Path) -> None:
+    where = f"/{large.path.hash_part}.ls"
+    server = start(store=tmp_path / "store", cache_dir=tmp_path / "cache")
+    whole = server.get(where).body
+    server.stop()
+    [file] = (tmp_path / "cache/layouts").glob("*.ls")
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert start(store=tmp_path / "store", cache_dir=tmp_path / "cache").get(where).body == whole
+
+
+def test_long_listings_have_a_rate_for_each_client_and_short_ones_none(
+    start: Start, store: StoreBuilder, large: PathInfo, tmp_path: Path
+) -> None:
+    short = store.add(store.output_path("short"), {"file": b""})
+    server = start(store=tmp_path / "store", settings="max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']")
+    where = f"/{large.path.hash_part}.ls"
+    answers = [server.get(where, {"Range": "bytes=-1"}) for _ in range(5)]
+    assert [answer.status for answer in answers] == [206] * 3 + [429] * 2
+    assert "retry-after" in answers[-1].headers
+    assert server.get(where, {"X-Forwarded-For": "192.0.2.1"}).status == 200
+    assert [server.get(f"/{short.path.hash_part}.ls").status for _ in range(5)] == [200] * 5

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.nix import base32, nar
+from harmonia.nix import base32
+from harmonia.store import tree_reader
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
@@ -148,9 +149,10 @@ def test_what_changed_on_disk_breaks_the_transfer(
     if change in (_truncate, _grow):
         os.chmod(root + b"/1", 0o600)
     change(root)
-    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
-        server.get(where)
-    assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off")
+    with suppress(http.client.IncompleteRead, ConnectionResetError):
+        # The walk may be over before the first byte is sent, and then there is a status to tell it.
+        assert server.get(where).status == 404
+    assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}")
     assert server.get("/health").status == 200
 
 
@@ -193,7 +195,7 @@ def test_size_of_a_nar_beyond_4_gib(start: Start, store: StoreBuilder, tmp_path:
     real = os.fsdecode(store.real_path(path))
     os.chmod(real, 0o600)
     os.truncate(real, 5 << 30)
-    size = sum(map(len, nar.dump(os.fsencode(real))))
+    size = sum(map(len, tree_reader.dump(os.fsencode(real))))
     with store.connect() as connection:
         connection.execute("update ValidPaths set narSize = ?", (size,))
     server = start(store=tmp_path / "store")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.http.negotiation import NotAcceptable, prefers_html, prefers_zstd
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import Answer, Server, nar_url, read_answer, unpacked, wait_until
 
@@ -120,7 +120,7 @@ def big(store: StoreBuilder, name: str = "big") -> tuple[PathInfo, bytes]:
     """A path whose listing is worth compressing, and whose NAR takes several frames and more than sockets hold."""
     files = {f"file-{number}": os.urandom(1000) * 100 for number in range(100)}
     path = store.add(store.output_path(name), {**files, "random": os.urandom(2 << 20)})
-    return path, b"".join(nar.read(nar.dump(store.real_path(path.path))))
+    return path, b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
 
 
 @pytest.fixture(scope="module")

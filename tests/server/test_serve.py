@@ -572,3 +572,32 @@ class TestDirectories:
         assert server.get(url(made.names, "/"), {"If-None-Match": answer.headers["etag"]}).status == 304
         packed = server.get(url(made.names, "/"), {"Accept-Encoding": "zstd"})
         assert zstandard.ZstdDecompressor().decompressobj().decompress(packed.body) == answer.body
+
+
+def test_the_page_of_a_directory_is_made_once_and_has_a_rate_for_each_client(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    counted = """
+import logging
+from harmonia.server.resources import directory
+listed = directory.listed
+def counted(*arguments):
+    logging.getLogger("harmonia").warning("a directory is read")
+    return listed(*arguments)
+directory.listed = counted
+"""
+    path = store.add(store.output_path("tree"), {"file": b"contents", "inner": {"other": b""}}).path
+    settings = "max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']"
+    server = start(store=tmp_path / "store", settings=settings, program=patched(counted))
+    where = f"/serve/{path.hash_part}/"
+    answers = [server.get(where) for _ in range(5)]
+    assert [answer.status for answer in answers] == [200] * 3 + [429] * 2
+    assert len({answer.body for answer in answers[:3]}) == 1
+    assert len([line for line in server.log if "a directory is read" in line]) == 1
+    other = {"X-Forwarded-For": "192.0.2.1"}
+    assert b"other" in server.get(f"{where}inner/", other).body
+    assert server.get(f"{where}file").status == 200  # a file has no rate
+    real = Path(store.real_path(path).decode())
+    real.chmod(0o700)
+    (real / "added").touch()
+    assert b"added" in server.get(where, other).body

@@ -33,6 +33,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
 from support import upstream_server
@@ -79,7 +80,7 @@ def make_path(directory: Path, size: int = 1 << 20, compression: str = "xz") -> 
     half = random.Random(name).randbytes(size // 2)
     info = store.add(store.output_path(name), {"one": half, "zeros": bytes(size // 2)})
     root = f"{store.real_dir}/{info.path}".encode()
-    content = b"".join(nix_nar.read(nix_nar.segments(nix_nar.frame(nix_nar.walk(root)))))
+    content = b"".join(file_reader.read(nix_nar.segments(nix_nar.frame(tree_reader.walk(root)))))
     extension, pack = PACK[compression]
     file = pack(content)
     file_hash = hashlib.sha256(file).digest()

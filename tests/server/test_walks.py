@@ -19,16 +19,18 @@ def test_a_walk_is_for_all_and_for_who_comes_back(
     start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
 ) -> None:
     info = store.add(store.output_path("tree"), {f"{number:04}": b"" for number in range(3000)})
+    other = store.add(store.output_path("other"), {"file": b""})
     walking = f"""
 import logging, os, time
-from harmonia.nix import nar_index
-find = nar_index.Layout.of
+from harmonia.store import tree_reader
+walk = tree_reader.walk
 def waiting(root):
-    logging.getLogger("harmonia").warning("a walk begins")
-    while not os.path.exists({str(tmp_path / "go")!r}):
+    if root.endswith(b"tree"):
+        logging.getLogger("harmonia").warning("a walk begins")
+    while root.endswith(b"tree") and not os.path.exists({str(tmp_path / "go")!r}):
         time.sleep(0.01)
-    return find(root)
-nar_index.Layout.of = waiting
+    return walk(root)
+tree_reader.walk = waiting
 """
     server = start(store=tmp_path / "store", program=patched(walking))
     asked = f"/{info.path.hash_part}.ls" if wanted == "listing" else nar_url(info)
@@ -42,7 +44,7 @@ nar_index.Layout.of = waiting
             server.wait_for_log("a walk begins")
         for connection in waiting:
             connection.sendall(request)
-        assert server.get(nar_url(info)).status == 200
+        assert server.get(nar_url(other)).status == 200
         (tmp_path / "go").touch()
         bodies = {read_answer(connection).body for connection in waiting}
     assert bodies == {server.get(asked, headers).body}

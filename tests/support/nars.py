@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future
 
-from harmonia.nix import nar
 from harmonia.nix.nar import Segment
+from harmonia.store import file_reader
 from support.strategies import Regular, Symlink, Tree
 
 
@@ -31,8 +32,8 @@ def reference(tree: Tree) -> bytes:
     return word(b"nix-archive-1") + reference_node(tree)
 
 
-def whole(archive: Iterable[Segment]) -> bytes:
-    return b"".join(nar.read(archive))
+def whole(archive: Iterable[Segment | Future[bytes]]) -> bytes:
+    return b"".join(file_reader.read(archive))
 
 
 def open_files() -> int:

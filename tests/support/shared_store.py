@@ -1,7 +1,7 @@
 """The store that the tests of the server share, and what they read of it."""
 
-from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
+from harmonia.store import file_reader, tree_reader
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Executable, Symlink, Tree
@@ -38,4 +38,4 @@ def url(server: Server, hash_part: str) -> str:
 
 
 def dump(store: StoreBuilder, name: str) -> bytes:
-    return b"".join(nar.read(nar.dump(store.real_path(info(store, name).path))))
+    return b"".join(file_reader.read(tree_reader.dump(store.real_path(info(store, name).path))))

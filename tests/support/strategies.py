@@ -14,9 +14,9 @@ from typing import TypeAlias
 from hypothesis import strategies as st
 
 from harmonia.nix import base32
-from harmonia.nix.nar import CHUNK_SIZE
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.store.file_reader import CHUNK_SIZE
 
 NIX32 = "0123456789abcdfghijklmnpqrsvwxyz"
 NAME_CHARACTERS = string.ascii_letters + string.digits + "+-._?="

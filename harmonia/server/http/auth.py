@@ -35,6 +35,11 @@ class _Cache(Protocol):
     @property
     def settings(self) -> Settings: ...
 
+    @property
+    def query_rate(self) -> Rate | None: ...
+
+    def client(self, request: Request) -> str: ...
+
 
 class Guard:
     """Looks at the tokens that requests bring."""
@@ -102,13 +107,18 @@ class Guard:
             raise too_many(wait)
 
 
-def limited(handler: Handler, rate: Rate) -> Handler:
-    """The same resource, for each client at that rate."""
+def hold_to_rate(cache: _Cache, request: Request) -> None:
+    """Raise 429 if the client asks more often than `max_query_rate` allows."""
+    if cache.query_rate is not None and (wait := cache.query_rate.wait(cache.client(request))):
+        raise too_many(wait)
+
+
+def limited(handler: Handler) -> Handler:
+    """The same resource, for each client at the rate of `max_query_rate`."""
 
     @wraps(handler)
     async def get(cache: _Cache, request: Request, **parameters: str) -> Representation:
-        if wait := rate.wait(access_log.client(request, cache.settings.trusted_proxies)):
-            raise too_many(wait)
+        hold_to_rate(cache, request)
         return await handler(cache, request, **parameters)
 
     return get

@@ -19,10 +19,10 @@ from sanic import HTTPResponse, Request
 from sanic.exceptions import RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import CHUNK_SIZE, OpenSlice
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
 from harmonia.server.http.response_cache import Lasts
+from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 

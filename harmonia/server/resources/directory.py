@@ -3,20 +3,25 @@
 import os
 import stat
 from collections.abc import Sequence
+from typing import cast
 from urllib.parse import quote
 
 from html5tagger import Builder
+from sanic import Request
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import Cache
+from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import Entry, Listed, listed
 
 _LISTED = 2000  # entries on the page; the NAR listing has them all
 
 
-async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], entry: Entry) -> Representation:
+async def representation(
+    cache: Cache, request: Request, asked: PathInfo, names: Sequence[bytes], entry: Entry
+) -> Representation:
     """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
 
     def render() -> Representation:
@@ -40,7 +45,12 @@ async def representation(cache: Cache, asked: PathInfo, names: Sequence[bytes], 
                         _row(document, each)
         return page.end(cache, document)
 
-    return await cache.threads.read(render)
+    hold_to_rate(cache, request)
+    # A page tells of nothing but these, and a directory that changed has another time.
+    status = entry.status
+    place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    key = ("page", asked.path, tuple(names), entry.info.path, tuple(entry.names), place)
+    return await cache.made.value(key, cache.client(request), render, lambda made: len(cast("bytes", made.body)))
 
 
 def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:

@@ -1,7 +1,7 @@
 """`/<hash>.ls`: what is in a store path's NAR and where, for nix-index, and for reading a single file by its range.
 
-nix-index wants the last byte of it after a second, and else asks anew some seconds later. So the layout is found to its
-end even when who asked has gone, and then remembered.
+nix-index wants the last byte of it after a second, and else asks anew some seconds later. So a listing is made to its
+end even when who asked has gone, and then kept: a short one in memory, a long one in a file, as it is and compressed.
 """
 
 import sys
@@ -10,36 +10,80 @@ from dataclasses import dataclass
 
 from sanic import Request
 
+from harmonia.cache import zstd
 from harmonia.nix import base32, listing, nar
-from harmonia.nix.nar_index import Layout
+from harmonia.server import page
 from harmonia.server.context import Cache
-from harmonia.server.http.response import IMMUTABLE, Representation
-from harmonia.server.resources.nar import Nar, found
+from harmonia.server.http.auth import hold_to_rate
+from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representation
+from harmonia.server.made_once import MadeFile
+from harmonia.server.resources.nar import found, open_nar, whole_layout
+from harmonia.store import file_reader
+from harmonia.store.nar_layout import Layout
 
-_SHORT = 2000  # entries; a listing of no more is rendered twice, to tell its length before
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    layout: Layout
-    size: int | None = None
-
-    def measured(self) -> "Listing":
-        """The same, with its size known."""
-        return Listing(self.layout, sum(map(len, self.read(0, None))))
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        pieces = listing.render(self.layout.located())
-        return nar.read(nar.window(pieces, start, sys.maxsize if stop is None else stop))
+_SHORT = 2000  # entries: a listing of no more is kept in memory, and has no rate
 
 
 async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
     info = found(await cache.paths.find(hash_part))
-    archive = Nar.of(cache, info)
-    body = Listing(await cache.threads.read_once(archive.key, archive.layout))
-    if len(body.layout) <= _SHORT or "range" in request.headers or request.version == "1.0":
-        body = await cache.threads.read(body.measured)
+    archive = open_nar(cache, request, info)
+    layout = await whole_layout(archive)
     etag = f'"{base32.encode(info.nar_hash)}-ls"'
-    return Representation(
-        content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=cache.streamed(body)
-    )
+    body, encoded = await (_short if layout.entries <= _SHORT else _long)(cache, request, archive.key, layout)
+    return Representation(content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=encoded)
+
+
+async def _short(cache: Cache, request: Request, key: str, layout: Layout) -> tuple[Body, Encoded | None]:
+    client = cache.client(request)
+    text = await cache.made.value(("listing", key), client, lambda: b"".join(listing.render(layout.located())), len)
+    body = page.Text(text)
+    return body, cache.encoded(body)
+
+
+async def _long(cache: Cache, request: Request, key: str, layout: Layout) -> tuple[Body, Encoded | None]:
+    hold_to_rate(cache, request)
+    client = cache.client(request)
+    plain = await cache.made.file(f"{key}.ls", client, lambda: listing.render(layout.located()))
+    if plain is None:
+        streamed = _Streamed(layout)
+        if "range" in request.headers or request.version == "1.0":
+            streamed = await cache.threads.read(streamed.measured)
+        return streamed, cache.streamed(streamed)
+    return plain, _encoded(cache, key, plain) if cache.settings.enable_compression else None
+
+
+def _encoded(cache: Cache, key: str, plain: MadeFile) -> Encoded:
+    async def open_encoded(request: Request) -> Body:
+        made = await cache.made.file(
+            f"{key}.ls.{zstd.STREAM}", cache.client(request), lambda: filter(None, zstd.stream(plain.chunks()))
+        )
+        return _Compressed(plain) if made is None else made
+
+    return Encoded(zstd.STREAM, open_encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compressed:
+    """A kept listing that is compressed while it is sent, because no file can be."""
+
+    plain: MadeFile
+    size: None = None
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:  # noqa: ARG002 (never a part)
+        return zstd.stream(self.plain.chunks())
+
+
+@dataclass(frozen=True, slots=True)
+class _Streamed:
+    """A listing that is made while it is sent, because no file can be."""
+
+    layout: Layout
+    size: int | None = None
+
+    def measured(self) -> "_Streamed":
+        """The same, with its size known."""
+        return _Streamed(self.layout, sum(map(len, self.read(0, None))))
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        pieces = listing.render(self.layout.located())
+        return file_reader.read(nar.window(pieces, start, sys.maxsize if stop is None else stop))

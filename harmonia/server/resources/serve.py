@@ -64,7 +64,7 @@ async def get(cache: Cache, request: Request, where: str) -> Representation:  # 
         index = entry
     if stat.S_ISREG(index.status.st_mode):
         return _file(cache, index)
-    return await directory.representation(cache, info, names, entry)
+    return await directory.representation(cache, request, info, names, entry)
 
 
 async def _resolve(cache: Cache, info: PathInfo, names: Sequence[bytes]) -> Entry:

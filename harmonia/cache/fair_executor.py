@@ -1,0 +1,84 @@
+"""Thread pool that several clients share, of which none gets all threads."""
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+_Job = Callable[[], None]
+
+
+class FairExecutor:
+    """At most `threads` jobs at a time, of which at most `share` for one client. Clients that wait take turns."""
+
+    def __init__(self, threads: int, share: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._threads = threads
+        self._share = share
+        self._lock = threading.Lock()
+        self._waiting: OrderedDict[Hashable, deque[_Job]] = OrderedDict()
+        self._running: Counter[Hashable] = Counter()
+        self._busy = 0
+
+    def submit(
+        self, client: Hashable, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs
+    ) -> "Future[_T]":
+        """Run a function when it is the client's turn. RuntimeError if no thread can be started."""
+        future: Future[_T] = Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = function(*arguments, **named)
+                except BaseException as error:  # noqa: BLE001 (it is for who has the future)
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+
+        with self._lock:
+            self._waiting.setdefault(client, deque()).append(job)
+        self._start()
+        return future
+
+    def _start(self) -> None:
+        """Begin what may begin."""
+        while (chosen := self._choose()) is not None:
+            client, job = chosen
+            try:
+                self._pool.submit(self._run, client, job)
+            except RuntimeError:
+                self._end(client)
+                raise
+
+    def _choose(self) -> tuple[Hashable, _Job] | None:
+        with self._lock:
+            if self._busy == self._threads:
+                return None
+            for client, jobs in self._waiting.items():
+                if self._running[client] < self._share:
+                    job = jobs.popleft()
+                    if jobs:
+                        self._waiting.move_to_end(client)
+                    else:
+                        del self._waiting[client]
+                    self._running[client] += 1
+                    self._busy += 1
+                    return client, job
+        return None
+
+    def _run(self, client: Hashable, job: _Job) -> None:
+        try:
+            job()
+        finally:
+            self._end(client)
+            self._start()
+
+    def _end(self, client: Hashable) -> None:
+        with self._lock:
+            self._busy -= 1
+            self._running[client] -= 1
+            if not self._running[client]:
+                del self._running[client]

@@ -1,0 +1,89 @@
+"""NAR of a valid store path, as the store object is now on disk."""
+
+import os
+import sys
+from collections.abc import Generator, Hashable, Iterator
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass
+from typing import Protocol
+
+from harmonia.errors import CacheFileError, StoreObjectError
+from harmonia.nix import base32
+from harmonia.nix.nar import Segment
+from harmonia.nix.path_info import PathInfo
+from harmonia.store import file_reader
+from harmonia.store.file_reader import OpenSlice
+from harmonia.store.nar_layout import Layout
+from harmonia.store.temp_roots import Hold
+
+
+class LayoutSource(Protocol):
+    def open_layout(self, key: str, root: bytes, client: Hashable) -> Layout:
+        """Return the layout of that key, which may still grow. Never waits."""
+
+    def forget(self, key: str) -> None:
+        """Drop a layout that is not true any longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreNar:
+    """The NAR of a valid path, which is as long as was registered if the store object is still what it was then."""
+
+    info: PathInfo
+    root: bytes
+    layouts: LayoutSource
+    hold: Hold | None = None
+    """What keeps the path from being collected as long as this is read, or may be."""
+    client: Hashable = None
+    """Who asks: one client's walks do not keep others waiting."""
+
+    def __str__(self) -> str:
+        return os.fsdecode(self.root)
+
+    @property
+    def size(self) -> int:
+        return self.info.nar_size
+
+    @property
+    def sha256(self) -> bytes:
+        return self.info.nar_hash
+
+    @property
+    def key(self) -> str:
+        """Name of its layout. The same path may come to be registered with other contents."""
+        return f"{self.info.path.hash_part}-{base32.encode(self.info.nar_hash)}"
+
+    def layout(self) -> Layout:
+        """Return what lies where in it, as far as that is known yet."""
+        return self.layouts.open_layout(self.key, self.root, self.client)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise the error of the walk, or StoreObjectError if the size found is not the size registered."""
+        if layout.error is not None:
+            raise copy(layout.error)
+        if layout.size is not None and layout.size != self.size:
+            self.layouts.forget(self.key)
+            raise StoreObjectError(f"{self} has a NAR of {layout.size} bytes, but {self.size} were registered")
+
+    def wait_covered(self, stop: int) -> Future[bytes] | None:
+        """Return a future that ends when the bytes up to `stop` can be read without a wait; None if they can now."""
+        return self.layout().wait_covered(stop)
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes]]:
+        """Read a part. A future stands for a wait for the walk, which a caller may do in its own way.
+
+        The whole is sent while it is walked, and breaks off at its end if the size is wrong.
+        """
+        try:
+            yield from file_reader.chunks(self._segments(start, self.size if stop is None else stop))
+        except (OSError, StoreObjectError, CacheFileError):
+            self.layouts.forget(self.key)
+            raise
+
+    def _segments(self, start: int, stop: int) -> Iterator[Segment | Future[bytes]]:
+        layout = self.layout()
+        self.check_layout(layout)
+        # Of one that is longer than registered, more than `stop` comes: the reader must not take it for whole.
+        yield from layout.window(start, sys.maxsize if stop == self.size else stop)
+        self.check_layout(layout)
