@@ -1,0 +1,25 @@
+// Adds a button to each snippet that copies its text. Without this script, no page shows a button that does nothing.
+// Browsers offer navigator.clipboard on https only; on http, the selection is copied.
+for (const snippet of document.querySelectorAll(".snippet")) {
+  const [caption, text] = snippet.children;
+  const button = document.createElement("button");
+  const status = document.createElement("span");
+  button.type = "button";
+  button.textContent = "Copy";
+  button.setAttribute("aria-label", "Copy: " + caption.textContent);
+  status.className = "hidden";
+  status.setAttribute("role", "status");
+  caption.after(button, status);
+  button.addEventListener("click", async () => {
+    let copied = true;
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+    } catch {
+      getSelection().selectAllChildren(text);
+      copied = document.execCommand("copy");
+    }
+    button.textContent = copied ? "Copied" : "Press Ctrl+C";
+    status.textContent = button.textContent;
+    setTimeout(() => { button.textContent = "Copy"; status.textContent = ""; }, 2000);
+  });
+}
