@@ -6,6 +6,7 @@ where libarchive ignores it, which reads these files for Nix: in gzip, bzip2, lz
 
 import bz2
 import lzma
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -147,36 +148,49 @@ class _Lzip:
     """A member: a head, a raw LZMA stream with an end marker, and a trailer with sizes and a checksum."""
 
     _HEAD_BYTES = 6
-    _TRAILER_BYTES = (12, 20)  # in versions 0 and 1
+    _TRAILERS = (struct.Struct("<IQ"), struct.Struct("<IQQ"))  # in versions 0 and 1
     _DICTIONARY_BITS = range(12, 30)
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self._held = b""
         self._stream: _Stepwise | None = None
-        self._trailer = 0
+        self._trailer = self._TRAILERS[0]
+        self._crc32 = 0
+        self._size = 0
+        self._taken = 0  # bytes of the member
         self.eof = False
         self.unused_data = b""
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
+        self._taken += len(data)
         if self._stream is None:
             self._held += data
             if len(self._held) < self._HEAD_BYTES:
                 return
             self._stream, data, self._held = self._begin(self._held), self._held[self._HEAD_BYTES :], b""
         if not self._stream.eof:
-            yield from self._stream.pieces(data)
+            for piece in self._stream.pieces(data):
+                self._crc32 = zlib.crc32(piece, self._crc32)
+                self._size += len(piece)
+                yield piece
             data = self._stream.unused_data
         if self._stream.eof:
             self._held += data
-            self.eof = len(self._held) >= self._trailer
-            self.unused_data = self._held[self._trailer :]
+            if len(self._held) >= self._trailer.size:
+                self._end()
+
+    def _end(self) -> None:
+        self.eof, self.unused_data = True, self._held[self._trailer.size :]
+        told = self._trailer.unpack_from(self._held)
+        if told != (self._crc32, self._size, self._taken - len(self.unused_data))[: len(told)]:
+            raise FormatError("an lzip member has another trailer")
 
     def _begin(self, head: bytes) -> _Stepwise:
         bits = head[5] & 0x1F
-        if head[:4] != b"LZIP" or head[4] >= len(self._TRAILER_BYTES) or bits not in self._DICTIONARY_BITS:
+        if head[:4] != b"LZIP" or head[4] >= len(self._TRAILERS) or bits not in self._DICTIONARY_BITS:
             raise FormatError("not an lzip member")
-        self._trailer = self._TRAILER_BYTES[head[4]]
+        self._trailer = self._TRAILERS[head[4]]
         size = (1 << bits) - (1 << bits) // 16 * (head[5] >> 5)
         if size > self._memory:
             raise WindowError("the dictionary of an lzip member is too large")

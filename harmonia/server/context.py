@@ -31,6 +31,7 @@ from harmonia.store.debug_index import DebugInfo
 from harmonia.store.publish_policy import Release
 from harmonia.store.store import Store
 from harmonia.store.temp_roots import Hold, TempRoots
+from harmonia.upstream.failed_nars import FailedNars
 
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
@@ -122,6 +123,7 @@ class Cache:
         """Whether narinfos lead to compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
+        self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
         """Other caches, while a worker serves."""
         if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part

@@ -22,6 +22,8 @@ class Kept:
         """None once nobody fills it: what is read again, to tell its size before (response.py), is passed on."""
         self._transfer = transfer
         self._rest = rest
+        if rest is not None and rest.size is None:
+            rest.size = self.size  # by which it knows that it is asked for the whole, which it checks
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes] | None]:
         position = start

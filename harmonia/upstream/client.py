@@ -5,23 +5,23 @@ import hashlib
 import logging
 from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from urllib.parse import urljoin, urlsplit
-
-import aiohttp
+from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.config.settings import Upstream
-from harmonia.errors import FormatError, UpstreamError
+from harmonia.errors import FormatError
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.nix import base32
 from harmonia.nix.signing import PublicKey
 from harmonia.untrusted import excerpt
+from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.loop_guard import HOPS
-from harmonia.upstream.nar_verifier import unpack
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
 _SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
+
+_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # a narinfo's URL is encoded, but for what no URL may have
 
 _log = logging.getLogger("harmonia")
 
@@ -57,13 +57,14 @@ class Client:
 
     async def ask(
         self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
-    ) -> aiohttp.ClientResponse | None:
+    ) -> Answer | None:
         """The answer to a question, to be released; None where it has none. It may have all where a part was wanted.
 
         UpstreamError where it fails, or is known to.
         """
         async with self._question():
-            return await self._transport.open(method, f"{self.base}/{path}", headers, part)
+            response = await self._transport.open(method, f"{self.base}/{path}", headers, part)
+            return None if response is None else Answer(self._transport, response)
 
     async def ask_small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
         """Likewise, the whole body of a small answer, unpacked."""
@@ -78,7 +79,7 @@ class Client:
         part: Part = WHOLE,
         *,
         anywhere: bool = True,
-    ) -> aiohttp.ClientResponse:
+    ) -> Answer:
         """The answer to a request for a NAR, likewise. One that is checked may come from `anywhere`. UpstreamError also
         where it is not there.
         """
@@ -87,16 +88,14 @@ class Client:
             response = await self._transport.open(method, url, headers, part, anywhere=anywhere)
         if response is None:
             raise AnswerError(self.base, f"{url} is not there")
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            response.close()
-            raise AnswerError(self.base, f"{url} comes encoded, though nobody asked for that")
+        answer = Answer(self._transport, response)
         self.breaker.succeeded()
-        return response
+        return answer
 
-    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+    async def read(self, answer: Answer, most: int) -> bytes:
         """The next bytes of an answer, none at its end. UpstreamError where they do not come."""
         with self._counting():
-            return await self._transport.read(response, most)
+            return await answer.read(most)
 
     def nar_url(self, relative: str) -> str:
         """Where a narinfo's URL leads. FormatError where it may not lead there.
@@ -105,7 +104,7 @@ class Client:
         look into our own network.
         """
         try:
-            url = urljoin(self.base + "/", relative)
+            url = urljoin(self.base + "/", quote(relative.encode(errors="surrogateescape"), safe=_IN_URLS))
             parts = urlsplit(url)
             fetchable = parts.scheme in {"http", "https"} and "@" not in parts.netloc and parts.port != 0
         except ValueError:
@@ -178,15 +177,12 @@ class Client:
         if response is None:
             return None
         body = bytearray()
-        async with response:
-            while data := await self._transport.read(response, _SMALL):
+        async with Answer(self._transport, response) as answer:
+            while data := await answer.read(_SMALL):
                 body += data
                 if len(body) > _SMALL:
                     raise AnswerError(self.base, "it says too much")
-        try:
-            return unpack(bytes(body), response.headers.get("Content-Encoding", "").lower(), _SMALL)
-        except UpstreamError as error:
-            raise AnswerError(self.base, str(error)) from None
+        return bytes(body)
 
     def _failed(self, why: str, retry_after: float = 0) -> None:
         self.counters.add("failures")

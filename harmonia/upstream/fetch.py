@@ -1,19 +1,23 @@
 """NARs of upstreams: written to the cache as they come, once however many want them, and read from there.
 
-A NAR becomes whole, for those who read it already, when its file has proved to be what its narinfo said, and it is kept
-for others when its content has, too. Until then its last bytes are held back (cache/growing_file.py), so that nobody
-ever gets a complete body that is not what the upstream meant to send. Where the cache cannot take one, it is passed on.
+A NAR becomes whole, for those who read it already, when its file has the hash that its narinfo tells, or else when its
+content has proved right; it is kept for others when its content has. Until then its last bytes are held back
+(cache/growing_file.py), so that nobody ever gets a complete body that is not what the upstream meant to send. If the
+cache cannot take one, it is passed on.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
-import aiohttp
-
 from harmonia.cache.disk_cache import NarCache
-from harmonia.upstream import nar_verifier
+from harmonia.errors import FormatError, UpstreamError
+from harmonia.nix.narinfo import NarFile
+from harmonia.upstream.answer import Answer
 from harmonia.upstream.cached_body import Kept
+from harmonia.upstream.failed_nars import FailedNars
+from harmonia.upstream.nar_verifier import ContentCheck
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Tasks, Threads
@@ -26,8 +30,9 @@ _MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a
 class Fetches:
     """All NARs that are on their way here."""
 
-    def __init__(self, cache: NarCache | None) -> None:
+    def __init__(self, cache: NarCache | None, failed: FailedNars) -> None:
         self._cache = cache
+        self._failed = failed
         self._running: dict[str, Transfer] = {}
         self._tasks = Tasks()
         self._opening = asyncio.Lock()
@@ -43,6 +48,16 @@ class Fetches:
         file = None if self._cache is None else await self._threads.write(self._cache.use, key)
         return None if file is None else Kept(file)
 
+    async def known_file(self, found: Found) -> NarFile:
+        """Return what is known of the file of a NAR: that of the cache, or else what its narinfo tells."""
+        file = None if self._cache is None else await self._threads.write(self._cache.find, found.name.key)
+        if file is None:
+            return found.nar
+        try:
+            return replace(found.nar, file_hash=file.sha256, file_size=file.size)
+        finally:
+            file.close()
+
     async def open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
         """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
         # A client that goes away must not leave behind a file that nobody fills.
@@ -52,7 +67,8 @@ class Fetches:
         cache = self._cache
         key = found.name.key
         opened = None
-        if cache is not None and nar_verifier.conclusive(found.nar) and (found.file_size or 0) <= cache.limit:
+        # A FileSize is only a hint; what proves to be too large after all is passed on from there.
+        if cache is not None and (found.nar.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MOST:
                     opened = await self._threads.write(cache.open, key)
@@ -62,15 +78,15 @@ class Fetches:
                     transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
                     self._tasks.begin(self._run(key, transfer))
         if opened is None:
-            return _passed(found, headers, await found.ask(headers, WHOLE, checked=nar_verifier.has_hash(found.nar)))
+            return self._passed(found, headers, await found.ask(headers, WHOLE))
         running = self._running.get(key)
-        if running is None:  # another worker fetches it
-            return Kept(opened[0], found.file_size, None, _passed(found, headers))
+        if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
+            return Kept(opened[0], found.file_size, None, self._passed(found, headers))
         await running.started.wait()
         if running.error is not None:
             opened[0].close()  # the error, which the fetch has, would keep it
             raise running.error
-        return Kept(opened[0], running.size, running, _passed(found, headers))
+        return Kept(opened[0], running.size, running, self._passed(found, headers))
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:
@@ -78,13 +94,48 @@ class Fetches:
         finally:
             if self._running.get(key) is transfer:  # and not the next one, which a failure may have called for
                 del self._running[key]
+        self._note(transfer.found, failed=transfer.error is not None)
+
+    def _note(self, found: Found, *, failed: bool) -> None:
+        """Remember whether the upstream has the NAR that it tells of."""
+        (self._failed.add if failed else self._failed.remove)(found.client.id, found.name.key)
+
+    def _passed(self, found: Found, headers: Mapping[str, str], response: Answer | None = None) -> Passed:
+        """The NAR without the cache. It is checked where it is passed on from its beginning to its end."""
+
+        async def ask(part: Part) -> Answer:
+            return await found.ask(headers, part, checked=part == WHOLE)
+
+        return Passed(found.client, ask, response, lambda: self._check(found), found.file_size)
+
+    def _check(self, found: Found) -> "_ThreadedCheck":
+        return _ThreadedCheck(ContentCheck(found.info, found.nar), self._threads, partial(self._note, found))
 
 
-def _passed(found: Found, headers: Mapping[str, str], response: aiohttp.ClientResponse | None = None) -> Passed:
-    """The NAR without the cache. Where it is passed on from its beginning to its end, it is checked if it can be."""
-    check = partial(nar_verifier.check_file, found.info, found.nar) if nar_verifier.has_hash(found.nar) else None
+class _ThreadedCheck:
+    """A ContentCheck that unpacks in the threads for that."""
 
-    async def ask(part: Part) -> aiohttp.ClientResponse:
-        return await found.ask(headers, part, checked=check is not None and part == WHOLE)
+    def __init__(self, check: ContentCheck, threads: Threads, note: Callable[..., None]) -> None:
+        self._check = check
+        self._threads = threads
+        self._note = note
 
-    return Passed(found.client, ask, response, check, found.file_size)
+    async def update(self, data: bytes) -> None:
+        await self._noted(self._check.update, data)
+
+    async def finish(self) -> None:
+        await self._noted(self._check.finish)
+        self._note(failed=False)
+
+    async def _noted(self, function: Callable[..., None], *arguments: bytes) -> None:
+        try:
+            await self._threads.unpack(function, *arguments)
+        except (UpstreamError, FormatError) as error:
+            self._note(failed=True)
+            raise UpstreamError(str(error)) from None
+
+
+async def unread_size(found: Found, headers: Mapping[str, str]) -> int | None:
+    """Ask the upstream how many bytes a NAR has as it comes. Raise UpstreamError."""
+    async with await found.ask(headers, WHOLE, "HEAD") as answer:
+        return answer.content_length

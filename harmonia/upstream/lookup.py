@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from harmonia.errors import UpstreamError
 from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
+from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.lookup_cache import Memory
 from harmonia.upstream.loop_guard import Hops
 from harmonia.upstream.nar_name import NarName
@@ -22,11 +23,12 @@ Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
 
 
 class Upstreams:
-    def __init__(self, clients: Sequence[Client], identity: str, bound: float) -> None:
+    def __init__(self, clients: Sequence[Client], identity: str, bound: float, failed: FailedNars) -> None:
         """`bound` is after how many seconds a question is answered with no, whoever has yet to answer."""
         self.clients = sorted(clients, key=lambda client: client.settings.priority)
         self.identity = identity
         self._bound = bound
+        self._failed = failed
         self._known = Memory()
         self._asking = SingleFlight()
         self._tasks = Tasks()
@@ -47,7 +49,7 @@ class Upstreams:
         # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
         for key in ((hash_part, Hops()), (hash_part, hops)):
             known = self._known.get(key)
-            if known is not None and not (known.found and known.found.client.identity in hops.through):
+            if known is not None and not (known.found and self._is_useless(known.found, hops)):
                 return known.found
         task = self._once((hash_part, hops), lambda: self._find(hash_part, hops))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
@@ -61,13 +63,19 @@ class Upstreams:
         if hops.is_over(self.identity):
             return None
         known = self._known.get((name.hash_part, Hops()))
-        if known and known.found and known.found.name == name and known.found.client not in failed:
-            return known.found
+        found = known.found if known else None
+        if found and found.name == name and found.client not in failed and not self._is_useless(found, Hops()):
+            return found
         return await asyncio.shield(self._once((name, hops, *failed), lambda: self._find_nar(name, hops, failed)))
 
-    def forget(self, found: Found) -> None:
-        """It is no longer true."""
+    def fail(self, found: Found) -> None:
+        """Its NAR cannot be had: for a moment, nothing is said of the path that only this upstream says."""
         self._known.forget((found.info.path.hash_part, Hops()))
+        self._failed.add(found.client.id, found.name.key)
+
+    def _is_useless(self, found: Found, hops: Hops) -> bool:
+        """Return whether the upstream asks us, or its NAR could not be had."""
+        return found.client.identity in hops.through or self._failed.has(found.client.id, found.name.key)
 
     async def get(self, ask: Ask[_T], hops: Hops, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
         """The first answer of all upstreams, within the bound. What comes later, or second, is discarded."""
@@ -119,26 +127,34 @@ class Upstreams:
                 task.add_done_callback(partial(_discard, discard))
 
     async def _find(self, hash_part: str, hops: Hops) -> Found | None:
-        found, sure = await self._first(lambda client, headers: look_up(client, hash_part, headers), hops)
+        async def ask(client: Client, headers: dict[str, str]) -> Found | None:
+            found = await look_up(client, hash_part, headers)
+            return None if found and self._failed.has(client.id, found.name.key) else found
+
+        found, sure = await self._first(ask, hops)
         if found or sure:
             self._known.remember((hash_part, Hops() if found else hops), found)
         return found
 
     async def _find_nar(self, name: NarName, hops: Hops, failed: Collection[Client]) -> Found | None:
         alike: list[Found] = []
+        failed_before: list[Found] = []
 
         async def ask(client: Client, headers: dict[str, str]) -> Found | None:
             if client in failed or not name.may_be_at(client.id):
                 return None
             found = await look_up(client, name.hash_part, headers)
             if found and (found.name.nar_hash, found.name.compression) == (name.nar_hash, name.compression):
-                if found.name == name:
+                if self._failed.has(client.id, found.name.key):
+                    failed_before.append(found)
+                elif found.name == name:
                     return found
-                alike.append(found)
+                else:
+                    alike.append(found)
             return None
 
         found, _ = await self._first(ask, hops)
-        return found or next(iter(alike), None)
+        return found or next(iter(alike + failed_before), None)
 
     def _once(
         self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, Found | None]]

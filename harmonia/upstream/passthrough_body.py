@@ -1,37 +1,41 @@
 """What an upstream sends, passed on as it comes, no faster than it is taken, and not kept."""
 
 import asyncio
-import hashlib
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from http import HTTPStatus
+from typing import Protocol
 
-import aiohttp
-
+from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.transport import WHOLE, Part
 
 _PIECE = 256 * 1024  # bytes that are taken at once
 
 
+class Check(Protocol):
+    """Looks at a whole body as it comes, and raises UpstreamError if it is wrong."""
+
+    async def update(self, data: bytes) -> None: ...
+    async def finish(self) -> None: ...
+
+
 class Passed:
-    """A body that the upstream has. Who gets it has to verify it, as if it came from there. Where its hash is known,
-    its end is held back until that is found right.
-    """
+    """A body that the upstream has. If it can be checked, its end is held back until it is found right."""
 
     def __init__(
         self,
         client: Client,
-        ask: Callable[[Part], Awaitable[aiohttp.ClientResponse]],
-        response: aiohttp.ClientResponse | None = None,
-        check: Callable[[bytes, int], None] | None = None,
+        ask: Callable[[Part], Awaitable[Answer]],
+        response: Answer | None = None,
+        check: Callable[[], Check] | None = None,
         size: int | None = None,
     ) -> None:
         """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
-        where that has been asked for already. `check` looks at the SHA-256 and the size of the whole, and raises
-        UpstreamError where they are wrong. `size` is how large it has to be, where that is told before.
+        where that has been asked for already. `check` makes what looks at the whole as it comes. `size` is how large it
+        has to be, where that is told before.
         """
         self.size = response.content_length if size is None and response is not None else size
         self._client = client
@@ -43,7 +47,7 @@ class Passed:
     def read(self, start: int, stop: int | None) -> Generator[Future[bytes]]:
         pieces = self._pieces(start, stop)
         if self._check is not None and start == 0 and stop in {None, self.size}:
-            pieces = _checked(pieces, self._check)
+            pieces = _checked(pieces, self._check())
 
         turn = asyncio.Lock()  # a generator that runs cannot be closed
 
@@ -73,7 +77,11 @@ class Passed:
         if response is not None and part != WHOLE:
             response.close()
             response = None
-        async with response or await self._ask(part) as response:
+        response = response or await self._ask(part)
+        if response.is_encoded and response.status == HTTPStatus.PARTIAL_CONTENT:  # a part of its encoded bytes
+            response.close()
+            response = await self._ask(WHOLE)
+        async with response:
             position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             while stop is None or position < stop:
                 data = await self._client.read(response, _PIECE)
@@ -97,15 +105,14 @@ class Passed:
     __del__ = close  # of one that nobody came to read
 
 
-async def _checked(pieces: AsyncGenerator[bytes], check: Callable[[bytes, int], None]) -> AsyncGenerator[bytes]:
-    sha256, size, held = hashlib.sha256(), 0, b""
+async def _checked(pieces: AsyncGenerator[bytes], check: Check) -> AsyncGenerator[bytes]:
+    held = b""
     async with aclosing(pieces):
         async for piece in pieces:
-            sha256.update(piece)
-            size += len(piece)
+            await check.update(piece)
             if held:
                 yield held
             held = piece
-    check(sha256.digest(), size)
+    await check.finish()
     if held:
         yield held

@@ -3,20 +3,20 @@
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-
-import aiohttp
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32, narinfo
+from harmonia.nix.decompress import COMPRESSIONS
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
+from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.transport import Part
 
-_LONG = 32 << 10  # bytes of a narinfo that are not looked at on the event loop: signatures take 0.1 ms each
+_LONG = 4 << 10  # bytes of a narinfo that are not looked at on the event loop: signatures take 0.1 ms each
 
 _log = logging.getLogger("harmonia")
 
@@ -42,12 +42,10 @@ class Found:
 
     @property
     def file_size(self) -> int | None:
-        """Bytes of its NAR as it comes, as far as that is told. nix-serve has no FileSize of what is not compressed."""
-        return self.info.nar_size if self.nar.compression == "none" else self.nar.file_size
+        """Bytes of its NAR as it comes, if that is certain: nobody signs a FileSize, and caches get it wrong."""
+        return self.info.nar_size if self.nar.compression == "none" else None
 
-    async def ask(
-        self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True
-    ) -> aiohttp.ClientResponse:
+    async def ask(self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True) -> Answer:
         """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
         return await self.client.nar(self.url, headers, method, part, anywhere=checked)
 
@@ -70,12 +68,16 @@ async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) ->
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> Found:
-    try:
-        info, nar = narinfo.parse(text.decode(), client.store_dir)
-    except UnicodeDecodeError:
-        raise FormatError("it is no text") from None
+    info, nar = narinfo.parse(text.decode(errors="surrogateescape"), client.store_dir)
     if info.path.hash_part != hash_part:
         raise FormatError("it is of another path")
+    if nar.compression not in COMPRESSIONS and client.settings.mode == "proxy":
+        raise FormatError(
+            f"NARs in {nar.compression} cannot be checked: have the upstream compress by xz or zstd,"
+            " or set mode = 'redirect' for it"
+        )
+    if nar.compression == "none":
+        nar = replace(nar, file_hash=info.nar_hash, file_size=info.nar_size)
     fingerprint = info.fingerprint(client.store_dir)
     verified = any(key.verify(fingerprint, sig) for key in client.keys for sig in info.sigs)
     if client.keys and not verified:

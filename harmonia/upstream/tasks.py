@@ -47,6 +47,8 @@ class Threads:
         self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="sync")
         processors = len(os.sched_getaffinity(0))
         self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
+        self.much_memory = asyncio.Lock()
+        """To be held by who unpacks with LARGE_MEMORY_BYTES."""
 
     async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         return await _finished(self._writers, function, *arguments, **named)

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
-import aiohttp
-
 from harmonia.cache.growing_file import Filler
 from harmonia.errors import UpstreamError
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.upstream import nar_verifier
+from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
@@ -31,7 +31,7 @@ class Transfer:
         self.error: UpstreamError | None = None
         self.started = asyncio.Event()
         """Set when the upstream has begun to send it, or failed to."""
-        self._found = found
+        self.found = found
         self._headers = headers
         self._filler = filler
         self._limit = limit
@@ -44,9 +44,9 @@ class Transfer:
             await self._take()
             await self._check()
             await self._threads.sync(self._filler.commit)
-        except UpstreamError as error:
-            self.error = error
-            _log.error("%s: %s", self._found.url, error)
+        except (UpstreamError, WindowError) as error:
+            self.error = error if isinstance(error, UpstreamError) else UpstreamError(str(error))
+            _log.error("%s: %s", self.found.url, error)
             await write(self._filler.withdraw)
         except OSError:  # of which the cache has told, unless it is only too large
             await write(self._filler.abandon)
@@ -57,15 +57,19 @@ class Transfer:
             self.started.set()
 
     async def _check(self) -> None:
-        """See that all is as the narinfo says. What takes long is done when the first clients have it, if it can be."""
-        info, nar, filler = self._found.info, self._found.nar, self._filler
-        nar_verifier.check_file(info, nar, filler.sha256, filler.size)
-        is_right = nar_verifier.has_hash(nar)
-        if is_right:
+        """See that it is the NAR. If its own hash is as told, the first clients do not wait until it is unpacked."""
+        info, nar, filler = self.found.info, self.found.nar, self._filler
+        is_vouched_for = nar_verifier.has_file_hash(info, nar, filler.sha256)
+        if is_vouched_for:
             await self._threads.write(filler.finish)
-        if nar.compression != "none":
-            await self._threads.unpack(nar_verifier.check_content, info, nar, self._written())
-        if not is_right:
+        if nar.compression != "none" or not is_vouched_for:
+            try:
+                await self._threads.unpack(nar_verifier.check_content, info, nar, self._written())
+            except WindowError:
+                async with self._threads.much_memory:
+                    content = self._written()
+                    await self._threads.unpack(nar_verifier.check_content, info, nar, content, LARGE_MEMORY_BYTES)
+        if not is_vouched_for:
             await self._threads.write(filler.finish)
 
     def give_up(self) -> None:
@@ -79,16 +83,17 @@ class Transfer:
             yield data
 
     async def _take(self) -> None:
-        self._found.client.counters.add("fetches")
-        response: aiohttp.ClientResponse | None
-        response = first = await self._found.ask(self._headers, WHOLE)
+        self.found.client.counters.add("fetches")
+        response: Answer | None
+        response = first = await self.found.ask(self._headers, WHOLE)
         try:
             self._begin(first.content_length)
         except BaseException:
             first.close()
             raise
         self.started.set()
-        resumable = accepts_ranges(first.headers)
+        # A part of an encoded answer is one of its encoded bytes.
+        resumable = accepts_ranges(first.headers) and not first.is_encoded
         etag = first.headers.get("ETag", "")
         headers = dict(self._headers) | ({"If-Range": etag} if etag.startswith('"') else {})
         failures = 0
@@ -106,28 +111,28 @@ class Transfer:
                 return
 
     def _begin(self, length: int | None) -> None:
-        """What the upstream says of its length has to be what its narinfo says."""
+        """Take the length that the upstream tells, which for a NAR that is not compressed has to be its NarSize."""
         if self.size is not None and length not in {None, self.size}:
-            raise _WrongError(f"it has {length} bytes where its narinfo says {self.size}")
+            raise _WrongError(f"it has {length} bytes, and its NarSize is {self.size}")
         self.size = length if length is not None else self.size
         self._measure(self.size or 0)
 
-    async def _resume(self, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        response = await self._found.ask(headers, (self._filler.size, None))
+    async def _resume(self, headers: Mapping[str, str]) -> Answer:
+        response = await self.found.ask(headers, (self._filler.size, None))
         if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
             response.close()
             raise _WrongError("it does not go on where it broke off")
         return response
 
-    async def _take_all(self, response: aiohttp.ClientResponse) -> None:
+    async def _take_all(self, response: Answer) -> None:
         async with response:
-            while data := await self._found.client.read(response, _PIECE):
+            while data := await self.found.client.read(response, _PIECE):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
                     raise _WrongError("it is longer than was said")
                 self._measure(size)
                 await self._threads.write(self._filler.append, data)
-                self._found.client.counters.add("fetched_bytes", len(data))
+                self.found.client.counters.add("fetched_bytes", len(data))
         if self.size is not None and self._filler.size < self.size:
             raise UpstreamError("its answer breaks off")
 

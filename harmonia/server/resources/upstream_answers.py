@@ -5,22 +5,23 @@ Logs, listings and the like are passed on as they come. NARs are `upstream_nars.
 
 import json
 import os
+from dataclasses import replace
 from urllib.parse import quote, urljoin
 
-import aiohttp
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix.narinfo import NarFile, signatures
+from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.resources import build_trace, debuginfo, log, narinfo
 from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
+from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
 from harmonia.upstream.lookup import Upstreams
 from harmonia.upstream.lookup_cache import POSITIVE_TTL
@@ -53,7 +54,7 @@ class Answers:
             )
             for number, each in enumerate(settings.upstream)
         ]
-        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout)
+        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout, cache.failed_nars)
         self._upstreams.start()
         self._nars = Nars(cache, self._upstreams, clients)
 
@@ -74,7 +75,7 @@ class Answers:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
         url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
-        nar = NarFile(url, found.nar.compression, found.nar.file_hash, found.nar.file_size)
+        nar = replace(await self._nars.known_file(found), url=url)
         keys = self._cache.keys if settings.sign and found.verified else ()
         sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
         return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
@@ -158,9 +159,7 @@ class Answers:
         """Whatever the first upstream says there."""
         method = "HEAD" if request.method == "HEAD" else "GET"
 
-        async def ask(
-            client: Client, asked: dict[str, str]
-        ) -> tuple[Client, dict[str, str], aiohttp.ClientResponse] | None:
+        async def ask(client: Client, asked: dict[str, str]) -> tuple[Client, dict[str, str], RemoteAnswer] | None:
             response = await client.ask(path, asked, method)
             return None if response is None else (client, asked, response)
 
@@ -168,23 +167,19 @@ class Answers:
         if answer is None:
             raise NotFound
         client, asked, response = answer
-        encoding = response.headers.get("Content-Encoding", "").lower()
-        encoded = {} if encoding in {"", "identity", "none"} else {"content-encoding": encoding}
         if method == "HEAD":
             body: Body = Unread(response.content_length)
             response.close()
         else:
 
-            async def again(part: Part) -> aiohttp.ClientResponse:
+            async def again(part: Part) -> RemoteAnswer:
                 return _there(await client.ask(path, asked, method, part))
 
             body = await whole_if_need_be(Passed(client, again, response), request, self._cache.threads.readers)
-        return Representation(
-            content_type=content_type, body=body, cache_control=cache_control, headers={**(headers or {}), **encoded}
-        )
+        return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 
-def _there(response: aiohttp.ClientResponse | None) -> aiohttp.ClientResponse:
+def _there(response: RemoteAnswer | None) -> RemoteAnswer:
     if response is None:
         raise NotFound
     return response

@@ -3,17 +3,18 @@
 import re
 from collections.abc import Sequence
 
-import aiohttp
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
+from harmonia.nix.narinfo import NarFile
 from harmonia.server.context import Cache
 from harmonia.server.http.response import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
+from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.client import Client
-from harmonia.upstream.fetch import Fetches
+from harmonia.upstream.fetch import Fetches, unread_size
 from harmonia.upstream.lookup import Upstreams
 from harmonia.upstream.loop_guard import ASKED, HOPS, Hops
 from harmonia.upstream.nar_name import NarName
@@ -33,7 +34,7 @@ class Nars:
         self._readers = cache.threads.readers
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in clients}
-        self._fetches = Fetches(cache.compressor.cache)
+        self._fetches = Fetches(cache.compressor.cache, cache.failed_nars)
 
     async def close(self) -> None:
         await self._fetches.close()
@@ -61,6 +62,9 @@ class Nars:
 
         return _nar(found_nar.name.key, open_nar)
 
+    async def known_file(self, found: Found) -> NarFile:
+        return await self._fetches.known_file(found)
+
     async def _open(self, found: Found, hops: Hops) -> Kept | Passed:
         """The NAR from there, or from the next upstream that has the same file, where that one fails."""
         failed: list[Client] = []
@@ -68,7 +72,7 @@ class Nars:
             try:
                 return await self._fetches.open(found, self._headers(found.client, hops))
             except UpstreamError:
-                self._upstreams.forget(found)
+                self._upstreams.fail(found)
                 failed.append(found.client)
                 other = await self._upstreams.find_nar(found.name, hops, failed)
                 if other is None or other.name != found.name:
@@ -79,13 +83,12 @@ class Nars:
         """For HEAD."""
         if found.file_size is not None:
             return Unread(found.file_size)
-        async with await found.ask(self._headers(found.client, hops), WHOLE, "HEAD") as response:
-            return Unread(response.content_length)
+        return Unread(await unread_size(found, self._headers(found.client, hops)))
 
     def _debug_nar(self, client: Client, place: str, hops: Hops) -> Representation:
         headers = self._headers(client, hops)
 
-        async def ask(part: Part, method: str = "GET") -> aiohttp.ClientResponse:
+        async def ask(part: Part, method: str = "GET") -> RemoteAnswer:
             return await client.nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
 
         async def open_nar(request: Request) -> Body:
