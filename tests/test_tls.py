@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
 
@@ -176,3 +176,62 @@ def test_a_client_that_never_speaks_tls_does_not_delay_the_end(start: Start, sam
         assert server.stop() == 0
         assert time.monotonic() - began < GRACE_S
     assert len(server.log) == 2, server.log  # that it serves, and that it stops
+
+
+def silent(server: Server, stack: ExitStack, count: int) -> list[socket.socket]:
+    """Connections that never begin with TLS."""
+    host, _, port = server.url.removeprefix("https://").rpartition(":")
+    return [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
+
+
+def is_open(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionResetError:
+        return False
+
+
+@pytest.mark.parametrize("limit", ["max_connections = 20", "max_connections_per_client = 20"])
+def test_connections_count_before_their_handshake(start: Start, sample: Sample, tmp_path: Path, limit: str) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=f"{secured(tmp_path)}\n{limit}")
+    server.settle()
+    with ExitStack() as stack:
+        connections = silent(server, stack, 200)
+        wait_until(lambda: sum(map(is_open, connections)) == 20)
+        assert open_sockets(server) <= 40
+        with pytest.raises(OSError), server.connect():  # noqa: PT011 (the end comes before, or in the handshake)
+            pass
+    wait_until(lambda: can_connect(server))
+    assert server.get("/version").status == 200
+    told = re.search("^harmonia_refused_connections_total (.*)$", server.get("/metrics").text, re.MULTILINE)
+    assert told
+    assert float(told[1]) >= 181
+
+
+def test_a_handshake_has_the_time_of_a_head(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=f"{secured(tmp_path)}\nmax_connections = 20\nheader_timeout = 1")
+    server.settle()
+    with ExitStack() as stack:
+        connections = silent(server, stack, 20)
+        for connection in connections[:10]:
+            connection.sendall(b"\x16\x03\x01")  # of a ClientHello
+        wait_until(lambda: not any(map(is_open, connections)))
+        assert server.get("/version").status == 200
+    assert len(server.log) == 1, server.log  # that it serves
+
+
+def can_connect(server: Server) -> bool:
+    with suppress(OSError), server.connect():
+        return True
+    return False
+
+
+def open_sockets(server: Server) -> int:
+    [worker] = server.workers
+    names = [os.readlink(f"/proc/{worker}/fd/{fd}") for fd in os.listdir(f"/proc/{worker}/fd")]
+    return sum(name.startswith("socket:") for name in names)

@@ -11,7 +11,6 @@ import ssl
 import sys
 import termios
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,19 +18,18 @@ from typing import Any, cast
 
 import uvloop
 from sanic.http import Stage
+from sanic.models.server_types import Signal
 from sanic.server.async_server import AsyncioServer
 from sanic.server.protocols.http_protocol import HttpProtocol
 
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
-from harmonia.metrics.shared_counters import Row
 from harmonia.process.sockets import BACKLOG, admitted, notice_lost_clients
 from harmonia.server.app import create_app, create_metrics_app
+from harmonia.server.connections import ConnectionLimiter, TlsListener
 from harmonia.server.context import Cache
-from harmonia.server.http import access_log
 from harmonia.server.http.auth import Guard
-from harmonia.server.http.rate_limit import network
 from harmonia.server.http.request_head import Http
 from harmonia.server.resources import metrics, upstream
 
@@ -84,30 +82,37 @@ async def _serve(
     guard = Guard(settings) if settings.tokens_path is not None else None
     app = create_app(cache, guard)
     metrics_app = create_metrics_app(cache)
-    protocol = limited_protocol(
+    limiter = ConnectionLimiter(
         admitted(settings.max_connections),
         cache.metrics.own,
         settings.max_connections_per_client,
         settings.trusted_proxies,
     )
+    protocol = limited_protocol(limiter)
     servers = []
+    tls_listeners: dict[AsyncioServer, TlsListener] = {}
     for each in listening:
         notice_lost_clients(each)
         private = each in for_metrics
         server = await (metrics_app if private else app).create_server(
             sock=each,
-            ssl=tls if each.family != socket.AF_UNIX and not private else None,
             protocol=_Protocol if private else protocol,  # who watches gets in where nobody else does
             backlog=BACKLOG,
             asyncio_server_kwargs={"start_serving": False},
         )
         assert server is not None  # noqa: S101 (its type allows for a way of old)
         servers.append(server)
+        if tls is not None and each.family != socket.AF_UNIX and not private:
+            make = partial(protocol, loop=loop, app=app, signal=Signal(), connections=server.connections)
+            tls_listeners[server] = TlsListener(each, make, tls, limiter, settings.header_timeout)
     await upstream.start(cache)
     for server in {server.app: server for server in servers}.values():
         await server.startup()  # type: ignore[no-untyped-call]
     for server in servers:
-        await server.start_serving()  # type: ignore[no-untyped-call]
+        if server in tls_listeners:
+            tls_listeners[server].start()
+        else:
+            await server.start_serving()  # type: ignore[no-untyped-call]
     if cache.debug_info is not None:
         cache.debug_info.start()
     for files in filter(None, (cache.compressor.cache, cache.layouts.files)):
@@ -115,6 +120,8 @@ async def _serve(
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
     chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache), reloading)]
     await stop.wait()
+    for listener in tls_listeners.values():
+        listener.close()
     await _drain(servers, settings.shutdown_grace)
     for chore in chores:
         chore.cancel()
@@ -244,30 +251,20 @@ class _Protocol(HttpProtocol):
             self.app.ctx.repeats.remember(self._http.request, data)
 
 
-def limited_protocol(most: int, row: Row, most_each: int = 0, trusted: Sequence[str] = ()) -> type[_Protocol]:
-    """The protocol, for at most so many connections at a time, and of each client; 0 is any number of these."""
-    admitted: dict[_Protocol, str | None] = {}  # on all sockets; Sanic's own set is one for each
-    clients: Counter[str | None] = Counter()
+def limited_protocol(limiter: ConnectionLimiter) -> type[_Protocol]:
+    """Return the protocol of connections that the limiter counts. Those of TLS it has counted already."""
 
     class LimitedProtocol(_Protocol):
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
-            address = access_log.single_client(transport.get_extra_info("peername"), trusted) if most_each else None
-            client = network(address) if address else None
-            if len(admitted) < most and (client is None or clients[client] < most_each):
-                admitted[self] = client
-                clients[client] += 1
+            if self in limiter or limiter.admit(self, transport.get_extra_info("peername")):
                 super().connection_made(transport)  # type: ignore[no-untyped-call]
             else:
-                row.refuse()
                 transport.write(_FULL)
                 transport.close()
 
         def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
-            if self in admitted:
-                client = admitted.pop(self)
-                clients[client] -= 1
-                if not clients[client]:
-                    del clients[client]
+            if self in limiter:
+                limiter.release(self)
                 super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     return LimitedProtocol

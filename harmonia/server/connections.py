@@ -1,0 +1,125 @@
+"""Limits on open connections, counted from accept(2) on, also before the handshake of TLS."""
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from harmonia.errors import SHORTAGES
+from harmonia.metrics.shared_counters import Row
+from harmonia.server.http import access_log
+from harmonia.server.http.rate_limit import network
+
+_MAX_ACCEPTS = 64  # in one turn of the event loop
+_SHORTAGE_DELAY_S = 0.1
+
+_log = logging.getLogger("harmonia")
+
+
+class ConnectionLimiter:
+    """Counts the connections of a worker, on all its sockets together and for each client."""
+
+    def __init__(self, most: int, row: Row, most_each: int = 0, trusted: Sequence[str] = ()) -> None:
+        """`most_each` is the limit of each client, 0 for none. `trusted` proxies stand for many clients."""
+        self._most = most
+        self._row = row
+        self._most_each = most_each
+        self._trusted = trusted
+        self._admitted: dict[object, str | None] = {}
+        self._clients: Counter[str | None] = Counter()
+
+    def __contains__(self, connection: object) -> bool:
+        return connection in self._admitted
+
+    def admit(self, connection: object, peername: object) -> bool:
+        """Count a connection from a peer and return True, or count its refusal and return False."""
+        address = access_log.single_client(peername, self._trusted) if self._most_each else None
+        client = network(address) if address else None
+        if len(self._admitted) >= self._most or (client is not None and self._clients[client] >= self._most_each):
+            self._row.refuse()
+            return False
+        self._admitted[connection] = client
+        self._clients[client] += 1
+        return True
+
+    def release(self, connection: object) -> None:
+        """Count it no more."""
+        client = self._admitted.pop(connection)
+        self._clients[client] -= 1
+        if not self._clients[client]:
+            del self._clients[client]
+
+
+class TlsListener:
+    """Accepts connections and shakes hands with them. asyncio's own servers tell of none before its handshake."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        tls: ssl.SSLContext,
+        limiter: ConnectionLimiter,
+        handshake_timeout: float,
+    ) -> None:
+        self._listening = listening.dup()
+        self._protocol = protocol
+        self._tls = tls
+        self._limiter = limiter
+        self._handshake_timeout = handshake_timeout
+        self._loop = asyncio.get_running_loop()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._later: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._listening.setblocking(False)
+        self._loop.add_reader(self._listening, self._accept)
+
+    def close(self) -> None:
+        """Accept no more, and end what has not shaken hands."""
+        if self._later is not None:
+            self._later.cancel()
+        self._loop.remove_reader(self._listening)
+        self._listening.close()
+        for handshake in self._handshakes:
+            handshake.cancel()
+
+    def _accept(self) -> None:
+        for _ in range(_MAX_ACCEPTS):
+            try:
+                connection, peername = self._listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in SHORTAGES:
+                    raise
+                _log.warning("cannot accept connections: %s; trying again", error.strerror)
+                self._loop.remove_reader(self._listening)
+                self._later = self._loop.call_later(_SHORTAGE_DELAY_S, self.start)
+                return
+            protocol = self._protocol()
+            if self._limiter.admit(protocol, peername):
+                handshake = self._loop.create_task(self._shake_hands(connection, protocol))
+                self._handshakes.add(handshake)
+                handshake.add_done_callback(self._handshakes.discard)
+            else:
+                connection.close()
+
+    async def _shake_hands(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
+        try:
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(
+                lambda: protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
+            )
+        except OSError:  # of the handshake, which the client may get wrong or never begin
+            self._give_up(connection, protocol)
+        except BaseException:
+            self._give_up(connection, protocol)
+            raise
+
+    def _give_up(self, connection: socket.socket, protocol: asyncio.Protocol) -> None:
+        connection.close()
+        if protocol in self._limiter:
+            self._limiter.release(protocol)
