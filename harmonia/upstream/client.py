@@ -19,6 +19,8 @@ from harmonia.upstream.loop_guard import HOPS
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
+_REPORT_INTERVAL_S = 3600.0
+_MAX_REASONS = 32  # some quote an encoding
 _SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # a narinfo's URL is encoded, but for what no URL may have
@@ -44,6 +46,7 @@ class Client:
         self.store_dir = store_dir
         self._patience = patience
         self._said: str | None = None
+        self._silent_until: dict[str, float] = {}
         self._turns = asyncio.Semaphore(_QUESTIONS)
 
     @property
@@ -136,6 +139,9 @@ class Client:
                 if loop.time() < late.when():
                     self._failed(error.why, error.retry_after)
                 raise
+            except AnswerError as error:
+                self._report(error.why)
+                raise
             finally:
                 late.cancel()
 
@@ -183,6 +189,14 @@ class Client:
                 if len(body) > _SMALL:
                     raise AnswerError(self.base, "it says too much")
         return bytes(body)
+
+    def _report(self, why: str) -> None:
+        """Log why an answer was not taken: once an hour for each reason."""
+        now = asyncio.get_running_loop().time()
+        is_bounded = why in self._silent_until or len(self._silent_until) < _MAX_REASONS
+        if is_bounded and now >= self._silent_until.get(why, 0):
+            self._silent_until[why] = now + _REPORT_INTERVAL_S
+            _log.warning("upstream %s: an answer was not taken: %s", self.base, why)
 
     def _failed(self, why: str, retry_after: float = 0) -> None:
         self.counters.add("failures")

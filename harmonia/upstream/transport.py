@@ -162,9 +162,16 @@ class Transport:
         with suppress(ValueError):
             target = urljoin(url, location)
             downgrade = url.startswith("https:") and not target.startswith("https:")
-            if target.startswith(("http:", "https:")) and not downgrade and (anywhere or self.is_here(target)):
+            upgrade = target == url.replace("http:", "https:", 1)
+            if (
+                target.startswith(("http:", "https:"))
+                and not downgrade
+                and (anywhere or upgrade or self.is_here(target))
+            ):
                 return target
-        raise AnswerError(self.base, "it redirects to where we do not follow")
+            if downgrade:
+                raise AnswerError(self.base, "it redirects from https to http; give the url that it redirects to")
+        raise AnswerError(self.base, "it redirects to another host; give the url that it redirects to")
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:

@@ -1491,3 +1491,11 @@ def test_only_an_upstream_with_a_certificate_that_is_vouched_for_is_used(
     careful = begin(entry(secured), up=False)
     careful.wait_for_log("cannot be used")
     assert careful.get(f"/{info.path.hash_part}.narinfo").status == 404
+
+
+def test_an_answer_that_is_not_taken_is_logged_once(begin: Start, upstream: UpstreamServer) -> None:
+    upstream.behaviours["narinfo"] = status(302, Location="http://other.test/x")
+    server = begin(entry(upstream))
+    for number in range(3):
+        assert server.get(f"/{'0' * 31}{number}.narinfo").status == 404
+    assert sum("it redirects to another host" in line for line in server.log) == 1
