@@ -167,7 +167,7 @@ def first_byte(target: Target) -> str:
     """One download of a huge path that nobody asked for before."""
     with target.server.connect(120) as connection:
         began = time.perf_counter()
-        connection.sendall(request(nar_url(target.huge)))
+        connection.sendall(request(nar_url(target.huge), "Connection: close\r\n"))
         connection.recv(1)
         first = time.perf_counter() - began
         while connection.recv(1 << 20):
