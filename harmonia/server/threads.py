@@ -1,7 +1,7 @@
 """The threads of a worker: what the event loop must not wait for is done in them."""
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import perf_counter
@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
-from harmonia.process.single_flight import SingleFlight
 from harmonia.store.store import BUSY_TIMEOUT, Store
 
 _READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
@@ -26,16 +25,11 @@ class Threads:
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
         self.index = ThreadPoolExecutor(1, thread_name_prefix="index")
         self._browsed = browsed
-        self._reading = SingleFlight()
         self._metrics = metrics
 
     async def read(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds on disk, in one of the threads that may wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
-
-    async def read_once(self, key: Hashable, ask: Callable[[], _T]) -> _T:
-        """Return what `ask` finds on disk. It runs once for all who ask with the same `key` at the same time."""
-        return await self._reading.run(key, lambda: self.read(ask))
 
     async def query(self, ask: Callable[[], _T]) -> _T:
         """What `ask` finds in the store, in the one thread that may wait for its database. StoreUnavailableError."""
