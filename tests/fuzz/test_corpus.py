@@ -14,7 +14,7 @@ FILES = [pytest.param(target, path, id=f"{target}-{path.name}") for target in TA
 TRIES = 150
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # a module may end several times, if tests are passed between processes
 def _servers_end() -> Iterator[None]:
     yield
     for server in http.running:
