@@ -118,3 +118,22 @@ def test_what_is_not_what_was_signed_is_neither_taken_nor_kept(
     assert not (client.store_dir / name).exists()
     nar_hash = told["NarHash"].removeprefix("sha256:")
     wait_until(lambda: not [file for file in (server.cache_dir / "nar").iterdir() if nar_hash in file.name])
+
+
+@pytest.mark.parametrize("via", [False, True], ids=["direct", "via us"])
+def test_a_stale_file_hash_or_size_ends_no_build(
+    start: Start, client: Client, closure: Closure, tmp_path: Path, *, via: bool
+) -> None:
+    """Nobody signs them: caches that name files by NarHash pack the same NAR anew."""
+    push(closure, closure.top, "zstd", tmp_path / "static")
+    for number, narinfo in enumerate((tmp_path / "static").glob("*.narinfo")):
+        told = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
+        file = tmp_path / "static" / told["URL"]
+        content = zstandard.ZstdDecompressor().decompressobj().decompress(file.read_bytes())
+        file.write_bytes(zstandard.ZstdCompressor(1, write_content_size=False).compress(content))
+        told["FileSize"] = ("0", "1", told["FileSize"], "123456789")[number % 4]
+        told["FileHash"] = f"sha256:{'0' * 52}"
+        narinfo.write_text("".join(f"{key}: {value}\n" for key, value in told.items()))
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
+        server = serve(start, tmp_path, url, closure.key.public.strip())
+        fetch(client, server.url if via else url, closure.key.public, closure.top)
