@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from harmonia.config.credentials import authorization, secret_keys, tls_context
-from harmonia.config.loader import load, parse, read, with_origins
+from harmonia.config.loader import Source, parse, read
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process import preflight
+from harmonia.process.preflight import load
 from harmonia.tools.store_builder import StoreBuilder
 
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
@@ -477,7 +478,7 @@ def test_a_complaint_names_file_and_line(text: str, place: str) -> None:
 def test_rust_log_sets_the_level(text: str, level: str | None) -> None:
     assert settings(RUST_LOG=text).log_level == (level or "info")
     assert settings('log_level = "warning"', RUST_LOG=text).log_level == "warning"
-    origin = with_origins("/dev/null", {"RUST_LOG": text}, text_only=True)[1]["log_level"]
+    origin = Source.read("/dev/null", {"RUST_LOG": text}).origins()["log_level"]
     assert origin == ("environment variable RUST_LOG" if level else "default")
 
 
@@ -537,7 +538,7 @@ def test_the_file_in_etc_is_read_last(machine: Machine, system_file: Path) -> No
 
 def test_a_setting_of_the_file_in_etc_has_a_place(system_file: Path) -> None:
     system_file.write_text("# mine\npriority = 1")
-    assert with_origins(None, {}, text_only=True)[1]["priority"] == f"{system_file}:2"
+    assert Source.read(None, {}).origins()["priority"] == f"{system_file}:2"
     system_file.write_text("priority = true")
     with pytest.raises(ConfigError, match=re.escape(f"{system_file}:1: priority: ")):
         read(None, {})

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import click
 import msgspec
 
-from harmonia.config import loader
+from harmonia.config.loader import Source
 from harmonia.config.proxy import without_password
 from harmonia.config.settings import Settings
+from harmonia.process import preflight
 
 
 @click.command("check-config")
@@ -27,7 +29,9 @@ def command(config_file: str | None, *, text_only: bool) -> None:
     The output is a configuration file of the same meaning. It has a line for each setting, and after that the file and
     line, the environment variable or the default that decided it.
     """
-    settings, origins = loader.with_origins(config_file, os.environ, text_only=text_only)
+    source = Source.read(config_file, os.environ)
+    with nullcontext(source.settings()) if text_only else preflight.checked(source) as settings:
+        origins = source.origins()
     click.echo("# The configuration is valid. These are the values in effect, and where they come from.")
     for line in explained(settings, origins):
         click.echo(line)

@@ -9,9 +9,10 @@ from functools import partial
 import click
 
 from harmonia import cli
-from harmonia.config import credentials, loader
+from harmonia.config import credentials
+from harmonia.config.loader import Source
 from harmonia.config.settings import Settings
-from harmonia.process import log_setup, sockets, systemd
+from harmonia.process import log_setup, preflight, sockets, systemd
 from harmonia.process.supervisor import Supervisor
 from harmonia.server import app, worker
 from harmonia.server.context import Cache
@@ -24,7 +25,7 @@ _log = logging.getLogger("harmonia")
 @click.pass_obj
 def command(config_file: str | None, bind: str | None) -> None:
     """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
-    with loader.loaded(config_file, os.environ, bind) as settings:
+    with preflight.checked(Source.read(config_file, os.environ, bind)) as settings:
         status = _serve(settings)
     sys.exit(status)
 

@@ -1,6 +1,6 @@
 """How the settings come about: from one TOML file and the environment.
 
-`parse` is pure, `read` reads the file, `load` checks the settings against this machine as well (preflight.py). A wrong
+`parse` is pure, `read` reads the file; `process/preflight.py` checks the settings against this machine as well. A wrong
 setting is told with its file, line and key.
 """
 
@@ -10,9 +10,9 @@ import os
 import re
 import reprlib
 import tomllib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import msgspec
 
@@ -20,7 +20,6 @@ from harmonia.config import rust_log
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
 from harmonia.config.value_types import Level, plain, wanted
 from harmonia.errors import ConfigError
-from harmonia.process import preflight
 
 SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
 """The file that is read if nothing names another one."""
@@ -33,57 +32,52 @@ _CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables
 _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
 
 
-def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """Return the settings, checked against this machine.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The text of a configuration file, and what may decide a setting in its place."""
 
-    They come from the file at `path`, else at `$CONFIG_FILE`, else at `SYSTEM_FILE`, else they are the defaults.
-    """
-    with loaded(path, environ) as settings:
-        return settings
+    text: str
+    name: str
+    """Of the file, as messages have it."""
+    environ: Mapping[str, str]
+    bind: str | None = None
+    """Value of the option `--bind`."""
 
+    @classmethod
+    def read(cls, path: str | None, environ: Mapping[str, str], bind: str | None = None) -> Self:
+        """Read the file at `path`, else at `$CONFIG_FILE`, else at `SYSTEM_FILE`; without any, the text is empty.
 
-@contextmanager
-def loaded(path: str | None, environ: Mapping[str, str], bind: str | None = None) -> Iterator[Settings]:
-    """The same. What turns out wrong with one of them within is told with its place, too.
+        Raises ConfigError if the file cannot be read.
+        """
+        name, text = _file(path, environ)
+        return cls(text, name, environ, bind)
 
-    `bind` is what the command line gives in place of that setting.
-    """
-    name, text = _file(path, environ)
-    with _checked(text, name, environ, bind) as settings:
-        yield settings
+    def settings(self) -> Settings:
+        """Return the settings, without a look at what they name on this machine. Raises ConfigError."""
+        return parse(self.text, self.name, self.environ, self.bind)
 
+    def origins(self) -> dict[str, str]:
+        """Return where each value comes from: `file:line`, the environment, or `default`.
 
-@contextmanager
-def _checked(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Iterator[Settings]:
-    settings = parse(text, name, environ, bind)
-    if environ.get("RUST_LOG") and _rust_log_level(tomllib.loads(text), environ) is None:
-        why = "the file sets log_level" if "log_level" in tomllib.loads(text) else "it has no level for Harmonia"
-        _log.warning("environment variable RUST_LOG has no effect: %s; remove it, or use log_level alone", why)
-    try:
-        for doubt in preflight.check(settings, environ):
-            _log.warning("%s", _placed(doubt, text, name, environ, bind))
-        yield settings
-    except WrongSettingError as error:
-        raise _placed(error, text, name, environ, bind) from None
+        Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
+        """
+        return _origins(self.text, self.name, self.environ)
+
+    def located(self, error: WrongSettingError) -> ConfigError:
+        """Return the error with the place of the setting that it is about."""
+        return _placed(error, self.text, self.name, self.environ, self.bind)
+
+    def ignored_log_level(self) -> str | None:
+        """Return why RUST_LOG is set but has no effect, or None if that is not so."""
+        given = tomllib.loads(self.text)
+        if not self.environ.get("RUST_LOG") or _rust_log_level(given, self.environ) is not None:
+            return None
+        return "the file sets log_level" if "log_level" in given else "it has no level for Harmonia"
 
 
 def read(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """The same, not checked: for those who only want to know where things are, and for settings of another machine."""
-    name, text = _file(path, environ)
-    return parse(text, name, environ)
-
-
-def with_origins(
-    path: str | None, environ: Mapping[str, str], *, text_only: bool = False
-) -> tuple[Settings, dict[str, str]]:
-    """The settings, checked unless it is by their text only, and where the value of each key comes from: `file:line`,
-    the environment, or `default`. Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
-    """
-    name, text = _file(path, environ)
-    if text_only:
-        return parse(text, name, environ), _origins(text, name, environ)
-    with _checked(text, name, environ) as settings:
-        return settings, _origins(text, name, environ)
+    """Return the settings of a file, found as `Source.read` does, without a look at what they name on this machine."""
+    return Source.read(path, environ).settings()
 
 
 def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]:

@@ -3,19 +3,24 @@
 Nothing is taken or changed: a server that runs with the same settings does not notice.
 """
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from harmonia.config import credentials
+from harmonia.config.loader import Source
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
 from harmonia.config.value_types import HostAndPort
 from harmonia.errors import FormatError, StoreUnavailableError
 from harmonia.process import sockets, systemd
 from harmonia.store.store import Store
+
+_log = logging.getLogger("harmonia")
 
 # What SQLite says of a file that is no database of Nix. That one is locked, or cannot be opened just now, may pass.
 _NO_DATABASE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
@@ -24,6 +29,29 @@ _NO_DATABASE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORR
 _SOME_PATH = """
 select path, exists (select 1 from ValidPaths where path >= ? || '/' and path < ? || '0') from ValidPaths limit 1
 """
+
+
+@contextmanager
+def checked(source: Source) -> Iterator[Settings]:
+    """Check the settings of a source against this machine, and log warnings.
+
+    Raises ConfigError with the place of the setting, also for a WrongSettingError that is raised within.
+    """
+    settings = source.settings()
+    if why := source.ignored_log_level():
+        _log.warning("environment variable RUST_LOG has no effect: %s; remove it, or use log_level alone", why)
+    try:
+        for doubt in check(settings, source.environ):
+            _log.warning("%s", source.located(doubt))
+        yield settings
+    except WrongSettingError as error:
+        raise source.located(error) from None
+
+
+def load(path: str | None, environ: Mapping[str, str]) -> Settings:
+    """Return the settings of a file, found as `Source.read` does, checked against this machine. Raises ConfigError."""
+    with checked(Source.read(path, environ)) as settings:
+        return settings
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingError]:

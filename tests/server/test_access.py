@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.config.loader import load
 from harmonia.config.tokens import SCOPES, new
 from harmonia.nix.signing import SecretKey
+from harmonia.process.preflight import load
 from support.contract import ROWS, Row, stock
 from support.running import Answer, Server, patched, run, wait_until
 
