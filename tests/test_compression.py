@@ -90,9 +90,11 @@ def compressing(
         patch("harmonia.cache.zstd_frames.encoders", lambda _: (threads, pool)),
         patch.object(Encoding, "frame_size", frame_size),
     ):
-        yield Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
+        compressor = Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
+        yield compressor
         if cache:
             wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
+        compressor.frames.foreign_encoder.shutdown()
 
 
 def everything(chunks: Iterable[bytes | None]) -> bytes:
@@ -642,6 +644,27 @@ def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
                 read(compressor, full)
         read(compressor, nar(seed=6))
         wait_until(lambda: cache.counters.fills == 4)
+
+
+def test_another_encoding_has_one_thread_and_few_fills(tmp_path: Path) -> None:
+    """However much a stranger wants in an encoding of another server, ours are made meanwhile."""
+    cache = NarCache(str(tmp_path), 1 << 30)
+    gate = threading.Event()
+    other = Encoding.of(Zstd(level=9))
+
+    def wait(_: int) -> None:
+        gate.wait()
+
+    with compressing(cache) as compressor:
+        sources = [nar(seed=number, before=wait) for number in range(20)]
+        bodies = [CompressedNar(compressor, source, other) for source in sources]
+        assert len(os.listdir(tmp_path)) == 16
+        ours = nar(seed=100)
+        assert read(compressor, ours) == reference(ours)
+        assert sum(len(source.reads) for source in sources) == 1
+        gate.set()
+        for source, body in zip(sources, bodies, strict=True):
+            assert decompress(everything(reading(body))) == source.content
 
 
 def test_what_nobody_waits_for_is_not_made_without_a_cache() -> None:

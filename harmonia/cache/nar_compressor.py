@@ -7,15 +7,18 @@ import hashlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import Future
+from contextlib import closing
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile, Filler
-from harmonia.cache.zstd_frames import Frame, Frames, Source, check
+from harmonia.cache.zstd import Encoding
+from harmonia.cache.zstd_frames import Frame, Frames, Source, check, offsets
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
@@ -23,6 +26,7 @@ from harmonia.store.file_reader import OpenSlice
 
 _FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
 _MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
+_MAX_FOREIGN_FILLS = 16  # of those, for encodings that are not ours
 _REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
@@ -43,7 +47,8 @@ class Compressor:
         self.cache = cache
         self.damaged_nars = 0
         """How often a NAR was found not to be what was registered."""
-        self._fills = 0
+        self._fills: Counter[bool] = Counter()
+        """How many NARs are being compressed into the cache, apart for ours (True) and other encodings."""
         self._known: dict[bytes, CompressedFile] = {}
         self._unknown: dict[bytes, float] = {}
         self._damaged: set[str] = set()
@@ -60,7 +65,7 @@ class Compressor:
     def find(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""
         if (known := self.known(sha256)) is None and self.cache:
-            if file := self.cache.find(self._key(sha256)):
+            if file := self.cache.find(_key(sha256, self.frames.encoding)):
                 self.remember(sha256, file)
                 file.close()
                 known = self.known(sha256)
@@ -78,7 +83,22 @@ class Compressor:
                 if len(self._known) > _REMEMBERED:
                     del self._known[next(iter(self._known))]
 
-    def open(self, source: Source) -> CachedFile | None:
+    def kept(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
+        """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
+        return self.cache.use(_key(sha256, encoding)) if self.cache else None
+
+    def size(self, sha256: bytes, encoding: Encoding) -> int | None:
+        """Return how long the NAR is in an encoding, if that is known or its file lies in the cache."""
+        if encoding == self.frames.encoding:
+            found = self.find(sha256)
+            return found.size if found else None
+        file = self.cache.find(_key(sha256, encoding)) if self.cache else None
+        if file is None:
+            return None
+        with closing(file):
+            return file.size
+
+    def open(self, source: Source, encoding: Encoding) -> CachedFile | None:
         """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
 
         None where there is no cache that can be written, where the source has no hash that could be its name, where it
@@ -87,20 +107,22 @@ class Compressor:
         """
         if not self.cache or not source.sha256:
             return None
-        key = self._key(source.sha256)
-        if self._fills >= _MOST_FILLS or str(source) in self._damaged:
+        key = _key(source.sha256, encoding)
+        is_ours = encoding == self.frames.encoding
+        most = _MOST_FILLS if is_ours else _MAX_FOREIGN_FILLS
+        if self._fills[is_ours] >= most or str(source) in self._damaged:
             return self.cache.use(key)
         opened = self.cache.open(key)
         if opened is None:
             return None
         file, filler = opened
         if filler is not None:
-            _Fill(self, source, filler).start()
+            _Fill(self, source, encoding, filler).start()
         return file
 
-    def count_fill(self, difference: int) -> None:
+    def count_fill(self, encoding: Encoding, difference: int) -> None:
         with self._lock:
-            self._fills += difference
+            self._fills[encoding == self.frames.encoding] += difference
 
     def found_damaged(self, source: Source, error: StoreObjectError) -> None:
         """Count a NAR that is not what was registered, and tell of it once."""
@@ -117,26 +139,32 @@ class Compressor:
         with self._lock:
             self._damaged.discard(str(source))
 
-    def _key(self, sha256: bytes) -> str:
-        return f"{base32.encode(sha256)}.{self.frames.encoding.name}"
+
+def _key(sha256: bytes, encoding: Encoding) -> str:
+    return f"{base32.encode(sha256)}.{encoding.name}"
 
 
 class CompressedNar:
     """The compressed form of a NAR as something that can be read: from the cache, or else made on the way."""
 
-    def __init__(self, compressor: Compressor, source: Source) -> None:
-        """Begins to fill the cache with it, where it is not there. Blocks for a moment."""
+    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding | None = None) -> None:
+        """Begins to fill the cache with it, where it is not there. Blocks for a moment.
+
+        Without an `encoding`, in ours.
+        """
         self._compressor = compressor
         self._source = source
-        self._file = compressor.open(source)
-        known = source.sha256 and compressor.known(source.sha256)
+        self._encoding = encoding or compressor.frames.encoding
+        self._is_ours = self._encoding == compressor.frames.encoding
+        self._file = compressor.open(source, self._encoding)
+        known = compressor.known(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
         """None until it was once compressed to its end."""
         if self._file is not None:
             self._look(self._file)
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
-        file, self._file = self._file or self._compressor.open(self._source), None
+        file, self._file = self._file or self._open(), None
         position = start
         reopened = False
         try:
@@ -147,9 +175,9 @@ class CompressedNar:
                     return
                 # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
                 file.close()
-                file = None if reopened else self._compressor.open(self._source)
+                file = None if reopened else self._open()
                 reopened = True
-            reached = yield from self._compressor.frames.stream(self._source, position, stop)
+            reached = yield from self._compressor.frames.stream(self._source, position, stop, self._encoding)
             if stop in {None, self.size}:  # all of it was seen
                 self.size = reached
                 self._compressor.found_intact(self._source)
@@ -161,36 +189,55 @@ class CompressedNar:
             if file is not None:
                 file.close()
 
+    def _open(self) -> CachedFile | None:
+        return self._compressor.open(self._source, self._encoding)
+
     def _look(self, file: CachedFile) -> None:
         file.refresh()
         if file.whole and self._source.sha256:
             self.size = file.size
-            self._compressor.remember(self._source.sha256, file)
+            if self._is_ours:
+                self._compressor.remember(self._source.sha256, file)
+
+
+class KeptNar:
+    """A whole file of the cache, in an encoding that this server may be unable to make again."""
+
+    def __init__(self, file: CachedFile) -> None:
+        self.size = file.size
+        self._file = file
+
+    def read(self, start: int, stop: int | None) -> Generator[OpenSlice | None]:
+        try:
+            yield from self._file.follow(start, stop)
+        finally:
+            self._file.close()
 
 
 class _Fill:
     """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn."""
 
-    def __init__(self, compressor: Compressor, source: Source, filler: Filler) -> None:
+    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding, filler: Filler) -> None:
         self._compressor = compressor
         self._frames = compressor.frames
         self._source = source
+        self._encoding = encoding
         self._filler = filler
         self._sha256 = hashlib.sha256()
-        self._offsets = self._frames.offsets(source)  # of the frames that are still to be compressed
+        self._offsets = offsets(source, encoding)  # of the frames that are still to be compressed
         self._written = 0  # up to where frames are written
         self._ready: dict[int, Frame] = {}  # those whose turn has not come
         self._over = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        self._compressor.count_fill(1)
+        self._compressor.count_fill(self._encoding, 1)
         self._submit(self._frames.threads + 1)  # one waits, for whoever is done before its turn
 
     def _submit(self, frames: int) -> None:
         try:
             for offset in islice(self._offsets, frames):
-                self._frames.submit(self._source, offset).add_done_callback(partial(self._done, offset))
+                self._frames.submit(self._source, offset, self._encoding).add_done_callback(partial(self._done, offset))
         except RuntimeError as error:
             with self._lock:
                 self._give_up(error)
@@ -237,4 +284,4 @@ class _Fill:
 
     def _end(self) -> None:
         self._over = True
-        self._compressor.count_fill(-1)
+        self._compressor.count_fill(self._encoding, -1)

@@ -6,6 +6,7 @@ beyond its frame: docs/benchmarks.md tells how much that is.
 """
 
 import os
+import re
 import threading
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,9 @@ from harmonia.config.settings import Zstd
 _MIN_FRAME_LOG = 23
 """8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""
 _LDM_WINDOW_LOG = 25  # 32 MiB: long-distance matches are worth their name from here on
+_MAX_FOREIGN_WINDOW_LOG = 25
+"""32 MiB: the frames of another server's encoding are no larger than that, unless ours are."""
+_MIN_LEVEL = -7
 _MAX_THREADS = 8
 _STREAM_LEVEL = 3
 _NICENESS = 10  # so that a busy machine still answers at once
@@ -27,6 +31,10 @@ _LIBRARY = ".".join(map(str, zstandard.ZSTD_VERSION))
 
 STREAM = f"zstd-{_LIBRARY}-{_STREAM_LEVEL}-stream"
 """What tells the bytes of `stream` from any others."""
+
+_NAME = re.compile(
+    r"zstd-(?P<library>[0-9]{1,3}(?:\.[0-9]{1,3}){2})-(?P<level>-?[0-9]{1,2})-(?P<window_log>[0-9]{1,2})(?P<ldm>-ldm)?"
+)
 
 _thread = threading.local()  # a compressor is for one thread at a time
 
@@ -39,16 +47,36 @@ class Encoding:
     window_log: int
     """0 is what the level brings."""
     long_distance_matching: bool
+    library: str = _LIBRARY
+    """The version of libzstd: each may choose other bytes."""
 
     @classmethod
     def of(cls, settings: Zstd) -> "Encoding":
         automatic = _LDM_WINDOW_LOG if settings.long_distance_matching else 0
         return cls(settings.level, settings.window_log or automatic, settings.long_distance_matching)
 
+    @classmethod
+    def parse(cls, name: str) -> "Encoding | None":
+        """Return the encoding of that name, or None if no encoding has it."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        encoding = cls(int(match["level"]), int(match["window_log"]), bool(match["ldm"]), match["library"])
+        return encoding if encoding.name == name else None  # each has one name alone
+
     @property
     def name(self) -> str:
-        """Another one for everything that makes other bytes, another libzstd among it."""
-        return f"zstd-{_LIBRARY}-{self.level}-{self.window_log}{'-ldm' if self.long_distance_matching else ''}"
+        """A name that differs for everything that makes other bytes. It is part of URLs."""
+        return f"zstd-{self.library}-{self.level}-{self.window_log}{'-ldm' if self.long_distance_matching else ''}"
+
+    def can_make(self, other: "Encoding") -> bool:
+        """Return whether a server of this encoding makes the bytes of another one, in bounded memory."""
+        largest = max(_MAX_FOREIGN_WINDOW_LOG, self.window_log)
+        return (
+            other.library == _LIBRARY
+            and _MIN_LEVEL <= other.level <= zstandard.MAX_COMPRESSION_LEVEL
+            and (other.window_log == 0 or zstandard.WINDOWLOG_MIN <= other.window_log <= largest)
+        )
 
     @property
     def frame_size(self) -> int:
@@ -82,6 +110,11 @@ def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
     most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0
     threads = min(len(os.sched_getaffinity(0)), most or _MAX_THREADS, _MAX_THREADS)
     return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=step_back)
+
+
+def foreign_encoder() -> ThreadPoolExecutor:
+    """Return the one thread for encodings of other servers, which may cost far more than ours."""
+    return ThreadPoolExecutor(1, thread_name_prefix="zstd-foreign", initializer=step_back)
 
 
 def step_back() -> None:

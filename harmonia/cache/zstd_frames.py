@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from harmonia.cache.zstd import Encoding, encoders
+from harmonia.cache.zstd import Encoding, encoders, foreign_encoder
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
@@ -61,6 +61,7 @@ class Frames:
         self.seconds = 0.0
         """Of processor time, spent so far."""
         self.threads, self._encoders = encoders(settings)
+        self.foreign_encoder = foreign_encoder()
         self._waiting = 0
         self._buffers: list[mmap.mmap] = []
         self._lock = threading.Lock()
@@ -75,13 +76,16 @@ class Frames:
         """How many frames are being compressed, or wait for it."""
         return self._waiting
 
-    def stream(self, source: Source, start: int, stop: int | None) -> Generator[bytes | None, None, int]:
+    def stream(
+        self, source: Source, start: int, stop: int | None, encoding: Encoding | None = None
+    ) -> Generator[bytes | None, None, int]:
         """The bytes without the cache, compressed on the way, also those before `start`. Returns how far it came."""
         sha256 = hashlib.sha256()
         position = unpacked = 0
         # One frame after the other: however slow a client is, that is all that it holds in memory.
-        for offset in self.offsets(source):
-            frame = self.submit(source, offset)
+        encoding = encoding or self.encoding
+        for offset in offsets(source, encoding):
+            frame = self.submit(source, offset, encoding)
             try:
                 while not frame.done():
                     yield None
@@ -107,27 +111,23 @@ class Frames:
                 break
         return position
 
-    def offsets(self, source: Source) -> Iterator[int]:
-        """Where the frames begin. There is always one."""
-        return iter(range(0, source.size or 1, self.encoding.frame_size))
-
-    def submit(self, source: Source, offset: int) -> Future[Frame]:
+    def submit(self, source: Source, offset: int, encoding: Encoding) -> Future[Frame]:
         """Compress the frame that begins at `offset`, when its turn comes."""
-        waiting = source.wait_covered(self._end(source, offset)) if isinstance(source, Growing) else None
-        return self._submit(source, offset) if waiting is None else chain(waiting, self._submit, source, offset)
+        waiting = source.wait_covered(_end(source, offset, encoding)) if isinstance(source, Growing) else None
+        if waiting is None:
+            return self._submit(source, offset, encoding)
+        return chain(waiting, self._submit, source, offset, encoding)
 
-    def _submit(self, source: Source, offset: int) -> Future[Frame]:
+    def _submit(self, source: Source, offset: int, encoding: Encoding) -> Future[Frame]:
         self._count(1)
+        encoders = self._encoders if encoding == self.encoding else self.foreign_encoder
         try:
-            frame = self._encoders.submit(self._compress, source, offset)
+            frame = encoders.submit(self._compress, source, offset, encoding)
         except RuntimeError:  # no thread can be started
             self._count(-1)
             raise
         frame.add_done_callback(lambda _: self._count(-1))
         return frame
-
-    def _end(self, source: Source, offset: int) -> int:
-        return min(offset + self.encoding.frame_size, source.size)
 
     def release(self, frame: Frame) -> None:
         """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
@@ -135,7 +135,7 @@ class Frames:
         Memory that is fresh from the kernel, page by page, takes longer than to read a file into it.
         """
         with self._lock:
-            if self._waiting:
+            if self._waiting and len(frame.buffer) == self.encoding.frame_size:
                 self._buffers.append(frame.buffer)
 
     def _count(self, difference: int) -> None:
@@ -144,20 +144,20 @@ class Frames:
             if not self._waiting:
                 self._buffers.clear()
 
-    def _buffer(self) -> mmap.mmap:
+    def _buffer(self, size: int) -> mmap.mmap:
         with self._lock:
-            if self._buffers:
+            if self._buffers and size == self.encoding.frame_size:
                 return self._buffers.pop()
-        return mmap.mmap(-1, self.encoding.frame_size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
-    def _compress(self, source: Source, offset: int) -> Frame:
+    def _compress(self, source: Source, offset: int, encoding: Encoding) -> Frame:
         began = time.thread_time()
-        end = self._end(source, offset)
-        buffer = self._buffer()
+        end = _end(source, offset, encoding)
+        buffer = self._buffer(encoding.frame_size)
         content = memoryview(buffer)[: end - offset]
         if not file_reader.read_into(content, source.read(offset, end)):
             raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
-        frame = Frame(content, self.encoding.compress(content), buffer)
+        frame = Frame(content, encoding.compress(content), buffer)
         with self._lock:
             self.seconds += time.thread_time() - began
         return frame
@@ -197,6 +197,15 @@ def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, 
 
     first.add_done_callback(begin)
     return both
+
+
+def _end(source: Source, offset: int, encoding: Encoding) -> int:
+    return min(offset + encoding.frame_size, source.size)
+
+
+def offsets(source: Source, encoding: Encoding) -> Iterator[int]:
+    """Return where the frames begin. There is always one."""
+    return iter(range(0, source.size or 1, encoding.frame_size))
 
 
 def check(source: Source, sha256: bytes) -> None:

@@ -38,6 +38,11 @@ class NarName:
         """What it is kept by. Paths of the same content have one in common, and so have upstreams of the same file."""
         return f"{self.nar_hash}-{self.file}.nar.{self.compression}"
 
+    @property
+    def names_bytes(self) -> bool:
+        """Return whether no other file can have this name: an upstream may compress a NAR anew."""
+        return self.compression == "none" or len(self.file) == _FILE_HASH_LENGTH
+
     def may_be_at(self, upstream: str) -> bool:
         """Whether the upstream with that id may have the file. Without a hash, nobody else is known to have it."""
         return self.file == upstream or len(self.file) == _FILE_HASH_LENGTH

@@ -1,7 +1,9 @@
 """A download that breaks off goes on where it was: it gets done over any network, and costs what was missing."""
 
+import itertools
 import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,13 +12,14 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
 from support.nix_client import Client
-from support.running import Server
+from support.running import Server, patched
 
 Start = Callable[..., Server]
 
 MEBIBYTE = 1 << 20
 LIMIT = 16 * MEBIBYTE
 CUTS = 4  # a client tries five times
+LEVELS = itertools.cycle(("zstd.level = 9", "zstd.level = 1", "zstd.long_distance_matching = true"))
 # What is sent in vain when a connection is cut: what the server's socket may hold, and a chunk.
 UNDER_WAY = int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]) + MEBIBYTE
 
@@ -31,9 +34,7 @@ def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: 
     path = f"{store.store_dir}/{info.path}"
 
     server = start(store=tmp_path / "store", settings="access_log = true\nenable_compression = false")
-    port = urlsplit(server.url).port
-    assert port
-    with CuttingProxy(port, LIMIT, LIMIT) as network:
+    with CuttingProxy(port(server), LIMIT, LIMIT) as network:
         client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
         client.run("nix-store", "--realise", path)
         assert network.cuts == CUTS
@@ -44,3 +45,62 @@ def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: 
     answers = [(int(line[1]), int(line[2])) for line in found if line]
     assert [status for status, _ in answers] == [200] + [206] * CUTS
     assert info.nar_size <= sum(sent for _, sent in answers) < info.nar_size + CUTS * UNDER_WAY
+
+
+def add_big(store: StoreBuilder, key: SecretKey) -> str:
+    """A path whose compressed NAR takes more than two cuts, and has other bytes at each level."""
+    words = random.Random(1).randbytes(4 * MEBIBYTE)
+    tree = {f"{part}": words + bytes([part]) * MEBIBYTE for part in range(7)}
+    info = store.add(store.output_path("big"), tree, keys=[key])
+    return f"{store.store_dir}/{info.path}"
+
+
+def port(server: Server) -> int:
+    found = urlsplit(server.url).port
+    assert found
+    return found
+
+
+def test_a_download_goes_on_at_a_server_of_another_level(start: Start, client: Client, tmp_path: Path) -> None:
+    """A proxy that cuts, and leads each new connection to the next of two servers, one of which then restarts."""
+    key = SecretKey.generate("resume-1")
+    path = add_big(StoreBuilder(tmp_path / "store"), key)
+    servers = [start(store=tmp_path / "store", settings=f"access_log = true\nzstd.level = {level}") for level in (3, 9)]
+
+    def go_on_elsewhere() -> None:
+        """Restart the server that was cut with another encoding, and lead to the other one."""
+        cut = servers.pop(0)
+        cut.stop(signal.SIGKILL)
+        servers.append(
+            start(store=tmp_path / "store", cache_dir=cut.cache_dir, settings=f"access_log = true\n{next(LEVELS)}")
+        )
+        network.port = port(servers[0])
+
+    with CuttingProxy(port(servers[0]), 8 * MEBIBYTE, 10 * MEBIBYTE, go_on_elsewhere) as network:
+        client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
+        client.run("nix-store", "--realise", path)
+        assert network.cuts >= 2
+    client.run("nix-store", "--verify-path", path)
+    servers[0].stop()
+    assert any(re.search(r"'GET /nar/\S+' 206 ", line) for line in servers[0].log), servers[0].log
+
+
+def test_a_url_that_names_no_encoding_is_whole_or_nothing(start: Start, client: Client, tmp_path: Path) -> None:
+    """A client remembers such a URL for 30 days. It gets the NAR, or an error: never a mix of two files."""
+    key = SecretKey.generate("resume-1")
+    path = add_big(StoreBuilder(tmp_path / "store"), key)
+    older = patched(
+        "from harmonia.server.resources import narinfo\n"
+        "narinfo.file_url = lambda info, encoding: narinfo.nar_url(info) + '.zst'"
+    )
+    server = start(store=tmp_path / "store", program=older)
+    with CuttingProxy(port(server), 8 * MEBIBYTE, 10 * MEBIBYTE) as network:
+        client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
+        client.run("nix-store", "--realise", "--dry-run", path)  # from now on, it knows the URL
+        network.port = port(start(store=tmp_path / "store", settings="zstd.level = 9"))
+        broken = client.run("nix-store", "--realise", path, check=False)
+        assert broken.returncode != 0
+        assert "artial file" in broken.stderr, broken.stderr
+        network.least = network.most = 1 << 40
+        client.run("nix-store", "--realise", path)
+    client.run("nix-store", "--verify-path", path)

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import os
+import random
 import re
 import signal
 import socket
@@ -12,10 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
@@ -27,6 +32,7 @@ from support.running import (
     NO_CACHE,
     Answer,
     Server,
+    file_url,
     nar_url,
     patched,
     read_answer,
@@ -48,10 +54,6 @@ def big(store: StoreBuilder, name: str = "big", contents: bytes = b"") -> PathIn
 
 def dump(store: StoreBuilder, path: PathInfo) -> bytes:
     return b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
-
-
-def file_url(path: PathInfo) -> str:
-    return nar_url(path) + ".zst"
 
 
 def cached(server: Server) -> list[Path]:
@@ -228,7 +230,8 @@ def test_head_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Pa
     gate.open()
     size = len(warm(server, path).body)
     assert server.head(file_url(path)).headers["content-length"] == str(size)
-    assert server.head(file_url(path), {"Range": "bytes=100-"}).headers["content-length"] == str(size - 100)
+    ranged = server.head(file_url(path), {"Range": "bytes=100-"})  # a Range is for GET (RFC 9110 section 14.2)
+    assert (ranged.status, ranged.headers["content-length"]) == (200, str(size))
 
 
 def test_http_1_0_gets_a_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
@@ -240,15 +243,109 @@ def test_http_1_0_gets_a_length(start: Start, store: StoreBuilder, tmp_path: Pat
     assert unpacked(answer.body) == dump(store, path)
 
 
-def test_the_older_urls_work_too(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def old_urls(path: PathInfo) -> list[str]:
+    nar_hash, hash_part = base32.encode(path.nar_hash), path.path.hash_part
+    return [f"{nar_url(path)}.zst", f"/nar/{nar_hash}.nar.zst?hash={hash_part}", f"/nar/{hash_part}.nar.zst"]
+
+
+def check_not_resumable(server: Server, url: str, whole: Answer) -> None:
+    """A URL that does not name the bytes that come for it: only a client that names them gets a part of them."""
+    for method in ("GET", "HEAD"):
+        answer = server.request(method, url)
+        assert (answer.status, answer.body) == (200, whole.body if method == "GET" else b"")
+        assert answer.headers["etag"] == whole.headers["etag"]
+        assert answer.headers["accept-ranges"] == "none"
+        assert answer.headers["cache-control"] == "no-store, no-transform"  # no HTTP cache may make ranges of it
+    assert server.get(url, {"Range": "bytes=100-"}).status == 404
+    assert server.head(url, {"Range": "bytes=100-"}).status == 200
+    part = server.get(url, {"Range": "bytes=100-", "If-Range": whole.headers["etag"]})
+    assert (part.status, part.body) == (206, whole.body[100:])
+    another = server.get(url, {"Range": "bytes=100-", "If-Range": '"another"'})
+    assert (another.status, another.body) == (200, whole.body)
+
+
+def test_a_url_without_an_encoding_is_not_resumable(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
-    nar_hash, hash_part = base32.encode(path.nar_hash), path.path.hash_part
     whole = warm(server, path)
-    for older in (f"/nar/{nar_hash}.nar.zst?hash={hash_part}", f"/nar/{hash_part}.nar.zst"):
-        answer = server.get(older)
-        assert (answer.status, answer.body) == (200, whole.body)
-        assert answer.headers["etag"] == whole.headers["etag"]
+    for url in old_urls(path):
+        check_not_resumable(server, url, whole)
+
+
+def has_length(server: Server, url: str) -> bool:
+    return "content-length" in server.head(url).headers
+
+
+LEVELS = {"3": "", "9": "zstd.level = 9", "window": "zstd.window_log = 24", "ldm": "zstd.long_distance_matching = true"}
+
+
+@pytest.mark.parametrize("wanted", LEVELS)
+def test_every_server_has_the_file_of_every_other_encoding(
+    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
+) -> None:
+    """A part of it, too, before it is there, after it was evicted, and after a restart."""
+    path = big(store, contents=random.Random(1).randbytes(100_000) * 200)
+    url = f"/{narinfo(start(store=tmp_path / 'store', settings=LEVELS[wanted]), path)['URL']}"
+    bodies, etags = set(), set()
+    for settings in LEVELS.values():
+        server = start(store=tmp_path / "store", settings=settings)
+        part = server.get(url, {"Range": "bytes=100-"})
+        whole = server.get(url)
+        assert (part.status, part.body) == (206, whole.body[100:])
+        assert (whole.status, whole.headers["accept-ranges"]) == (200, "bytes")
+        assert unpacked(whole.body) == dump(store, path)
+        wait_until(partial(has_length, server, url))
+        assert server.head(url).headers["content-length"] == str(len(whole.body))
+        bodies.add(whole.body)
+        etags.add(whole.headers["etag"])
+    assert len(bodies) == len(etags) == 1
+    # What the narinfo shows of the file is true of the file that it names.
+    other = narinfo(server, path)
+    assert ("FileHash" in other) == (wanted == "ldm")
+
+
+def test_the_names_of_two_files_differ(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = big(store)
+    urls = {narinfo(start(store=tmp_path / "store", settings=each), path)["URL"] for each in LEVELS.values()}
+    assert len(urls) == len(LEVELS)
+
+
+@pytest.mark.parametrize("name", ["zstd-1.4.4-3-0", "zstd-{library}-3-27", "zstd-{library}-3-26-ldm"])
+def test_a_file_that_cannot_be_made_here_is_not_resumable(
+    start: Start, store: StoreBuilder, tmp_path: Path, name: str
+) -> None:
+    """Another libzstd may make other bytes. A window of many megabytes is more memory than a stranger may ask for."""
+    path = big(store)
+    server = start(store=tmp_path / "store")
+    whole = warm(server, path)
+    name = name.format(library=".".join(map(str, zstandard.ZSTD_VERSION)))
+    check_not_resumable(server, file_url(path, name), whole)
+    assert [file.name for file in cached(server)] == [f"{base32.encode(path.nar_hash)}.{Encoding.of(Zstd()).name}"]
+
+
+def test_a_file_that_another_libzstd_made_is_resumable_while_the_cache_has_it(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    path = big(store)
+    older = patched(
+        "import harmonia.cache.zstd as zstd\nzstd._LIBRARY = '1.4.4'\n"
+        "zstd.Encoding.__init__.__defaults__ = ('1.4.4',)\n"
+    )
+    before = start(store=tmp_path / "store", program=older, settings="zstd.level = 9")
+    url = f"/{narinfo(before, path)['URL']}"
+    assert "-zstd-1.4.4-9-0" in url
+    whole = before.get(url)
+    wait_until(lambda: "content-length" in before.head(url).headers and cached(before))
+    before.stop()
+    server = start(store=tmp_path / "store", cache_dir=before.cache_dir)
+    ours = warm(server, path)
+    assert ours.body != whole.body
+    assert (server.get(url).body, server.get(url).headers["etag"]) == (whole.body, whole.headers["etag"])
+    assert server.head(url).headers["content-length"] == str(len(whole.body))
+    part = server.get(url, {"Range": "bytes=100-"})
+    assert (part.status, part.body) == (206, whole.body[100:])
+    evict(server)
+    check_not_resumable(server, url, ours)
 
 
 def test_what_we_do_not_have_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
@@ -258,6 +355,11 @@ def test_what_we_do_not_have_is_404(start: Start, store: StoreBuilder, tmp_path:
     hash_part, nar_hash = path.path.hash_part, base32.encode(path.nar_hash)
     for name in (
         f"{hash_part}-{'0' * 52}.nar.zst",
+        f"{hash_part}-{'0' * 52}-{Encoding.of(Zstd()).name}.nar.zst",
+        f"{hash_part}-{nar_hash}-{Encoding.of(Zstd()).name}.nar",
+        f"{hash_part}-{nar_hash}-zstd-1.5-3-0.nar.zst",
+        f"{hash_part}-{nar_hash}-zstd-1.5.7-03-0.nar.zst",
+        f"{hash_part}-{nar_hash}-xz.nar.zst",
         f"{'0' * 32}-{nar_hash}.nar.zst",
         f"{nar_hash}.nar.zst",
         f"{nar_hash}.nar.zst?hash={'0' * 32}",

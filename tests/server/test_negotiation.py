@@ -14,7 +14,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.server.http.negotiation import NotAcceptable, prefers_html, prefers_zstd
 from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Answer, Server, nar_url, read_answer, unpacked, wait_until
+from support.running import Answer, Server, file_url, nar_url, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]
 Weights = list[tuple[str, str | None]]
@@ -233,7 +233,7 @@ def test_head_is_get_without_a_body(
     server = start(store=tmp_path / "store")
     for accepted in (None, NEW_NIX):
         path, _ = big(store, f"accepts-{accepted is not None}")
-        url = f"/{path.path.hash_part}.ls" if suffix == ".ls" else nar_url(path).removesuffix(".nar") + suffix
+        url = {".nar": nar_url(path), ".nar.zst": file_url(path), ".ls": f"/{path.path.hash_part}.ls"}[suffix]
         ask = partial(server.request, path=url, headers=accepting(accepted), version=version)
         head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
         assert (head.status, head.body, cached.body) == (get.status, b"", get.body)

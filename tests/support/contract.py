@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import collected, keep
@@ -20,6 +22,8 @@ class Row(NamedTuple):
     negotiable: bool = False
     """Whether it is there in zstd, too."""
     ranges: bool = False
+    named: bool = True
+    """Whether its URL names the bytes. Otherwise a part is 404: it could be one of other bytes."""
     etag: bool = True
     status: int = 200
     live: bool = False
@@ -38,7 +42,9 @@ ROWS: dict[str, list[Row]] = {
     "ls": [Row("/{hash}.ls", negotiable=True, ranges=True), Row(f"/{_NONE}.ls", status=404)],
     "/nar/<name:str>": [
         Row("/nar/{hash}-{narhash}.nar", negotiable=True, ranges=True),
-        Row("/nar/{hash}-{narhash}.nar.zst", ranges=True),
+        Row("/nar/{hash}-{narhash}-{encoding}.nar.zst", ranges=True),
+        Row("/nar/{hash}-{narhash}.nar.zst", named=False),
+        Row("/nar/{hash}-{narhash}-zstd-1.4.4-3-0.nar.zst", named=False),
         Row("/nar/{narhash}.nar?hash={hash}", negotiable=True, ranges=True),
         Row("/nar/{hash}.nar", negotiable=True, ranges=True),
         Row(f"/nar/{_NONE}.nar", status=404),
@@ -94,4 +100,10 @@ def stock(root: Path) -> dict[str, str]:
     create(store, REALISATIONS + BUILD_TRACE)
     register(store, HASH, "out", info.path)
     trace(store, plain, "out", info.path)
-    return {"hash": info.path.hash_part, "narhash": base32.encode(info.nar_hash), "plain": plain, "packed": packed}
+    return {
+        "hash": info.path.hash_part,
+        "narhash": base32.encode(info.nar_hash),
+        "encoding": Encoding.of(Zstd()).name,
+        "plain": plain,
+        "packed": packed,
+    }

@@ -14,7 +14,8 @@ _BUFFER = 64 * 1024  # small, so that few bytes are under way when a connection 
 class CuttingProxy(socketserver.ThreadingTCPServer):
     """Passes connections on to `port` of this machine; each gets from `least` to `most` bytes back, and is then cut.
 
-    `on_cut` is called before the client can notice. `cuts` counts them. Every run cuts at the same places.
+    `on_cut` is called before the client can notice; it may lead the next connections to another `port`. `cuts` counts
+    them. Every run cuts at the same places.
     `with` serves until its end, and waits for all connections.
     """
 
@@ -24,12 +25,12 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
         self.port = port
         self.cuts = 0
         self._random = random.Random(1)
-        self._least, self._most = least, most
+        self.least, self.most = least, most
         self._on_cut = on_cut
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
 
     def limit(self) -> int:
-        return self._random.randint(self._least, self._most)
+        return self._random.randint(self.least, self.most)
 
     def cut(self) -> None:
         self.cuts += 1

@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 import zstandard
 
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
@@ -273,6 +275,11 @@ def patched(statements: str) -> list[str]:
     It patches what no setting changes: constants of minutes, failures that never come when called.
     """
     return [sys.executable, "-c", f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
+
+
+def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
+    """Where the NAR is as a zstd file in an encoding: that of the settings' defaults, or the one of that name."""
+    return f"{nar_url(info).removesuffix('.nar')}-{name}.nar.zst"
 
 
 @contextmanager

@@ -12,27 +12,39 @@ class UnsatisfiableError(Exception):
     """A range that has no byte of what there is."""
 
 
-def requested(header: str | None, if_range: str | None, etag: str | None, size: int) -> tuple[int, int] | None:
-    """The bytes asked for, as start and stop, or None where the whole is to be sent.
+def is_one(header: str) -> bool:
+    """Return whether it asks for one range of bytes. Any other Range is ignored, as it may be."""
+    return _parse(header) is not None
 
-    A Range that is malformed, of another unit, or of several parts may be ignored, and is; so is one whose If-Range
-    names another version than ours. UnsatisfiableError where the one range lies beyond the `size`.
+
+def requested(header: str | None, if_range: str | None, etag: str | None, size: int) -> tuple[int, int] | None:
+    """Return the bytes asked for, as start and stop, or None if the whole is to be sent.
+
+    A Range that is malformed, of another unit, or of several parts may be ignored, and is. So is one if its If-Range
+    names another version than ours. Raises UnsatisfiableError if the one range lies beyond the `size`.
     """
-    if header is None or (if_range is not None and if_range.strip() != etag):
+    wanted = _parse(header or "")
+    if wanted is None or (if_range is not None and if_range.strip() != etag):
         return None
-    match = _SPEC.fullmatch(header.strip())
-    first, last = match.groups() if match else ("", "")
-    if first:
-        start, stop = _number(first), _number(last) + 1 if last else size
-        if last and stop <= start:
-            return None
-    elif last:
-        start, stop = max(size - _number(last), 0), size
+    first, last = wanted
+    if first is None:
+        start, stop = max(size - (last or 0), 0), size
     else:
-        return None
+        start, stop = first, size if last is None else last + 1
     if start >= size:
         raise UnsatisfiableError
     return start, min(stop, size)
+
+
+def _parse(header: str) -> tuple[int | None, int | None] | None:
+    """Return the positions of the first and the last byte; or None and how many bytes at the end; or None."""
+    match = _SPEC.fullmatch(header.strip())
+    if match is None:
+        return None
+    first, last = (_number(digits) if digits else None for digits in match.groups())
+    if first is None and last is None:
+        return None
+    return None if first is not None and last is not None and last < first else (first, last)
 
 
 def _number(digits: str) -> int:

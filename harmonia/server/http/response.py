@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 from sanic import HTTPResponse, Request
-from sanic.exceptions import RangeNotSatisfiable
+from sanic.exceptions import NotFound, RangeNotSatisfiable
 
 from harmonia.errors import StoreObjectError
 from harmonia.server.http import byte_range
@@ -25,6 +25,8 @@ from harmonia.server.http.response_cache import Lasts
 from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 
 IMMUTABLE = "public, max-age=31536000, immutable"
+UNNAMED = "no-store, no-transform"
+"""For a URL that does not name its bytes: an HTTP cache could answer ranges of it from two files."""
 
 _PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
 _AT_ONCE = 0.001  # seconds for which what is there already waits for more
@@ -78,6 +80,8 @@ class Representation:
     """Another one only for a body of bytes."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further ones, by lower-case name."""
+    resumable: bool = True
+    """Whether the URL names these very bytes. Otherwise a range is 404, unless If-Range names them."""
     lasts: Lasts | None = None
     """Only for a body of bytes, and where it takes no more to know it than who asks in the same words may hear."""
 
@@ -108,6 +112,10 @@ async def respond(request: Request, representation: Representation, readers: Exe
     if isinstance(body, bytes):
         headers["content-length"] = str(len(body))
         return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
+    if "content-encoding" not in headers:
+        headers["accept-ranges"] = "bytes" if representation.resumable else "none"
+        if not representation.resumable and wants_part(request) and "if-range" not in request.headers:
+            raise NotFound
     return await _respond_with(request, await body(request) if callable(body) else body, headers, readers)
 
 
@@ -116,12 +124,10 @@ async def _respond_with(
 ) -> HTTPResponse | None:
     status = HTTPStatus.OK
     start, stop = 0, body.size
-    if "content-encoding" not in headers:
-        headers["accept-ranges"] = "bytes"
-        if body.size is not None and (part := _range(request, headers.get("etag"), body.size)):
-            start, stop = part
-            status = HTTPStatus.PARTIAL_CONTENT
-            headers["content-range"] = f"bytes {start}-{stop - 1}/{body.size}"
+    if body.size is not None and (part := _range(request, headers, body.size)):
+        start, stop = part
+        status = HTTPStatus.PARTIAL_CONTENT
+        headers["content-range"] = f"bytes {start}-{stop - 1}/{body.size}"
     if stop is not None:
         headers["content-length"] = str(stop - start)
     if request.method != "HEAD":
@@ -148,14 +154,26 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
     plain = representation.body
     size = len(plain) if isinstance(plain, bytes) else None if callable(plain) else plain.size
     worthwhile = representation.worthwhile and (size is None or size > _PACKET)
-    sendable = "range" not in request.headers and request.version != "1.0"
-    accepted = ",".join(request.headers.getall("accept-encoding", []))
-    return prefers_zstd(accepted, worthwhile=worthwhile and sendable)
+    sendable = not wants_part(request) and request.version != "1.0"
+    return prefers_zstd(_field(request, "accept-encoding"), worthwhile=worthwhile and sendable)
 
 
-def _range(request: Request, etag: str | None, size: int) -> tuple[int, int] | None:
+def wants_part(request: Request) -> bool:
+    """Return whether a Range counts, which it does for GET alone (RFC 9110 section 14.2)."""
+    return request.method == "GET" and byte_range.is_one(_field(request, "range"))
+
+
+def _field(request: Request, name: str) -> str:
+    """Return the value of a field, in one line (RFC 9110 section 5.3), empty if it is not there."""
+    return ",".join(request.headers.getall(name, []))
+
+
+def _range(request: Request, headers: Mapping[str, str], size: int) -> tuple[int, int] | None:
+    if not wants_part(request) or "content-encoding" in headers:
+        return None
+    if_range = request.headers.get("if-range")
     try:
-        return byte_range.requested(request.headers.get("range"), request.headers.get("if-range"), etag, size)
+        return byte_range.requested(_field(request, "range"), if_range, headers.get("etag"), size)
     except byte_range.UnsatisfiableError:
         raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
@@ -266,7 +284,7 @@ async def exhaust(body: Body, readers: Executor) -> None:
 
 async def whole_if_need_be(body: Body, request: Request, readers: Executor) -> Body:
     """The body, whole where the request cannot do without its length."""
-    if body.size is None and ("range" in request.headers or request.version == "1.0"):
+    if body.size is None and (wants_part(request) or request.version == "1.0"):
         await exhaust(body, readers)
     return body
 

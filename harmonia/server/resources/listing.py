@@ -15,7 +15,7 @@ from harmonia.nix import base32, listing, nar
 from harmonia.server import page
 from harmonia.server.context import Cache
 from harmonia.server.http.auth import hold_to_rate
-from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representation
+from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources.nar import found, open_nar, whole_layout
 from harmonia.store import file_reader
@@ -46,7 +46,7 @@ async def _long(cache: Cache, request: Request, key: str, layout: Layout) -> tup
     plain = await cache.made.file(f"{key}.ls", client, lambda: listing.render(layout.located()))
     if plain is None:
         streamed = _Streamed(layout)
-        if "range" in request.headers or request.version == "1.0":
+        if wants_part(request) or request.version == "1.0":
             streamed = await cache.threads.read(streamed.measured)
         return streamed, cache.streamed(streamed)
     return plain, _encoded(cache, key, plain) if cache.settings.enable_compression else None

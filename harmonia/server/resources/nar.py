@@ -2,20 +2,37 @@
 
 We hand out `/nar/<hash>-<narhash>.nar`, as nix-serve does. `/nar/<narhash>.nar?hash=<hash>` is what upstream Harmonia
 hands out, and `/nar/<hash>.nar` what nix-serve once did: clients remember those for 30 days.
+
+A zstd file of it is `/nar/<hash>-<narhash>-<encoding>.nar.zst`. Nix resumes a download without If-Range, perhaps at
+another server or after a restart. Therefore the URL names all that determines the bytes, and a range of it is answered
+from that very file, or with 404. If this server cannot make the encoding, or if the URL names none (as URLs once did),
+the whole NAR comes in our own encoding, with `Accept-Ranges: none`, because of which Nix does not resume it.
 """
 
 import asyncio
 import re
+from functools import partial
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.nar_compressor import CompressedNar
+from harmonia.cache.nar_compressor import CompressedNar, KeptNar
+from harmonia.cache.zstd import Encoding
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.context import Cache
-from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Open, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response import (
+    IMMUTABLE,
+    UNNAMED,
+    Body,
+    Encoded,
+    Open,
+    Representation,
+    Unread,
+    wants_part,
+    whole_if_need_be,
+)
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.path_lookup import SignedPath
 from harmonia.store.nar_layout import Layout
@@ -24,7 +41,11 @@ from harmonia.store.store_nar import StoreNar
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
 _NAMES = [
-    re.compile(rf"{name}\.nar(?P<compression>\.zst)?") for name in (f"{_HASH_PART}-{_NAR_HASH}", _NAR_HASH, _HASH_PART)
+    re.compile(rf"{_HASH_PART}-{_NAR_HASH}-(?P<encoding>zstd-[0-9a-z.-]+)\.nar(?P<compression>\.zst)"),
+    *(
+        re.compile(rf"{name}\.nar(?P<compression>\.zst)?")
+        for name in (f"{_HASH_PART}-{_NAR_HASH}", _NAR_HASH, _HASH_PART)
+    ),
 ]
 
 _CONTENT_TYPE = "application/x-nix-nar"
@@ -63,31 +84,54 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
     body = open_nar(cache, request, info)
-    if "range" in request.headers and request.method == "GET" and not named["compression"]:
+    if wants_part(request) and not named["compression"]:
         await whole_layout(body)
     compressor = cache.compressor
-    compressed = _compressed(cache, body)
+    own = compressor.frames.encoding
     if named["compression"]:
-        etag = f'"{nar_hash}-{compressor.frames.encoding.name}"'
-        return Representation(content_type=_CONTENT_TYPE, body=compressed, cache_control=IMMUTABLE, etag=etag)
+        return await _file(cache, body, named.get("encoding"))
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
         cache_control=IMMUTABLE,
         etag=f'"{nar_hash}"',
-        zstd=Encoded(compressor.frames.encoding.name, compressed) if cache.settings.enable_compression else None,
+        zstd=Encoded(own.name, _compressed(cache, body, own)) if cache.settings.enable_compression else None,
         worthwhile=not compressor.frames.saturated or compressor.known(info.nar_hash) is not None,
     )
 
 
-def _compressed(cache: Cache, nar: StoreNar) -> Open:
+async def _file(cache: Cache, nar: StoreNar, name: str | None) -> Representation:
+    """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
+    compressor = cache.compressor
+    own = compressor.frames.encoding
+    encoding = own if name is None else Encoding.parse(name)
+    if encoding is None:
+        raise NotFound
+    body: Body | Open = _compressed(cache, nar, encoding)
+    names_bytes = name is not None
+    if not own.can_make(encoding):
+        kept = await cache.threads.read(partial(compressor.kept, nar.sha256, encoding))
+        names_bytes = kept is not None
+        if kept is None:
+            encoding, body = own, _compressed(cache, nar, own)
+        else:
+            body = KeptNar(kept)
+    return Representation(
+        content_type=_CONTENT_TYPE,
+        body=body,
+        cache_control=IMMUTABLE if names_bytes else UNNAMED,
+        etag=f'"{base32.encode(nar.sha256)}-{encoding.name}"',
+        resumable=names_bytes,
+    )
+
+
+def _compressed(cache: Cache, nar: StoreNar, encoding: Encoding) -> Open:
     """The compressed NAR, whole where the request cannot do without its length."""
 
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
-            known = await cache.threads.read(lambda: cache.compressor.find(nar.sha256))
-            return Unread(known.size if known else None)
-        body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar))
+            return Unread(await cache.threads.read(lambda: cache.compressor.size(nar.sha256, encoding)))
+        body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar, encoding))
         return await whole_if_need_be(body, request, cache.threads.readers)
 
     return open_compressed

@@ -7,6 +7,7 @@ from functools import partial
 from sanic import Request
 
 from harmonia.cache.nar_compressor import CompressedFile
+from harmonia.cache.zstd import Encoding
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
@@ -19,6 +20,11 @@ from harmonia.server.http.response_cache import AbsentError
 def nar_url(info: PathInfo) -> str:
     """Where the plain NAR is, below the cache's URL."""
     return f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
+
+
+def file_url(info: PathInfo, encoding: Encoding) -> str:
+    """Return where the NAR is as a zstd file, below the cache's URL."""
+    return f"{nar_url(info).removesuffix('.nar')}-{encoding.name}.nar.zst"
 
 
 async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
@@ -53,7 +59,7 @@ def representation(
 
 def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
-    url = nar_url(info)
     if not cache.offers_zstd:
-        return NarFile(url, "none", info.nar_hash, info.nar_size)
-    return NarFile(url + ".zst", "zstd", compressed and compressed.sha256, compressed and compressed.size)
+        return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
+    url = file_url(info, cache.compressor.frames.encoding)
+    return NarFile(url, "zstd", compressed and compressed.sha256, compressed and compressed.size)

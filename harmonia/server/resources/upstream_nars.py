@@ -10,7 +10,7 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
 from harmonia.server.context import Cache
-from harmonia.server.http.response import IMMUTABLE, Body, Open, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response import IMMUTABLE, UNNAMED, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.client import Client
@@ -50,7 +50,7 @@ class Nars:
         except FormatError:
             raise NotFound from None
         if kept := await self._fetches.find(wanted.key):
-            return _nar(wanted.key, kept)
+            return _nar(wanted, kept)
         found_nar = await self._upstreams.find_nar(wanted, hops)
         if found_nar is None:
             raise NotFound
@@ -60,7 +60,7 @@ class Nars:
                 return await self._unread(found_nar, hops)
             return await whole_if_need_be(await self._open(found_nar, hops), request, self._readers)
 
-        return _nar(found_nar.name.key, open_nar)
+        return _nar(found_nar.name, open_nar)
 
     async def known_file(self, found: Found) -> NarFile:
         return await self._fetches.known_file(found)
@@ -97,14 +97,16 @@ class Nars:
                     return Unread(response.content_length)
             return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._readers)
 
-        return Representation(content_type=_TYPE, body=open_nar, cache_control="no-cache")
+        return Representation(content_type=_TYPE, body=open_nar, cache_control="no-cache", resumable=False)
 
     def _headers(self, client: Client, hops: Hops) -> dict[str, str]:
         return hops.headers(self._upstreams.identity, [client.identity])
 
 
-def _nar(key: str, body: Body | Open) -> Representation:
-    return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE, etag=f'"{key}"')
+def _nar(name: NarName, body: Body | Open) -> Representation:
+    if name.names_bytes:
+        return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE, etag=f'"{name.key}"')
+    return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 
 
 def is_debug_nar(place: str) -> bool:
