@@ -35,15 +35,22 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-_AUTHORITY = re.compile(rb"\Ahttps?://[^/?]+/?", re.IGNORECASE)
+_BEFORE_PATH = re.compile(rb"\A(?:https?://[^/?]+)?/*", re.IGNORECASE)
+"""Nix 2.8 asks for `//nix-cache-info` if the URL that it has ends in a slash."""
+_UNRESERVED = re.compile(rb"%(2[DE]|3\d|[46][1-9A-F]|[57][\dA]|5F|7E)", re.IGNORECASE)
+"""Octets whose encoding makes no difference (RFC 3986 section 6.2.2.2)."""
+
+
+def _decoded(octet: re.Match[bytes]) -> bytes:
+    return bytes([int(octet[1], 16)])
 
 
 class _Request(Request):
     """Sanic's. For an answer to a URL that cannot be parsed, Sanic makes a request of it, which cannot be either."""
 
     def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
-        origin_form = _AUTHORITY.sub(b"/", url_bytes, 1)  # a host without a path is more than Sanic understands
-        super().__init__(url_bytes=b"*" if method == "NONE" else origin_form, method=method, **rest)
+        target = b"*" if method == "NONE" or url_bytes == b"*" else _BEFORE_PATH.sub(b"/", url_bytes, 1)
+        super().__init__(url_bytes=_UNRESERVED.sub(_decoded, target), method=method, **rest)
 
     async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
         """Every response comes through here."""

@@ -158,7 +158,7 @@ def test_cold_and_warm(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
         assert answer.status == 200
         assert unpacked(answer.body) == dump(store, path)
         assert answer.headers["content-type"] == "application/x-nix-nar"
-        assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+        assert answer.headers["cache-control"] == "public, max-age=31536000, immutable, no-transform"
         assert answer.headers["accept-ranges"] == "bytes"
         assert "content-encoding" not in answer.headers
     assert cold.headers["transfer-encoding"] == "chunked"

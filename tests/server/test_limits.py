@@ -23,7 +23,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 def test_the_size_of_a_head(start: Start, sample: Sample, settings: str, limit: int) -> None:
     server = start(store=sample.root, settings=settings)
     assert server.get("/version", {"X": "x" * (limit - 100)}).status == 200
-    assert server.get("/version", {"X": "x" * limit}).status == 413
+    assert server.get("/version", {"X": "x" * limit}).status == 431
+    assert server.get(f"/version?{'x' * limit}").status == 414
 
 
 def test_the_time_for_a_head(start: Start, sample: Sample) -> None:

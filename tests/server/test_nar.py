@@ -26,7 +26,7 @@ def test_the_whole_nar(server: Server, shared_store: StoreBuilder, name: str) ->
     answer = server.get(url(server, path.path.hash_part))
     assert answer.status == 200
     assert answer.headers["content-type"] == "application/x-nix-nar"
-    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable, no-transform"
     assert answer.headers["content-length"] == str(path.nar_size)
     assert hashlib.sha256(answer.body).digest() == path.nar_hash
 

@@ -1,5 +1,7 @@
 """The store that the tests of the server share, and what they read of it."""
 
+import re
+
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
 from harmonia.store.store import Store
@@ -33,7 +35,7 @@ def url(server: Server, hash_part: str) -> str:
     """Where the plain NAR is, beside the one that the narinfo tells of."""
     for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
         if line.startswith("URL: "):
-            return "/" + line.removeprefix("URL: ").removesuffix(".zst")
+            return re.sub(r"-zstd-.*", ".nar", "/" + line.removeprefix("URL: "))
     raise AssertionError("no URL")
 
 

@@ -6,6 +6,7 @@ that looks complete.
 
 import asyncio
 import logging
+import re
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
@@ -16,7 +17,7 @@ from time import perf_counter
 from typing import Any, Protocol, cast
 
 from sanic import HTTPResponse, Request
-from sanic.exceptions import NotFound, RangeNotSatisfiable
+from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException
 
 from harmonia.errors import StoreObjectError
 from harmonia.server.http import byte_range
@@ -25,9 +26,12 @@ from harmonia.server.http.response_cache import Lasts
 from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 
 IMMUTABLE = "public, max-age=31536000, immutable"
+IMMUTABLE_NAR = f"{IMMUTABLE}, no-transform"
+"""For what is compressed, or need not be: a proxy that compresses it takes its ranges away."""
 UNNAMED = "no-store, no-transform"
 """For a URL that does not name its bytes: an HTTP cache could answer ranges of it from two files."""
 
+_TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
 _PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
 _AT_ONCE = 0.001  # seconds for which what is there already waits for more
 _LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
@@ -106,9 +110,9 @@ async def respond(request: Request, representation: Representation, readers: Exe
             etag = etag and f'{etag[:-1]}-encoded-{representation.zstd.name}"'
     if etag is not None:
         headers["etag"] = etag
-        if _matches(request.headers.get("if-none-match"), etag):
-            kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
-            return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
+    if representation.status == HTTPStatus.OK and _is_unmodified(request, etag):
+        kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
+        return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
     if isinstance(body, bytes):
         headers["content-length"] = str(len(body))
         return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
@@ -178,11 +182,20 @@ def _range(request: Request, headers: Mapping[str, str], size: int) -> tuple[int
         raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
 
-def _matches(condition: str | None, etag: str) -> bool:
-    """Whether If-None-Match names this ETag, by the weak comparison that it asks for."""
-    if condition is None:
-        return False
-    return condition.strip() == "*" or etag in (tag.strip().removeprefix("W/") for tag in condition.split(","))
+def _is_unmodified(request: Request, etag: str | None) -> bool:
+    """Return whether the client has what it asks for. Raises 412 if it wants nothing but another representation.
+
+    RFC 9110 section 13.2.2. Conditions on a date are ignored: nothing here has one (sections 13.1.3 and 13.1.4).
+    """
+    if "if-match" in request.headers and not _names(_field(request, "if-match"), etag, weakly=False):
+        raise SanicException(status_code=HTTPStatus.PRECONDITION_FAILED)
+    return "if-none-match" in request.headers and _names(_field(request, "if-none-match"), etag, weakly=True)
+
+
+def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:
+    """Return whether a condition names this ETag; `*` is any, also if there is none."""
+    tags = _TAG.findall(condition)
+    return condition.strip(" \t") == "*" or etag in tags or (weakly and f"W/{etag}" in tags)
 
 
 class _ReadAhead:

@@ -23,7 +23,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http.response import (
-    IMMUTABLE,
+    IMMUTABLE_NAR,
     UNNAMED,
     Body,
     Encoded,
@@ -93,7 +93,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
-        cache_control=IMMUTABLE,
+        cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(cache, body, own)) if cache.settings.enable_compression else None,
         worthwhile=not compressor.frames.saturated or compressor.known(info.nar_hash) is not None,
@@ -119,7 +119,7 @@ async def _file(cache: Cache, nar: StoreNar, name: str | None) -> Representation
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
-        cache_control=IMMUTABLE if names_bytes else UNNAMED,
+        cache_control=IMMUTABLE_NAR if names_bytes else UNNAMED,
         etag=f'"{base32.encode(nar.sha256)}-{encoding.name}"',
         resumable=names_bytes,
     )

@@ -10,7 +10,7 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
 from harmonia.server.context import Cache
-from harmonia.server.http.response import IMMUTABLE, UNNAMED, Body, Open, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.client import Client
@@ -97,7 +97,9 @@ class Nars:
                     return Unread(response.content_length)
             return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._readers)
 
-        return Representation(content_type=_TYPE, body=open_nar, cache_control="no-cache", resumable=False)
+        return Representation(
+            content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False
+        )
 
     def _headers(self, client: Client, hops: Hops) -> dict[str, str]:
         return hops.headers(self._upstreams.identity, [client.identity])
@@ -105,7 +107,7 @@ class Nars:
 
 def _nar(name: NarName, body: Body | Open) -> Representation:
     if name.names_bytes:
-        return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE, etag=f'"{name.key}"')
+        return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE_NAR, etag=f'"{name.key}"')
     return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 
 

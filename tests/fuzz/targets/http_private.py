@@ -21,6 +21,6 @@ def check(data: bytes) -> bool:
     """Taken is what is plain HTTP, though it is refused."""
     server = _server()
     statuses, received = server.answers(data)
-    assert not [status for status in statuses if status not in {200, 400, 401, 411, 413, 417}]
+    assert not [status for status in statuses if status not in {200, 400, 401, 411, 413, 414, 417, 431, 501, 505}]
     assert not [told for told in (*server.names.values(), b"StoreDir", b"harmonia_requests") if told in received]
     return statuses[0] in {200, 401} if statuses else False
