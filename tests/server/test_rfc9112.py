@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from server.test_smuggling import Seen, exchange
+from support.raw_http import Seen, exchange
 from support.running import Server
 
 LAST = b"GET /health HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"

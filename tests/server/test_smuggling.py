@@ -4,11 +4,8 @@ What is not plain is refused, and nothing after it is read. Judged by two other 
 """
 
 import re
-import socket
 from collections.abc import Iterator
-from http.client import HTTPResponse
 from pathlib import Path
-from typing import NamedTuple
 
 import h11
 import pytest
@@ -17,69 +14,13 @@ from hypothesis import strategies as st
 
 from harmonia import __version__
 from support.nginx import nginx
+from support.raw_http import exchange, told
 from support.running import Server, wait_until
 
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
 """What an attacker would have us read as a request of its own, or a proxy sends for somebody else."""
 REFUSALS = {400, 408, 411, 413, 414, 417, 431, 501, 505}
 BODIES = {"/version": f"harmonia {__version__}\n", "/health": "OK\n", "/nix-cache-info": "StoreDir: "}
-
-
-class Seen(NamedTuple):
-    status: int
-    body: str
-    closes: bool
-
-
-def exchange(url: str, payload: bytes) -> list[Seen]:
-    """All that is answered until the connection ends. Each answer has to be whole."""
-    return list(answers(told(url, payload)))
-
-
-def told(url: str, payload: bytes) -> bytes:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(payload)
-        received = b""
-        try:
-            while data := connection.recv(1 << 16):
-                received += data
-        except ConnectionResetError:
-            pass  # it closed before it had read all
-    return received
-
-
-class _Bytes:
-    """What `HTTPResponse` reads from, in place of a socket."""
-
-    def __init__(self, data: bytes) -> None:
-        self.left = data
-
-    def makefile(self, _mode: str) -> "_Bytes":
-        return self
-
-    def readline(self, limit: int = -1) -> bytes:
-        end = self.left.find(b"\n") + 1 or len(self.left)
-        return self.read(end if limit < 0 else min(end, limit))
-
-    def read(self, size: int = -1) -> bytes:
-        size = len(self.left) if size is None or size < 0 else size
-        data, self.left = self.left[:size], self.left[size:]
-        return data
-
-    def close(self) -> None: ...
-
-    def flush(self) -> None: ...
-
-
-def answers(received: bytes) -> Iterator[Seen]:
-    source = _Bytes(received)
-    while source.left:
-        response = HTTPResponse(source)  # type: ignore[arg-type]
-        response.begin()
-        assert response.length is not None or response.chunked
-        body = response.read().decode()
-        yield Seen(response.status, body, closes=response.getheader("connection") == "close")
 
 
 def request(line: str = "GET /version HTTP/1.1", *headers: str, body: bytes = b"") -> bytes:

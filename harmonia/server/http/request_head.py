@@ -91,8 +91,6 @@ class Http(SanicHttp):
 
     def _check_head(self) -> None:
         request = self.request
-        if request.method not in _METHODS:
-            raise SanicException(status_code=501)
         hosts = request.headers.getall("host", [])
         if (
             not _HEAD.fullmatch(request.head)
@@ -103,6 +101,8 @@ class Http(SanicHttp):
             or (self.url == "*" and request.method != "OPTIONS")
         ):
             raise BadRequest
+        if request.method not in _METHODS:
+            raise SanicException(status_code=501)
         if "transfer-encoding" in request.headers:
             raise SanicException(status_code=411)
         if absolute := _ABSOLUTE.match(self.url or ""):  # its host counts, and no other (RFC 9112 section 3.2.2)

@@ -1,0 +1,63 @@
+"""Bytes sent as they are on a connection, and all that is answered until it ends."""
+
+import socket
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from typing import NamedTuple
+
+
+class Seen(NamedTuple):
+    status: int
+    body: str
+    closes: bool
+
+
+def exchange(url: str, payload: bytes) -> list[Seen]:
+    """All that is answered until the connection ends. Each answer has to be whole."""
+    return list(answers(told(url, payload)))
+
+
+def told(url: str, payload: bytes) -> bytes:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(payload)
+        received = b""
+        try:
+            while data := connection.recv(1 << 16):
+                received += data
+        except ConnectionResetError:
+            pass  # it closed before it had read all
+    return received
+
+
+class _Bytes:
+    """What `HTTPResponse` reads from, in place of a socket."""
+
+    def __init__(self, data: bytes) -> None:
+        self.left = data
+
+    def makefile(self, _mode: str) -> "_Bytes":
+        return self
+
+    def readline(self, limit: int = -1) -> bytes:
+        end = self.left.find(b"\n") + 1 or len(self.left)
+        return self.read(end if limit < 0 else min(end, limit))
+
+    def read(self, size: int = -1) -> bytes:
+        size = len(self.left) if size is None or size < 0 else size
+        data, self.left = self.left[:size], self.left[size:]
+        return data
+
+    def close(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def answers(received: bytes) -> Iterator[Seen]:
+    source = _Bytes(received)
+    while source.left:
+        response = HTTPResponse(source)  # type: ignore[arg-type]
+        response.begin()
+        assert response.length is not None or response.chunked
+        body = response.read().decode()
+        yield Seen(response.status, body, closes=response.getheader("connection") == "close")
