@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
@@ -27,7 +29,7 @@ def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[Secr
     assert answer.headers["cache-control"] == "public, max-age=86400"
     assert answer.text == (
         f"StorePath: /nix/store/{tree.path}\n"
-        f"URL: nar/{tree.path.hash_part}-{nar_hash}.nar.zst\n"
+        f"URL: nar/{tree.path.hash_part}-{nar_hash}-{Encoding.of(Zstd()).name}.nar.zst\n"
         "Compression: zstd\n"
         f"NarHash: sha256:{nar_hash}\n"
         f"NarSize: {tree.nar_size}\n"
