@@ -110,7 +110,8 @@ def make_debian(guest: Path) -> None:
         "server": {"v4": "192.168.1.2", "v6": "2001:db8:1::2"},
     }
     (guest / "machines.json").write_text(json.dumps(machines))
-    hosts = "".join(f"{address} {name}\n" for name, each in machines.items() for address in each.values())
+    hosts = "127.0.0.1 localhost\n::1 localhost\n"  # every Debian has these, but not a minimal root file system
+    hosts += "".join(f"{address} {name}\n" for name, each in machines.items() for address in each.values())
     for name in machines:
         (guest / name).mkdir()
         (guest / name / "setup.sh").write_text(f"cat >>/etc/hosts <<END\n{hosts}END\n")
