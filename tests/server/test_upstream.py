@@ -516,12 +516,26 @@ def test_what_is_too_large_to_keep_is_measured_for_who_must_know_its_length(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, version: str, headers: dict[str, str]
 ) -> None:
     path = make_path(tmp_path / "elsewhere", size=4 << 20)
-    upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
+    upstream.add(path.info, path.file, replace(path.nar, file_size=None), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
     server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1M'")
     url = fields(server.get(narinfo_path(path)))["URL"]
     answer = server.request("GET", f"/{url}", headers, version=version)
     assert answer.body == path.file[10 if headers else 0 :]
+
+
+def test_a_url_that_names_no_file_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    """The upstream may compress the NAR anew: a part of that could not go on with what the client has."""
+    path = make_path(tmp_path / "elsewhere")
+    upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
+    server = begin(entry(upstream))
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    for _ in range(2):  # on its way, and kept
+        whole = server.get(url)
+        assert (whole.status, whole.body) == (200, path.file)
+        assert whole.headers["accept-ranges"] == "none"
+        assert whole.headers["cache-control"] == "no-store, no-transform"
+        assert server.get(url, {"Range": "bytes=10-"}).status == 404
 
 
 def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
