@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve demo test quick check format test-versions docs fuzz audit bench soak vm-test clean help
+.PHONY: serve demo test quick check format test-versions docs fuzz audit bench soak attack vm-test clean help
 
 # Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
 BIND ?=
@@ -65,9 +65,15 @@ bench: .venv/ready  ## Measure against nginx and Nix, as far as they are install
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
 
-MINUTES ?= 5
+soak: MINUTES ?= 5
 soak: .venv/ready  ## As root, with Nix: 1,000 clients, builds, garbage collections, workers killed, for MINUTES=5
-	PYTHONPATH=tests $(BIN)/python benchmarks/soak.py $(MINUTES)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.soak $(MINUTES)
+
+# Which of them: all. With less than 10 MINUTES, in a small form.
+ATTACKS ?=
+attack: MINUTES ?= 15
+attack: .venv/ready  ## Attack a server in every way known, and measure what other clients notice, for MINUTES=15
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.attack $(MINUTES) $(ATTACKS)
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.
 TESTS ?=

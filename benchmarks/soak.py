@@ -19,15 +19,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from statistics import median, quantiles
 
-import zstandard
-
+from benchmarks.connection import Answer, BrokenError, Connection, WrongError, unpacking
 from harmonia.nix import base32
 from support.nix_client import NIXES, Client
 from support.running import Server
@@ -35,16 +34,7 @@ from support.unscathed import unscathed
 
 CONNECTIONS, DOWNLOADS = 1000, 200
 WORKERS = 2
-PATIENCE = 60.0  # seconds without a byte, after which an answer counts as one that never comes
 ROWS = 12  # or so, of the table of memory
-
-
-class BrokenError(Exception):
-    """A transfer ended before its end."""
-
-
-class WrongError(Exception):
-    """An answer that must never be."""
 
 
 @dataclass
@@ -59,75 +49,6 @@ class Figures:
     kills: list[float] = field(default_factory=list)
     memory: list[tuple[float, float, int, int]] = field(default_factory=list)
     """Seconds, MiB of all processes, requests, descriptors."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    headers: Mapping[str, str]
-    body: AsyncIterator[bytes]
-
-    async def read(self) -> bytes:
-        return b"".join([part async for part in self.body])
-
-
-class Connection:
-    """A client's, opened again when it was closed."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.used = self._asked = time.monotonic()
-        """When it was asked for the answer before: from then on it may have ended, and nobody noticed."""
-
-    async def get(self, path: str, headers: str = "") -> Answer:
-        """BrokenError also where the connection had ended since it was last used."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                self.used, self._asked = self._asked, time.monotonic()
-                if self._streams is None:
-                    self.used = self._asked
-                    self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 18)
-                reader, writer = self._streams
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: cache\r\n{headers}\r\n".encode())
-                status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
-        except TimeoutError:
-            raise WrongError(f"{path}: no answer") from None
-        except (OSError, asyncio.IncompleteReadError) as error:
-            self.leave()
-            raise BrokenError from error
-        fields = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines if line)}
-        return Answer(int(status.split()[1]), fields, self._body(reader, fields, path))
-
-    async def _body(self, reader: asyncio.StreamReader, headers: Mapping[str, str], path: str) -> AsyncIterator[bytes]:
-        chunked = headers.get("transfer-encoding") == "chunked"
-        left = 0 if chunked else int(headers["content-length"])
-        try:
-            while True:
-                async with asyncio.timeout(PATIENCE):
-                    if chunked and not left and not (left := int(await reader.readline(), 16)):
-                        await reader.readexactly(2)
-                    if not left:
-                        break
-                    if not (part := await reader.read(min(left, 1 << 16))):
-                        raise BrokenError
-                    left -= len(part)
-                    if chunked and not left:
-                        await reader.readexactly(2)
-                yield part
-        except TimeoutError:
-            raise WrongError(f"{path}: it does not go on") from None
-        except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-            self.leave()
-            raise BrokenError from error
-        except BrokenError:
-            self.leave()
-            raise
-
-    def leave(self) -> None:
-        if self._streams is not None:
-            self._streams[1].transport.abort()
-            self._streams = None
 
 
 class Store:
@@ -250,7 +171,7 @@ class Soak:
         kind = self._chance.choice(["plain", "compressed", "compressed", "resumed", "slow", "left"])
         digest, got = sha256(), 0
         if kind == "compressed":
-            got = await self._receive(connection, path, "/" + info["URL"], self._unpacking(digest.update))
+            got = await self._receive(connection, path, "/" + info["URL"], unpacking(digest.update))
         elif kind == "resumed":
             stop = self._chance.randrange(1, size)
             got = await self._receive(connection, path, plain, digest.update, f"Range: bytes=0-{stop - 1}\r\n")
@@ -294,20 +215,6 @@ class Soak:
                 break
             await asyncio.sleep(pause)
         return got
-
-    @staticmethod
-    def _unpacking(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-
-        def unpack(data: bytes) -> None:
-            nonlocal frame
-            while data:
-                take(frame.decompress(data))
-                data = frame.unused_data
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-
-        return unpack
 
     async def _kill(self) -> None:
         while not await self._pause(4, 10):

@@ -1,7 +1,6 @@
 """A file of the cache that changes on the disk after it was checked: its bytes are never sent."""
 
 import http.client
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ import pytest
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server, wait_until
+from support.nar_cache import cached_file, flip
+from support.running import Server
 
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 SIZE = 2 << 20  # bytes, of which none can be compressed
@@ -32,29 +32,11 @@ def url_of(server: Server, path: PathInfo) -> str:
     return "/" + dict(line.split(": ", 1) for line in lines)["URL"]
 
 
-def cached_file(server: Server) -> Path:
-    """Return the one file of the cache, when it is whole."""
-    wait_until(lambda: [file for file in (server.cache_dir / "nar").iterdir() if file.suffix != ".growing"])
-    (file,) = (server.cache_dir / "nar").iterdir()
-    return file
-
-
-def flip(file: Path, position: int) -> None:
-    """Change a byte behind everybody's back: size and times stay as they are."""
-    times = os.stat(file)
-    with file.open("r+b") as content:
-        content.seek(position)
-        (byte,) = content.read(1)
-        content.seek(position)
-        content.write(bytes([byte ^ 1]))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
 def test_a_byte_that_changes_breaks_the_download_and_the_next_one_is_right(server: Server, path: PathInfo) -> None:
     url = url_of(server, path)
     whole = server.get(url).body
     for position in (SIZE // 2, SIZE - 1):
-        file = cached_file(server)
+        file = cached_file(server.cache_dir)
         assert server.get(url).body == whole
         flip(file, position)
         with pytest.raises(BROKEN) as broken:
@@ -73,7 +55,7 @@ def test_a_byte_that_changes_in_the_first_block_is_503_and_then_mended(server: S
     """Nix tries again after a 503."""
     url = url_of(server, path)
     whole = server.get(url).body
-    flip(cached_file(server), 100)
+    flip(cached_file(server.cache_dir), 100)
     answer = server.get(url)
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert server.get(url).body == whole
@@ -82,7 +64,7 @@ def test_a_byte_that_changes_in_the_first_block_is_503_and_then_mended(server: S
 def test_a_range_needs_only_the_blocks_that_it_touches(server: Server, path: PathInfo) -> None:
     url = url_of(server, path)
     whole = server.get(url).body
-    flip(cached_file(server), SIZE // 2)
+    flip(cached_file(server.cache_dir), SIZE // 2)
     assert server.get(url, {"Range": "bytes=1000-1999"}).body == whole[1000:2000]
     assert server.get(url, {"Range": "bytes=-100"}).body == whole[-100:]
     assert server.get(url, {"Range": f"bytes={SIZE // 2}-{SIZE // 2}"}).status == 503

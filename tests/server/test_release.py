@@ -13,7 +13,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Symlink
 from support.build_logs import keep
-from support.contract import ROWS, Row, stock
+from support.contract import ABOUT_PATHS, filled, stock
 from support.running import Server, nar_url, run, wait_until
 
 Start = Callable[..., Server]
@@ -30,10 +30,6 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     return directory, stock(directory / "store")
 
 
-ABOUT_PATHS = [row for rows in ROWS.values() for row in rows if row.status != 404 and "{" in row.path]
-ABOUT_PATHS += [
-    row for rows in ROWS.values() for row in rows if row.path.startswith(("/realisations/sha", "/debuginfo/1"))
-]
 RULES = {
     "denied": 'deny = ["tree", "plain", "packed"]',
     "not allowed": 'allow = ["hello*"]',
@@ -46,10 +42,6 @@ ALLOWING = {
     "allowed": 'allow = ["tr?e", "plain", "packed"]',
     "needed": 'allow = ["*"]\ngc_roots = ["/nix/store/{hash}-tree"]',
 }
-
-
-def filled(row: Row, hashes: dict[str, str]) -> str:
-    return row.path.format(**hashes)
 
 
 @pytest.mark.parametrize("rule", RULES)

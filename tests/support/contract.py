@@ -87,6 +87,16 @@ ROWS: dict[str, list[Row]] = {
     "/health": [Row("/health", etag=False), Row("/health?verbose", etag=False)],
     "/metrics": [Row("/metrics", etag=False, live=True)],
 }
+ABOUT_PATHS = [row for rows in ROWS.values() for row in rows if row.status != 404 and "{" in row.path]
+ABOUT_PATHS += [
+    row for rows in ROWS.values() for row in rows if row.path.startswith(("/realisations/sha", "/debuginfo/1"))
+]
+"""Requests for something that a store path has."""
+
+
+def filled(row: Row, hashes: dict[str, str]) -> str:
+    """Return the path of a request, with the names of the store that `stock` made."""
+    return row.path.format(**hashes)
 
 
 def stock(root: Path) -> dict[str, str]:

@@ -52,7 +52,10 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         with socket.socket() as origin:
             origin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            origin.connect(("127.0.0.1", self.server.port))
+            try:
+                origin.connect(("127.0.0.1", self.server.port))
+            except ConnectionRefusedError:  # the server is being restarted
+                return
             questions = threading.Thread(target=_copy, args=(self.request, origin))
             questions.start()
             if _copy(origin, self.request, self.server.limit()):

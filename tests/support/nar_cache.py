@@ -14,6 +14,7 @@ import pytest
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile, Filler
+from support.running import wait_until
 
 
 @contextmanager
@@ -61,6 +62,24 @@ def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
 def read(file: CachedFile) -> bytes:
     file.refresh()
     return file.slice(0, file.size).read(file.size)
+
+
+def cached_file(cache_dir: Path) -> Path:
+    """Return the one file of a server's cache, when it is whole."""
+    wait_until(lambda: [file for file in (cache_dir / "nar").iterdir() if file.suffix != ".growing"])
+    (file,) = (cache_dir / "nar").iterdir()
+    return file
+
+
+def flip(file: Path, position: int) -> None:
+    """Change a byte behind everybody's back: size and times stay as they are."""
+    times = os.stat(file)
+    with file.open("r+b") as content:
+        content.seek(position)
+        (byte,) = content.read(1)
+        content.seek(position)
+        content.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Attacks on a server, each with another client beside it: `make attack`."""

@@ -1,0 +1,44 @@
+"""Attack a server in every way known: `make attack`, or python -m benchmarks.attack MINUTES [ATTACK…].
+
+From 10 MINUTES on, everything is done as large as SECURITY.md promises; below that, smaller. Prints a row for each
+attack, and ends with status 1 if a bound does not hold. ATTACK is a function of one of the modules beside this one.
+The store is made once, and kept in $XDG_CACHE_HOME/harmonia/attack or ~/.cache/harmonia/attack.
+"""
+
+import argparse
+import os
+import resource
+import sys
+from pathlib import Path
+
+from benchmarks.attack import connections, cuts, damage, huge_paths, rules, signals, upstreams
+from benchmarks.attack.arena import Arena
+from benchmarks.attack.stores import FULL, SHORT, AttackedStore
+
+_FULL_MINUTES = 10
+_ATTACKS = {
+    attack.__name__: attack
+    for module in (huge_paths, connections, damage, upstreams, signals, rules, cuts)
+    for attack in module.ALL
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("minutes", type=float, metavar="MINUTES")
+    parser.add_argument("attacks", nargs="*", choices=[*_ATTACKS, []], metavar="ATTACK")
+    arguments = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    form = FULL if arguments.minutes >= _FULL_MINUTES else SHORT
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    arena = Arena(form, AttackedStore(Path(cache, "harmonia", "attack"), form))
+    print("| attack | narinfos of another client: p50, p99 (p99 before) | memory of the worker | counted | |")
+    print("|---|---|---|---|---|", flush=True)
+    for name in arguments.attacks or _ATTACKS:
+        _ATTACKS[name](arena)
+    return 1 if any(outcome.broken for outcome in arena.outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

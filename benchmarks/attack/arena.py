@@ -1,0 +1,176 @@
+"""One server under one attack, the bystander beside it, and the bounds that must hold."""
+
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.attack.client import Asked, Bystander, Target
+from benchmarks.attack.stores import AttackedStore, Form, narinfo
+from harmonia.nix.path_info import PathInfo
+from support.running import Server
+from support.unscathed import unscathed
+
+MAX_WAIT_MS = 100.0
+"""Of the bystander's narinfos, 99 of 100."""
+_NOISE = 4
+"""A machine that makes the bystander wait without an attack may make it wait so many times as long."""
+_SETTLES_S = 60.0
+
+
+@dataclass
+class Outcome:
+    """What one attack did."""
+
+    name: str
+    memory_bound_mib: int
+    quiet_ms: float = 0.0
+    """p99 of the bystander before the attack."""
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+    memory_mib: float = 0.0
+    """The peak of the worker."""
+    counts: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    """The bounds that did not hold."""
+
+    def require(self, holds: object, what: str) -> None:
+        if not holds:
+            self.broken.append(what)
+
+    @property
+    def row(self) -> str:
+        waits = f"{self.p50_ms:.0f}, {self.p99_ms:.0f} ms ({self.quiet_ms:.0f} ms)" if self.p99_ms else "-"
+        memory = f"{self.memory_mib:.0f} of {self.memory_bound_mib} MiB" if self.memory_mib else "-"
+        counted = ", ".join(f"{name}: {count:,}" for name, count in self.counts.items())
+        return f"| {self.name} | {waits} | {memory} | {counted} | {'; '.join(self.broken) or 'holds'} |"
+
+
+@dataclass
+class Arena:
+    form: Form
+    store: AttackedStore
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Let an attack go on for its time."""
+        time.sleep(self.form.seconds)
+
+    @contextmanager
+    def outcome(self, name: str, memory_bound_mib: int = 0) -> Iterator[Outcome]:
+        """Record an attack: what it raises is a bound that does not hold."""
+        outcome = Outcome(name, memory_bound_mib)
+        try:
+            yield outcome
+        except AssertionError as error:
+            outcome.broken.append(" ".join(str(error).split())[:300])
+        self.outcomes.append(outcome)
+        print(outcome.row, flush=True)
+
+    @contextmanager
+    def served(
+        self, name: str, settings: str = "", *, memory_bound_mib: int = 0, root: Path | None = None, **options: object
+    ) -> Iterator[tuple[Server, Outcome]]:
+        """Serve the store of `root`, by default the arena's, to be attacked by what is done in `with`."""
+        with self.outcome(name, memory_bound_mib) as outcome, tempfile.TemporaryDirectory(prefix="harmonia-") as temp:
+            server = Server(Path(temp, "server"), root or self.store.root, settings, **options)  # type: ignore[arg-type]
+            server.start()
+            try:
+                yield server, outcome
+            finally:
+                server.stop()
+            require_nothing_left(server, outcome)
+
+    @contextmanager
+    def attacked(
+        self,
+        name: str,
+        settings: str = "",
+        *,
+        memory_bound_mib: int = 250,
+        headers: Mapping[str, str] | None = None,
+        unharmed: Sequence[PathInfo] | None = None,
+        **options: object,
+    ) -> Iterator[tuple[Server, Outcome]]:
+        """Serve the arena's store, let the bystander ask, with these headers, and judge what becomes of it meanwhile.
+
+        Before and after, `unharmed` must be served: by default, a small path.
+        """
+        with self.served(name, settings, memory_bound_mib=memory_bound_mib, **options) as (  # type: ignore[arg-type]
+            server,
+            outcome,
+        ):
+            bystander = Bystander(Target(server.url), [narinfo(info) for info in self.store.small], headers or {})
+            unharmed_paths = self.store.small[:1] if unharmed is None else unharmed
+            with unscathed(server, *unharmed_paths, seconds=_SETTLES_S), bystander.asking():
+                time.sleep(self.form.quiet_s)
+                began = time.monotonic()
+                yield server, outcome
+                ended = time.monotonic()
+                outcome.memory_mib = max(map(peak_mib, server.workers), default=0)
+            _judge(outcome, bystander.asked, began, ended)
+
+
+def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float) -> None:
+    quiet = [each.seconds * 1e3 for each in asked if each.due < began]
+    during = [each for each in asked if began <= each.due <= ended]
+    waits = [each.seconds * 1e3 for each in during]
+    outcome.quiet_ms, outcome.p50_ms, outcome.p99_ms = _p99(quiet), statistics.median(waits), _p99(waits)
+    bound = max(MAX_WAIT_MS, _NOISE * outcome.quiet_ms)
+    outcome.require(outcome.p99_ms <= bound, f"others wait {outcome.p99_ms:.0f} ms, not {bound:.0f}")
+    for failure, count in Counter(each.outcome for each in during if each.outcome != "200").items():
+        outcome.broken.append(f"{count} of {len(during)} narinfos of others: {failure}")
+    outcome.require(
+        outcome.memory_mib <= outcome.memory_bound_mib,
+        f"{outcome.memory_mib:.0f} MiB, not {outcome.memory_bound_mib}",
+    )
+
+
+def _p99(values: Sequence[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
+
+
+def peak_mib(pid: int) -> float:
+    """Return the most memory that a process ever had."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def restart(server: Server) -> None:
+    """Start a server that has ended, with the same settings and cache."""
+    server.log.clear()  # or its old address would be found there
+    server.start()
+
+
+def require_nothing_left(server: Server, outcome: Outcome) -> None:
+    """Require that a server that has ended left no process and no unfinished file, and logged no traceback."""
+    left = processes_of(server)
+    outcome.require(not left, f"processes left: {left}")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    growing = [file.name for file in server.cache_dir.rglob("*") if file.suffix == ".growing"]
+    outcome.require(not growing, f"files left: {growing}")
+    traces = [line for line in server.log if "Traceback" in line]
+    outcome.require(not traces, f"{len(traces)} tracebacks")
+
+
+def processes_of(server: Server) -> list[int]:
+    """Return the processes that were started with the configuration of this server."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                arguments = (process / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(server.config) in arguments:
+                found.append(int(process.name))
+    return found

@@ -1,0 +1,259 @@
+"""Downloads that are cut at random, and resumed as Nix does it: with Range, and without If-Range.
+
+A body is accepted if it is whole by HTTP. Then its NAR must have the hash that was registered.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks.attack.arena import Arena, Outcome, restart
+from benchmarks.connection import BrokenError, Connection, unpacking
+from harmonia.nix.path_info import PathInfo
+from harmonia.tools.store_builder import StoreBuilder
+from support.cutting_proxy import CuttingProxy
+from support.nar_cache import flip
+from support.running import HARMONIA, Server, nar_url
+
+_PATHS = 24
+_CLIENTS = 12
+_LARGEST_CUT = 300_000  # bytes of answers on one connection
+_FILE = 400_000  # bytes, of which none can be compressed
+_RETRY_S = 0.05
+_SMALL_DISK = "4m"
+
+
+@dataclass
+class _Cuts:
+    """Clients that download until so many transfers were cut."""
+
+    proxy: CuttingProxy
+    infos: list[PathInfo]
+    wanted: int
+    outcome: Outcome
+    changed: set[PathInfo] = field(default_factory=set)
+    """Paths whose files were replaced: a plain NAR of other bytes is found out by the client, by its hash."""
+    cuts: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.cuts >= self.wanted
+
+    async def run(self, disturb: Coroutine[None, None, None]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(_CLIENTS):
+                tasks.create_task(self._client(random.Random(number)))
+            tasks.create_task(disturb)
+
+    async def _client(self, chance: random.Random) -> None:
+        while not self.over:
+            await self._download(chance.choice(self.infos), chance)
+
+    async def _download(self, info: PathInfo, chance: random.Random) -> None:
+        url = nar_url(info) + chance.choice(["", ".zst"])
+        received = bytearray()
+        # A client may begin with a range by itself, too.
+        stop = chance.randrange(1, 100_000) if chance.random() < 0.2 else None
+        self.changed.discard(info)
+        resumed = False
+        while True:
+            headers = f"Range: bytes={len(received)}-{'' if stop is None else stop - 1}\r\n" if received or stop else ""
+            if await self._receive(url, headers, received):
+                if stop is None:
+                    break
+                stop = None
+            elif received:
+                resumed = True
+                stop = None
+            if self.over and not received:
+                return
+        self._judge(info, url, bytes(received), resumed=resumed)
+
+    async def _receive(self, url: str, headers: str, received: bytearray) -> bool:
+        """Add what comes to what was received. Return whether it was all."""
+        connection = Connection(int(self.proxy.url.rpartition(":")[2]))
+        try:
+            answer = await connection.get(url, headers)
+            if answer.status not in (200, 206):
+                self.outcome.counts[str(answer.status)] += 1
+                await answer.read()
+                await asyncio.sleep(_RETRY_S)
+                # What is not there in part is asked for anew, as by Nix, which then begins again.
+                if answer.status == 416:
+                    received.clear()
+                return False
+            if answer.status == 200:
+                received.clear()
+            async for part in answer.body:
+                received += part
+        except BrokenError:
+            self.cuts += 1
+            await asyncio.sleep(0 if received else _RETRY_S)
+            return False
+        finally:
+            connection.leave()
+        return True
+
+    def _judge(self, info: PathInfo, url: str, body: bytes, *, resumed: bool) -> None:
+        digest, size = sha256(), 0
+
+        def take(data: bytes) -> None:
+            nonlocal size
+            digest.update(data)
+            size += len(data)
+
+        try:
+            (unpacking(take) if url.endswith(".zst") else take)(body)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is no NAR)
+            digest.update(str(error).encode())
+        kind = "resumed" if resumed else "whole"
+        if digest.digest() == info.nar_hash:
+            self.outcome.counts[f"{kind} and right"] += 1
+        elif info in self.changed:
+            self.outcome.counts["refused by their hash, for the source had changed"] += 1
+        else:
+            self.outcome.counts["wrong"] += 1
+            self.outcome.broken.append(f"{kind}, but wrong: {url}, {size} of {info.nar_size} bytes")
+
+
+@contextmanager
+def _store() -> Iterator[tuple[Path, StoreBuilder, list[PathInfo]]]:
+    with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
+        builder = StoreBuilder(directory)
+        chance = random.Random(1)
+        infos = [
+            builder.add(
+                builder.output_path(f"cut-{number}"),
+                {
+                    "random": chance.randbytes(chance.randrange(1000, _FILE)),
+                    "zeros": bytes(chance.randrange(1000, _FILE)),
+                    "small": {f"{each:03}": chance.randbytes(each) for each in range(200)},
+                },
+            )
+            for number in range(_PATHS)
+        ]
+        yield Path(directory), builder, infos
+
+
+Disturb = Callable[[Server, StoreBuilder, list[PathInfo], _Cuts, random.Random], Coroutine[None, None, None]]
+
+
+def _attack(arena: Arena, name: str, disturb: Disturb, *, part: float, **options: object) -> None:
+    wanted = round(arena.form.cuts * part)
+    with (
+        _store() as (root, builder, infos),
+        arena.served(f"{wanted:,} cuts: {name}", root=root, **options) as (  # type: ignore[arg-type]
+            server,
+            outcome,
+        ),
+        CuttingProxy(urlsplit(server.url).port or 0, 1, _LARGEST_CUT) as proxy,
+    ):
+        cuts = _Cuts(proxy, infos, wanted, outcome)
+        asyncio.run(cuts.run(disturb(server, builder, infos, cuts, random.Random(1))))
+        outcome.counts["cuts"] = cuts.cuts
+
+
+async def _leave_alone(*_: object) -> None:
+    """Let the network alone cut."""
+
+
+async def _kill(server: Server, _: object, __: object, cuts: _Cuts, chance: random.Random) -> None:
+    while not cuts.over:
+        await asyncio.sleep(chance.uniform(0.2, 1))
+        server.process.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(server.wait)
+        await asyncio.to_thread(restart, server)
+        cuts.proxy.port = urlsplit(server.url).port or 0
+        cuts.outcome.counts["kill -9"] += 1
+
+
+async def _change_sources(
+    _: object, builder: StoreBuilder, infos: list[PathInfo], cuts: _Cuts, chance: random.Random
+) -> None:
+    while not cuts.over:
+        info = chance.choice(infos)
+        file = Path(os.fsdecode(builder.real_path(info.path))) / "random"
+        content, times = file.read_bytes(), os.stat(file)
+        kind = chance.choice(["truncated", "grown", "replaced"])
+        cuts.outcome.counts[f"sources {kind}"] += 1
+        if kind == "replaced":
+            cuts.changed.add(info)
+        os.chmod(file.parent, 0o755)
+        os.chmod(file, 0o644)
+        if kind == "truncated":
+            os.truncate(file, chance.randrange(len(content)))
+        elif kind == "grown":
+            file.write_bytes(content + b"more")
+        else:
+            other = file.with_name("other")
+            other.write_bytes(chance.randbytes(len(content)))
+            other.replace(file)
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        file.write_bytes(content)
+        os.chmod(file, 0o444)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        if kind == "replaced":
+            cuts.changed.add(info)
+
+
+async def _change_cache(server: Server, _: object, __: object, cuts: _Cuts, chance: random.Random) -> None:
+    while not cuts.over:
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        files = [*(server.cache_dir / "nar").iterdir()]
+        if files:
+            with suppress(FileNotFoundError, ValueError):
+                _damage(chance.choice(files), chance, cuts.outcome)
+
+
+def _damage(file: Path, chance: random.Random, outcome: Outcome) -> None:
+    size = file.stat().st_size
+    kind = chance.choice(["flipped", "truncated", "removed", "emptied"])
+    if kind == "flipped":
+        flip(file, chance.randrange(size))
+    elif kind == "truncated":
+        os.truncate(file, chance.randrange(size))
+    elif kind == "emptied":
+        os.truncate(file, 0)
+    else:
+        file.unlink()
+    outcome.counts[f"cache files {kind}"] += 1
+
+
+def network_cuts(arena: Arena) -> None:
+    _attack(arena, "by the network", _leave_alone, part=0.4)
+
+
+def kill_cuts(arena: Arena) -> None:
+    _attack(arena, "by kill -9 of the server and the network", _kill, part=0.15)
+
+
+def source_cuts(arena: Arena) -> None:
+    _attack(arena, "by sources that change, and the network", _change_sources, part=0.15)
+
+
+def cache_cuts(arena: Arena) -> None:
+    _attack(arena, "by files of the cache that change, and the network", _change_cache, part=0.15)
+
+
+def full_disk_cuts(arena: Arena) -> None:
+    """Have the cache on a disk that is always full. As root."""
+    if os.geteuid() != 0:
+        print("SKIPPED: cuts with a full disk: not root")
+        return
+    with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
+        mount = f"mount -t tmpfs -o size={_SMALL_DISK} tmpfs '{directory}' && exec \"$@\""
+        program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
+        options = {"program": program, "cache_dir": Path(directory)}
+        _attack(arena, "with a full disk of 4 MiB for the cache, and the network", _leave_alone, part=0.15, **options)
+
+
+ALL = [network_cuts, kill_cuts, source_cuts, cache_cuts, full_disk_cuts]

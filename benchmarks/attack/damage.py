@@ -1,0 +1,35 @@
+"""A NAR in the cache that changes on the disk after it was checked."""
+
+import http.client
+import random
+from hashlib import sha256
+
+from benchmarks.attack.arena import Arena
+from support.nar_cache import cached_file, flip
+from support.running import nar_url, unpacked
+
+_DOWNLOADS = 80
+_BROKEN = (http.client.IncompleteRead, ConnectionResetError)
+
+
+def damaged_cache(arena: Arena) -> None:
+    """Flip a byte of the file in place, keep its size and times, and download: again and again."""
+    info = arena.store.random
+    url = nar_url(info) + ".zst"
+    chance = random.Random(1)
+    name = f"a cached NAR damaged before each of {_DOWNLOADS} downloads"
+    with arena.attacked(name, unharmed=[info]) as (server, outcome):
+        for _ in range(_DOWNLOADS):
+            assert sha256(unpacked(server.get(url).body)).digest() == info.nar_hash
+            file = cached_file(server.cache_dir)
+            flip(file, chance.randrange(file.stat().st_size))
+            try:
+                answer = server.get(url)
+            except _BROKEN:
+                outcome.counts["broken off"] += 1
+            else:
+                outcome.counts[str(answer.status)] += 1
+                outcome.require(answer.status == 503, "a damaged NAR was served as a whole one")
+
+
+ALL = [damaged_cache]

@@ -1,0 +1,69 @@
+"""The store that is attacked: made once, and kept for the next run."""
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from harmonia.nix.path_info import PathInfo
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.tree import remove
+
+_VERSION = 1  # of what is made here: another one makes it anew
+_SMALL = 40
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much is done."""
+
+    name: str
+    ranged: int
+    """Files of the path of which small ranges are asked."""
+    read: int
+    """Files of the path that is read slowly."""
+    paged: int
+    """Entries of the directory whose page and listing are asked for."""
+    readers: int
+    cuts: int
+    seconds: float
+    """Of one attack."""
+    quiet_s: float
+    """Of the measurement before it."""
+
+
+FULL = Form("full", 500_000, 1_000_000, 100_000, 200, 10_000, 20, 4)
+SHORT = Form("short", 50_000, 100_000, 20_000, 64, 500, 4, 1.5)
+
+
+class AttackedStore:
+    def __init__(self, directory: Path, form: Form) -> None:
+        self.root = directory / f"{form.name}-{_VERSION}"
+        if not self.root.exists():
+            print(f"making the store {self.root}", flush=True)
+            unfinished = directory / f"{form.name}.unfinished"
+            remove(os.fsencode(unfinished))
+            _fill(unfinished, form)
+            unfinished.rename(self.root)
+        store = Store("/nix/store", f"{self.root}/nix/store", f"{self.root}/nix/var/nix/db/db.sqlite")
+        hash_parts = [path.removeprefix("/nix/store/")[:32] for path in store.valid_paths()[0]]
+        infos = {info.path.name: info for hash_part in hash_parts if (info := store.path_info(hash_part))}
+        self.ranged, self.read, self.paged = infos.pop("ranged"), infos.pop("read"), infos.pop("paged")
+        self.random = infos.pop("random")
+        self.small = list(infos.values())
+
+
+def narinfo(info: PathInfo) -> str:
+    return f"/{info.path.hash_part}.narinfo"
+
+
+def _fill(root: Path, form: Form) -> None:
+    builder = StoreBuilder(root)
+    for name in ("ranged", "read", "paged"):
+        files = {f"{number:07}-{name}-file-of-many": b"" for number in range(getattr(form, name))}
+        builder.add(builder.output_path(name), files)
+    builder.add(builder.output_path("random"), random.Random(1).randbytes(2 * MIB))
+    for number in range(_SMALL):
+        builder.add(builder.output_path(f"small-{number}"), f"{number}\n".encode() * 1000)
