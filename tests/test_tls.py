@@ -122,9 +122,12 @@ def test_a_truncated_body_is_a_broken_transfer(start: Start, tmp_path: Path) -> 
     os.chmod(path, 0o600)
     os.truncate(path, 2 << 20)
     server = start(store=tmp_path / "store", settings=secured(tmp_path))
-    with pytest.raises((http.client.IncompleteRead, OSError)):
-        server.get(nar_url(info))
-    assert re.search(r"breaks off|is not what", "".join(server.log)) or server.wait_for_log("ERROR")
+    try:
+        status = server.get(nar_url(info)).status
+    except (http.client.IncompleteRead, OSError):
+        status = None
+    assert status in {None, 404}  # if the walk ends before the first byte was sent, there is still time for a status
+    server.wait_for_log("ERROR")
 
 
 def test_a_download_over_tls_arrives_whole(start: Start, sample: Sample, tmp_path: Path) -> None:

@@ -1,29 +1,22 @@
 """Sanic applications made of the table of routes."""
 
 import asyncio
-import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from sanic import HTTPResponse, Request, Sanic
-from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
-from sanic.http.constants import HTTP
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
 from harmonia.server.context import Cache
-from harmonia.server.http import access_log, error_response
+from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.response import Handler, respond
-from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats, date
+from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats
 from harmonia.server.resources import metrics
 from harmonia.server.resources.upstream import with_fallback
 from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
-
-if TYPE_CHECKING:
-    from sanic.http import Http
-    from sanic.response import BaseHTTPResponse
 
 _CONFIG: dict[str, Any] = {
     # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Who is gone, the kernel knows (sockets.py).
@@ -33,32 +26,6 @@ _CONFIG: dict[str, Any] = {
     "ACCESS_LOG": False,
     "MOTD": False,
 }
-
-
-_BEFORE_PATH = re.compile(rb"\A(?:https?://[^/?]+)?/*", re.IGNORECASE)
-"""Nix 2.8 asks for `//nix-cache-info` if the URL that it has ends in a slash."""
-_UNRESERVED = re.compile(rb"%(2[DE]|3\d|[46][1-9A-F]|[57][\dA]|5F|7E)", re.IGNORECASE)
-"""Octets whose encoding makes no difference (RFC 3986 section 6.2.2.2)."""
-
-
-def _decoded(octet: re.Match[bytes]) -> bytes:
-    return bytes([int(octet[1], 16)])
-
-
-class _Request(Request):
-    """Sanic's. For an answer to a URL that cannot be parsed, Sanic makes a request of it, which cannot be either."""
-
-    def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
-        target = b"*" if method == "NONE" or url_bytes == b"*" else _BEFORE_PATH.sub(b"/", url_bytes, 1)
-        super().__init__(url_bytes=_UNRESERVED.sub(_decoded, target), method=method, **rest)
-
-    async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
-        """Every response comes through here."""
-        if response is not None:
-            response.headers["date"] = date()
-            if "harmonia-hops" in self.headers:  # another Harmonia, which wants to know whom it has asked
-                response.headers["harmonia-id"] = self.app.ctx.identity
-        return await super().respond(response, **rest)
 
 
 def count_with(settings: Settings) -> Metrics:
@@ -76,23 +43,27 @@ def create_app(cache: Cache, guard: Guard | None = None) -> "Sanic[Any, Any]":
 
 
 def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
-    app = _app("harmonia-metrics", cache, METRICS_ROUTES)
-    app.state.primary = False  # what Sanic does to its own code at the start, it can do only once
-    return app
+    return _app("harmonia-metrics", cache, METRICS_ROUTES, primary=False)
 
 
-def _app(name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None = None) -> "Sanic[Any, Any]":
+def _app(
+    name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None = None, *, primary: bool = True
+) -> "Sanic[Any, Any]":
     settings = cache.settings
     config = _CONFIG | {
         "REQUEST_MAX_HEADER_SIZE": settings.max_header_size,
         "REQUEST_TIMEOUT": settings.header_timeout,
         "KEEP_ALIVE_TIMEOUT": settings.keep_alive_timeout,
     }
-    app = Sanic(name, config=Config(config, env_prefix=None), configure_logging=False, request_class=_Request)
+    app = Sanic(
+        name,
+        config=Config(config, env_prefix=None),
+        configure_logging=False,
+        request_class=sanic_adapter.AdaptedRequest,
+    )
     app.ctx.identity = cache.identity
     app.ctx.repeats = Repeats()
-    # What Sanic's own start would note. It looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
-    app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
+    sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
         strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
@@ -152,7 +123,7 @@ async def _answer(
 
 def _done(cache: Cache, route: RouteCounters, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
     """Count and log a request. Its response is to be sent yet, or None where that has been done."""
-    answer = response or cast("Http", request.stream).response
+    answer = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
     metrics.count(route, request, answer.status, sent)
     access_log.log(request, answer.status, sent, cache.settings.trusted_proxies)

@@ -2,25 +2,19 @@
 
 import asyncio
 import ctypes
-import fcntl
 import logging
 import os
 import signal
 import socket
 import ssl
 import sys
-import termios
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, cast
 
 import uvloop
-from sanic.http import Stage
 from sanic.models.server_types import Signal
 from sanic.server.async_server import AsyncioServer
-from sanic.server.protocols.http_protocol import HttpProtocol
 
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
@@ -30,16 +24,12 @@ from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener
 from harmonia.server.context import Cache
 from harmonia.server.http.auth import Guard
-from harmonia.server.http.request_head import Http
+from harmonia.server.http.sanic_adapter import Connection, limited_connection
 from harmonia.server.resources import metrics, upstream
 
 _SWITCH = 0.001  # seconds, not 0.005, after which a thread that computes lets the event loop go on
 _TRIM = 10.0  # seconds between two times that memory is given back
 _POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
-_FULL = (  # no body: it may be the answer to HEAD
-    b"HTTP/1.1 503 Service Unavailable\r\ncache-control: no-store\r\nretry-after: 1\r\n"
-    b"content-length: 0\r\nconnection: close\r\n\r\n"
-)
 
 _log = logging.getLogger("harmonia")
 
@@ -88,7 +78,7 @@ async def _serve(
         settings.max_connections_per_client,
         settings.trusted_proxies,
     )
-    protocol = limited_protocol(limiter)
+    protocol = limited_connection(limiter)
     servers = []
     tls_listeners: dict[AsyncioServer, TlsListener] = {}
     for each in listening:
@@ -96,7 +86,7 @@ async def _serve(
         private = each in for_metrics
         server = await (metrics_app if private else app).create_server(
             sock=each,
-            protocol=_Protocol if private else protocol,  # who watches gets in where nobody else does
+            protocol=Connection if private else protocol,  # who watches gets in where nobody else does
             backlog=BACKLOG,
             asyncio_server_kwargs={"start_serving": False},
         )
@@ -191,80 +181,3 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None)
             _log.error("the tokens are not read again: %s", error)
         else:
             _log.info("the tokens were read again")
-
-
-class _Protocol(HttpProtocol):
-    """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes.
-
-    A question that was answered before does not go through Sanic at all.
-    """
-
-    HTTP_CLASS = Http
-    __slots__ = ("_closing",)
-
-    def data_received(self, data: bytes) -> None:
-        http = getattr(self, "_http", None)  # it comes with the connection's task
-        if http is not None and self._is_idle(http) and (answer := self.app.ctx.repeats.find(data)):
-            cast("asyncio.WriteTransport", self.transport).write(answer)
-            self._time = time.monotonic()
-            return
-        began = self._time
-        super().data_received(data)
-        if http is not None and http.stage is Stage.REQUEST:
-            self._time = began
-
-    def _is_idle(self, http: Http) -> bool:
-        """Whether a request can be answered here and now: it is the first that waits, and the client reads."""
-        return (
-            http.stage is Stage.IDLE
-            and http.keep_alive
-            and not (self.recv_buffer or http.request_body)
-            and self._can_write.is_set()
-            and not (self.transport is None or self.transport.is_closing())
-        )
-
-    def close(self, timeout: float | None = None) -> None:
-        """Of TLS, Sanic sees only what is yet to be encrypted, and cuts off what the client is yet to take."""
-        patience: float = self.app.config.GRACEFUL_TCP_CLOSE_TIMEOUT
-        if not self._is_unsent() or time.monotonic() - self._time > patience:
-            super().close(timeout)
-        elif self.http is None and getattr(self, "_closing", None) is None:  # else who closes it tries again
-            self._closing = self.loop.call_later(_POLL, self._close_again)
-
-    def _close_again(self) -> None:
-        self._closing = None
-        self.close()
-
-    def _is_unsent(self) -> bool:
-        """Whether the kernel has bytes of an encrypted connection that the client has not taken: only then, uvloop may
-        have more.
-        """
-        transport = self.transport
-        if transport is None or transport.is_closing() or transport.get_extra_info("ssl_object") is None:
-            return False
-        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return int.from_bytes(count, sys.byteorder) > 0
-
-    async def send(self, data: bytes) -> None:
-        await super().send(data)  # type: ignore[no-untyped-call]
-        if self._http.request is not None:
-            self.app.ctx.repeats.remember(self._http.request, data)
-
-
-def limited_protocol(limiter: ConnectionLimiter) -> type[_Protocol]:
-    """Return the protocol of connections that the limiter counts. Those of TLS it has counted already."""
-
-    class LimitedProtocol(_Protocol):
-        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
-            if self in limiter or limiter.admit(self, transport.get_extra_info("peername")):
-                super().connection_made(transport)  # type: ignore[no-untyped-call]
-            else:
-                transport.write(_FULL)
-                transport.close()
-
-        def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
-            if self in limiter:
-                limiter.release(self)
-                super().connection_lost(exc)  # type: ignore[no-untyped-call]
-
-    return LimitedProtocol

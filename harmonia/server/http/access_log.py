@@ -1,15 +1,13 @@
-"""The access log: one line for each request, to the logger `harmonia.config.tokens`."""
+"""Access log: one line for each request, to the logger `harmonia.access`."""
 
 import ipaddress
 import logging
 from collections.abc import Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 
-if TYPE_CHECKING:
-    from sanic.http import Http
+from harmonia.server.http import sanic_adapter
 
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -45,7 +43,7 @@ def single_client(peername: object, trusted: Sequence[str]) -> str | None:
 
 def _peer(request: Request) -> _Ip | None:
     """None for a peer on a unix socket."""
-    peer = cast("Http", request.stream).protocol.conn_info
+    peer = sanic_adapter.connection_of(request)
     return _ip(peer.client_ip if peer else "")
 
 
@@ -67,14 +65,13 @@ def log(request: Request, status: int, sent: int, trusted: Sequence[str]) -> Non
     """Log a request with its status, the bytes of body sent, and the milliseconds from its head to now."""
     if not _log.isEnabledFor(logging.INFO):
         return
-    stream = cast("Http", request.stream)
-    milliseconds = (perf_counter() - (stream.perft0 or perf_counter())) * 1000
+    milliseconds = (perf_counter() - (sanic_adapter.began_at(request) or perf_counter())) * 1000
     agent = request.headers.get("user-agent", "-")
     # What the client wrote is quoted, so that no byte of it can pass for a line of ours.
     _log.info(
         "%s %r %d %d %.1fms %r",
         client(request, trusted),
-        f"{request.method} {stream.url}",
+        f"{request.method} {sanic_adapter.reader_of(request).url}",
         status,
         sent,
         milliseconds,

@@ -1,15 +1,10 @@
 """The URL under which clients know this cache: for pages, from which people copy it."""
 
-from typing import TYPE_CHECKING, cast
-
 from sanic import Request
 
 from harmonia.config.settings import Settings
 from harmonia.config.value_types import BASE_URL
-from harmonia.server.http import access_log
-
-if TYPE_CHECKING:
-    from sanic.http import Http
+from harmonia.server.http import access_log, sanic_adapter
 
 
 def base_url(request: Request, settings: Settings) -> str:
@@ -17,7 +12,7 @@ def base_url(request: Request, settings: Settings) -> str:
 
     What is no URL then is not repeated, but the address that the connection came to told instead.
     """
-    connection = cast("Http", request.stream).protocol.conn_info
+    connection = sanic_adapter.connection_of(request)
     scheme = "https" if connection and connection.ssl else "http"
     host = request.headers.get("host", "")
     candidates = [settings.base_url, _url(scheme, host), _url(scheme, connection.server if connection else "")]

@@ -9,17 +9,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import formatdate
-from functools import lru_cache
-from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.metrics.shared_counters import RouteCounters
-
-if TYPE_CHECKING:
-    from sanic.http import Http
+from harmonia.server.http.sanic_adapter import date, reader_of
 
 _LIMIT = 8 * 1024 * 1024  # bytes: some 5,000 narinfos
 
@@ -76,7 +71,7 @@ class Repeats:
     def remember(self, request: Request, sent: bytes) -> None:
         """Remember what was sent for a request, where its resource has told whether that `lasts`."""
         told: tuple[Lasts, RouteCounters] | None = getattr(request.ctx, "lasts", None)
-        http = cast("Http", request.stream)
+        http = reader_of(request)
         # Bytes of a body would be taken for the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         if told is None or has_body or not http.keep_alive or not told[0]():
@@ -94,13 +89,3 @@ class Repeats:
     def _forget(self, head: bytes) -> None:
         if answer := self._answers.pop(head, None):
             self._memory -= len(head) + answer.memory
-
-
-def date() -> str:
-    """RFC 9110 section 6.6.1 wants each response to tell when it was made."""
-    return _date(int(time.time()))
-
-
-@lru_cache(1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)

@@ -3,7 +3,6 @@
 import math
 from dataclasses import astuple, fields
 from time import perf_counter
-from typing import TYPE_CHECKING, cast
 
 from sanic import Request
 
@@ -11,10 +10,7 @@ from harmonia.cache.disk_cache import Counters
 from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.context import Cache
 from harmonia.server.http.response import Representation
-
-if TYPE_CHECKING:
-    from sanic.http import Http
-
+from harmonia.server.http.sanic_adapter import began_at
 
 TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
 """What `look` takes down."""
@@ -23,7 +19,7 @@ TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_s
 def count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
     """Count a request that was answered with that many bytes of body."""
     now = perf_counter()
-    began = cast("Http", request.stream).perft0 or now
+    began = began_at(request) or now
     head = getattr(request.ctx, "head_at", None)
     route.count(status, sent, (head or now) - began, now - head if head else None)
     if getattr(request.ctx, "broken", False):

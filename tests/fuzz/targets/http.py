@@ -17,7 +17,7 @@ from harmonia.server.app import count_with, create_app
 from harmonia.server.connections import ConnectionLimiter
 from harmonia.server.context import Cache
 from harmonia.server.http.auth import Guard
-from harmonia.server.worker import limited_protocol
+from harmonia.server.http.sanic_adapter import limited_connection
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Executable, Symlink, Tree
 
@@ -140,7 +140,7 @@ class FuzzedServer:
 
     async def _serve(self, ready: threading.Event) -> None:
         guard = Guard(self._settings) if self._settings.tokens_path else None
-        protocol = limited_protocol(ConnectionLimiter(100, self._cache.metrics.own))
+        protocol = limited_connection(ConnectionLimiter(100, self._cache.metrics.own))
         app = create_app(self._cache, guard)
         Sanic.unregister_app(app)  # its name is free for the next
         app.state.primary = not running  # what Sanic does to its own code at the start, it can do only once
