@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from multidict import CIMultiDictProxy
@@ -42,6 +43,7 @@ def retry_after_s(headers: Headers) -> float:
     if (seconds := integer(text, _MAX_SECONDS)) is not None:
         return seconds
     try:
-        return max(parsedate_to_datetime(text[:100]).timestamp() - time.time(), 0)
+        date = parsedate_to_datetime(text[:100])
+        return max(date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time(), 0)  # the form of asctime has none
     except (ValueError, OverflowError):
         return 0
