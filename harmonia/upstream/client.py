@@ -81,7 +81,7 @@ class Client:
         method: str = "GET",
         part: Part = WHOLE,
         *,
-        anywhere: bool = True,
+        anywhere: bool,
     ) -> Answer:
         """The answer to a request for a NAR, likewise. One that is checked may come from `anywhere`. UpstreamError also
         where it is not there.

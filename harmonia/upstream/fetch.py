@@ -22,7 +22,7 @@ from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Tasks, Threads
 from harmonia.upstream.transfer import Transfer
-from harmonia.upstream.transport import WHOLE, Part
+from harmonia.upstream.transport import WHOLE
 
 _MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
 
@@ -101,12 +101,15 @@ class Fetches:
         (self._failed.add if failed else self._failed.remove)(found.client.id, found.name.key)
 
     def _passed(self, found: Found, headers: Mapping[str, str], response: Answer | None = None) -> Passed:
-        """The NAR without the cache. It is checked where it is passed on from its beginning to its end."""
-
-        async def ask(part: Part) -> Answer:
-            return await found.ask(headers, part, checked=part == WHOLE)
-
-        return Passed(found.client, ask, response, lambda: self._check(found), found.file_size)
+        """Return the NAR without the cache. It is checked if it is passed on from its beginning to its end."""
+        return Passed(
+            found.client,
+            partial(found.ask, headers, checked=False),
+            response,
+            partial(self._check, found),
+            found.file_size,
+            partial(found.ask, headers, WHOLE),
+        )
 
     def _check(self, found: Found) -> "_ThreadedCheck":
         return _ThreadedCheck(ContentCheck(found.info, found.nar), self._threads, partial(self._note, found))

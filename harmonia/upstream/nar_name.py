@@ -11,6 +11,7 @@ from typing import Self
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32
+from harmonia.nix.decompress import COMPRESSIONS
 
 _FILE_HASH_LENGTH = base32.encoded_length(32)
 _DIGIT = f"[{base32.ALPHABET}]"
@@ -27,9 +28,9 @@ class NarName:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """FormatError where it is none."""
+        """Raise FormatError if this is not the name of a NAR that can be checked."""
         match = _NAME.fullmatch(text)
-        if match is None:
+        if match is None or match[4] not in COMPRESSIONS:
             raise FormatError("it is no name of a NAR")
         return cls(*match.groups())
 

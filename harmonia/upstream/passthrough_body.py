@@ -5,6 +5,7 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
@@ -32,14 +33,17 @@ class Passed:
         response: Answer | None = None,
         check: Callable[[], Check] | None = None,
         size: int | None = None,
+        ask_whole: Callable[[], Awaitable[Answer]] | None = None,
     ) -> None:
         """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
         where that has been asked for already. `check` makes what looks at the whole as it comes. `size` is how large it
-        has to be, where that is told before.
+        has to be, where that is told before. `ask_whole` is used in place of `ask` for a whole that is checked: it may
+        follow redirects to other hosts.
         """
         self.size = response.content_length if size is None and response is not None else size
         self._client = client
         self._ask = ask
+        self._ask_whole = ask_whole or partial(ask, WHOLE)
         self._response = response
         self._check = check
         self._loop = asyncio.get_running_loop()
@@ -77,10 +81,11 @@ class Passed:
         if response is not None and part != WHOLE:
             response.close()
             response = None
-        response = response or await self._ask(part)
+        if response is None:
+            response = await (self._ask_whole() if part == WHOLE else self._ask(part))
         if response.is_encoded and response.status == HTTPStatus.PARTIAL_CONTENT:  # a part of its encoded bytes
             response.close()
-            response = await self._ask(WHOLE)
+            response = await self._ask(WHOLE)  # not from anywhere, because a part of it cannot be checked
         async with response:
             position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             while stop is None or position < stop:

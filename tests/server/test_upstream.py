@@ -438,21 +438,61 @@ def test_what_another_worker_took_back_is_not_passed_on_unchecked(
         assert download.result()
 
 
-def test_what_nothing_can_check_comes_from_no_other_host(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """An upstream could have us fetch it from our own network."""
+@pytest.mark.parametrize("file_hash", ["right", "stale", None])
+def test_a_whole_nar_comes_from_another_host_and_a_part_that_nothing_can_check_does_not(
+    begin: Start, upstream: UpstreamServer, there: Remote, file_hash: str | None
+) -> None:
+    """An upstream could have us fetch a part from our own network. A whole NAR is checked by its NarHash."""
+    hashes = {"right": there.nar.file_hash, "stale": bytes(32), None: None}
+    upstream.add(there.info, there.file, replace(there.nar, file_hash=hashes[file_hash]), keys=(KEY,))
     with UpstreamServer() as other:
         other.files["/there"] = there.file
+        upstream.behaviours["/nar/"] = status(302, Location=f"{other.url}/there")
         server = begin(entry(upstream), cache_dir=NO_CACHE)
-        for nar, part, status_ in (
-            (there.nar, {}, 200),
-            (there.nar, {"Range": "bytes=1000-"}, 404),
-            (replace(there.nar, file_hash=None), {}, 404),
-        ):
-            path = replace(there.info, path=StorePath(f"{next(_numbers):032}-x"))
-            upstream.add(path, there.file, nar, keys=(KEY,))
-            upstream.behaviours["/nar/"] = status(302, Location=f"{other.url}/there")
-            url = fields(server.get(f"/{path.path.hash_part}.narinfo"))["URL"]
-            assert server.get(f"/{url}", part).status == status_
+        url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+        whole = server.get(url)
+        assert (whole.status, whole.body) == (200, there.file)
+        for part in ("bytes=1000-", "bytes=0-999"):
+            assert server.get(url, {"Range": part}).status == 404
+        other.files["/there"] = bytes(len(there.file))
+        assert aborted(server, url)
+
+
+def test_a_part_of_an_encoded_nar_comes_from_no_other_host(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    """A part of encoded bytes is of no use, so the whole is asked for: but only a part of it is passed on."""
+
+    def behave(handler: upstream_server.Handler) -> None:
+        if "Range" in handler.headers:
+            headers = {"Content-Range": "bytes 1000-1999/9999", "Content-Encoding": "gzip"}
+            handler.answer(206, bytes(1000), headers)
+        else:
+            handler.answer(302, b"", {"Location": f"{other.url}/there"})
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    with UpstreamServer() as other:
+        other.files["/there"] = there.file
+        upstream.behaviours["/nar/"] = behave
+        server = begin(entry(upstream), cache_dir=NO_CACHE)
+        url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+        assert server.get(url).body == there.file
+        assert server.get(url, {"Range": "bytes=1000-1999"}).status == 404
+
+
+@pytest.mark.parametrize("cache_size", ["1G", "1K"])
+def test_a_nar_that_nothing_can_check_is_not_fetched(
+    begin: Start, upstream: UpstreamServer, there: Remote, cache_size: str
+) -> None:
+    """With mode = "redirect", clients fetch it from the upstream. A name that they make up for it here is 404."""
+    nar = replace(there.nar, compression="lz4")
+    upstream.add(there.info, there.file, nar, keys=(KEY,))
+    server = begin(entry(upstream, mode="redirect"), settings=f"{PATIENT}\ncache_size = '{cache_size}'")
+    assert fields(server.get(narinfo_path(there)))["URL"] == f"{upstream.url}/{nar.url}"
+    hashes = (base32.encode(each) for each in (there.info.nar_hash, there.nar.file_hash or b""))
+    name = f"{there.info.path.hash_part}-{'-'.join(hashes)}.nar"
+    assert server.get(f"/upstream/{name}.lz4").status == 404
+    assert not upstream.asked[f"GET /{nar.url}"]
 
 
 def test_a_part_that_nobody_asked_for_is_not_passed_on(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
