@@ -19,6 +19,7 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Frame, Frames, Source, check, offsets
+from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
@@ -212,6 +213,41 @@ class KeptNar:
             yield from self._file.follow(start, stop)
         finally:
             self._file.close()
+
+
+class StoredNar:
+    """A NAR in a zstd file without compression: its length is known before anything is read. Only read as a whole."""
+
+    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding) -> None:
+        """Begin to fill the cache with the compressed file, for later requests. Blocks for a moment."""
+        self._compressor = compressor
+        self._source = source
+        self.size = stored_size(source.size)
+        if (file := compressor.open(source, encoding)) is not None:
+            file.close()
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[bytes]]:
+        if start or stop not in {None, self.size}:
+            raise NotImplementedError
+        try:
+            yield from store(self._content(), self._source.size)
+        except StoreObjectError as error:
+            self._compressor.found_damaged(self._source, error)
+            raise
+        self._compressor.found_intact(self._source)
+
+    def _content(self) -> Generator[bytes | Future[bytes]]:
+        """Return the NAR in chunks. Raises StoreObjectError at its end if it does not have its hash."""
+        sha256 = hashlib.sha256()
+        with closing(self._source.read(0, self._source.size)) as chunks:
+            for chunk in chunks:
+                if isinstance(chunk, Future):
+                    yield chunk
+                    continue
+                for data in iter(chunk.read, b"") if isinstance(chunk, OpenSlice) else (chunk,):
+                    sha256.update(data)
+                    yield data
+        check(self._source, sha256.digest())
 
 
 class _Fill:

@@ -236,7 +236,12 @@ def test_head_is_get_without_a_body(
         url = {".nar": nar_url(path), ".nar.zst": file_url(path), ".ls": f"/{path.path.hash_part}.ls"}[suffix]
         ask = partial(server.request, path=url, headers=accepting(accepted), version=version)
         head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
-        assert (head.status, head.body, cached.body) == (get.status, b"", get.body)
+        assert (head.status, head.body) == (get.status, b"")
+        if version == "1.0" and suffix == ".nar.zst":
+            # The file is not compressed in the first answer: a cold file's length is not known.
+            assert unpacked(cached.body) == unpacked(get.body)
+        else:
+            assert cached.body == get.body
         if version == "1.0":
             # HTTP/1.0 has no chunks, and the end of a connection does not tell whether a body is whole. But HEAD
             # compresses nothing to find a length.

@@ -7,6 +7,9 @@ A zstd file of it is `/nar/<hash>-<narhash>-<encoding>.nar.zst`. Nix resumes a d
 another server or after a restart. Therefore the URL names all that determines the bytes, and a range of it is answered
 from that very file, or with 404. If this server cannot make the encoding, or if the URL names none (as URLs once did),
 the whole NAR comes in our own encoding, with `Accept-Ranges: none`, because of which Nix does not resume it.
+
+HTTP/1.0 has no chunks: its client can only see that a body is incomplete if it knows the length before. The length of a
+zstd file is unknown until it was once compressed. Until then, HTTP/1.0 gets a zstd file without compression.
 """
 
 import asyncio
@@ -16,8 +19,9 @@ from functools import partial
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.nar_compressor import CompressedNar, KeptNar
+from harmonia.cache.nar_compressor import CompressedNar, KeptNar, StoredNar
 from harmonia.cache.zstd import Encoding
+from harmonia.cache.zstd_stored import stored_size
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
@@ -89,7 +93,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     compressor = cache.compressor
     own = compressor.frames.encoding
     if named["compression"]:
-        return await _file(cache, body, named.get("encoding"))
+        return await _file(cache, request, body, named.get("encoding"))
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
@@ -100,7 +104,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
     )
 
 
-async def _file(cache: Cache, nar: StoreNar, name: str | None) -> Representation:
+async def _file(cache: Cache, request: Request, nar: StoreNar, name: str | None) -> Representation:
     """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
     compressor = cache.compressor
     own = compressor.frames.encoding
@@ -116,6 +120,10 @@ async def _file(cache: Cache, nar: StoreNar, name: str | None) -> Representation
             encoding, body = own, _compressed(cache, nar, own)
         else:
             body = KeptNar(kept)
+    if request.version == "1.0" and not wants_part(request) and not isinstance(body, KeptNar):
+        size = await cache.threads.read(partial(compressor.size, nar.sha256, encoding))
+        if size is None:
+            return _stored(cache, nar, encoding)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
@@ -123,6 +131,20 @@ async def _file(cache: Cache, nar: StoreNar, name: str | None) -> Representation
         etag=f'"{base32.encode(nar.sha256)}-{encoding.name}"',
         resumable=names_bytes,
     )
+
+
+def _stored(cache: Cache, nar: StoreNar, encoding: Encoding) -> Representation:
+    """Return the NAR as a zstd file without compression, and begin to compress it for the next request.
+
+    It shares its URL with the compressed file. Therefore nobody may keep it, and Nix must not resume it.
+    """
+
+    async def open_stored(request: Request) -> Body:
+        if request.method == "HEAD":
+            return Unread(stored_size(nar.size))
+        return await cache.threads.read(partial(StoredNar, cache.compressor, nar, encoding))
+
+    return Representation(content_type=_CONTENT_TYPE, body=open_stored, cache_control=UNNAMED, resumable=False)
 
 
 def _compressed(cache: Cache, nar: StoreNar, encoding: Encoding) -> Open:
