@@ -73,7 +73,7 @@ class _Cuts:
             elif received:
                 resumed = True
                 stop = None
-            if self.over and not received:
+            if self.over:
                 return
         self._judge(info, url, bytes(received), resumed=resumed)
 
