@@ -21,7 +21,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
 from support.nar_cache import flip
-from support.running import HARMONIA, Server, nar_url
+from support.running import HARMONIA, Server, file_url, nar_url
 
 _PATHS = 24
 _CLIENTS = 12
@@ -58,7 +58,7 @@ class _Cuts:
             await self._download(chance.choice(self.infos), chance)
 
     async def _download(self, info: PathInfo, chance: random.Random) -> None:
-        url = nar_url(info) + chance.choice(["", ".zst"])
+        url = chance.choice([nar_url, file_url])(info)
         received = bytearray()
         # A client may begin with a range by itself, too.
         stop = chance.randrange(1, 100_000) if chance.random() < 0.2 else None

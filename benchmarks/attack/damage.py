@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from benchmarks.attack.arena import Arena
 from support.nar_cache import cached_file, flip
-from support.running import nar_url, unpacked
+from support.running import file_url, unpacked
 
 _DOWNLOADS = 80
 _BROKEN = (http.client.IncompleteRead, ConnectionResetError)
@@ -15,7 +15,7 @@ _BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 def damaged_cache(arena: Arena) -> None:
     """Flip a byte of the file in place, keep its size and times, and download: again and again."""
     info = arena.store.random
-    url = nar_url(info) + ".zst"
+    url = file_url(info)
     chance = random.Random(1)
     name = f"a cached NAR damaged before each of {_DOWNLOADS} downloads"
     with arena.attacked(name, unharmed=[info]) as (server, outcome):

@@ -12,7 +12,7 @@ from benchmarks.attack.arena import Arena, processes_of, restart
 from benchmarks.attack.stores import MIB
 from harmonia.config import tokens
 from harmonia.config.tokens import Token
-from support.running import GRACE_S, Sample, Server, download, nar_url, wait_until
+from support.running import GRACE_S, Sample, Server, download, file_url, wait_until
 from support.unscathed import serves
 
 _TOKENS = 100_000
@@ -54,7 +54,7 @@ def _downloads(server: Server, sample: Sample) -> Iterator[None]:
         for _ in range(_DOWNLOADS):
             stack.enter_context(download(server, sample.big))
         compressed = stack.enter_context(server.connect(receive_buffer=8192))
-        compressed.sendall(f"GET {nar_url(sample.big)}.zst HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        compressed.sendall(f"GET {file_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
         compressed.recv(1)
         yield
 

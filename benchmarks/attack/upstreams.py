@@ -114,8 +114,8 @@ def from_outside_to_inside(arena: Arena) -> None:
         for url in ("", f"{inside.url}/secret.nar", f"{inside.url.removeprefix('http:')}/secret.nar"):
             with _remote(upstream, url) as (info, nar):
                 inside.files |= {"/secret.nar": nar}
-                for path in ("^/nar/", r"\.narinfo$", r"\.ls$", "^/log/"):
-                    upstream.behaviours = {path: status(302, Location=f"{inside.url}/secret.nar")}
+                for paths in (r"\.narinfo$", r"^/nar/|\.ls$|^/log/"):
+                    upstream.behaviours = {paths: status(302, Location=f"{inside.url}/secret.nar")}
                     for asked in (*_urls(server, info), f"/{info.path.hash_part}.ls", f"/log/{info.path}.drv"):
                         outcome.counts[str(server.get(asked).status)] += 1
                     server.stop()  # it remembers what it was told
