@@ -259,4 +259,7 @@ def test_the_port_is_not_taken_over_by_a_second_server(start: Start, sample: Sam
     assert ended.returncode == 2
     assert ended.stderr.count("\n") == 1
     assert "bind: 127.0.0.1:" in ended.stderr
-    assert "already in use; choose another address, or stop what listens there" in ended.stderr
+    assert (
+        "already in use; choose another address, as by harmonia serve --bind :8080, or stop what listens there"
+        in ended.stderr
+    )

@@ -1,14 +1,17 @@
 """The shared code of the tests: where it lives, and that it fails when a test does not test anything any longer."""
 
+import os
 import re
+import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from support.preloaded import HARMONIA, NOT_PRELOADED, popen
 from support.programs import skips
-from support.running import patched
+from support.running import Sample, Server, open_files, patched
 
 TESTS = Path(__file__).parent
 
@@ -53,3 +56,46 @@ def test_skipped_tests_are_summed_up_in_one_line() -> None:
     assert skips(Counter({"Nix presents certificates from 2.34 on": 1})) == (
         "1 test skipped: 1 Nix presents certificates from 2.34 on"
     )
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["no-such-command"], ["check-config"], ["nar", "list", "none"]])
+def test_a_preloaded_command_does_what_a_new_process_does(arguments: list[str], tmp_path: Path) -> None:
+    def outcome(program: list[str]) -> tuple[int, str, str]:
+        (tmp_path / "harmonia.toml").write_text("priority = 77\n")
+        environment = {**os.environ, "CONFIG_FILE": "harmonia.toml", "HOME": str(tmp_path)}
+        pipe = subprocess.PIPE
+        command = [*program, *arguments]
+        with popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
+            stdout, stderr = process.communicate()
+        return process.returncode, stdout, re.sub(r"(?m)^[\d-]+ [\d:,]+", "", stderr)
+
+    assert outcome(HARMONIA) == outcome(NOT_PRELOADED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_preloaded_server_is_a_process_like_a_new_one(tmp_path: Path, number: int) -> None:
+    sample = Sample.make(tmp_path / "store", 1)
+
+    def facts(name: str, program: list[str]) -> list[object]:
+        server = Server(tmp_path / name, sample.root, program=program, start_new_session=True)
+        server.start()
+        pid = server.process.pid
+        stat, status, limits = (Path(f"/proc/{pid}/{name}").read_text() for name in ("stat", "status", "limits"))
+        return [
+            int(stat.split()[3]) == os.getpid(),
+            [os.getsid(each) == pid for each in (pid, *server.workers)],
+            re.findall(r"(?m)^((?:Umask|Threads|NoNewPrivs|Sig(?:Blk|Ign|Cgt)|Cap\w+):.*)$", status),
+            limits,
+            sorted(re.sub(r"\d+|/.*", "", file) for file in open_files(pid)),
+            server.stop(number),
+        ]
+
+    assert facts("preloaded", HARMONIA) == facts("new", NOT_PRELOADED)
+
+
+def test_what_python_reads_at_its_start_needs_a_new_process() -> None:
+    environment = {**os.environ, "PYTHONOPTIMIZE": "1"}
+    with popen([*HARMONIA, "--version"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert type(process) is subprocess.Popen
+    with popen([*HARMONIA, "--version"], env=os.environ, stdout=subprocess.PIPE, text=True) as process:
+        assert type(process) is not subprocess.Popen

@@ -15,6 +15,7 @@ from harmonia.config.tokens import SCOPES, new
 from harmonia.nix.signing import SecretKey
 from harmonia.process.preflight import load
 from support.contract import ROWS, Row, stock
+from support.preloaded import NOT_PRELOADED
 from support.running import Answer, Server, patched, run, wait_until
 
 Start = Callable[..., Server]
@@ -44,7 +45,10 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
 def server(stocked: tuple[Path, dict[str, str]]) -> Iterator[Server]:
     directory, _ = stocked
     server = Server(
-        directory / "server", directory / "store", f"{BASE}tokens_path = '{directory}/tokens'\nmax_failed_auth_rate = 0"
+        directory / "server",
+        directory / "store",
+        f"{BASE}tokens_path = '{directory}/tokens'\nmax_failed_auth_rate = 0",
+        program=NOT_PRELOADED,  # a test reads its /proc/PID/cmdline and environ
     )
     server.start()
     yield server

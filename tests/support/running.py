@@ -26,12 +26,13 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.tree import Sparse
+from support import preloaded
 
 PATIENCE_S = 120.0
 """How long anything is waited for that comes at once on an idle machine: a bound against hangs only."""
 GRACE_S = 25
 """Less than the grace of a server that stops, by default 30 s: what ends within it has not waited for that."""
-HARMONIA = [sys.executable, "-m", "harmonia"]
+HARMONIA = preloaded.HARMONIA
 NO_CACHE = Path("/proc/none")
 """A directory that nobody can make, root neither."""
 
@@ -92,8 +93,8 @@ class Server:
     def launch(self) -> None:
         """Start it, whatever comes of it."""
         command = [*self._program, "--config", str(self.config)]
-        self.process = subprocess.Popen(  # type: ignore[call-overload]
-            command, stderr=subprocess.PIPE, text=True, env=self.environment, **self._options
+        self.process = preloaded.popen(
+            command, env=self.environment, stderr=subprocess.PIPE, text=True, **self._options
         )
         assert self.process.stderr is not None
         self._reader = threading.Thread(target=self._read, args=(self.process.stderr,))
@@ -322,12 +323,13 @@ def read_answer(connection: socket.socket, method: str = "GET") -> Answer:
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The command line, run to its end."""
-    command: Sequence[str] = [*HARMONIA, *arguments]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        env={**os.environ, **(environment or {})},
-        check=False,
-    )
+    command = [*HARMONIA, *arguments]
+    environment = {**os.environ, **(environment or {})}
+    with preloaded.popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)

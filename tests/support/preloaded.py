@@ -1,0 +1,169 @@
+"""A fork server: Harmonia in a fork of a process that has imported it, which saves most of the CPU time of a start.
+
+The result is a process like that of `python -m harmonia`: a child of ours, with the same arguments, environment,
+working directory, descriptors, signals and exit status. Only `/proc` shows the command line and the environment of the
+fork server. Run as a program, this module is the fork server.
+"""
+
+import atexit
+import ctypes
+import gc
+import inspect
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harmonia.cli import main
+
+HARMONIA = [sys.executable, "-m", "harmonia"]
+NOT_PRELOADED = ["env", *HARMONIA]
+"""The same in a process that imports all for itself."""
+_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_")
+"""Prefixes of environment variables that are read once, before a program begins or when it imports."""
+_MESSAGE_MAX_BYTES = 1 << 18
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def popen(command: Sequence[str], *, env: Mapping[str, str], **options: object) -> subprocess.Popen[str]:
+    """Start a command: by the fork server if the command is Harmonia and no option needs a new program."""
+    simple = options.keys() <= {"cwd", "start_new_session", "stdout", "stderr", "text"}
+    if simple and list(command[:3]) == HARMONIA and _at_start(env) == _at_start(_ENVIRONMENT):
+        return _Forked(command, env=env, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(command, env=env, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def _at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(_AT_START)}
+
+
+_ENVIRONMENT = dict(os.environ)
+
+
+class _ForkServer:
+    """Our end of the fork server: one for each process of pytest, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            number = theirs.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.preloaded", str(number)],
+                cwd=Path(__file__).parents[2],  # whose harmonia the tests import, too
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=_ENVIRONMENT,
+                pass_fds=[number],
+            )
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._process.wait()
+
+    def fork(self, request: Mapping[str, object], descriptors: Sequence[int]) -> int:
+        """Return the process id of a child of ours that does what the request says."""
+        message = json.dumps(request).encode()
+        with self._lock:
+            # Its parent ends at once, so it becomes a child of the nearest process above that adopts orphans.
+            _adopt_orphans(yes=True)
+            try:
+                socket.send_fds(self._socket, [message], list(descriptors))
+                pid = self._socket.recv(64)
+            finally:
+                _adopt_orphans(yes=False)
+        if not pid:
+            raise ChildProcessError(f"the fork server ended with status {self._process.wait()}")
+        return int(pid)
+
+
+_fork_server = cache(_ForkServer)
+
+
+def _adopt_orphans(*, yes: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(yes), *[ctypes.c_ulong(0)] * 3):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+class _Forked(subprocess.Popen[str]):
+    """A process that the fork server starts; the pipes and the waiting are those of `subprocess`."""
+
+    def _execute_child(self, *arguments: object) -> None:
+        execute = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
+        given = execute.bind(self, *arguments).arguments
+        request = {
+            "arguments": given["args"][3:],
+            "environment": dict(given["env"]),
+            "directory": str(given["cwd"] or os.getcwd()),
+            "session": given["start_new_session"],
+        }
+        ends = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
+        self.pid = _fork_server().fork(request, [own if end == -1 else end for own, end in enumerate(ends)])
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*[given[name] for name in pipes])  # type: ignore[attr-defined]
+
+
+def _serve(connection: socket.socket) -> bool:
+    """Fork for each request until the other end closes. Return True in each fork, and False at the end."""
+    for name in main.list_commands(click.Context(main)):
+        import_module(f"harmonia.cli.{name.replace('-', '_')}")
+    assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
+    gc.collect()
+    gc.freeze()  # else each fork copies and frees all of this memory when it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends us
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_MAX_BYTES, 3)
+        if not message:
+            return False
+        reading, writing = os.pipe()
+        parent = os.fork()
+        if parent == 0:
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                _become(json.loads(message), descriptors)
+                return True
+            os.write(writing, b"%d" % pid)
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(parent, 0)
+        with open(reading, "rb") as pipe:
+            connection.send(pipe.read())  # to its end, which is when the fork has become a new process
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    """Make this process what a new one with the request's arguments would be."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    os.chdir(request["directory"])
+    if request["session"]:
+        os.setsid()
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    time.tzset()
+    sys.argv[1:] = request["arguments"]
+    sys.path[0] = request["directory"]
+    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+
+
+if __name__ == "__main__" and _serve(socket.socket(fileno=int(sys.argv[1]))):
+    runpy.run_module("harmonia", run_name="__main__", alter_sys=True)
