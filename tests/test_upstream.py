@@ -7,6 +7,7 @@ import ssl
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
-from harmonia.errors import UpstreamError
+from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
@@ -28,6 +29,7 @@ from harmonia.upstream.lookup import Upstreams
 from harmonia.upstream.loop_guard import Hops
 from harmonia.upstream.nar_verifier import has_file_hash
 from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK
 
@@ -49,11 +51,11 @@ def test_a_nar_is_right_if_it_unpacks_to_its_nar_hash(compression: str) -> None:
         replace(INFO, nar_size=len(CONTENT) + 1),
         replace(INFO, nar_size=len(CONTENT) - 1),
     ):
-        with pytest.raises(UpstreamError):
+        with pytest.raises(FormatError):
             check(wrong, compression, file)
-    with pytest.raises(UpstreamError):
+    with pytest.raises(FormatError):
         check(INFO, compression, file[:-1])
-    with pytest.raises(UpstreamError):
+    with pytest.raises(FormatError):
         check(INFO, compression, b"garbage" + file)
 
 
@@ -231,13 +233,11 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
     asyncio.run(run())
 
 
-def real_client() -> Client:
-    url = "http://localhost"
-    counters = Metrics([], [], 1, [url]).own_upstream(url)
+def real_client(url: str = "http://localhost") -> Client:
+    counters = Metrics([], [], 1, [url], list(Reason)).own_upstream(url)
     settings = Upstream(url=url)
-    return Client(
-        settings, Transport(settings, None, ssl.create_default_context(), ProxyRules({})), counters, "/nix/store", 1
-    )
+    transport = Transport(settings, None, ssl.create_default_context(), ProxyRules({}), counters)
+    return Client(settings, transport, counters, "/nix/store", 1)
 
 
 def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:
@@ -289,6 +289,31 @@ def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> Non
         await asyncio.sleep(0.01)
         gc.collect()
         assert not complaints
+        await client.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("base", "url", "here"),
+    [
+        ("http://cache.test/x", "http://CACHE.test:80/y?z", True),
+        ("http://cache.test", "https://cache.test/y", True),
+        ("http://cache.test:5000", "https://cache.test/y", True),
+        ("http://cache.test:5000", "https://cache.test:5000/y", True),
+        ("http://cache.test:5000", "https://cache.test:5001/y", False),
+        ("http://cache.test", "https://other.test/y", False),
+        ("http://cache.test", "http://cache.test:443/y", False),
+        ("https://cache.test", "http://cache.test/y", False),
+        ("https://cache.test:5000", "https://cache.test/y", False),
+        ("http://cache.test", "https://[x/y", False),
+    ],
+)
+def test_https_of_its_host_is_the_upstream_itself(base: str, url: str, *, here: bool) -> None:
+    async def run() -> None:
+        client = real_client(base)
+        with nullcontext() if here else pytest.raises(RefusalError):
+            client.nar_url(url, "narinfo")  # of an upstream without keys
         await client.close()
 
     asyncio.run(run())

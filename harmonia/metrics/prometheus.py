@@ -30,7 +30,6 @@ _TOTALS = {
 _UPSTREAMS = {
     "hits": "Paths that an upstream had.",
     "misses": "Paths that an upstream did not have.",
-    "refused": "Paths that an upstream had, but that are not passed on.",
     "failures": "Times that an upstream did not answer, or with an error.",
     "fetches": "NARs begun to be fetched into the cache.",
     "fetched_bytes": "Bytes of them.",
@@ -47,6 +46,7 @@ class _Families(Collector):
         self._rows = metrics.rows
         self._totals = metrics.totals
         self._upstream_rows = metrics.upstreams
+        self._reasons = metrics.reasons
         self._encoder_threads = encoder_threads
         self._cache_limit = cache_limit
         self._cache_used = cache_used
@@ -118,6 +118,13 @@ class _Families(Collector):
             for url, total in totals.items():
                 family.add_metric([url], total[index])
             yield family
+        refused = CounterMetricFamily(
+            "harmonia_upstream_refused", "Answers of an upstream that were not taken.", labels=["upstream", "reason"]
+        )
+        for url, total in totals.items():
+            for reason, count in zip(self._reasons, total[len(UpstreamCounters.names) :], strict=True):
+                refused.add_metric([url, reason], count)
+        yield refused
 
 
 def _is_streamed(route: RouteCounters) -> bool:

@@ -120,15 +120,21 @@ class Row:
 class UpstreamCounters:
     """What a worker has seen of another cache."""
 
-    names = ("up", "hits", "misses", "refused", "failures", "fetches", "fetched_bytes")
+    names = ("up", "hits", "misses", "failures", "fetches", "fetched_bytes")
 
-    def __init__(self, cells: "memoryview[float]") -> None:
+    def __init__(self, cells: "memoryview[float]", reasons: Sequence[str]) -> None:
+        """`reasons` are those for which answers are refused."""
         self.cells = cells
+        self._reasons = reasons
         self._lock = Lock()  # the bytes come in threads
 
     def add(self, name: str, count: float = 1) -> None:
         with self._lock:
             self.cells[self.names.index(name)] += count
+
+    def refuse(self, reason: str) -> None:
+        with self._lock:
+            self.cells[len(self.names) + self._reasons.index(reason)] += 1
 
     def set_up(self, up: bool) -> None:  # noqa: FBT001 (it is the value)
         self.cells[0] = up
@@ -138,9 +144,17 @@ class Metrics:
     """The rows of all workers. `own` is that of this process, when it has taken one."""
 
     def __init__(
-        self, routes: Sequence[str], totals: Sequence[str], workers: int, upstreams: Sequence[str] = ()
+        self,
+        routes: Sequence[str],
+        totals: Sequence[str],
+        workers: int,
+        upstreams: Sequence[str] = (),
+        reasons: Sequence[str] = (),
     ) -> None:
-        """`totals` are the names of what others count, which a row takes down now and then."""
+        """`totals` are the names of what others count, which a row takes down now and then.
+
+        `reasons` are those for which answers of the upstreams are refused.
+        """
         routes = (*routes, UNKNOWN)
         size = sum(_sizes(routes, totals))
         self.totals = totals
@@ -148,7 +162,8 @@ class Metrics:
         self.rows = [Row(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
         self._place = 0
-        self.upstreams = {url: _upstream(workers) for url in upstreams}
+        self.reasons = reasons
+        self.upstreams = {url: _upstream(workers, reasons) for url in upstreams}
         """By their URLs, for each worker."""
 
     def take(self, place: int) -> None:
@@ -162,10 +177,10 @@ class Metrics:
         return self.upstreams[url][self._place]
 
 
-def _upstream(workers: int) -> list[UpstreamCounters]:
-    width = len(UpstreamCounters.names)
+def _upstream(workers: int, reasons: Sequence[str]) -> list[UpstreamCounters]:
+    width = len(UpstreamCounters.names) + len(reasons)
     cells = memoryview(mmap.mmap(-1, workers * width * _CELL)).cast("d")
-    return [UpstreamCounters(row) for row in _cut(cells, *[width] * workers)]
+    return [UpstreamCounters(row, reasons) for row in _cut(cells, *[width] * workers)]
 
 
 def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:

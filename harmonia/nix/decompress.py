@@ -24,6 +24,10 @@ LARGE_MEMORY_BYTES = (1536 << 20) + MEMORY_BYTES
 MAX_CODINGS = 5
 """How often an HTTP body may be encoded: curl takes no more."""
 
+_MAX_PIECES = 1 << 16
+"""How many pieces a small body may make in each step of its decoding, empty ones included: a stream makes at least
+one, and brotli one of each _BROTLI_INPUT_BYTES.
+"""
 _PIECE_BYTES = 1 << 20  # of output
 _INPUT_BYTES = 4096  # the rest of it is copied for each stream that ends in it
 _ZSTD_INPUT_BYTES = 1024  # a block of 128 KiB may come out of each four bytes
@@ -33,6 +37,10 @@ _XZ_ALIGNMENT = 4  # bytes, to a multiple of which streams are padded with zeros
 
 class WindowError(FormatError):
     """It takes more memory than is allowed, and may be tried again with LARGE_MEMORY_BYTES."""
+
+
+class SizeError(FormatError):
+    """It is longer than is allowed."""
 
 
 class Decompressor(Protocol):
@@ -310,7 +318,7 @@ class _Failures:
             raise FormatError(f"not {self._name} data") from None
 
 
-class _Chain:
+class Decoder:
     """What was encoded several times, in the order of decoding."""
 
     def __init__(self, steps: list[Decompressor]) -> None:
@@ -329,6 +337,29 @@ class _Chain:
             pieces = _fed(step, pieces)
         yield from pieces
 
+    def decode(self, body: bytes, most: int) -> bytes:
+        """Return what a whole body is without its codings.
+
+        Raise SizeError if any of them leaves more than `most` bytes, or makes too many pieces. Raise FormatError if the
+        body is wrong.
+        """
+        for step in self._steps if body else []:
+            body = _joined(step.feed(body), most)
+            if not step.whole:
+                raise FormatError("it is cut short")
+        return body
+
+
+def _joined(pieces: Iterable[bytes], most: int) -> bytes:
+    whole = bytearray()
+    for count, piece in enumerate(pieces, 1):
+        whole += piece
+        if len(whole) > most:
+            raise SizeError(f"it is longer than {most} bytes")
+        if count > _MAX_PIECES:
+            raise SizeError(f"it is made of more than {_MAX_PIECES} pieces")
+    return bytes(whole)
+
 
 def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
@@ -340,7 +371,7 @@ def decompressor(compression: str, memory: int = MEMORY_BYTES) -> Decompressor:
     return _Failures(compression, _FORMATS[compression](memory))
 
 
-def decoder(codings: Iterable[str]) -> Decompressor | None:
+def decoder(codings: Iterable[str]) -> Decoder | None:
     """Return a decompressor for an HTTP body with these content codings, or None if it is not encoded.
 
     Raise FormatError if one of them is unknown, or there are too many.
@@ -356,4 +387,4 @@ def decoder(codings: Iterable[str]) -> Decompressor | None:
             steps.append(decompressor(_CODINGS[name]))
         else:
             raise FormatError(f"its Content-Encoding {excerpt(name)} is unknown")
-    return _Chain(steps) if steps else None
+    return Decoder(steps) if steps else None

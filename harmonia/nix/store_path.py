@@ -17,6 +17,10 @@ def is_hash_part(text: str) -> bool:
     return _HASH_PART.fullmatch(text) is not None
 
 
+class StoreDirError(FormatError):
+    """A path in another store directory."""
+
+
 class StorePath(str):
     """A store path by its base name, without the store directory: it compares and sorts as Nix sorts references."""
 
@@ -30,9 +34,12 @@ class StorePath(str):
 
     @classmethod
     def in_dir(cls, store_dir: str, path: str) -> Self:
-        """The store path that the full `path` names. FormatError where it lies elsewhere, or deeper."""
+        """Return the store path that the full `path` names.
+
+        Raise StoreDirError if it lies elsewhere, FormatError if it is malformed or lies deeper.
+        """
         if not path.startswith(store_dir + "/"):
-            raise FormatError(f"{excerpt(path)} is not in the store {store_dir}")
+            raise StoreDirError(f"{excerpt(path)} is not in the store {store_dir}")
         return cls(path[len(store_dir) + 1 :])
 
     @property

@@ -17,6 +17,7 @@ from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats
 from harmonia.server.resources import metrics
 from harmonia.server.resources.upstream import with_fallback
 from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
+from harmonia.upstream.refusals import Reason
 
 _CONFIG: dict[str, Any] = {
     # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Who is gone, the kernel knows (sockets.py).
@@ -32,7 +33,7 @@ def count_with(settings: Settings) -> Metrics:
     """What this application counts with. To be made before its processes part."""
     names = [route.metric for route in ROUTES + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.upstream]
-    return Metrics(names, metrics.TOTALS, settings.workers, upstreams)
+    return Metrics(names, metrics.TOTALS, settings.workers, upstreams, list(Reason))
 
 
 def create_app(cache: Cache, guard: Guard | None = None) -> "Sanic[Any, Any]":

@@ -4,28 +4,35 @@ Nobody asks for them, but caches of static files send what they have, as it is s
 """
 
 import asyncio
+from collections.abc import Iterator
+from itertools import islice
 from types import TracebackType
 from typing import Self, cast
 
 import aiohttp
 
 from harmonia.errors import FormatError
-from harmonia.nix.decompress import decoder
+from harmonia.nix.decompress import SizeError, decoder
 from harmonia.upstream.header_fields import Headers, elements
-from harmonia.upstream.transport import AnswerError, Transport
+from harmonia.upstream.refusals import Reason, RefusalError
+from harmonia.upstream.transport import Transport
+
+_MAX_EMPTY_PIECES = 1000  # in a thread at once: each stream of a file makes at least one piece
 
 
 class Answer:
-    """To be closed. Raise AnswerError if the content codings are unknown."""
+    """To be closed. Raise RefusalError if the content codings are unknown."""
 
-    def __init__(self, transport: Transport, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, transport: Transport, response: aiohttp.ClientResponse, asked: str) -> None:
+        """`asked` is the URL of the question."""
         self._transport = transport
         self._response = response
+        self._asked = asked
         try:
             self._decoder = decoder(elements(response.headers, "Content-Encoding"))
         except FormatError as error:
             response.close()
-            raise AnswerError(transport.base, str(error)) from None
+            raise self._refuse(Reason.ENCODING, str(error)) from None
         self._pieces = iter(cast("list[bytes]", []))
         self.is_encoded = self._decoder is not None
 
@@ -43,23 +50,45 @@ class Answer:
         return None if self.is_encoded else self._response.content_length
 
     async def read(self, most: int) -> bytes:
-        """Return the next bytes, none at the end: `most`, or what comes out of so many. Raise AnswerError."""
+        """Return the next bytes, none at the end: `most`, or what comes out of so many.
+
+        Raise FailureError if they do not come, RefusalError if their content codings are wrong.
+        """
         if self._decoder is None:
             return await self._transport.read(self._response, most)
         while True:
             try:
-                piece = await asyncio.to_thread(next, self._pieces, None)
+                piece = await asyncio.to_thread(_next_piece, self._pieces)
             except FormatError as error:
-                raise AnswerError(self._transport.base, f"its Content-Encoding is wrong: {error}") from None
+                raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
             if piece:
                 return piece
             if piece is None:
                 data = await self._transport.read(self._response, most)
                 if not data and not self._decoder.whole:
-                    raise AnswerError(self._transport.base, "its encoded answer is cut short")
+                    raise self._refuse(Reason.ENCODING, "its encoded answer is cut short")
                 if not data:
                     return b""
                 self._pieces = self._decoder.feed(data)
+
+    async def read_whole(self, most: int) -> bytes:
+        """Return all bytes of a small answer. Raise RefusalError if there are more than `most`, as sent or decoded."""
+        body = bytearray()
+        while data := await self._transport.read(self._response, most):
+            body += data
+            if len(body) > most:
+                raise self._refuse(Reason.TOO_LONG, f"it is longer than {most} bytes")
+        if self._decoder is None:
+            return bytes(body)
+        try:
+            return await asyncio.to_thread(self._decoder.decode, bytes(body), most)
+        except SizeError as error:
+            raise self._refuse(Reason.TOO_LONG, f"without its Content-Encoding, {error}") from None
+        except FormatError as error:
+            raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
+
+    def _refuse(self, reason: Reason, why: str) -> RefusalError:
+        return self._transport.refusals.refuse(self._asked, reason, why)
 
     def close(self) -> None:
         self._response.close()
@@ -75,3 +104,12 @@ class Answer:
             self._response.release()
         else:
             self._response.close()
+
+
+def _next_piece(pieces: Iterator[bytes]) -> bytes | None:
+    """Return the next piece that is not empty, an empty one if there are many of those, or None at the end."""
+    piece = None
+    for piece in islice(pieces, _MAX_EMPTY_PIECES):
+        if piece:
+            break
+    return piece

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, contextmanager
 from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.config.settings import Upstream
-from harmonia.errors import FormatError
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.nix import base32
 from harmonia.nix.signing import PublicKey
@@ -16,11 +15,10 @@ from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.loop_guard import HOPS
+from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
-_REPORT_INTERVAL_S = 3600.0
-_MAX_REASONS = 32  # some quote an encoding
 _SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # a narinfo's URL is encoded, but for what no URL may have
@@ -41,12 +39,12 @@ class Client:
         self.breaker = Breaker(self._probe, self._changed)
         self._transport = transport
         self.base = transport.base
+        self.refusals = transport.refusals
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
         """The same as long as its URL is: some NARs are found by it."""
         self.store_dir = store_dir
         self._patience = patience
         self._said: str | None = None
-        self._silent_until: dict[str, float] = {}
         self._turns = asyncio.Semaphore(_QUESTIONS)
 
     @property
@@ -65,14 +63,15 @@ class Client:
 
         UpstreamError where it fails, or is known to.
         """
-        async with self._question():
-            response = await self._transport.open(method, f"{self.base}/{path}", headers, part)
-            return None if response is None else Answer(self._transport, response)
+        async with self._question(path):
+            url = f"{self.base}/{path}"
+            response = await self._transport.open(method, url, headers, part)
+            return None if response is None else Answer(self._transport, response, url)
 
-    async def ask_small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
-        """Likewise, the whole body of a small answer, unpacked."""
-        async with self._question():
-            return await self._small(path, headers)
+    async def ask_small(self, path: str, headers: Mapping[str, str], most: int = _SMALL) -> bytes | None:
+        """Likewise, the whole body of an answer of at most so many bytes, decoded."""
+        async with self._question(path):
+            return await self._small(path, headers, most)
 
     async def nar(
         self,
@@ -90,8 +89,8 @@ class Client:
         with self._counting():
             response = await self._transport.open(method, url, headers, part, anywhere=anywhere)
         if response is None:
-            raise AnswerError(self.base, f"{url} is not there")
-        answer = Answer(self._transport, response)
+            raise self.refusals.refuse(url, Reason.MISSING_NAR, "it does not have this NAR, of which it told")
+        answer = Answer(self._transport, response, url)
         self.breaker.succeeded()
         return answer
 
@@ -100,22 +99,23 @@ class Client:
         with self._counting():
             return await answer.read(most)
 
-    def nar_url(self, relative: str) -> str:
-        """Where a narinfo's URL leads. FormatError where it may not lead there.
+    def nar_url(self, relative: str, asked: str) -> str:
+        """Return where the URL in a narinfo leads. Raise RefusalError if it may not lead there.
 
         It stays on the upstream's host, unless one of the upstream's keys has signed: else any upstream could have us
-        look into our own network.
+        look into our own network. `asked` is the path of the narinfo.
         """
         try:
             url = urljoin(self.base + "/", quote(relative.encode(errors="surrogateescape"), safe=_IN_URLS))
             parts = urlsplit(url)
             fetchable = parts.scheme in {"http", "https"} and "@" not in parts.netloc and parts.port != 0
         except ValueError:
-            raise FormatError("its URL is none") from None
+            fetchable = False
         if not fetchable:
-            raise FormatError("its URL is of another kind")
+            raise self.refusals.refuse(asked, Reason.URL_MALFORMED, f"its URL is {excerpt(relative)}")
         if not self._transport.is_here(url) and not self.keys:
-            raise FormatError("its URL leads to another host, and no public_keys are set")
+            why = "its URL leads to another host, and no public_keys are set"
+            raise self.refusals.refuse(asked, Reason.URL_ELSEWHERE, why)
         return url
 
     async def _be_usable(self) -> None:
@@ -124,9 +124,9 @@ class Client:
             raise AnswerError(self.base, "it is down")
 
     @asynccontextmanager
-    async def _question(self) -> AsyncGenerator[None]:
+    async def _question(self, path: str) -> AsyncGenerator[None]:
         """A question in its turn. Who answers late has failed, although the answer is still taken."""
-        async with self._turn():
+        async with self._turn(path):
             await self._be_usable()
             loop = asyncio.get_running_loop()
             late = loop.call_later(self._patience, self._failed, "it answers late")
@@ -139,14 +139,11 @@ class Client:
                 if loop.time() < late.when():
                     self._failed(error.why, error.retry_after)
                 raise
-            except AnswerError as error:
-                self._report(error.why)
-                raise
             finally:
                 late.cancel()
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncGenerator[None]:
+    async def _turn(self, path: str) -> AsyncGenerator[None]:
         """To wait for it is not the upstream's fault, and nobody waits for ever: else those who come after a rush would
         wait for all of it.
         """
@@ -154,7 +151,8 @@ class Client:
             async with asyncio.timeout(self.settings.timeout):
                 await self._turns.acquire()
         except TimeoutError:
-            raise AnswerError(self.base, "it is asked too much at once") from None
+            why = f"{_QUESTIONS} other questions were unanswered for {self.settings.timeout:g} s"
+            raise self.refusals.refuse(path, Reason.BUSY, why) from None
         try:
             yield
         finally:
@@ -178,25 +176,13 @@ class Client:
             self._failed(error.why, error.retry_after)
             raise
 
-    async def _small(self, path: str, headers: Mapping[str, str]) -> bytes | None:
-        response = await self._transport.open("GET", f"{self.base}/{path}", headers)
+    async def _small(self, path: str, headers: Mapping[str, str], most: int = _SMALL) -> bytes | None:
+        url = f"{self.base}/{path}"
+        response = await self._transport.open("GET", url, headers)
         if response is None:
             return None
-        body = bytearray()
-        async with Answer(self._transport, response) as answer:
-            while data := await answer.read(_SMALL):
-                body += data
-                if len(body) > _SMALL:
-                    raise AnswerError(self.base, "it says too much")
-        return bytes(body)
-
-    def _report(self, why: str) -> None:
-        """Log why an answer was not taken: once an hour for each reason."""
-        now = asyncio.get_running_loop().time()
-        is_bounded = why in self._silent_until or len(self._silent_until) < _MAX_REASONS
-        if is_bounded and now >= self._silent_until.get(why, 0):
-            self._silent_until[why] = now + _REPORT_INTERVAL_S
-            _log.warning("upstream %s: an answer was not taken: %s", self.base, why)
+        async with Answer(self._transport, response, url) as answer:
+            return await answer.read_whole(most)
 
     def _failed(self, why: str, retry_after: float = 0) -> None:
         self.counters.add("failures")
@@ -221,7 +207,7 @@ class Client:
             with self._counting():
                 async with self._answering():
                     text = await self._small("nix-cache-info", {HOPS: ""})
-        except AnswerError as error:
+        except (AnswerError, RefusalError) as error:
             self._say(f"cannot be used: {error.why}")
             return False
         if text is None:

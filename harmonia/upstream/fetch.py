@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from harmonia.cache.disk_cache import NarCache
-from harmonia.errors import FormatError, UpstreamError
+from harmonia.errors import FormatError
 from harmonia.nix.narinfo import NarFile
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.cached_body import Kept
@@ -112,14 +112,15 @@ class Fetches:
         )
 
     def _check(self, found: Found) -> "_ThreadedCheck":
-        return _ThreadedCheck(ContentCheck(found.info, found.nar), self._threads, partial(self._note, found))
+        return _ThreadedCheck(found, self._threads, partial(self._note, found))
 
 
 class _ThreadedCheck:
     """A ContentCheck that unpacks in the threads for that."""
 
-    def __init__(self, check: ContentCheck, threads: Threads, note: Callable[..., None]) -> None:
-        self._check = check
+    def __init__(self, found: Found, threads: Threads, note: Callable[..., None]) -> None:
+        self._found = found
+        self._check = ContentCheck(found.info, found.nar)
         self._threads = threads
         self._note = note
 
@@ -133,9 +134,9 @@ class _ThreadedCheck:
     async def _noted(self, function: Callable[..., None], *arguments: bytes) -> None:
         try:
             await self._threads.unpack(function, *arguments)
-        except (UpstreamError, FormatError) as error:
+        except FormatError as error:
             self._note(failed=True)
-            raise UpstreamError(str(error)) from None
+            raise self._found.refuse_nar(error) from None
 
 
 async def unread_size(found: Found, headers: Mapping[str, str]) -> int | None:

@@ -7,8 +7,8 @@ A FileHash that is right saves time, because it shows before the file is unpacke
 import hashlib
 from collections.abc import Iterable
 
-from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix.decompress import MEMORY_BYTES, WindowError, decompressor
+from harmonia.errors import FormatError
+from harmonia.nix.decompress import MEMORY_BYTES, decompressor
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 
@@ -23,24 +23,19 @@ class ContentCheck:
         self._size = 0
 
     def update(self, data: bytes) -> None:
-        """Raise UpstreamError if the file is wrong so far, WindowError if it takes more memory than it may."""
-        try:
-            for piece in self._decompressor.feed(data):
-                self._sha256.update(piece)
-                self._size += len(piece)
-                if self._size > self._info.nar_size:
-                    raise UpstreamError("it unpacks to more than its NarSize")
-        except WindowError:
-            raise
-        except FormatError as error:
-            raise UpstreamError(str(error)) from None
+        """Raise FormatError if the file is wrong so far, WindowError if it takes more memory than it may."""
+        for piece in self._decompressor.feed(data):
+            self._sha256.update(piece)
+            self._size += len(piece)
+            if self._size > self._info.nar_size:
+                raise FormatError("it unpacks to more than its NarSize")
 
     def finish(self) -> None:
-        """Raise UpstreamError if the file is not the NAR."""
+        """Raise FormatError if the file is not the NAR."""
         if not self._decompressor.whole:
-            raise UpstreamError("it is cut short")
+            raise FormatError("it is cut short")
         if (self._sha256.digest(), self._size) != (self._info.nar_hash, self._info.nar_size):
-            raise UpstreamError("it has another NarHash")
+            raise FormatError("it has another NarHash")
 
 
 def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
@@ -49,7 +44,7 @@ def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
 
 
 def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: int = MEMORY_BYTES) -> None:
-    """Raise UpstreamError if the file is not the NAR, WindowError if it takes more memory than it may."""
+    """Raise FormatError if the file is not the NAR, WindowError if it takes more memory than it may."""
     check = ContentCheck(info, nar, memory)
     for data in file:
         check.update(data)

@@ -1,24 +1,23 @@
 """A path that an upstream has: what its narinfo says, as far as we may believe it."""
 
 import asyncio
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32, narinfo
-from harmonia.nix.decompress import COMPRESSIONS
+from harmonia.nix.decompress import COMPRESSIONS, WindowError
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StoreDirError
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import Part
 
 _LONG = 4 << 10  # bytes of a narinfo that are not looked at on the event loop: signatures take 0.1 ms each
-
-_log = logging.getLogger("harmonia")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +48,48 @@ class Found:
         """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
         return await self.client.nar(self.url, headers, method, part, anywhere=checked)
 
+    def refuse_nar(self, why: Exception) -> RefusalError:
+        """Note that what came is not its NAR, and return the error to be raised."""
+        reason = Reason.COMPRESSION if isinstance(why, WindowError) else Reason.WRONG_NAR
+        return self.client.refusals.refuse(self.url, reason, str(why))
+
 
 async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) -> Found | None:
     """What that upstream says of a path. UpstreamError where it does not answer."""
-    text = await client.ask_small(f"{hash_part}.narinfo", headers)
+    text = await client.ask_small(_narinfo_path(hash_part), headers)
     if text is None:
         client.counters.add("misses")
         return None
     try:
         parse = partial(_parse, client, hash_part, text)
         found = parse() if len(text) < _LONG else await asyncio.to_thread(parse)
-    except FormatError as error:
-        _log.warning("%s/%s.narinfo is not passed on: %s", client.base, hash_part, error)
-        client.counters.add("refused")
+    except RefusalError:
         return None
     client.counters.add("hits")
     return found
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> Found:
-    info, nar = narinfo.parse(text.decode(errors="surrogateescape"), client.store_dir)
+    """Return what a narinfo says. Raise RefusalError if it cannot be taken."""
+    refuse = partial(client.refusals.refuse, _narinfo_path(hash_part))
+    try:
+        info, nar = narinfo.parse(text.decode(errors="surrogateescape"), client.store_dir)
+    except StoreDirError as error:
+        raise refuse(Reason.WRONG_STORE_DIR, str(error)) from None
+    except FormatError as error:
+        raise refuse(Reason.MALFORMED_NARINFO, str(error)) from None
     if info.path.hash_part != hash_part:
-        raise FormatError("it is of another path")
+        raise refuse(Reason.WRONG_PATH, "it is of another path")
     if nar.compression not in COMPRESSIONS and client.settings.mode == "proxy":
-        raise FormatError(
-            f"NARs in {nar.compression} cannot be checked: have the upstream compress by xz or zstd,"
-            " or set mode = 'redirect' for it"
-        )
+        raise refuse(Reason.COMPRESSION, f"NARs in {nar.compression} cannot be checked")
     if nar.compression == "none":
         nar = replace(nar, file_hash=info.nar_hash, file_size=info.nar_size)
     fingerprint = info.fingerprint(client.store_dir)
     verified = any(key.verify(fingerprint, sig) for key in client.keys for sig in info.sigs)
     if client.keys and not verified:
-        raise FormatError("none of the public_keys has signed it")
-    return Found(client, info, nar, verified, client.nar_url(nar.url), len(text))
+        raise refuse(Reason.NOT_SIGNED, "none of the public_keys has signed it")
+    return Found(client, info, nar, verified, client.nar_url(nar.url, _narinfo_path(hash_part)), len(text))
+
+
+def _narinfo_path(hash_part: str) -> str:
+    return f"{hash_part}.narinfo"

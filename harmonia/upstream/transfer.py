@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
 from harmonia.cache.growing_file import Filler
-from harmonia.errors import UpstreamError
+from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.upstream import nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
+from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
@@ -42,11 +43,15 @@ class Transfer:
         write = self._threads.write
         try:
             await self._take()
-            await self._check()
+            try:
+                await self._check()
+            except FormatError as error:
+                raise self.found.refuse_nar(error) from None
             await self._threads.sync(self._filler.commit)
-        except (UpstreamError, WindowError) as error:
-            self.error = error if isinstance(error, UpstreamError) else UpstreamError(str(error))
-            _log.error("%s: %s", self.found.url, error)
+        except UpstreamError as error:
+            self.error = error
+            if not isinstance(error, RefusalError):
+                _log.error("%s: %s", self.found.url, error)
             await write(self._filler.withdraw)
         except OSError:  # of which the cache has told, unless it is only too large
             await write(self._filler.abandon)
@@ -104,7 +109,7 @@ class Transfer:
             except UpstreamError as error:
                 response = None
                 failures = 1 if self._filler.size > before else failures + 1
-                if not resumable or isinstance(error, _WrongError) or failures > _RESUMES:
+                if not resumable or isinstance(error, RefusalError) or failures > _RESUMES:
                     raise
                 await asyncio.sleep(_RESUME_DELAY * 2 ** (failures - 1))
             else:
@@ -113,7 +118,7 @@ class Transfer:
     def _begin(self, length: int | None) -> None:
         """Take the length that the upstream tells, which for a NAR that is not compressed has to be its NarSize."""
         if self.size is not None and length not in {None, self.size}:
-            raise _WrongError(f"it has {length} bytes, and its NarSize is {self.size}")
+            raise self._wrong(f"it has {length} bytes, and its NarSize is {self.size}")
         self.size = length if length is not None else self.size
         self._measure(self.size or 0)
 
@@ -121,7 +126,7 @@ class Transfer:
         response = await self.found.ask(headers, (self._filler.size, None))
         if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
             response.close()
-            raise _WrongError("it does not go on where it broke off")
+            raise self._wrong("it does not go on where it broke off")
         return response
 
     async def _take_all(self, response: Answer) -> None:
@@ -129,7 +134,7 @@ class Transfer:
             while data := await self.found.client.read(response, _PIECE):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
-                    raise _WrongError("it is longer than was said")
+                    raise self._wrong("it is longer than was said")
                 self._measure(size)
                 await self._threads.write(self._filler.append, data)
                 self.found.client.counters.add("fetched_bytes", len(data))
@@ -140,6 +145,5 @@ class Transfer:
         if size > self._limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-
-class _WrongError(UpstreamError):
-    """What no second try would mend."""
+    def _wrong(self, why: str) -> RefusalError:
+        return self.found.client.refusals.refuse(self.found.url, Reason.WRONG_NAR, why)

@@ -15,13 +15,17 @@ from harmonia import __version__
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
+from harmonia.metrics.shared_counters import UpstreamCounters
+from harmonia.untrusted import excerpt
 from harmonia.upstream.address_filter import InsideError, Reach
 from harmonia.upstream.header_fields import content_range_start, retry_after_s
 from harmonia.upstream.loop_guard import IDENTITY, names
+from harmonia.upstream.refusals import Reason, Refusals
 
 _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
+_HTTPS_PORT = 443
 _BUFFER = 256 * 1024  # bytes of a body that wait to be taken
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
@@ -33,7 +37,7 @@ WHOLE: Part = (0, None)
 
 
 class AnswerError(UpstreamError):
-    """An upstream has no answer that is of use to us."""
+    """An upstream does not answer."""
 
     def __init__(self, base: str, why: str) -> None:
         super().__init__(f"{base}: {why}")
@@ -51,8 +55,16 @@ class FailureError(AnswerError):
 class Transport:
     """To be made on the event loop that uses it."""
 
-    def __init__(self, settings: Upstream, authorization: str | None, tls: ssl.SSLContext, proxies: ProxyRules) -> None:
+    def __init__(
+        self,
+        settings: Upstream,
+        authorization: str | None,
+        tls: ssl.SSLContext,
+        proxies: ProxyRules,
+        counters: UpstreamCounters,
+    ) -> None:
         self.base = settings.url.rstrip("/")
+        self.refusals = Refusals(self.base, counters)
         self.identity: str | None = None
         """What the upstream calls itself, where it is a Harmonia."""
         self._timeout = settings.timeout
@@ -83,23 +95,25 @@ class Transport:
     ) -> aiohttp.ClientResponse | None:
         """The answer, to be released; None where nothing is there. It may have all where a part was wanted.
 
-        Redirects are followed on the upstream's own host, or `anywhere`. AnswerError where no answer comes.
+        Redirects are followed on the upstream's own host, or `anywhere`. Raise FailureError if no answer comes, and
+        RefusalError if it leads to where we do not go.
         """
+        asked = url
         start, stop = part
         ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         for _ in range(_REDIRECTS + 1):
-            response = await self._request(method, url, headers, ranged)
+            response = await self._request(method, url, headers, ranged, asked)
             if _has_it(response, start, ranged=bool(ranged)):
                 return response
             response.close()
             status = response.status
             if status in _REDIRECT and (location := response.headers.get("Location")):
-                url = self._redirected(url, location, anywhere=anywhere)
+                url = self._redirected(asked, url, location, anywhere=anywhere)
             elif status in _MISSING:
                 return None
             else:
                 raise FailureError(self.base, f"it answers with status {status}", retry_after_s(response.headers))
-        raise AnswerError(self.base, "it redirects without end")
+        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"it redirects more than {_REDIRECTS} times")
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
         """The next bytes of an answer, none at its end. FailureError where they do not come.
@@ -114,14 +128,20 @@ class Transport:
             raise FailureError(self.base, _phrase(error)) from None
 
     def is_here(self, url: str) -> bool:
-        """Whether it is of the upstream's own host."""
+        """Return whether a URL is of the upstream itself: of its host and port, or by https of its host.
+
+        For https, the port may also be the default one, as sites have it that redirect from http.
+        """
         with suppress(ValueError):
             one, other = URL(self.base), URL(url, encoded=True)
-            return (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port)
+            if (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port):
+                return True
+            is_upgrade = (one.scheme, other.scheme) == ("http", "https")
+            return is_upgrade and one.host == other.host and other.port in {one.port, _HTTPS_PORT}
         return False
 
     async def _request(
-        self, method: str, url: str, headers: Mapping[str, str], ranged: Mapping[str, str]
+        self, method: str, url: str, headers: Mapping[str, str], ranged: Mapping[str, str], asked: str
     ) -> aiohttp.ClientResponse:
         here = self.is_here(url)
         # What is ours to know goes nowhere else: who redirects us may name any host.
@@ -142,12 +162,19 @@ class Transport:
                         method, target, headers=sent, allow_redirects=False, proxy=proxy.url, proxy_auth=auth
                     )
         except FormatError as error:
-            raise AnswerError(self.base, str(error)) from None
+            raise self.refusals.refuse(asked, Reason.PROXY, str(error)) from None
         except _FAILURES as error:
             cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
             if isinstance(cause, InsideError):
-                raise AnswerError(self.base, str(cause)) from None
+                raise self.refusals.refuse(asked, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}") from None
+            if isinstance(error, aiohttp.ClientHttpProxyError):
+                self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
             raise FailureError(self.base, _phrase(error)) from None
+        if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            response.close()
+            why = f"its proxy answers with status {response.status}"
+            self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {why}")
+            raise FailureError(self.base, why)
         if here:
             self.identity = next(iter(names(response.headers.get(IDENTITY, ""))), self.identity)
         return response
@@ -158,20 +185,28 @@ class Transport:
             async with asyncio.timeout(self._connect_timeout):
                 await self._reach.through_proxy(target.host or "", here=here)
 
-    def _redirected(self, url: str, location: str, *, anywhere: bool) -> str:
-        with suppress(ValueError):
+    def _redirected(self, asked: str, url: str, location: str, *, anywhere: bool) -> str:
+        """Return where a redirect leads. Raise RefusalError if we do not follow it."""
+        try:
             target = urljoin(url, location)
-            downgrade = url.startswith("https:") and not target.startswith("https:")
-            upgrade = target == url.replace("http:", "https:", 1)
-            if (
-                target.startswith(("http:", "https:"))
-                and not downgrade
-                and (anywhere or upgrade or self.is_here(target))
-            ):
-                return target
-            if downgrade:
-                raise AnswerError(self.base, "it redirects from https to http; give the url that it redirects to")
-        raise AnswerError(self.base, "it redirects to another host; give the url that it redirects to")
+            parts = URL(target, encoded=True)
+            is_http = parts.scheme in {"http", "https"} and bool(parts.host)
+        except ValueError:
+            is_http = False
+        if not is_http:
+            raise self.refusals.refuse(asked, Reason.REDIRECT_MALFORMED, f"it redirects to {excerpt(location)}")
+        if url.startswith("https:") and parts.scheme == "http":
+            why = f"it redirects from https to {_origin(parts)}"
+            raise self.refusals.refuse(asked, Reason.REDIRECT_TO_HTTP, why)
+        if not anywhere and not self.is_here(target):
+            why = f"it redirects to another host, {_origin(parts)}"
+            raise self.refusals.refuse(asked, Reason.REDIRECT_ELSEWHERE, why)
+        return target
+
+
+def _origin(url: URL) -> str:
+    """Return the part of a URL that may be logged: the rest may be a secret, as in those that S3 signs."""
+    return excerpt(f"{url.scheme}://{url.host}:{url.port}")
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:

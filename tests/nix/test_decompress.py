@@ -23,6 +23,7 @@ from harmonia.nix.decompress import (
     LARGE_MEMORY_BYTES,
     MAX_CODINGS,
     Decompressor,
+    SizeError,
     WindowError,
     decoder,
     decompressor,
@@ -233,3 +234,11 @@ def test_a_file_of_many_empty_streams_is_read_in_time(compression: str) -> None:
     assert b"".join(inner.feed(file)) == b""
     assert time.process_time() - began < 20
     assert inner.whole
+
+
+@pytest.mark.parametrize("coding", ["gzip", "zstd", "xz", "bzip2"])
+def test_a_small_body_of_very_many_empty_streams_is_given_up(coding: str) -> None:
+    inner = decoder([coding])
+    assert inner
+    with pytest.raises(SizeError):
+        inner.decode(PACK[coding](b"") * 70_000, 2 << 20)

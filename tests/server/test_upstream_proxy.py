@@ -126,7 +126,7 @@ def test_a_proxy_that_refuses_is_named_in_the_log_without_its_password(
 ) -> None:
     proxy.user_and_password = "me:sesame"
     server = begin(more=f"proxy = 'http://me:wrong-password@{proxy.host}'")
-    server.wait_for_log(f"upstream http://{CACHE} cannot be used: it answers with status 407")
+    server.wait_for_log(f"upstream http://{CACHE} cannot be used: its proxy answers with status 407")
     assert server.get(narinfo).status == 404
     checked = run("--config", str(server.config), "check-config")
     assert f'proxy = "http://(not shown)@{proxy.host}"' in checked.stdout

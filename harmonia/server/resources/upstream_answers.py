@@ -3,9 +3,12 @@
 Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
 """
 
+import asyncio
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
 from sanic import Request
@@ -13,7 +16,8 @@ from sanic.exceptions import NotFound
 
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
-from harmonia.errors import FormatError, UpstreamError
+from harmonia.config.settings import Upstream
+from harmonia.errors import FormatError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import Cache
@@ -21,16 +25,23 @@ from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.resources import build_trace, debuginfo, log, narinfo
 from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
+from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
 from harmonia.upstream.lookup import Upstreams
 from harmonia.upstream.lookup_cache import POSITIVE_TTL
 from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.transport import Part, Transport
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
+
+_MAX_JSON_BYTES = 256 << 10
+"""A realisation with 1,500 dependent ones. Python parses JSON without a pause for the event loop, in any thread."""
+
+_T = TypeVar("_T")
 
 
 class Answers:
@@ -39,24 +50,22 @@ class Answers:
     def __init__(self, cache: Cache) -> None:
         settings = cache.settings
         self._cache = cache
-        clients = [
-            Client(
-                each,
-                Transport(
-                    each,
-                    credentials.authorization(settings, number),
-                    credentials.upstream_tls(settings, number),
-                    ProxyRules(os.environ, each.proxy),
-                ),
-                cache.metrics.own_upstream(each.url),
-                settings.virtual_nix_store,
-                settings.upstream_timeout,
-            )
-            for number, each in enumerate(settings.upstream)
-        ]
+        clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
         self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout, cache.failed_nars)
         self._upstreams.start()
         self._nars = Nars(cache, self._upstreams, clients)
+
+    def _client(self, number: int, upstream: Upstream) -> Client:
+        settings = self._cache.settings
+        counters = self._cache.metrics.own_upstream(upstream.url)
+        transport = Transport(
+            upstream,
+            credentials.authorization(settings, number),
+            credentials.upstream_tls(settings, number),
+            ProxyRules(os.environ, upstream.proxy),
+            counters,
+        )
+        return Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout)
 
     async def close(self) -> None:
         await self._nars.close()
@@ -109,12 +118,9 @@ class Answers:
 
     async def _realisation(self, request: Request, path: str) -> Representation:
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
-            text = await client.ask_small(path, headers)
+            text = await client.ask_small(path, headers, _MAX_JSON_BYTES)
             if text is not None:
-                try:
-                    StorePath(json.loads(text)["outPath"])
-                except (*_NO_SUCH_JSON, FormatError):
-                    raise UpstreamError(f"{client.base}/{path} is no realisation") from None
+                await _parse(client, path, text, lambda said: StorePath(said["outPath"]))
             return text
 
         text = await self._upstreams.get(ask, hops_of(request))
@@ -126,19 +132,19 @@ class Answers:
         build_id = debuginfo.parse_name(name)
 
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
-            path = f"debuginfo/{build_id}.debug"
-            text = await client.ask_small(path, headers) or await client.ask_small(f"debuginfo/{build_id}", headers)
-            if text is None:
+            for path in (f"debuginfo/{build_id}.debug", f"debuginfo/{build_id}"):
+                if text := await client.ask_small(path, headers, _MAX_JSON_BYTES):
+                    break
+            else:
                 return None
-            try:
-                said = json.loads(text)
-                archive, member = urljoin(f"{client.base}/debuginfo/", said["archive"]), said["member"]
-            except _NO_SUCH_JSON:
-                raise UpstreamError(f"{client.base}/{path} is no debuginfo") from None
+            here = f"{client.base}/debuginfo/"
+            archive, member = await _parse(
+                client, path, text, lambda said: (urljoin(here, said["archive"]), said["member"])
+            )
             if client.settings.mode == "proxy":
                 relative = archive.removeprefix(f"{client.base}/")
                 if not is_debug_nar(relative):
-                    return None
+                    raise client.refusals.refuse(path, Reason.URL_ELSEWHERE, f"it leads to {excerpt(archive)}")
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
@@ -177,6 +183,14 @@ class Answers:
 
             body = await whole_if_need_be(Passed(client, again, response), request, self._cache.threads.readers)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
+
+
+async def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T]) -> _T:
+    """Return what `extract` makes of an answer in JSON. Raise RefusalError if it is not what it should be."""
+    try:
+        return await asyncio.to_thread(lambda: extract(json.loads(text)))
+    except (*_NO_SUCH_JSON, FormatError):
+        raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "it is not the JSON of this resource") from None
 
 
 def _there(response: RemoteAnswer | None) -> RemoteAnswer:
