@@ -97,7 +97,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[UpstreamS
     directory = tmp_path_factory.mktemp("shared-upstream")
     StoreBuilder(directory / "store").add_text("here", b"here\n")
     with UpstreamServer() as upstream:
-        server = Server(directory / "server", directory / "store", f"{PATIENT}\n{entry(upstream)}")
+        # What one test has logged, the next one may wait for.
+        unbounded = patched("from harmonia.upstream import refusals; refusals._LOG_INTERVAL_S = 0.0")
+        server = Server(directory / "server", directory / "store", f"{PATIENT}\n{entry(upstream)}", program=unbounded)
         server.start()
         yield upstream, server
         assert server.stop() == 0

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,10 @@ def count(server: Server, reason: Reason) -> float:
     families = {family.name: family for family in text_string_to_metric_families(server.get("/metrics").text)}
     samples = families["harmonia_upstream_refused"].samples
     return sum(sample.value for sample in samples if sample.labels["reason"] == reason)
+
+
+def is_counted(server: Server, reason: Reason, times: int) -> bool:
+    return count(server, reason) == times
 
 
 def lines(server: Server, reason: Reason) -> list[str]:
@@ -351,7 +356,7 @@ def test_what_is_not_the_right_json_is_refused(begin: Start, upstream: UpstreamS
         upstream.behaviours["^/(real|build|debug)"] = body(content)
         name = DRV if "trace" in resource else ("0" * 40 if "debug" in resource else "0" * 64)
         assert server.get("/" + resource.format(name)).status == 404, content
-        wait_until(lambda times=times: count(server, Reason.MALFORMED_JSON) == times)
+        wait_until(partial(is_counted, server, Reason.MALFORMED_JSON, times))
     assert_noted(server, Reason.MALFORMED_JSON, len(bodies), "it is not the JSON of this resource")
     upstream.behaviours["^/(real|build|debug)"] = body(b" " * (256 << 10) + b"{}")
     assert server.get("/" + resource.format(name)).status == 404
