@@ -22,8 +22,11 @@ from harmonia.cache.layout_cache import Layouts
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, Segment
-from harmonia.store import nar_layout, tree_reader
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+from harmonia.store import file_reader, nar_layout, tree_reader
 from harmonia.store.nar_layout import Layout
+from harmonia.store.store_nar import StoreNar
 from support.nars import reference, whole
 from support.running import wait_until
 from support.strategies import Tree, on_disk, small_trees, trees, write_tree
@@ -448,6 +451,23 @@ class TestOnDisk:
         assert layout.size
         with pytest.raises(CacheFileError):
             whole(layout.window(0, layout.size))
+
+    def test_one_that_a_reader_found_damaged_is_walked_again(
+        self, root: bytes, tmp_path: Path, walks: list[bytes]
+    ) -> None:
+        expected = whole(tree_reader.dump(root))
+        del walks[:]
+        layouts = Layouts(1 << 20, NarCache(str(tmp_path / "cache"), 1 << 30))
+        path = StoreNar(PathInfo(StorePath("0" * 32 + "-name"), bytes(32), len(expected)), root, layouts)
+        opened(layouts, path.key, root)
+        [file] = (tmp_path / "cache").iterdir()
+        with file.open("r+b") as opened_file:
+            opened_file.seek(60)
+            opened_file.write(b"\xff\xff\xff\xff")
+        with pytest.raises(CacheFileError):
+            b"".join(file_reader.flatten(path.read(0, None)))
+        assert b"".join(file_reader.flatten(path.read(0, None))) == expected
+        assert len(walks) == 2
 
     def test_a_disk_that_is_full_leaves_the_rest_in_memory(
         self, root: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -119,7 +119,7 @@ async def _answer(
     cache: Cache, handler: Handler, request: Request, parameters: Mapping[str, str]
 ) -> tuple[HTTPResponse | None, Lasts | None]:
     representation = await handler(cache, request, **parameters)
-    return await respond(request, representation, cache.threads.readers), representation.lasts
+    return await respond(request, representation, cache.submitter(request)), representation.lasts
 
 
 def _done(cache: Cache, route: RouteCounters, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
-from harmonia.server.http.response import Body, Encoded, Representation
+from harmonia.server.http.response import Body, Encoded, Representation, Submit
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.server.threads import Threads
@@ -140,6 +141,10 @@ class Cache:
     def client(self, request: Request) -> str:
         """Return the address of the client, as far as it is known."""
         return access_log.client(request, self.settings.trusted_proxies)
+
+    def submitter(self, request: Request) -> Submit:
+        """Return what runs a function in a thread for bodies, when it is the turn of the client of the request."""
+        return partial(self.threads.bodies.submit, self.client(request))
 
     def hold(self, info: PathInfo) -> Hold | None:
         """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""

@@ -7,11 +7,14 @@ from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
+from harmonia.cache.fair_executor import FairExecutor
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.store.store import BUSY_TIMEOUT, Store
 
-_READERS = 16  # threads that read store objects; one is busy only while it reads a chunk, not while that is sent
+_READERS = 16  # threads that answer short questions to the disk
+_BODY_READERS = 16  # threads that read bodies; one is busy only while it reads a chunk, not while that is sent
+_BODY_READERS_EACH = 4  # for one client
 
 _T = TypeVar("_T")
 
@@ -20,6 +23,7 @@ class Threads:
     def __init__(self, browsed: Store, metrics: Metrics) -> None:
         """`browsed` is the store once more, for questions that take long: no narinfo waits behind them."""
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self.bodies = FairExecutor(_BODY_READERS, _BODY_READERS_EACH, "body")
         self.release = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")

@@ -74,38 +74,42 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_S
         for segment in archive:
             if isinstance(segment, bytes):
                 piece = segment
-            elif isinstance(segment, Future):
-                files.close()
-                if size:
-                    yield b"".join(parts)
-                    parts, size = [], 0
-                yield segment
-                continue
-            elif segment.stop - segment.start < chunk_size:
-                piece = _small_file(segment, files)
-            else:
+            elif isinstance(segment, Future) or len(segment) >= chunk_size:
                 files.close()  # a download has one file open while it waits for its client (sockets.admitted)
                 if size:
-                    yield b"".join(parts)
-                    parts, size = [], 0
-                yield from _large_file(segment)
+                    yield _joined(parts)
+                    size = 0
+                if isinstance(segment, Future):
+                    yield segment
+                else:
+                    yield from _large_file(segment)
                 continue
+            else:
+                piece = _small_file(segment, files)
             parts.append(piece)
             size += len(piece)
             if size >= chunk_size:
                 files.close()  # it may take long until the next is wanted
-                data = b"".join(parts)
+                del piece
+                data = _joined(parts)
                 while len(data) >= 2 * chunk_size:  # a single text is longer than a chunk
                     yield data[:chunk_size]
                     data = data[chunk_size:]
                 yield data
                 del data  # while the next is read
-                parts, size = [], 0
+                size = 0
         files.close()
         if size:
-            yield b"".join(parts)
+            yield _joined(parts)
     finally:
         files.close()
+
+
+def _joined(parts: list[bytes]) -> bytes:
+    """Return the parts as one, and empty the list: a client that reads slowly is not to hold them twice."""
+    data = b"".join(parts)
+    parts.clear()
+    return data
 
 
 def flatten(chunks: Generator[Chunk], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:

@@ -111,11 +111,13 @@ class Layout:
             text += len(name) + len(target)
             if len(rows) == _MAX_ENTRIES or text >= _MAX_TEXT_BYTES:
                 self._append(offset, position, directory, rows)
+                self._wake()
                 rows, text = [], 0
                 yield
-        if rows:
-            self._append(offset, position, directory, rows)
-        self.size = position
+        with self._lock:  # who sees the last block sees the size as well
+            if rows:
+                self._append(offset, position, directory, rows)
+            self.size = position
         self._wake()
 
     def spill(self, file: BlockFile) -> None:
@@ -250,7 +252,6 @@ class Layout:
         self._ends.append((self._ends[-1] if number else 0) + len(block))
         self._checksums.append(zlib.crc32(block))  # last: by their number readers know how many there are
         self._covered = position
-        self._wake()
 
     def _is_due(self, number: int, stop: int | None) -> bool:
         if self.size is not None or self.error is not None:

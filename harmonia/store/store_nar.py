@@ -73,7 +73,8 @@ class StoreNar:
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes]]:
         """Read a part. A future stands for a wait for the walk, which a caller may do in its own way.
 
-        The whole is sent while it is walked, and breaks off at its end if the size is wrong.
+        A long archive is sent while it is walked, and breaks off at its end if the size is wrong. A short one, of one
+        block, is checked before its first byte.
         """
         try:
             yield from file_reader.chunks(self._segments(start, self.size if stop is None else stop))
@@ -85,5 +86,12 @@ class StoreNar:
         layout = self.layout()
         self.check_layout(layout)
         # Of one that is longer than registered, more than `stop` comes: the reader must not take it for whole.
-        yield from layout.window(start, sys.maxsize if stop == self.size else stop)
+        window = layout.window(start, sys.maxsize if stop == self.size else stop)
+        for segment in window:
+            if not isinstance(segment, Future):
+                self.check_layout(layout)
+                yield segment
+                break
+            yield segment
+        yield from window
         self.check_layout(layout)

@@ -12,6 +12,7 @@ from harmonia.store import confined
 
 _BATCH = 1024  # entries of a directory that are looked at while it is open
 _SORTED_AT_ONCE = 8192  # names: some milliseconds
+_JOINED = 256  # names that become one object
 
 
 def walk(root: bytes) -> Iterator[Entry]:
@@ -46,7 +47,7 @@ def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]
     time than from the root.
     """
     prefix = directory + b"/"
-    names = _in_order(os.listdir(directory))  # those of another directory, if one came in its place, are not found
+    names = _sorted_names(directory)  # those of another directory, if one came in its place, are not found
     while batch := list(islice(names, _BATCH)):
         descriptor = confined.open_file(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -60,11 +61,24 @@ def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]
         yield from zip(map(prefix.__add__, batch), found, targets, strict=True)
 
 
-def _in_order(names: list[bytes]) -> Iterator[bytes]:
-    """The names, sorted. No step takes long: other threads of the process have to wait for each."""
-    if len(names) <= _SORTED_AT_ONCE:
-        return iter(sorted(names))
-    return merge(*(sorted(names[first : first + _SORTED_AT_ONCE]) for first in range(0, len(names), _SORTED_AT_ONCE)))
+def _sorted_names(directory: bytes) -> Iterator[bytes]:
+    """Return the names in a directory, sorted by their bytes.
+
+    No step takes long, because other threads wait for each. Many names are kept as few objects, in little memory.
+    """
+    runs: list[list[bytes]] = []
+    with os.scandir(directory) as found:
+        names = (entry.name for entry in found)
+        while run := sorted(islice(names, _SORTED_AT_ONCE)):
+            if len(run) < _SORTED_AT_ONCE and not runs:
+                return iter(run)
+            runs.append([b"/".join(run[first : first + _JOINED]) for first in range(0, len(run), _JOINED)])
+    return merge(*map(_split, runs))
+
+
+def _split(run: list[bytes]) -> Iterator[bytes]:
+    for names in run:
+        yield from names.split(b"/")
 
 
 def dump(path: bytes) -> Iterator[Segment]:

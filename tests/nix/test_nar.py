@@ -2,6 +2,7 @@ import os
 import random
 import stat
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -321,3 +322,26 @@ def test_nothing_in_memory_is_not_the_end_of_a_file(tmp_path: Path, monkeypatch:
         assert part.read() == b"content"
     finally:
         os.close(descriptor)
+
+
+def test_a_reader_that_waits_holds_its_chunk_and_no_parts_of_it() -> None:
+    reader = file_reader.chunks(b"%0100d" % number for number in range(10_000))
+    tracemalloc.start()
+    try:
+        chunk = next(reader)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(chunk, bytes)
+    assert len(chunk) < held < 1.1 * len(chunk)
+
+
+@pytest.mark.parametrize("count", [0, 7, 8, 9, 100])
+def test_names_are_sorted_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(tree_reader, "_SORTED_AT_ONCE", 8)
+    monkeypatch.setattr(tree_reader, "_JOINED", 3)
+    names = [b"%d" % (number * 7919 % 1009) for number in range(count)]
+    for name in names:
+        (tmp_path / name.decode()).touch()
+    found = [os.path.basename(entry.path) for entry in tree_reader.walk(os.fsencode(tmp_path))]
+    assert found[1:] == sorted(names)

@@ -10,7 +10,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
@@ -94,7 +94,11 @@ Handler = Callable[..., Awaitable[Representation]]
 """Answers for a resource: takes the context, the request and the parameters of the URI."""
 
 
-async def respond(request: Request, representation: Representation, readers: Executor) -> HTTPResponse | None:
+Submit = Callable[..., "Future[Any]"]
+"""Runs a function in a thread of those that the client of a request may have."""
+
+
+async def respond(request: Request, representation: Representation, submit: Submit) -> HTTPResponse | None:
     """The response to return to Sanic, or None where it has been sent already.
 
     An error is raised only before the first byte; after it, the connection is broken.
@@ -120,12 +124,10 @@ async def respond(request: Request, representation: Representation, readers: Exe
         headers["accept-ranges"] = "bytes" if representation.resumable else "none"
         if not representation.resumable and wants_part(request) and "if-range" not in request.headers:
             raise NotFound
-    return await _respond_with(request, await body(request) if callable(body) else body, headers, readers)
+    return await _respond_with(request, await body(request) if callable(body) else body, headers, submit)
 
 
-async def _respond_with(
-    request: Request, body: Body, headers: dict[str, str], readers: Executor
-) -> HTTPResponse | None:
+async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
     status = HTTPStatus.OK
     start, stop = 0, body.size
     if body.size is not None and (part := _range(request, headers, body.size)):
@@ -137,7 +139,7 @@ async def _respond_with(
     if request.method != "HEAD":
         size = None if stop is None else stop - start
         response = HTTPResponse(status=status, headers=headers)
-        await _pump(request, response, _ReadAhead(body.read(start, stop), readers), size)
+        await _pump(request, response, _ReadAhead(body.read(start, stop), submit), size)
         return None
     if stop is not None:
         return HTTPResponse(status=status, headers=headers)
@@ -199,21 +201,21 @@ def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:
 
 
 class _ReadAhead:
-    """The chunks of a body. While one is sent, a thread reads the next: no more than three are in memory.
+    """The chunks of a body. While one is sent, a thread reads the next: no more than these two are in memory.
 
     To wake a thread takes longer than to read what is small: one goes on with that until it has a chunk's worth. For
     the same reason, what the page cache has of open files is read at once.
     """
 
-    def __init__(self, chunks: Generator[Chunk], readers: Executor) -> None:
+    def __init__(self, chunks: Generator[Chunk], submit: Submit) -> None:
         self._chunks = chunks
-        self._readers = readers
+        self._submit = submit
         self._ready: deque[Chunk] = deque()
         self._slice: OpenSlice | None = None
-        self._reading: Future[Any] = self._submit()
+        self._reading = self._pull()
 
-    def _submit(self) -> "Future[list[Chunk]]":
-        return self._readers.submit(_pull, self._chunks)
+    def _pull(self) -> "Future[Any]":
+        return self._submit(_pull, self._chunks)
 
     async def next(self) -> bytes | bytearray:
         """The next chunk, empty after the last."""
@@ -223,7 +225,7 @@ class _ReadAhead:
                 if data := await self._read(self._slice):
                     return data
                 self._slice = None
-                self._reading = self._submit()
+                self._reading = self._pull()
             if not self._ready:
                 self._ready.extend(await asyncio.wrap_future(self._reading))
             chunk = self._ready.popleft()
@@ -231,22 +233,22 @@ class _ReadAhead:
                 self._slice = chunk
             elif isinstance(chunk, Future):
                 data = await asyncio.wrap_future(chunk)
-                self._reading = self._submit()
+                self._reading = self._pull()
                 if data:
                     return data
             elif chunk is None:
                 await asyncio.sleep(delay)
                 delay = min(2 * delay, _LONGEST_WAIT)
-                self._reading = self._submit()
+                self._reading = self._pull()
             else:
                 if chunk and not self._ready:
-                    self._reading = self._submit()
+                    self._reading = self._pull()
                 return chunk
 
     async def _read(self, part: OpenSlice) -> bytes | bytearray:
         data = part.read_cached()
         if data is None:
-            reading = self._readers.submit(part.read)
+            reading = self._submit(part.read)
             self._reading = reading
             return await asyncio.wrap_future(reading)
         await asyncio.sleep(0)  # it is the turn of others
@@ -285,9 +287,9 @@ class Unread:
         raise NotImplementedError  # HEAD asks for no more than the size
 
 
-async def exhaust(body: Body, readers: Executor) -> None:
+async def exhaust(body: Body, submit: Submit) -> None:
     """Wait until a body is made, and its size known."""
-    chunks = _ReadAhead(body.read(sys.maxsize, None), readers)
+    chunks = _ReadAhead(body.read(sys.maxsize, None), submit)
     try:
         while await chunks.next():
             pass
@@ -295,10 +297,10 @@ async def exhaust(body: Body, readers: Executor) -> None:
         chunks.close()
 
 
-async def whole_if_need_be(body: Body, request: Request, readers: Executor) -> Body:
+async def whole_if_need_be(body: Body, request: Request, submit: Submit) -> Body:
     """The body, whole where the request cannot do without its length."""
     if body.size is None and (wants_part(request) or request.version == "1.0"):
-        await exhaust(body, readers)
+        await exhaust(body, submit)
     return body
 
 

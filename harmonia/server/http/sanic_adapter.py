@@ -151,9 +151,11 @@ class Connection(HttpProtocol):
         return int.from_bytes(count, sys.byteorder) > 0
 
     async def send(self, data: bytes) -> None:
+        """Send bytes, and wait until the kernel has nearly all of them: what comes next is not in memory before."""
         await super().send(data)  # type: ignore[no-untyped-call]
         if self._http.request is not None:
             self.app.ctx.repeats.remember(self._http.request, data)
+        await self._can_write.wait()
 
 
 def limited_connection(limiter: "ConnectionLimiter") -> type[Connection]:

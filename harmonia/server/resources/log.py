@@ -27,7 +27,7 @@ async def get(cache: Cache, request: Request, name: str) -> Representation:
         raise AbsentError
 
     async def open_plain(request: Request) -> Body:
-        return await whole_if_need_be(log, request, cache.threads.readers)
+        return await whole_if_need_be(log, request, cache.submitter(request))
 
     return Representation(
         content_type="text/plain; charset=utf-8",

@@ -154,6 +154,6 @@ def _compressed(cache: Cache, nar: StoreNar, encoding: Encoding) -> Open:
         if request.method == "HEAD":
             return Unread(await cache.threads.read(lambda: cache.compressor.size(nar.sha256, encoding)))
         body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar, encoding))
-        return await whole_if_need_be(body, request, cache.threads.readers)
+        return await whole_if_need_be(body, request, cache.submitter(request))
 
     return open_compressed

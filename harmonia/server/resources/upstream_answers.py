@@ -181,7 +181,7 @@ class Answers:
             async def again(part: Part) -> RemoteAnswer:
                 return _there(await client.ask(path, asked, method, part))
 
-            body = await whole_if_need_be(Passed(client, again, response), request, self._cache.threads.readers)
+            body = await whole_if_need_be(Passed(client, again, response), request, self._cache.submitter(request))
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 

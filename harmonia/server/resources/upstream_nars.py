@@ -31,7 +31,7 @@ _TYPE = "application/x-nix-nar"
 
 class Nars:
     def __init__(self, cache: Cache, upstreams: Upstreams, clients: Sequence[Client]) -> None:
-        self._readers = cache.threads.readers
+        self._submitter = cache.submitter
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in clients}
         self._fetches = Fetches(cache.compressor.cache, cache.failed_nars)
@@ -58,7 +58,7 @@ class Nars:
         async def open_nar(request: Request) -> Body:
             if request.method == "HEAD":
                 return await self._unread(found_nar, hops)
-            return await whole_if_need_be(await self._open(found_nar, hops), request, self._readers)
+            return await whole_if_need_be(await self._open(found_nar, hops), request, self._submitter(request))
 
         return _nar(found_nar.name, open_nar)
 
@@ -95,7 +95,7 @@ class Nars:
             if request.method == "HEAD":
                 async with await ask(WHOLE, "HEAD") as response:
                     return Unread(response.content_length)
-            return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._readers)
+            return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._submitter(request))
 
         return Representation(
             content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False

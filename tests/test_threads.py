@@ -1,0 +1,19 @@
+"""Promise: reading bodies for one client keeps neither other clients nor short questions waiting."""
+
+import asyncio
+import threading
+from typing import Any, cast
+
+from harmonia.server.threads import Threads
+
+
+def test_bodies_of_one_client_leave_threads_to_others() -> None:
+    threads = Threads(cast("Any", None), cast("Any", None))
+    gate = threading.Event()
+    try:
+        for _ in range(100):
+            threads.bodies.submit("one", gate.wait, 20)
+        assert threads.bodies.submit("another", lambda: "read").result(10) == "read"
+        assert asyncio.run(threads.read(lambda: "asked")) == "asked"
+    finally:
+        gate.set()
