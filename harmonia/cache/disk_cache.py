@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -45,9 +46,13 @@ class NarCache:
     For any thread. OSError where the directory cannot be made or written to.
     """
 
+    removed: Callable[[], object]
+    """Called after files were evicted or discarded. It must not take long."""
+
     def __init__(self, directory: str, limit: int | None = None) -> None:
         self.counters = Counters()
         self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self.removed = _nothing
         self._directory = directory
         self._unusable_until = 0.0
         _make_private(directory)
@@ -58,6 +63,21 @@ class NarCache:
 
     def path(self, key: str) -> str:
         return f"{self._directory}/{key}"
+
+    def keys(self) -> list[str]:
+        """Return the keys of all whole files. Raises OSError."""
+        return [os.path.basename(path) for _, _, path in self._files()]
+
+    def has(self, key: str) -> bool:
+        """Return whether the file is there, whole."""
+        if file := self.find(key):
+            file.close()
+        return file is not None
+
+    def remove(self, key: str) -> None:
+        """Remove the file, if it is there. Its readers can go on."""
+        with suppress(OSError):
+            os.unlink(self.path(key))
 
     def find(self, key: str) -> CachedFile | None:
         """The file, to be closed, if it is there, whole, and ours to read."""
@@ -106,6 +126,7 @@ class NarCache:
             os.unlink(path)
         self.counters.corrupt += 1
         _log.error("removed a damaged file from the cache: %s; check that disk for faults if this repeats", path)
+        self.removed()
 
     def failed(self, error: OSError) -> None:
         """Add nothing to the cache for a while, and say so once."""
@@ -136,6 +157,7 @@ class NarCache:
         self.sweep()
         files = self._files()
         excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
+        before = self.counters.evictions
         # A file that is too large even alone goes before all others.
         for _, size, path in sorted(files, key=lambda it: (it[1] <= self.limit, it)):
             if excess <= 0:
@@ -144,6 +166,8 @@ class NarCache:
                 os.unlink(path)
                 self.counters.evictions += 1
             excess -= size  # also where another process was faster
+        if self.counters.evictions > before:
+            self.removed()
 
     def sweep(self) -> None:
         """Remove growing files whose fillers died. OSError."""
@@ -207,6 +231,10 @@ class NarCache:
                 os.unlink(growing)
         file.close()
         return None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _make_private(directory: str) -> None:

@@ -3,11 +3,9 @@
 A layout is found once for all who ask, by a thread of its own few. It goes on when all of them have gone.
 """
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from typing import ParamSpec
 
 from harmonia.cache.disk_cache import NarCache
@@ -85,8 +83,7 @@ class Layouts:
             self._growing.pop(key, None)
             self._drop(key)
         if self.files is not None:
-            with suppress(OSError):
-                os.unlink(self.files.path(key))
+            self.files.remove(key)
 
     def _find(self, key: str, layout: Layout, root: bytes) -> None:
         try:

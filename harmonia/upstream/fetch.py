@@ -18,6 +18,7 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.nar_verifier import ContentCheck
+from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Tasks, Threads
@@ -30,13 +31,16 @@ _MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a
 class Fetches:
     """All NARs that are on their way here."""
 
-    def __init__(self, cache: NarCache | None, failed: FailedNars) -> None:
+    def __init__(
+        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: Threads
+    ) -> None:
         self._cache = cache
+        self._narinfos = narinfos
         self._failed = failed
         self._running: dict[str, Transfer] = {}
         self._tasks = Tasks()
         self._opening = asyncio.Lock()
-        self._threads = Threads()
+        self._threads = threads
 
     async def close(self) -> None:
         for transfer in self._running.values():
@@ -75,13 +79,16 @@ class Fetches:
                 elif file := await self._threads.write(cache.use, key):
                     opened = file, None
                 if opened is not None and opened[1] is not None:
-                    transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
+                    transfer = self._running[key] = Transfer(
+                        found, headers, opened[1], cache.limit, self._threads, self._narinfos
+                    )
                     self._tasks.begin(self._run(key, transfer))
         if opened is None:
             return self._passed(found, headers, await found.ask(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
             return Kept(opened[0], found.file_size, None, self._passed(found, headers))
+        running.paths[found.info.path] = found
         await running.started.wait()
         if running.error is not None:
             opened[0].close()  # the error, which the fetch has, would keep it

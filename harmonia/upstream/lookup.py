@@ -14,6 +14,7 @@ from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.lookup_cache import Memory
 from harmonia.upstream.loop_guard import Hops
 from harmonia.upstream.nar_name import NarName
+from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.remote_path import Found, look_up
 from harmonia.upstream.tasks import Tasks
 
@@ -23,12 +24,20 @@ Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
 
 
 class Upstreams:
-    def __init__(self, clients: Sequence[Client], identity: str, bound: float, failed: FailedNars) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        identity: str,
+        bound: float,
+        failed: FailedNars,
+        narinfos: NarinfoCache | None = None,
+    ) -> None:
         """`bound` is after how many seconds a question is answered with no, whoever has yet to answer."""
         self.clients = sorted(clients, key=lambda client: client.settings.priority)
         self.identity = identity
         self._bound = bound
         self._failed = failed
+        self._narinfos = narinfos
         self._known = Memory()
         self._asking = SingleFlight()
         self._tasks = Tasks()
@@ -43,9 +52,28 @@ class Upstreams:
             await client.close()
 
     async def find(self, hash_part: str, hops: Hops) -> Found | None:
-        """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it."""
+        """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it.
+
+        If no upstream has it, or none answers, a path whose narinfo and NAR are in the cache is found there.
+        """
         if hops.is_over(self.identity):
             return None
+        return await self._find_remote(hash_part, hops) or await self.find_cached(hash_part)
+
+    async def find_cached(self, hash_part: str) -> Found | None:
+        """Return a path whose narinfo and NAR are in the cache, without asking any upstream."""
+        return None if self._narinfos is None else await self._narinfos.find(hash_part)
+
+    def keep_narinfo(self, hash_part: str, hops: Hops) -> None:
+        """Have the narinfo of a path in the cache, too, whose NAR is: it came with another path of the same content."""
+        if self._narinfos is not None:
+            self._tasks.share(self._keep_narinfo(self._narinfos, hash_part, hops))
+
+    async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, hops: Hops) -> None:
+        if not await narinfos.has(hash_part) and (found := await self._find_remote(hash_part, hops)):
+            await narinfos.keep(found)
+
+    async def _find_remote(self, hash_part: str, hops: Hops) -> Found | None:
         # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
         for key in ((hash_part, Hops()), (hash_part, hops)):
             known = self._known.get(key)
@@ -134,6 +162,8 @@ class Upstreams:
         found, sure = await self._first(ask, hops)
         if found or sure:
             self._known.remember((hash_part, Hops() if found else hops), found)
+        if found and self._narinfos is not None:
+            self._tasks.share(self._narinfos.keep(found))  # it may have changed
         return found
 
     async def _find_nar(self, name: NarName, hops: Hops, failed: Collection[Client]) -> Found | None:

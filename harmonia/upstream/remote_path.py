@@ -61,12 +61,17 @@ async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) ->
         client.counters.add("misses")
         return None
     try:
-        parse = partial(_parse, client, hash_part, text)
-        found = parse() if len(text) < _LONG else await asyncio.to_thread(parse)
+        found = await parse(client, hash_part, text)
     except RefusalError:
         return None
     client.counters.add("hits")
     return found
+
+
+async def parse(client: Client, hash_part: str, text: bytes) -> Found:
+    """Return what a narinfo of that upstream says. Raise RefusalError if it cannot be taken."""
+    parse_now = partial(_parse, client, hash_part, text)
+    return parse_now() if len(text) < _LONG else await asyncio.to_thread(parse_now)
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> Found:

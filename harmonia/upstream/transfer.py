@@ -13,6 +13,7 @@ from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.upstream import nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
+from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
@@ -26,17 +27,28 @@ _log = logging.getLogger("harmonia")
 
 
 class Transfer:
-    def __init__(self, found: Found, headers: Mapping[str, str], filler: Filler, limit: int, threads: Threads) -> None:
+    def __init__(
+        self,
+        found: Found,
+        headers: Mapping[str, str],
+        filler: Filler,
+        limit: int,
+        threads: Threads,
+        narinfos: NarinfoCache | None,
+    ) -> None:
         self.size = found.file_size
         """None until it is known."""
         self.error: UpstreamError | None = None
         self.started = asyncio.Event()
         """Set when the upstream has begun to send it, or failed to."""
         self.found = found
+        self.paths = {found.info.path: found}
+        """All paths that it is wanted for, of the same content."""
         self._headers = headers
         self._filler = filler
         self._limit = limit
         self._threads = threads
+        self._narinfos = narinfos
         self._given_up = False
 
     async def run(self) -> None:
@@ -47,7 +59,7 @@ class Transfer:
                 await self._check()
             except FormatError as error:
                 raise self.found.refuse_nar(error) from None
-            await self._threads.sync(self._filler.commit)
+            await self._threads.sync(self._commit)
         except UpstreamError as error:
             self.error = error
             if not isinstance(error, RefusalError):
@@ -76,6 +88,12 @@ class Transfer:
                     await self._threads.unpack(nar_verifier.check_content, info, nar, content, LARGE_MEMORY_BYTES)
         if not is_vouched_for:
             await self._threads.write(filler.finish)
+
+    def _commit(self) -> None:
+        self._filler.commit()
+        if self._narinfos is not None:
+            for found in list(self.paths.values()):
+                self._narinfos.save(found)
 
     def give_up(self) -> None:
         """Keep nobody waiting: the task is about to be cancelled."""

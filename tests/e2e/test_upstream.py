@@ -65,6 +65,22 @@ def test_a_static_cache_behind_us(
     assert (len(nars) == len(set(nars))) is (mode == "proxy")
 
 
+def test_a_closure_is_substituted_after_a_restart_without_the_upstream(
+    start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path
+) -> None:
+    push(closure, closure.top, "xz", tmp_path / "static")
+    key = closure.key.public.strip()
+    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
+        server = serve(start, tmp_path, url, key)
+        fetch(make_client("one"), server.url, closure.key.public, closure.top)
+        paths = len(list((tmp_path / "static").glob("*.narinfo")))
+        wait_until(lambda: len(list((server.cache_dir / "narinfo").iterdir())) == paths)
+        server.stop()
+    entry = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{key}']\n"
+    again = start(store=tmp_path / "empty", settings=entry, cache_dir=server.cache_dir)
+    fetch(make_client("two"), again.url, closure.key.public, closure.top)
+
+
 def test_a_bad_network_to_the_upstream_goes_unnoticed(
     start: Start, client: Client, closure: Closure, tmp_path: Path
 ) -> None:

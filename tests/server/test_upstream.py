@@ -1,6 +1,5 @@
 """What is not in the store comes from other caches: whole, checked, once; and none of them ever does any harm."""
 
-import bz2
 import gzip
 import hashlib
 import http.client
@@ -17,78 +16,36 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import brotli
 import pytest
 import zstandard
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.config import tokens
 from harmonia.nix import base32
-from harmonia.nix import nar as nix_nar
 from harmonia.nix.narinfo import NarFile
-from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
 from support import upstream_server
-from support.packing import lzip
 from support.programs import needs
 from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
-from support.upstream_server import UpstreamServer, chunked, cut, drip, file_url, hang, reset, status
+from support.upstream_paths import KEY, PACK, Remote, entry, fields, make_path, narinfo_path
+from support.upstream_server import UpstreamServer, chunked, cut, drip, hang, reset, status
 
 Start = Callable[..., Server]
 
-KEY = SecretKey.generate("upstream-1")
 PATIENT = "upstream_timeout = 20.0"  # so that a busy machine makes nothing a miss
 IMPATIENT = "upstream_timeout = 0.5"
 PROBING = patched("from harmonia.upstream import breaker; breaker.LONGEST_DELAY = 0.2")  # those that are not there yet
 SLOW: dict[str, Any] = {"timeout": 60.0, "connect_timeout": 60.0}
 """An upstream that ends no question by itself: only `upstream_timeout` does."""
 SOON = 20  # seconds: long after IMPATIENT, long before SLOW
-PACK: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
-    "none": ("", bytes),
-    "xz": (".xz", lzma.compress),
-    "bzip2": (".bz2", bz2.compress),
-    "gzip": (".gz", gzip.compress),
-    "zstd": (".zst", zstandard.ZstdCompressor(3).compress),
-    "br": (".br", partial(brotli.compress, quality=1)),
-    "lzip": (".lzip", lzip),
-}
-
-
-@dataclass
-class Remote:
-    """A path that only the upstream has."""
-
-    info: PathInfo
-    file: bytes
-    nar: NarFile
-    content: bytes
-
-
-_numbers = count()
-
-
-def make_path(directory: Path, size: int = 1 << 20, compression: str = "xz") -> Remote:
-    """Another one each time, for the server remembers what it was told of the last."""
-    store = StoreBuilder(directory)
-    name = f"there-{next(_numbers)}"
-    half = random.Random(name).randbytes(size // 2)
-    info = store.add(store.output_path(name), {"one": half, "zeros": bytes(size // 2)})
-    root = f"{store.real_dir}/{info.path}".encode()
-    content = b"".join(file_reader.read(nix_nar.segments(nix_nar.frame(tree_reader.walk(root)))))
-    extension, pack = PACK[compression]
-    file = pack(content)
-    file_hash = hashlib.sha256(file).digest()
-    return Remote(info, file, NarFile(file_url(file_hash, extension), compression, file_hash, len(file)), content)
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +72,6 @@ def upstream(shared: tuple[UpstreamServer, Server]) -> UpstreamServer:
 @pytest.fixture
 def there(tmp_path: Path) -> Remote:
     return make_path(tmp_path / "elsewhere")
-
-
-def entry(upstream: "UpstreamServer | Server", *, verify: bool = True, **more: object) -> str:
-    lines = [f"{key} = {value!r}".replace("True", "true") for key, value in more.items()]
-    keys = [f"public_keys = ['{KEY.public_key}']"] if verify else []
-    return "\n".join(["[[upstream]]", f"url = '{upstream.url}'", *keys, *lines, ""])
-
-
-def fields(answer: Answer) -> dict[str, str]:
-    return dict(line.split(": ", 1) for line in answer.text.splitlines())
-
-
-def narinfo_path(path: Remote) -> str:
-    return f"/{path.info.path.hash_part}.narinfo"
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ end even when who asked has gone, and then kept: a short one in memory, a long o
 """
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from sanic import Request
 
 from harmonia.cache import zstd
 from harmonia.nix import base32, listing, nar
+from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import Cache
 from harmonia.server.http.auth import hold_to_rate
@@ -19,7 +20,9 @@ from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representati
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources.nar import found, open_nar, whole_layout
 from harmonia.store import file_reader
-from harmonia.store.nar_layout import Layout
+
+Render = Callable[[], Iterator[bytes]]
+"""Makes the pieces of a listing, anew at each call. For any thread."""
 
 _SHORT = 2000  # entries: a listing of no more is kept in memory, and has no rate
 
@@ -28,24 +31,31 @@ async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
     info = found(await cache.paths.find(hash_part))
     archive = open_nar(cache, request, info)
     layout = await whole_layout(archive)
+
+    def render() -> Iterator[bytes]:
+        return listing.render(layout.located())
+
+    is_short = layout.entries <= _SHORT
+    return representation(info, *await (_short if is_short else long)(cache, request, archive.key, render))
+
+
+def representation(info: PathInfo, body: Body, encoded: Encoded | None) -> Representation:
     etag = f'"{base32.encode(info.nar_hash)}-ls"'
-    body, encoded = await (_short if layout.entries <= _SHORT else _long)(cache, request, archive.key, layout)
     return Representation(content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=encoded)
 
 
-async def _short(cache: Cache, request: Request, key: str, layout: Layout) -> tuple[Body, Encoded | None]:
-    client = cache.client(request)
-    text = await cache.made.value(("listing", key), client, lambda: b"".join(listing.render(layout.located())), len)
+async def _short(cache: Cache, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
+    text = await cache.made.value(("listing", key), cache.client(request), lambda: b"".join(render()), len)
     body = page.Text(text)
     return body, cache.encoded(body)
 
 
-async def _long(cache: Cache, request: Request, key: str, layout: Layout) -> tuple[Body, Encoded | None]:
+async def long(cache: Cache, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
+    """Return the listing from a file, which is made once for each `key`; streamed if there can be no file."""
     hold_to_rate(cache, request)
-    client = cache.client(request)
-    plain = await cache.made.file(f"{key}.ls", client, lambda: listing.render(layout.located()))
+    plain = await cache.made.file(f"{key}.ls", cache.client(request), render)
     if plain is None:
-        streamed = _Streamed(layout)
+        streamed = _Streamed(render)
         if wants_part(request) or request.version == "1.0":
             streamed = await cache.threads.read(streamed.measured)
         return streamed, cache.streamed(streamed)
@@ -77,13 +87,12 @@ class _Compressed:
 class _Streamed:
     """A listing that is made while it is sent, because no file can be."""
 
-    layout: Layout
+    render: Render
     size: int | None = None
 
     def measured(self) -> "_Streamed":
         """The same, with its size known."""
-        return _Streamed(self.layout, sum(map(len, self.read(0, None))))
+        return _Streamed(self.render, sum(map(len, self.read(0, None))))
 
     def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        pieces = listing.render(self.layout.located())
-        return file_reader.read(nar.window(pieces, start, sys.maxsize if stop is None else stop))
+        return file_reader.read(nar.window(self.render(), start, sys.maxsize if stop is None else stop))

@@ -5,8 +5,9 @@ Logs, listings and the like are passed on as they come. NARs are `upstream_nars.
 
 import asyncio
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
@@ -14,26 +15,32 @@ from urllib.parse import quote, urljoin
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.cache.disk_cache import NarCache
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Upstream
+from harmonia.config.settings import Settings, Upstream
 from harmonia.errors import FormatError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import Cache
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
-from harmonia.server.resources import build_trace, debuginfo, log, narinfo
+from harmonia.server.resources import build_trace, cached_listing, debuginfo, log, narinfo
 from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
+from harmonia.upstream.fetch import Fetches
 from harmonia.upstream.lookup import Upstreams
 from harmonia.upstream.lookup_cache import POSITIVE_TTL
+from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import Found
+from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import Part, Transport
+
+_log = logging.getLogger("harmonia")
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
@@ -51,9 +58,12 @@ class Answers:
         settings = cache.settings
         self._cache = cache
         clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
-        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout, cache.failed_nars)
+        nars = cache.compressor.cache
+        self._threads = Threads()
+        narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
+        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout, cache.failed_nars, narinfos)
         self._upstreams.start()
-        self._nars = Nars(cache, self._upstreams, clients)
+        self._nars = Nars(cache, self._upstreams, Fetches(nars, narinfos, cache.failed_nars, self._threads))
 
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._cache.settings
@@ -93,7 +103,13 @@ class Answers:
         return await self._nars.get(request, name)
 
     async def get_listing(self, request: Request, hash_part: str) -> Representation:
-        return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
+        try:
+            return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
+        except NotFound:
+            found = await self._upstreams.find_cached(hash_part)
+            if found is None:
+                raise
+        return await cached_listing.get(self._cache, request, found, self._threads)
 
     async def get_log(self, request: Request, name: str) -> Representation:
         asked = log.decoded(request, name)
@@ -191,6 +207,16 @@ async def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any]
         return await asyncio.to_thread(lambda: extract(json.loads(text)))
     except (*_NO_SUCH_JSON, FormatError):
         raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "it is not the JSON of this resource") from None
+
+
+def _narinfo_cache(
+    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: Threads
+) -> NarinfoCache | None:
+    try:
+        return NarinfoCache(os.path.join(str(settings.cache_dir), "narinfo"), nars, clients, threads)
+    except OSError as error:
+        _log.warning("cannot keep narinfos of upstreams: %s: %s", error.filename, error.strerror)
+        return None
 
 
 def _there(response: RemoteAnswer | None) -> RemoteAnswer:

@@ -1,7 +1,6 @@
 """`/upstream/…`: NARs of other caches, by what they are (`harmonia/upstream/nar_name.py`). For debug info, by where."""
 
 import re
-from collections.abc import Sequence
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -30,11 +29,11 @@ _TYPE = "application/x-nix-nar"
 
 
 class Nars:
-    def __init__(self, cache: Cache, upstreams: Upstreams, clients: Sequence[Client]) -> None:
+    def __init__(self, cache: Cache, upstreams: Upstreams, fetches: Fetches) -> None:
         self._submitter = cache.submitter
         self._upstreams = upstreams
-        self._by_id = {client.id: client for client in clients}
-        self._fetches = Fetches(cache.compressor.cache, cache.failed_nars)
+        self._by_id = {client.id: client for client in upstreams.clients}
+        self._fetches = fetches
 
     async def close(self) -> None:
         await self._fetches.close()
@@ -50,6 +49,7 @@ class Nars:
         except FormatError:
             raise NotFound from None
         if kept := await self._fetches.find(wanted.key):
+            self._upstreams.keep_narinfo(wanted.hash_part, hops)
             return _nar(wanted, kept)
         found_nar = await self._upstreams.find_nar(wanted, hops)
         if found_nar is None:

@@ -1,0 +1,51 @@
+"""`/<hash>.ls` of a path that no upstream has a listing of, while its NAR is in the cache: made of that NAR."""
+
+from collections.abc import Iterator
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.errors import CacheFileError, FormatError
+from harmonia.nix import base32, nar, nar_parser
+from harmonia.nix import listing as nix_listing
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError, decompressor
+from harmonia.nix.nar import Entry
+from harmonia.server.context import Cache
+from harmonia.server.http.response import Representation
+from harmonia.server.made_once import MadeFile
+from harmonia.server.resources import listing
+from harmonia.upstream.remote_path import Found
+from harmonia.upstream.tasks import Threads
+
+
+async def get(cache: Cache, request: Request, found: Found, threads: Threads) -> Representation:
+    nars, name = cache.compressor.cache, found.name
+    if nars is None:
+        raise NotFound
+
+    async def make(memory_bytes: int) -> Representation:
+        def render() -> Iterator[bytes]:
+            return nix_listing.render(nar.located(_entries(nars, name.key, name.compression, memory_bytes)))
+
+        body, encoded = await listing.long(cache, request, base32.encode(found.info.nar_hash), render)
+        return listing.representation(found.info, body, encoded)
+
+    try:
+        try:
+            return await make(MEMORY_BYTES)
+        except WindowError:
+            async with threads.much_memory:
+                return await make(LARGE_MEMORY_BYTES)
+    except (CacheFileError, FormatError):  # damaged meanwhile: then nothing of the path is left
+        raise NotFound from None
+
+
+def _entries(nars: NarCache, key: str, compression: str, memory_bytes: int) -> Iterator[Entry]:
+    """Yield the entries of a cached NAR. Raises CacheFileError if it is gone, and FormatError if it is malformed."""
+    file = nars.find(key)
+    if file is None:
+        raise CacheFileError("it was evicted")
+    unpack = decompressor(compression, memory_bytes)
+    content = (piece for data in MadeFile(file).chunks() for piece in unpack.feed(data))
+    return (part for part in nar_parser.parse(content) if isinstance(part, Entry))

@@ -1,0 +1,116 @@
+"""Cache of narinfos on disk, for paths whose NARs are in the NAR cache: such a path can be had without its upstream.
+
+A file is named by the hash part of its path. Its first line holds the id of the upstream and the key of the NAR; the
+narinfo follows. It is trusted no more than the upstream: whenever it is read, it passes the checks of a narinfo that
+has just arrived, against the settings of today.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import CachedFile
+from harmonia.errors import CacheFileError
+from harmonia.nix import narinfo
+from harmonia.upstream.client import Client
+from harmonia.upstream.refusals import RefusalError
+from harmonia.upstream.remote_path import Found, parse
+from harmonia.upstream.tasks import Threads
+
+_LIMIT_BYTES = 256 << 20  # on disk: 64,000 narinfos
+_SHARE = 8  # of a small NAR cache's limit: one part in so many
+_RECORD_MAX_BYTES = 4 << 20
+
+_Record = tuple[str, str, bytes]
+"""The upstream's id, the NAR's key, and the narinfo."""
+
+
+class NarinfoCache:
+    def __init__(self, directory: str, nars: NarCache, clients: Sequence[Client], threads: Threads) -> None:
+        """Raises OSError if the directory cannot be made or written to."""
+        self._files = NarCache(directory, min(_LIMIT_BYTES, nars.limit // _SHARE))
+        self._nars = nars
+        self._by_id = {client.id: client for client in clients}
+        self._threads = threads
+        self._is_sweep_due = False
+        nars.removed = self._sweep_soon
+        self._sweep_soon()  # a process that was killed may have left narinfos without NARs
+
+    async def find(self, hash_part: str) -> Found | None:
+        """Return the path with this hash part, if its narinfo is valid and its NAR whole in the cache."""
+        record = await self._threads.write(self._load, hash_part)
+        if record is None:
+            return None
+        upstream, key, text = record
+        client = self._by_id.get(upstream)
+        if client is None or client.settings.mode != "proxy":
+            return None
+        try:
+            found = await parse(client, hash_part, text)
+        except RefusalError:  # which is logged
+            return None
+        return found if found.name.key == key else None
+
+    async def has(self, hash_part: str) -> bool:
+        """Return whether there is a narinfo, valid or not."""
+        return await self._threads.write(self._files.has, hash_part)
+
+    async def keep(self, found: Found) -> None:
+        await self._threads.sync(self.save, found)
+
+    def save(self, found: Found) -> None:
+        """Write the narinfo of a path if its NAR is in the cache. Waits for the disk."""
+        client, key, hash_part = found.client, found.name.key, found.info.path.hash_part
+        if client.settings.mode != "proxy" or not self._nars.has(key):
+            return
+        text = narinfo.render(found.info, client.store_dir, replace(found.nar, url=found.url), found.info.sigs).encode()
+        if _record(self._files.use(hash_part)) == (client.id, key, text):
+            return
+        self._files.remove(hash_part)
+        opened = self._files.open(hash_part)
+        if opened is None or opened[1] is None:  # the disk does not let us, or another worker writes it
+            return
+        filler = opened[1]
+        try:
+            filler.append(f"{client.id} {key}\n".encode() + text)
+            filler.commit()
+        except OSError:  # the cache has logged it
+            filler.abandon()
+
+    def _load(self, hash_part: str) -> _Record | None:
+        """Return what is kept of a path. Removes a narinfo whose NAR is gone."""
+        record = _record(self._files.use(hash_part))
+        if record is not None and not self._nars.has(record[1]):
+            self._files.remove(hash_part)
+            return None
+        return record
+
+    def _sweep_soon(self) -> None:
+        if not self._is_sweep_due:
+            self._is_sweep_due = True
+            with suppress(RuntimeError):  # the process is about to end
+                self._nars.housekeeping.submit(self._sweep)
+
+    def _sweep(self) -> None:
+        """Remove the narinfos whose NARs are gone."""
+        self._is_sweep_due = False
+        with suppress(OSError):
+            self._files.sweep()
+            hash_parts = self._files.keys()
+            keys = set(self._nars.keys())  # after the narinfos, each of which is written after its NAR
+            for hash_part in hash_parts:
+                record = _record(self._files.find(hash_part))
+                if record is None or record[1] not in keys:
+                    self._files.remove(hash_part)
+
+
+def _record(file: CachedFile | None) -> _Record | None:
+    """Return what a file holds, and close it. None if there is none, or if it is damaged."""
+    if file is None or file.size > _RECORD_MAX_BYTES:
+        return None
+    with closing(file), suppress(CacheFileError, OSError):
+        head, _, text = file.slice(0, file.size).read(file.size).partition(b"\n")
+        upstream, _, key = head.decode(errors="replace").partition(" ")
+        return upstream, key, text
+    return None
