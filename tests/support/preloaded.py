@@ -11,6 +11,7 @@ import gc
 import inspect
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -24,9 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import click
-
-from harmonia.cli import main
+import harmonia
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 NOT_PRELOADED = ["env", *HARMONIA]
@@ -121,8 +120,9 @@ class _Forked(subprocess.Popen[str]):
 
 def _serve(connection: socket.socket) -> bool:
     """Fork for each request until the other end closes. Return True in each fork, and False at the end."""
-    for name in main.list_commands(click.Context(main)):
-        import_module(f"harmonia.cli.{name.replace('-', '_')}")
+    for module in pkgutil.walk_packages(harmonia.__path__, "harmonia."):
+        if module.name != "harmonia.__main__":
+            import_module(module.name)
     assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
     gc.collect()
     gc.freeze()  # else each fork copies and frees all of this memory when it ends
