@@ -108,13 +108,14 @@ class Arena:
         ):
             bystander = Bystander(Target(server.url), [narinfo(info) for info in self.store.small], headers or {})
             unharmed_paths = self.store.small[:1] if unharmed is None else unharmed
-            with unscathed(server, *unharmed_paths, seconds=_SETTLES_S), bystander.asking():
-                time.sleep(self.form.quiet_s)
-                began = time.monotonic()
-                yield server, outcome
-                ended = time.monotonic()
-                outcome.memory_mib = max(map(peak_mib, server.workers), default=0)
-            _judge(outcome, bystander.asked, began, ended)
+            with unscathed(server, *unharmed_paths, seconds=_SETTLES_S):
+                with bystander.asking():
+                    time.sleep(self.form.quiet_s)
+                    began = time.monotonic()
+                    yield server, outcome
+                    ended = time.monotonic()
+                    outcome.memory_mib = max(map(peak_mib, server.workers), default=0)
+                _judge(outcome, bystander.asked, began, ended)
 
 
 def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float) -> None:

@@ -35,6 +35,8 @@ class Held:
     @classmethod
     def by(cls, server: Server) -> "Held":
         names = [re.sub(r":\[\d+\]", "", name) for worker in server.workers for name in open_files(worker)]
+        # Layouts are remembered; large ones are open files of a bounded cache.
+        names = [name for name in names if "/cache/layouts/" not in name]
         # libuv's spare one, for when there is no other, is another file after it was of use.
         names = ["/dev/null" if name == "/" else name for name in names]
         resident = [int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in server.workers]
