@@ -316,7 +316,7 @@ def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked
             'anonymous_scopes: expected an array of "read", "browse", "m',
         ),
         ("tls_client_ca_path = 'c'", "tls_client_ca_path: set without tls_cert_path; "),
-        (f"tokens_path = '{TOKENS['all'][0]}'\nbind = 3", "bind: expected"),
+        (f"tokens_path = '{TOKENS['all'][0]}'\nbind = [3]", "bind: expected"),
         (f"tokens_path = ['{TOKENS['all'][0]}']", "tokens_path: expected a string, found array (not shown)"),
     ],
     ids=lambda _: "setting",

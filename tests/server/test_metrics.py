@@ -184,8 +184,9 @@ def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
         "harmonia_requests_total nar 404": 1,
         "harmonia_requests_total narinfo 404": 1,
         "harmonia_requests_total unknown 400": 1,
-        "harmonia_requests_total unknown 404": 9,
-        "harmonia_requests_total unknown 405": 4,
+        "harmonia_requests_total unknown 404": 6,
+        "harmonia_requests_total unknown 405": 2,
+        "harmonia_requests_total unknown 501": 5,
     }
 
 
