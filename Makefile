@@ -40,7 +40,7 @@ format: .venv/ready  ## Format Python, Nix and shell, and mend what ruff can men
 VERSIONS ?= lowest nixpkgs
 test-versions: .venv/ready  ## Test with the lowest versions of all dependencies, and with those of nixpkgs
 	$(BIN)/pip install --quiet uv
-	.ci/test-versions $(BIN)/uv $(VERSIONS)
+	.ci/test-versions $(BIN)/uv '$(VERSIONS)' $(QUICK)
 
 docs: .venv/ready  ## Write the documents that follow from the code
 	PYTHONPATH=tests $(BIN)/python -m support.generated
