@@ -11,10 +11,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,98 +31,28 @@ from harmonia.cache.zstd_frames import Compressed
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
-from harmonia.store.file_reader import OpenSlice, flatten
+from support.compression import (
+    FRAME,
+    PATIENCE,
+    Memory,
+    compressing,
+    everything,
+    nar,
+    read,
+    reading,
+    reference,
+    wait_until,
+)
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, without
 from support.programs import needs
 
-FRAME = 1000
 MIB = 1 << 20
-PATIENCE = 20.0  # seconds
 
 
 @pytest.fixture(autouse=True)
 def _no_leak() -> Iterator[None]:
     with no_leak():
         yield
-
-
-def nothing(_start: int) -> None:
-    pass
-
-
-@dataclass
-class Memory:
-    """A source that remembers where it was read."""
-
-    content: bytes
-    sha256: bytes | None = None
-    before: Callable[[int], None] = nothing
-    """Is called before a part is read."""
-    reads: list[int] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return f"/nix/store/{hashlib.sha256(self.content).hexdigest()}"
-
-    @property
-    def size(self) -> int:
-        return len(self.content)
-
-    def read(self, start: int, stop: int) -> Generator[bytes]:
-        self.reads.append(start)
-        self.before(start)
-        yield self.content[start:stop]
-
-
-def nar(size: int = 10 * FRAME + 1, seed: int = 0, **options: object) -> Memory:
-    """Half of it can be compressed."""
-    part = random.Random(seed).randbytes(size // 2)
-    content = part + bytes(size - len(part))
-    return Memory(content, hashlib.sha256(content).digest(), **options)  # type: ignore[arg-type]
-
-
-@contextmanager
-def compressing(
-    cache: NarCache | None = None, *, threads: int = 3, frame_size: int = FRAME, **options: int
-) -> Iterator[Compressor]:
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        patch("harmonia.cache.zstd_frames.encoders", lambda _: (threads, pool)),
-        patch.object(Encoding, "frame_size", frame_size),
-    ):
-        compressor = Compressor(Zstd(**options), cache)  # type: ignore[arg-type]
-        yield compressor
-        if cache:
-            wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
-        compressor.frames.foreign_encoder.shutdown()
-
-
-def everything(chunks: Iterable[bytes | None]) -> bytes:
-    parts = []
-    for chunk in chunks:
-        if chunk is None:
-            time.sleep(0.001)
-        else:
-            parts.append(chunk)
-    return b"".join(parts)
-
-
-def reading(body: CompressedNar, start: int = 0, stop: int | None = None) -> Generator[bytes | None]:
-    with closing(body.read(start, stop)) as chunks:
-        for chunk in chunks:
-            if isinstance(chunk, OpenSlice):
-                yield from flatten(each for each in [chunk])
-            else:
-                yield chunk
-
-
-def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | None = None) -> bytes:
-    return everything(reading(CompressedNar(compressor, source), start, stop))
-
-
-def reference(source: Memory, frame_size: int = FRAME) -> bytes:
-    """What is to come out: each piece by itself."""
-    pieces = range(0, source.size or 1, frame_size)
-    return b"".join(Encoding.of(Zstd()).compress(source.content[start : start + frame_size]) for start in pieces)
 
 
 def decompress(data: bytes) -> bytes:
@@ -136,13 +65,6 @@ def frames(data: bytes) -> Iterator[tuple[zstandard.FrameParameters, bytes]]:
         decompressor = zstandard.ZstdDecompressor().decompressobj()
         yield zstandard.get_frame_parameters(data), decompressor.decompress(data)
         data = decompressor.unused_data
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 # The bytes

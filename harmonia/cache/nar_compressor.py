@@ -10,18 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Frame, Frames, Source, check, offsets
 from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
-from harmonia.errors import StoreObjectError
+from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
 from harmonia.store.file_reader import OpenSlice
 
@@ -43,9 +44,11 @@ class CompressedFile(NamedTuple):
 class Compressor:
     """Compresses NARs into a cache, where there is one, and knows what is in it, and what cannot be."""
 
-    def __init__(self, settings: Zstd, cache: NarCache | None) -> None:
+    def __init__(self, settings: Zstd, cache: NarCache | None, indexes: NarCache | None = None) -> None:
+        """`indexes` has the frame indexes of files, and keeps them when the files are evicted from `cache`."""
         self.frames = Frames(settings)
         self.cache = cache
+        self._indexes = indexes
         self.damaged_nars = 0
         """How often a NAR was found not to be what was registered."""
         self._fills: Counter[bool] = Counter()
@@ -70,6 +73,9 @@ class Compressor:
                 self.remember(sha256, file)
                 file.close()
                 known = self.known(sha256)
+            elif index := self.index(sha256, self.frames.encoding):
+                known = CompressedFile(index.sha256, index.size)
+                self._remember(sha256, known)
             else:
                 with self._lock:
                     self._unknown[sha256] = time.monotonic()
@@ -79,23 +85,59 @@ class Compressor:
 
     def remember(self, sha256: bytes, file: CachedFile) -> None:
         if file.sha256 is not None:
-            with self._lock:
-                self._known[sha256] = CompressedFile(file.sha256, file.size)
-                if len(self._known) > _REMEMBERED:
-                    del self._known[next(iter(self._known))]
+            self._remember(sha256, CompressedFile(file.sha256, file.size))
+
+    def _remember(self, sha256: bytes, known: CompressedFile) -> None:
+        with self._lock:
+            self._known[sha256] = known
+            if len(self._known) > _REMEMBERED:
+                del self._known[next(iter(self._known))]
+
+    def has(self, sha256: bytes) -> bool:
+        """Return whether the whole file lies in the cache."""
+        file = self.cache.find(_key(sha256, self.frames.encoding)) if self.cache else None
+        if file is None:
+            return False
+        file.close()
+        return True
+
+    def index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
+        """Return the frame index of a compressed NAR that was once in the cache."""
+        file = self._indexes.use(_key(sha256, encoding)) if self._indexes else None
+        if file is None:
+            return None
+        with closing(file), suppress(CacheFileError):  # of a damaged index, which is then removed
+            return FrameIndex.load(b"".join(iter(file.slice(0, file.size).read, b"")))
+        return None
+
+    def keep_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
+        """Keep the frame index of a file, unless it has a single frame: the index would be of no use."""
+        if self._indexes is None or not index.frames[1:]:
+            return
+        opened = self._indexes.open(_key(sha256, encoding))
+        if opened is None:
+            return
+        file, filler = opened
+        file.close()
+        if filler is not None:
+            with suppress(OSError):  # which the cache logs
+                filler.append(index.dump())
+                filler.commit()
+            filler.abandon()
 
     def kept(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
         """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
         return self.cache.use(_key(sha256, encoding)) if self.cache else None
 
     def size(self, sha256: bytes, encoding: Encoding) -> int | None:
-        """Return how long the NAR is in an encoding, if that is known or its file lies in the cache."""
+        """Return how long the NAR is in an encoding, if that is known or its file lay in the cache."""
         if encoding == self.frames.encoding:
             found = self.find(sha256)
             return found.size if found else None
         file = self.cache.find(_key(sha256, encoding)) if self.cache else None
         if file is None:
-            return None
+            index = self.index(sha256, encoding)
+            return index.size if index else None
         with closing(file):
             return file.size
 
@@ -161,8 +203,13 @@ class CompressedNar:
         known = compressor.known(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
         """None until it was once compressed to its end."""
+        self._index: FrameIndex | None = None
         if self._file is not None:
             self._look(self._file)
+        if source.sha256 and not (self._file and self._file.whole):
+            self._index = compressor.index(source.sha256, self._encoding)
+            if self._index is not None:
+                self.size = self._index.size
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
         file, self._file = self._file or self._open(), None
@@ -170,6 +217,7 @@ class CompressedNar:
         reopened = False
         try:
             while file is not None:
+                position = yield from self._catch_up(file, position, stop)
                 position = yield from file.follow(position, stop)
                 self._look(file)
                 if file.whole or position == stop:
@@ -178,10 +226,14 @@ class CompressedNar:
                 file.close()
                 file = None if reopened else self._open()
                 reopened = True
-            reached = yield from self._compressor.frames.stream(self._source, position, stop, self._encoding)
-            if stop in {None, self.size}:  # all of it was seen
+            begun = position
+            reached = yield from self._compressor.frames.stream(
+                self._source, position, stop, self._encoding, self._index
+            )
+            if stop in {None, self.size}:
                 self.size = reached
-                self._compressor.found_intact(self._source)
+                if not begun or self._index is None:  # the whole NAR was seen
+                    self._compressor.found_intact(self._source)
         except StoreObjectError as error:
             if file is None:  # else it is the file that was cut short
                 self._compressor.found_damaged(self._source, error)
@@ -189,6 +241,22 @@ class CompressedNar:
         finally:
             if file is not None:
                 file.close()
+
+    def _catch_up(
+        self, file: CachedFile, position: int, stop: int | None
+    ) -> Generator[bytes | OpenSlice | None, None, int]:
+        """Compress from the frame of `position` on, frame by frame, until the growing file has come that far."""
+        index = self._index
+        if index is None:
+            return position
+        first_end, end = index.frames[0][0], index.size if stop is None else stop
+        while first_end <= position < end:
+            file.refresh()
+            if file.whole or file.size > position:
+                break
+            until = min(index.frame_end(position), end)
+            position = yield from self._compressor.frames.stream(self._source, position, until, self._encoding, index)
+        return position
 
     def _open(self) -> CachedFile | None:
         return self._compressor.open(self._source, self._encoding)
@@ -260,8 +328,9 @@ class _Fill:
         self._encoding = encoding
         self._filler = filler
         self._sha256 = hashlib.sha256()
-        self._offsets = offsets(source, encoding)  # of the frames that are still to be compressed
+        self._offsets = iter(offsets(source, encoding))  # of the frames that are still to be compressed
         self._written = 0  # up to where frames are written
+        self._entries: list[tuple[int, bytes]] = []  # of the frame index
         self._ready: dict[int, Frame] = {}  # those whose turn has not come
         self._over = False
         self._lock = threading.Lock()
@@ -304,8 +373,12 @@ class _Fill:
         if whole:
             check(self._source, self._sha256.digest())
         self._filler.append(frame.compressed)
+        self._entries.append(frame_entry(frame.compressed))
         if whole:
             self._filler.commit()
+            assert self._source.sha256 is not None  # noqa: S101 (or the file had no key)
+            index = FrameIndex(self._filler.sha256, self._entries)
+            self._compressor.keep_index(self._source.sha256, self._encoding, index)
             self._end()
 
     def _give_up(self, error: BaseException) -> None:

@@ -4,10 +4,11 @@ import hashlib
 import mmap
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+from harmonia.cache.frame_index import FrameIndex
 from harmonia.cache.zstd import Encoding, encoders, foreign_encoder
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
@@ -77,14 +78,26 @@ class Frames:
         return self._waiting
 
     def stream(
-        self, source: Source, start: int, stop: int | None, encoding: Encoding | None = None
+        self,
+        source: Source,
+        start: int,
+        stop: int | None,
+        encoding: Encoding | None = None,
+        index: FrameIndex | None = None,
     ) -> Generator[bytes | None, None, int]:
-        """The bytes without the cache, compressed on the way, also those before `start`. Returns how far it came."""
+        """Compress on the way, without the cache. Returns how far it came.
+
+        Frames before `start` are compressed too, unless an index has their sizes. Raises StoreObjectError if a frame
+        is not the one of the index.
+        """
         sha256 = hashlib.sha256()
         position = unpacked = 0
         # One frame after the other: however slow a client is, that is all that it holds in memory.
         encoding = encoding or self.encoding
-        for offset in offsets(source, encoding):
+        for number, offset in enumerate(offsets(source, encoding)):
+            if index is not None and position + index.frames[number][0] <= start:
+                position += index.frames[number][0]
+                continue
             frame = self.submit(source, offset, encoding)
             try:
                 while not frame.done():
@@ -102,6 +115,8 @@ class Frames:
             del result
             if unpacked == source.size:
                 check(source, sha256.digest())
+            if index is not None:
+                index.check(number, compressed)
             first = max(start - position, 0)
             last = len(compressed) if stop is None else min(stop - position, len(compressed))
             for piece in range(first, last, _PIECE):
@@ -203,9 +218,9 @@ def _end(source: Source, offset: int, encoding: Encoding) -> int:
     return min(offset + encoding.frame_size, source.size)
 
 
-def offsets(source: Source, encoding: Encoding) -> Iterator[int]:
+def offsets(source: Source, encoding: Encoding) -> range:
     """Return where the frames begin. There is always one."""
-    return iter(range(0, source.size or 1, encoding.frame_size))
+    return range(0, source.size or 1, encoding.frame_size)
 
 
 def check(source: Source, sha256: bytes) -> None:

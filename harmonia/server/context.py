@@ -14,6 +14,7 @@ from sanic import Request
 
 from harmonia.cache import zstd
 from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
@@ -118,7 +119,7 @@ class Cache:
         self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
         self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
-        self.compressor = Compressor(settings.zstd, nar_cache)
+        self.compressor = Compressor(settings.zstd, nar_cache, index_files(settings) if nar_cache else None)
         wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
         self.offers_zstd = settings.enable_compression and wanted
         """Whether narinfos lead to compressed NARs."""

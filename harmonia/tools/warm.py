@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.frame_index import index_files
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
@@ -107,7 +108,7 @@ def warm(
             f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root, or as the user of the server"
         )
         raise ConfigError(what) from None
-    compressor = Compressor(settings.zstd, cache)
+    compressor = Compressor(settings.zstd, cache, index_files(settings))
     layouts = Layouts(_LAYOUT_MEMORY)
     filling: dict[StorePath, tuple[CachedFile, _Heard]] = {}
     room, looked = 0, float("-inf")
@@ -119,7 +120,7 @@ def warm(
             continue
         if info is None:
             continue  # deleted just now
-        if compressor.find(info.nar_hash):
+        if compressor.has(info.nar_hash):
             progress(info.nar_size)
             yield Result(path, "there")
             continue

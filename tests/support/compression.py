@@ -1,0 +1,111 @@
+"""Sources in memory that are compressed in small frames, and what comes out."""
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.nar_compressor import CompressedNar, Compressor
+from harmonia.cache.zstd import Encoding
+from harmonia.config.settings import Zstd
+from harmonia.store.file_reader import OpenSlice, flatten
+
+FRAME = 1000
+PATIENCE = 20.0  # seconds
+
+
+def nothing(_start: int) -> None:
+    pass
+
+
+@dataclass
+class Memory:
+    """A source that remembers where it was read."""
+
+    content: bytes
+    sha256: bytes | None = None
+    before: Callable[[int], None] = nothing
+    """Is called before a part is read."""
+    reads: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"/nix/store/{hashlib.sha256(self.content).hexdigest()}"
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        self.reads.append(start)
+        self.before(start)
+        yield self.content[start:stop]
+
+
+def nar(size: int = 10 * FRAME + 1, seed: int = 0, **options: object) -> Memory:
+    """Half of it can be compressed."""
+    part = random.Random(seed).randbytes(size // 2)
+    content = part + bytes(size - len(part))
+    return Memory(content, hashlib.sha256(content).digest(), **options)  # type: ignore[arg-type]
+
+
+@contextmanager
+def compressing(
+    cache: NarCache | None = None,
+    *,
+    indexes: NarCache | None = None,
+    threads: int = 3,
+    frame_size: int = FRAME,
+    **options: int,
+) -> Iterator[Compressor]:
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        patch("harmonia.cache.zstd_frames.encoders", lambda _: (threads, pool)),
+        patch.object(Encoding, "frame_size", frame_size),
+    ):
+        compressor = Compressor(Zstd(**options), cache, indexes)  # type: ignore[arg-type]
+        yield compressor
+        if cache:
+            wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
+        compressor.frames.foreign_encoder.shutdown()
+
+
+def everything(chunks: Iterable[bytes | None]) -> bytes:
+    parts = []
+    for chunk in chunks:
+        if chunk is None:
+            time.sleep(0.001)
+        else:
+            parts.append(chunk)
+    return b"".join(parts)
+
+
+def reading(body: CompressedNar, start: int = 0, stop: int | None = None) -> Generator[bytes | None]:
+    with closing(body.read(start, stop)) as chunks:
+        for chunk in chunks:
+            if isinstance(chunk, OpenSlice):
+                yield from flatten(each for each in [chunk])
+            else:
+                yield chunk
+
+
+def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | None = None) -> bytes:
+    return everything(reading(CompressedNar(compressor, source), start, stop))
+
+
+def reference(source: Memory, frame_size: int = FRAME) -> bytes:
+    """What is to come out: each piece by itself."""
+    pieces = range(0, source.size or 1, frame_size)
+    return b"".join(Encoding.of(Zstd()).compress(source.content[start : start + frame_size]) for start in pieces)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
