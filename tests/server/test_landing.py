@@ -135,13 +135,13 @@ class TestUrl:
     def test_it_is_the_hosts(self, server: Server, host: str) -> None:
         assert snippets(with_host(server, host))[0] == f"http://{host}"
 
-    @pytest.mark.parametrize("host", ["", "$(reboot)", "x;y", "x:999999"])
+    @pytest.mark.parametrize("host", ["", "$(reboot)", "x;y", "x:"])
     def test_what_is_no_url_is_not_repeated(self, server: Server, host: str) -> None:
         answer = with_host(server, host)
         assert answer.status == 200
         assert snippets(answer)[0] == server.url
 
-    @pytest.mark.parametrize("host", [EVIL, "a b", "x/../y", "u@x", '"', "${x}", "\xe9"])
+    @pytest.mark.parametrize("host", [EVIL, "a b", "x/../y", "u@x", '"', "${x}", "\xe9", "x:999999"])
     def test_what_is_no_host_is_refused(self, server: Server, host: str) -> None:
         answer = with_host(server, host)
         assert (answer.status, answer.text) == (400, "Bad Request\n")
