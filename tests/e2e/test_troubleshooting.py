@@ -18,7 +18,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import authority
 from support.nix_client import NIXES, Client, Nix
-from support.running import HARMONIA, Server
+from support.running import HARMONIA, Server, nar_url
 
 PAGE = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
 
@@ -202,6 +202,7 @@ def _data(world: World) -> Path:
 def broken_off(world: World) -> None:
     server = world.serve("enable_compression = false")
     client = world.client(server.url, download_attempts="2")
+    server.get(nar_url(world.info))  # the server now knows how long each file is, and begins to send
     _data(world).write_bytes(_data(world).read_bytes()[:-100])
     world.realise(client)
     assert server.wait_for_log(r"ERROR .* breaks off after \d+ bytes: .*hello")
