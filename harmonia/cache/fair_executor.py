@@ -4,6 +4,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 _T = TypeVar("_T")
@@ -29,14 +30,19 @@ class FairExecutor:
         """Run a function when it is the client's turn. RuntimeError if no thread can be started."""
         future: Future[_T] = Future()
 
+        held = [(future, partial(function, *arguments, **named))]
+
         def job() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    result = function(*arguments, **named)
-                except BaseException as error:  # noqa: BLE001 (it is for who has the future)
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
+            # An error has this frame. It must have neither the future nor what it was to do, or the error would keep
+            # both, and itself, until a garbage collection.
+            own, call = held.pop()
+            try:
+                if own.set_running_or_notify_cancel():
+                    own.set_result(call())
+            except BaseException as error:  # noqa: BLE001 (it is for who has the future)
+                own.set_exception(error)
+            finally:
+                del own, call
 
         with self._lock:
             self._waiting.setdefault(client, deque()).append(job)
