@@ -91,7 +91,11 @@ def in_copy_of_make(directory: Path, *arguments: str) -> str:
     )
     program.chmod(0o755)
     command = ["make", *arguments, f"PYTHON={program}"]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
+    # A make below another one prints the directories that it enters and leaves.
+    own = {
+        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "BIND"}
+    }
+    return subprocess.run(command, cwd=directory, env=own, capture_output=True, text=True, check=True).stdout
 
 
 def test_make_says_what_it_downloads_before_it_does(tmp_path: Path) -> None:

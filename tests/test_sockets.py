@@ -23,6 +23,7 @@ from support.running import Sample, Server, download, nar_url, open_files, patch
 
 Start = Callable[..., Server]
 
+ANOTHER_ADDRESS = "choose another address, as by harmonia serve --bind :8080, or stop what listens there"
 REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 
 
@@ -80,8 +81,7 @@ def test_an_address_in_use_is_told_in_one_line(sample: Sample, tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bind = f"127.0.0.1:{taken.getsockname()[1]}"
         told = reject(sample, tmp_path / "server", bind)
-    remedy = "choose another address, or stop what listens there"
-    assert told == f"1: bind: {bind} is already in use; {remedy}\n"
+    assert told == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
 
 
 def test_metrics_at_an_address_in_use_are_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_unix_socket_in_use_is_refused_and_kept(start: Start, sample: Sample, 
     bind = f"unix:{tmp_path}/socket"
     server = start(store=sample.root, bind=bind)
     told = reject(sample, tmp_path / "second", bind)
-    assert told == f"1: bind: {bind} is already in use; choose another address, or stop what listens there\n"
+    assert told == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
     assert server.get("/version").status == 200
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import zstandard
 
 from harmonia.config.settings import Zstd
+from harmonia.untrusted import integer
 
 _MIN_FRAME_LOG = 23
 """8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""
@@ -33,7 +34,8 @@ STREAM = f"zstd-{_LIBRARY}-{_STREAM_LEVEL}-stream"
 """What tells the bytes of `stream` from any others."""
 
 _NAME = re.compile(
-    r"zstd-(?P<library>[0-9]{1,3}(?:\.[0-9]{1,3}){2})-(?P<level>-?[0-9]{1,2})-(?P<window_log>[0-9]{1,2})(?P<ldm>-ldm)?"
+    r"zstd-(?P<library>[0-9]{1,3}(?:\.[0-9]{1,3}){2})-"
+    r"(?P<sign>-?)(?P<level>[0-9]{1,2})-(?P<window_log>[0-9]{1,2})(?P<ldm>-ldm)?"
 )
 
 _thread = threading.local()  # a compressor is for one thread at a time
@@ -61,7 +63,10 @@ class Encoding:
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        encoding = cls(int(match["level"]), int(match["window_log"]), bool(match["ldm"]), match["library"])
+        level, window_log = (integer(match[group], 99) or 0 for group in ("level", "window_log"))
+        if match["sign"]:
+            level = -level
+        encoding = cls(level, window_log, bool(match["ldm"]), match["library"])
         return encoding if encoding.name == name else None  # each has one name alone
 
     @property

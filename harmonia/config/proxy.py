@@ -10,6 +10,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from harmonia.errors import FormatError
+from harmonia.untrusted import integer
 
 _DEFAULT_PORT = 1080  # curl's, of every proxy
 _FORM = "give it as http://host:port or http://user:password@host:port"
@@ -112,7 +113,7 @@ def _is_in_network(host: str, family: int, network: str) -> bool:
     address, slash, prefix = network.partition("/")
     if _family(address) != family or (slash and not re.fullmatch(r"[0-9]{1,3}", prefix)):
         return False
-    bits = int(prefix or "0") or ip_address(host).max_prefixlen  # curl takes /0 for a single address
+    bits = integer(prefix or "0", 999) or ip_address(host).max_prefixlen  # curl takes /0 for a single address
     return bits <= ip_address(host).max_prefixlen and ip_address(host) in ip_network(f"{address}/{bits}", strict=False)
 
 

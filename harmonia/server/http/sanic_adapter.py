@@ -9,6 +9,7 @@ import re
 import sys
 import termios
 import time
+from binascii import unhexlify
 from email.utils import formatdate
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -42,7 +43,7 @@ _UNRESERVED = re.compile(rb"%(2[DE]|3\d|[46][1-9A-F]|[57][\dA]|5F|7E)", re.IGNOR
 
 
 def _decoded(octet: re.Match[bytes]) -> bytes:
-    return bytes([int(octet[1], 16)])
+    return unhexlify(octet[1])
 
 
 class AdaptedRequest(Request):
