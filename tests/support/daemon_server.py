@@ -49,6 +49,7 @@ class DaemonServer:
 
     def __exit__(self, *_: object) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()  # what it accepts until then is to be closed as well, or nothing would end it
         for connection in self._connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
