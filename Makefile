@@ -61,7 +61,7 @@ audit: .venv/ready  ## Ask whether what we depend on is known to be vulnerable
 
 # What `make bench` is to measure, and how: nothing is all of it. `--short` takes two minutes, `--docs` writes into docs.
 BENCH ?=
-bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/benchmarks.md)
+bench: .venv/ready  ## Measure against nginx and Nix, as far as they are installed (docs/explanation/benchmarks.md)
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
 

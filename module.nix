@@ -254,7 +254,7 @@ in
         }
       '';
       description = ''
-        The settings, as docs/configuration.md explains them. They are checked when the system is built. Key files
+        The settings, as docs/reference/configuration.md explains them. They are checked when the system is built. Key files
         named here are handed over like `signKeyPaths`: the service need not be able to read them.
       '';
     };
@@ -548,7 +548,7 @@ in
               proxy_set_header X-Forwarded-Proto $scheme;
               # NARs are large: they go to the client as they come, not to nginx' disk first.
               proxy_buffering off;
-              # A client may pause for as long as it does without nginx (docs/operations.md, Limits).
+              # A client may pause for as long as it does without nginx (docs/reference/limits.md).
               proxy_read_timeout 1h;
               send_timeout 1h;
             '';

@@ -45,9 +45,9 @@ let
   # The documents are those that tests hold to the code. The flake's own checks see to the module and its tests.
   tested = built ++ [
     ./docs/grafana-dashboard.json
-    ./docs/library
+    ./docs/reference/library
     ./docs/openapi.json
-    ./docs/operations.md
+    ./docs/reference/metrics.md
     (fileset.difference ./tests (
       fileset.unions [
         ./tests/e2e/test_troubleshooting.py

@@ -20,7 +20,7 @@ def main() -> None:
     questions = {function.__name__: function for function in measure.ALL}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--short", action="store_true", help="a small store, and failure if a ratio collapsed")
-    parser.add_argument("--docs", action="store_true", help="write into docs instead of bench-results")
+    parser.add_argument("--docs", action="store_true", help="write into docs/explanation instead of bench-results")
     parser.add_argument("questions", nargs="*", choices=[*questions, []], metavar="QUESTION")
     arguments = parser.parse_args()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -32,7 +32,7 @@ def main() -> None:
     for name in arguments.questions or questions:
         print(f"{name}:", flush=True)
         figures += questions[name](store)
-    report.write(Path("docs" if arguments.docs else "bench-results"), store, figures)
+    report.write(Path("docs/explanation" if arguments.docs else "bench-results"), store, figures)
     collapsed = [figure.what for figure in figures if figure.collapsed(_COLLAPSED)]
     if arguments.short and collapsed:
         sys.exit(f"collapsed: {'; '.join(collapsed)}")

@@ -1,4 +1,4 @@
-"""How small and how fast zstd makes NARs, by its settings: prints the table of docs/benchmarks.md.
+"""How small and how fast zstd makes NARs, by its settings: prints the table of docs/explanation/benchmarks.md.
 
     python benchmarks/zstd_levels.py [DIRECTORY…]
 

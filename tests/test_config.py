@@ -439,7 +439,7 @@ def test_a_wrong_variable_is_named() -> None:
         ("host = 'cache'", "h.toml:1: host: unknown key; did you mean bind?"),
         ("listen = '[::]:80'", "h.toml:1: listen: unknown key; did you mean bind?"),
         ("level = 1", "h.toml:1: level: unknown key; did you mean zstd.level?"),
-        ("[zstd]\n[zz.b]\nc = 1", "h.toml:2: zz: unknown key; remove it; docs/configuration.md lists all keys"),
+        ("[zstd]\n[zz.b]\nc = 1", "h.toml:2: zz: unknown key; remove it; docs/reference/configuration.md lists them"),
         ('"a\\nb.c" = 1', "h.toml:1: 'a\\nb.c': unknown key"),
         ("workers = 1\nworkers = 2", "h.toml:2: not valid TOML: "),
         ("workers = 1\nunix_socket_mode = 0660", "h.toml:2: not valid TOML: "),

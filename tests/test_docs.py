@@ -16,8 +16,11 @@ from harmonia import cli
 from harmonia.config import loader
 from harmonia.nix.signing import SecretKey
 from support.generated import targets
-from support.pages import BLOCKS, PAGES, ROOT, Block
+from support.pages import BLOCKS, PAGES, ROOT, Block, paragraphs, sentences, without_fences
 from support.programs import needs
+
+WRAPPED = {"CONTRIBUTING.md", "docs/explanation/architecture.md"}
+"""Pages whose sentences do not yet have lines of their own."""
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -30,8 +33,7 @@ def of(*languages: str) -> pytest.MarkDecorator:
 
 def prose(page: Path) -> str:
     """The page without its code."""
-    text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]*`", "", text)
+    return re.sub(r"`[^`\n]*`", "", without_fences(page))
 
 
 def links(page: Path) -> list[str]:
@@ -43,8 +45,7 @@ def links(page: Path) -> list[str]:
 def anchors(page: Path) -> set[str]:
     """Those that GitHub makes of headings."""
     found: set[str] = set()
-    text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for heading in re.findall(r"(?m)^#+ (.*?)\s*$", text):
+    for heading in re.findall(r"(?m)^#+ (.*?)\s*$", without_fences(page)):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
         number = 0
@@ -75,6 +76,18 @@ def test_every_page_can_be_found_from_the_first() -> None:
             found.add(page)
             waiting += [page.parent / link.partition("#")[0] for link in links(page) if "://" not in link]
     assert set(PAGES) - found == set()
+
+
+def test_the_place_of_each_document_names_its_kind() -> None:
+    documents = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    kinds = ("how-to/", "reference/", "explanation/")
+    assert {name for name in documents if name != "tutorial.md" and not name.startswith(kinds)} == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if str(page.relative_to(ROOT)) not in WRAPPED], ids=str)
+def test_each_line_is_one_whole_sentence(page: Path) -> None:
+    for first, _, lines in paragraphs(without_fences(page).splitlines()):
+        assert lines == sentences(" ".join(lines)), f"{page}:{first}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -160,14 +173,15 @@ def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> Non
 def test_environment_variables_that_are_read_are_told_of() -> None:
     code = "\n".join(path.read_text() for path in (ROOT / "harmonia").rglob("*.py"))
     read = set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"|"([A-Z_]+)" in os\.environ', code))
-    page = (ROOT / "docs/configuration.md").read_text().partition("## Environment")[2]
+    page = (ROOT / "docs/reference/configuration.md").read_text().partition("## Environment")[2]
     assert {name for names in read for name in names if name} - set(re.findall(r"`([A-Z_]+)`", page)) == set()
 
 
 def test_metrics_that_are_named_are_there() -> None:
-    page = (ROOT / "docs/operations.md").read_text()
-    listed = set(re.findall(r"(?m)^\| `(harmonia_\w+)`", page))  # tests/server/test_metrics.py holds these to the code
-    assert set(re.findall(r"\bharmonia_\w+", page)) <= listed
+    reference = (ROOT / "docs/reference/metrics.md").read_text()
+    listed = set(re.findall(r"(?m)^\| `(harmonia_\w+)`", reference))  # tests/server/test_metrics.py compares them
+    for page in ("docs/reference/metrics.md", "docs/how-to/monitor.md"):
+        assert set(re.findall(r"\bharmonia_\w+", (ROOT / page).read_text())) <= listed
 
 
 ELSEWHERE = {

@@ -11,7 +11,7 @@ import pytest
 
 from harmonia import nix
 
-PAGES = sorted((Path(__file__).parents[1] / "docs/library").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[1] / "docs/reference/library").glob("*.md"))
 MODULES = {module.name for module in pkgutil.iter_modules(nix.__path__, "harmonia.nix.")}
 DECOMPRESSION = {"harmonia.nix.decompress"}
 

@@ -1,4 +1,4 @@
-"""A store that was backed up, as docs/operations.md says, comes back, as it says, with its signatures."""
+"""A store that was backed up, as docs/how-to says, comes back, as it says, with its signatures."""
 
 import os
 import subprocess
@@ -19,7 +19,9 @@ pytestmark = [
 
 def as_told(place: str, cache: Path, store: str, home: Path) -> None:
     """Does the block that names this `place` for files: with `cache` there, and the store in the directory `store`."""
-    [text] = [block.text for block in BLOCKS if block.page == "docs/operations.md" and f"file://{place}" in block.text]
+    [text] = [
+        block.text for block in BLOCKS if block.page.startswith("docs/how-to/") and f"file://{place}" in block.text
+    ]
     command = text.removeprefix("# ").replace(place, str(cache))
     environment = {
         "PATH": os.environ["PATH"],

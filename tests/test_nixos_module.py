@@ -26,7 +26,7 @@ EXPOSURE = 0.3
 EXPOSURE_IN_NETWORK = 1.2
 """The same with upstreams, which are asked over the machine's own network."""
 EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAddressFamilies_AF_UNIX", "DeviceAllow"}
-"""What that is made of; docs/nixos.md tells why."""
+"""What that is made of; docs/reference/service.md tells why."""
 
 DEFAULTS = {"bind": "[::]:5000", "priority": 50, "workers": 4}
 """Settings that the module always writes."""
@@ -261,7 +261,7 @@ class TestModule:
     @needs("systemd-analyze")
     def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
         unit = tmp_path / "harmonia.service"
-        guide = (ROOT / "docs/nixos.md").read_text()
+        guide = (ROOT / "docs/reference/service.md").read_text()
 
         def said(*options: str) -> str:
             return subprocess.check_output(
@@ -354,7 +354,7 @@ def test_the_lock_is_what_the_flake_asks_for() -> None:
     assert re.fullmatch(r"sha256-[A-Za-z0-9+/]{43}=", node["locked"]["narHash"])
     date = datetime.fromtimestamp(node["locked"]["lastModified"], UTC).date()
     pinned = f"the branch {asked['ref']} of nixpkgs at revision {node['locked']['rev'][:12]} of {date}"
-    assert pinned in (ROOT / "docs/nixos.md").read_text()
+    assert pinned in (ROOT / "docs/reference/nixos-tests.md").read_text()
 
 
 @pytest.mark.newer_nix

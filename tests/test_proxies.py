@@ -1,4 +1,4 @@
-"""Behind the proxies that docs/operations.md sets up, real ones, a cache is what it is without them."""
+"""Behind the proxies that docs/how-to/reverse-proxy.md sets up, real ones, a cache is what it is without them."""
 
 import os
 import re
@@ -25,7 +25,9 @@ SOCKET = "unix:/run/harmonia/socket"
 
 
 def snippet(language: str) -> str:
-    [text] = [block.text for block in BLOCKS if (block.page, block.language) == ("docs/operations.md", language)]
+    [text] = [
+        block.text for block in BLOCKS if (block.page, block.language) == ("docs/how-to/reverse-proxy.md", language)
+    ]
     return text
 
 

@@ -2,7 +2,7 @@
 
 So the same bytes come out however many threads take part; a large NAR keeps all cores busy; many downloads take turns,
 frame by frame; and what is in memory follows from the number of threads alone. The price is that no repetition is found
-beyond its frame: docs/benchmarks.md tells how much that is.
+beyond its frame: docs/explanation/benchmarks.md tells how much that is.
 """
 
 import os

@@ -206,7 +206,7 @@ def _explain_usage(error: click.UsageError) -> str:
         if _LIKE_BIND.fullmatch(name) and path in ("harmonia", "harmonia serve"):
             return f"{what}; use --bind ADDRESS, for example --bind :8080"
         if key in Settings.__struct_fields__:
-            return f"{what}; {key} is a setting, for the file that --config names; docs/configuration.md lists them"
+            return f"{what}; {key} is a setting, for the file of --config; docs/reference/configuration.md lists them"
         what += f"; did you mean {near}?" if near else ""
     return f"{what} See {path} --help" if what.endswith("?") else f"{what}; see {path} --help"
 

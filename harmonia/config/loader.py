@@ -171,7 +171,9 @@ def _values(
     for key, value in given.items():
         if key not in types:
             near = [_GUESSES[key]] if key in _GUESSES else difflib.get_close_matches(key, _KEYS, 1)
-            remedy = f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/configuration.md lists all keys"
+            remedy = (
+                f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/reference/configuration.md lists them"
+            )
             raise WrongSettingError(f"unknown key; {remedy}", *table, key)
         part = value
         if key in _TABLES and isinstance(value, dict):

@@ -1,7 +1,8 @@
 """The settings: one frozen value, with the keys and meanings of upstream Harmonia 3.
 
 What contradicts itself cannot be built: the tables check their own relations. Their values are told in kinds.py,
-how they come from a file in config.py. The reference in docs/configuration.md is rendered from the descriptions below.
+how they come from a file in config.py. The tables in docs/reference/configuration.md are made from the descriptions
+below.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The metrics in the text format of Prometheus. docs/operations.md tells what each is good for."""
+"""The metrics in the text format of Prometheus. docs/reference/metrics.md tells what each is good for."""
 
 import platform
 from collections.abc import Iterable, Iterator, Sequence

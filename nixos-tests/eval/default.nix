@@ -1,5 +1,5 @@
 # The NixOS side of Harmonia, evaluated without a NixOS cache: by our own small module system, which needs nothing, or
-# by the real modules of a nixpkgs tree that $NIXPKGS names. See docs/nixos.md for what that shows and what not.
+# by the real modules of a nixpkgs tree that $NIXPKGS names. See docs/reference/nixos-tests.md for what that shows and what not.
 {
   nixpkgs ? builtins.getEnv "NIXPKGS",
   system ? "x86_64-linux",

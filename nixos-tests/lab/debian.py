@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # ruff: noqa: F821 - the driver runs it, and has what these names mean
-"""A test script: what docs/nixos.md tells to do on Debian, word by word, gives a cache that a client can use."""
+"""A test script: the commands of docs/how-to/debian.md, word by word, give a cache that a client can use."""
 
 import re
 
-GUIDE = "/run/guest/harmonia-debian/project/docs/nixos.md"
+GUIDE = "/run/guest/harmonia-debian/project/docs/how-to/debian.md"
 
 
 def commands(beginning: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""Runs the NixOS tests here, without NixOS: run.py [TEST...], as root. docs/nixos-tests.md tells what that shows.
+"""Runs the NixOS tests here, without NixOS: run.py [TEST...], as root.
+
+docs/reference/nixos-tests.md tells what that shows.
 
 Debian root file systems are made once, and kept. The package and what the machines are configured to be is evaluated
 and built by real Nix. Then each test runs between machines that are containers, or virtual. All of it happens in

@@ -1,4 +1,4 @@
-"""What docs/troubleshooting.md quotes is what real Nixes, and the server, say."""
+"""What docs/how-to/troubleshoot.md quotes is what real Nixes, and the server, say."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ from support.certificates import authority
 from support.nix_client import NIXES, Client, Nix
 from support.running import HARMONIA, Server, nar_url
 
-PAGE = (Path(__file__).parents[2] / "docs/troubleshooting.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/how-to/troubleshoot.md").read_text()
 
 Start = Callable[..., Server]
 

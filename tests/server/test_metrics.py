@@ -253,7 +253,7 @@ WITH_UPSTREAM = "[[upstream]]\nurl = 'http://127.0.0.1:1'"
 
 
 def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
-    manual = (DOCS / "operations.md").read_text()
+    manual = (DOCS / "reference/metrics.md").read_text()
     server = start(store=sample.root, settings=WITH_UPSTREAM)
     exported = {name_in_use(family) for family in scrape(server).families.values()}
     assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
@@ -263,7 +263,12 @@ def test_the_guide_translates_metrics_of_the_rust_harmonia(start: Start, sample:
     server = start(store=sample.root)
     server.get("/health")
     families = scrape(server).families.values()
-    guide = (DOCS / "nixos.md").read_text().partition("### Monitoring of the Rust Harmonia\n")[2].partition("\n#")[0]
+    guide = (
+        (DOCS / "how-to/migrate.md")
+        .read_text()
+        .partition("### Monitoring of the Rust Harmonia\n")[2]
+        .partition("\n#")[0]
+    )
     rows = [line.split(" | ") for line in guide.splitlines() if line.startswith("| `")]
     translated = set(re.findall(r"`(harmonia_[a-z_]+)`", " ".join(now for _, now in rows)))
     assert translated

@@ -459,7 +459,9 @@ def test_http_is_not_followed_from_https(
 
 
 def test_the_manual_has_every_reason() -> None:
-    page = (DOCS / "upstream.md").read_text().partition("\n## Answers that are refused\n")[2].partition("\n## ")[0]
+    page = (
+        (DOCS / "how-to/upstream.md").read_text().partition("\n## Answers that are refused\n")[2].partition("\n## ")[0]
+    )
     assert re.findall("(?m)^\\| `([a-z_]+)` \\|", page) == list(Reason)
 
 

@@ -15,7 +15,12 @@ from harmonia.cli.man import commands, options, paragraphs
 from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
 from harmonia.config.value_types import wanted
 from support.nixos_machine import Machine, configured, evaluate
-from support.pages import ROOT
+from support.pages import ROOT, sentences
+
+
+def one_a_line(paragraph: str) -> str:
+    """Return the paragraph with each sentence on a line of its own."""
+    return "\n".join(sentences(paragraph))
 
 
 def _between(page: str, mark: str, text: str) -> str:
@@ -33,7 +38,7 @@ def _command_reference() -> Iterator[str]:
         usage = " ".join(context.command.collect_usage_pieces(context))
         yield f"```text\n{context.command_path} {usage}\n```\n"
         for literal, paragraph in paragraphs(context.command.help):
-            yield f"```text\n{paragraph}\n```\n" if literal else f"{paragraph}\n"
+            yield f"```text\n{paragraph}\n```\n" if literal else one_a_line(paragraph) + "\n"
         if rows := options(context):
             yield "| option | does |\n|---|---|"
             yield from (f"| `{what}` | {does.replace('|', '/')} |" for what, does in rows)
@@ -125,11 +130,11 @@ def nixos_options() -> str:
 
     parts = [
         "# Options of the NixOS module\n",
-        "Made from `module.nix` by `make docs`. See [NixOS](nixos.md) for how to use them.\n",
+        "`make docs` writes this page from `module.nix`.\n[Set up a cache on NixOS](../how-to/nixos.md) uses them.\n",
     ]
     for each in evaluate(f'(import {ROOT}/nixos-tests/eval {{ nixpkgs = ""; }}).options'):
         parts.append(f"## `{each['name']}`\n")
-        parts.append(each["description"].strip() + "\n")
+        parts.extend(one_a_line(paragraph) + "\n" for paragraph in each["description"].strip().split("\n\n"))
         rows = [f"- type: {each['type']}"]
         if not each["required"] and (each["default"] is not None or ".settings." not in each["name"]):
             rows.append(f"- default: {shown(each['default'])}")
@@ -165,12 +170,12 @@ def targets() -> dict[str, str]:
 
 
 def cli_reference() -> str:
-    head, mark, _ = (ROOT / "docs/cli.md").read_text().partition("<!-- generated -->\n")
+    head, mark, _ = (ROOT / "docs/reference/cli.md").read_text().partition("<!-- generated -->\n")
     return head + mark + "\n" + "\n".join(_command_reference())
 
 
 def configuration() -> str:
-    text = (ROOT / "docs/configuration.md").read_text()
+    text = (ROOT / "docs/reference/configuration.md").read_text()
     structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", ReleaseRules))
     for mark, struct in structs:
         text = _between(text, mark, _settings_table(struct))
@@ -189,12 +194,12 @@ def module_settings() -> str:
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "CONTRIBUTING.md": contributing,
-    "docs/cli.md": cli_reference,
-    "docs/configuration.md": configuration,
+    "docs/reference/cli.md": cli_reference,
+    "docs/reference/configuration.md": configuration,
     "module-settings.json": module_settings,
 }
 EVALUATED: dict[str, Callable[[], str]] = {
-    "docs/nixos-options.md": nixos_options,
+    "docs/reference/nixos-options.md": nixos_options,
     "docs/systemd/harmonia.service": service,
     "docs/systemd/harmonia.socket": socket,
 }

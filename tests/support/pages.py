@@ -1,8 +1,9 @@
-"""The documents, and the blocks of code in them."""
+"""The documents: their blocks of code, their sentences."""
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,3 +26,40 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+_FENCE = re.compile(r"^( *)```.*?^ *```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`[^`]*`")
+_SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)[.!?][\"')*]*\s+(?=\S)")
+_LIST_MARK = re.compile(r" *(?:[-*]|\d+\.) ")
+
+
+def without_fences(page: Path) -> str:
+    """Return the text of a page with each fenced block as an empty line, so that line numbers stay right."""
+    return _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text())
+
+
+def sentences(text: str) -> list[str]:
+    """Split a paragraph into its sentences, each on one line."""
+    text = " ".join(text.split())
+    masked = _CODE.sub(lambda code: "x" * len(code[0]), text)
+    ends = [0, *(end.end() for end in _SENTENCE_END.finditer(masked)), len(text)]
+    return [text[start:end].rstrip() for start, end in pairwise(ends) if text[start:end]]
+
+
+def paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, str, list[str]]]:
+    """Yield each paragraph and list item of a page: number of its first line, its list mark, its lines.
+
+    Tables, headings, comments and the targets of links are left out.
+    """
+    first, mark, inside = 0, "", list[str]()
+    for number, line in enumerate([*lines, ""], 1):
+        starts = _LIST_MARK.match(line)
+        is_prose = bool(line.strip()) and not re.match(r"\||#+ |<!--|\[[^\]]+\]: |!\[", line)
+        if inside and (starts or not is_prose):
+            yield first, mark, inside
+            inside = []
+        if is_prose:
+            if not inside:
+                first, mark = number, starts[0] if starts else ""
+            inside.append(line[len(mark) :] if not inside else line.strip())

@@ -1,7 +1,7 @@
 """A binary cache as its clients see it, whoever made it: what would fail them or slow them down, and remedies.
 
-What is checked follows from what Nix clients do (docs/http-api.md): their parsers, their resumption of downloads, their
-caching of narinfos for 30 days.
+The checks follow from what Nix clients do (docs/reference/http-api.md): their parsers, their resumption of downloads,
+their caching of narinfos for 30 days.
 """
 
 from collections.abc import Iterable, Sequence
