@@ -15,7 +15,7 @@ from harmonia.config.settings import Settings
 from harmonia.process import log_setup, preflight, sockets, systemd
 from harmonia.process.supervisor import Supervisor
 from harmonia.server import app, worker
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 
 _log = logging.getLogger("harmonia")
 
@@ -45,5 +45,5 @@ def _serve(settings: Settings) -> int:
         if (admitted := sockets.admitted(settings.max_connections)) < settings.max_connections:
             what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
-        work = partial(worker.run, Cache(settings, keys, app.count_with(settings)), for_metrics)
+        work = partial(worker.run, ServerContext(settings, keys, app.count_with(settings)), for_metrics)
         return Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()

@@ -9,7 +9,7 @@ from sanic.config import Config
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.response import Handler, respond
@@ -36,21 +36,21 @@ def count_with(settings: Settings) -> Metrics:
     return Metrics(names, metrics.TOTALS, settings.workers, upstreams, list(Reason))
 
 
-def create_app(cache: Cache, guard: Guard | None = None) -> "Sanic[Any, Any]":
+def create_app(context: ServerContext, guard: Guard | None = None) -> "Sanic[Any, Any]":
     """With a guard, for those only who have a token."""
-    settings = cache.settings
+    settings = context.settings
     public = settings.metrics and settings.metrics_bind is None
-    return _app("harmonia", cache, ROUTES + METRICS_ROUTES if public else ROUTES, guard)
+    return _app("harmonia", context, ROUTES + METRICS_ROUTES if public else ROUTES, guard)
 
 
-def create_metrics_app(cache: Cache) -> "Sanic[Any, Any]":
-    return _app("harmonia-metrics", cache, METRICS_ROUTES, primary=False)
+def create_metrics_app(context: ServerContext) -> "Sanic[Any, Any]":
+    return _app("harmonia-metrics", context, METRICS_ROUTES, primary=False)
 
 
 def _app(
-    name: str, cache: Cache, routes: Iterable[Route], guard: Guard | None = None, *, primary: bool = True
+    name: str, context: ServerContext, routes: Iterable[Route], guard: Guard | None = None, *, primary: bool = True
 ) -> "Sanic[Any, Any]":
-    settings = cache.settings
+    settings = context.settings
     config = _CONFIG | {
         "REQUEST_MAX_HEADER_SIZE": settings.max_header_size,
         "REQUEST_TIMEOUT": settings.header_timeout,
@@ -62,19 +62,19 @@ def _app(
         configure_logging=False,
         request_class=sanic_adapter.AdaptedRequest,
     )
-    app.ctx.identity = cache.identity
+    app.ctx.identity = context.identity
     app.ctx.repeats = Repeats()
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
         strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
-        endpoint = _endpoint(cache, handler, cache.metrics.own.routes[route.metric])
+        endpoint = _endpoint(context, handler, context.metrics.own.routes[route.metric])
         app.add_route(endpoint, route.uri, methods=("GET", "HEAD"), name=route.metric, strict_slashes=strict)
-    unknown = cache.metrics.own.routes[UNKNOWN]
+    unknown = context.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
         error = guard.instead(request, error) if guard else error
-        return _done(cache, unknown, request, error_response.response(cache, request, error))
+        return _done(context, unknown, request, error_response.response(context, request, error))
 
     app.error_handler.add(Exception, failed)
     return app
@@ -91,41 +91,43 @@ def _handler(route: Route, guard: Guard | None) -> Handler:
 
 
 def _endpoint(
-    cache: Cache, handler: Handler, route: RouteCounters
+    context: ServerContext, handler: Handler, route: RouteCounters
 ) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
         route.begin()
         try:
-            response, lasts = await _answer(cache, handler, request, parameters)
+            response, lasts = await _answer(context, handler, request, parameters)
         except Exception as error:  # noqa: BLE001 (error_response.py tells each its status)
-            response = error_response.response(cache, request, error)
+            response = error_response.response(context, request, error)
             lasts = error.lasts if isinstance(error, AbsentError) else None
         except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
             if request.responded:
-                _done(cache, route, request, None)
+                _done(context, route, request, None)
             # Its frames hold what was to be sent, and the temporary root of that, as long as somebody has the error.
             error.__traceback__ = None
             raise
         finally:
             route.end()
-        if lasts is not None and not cache.settings.access_log:
+        if lasts is not None and not context.settings.access_log:
             request.ctx.lasts = lasts, route
-        return _done(cache, route, request, response)
+        return _done(context, route, request, response)
 
     return endpoint
 
 
 async def _answer(
-    cache: Cache, handler: Handler, request: Request, parameters: Mapping[str, str]
+    context: ServerContext, handler: Handler, request: Request, parameters: Mapping[str, str]
 ) -> tuple[HTTPResponse | None, Lasts | None]:
-    representation = await handler(cache, request, **parameters)
-    return await respond(request, representation, cache.submitter(request)), representation.lasts
+    representation = await handler(context, request, **parameters)
+    return await respond(request, representation, context.submitter(request)), representation.lasts
 
 
-def _done(cache: Cache, route: RouteCounters, request: Request, response: HTTPResponse | None) -> HTTPResponse | None:
+def _done(
+    context: ServerContext, route: RouteCounters, request: Request, response: HTTPResponse | None
+) -> HTTPResponse | None:
     """Count and log a request. Its response is to be sent yet, or None where that has been done."""
     answer = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
     metrics.count(route, request, answer.status, sent)
-    access_log.log(request, answer.status, sent, cache.settings.trusted_proxies)
+    access_log.log(request, answer.status, sent, context.settings.trusted_proxies)
     return response

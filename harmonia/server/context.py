@@ -1,4 +1,4 @@
-"""What every resource is answered from."""
+"""Server context: the settings, store, caches, threads and counters that all resources share."""
 
 import importlib
 import logging
@@ -104,7 +104,7 @@ def _temp_roots(settings: Settings) -> TempRoots | None:
     return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
 
 
-class Cache:
+class ServerContext:
     def __init__(self, settings: Settings, keys: Sequence[SecretKey], metrics: Metrics) -> None:
         self.settings = settings
         self.keys = keys

@@ -16,7 +16,7 @@ from html5tagger import HTML, Builder, Document, E
 
 from harmonia import __version__
 from harmonia.nix.store_path import StorePath
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 
 
@@ -55,7 +55,7 @@ class Text:
         yield self.content[start:stop]
 
 
-def begin(cache: Cache, title: str, top: str, asked: str = "") -> Builder:
+def begin(context: ServerContext, title: str, top: str, asked: str = "") -> Builder:
     """A page up to its header. `top` leads from its URL to `/`, wherever a proxy has that; `asked` is searched for.
 
     All links are relative, so that a proxy need not tell us under which path it has put us.
@@ -65,9 +65,9 @@ def begin(cache: Cache, title: str, top: str, asked: str = "") -> Builder:
     page.link(rel="icon", href=_ICON)
     page.style(HTML(_STYLE))
     with page.header:
-        if cache.settings.landing:
+        if context.settings.landing:
             page.a("Nix binary cache", href=top)
-        if cache.settings.browse:
+        if context.settings.browse:
             with page.form(action=f"{top}search", role="search"):
                 page.input(
                     type="search", name="q", value=asked, placeholder="Name or hash", aria_label="Search the store"
@@ -76,7 +76,7 @@ def begin(cache: Cache, title: str, top: str, asked: str = "") -> Builder:
     return page
 
 
-def end(cache: Cache, page: Builder, *, script: bool = False) -> Representation:
+def end(context: ServerContext, page: Builder, *, script: bool = False) -> Representation:
     """The page as it is answered: one that shows what may be another any moment."""
     with page.footer:
         page(f"Served by Harmonia {__version__}")
@@ -88,7 +88,7 @@ def end(cache: Cache, page: Builder, *, script: bool = False) -> Representation:
         body=text.content,
         cache_control="no-cache",
         etag=f'"{hashlib.sha256(text.content).hexdigest()[:32]}"',
-        zstd=cache.encoded(text),
+        zstd=context.encoded(text),
         headers={
             "content-security-policy": _POLICY_WITH_SCRIPT if script else _POLICY,
             "x-content-type-options": "nosniff",

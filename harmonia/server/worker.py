@@ -22,7 +22,7 @@ from harmonia.errors import ConfigError
 from harmonia.process.sockets import BACKLOG, admitted, notice_lost_clients
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import Connection, limited_connection
 from harmonia.server.resources import metrics, upstream
@@ -35,7 +35,7 @@ _log = logging.getLogger("harmonia")
 
 
 def run(
-    cache: Cache,
+    context: ServerContext,
     for_metrics: Sequence[socket.socket],
     place: int,
     listening: Sequence[socket.socket],
@@ -43,20 +43,20 @@ def run(
     heartbeat: float,
 ) -> None:
     """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
-    cache.metrics.take(place)
+    context.metrics.take(place)
     sys.setswitchinterval(_SWITCH)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(cache, for_metrics, listening, lifeline, heartbeat))
+        runner.run(_serve(context, for_metrics, listening, lifeline, heartbeat))
 
 
 async def _serve(
-    cache: Cache,
+    context: ServerContext,
     for_metrics: Sequence[socket.socket],
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
-    settings = cache.settings
+    settings = context.settings
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -70,11 +70,11 @@ async def _serve(
     loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
 
     guard = Guard(settings) if settings.tokens_path is not None else None
-    app = create_app(cache, guard)
-    metrics_app = create_metrics_app(cache)
+    app = create_app(context, guard)
+    metrics_app = create_metrics_app(context)
     limiter = ConnectionLimiter(
         admitted(settings.max_connections),
-        cache.metrics.own,
+        context.metrics.own,
         settings.max_connections_per_client,
         settings.trusted_proxies,
     )
@@ -95,7 +95,7 @@ async def _serve(
         if tls is not None and each.family != socket.AF_UNIX and not private:
             make = partial(protocol, loop=loop, app=app, signal=Signal(), connections=server.connections)
             tls_listeners[server] = TlsListener(each, make, tls, limiter, settings.header_timeout)
-    await upstream.start(cache)
+    await upstream.start(context)
     for server in {server.app: server for server in servers}.values():
         await server.startup()  # type: ignore[no-untyped-call]
     for server in servers:
@@ -103,36 +103,36 @@ async def _serve(
             tls_listeners[server].start()
         else:
             await server.start_serving()  # type: ignore[no-untyped-call]
-    if cache.debug_info is not None:
-        cache.debug_info.start()
-    for files in filter(None, (cache.compressor.cache, cache.layouts.files)):
+    if context.debug_info is not None:
+        context.debug_info.start()
+    for files in filter(None, (context.compressor.cache, context.layouts.files)):
         files.housekeeping.submit(files.sweep)  # of what a worker left that was killed
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
-    chores = [asyncio.create_task(chore) for chore in (_beat(cache, lifeline, heartbeat), _trim(cache), reloading)]
+    chores = [asyncio.create_task(chore) for chore in (_beat(context, lifeline, heartbeat), _trim(context), reloading)]
     await stop.wait()
     for listener in tls_listeners.values():
         listener.close()
     await _drain(servers, settings.shutdown_grace)
     for chore in chores:
         chore.cancel()
-    await upstream.stop(cache)
+    await upstream.stop(context)
 
 
-async def _beat(cache: Cache, lifeline: socket.socket, heartbeat: float) -> None:
+async def _beat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
     while True:
-        metrics.look(cache)
+        metrics.look(context)
         with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
             lifeline.send(b".")
         await asyncio.sleep(heartbeat)
 
 
-async def _trim(cache: Cache) -> None:
+async def _trim(context: ServerContext) -> None:
     """Give back what malloc keeps of the buffers of downloads: else it is for ever as much as in the greatest rush."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM)
         with suppress(RuntimeError):  # no thread can be started
-            await cache.threads.read(partial(malloc_trim, 0))
+            await context.threads.read(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:

@@ -31,7 +31,7 @@ _CHALLENGE = 'Basic realm="Nix binary cache", charset="UTF-8", Bearer realm="Nix
 _log = logging.getLogger("harmonia")
 
 
-class _Cache(Protocol):
+class _Context(Protocol):
     @property
     def settings(self) -> Settings: ...
 
@@ -61,10 +61,10 @@ class Guard:
             return handler
 
         @wraps(handler)
-        async def get(cache: object, request: Request, **parameters: str) -> Representation:
+        async def get(context: object, request: Request, **parameters: str) -> Representation:
             self.admit(request, scope)
             try:
-                representation = await handler(cache, request, **parameters)
+                representation = await handler(context, request, **parameters)
             except AbsentError:
                 raise NotFound from None
             # What is public may be kept by a cache on the way, and told to others (RFC 9111 section 3.5).
@@ -107,9 +107,9 @@ class Guard:
             raise too_many(wait)
 
 
-def hold_to_rate(cache: _Cache, request: Request) -> None:
+def hold_to_rate(context: _Context, request: Request) -> None:
     """Raise 429 if the client asks more often than `max_query_rate` allows."""
-    if cache.query_rate is not None and (wait := cache.query_rate.wait(cache.client(request))):
+    if context.query_rate is not None and (wait := context.query_rate.wait(context.client(request))):
         raise too_many(wait)
 
 
@@ -117,9 +117,9 @@ def limited(handler: Handler) -> Handler:
     """The same resource, for each client at the rate of `max_query_rate`."""
 
     @wraps(handler)
-    async def get(cache: _Cache, request: Request, **parameters: str) -> Representation:
-        hold_to_rate(cache, request)
-        return await handler(cache, request, **parameters)
+    async def get(context: _Context, request: Request, **parameters: str) -> Representation:
+        hold_to_rate(context, request)
+        return await handler(context, request, **parameters)
 
     return get
 

@@ -9,7 +9,7 @@ from sanic.exceptions import SanicException
 
 from harmonia.errors import SHORTAGES, CacheFileError, StoreObjectError, StoreUnavailableError, UpstreamError
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
 
@@ -28,7 +28,7 @@ _EXPLAINED = {
 _log = logging.getLogger("harmonia")
 
 
-def response(cache: Cache, request: Request, error: Exception) -> HTTPResponse:
+def response(context: ServerContext, request: Request, error: Exception) -> HTTPResponse:
     """The response that tells of `error`, which is logged where it is not the client's own affair."""
     headers = {"cache-control": "no-store", "vary": "Accept"}
     match error:
@@ -57,14 +57,14 @@ def response(cache: Cache, request: Request, error: Exception) -> HTTPResponse:
         what = str(error) or type(error).__name__
         _log.error("%s %s: %d, %s", request.method, request.path, status, what, exc_info=unexpected)
     if prefers_html(",".join(request.headers.getall("accept", []))):
-        shown = _page(cache, request, status)
+        shown = _page(context, request, status)
         return HTTPResponse(cast("bytes", shown.body), status, {**headers, **shown.headers}, shown.content_type)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")
 
 
-def _page(cache: Cache, request: Request, status: HTTPStatus) -> Representation:
-    document = page.begin(cache, status.phrase, "../" * (request.path.count("/") - 1) or "./")
+def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Representation:
+    document = page.begin(context, status.phrase, "../" * (request.path.count("/") - 1) or "./")
     with document.main:
         document.h1(status.phrase)
         document.p(_EXPLAINED.get(status, f"{status.description}."))
-    return page.end(cache, document)
+    return page.end(context, document)

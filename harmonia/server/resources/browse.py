@@ -18,7 +18,7 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import origin
 from harmonia.server.http.response import Representation
 from harmonia.server.path_lookup import SignedPath
@@ -30,23 +30,25 @@ _LONGEST = 300  # characters to search for: more than a store path has
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
 
 
-async def search(cache: Cache, request: Request) -> Representation:
-    if not cache.settings.browse:
+async def search(context: ServerContext, request: Request) -> Representation:
+    if not context.settings.browse:
         raise NotFound
     asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
-    named = _HASH_PART.match(asked.removeprefix(cache.store.store_dir + "/"))
-    if named and await cache.paths.find_usable(named[0]):
+    named = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
+    if named and await context.paths.find_usable(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
-    result = await cache.threads.browse(lambda store: queries.search(store, asked, _SHOWN, cache.paths.released(store)))
+    result = await context.threads.browse(
+        lambda store: queries.search(store, asked, _SHOWN, context.paths.released(store))
+    )
     document = page.begin(
-        cache, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
+        context, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
     )
     with document.main:
         document.h1("Search")
         with document.section:
             document.p(_summary(asked, result), class_="dim", role="status")
             page.paths(document, result.shown, "path/")
-    return page.end(cache, document)
+    return page.end(context, document)
 
 
 def _summary(asked: str, result: queries.Paths) -> str:
@@ -57,57 +59,59 @@ def _summary(asked: str, result: queries.Paths) -> str:
     return f"{first}{least if first else least.capitalize()}{page.count(result.total, 'path')} for “{asked}”"
 
 
-async def path(cache: Cache, request: Request, hash_part: str) -> Representation:
-    if not cache.settings.browse:
+async def path(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    if not context.settings.browse:
         raise NotFound
-    signed = await cache.paths.find(hash_part)
+    signed = await context.paths.find(hash_part)
     if signed is None:
         raise NotFound
     info = signed.info
-    referrers = await cache.threads.browse(
-        lambda store: queries.referrers(store, info.path, _SHOWN, cache.paths.released(store))
+    referrers = await context.threads.browse(
+        lambda store: queries.referrers(store, info.path, _SHOWN, context.paths.released(store))
     )
     # What it needs may be paths that are nobody's business.
     closure = (
-        None if cache.paths.release else await cache.threads.browse(lambda store: queries.closure(store, info.path))
+        None if context.paths.release else await context.threads.browse(lambda store: queries.closure(store, info.path))
     )
-    deriver_is_here = info.deriver is not None and await cache.paths.find_usable(info.deriver.hash_part) is not None
-    full_path = f"{cache.store.store_dir}/{info.path}"
-    keys = cache.trusted_keys
+    deriver_is_here = info.deriver is not None and await context.paths.find_usable(info.deriver.hash_part) is not None
+    full_path = f"{context.store.store_dir}/{info.path}"
+    keys = context.trusted_keys
     references = sorted(info.references, key=queries.by_name)
-    kept_back = {path for path in references[:_SHOWN] if not await cache.paths.releases(path)}
+    kept_back = {path for path in references[:_SHOWN] if not await context.paths.releases(path)}
 
-    document = page.begin(cache, info.path.name, "../")
+    document = page.begin(context, info.path.name, "../")
     with document.main:
         document.h1(info.path.name)
         page.snippet(document, full_path, "Store path")
-        _links(cache, document, info, await _logged(cache, info))
+        _links(context, document, info, await _logged(context, info))
         with document.section:
             document.h2("About this path")
             _facts(document, signed, closure, deriver_is_here=deriver_is_here)
         with document.section:
             document.h2("Download it with Nix")
             command = f"nix-store --realise {full_path}"
-            page.snippet(document, landing.command(command, origin.base_url(request, cache.settings), keys), "Command")
+            page.snippet(
+                document, landing.command(command, origin.base_url(request, context.settings), keys), "Command"
+            )
         _paths(document, "References", queries.Paths(references[:_SHOWN], len(references)), kept_back)
         _paths(document, "Referrers", referrers)
-    return page.end(cache, document, script=True)
+    return page.end(context, document, script=True)
 
 
-async def _logged(cache: Cache, info: PathInfo) -> StorePath | None:
+async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
     """The derivation whose log tells how the path came about, if that is here and may leave the house."""
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
-            log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
-            if log is not None and await cache.paths.releases_log(derivation):
+            log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
+            if log is not None and await context.paths.releases_log(derivation):
                 return derivation
     return None
 
 
-def _links(cache: Cache, document: Builder, info: PathInfo, logged: StorePath | None) -> None:
+def _links(context: ServerContext, document: Builder, info: PathInfo, logged: StorePath | None) -> None:
     with document.nav(class_="actions", aria_label="What there is of it"):
-        if cache.settings.serve_files:
+        if context.settings.serve_files:
             document.a("Files", href=f"../serve/{info.path.hash_part}")
         document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
         document.a("NAR listing", href=f"../{info.path.hash_part}.ls")

@@ -11,7 +11,7 @@ from harmonia.errors import FormatError
 from harmonia.nix.build_trace import Realisation, render_build_trace, render_realisation
 from harmonia.nix.signing import is_signature
 from harmonia.nix.store_path import StorePath
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
@@ -22,20 +22,20 @@ _REALISATION = re.compile(rf"(?P<hash>sha256:[0-9a-f]{{64}})!{_OUTPUT.pattern}")
 _log = logging.getLogger("harmonia")
 
 
-async def get_realisation(cache: Cache, _: Request, name: str) -> Representation:
+async def get_realisation(context: ServerContext, _: Request, name: str) -> Representation:
     """`<derivation's hash>!<output>.doi`, as Nix up to 2.34 asks for it."""
     derivation_hash, output = parse_realisation_id(name)
-    known = await cache.threads.query(lambda: cache.store.realisation(derivation_hash, output))
-    found = await _checked(cache, name, known)
-    return _representation(cache, render_realisation(f"{derivation_hash}!{output}", found, cache.keys))
+    known = await context.threads.query(lambda: context.store.realisation(derivation_hash, output))
+    found = await _checked(context, name, known)
+    return _representation(context, render_realisation(f"{derivation_hash}!{output}", found, context.keys))
 
 
-async def get(cache: Cache, _: Request, derivation: str, name: str) -> Representation:
+async def get(context: ServerContext, _: Request, derivation: str, name: str) -> Representation:
     """`<derivation>/<output>.doi`, as newer Nixes ask for it."""
     drv, output = parse_trace_key(derivation, name)
-    known = await cache.threads.query(lambda: cache.store.build_trace(drv, output))
-    found = await _checked(cache, name, known)
-    return _representation(cache, render_build_trace(drv, output, found, cache.keys))
+    known = await context.threads.query(lambda: context.store.build_trace(drv, output))
+    found = await _checked(context, name, known)
+    return _representation(context, render_build_trace(drv, output, found, context.keys))
 
 
 def parse_realisation_id(name: str) -> tuple[str, str]:
@@ -71,8 +71,8 @@ def _decoded(text: str) -> str:
         raise NotFound from None
 
 
-async def _checked(cache: Cache, name: str, realisation: Realisation | None) -> Realisation:
-    if realisation is None or not await cache.paths.releases(realisation.out_path):
+async def _checked(context: ServerContext, name: str, realisation: Realisation | None) -> Realisation:
+    if realisation is None or not await context.paths.releases(realisation.out_path):
         raise AbsentError
     for sig in realisation.sigs:
         if not is_signature(sig):
@@ -80,5 +80,5 @@ async def _checked(cache: Cache, name: str, realisation: Realisation | None) -> 
     return realisation
 
 
-def _representation(cache: Cache, text: bytes) -> Representation:
-    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
+def _representation(context: ServerContext, text: bytes) -> Representation:
+    return metadata.representation("application/json", text, context.settings.narinfo_max_age)

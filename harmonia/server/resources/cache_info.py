@@ -2,12 +2,12 @@
 
 from sanic import Request
 
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 
 
-async def get(cache: Cache, _: Request) -> Representation:
-    settings = cache.settings
+async def get(context: ServerContext, _: Request) -> Representation:
+    settings = context.settings
     lines = f"StoreDir: {settings.virtual_nix_store}\nWantMassQuery: 1\nPriority: {settings.priority}\n"
     return Representation(
         content_type="text/x-nix-cache-info", body=lines.encode(), cache_control="public, max-age=3600"

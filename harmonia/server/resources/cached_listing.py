@@ -11,7 +11,7 @@ from harmonia.nix import base32, nar, nar_parser
 from harmonia.nix import listing as nix_listing
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError, decompressor
 from harmonia.nix.nar import Entry
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources import listing
@@ -19,8 +19,8 @@ from harmonia.upstream.remote_path import Found
 from harmonia.upstream.tasks import Threads
 
 
-async def get(cache: Cache, request: Request, found: Found, threads: Threads) -> Representation:
-    nars, name = cache.compressor.cache, found.name
+async def get(context: ServerContext, request: Request, found: Found, threads: Threads) -> Representation:
+    nars, name = context.compressor.cache, found.name
     if nars is None:
         raise NotFound
 
@@ -28,7 +28,7 @@ async def get(cache: Cache, request: Request, found: Found, threads: Threads) ->
         def render() -> Iterator[bytes]:
             return nix_listing.render(nar.located(_entries(nars, name.key, name.compression, memory_bytes)))
 
-        body, encoded = await listing.long(cache, request, base32.encode(found.info.nar_hash), render)
+        body, encoded = await listing.long(context, request, base32.encode(found.info.nar_hash), render)
         return listing.representation(found.info, body, encoded)
 
     try:

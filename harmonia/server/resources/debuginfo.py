@@ -14,7 +14,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.build_id import is_build_id, member
 from harmonia.nix.path_info import PathInfo
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
@@ -24,13 +24,13 @@ _PATIENCE = 2.0  # seconds for which an answer waits for paths that are yet to b
 _POLL = 0.01  # seconds
 
 
-async def get(cache: Cache, _: Request, name: str) -> Representation:
+async def get(context: ServerContext, _: Request, name: str) -> Representation:
     build_id = parse_name(name)
-    info = await _find(cache, build_id)
+    info = await _find(context, build_id)
     if info is None:
         raise AbsentError
     text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
-    return metadata.representation("application/json", text, cache.settings.narinfo_max_age)
+    return metadata.representation("application/json", text, context.settings.narinfo_max_age)
 
 
 def parse_name(name: str) -> str:
@@ -41,19 +41,19 @@ def parse_name(name: str) -> str:
     return build_id
 
 
-async def _find(cache: Cache, build_id: str) -> PathInfo | None:
+async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
     """A valid path with the debug file. StoreUnavailableError where that cannot be told yet: dwarffs remembers for a
     day that there is none, but asks again after some seconds where it got a 503.
     """
-    index = cache.debug_info
+    index = context.debug_info
     if index is None:
         return None
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _PATIENCE
     while True:
-        paths, complete = await cache.threads.wait_for(cache.threads.index, partial(index.look_up, build_id))
+        paths, complete = await context.threads.wait_for(context.threads.index, partial(index.look_up, build_id))
         for path in paths:
-            found = await cache.paths.find_usable(path.hash_part)
+            found = await context.paths.find_usable(path.hash_part)
             if found is not None and found.info.path == path:
                 return found.info
         if complete:

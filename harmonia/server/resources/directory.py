@@ -11,7 +11,7 @@ from sanic import Request
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import Entry, Listed, listed
@@ -20,15 +20,17 @@ _LISTED = 2000  # entries on the page; the NAR listing has them all
 
 
 async def representation(
-    cache: Cache, request: Request, asked: PathInfo, names: Sequence[bytes], entry: Entry
+    context: ServerContext, request: Request, asked: PathInfo, names: Sequence[bytes], entry: Entry
 ) -> Representation:
     """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
 
     def render() -> Representation:
-        entries, count = listed(cache.store.real_path(entry.info.path), entry.names, _LISTED)
-        document = page.begin(cache, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2))
+        entries, count = listed(context.store.real_path(entry.info.path), entry.names, _LISTED)
+        document = page.begin(
+            context, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2)
+        )
         with document.main:
-            _heading(cache, document, asked, names)
+            _heading(context, document, asked, names)
             with document.section:
                 summary = page.count(count, "entry", "entries")
                 if count > len(entries):
@@ -43,21 +45,21 @@ async def representation(
                         ).td("")
                     for each in entries:
                         _row(document, each)
-        return page.end(cache, document)
+        return page.end(context, document)
 
-    hold_to_rate(cache, request)
+    hold_to_rate(context, request)
     # A page tells of nothing but these, and a directory that changed has another time.
     status = entry.status
     place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
     key = ("page", asked.path, tuple(names), entry.info.path, tuple(entry.names), place)
-    return await cache.made.value(key, cache.client(request), render, lambda made: len(cast("bytes", made.body)))
+    return await context.made.value(key, context.client(request), render, lambda made: len(cast("bytes", made.body)))
 
 
-def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
+def _heading(context: ServerContext, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
     """Where the page is, each directory above it a link, and what else there is of the store path."""
     top = "../" * (len(names) + 2)
     with document.h1(class_="path"):
-        document(cache.store.store_dir)
+        document(context.store.store_dir)
         for above, name in zip(range(len(names), -1, -1), [os.fsencode(asked.path), *names], strict=True):
             document._("/")
             if above:
@@ -65,7 +67,7 @@ def _heading(cache: Cache, document: Builder, asked: PathInfo, names: Sequence[b
             else:
                 document._(page.printable(name))
     with document.nav(class_="actions", aria_label="What else there is of the store path"):
-        if cache.settings.browse:
+        if context.settings.browse:
             document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
         document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
 

@@ -8,19 +8,19 @@ from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import origin
 from harmonia.server.http.response import Representation
 
 
-async def get(cache: Cache, request: Request) -> Representation:
-    settings = cache.settings
+async def get(context: ServerContext, request: Request) -> Representation:
+    settings = context.settings
     if not settings.landing or request.path != "/":
         raise NotFound
     url = origin.base_url(request, settings)
-    keys = cache.trusted_keys
+    keys = context.trusted_keys
     _, _, name = url.partition("//")
-    document = page.begin(cache, f"{name}, a Nix binary cache", "./")
+    document = page.begin(context, f"{name}, a Nix binary cache", "./")
     with document.main:
         document.h1(name)
         document.p("From here, ").a("Nix", href="https://nixos.org/")._(" downloads what it would otherwise build.")
@@ -36,7 +36,7 @@ async def get(cache: Cache, request: Request) -> Representation:
                 document.dt("Store directory").dd.code(settings.virtual_nix_store)
                 document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest first)")
                 document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
-    return page.end(cache, document, script=True)
+    return page.end(context, document, script=True)
 
 
 def _identity(document: Builder, url: str, keys: Sequence[str]) -> None:

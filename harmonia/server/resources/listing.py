@@ -14,7 +14,7 @@ from harmonia.cache import zstd
 from harmonia.nix import base32, listing, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
@@ -27,16 +27,16 @@ Render = Callable[[], Iterator[bytes]]
 _SHORT = 2000  # entries: a listing of no more is kept in memory, and has no rate
 
 
-async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
-    info = found(await cache.paths.find(hash_part))
-    archive = open_nar(cache, request, info)
+async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    info = found(await context.paths.find(hash_part))
+    archive = open_nar(context, request, info)
     layout = await whole_layout(archive)
 
     def render() -> Iterator[bytes]:
         return listing.render(layout.located())
 
     is_short = layout.entries <= _SHORT
-    return representation(info, *await (_short if is_short else long)(cache, request, archive.key, render))
+    return representation(info, *await (_short if is_short else long)(context, request, archive.key, render))
 
 
 def representation(info: PathInfo, body: Body, encoded: Encoded | None) -> Representation:
@@ -44,28 +44,28 @@ def representation(info: PathInfo, body: Body, encoded: Encoded | None) -> Repre
     return Representation(content_type="application/json", body=body, cache_control=IMMUTABLE, etag=etag, zstd=encoded)
 
 
-async def _short(cache: Cache, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
-    text = await cache.made.value(("listing", key), cache.client(request), lambda: b"".join(render()), len)
+async def _short(context: ServerContext, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
+    text = await context.made.value(("listing", key), context.client(request), lambda: b"".join(render()), len)
     body = page.Text(text)
-    return body, cache.encoded(body)
+    return body, context.encoded(body)
 
 
-async def long(cache: Cache, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
+async def long(context: ServerContext, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
     """Return the listing from a file, which is made once for each `key`; streamed if there can be no file."""
-    hold_to_rate(cache, request)
-    plain = await cache.made.file(f"{key}.ls", cache.client(request), render)
+    hold_to_rate(context, request)
+    plain = await context.made.file(f"{key}.ls", context.client(request), render)
     if plain is None:
         streamed = _Streamed(render)
         if wants_part(request) or request.version == "1.0":
-            streamed = await cache.threads.read(streamed.measured)
-        return streamed, cache.streamed(streamed)
-    return plain, _encoded(cache, key, plain) if cache.settings.enable_compression else None
+            streamed = await context.threads.read(streamed.measured)
+        return streamed, context.streamed(streamed)
+    return plain, _encoded(context, key, plain) if context.settings.enable_compression else None
 
 
-def _encoded(cache: Cache, key: str, plain: MadeFile) -> Encoded:
+def _encoded(context: ServerContext, key: str, plain: MadeFile) -> Encoded:
     async def open_encoded(request: Request) -> Body:
-        made = await cache.made.file(
-            f"{key}.ls.{zstd.STREAM}", cache.client(request), lambda: filter(None, zstd.stream(plain.chunks()))
+        made = await context.made.file(
+            f"{key}.ls.{zstd.STREAM}", context.client(request), lambda: filter(None, zstd.stream(plain.chunks()))
         )
         return _Compressed(plain) if made is None else made
 

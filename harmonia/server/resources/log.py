@@ -11,30 +11,30 @@ from sanic.exceptions import NotFound
 
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, whole_if_need_be
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
 
 
-async def get(cache: Cache, request: Request, name: str) -> Representation:
+async def get(context: ServerContext, request: Request, name: str) -> Representation:
     try:
-        derivation = await _derivation(cache, decoded(request, name))
+        derivation = await _derivation(context, decoded(request, name))
     except FormatError:
         raise NotFound from None
-    log = await cache.threads.read(lambda: build_log.find(cache.settings.logs, derivation))
-    if log is None or not await cache.paths.releases_log(derivation):
+    log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
+    if log is None or not await context.paths.releases_log(derivation):
         raise AbsentError
 
     async def open_plain(request: Request) -> Body:
-        return await whole_if_need_be(log, request, cache.submitter(request))
+        return await whole_if_need_be(log, request, context.submitter(request))
 
     return Representation(
         content_type="text/plain; charset=utf-8",
         body=log if log.size is not None else open_plain,
         cache_control=IMMUTABLE if log.finished else "no-cache",
         etag=f'"{log.version}"',
-        zstd=cache.streamed(log),
+        zstd=context.streamed(log),
         headers={"x-content-type-options": "nosniff"},  # it is anybody's text, and no web page
     )
 
@@ -45,12 +45,12 @@ def decoded(request: Request, name: str) -> str:
     return unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")
 
 
-async def _derivation(cache: Cache, name: str) -> StorePath:
+async def _derivation(context: ServerContext, name: str) -> StorePath:
     """The derivation that is meant. FormatError where `name` can mean none, AbsentError if nothing has its hash."""
     if is_hash_part(name):
-        known = await cache.paths.find_usable(name)
+        known = await context.paths.find_usable(name)
         if known is None:
-            collected = await cache.threads.read(lambda: build_log.derivation(cache.settings.logs, name))
+            collected = await context.threads.read(lambda: build_log.derivation(context.settings.logs, name))
             if collected is None:
                 raise AbsentError
             return collected
@@ -59,6 +59,6 @@ async def _derivation(cache: Cache, name: str) -> StorePath:
         path = StorePath(name)
     if path.is_derivation:
         return path
-    known = await cache.paths.find_usable(path.hash_part)
+    known = await context.paths.find_usable(path.hash_part)
     output = known.info if known and known.info.path == path else None
     return (output and output.deriver) or StorePath(f"{path}.drv")

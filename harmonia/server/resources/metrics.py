@@ -8,7 +8,7 @@ from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
 from harmonia.metrics.shared_counters import RouteCounters
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.server.http.sanic_adapter import began_at
 
@@ -26,28 +26,28 @@ def count(route: RouteCounters, request: Request, status: int, sent: int) -> Non
         route.break_off()
 
 
-def look(cache: Cache) -> None:
+def look(context: ServerContext) -> None:
     """Take down what others count for themselves. Done every now and then, for the other workers to see."""
-    compressor = cache.compressor
+    compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
-    cache.metrics.own.look(
+    context.metrics.own.look(
         (*astuple(counters), compressor.frames.seconds, compressor.damaged_nars), compressor.frames.waiting
     )
 
 
-async def get(cache: Cache, _: Request) -> Representation:
-    look(cache)
+async def get(context: ServerContext, _: Request) -> Representation:
+    look(context)
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
-        body=await cache.threads.read(lambda: _render(cache)),
+        body=await context.threads.read(lambda: _render(context)),
         cache_control="no-store",
     )
 
 
-def _render(cache: Cache) -> bytes:
+def _render(context: ServerContext) -> bytes:
     from harmonia.metrics import prometheus  # noqa: PLC0415 (a tenth of a second, which only those spend who are asked)
 
-    compressor = cache.compressor
+    compressor = context.compressor
     limit, used = 0, 0.0
     if compressor.cache is not None:
         limit = compressor.cache.limit
@@ -56,5 +56,5 @@ def _render(cache: Cache) -> bytes:
         except OSError:  # the log tells, when something is to be put into it
             used = math.nan
     return prometheus.render(
-        cache.metrics, encoder_threads=compressor.frames.threads, cache_limit=limit, cache_used=used
+        context.metrics, encoder_threads=compressor.frames.threads, cache_limit=limit, cache_used=used
     )

@@ -25,7 +25,7 @@ from harmonia.cache.zstd_stored import stored_size
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import (
     IMMUTABLE_NAR,
     UNNAMED,
@@ -55,10 +55,10 @@ _NAMES = [
 _CONTENT_TYPE = "application/x-nix-nar"
 
 
-def open_nar(cache: Cache, request: Request, info: PathInfo) -> StoreNar:
+def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
     """Return the NAR of a path, and keep the path from being collected as long as somebody has that."""
-    root = cache.store.real_path(info.path)
-    return StoreNar(info, root, cache.layouts, cache.hold(info), cache.client(request))
+    root = context.store.real_path(info.path)
+    return StoreNar(info, root, context.layouts, context.hold(info), context.client(request))
 
 
 async def whole_layout(nar: StoreNar) -> Layout:
@@ -77,53 +77,53 @@ def found(path: SignedPath | None) -> PathInfo:
     return path.info
 
 
-async def get(cache: Cache, request: Request, name: str) -> Representation:
+async def get(context: ServerContext, request: Request, name: str) -> Representation:
     match = next(filter(None, (pattern.fullmatch(name) for pattern in _NAMES)), None)
     named = match.groupdict() if match else {}
     hash_part = named.get("hash_part", request.args.get("hash", ""))
     if not (match and is_hash_part(hash_part)):
         raise NotFound
-    info = found(await cache.paths.find(hash_part))
+    info = found(await context.paths.find(hash_part))
     nar_hash = base32.encode(info.nar_hash)
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
-    body = open_nar(cache, request, info)
+    body = open_nar(context, request, info)
     if wants_part(request) and not named["compression"]:
         await whole_layout(body)
-    compressor = cache.compressor
+    compressor = context.compressor
     own = compressor.frames.encoding
     if named["compression"]:
-        return await _file(cache, request, body, named.get("encoding"))
+        return await _file(context, request, body, named.get("encoding"))
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
-        zstd=Encoded(own.name, _compressed(cache, body, own)) if cache.settings.enable_compression else None,
+        zstd=Encoded(own.name, _compressed(context, body, own)) if context.settings.enable_compression else None,
         worthwhile=not compressor.frames.saturated or compressor.known(info.nar_hash) is not None,
     )
 
 
-async def _file(cache: Cache, request: Request, nar: StoreNar, name: str | None) -> Representation:
+async def _file(context: ServerContext, request: Request, nar: StoreNar, name: str | None) -> Representation:
     """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
-    compressor = cache.compressor
+    compressor = context.compressor
     own = compressor.frames.encoding
     encoding = own if name is None else Encoding.parse(name)
     if encoding is None:
         raise NotFound
-    body: Body | Open = _compressed(cache, nar, encoding)
+    body: Body | Open = _compressed(context, nar, encoding)
     names_bytes = name is not None
     if not own.can_make(encoding):
-        kept = await cache.threads.read(partial(compressor.kept, nar.sha256, encoding))
+        kept = await context.threads.read(partial(compressor.kept, nar.sha256, encoding))
         names_bytes = kept is not None
         if kept is None:
-            encoding, body = own, _compressed(cache, nar, own)
+            encoding, body = own, _compressed(context, nar, own)
         else:
             body = KeptNar(kept)
     if request.version == "1.0" and not wants_part(request) and not isinstance(body, KeptNar):
-        size = await cache.threads.read(partial(compressor.size, nar.sha256, encoding))
+        size = await context.threads.read(partial(compressor.size, nar.sha256, encoding))
         if size is None:
-            return _stored(cache, nar, encoding)
+            return _stored(context, nar, encoding)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
@@ -133,7 +133,7 @@ async def _file(cache: Cache, request: Request, nar: StoreNar, name: str | None)
     )
 
 
-def _stored(cache: Cache, nar: StoreNar, encoding: Encoding) -> Representation:
+def _stored(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Representation:
     """Return the NAR as a zstd file without compression, and begin to compress it for the next request.
 
     It shares its URL with the compressed file. Therefore nobody may keep it, and Nix must not resume it.
@@ -142,18 +142,18 @@ def _stored(cache: Cache, nar: StoreNar, encoding: Encoding) -> Representation:
     async def open_stored(request: Request) -> Body:
         if request.method == "HEAD":
             return Unread(stored_size(nar.size))
-        return await cache.threads.read(partial(StoredNar, cache.compressor, nar, encoding))
+        return await context.threads.read(partial(StoredNar, context.compressor, nar, encoding))
 
     return Representation(content_type=_CONTENT_TYPE, body=open_stored, cache_control=UNNAMED, resumable=False)
 
 
-def _compressed(cache: Cache, nar: StoreNar, encoding: Encoding) -> Open:
+def _compressed(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Open:
     """The compressed NAR, whole where the request cannot do without its length."""
 
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
-            return Unread(await cache.threads.read(lambda: cache.compressor.size(nar.sha256, encoding)))
-        body = await cache.threads.read(lambda: CompressedNar(cache.compressor, nar, encoding))
-        return await whole_if_need_be(body, request, cache.submitter(request))
+            return Unread(await context.threads.read(lambda: context.compressor.size(nar.sha256, encoding)))
+        body = await context.threads.read(lambda: CompressedNar(context.compressor, nar, encoding))
+        return await whole_if_need_be(body, request, context.submitter(request))
 
     return open_compressed

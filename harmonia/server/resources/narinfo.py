@@ -11,7 +11,7 @@ from harmonia.cache.zstd import Encoding
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
@@ -27,28 +27,28 @@ def file_url(info: PathInfo, encoding: Encoding) -> str:
     return f"{nar_url(info).removesuffix('.nar')}-{encoding.name}.nar.zst"
 
 
-async def get(cache: Cache, request: Request, hash_part: str) -> Representation:
-    path = await cache.paths.find(hash_part)
+async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    path = await context.paths.find(hash_part)
     if path is None:
-        raise AbsentError(partial(cache.paths.is_absent, hash_part))
-    info, compressor = path.info, cache.compressor
-    if cache.offers_zstd and not compressor.is_certain(info.nar_hash):
-        await cache.threads.read(lambda: compressor.find(info.nar_hash))
+        raise AbsentError(partial(context.paths.is_absent, hash_part))
+    info, compressor = path.info, context.compressor
+    if context.offers_zstd and not compressor.is_certain(info.nar_hash):
+        await context.threads.read(lambda: compressor.find(info.nar_hash))
     compressed = compressor.known(info.nar_hash)
-    nar, max_age = _nar_file(cache, info, compressed), cache.settings.narinfo_max_age
+    nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
     def lasts() -> bool:
-        is_certain = not cache.offers_zstd or compressor.is_certain(info.nar_hash)
-        return is_certain and compressor.known(info.nar_hash) == compressed and cache.paths.is_current(path)
+        is_certain = not context.offers_zstd or compressor.is_certain(info.nar_hash)
+        return is_certain and compressor.known(info.nar_hash) == compressed and context.paths.is_current(path)
 
-    return replace(representation(cache, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
+    return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
 
 
 def representation(
-    cache: Cache, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
+    context: ServerContext, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
 ) -> Representation:
     """As Nix reads it, or in JSON; for `max_age` seconds."""
-    store_dir, content_type = cache.settings.virtual_nix_store, narinfo.CONTENT_TYPE
+    store_dir, content_type = context.settings.virtual_nix_store, narinfo.CONTENT_TYPE
     if request.query_string and "json" in request.get_args(keep_blank_values=True):
         content_type = "application/json"
         text = narinfo.render_json(info, store_dir, nar, sigs)
@@ -57,9 +57,9 @@ def representation(
     return metadata.representation(content_type, text.encode(), max_age)
 
 
-def _nar_file(cache: Cache, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
+def _nar_file(context: ServerContext, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
-    if not cache.offers_zstd:
+    if not context.offers_zstd:
         return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
-    url = file_url(info, cache.compressor.frames.encoding)
+    url = file_url(info, context.compressor.frames.encoding)
     return NarFile(url, "zstd", compressed and compressed.sha256, compressed and compressed.size)

@@ -20,7 +20,7 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server import page
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import content_type
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import directory
@@ -39,8 +39,8 @@ _PATH_MAX = 4096  # bytes, likewise
 _SANDBOX = "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts"
 
 
-async def get(cache: Cache, request: Request, where: str) -> Representation:  # noqa: ARG001 (not as it was sent)
-    if not cache.settings.serve_files:
+async def get(context: ServerContext, request: Request, where: str) -> Representation:  # noqa: ARG001 (not as it was sent)
+    if not context.settings.serve_files:
         raise NotFound
     _, _, hash_part, *encoded = request.path.split("/")
     names = [unquote_to_bytes(name) for name in encoded]
@@ -48,34 +48,34 @@ async def get(cache: Cache, request: Request, where: str) -> Representation:  # 
     names = names[:-1] if as_directory else names
     if not is_hash_part(hash_part) or any(name in (b"", b".", b"..") or set(name) & set(b"/\0") for name in names):
         raise NotFound
-    info = found(await cache.paths.find(hash_part))
-    entry = await _resolve(cache, info, names)
+    info = found(await context.paths.find(hash_part))
+    entry = await _resolve(context, info, names)
     if not stat.S_ISDIR(entry.status.st_mode):
         if as_directory:
             raise NotFound
-        return _file(cache, entry)
+        return _file(context, entry)
     if not as_directory:
         return page.redirect(
             f"./{quote(names[-1] if names else hash_part, safe='')}/", HTTPStatus.MOVED_PERMANENTLY, IMMUTABLE
         )
     try:
-        index = await _resolve(cache, entry.info, [*entry.names, b"index.html"])
+        index = await _resolve(context, entry.info, [*entry.names, b"index.html"])
     except NotFound:
         index = entry
     if stat.S_ISREG(index.status.st_mode):
-        return _file(cache, index)
-    return await directory.representation(cache, request, info, names, entry)
+        return _file(context, index)
+    return await directory.representation(context, request, info, names, entry)
 
 
-async def _resolve(cache: Cache, info: PathInfo, names: Sequence[bytes]) -> Entry:
+async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes]) -> Entry:
     """What is at `names` in that store path, by way of symlinks. NotFound also where these lead elsewhere."""
     parts = [os.fsencode(info.path), *names]
     for _ in range(_LINKS + 1):
         if sum(map(len, parts)) + len(parts) > _PATH_MAX:
             break
         if parts[0] != os.fsencode(info.path):
-            info = await _named(cache, parts[0])
-        step = await cache.threads.read(partial(object_files.look, cache.store, info, parts[1:]))
+            info = await _named(context, parts[0])
+        step = await context.threads.read(partial(object_files.look, context.store, info, parts[1:]))
         if isinstance(step, Entry):
             return step
         if not step:  # it leads elsewhere, or to the store itself
@@ -84,19 +84,19 @@ async def _resolve(cache: Cache, info: PathInfo, names: Sequence[bytes]) -> Entr
     raise NotFound
 
 
-async def _named(cache: Cache, base_name: bytes) -> PathInfo:
+async def _named(context: ServerContext, base_name: bytes) -> PathInfo:
     try:
         path = StorePath(os.fsdecode(base_name))
     except FormatError:
         raise NotFound from None
-    info = found(await cache.paths.find(path.hash_part))
+    info = found(await context.paths.find(path.hash_part))
     if info.path != path:
         raise NotFound
     return info
 
 
-def _file(cache: Cache, entry: Entry) -> Representation:
-    body = File(cache.store.real_path(entry.info.path), entry.names, entry.status)
+def _file(context: ServerContext, entry: Entry) -> Representation:
+    body = File(context.store.real_path(entry.info.path), entry.names, entry.status)
     inner = b"/".join(entry.names)
     kind = content_type.of(entry.names[-1] if entry.names else os.fsencode(entry.info.path), entry.sample)
     headers = {"x-content-type-options": "nosniff", "access-control-allow-origin": "*"}
@@ -107,7 +107,7 @@ def _file(cache: Cache, entry: Entry) -> Representation:
         body=body,
         cache_control=IMMUTABLE,
         etag=f'"{base32.encode(entry.info.nar_hash)}-{hashlib.sha256(inner).hexdigest()[:32]}"',
-        zstd=cache.encoded(body),
-        worthwhile=content_type.is_compressible(kind) and not cache.compressor.frames.saturated,
+        zstd=context.encoded(body),
+        worthwhile=content_type.is_compressible(kind) and not context.compressor.frames.saturated,
         headers=headers,
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.server.context import Cache, Fallback
+from harmonia.server.context import Fallback, ServerContext
 from harmonia.server.http.response import Handler, Representation
 from harmonia.server.http.response_cache import AbsentError
 
@@ -13,30 +13,30 @@ from harmonia.server.http.response_cache import AbsentError
 def with_fallback(local: Handler, select: Callable[[Fallback], Handler]) -> Handler:
     """Return a handler that asks the upstreams if the local store does not have the resource."""
 
-    async def get(cache: Cache, request: Request, **parameters: str) -> Representation:
+    async def get(context: ServerContext, request: Request, **parameters: str) -> Representation:
         try:
-            return await local(cache, request, **parameters)
+            return await local(context, request, **parameters)
         except AbsentError:
-            if cache.upstreams is None:
+            if context.upstreams is None:
                 raise
-        return await select(cache.upstreams)(request, **parameters)
+        return await select(context.upstreams)(request, **parameters)
 
     return get
 
 
-async def get(cache: Cache, request: Request, name: str) -> Representation:
-    if cache.upstreams is None:
+async def get(context: ServerContext, request: Request, name: str) -> Representation:
+    if context.upstreams is None:
         raise NotFound
-    return await cache.upstreams.get_nar(request, name)
+    return await context.upstreams.get_nar(request, name)
 
 
-async def start(cache: Cache) -> None:
-    if cache.settings.upstream:
+async def start(context: ServerContext) -> None:
+    if context.settings.upstream:
         from harmonia.server.resources.upstream_answers import Answers  # noqa: PLC0415 (half a second to load)
 
-        cache.upstreams = Answers(cache)
+        context.upstreams = Answers(context)
 
 
-async def stop(cache: Cache) -> None:
-    if cache.upstreams is not None:
-        await cache.upstreams.close()
+async def stop(context: ServerContext) -> None:
+    if context.upstreams is not None:
+        await context.upstreams.close()

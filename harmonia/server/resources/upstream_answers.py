@@ -22,7 +22,7 @@ from harmonia.config.settings import Settings, Upstream
 from harmonia.errors import FormatError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.resources import build_trace, cached_listing, debuginfo, log, narinfo
@@ -54,20 +54,20 @@ _T = TypeVar("_T")
 class Answers:
     """To be made on the event loop that serves."""
 
-    def __init__(self, cache: Cache) -> None:
-        settings = cache.settings
-        self._cache = cache
+    def __init__(self, context: ServerContext) -> None:
+        settings = context.settings
+        self._context = context
         clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
-        nars = cache.compressor.cache
+        nars = context.compressor.cache
         self._threads = Threads()
         narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
-        self._upstreams = Upstreams(clients, cache.identity, settings.upstream_timeout, cache.failed_nars, narinfos)
+        self._upstreams = Upstreams(clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos)
         self._upstreams.start()
-        self._nars = Nars(cache, self._upstreams, Fetches(nars, narinfos, cache.failed_nars, self._threads))
+        self._nars = Nars(context, self._upstreams, Fetches(nars, narinfos, context.failed_nars, self._threads))
 
     def _client(self, number: int, upstream: Upstream) -> Client:
-        settings = self._cache.settings
-        counters = self._cache.metrics.own_upstream(upstream.url)
+        settings = self._context.settings
+        counters = self._context.metrics.own_upstream(upstream.url)
         transport = Transport(
             upstream,
             credentials.authorization(settings, number),
@@ -88,16 +88,16 @@ class Answers:
 
     @property
     def _max_age(self) -> int:
-        return min(self._cache.settings.narinfo_max_age, int(POSITIVE_TTL))
+        return min(self._context.settings.narinfo_max_age, int(POSITIVE_TTL))
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
         url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
         nar = replace(await self._nars.known_file(found), url=url)
-        keys = self._cache.keys if settings.sign and found.verified else ()
-        sigs = signatures(info, self._cache.settings.virtual_nix_store, keys)
-        return narinfo.representation(self._cache, request, info, nar, sigs, max_age=self._max_age)
+        keys = self._context.keys if settings.sign and found.verified else ()
+        sigs = signatures(info, self._context.settings.virtual_nix_store, keys)
+        return narinfo.representation(self._context, request, info, nar, sigs, max_age=self._max_age)
 
     async def get_nar(self, request: Request, name: str) -> Representation:
         return await self._nars.get(request, name)
@@ -109,7 +109,7 @@ class Answers:
             found = await self._upstreams.find_cached(hash_part)
             if found is None:
                 raise
-        return await cached_listing.get(self._cache, request, found, self._threads)
+        return await cached_listing.get(self._context, request, found, self._threads)
 
     async def get_log(self, request: Request, name: str) -> Representation:
         asked = log.decoded(request, name)
@@ -197,7 +197,7 @@ class Answers:
             async def again(part: Part) -> RemoteAnswer:
                 return _there(await client.ask(path, asked, method, part))
 
-            body = await whole_if_need_be(Passed(client, again, response), request, self._cache.submitter(request))
+            body = await whole_if_need_be(Passed(client, again, response), request, self._context.submitter(request))
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 

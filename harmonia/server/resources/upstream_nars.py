@@ -8,7 +8,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread, whole_if_need_be
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import Kept
@@ -29,8 +29,8 @@ _TYPE = "application/x-nix-nar"
 
 
 class Nars:
-    def __init__(self, cache: Cache, upstreams: Upstreams, fetches: Fetches) -> None:
-        self._submitter = cache.submitter
+    def __init__(self, context: ServerContext, upstreams: Upstreams, fetches: Fetches) -> None:
+        self._submitter = context.submitter
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in upstreams.clients}
         self._fetches = fetches

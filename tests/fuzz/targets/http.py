@@ -15,7 +15,7 @@ from harmonia.config import loader
 from harmonia.nix import base32
 from harmonia.server.app import count_with, create_app
 from harmonia.server.connections import ConnectionLimiter
-from harmonia.server.context import Cache
+from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import limited_connection
 from harmonia.tools.store_builder import StoreBuilder
@@ -126,7 +126,7 @@ class FuzzedServer:
         self._socket = socket.create_server(("127.0.0.1", 0))
         metrics = count_with(self._settings)
         metrics.take(0)
-        self._cache = Cache(self._settings, [], metrics)
+        self._context = ServerContext(self._settings, [], metrics)
         ready = threading.Event()
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
@@ -140,8 +140,8 @@ class FuzzedServer:
 
     async def _serve(self, ready: threading.Event) -> None:
         guard = Guard(self._settings) if self._settings.tokens_path else None
-        protocol = limited_connection(ConnectionLimiter(100, self._cache.metrics.own))
-        app = create_app(self._cache, guard)
+        protocol = limited_connection(ConnectionLimiter(100, self._context.metrics.own))
+        app = create_app(self._context, guard)
         Sanic.unregister_app(app)  # its name is free for the next
         app.state.primary = not running  # what Sanic does to its own code at the start, it can do only once
         server = await app.create_server(
@@ -150,8 +150,8 @@ class FuzzedServer:
         assert server is not None
         await server.startup()  # type: ignore[no-untyped-call]
         await server.start_serving()  # type: ignore[no-untyped-call]
-        assert self._cache.debug_info is not None
-        self._cache.debug_info.start()
+        assert self._context.debug_info is not None
+        self._context.debug_info.start()
         self._loop = asyncio.get_running_loop()
         ready.set()
         await self._stop.wait()
