@@ -26,7 +26,7 @@ from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.lookup import Upstreams
-from harmonia.upstream.loop_guard import Hops
+from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_verifier import has_file_hash
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.refusals import Reason, RefusalError
@@ -199,18 +199,43 @@ def test_who_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(run())
 
 
-def test_hops_are_read_as_they_are_written() -> None:
-    hops = Hops.parse("a, b", "c,, d ,")
-    assert hops == Hops(("a", "b"), frozenset("cd"))
-    headers = hops.headers("us", [])
-    assert Hops.parse(headers["Harmonia-Hops"], headers["Harmonia-Asked"]) == Hops(("a", "b", "us"), frozenset("cd"))
+def pseudonym(number: int) -> str:
+    return f"harmonia-{number:016x}"
 
 
-def test_what_clients_say_of_hops_is_cut_short() -> None:
-    hops = Hops.parse("a" * 1000 + ", b" * 1000, ", ".join(map(str, range(10_000))))
-    assert len(hops.through) == 8
-    assert len(hops.asked) == 64
-    assert max(map(len, hops.through)) == 32
+def test_via_is_parsed_as_it_is_written() -> None:
+    via = Via((pseudonym(1), pseudonym(2)), frozenset(map(pseudonym, (3, 4))))
+    field = via.headers(pseudonym(5), [pseudonym(6), None])[VIA]
+    names = " ".join(map(pseudonym, (3, 4, 6)))
+    assert field == f"1.1 {pseudonym(1)}, 1.1 {pseudonym(2)}, 1.1 {pseudonym(5)} (asked {names})"
+    assert Via.parse(field) == Via((*via.through, pseudonym(5)), via.asked | {pseudonym(6)})
+
+
+@pytest.mark.parametrize(
+    ("field", "through", "asked"),
+    [
+        ("", [], []),
+        (f"1.0 fred, HTTP/1.1 {pseudonym(1)} , 2 cdn.test:443 (Varnish, 7)", [1], []),
+        (f"1.1 {pseudonym(1)} (asked {pseudonym(2)}, {pseudonym(3)}),\t1.1 {pseudonym(4)}", [1, 4], [2, 3]),
+        (f"1.1 {pseudonym(1)} (asked {pseudonym(2)}", [], []),
+        (f"1.1 {pseudonym(1)}x, 1.1 x{pseudonym(1)}, {pseudonym(1)}, 1.1 {pseudonym(1)} {pseudonym(2)}", [], []),
+        (f"1.1 x ({pseudonym(1)} ({pseudonym(2)})), 1.1 {pseudonym(3)}", [3], [2]),
+    ],
+)
+def test_other_proxies_in_via_are_left_out(field: str, through: list[int], asked: list[int]) -> None:
+    assert Via.parse(field) == Via(tuple(map(pseudonym, through)), frozenset(map(pseudonym, asked)))
+
+
+def test_received_via_is_bounded() -> None:
+    """Whatever is received, a few names are kept, and what is sent on is read in whole."""
+    names = list(map(pseudonym, range(1000)))
+    many = Via.parse(", ".join(f"1.1 {name}" for name in names))
+    assert many.through == tuple(names[:8])
+    asked = Via.parse(f"1.1 {names[0]} ({' '.join(names[:100])})")
+    assert len(asked.asked) == 64
+    assert Via.parse("1.1 x, " * 1000 + f"1.1 {names[0]}") == Via()
+    longest = Via((*many.through[:7],), asked.asked).headers(pseudonym(5000), names)
+    assert Via.parse(longest[VIA]).through == (*many.through[:7], pseudonym(5000))
 
 
 def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +244,12 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
 
     async def run() -> None:
         upstreams = Upstreams([], "us", 1, FailedNars())
-        hops = Hops.parse("a, b, c", ",".join(map(str, range(60))))
-        await upstreams.find("used", hops)
+        via = Via(("a", "b", "c"), frozenset(map(str, range(60))))
+        await upstreams.find("used", via)
         tracemalloc.start()
         for number in range(5000):
-            await upstreams.find(f"{number:032}", hops)
-            await upstreams.find("used", hops)
+            await upstreams.find(f"{number:032}", via)
+            await upstreams.find("used", via)
         taken = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert taken < 1 << 20
@@ -250,7 +275,7 @@ def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -
             return "answer"
 
         upstreams = Upstreams([real_client()], "us", 10, FailedNars())
-        getting = asyncio.create_task(upstreams.get(ask, Hops(), discarded.append))
+        getting = asyncio.create_task(upstreams.get(ask, Via(), discarded.append))
         for _ in range(steps):
             await asyncio.sleep(0)
         getting.cancel()

@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import secrets
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from harmonia.store.publish_policy import Release
 from harmonia.store.store import Store
 from harmonia.store.temp_roots import Hold, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
+from harmonia.upstream.loop_guard import new_pseudonym
 
 _LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
@@ -130,8 +130,8 @@ class ServerContext:
         """Other caches, while a worker serves."""
         if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
             importlib.import_module("harmonia.server.resources.upstream_answers")
-        self.identity = secrets.token_hex(8)
-        """What we call ourselves to other Harmonias, all workers alike."""
+        self.identity = new_pseudonym()
+        """The pseudonym of this server, of all its workers, to other Harmonias."""
 
     @property
     def trusted_keys(self) -> list[str]:

@@ -14,7 +14,7 @@ from harmonia.nix.signing import PublicKey
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
-from harmonia.upstream.loop_guard import HOPS
+from harmonia.upstream.loop_guard import PROBE
 from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
@@ -206,7 +206,7 @@ class Client:
         try:
             with self._counting():
                 async with self._answering():
-                    text = await self._small("nix-cache-info", {HOPS: ""})
+                    text = await self._small("nix-cache-info", PROBE)
         except (AnswerError, RefusalError) as error:
             self._say(f"cannot be used: {error.why}")
             return False

@@ -12,7 +12,7 @@ from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.lookup_cache import Memory
-from harmonia.upstream.loop_guard import Hops
+from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.remote_path import Found, look_up
@@ -51,67 +51,67 @@ class Upstreams:
         for client in self.clients:
             await client.close()
 
-    async def find(self, hash_part: str, hops: Hops) -> Found | None:
+    async def find(self, hash_part: str, via: Via) -> Found | None:
         """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it.
 
         If no upstream has it, or none answers, a path whose narinfo and NAR are in the cache is found there.
         """
-        if hops.is_over(self.identity):
+        if via.is_loop(self.identity):
             return None
-        return await self._find_remote(hash_part, hops) or await self.find_cached(hash_part)
+        return await self._find_remote(hash_part, via) or await self.find_cached(hash_part)
 
     async def find_cached(self, hash_part: str) -> Found | None:
         """Return a path whose narinfo and NAR are in the cache, without asking any upstream."""
         return None if self._narinfos is None else await self._narinfos.find(hash_part)
 
-    def keep_narinfo(self, hash_part: str, hops: Hops) -> None:
+    def keep_narinfo(self, hash_part: str, via: Via) -> None:
         """Have the narinfo of a path in the cache, too, whose NAR is: it came with another path of the same content."""
         if self._narinfos is not None:
-            self._tasks.share(self._keep_narinfo(self._narinfos, hash_part, hops))
+            self._tasks.share(self._keep_narinfo(self._narinfos, hash_part, via))
 
-    async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, hops: Hops) -> None:
-        if not await narinfos.has(hash_part) and (found := await self._find_remote(hash_part, hops)):
+    async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
+        if not await narinfos.has(hash_part) and (found := await self._find_remote(hash_part, via)):
             await narinfos.keep(found)
 
-    async def _find_remote(self, hash_part: str, hops: Hops) -> Found | None:
+    async def _find_remote(self, hash_part: str, via: Via) -> Found | None:
         # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
-        for key in ((hash_part, Hops()), (hash_part, hops)):
+        for key in ((hash_part, Via()), (hash_part, via)):
             known = self._known.get(key)
-            if known is not None and not (known.found and self._is_useless(known.found, hops)):
+            if known is not None and not (known.found and self._is_useless(known.found, via)):
                 return known.found
-        task = self._once((hash_part, hops), lambda: self._find(hash_part, hops))
+        task = self._once((hash_part, via), lambda: self._find(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
         return task.result() if done else None
 
-    async def find_nar(self, name: NarName, hops: Hops, failed: Collection[Client] = ()) -> Found | None:
+    async def find_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> Found | None:
         """Who has the NAR of that name, or one like it: packed anew, perhaps, but in the same compression.
 
         Nobody who has failed. This takes its time: a client that asks for a NAR knows that there is one.
         """
-        if hops.is_over(self.identity):
+        if via.is_loop(self.identity):
             return None
-        known = self._known.get((name.hash_part, Hops()))
+        known = self._known.get((name.hash_part, Via()))
         found = known.found if known else None
-        if found and found.name == name and found.client not in failed and not self._is_useless(found, Hops()):
+        if found and found.name == name and found.client not in failed and not self._is_useless(found, Via()):
             return found
-        return await asyncio.shield(self._once((name, hops, *failed), lambda: self._find_nar(name, hops, failed)))
+        return await asyncio.shield(self._once((name, via, *failed), lambda: self._find_nar(name, via, failed)))
 
     def fail(self, found: Found) -> None:
         """Its NAR cannot be had: for a moment, nothing is said of the path that only this upstream says."""
-        self._known.forget((found.info.path.hash_part, Hops()))
+        self._known.forget((found.info.path.hash_part, Via()))
         self._failed.add(found.client.id, found.name.key)
 
-    def _is_useless(self, found: Found, hops: Hops) -> bool:
+    def _is_useless(self, found: Found, via: Via) -> bool:
         """Return whether the upstream asks us, or its NAR could not be had."""
-        return found.client.identity in hops.through or self._failed.has(found.client.id, found.name.key)
+        return found.client.identity in via.through or self._failed.has(found.client.id, found.name.key)
 
-    async def get(self, ask: Ask[_T], hops: Hops, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
+    async def get(self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
         """The first answer of all upstreams, within the bound. What comes later, or second, is discarded."""
-        if hops.is_over(self.identity):
+        if via.is_loop(self.identity):
             return None
 
         async def first() -> _T | None:
-            return (await self._first(ask, hops, discard))[0]
+            return (await self._first(ask, via, discard))[0]
 
         task = self._tasks.begin(first())
         done: set[asyncio.Task[_T | None]] = set()
@@ -123,15 +123,15 @@ class Upstreams:
                 task.add_done_callback(partial(_discard, discard))
 
     async def _first(
-        self, ask: Ask[_T], hops: Hops, discard: Callable[[_T], object] = lambda _: None
+        self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None
     ) -> tuple[_T | None, bool]:
         """The first answer of all upstreams, and whether all have answered that were to be asked.
 
         Those of the lowest priority are asked first, all at once; others when these have no answer, or keep us waiting.
         Whoever is slower is still heard out: else its connection had to be closed, and its slowness went unnoticed.
         """
-        clients = [client for client in self.clients if client.identity not in {*hops.through, *hops.asked}]
-        headers = hops.headers(self.identity, [client.identity for client in clients])
+        clients = [client for client in self.clients if client.identity not in {*via.through, *via.asked}]
+        headers = via.headers(self.identity, [client.identity for client in clients])
         tiers = [list(tier) for _, tier in groupby(clients, lambda client: client.settings.priority)]
         running: set[asyncio.Task[_T | None]] = set()
         sure = len(clients) == len(self.clients)
@@ -154,19 +154,19 @@ class Upstreams:
             for task in running:
                 task.add_done_callback(partial(_discard, discard))
 
-    async def _find(self, hash_part: str, hops: Hops) -> Found | None:
+    async def _find(self, hash_part: str, via: Via) -> Found | None:
         async def ask(client: Client, headers: dict[str, str]) -> Found | None:
             found = await look_up(client, hash_part, headers)
             return None if found and self._failed.has(client.id, found.name.key) else found
 
-        found, sure = await self._first(ask, hops)
+        found, sure = await self._first(ask, via)
         if found or sure:
-            self._known.remember((hash_part, Hops() if found else hops), found)
+            self._known.remember((hash_part, Via() if found else via), found)
         if found and self._narinfos is not None:
             self._tasks.share(self._narinfos.keep(found))  # it may have changed
         return found
 
-    async def _find_nar(self, name: NarName, hops: Hops, failed: Collection[Client]) -> Found | None:
+    async def _find_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> Found | None:
         alike: list[Found] = []
         failed_before: list[Found] = []
 
@@ -183,7 +183,7 @@ class Upstreams:
                     alike.append(found)
             return None
 
-        found, _ = await self._first(ask, hops)
+        found, _ = await self._first(ask, via)
         return found or next(iter(alike + failed_before), None)
 
     def _once(

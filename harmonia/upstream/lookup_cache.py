@@ -4,14 +4,14 @@ import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from harmonia.upstream.loop_guard import Hops
+from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.remote_path import Found
 
 POSITIVE_TTL = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
 _NEGATIVE_TTL = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build
 _SIZE = 32 << 20  # bytes, about: some 20,000 paths, or 60,000 that nobody has
 
-Question = tuple[str, Hops]
+Question = tuple[str, Via]
 """A hash part, and the way by which the question for it came."""
 
 

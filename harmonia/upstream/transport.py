@@ -19,7 +19,7 @@ from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.untrusted import excerpt
 from harmonia.upstream.address_filter import InsideError, Reach
 from harmonia.upstream.header_fields import content_range_start, retry_after_s
-from harmonia.upstream.loop_guard import IDENTITY, names
+from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.refusals import Reason, Refusals
 
 _REDIRECTS = 5
@@ -145,7 +145,7 @@ class Transport:
     ) -> aiohttp.ClientResponse:
         here = self.is_here(url)
         # What is ours to know goes nowhere else: who redirects us may name any host.
-        sent = {k: v for k, v in headers.items() if here or not k.startswith("Harmonia-")} | dict(ranged)
+        sent = {k: v for k, v in headers.items() if here or k != VIA} | dict(ranged)
         if here and self._authorization:
             sent["Authorization"] = self._authorization
         target = URL(url, encoded=True)
@@ -176,7 +176,7 @@ class Transport:
             self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {why}")
             raise FailureError(self.base, why)
         if here:
-            self.identity = next(iter(names(response.headers.get(IDENTITY, ""))), self.identity)
+            self.identity = next(iter(Via.parse(response.headers.get(VIA, "")).through), self.identity)
         return response
 
     async def _judge(self, target: URL, *, here: bool) -> None:

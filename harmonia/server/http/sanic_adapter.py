@@ -57,8 +57,8 @@ class AdaptedRequest(Request):
         """Every response comes through here."""
         if response is not None:
             response.headers["date"] = date()
-            if "harmonia-hops" in self.headers:  # another Harmonia, which wants to know whom it has asked
-                response.headers["harmonia-id"] = self.app.ctx.identity
+            if any("harmonia" in via for via in self.headers.getall("via", ())):  # to tell it which Harmonia it asked
+                response.headers["via"] = f"1.1 {self.app.ctx.identity}"
         return await super().respond(response, **rest)
 
 

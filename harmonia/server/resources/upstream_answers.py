@@ -26,7 +26,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
 from harmonia.server.resources import build_trace, cached_listing, debuginfo, log, narinfo
-from harmonia.server.resources.upstream_nars import Nars, hops_of, is_debug_nar
+from harmonia.server.resources.upstream_nars import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
@@ -116,7 +116,7 @@ class Answers:
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:
-                found = await self._upstreams.find(path.hash_part, hops_of(request))
+                found = await self._upstreams.find(path.hash_part, via_of(request))
                 deriver = found.info.deriver if found and found.info.path == path else None
                 path = deriver or StorePath(f"{path}.drv")
         except FormatError:
@@ -139,7 +139,7 @@ class Answers:
                 await _parse(client, path, text, lambda said: StorePath(said["outPath"]))
             return text
 
-        text = await self._upstreams.get(ask, hops_of(request))
+        text = await self._upstreams.get(ask, via_of(request))
         if text is None:
             raise NotFound
         return metadata.representation("application/json", text, self._max_age)
@@ -164,13 +164,13 @@ class Answers:
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
-        text = await self._upstreams.get(ask, hops_of(request))
+        text = await self._upstreams.get(ask, via_of(request))
         if text is None:
             raise NotFound
         return metadata.representation("application/json", text, self._max_age)
 
     async def _find(self, request: Request, hash_part: str) -> Found:
-        found = await self._upstreams.find(hash_part, hops_of(request))
+        found = await self._upstreams.find(hash_part, via_of(request))
         if found is None:
             raise NotFound
         return found
@@ -185,7 +185,7 @@ class Answers:
             response = await client.ask(path, asked, method)
             return None if response is None else (client, asked, response)
 
-        answer = await self._upstreams.get(ask, hops_of(request), lambda answer: answer[2].close())
+        answer = await self._upstreams.get(ask, via_of(request), lambda answer: answer[2].close())
         if answer is None:
             raise NotFound
         client, asked, response = answer

@@ -15,7 +15,7 @@ from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import Fetches, unread_size
 from harmonia.upstream.lookup import Upstreams
-from harmonia.upstream.loop_guard import ASKED, HOPS, Hops
+from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.passthrough_body import Passed
 from harmonia.upstream.remote_path import Found
@@ -39,54 +39,54 @@ class Nars:
         await self._fetches.close()
 
     async def get(self, request: Request, name: str) -> Representation:
-        hops = hops_of(request)
-        if hops.is_over(self._upstreams.identity):
+        via = via_of(request)
+        if via.is_loop(self._upstreams.identity):
             raise NotFound
         if (found := _PLACE.fullmatch(name)) and found["upstream"] in self._by_id and is_debug_nar(found["place"]):
-            return self._debug_nar(self._by_id[found["upstream"]], found["place"], hops)
+            return self._debug_nar(self._by_id[found["upstream"]], found["place"], via)
         try:
             wanted = NarName.parse(name)
         except FormatError:
             raise NotFound from None
         if kept := await self._fetches.find(wanted.key):
-            self._upstreams.keep_narinfo(wanted.hash_part, hops)
+            self._upstreams.keep_narinfo(wanted.hash_part, via)
             return _nar(wanted, kept)
-        found_nar = await self._upstreams.find_nar(wanted, hops)
+        found_nar = await self._upstreams.find_nar(wanted, via)
         if found_nar is None:
             raise NotFound
 
         async def open_nar(request: Request) -> Body:
             if request.method == "HEAD":
-                return await self._unread(found_nar, hops)
-            return await whole_if_need_be(await self._open(found_nar, hops), request, self._submitter(request))
+                return await self._unread(found_nar, via)
+            return await whole_if_need_be(await self._open(found_nar, via), request, self._submitter(request))
 
         return _nar(found_nar.name, open_nar)
 
     async def known_file(self, found: Found) -> NarFile:
         return await self._fetches.known_file(found)
 
-    async def _open(self, found: Found, hops: Hops) -> Kept | Passed:
+    async def _open(self, found: Found, via: Via) -> Kept | Passed:
         """The NAR from there, or from the next upstream that has the same file, where that one fails."""
         failed: list[Client] = []
         while True:
             try:
-                return await self._fetches.open(found, self._headers(found.client, hops))
+                return await self._fetches.open(found, self._headers(found.client, via))
             except UpstreamError:
                 self._upstreams.fail(found)
                 failed.append(found.client)
-                other = await self._upstreams.find_nar(found.name, hops, failed)
+                other = await self._upstreams.find_nar(found.name, via, failed)
                 if other is None or other.name != found.name:
                     raise
                 found = other
 
-    async def _unread(self, found: Found, hops: Hops) -> Body:
+    async def _unread(self, found: Found, via: Via) -> Body:
         """For HEAD."""
         if found.file_size is not None:
             return Unread(found.file_size)
-        return Unread(await unread_size(found, self._headers(found.client, hops)))
+        return Unread(await unread_size(found, self._headers(found.client, via)))
 
-    def _debug_nar(self, client: Client, place: str, hops: Hops) -> Representation:
-        headers = self._headers(client, hops)
+    def _debug_nar(self, client: Client, place: str, via: Via) -> Representation:
+        headers = self._headers(client, via)
 
         async def ask(part: Part, method: str = "GET") -> RemoteAnswer:
             return await client.nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
@@ -101,8 +101,8 @@ class Nars:
             content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False
         )
 
-    def _headers(self, client: Client, hops: Hops) -> dict[str, str]:
-        return hops.headers(self._upstreams.identity, [client.identity])
+    def _headers(self, client: Client, via: Via) -> dict[str, str]:
+        return via.headers(self._upstreams.identity, [client.identity])
 
 
 def _nar(name: NarName, body: Body | Open) -> Representation:
@@ -115,5 +115,5 @@ def is_debug_nar(place: str) -> bool:
     return _DEBUG_NAR.fullmatch(place) is not None
 
 
-def hops_of(request: Request) -> Hops:
-    return Hops.parse(*(",".join(request.headers.getall(name, [])) for name in (HOPS, ASKED)))
+def via_of(request: Request) -> Via:
+    return Via.parse(",".join(request.headers.getall(VIA, [])))

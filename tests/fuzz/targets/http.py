@@ -67,7 +67,7 @@ WORDS += [
     b"close",
     b"Upgrade: ",
     b"Authorization: Basic ",
-    b"Harmonia-Hops: ",
+    b"Via: 1.1 harmonia-0123456789abcdef",
     b"%2f",
     b"%00",
     b"..",

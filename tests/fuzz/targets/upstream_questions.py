@@ -1,14 +1,13 @@
-"""What other Harmonias say of the way of a question: of any length, it is repeated within bounds and reads the same."""
+"""Via of a question: of any length, it is sent on within bounds and reads the same."""
 
-from harmonia.upstream.loop_guard import ASKED, HOPS, Hops
+from harmonia.upstream.loop_guard import VIA, Via
 
-WORDS = [b",", b" ", b"\n", b"0123456789abcdef"]
+WORDS = [b",", b" ", b"(", b")", b"1.1 ", b"harmonia-0123456789abcdef"]
+_US = "harmonia-00000000000000ff"
 
 
 def check(data: bytes) -> bool:
-    through, _, asked = data.decode("utf-8", "surrogateescape").partition("\n")
-    hops = Hops.parse(through, asked)
-    headers = hops.headers("us", [])
-    again = Hops.parse(headers[HOPS], headers[ASKED])
-    assert hops.is_over("us") or again == Hops((*hops.through, "us"), hops.asked)
-    return bool(hops.through)
+    via = Via.parse(data.decode("utf-8", "surrogateescape"))
+    again = Via.parse(via.headers(_US)[VIA])
+    assert via.is_loop(_US) or again == Via((*via.through, _US), via.asked)
+    return bool(via.through)
