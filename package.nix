@@ -52,6 +52,7 @@ let
       fileset.unions [
         ./tests/e2e/test_troubleshooting.py
         ./tests/test_benchmarks.py
+        ./tests/test_commit_titles.py
         ./tests/test_contributing.py
         ./tests/test_dependencies.py
         ./tests/test_docs.py
