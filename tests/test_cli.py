@@ -63,7 +63,7 @@ def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp
     for name in ("a", "b"):
         assert run("keygen", name, str(tmp_path)).returncode == 0
     with config.open("a") as file:
-        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n[release]\ndeny = ['x']\n")
+        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n[publish]\ndeny = ['x']\n")
     environment = {
         "CONFIG_FILE": str(config),
         "NIX_LOG_DIR": "/logs",

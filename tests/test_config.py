@@ -22,7 +22,7 @@ from nacl.signing import SigningKey
 
 from harmonia.config.credentials import authorization, secret_keys, tls_context
 from harmonia.config.loader import Source, parse, read
-from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
+from harmonia.config.settings import PublishRules, Settings, Upstream, Zstd
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process import preflight
@@ -325,14 +325,14 @@ def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str,
 )
 @pytest.mark.parametrize("key", ["allow", "deny"])
 def test_a_pattern_that_can_match_no_name_is_refused(key: str, pattern: str) -> None:
-    what = complaint(f"[release]\n{key} = ['*', {json.dumps(pattern)}]")
-    assert what.startswith(f"h.toml:2: release.{key}: ")
+    what = complaint(f"[publish]\n{key} = ['*', {json.dumps(pattern)}]")
+    assert what.startswith(f"h.toml:2: publish.{key}: ")
     assert " can match no name; a name is a store path without its directory and hash" in what
 
 
 @pytest.mark.parametrize("pattern", ["*", "hello-?.[0-9]*", "[!a-z]*", "[]]", "[!]]*", "a+b-c.d_e?f=g", "0*", "0" * 32])
 def test_other_patterns_are_not(pattern: str) -> None:
-    assert settings(f"[release]\nallow = [{json.dumps(pattern)}]").release.allow == (pattern,)
+    assert settings(f"[publish]\nallow = [{json.dumps(pattern)}]").publish.allow == (pattern,)
 
 
 def test_compressed_files_are_not_offered_where_nothing_is_compressed() -> None:
@@ -383,6 +383,22 @@ def test_key_files_come_in_upstreams_order_and_once(caplog: pytest.LogCaptureFix
         "h.toml:2: sign_key_path: deprecated; use sign_key_paths",
         "environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS",
     ]
+
+
+def test_release_is_the_deprecated_name_of_publish(caplog: pytest.LogCaptureFixture) -> None:
+    source = Source("priority = 5\n[release]\ndeny = ['secret-*']\n", "h.toml", {})
+    assert source.settings().publish == PublishRules(deny=("secret-*",))
+    assert [record.getMessage() for record in caplog.records] == ["h.toml:2: release: deprecated; use publish"]
+    assert source.origins()["publish.deny"] == "h.toml:3"
+    assert complaint("[release]\nallow = []\ndeny = 5").startswith("h.toml:3: publish.deny: expected an array")
+
+
+@pytest.mark.parametrize("tables", [("release", "publish"), ("publish", "release")])
+def test_release_and_publish_together_are_an_error(tables: tuple[str, str]) -> None:
+    line = 1 + 2 * tables.index("release")
+    assert complaint("".join(f"[{table}]\ndeny = ['a']\n" for table in tables)) == (
+        f"h.toml:{line}: release: the old name of publish, which is set too; keep publish alone"
+    )
 
 
 def test_nix_store_dir_overrides_the_file() -> None:
@@ -929,7 +945,7 @@ ZSTD = {
     "window_log": st.just(0) | st.integers(10, 27),
     "max_ldm_encoders_per_worker": st.integers(0),
 }
-KEYS = [item.name for struct in (Settings, Zstd, Upstream, ReleaseRules) for item in msgspec.structs.fields(struct)]
+KEYS = [item.name for struct in (Settings, Zstd, Upstream, PublishRules) for item in msgspec.structs.fields(struct)]
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
@@ -980,7 +996,7 @@ def test_no_text_does_worse_than_one_line_of_complaint(text: str) -> None:
         assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  no complaint is fine as well
 
 
-def test_what_may_leave_and_upstreams_do_not_go_together() -> None:
-    text = "[release]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
-    with pytest.raises(ConfigError, match=r"^harmonia.toml:1: release: .*give one or the other"):
+def test_publish_and_upstream_together_are_an_error() -> None:
+    text = "[publish]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
+    with pytest.raises(ConfigError, match=r"^harmonia.toml:1: publish: .*give one or the other"):
         parse(text, "harmonia.toml", {})

@@ -534,7 +534,7 @@ class TestTheCommand:
         answer = run("--config", str(server.config), "doctor", "--quiet")
         assert answer.returncode == 3
         assert f"error   narinfo: {other.path} is not in the cache\n" in answer.stdout
-        server.config.write_text(server.config.read_text() + "[release]\nallow = ['nothing']\n")
+        server.config.write_text(server.config.read_text() + "[publish]\nallow = ['nothing']\n")
         answer = run("--config", str(server.config), "doctor", "--quiet")
         assert answer.returncode == 0
         assert "warning samples: no path is known that this cache has" in answer.stdout

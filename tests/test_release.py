@@ -1,4 +1,4 @@
-"""Promises about what may leave the house: the rules mean what they say, and what roots need is known soon."""
+"""Promises about the publish policy: what each rule allows, and how soon a change of the roots is seen."""
 
 import os
 import time
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.config.settings import ReleaseRules
+from harmonia.config.settings import PublishRules
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store import queries
-from harmonia.store.publish_policy import Closure, Release
+from harmonia.store.publish_policy import Closure, PublishPolicy
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 
@@ -26,8 +26,8 @@ def info(name: str, *keys: SecretKey) -> PathInfo:
     return PathInfo(unsigned.path, unsigned.nar_hash, 1, sigs=sigs)
 
 
-def release(**rules: tuple[str, ...]) -> Release:
-    return Release(ReleaseRules(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
+def release(**rules: tuple[str, ...]) -> PublishPolicy:
+    return PublishPolicy(PublishRules(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
 
 
 @pytest.mark.parametrize(

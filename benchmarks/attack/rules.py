@@ -1,4 +1,4 @@
-"""Paths that [release] rules hold back: asked for by every resource, and after a restart that brought the rules."""
+"""Paths that [publish] rules hold back: asked for by every resource, and after a restart that brought the rules."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from benchmarks.attack.arena import Arena, Outcome, restart
 from support.contract import ABOUT_PATHS, filled, stock
 from support.running import Answer, Server
 
-_RULES = "[release]\ndeny = ['tree', 'plain', 'packed']"
+_RULES = "[publish]\ndeny = ['tree', 'plain', 'packed']"
 _BROWSE = "browse = true\nmax_query_rate = 0"
 _NONE = "0" * 32
 _HEADERS: list[dict[str, str]] = [

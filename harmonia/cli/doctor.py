@@ -14,7 +14,7 @@ from harmonia import cli
 from harmonia.cli import progress
 from harmonia.cli.arguments import Mebibytes, parse_url
 from harmonia.config import credentials, loader
-from harmonia.config.settings import ReleaseRules, Settings
+from harmonia.config.settings import PublishRules, Settings
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix import nix_conf
 from harmonia.nix.base32 import ALPHABET
@@ -99,7 +99,7 @@ def command(
     named = [_base_name(directory, path) for path in paths]
     count = len(named) or samples
     is_own = client is None
-    serves_all = is_own and settings.release == ReleaseRules()
+    serves_all = is_own and settings.publish == PublishRules()
     client = client or Client.of(settings)
     findings = once(
         examine(
@@ -134,7 +134,7 @@ def _own(settings: Settings) -> list[PublicKey]:
 
 def _with_key(findings: Iterable[Finding], settings: Settings) -> Iterator[Finding]:
     """Those, and that the settings have no key to sign with: unless one of them comes of it, or nobody is there."""
-    needless = bool(settings.sign_key_paths or settings.release.signed_by)
+    needless = bool(settings.sign_key_paths or settings.publish.signed_by)
     for finding in findings:
         needless |= finding.level == "error" and finding.check in ("connection", "signatures")
         yield finding

@@ -17,7 +17,7 @@ from typing import Any, Self
 import msgspec
 
 from harmonia.config import rust_log
-from harmonia.config.settings import ReleaseRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
+from harmonia.config.settings import PublishRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
 from harmonia.config.value_types import Level, plain, wanted
 from harmonia.errors import ConfigError
 
@@ -87,7 +87,7 @@ def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]
     for key, values in given.items():
         tables = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
         keys += [(key, str(number), each) for number, table in enumerate(tables) for each in table]
-    lines = {".".join(key): _line(text, key) for key in keys}
+    lines = {".".join(key): _line(text, _as_written(key, given)) for key in keys}
     places = {key: f"{name}:{line}" if line else "default" for key, line in lines.items()}
     variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
     if "cache_dir" not in given:
@@ -143,6 +143,11 @@ def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = N
 
 def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """The values that the file and the environment give together."""
+    if "release" in given:
+        if "publish" in given:
+            raise WrongSettingError("the old name of publish, which is set too; keep publish alone", "release")
+        _log.warning("%s:%s: release: deprecated; use publish", name, _line(text, ("release",)))
+        given = {"publish" if key == "release" else key: value for key, value in given.items()}
     values = _values(Settings, given)
     values["sign_key_paths"] = tuple(_key_files(values, environ))
     for key in sorted(values.keys() & _NO_EFFECT):
@@ -163,7 +168,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 
 
 def _values(
-    struct: type[Settings | Zstd | ReleaseRules | Upstream], given: Mapping[str, Any], *table: str
+    struct: type[Settings | Zstd | PublishRules | Upstream], given: Mapping[str, Any], *table: str
 ) -> dict[str, Any]:
     """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
     types = {field.name: field.type for field in msgspec.structs.fields(struct)}
@@ -199,7 +204,7 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
     return Upstream(**values)
 
 
-_TABLES: dict[str, type[Zstd | ReleaseRules]] = {"zstd": Zstd, "release": ReleaseRules}
+_TABLES: dict[str, type[Zstd | PublishRules]] = {"zstd": Zstd, "publish": PublishRules}
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _KEYS |= {
     field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)
@@ -226,7 +231,8 @@ def _placed(
     error: WrongSettingError, text: str, name: str, environ: Mapping[str, str], bind: str | None = None
 ) -> ConfigError:
     """The same, after where that setting was made: the option, the environment variable, or the file and its line."""
-    given, key = tomllib.loads(text), error.key
+    given = tomllib.loads(text)
+    key = _as_written(error.key, given)
     if key == ("bind",) and bind is not None:
         return ConfigError(f"--{error}")
     if key == ("sign_key_paths",) and error.key_file is not None:
@@ -243,6 +249,11 @@ def _placed(
         line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, where it is missing
         place = f"{name}:{line}" if line else name
     return ConfigError(f"{place}: {error}")
+
+
+def _as_written(key: tuple[str, ...], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the key as the file has it, which may have a table by its old name."""
+    return ("release", *key[1:]) if key[0] == "publish" and "publish" not in given else key
 
 
 def _line(text: str, key: tuple[str, ...]) -> int | None:

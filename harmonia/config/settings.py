@@ -136,8 +136,8 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
 
 
-class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
-    """What may leave the house. Where nothing is given, all that is valid may."""
+class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Publish policy: which store paths are served. Without rules, all valid paths are."""
 
     signed_by: Annotated[
         tuple[str, ...],
@@ -153,10 +153,10 @@ class ReleaseRules(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
 
     def __post_init__(self) -> None:
-        _check(value_types.check_public_key, self.signed_by, "release", "signed_by")
-        _check(value_types.check_pattern, self.allow, "release", "allow")
-        _check(value_types.check_pattern, self.deny, "release", "deny")
-        _check(value_types.check_absolute, self.gc_roots, "release", "gc_roots")
+        _check(value_types.check_public_key, self.signed_by, "publish", "signed_by")
+        _check(value_types.check_pattern, self.allow, "publish", "allow")
+        _check(value_types.check_pattern, self.deny, "publish", "deny")
+        _check(value_types.check_absolute, self.gc_roots, "publish", "gc_roots")
 
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
@@ -319,7 +319,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     upstream: Annotated[
         tuple[Upstream, ...], Meta(description="Other caches, each asked for what is not in the store.")
     ] = ()
-    release: Annotated[ReleaseRules, Meta(description="What may leave the house.")] = ReleaseRules()
+    publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
 
     def __post_init__(self) -> None:
         _check_paths(self)
@@ -335,7 +335,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
         _check(value_types.check_size, [self.cache_size], "cache_size")
         _check(value_types.check_proxy, self.trusted_proxies, "trusted_proxies")
-        _check_upstreams(self.upstream, self.release)
+        _check_upstreams(self.upstream, self.publish)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
         """That setting taken apart: host and port, or the path of a unix socket."""
@@ -383,10 +383,10 @@ def _check_paths(settings: Settings) -> None:
     _check(value_types.check_absolute, [settings.virtual_nix_store], "virtual_nix_store")
 
 
-def _check_upstreams(upstreams: tuple[Upstream, ...], release: ReleaseRules) -> None:
-    if upstreams and release != ReleaseRules():
+def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> None:
+    if upstreams and rules != PublishRules():
         raise WrongSettingError(
-            "it does not hold for what comes from an [[upstream]]; give one or the other", "release"
+            "it does not hold for what comes from an [[upstream]]; give one or the other", "publish"
         )
     urls = [upstream.url.rstrip("/") for upstream in upstreams]
     for number, upstream in enumerate(upstreams):

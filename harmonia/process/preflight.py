@@ -93,10 +93,10 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
         yield WrongSettingError(f"{error}; until it can be read, nothing is served", "nix_db_path")
     finally:
         database.close()
-    for root in settings.release.gc_roots:
+    for root in settings.publish.gc_roots:
         if not root.startswith(f"{store_dir}/") and not os.path.lexists(root):
             what = f"there is no {root!r}; name a store path, a symlink to one, or a directory of such"
-            raise WrongSettingError(what, "release", "gc_roots")
+            raise WrongSettingError(what, "publish", "gc_roots")
 
 
 def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:

@@ -17,7 +17,7 @@ from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
-from harmonia.config.settings import ReleaseRules, Settings
+from harmonia.config.settings import PublishRules, Settings
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
@@ -29,7 +29,7 @@ from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
-from harmonia.store.publish_policy import Release
+from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.store.temp_roots import Hold, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
@@ -111,8 +111,8 @@ class ServerContext:
         self.metrics = metrics
         self.store = Store.of(settings)
         self.threads = Threads(Store.of(settings), metrics)
-        release = Release(settings.release, Store.of(settings)) if settings.release != ReleaseRules() else None
-        self.paths = Paths(self.store, settings.database, keys, release, self.threads)
+        policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
+        self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
         layout_files = _layout_files(settings)
         self.layouts = Layouts(_LAYOUT_MEMORY, layout_files)
         self.made = MadeOnce(_MADE_MEMORY, layout_files)

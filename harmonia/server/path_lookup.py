@@ -1,4 +1,4 @@
-"""The store's paths, looked up and remembered, as far as they may leave the house."""
+"""Lookup of store paths, cached, behind the publish policy."""
 
 import asyncio
 import logging
@@ -16,14 +16,14 @@ from harmonia.nix.store_path import StorePath
 from harmonia.process.single_flight import SingleFlight
 from harmonia.server.threads import Threads
 from harmonia.store import queries
-from harmonia.store.publish_policy import Release
+from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Database, Store
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _REMEMBERED = 8192  # paths, about 2 KiB each
-_FRESH = 1.0  # seconds for which what the roots of a release need is taken not to have changed
+_FRESH = 1.0  # seconds for which what the roots of a policy need is taken not to have changed
 _STALE = 10.0  # seconds for which a path that was among it may go out without another look
 
 _log = logging.getLogger("harmonia")
@@ -31,7 +31,7 @@ _log = logging.getLogger("harmonia")
 
 @dataclass(frozen=True, slots=True)
 class SignedPath:
-    """A valid path that may leave the house, with all the signatures that its narinfo shows."""
+    """A valid path that the publish policy allows, with all the signatures that its narinfo shows."""
 
     info: PathInfo
     sigs: tuple[str, ...]
@@ -39,10 +39,10 @@ class SignedPath:
 
 class Paths:
     def __init__(
-        self, store: Store, database: str, keys: Sequence[SecretKey], release: Release | None, threads: Threads
+        self, store: Store, database: str, keys: Sequence[SecretKey], policy: PublishPolicy | None, threads: Threads
     ) -> None:
-        """`store` and `release` are each for one of the `threads`; `keys` are what all paths are signed with."""
-        self.release = release
+        """`store` and `policy` are each for one of the `threads`; `keys` are what all paths are signed with."""
+        self.policy = policy
         self._store = store
         self._keys = keys
         self._threads = threads
@@ -54,13 +54,13 @@ class Paths:
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
         """Hash parts of no path, as of that generation."""
-        self._closure = release.closure if release is not None else None
+        self._closure = policy.closure if policy is not None else None
         self._refreshing: Future[None] | None = None
 
     async def find(self, hash_part: str) -> SignedPath | None:
-        """The valid path with that hash part, if it may leave the house: all that is told of paths is asked for here.
+        """Return the path with this hash part, or None if it does not exist or the publish policy forbids it.
 
-        StoreObjectError where its row is of no use; StoreUnavailableError.
+        Every resource must look paths up here. Raises StoreObjectError if its row is malformed; StoreUnavailableError.
         """
         generation = self._generation()
         if self._absent_as_of != generation:
@@ -120,60 +120,60 @@ class Paths:
     def _end_turn(self) -> None:
         self._this_turn = None
 
-    async def releases(self, path: StorePath) -> bool:
-        """Whether a path is valid and may leave the house; without rules for that, always."""
-        if self.release is None:
+    async def is_published(self, path: StorePath) -> bool:
+        """Return whether a path is valid and the publish policy allows it. Without a policy, return True."""
+        if self.policy is None:
             return True
         found = await self.find_usable(path.hash_part)
         return found is not None and found.info.path == path
 
-    async def releases_log(self, derivation: StorePath) -> bool:
-        """Whether the log of a derivation may leave the house: with the derivation itself, or with what it made."""
-        if self.release is None:
+    async def is_log_published(self, derivation: StorePath) -> bool:
+        """Return whether the log of a derivation may be served: if the derivation or one of its outputs is."""
+        if self.policy is None:
             return True
-        if self.release.by_name_alone or not self.release.permits_name(derivation):
-            return self.release.permits_name(derivation)
-        if await self.releases(derivation):
+        if self.policy.by_name_alone or not self.policy.permits_name(derivation):
+            return self.policy.permits_name(derivation)
+        if await self.is_published(derivation):
             return True
         outputs = await self._threads.browse(lambda store: queries.outputs(store, derivation))
-        return any([await self.releases(output) for output in outputs])
+        return any([await self.is_published(output) for output in outputs])
 
-    def released(self, store: Store) -> Callable[[StorePath], bool] | None:
-        """Tells of a valid path whether it may leave the house; None where all may. For one thread, which may wait."""
-        release = self.release
-        if release is None:
+    def publish_filter(self, store: Store) -> Callable[[StorePath], bool] | None:
+        """Return a function that tells if a valid path is published, or None if all are. It blocks: for one thread."""
+        policy = self.policy
+        if policy is None:
             return None
         if self._closure is not None:
             self._closure.refresh(_FRESH)
 
-        def is_released(path: StorePath) -> bool:
-            if not release.permits_name(path) or not (self._closure is None or path in self._closure):
+        def is_published(path: StorePath) -> bool:
+            if not policy.permits_name(path) or not (self._closure is None or path in self._closure):
                 return False
             try:
                 info = store.path_info(path.hash_part)
             except StoreObjectError:
                 return False
-            return info is not None and release.permits(info)
+            return info is not None and policy.permits(info)
 
-        return is_released
+        return is_published
 
     async def _is_needed(self, path: StorePath) -> bool:
-        """Whether a root of the release needs it."""
+        """Return whether a root of the policy needs the path."""
         closure = self._closure
         assert closure is not None  # noqa: S101 (or nobody asks)
         if path in closure and closure.age < _STALE:
             if closure.age > _FRESH and (self._refreshing is None or self._refreshing.done()):
-                self._refreshing = self._threads.release.submit(closure.refresh, _FRESH)
+                self._refreshing = self._threads.closure.submit(closure.refresh, _FRESH)
             return True
         # Perhaps it was added just now, and a client remembers for an hour that it was not there.
-        await self._threads.wait_for(self._threads.release, partial(closure.refresh, _FRESH))
+        await self._threads.wait_for(self._threads.closure, partial(closure.refresh, _FRESH))
         return path in closure
 
     def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:
         info = self._store.path_info(hash_part)
         if info is None or (known is not None and known.info == info):
             return known if info else None
-        if self.release is not None and not self.release.permits(info):
+        if self.policy is not None and not self.policy.permits(info):
             return None
         for sig in info.sigs:
             if not is_signature(sig):

@@ -24,7 +24,7 @@ class Threads:
         """`browsed` is the store once more, for questions that take long: no narinfo waits behind them."""
         self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self.bodies = FairExecutor(_BODY_READERS, _BODY_READERS_EACH, "body")
-        self.release = ThreadPoolExecutor(1, thread_name_prefix="release")
+        self.closure = ThreadPoolExecutor(1, thread_name_prefix="closure")
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
         self.index = ThreadPoolExecutor(1, thread_name_prefix="index")

@@ -1,7 +1,7 @@
-"""Which of the valid paths may leave the house. Of all others, nothing that a client asks tells that they are there.
+"""Publish policy: which valid store paths are served. All other paths are answered exactly like missing ones.
 
-By who signed it, by its name, and by whether a root needs it: a path has to satisfy all that is asked for. What its row
-in the database tells (`Release.permits`) holds as long as that row. What roots need (`Closure`) changes with them.
+A path must satisfy each rule that is set: its signers, its name, and whether a GC root needs it. The result of
+`PublishPolicy.permits` depends on the path's row in the database alone; `Closure` changes with the roots.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from harmonia.config.settings import ReleaseRules
+from harmonia.config.settings import PublishRules
 from harmonia.errors import FormatError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
@@ -36,10 +36,10 @@ select substr(path, ?, 32) from needed join ValidPaths using (id)
 _log = logging.getLogger("harmonia")
 
 
-class Release:
-    """The rules, for any thread. Its methods block."""
+class PublishPolicy:
+    """The rules, for any thread. The methods block."""
 
-    def __init__(self, rules: ReleaseRules, store: Store) -> None:
+    def __init__(self, rules: PublishRules, store: Store) -> None:
         """`store` is for this alone. Nothing is opened yet, so that the process may still fork."""
         self._store_dir = store.store_dir
         self._keys = rules.public_keys
@@ -49,18 +49,18 @@ class Release:
         self.closure = Closure(store, rules.gc_roots) if rules.gc_roots else None
 
     def permits_name(self, path: StorePath) -> bool:
-        """Whether its name is in no way of it. A derivation is known by the name of what it makes, too."""
+        """Return whether the rules for names allow a path. A derivation is also matched without its suffix .drv."""
         names = {path.name, path.name.removesuffix(".drv")}
         if self._deny is not None and any(map(self._deny.fullmatch, names)):
             return False
         return self._allow is None or any(map(self._allow.fullmatch, names))
 
     def permits(self, info: PathInfo) -> bool:
-        """Whether nothing but the roots may be in its way."""
+        """Return whether all rules but gc_roots allow a path."""
         return self.permits_name(info.path) and (not self._keys or self._is_signed(info))
 
     def _is_signed(self, info: PathInfo) -> bool:
-        """By what the store has. Our own keys sign all that we serve, which tells nothing of where it is from."""
+        """Return whether a signature in the database is by one of the keys. Our own keys sign all that is served."""
         fingerprint = info.fingerprint(self._store_dir)
         return any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs)
 
@@ -100,7 +100,7 @@ class Closure:
             troubles: set[str] = set()
             paths = json.dumps([f"{self._store.store_dir}/{root}" for root in set(self._found(troubles))])
             for trouble in sorted(troubles - self._troubles):
-                _log.warning("release.gc_roots: %s", trouble)
+                _log.warning("publish.gc_roots: %s", trouble)
             self._troubles = troubles
             roots = [number for (number,) in self._store.database.query(_ROOT_IDS, paths)]
             if roots != self._roots:
@@ -112,7 +112,7 @@ class Closure:
     def _find(self, roots: Sequence[int]) -> frozenset[str]:
         rows = self._store.database.query(_NEEDED, json.dumps(roots), _CLOSURE, len(self._store.store_dir) + 2)
         if len(rows) == _CLOSURE:
-            _log.error("release.gc_roots need more than %d paths; those beyond are not served", _CLOSURE)
+            _log.error("publish.gc_roots need more than %d paths; those beyond are not served", _CLOSURE)
         return frozenset(hash_part for (hash_part,) in rows)
 
     def _found(self, troubles: set[str]) -> Iterator[StorePath]:

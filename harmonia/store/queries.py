@@ -43,13 +43,13 @@ select count(*), count(narSize), sum(narSize) from closure join ValidPaths using
 """
 
 
-# No index has it. It is only asked where there are rules for what may leave the house.
+# No index has it. It is only asked if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MOST_OUTPUTS = 100
 
 
-Released = Callable[[StorePath], bool] | None
-"""Tells of a path whether it may leave the house, where not all may."""
+PublishFilter = Callable[[StorePath], bool] | None
+"""Tells whether a path is published; None if all are."""
 
 
 class Paths(NamedTuple):
@@ -68,10 +68,10 @@ class Closure(NamedTuple):
     complete: bool
 
 
-def search(store: Store, text: str, limit: int, released: Released = None) -> Paths:
+def search(store: Store, text: str, limit: int, published: PublishFilter = None) -> Paths:
     """The paths whose name has the words of `text` in their order, or whose hash part begins with it; best first.
 
-    Only those that are `released`, where that is asked.
+    With `published`, only paths for which it is true.
     """
     words = text.casefold().split()
     if not words:
@@ -91,9 +91,9 @@ def search(store: Store, text: str, limit: int, released: Released = None) -> Pa
         pattern = (HASH_PART_LENGTH + 2, in_name, in_hash)
         [(last, matches)] = store.database.query(_MATCHES, prefix + 1, last, _BATCH, *pattern)
         for path in filter(None, map(_store_path, (matches or "").split())):
-            if released is None or released(path):
+            if published is None or published(path):
                 found.append(path)
-            if released is not None and time.monotonic() > deadline:
+            if published is not None and time.monotonic() > deadline:
                 return Paths(sorted(found, key=order)[:limit], len(found), complete=False)
         if last is None:
             break
@@ -101,13 +101,13 @@ def search(store: Store, text: str, limit: int, released: Released = None) -> Pa
     return Paths(sorted(found, key=order)[:limit], len(found), complete=last is None)
 
 
-def referrers(store: Store, path: StorePath, limit: int, released: Released = None) -> Paths:
-    """The valid paths that refer to `path`, but for itself. Only those that are `released`, where that is asked."""
-    asked = limit if released is None else _CANDIDATES
+def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:
+    """The valid paths that refer to `path`, but for itself. With `published`, only paths for which it is true."""
+    asked = limit if published is None else _CANDIDATES
     rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, asked)
     shown = filter(None, (_store_path(referrer) for _, referrer in rows))
-    if released is not None:
-        found = sorted(filter(released, shown), key=by_name)
+    if published is not None:
+        found = sorted(filter(published, shown), key=by_name)
         return Paths(found[:limit], len(found), complete=len(rows) < asked)
     return Paths(sorted(shown, key=by_name), rows[0][0] if rows else 0)
 

@@ -107,7 +107,7 @@ def test_a_released_closure_is_all_that_is_had(start: Start, client: Client, clo
     (roots / "dep").symlink_to(closure.paths["dep-1.0"])
     server = start(
         store=closure.server.directory,
-        settings=f"{signed(closure)}[release]\ngc_roots = ['{roots}']",
+        settings=f"{signed(closure)}[publish]\ngc_roots = ['{roots}']",
     )
     trust(client, server.url, closure, None)
     client.run("nix-store", "--realise", closure.paths["dep-1.0"])

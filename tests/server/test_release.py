@@ -1,4 +1,4 @@
-"""Promises about what may leave the house: a path that may not is, to every resource, as one that is not there."""
+"""Promises about the publish policy: each resource answers a path that is not published like a missing one."""
 
 import re
 import time
@@ -51,7 +51,7 @@ def test_every_resource_answers_as_if_it_were_not_there(
     directory, hashes = stocked
     none = dict(hashes, hash="0" * 32, plain=f"{'0' * 32}-n.drv", packed=f"{'0' * 32}-n.drv")
     rules = RULES[rule].format(directory=directory)
-    server = start(store=directory / "store", settings=f"browse = true\n[release]\n{rules}")
+    server = start(store=directory / "store", settings=f"browse = true\n[publish]\n{rules}")
     assert len(ABOUT_PATHS) > 15
     for row in ABOUT_PATHS:
         for method in ("GET", "HEAD"):
@@ -73,7 +73,7 @@ def test_every_resource_answers_as_if_it_were_not_there(
 def test_what_the_rules_permit_is_served(start: Start, stocked: tuple[Path, dict[str, str]], rule: str) -> None:
     directory, hashes = stocked
     rules = ALLOWING[rule].format(**hashes)
-    server = start(store=directory / "store", settings=f"browse = true\n[release]\n{rules}")
+    server = start(store=directory / "store", settings=f"browse = true\n[publish]\n{rules}")
     for row in ABOUT_PATHS:
         if rule == "needed" and row.path.startswith("/log/"):
             continue  # it was not built here
@@ -87,7 +87,7 @@ def test_our_own_signature_lets_nothing_out(start: Start, tmp_path: Path) -> Non
     signed = store.add(store.output_path("signed"), b"", keys=[KEY])
     (tmp_path / "key").write_text(KEY.export())
     (tmp_path / "key").chmod(0o600)
-    rules = f"sign_key_paths = ['{tmp_path}/key']\n[release]\nsigned_by = ['{KEY.public_key}']"
+    rules = f"sign_key_paths = ['{tmp_path}/key']\n[publish]\nsigned_by = ['{KEY.public_key}']"
     server = start(store=tmp_path / "store", settings=rules)
     assert server.get(f"/{signed.path.hash_part}.narinfo").status == 200
     assert server.get(f"/{plain.path.hash_part}.narinfo").status == 404
@@ -113,7 +113,7 @@ def test_pages_tell_of_what_is_kept_back_no_more_than_the_narinfo(
     start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
 ) -> None:
     _, user, secret = pair
-    server = start(store=tmp_path / "store", settings="browse = true\n[release]\ndeny = ['secret']")
+    server = start(store=tmp_path / "store", settings="browse = true\n[publish]\ndeny = ['secret']")
     # The reference is signed, and the narinfo would be none without it.
     assert str(secret.path) in server.get(f"/{user.path.hash_part}.narinfo").text
     page = server.get(f"/path/{user.path.hash_part}").text
@@ -130,7 +130,7 @@ def test_referrers_that_are_kept_back_are_not_told(
     start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
 ) -> None:
     _, user, secret = pair
-    server = start(store=tmp_path / "store", settings="browse = true\n[release]\ndeny = ['user']")
+    server = start(store=tmp_path / "store", settings="browse = true\n[publish]\ndeny = ['user']")
     page = server.get(f"/path/{secret.path.hash_part}").text
     assert user.path.hash_part not in page
     assert "None" in page.split("Referrers")[1]
@@ -142,7 +142,7 @@ def test_a_root_that_is_new_is_served_within_seconds_and_one_that_is_gone_is_not
     _, user, secret = pair
     roots = tmp_path / "roots"
     roots.mkdir()
-    server = start(store=tmp_path / "store", settings=f"[release]\ngc_roots = ['{roots}']")
+    server = start(store=tmp_path / "store", settings=f"[publish]\ngc_roots = ['{roots}']")
 
     def statuses() -> list[int]:
         return [server.get(f"/{info.path.hash_part}.narinfo").status for info in (user, secret)]
@@ -161,7 +161,7 @@ def test_a_page_leads_to_no_log_that_is_kept_back(start: Start, tmp_path: Path) 
     derivation, output = store.add_derivation("tree", "/bin/sh")
     store.add(output, b"", deriver=derivation.path)
     store.add_log(derivation.path, b"log\n")
-    for rules, told in (("", True), ("[release]\ndeny = ['*.drv']", False)):
+    for rules, told in (("", True), ("[publish]\ndeny = ['*.drv']", False)):
         server = start(store=tmp_path / "store", settings=f"browse = true\n{rules}")
         assert (server.get(f"/log/{derivation.path}").status == 200) is told
         assert ("Build log" in server.get(f"/path/{output.hash_part}").text) is told
@@ -175,7 +175,7 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
     store.add(outputs[1], b"", deriver=drvs[1])
     for drv in drvs:
         keep(store, drv)
-    server = start(store=tmp_path / "store", settings=f"[release]\nsigned_by = ['{KEY.public_key}']")
+    server = start(store=tmp_path / "store", settings=f"[publish]\nsigned_by = ['{KEY.public_key}']")
     names = [*drvs, *outputs, *(output.hash_part for output in outputs)]
     assert [server.get(f"/log/{name}").status for name in names] == [200, 404, 404, 200, 404, 200, 404]
 
@@ -183,26 +183,26 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("rules", "what"),
     [
-        ("signed_by = ['x']", "release.signed_by: a public key has the form name:base64, as in nix.conf"),
+        ("signed_by = ['x']", "publish.signed_by: a public key has the form name:base64, as in nix.conf"),
         pytest.param(
             f"signed_by = '{KEY.export()}'",
-            "release.signed_by: expected an array of strings, found string (not shown)",
+            "publish.signed_by: expected an array of strings, found string (not shown)",
             id="a secret key",
         ),
         pytest.param(
             f"signed_by = ['{KEY.export()}']",
-            "release.signed_by: the public key has 64 bytes after its colon",
+            "publish.signed_by: the public key has 64 bytes after its colon",
             id="a list of a secret key",
         ),
-        ("gc_roots = ['roots']", "release.gc_roots: expected an absolute path, found 'roots'"),
-        ("gc_roots = ['/nowhere/roots']", "release.gc_roots: there is no '/nowhere/roots'; name a store path"),
-        ("alow = ['a']", "release.alow: unknown key; did you mean release.allow?"),
-        ("deny = 'a'", "release.deny: expected an array of strings, found string 'a'"),
+        ("gc_roots = ['roots']", "publish.gc_roots: expected an absolute path, found 'roots'"),
+        ("gc_roots = ['/nowhere/roots']", "publish.gc_roots: there is no '/nowhere/roots'; name a store path"),
+        ("alow = ['a']", "publish.alow: unknown key; did you mean publish.allow?"),
+        ("deny = 'a'", "publish.deny: expected an array of strings, found string 'a'"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(tmp_path: Path, rules: str, what: str) -> None:
     StoreBuilder(tmp_path / "store")
-    (tmp_path / "harmonia.toml").write_text(f"real_nix_store = '{tmp_path}/store/nix/store'\n[release]\n{rules}")
+    (tmp_path / "harmonia.toml").write_text(f"real_nix_store = '{tmp_path}/store/nix/store'\n[publish]\n{rules}")
     checked = run("--config", str(tmp_path / "harmonia.toml"), "check-config")
     assert checked.returncode == 2
     assert f":3: {what}" in checked.stderr
@@ -217,7 +217,7 @@ def test_a_search_ends_in_time_however_many_paths_are_kept_back(start: Start, tm
             "insert into ValidPaths (path, hash, registrationTime, narSize, sigs) values (?, ?, 0, 1, ?)",
             ((f"/nix/store/{n:032}-lib", f"sha256:{'0' * 64}", signed.sigs[0]) for n in range(20_000)),
         )
-    server = start(store=tmp_path / "store", settings=f"browse = true\n[release]\nsigned_by = ['{KEY.public_key}']")
+    server = start(store=tmp_path / "store", settings=f"browse = true\n[publish]\nsigned_by = ['{KEY.public_key}']")
     began = time.monotonic()
     answer = server.get("/search?q=lib")
     assert time.monotonic() - began < 2.5

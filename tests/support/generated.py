@@ -12,7 +12,7 @@ import msgspec
 
 from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
-from harmonia.config.settings import ReleaseRules, Settings, Upstream, Zstd
+from harmonia.config.settings import PublishRules, Settings, Upstream, Zstd
 from harmonia.config.value_types import wanted
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
@@ -52,7 +52,7 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream", "release"}:
+        if item.name in {"zstd", "upstream", "publish"}:
             continue  # has a table of its own
         if item.required:
             rows.append(f"| `{item.name}` | {wanted(item.type)} | | {schema['description']} |")
@@ -176,7 +176,7 @@ def cli_reference() -> str:
 
 def configuration() -> str:
     text = (ROOT / "docs/reference/configuration.md").read_text()
-    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("release", ReleaseRules))
+    structs = (("keys", Settings), ("zstd", Zstd), ("upstream", Upstream), ("publish", PublishRules))
     for mark, struct in structs:
         text = _between(text, mark, _settings_table(struct))
     return text

@@ -38,7 +38,7 @@ async def search(context: ServerContext, request: Request) -> Representation:
     if named and await context.paths.find_usable(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     result = await context.threads.browse(
-        lambda store: queries.search(store, asked, _SHOWN, context.paths.released(store))
+        lambda store: queries.search(store, asked, _SHOWN, context.paths.publish_filter(store))
     )
     document = page.begin(
         context, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
@@ -67,17 +67,17 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
         raise NotFound
     info = signed.info
     referrers = await context.threads.browse(
-        lambda store: queries.referrers(store, info.path, _SHOWN, context.paths.released(store))
+        lambda store: queries.referrers(store, info.path, _SHOWN, context.paths.publish_filter(store))
     )
     # What it needs may be paths that are nobody's business.
     closure = (
-        None if context.paths.release else await context.threads.browse(lambda store: queries.closure(store, info.path))
+        None if context.paths.policy else await context.threads.browse(lambda store: queries.closure(store, info.path))
     )
     deriver_is_here = info.deriver is not None and await context.paths.find_usable(info.deriver.hash_part) is not None
     full_path = f"{context.store.store_dir}/{info.path}"
     keys = context.trusted_keys
     references = sorted(info.references, key=queries.by_name)
-    kept_back = {path for path in references[:_SHOWN] if not await context.paths.releases(path)}
+    kept_back = {path for path in references[:_SHOWN] if not await context.paths.is_published(path)}
 
     document = page.begin(context, info.path.name, "../")
     with document.main:
@@ -99,12 +99,12 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
 
 
 async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
-    """The derivation whose log tells how the path came about, if that is here and may leave the house."""
+    """The derivation whose log tells how the path came about, if that is here and published."""
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
             log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
-            if log is not None and await context.paths.releases_log(derivation):
+            if log is not None and await context.paths.is_log_published(derivation):
                 return derivation
     return None
 

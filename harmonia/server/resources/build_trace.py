@@ -72,7 +72,7 @@ def _decoded(text: str) -> str:
 
 
 async def _checked(context: ServerContext, name: str, realisation: Realisation | None) -> Realisation:
-    if realisation is None or not await context.paths.releases(realisation.out_path):
+    if realisation is None or not await context.paths.is_published(realisation.out_path):
         raise AbsentError
     for sig in realisation.sigs:
         if not is_signature(sig):

@@ -23,7 +23,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     except FormatError:
         raise NotFound from None
     log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
-    if log is None or not await context.paths.releases_log(derivation):
+    if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
     async def open_plain(request: Request) -> Body:

@@ -14,7 +14,7 @@ from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Client
 
 _OK = 200
-_ABSENT = "see that the served store has it, and no [release] keeps it back; into a directory of files, copy it"
+_ABSENT = "see that the served store has it, and no [publish] keeps it back; into a directory of files, copy it"
 
 
 def examine(

@@ -8,7 +8,19 @@ from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
 
 WORDS = [f"\n{name} = ".encode() for name in Settings.__struct_fields__]
-WORDS += [b"[zstd]\n", b"[[upstream]]\n", b"[release]\n", b'url = "https://x"', b"true", b'"', b"'''", b"[", b"]", b"{"]
+WORDS += [
+    b"[zstd]\n",
+    b"[[upstream]]\n",
+    b"[publish]\n",
+    b"[release]\n",
+    b'url = "https://x"',
+    b"true",
+    b'"',
+    b"'''",
+    b"[",
+    b"]",
+    b"{",
+]
 
 _ENVIRONMENT = {"HOME": "/home"}
 
