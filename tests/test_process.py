@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from harmonia.nix.path_info import PathInfo
+from harmonia.tools.store_builder import StoreBuilder
 from support.running import (
     GRACE_S,
     Sample,
@@ -225,6 +226,65 @@ def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
         assert server.log[-1].endswith(" INFO SIGTERM again: stopping at once\n")
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             response.read()
+
+
+def test_no_storm_of_signals_changes_the_exit_status(start: Start, sample: Sample) -> None:
+    """Python gives signals their default handlers back before it ends: they must not reach it any longer."""
+    server = start(store=sample.root)
+    while server.process.poll() is None:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            server.process.send_signal(number)
+            time.sleep(0.0005)  # or the kernel makes one of two
+    assert server.wait() == 0
+    assert not [line for line in server.log if "Traceback" in line or "ignored" in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_handled_as_soon_as_the_log_has_the_address(sample: Sample, tmp_path: Path, number: int) -> None:
+    early = patched(
+        "import os\nfrom harmonia.process.supervisor import Supervisor\nrun = Supervisor.run\n"
+        f"def signalled(self):\n  os.kill(os.getpid(), {int(number)})\n  return run(self)\n"
+        "Supervisor.run = signalled"
+    )
+    server = Server(tmp_path / "server", sample.root, program=early)
+    server.launch()
+    if number == signal.SIGHUP:  # it goes on
+        server.wait_for_log("serving")
+        wait_until(lambda: server.workers)
+        server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+WALK_FOR_EVER = patched(
+    "import time\nfrom harmonia.store import nar_layout, tree_reader\nnar_layout._SPILL_BYTES = 0\n"
+    "walk = tree_reader.walk\n"
+    "def halting(root):\n"
+    "  for number, entry in enumerate(walk(root)):\n"
+    "    if number == 500: time.sleep(600)\n"
+    "    yield entry\n"
+    "tree_reader.walk = halting"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_unfinished_file_outlives_a_server(tmp_path: Path, number: int) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    many = store.add(store.output_path("many"), {f"{each:04}": b"" for each in range(1000)})
+    server = Server(tmp_path / "server", tmp_path / "store", program=WALK_FOR_EVER)
+    growing = server.cache_dir / "layouts"
+    server.start()
+    with server.connect() as connection:
+        connection.sendall(f"GET /{many.path.hash_part}.ls HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        wait_until(lambda: list(growing.glob("*.growing")))
+    workers = server.workers
+    server.stop(number)
+    wait_until(lambda: not any(map(is_alive, workers)))
+    if number == signal.SIGKILL:  # the next server removes it
+        server.log.clear()
+        server.start()
+        wait_until(lambda: not list(growing.iterdir()))
+        server.stop()
+    assert not list(growing.iterdir())
 
 
 def test_control_c_lets_downloads_complete(start: Start, sample: Sample) -> None:

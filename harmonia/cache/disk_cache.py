@@ -171,12 +171,7 @@ class NarCache:
 
     def sweep(self) -> None:
         """Remove growing files whose fillers died. OSError."""
-        with os.scandir(self._directory) as entries:
-            paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
-        for path in paths:
-            with suppress(OSError), closing(CachedFile(os.open(path, _READ))) as file:
-                if file.lock() and file.is_at(path):
-                    os.unlink(path)
+        _sweep(self._directory)
 
     def _files(self) -> list[tuple[float, int, str]]:
         """When each file was last used, how much it takes on disk, and its path. Without those that are growing."""
@@ -231,6 +226,24 @@ class NarCache:
                 os.unlink(growing)
         file.close()
         return None
+
+
+def sweep_all(parent: str) -> None:
+    """Remove growing files whose fillers died from all caches below a directory."""
+    with suppress(OSError):
+        with os.scandir(parent) as entries:
+            directories = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for directory in directories:
+            _sweep(directory)
+
+
+def _sweep(directory: str) -> None:
+    with os.scandir(directory) as entries:
+        paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
+    for path in paths:
+        with suppress(OSError), closing(CachedFile(os.open(path, _READ))) as file:
+            if file.lock() and file.is_at(path):
+                os.unlink(path)
 
 
 def _nothing() -> None:

@@ -9,6 +9,7 @@ from functools import partial
 import click
 
 from harmonia import cli
+from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.loader import Source
 from harmonia.config.settings import Settings
@@ -38,6 +39,8 @@ def _serve(settings: Settings) -> int:
         nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,
         sockets.listen(settings, "metrics_bind") as for_metrics,
     ):
+        work = partial(worker.run, ServerContext(settings, keys, app.count_with(settings)), for_metrics)
+        supervisor = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace)
         for each in listening:
             _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
         for each in for_metrics:
@@ -45,5 +48,6 @@ def _serve(settings: Settings) -> int:
         if (admitted := sockets.admitted(settings.max_connections)) < settings.max_connections:
             what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
-        work = partial(worker.run, ServerContext(settings, keys, app.count_with(settings)), for_metrics)
-        return Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace).run()
+        status = supervisor.run()
+    sweep_all(str(settings.cache_dir))  # what the workers were about to make
+    return status

@@ -47,7 +47,10 @@ class _Worker:
 
 class Supervisor:
     def __init__(self, work: Work, listening: Sequence[socket.socket], workers: int, grace: float) -> None:
-        """`grace` is how many seconds running requests get after SIGTERM; the workers keep to it by themselves."""
+        """`grace` is how many seconds running requests get after SIGTERM; the workers keep to it by themselves.
+
+        From here on, signals do not end this process: `run` heeds those that came before it.
+        """
         self._work = work
         self._listening = listening
         self._count = workers
@@ -55,6 +58,11 @@ class Supervisor:
         self._workers: dict[int, _Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._signals, self._wakeup = socket.socketpair()
+        self._signals.setblocking(False)
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno())
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)  # so that it reaches the wakeup socket
         self._watchdog = systemd.watchdog_interval()
         self._heartbeat = min(_HEARTBEAT, (self._watchdog or _HEARTBEAT) / 2)
         self._announced = False
@@ -64,12 +72,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until told to stop. Returns the exit status: 1 where no worker is left and none can be had."""
-        self._signals.setblocking(False)
-        self._wakeup.setblocking(False)
         self._selector.register(self._signals, selectors.EVENT_READ)
-        signal.set_wakeup_fd(self._wakeup.fileno())
-        for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)  # so that it reaches the wakeup socket
         while self._stop_at is None or self._workers:
             if self._stop_at is None:
                 self._fill()
@@ -80,6 +83,9 @@ class Supervisor:
                     self._listen(key.data)
             self._reap()
             self._kill_overdue()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # or those that come from now on would change the exit status
+        signal.set_wakeup_fd(-1)
         return 1 if self._failed else 0
 
     def _fill(self) -> None:

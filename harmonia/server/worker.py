@@ -16,6 +16,7 @@ import uvloop
 from sanic.models.server_types import Signal
 from sanic.server.async_server import AsyncioServer
 
+from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
@@ -105,8 +106,7 @@ async def _serve(
             await server.start_serving()  # type: ignore[no-untyped-call]
     if context.debug_info is not None:
         context.debug_info.start()
-    for files in filter(None, (context.compressor.cache, context.layouts.files)):
-        files.housekeeping.submit(files.sweep)  # of what a worker left that was killed
+    context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # what a worker left that was killed
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
     chores = [asyncio.create_task(chore) for chore in (_beat(context, lifeline, heartbeat), _trim(context), reloading)]
     await stop.wait()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from harmonia.cache.growing_file import GROWING
 from harmonia.nix.path_info import PathInfo
 from support.running import Server, nar_url, open_files, unpacked, wait_until
 
@@ -35,8 +36,9 @@ class Held:
     @classmethod
     def by(cls, server: Server) -> "Held":
         names = [re.sub(r":\[\d+\]", "", name) for worker in server.workers for name in open_files(worker)]
-        # Layouts are remembered; large ones are open files of a bounded cache.
-        names = [name for name in names if "/cache/layouts/" not in name]
+        # Layouts are remembered: each large one has a whole file open, once.
+        layouts = {name for name in names if "/cache/layouts/" in name and Path(name).exists()}
+        names = [name for name in names if name not in layouts or name.endswith(GROWING)]
         # libuv's spare one, for when there is no other, is another file after it was of use.
         names = ["/dev/null" if name == "/" else name for name in names]
         resident = [int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in server.workers]
@@ -44,7 +46,7 @@ class Held:
             Counter(names),
             max(map(threads, server.workers)),
             sum(resident) * resource.getpagesize(),
-            tuple(path.name for path in server.cache_dir.glob("nar/*.growing")),
+            tuple(path.name for path in server.cache_dir.glob(f"*/*{GROWING}")),
             len(server.workers),
         )
 
