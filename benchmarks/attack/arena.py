@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.attack.client import Asked, Bystander, Target
-from benchmarks.attack.stores import AttackedStore, Form, narinfo
+from benchmarks.attack.stores import MIB, AttackedStore, Form, narinfo
 from harmonia.nix.path_info import PathInfo
-from support.running import Server
+from support.running import Server, peak_bytes
 from support.unscathed import unscathed
 
 MAX_WAIT_MS = 100.0
@@ -114,7 +114,7 @@ class Arena:
                     began = time.monotonic()
                     yield server, outcome
                     ended = time.monotonic()
-                    outcome.memory_mib = max(map(peak_mib, server.workers), default=0)
+                    outcome.memory_mib = max(map(peak_bytes, server.workers), default=0) / MIB
                 _judge(outcome, bystander.asked, began, ended)
 
 
@@ -135,14 +135,6 @@ def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float)
 
 def _p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
-
-
-def peak_mib(pid: int) -> float:
-    """Return the most memory that a process ever had."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def restart(server: Server) -> None:

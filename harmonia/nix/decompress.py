@@ -24,10 +24,10 @@ LARGE_MEMORY_BYTES = (1536 << 20) + MEMORY_BYTES
 MAX_CODINGS = 5
 """How often an HTTP body may be encoded: curl takes no more."""
 
-_MAX_PIECES = 1 << 16
-"""How many pieces a small body may make in each step of its decoding, empty ones included: a stream makes at least
-one, and brotli one of each _BROTLI_INPUT_BYTES.
-"""
+_MAX_PIECES = 1 << 12
+"""How many pieces a small body may make in each step of its decoding, empty ones included: each stream makes one."""
+_MAX_BROTLI_PIECES = 1 << 16
+"""Likewise, of brotli, which makes one of each _BROTLI_INPUT_BYTES, but has one stream."""
 _PIECE_BYTES = 1 << 20  # of output
 _INPUT_BYTES = 4096  # the rest of it is copied for each stream that ends in it
 _ZSTD_INPUT_BYTES = 1024  # a block of 128 KiB may come out of each four bytes
@@ -130,8 +130,9 @@ class _Deflate:
 class _Zstd:
     """A frame, which may be one to be skipped."""
 
-    def __init__(self) -> None:
-        self._frame = zstandard.ZstdDecompressor(max_window_size=MEMORY_BYTES).decompressobj()
+    def __init__(self, zstd: zstandard.ZstdDecompressor) -> None:
+        """`zstd` is that of all frames of the file: to make one takes longer than many a frame."""
+        self._frame = zstd.decompressobj()
         self.eof = False
         self.unused_data = b""
 
@@ -276,6 +277,11 @@ class _Frames(_Single):
         return rest
 
 
+def _zstd() -> _Frames:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MEMORY_BYTES)
+    return _Frames(lambda: _Zstd(decompressor), _ZSTD_INPUT_BYTES)
+
+
 def _xz(form: int, memory: int) -> _Stepwise:
     return _Stepwise(lzma.LZMADecompressor(form, memory))
 
@@ -285,7 +291,7 @@ _FORMATS: dict[str, Callable[[int], Decompressor]] = {
     "xz": lambda memory: _Frames(lambda: _xz(lzma.FORMAT_XZ, memory), alignment=_XZ_ALIGNMENT),
     "bzip2": lambda _: _Members(lambda: _Stepwise(bz2.BZ2Decompressor()), b"BZh"),
     "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b"),
-    "zstd": lambda _: _Frames(_Zstd, _ZSTD_INPUT_BYTES),
+    "zstd": lambda _: _zstd(),
     "br": lambda _: _Single(_Brotli, _BROTLI_INPUT_BYTES),
     "lzma": lambda memory: _Single(lambda: _xz(lzma.FORMAT_ALONE, memory)),
     "lzip": lambda memory: _Members(lambda: _Lzip(memory), b"LZIP"),
@@ -302,6 +308,7 @@ class _Failures:
     def __init__(self, name: str, inner: Decompressor) -> None:
         self._name = name
         self._inner = inner
+        self.max_pieces = _MAX_BROTLI_PIECES if name == "br" else _MAX_PIECES
 
     @property
     def whole(self) -> bool:
@@ -321,7 +328,7 @@ class _Failures:
 class Decoder:
     """What was encoded several times, in the order of decoding."""
 
-    def __init__(self, steps: list[Decompressor]) -> None:
+    def __init__(self, steps: list[_Failures]) -> None:
         self._steps = steps
         self._empty = True
 
@@ -344,20 +351,20 @@ class Decoder:
         body is wrong.
         """
         for step in self._steps if body else []:
-            body = _joined(step.feed(body), most)
+            body = _joined(step.feed(body), most, step.max_pieces)
             if not step.whole:
                 raise FormatError("it is cut short")
         return body
 
 
-def _joined(pieces: Iterable[bytes], most: int) -> bytes:
+def _joined(pieces: Iterable[bytes], most: int, max_pieces: int) -> bytes:
     whole = bytearray()
     for count, piece in enumerate(pieces, 1):
         whole += piece
         if len(whole) > most:
             raise SizeError(f"it is longer than {most} bytes")
-        if count > _MAX_PIECES:
-            raise SizeError(f"it is made of more than {_MAX_PIECES} pieces")
+        if count > max_pieces:
+            raise SizeError(f"it is made of more than {max_pieces} pieces")
     return bytes(whole)
 
 
@@ -366,7 +373,7 @@ def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield from step.feed(piece)
 
 
-def decompressor(compression: str, memory: int = MEMORY_BYTES) -> Decompressor:
+def decompressor(compression: str, memory: int = MEMORY_BYTES) -> _Failures:
     """Return a decompressor for a file of that compression, one of COMPRESSIONS."""
     return _Failures(compression, _FORMATS[compression](memory))
 
@@ -379,7 +386,7 @@ def decoder(codings: Iterable[str]) -> Decoder | None:
     names = [name for name in map(str.lower, codings) if name not in {"", "identity", "none"}]
     if len(names) > MAX_CODINGS:
         raise FormatError(f"its Content-Encoding names {len(names)} codings, where at most {MAX_CODINGS} may be")
-    steps: list[Decompressor] = []
+    steps: list[_Failures] = []
     for name in reversed(names):
         if name == "deflate":
             steps.append(_Failures(name, _Single(_Deflate)))

@@ -3,8 +3,7 @@
 Nobody asks for them, but caches of static files send what they have, as it is stored.
 """
 
-import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
 from types import TracebackType
 from typing import Self, cast
@@ -17,6 +16,7 @@ from harmonia.upstream.header_fields import Headers, elements
 from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import Transport
 
+_LONG_BYTES = 64 << 10
 _MAX_EMPTY_PIECES = 1000  # in a thread at once: each stream of a file makes at least one piece
 
 
@@ -58,7 +58,7 @@ class Answer:
             return await self._transport.read(self._response, most)
         while True:
             try:
-                piece = await asyncio.to_thread(_next_piece, self._pieces)
+                piece = await self._transport.in_thread(_next_piece, self._pieces)
             except FormatError as error:
                 raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
             if piece:
@@ -71,17 +71,26 @@ class Answer:
                     return b""
                 self._pieces = self._decoder.feed(data)
 
-    async def read_whole(self, most: int) -> bytes:
-        """Return all bytes of a small answer. Raise RefusalError if there are more than `most`, as sent or decoded."""
+    async def read_whole(self, most: int, before_long: Callable[[], Awaitable[object]]) -> bytes:
+        """Return all bytes of a small answer. Raise RefusalError if there are more than `most`, as sent or decoded.
+
+        `before_long` is awaited before the answer takes much memory.
+        """
         body = bytearray()
-        while data := await self._transport.read(self._response, most):
+        is_long = False
+        while data := await self._transport.read(self._response, _LONG_BYTES):
             body += data
             if len(body) > most:
                 raise self._refuse(Reason.TOO_LONG, f"it is longer than {most} bytes")
+            if not is_long and len(body) >= _LONG_BYTES:
+                is_long = True
+                await before_long()
         if self._decoder is None:
             return bytes(body)
+        if not is_long:
+            await before_long()
         try:
-            return await asyncio.to_thread(self._decoder.decode, bytes(body), most)
+            return await self._transport.in_thread(self._decoder.decode, bytes(body), most)
         except SizeError as error:
             raise self._refuse(Reason.TOO_LONG, f"without its Content-Encoding, {error}") from None
         except FormatError as error:

@@ -3,8 +3,10 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Generator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+from typing import TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.config.settings import Upstream
@@ -19,9 +21,14 @@ from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
+_LONG_ANSWERS = 4  # that are in memory at once, whole; others wait for their turn
 _SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
+_BUFFER_BYTES = 16 << 10  # of each answer that waits for its turn
+_PARSED_AT_ONCE = 4 << 10  # bytes of an answer that are parsed on the event loop; signatures take 0.1 ms each
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # a narinfo's URL is encoded, but for what no URL may have
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger("harmonia")
 
@@ -46,6 +53,7 @@ class Client:
         self._patience = patience
         self._said: str | None = None
         self._turns = asyncio.Semaphore(_QUESTIONS)
+        self._long_answers = asyncio.Semaphore(_LONG_ANSWERS)
 
     @property
     def identity(self) -> str | None:
@@ -63,15 +71,27 @@ class Client:
 
         UpstreamError where it fails, or is known to.
         """
-        async with self._question(path):
+        async with self._turn(path), self._question():
             url = f"{self.base}/{path}"
             response = await self._transport.open(method, url, headers, part)
             return None if response is None else Answer(self._transport, response, url)
 
-    async def ask_small(self, path: str, headers: Mapping[str, str], most: int = _SMALL) -> bytes | None:
-        """Likewise, the whole body of an answer of at most so many bytes, decoded."""
-        async with self._question(path):
-            return await self._small(path, headers, most)
+    async def ask_small(
+        self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int = _SMALL
+    ) -> _T | None:
+        """Return what `parse` makes of the body of an answer of at most so many bytes, decoded.
+
+        Return None if the upstream does not have it. Raise UpstreamError if it fails, and what `parse` raises, which is
+        called in a thread if the answer is long.
+        """
+        async with self._turn(path), AsyncExitStack() as memory:
+            async with self._question():
+                text = await self._small(path, headers, memory, most)
+            return None if text is None else await self.parse(parse, text)
+
+    async def parse(self, parse: Callable[[bytes], _T], text: bytes) -> _T:
+        """Return what `parse` makes of an answer, in the thread of this upstream if the answer is long."""
+        return parse(text) if len(text) < _PARSED_AT_ONCE else await self._transport.in_thread(parse, text)
 
     async def nar(
         self,
@@ -124,23 +144,22 @@ class Client:
             raise AnswerError(self.base, "it is down")
 
     @asynccontextmanager
-    async def _question(self, path: str) -> AsyncGenerator[None]:
-        """A question in its turn. Who answers late has failed, although the answer is still taken."""
-        async with self._turn(path):
-            await self._be_usable()
-            loop = asyncio.get_running_loop()
-            late = loop.call_later(self._patience, self._failed, "it answers late")
-            try:
-                async with self._answering():
-                    yield
-                if loop.time() < late.when():
-                    self.breaker.succeeded()
-            except FailureError as error:
-                if loop.time() < late.when():
-                    self._failed(error.why, error.retry_after)
-                raise
-            finally:
-                late.cancel()
+    async def _question(self) -> AsyncGenerator[None]:
+        """A question. Who answers late has failed, although the answer is still taken."""
+        await self._be_usable()
+        loop = asyncio.get_running_loop()
+        late = loop.call_later(self._patience, self._failed, "it answers late")
+        try:
+            async with self._answering():
+                yield
+            if loop.time() < late.when():
+                self.breaker.succeeded()
+        except FailureError as error:
+            if loop.time() < late.when():
+                self._failed(error.why, error.retry_after)
+            raise
+        finally:
+            late.cancel()
 
     @asynccontextmanager
     async def _turn(self, path: str) -> AsyncGenerator[None]:
@@ -176,13 +195,16 @@ class Client:
             self._failed(error.why, error.retry_after)
             raise
 
-    async def _small(self, path: str, headers: Mapping[str, str], most: int = _SMALL) -> bytes | None:
+    async def _small(
+        self, path: str, headers: Mapping[str, str], memory: AsyncExitStack, most: int = _SMALL
+    ) -> bytes | None:
+        """Return the body of an answer, None if there is none. It has a turn for its memory while `memory` is open."""
         url = f"{self.base}/{path}"
-        response = await self._transport.open("GET", url, headers)
+        response = await self._transport.open("GET", url, headers, buffer_bytes=_BUFFER_BYTES)
         if response is None:
             return None
         async with Answer(self._transport, response, url) as answer:
-            return await answer.read_whole(most)
+            return await answer.read_whole(most, partial(memory.enter_async_context, self._long_answers))
 
     def _failed(self, why: str, retry_after: float = 0) -> None:
         self.counters.add("failures")
@@ -205,8 +227,8 @@ class Client:
         """Whether it is a cache of our store, and answers."""
         try:
             with self._counting():
-                async with self._answering():
-                    text = await self._small("nix-cache-info", PROBE)
+                async with self._answering(), AsyncExitStack() as memory:
+                    text = await self._small("nix-cache-info", PROBE, memory)
         except (AnswerError, RefusalError) as error:
             self._say(f"cannot be used: {error.why}")
             return False

@@ -1,9 +1,9 @@
 """A path that an upstream has: what its narinfo says, as far as we may believe it."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32, narinfo
@@ -16,8 +16,6 @@ from harmonia.upstream.client import Client
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import Part
-
-_LONG = 4 << 10  # bytes of a narinfo that are not looked at on the event loop: signatures take 0.1 ms each
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +54,23 @@ class Found:
 
 async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) -> Found | None:
     """What that upstream says of a path. UpstreamError where it does not answer."""
-    text = await client.ask_small(_narinfo_path(hash_part), headers)
-    if text is None:
-        client.counters.add("misses")
+
+    def parse(text: bytes) -> Found | Literal[False]:
+        try:
+            return _parse(client, hash_part, text)
+        except RefusalError:  # which would keep the text
+            return False
+
+    found = await client.ask_small(_narinfo_path(hash_part), headers, parse)
+    if found is False:
         return None
-    try:
-        found = await parse(client, hash_part, text)
-    except RefusalError:
-        return None
-    client.counters.add("hits")
+    client.counters.add("hits" if found else "misses")
     return found
 
 
 async def parse(client: Client, hash_part: str, text: bytes) -> Found:
     """Return what a narinfo of that upstream says. Raise RefusalError if it cannot be taken."""
-    parse_now = partial(_parse, client, hash_part, text)
-    return parse_now() if len(text) < _LONG else await asyncio.to_thread(parse_now)
+    return await client.parse(partial(_parse, client, hash_part), text)
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> Found:

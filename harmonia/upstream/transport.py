@@ -2,10 +2,11 @@
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urljoin
 
 import aiohttp
@@ -26,10 +27,12 @@ _REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
 _HTTPS_PORT = 443
-_BUFFER = 256 * 1024  # bytes of a body that wait to be taken
+BUFFER_BYTES = 256 * 1024  # of a body that wait to be taken
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 """What aiohttp raises where an upstream does not do as it should."""
+
+_T = TypeVar("_T")
 
 Part = tuple[int, int | None]
 """The bytes from one position to another, or to the end."""
@@ -75,6 +78,7 @@ class Transport:
         self._here = self._session(tls, self._reach.here)
         self._elsewhere = self._session(tls, self._reach.elsewhere)
         self._proxied = self._session(tls)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
 
     def _session(self, tls: ssl.SSLContext, connect: aiohttp.SocketFactoryType | None = None) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
@@ -83,15 +87,26 @@ class Transport:
             headers={"User-Agent": f"harmonia/{__version__}", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
-            read_bufsize=_BUFFER,
         )
 
     async def close(self) -> None:
         for session in (self._here, self._elsewhere, self._proxied):
             await session.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[..., _T], *arguments: object) -> _T:
+        """Call a function that decodes or parses answers, in the one thread of this upstream: it delays no other."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def open(
-        self, method: str, url: str, headers: Mapping[str, str], part: Part = WHOLE, *, anywhere: bool = False
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        part: Part = WHOLE,
+        *,
+        anywhere: bool = False,
+        buffer_bytes: int = BUFFER_BYTES,
     ) -> aiohttp.ClientResponse | None:
         """The answer, to be released; None where nothing is there. It may have all where a part was wanted.
 
@@ -102,7 +117,7 @@ class Transport:
         start, stop = part
         ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         for _ in range(_REDIRECTS + 1):
-            response = await self._request(method, url, headers, ranged, asked)
+            response = await self._request(method, url, headers, ranged, asked, buffer_bytes)
             if _has_it(response, start, ranged=bool(ranged)):
                 return response
             response.close()
@@ -141,7 +156,13 @@ class Transport:
         return False
 
     async def _request(
-        self, method: str, url: str, headers: Mapping[str, str], ranged: Mapping[str, str], asked: str
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        ranged: Mapping[str, str],
+        asked: str,
+        buffer_bytes: int,
     ) -> aiohttp.ClientResponse:
         here = self.is_here(url)
         # What is ours to know goes nowhere else: who redirects us may name any host.
@@ -154,12 +175,20 @@ class Transport:
             async with asyncio.timeout(self._connect_timeout + self._timeout):
                 if proxy is None:
                     session = self._here if here else self._elsewhere
-                    response = await session.request(method, target, headers=sent, allow_redirects=False)
+                    response = await session.request(
+                        method, target, headers=sent, allow_redirects=False, read_bufsize=buffer_bytes
+                    )
                 else:
                     await self._judge(target, here=here)
                     auth = None if proxy.user is None else aiohttp.BasicAuth(proxy.user, proxy.password, "utf-8")
                     response = await self._proxied.request(
-                        method, target, headers=sent, allow_redirects=False, proxy=proxy.url, proxy_auth=auth
+                        method,
+                        target,
+                        headers=sent,
+                        allow_redirects=False,
+                        read_bufsize=buffer_bytes,
+                        proxy=proxy.url,
+                        proxy_auth=auth,
                     )
         except FormatError as error:
             raise self.refusals.refuse(asked, Reason.PROXY, str(error)) from None

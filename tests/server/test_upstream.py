@@ -34,7 +34,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
 from support import upstream_server
 from support.programs import needs
-from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, wait_until
+from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, peak_bytes, wait_until
 from support.upstream_paths import KEY, PACK, Remote, entry, fields, make_path, narinfo_path
 from support.upstream_server import UpstreamServer, chunked, cut, drip, hang, reset, status
 
@@ -1063,6 +1063,25 @@ def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: Up
     wait_until(lambda: sum("narinfo" in path for path in upstream.asked) == 6)
     assert all_up(server, 1)
     assert "left alone" not in "".join(server.log)
+
+
+def test_long_answers_are_in_memory_a_few_at_a_time(begin: Start, upstream: UpstreamServer) -> None:
+    questions = 40
+
+    def pausing(handler: upstream_server.Handler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2000000\r\n\r\n" + bytes(1_999_999))
+        wait_until(lambda: sum("narinfo" in path for path in list(upstream.asked)) == questions)
+        handler.wfile.write(b"\n")
+
+    upstream.behaviours["narinfo"] = pausing
+    server = begin(entry(upstream), workers=1)
+    before = peak_bytes(server.workers[0])
+    with ThreadPoolExecutor(questions) as threads:
+        list(threads.map(lambda number: server.get(f"/{number:032}.narinfo"), range(questions)))
+    refused = re.compile(r"harmonia_upstream_refused_total{.*malformed_narinfo.*} 40.0")
+    wait_until(lambda: refused.search(server.get("/metrics").text))
+    assert peak_bytes(server.workers[0]) - before < 40 << 20
 
 
 def test_questions_that_nobody_waits_for_hold_up_no_other(

@@ -302,6 +302,12 @@ def open_files(pid: int) -> list[str]:
     return names
 
 
+def peak_bytes(pid: int) -> int:
+    """Return the most memory that a process ever had."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(peak[1]) * 1024 if peak else 0
+
+
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

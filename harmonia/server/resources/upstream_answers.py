@@ -3,12 +3,12 @@
 Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
 """
 
-import asyncio
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
@@ -134,10 +134,11 @@ class Answers:
 
     async def _realisation(self, request: Request, path: str) -> Representation:
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
-            text = await client.ask_small(path, headers, _MAX_JSON_BYTES)
-            if text is not None:
-                await _parse(client, path, text, lambda said: StorePath(said["outPath"]))
-            return text
+            def check(text: bytes) -> bytes:
+                _parse(client, path, text, lambda said: StorePath(said["outPath"]))
+                return text
+
+            return await client.ask_small(path, headers, check, _MAX_JSON_BYTES)
 
         text = await self._upstreams.get(ask, via_of(request))
         if text is None:
@@ -148,15 +149,19 @@ class Answers:
         build_id = debuginfo.parse_name(name)
 
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
+            here = f"{client.base}/debuginfo/"
+
+            def parse(path: str, text: bytes) -> tuple[str, str] | None:
+                if not text:
+                    return None
+                return _parse(client, path, text, lambda said: (urljoin(here, said["archive"]), said["member"]))
+
             for path in (f"debuginfo/{build_id}.debug", f"debuginfo/{build_id}"):
-                if text := await client.ask_small(path, headers, _MAX_JSON_BYTES):
+                if said := await client.ask_small(path, headers, partial(parse, path), _MAX_JSON_BYTES):
+                    archive, member = said
                     break
             else:
                 return None
-            here = f"{client.base}/debuginfo/"
-            archive, member = await _parse(
-                client, path, text, lambda said: (urljoin(here, said["archive"]), said["member"])
-            )
             if client.settings.mode == "proxy":
                 relative = archive.removeprefix(f"{client.base}/")
                 if not is_debug_nar(relative):
@@ -201,10 +206,10 @@ class Answers:
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 
-async def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T]) -> _T:
+def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T]) -> _T:
     """Return what `extract` makes of an answer in JSON. Raise RefusalError if it is not what it should be."""
     try:
-        return await asyncio.to_thread(lambda: extract(json.loads(text)))
+        return extract(json.loads(text))
     except (*_NO_SUCH_JSON, FormatError):
         raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "it is not the JSON of this resource") from None
 
