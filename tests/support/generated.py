@@ -16,6 +16,7 @@ from harmonia.config.settings import PublishRules, Settings, Upstream, Zstd
 from harmonia.config.value_types import wanted
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
+from support.speed_chart import speed_chart
 
 
 def one_a_line(paragraph: str) -> str:
@@ -196,6 +197,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "CONTRIBUTING.md": contributing,
     "docs/reference/cli.md": cli_reference,
     "docs/reference/configuration.md": configuration,
+    "docs/pictures/speed.svg": speed_chart,
     "module-settings.json": module_settings,
 }
 EVALUATED: dict[str, Callable[[], str]] = {
