@@ -188,10 +188,12 @@ ELSEWHERE = {
     *(
         "apt-get",
         "cat",
+        "cd",
         "chmod",
         "cp",
         "curl",
         "echo",
+        "export",
         "find",
         "git",
         "install",

@@ -101,8 +101,16 @@ def test_a_team_gets_a_private_cache(tmp_path: Path) -> None:
         assert f"copying path '{path}' from" in team.run("nix-store --realise", client=trusting)
         assert (tmp_path / f"client{path}").read_text() == "Hello, team\n"
 
-    *_, hash_line = re.findall(r"(?m)^  (\S+  read  sha256:\S+)$", team.run("harmonia token"))
-    (tmp_path / "tokens").write_text(hash_line)
-    team.settings.write_text(TOKENS.replace("/etc/harmonia/tokens", "tokens") + team.settings.read_text() + UPSTREAM)
+    team.settings.write_text(team.settings.read_text() + UPSTREAM)
     with team.served():
         assert "upstream https://cache.nixos.org" in team.run("curl 'http://localhost:5000/health")
+
+    token = team.run("harmonia token")
+    [hashed] = re.findall(r"(?m)^  (\S+  read  sha256:\S+)$", token)
+    (tmp_path / "tokens").write_text(f"{hashed}\n")
+    [login] = re.findall(r"(?m)^  (machine cache\.example\.org .*)$", token)
+    (tmp_path / "netrc").write_text(login.replace("cache.example.org", "127.0.0.1"))
+    team.settings.write_text(TOKENS.replace("/etc/harmonia/tokens", "tokens") + team.settings.read_text())
+    with team.served():
+        assert "StoreDir: /nix/store" not in team.run("curl http://cache.example.org:5000/nix-cache-info")
+        assert "StoreDir: /nix/store" in team.run("curl --netrc-file")

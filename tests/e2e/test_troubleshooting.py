@@ -223,20 +223,20 @@ def busy(world: World) -> None:
 
 
 SYMPTOMS = {
-    "The URL is another one": another_url,
-    "Nobody answers": nobody,
-    "HTTP to a port of HTTPS": http_to_https,
-    "HTTPS to a port of HTTP": https_to_http,
-    "The certificate is not trusted": untrusted_certificate,
-    "It wants a token": token_wanted,
-    "It is for another store": another_store,
-    "No key that it trusts has signed it": unsigned,
-    "The daemon does not trust the user": untrusted_user,
-    "It was not there before": missing_before,
-    "The path is gone": gone,
-    "It breaks off": broken_off,
-    "The content is another one": other_content,
-    "The server is busy": busy,
+    "Wrong URL": another_url,
+    "Connection refused": nobody,
+    "http:// to an HTTPS port": http_to_https,
+    "https:// to an HTTP port": https_to_http,
+    "Certificate not trusted": untrusted_certificate,
+    "A token is missing": token_wanted,
+    "Wrong store directory": another_store,
+    "No trusted signature": unsigned,
+    "User not trusted by the daemon": untrusted_user,
+    "A miss is cached": missing_before,
+    "The path was garbage-collected": gone,
+    "The transfer breaks off": broken_off,
+    "Hash mismatch": other_content,
+    "The server is overloaded": busy,
 }
 
 
@@ -260,12 +260,12 @@ def test_what_nix_says_is_what_is_quoted(symptom: str, worlds: Iterator[World]) 
 
 
 COMPLAINTS = {
-    "There is no store": "real_nix_store = '/none/nix/store'",
-    "There is no database": "nix_db_path = '{open}'",
-    "The port is taken": "bind = '{taken}'",
-    "A key cannot be read": "sign_key_paths = ['/none/key']",
-    "Compressed NARs are not kept": "cache_dir = '/proc/cache'",
-    "A key file is open to others": "sign_key_paths = ['{open}']",
+    "Store not found": "real_nix_store = '/none/nix/store'",
+    "Database not found": "nix_db_path = '{open}'",
+    "Port in use": "bind = '{taken}'",
+    "Unreadable key": "sign_key_paths = ['/none/key']",
+    "Compressed NARs are not cached": "cache_dir = '/proc/cache'",
+    "Key file readable by others": "sign_key_paths = ['{open}']",
 }
 
 
