@@ -98,6 +98,13 @@ def test_files_of_this_project_that_are_named_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_documents_that_code_names_exist() -> None:
+    patterns = ("*.nix", "Makefile", "harmonia/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "nixos-tests/**/*.*")
+    code = [path.read_text() for pattern in patterns for path in ROOT.glob(pattern) if path.suffix != ".pyc"]
+    named = {name for text in code for name in re.findall(r"\bdocs/[\w/-]+\.md\b", text)}
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
 def test_modules_in_the_picture_exist() -> None:
     picture = (ROOT / "docs/pictures/request.svg").read_text()
     for name in re.findall(r"([a-z_/]+\.py)\b", picture):
