@@ -19,7 +19,7 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
-from harmonia.cache.zstd_frames import Frame, Frames, Source, check, offsets
+from harmonia.cache.zstd_frames import Frame, Frames, Source, check
 from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
@@ -111,8 +111,8 @@ class Compressor:
         return None
 
     def keep_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
-        """Keep the frame index of a file, unless it has a single frame: the index would be of no use."""
-        if self._indexes is None or not index.frames[1:]:
+        """Keep the frame index of a file, unless it has at most one frame and a small one: that is soon made again."""
+        if self._indexes is None or not index.frames[2:]:
             return
         opened = self._indexes.open(_key(sha256, encoding))
         if opened is None:
@@ -153,7 +153,7 @@ class Compressor:
         key = _key(source.sha256, encoding)
         is_ours = encoding == self.frames.encoding
         most = _MOST_FILLS if is_ours else _MAX_FOREIGN_FILLS
-        if self._fills[is_ours] >= most or str(source) in self._damaged:
+        if self._fills[is_ours] >= most or self.is_damaged(source):
             return self.cache.use(key)
         opened = self.cache.open(key)
         if opened is None:
@@ -177,6 +177,10 @@ class Compressor:
             self._damaged.add(str(source))
         if not known:
             _log.error("%s; nix-store --repair-path mends it, and harmonia verify --all finds others like it", error)
+
+    def is_damaged(self, source: Source) -> bool:
+        """Return whether a NAR was not what was registered when it was read last."""
+        return str(source) in self._damaged
 
     def found_intact(self, source: Source) -> None:
         with self._lock:
@@ -328,7 +332,7 @@ class _Fill:
         self._encoding = encoding
         self._filler = filler
         self._sha256 = hashlib.sha256()
-        self._offsets = iter(offsets(source, encoding))  # of the frames that are still to be compressed
+        self._offsets = encoding.offsets(source.size)  # of the frames that are still to be compressed
         self._written = 0  # up to where frames are written
         self._entries: list[tuple[int, bytes]] = []  # of the frame index
         self._ready: dict[int, Frame] = {}  # those whose turn has not come

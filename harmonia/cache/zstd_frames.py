@@ -5,11 +5,11 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from harmonia.cache.frame_index import FrameIndex
-from harmonia.cache.zstd import Encoding, encoders, foreign_encoder
+from harmonia.cache.zstd import Encoding, encoders, first_encoder, foreign_encoder
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
@@ -63,6 +63,7 @@ class Frames:
         """Of processor time, spent so far."""
         self.threads, self._encoders = encoders(settings)
         self.foreign_encoder = foreign_encoder()
+        self.first_encoder = first_encoder()
         self._waiting = 0
         self._buffers: list[mmap.mmap] = []
         self._lock = threading.Lock()
@@ -94,7 +95,7 @@ class Frames:
         position = unpacked = 0
         # One frame after the other: however slow a client is, that is all that it holds in memory.
         encoding = encoding or self.encoding
-        for number, offset in enumerate(offsets(source, encoding)):
+        for number, offset in enumerate(encoding.offsets(source.size)):
             if index is not None and position + index.frames[number][0] <= start:
                 position += index.frames[number][0]
                 continue
@@ -128,21 +129,25 @@ class Frames:
 
     def submit(self, source: Source, offset: int, encoding: Encoding) -> Future[Frame]:
         """Compress the frame that begins at `offset`, when its turn comes."""
-        waiting = source.wait_covered(_end(source, offset, encoding)) if isinstance(source, Growing) else None
+        waiting = source.wait_covered(encoding.end(offset, source.size)) if isinstance(source, Growing) else None
         if waiting is None:
             return self._submit(source, offset, encoding)
         return chain(waiting, self._submit, source, offset, encoding)
 
     def _submit(self, source: Source, offset: int, encoding: Encoding) -> Future[Frame]:
         self._count(1)
-        encoders = self._encoders if encoding == self.encoding else self.foreign_encoder
         try:
-            frame = encoders.submit(self._compress, source, offset, encoding)
+            frame = self._threads_for(source, offset, encoding).submit(self._compress, source, offset, encoding)
         except RuntimeError:  # no thread can be started
             self._count(-1)
             raise
         frame.add_done_callback(lambda _: self._count(-1))
         return frame
+
+    def _threads_for(self, source: Source, offset: int, encoding: Encoding) -> Executor:
+        if offset == 0 and encoding.first_frame_size(source.size):
+            return self.first_encoder
+        return self._encoders if encoding == self.encoding else self.foreign_encoder
 
     def release(self, frame: Frame) -> None:
         """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
@@ -167,7 +172,7 @@ class Frames:
 
     def _compress(self, source: Source, offset: int, encoding: Encoding) -> Frame:
         began = time.thread_time()
-        end = _end(source, offset, encoding)
+        end = encoding.end(offset, source.size)
         buffer = self._buffer(encoding.frame_size)
         content = memoryview(buffer)[: end - offset]
         if not file_reader.read_into(content, source.read(offset, end)):
@@ -212,15 +217,6 @@ def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, 
 
     first.add_done_callback(begin)
     return both
-
-
-def _end(source: Source, offset: int, encoding: Encoding) -> int:
-    return min(offset + encoding.frame_size, source.size)
-
-
-def offsets(source: Source, encoding: Encoding) -> range:
-    """Return where the frames begin. There is always one."""
-    return range(0, source.size or 1, encoding.frame_size)
 
 
 def check(source: Source, sha256: bytes) -> None:

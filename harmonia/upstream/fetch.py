@@ -7,12 +7,14 @@ cache cannot take one, it is passed on.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.errors import FormatError
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.nix.narinfo import NarFile
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.cached_body import Kept
@@ -26,6 +28,10 @@ from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
 _MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
+_BEGIN_MAX_BYTES = 1 << 20
+"""The beginning of a file that is passed on, kept to unpack it anew: it tells how large the window is."""
+
+_T = TypeVar("_T")
 
 
 class Fetches:
@@ -123,24 +129,49 @@ class Fetches:
 
 
 class _ThreadedCheck:
-    """A ContentCheck that unpacks in the threads for that."""
+    """A ContentCheck that unpacks in the threads for that.
+
+    A file with a large window is begun again with more memory, unless another file has that: its client may be slow.
+    """
 
     def __init__(self, found: Found, threads: Threads, note: Callable[..., None]) -> None:
         self._found = found
         self._check = ContentCheck(found.info, found.nar)
+        self._begun = b""
+        self._size = 0
         self._threads = threads
+        self._has_much_memory = False
         self._note = note
 
     async def update(self, data: bytes) -> None:
-        await self._noted(self._check.update, data)
+        self._size += len(data)
+        if self._size <= _BEGIN_MAX_BYTES:
+            self._begun += data
+        await self._noted(self._update, data)
 
     async def finish(self) -> None:
-        await self._noted(self._check.finish)
+        await self._noted(self._threads.unpack, self._check.finish)
         self._note(failed=False)
 
-    async def _noted(self, function: Callable[..., None], *arguments: bytes) -> None:
+    def close(self) -> None:
+        if self._has_much_memory:
+            self._has_much_memory = False
+            self._threads.much_memory.release()
+
+    async def _update(self, data: bytes) -> None:
         try:
-            await self._threads.unpack(function, *arguments)
+            await self._threads.unpack(self._check.update, data)
+        except WindowError:
+            if len(self._begun) < self._size or self._threads.much_memory.locked():
+                raise
+            await self._threads.much_memory.acquire()
+            self._has_much_memory = True
+            self._check = ContentCheck(self._found.info, self._found.nar, LARGE_MEMORY_BYTES)
+            await self._threads.unpack(self._check.update, self._begun)
+
+    async def _noted(self, function: Callable[[_T], Awaitable[None]], argument: _T) -> None:
+        try:
+            await function(argument)
         except FormatError as error:
             self._note(failed=True)
             raise self._found.refuse_nar(error) from None

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing, closing, suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Protocol
@@ -21,6 +21,7 @@ class Check(Protocol):
 
     async def update(self, data: bytes) -> None: ...
     async def finish(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Passed:
@@ -112,12 +113,13 @@ class Passed:
 
 async def _checked(pieces: AsyncGenerator[bytes], check: Check) -> AsyncGenerator[bytes]:
     held = b""
-    async with aclosing(pieces):
-        async for piece in pieces:
-            await check.update(piece)
-            if held:
-                yield held
-            held = piece
-    await check.finish()
+    with closing(check):
+        async with aclosing(pieces):
+            async for piece in pieces:
+                await check.update(piece)
+                if held:
+                    yield held
+                held = piece
+        await check.finish()
     if held:
         yield held

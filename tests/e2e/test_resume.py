@@ -11,14 +11,17 @@ from urllib.parse import urlsplit
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
+from support.held_compression import held_by
 from support.nix_client import Client
-from support.running import Server, patched
+from support.running import Server, patched, wait_until
 
 Start = Callable[..., Server]
 
 MEBIBYTE = 1 << 20
 LIMIT = 16 * MEBIBYTE
 CUTS = 4  # a client tries five times
+FIRST_CUT = 20_000  # bytes on the wire, less than half of what comes of a first frame
+CUTS_IN_FIRST_FRAME = 2
 LEVELS = itertools.cycle(("zstd.level = 9", "zstd.level = 1", "zstd.long_distance_matching = true"))
 # What is sent in vain when a connection is cut: what the server's socket may hold, and a chunk.
 UNDER_WAY = int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]) + MEBIBYTE
@@ -55,6 +58,12 @@ def add_big(store: StoreBuilder, key: SecretKey) -> str:
     return f"{store.store_dir}/{info.path}"
 
 
+def statuses(server: Server) -> list[int]:
+    """The statuses of its answers for NARs, from its access log."""
+    found = [re.search(r"'GET /nar/\S+' (\d+) ", line) for line in server.log]
+    return [int(line[1]) for line in found if line]
+
+
 def port(server: Server) -> int:
     found = urlsplit(server.url).port
     assert found
@@ -83,6 +92,49 @@ def test_a_download_goes_on_at_a_server_of_another_level(start: Start, client: C
     client.run("nix-store", "--verify-path", path)
     servers[0].stop()
     assert any(re.search(r"'GET /nar/\S+' 206 ", line) for line in servers[0].log), servers[0].log
+
+
+def test_a_download_goes_on_while_the_rest_is_being_compressed(start: Start, client: Client, tmp_path: Path) -> None:
+    """Nothing but the first frame is there until the second cut."""
+    key = SecretKey.generate("resume-1")
+    path = add_big(StoreBuilder(tmp_path / "store"), key)
+    held = tmp_path / "held"
+    program = held_by(held, least=MEBIBYTE)
+    server = start(store=tmp_path / "store", program=program, settings="access_log = true")
+
+    def let_go() -> None:
+        if network.cuts == CUTS_IN_FIRST_FRAME:
+            network.least = network.most = 1 << 40
+            held.unlink()
+
+    with CuttingProxy(port(server), FIRST_CUT, FIRST_CUT, let_go) as network:
+        client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
+        client.run("nix-store", "--realise", path)
+    client.run("nix-store", "--verify-path", path)
+    server.stop()
+    assert statuses(server) == [200] + [206] * CUTS_IN_FIRST_FRAME
+
+
+def test_a_download_goes_on_when_its_file_is_evicted(start: Start, client: Client, tmp_path: Path) -> None:
+    key = SecretKey.generate("resume-1")
+    path = add_big(StoreBuilder(tmp_path / "store"), key)
+    server = start(store=tmp_path / "store", settings="access_log = true")
+
+    def evict() -> None:
+        for file in (server.cache_dir / "nar").iterdir():
+            file.unlink()
+
+    with CuttingProxy(port(server), 8 * MEBIBYTE, 10 * MEBIBYTE, evict) as network:
+        client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
+        narinfo = server.get(f"/{path.rpartition('/')[2][:32]}.narinfo").text
+        url = narinfo.partition("URL: ")[2].partition("\n")[0]
+        server.get(f"/{url}")
+        wait_until(lambda: any((server.cache_dir / "frames").iterdir()))
+        client.run("nix-store", "--realise", path)
+        assert network.cuts >= 2
+    client.run("nix-store", "--verify-path", path)
+    server.stop()
+    assert statuses(server)[:3] == [200, 200, 206], server.log
 
 
 def test_a_url_that_names_no_encoding_is_whole_or_nothing(start: Start, client: Client, tmp_path: Path) -> None:

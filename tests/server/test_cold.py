@@ -2,8 +2,9 @@
 
 import http.client
 import os
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,33 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
 from support.held_compression import held_by
 from support.nginx import nginx
-from support.running import NO_CACHE, PATIENCE_S, Answer, Server, file_url, unpacked, wait_until
+from support.running import NO_CACHE, PATIENCE_S, Answer, Server, file_url, patched, unpacked, wait_until
 
 Start = Callable[..., Server]
 
 MIB = 1 << 20
 
 
-def add_big(store: StoreBuilder) -> tuple[PathInfo, bytes]:
-    """Add a path with files of all sizes, whose NAR has many blocks and two frames."""
+def add_big(store: StoreBuilder, name: str = "big") -> tuple[PathInfo, bytes]:
+    """Add a path with files of all sizes, whose NAR has many blocks and two large frames."""
     small = {f"{number}": os.urandom(number) for number in range(300)}
-    info = store.add(store.output_path("big"), {**small, "large": os.urandom(8 * MIB), "other": bytes(2 * MIB + 1)})
+    info = store.add(store.output_path(name), {**small, "large": os.urandom(8 * MIB), "other": bytes(2 * MIB + 1)})
     return info, b"".join(file_reader.read(tree_reader.dump(store.real_path(info.path))))
+
+
+FIRST = MIB // 2
+"""The server compresses what is smaller: the first frame."""
+
+
+@contextmanager
+def begun(server: Server, path: str, wanted: str | None = None, version: str = "1.1") -> Iterator[HTTPResponse]:
+    """An answer of which the head has come."""
+    fields = f"Range: {wanted}\r\n" if wanted else ""
+    with server.connect() as connection:
+        connection.sendall(f"GET {path} HTTP/{version}\r\nHost: cache\r\nConnection: close\r\n{fields}\r\n".encode())
+        with HTTPResponse(connection) as answer:
+            answer.begin()
+            yield answer
 
 
 def fetched(url: str, path: str, method: str = "GET", **headers: str) -> Answer:
@@ -93,3 +109,97 @@ def test_a_damaged_nar_breaks_off_before_its_last_block(
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         server.request("GET", file_url(info), version="1.0")
     assert server.wait_for_log("its NAR hash is")
+
+
+def test_the_first_bytes_come_before_a_large_frame_is_compressed(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    info, plain = add_big(store)
+    held = tmp_path / "held"
+    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
+    with begun(server, file_url(info)) as answer:
+        first = answer.read(1000)
+        assert len(first) == 1000
+        held.unlink()
+        whole = first + answer.read()
+    assert unpacked(whole) == plain
+
+
+def test_a_resumed_download_goes_on_before_the_rest_is_compressed(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    """Its length is unknown, so that the last position is one that no file has (RFC 8673)."""
+    info, _ = add_big(store)
+    held = tmp_path / "held"
+    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
+    with begun(server, file_url(info), "bytes=1000-") as answer:
+        assert (answer.status, answer.headers["Content-Range"]) == (206, "bytes 1000-9007199254740991/*")
+        assert answer.headers["Accept-Ranges"] == "bytes"
+        assert answer.headers["Cache-Control"] == "no-store, no-transform"
+        assert answer.headers["Transfer-Encoding"] == "chunked"
+        first = answer.read(1000)
+        assert len(first) == 1000
+        held.unlink()
+        rest = first + answer.read()
+    whole = server.get(file_url(info))
+    assert rest == whole.body[1000:]
+    known = server.get(file_url(info), {"Range": "bytes=1000-"})
+    assert (known.status, known.body) == (206, rest)
+    assert known.headers["content-range"] == f"bytes 1000-{len(whole.body) - 1}/{len(whole.body)}"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_range_that_ends_in_what_is_there_does_not_wait(
+    start: Start, store: StoreBuilder, tmp_path: Path, version: str
+) -> None:
+    info, _ = add_big(store)
+    held = tmp_path / "held"
+    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
+    with begun(server, file_url(info), "bytes=100-199", version) as answer:
+        assert (answer.status, answer.headers["Content-Range"]) == (206, "bytes 100-199/*")
+        assert answer.headers["Content-Length"] == "100"
+        part = answer.read()
+    held.unlink()
+    assert part == server.get(file_url(info)).body[100:200]
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize(
+    "wanted", ["bytes=999999999-", "bytes=999999999-1000000000", "bytes=-100", "bytes=100-999999999"]
+)
+def test_a_range_that_needs_the_length_waits_for_it(
+    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, cache: bool
+) -> None:
+    info, _ = add_big(store)
+    slow = patched("from harmonia.server.http import response\nresponse._LENGTH_WAIT_S = 0.0")
+    server = start(store=tmp_path / "store", cache_dir=None if cache else NO_CACHE, program=slow)
+    answer = server.get(file_url(info), {"Range": wanted})
+    whole = server.get(file_url(info)).body
+    if wanted.startswith("bytes=9"):
+        assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{len(whole)}")
+    else:
+        assert (answer.status, answer.body) == (206, whole[-100:] if wanted == "bytes=-100" else whole[100:])
+
+
+def test_an_open_range_over_http_1_0_waits_for_the_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Without a length, its client could not see that the part breaks off."""
+    info, _ = add_big(store)
+    server = start(store=tmp_path / "store")
+    answer = server.request("GET", file_url(info), {"Range": "bytes=1000-"}, version="1.0")
+    whole = server.get(file_url(info)).body
+    assert (answer.status, answer.body) == (206, whole[1000:])
+    assert answer.headers["content-range"] == f"bytes 1000-{len(whole) - 1}/{len(whole)}"
+
+
+def test_the_first_frame_of_one_nar_does_not_wait_for_those_of_others(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    others = [add_big(store, f"other-{number}")[0] for number in range(3)]
+    info, _ = add_big(store)
+    held = tmp_path / "held"
+    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
+    with ExitStack() as stack:
+        for each in [*others, info]:
+            answer = stack.enter_context(begun(server, file_url(each)))
+            assert len(answer.read(1000)) == 1000
+        held.unlink()

@@ -164,7 +164,7 @@ NARINFOS: dict[str, tuple[Reason, Behaviour, str]] = {
         body(gzip.compress(bytes((2 << 20) + 1)), Content_Encoding="gzip"),
         "without its Content-Encoding, it is longer than 2097152 bytes",
     ),
-    "empty streams": (Reason.TOO_LONG, body(EMPTY_STREAMS, Content_Encoding="gzip"), "more than 65536 pieces"),
+    "empty streams": (Reason.TOO_LONG, body(EMPTY_STREAMS, Content_Encoding="gzip"), "more than 4096 pieces"),
     "an unknown coding": (Reason.ENCODING, body(b"x", Content_Encoding="rot13"), "'rot13' is unknown"),
     "a wrong coding": (Reason.ENCODING, body(b"x" * 99, Content_Encoding="br"), "its Content-Encoding is wrong"),
     "cut short": (Reason.ENCODING, body(gzip.compress(b"x")[:-1], Content_Encoding="gzip"), "it is cut short"),
@@ -304,6 +304,20 @@ def test_a_nar_with_too_large_a_window_is_refused(begin: Start, upstream: Upstre
     for url in urls:
         assert is_refused(server, url)
     assert_noted(server, Reason.COMPRESSION, TIMES, "a window of this xz file is too large")
+
+
+def test_a_nar_with_a_large_window_that_cannot_be_kept_is_checked(
+    begin: Start, upstream: UpstreamServer, paths: list[Far]
+) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 24}]
+    small = patched(
+        "from harmonia.upstream import nar_verifier\nnar_verifier.ContentCheck.__init__.__defaults__ = (1 << 20,)"
+    )
+    server = begin(upstream.url, program=small, cache_dir=NO_CACHE)
+    for path in paths[:2]:  # the second one after the first one has given its memory back
+        file = lzma.compress(lzma.decompress(path.file), filters=filters)
+        put(upstream, replace(path, file=file), file_hash=hashlib.sha256(file).digest(), file_size=len(file))
+        assert server.get(nar_url(server, path)).body == file
 
 
 def test_a_nar_that_leads_from_outside_to_an_address_inside_is_refused(

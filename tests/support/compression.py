@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from unittest.mock import patch
 
 from harmonia.cache.disk_cache import NarCache
@@ -73,6 +74,7 @@ def compressing(
         if cache:
             wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
         compressor.frames.foreign_encoder.shutdown()
+        compressor.frames.first_encoder.shutdown()
 
 
 def everything(chunks: Iterable[bytes | None]) -> bytes:
@@ -99,9 +101,12 @@ def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | Non
 
 
 def reference(source: Memory, frame_size: int = FRAME) -> bytes:
-    """What is to come out: each piece by itself."""
-    pieces = range(0, source.size or 1, frame_size)
-    return b"".join(Encoding.of(Zstd()).compress(source.content[start : start + frame_size]) for start in pieces)
+    """What is to come out: each piece by itself, of which the first is small if there is more than 1 MiB."""
+    starts = [*range(0, source.size or 1, frame_size)]
+    if source.size > 1 << 20:
+        starts.insert(1, 1 << 16)
+    pieces = [source.content[start:stop] for start, stop in zip_longest(starts, starts[1:])]
+    return b"".join(map(Encoding.of(Zstd()).compress, pieces))
 
 
 def wait_until(condition: Callable[[], object]) -> None:

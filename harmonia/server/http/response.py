@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
@@ -35,6 +36,7 @@ _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
 _PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
 _AT_ONCE = 0.001  # seconds for which what is there already waits for more
 _LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
+_LENGTH_WAIT_S = 0.25  # for which a range waits for the length of what is still being made
 
 _log = logging.getLogger("harmonia")
 
@@ -128,24 +130,71 @@ async def respond(request: Request, representation: Representation, submit: Subm
 
 
 async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
+    wanted = _wanted(request, headers)
+    chunks = None
+    if body.size is None and not isinstance(body, Unread) and (wanted is not None or request.version == "1.0"):
+        chunks = await _reached(body, wanted, submit, needs_length=request.version == "1.0")
     status = HTTPStatus.OK
     start, stop = 0, body.size
-    if body.size is not None and (part := _range(request, headers, body.size)):
-        start, stop = part
+    if wanted is not None:
         status = HTTPStatus.PARTIAL_CONTENT
-        headers["content-range"] = f"bytes {start}-{stop - 1}/{body.size}"
+        start, stop = _located(wanted, body.size)
+        last = wanted.last or byte_range.UNKNOWN_LAST if stop is None else stop - 1
+        headers["content-range"] = f"bytes {start}-{last}/{'*' if body.size is None else body.size}"
+        if stop is None:
+            headers["cache-control"] = UNNAMED  # an HTTP cache could take what came for all of the range
     if stop is not None:
         headers["content-length"] = str(stop - start)
     if request.method != "HEAD":
         size = None if stop is None else stop - start
         response = HTTPResponse(status=status, headers=headers)
-        await _pump(request, response, _ReadAhead(body.read(start, stop), submit), size)
+        await _pump(request, response, chunks or _ReadAhead(body.read(start, stop), submit), size)
         return None
     if stop is not None:
         return HTTPResponse(status=status, headers=headers)
     if request.version != "1.0":
         headers["transfer-encoding"] = "chunked"
     return _HeadOfUnknownLength(headers=headers)
+
+
+async def _reached(
+    body: Body, wanted: byte_range.Wanted | None, submit: Submit, *, needs_length: bool
+) -> "_ReadAhead | None":
+    """Wait until a body of unknown length is made so far that it can be answered.
+
+    That is to its end for a whole body, for the last bytes of one, and for an open range that needs a length. Any other
+    range begins when its first byte is there, or its last byte if it names that. Return the reader of an open range
+    whose length is still unknown then.
+    """
+    if wanted is not None and wanted.first is not None and not (wanted.is_open and needs_length):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LENGTH_WAIT_S):
+                await exhaust(body, submit)
+        if body.size is not None:
+            return None
+        part = (wanted.first, None) if wanted.is_open else (wanted.last or 0, (wanted.last or 0) + 1)
+        chunks = _ReadAhead(body.read(*part), submit)
+        is_there = False
+        try:
+            is_there = bool(await chunks.peek())
+        finally:
+            if not (is_there and wanted.is_open):
+                chunks.close()
+        if is_there:
+            return chunks if wanted.is_open else None
+    if body.size is None:
+        await exhaust(body, submit)
+    return None
+
+
+def _located(wanted: byte_range.Wanted, size: int | None) -> tuple[int, int | None]:
+    """Return where a range starts and stops. It stops at None if that is an end that is not known yet."""
+    if size is None:
+        return wanted.first or 0, None if wanted.is_open else (wanted.last or 0) + 1
+    try:
+        return byte_range.located(wanted, size)
+    except byte_range.UnsatisfiableError:
+        raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
 
 class _HeadOfUnknownLength(HTTPResponse):
@@ -174,14 +223,11 @@ def _field(request: Request, name: str) -> str:
     return ",".join(request.headers.getall(name, []))
 
 
-def _range(request: Request, headers: Mapping[str, str], size: int) -> tuple[int, int] | None:
-    if not wants_part(request) or "content-encoding" in headers:
+def _wanted(request: Request, headers: Mapping[str, str]) -> byte_range.Wanted | None:
+    """Return the range to be sent, or None if that is the whole."""
+    if request.method != "GET" or "content-encoding" in headers:
         return None
-    if_range = request.headers.get("if-range")
-    try:
-        return byte_range.requested(_field(request, "range"), if_range, headers.get("etag"), size)
-    except byte_range.UnsatisfiableError:
-        raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
+    return byte_range.wanted(_field(request, "range"), request.headers.get("if-range"), headers.get("etag"))
 
 
 def _is_unmodified(request: Request, etag: str | None) -> bool:
@@ -212,13 +258,23 @@ class _ReadAhead:
         self._submit = submit
         self._ready: deque[Chunk] = deque()
         self._slice: OpenSlice | None = None
+        self._peeked: bytes | bytearray | None = None
         self._reading = self._pull()
 
     def _pull(self) -> "Future[Any]":
         return self._submit(_pull, self._chunks)
 
+    async def peek(self) -> bytes | bytearray:
+        """Return what `next` will return."""
+        self._peeked = await self.next()
+        return self._peeked
+
     async def next(self) -> bytes | bytearray:
         """The next chunk, empty after the last."""
+        peeked, self._peeked = self._peeked, None
+        return await self._next() if peeked is None else peeked
+
+    async def _next(self) -> bytes | bytearray:
         delay = 0.001
         while True:
             if self._slice is not None:
@@ -295,13 +351,6 @@ async def exhaust(body: Body, submit: Submit) -> None:
             pass
     finally:
         chunks.close()
-
-
-async def whole_if_need_be(body: Body, request: Request, submit: Submit) -> Body:
-    """The body, whole where the request cannot do without its length."""
-    if body.size is None and (wants_part(request) or request.version == "1.0"):
-        await exhaust(body, submit)
-    return body
 
 
 async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, size: int | None) -> None:

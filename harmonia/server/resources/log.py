@@ -12,7 +12,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
-from harmonia.server.http.response import IMMUTABLE, Body, Representation, whole_if_need_be
+from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
 
@@ -26,12 +26,9 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
-    async def open_plain(request: Request) -> Body:
-        return await whole_if_need_be(log, request, context.submitter(request))
-
     return Representation(
         content_type="text/plain; charset=utf-8",
-        body=log if log.size is not None else open_plain,
+        body=log,
         cache_control=IMMUTABLE if log.finished else "no-cache",
         etag=f'"{log.version}"',
         zstd=context.streamed(log),

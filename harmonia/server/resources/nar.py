@@ -34,8 +34,8 @@ from harmonia.server.http.response import (
     Open,
     Representation,
     Unread,
+    exhaust,
     wants_part,
-    whole_if_need_be,
 )
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.path_lookup import SignedPath
@@ -148,12 +148,14 @@ def _stored(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Repres
 
 
 def _compressed(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Open:
-    """The compressed NAR, whole where the request cannot do without its length."""
+    """Return what opens the compressed NAR."""
 
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
             return Unread(await context.threads.read(lambda: context.compressor.size(nar.sha256, encoding)))
         body = await context.threads.read(lambda: CompressedNar(context.compressor, nar, encoding))
-        return await whole_if_need_be(body, request, context.submitter(request))
+        if wants_part(request) and context.compressor.is_damaged(nar):
+            await exhaust(body, context.submitter(request))  # which fails, so that Nix goes on to its next cache
+        return body
 
     return open_compressed

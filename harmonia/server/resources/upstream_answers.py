@@ -24,7 +24,7 @@ from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
-from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread
 from harmonia.server.resources import build_trace, cached_listing, debuginfo, log, narinfo
 from harmonia.server.resources.upstream_nars import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
@@ -63,7 +63,7 @@ class Answers:
         narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
         self._upstreams = Upstreams(clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos)
         self._upstreams.start()
-        self._nars = Nars(context, self._upstreams, Fetches(nars, narinfos, context.failed_nars, self._threads))
+        self._nars = Nars(self._upstreams, Fetches(nars, narinfos, context.failed_nars, self._threads))
 
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._context.settings
@@ -202,7 +202,7 @@ class Answers:
             async def again(part: Part) -> RemoteAnswer:
                 return _there(await client.ask(path, asked, method, part))
 
-            body = await whole_if_need_be(Passed(client, again, response), request, self._context.submitter(request))
+            body = Passed(client, again, response)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 

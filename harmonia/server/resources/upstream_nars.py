@@ -8,8 +8,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
-from harmonia.server.context import ServerContext
-from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread, whole_if_need_be
+from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import Kept
 from harmonia.upstream.client import Client
@@ -29,8 +28,7 @@ _TYPE = "application/x-nix-nar"
 
 
 class Nars:
-    def __init__(self, context: ServerContext, upstreams: Upstreams, fetches: Fetches) -> None:
-        self._submitter = context.submitter
+    def __init__(self, upstreams: Upstreams, fetches: Fetches) -> None:
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in upstreams.clients}
         self._fetches = fetches
@@ -58,7 +56,7 @@ class Nars:
         async def open_nar(request: Request) -> Body:
             if request.method == "HEAD":
                 return await self._unread(found_nar, via)
-            return await whole_if_need_be(await self._open(found_nar, via), request, self._submitter(request))
+            return await self._open(found_nar, via)
 
         return _nar(found_nar.name, open_nar)
 
@@ -95,7 +93,7 @@ class Nars:
             if request.method == "HEAD":
                 async with await ask(WHOLE, "HEAD") as response:
                     return Unread(response.content_length)
-            return await whole_if_need_be(Passed(client, ask, await ask(WHOLE)), request, self._submitter(request))
+            return Passed(client, ask, await ask(WHOLE))
 
         return Representation(
             content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False
