@@ -5,7 +5,7 @@ import socket
 import pytest
 from aiohttp import AddrInfoType
 
-from harmonia.upstream.address_filter import InsideError, Reach, is_outside
+from harmonia.upstream.address_filter import AddressFilter, PrivateAddressError, is_public
 
 OUTSIDE = """
     8.8.8.8 198.41.0.4 2001:4860:4860::8888 ::ffff:8.8.8.8 64:ff9b::808:808 2002:808:808::1
@@ -19,12 +19,12 @@ INSIDE = """
 
 @pytest.mark.parametrize("address", OUTSIDE.split())
 def test_it_may_lead_to_any_address_of_the_internet(address: str) -> None:
-    assert is_outside(address)
+    assert is_public(address)
 
 
 @pytest.mark.parametrize("address", INSIDE.split())
 def test_it_may_not_lead_to_one_that_is_ours(address: str) -> None:
-    assert not is_outside(address)
+    assert not is_public(address)
 
 
 def address(of: str) -> AddrInfoType:
@@ -33,16 +33,16 @@ def address(of: str) -> AddrInfoType:
 
 @pytest.mark.parametrize("order", [("8.8.8.8", "10.0.0.1"), ("10.0.0.1", "8.8.8.8")])
 def test_one_whose_name_also_leads_inside_is_still_outside(order: tuple[str, str]) -> None:
-    reach = Reach()
+    reach = AddressFilter()
     for each in order:
-        reach.here(address(each)).close()
-    reach.elsewhere(address("8.8.4.4")).close()
-    with pytest.raises(InsideError):
-        reach.elsewhere(address("10.0.0.2"))
+        reach.connect_direct(address(each)).close()
+    reach.connect_redirected(address("8.8.4.4")).close()
+    with pytest.raises(PrivateAddressError):
+        reach.connect_redirected(address("10.0.0.2"))
 
 
 def test_one_inside_leads_anywhere() -> None:
-    reach = Reach()
-    reach.here(address("10.0.0.1")).close()
+    reach = AddressFilter()
+    reach.connect_direct(address("10.0.0.1")).close()
     for each in ("10.0.0.2", "8.8.8.8"):
-        reach.elsewhere(address(each)).close()
+        reach.connect_redirected(address(each)).close()

@@ -25,10 +25,10 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
-from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_verifier import has_file_hash
-from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason, RefusalError
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK
@@ -243,13 +243,13 @@ def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(lookup_cache, "_SIZE", 1 << 20)
 
     async def run() -> None:
-        upstreams = Upstreams([], "us", 1, FailedNars())
+        upstreams = UpstreamPool([], "us", 1, FailedNars())
         via = Via(("a", "b", "c"), frozenset(map(str, range(60))))
-        await upstreams.find("used", via)
+        await upstreams.lookup_path("used", via)
         tracemalloc.start()
         for number in range(5000):
-            await upstreams.find(f"{number:032}", via)
-            await upstreams.find("used", via)
+            await upstreams.lookup_path(f"{number:032}", via)
+            await upstreams.lookup_path("used", via)
         taken = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert taken < 1 << 20
@@ -274,8 +274,8 @@ def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -
             asked.append("answer")
             return "answer"
 
-        upstreams = Upstreams([real_client()], "us", 10, FailedNars())
-        getting = asyncio.create_task(upstreams.get(ask, Via(), discarded.append))
+        upstreams = UpstreamPool([real_client()], "us", 10, FailedNars())
+        getting = asyncio.create_task(upstreams.first_answer(ask, Via(), discarded.append))
         for _ in range(steps):
             await asyncio.sleep(0)
         getting.cancel()
@@ -306,7 +306,7 @@ def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> Non
             raise UpstreamError("it does not answer")
 
         client = real_client()
-        reading = Passed(client, ask).read(0, None)
+        reading = PassthroughBody(client, ask).read(0, None)
         next(reading)
         await asyncio.sleep(0.01)
         reading.close()

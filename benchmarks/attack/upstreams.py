@@ -103,7 +103,7 @@ def _entry(upstream: UpstreamServer) -> str:
 def from_outside_to_inside(arena: Arena) -> None:
     """Let an upstream outside redirect, and name NARs, inside our network: 127.0.0.1 counts as outside."""
     outside = patched(
-        f"from harmonia.upstream import address_filter as filter; filter.is_outside = lambda host: host != '{_INSIDE}'"
+        f"from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '{_INSIDE}'"
     )
     name = "an upstream outside that leads inside: by redirects, by URLs of narinfos"
     with (

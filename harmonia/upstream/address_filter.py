@@ -1,7 +1,7 @@
-"""How far an upstream reaches through us: not from outside into the network that we are in.
+"""SSRF protection: a public upstream must not make us connect to private addresses.
 
-Who redirects us, or names another host in a narinfo, could otherwise have us ask what answers nobody but us. What
-counts is the address that is connected to, whatever name led there.
+It could otherwise redirect us, or name another host in a narinfo, to reach services that answer nobody but us. The
+address that is connected to counts, whatever name led there.
 """
 
 import asyncio
@@ -16,46 +16,46 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 """RFC 6052 section 2.1: the last four bytes are an IPv4 address."""
 
 
-class InsideError(OSError):
-    """An upstream outside leads to an address inside."""
+class PrivateAddressError(OSError):
+    """A public upstream leads to a private address."""
 
 
-class Reach:
-    """Of one upstream. The methods make the sockets of aiohttp's connectors.
+class AddressFilter:
+    """Address filter of one upstream. The methods make the sockets of aiohttp's connectors.
 
-    It is inside as long as no address of its own was outside: whoever answers for its name there would only have to
-    name, once, an address inside.
+    An upstream is public from the first of its own addresses that is public: its DNS could otherwise name a private
+    address once, and reach all others by redirects.
     """
 
     def __init__(self) -> None:
-        self._outside = False
+        self._is_public = False
         self._judged = False  # for requests through a proxy
 
-    def here(self, address: AddrInfoType) -> socket.socket:
-        """To the upstream itself: wherever the configuration says."""
-        self._outside |= is_outside(address[4][0])
+    def connect_direct(self, address: AddrInfoType) -> socket.socket:
+        """Make a socket for a connection to the upstream itself. Any address is allowed."""
+        self._is_public |= is_public(address[4][0])
         return socket.socket(*address[:3])
 
-    def elsewhere(self, address: AddrInfoType) -> socket.socket:
-        """To where the upstream leads. InsideError where that is inside, and the upstream is not."""
-        if self._outside and not is_outside(address[4][0]):
-            raise InsideError("it leads from outside to an address inside")
+    def connect_redirected(self, address: AddrInfoType) -> socket.socket:
+        """Make a socket for a connection to another host. Raises PrivateAddressError if only that host is private."""
+        if self._is_public and not is_public(address[4][0]):
+            raise PrivateAddressError("a public upstream leads to a private address")
         return socket.socket(*address[:3])
 
     async def through_proxy(self, host: str, *, here: bool) -> None:
         """Judge a host that a proxy connects to, by its name and the addresses that we find for it.
 
         Nothing may be found behind a proxy. An upstream without an address counts as outside, unless its name is local.
-        Raises InsideError like `elsewhere`, unless it is the upstream itself (`here`).
+        Raises PrivateAddressError like `connect_redirected`, unless it is the upstream itself (`here`).
         """
         if here and self._judged:
             return
         found = await _addresses(host)
         if here:
             self._judged = True
-            self._outside |= any(map(is_outside, found)) or not (found or is_local(host))
-        elif self._outside and (is_local(host) or not all(map(is_outside, found))):
-            raise InsideError("it leads from outside to an address inside")
+            self._is_public |= any(map(is_public, found)) or not (found or is_local(host))
+        elif self._is_public and (is_local(host) or not all(map(is_public, found))):
+            raise PrivateAddressError("a public upstream leads to a private address")
 
 
 async def _addresses(host: str) -> list[str]:
@@ -74,8 +74,8 @@ def is_local(host: str) -> bool:
     return not is_address and ("." not in name or f".{name}".endswith(tuple(f".{each}" for each in _LOCAL_DOMAINS)))
 
 
-def is_outside(address: str) -> bool:
-    """Whether it is an address of the Internet, and of no network in particular."""
+def is_public(address: str) -> bool:
+    """Return whether an address belongs to the Internet, not to a private network."""
     ip: IPv4Address | IPv6Address = ip_address(address)
     if isinstance(ip, IPv6Address):
         nat64 = IPv4Address(ip.packed[-4:]) if ip in _NAT64 else None

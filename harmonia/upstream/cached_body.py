@@ -6,15 +6,19 @@ from concurrent.futures import Future
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import StoreObjectError
 from harmonia.store.file_reader import OpenSlice
-from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.transfer import Transfer
 
 
-class Kept:
+class CachedBody:
     """A NAR in the cache, whole or growing. Where it stops to grow, the rest is passed on."""
 
     def __init__(
-        self, file: CachedFile, size: int | None = None, transfer: Transfer | None = None, rest: Passed | None = None
+        self,
+        file: CachedFile,
+        size: int | None = None,
+        transfer: Transfer | None = None,
+        rest: PassthroughBody | None = None,
     ) -> None:
         """`rest` may be None where the file is whole."""
         self.size = file.size if file.whole else size

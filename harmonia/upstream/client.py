@@ -73,7 +73,7 @@ class Client:
         """
         async with self._turn(path), self._question():
             url = f"{self.base}/{path}"
-            response = await self._transport.open(method, url, headers, part)
+            response = await self._transport.open_response(method, url, headers, part)
             return None if response is None else Answer(self._transport, response, url)
 
     async def ask_small(
@@ -107,7 +107,7 @@ class Client:
         """
         await self._be_usable()
         with self._counting():
-            response = await self._transport.open(method, url, headers, part, anywhere=anywhere)
+            response = await self._transport.open_response(method, url, headers, part, anywhere=anywhere)
         if response is None:
             raise self.refusals.refuse(url, Reason.MISSING_NAR, "it does not have this NAR, of which it told")
         answer = Answer(self._transport, response, url)
@@ -200,7 +200,7 @@ class Client:
     ) -> bytes | None:
         """Return the body of an answer, None if there is none. It has a turn for its memory while `memory` is open."""
         url = f"{self.base}/{path}"
-        response = await self._transport.open("GET", url, headers, buffer_bytes=_BUFFER_BYTES)
+        response = await self._transport.open_response("GET", url, headers, buffer_bytes=_BUFFER_BYTES)
         if response is None:
             return None
         async with Answer(self._transport, response, url) as answer:

@@ -17,12 +17,12 @@ from harmonia.errors import FormatError
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.nix.narinfo import NarFile
 from harmonia.upstream.answer import Answer
-from harmonia.upstream.cached_body import Kept
+from harmonia.upstream.cached_body import CachedBody
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.nar_verifier import ContentCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.passthrough_body import Passed
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.passthrough_body import PassthroughBody
+from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Tasks, Threads
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
@@ -34,7 +34,7 @@ _BEGIN_MAX_BYTES = 1 << 20
 _T = TypeVar("_T")
 
 
-class Fetches:
+class NarFetcher:
     """All NARs that are on their way here."""
 
     def __init__(
@@ -53,12 +53,12 @@ class Fetches:
             transfer.give_up()
         await self._tasks.stop()
 
-    async def find(self, key: str) -> Kept | None:
+    async def cached_nar(self, key: str) -> CachedBody | None:
         """The NAR of that key, whole, if it is in the cache."""
         file = None if self._cache is None else await self._threads.write(self._cache.use, key)
-        return None if file is None else Kept(file)
+        return None if file is None else CachedBody(file)
 
-    async def known_file(self, found: Found) -> NarFile:
+    async def file_info(self, found: RemotePath) -> NarFile:
         """Return what is known of the file of a NAR: that of the cache, or else what its narinfo tells."""
         file = None if self._cache is None else await self._threads.write(self._cache.find, found.name.key)
         if file is None:
@@ -68,12 +68,12 @@ class Fetches:
         finally:
             file.close()
 
-    async def open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
+    async def open_nar(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
         """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
         # A client that goes away must not leave behind a file that nobody fills.
         return await asyncio.shield(self._tasks.share(self._open(found, headers)))
 
-    async def _open(self, found: Found, headers: Mapping[str, str]) -> Kept | Passed:
+    async def _open(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
         cache = self._cache
         key = found.name.key
         opened = None
@@ -93,13 +93,13 @@ class Fetches:
             return self._passed(found, headers, await found.ask(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
-            return Kept(opened[0], found.file_size, None, self._passed(found, headers))
+            return CachedBody(opened[0], found.file_size, None, self._passed(found, headers))
         running.paths[found.info.path] = found
         await running.started.wait()
         if running.error is not None:
             opened[0].close()  # the error, which the fetch has, would keep it
             raise running.error
-        return Kept(opened[0], running.size, running, self._passed(found, headers))
+        return CachedBody(opened[0], running.size, running, self._passed(found, headers))
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:
@@ -109,13 +109,13 @@ class Fetches:
                 del self._running[key]
         self._note(transfer.found, failed=transfer.error is not None)
 
-    def _note(self, found: Found, *, failed: bool) -> None:
+    def _note(self, found: RemotePath, *, failed: bool) -> None:
         """Remember whether the upstream has the NAR that it tells of."""
         (self._failed.add if failed else self._failed.remove)(found.client.id, found.name.key)
 
-    def _passed(self, found: Found, headers: Mapping[str, str], response: Answer | None = None) -> Passed:
+    def _passed(self, found: RemotePath, headers: Mapping[str, str], response: Answer | None = None) -> PassthroughBody:
         """Return the NAR without the cache. It is checked if it is passed on from its beginning to its end."""
-        return Passed(
+        return PassthroughBody(
             found.client,
             partial(found.ask, headers, checked=False),
             response,
@@ -124,7 +124,7 @@ class Fetches:
             partial(found.ask, headers, WHOLE),
         )
 
-    def _check(self, found: Found) -> "_ThreadedCheck":
+    def _check(self, found: RemotePath) -> "_ThreadedCheck":
         return _ThreadedCheck(found, self._threads, partial(self._note, found))
 
 
@@ -134,7 +134,7 @@ class _ThreadedCheck:
     A file with a large window is begun again with more memory, unless another file has that: its client may be slow.
     """
 
-    def __init__(self, found: Found, threads: Threads, note: Callable[..., None]) -> None:
+    def __init__(self, found: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
         self._found = found
         self._check = ContentCheck(found.info, found.nar)
         self._begun = b""
@@ -177,7 +177,7 @@ class _ThreadedCheck:
             raise self._found.refuse_nar(error) from None
 
 
-async def unread_size(found: Found, headers: Mapping[str, str]) -> int | None:
+async def unread_size(found: RemotePath, headers: Mapping[str, str]) -> int | None:
     """Ask the upstream how many bytes a NAR has as it comes. Raise UpstreamError."""
     async with await found.ask(headers, WHOLE, "HEAD") as answer:
         return answer.content_length

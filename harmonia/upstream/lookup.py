@@ -11,11 +11,11 @@ from harmonia.errors import UpstreamError
 from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
-from harmonia.upstream.lookup_cache import Memory
+from harmonia.upstream.lookup_cache import LookupCache
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.remote_path import Found, look_up
+from harmonia.upstream.remote_path import RemotePath, fetch_narinfo
 from harmonia.upstream.tasks import Tasks
 
 _T = TypeVar("_T")
@@ -23,7 +23,7 @@ Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
 """Asks one upstream something, with these headers. UpstreamError where it fails."""
 
 
-class Upstreams:
+class UpstreamPool:
     def __init__(
         self,
         clients: Sequence[Client],
@@ -38,7 +38,7 @@ class Upstreams:
         self._bound = bound
         self._failed = failed
         self._narinfos = narinfos
-        self._known = Memory()
+        self._lookup_cache = LookupCache()
         self._asking = SingleFlight()
         self._tasks = Tasks()
 
@@ -51,16 +51,16 @@ class Upstreams:
         for client in self.clients:
             await client.close()
 
-    async def find(self, hash_part: str, via: Via) -> Found | None:
+    async def lookup_path(self, hash_part: str, via: Via) -> RemotePath | None:
         """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it.
 
         If no upstream has it, or none answers, a path whose narinfo and NAR are in the cache is found there.
         """
         if via.is_loop(self.identity):
             return None
-        return await self._find_remote(hash_part, via) or await self.find_cached(hash_part)
+        return await self._lookup_remote(hash_part, via) or await self.lookup_cached_path(hash_part)
 
-    async def find_cached(self, hash_part: str) -> Found | None:
+    async def lookup_cached_path(self, hash_part: str) -> RemotePath | None:
         """Return a path whose narinfo and NAR are in the cache, without asking any upstream."""
         return None if self._narinfos is None else await self._narinfos.find(hash_part)
 
@@ -70,42 +70,42 @@ class Upstreams:
             self._tasks.share(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
-        if not await narinfos.has(hash_part) and (found := await self._find_remote(hash_part, via)):
+        if not await narinfos.has(hash_part) and (found := await self._lookup_remote(hash_part, via)):
             await narinfos.keep(found)
 
-    async def _find_remote(self, hash_part: str, via: Via) -> Found | None:
+    async def _lookup_remote(self, hash_part: str, via: Via) -> RemotePath | None:
         # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
         for key in ((hash_part, Via()), (hash_part, via)):
-            known = self._known.get(key)
+            known = self._lookup_cache.get(key)
             if known is not None and not (known.found and self._is_useless(known.found, via)):
                 return known.found
-        task = self._once((hash_part, via), lambda: self._find(hash_part, via))
+        task = self._once((hash_part, via), lambda: self._ask_for_path(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
         return task.result() if done else None
 
-    async def find_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> Found | None:
+    async def lookup_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> RemotePath | None:
         """Who has the NAR of that name, or one like it: packed anew, perhaps, but in the same compression.
 
         Nobody who has failed. This takes its time: a client that asks for a NAR knows that there is one.
         """
         if via.is_loop(self.identity):
             return None
-        known = self._known.get((name.hash_part, Via()))
+        known = self._lookup_cache.get((name.hash_part, Via()))
         found = known.found if known else None
         if found and found.name == name and found.client not in failed and not self._is_useless(found, Via()):
             return found
-        return await asyncio.shield(self._once((name, via, *failed), lambda: self._find_nar(name, via, failed)))
+        return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
 
-    def fail(self, found: Found) -> None:
+    def mark_failed(self, found: RemotePath) -> None:
         """Its NAR cannot be had: for a moment, nothing is said of the path that only this upstream says."""
-        self._known.forget((found.info.path.hash_part, Via()))
+        self._lookup_cache.forget((found.info.path.hash_part, Via()))
         self._failed.add(found.client.id, found.name.key)
 
-    def _is_useless(self, found: Found, via: Via) -> bool:
+    def _is_useless(self, found: RemotePath, via: Via) -> bool:
         """Return whether the upstream asks us, or its NAR could not be had."""
         return found.client.identity in via.through or self._failed.has(found.client.id, found.name.key)
 
-    async def get(self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
+    async def first_answer(self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
         """The first answer of all upstreams, within the bound. What comes later, or second, is discarded."""
         if via.is_loop(self.identity):
             return None
@@ -154,26 +154,26 @@ class Upstreams:
             for task in running:
                 task.add_done_callback(partial(_discard, discard))
 
-    async def _find(self, hash_part: str, via: Via) -> Found | None:
-        async def ask(client: Client, headers: dict[str, str]) -> Found | None:
-            found = await look_up(client, hash_part, headers)
+    async def _ask_for_path(self, hash_part: str, via: Via) -> RemotePath | None:
+        async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
+            found = await fetch_narinfo(client, hash_part, headers)
             return None if found and self._failed.has(client.id, found.name.key) else found
 
         found, sure = await self._first(ask, via)
         if found or sure:
-            self._known.remember((hash_part, Via() if found else via), found)
+            self._lookup_cache.remember((hash_part, Via() if found else via), found)
         if found and self._narinfos is not None:
             self._tasks.share(self._narinfos.keep(found))  # it may have changed
         return found
 
-    async def _find_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> Found | None:
-        alike: list[Found] = []
-        failed_before: list[Found] = []
+    async def _ask_for_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> RemotePath | None:
+        alike: list[RemotePath] = []
+        failed_before: list[RemotePath] = []
 
-        async def ask(client: Client, headers: dict[str, str]) -> Found | None:
+        async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
             if client in failed or not name.may_be_at(client.id):
                 return None
-            found = await look_up(client, name.hash_part, headers)
+            found = await fetch_narinfo(client, name.hash_part, headers)
             if found and (found.name.nar_hash, found.name.compression) == (name.nar_hash, name.compression):
                 if self._failed.has(client.id, found.name.key):
                     failed_before.append(found)
@@ -187,8 +187,8 @@ class Upstreams:
         return found or next(iter(alike + failed_before), None)
 
     def _once(
-        self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, Found | None]]
-    ) -> "asyncio.Future[Found | None]":
+        self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, RemotePath | None]]
+    ) -> "asyncio.Future[RemotePath | None]":
         """The answer to a question that is asked once at a time, however many want to know."""
         return self._asking.start(question, lambda: self._tasks.begin(ask()))
 

@@ -1,56 +1,52 @@
-"""What the answers of upstreams were, remembered for their time."""
+"""Lookup cache: LRU of paths that upstreams have or lack, each with a TTL."""
 
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from harmonia.upstream.loop_guard import Via
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.remote_path import RemotePath
 
 POSITIVE_TTL = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
 _NEGATIVE_TTL = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build
 _SIZE = 32 << 20  # bytes, about: some 20,000 paths, or 60,000 that nobody has
 
-Question = tuple[str, Via]
-"""A hash part, and the way by which the question for it came."""
+LookupKey = tuple[str, Via]
+"""A hash part, and the way by which the key for it came."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    found: Found | None
+class CachedLookup:
+    found: RemotePath | None
     expires: float
     size: int
     """Bytes of memory, about."""
 
 
-class Memory:
+class LookupCache:
     """Bounded: what was used longest ago goes first."""
 
     def __init__(self) -> None:
         self._left = _SIZE
-        self._by_question: OrderedDict[Question, Answer] = OrderedDict()
+        self._entries: OrderedDict[LookupKey, CachedLookup] = OrderedDict()
 
-    def get(self, question: Question) -> Answer | None:
-        answer = self._by_question.get(question)
+    def get(self, key: LookupKey) -> CachedLookup | None:
+        answer = self._entries.get(key)
         if answer is None or answer.expires < asyncio.get_running_loop().time():
             return None
-        self._by_question.move_to_end(question)
+        self._entries.move_to_end(key)
         return answer
 
-    def remember(self, question: Question, found: Found | None) -> None:
-        self.forget(question)
+    def remember(self, key: LookupKey, found: RemotePath | None) -> None:
+        self.forget(key)
         ttl = POSITIVE_TTL if found else _NEGATIVE_TTL
         # Objects in Python take more than the text that they were made of.
-        size = (
-            500
-            + 100 * (len(question[1].through) + len(question[1].asked))
-            + (1000 + 3 * found.narinfo_size if found else 0)
-        )
-        self._by_question[question] = Answer(found, asyncio.get_running_loop().time() + ttl, size)
+        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * found.narinfo_size if found else 0)
+        self._entries[key] = CachedLookup(found, asyncio.get_running_loop().time() + ttl, size)
         self._left -= size
         while self._left < 0:
-            self.forget(next(iter(self._by_question)))
+            self.forget(next(iter(self._entries)))
 
-    def forget(self, question: Question) -> None:
-        answer = self._by_question.pop(question, None)
+    def forget(self, key: LookupKey) -> None:
+        answer = self._entries.pop(key, None)
         self._left += answer.size if answer else 0

@@ -15,7 +15,7 @@ from harmonia.errors import CacheFileError
 from harmonia.nix import narinfo
 from harmonia.upstream.client import Client
 from harmonia.upstream.refusals import RefusalError
-from harmonia.upstream.remote_path import Found, parse
+from harmonia.upstream.remote_path import RemotePath, parse
 from harmonia.upstream.tasks import Threads
 
 _LIMIT_BYTES = 256 << 20  # on disk: 64,000 narinfos
@@ -37,7 +37,7 @@ class NarinfoCache:
         nars.removed = self._sweep_soon
         self._sweep_soon()  # a process that was killed may have left narinfos without NARs
 
-    async def find(self, hash_part: str) -> Found | None:
+    async def find(self, hash_part: str) -> RemotePath | None:
         """Return the path with this hash part, if its narinfo is valid and its NAR whole in the cache."""
         record = await self._threads.write(self._load, hash_part)
         if record is None:
@@ -56,10 +56,10 @@ class NarinfoCache:
         """Return whether there is a narinfo, valid or not."""
         return await self._threads.write(self._files.has, hash_part)
 
-    async def keep(self, found: Found) -> None:
+    async def keep(self, found: RemotePath) -> None:
         await self._threads.sync(self.save, found)
 
-    def save(self, found: Found) -> None:
+    def save(self, found: RemotePath) -> None:
         """Write the narinfo of a path if its NAR is in the cache. Waits for the disk."""
         client, key, hash_part = found.client, found.name.key, found.info.path.hash_part
         if client.settings.mode != "proxy" or not self._nars.has(key):

@@ -24,7 +24,7 @@ class Check(Protocol):
     def close(self) -> None: ...
 
 
-class Passed:
+class PassthroughBody:
     """A body that the upstream has. If it can be checked, its end is held back until it is found right."""
 
     def __init__(

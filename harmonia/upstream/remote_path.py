@@ -19,7 +19,7 @@ from harmonia.upstream.transport import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RemotePath:
     """A path that an upstream has, as it says."""
 
     client: Client
@@ -52,10 +52,10 @@ class Found:
         return self.client.refusals.refuse(self.url, reason, str(why))
 
 
-async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) -> Found | None:
+async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, str]) -> RemotePath | None:
     """What that upstream says of a path. UpstreamError where it does not answer."""
 
-    def parse(text: bytes) -> Found | Literal[False]:
+    def parse(text: bytes) -> RemotePath | Literal[False]:
         try:
             return _parse(client, hash_part, text)
         except RefusalError:  # which would keep the text
@@ -68,12 +68,12 @@ async def look_up(client: Client, hash_part: str, headers: Mapping[str, str]) ->
     return found
 
 
-async def parse(client: Client, hash_part: str, text: bytes) -> Found:
+async def parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
     """Return what a narinfo of that upstream says. Raise RefusalError if it cannot be taken."""
     return await client.parse(partial(_parse, client, hash_part), text)
 
 
-def _parse(client: Client, hash_part: str, text: bytes) -> Found:
+def _parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
     """Return what a narinfo says. Raise RefusalError if it cannot be taken."""
     refuse = partial(client.refusals.refuse, _narinfo_path(hash_part))
     try:
@@ -92,7 +92,7 @@ def _parse(client: Client, hash_part: str, text: bytes) -> Found:
     verified = any(key.verify(fingerprint, sig) for key in client.keys for sig in info.sigs)
     if client.keys and not verified:
         raise refuse(Reason.NOT_SIGNED, "none of the public_keys has signed it")
-    return Found(client, info, nar, verified, client.nar_url(nar.url, _narinfo_path(hash_part)), len(text))
+    return RemotePath(client, info, nar, verified, client.nar_url(nar.url, _narinfo_path(hash_part)), len(text))
 
 
 def _narinfo_path(hash_part: str) -> str:

@@ -15,7 +15,7 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.refusals import Reason, RefusalError
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("harmonia")
 class Transfer:
     def __init__(
         self,
-        found: Found,
+        found: RemotePath,
         headers: Mapping[str, str],
         filler: Filler,
         limit: int,

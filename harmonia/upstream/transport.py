@@ -18,7 +18,7 @@ from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.untrusted import excerpt
-from harmonia.upstream.address_filter import InsideError, Reach
+from harmonia.upstream.address_filter import AddressFilter, PrivateAddressError
 from harmonia.upstream.header_fields import content_range_start, retry_after_s
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.refusals import Reason, Refusals
@@ -74,9 +74,9 @@ class Transport:
         self._connect_timeout = settings.connect_timeout
         self._authorization = authorization
         self._proxies = proxies
-        self._reach = Reach()
-        self._here = self._session(tls, self._reach.here)
-        self._elsewhere = self._session(tls, self._reach.elsewhere)
+        self._address_filter = AddressFilter()
+        self._here = self._session(tls, self._address_filter.connect_direct)
+        self._elsewhere = self._session(tls, self._address_filter.connect_redirected)
         self._proxied = self._session(tls)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
 
@@ -98,7 +98,7 @@ class Transport:
         """Call a function that decodes or parses answers, in the one thread of this upstream: it delays no other."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    async def open(
+    async def open_response(
         self,
         method: str,
         url: str,
@@ -194,7 +194,7 @@ class Transport:
             raise self.refusals.refuse(asked, Reason.PROXY, str(error)) from None
         except _FAILURES as error:
             cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-            if isinstance(cause, InsideError):
+            if isinstance(cause, PrivateAddressError):
                 raise self.refusals.refuse(asked, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}") from None
             if isinstance(error, aiohttp.ClientHttpProxyError):
                 self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
@@ -209,10 +209,10 @@ class Transport:
         return response
 
     async def _judge(self, target: URL, *, here: bool) -> None:
-        """Raise InsideError if the proxy must not be asked for this."""
+        """Raise PrivateAddressError if the proxy must not be asked for this."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._connect_timeout):
-                await self._reach.through_proxy(target.host or "", here=here)
+                await self._address_filter.through_proxy(target.host or "", here=here)
 
     def _redirected(self, asked: str, url: str, location: str, *, anywhere: bool) -> str:
         """Return where a redirect leads. Raise RefusalError if we do not follow it."""

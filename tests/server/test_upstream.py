@@ -1314,7 +1314,7 @@ def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_in
 ) -> None:
     """127.0.0.1 is in our network, unless we say that it is not."""
     outside = patched(
-        "from harmonia.upstream import address_filter as filter; filter.is_outside = lambda host: host != '127.0.0.2'"
+        "from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '127.0.0.2'"
     )
     for command, inside, arrives in ((HARMONIA, True, True), (outside, False, True), (outside, True, False)):
         there = make_path(tmp_path / "redirected")
@@ -1328,7 +1328,7 @@ def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_in
             assert (answer.status, answer.body == there.file) == ((200, True) if arrives else (404, False))
             assert bool(other.asked) == arrives
             server.stop()
-            assert any("leads from outside" in line for line in server.log) != arrives
+            assert any("leads to a private address" in line for line in server.log) != arrives
 
 
 # The other resources

@@ -183,7 +183,7 @@ def test_an_upstream_outside_leads_to_nothing_inside_through_the_proxy(
         assert nar_of(server, f"/{info.path.hash_part}.narinfo") == b"Not Found\n"
     assert not [asked for asked in proxy.asked if CACHE not in asked]
     assert f"GET http://{CACHE}/{NAR.url}" in proxy.asked
-    server.wait_for_log("leads from outside to an address inside")
+    server.wait_for_log("public upstream leads to a private address")
 
 
 def test_an_upstream_outside_may_lead_to_another_host_outside_through_the_proxy(

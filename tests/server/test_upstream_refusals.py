@@ -325,13 +325,15 @@ def test_a_nar_that_leads_from_outside_to_an_address_inside_is_refused(
 ) -> None:
     """127.0.0.1 is on the Internet here."""
     outside = patched(
-        "from harmonia.upstream import address_filter as filter; filter.is_outside = lambda host: host != '127.0.0.2'"
+        "from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '127.0.0.2'"
     )
     upstream.behaviours["^/nar/"] = redirect("http://127.0.0.2:7/secret")
     server = begin(upstream.url, program=outside)
     for path in paths[:TIMES]:
         assert server.get(nar_url(server, path)).status == 404
-    assert_noted(server, Reason.PRIVATE_ADDRESS, TIMES, "'http://127.0.0.2:7': it leads from outside")
+    assert_noted(
+        server, Reason.PRIVATE_ADDRESS, TIMES, "'http://127.0.0.2:7': a public upstream leads to a private address"
+    )
     assert "secret" not in "".join(server.log)
 
 

@@ -15,11 +15,11 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources import listing
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Threads
 
 
-async def get(context: ServerContext, request: Request, found: Found, threads: Threads) -> Representation:
+async def get(context: ServerContext, request: Request, found: RemotePath, threads: Threads) -> Representation:
     nars, name = context.compressor.cache, found.name
     if nars is None:
         raise NotFound

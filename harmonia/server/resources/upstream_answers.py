@@ -30,13 +30,13 @@ from harmonia.server.resources.upstream_nars import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
-from harmonia.upstream.fetch import Fetches
-from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.fetch import NarFetcher
+from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.lookup_cache import POSITIVE_TTL
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.passthrough_body import Passed
+from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import Part, Transport
 
@@ -61,9 +61,11 @@ class Answers:
         nars = context.compressor.cache
         self._threads = Threads()
         narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
-        self._upstreams = Upstreams(clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos)
+        self._upstreams = UpstreamPool(
+            clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
+        )
         self._upstreams.start()
-        self._nars = Nars(self._upstreams, Fetches(nars, narinfos, context.failed_nars, self._threads))
+        self._nars = Nars(self._upstreams, NarFetcher(nars, narinfos, context.failed_nars, self._threads))
 
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._context.settings
@@ -106,7 +108,7 @@ class Answers:
         try:
             return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
         except NotFound:
-            found = await self._upstreams.find_cached(hash_part)
+            found = await self._upstreams.lookup_cached_path(hash_part)
             if found is None:
                 raise
         return await cached_listing.get(self._context, request, found, self._threads)
@@ -116,7 +118,7 @@ class Answers:
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:
-                found = await self._upstreams.find(path.hash_part, via_of(request))
+                found = await self._upstreams.lookup_path(path.hash_part, via_of(request))
                 deriver = found.info.deriver if found and found.info.path == path else None
                 path = deriver or StorePath(f"{path}.drv")
         except FormatError:
@@ -140,7 +142,7 @@ class Answers:
 
             return await client.ask_small(path, headers, check, _MAX_JSON_BYTES)
 
-        text = await self._upstreams.get(ask, via_of(request))
+        text = await self._upstreams.first_answer(ask, via_of(request))
         if text is None:
             raise NotFound
         return metadata.representation("application/json", text, self._max_age)
@@ -169,13 +171,13 @@ class Answers:
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
-        text = await self._upstreams.get(ask, via_of(request))
+        text = await self._upstreams.first_answer(ask, via_of(request))
         if text is None:
             raise NotFound
         return metadata.representation("application/json", text, self._max_age)
 
-    async def _find(self, request: Request, hash_part: str) -> Found:
-        found = await self._upstreams.find(hash_part, via_of(request))
+    async def _find(self, request: Request, hash_part: str) -> RemotePath:
+        found = await self._upstreams.lookup_path(hash_part, via_of(request))
         if found is None:
             raise NotFound
         return found
@@ -190,7 +192,7 @@ class Answers:
             response = await client.ask(path, asked, method)
             return None if response is None else (client, asked, response)
 
-        answer = await self._upstreams.get(ask, via_of(request), lambda answer: answer[2].close())
+        answer = await self._upstreams.first_answer(ask, via_of(request), lambda answer: answer[2].close())
         if answer is None:
             raise NotFound
         client, asked, response = answer
@@ -202,7 +204,7 @@ class Answers:
             async def again(part: Part) -> RemoteAnswer:
                 return _there(await client.ask(path, asked, method, part))
 
-            body = Passed(client, again, response)
+            body = PassthroughBody(client, again, response)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 

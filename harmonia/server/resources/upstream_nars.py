@@ -10,14 +10,14 @@ from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread
 from harmonia.upstream.answer import Answer as RemoteAnswer
-from harmonia.upstream.cached_body import Kept
+from harmonia.upstream.cached_body import CachedBody
 from harmonia.upstream.client import Client
-from harmonia.upstream.fetch import Fetches, unread_size
-from harmonia.upstream.lookup import Upstreams
+from harmonia.upstream.fetch import NarFetcher, unread_size
+from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_name import NarName
-from harmonia.upstream.passthrough_body import Passed
-from harmonia.upstream.remote_path import Found
+from harmonia.upstream.passthrough_body import PassthroughBody
+from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.transport import WHOLE, Part
 
 _ID = f"[{ALPHABET}]{{16}}"
@@ -28,13 +28,13 @@ _TYPE = "application/x-nix-nar"
 
 
 class Nars:
-    def __init__(self, upstreams: Upstreams, fetches: Fetches) -> None:
+    def __init__(self, upstreams: UpstreamPool, fetcher: NarFetcher) -> None:
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in upstreams.clients}
-        self._fetches = fetches
+        self._fetcher = fetcher
 
     async def close(self) -> None:
-        await self._fetches.close()
+        await self._fetcher.close()
 
     async def get(self, request: Request, name: str) -> Representation:
         via = via_of(request)
@@ -46,10 +46,10 @@ class Nars:
             wanted = NarName.parse(name)
         except FormatError:
             raise NotFound from None
-        if kept := await self._fetches.find(wanted.key):
+        if kept := await self._fetcher.cached_nar(wanted.key):
             self._upstreams.keep_narinfo(wanted.hash_part, via)
             return _nar(wanted, kept)
-        found_nar = await self._upstreams.find_nar(wanted, via)
+        found_nar = await self._upstreams.lookup_nar(wanted, via)
         if found_nar is None:
             raise NotFound
 
@@ -60,24 +60,24 @@ class Nars:
 
         return _nar(found_nar.name, open_nar)
 
-    async def known_file(self, found: Found) -> NarFile:
-        return await self._fetches.known_file(found)
+    async def known_file(self, found: RemotePath) -> NarFile:
+        return await self._fetcher.file_info(found)
 
-    async def _open(self, found: Found, via: Via) -> Kept | Passed:
+    async def _open(self, found: RemotePath, via: Via) -> CachedBody | PassthroughBody:
         """The NAR from there, or from the next upstream that has the same file, where that one fails."""
         failed: list[Client] = []
         while True:
             try:
-                return await self._fetches.open(found, self._headers(found.client, via))
+                return await self._fetcher.open_nar(found, self._headers(found.client, via))
             except UpstreamError:
-                self._upstreams.fail(found)
+                self._upstreams.mark_failed(found)
                 failed.append(found.client)
-                other = await self._upstreams.find_nar(found.name, via, failed)
+                other = await self._upstreams.lookup_nar(found.name, via, failed)
                 if other is None or other.name != found.name:
                     raise
                 found = other
 
-    async def _unread(self, found: Found, via: Via) -> Body:
+    async def _unread(self, found: RemotePath, via: Via) -> Body:
         """For HEAD."""
         if found.file_size is not None:
             return Unread(found.file_size)
@@ -93,7 +93,7 @@ class Nars:
             if request.method == "HEAD":
                 async with await ask(WHOLE, "HEAD") as response:
                     return Unread(response.content_length)
-            return Passed(client, ask, await ask(WHOLE))
+            return PassthroughBody(client, ask, await ask(WHOLE))
 
         return Representation(
             content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False
