@@ -29,7 +29,7 @@ from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_verifier import has_file_hash
 from harmonia.upstream.passthrough_body import PassthroughBody
-from harmonia.upstream.refusals import Reason, RefusalError
+from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK
 
@@ -337,7 +337,7 @@ def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> Non
 def test_https_of_its_host_is_the_upstream_itself(base: str, url: str, *, here: bool) -> None:
     async def run() -> None:
         client = real_client(base)
-        with nullcontext() if here else pytest.raises(RefusalError):
+        with nullcontext() if here else pytest.raises(UpstreamMismatchError):
             client.nar_url(url, "narinfo")  # of an upstream without keys
         await client.close()
 

@@ -13,7 +13,7 @@ import aiohttp
 from harmonia.errors import FormatError
 from harmonia.nix.decompress import SizeError, decoder
 from harmonia.upstream.header_fields import Headers, elements
-from harmonia.upstream.refusals import Reason, RefusalError
+from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Transport
 
 _LONG_BYTES = 64 << 10
@@ -21,7 +21,7 @@ _MAX_EMPTY_PIECES = 1000  # in a thread at once: each stream of a file makes at 
 
 
 class Answer:
-    """To be closed. Raise RefusalError if the content codings are unknown."""
+    """To be closed. Raise UpstreamMismatchError if the content codings are unknown."""
 
     def __init__(self, transport: Transport, response: aiohttp.ClientResponse, asked: str) -> None:
         """`asked` is the URL of the question."""
@@ -52,7 +52,7 @@ class Answer:
     async def read(self, most: int) -> bytes:
         """Return the next bytes, none at the end: `most`, or what comes out of so many.
 
-        Raise FailureError if they do not come, RefusalError if their content codings are wrong.
+        Raise UpstreamUnavailableError if they do not come, UpstreamMismatchError if their content codings are wrong.
         """
         if self._decoder is None:
             return await self._transport.read(self._response, most)
@@ -72,7 +72,7 @@ class Answer:
                 self._pieces = self._decoder.feed(data)
 
     async def read_whole(self, most: int, before_long: Callable[[], Awaitable[object]]) -> bytes:
-        """Return all bytes of a small answer. Raise RefusalError if there are more than `most`, as sent or decoded.
+        """Return all bytes of a small answer. Raise UpstreamMismatchError if `most` are exceeded, sent or decoded.
 
         `before_long` is awaited before the answer takes much memory.
         """
@@ -96,7 +96,7 @@ class Answer:
         except FormatError as error:
             raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
 
-    def _refuse(self, reason: Reason, why: str) -> RefusalError:
+    def _refuse(self, reason: Reason, why: str) -> UpstreamMismatchError:
         return self._transport.refusals.refuse(self._asked, reason, why)
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.loop_guard import PROBE
-from harmonia.upstream.refusals import Reason, RefusalError
-from harmonia.upstream.transport import WHOLE, AnswerError, FailureError, Part, Transport
+from harmonia.upstream.refusals import Reason, UpstreamMismatchError
+from harmonia.upstream.transport import WHOLE, Part, Transport, UpstreamRejectedError, UpstreamUnavailableError
 
 _QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
 _LONG_ANSWERS = 4  # that are in memory at once, whole; others wait for their turn
@@ -120,7 +120,7 @@ class Client:
             return await answer.read(most)
 
     def nar_url(self, relative: str, asked: str) -> str:
-        """Return where the URL in a narinfo leads. Raise RefusalError if it may not lead there.
+        """Return where the URL in a narinfo leads. Raise UpstreamMismatchError if it may not lead there.
 
         It stays on the upstream's host, unless one of the upstream's keys has signed: else any upstream could have us
         look into our own network. `asked` is the path of the narinfo.
@@ -141,7 +141,7 @@ class Client:
     async def _be_usable(self) -> None:
         """UpstreamError where it is not. At the start, it takes a while to tell."""
         if not await self.breaker.usable():
-            raise AnswerError(self.base, "it is down")
+            raise UpstreamRejectedError(self.base, "it is down")
 
     @asynccontextmanager
     async def _question(self) -> AsyncGenerator[None]:
@@ -154,7 +154,7 @@ class Client:
                 yield
             if loop.time() < late.when():
                 self.breaker.succeeded()
-        except FailureError as error:
+        except UpstreamUnavailableError as error:
             if loop.time() < late.when():
                 self._failed(error.why, error.retry_after)
             raise
@@ -179,19 +179,19 @@ class Client:
 
     @asynccontextmanager
     async def _answering(self) -> AsyncGenerator[None]:
-        """FailureError where that takes too long."""
+        """UpstreamUnavailableError where that takes too long."""
         try:
             async with asyncio.timeout(self.settings.timeout):
                 yield
         except TimeoutError:
-            raise FailureError(self.base, "it does not answer") from None
+            raise UpstreamUnavailableError(self.base, "it does not answer") from None
 
     @contextmanager
     def _counting(self) -> Generator[None]:
         """A failure counts."""
         try:
             yield
-        except FailureError as error:
+        except UpstreamUnavailableError as error:
             self._failed(error.why, error.retry_after)
             raise
 
@@ -229,7 +229,7 @@ class Client:
             with self._counting():
                 async with self._answering(), AsyncExitStack() as memory:
                     text = await self._small("nix-cache-info", PROBE, memory)
-        except (AnswerError, RefusalError) as error:
+        except (UpstreamRejectedError, UpstreamMismatchError) as error:
             self._say(f"cannot be used: {error.why}")
             return False
         if text is None:

@@ -14,7 +14,7 @@ from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import CacheFileError
 from harmonia.nix import narinfo
 from harmonia.upstream.client import Client
-from harmonia.upstream.refusals import RefusalError
+from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath, parse
 from harmonia.upstream.tasks import Threads
 
@@ -48,7 +48,7 @@ class NarinfoCache:
             return None
         try:
             found = await parse(client, hash_part, text)
-        except RefusalError:  # which is logged
+        except UpstreamMismatchError:  # which is logged
             return None
         return found if found.name.key == key else None
 

@@ -50,7 +50,7 @@ class Reason(StrEnum):
     MALFORMED_JSON = "malformed_json", "have it write the file anew"
 
 
-class RefusalError(UpstreamError):
+class UpstreamMismatchError(UpstreamError):
     """An answer that is not taken."""
 
     def __init__(self, base: str, reason: Reason, why: str) -> None:
@@ -78,10 +78,10 @@ class Refusals:
             asked = excerpt(asked.removeprefix(f"{self._base}/"))
             _log.warning("upstream %s: refused %s: %s; %s (%s)", self._base, asked, why, reason.remedy, reason)
 
-    def refuse(self, asked: str, reason: Reason, why: str) -> RefusalError:
+    def refuse(self, asked: str, reason: Reason, why: str) -> UpstreamMismatchError:
         """Note a refusal, and return it to be raised."""
         self.note(asked, reason, why)
-        return RefusalError(self._base, reason, why)
+        return UpstreamMismatchError(self._base, reason, why)
 
     def _is_due(self, reason: Reason) -> bool:
         now = monotonic()

@@ -14,7 +14,7 @@ from harmonia.nix.store_path import StoreDirError
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.nar_name import NarName
-from harmonia.upstream.refusals import Reason, RefusalError
+from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Part
 
 
@@ -46,7 +46,7 @@ class RemotePath:
         """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
         return await self.client.nar(self.url, headers, method, part, anywhere=checked)
 
-    def refuse_nar(self, why: Exception) -> RefusalError:
+    def refuse_nar(self, why: Exception) -> UpstreamMismatchError:
         """Note that what came is not its NAR, and return the error to be raised."""
         reason = Reason.COMPRESSION if isinstance(why, WindowError) else Reason.WRONG_NAR
         return self.client.refusals.refuse(self.url, reason, str(why))
@@ -58,7 +58,7 @@ async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, st
     def parse(text: bytes) -> RemotePath | Literal[False]:
         try:
             return _parse(client, hash_part, text)
-        except RefusalError:  # which would keep the text
+        except UpstreamMismatchError:  # which would keep the text
             return False
 
     found = await client.ask_small(_narinfo_path(hash_part), headers, parse)
@@ -69,12 +69,12 @@ async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, st
 
 
 async def parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
-    """Return what a narinfo of that upstream says. Raise RefusalError if it cannot be taken."""
+    """Return what a narinfo of that upstream says. Raise UpstreamMismatchError if it cannot be taken."""
     return await client.parse(partial(_parse, client, hash_part), text)
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
-    """Return what a narinfo says. Raise RefusalError if it cannot be taken."""
+    """Return what a narinfo says. Raise UpstreamMismatchError if it cannot be taken."""
     refuse = partial(client.refusals.refuse, _narinfo_path(hash_part))
     try:
         info, nar = narinfo.parse(text.decode(errors="surrogateescape"), client.store_dir)

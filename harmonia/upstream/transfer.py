@@ -14,7 +14,7 @@ from harmonia.upstream import nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.refusals import Reason, RefusalError
+from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Threads
 from harmonia.upstream.transport import WHOLE
@@ -62,7 +62,7 @@ class Transfer:
             await self._threads.sync(self._commit)
         except UpstreamError as error:
             self.error = error
-            if not isinstance(error, RefusalError):
+            if not isinstance(error, UpstreamMismatchError):
                 _log.error("%s: %s", self.found.url, error)
             await write(self._filler.withdraw)
         except OSError:  # of which the cache has told, unless it is only too large
@@ -127,7 +127,7 @@ class Transfer:
             except UpstreamError as error:
                 response = None
                 failures = 1 if self._filler.size > before else failures + 1
-                if not resumable or isinstance(error, RefusalError) or failures > _RESUMES:
+                if not resumable or isinstance(error, UpstreamMismatchError) or failures > _RESUMES:
                     raise
                 await asyncio.sleep(_RESUME_DELAY * 2 ** (failures - 1))
             else:
@@ -163,5 +163,5 @@ class Transfer:
         if size > self._limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-    def _wrong(self, why: str) -> RefusalError:
+    def _wrong(self, why: str) -> UpstreamMismatchError:
         return self.found.client.refusals.refuse(self.found.url, Reason.WRONG_NAR, why)

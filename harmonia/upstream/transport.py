@@ -39,7 +39,7 @@ Part = tuple[int, int | None]
 WHOLE: Part = (0, None)
 
 
-class AnswerError(UpstreamError):
+class UpstreamRejectedError(UpstreamError):
     """An upstream does not answer."""
 
     def __init__(self, base: str, why: str) -> None:
@@ -47,7 +47,7 @@ class AnswerError(UpstreamError):
         self.why = why
 
 
-class FailureError(AnswerError):
+class UpstreamUnavailableError(UpstreamRejectedError):
     """Likewise, which counts against it. It may have asked to be left alone for some seconds."""
 
     def __init__(self, base: str, why: str, retry_after: float = 0) -> None:
@@ -110,8 +110,8 @@ class Transport:
     ) -> aiohttp.ClientResponse | None:
         """The answer, to be released; None where nothing is there. It may have all where a part was wanted.
 
-        Redirects are followed on the upstream's own host, or `anywhere`. Raise FailureError if no answer comes, and
-        RefusalError if it leads to where we do not go.
+        Redirects are followed on the upstream's own host, or `anywhere`. Raise UpstreamUnavailableError if no answer
+        comes, and UpstreamMismatchError if it leads to where we do not go.
         """
         asked = url
         start, stop = part
@@ -127,11 +127,13 @@ class Transport:
             elif status in _MISSING:
                 return None
             else:
-                raise FailureError(self.base, f"it answers with status {status}", retry_after_s(response.headers))
+                raise UpstreamUnavailableError(
+                    self.base, f"it answers with status {status}", retry_after_s(response.headers)
+                )
         raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"it redirects more than {_REDIRECTS} times")
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
-        """The next bytes of an answer, none at its end. FailureError where they do not come.
+        """The next bytes of an answer, none at its end. UpstreamUnavailableError where they do not come.
 
         The time is taken here: aiohttp's `sock_read` begins anew when the rest of a body is read that had come before,
         and then strikes the connection while nobody asks anything, and with it the next question.
@@ -140,7 +142,7 @@ class Transport:
             async with asyncio.timeout(self._timeout):
                 return await response.content.read(most)
         except _FAILURES as error:
-            raise FailureError(self.base, _phrase(error)) from None
+            raise UpstreamUnavailableError(self.base, _phrase(error)) from None
 
     def is_here(self, url: str) -> bool:
         """Return whether a URL is of the upstream itself: of its host and port, or by https of its host.
@@ -198,12 +200,12 @@ class Transport:
                 raise self.refusals.refuse(asked, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}") from None
             if isinstance(error, aiohttp.ClientHttpProxyError):
                 self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
-            raise FailureError(self.base, _phrase(error)) from None
+            raise UpstreamUnavailableError(self.base, _phrase(error)) from None
         if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             response.close()
             why = f"its proxy answers with status {response.status}"
             self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {why}")
-            raise FailureError(self.base, why)
+            raise UpstreamUnavailableError(self.base, why)
         if here:
             self.identity = next(iter(Via.parse(response.headers.get(VIA, "")).through), self.identity)
         return response
@@ -215,7 +217,7 @@ class Transport:
                 await self._address_filter.through_proxy(target.host or "", here=here)
 
     def _redirected(self, asked: str, url: str, location: str, *, anywhere: bool) -> str:
-        """Return where a redirect leads. Raise RefusalError if we do not follow it."""
+        """Return where a redirect leads. Raise UpstreamMismatchError if we do not follow it."""
         try:
             target = urljoin(url, location)
             parts = URL(target, encoded=True)

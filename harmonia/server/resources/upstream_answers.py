@@ -209,7 +209,7 @@ class Answers:
 
 
 def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T]) -> _T:
-    """Return what `extract` makes of an answer in JSON. Raise RefusalError if it is not what it should be."""
+    """Return what `extract` makes of an answer in JSON. Raise UpstreamMismatchError if it is not what it should be."""
     try:
         return extract(json.loads(text))
     except (*_NO_SUCH_JSON, FormatError):
