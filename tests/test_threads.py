@@ -14,6 +14,6 @@ def test_bodies_of_one_client_leave_threads_to_others() -> None:
         for _ in range(100):
             threads.bodies.submit("one", gate.wait, 20)
         assert threads.bodies.submit("another", lambda: "read").result(10) == "read"
-        assert asyncio.run(threads.read(lambda: "asked")) == "asked"
+        assert asyncio.run(threads.run_io(lambda: "asked")) == "asked"
     finally:
         gate.set()

@@ -79,7 +79,7 @@ class Paths:
 
     async def _query(self, hash_part: str, generation: Hashable, known: SignedPath | None) -> SignedPath | None:
         """Look the path up in the database, and remember the answer as of `generation`."""
-        found = await self._threads.query(partial(self._look_up, hash_part, known))
+        found = await self._threads.run_db(partial(self._look_up, hash_part, known))
         if found is None:
             self._known.pop(hash_part, None)
             if self._absent_as_of == generation and len(self._absent) < _REMEMBERED:
@@ -135,7 +135,7 @@ class Paths:
             return self.policy.permits_name(derivation)
         if await self.is_published(derivation):
             return True
-        outputs = await self._threads.browse(lambda store: queries.outputs(store, derivation))
+        outputs = await self._threads.run_slow_db(lambda store: queries.outputs(store, derivation))
         return any([await self.is_published(output) for output in outputs])
 
     def publish_filter(self, store: Store) -> Callable[[StorePath], bool] | None:
@@ -166,7 +166,7 @@ class Paths:
                 self._refreshing = self._threads.closure.submit(closure.refresh, _FRESH)
             return True
         # Perhaps it was added just now, and a client remembers for an hour that it was not there.
-        await self._threads.wait_for(self._threads.closure, partial(closure.refresh, _FRESH))
+        await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _FRESH))
         return path in closure
 
     def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:

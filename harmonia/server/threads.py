@@ -1,4 +1,4 @@
-"""The threads of a worker: what the event loop must not wait for is done in them."""
+"""Thread pools of a worker, for everything that the event loop must not wait for."""
 
 import asyncio
 from collections.abc import Callable
@@ -31,24 +31,24 @@ class Threads:
         self._browsed = browsed
         self._metrics = metrics
 
-    async def read(self, ask: Callable[[], _T]) -> _T:
-        """What `ask` finds on disk, in one of the threads that may wait for it."""
+    async def run_io(self, ask: Callable[[], _T]) -> _T:
+        """Run a function that reads from the disk, in one of many threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
 
-    async def query(self, ask: Callable[[], _T]) -> _T:
-        """What `ask` finds in the store, in the one thread that may wait for its database. StoreUnavailableError."""
+    async def run_db(self, ask: Callable[[], _T]) -> _T:
+        """Run a short query, in the one thread for the database. Raises StoreUnavailableError."""
         began = perf_counter()
         try:
-            return await self.wait_for(self._database, ask)
+            return await self.run_with_timeout(self._database, ask)
         finally:
             self._metrics.own.database.observe(perf_counter() - began)
 
-    async def browse(self, ask: Callable[[Store], _T]) -> _T:
-        """What `ask` finds in the store, where that may take long."""
-        return await self.wait_for(self._browsing, partial(ask, self._browsed))
+    async def run_slow_db(self, ask: Callable[[Store], _T]) -> _T:
+        """Run a query that may take long, in a thread of its own. Raises StoreUnavailableError."""
+        return await self.run_with_timeout(self._browsing, partial(ask, self._browsed))
 
-    async def wait_for(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
-        """What `ask` finds, in that thread. StoreUnavailableError where it takes too long, or waits in vain."""
+    async def run_with_timeout(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
+        """Run a query in a thread. Raises StoreUnavailableError if it takes longer than the database's timeout."""
         try:
             async with asyncio.timeout(BUSY_TIMEOUT + 1):
                 return await asyncio.get_running_loop().run_in_executor(thread, ask)

@@ -132,7 +132,7 @@ async def _trim(context: ServerContext) -> None:
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM)
         with suppress(RuntimeError):  # no thread can be started
-            await context.threads.read(partial(malloc_trim, 0))
+            await context.threads.run_io(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:

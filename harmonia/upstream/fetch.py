@@ -23,7 +23,7 @@ from harmonia.upstream.nar_verifier import ContentCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import Tasks, Threads
+from harmonia.upstream.tasks import FetchThreads, Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
@@ -38,7 +38,7 @@ class NarFetcher:
     """All NARs that are on their way here."""
 
     def __init__(
-        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: Threads
+        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: FetchThreads
     ) -> None:
         self._cache = cache
         self._narinfos = narinfos
@@ -71,7 +71,7 @@ class NarFetcher:
     async def open_nar(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
         """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
         # A client that goes away must not leave behind a file that nobody fills.
-        return await asyncio.shield(self._tasks.share(self._open(found, headers)))
+        return await asyncio.shield(self._tasks.spawn_shared(self._open(found, headers)))
 
     async def _open(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
         cache = self._cache
@@ -88,7 +88,7 @@ class NarFetcher:
                     transfer = self._running[key] = Transfer(
                         found, headers, opened[1], cache.limit, self._threads, self._narinfos
                     )
-                    self._tasks.begin(self._run(key, transfer))
+                    self._tasks.spawn(self._run(key, transfer))
         if opened is None:
             return self._passed(found, headers, await found.ask(headers, WHOLE))
         running = self._running.get(key)
@@ -134,7 +134,7 @@ class _ThreadedCheck:
     A file with a large window is begun again with more memory, unless another file has that: its client may be slow.
     """
 
-    def __init__(self, found: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
+    def __init__(self, found: RemotePath, threads: FetchThreads, note: Callable[..., None]) -> None:
         self._found = found
         self._check = ContentCheck(found.info, found.nar)
         self._begun = b""

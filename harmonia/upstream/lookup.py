@@ -67,7 +67,7 @@ class UpstreamPool:
     def keep_narinfo(self, hash_part: str, via: Via) -> None:
         """Have the narinfo of a path in the cache, too, whose NAR is: it came with another path of the same content."""
         if self._narinfos is not None:
-            self._tasks.share(self._keep_narinfo(self._narinfos, hash_part, via))
+            self._tasks.spawn_shared(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
         if not await narinfos.has(hash_part) and (found := await self._lookup_remote(hash_part, via)):
@@ -113,7 +113,7 @@ class UpstreamPool:
         async def first() -> _T | None:
             return (await self._first(ask, via, discard))[0]
 
-        task = self._tasks.begin(first())
+        task = self._tasks.spawn(first())
         done: set[asyncio.Task[_T | None]] = set()
         try:
             done, _ = await asyncio.wait({task}, timeout=self._bound)
@@ -137,7 +137,7 @@ class UpstreamPool:
         sure = len(clients) == len(self.clients)
         try:
             for tier in tiers:
-                running |= {self._tasks.begin(ask(client, headers)) for client in tier}
+                running |= {self._tasks.spawn(ask(client, headers)) for client in tier}
                 patience = None if tier is tiers[-1] else self._bound / (len(tiers) + 1)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(patience):
@@ -163,7 +163,7 @@ class UpstreamPool:
         if found or sure:
             self._lookup_cache.remember((hash_part, Via() if found else via), found)
         if found and self._narinfos is not None:
-            self._tasks.share(self._narinfos.keep(found))  # it may have changed
+            self._tasks.spawn_shared(self._narinfos.keep(found))  # it may have changed
         return found
 
     async def _ask_for_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> RemotePath | None:
@@ -190,7 +190,7 @@ class UpstreamPool:
         self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, RemotePath | None]]
     ) -> "asyncio.Future[RemotePath | None]":
         """The answer to a question that is asked once at a time, however many want to know."""
-        return self._asking.start(question, lambda: self._tasks.begin(ask()))
+        return self._asking.start(question, lambda: self._tasks.spawn(ask()))
 
 
 def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:

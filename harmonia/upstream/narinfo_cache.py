@@ -16,7 +16,7 @@ from harmonia.nix import narinfo
 from harmonia.upstream.client import Client
 from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath, parse
-from harmonia.upstream.tasks import Threads
+from harmonia.upstream.tasks import FetchThreads
 
 _LIMIT_BYTES = 256 << 20  # on disk: 64,000 narinfos
 _SHARE = 8  # of a small NAR cache's limit: one part in so many
@@ -27,7 +27,7 @@ _Record = tuple[str, str, bytes]
 
 
 class NarinfoCache:
-    def __init__(self, directory: str, nars: NarCache, clients: Sequence[Client], threads: Threads) -> None:
+    def __init__(self, directory: str, nars: NarCache, clients: Sequence[Client], threads: FetchThreads) -> None:
         """Raises OSError if the directory cannot be made or written to."""
         self._files = NarCache(directory, min(_LIMIT_BYTES, nars.limit // _SHARE))
         self._nars = nars

@@ -19,15 +19,15 @@ class Tasks:
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
 
-    def begin(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+    def spawn(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         task = asyncio.create_task(coroutine)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
 
-    def share(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+    def spawn_shared(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
         """Likewise, for those who wait for its result: an error is theirs alone, and nobody's when all have gone."""
-        task = self.begin(coroutine)
+        task = self.spawn(coroutine)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
@@ -37,7 +37,7 @@ class Tasks:
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
-class Threads:
+class FetchThreads:
     """Those that write, none for long, those that wait for the disk, and those that unpack, which takes long, and
     much memory for each NAR.
     """

@@ -16,7 +16,7 @@ from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import Threads
+from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import WHOLE
 
 _PIECE = 256 * 1024  # bytes that are taken at once
@@ -33,7 +33,7 @@ class Transfer:
         headers: Mapping[str, str],
         filler: Filler,
         limit: int,
-        threads: Threads,
+        threads: FetchThreads,
         narinfos: NarinfoCache | None,
     ) -> None:
         self.size = found.file_size

@@ -37,7 +37,7 @@ async def search(context: ServerContext, request: Request) -> Representation:
     named = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
     if named and await context.paths.find_usable(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
-    result = await context.threads.browse(
+    result = await context.threads.run_slow_db(
         lambda store: queries.search(store, asked, _SHOWN, context.paths.publish_filter(store))
     )
     document = page.begin(
@@ -66,12 +66,14 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     if signed is None:
         raise NotFound
     info = signed.info
-    referrers = await context.threads.browse(
+    referrers = await context.threads.run_slow_db(
         lambda store: queries.referrers(store, info.path, _SHOWN, context.paths.publish_filter(store))
     )
     # What it needs may be paths that are nobody's business.
     closure = (
-        None if context.paths.policy else await context.threads.browse(lambda store: queries.closure(store, info.path))
+        None
+        if context.paths.policy
+        else await context.threads.run_slow_db(lambda store: queries.closure(store, info.path))
     )
     deriver_is_here = info.deriver is not None and await context.paths.find_usable(info.deriver.hash_part) is not None
     full_path = f"{context.store.store_dir}/{info.path}"
@@ -103,7 +105,7 @@ async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
-            log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
+            log = await context.threads.run_io(lambda: build_log.find(context.settings.logs, derivation))
             if log is not None and await context.paths.is_log_published(derivation):
                 return derivation
     return None

@@ -25,7 +25,7 @@ _log = logging.getLogger("harmonia")
 async def get_realisation(context: ServerContext, _: Request, name: str) -> Representation:
     """`<derivation's hash>!<output>.doi`, as Nix up to 2.34 asks for it."""
     derivation_hash, output = parse_realisation_id(name)
-    known = await context.threads.query(lambda: context.store.realisation(derivation_hash, output))
+    known = await context.threads.run_db(lambda: context.store.realisation(derivation_hash, output))
     found = await _checked(context, name, known)
     return _representation(context, render_realisation(f"{derivation_hash}!{output}", found, context.keys))
 
@@ -33,7 +33,7 @@ async def get_realisation(context: ServerContext, _: Request, name: str) -> Repr
 async def get(context: ServerContext, _: Request, derivation: str, name: str) -> Representation:
     """`<derivation>/<output>.doi`, as newer Nixes ask for it."""
     drv, output = parse_trace_key(derivation, name)
-    known = await context.threads.query(lambda: context.store.build_trace(drv, output))
+    known = await context.threads.run_db(lambda: context.store.build_trace(drv, output))
     found = await _checked(context, name, known)
     return _representation(context, render_build_trace(drv, output, found, context.keys))
 

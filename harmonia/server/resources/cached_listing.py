@@ -16,10 +16,10 @@ from harmonia.server.http.response import Representation
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources import listing
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import Threads
+from harmonia.upstream.tasks import FetchThreads
 
 
-async def get(context: ServerContext, request: Request, found: RemotePath, threads: Threads) -> Representation:
+async def get(context: ServerContext, request: Request, found: RemotePath, threads: FetchThreads) -> Representation:
     nars, name = context.compressor.cache, found.name
     if nars is None:
         raise NotFound

@@ -51,7 +51,9 @@ async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _PATIENCE
     while True:
-        paths, complete = await context.threads.wait_for(context.threads.index, partial(index.look_up, build_id))
+        paths, complete = await context.threads.run_with_timeout(
+            context.threads.index, partial(index.look_up, build_id)
+        )
         for path in paths:
             found = await context.paths.find_usable(path.hash_part)
             if found is not None and found.info.path == path:

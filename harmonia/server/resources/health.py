@@ -14,7 +14,7 @@ _TEXT = "text/plain; charset=utf-8"
 
 
 async def get(context: ServerContext, request: Request) -> Representation:
-    await context.threads.query(context.store.check)
+    await context.threads.run_db(context.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
     private = context.settings.tokens_path is not None  # it asks for none itself
     more = context.upstreams.state() if verbose and context.upstreams and not private else ""

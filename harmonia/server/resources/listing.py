@@ -57,7 +57,7 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
     if plain is None:
         streamed = _Streamed(render)
         if wants_part(request) or request.version == "1.0":
-            streamed = await context.threads.read(streamed.measured)
+            streamed = await context.threads.run_io(streamed.measured)
         return streamed, context.streamed(streamed)
     return plain, _encoded(context, key, plain) if context.settings.enable_compression else None
 

@@ -22,7 +22,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         derivation = await _derivation(context, decoded(request, name))
     except FormatError:
         raise NotFound from None
-    log = await context.threads.read(lambda: build_log.find(context.settings.logs, derivation))
+    log = await context.threads.run_io(lambda: build_log.find(context.settings.logs, derivation))
     if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
@@ -47,7 +47,7 @@ async def _derivation(context: ServerContext, name: str) -> StorePath:
     if is_hash_part(name):
         known = await context.paths.find_usable(name)
         if known is None:
-            collected = await context.threads.read(lambda: build_log.derivation(context.settings.logs, name))
+            collected = await context.threads.run_io(lambda: build_log.derivation(context.settings.logs, name))
             if collected is None:
                 raise AbsentError
             return collected

@@ -39,7 +39,7 @@ async def get(context: ServerContext, _: Request) -> Representation:
     look(context)
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
-        body=await context.threads.read(lambda: _render(context)),
+        body=await context.threads.run_io(lambda: _render(context)),
         cache_control="no-store",
     )
 

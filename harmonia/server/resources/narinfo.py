@@ -33,7 +33,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, compressor = path.info, context.compressor
     if context.offers_zstd and not compressor.is_certain(info.nar_hash):
-        await context.threads.read(lambda: compressor.find(info.nar_hash))
+        await context.threads.run_io(lambda: compressor.find(info.nar_hash))
     compressed = compressor.known(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 

@@ -75,7 +75,7 @@ async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes
             break
         if parts[0] != os.fsencode(info.path):
             info = await _named(context, parts[0])
-        step = await context.threads.read(partial(object_files.look, context.store, info, parts[1:]))
+        step = await context.threads.run_io(partial(object_files.look, context.store, info, parts[1:]))
         if isinstance(step, Entry):
             return step
         if not step:  # it leads elsewhere, or to the store itself

@@ -37,7 +37,7 @@ from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import Threads
+from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import Part, Transport
 
 _log = logging.getLogger("harmonia")
@@ -59,7 +59,7 @@ class Answers:
         self._context = context
         clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
         nars = context.compressor.cache
-        self._threads = Threads()
+        self._threads = FetchThreads()
         narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
         self._upstreams = UpstreamPool(
             clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
@@ -217,7 +217,7 @@ def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T])
 
 
 def _narinfo_cache(
-    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: Threads
+    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: FetchThreads
 ) -> NarinfoCache | None:
     try:
         return NarinfoCache(os.path.join(str(settings.cache_dir), "narinfo"), nars, clients, threads)
