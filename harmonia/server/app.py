@@ -13,7 +13,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.response import Handler, respond
-from harmonia.server.http.response_cache import AbsentError, Lasts, Repeats
+from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
 from harmonia.server.resources import metrics
 from harmonia.server.resources.upstream import with_fallback
 from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
@@ -63,7 +63,7 @@ def _app(
         request_class=sanic_adapter.AdaptedRequest,
     )
     app.ctx.identity = context.identity
-    app.ctx.repeats = Repeats()
+    app.ctx.response_cache = ResponseCache()
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
@@ -96,10 +96,10 @@ def _endpoint(
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
         route.begin()
         try:
-            response, lasts = await _answer(context, handler, request, parameters)
+            response, still_valid = await _answer(context, handler, request, parameters)
         except Exception as error:  # noqa: BLE001 (error_response.py tells each its status)
             response = error_response.response(context, request, error)
-            lasts = error.lasts if isinstance(error, AbsentError) else None
+            still_valid = error.still_valid if isinstance(error, AbsentError) else None
         except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
             if request.responded:
                 _done(context, route, request, None)
@@ -108,8 +108,8 @@ def _endpoint(
             raise
         finally:
             route.end()
-        if lasts is not None and not context.settings.access_log:
-            request.ctx.lasts = lasts, route
+        if still_valid is not None and not context.settings.access_log:
+            request.ctx.still_valid = still_valid, route
         return _done(context, route, request, response)
 
     return endpoint
@@ -117,9 +117,9 @@ def _endpoint(
 
 async def _answer(
     context: ServerContext, handler: Handler, request: Request, parameters: Mapping[str, str]
-) -> tuple[HTTPResponse | None, Lasts | None]:
+) -> tuple[HTTPResponse | None, StillValid | None]:
     representation = await handler(context, request, **parameters)
-    return await respond(request, representation, context.submitter(request)), representation.lasts
+    return await respond(request, representation, context.submitter(request)), representation.still_valid
 
 
 def _done(

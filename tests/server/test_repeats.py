@@ -19,15 +19,15 @@ Start = Callable[..., Server]
 LIMIT = 20_000
 TELL = f"""
 import os, sys
-from harmonia.server.http.response_cache import Repeats
-find, Repeats.__init__.__defaults__ = Repeats.find, ({LIMIT},)
+from harmonia.server.http.response_cache import ResponseCache
+find, ResponseCache.__init__.__defaults__ = ResponseCache.cached_response, ({LIMIT},)
 def telling(self, head):
     answer = find(self, head)
     if answer is not None:
         with open(os.path.join(os.path.dirname(sys.argv[-1]), "again"), "a") as file:
             file.write("again")
     return answer
-Repeats.find = telling
+ResponseCache.cached_response = telling
 """
 TELLING = patched(TELL)
 

@@ -70,7 +70,7 @@ class Guard:
             # What is public may be kept by a cache on the way, and told to others (RFC 9111 section 3.5).
             private = representation.cache_control.replace("public", "private")
             # Nor is anything said again without a look at the token.
-            return replace(representation, cache_control=private, lasts=None)
+            return replace(representation, cache_control=private, still_valid=None)
 
         return get
 

@@ -23,7 +23,7 @@ from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException
 from harmonia.errors import StoreObjectError
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
-from harmonia.server.http.response_cache import Lasts
+from harmonia.server.http.response_cache import StillValid
 from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
 
 IMMUTABLE = "public, max-age=31536000, immutable"
@@ -88,8 +88,10 @@ class Representation:
     """Further ones, by lower-case name."""
     resumable: bool = True
     """Whether the URL names these very bytes. Otherwise a range is 404, unless If-Range names them."""
-    lasts: Lasts | None = None
-    """Only for a body of bytes, and where it takes no more to know it than who asks in the same words may hear."""
+    still_valid: StillValid | None = None
+    """True while this response may be replayed to an identical request. Allowed only for in-memory bodies; must be
+    cheap, and must not widen access.
+    """
 
 
 Handler = Callable[..., Awaitable[Representation]]

@@ -110,7 +110,7 @@ class Connection(HttpProtocol):
 
     def data_received(self, data: bytes) -> None:
         http = getattr(self, "_http", None)  # it comes with the connection's task
-        if http is not None and self._is_idle(http) and (answer := self.app.ctx.repeats.find(data)):
+        if http is not None and self._is_idle(http) and (answer := self.app.ctx.response_cache.cached_response(data)):
             cast("asyncio.WriteTransport", self.transport).write(answer)
             self._time = time.monotonic()
             return
@@ -155,7 +155,7 @@ class Connection(HttpProtocol):
         """Send bytes, and wait until the kernel has nearly all of them: what comes next is not in memory before."""
         await super().send(data)  # type: ignore[no-untyped-call]
         if self._http.request is not None:
-            self.app.ctx.repeats.remember(self._http.request, data)
+            self.app.ctx.response_cache.remember(self._http.request, data)
         await self._can_write.wait()
 
 

@@ -37,11 +37,11 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     compressed = compressor.known(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
-    def lasts() -> bool:
+    def still_valid() -> bool:
         is_certain = not context.offers_zstd or compressor.is_certain(info.nar_hash)
         return is_certain and compressor.known(info.nar_hash) == compressed and context.paths.is_current(path)
 
-    return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), lasts=lasts)
+    return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), still_valid=still_valid)
 
 
 def representation(
