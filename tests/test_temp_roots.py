@@ -45,14 +45,14 @@ def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> TempRoots:
 
 def test_a_root_is_taken_once_and_goes_with_the_last_who_needs_it(place: Path, roots: TempRoots) -> None:
     with DaemonServer(place) as daemon:
-        first, second, other = roots.hold(ONE), roots.hold(ONE), roots.hold(OTHER)
+        first, second, other = roots.acquire(ONE), roots.acquire(ONE), roots.acquire(OTHER)
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
         del first, other
         time.sleep(0.3)
         assert len(daemon.open) == 1
         del second
         wait_until(lambda: not daemon.open)
-        again = roots.hold(ONE)
+        again = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         del again
 
@@ -65,14 +65,14 @@ def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots
         waits.wait(20)
 
     with DaemonServer(place, greet=greet) as daemon:
-        first = roots.hold(ONE)
+        first = roots.acquire(ONE)
         wait_until(lambda: daemon.open)
         for _ in range(10_000):
-            roots.hold(OTHER)
+            roots.acquire(OTHER)
         waits.set()
     del first
     with DaemonServer(place) as daemon:
-        last = roots.hold(ONE)
+        last = roots.acquire(ONE)
         wait_until(lambda: daemon.roots)
         assert daemon.roots == [full(ONE)]
         del last
@@ -84,10 +84,10 @@ def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
     """Also for what it has answered before: that was over the same connection, which is closed."""
     monkeypatch.setattr(temp_roots, "_TIMEOUT", 0.2)
     with DaemonServer(place) as daemon:
-        first = roots.hold(ONE)
+        first = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         answer, daemon.answer = daemon.answer, b""
-        other = roots.hold(OTHER)
+        other = roots.acquire(OTHER)
         wait_until(lambda: len(daemon.roots) > 2)
         daemon.answer = answer
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
@@ -99,9 +99,9 @@ def test_a_long_download_does_not_keep_what_others_needed(
 ) -> None:
     monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
     with DaemonServer(place) as daemon:
-        short, long = roots.hold(ONE), None
+        short, long = roots.acquire(ONE), None
         wait_until(lambda: daemon.open == [[full(ONE)]])
-        long = roots.hold(OTHER)
+        long = roots.acquire(OTHER)
         wait_until(lambda: daemon.open == [[full(ONE)], [full(OTHER)]])
         del short
         wait_until(lambda: daemon.open == [[full(OTHER)]])
@@ -112,7 +112,7 @@ def test_there_are_few_connections(place: Path, roots: TempRoots, monkeypatch: p
     monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
     paths = [StorePath(f"{number:032}-name") for number in range(10)]
     with DaemonServer(place) as daemon:
-        holds = [roots.hold(path) for path in paths]
+        holds = [roots.acquire(path) for path in paths]
         wait_until(lambda: len(daemon.roots) == len(paths))
         assert len(daemon.open) == 4
         del holds
@@ -122,7 +122,7 @@ def test_they_are_taken_anew_from_a_daemon_that_comes_back(
     place: Path, roots: TempRoots, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "harmonia")
-    hold = roots.hold(ONE)
+    hold = roots.acquire(ONE)
     wait_until(lambda: caplog.records)
     time.sleep(0.3)
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_they_are_taken_anew_from_a_daemon_that_comes_back(
 
 def test_nobody_is_warned_of_a_daemon_that_nobody_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "harmonia")
-    hold = TempRoots(str(place), "/nix/store", expected=False).hold(ONE)
+    hold = TempRoots(str(place), "/nix/store", expected=False).acquire(ONE)
     wait_until(lambda: caplog.records)
     assert caplog.records[0].levelname == "DEBUG"
     del hold

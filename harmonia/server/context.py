@@ -31,7 +31,7 @@ from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
-from harmonia.store.temp_roots import Hold, TempRoots
+from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import new_pseudonym
 
@@ -147,9 +147,9 @@ class ServerContext:
         """Return what runs a function in a thread for bodies, when it is the turn of the client of the request."""
         return partial(self.threads.bodies.submit, self.client(request))
 
-    def hold(self, info: PathInfo) -> Hold | None:
+    def acquire_temp_root(self, info: PathInfo) -> TempRootLease | None:
         """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""
-        return self._temp_roots.hold(info.path) if self._temp_roots and info.nar_size >= _HELD else None
+        return self._temp_roots.acquire(info.path) if self._temp_roots and info.nar_size >= _HELD else None
 
     def encoded(self, source: Source) -> Encoded | None:
         """A body as it can be sent compressed, if it can."""

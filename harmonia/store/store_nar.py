@@ -15,7 +15,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader
 from harmonia.store.file_reader import OpenSlice
 from harmonia.store.nar_layout import Layout
-from harmonia.store.temp_roots import Hold
+from harmonia.store.temp_roots import TempRootLease
 
 
 class LayoutSource(Protocol):
@@ -33,7 +33,7 @@ class StoreNar:
     info: PathInfo
     root: bytes
     layouts: LayoutSource
-    hold: Hold | None = None
+    temp_root: TempRootLease | None = None
     """What keeps the path from being collected as long as this is read, or may be."""
     client: Hashable = None
     """Who asks: one client's walks do not keep others waiting."""

@@ -27,8 +27,8 @@ _MOST = 4  # connections, each a process of the daemon
 _log = logging.getLogger("harmonia")
 
 
-class Hold:
-    """Keeps a path for as long as anybody has this object."""
+class TempRootLease:
+    """Protects a path from garbage collection for as long as this object exists."""
 
     __slots__ = ("__weakref__", "path")
 
@@ -41,7 +41,7 @@ class _Connection:
         self.daemon = daemon
         self.opened = time.monotonic()
         self.paths: set[StorePath] = set()
-        self.holds: list[ref[Hold]] = []
+        self.leases: list[ref[TempRootLease]] = []
 
 
 class TempRoots:
@@ -54,8 +54,8 @@ class TempRoots:
         self._socket = socket
         self._store_dir = store_dir
         self._expected = expected
-        self._asked: SimpleQueue[ref[Hold]] = SimpleQueue()
-        self._waiting: list[ref[Hold]] = []
+        self._asked: SimpleQueue[ref[TempRootLease]] = SimpleQueue()
+        self._waiting: list[ref[TempRootLease]] = []
         self._connections: list[_Connection] = []
         self._look_at = 0.0
         self._retry_at = 0.0
@@ -63,17 +63,17 @@ class TempRoots:
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def hold(self, path: StorePath) -> Hold:
+    def acquire(self, path: StorePath) -> TempRootLease:
         """Have a root taken, soon, and kept for as long as what this returns. Waits for nothing."""
-        hold = Hold(path)
-        self._asked.put(ref(hold))
+        lease = TempRootLease(path)
+        self._asked.put(ref(lease))
         if self._thread is None:
             with self._start, suppress(RuntimeError):  # where no thread can be started now, it may be later
                 if self._thread is None:  # in the process that serves, not in the one that it was forked from
                     thread = threading.Thread(target=self._run, name="temp-roots", daemon=True)
                     thread.start()
                     self._thread = thread
-        return hold
+        return lease
 
     def _run(self) -> None:
         while True:
@@ -100,27 +100,27 @@ class TempRoots:
         """Close the connections that nobody needs. What was kept by one that is lost waits for another."""
         kept = []
         for connection in self._connections:
-            connection.holds = _alive(connection.holds)
-            if connection.holds and not connection.daemon.lost:
+            connection.leases = _alive(connection.leases)
+            if connection.leases and not connection.daemon.lost:
                 kept.append(connection)
             else:
                 connection.daemon.close()
-                self._waiting += connection.holds
+                self._waiting += connection.leases
         self._connections = kept
         self._waiting = _alive(self._waiting)
 
     def _take(self) -> None:
         while self._waiting:
-            if hold := self._waiting[-1]():
+            if lease := self._waiting[-1]():
                 connection = self._connection()
-                if hold.path not in connection.paths:
+                if lease.path not in connection.paths:
                     try:
-                        connection.daemon.add_temp_root(f"{self._store_dir}/{hold.path}")
+                        connection.daemon.add_temp_root(f"{self._store_dir}/{lease.path}")
                     except BaseException:
                         connection.daemon.close()  # which makes it a lost one
                         raise
-                    connection.paths.add(hold.path)
-                connection.holds.append(ref(hold))
+                    connection.paths.add(lease.path)
+                connection.leases.append(ref(lease))
             self._waiting.pop()
         if self._failing:
             _log.info("the Nix daemon at %s keeps what is sent from being collected again", self._socket)
@@ -142,5 +142,5 @@ class TempRoots:
             self._failing = True
 
 
-def _alive(holds: list[ref[Hold]]) -> list[ref[Hold]]:
-    return [hold for hold in holds if hold() is not None]
+def _alive(leases: list[ref[TempRootLease]]) -> list[ref[TempRootLease]]:
+    return [lease for lease in leases if lease() is not None]

@@ -58,7 +58,7 @@ _CONTENT_TYPE = "application/x-nix-nar"
 def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
     """Return the NAR of a path, and keep the path from being collected as long as somebody has that."""
     root = context.store.real_path(info.path)
-    return StoreNar(info, root, context.layouts, context.hold(info), context.client(request))
+    return StoreNar(info, root, context.layouts, context.acquire_temp_root(info), context.client(request))
 
 
 async def whole_layout(nar: StoreNar) -> Layout:
