@@ -117,7 +117,7 @@ class Lookups:
 
         async def checked() -> None:
             metrics = Metrics(("narinfo",), (), 1, [])
-            metrics.take(0)
+            metrics.adopt_slot(0)
             keys = [SecretKey.generate("cache.example-1")]
             await check(Paths(store(), self.builder.db_path, keys, None, Threads(store(), metrics)))
 

@@ -45,7 +45,7 @@ def _serve(settings: Settings) -> int:
             _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
         for each in for_metrics:
             _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
-        if (admitted := sockets.admitted(settings.max_connections)) < settings.max_connections:
+        if (admitted := sockets.connection_limit(settings.max_connections)) < settings.max_connections:
             what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
         status = supervisor.run()

@@ -78,7 +78,7 @@ class RouteCounters:
             self.body.observe(body)
 
 
-class Row:
+class WorkerCounters:
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
         self.routes = dict(zip(routes, map(RouteCounters, each), strict=True))
@@ -102,7 +102,7 @@ class Row:
     def refuse(self) -> None:
         self._rest[2] += 1
 
-    def take(self) -> None:
+    def adopt_slot(self) -> None:
         """Go on where the process that had it before has stopped."""
         self._before = list(self.totals)
         self._rest[0] += 1
@@ -110,7 +110,7 @@ class Row:
         for route in self.routes.values():
             route.forget()
 
-    def look(self, totals: Iterable[float], waiting: float) -> None:
+    def sample(self, totals: Iterable[float], waiting: float) -> None:
         """Take down what others have counted since their process began."""
         for index, total in enumerate(totals):
             self.totals[index] = self._before[index] + total
@@ -159,16 +159,16 @@ class Metrics:
         size = sum(_sizes(routes, totals))
         self.totals = totals
         cells = memoryview(mmap.mmap(-1, workers * size * _CELL)).cast("d")
-        self.rows = [Row(row, routes, totals) for row in _cut(cells, *[size] * workers)]
+        self.rows = [WorkerCounters(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
         self._place = 0
         self.reasons = reasons
         self.upstreams = {url: _upstream(workers, reasons) for url in upstreams}
         """By their URLs, for each worker."""
 
-    def take(self, place: int) -> None:
+    def adopt_slot(self, place: int) -> None:
         self.own = self.rows[place]
-        self.own.take()
+        self.own.adopt_slot()
         self._place = place
         for workers in self.upstreams.values():
             workers[place].set_up(False)

@@ -78,14 +78,14 @@ def check(settings: Settings, key: _Key) -> None:
             raise _wrong(settings, key, error) from error
 
 
-def notice_lost_clients(listening: socket.socket) -> None:
-    """Let the connections of a listening socket, ours or systemd's, end when nobody is there any more."""
+def enable_keepalive(listening: socket.socket) -> None:
+    """Enable TCP keepalive for connections of a listening socket, so that those of lost clients end."""
     if listening.family != socket.AF_UNIX:  # there the kernel always knows
         for level, option, value in _OPTIONS:
             listening.setsockopt(level, option, value)
 
 
-def admitted(most: int) -> int:
+def connection_limit(most: int) -> int:
     """How many connections a worker may have at once: `most`, where 0 is any number, or what descriptors there are for.
 
     Raises the limit of open files as far as this process may.

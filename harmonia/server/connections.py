@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from harmonia.errors import SHORTAGES
-from harmonia.metrics.shared_counters import Row
+from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.server.http import access_log
 from harmonia.server.http.rate_limit import network
 
@@ -21,10 +21,10 @@ _log = logging.getLogger("harmonia")
 class ConnectionLimiter:
     """Counts the connections of a worker, on all its sockets together and for each client."""
 
-    def __init__(self, most: int, row: Row, most_each: int = 0, trusted: Sequence[str] = ()) -> None:
+    def __init__(self, most: int, counters: WorkerCounters, most_each: int = 0, trusted: Sequence[str] = ()) -> None:
         """`most_each` is the limit of each client, 0 for none. `trusted` proxies stand for many clients."""
         self._most = most
-        self._row = row
+        self._counters = counters
         self._most_each = most_each
         self._trusted = trusted
         self._admitted: dict[object, str | None] = {}
@@ -38,7 +38,7 @@ class ConnectionLimiter:
         address = access_log.single_client(peername, self._trusted) if self._most_each else None
         client = network(address) if address else None
         if len(self._admitted) >= self._most or (client is not None and self._clients[client] >= self._most_each):
-            self._row.refuse()
+            self._counters.refuse()
             return False
         self._admitted[connection] = client
         self._clients[client] += 1

@@ -20,7 +20,7 @@ from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
-from harmonia.process.sockets import BACKLOG, admitted, notice_lost_clients
+from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
 from harmonia.server.app import create_app, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener
 from harmonia.server.context import ServerContext
@@ -44,7 +44,7 @@ def run(
     heartbeat: float,
 ) -> None:
     """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
-    context.metrics.take(place)
+    context.metrics.adopt_slot(place)
     sys.setswitchinterval(_SWITCH)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(context, for_metrics, listening, lifeline, heartbeat))
@@ -74,7 +74,7 @@ async def _serve(
     app = create_app(context, guard)
     metrics_app = create_metrics_app(context)
     limiter = ConnectionLimiter(
-        admitted(settings.max_connections),
+        connection_limit(settings.max_connections),
         context.metrics.own,
         settings.max_connections_per_client,
         settings.trusted_proxies,
@@ -83,7 +83,7 @@ async def _serve(
     servers = []
     tls_listeners: dict[AsyncioServer, TlsListener] = {}
     for each in listening:
-        notice_lost_clients(each)
+        enable_keepalive(each)
         private = each in for_metrics
         server = await (metrics_app if private else app).create_server(
             sock=each,
@@ -108,7 +108,10 @@ async def _serve(
         context.debug_info.start()
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # what a worker left that was killed
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
-    chores = [asyncio.create_task(chore) for chore in (_beat(context, lifeline, heartbeat), _trim(context), reloading)]
+    chores = [
+        asyncio.create_task(chore)
+        for chore in (_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading)
+    ]
     await stop.wait()
     for listener in tls_listeners.values():
         listener.close()
@@ -118,16 +121,16 @@ async def _serve(
     await upstream.stop(context)
 
 
-async def _beat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
+async def _heartbeat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
     while True:
-        metrics.look(context)
+        metrics.sample(context)
         with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
             lifeline.send(b".")
         await asyncio.sleep(heartbeat)
 
 
-async def _trim(context: ServerContext) -> None:
-    """Give back what malloc keeps of the buffers of downloads: else it is for ever as much as in the greatest rush."""
+async def _trim_heap(context: ServerContext) -> None:
+    """Return freed heap to the OS periodically. Without this, glibc keeps the peak of the busiest moment."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM)

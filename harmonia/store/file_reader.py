@@ -75,7 +75,7 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_S
             if isinstance(segment, bytes):
                 piece = segment
             elif isinstance(segment, Future) or len(segment) >= chunk_size:
-                files.close()  # a download has one file open while it waits for its client (sockets.admitted)
+                files.close()  # a download has one file open while it waits for its client (sockets.connection_limit)
                 if size:
                     yield _joined(parts)
                     size = 0

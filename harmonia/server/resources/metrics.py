@@ -26,17 +26,17 @@ def count(route: RouteCounters, request: Request, status: int, sent: int) -> Non
         route.break_off()
 
 
-def look(context: ServerContext) -> None:
+def sample(context: ServerContext) -> None:
     """Take down what others count for themselves. Done every now and then, for the other workers to see."""
     compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
-    context.metrics.own.look(
+    context.metrics.own.sample(
         (*astuple(counters), compressor.frames.seconds, compressor.damaged_nars), compressor.frames.waiting
     )
 
 
 async def get(context: ServerContext, _: Request) -> Representation:
-    look(context)
+    sample(context)
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
         body=await context.threads.run_io(lambda: _render(context)),

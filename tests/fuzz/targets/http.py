@@ -125,7 +125,7 @@ class FuzzedServer:
         )
         self._socket = socket.create_server(("127.0.0.1", 0))
         metrics = count_with(self._settings)
-        metrics.take(0)
+        metrics.adopt_slot(0)
         self._context = ServerContext(self._settings, [], metrics)
         ready = threading.Event()
         self._stop = asyncio.Event()
