@@ -91,7 +91,7 @@ def test_round_trip(content: bytes, frame_size: int, threads: int) -> None:
             assert read(compressor, source) == expected
         with compressing(threads=threads, frame_size=frame_size) as compressor:
             assert read(compressor, source) == expected
-            assert everything(Compressed(compressor.frames, Memory(content)).read(0, None)) == expected
+            assert everything(Compressed(compressor.encoder, Memory(content)).read(0, None)) == expected
 
 
 def test_frames_that_are_ready_in_any_order(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def in_state(state: str, source: Memory) -> Iterator[Compressor]:
 
 def key_of(source: Memory, compressor: Compressor) -> str:
     assert source.sha256
-    return f"{base32.encode(source.sha256)}.{compressor.frames.encoding.name}"
+    return f"{base32.encode(source.sha256)}.{compressor.encoder.encoding.name}"
 
 
 def full_after(size: int) -> Callable[[Filler, bytes], None]:
@@ -443,7 +443,7 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(tmp_path: Path) ->
             for _ in range(3):
                 with pytest.raises(RuntimeError, match="can't start new thread"):
                     read(compressor, source)
-        assert compressor.frames.waiting == 0
+        assert compressor.encoder.waiting == 0
         assert not os.listdir(tmp_path)
         assert read(compressor, source) == reference(source)
         wait_until(lambda: cache.counters.fills == 1)
@@ -493,11 +493,11 @@ def test_saturated_while_many_wait(tmp_path: Path) -> None:
         saturated = []
         for source in sources:
             CompressedNar(compressor, source)
-            saturated.append(compressor.frames.saturated)
+            saturated.append(compressor.encoder.saturated)
         assert saturated == [False] * 8 + [True] * 12  # each has a frame in work, and the next
         begin.set()
         wait_until(lambda: cache.counters.fills == len(sources))
-        assert not compressor.frames.saturated
+        assert not compressor.encoder.saturated
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -639,13 +639,13 @@ def test_only_some_are_remembered(tmp_path: Path) -> None:
 def test_what_it_took_is_counted(tmp_path: Path) -> None:
     source = nar(200 * FRAME)
     with at(tmp_path) as cache, compressing(cache) as compressor:
-        assert compressor.frames.seconds == 0
+        assert compressor.encoder.seconds == 0
         read(compressor, source)
         wait_until(lambda: cache.counters.fills)
-        seconds = compressor.frames.seconds
+        seconds = compressor.encoder.seconds
         assert seconds > 0
         read(compressor, source)
-        assert compressor.frames.seconds == seconds
+        assert compressor.encoder.seconds == seconds
         counters = cache.counters
         assert (counters.hits, counters.misses, counters.fills) == (1, 1, 1)
         assert counters.filled_bytes == len(reference(source))

@@ -19,7 +19,7 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
-from harmonia.cache.zstd_frames import Frame, Frames, Source, check
+from harmonia.cache.zstd_frames import Frame, FrameEncoder, Source, check
 from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
@@ -46,7 +46,7 @@ class Compressor:
 
     def __init__(self, settings: Zstd, cache: NarCache | None, indexes: NarCache | None = None) -> None:
         """`indexes` has the frame indexes of files, and keeps them when the files are evicted from `cache`."""
-        self.frames = Frames(settings)
+        self.encoder = FrameEncoder(settings)
         self.cache = cache
         self._indexes = indexes
         self.damaged_nars = 0
@@ -69,11 +69,11 @@ class Compressor:
     def find(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""
         if (known := self.known(sha256)) is None and self.cache:
-            if file := self.cache.find(_key(sha256, self.frames.encoding)):
+            if file := self.cache.find(_key(sha256, self.encoder.encoding)):
                 self.remember(sha256, file)
                 file.close()
                 known = self.known(sha256)
-            elif index := self.index(sha256, self.frames.encoding):
+            elif index := self.index(sha256, self.encoder.encoding):
                 known = CompressedFile(index.sha256, index.size)
                 self._remember(sha256, known)
             else:
@@ -95,7 +95,7 @@ class Compressor:
 
     def has(self, sha256: bytes) -> bool:
         """Return whether the whole file lies in the cache."""
-        file = self.cache.find(_key(sha256, self.frames.encoding)) if self.cache else None
+        file = self.cache.find(_key(sha256, self.encoder.encoding)) if self.cache else None
         if file is None:
             return False
         file.close()
@@ -131,7 +131,7 @@ class Compressor:
 
     def size(self, sha256: bytes, encoding: Encoding) -> int | None:
         """Return how long the NAR is in an encoding, if that is known or its file lay in the cache."""
-        if encoding == self.frames.encoding:
+        if encoding == self.encoder.encoding:
             found = self.find(sha256)
             return found.size if found else None
         file = self.cache.find(_key(sha256, encoding)) if self.cache else None
@@ -151,7 +151,7 @@ class Compressor:
         if not self.cache or not source.sha256:
             return None
         key = _key(source.sha256, encoding)
-        is_ours = encoding == self.frames.encoding
+        is_ours = encoding == self.encoder.encoding
         most = _MOST_FILLS if is_ours else _MAX_FOREIGN_FILLS
         if self._fills[is_ours] >= most or self.is_damaged(source):
             return self.cache.use(key)
@@ -165,7 +165,7 @@ class Compressor:
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
         with self._lock:
-            self._fills[encoding == self.frames.encoding] += difference
+            self._fills[encoding == self.encoder.encoding] += difference
 
     def found_damaged(self, source: Source, error: StoreObjectError) -> None:
         """Count a NAR that is not what was registered, and tell of it once."""
@@ -201,8 +201,8 @@ class CompressedNar:
         """
         self._compressor = compressor
         self._source = source
-        self._encoding = encoding or compressor.frames.encoding
-        self._is_ours = self._encoding == compressor.frames.encoding
+        self._encoding = encoding or compressor.encoder.encoding
+        self._is_ours = self._encoding == compressor.encoder.encoding
         self._file = compressor.open(source, self._encoding)
         known = compressor.known(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
@@ -231,7 +231,7 @@ class CompressedNar:
                 file = None if reopened else self._open()
                 reopened = True
             begun = position
-            reached = yield from self._compressor.frames.stream(
+            reached = yield from self._compressor.encoder.stream(
                 self._source, position, stop, self._encoding, self._index
             )
             if stop in {None, self.size}:
@@ -259,7 +259,7 @@ class CompressedNar:
             if file.whole or file.size > position:
                 break
             until = min(index.frame_end(position), end)
-            position = yield from self._compressor.frames.stream(self._source, position, until, self._encoding, index)
+            position = yield from self._compressor.encoder.stream(self._source, position, until, self._encoding, index)
         return position
 
     def _open(self) -> CachedFile | None:
@@ -327,7 +327,7 @@ class _Fill:
 
     def __init__(self, compressor: Compressor, source: Source, encoding: Encoding, filler: Filler) -> None:
         self._compressor = compressor
-        self._frames = compressor.frames
+        self._encoder = compressor.encoder
         self._source = source
         self._encoding = encoding
         self._filler = filler
@@ -341,12 +341,14 @@ class _Fill:
 
     def start(self) -> None:
         self._compressor.count_fill(self._encoding, 1)
-        self._submit(self._frames.threads + 1)  # one waits, for whoever is done before its turn
+        self._submit(self._encoder.threads + 1)  # one waits, for whoever is done before its turn
 
     def _submit(self, frames: int) -> None:
         try:
             for offset in islice(self._offsets, frames):
-                self._frames.submit(self._source, offset, self._encoding).add_done_callback(partial(self._done, offset))
+                self._encoder.submit(self._source, offset, self._encoding).add_done_callback(
+                    partial(self._done, offset)
+                )
         except RuntimeError as error:
             with self._lock:
                 self._give_up(error)
@@ -372,7 +374,7 @@ class _Fill:
     def _write(self, frame: Frame) -> None:
         self._sha256.update(frame.content)
         self._written += len(frame.content)
-        self._frames.release(frame)
+        self._encoder.release(frame)
         whole = self._written == self._source.size
         if whole:
             check(self._source, self._sha256.digest())

@@ -1,4 +1,4 @@
-"""Frames: the pieces that a body is cut into to be compressed, each by itself, in threads that all downloads share."""
+"""Split bodies into pieces and compress each into its own zstd frame, in one thread pool for all downloads."""
 
 import hashlib
 import mmap
@@ -54,7 +54,7 @@ class Frame(NamedTuple):
     buffer: mmap.mmap
 
 
-class Frames:
+class FrameEncoder:
     """Compresses frame by frame, each download in its turn."""
 
     def __init__(self, settings: Zstd) -> None:
@@ -186,8 +186,8 @@ class Frames:
 class Compressed:
     """Any other body, compressed on the way."""
 
-    def __init__(self, frames: Frames, source: Source) -> None:
-        self._frames = frames
+    def __init__(self, encoder: FrameEncoder, source: Source) -> None:
+        self._encoder = encoder
         self._source = source
 
     @property
@@ -195,7 +195,7 @@ class Compressed:
         return None
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        yield from self._frames.stream(self._source, start, stop)
+        yield from self._encoder.stream(self._source, start, stop)
 
 
 def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, **named: _P.kwargs) -> Future[_T]:

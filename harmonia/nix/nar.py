@@ -74,12 +74,12 @@ class Entry(NamedTuple):
     """What a symlink points to."""
 
 
-Frame = tuple[bytes, Entry | None]
+NarHeader = tuple[bytes, Entry | None]
 """Words of the archive, and the entry whose contents follow them: none after the last."""
 
 
-def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
-    """The frames of the archive of what a walk found.
+def serialize(entries: Iterable[Entry]) -> Iterator[NarHeader]:
+    """The headers of the archive of what a walk found.
 
     Of only the later entries of a tree, only the first words are others than in the archive of the whole.
     """
@@ -111,16 +111,16 @@ def frame(entries: Iterable[Entry]) -> Iterator[Frame]:
 def located(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
     """The entries, each with the offset of its contents in the archive."""
     position = 0
-    for words, entry in frame(entries):
+    for words, entry in serialize(entries):
         position += len(words)
         if entry is not None:
             yield position, entry
             position += entry.size
 
 
-def segments(frames: Iterable[Frame]) -> Iterator[Segment]:
-    """The archive of what `frame` gives."""
-    for words, entry in frames:
+def segments(headers: Iterable[NarHeader]) -> Iterator[Segment]:
+    """The archive of what `serialize` gives."""
+    for words, entry in headers:
         yield words
         if entry is not None and (size := entry.size):
             yield FileSlice(entry.path, size, 0, size)

@@ -1,6 +1,6 @@
 """Reading an archive: as strict as Nix 2.34.7 and newer (`src/libutil/archive.cc`), in bounded memory.
 
-Whatever `parse` takes is an archive that `nar.frame` would write: no two texts say the same.
+Whatever `parse` takes is an archive that `nar.serialize` would write: no two texts say the same.
 """
 
 import os

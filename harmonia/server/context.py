@@ -157,9 +157,11 @@ class ServerContext:
         async def open_encoded(request: Request) -> Body:
             if request.version == "1.0":  # it has no end for an unknown length
                 raise NotAcceptable
-            return Compressed(self.compressor.frames, source)
+            return Compressed(self.compressor.encoder, source)
 
-        return Encoded(self.compressor.frames.encoding.name, open_encoded) if self.settings.enable_compression else None
+        return (
+            Encoded(self.compressor.encoder.encoding.name, open_encoded) if self.settings.enable_compression else None
+        )
 
     def streamed(self, source: Stream) -> Encoded | None:
         """Likewise one that cannot be read from its midst."""

@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 
 from harmonia.errors import CacheFileError
-from harmonia.nix.nar import Entry, FileSlice, Segment, frame
+from harmonia.nix.nar import Entry, FileSlice, Segment, serialize
 from harmonia.nix.nar import window as cut
 from harmonia.store import tree_reader
 
@@ -98,7 +98,7 @@ class Layout:
         rows: list[_Row] = []
         directory = b""
         position = offset = text = 0
-        for words, entry in frame(entries):
+        for words, entry in serialize(entries):
             position += len(words)
             if entry is None:
                 break
@@ -168,7 +168,7 @@ class Layout:
     def located(self) -> Iterator[tuple[int, Entry]]:
         """The entries of a whole layout, each with the offset of its contents in the archive."""
         position = 0
-        for words, entry in frame(entry for block in self._follow(0) for entry in self._entries(block)):
+        for words, entry in serialize(entry for block in self._follow(0) for entry in self._entries(block)):
             position += len(words)
             if entry is not None:
                 yield position, entry
@@ -180,7 +180,7 @@ class Layout:
         position = self._offsets[first] if first else 0
         skip_words = first > 0  # of its first entry: they are those of an archive that begins with it
         entries: deque[Entry | None] = deque()
-        frames = frame(iter(entries.popleft, None))  # one entry goes in for each frame that comes out
+        frames = serialize(iter(entries.popleft, None))  # one entry goes in for each frame that comes out
         for block in self._follow(first):
             if isinstance(block, Future):
                 yield block

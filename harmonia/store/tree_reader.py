@@ -7,7 +7,7 @@ from heapq import merge
 from itertools import islice
 
 from harmonia.errors import StoreObjectError
-from harmonia.nix.nar import Entry, Segment, frame, segments
+from harmonia.nix.nar import Entry, Segment, segments, serialize
 from harmonia.store import confined
 
 _BATCH = 1024  # entries of a directory that are looked at while it is open
@@ -83,4 +83,4 @@ def _split(run: list[bytes]) -> Iterator[bytes]:
 
 def dump(path: bytes) -> Iterator[Segment]:
     """The NAR of the file system object at `path`."""
-    return segments(frame(walk(confined.resolved(path))))
+    return segments(serialize(walk(confined.resolved(path))))

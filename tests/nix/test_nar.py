@@ -146,7 +146,9 @@ def test_what_the_page_cache_has_is_read_as_the_rest_is(tmp_path: Path, *, dropp
 def test_many_small_entries_take_neither_much_time_nor_memory() -> None:
     """A profile has tens of thousands of symlinks in a row. To join all their words took a minute."""
     links = [Entry(1, b"/root/%06d" % number, stat.S_IFLNK, 0, b"target") for number in range(50_000)]
-    lengths = [len(segment) for segment in nar.segments(nar.frame([Entry(0, b"/root", stat.S_IFDIR, 0, b""), *links]))]
+    lengths = [
+        len(segment) for segment in nar.segments(nar.serialize([Entry(0, b"/root", stat.S_IFDIR, 0, b""), *links]))
+    ]
     assert max(lengths) < 10_000
     empty, with_one = len(reference({})), len(reference({b"000000": Symlink(b"target")}))
     assert sum(lengths) == empty + 50_000 * (with_one - empty)

@@ -38,7 +38,7 @@ def parsed(chunks: Iterable[bytes]) -> Parts:
 def written(parts: Parts) -> bytes:
     """The archive that we write of what was parsed."""
     contents = {entry.path: contents for entry, contents in parts}
-    archive = nar.segments(nar.frame(entry for entry, _ in parts))
+    archive = nar.segments(nar.serialize(entry for entry, _ in parts))
     return b"".join(contents[segment.path] if isinstance(segment, FileSlice) else segment for segment in archive)
 
 

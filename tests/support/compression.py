@@ -73,8 +73,8 @@ def compressing(
         yield compressor
         if cache:
             wait_until(lambda: not any(name.endswith(".growing") for name in os.listdir(cache.path(""))))
-        compressor.frames.foreign_encoder.shutdown()
-        compressor.frames.first_encoder.shutdown()
+        compressor.encoder.foreign_encoder.shutdown()
+        compressor.encoder.first_encoder.shutdown()
 
 
 def everything(chunks: Iterable[bytes | None]) -> bytes:

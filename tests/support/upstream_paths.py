@@ -56,7 +56,7 @@ def make_path(directory: Path, size: int = 1 << 20, compression: str = "xz") -> 
     half = random.Random(name).randbytes(size // 2)
     info = store.add(store.output_path(name), {"one": half, "zeros": bytes(size // 2)})
     root = f"{store.real_dir}/{info.path}".encode()
-    content = b"".join(file_reader.read(nix_nar.segments(nix_nar.frame(tree_reader.walk(root)))))
+    content = b"".join(file_reader.read(nix_nar.segments(nix_nar.serialize(tree_reader.walk(root)))))
     extension, pack = PACK[compression]
     file = pack(content)
     file_hash = hashlib.sha256(file).digest()

@@ -31,7 +31,7 @@ def sample(context: ServerContext) -> None:
     compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
     context.metrics.own.sample(
-        (*astuple(counters), compressor.frames.seconds, compressor.damaged_nars), compressor.frames.waiting
+        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars), compressor.encoder.waiting
     )
 
 
@@ -56,5 +56,5 @@ def _render(context: ServerContext) -> bytes:
         except OSError:  # the log tells, when something is to be put into it
             used = math.nan
     return prometheus.render(
-        context.metrics, encoder_threads=compressor.frames.threads, cache_limit=limit, cache_used=used
+        context.metrics, encoder_threads=compressor.encoder.threads, cache_limit=limit, cache_used=used
     )

@@ -91,7 +91,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     if wants_part(request) and not named["compression"]:
         await whole_layout(body)
     compressor = context.compressor
-    own = compressor.frames.encoding
+    own = compressor.encoder.encoding
     if named["compression"]:
         return await _file(context, request, body, named.get("encoding"))
     return Representation(
@@ -100,14 +100,14 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, body, own)) if context.settings.enable_compression else None,
-        worthwhile=not compressor.frames.saturated or compressor.known(info.nar_hash) is not None,
+        worthwhile=not compressor.encoder.saturated or compressor.known(info.nar_hash) is not None,
     )
 
 
 async def _file(context: ServerContext, request: Request, nar: StoreNar, name: str | None) -> Representation:
     """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
     compressor = context.compressor
-    own = compressor.frames.encoding
+    own = compressor.encoder.encoding
     encoding = own if name is None else Encoding.parse(name)
     if encoding is None:
         raise NotFound

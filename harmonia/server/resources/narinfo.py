@@ -61,5 +61,5 @@ def _nar_file(context: ServerContext, info: PathInfo, compressed: CompressedFile
     """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
     if not context.offers_zstd:
         return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
-    url = file_url(info, context.compressor.frames.encoding)
+    url = file_url(info, context.compressor.encoder.encoding)
     return NarFile(url, "zstd", compressed and compressed.sha256, compressed and compressed.size)

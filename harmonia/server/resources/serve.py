@@ -108,6 +108,6 @@ def _file(context: ServerContext, entry: Entry) -> Representation:
         cache_control=IMMUTABLE,
         etag=f'"{base32.encode(entry.info.nar_hash)}-{hashlib.sha256(inner).hexdigest()[:32]}"',
         zstd=context.encoded(body),
-        worthwhile=content_type.is_compressible(kind) and not context.compressor.frames.saturated,
+        worthwhile=content_type.is_compressible(kind) and not context.compressor.encoder.saturated,
         headers=headers,
     )

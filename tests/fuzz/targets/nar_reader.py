@@ -37,6 +37,6 @@ def check(data: bytes) -> bool:
     if parts is None:
         return False
     contents = {entry.path: text for entry, text in parts}
-    archive = nar.segments(nar.frame(entry for entry, _ in parts))
+    archive = nar.segments(nar.serialize(entry for entry, _ in parts))
     assert data == b"".join(contents[part.path] if isinstance(part, FileSlice) else part for part in archive)
     return True
