@@ -21,16 +21,16 @@ HASH = f"sha256:{TOKEN.sha256.hex()}"
 def test_a_token_is_found_by_itself_alone() -> None:
     others = [new(f"other-{number}", SCOPES)[1] for number in range(100)]
     tokens = Tokens([*others, TOKEN])
-    assert tokens.find(SECRET) == TOKEN
+    assert tokens.find_token(SECRET) == TOKEN
     for wrong in ("", SECRET[:-1], SECRET + "x", SECRET.upper(), SECRET[1:], HASH, TOKEN.sha256.hex(), "\udcff", "ü"):
-        assert tokens.find(wrong) is None
-    assert Tokens([]).find(SECRET) is None
+        assert tokens.find_token(wrong) is None
+    assert Tokens([]).find_token(SECRET) is None
 
 
 def test_what_agrees_in_what_a_token_is_found_by_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     near = TOKEN.sha256[:-1] + bytes([TOKEN.sha256[-1] ^ 1])
     monkeypatch.setattr("harmonia.config.tokens._sha256", lambda _: near)
-    assert Tokens([TOKEN]).find("another") is None
+    assert Tokens([TOKEN]).find_token("another") is None
 
 
 def test_new_ones_are_long_and_never_the_same() -> None:
@@ -93,7 +93,7 @@ def test_the_command_makes_a_token_and_the_line_for_its_hash() -> None:
     (line,) = re.findall(r"\S+ +\S+ +sha256:\w+", made.stdout)
     (token,) = parse(line)
     assert (token.name, sorted(token.scopes)) == ("builder", ["metrics", "read"])
-    assert Tokens([token]).find(secret) == token
+    assert Tokens([token]).find_token(secret) == token
     assert f"login builder password {secret}" in made.stdout
 
 

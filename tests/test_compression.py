@@ -371,7 +371,7 @@ def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
                 time.sleep(0.001)
         assert len(b"".join(parts)) < len(reference(source))
         assert len(decompress(b"".join(parts))) <= (size - 1) // FRAME * FRAME
-        assert compressor.known(source.sha256 or b"") is None
+        assert compressor.known_file_info(source.sha256 or b"") is None
         assert cache.counters.fills == 0
     assert not os.listdir(tmp_path)
 
@@ -610,18 +610,18 @@ def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
     sha256 = source.sha256 or b""
     data = reference(source)
     with at(tmp_path) as cache, compressing(cache) as compressor:
-        assert compressor.find(sha256) is None
+        assert compressor.find_file_info(sha256) is None
         read(compressor, source)
         known = CompressedFile(hashlib.sha256(data).digest(), len(data))
-        assert compressor.known(sha256) == known
+        assert compressor.known_file_info(sha256) == known
         wait_until(lambda: cache.counters.fills)
         another = Compressor(Zstd(), cache)
-        assert another.known(sha256) is None
-        assert another.find(sha256) == another.known(sha256) == known
+        assert another.known_file_info(sha256) is None
+        assert another.find_file_info(sha256) == another.known_file_info(sha256) == known
         cache.limit = 0
         cache.evict()
-        assert compressor.find(sha256) == known
-        assert Compressor(Zstd(), cache).find(sha256) is None
+        assert compressor.find_file_info(sha256) == known
+        assert Compressor(Zstd(), cache).find_file_info(sha256) is None
 
 
 def test_only_some_are_remembered(tmp_path: Path) -> None:
@@ -633,7 +633,11 @@ def test_only_some_are_remembered(tmp_path: Path) -> None:
         sources = [nar(seed=seed) for seed in range(3)]
         for source in sources:
             read(compressor, source)
-        assert [compressor.known(source.sha256 or b"") is not None for source in sources] == [False, True, True]
+        assert [compressor.known_file_info(source.sha256 or b"") is not None for source in sources] == [
+            False,
+            True,
+            True,
+        ]
 
 
 def test_what_it_took_is_counted(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ PROCESS = """
 import sys
 from harmonia.cache.disk_cache import NarCache
 
-file, filler = NarCache(sys.argv[1]).open("key")
+file, filler = NarCache(sys.argv[1]).open_file("key")
 print("filler" if filler else "follower", flush=True)
 for line in sys.stdin:
     what, _, data = line.strip().partition(" ")
@@ -121,7 +121,7 @@ def settle(cache: NarCache) -> None:
 
 def content_of(cache: NarCache, key: str = "key") -> bytes | None:
     """None where it is not whole."""
-    if (file := cache.find(key)) is None:
+    if (file := cache.find_file(key)) is None:
         return None
     content = read(file)
     assert file.sha256 == hashlib.sha256(content).digest()
@@ -148,7 +148,7 @@ def test_a_follower_sees_content_only_and_the_whole_when_it_is_committed(pieces:
                 assert read(file) == content[: max(len(content) - TRAILER, 0)]
                 assert not file.whole
                 assert not file.lock()
-        assert other.find("key") is None
+        assert other.find_file("key") is None
         filler.commit()
         for file in (first, second):
             assert read(file) == content
@@ -283,7 +283,7 @@ def test_what_is_committed_cannot_be_abandoned(cache: NarCache) -> None:
     stranger = os.open("/dev/null", os.O_RDONLY)  # gets the descriptor that is free now
     filler.abandon()
     os.close(stranger)
-    assert cache.use("key")
+    assert cache.use_file("key")
 
 
 def test_a_filler_that_got_lost_keeps_nobody_waiting(cache: NarCache) -> None:
@@ -350,7 +350,7 @@ def test_a_file_of_another_length_is_never_whole(content: bytes, more: bytes) ->
         data = path.read_bytes()
         for damaged in [*(data[:length] for length in range(len(data))), data + more]:
             path.write_bytes(damaged)
-            assert cache.find("key") is None
+            assert cache.find_file("key") is None
             assert not path.exists()
         assert cache.counters.corrupt == len(data) + 1
         assert content_of(cache) is None
@@ -410,7 +410,7 @@ def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
     """Wherever it is. The file is removed and counted, so that it is made anew."""
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
         path = Path(fill(cache, content=b"x" * size))
-        file = cache.find("key")
+        file = cache.find_file("key")
         assert file is not None
         data = bytearray(path.read_bytes())
         near = choice.draw(st.sampled_from([st.integers(0, 8 * size - 1), st.integers(8 * size, 8 * len(data) - 1)]))
@@ -422,7 +422,7 @@ def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
             with pytest.raises(CacheFileError):
                 all_of(file.slice(0, file.size), choice.draw(st.sampled_from(["read", "read_cached", "read_into"])))
         file.close()
-        if (again := cache.find("key")) is not None:
+        if (again := cache.find_file("key")) is not None:
             with pytest.raises(CacheFileError):
                 all_of(again.slice(0, again.size), "read")
             again.close()
@@ -432,7 +432,7 @@ def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
 
 def test_a_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCache) -> None:
     path = fill(cache)
-    file = cache.find("key")
+    file = cache.find_file("key")
     assert file is not None
     with open(path, "r+b") as damaged:
         damaged.write(b"C")
@@ -447,7 +447,7 @@ def test_a_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarC
 def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture) -> None:
     path = fill(cache)
     os.truncate(path, 3)
-    assert cache.find("key") is None
+    assert cache.find_file("key") is None
     assert [record.getMessage() for record in caplog.records] == [
         f"removed a damaged file from the cache: {path}; check that disk for faults if this repeats"
     ]
@@ -487,9 +487,9 @@ def test_symlinks_are_not_followed(tmp_path: Path) -> None:
         path = fill(cache)
         os.rename(path, tmp_path / "elsewhere")
         os.symlink(tmp_path / "elsewhere", path)
-        assert cache.find("key") is None
+        assert cache.find_file("key") is None
         os.symlink(tmp_path / "victim", cache.path("other.growing"))
-        assert cache.open("other") is None
+        assert cache.open_file("other") is None
         assert not (tmp_path / "victim").exists()
 
 
@@ -623,7 +623,7 @@ def test_a_full_disk(small_disk: Path, clock: SimpleNamespace, caplog: pytest.Lo
             other_filler.append(bytes(3 << 20))
         for each in (filler, other_filler):
             each.abandon()
-        assert cache.open("key") is None
+        assert cache.open_file("key") is None
         assert messages(caplog) == [without(small_disk, errno.ENOSPC)]
         for each_file in (file, other):
             each_file.close()
@@ -670,13 +670,13 @@ def test_a_read_only_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) ->
         fill(cache, "kept")
         os.truncate(fill(cache, "damaged"), 3)
         subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-        assert cache.open("key") is None
-        assert cache.open("other") is None
+        assert cache.open_file("key") is None
+        assert cache.open_file("other") is None
         assert messages(caplog) == [without(small_disk, errno.EROFS)]
         file, _ = opened(cache, "kept")
         assert read(file) == b"content"
         file.close()
-        assert cache.find("damaged") is None
+        assert cache.find_file("damaged") is None
         with pytest.raises(PermissionError):
             NarCache(str(small_disk))
 
@@ -687,8 +687,8 @@ def test_a_directory_that_is_removed(tmp_path: Path, clock: SimpleNamespace, cap
         file, filler = filling(cache)
         filler.append(b"content")
         shutil.rmtree(directory)
-        assert cache.open("key") is None
-        assert cache.find("key") is None
+        assert cache.open_file("key") is None
+        assert cache.find_file("key") is None
         with pytest.raises(FileNotFoundError):
             filler.commit()
         filler.abandon()
@@ -721,8 +721,8 @@ def test_a_file_that_is_not_ours_to_read(
         return real_open(name, flags, mode)
 
     monkeypatch.setattr(os, "open", deny)
-    assert cache.open("key") is None
-    assert cache.find("key") is None
+    assert cache.open_file("key") is None
+    assert cache.find_file("key") is None
     assert messages(caplog) == [without(os.path.dirname(path), errno.EACCES)]
 
 

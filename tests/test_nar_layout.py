@@ -489,7 +489,7 @@ class TestOnDisk:
 
     def test_what_another_process_fills_is_found_without_it(self, root: bytes, tmp_path: Path) -> None:
         other = NarCache(str(tmp_path / "cache"), 1 << 30)
-        filling = other.open("key")
+        filling = other.open_file("key")
         assert filling is not None
         with closing(filling[0]):
             assert opened(self.layouts(tmp_path), "key", root).size == len(whole(tree_reader.dump(root)))

@@ -125,7 +125,7 @@ class Lookups:
 
 
 async def ask(paths: Paths, path: StorePath) -> list[SignedPath | None]:
-    return await asyncio.gather(*(paths.find(path.hash_part) for _ in range(CALLERS)))
+    return await asyncio.gather(*(paths.lookup_path(path.hash_part) for _ in range(CALLERS)))
 
 
 def test_clients_of_one_cold_path_cause_one_lookup_and_one_signature(
@@ -175,11 +175,11 @@ def test_a_path_registered_during_a_lookup_is_found_by_a_request_that_follows(
         go = asyncio.Event()
         look_up = paths._look_up  # noqa: SLF001 (a lookup that is slow)
         monkeypatch.setattr(paths, "_look_up", lookup)
-        early = asyncio.create_task(paths.find(late.hash_part))
+        early = asyncio.create_task(paths.lookup_path(late.hash_part))
         await busy.wait()
         monkeypatch.setattr(paths, "_look_up", look_up)
         builder.add(late, b"contents")
-        following = asyncio.create_task(paths.find(late.hash_part))
+        following = asyncio.create_task(paths.lookup_path(late.hash_part))
         await asyncio.sleep(0)
         go.set()
         found = await following

@@ -70,7 +70,7 @@ class NarCache:
 
     def has(self, key: str) -> bool:
         """Return whether the file is there, whole."""
-        if file := self.find(key):
+        if file := self.find_file(key):
             file.close()
         return file is not None
 
@@ -79,25 +79,25 @@ class NarCache:
         with suppress(OSError):
             os.unlink(self.path(key))
 
-    def find(self, key: str) -> CachedFile | None:
+    def find_file(self, key: str) -> CachedFile | None:
         """The file, to be closed, if it is there, whole, and ours to read."""
         with suppress(OSError):
-            return self._find(key)
+            return self._find_file(key)
         return None
 
-    def use(self, key: str) -> CachedFile | None:
+    def use_file(self, key: str) -> CachedFile | None:
         """Likewise, for somebody who wants its content: that counts as a use."""
         with suppress(OSError):
             return self._use(key)
         return None
 
     def _use(self, key: str) -> CachedFile | None:
-        if file := self._find(key):
+        if file := self._find_file(key):
             self.counters.hits += 1
             self._touch(key)
         return file
 
-    def open(self, key: str) -> tuple[CachedFile, Filler | None] | None:
+    def open_file(self, key: str) -> tuple[CachedFile, Filler | None] | None:
         """The file, to be closed, whole or growing; and the right to fill it, where nobody does.
 
         None where the disk does not let us.
@@ -188,7 +188,7 @@ class NarCache:
         disk = os.statvfs(self._directory)
         return disk.f_bavail * disk.f_frsize
 
-    def _find(self, key: str) -> CachedFile | None:
+    def _find_file(self, key: str) -> CachedFile | None:
         path = self.path(key)
         try:
             file = CachedFile(os.open(path, _READ), damaged=partial(self.discard, path))

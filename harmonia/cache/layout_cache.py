@@ -99,7 +99,7 @@ class Layouts:
 
     def _load(self, key: str, layout: Layout) -> bool:
         """Return whether the layout was kept in a file, whole and undamaged."""
-        if self.files is None or (file := self.files.use(key)) is None:
+        if self.files is None or (file := self.files.use_file(key)) is None:
             return False
         try:
             layout.load(_File(file, None), file.size)
@@ -124,7 +124,7 @@ class Layouts:
 
     def _new_file(self, key: str) -> _File | None:
         """Return a file to fill; None if the disk does not let us, or if another process fills it."""
-        opened = self.files.open(key) if self.files is not None else None
+        opened = self.files.open_file(key) if self.files is not None else None
         return _File(*opened) if opened is not None and opened[1] is not None else None
 
     def _remember(self, key: str, layout: Layout) -> None:

@@ -58,7 +58,7 @@ class Compressor:
         self._damaged: set[str] = set()
         self._lock = threading.Lock()
 
-    def known(self, sha256: bytes) -> CompressedFile | None:
+    def known_file_info(self, sha256: bytes) -> CompressedFile | None:
         """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
         return self._known.get(sha256)
 
@@ -66,13 +66,13 @@ class Compressor:
         """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
         return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
 
-    def find(self, sha256: bytes) -> CompressedFile | None:
+    def find_file_info(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""
-        if (known := self.known(sha256)) is None and self.cache:
-            if file := self.cache.find(_key(sha256, self.encoder.encoding)):
+        if (known := self.known_file_info(sha256)) is None and self.cache:
+            if file := self.cache.find_file(_key(sha256, self.encoder.encoding)):
                 self.remember(sha256, file)
                 file.close()
-                known = self.known(sha256)
+                known = self.known_file_info(sha256)
             elif index := self.index(sha256, self.encoder.encoding):
                 known = CompressedFile(index.sha256, index.size)
                 self._remember(sha256, known)
@@ -95,7 +95,7 @@ class Compressor:
 
     def has(self, sha256: bytes) -> bool:
         """Return whether the whole file lies in the cache."""
-        file = self.cache.find(_key(sha256, self.encoder.encoding)) if self.cache else None
+        file = self.cache.find_file(_key(sha256, self.encoder.encoding)) if self.cache else None
         if file is None:
             return False
         file.close()
@@ -103,7 +103,7 @@ class Compressor:
 
     def index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
         """Return the frame index of a compressed NAR that was once in the cache."""
-        file = self._indexes.use(_key(sha256, encoding)) if self._indexes else None
+        file = self._indexes.use_file(_key(sha256, encoding)) if self._indexes else None
         if file is None:
             return None
         with closing(file), suppress(CacheFileError):  # of a damaged index, which is then removed
@@ -114,7 +114,7 @@ class Compressor:
         """Keep the frame index of a file, unless it has at most one frame and a small one: that is soon made again."""
         if self._indexes is None or not index.frames[2:]:
             return
-        opened = self._indexes.open(_key(sha256, encoding))
+        opened = self._indexes.open_file(_key(sha256, encoding))
         if opened is None:
             return
         file, filler = opened
@@ -127,21 +127,21 @@ class Compressor:
 
     def kept(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
         """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
-        return self.cache.use(_key(sha256, encoding)) if self.cache else None
+        return self.cache.use_file(_key(sha256, encoding)) if self.cache else None
 
     def size(self, sha256: bytes, encoding: Encoding) -> int | None:
         """Return how long the NAR is in an encoding, if that is known or its file lay in the cache."""
         if encoding == self.encoder.encoding:
-            found = self.find(sha256)
+            found = self.find_file_info(sha256)
             return found.size if found else None
-        file = self.cache.find(_key(sha256, encoding)) if self.cache else None
+        file = self.cache.find_file(_key(sha256, encoding)) if self.cache else None
         if file is None:
             index = self.index(sha256, encoding)
             return index.size if index else None
         with closing(file):
             return file.size
 
-    def open(self, source: Source, encoding: Encoding) -> CachedFile | None:
+    def open_file(self, source: Source, encoding: Encoding) -> CachedFile | None:
         """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
 
         None where there is no cache that can be written, where the source has no hash that could be its name, where it
@@ -154,8 +154,8 @@ class Compressor:
         is_ours = encoding == self.encoder.encoding
         most = _MOST_FILLS if is_ours else _MAX_FOREIGN_FILLS
         if self._fills[is_ours] >= most or self.is_damaged(source):
-            return self.cache.use(key)
-        opened = self.cache.open(key)
+            return self.cache.use_file(key)
+        opened = self.cache.open_file(key)
         if opened is None:
             return None
         file, filler = opened
@@ -203,8 +203,8 @@ class CompressedNar:
         self._source = source
         self._encoding = encoding or compressor.encoder.encoding
         self._is_ours = self._encoding == compressor.encoder.encoding
-        self._file = compressor.open(source, self._encoding)
-        known = compressor.known(source.sha256) if source.sha256 and self._is_ours else None
+        self._file = compressor.open_file(source, self._encoding)
+        known = compressor.known_file_info(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
         """None until it was once compressed to its end."""
         self._index: FrameIndex | None = None
@@ -263,7 +263,7 @@ class CompressedNar:
         return position
 
     def _open(self) -> CachedFile | None:
-        return self._compressor.open(self._source, self._encoding)
+        return self._compressor.open_file(self._source, self._encoding)
 
     def _look(self, file: CachedFile) -> None:
         file.refresh()
@@ -295,7 +295,7 @@ class StoredNar:
         self._compressor = compressor
         self._source = source
         self.size = stored_size(source.size)
-        if (file := compressor.open(source, encoding)) is not None:
+        if (file := compressor.open_file(source, encoding)) is not None:
             file.close()
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | Future[bytes]]:

@@ -58,7 +58,7 @@ class Tokens:
     def __init__(self, tokens: Iterable[Token]) -> None:
         self._by_index = {token.sha256[:_INDEXED]: token for token in tokens}
 
-    def find(self, presented: str) -> Token | None:
+    def find_token(self, presented: str) -> Token | None:
         sha256 = _sha256(presented)
         token = self._by_index.get(sha256[:_INDEXED])
         return token if token is not None and hmac.compare_digest(token.sha256, sha256) else None

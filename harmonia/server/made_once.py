@@ -91,7 +91,7 @@ class MadeOnce:
 
 
 def _kept(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
-    opened = files.open(key)
+    opened = files.open_file(key)
     if opened is None:
         return None
     file, filler = opened

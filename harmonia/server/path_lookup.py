@@ -57,7 +57,7 @@ class Paths:
         self._closure = policy.closure if policy is not None else None
         self._refreshing: Future[None] | None = None
 
-    async def find(self, hash_part: str) -> SignedPath | None:
+    async def lookup_path(self, hash_part: str) -> SignedPath | None:
         """Return the path with this hash part, or None if it does not exist or the publish policy forbids it.
 
         Every resource must look paths up here. Raises StoreObjectError if its row is malformed; StoreUnavailableError.
@@ -91,15 +91,15 @@ class Paths:
             self._known.popitem(last=False)
         return found
 
-    async def find_usable(self, hash_part: str) -> SignedPath | None:
+    async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:
         """Likewise, of a path beside the one that is asked for. None also where its row is of no use."""
         try:
-            return await self.find(hash_part)
+            return await self.lookup_path(hash_part)
         except StoreObjectError:
             return None
 
     def is_current(self, path: SignedPath) -> bool:
-        """Whether `find` would give the very same just now. False where only a longer look can tell."""
+        """Whether `lookup_path` would give the very same just now. False where only a longer look can tell."""
         known = self._known.get(path.info.path.hash_part)
         return self._closure is None and known is not None and known == (self._generation(), path)
 
@@ -124,7 +124,7 @@ class Paths:
         """Return whether a path is valid and the publish policy allows it. Without a policy, return True."""
         if self.policy is None:
             return True
-        found = await self.find_usable(path.hash_part)
+        found = await self.lookup_usable_path(path.hash_part)
         return found is not None and found.info.path == path
 
     async def is_log_published(self, derivation: StorePath) -> bool:

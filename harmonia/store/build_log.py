@@ -129,7 +129,7 @@ class BuildLog:
             raise StoreObjectError(f"{self._path} was cut short")
 
 
-def find(directory: str, derivation: StorePath) -> BuildLog | None:
+def find_log(directory: str, derivation: StorePath) -> BuildLog | None:
     """The log of a derivation in the log directory. OSError where it is there and cannot be read."""
     for name in (os.path.join(derivation[:2], derivation[2:]), derivation):
         for suffix in _SUFFIXES:

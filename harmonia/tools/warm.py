@@ -133,7 +133,7 @@ def warm(
             continue
         room -= _bound(info.nar_size)
         nar = _Heard(StoreNar(info, store.real_path(path), layouts), progress)
-        file = compressor.open(nar, compressor.encoder.encoding)
+        file = compressor.open_file(nar, compressor.encoder.encoding)
         if file is None:
             raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")
         filling[path] = file, nar

@@ -55,12 +55,12 @@ class NarFetcher:
 
     async def cached_nar(self, key: str) -> CachedBody | None:
         """The NAR of that key, whole, if it is in the cache."""
-        file = None if self._cache is None else await self._threads.write(self._cache.use, key)
+        file = None if self._cache is None else await self._threads.write(self._cache.use_file, key)
         return None if file is None else CachedBody(file)
 
     async def file_info(self, found: RemotePath) -> NarFile:
         """Return what is known of the file of a NAR: that of the cache, or else what its narinfo tells."""
-        file = None if self._cache is None else await self._threads.write(self._cache.find, found.name.key)
+        file = None if self._cache is None else await self._threads.write(self._cache.find_file, found.name.key)
         if file is None:
             return found.nar
         try:
@@ -81,8 +81,8 @@ class NarFetcher:
         if cache is not None and (found.nar.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MOST:
-                    opened = await self._threads.write(cache.open, key)
-                elif file := await self._threads.write(cache.use, key):
+                    opened = await self._threads.write(cache.open_file, key)
+                elif file := await self._threads.write(cache.use_file, key):
                     opened = file, None
                 if opened is not None and opened[1] is not None:
                     transfer = self._running[key] = Transfer(

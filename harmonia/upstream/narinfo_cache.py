@@ -65,10 +65,10 @@ class NarinfoCache:
         if client.settings.mode != "proxy" or not self._nars.has(key):
             return
         text = narinfo.render(found.info, client.store_dir, replace(found.nar, url=found.url), found.info.sigs).encode()
-        if _record(self._files.use(hash_part)) == (client.id, key, text):
+        if _record(self._files.use_file(hash_part)) == (client.id, key, text):
             return
         self._files.remove(hash_part)
-        opened = self._files.open(hash_part)
+        opened = self._files.open_file(hash_part)
         if opened is None or opened[1] is None:  # the disk does not let us, or another worker writes it
             return
         filler = opened[1]
@@ -80,7 +80,7 @@ class NarinfoCache:
 
     def _load(self, hash_part: str) -> _Record | None:
         """Return what is kept of a path. Removes a narinfo whose NAR is gone."""
-        record = _record(self._files.use(hash_part))
+        record = _record(self._files.use_file(hash_part))
         if record is not None and not self._nars.has(record[1]):
             self._files.remove(hash_part)
             return None
@@ -100,7 +100,7 @@ class NarinfoCache:
             hash_parts = self._files.keys()
             keys = set(self._nars.keys())  # after the narinfos, each of which is written after its NAR
             for hash_part in hash_parts:
-                record = _record(self._files.find(hash_part))
+                record = _record(self._files.find_file(hash_part))
                 if record is None or record[1] not in keys:
                     self._files.remove(hash_part)
 

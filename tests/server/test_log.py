@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from harmonia.nix.store_path import StorePath
-from harmonia.store.build_log import find
+from harmonia.store.build_log import find_log
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import DAY, FORMS, TEXT, age, collected, keep
 from support.running import Server, read_answer
@@ -295,7 +295,7 @@ def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
     for flat, suffix in reversed(order):
         text = f"{flat} {suffix}".encode()
         keep(store, derivation, text, suffix, flat=flat)
-        found = find(log_dir, derivation)
+        found = find_log(log_dir, derivation)
         assert found
         assert b"".join(chunk or b"" for chunk in found.read(0, None)) == text
 
@@ -347,7 +347,7 @@ def test_the_end_of_a_compressed_log_is_seen_at_any_bit(tmp_path: Path, length: 
     whole = Path(path).read_bytes()
     for stop, finished in ((len(whole), True), (len(whole) - 1, False)):
         Path(path).write_bytes(whole[:stop])
-        found = find(os.path.dirname(store.log_dir), derivation)
+        found = find_log(os.path.dirname(store.log_dir), derivation)
         assert found
         assert found.finished is finished
 

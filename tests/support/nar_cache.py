@@ -39,7 +39,7 @@ def no_leak() -> Iterator[None]:
 
 
 def opened(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
-    found = cache.open(key)
+    found = cache.open_file(key)
     assert found is not None
     return found
 

@@ -76,7 +76,7 @@ class Guard:
 
     def admit(self, request: Request, scope: Scope) -> None:
         """Raises the answer to a request that does not get in."""
-        token = self._tokens.find(secret) if (secret := presented(request)) else None
+        token = self._tokens.find_token(secret) if (secret := presented(request)) else None
         if token is not None:
             if scope not in token.scopes:
                 raise SanicException(status_code=403)

@@ -35,7 +35,7 @@ async def search(context: ServerContext, request: Request) -> Representation:
         raise NotFound
     asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
     named = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
-    if named and await context.paths.find_usable(named[0]):
+    if named and await context.paths.lookup_usable_path(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     result = await context.threads.run_slow_db(
         lambda store: queries.search(store, asked, _SHOWN, context.paths.publish_filter(store))
@@ -62,7 +62,7 @@ def _summary(asked: str, result: queries.Paths) -> str:
 async def path(context: ServerContext, request: Request, hash_part: str) -> Representation:
     if not context.settings.browse:
         raise NotFound
-    signed = await context.paths.find(hash_part)
+    signed = await context.paths.lookup_path(hash_part)
     if signed is None:
         raise NotFound
     info = signed.info
@@ -75,7 +75,9 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
         if context.paths.policy
         else await context.threads.run_slow_db(lambda store: queries.closure(store, info.path))
     )
-    deriver_is_here = info.deriver is not None and await context.paths.find_usable(info.deriver.hash_part) is not None
+    deriver_is_here = (
+        info.deriver is not None and await context.paths.lookup_usable_path(info.deriver.hash_part) is not None
+    )
     full_path = f"{context.store.store_dir}/{info.path}"
     keys = context.trusted_keys
     references = sorted(info.references, key=queries.by_name)
@@ -105,7 +107,7 @@ async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
-            log = await context.threads.run_io(lambda: build_log.find(context.settings.logs, derivation))
+            log = await context.threads.run_io(lambda: build_log.find_log(context.settings.logs, derivation))
             if log is not None and await context.paths.is_log_published(derivation):
                 return derivation
     return None

@@ -43,7 +43,7 @@ async def get(context: ServerContext, request: Request, found: RemotePath, threa
 
 def _entries(nars: NarCache, key: str, compression: str, memory_bytes: int) -> Iterator[Entry]:
     """Yield the entries of a cached NAR. Raises CacheFileError if it is gone, and FormatError if it is malformed."""
-    file = nars.find(key)
+    file = nars.find_file(key)
     if file is None:
         raise CacheFileError("it was evicted")
     unpack = decompressor(compression, memory_bytes)

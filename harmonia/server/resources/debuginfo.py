@@ -55,7 +55,7 @@ async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
             context.threads.index, partial(index.look_up, build_id)
         )
         for path in paths:
-            found = await context.paths.find_usable(path.hash_part)
+            found = await context.paths.lookup_usable_path(path.hash_part)
             if found is not None and found.info.path == path:
                 return found.info
         if complete:

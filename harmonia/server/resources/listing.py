@@ -28,7 +28,7 @@ _SHORT = 2000  # entries: a listing of no more is kept in memory, and has no rat
 
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    info = found(await context.paths.find(hash_part))
+    info = found(await context.paths.lookup_path(hash_part))
     archive = open_nar(context, request, info)
     layout = await whole_layout(archive)
 

@@ -22,7 +22,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         derivation = await _derivation(context, decoded(request, name))
     except FormatError:
         raise NotFound from None
-    log = await context.threads.run_io(lambda: build_log.find(context.settings.logs, derivation))
+    log = await context.threads.run_io(lambda: build_log.find_log(context.settings.logs, derivation))
     if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
@@ -45,7 +45,7 @@ def decoded(request: Request, name: str) -> str:
 async def _derivation(context: ServerContext, name: str) -> StorePath:
     """The derivation that is meant. FormatError where `name` can mean none, AbsentError if nothing has its hash."""
     if is_hash_part(name):
-        known = await context.paths.find_usable(name)
+        known = await context.paths.lookup_usable_path(name)
         if known is None:
             collected = await context.threads.run_io(lambda: build_log.derivation(context.settings.logs, name))
             if collected is None:
@@ -56,6 +56,6 @@ async def _derivation(context: ServerContext, name: str) -> StorePath:
         path = StorePath(name)
     if path.is_derivation:
         return path
-    known = await context.paths.find_usable(path.hash_part)
+    known = await context.paths.lookup_usable_path(path.hash_part)
     output = known.info if known and known.info.path == path else None
     return (output and output.deriver) or StorePath(f"{path}.drv")

@@ -83,7 +83,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     hash_part = named.get("hash_part", request.args.get("hash", ""))
     if not (match and is_hash_part(hash_part)):
         raise NotFound
-    info = found(await context.paths.find(hash_part))
+    info = found(await context.paths.lookup_path(hash_part))
     nar_hash = base32.encode(info.nar_hash)
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
@@ -100,7 +100,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, body, own)) if context.settings.enable_compression else None,
-        worthwhile=not compressor.encoder.saturated or compressor.known(info.nar_hash) is not None,
+        worthwhile=not compressor.encoder.saturated or compressor.known_file_info(info.nar_hash) is not None,
     )
 
 

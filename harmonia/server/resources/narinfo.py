@@ -28,18 +28,18 @@ def file_url(info: PathInfo, encoding: Encoding) -> str:
 
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    path = await context.paths.find(hash_part)
+    path = await context.paths.lookup_path(hash_part)
     if path is None:
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, compressor = path.info, context.compressor
     if context.offers_zstd and not compressor.is_certain(info.nar_hash):
-        await context.threads.run_io(lambda: compressor.find(info.nar_hash))
-    compressed = compressor.known(info.nar_hash)
+        await context.threads.run_io(lambda: compressor.find_file_info(info.nar_hash))
+    compressed = compressor.known_file_info(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
     def still_valid() -> bool:
         is_certain = not context.offers_zstd or compressor.is_certain(info.nar_hash)
-        return is_certain and compressor.known(info.nar_hash) == compressed and context.paths.is_current(path)
+        return is_certain and compressor.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
 
     return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), still_valid=still_valid)
 

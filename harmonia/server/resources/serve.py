@@ -48,7 +48,7 @@ async def get(context: ServerContext, request: Request, where: str) -> Represent
     names = names[:-1] if as_directory else names
     if not is_hash_part(hash_part) or any(name in (b"", b".", b"..") or set(name) & set(b"/\0") for name in names):
         raise NotFound
-    info = found(await context.paths.find(hash_part))
+    info = found(await context.paths.lookup_path(hash_part))
     entry = await _resolve(context, info, names)
     if not stat.S_ISDIR(entry.status.st_mode):
         if as_directory:
@@ -89,7 +89,7 @@ async def _named(context: ServerContext, base_name: bytes) -> PathInfo:
         path = StorePath(os.fsdecode(base_name))
     except FormatError:
         raise NotFound from None
-    info = found(await context.paths.find(path.hash_part))
+    info = found(await context.paths.lookup_path(path.hash_part))
     if info.path != path:
         raise NotFound
     return info

@@ -19,6 +19,6 @@ def check(data: bytes) -> bool:
     except FormatError as error:
         assert re.fullmatch(r"line [0-9]+ has [a-zA-Z0-9 ,;.:_@-]+", str(error))
         return False
-    assert Tokens(tokens).find(secret) is None
+    assert Tokens(tokens).find_token(secret) is None
     assert parse("\n".join(map(str, tokens))) == tokens
     return bool(tokens)
