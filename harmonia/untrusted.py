@@ -1,6 +1,6 @@
 """Text from outside: numbers are bounded before they are parsed, and excerpts before they are logged."""
 
-_EXCERPT_LENGTH = 100  # characters of it that a message shows
+_EXCERPT_MAX_CHARS = 100  # characters of it that a message shows
 
 
 def integer(text: str | bytes, highest: int, base: int = 10) -> int | None:
@@ -24,5 +24,5 @@ def integer(text: str | bytes, highest: int, base: int = 10) -> int | None:
 
 def excerpt(text: str | bytes) -> str:
     """Return the text in quotes, escaped and cut, as it is fit for a message or a log."""
-    shown = repr(text[:_EXCERPT_LENGTH])
-    return f"{shown}…" if len(text) > _EXCERPT_LENGTH else shown
+    shown = repr(text[:_EXCERPT_MAX_CHARS])
+    return f"{shown}…" if len(text) > _EXCERPT_MAX_CHARS else shown

@@ -76,7 +76,7 @@ def test_they_vanish(start: Start, sample: Sample, stage: str) -> None:
 
 def test_they_take_their_time(start: Start, sample: Sample) -> None:
     """Readers of a byte a second, and writers of a byte a second, by the hundred."""
-    tidy = patched("from harmonia.server import worker\nworker._TRIM = 1.0")
+    tidy = patched("from harmonia.server import worker\nworker._TRIM_INTERVAL_S = 1.0")
     server = start(store=sample.root, settings="header_timeout = 20", program=tidy)
     over = threading.Event()
 

@@ -547,7 +547,7 @@ def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
     slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in (1, 2)]
     another = nar(seed=3)
     with (
-        patch("harmonia.cache.nar_compressor._MOST_FILLS", 2),
+        patch("harmonia.cache.nar_compressor._MAX_FILLS", 2),
         at(tmp_path) as cache,
         compressing(cache, threads=3) as compressor,
     ):
@@ -626,7 +626,7 @@ def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
 
 def test_only_some_are_remembered(tmp_path: Path) -> None:
     with (
-        patch("harmonia.cache.nar_compressor._REMEMBERED", 2),
+        patch("harmonia.cache.nar_compressor._MAX_KNOWN_FILES", 2),
         at(tmp_path) as cache,
         compressing(cache) as compressor,
     ):

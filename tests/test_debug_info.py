@@ -450,7 +450,7 @@ def test_the_search_for_paths_that_are_gone_asks_in_batches_and_lets_lookups_in(
 
     monkeypatch.setattr(Database, "query", counted)
     monkeypatch.setattr(DebugInfo, "_sweep", seen)
-    monkeypatch.setattr(debug_index, "_SWEEP_BATCH", 5)
+    monkeypatch.setattr(debug_index, "_SWEEP_BATCH_PATHS", 5)
     monkeypatch.setattr(index, "_lock", lock)
     monkeypatch.setattr(index, "_next_sweep", 0)
     monkeypatch.setattr(index, "_gone", {0})  # so that there is something to do

@@ -34,7 +34,7 @@ from support.strategies import Tree, on_disk, small_trees, trees, write_tree
 
 @pytest.fixture(params=[256, 2], ids=["one block", "many blocks"], autouse=True)
 def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nar_layout, "_MAX_ENTRIES", request.param)
+    monkeypatch.setattr(nar_layout, "_BLOCK_MAX_ENTRIES", request.param)
 
 
 class Memory:
@@ -275,7 +275,7 @@ def test_where_a_window_begins_is_found_without_a_look_at_all_entries(monkeypatc
 
 
 def test_memory_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nar_layout, "_MAX_ENTRIES", 256)
+    monkeypatch.setattr(nar_layout, "_BLOCK_MAX_ENTRIES", 256)
     tracemalloc.start()
     try:
         layout = recorded(b"/root", islice(many(b"/root"), 20_000))
@@ -407,7 +407,7 @@ class TestOnDisk:
     @pytest.fixture(autouse=True)
     def _all_are_large(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nar_layout, "_SPILL_BYTES", 0)
-        monkeypatch.setattr(nar_layout, "_MAX_ENTRIES", 2)
+        monkeypatch.setattr(nar_layout, "_BLOCK_MAX_ENTRIES", 2)
 
     def layouts(self, tmp_path: Path, limit: int = 1 << 30) -> Layouts:
         return Layouts(0, NarCache(str(tmp_path / "cache"), limit))

@@ -32,7 +32,7 @@ Start = Callable[..., Server]
 
 KEEP_ALIVE_REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 IMPATIENT = patched(
-    "from harmonia.process import supervisor\nsupervisor._HEARTBEAT = 0.1\nsupervisor._HANG_TIMEOUT = 3"
+    "from harmonia.process import supervisor\nsupervisor._HEARTBEAT_S = 0.1\nsupervisor._HANG_TIMEOUT_S = 3"
 )
 
 

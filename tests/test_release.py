@@ -223,7 +223,7 @@ def test_no_more_than_a_part_of_the_time_is_spent_on_it(
 def test_a_closure_beyond_the_bound_is_cut_and_told(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("harmonia.store.publish_policy._CLOSURE", 2)
+    monkeypatch.setattr("harmonia.store.publish_policy._CLOSURE_MAX_PATHS", 2)
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     closure.refresh()
     assert len([path for path in chain if path in closure]) == 2

@@ -38,8 +38,8 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture
 def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> TempRoots:
-    monkeypatch.setattr(temp_roots, "_LOOK", 0.05)
-    monkeypatch.setattr(temp_roots, "_RETRY", 0.1)
+    monkeypatch.setattr(temp_roots, "_CHECK_INTERVAL_S", 0.05)
+    monkeypatch.setattr(temp_roots, "_RETRY_S", 0.1)
     return TempRoots(str(place), "/nix/store", expected=True)
 
 
@@ -82,7 +82,7 @@ def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
     place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for what it has answered before: that was over the same connection, which is closed."""
-    monkeypatch.setattr(temp_roots, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(temp_roots, "_TIMEOUT_S", 0.2)
     with DaemonServer(place) as daemon:
         first = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
@@ -97,7 +97,7 @@ def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
 def test_a_long_download_does_not_keep_what_others_needed(
     place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
+    monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
     with DaemonServer(place) as daemon:
         short, long = roots.acquire(ONE), None
         wait_until(lambda: daemon.open == [[full(ONE)]])
@@ -109,7 +109,7 @@ def test_a_long_download_does_not_keep_what_others_needed(
 
 
 def test_there_are_few_connections(place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(temp_roots, "_TAKING", 0.0)
+    monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
     paths = [StorePath(f"{number:032}-name") for number in range(10)]
     with DaemonServer(place) as daemon:
         holds = [roots.acquire(path) for path in paths]
@@ -184,7 +184,7 @@ def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> N
 
 
 def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
-    patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT = 600.0")
+    patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT_S = 600.0")
     with DaemonServer(place, greet=lambda _: None) as daemon:
         server = start(store=sample.root, settings=f"daemon_socket = '{place}'", program=patient)
         began = time.monotonic()

@@ -15,7 +15,7 @@ from harmonia.untrusted import excerpt, integer
 PACKAGE = Path(__file__).parents[1] / "harmonia"
 OWN_NUMBERS = {
     "time.time()",
-    "POSITIVE_TTL",
+    "POSITIVE_TTL_S",
     "time.monotonic() - began + max_age",
     "host != '::'",
     "newest",  # an integer of SQLite

@@ -168,7 +168,7 @@ def test_a_breaker_opens_after_failures_in_a_row() -> None:
             tried.succeeded()
         assert tried.closed
         upstream.works = False
-        for _ in range(breaker.FAILURES):
+        for _ in range(breaker.MAX_FAILURES):
             tried.failed("it is gone")
         assert not tried.closed
         before = upstream.probes
@@ -240,7 +240,7 @@ def test_received_via_is_bounded() -> None:
 
 def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is used stays, what was used longest ago goes."""
-    monkeypatch.setattr(lookup_cache, "_SIZE", 1 << 20)
+    monkeypatch.setattr(lookup_cache, "_MAX_BYTES", 1 << 20)
 
     async def run() -> None:
         upstreams = UpstreamPool([], "us", 1, FailedNars())

@@ -17,11 +17,13 @@ from functools import partial
 
 from harmonia.cache.growing_file import GROWING, CachedFile, Filler
 
-_SPARE = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
-_LARGEST_DEFAULT = 20 << 30  # bytes
-_EVICTION_STEP = 64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
-_TOUCH = 60.0  # seconds; the time of the last use is told no finer than this
-_RETRY = 60.0  # seconds for which a disk that cannot be written to is not tried again
+_SPARE_BYTES = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
+_DEFAULT_MAX_BYTES = 20 << 30  # bytes
+_EVICTIONS_PER_LIMIT = (
+    64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
+)
+_TOUCH_INTERVAL_S = 60.0  # seconds; the time of the last use is told no finer than this
+_RETRY_S = 60.0  # seconds for which a disk that cannot be written to is not tried again
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -57,8 +59,8 @@ class NarCache:
         self._unusable_until = 0.0
         _make_private(directory)
         disk = os.statvfs(directory)
-        self._spare = min(_SPARE, disk.f_blocks * disk.f_frsize // 20)
-        self.limit = limit if limit is not None else min(_LARGEST_DEFAULT, (self._free() + self.used()) // 2)
+        self._spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 20)
+        self.limit = limit if limit is not None else min(_DEFAULT_MAX_BYTES, (self._free() + self.used()) // 2)
         self._unchecked = self.limit  # so that the first file that is added makes us look
 
     def path(self, key: str) -> str:
@@ -130,7 +132,7 @@ class NarCache:
 
     def failed(self, error: OSError) -> None:
         """Add nothing to the cache for a while, and say so once."""
-        known, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY
+        known, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY_S
         if not known:
             _log.error("cannot write to %s, doing without that cache: %s", self._directory, error.strerror)
 
@@ -139,7 +141,7 @@ class NarCache:
         self.counters.fills += 1
         self.counters.filled_bytes += size
         self._unchecked += size
-        if self._unchecked * _EVICTION_STEP > self.limit:
+        if self._unchecked * _EVICTIONS_PER_LIMIT > self.limit:
             self._unchecked = 0
             with suppress(OSError):
                 self.evict()
@@ -203,7 +205,7 @@ class NarCache:
 
     def _touch(self, key: str) -> None:
         with suppress(OSError):
-            if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH:
+            if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH_INTERVAL_S:
                 os.utime(self.path(key))
 
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:

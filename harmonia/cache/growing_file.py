@@ -23,7 +23,7 @@ from contextlib import suppress
 import xxhash
 
 from harmonia.errors import CacheFileError
-from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
+from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 
 GROWING = ".growing"
 """What its name ends in until it is whole."""
@@ -31,7 +31,7 @@ _TRAILER = struct.Struct("<40s8s16s")
 _SUMMARY = struct.Struct("<32sQ")
 _MAGIC = b"harmonia file v2"
 
-BLOCK_BYTES = CHUNK_SIZE
+BLOCK_BYTES = CHUNK_BYTES
 _DIGEST_BYTES = 8
 _DIGESTS_AT_ONCE = 1024
 """Digests that a slice has in memory: for 256 MiB of content."""

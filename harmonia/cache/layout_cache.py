@@ -15,8 +15,8 @@ from harmonia.errors import CacheFileError
 from harmonia.store import tree_reader
 from harmonia.store.nar_layout import Layout
 
-_WALKERS = 4  # threads: each may hold the sorted names of one huge directory
-_WALKERS_EACH = 2  # for one client
+_WALKER_THREADS = 4  # threads: each may hold the sorted names of one huge directory
+_WALKER_THREADS_PER_CLIENT = 2  # for one client
 _FILE_BYTES = 256 * 1024  # of memory that an open file counts as, so that few are open
 
 _P = ParamSpec("_P")
@@ -58,7 +58,7 @@ class Layouts:
         self._known: OrderedDict[str, Layout] = OrderedDict()
         self._growing: dict[str, Layout] = {}
         self._lock = threading.Lock()
-        self._walkers = FairExecutor(_WALKERS, _WALKERS_EACH, "walk")
+        self._walkers = FairExecutor(_WALKER_THREADS, _WALKER_THREADS_PER_CLIENT, "walk")
 
     def open_layout(self, key: str, root: bytes, client: Hashable = None) -> Layout:
         """Return the layout of what is at `root`, which may still grow. Never waits."""

@@ -26,10 +26,10 @@ from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
 from harmonia.store.file_reader import OpenSlice
 
-_FRESH = 1.0  # seconds for which another process is taken not to have compressed what nobody had
-_MOST_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
+_UNKNOWN_TTL_S = 1.0  # seconds for which another process is taken not to have compressed what nobody had
+_MAX_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
 _MAX_FOREIGN_FILLS = 16  # of those, for encodings that are not ours
-_REMEMBERED = 65536  # compressed files whose hash and size are known, some 200 bytes each
+_MAX_KNOWN_FILES = 65536  # compressed files whose hash and size are known, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
 
@@ -64,7 +64,7 @@ class Compressor:
 
     def is_certain(self, sha256: bytes) -> bool:
         """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
-        return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _FRESH
+        return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _UNKNOWN_TTL_S
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""
@@ -79,7 +79,7 @@ class Compressor:
             else:
                 with self._lock:
                     self._unknown[sha256] = time.monotonic()
-                    if len(self._unknown) > _REMEMBERED:
+                    if len(self._unknown) > _MAX_KNOWN_FILES:
                         del self._unknown[next(iter(self._unknown))]
         return known
 
@@ -90,7 +90,7 @@ class Compressor:
     def _remember(self, sha256: bytes, known: CompressedFile) -> None:
         with self._lock:
             self._known[sha256] = known
-            if len(self._known) > _REMEMBERED:
+            if len(self._known) > _MAX_KNOWN_FILES:
                 del self._known[next(iter(self._known))]
 
     def has(self, sha256: bytes) -> bool:
@@ -152,7 +152,7 @@ class Compressor:
             return None
         key = _key(source.sha256, encoding)
         is_ours = encoding == self.encoder.encoding
-        most = _MOST_FILLS if is_ours else _MAX_FOREIGN_FILLS
+        most = _MAX_FILLS if is_ours else _MAX_FOREIGN_FILLS
         if self._fills[is_ours] >= most or self.is_damaged(source):
             return self.cache.use_file(key)
         opened = self.cache.open_file(key)
@@ -172,7 +172,7 @@ class Compressor:
         with self._lock:
             self.damaged_nars += 1
             known = str(source) in self._damaged
-            if len(self._damaged) > _REMEMBERED:
+            if len(self._damaged) > _MAX_KNOWN_FILES:
                 self._damaged.clear()
             self._damaged.add(str(source))
         if not known:

@@ -19,8 +19,10 @@ from harmonia.store.file_reader import Chunk
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
-_PIECE = 512 * 1024  # bytes that are given on at once
-_SATURATED = 16  # frames waiting for each thread, from which on a download that can do without is sent as it is
+_PIECE_BYTES = 512 * 1024  # bytes that are given on at once
+_MAX_QUEUED_PER_THREAD = (
+    16  # frames waiting for each thread, from which on a download that can do without is sent as it is
+)
 
 
 class Source(Protocol):
@@ -71,7 +73,7 @@ class FrameEncoder:
     @property
     def saturated(self) -> bool:
         """Whether there is more to compress than is good for those who wait for it."""
-        return self._waiting > self.threads * _SATURATED
+        return self._waiting > self.threads * _MAX_QUEUED_PER_THREAD
 
     @property
     def waiting(self) -> int:
@@ -120,8 +122,8 @@ class FrameEncoder:
                 index.check(number, compressed)
             first = max(start - position, 0)
             last = len(compressed) if stop is None else min(stop - position, len(compressed))
-            for piece in range(first, last, _PIECE):
-                yield compressed[piece : min(piece + _PIECE, last)]
+            for piece in range(first, last, _PIECE_BYTES):
+                yield compressed[piece : min(piece + _PIECE_BYTES, last)]
             position += len(compressed)
             if stop is not None and position >= stop:
                 break

@@ -44,7 +44,7 @@ bind_option = click.option(
 # Names that other servers give this option.
 _LIKE_BIND = re.compile("-[abHlp]|--(bind-)?addr(ess)?|--host(name)?|--http|--interface|--listen(-addr(ess)?)?|--port")
 
-_CHUNK_SIZE = 1 << 18
+_CHUNK_BYTES = 1 << 18
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _SECTIONS = {
@@ -220,7 +220,7 @@ def chunks(file: BinaryIO) -> Iterator[bytes]:
     """What is in a file, which an OSError names, as one of opening it does."""
     while True:
         try:
-            chunk = file.read(_CHUNK_SIZE)
+            chunk = file.read(_CHUNK_BYTES)
         except OSError as error:
             error.filename = file.name
             raise

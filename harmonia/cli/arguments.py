@@ -7,7 +7,7 @@ from harmonia.errors import FormatError
 from harmonia.tools.http_client import Client
 from harmonia.untrusted import integer
 
-_MEBIBYTES_MAX = 1 << 43
+_MAX_MEBIBYTES = 1 << 43
 
 
 def parse_url(text: str) -> Client:
@@ -34,7 +34,7 @@ class Mebibytes(click.IntRange):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         text = str(value)
         try:
-            count = integer(text, _MEBIBYTES_MAX)
+            count = integer(text, _MAX_MEBIBYTES)
             if count is None:
                 count = -(-amounts.size(text) >> 20)
         except FormatError as error:

@@ -23,11 +23,11 @@ from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.store.store import Store
 from harmonia.tools.doctor import examine
 from harmonia.tools.doctor.finding import Finding, once
-from harmonia.tools.http_client import LARGEST, Client
+from harmonia.tools.http_client import MAX_BODY_BYTES, Client
 
 _STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
 _DIGESTS = re.compile(rf"(?<=\b[{ALPHABET}]{{8}})[{ALPHABET}]{{24,}}\b")  # all but their beginnings
-_CANDIDATES = 100  # local paths that are asked for, until enough are found
+_MAX_CANDIDATES = 100  # local paths that are asked for, until enough are found
 
 
 @click.command("doctor")
@@ -51,7 +51,7 @@ _CANDIDATES = 100  # local paths that are asked for, until enough are found
 @click.option(
     "--largest",
     metavar="MIB",
-    type=Mebibytes(1, LARGEST >> 20),
+    type=Mebibytes(1, MAX_BODY_BYTES >> 20),
     default=64,
     show_default=True,
     help="NARs of more MiB are not downloaded.",
@@ -104,7 +104,7 @@ def command(
     findings = once(
         examine(
             client,
-            named or _some(settings, count if serves_all else _CANDIDATES),
+            named or _some(settings, count if serves_all else _MAX_CANDIDATES),
             keys,
             store_dir=directory,
             count=count,

@@ -9,7 +9,7 @@ from harmonia.errors import FormatError
 SIZE = '"500M", "20G" or "20GiB" (of 1024), "20 GB" (of 1000)'
 DURATION = '"30s", "5m" or "1h 30min"'
 
-_MAX = (1 << 63) - 1  # of an integer in TOML and in SQLite
+_MAX_INTEGER = (1 << 63) - 1  # of an integer in TOML and in SQLite
 _NUMBER = r"[0-9]{1,19}(?:\.[0-9]{1,9})?"
 _SIZE = re.compile(rf"({_NUMBER}) ?(?:([KMGTP])(i?B|i)?|B)?", re.ASCII | re.IGNORECASE)
 _PART = re.compile(rf"({_NUMBER}) ?([a-z]+) ?")
@@ -35,8 +35,8 @@ def size(text: str) -> int:
     number, prefix, suffix = match.groups(default="")
     exponent = 1 + "KMGTP".index(prefix.upper()) if prefix else 0
     found = int(Decimal(number) * (1000 if suffix.upper() == "B" else 1024) ** exponent)
-    if found > _MAX:
-        raise FormatError(f"expected a size of at most {_MAX} bytes, found {reprlib.repr(text)}")
+    if found > _MAX_INTEGER:
+        raise FormatError(f"expected a size of at most {_MAX_INTEGER} bytes, found {reprlib.repr(text)}")
     return found
 
 

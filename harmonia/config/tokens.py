@@ -26,11 +26,11 @@ Scope = Literal["read", "browse", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _PREFIX = "harmonia_"  # by which scanners for leaked secrets, and people, know one
-_RANDOM = 32  # bytes
+_RANDOM_BYTES = 32  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*")
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _LINE = re.compile(rf"\s*({_NAME.pattern})\s+([^\s#]+)\s+{_HASH.pattern}\s*(?:#.*)?", re.DOTALL)
-_INDEXED = 8  # bytes of a hash that a token is found by
+_INDEX_BYTES = 8  # bytes of a hash that a token is found by
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,17 @@ class Tokens:
     """
 
     def __init__(self, tokens: Iterable[Token]) -> None:
-        self._by_index = {token.sha256[:_INDEXED]: token for token in tokens}
+        self._by_index = {token.sha256[:_INDEX_BYTES]: token for token in tokens}
 
     def find_token(self, presented: str) -> Token | None:
         sha256 = _sha256(presented)
-        token = self._by_index.get(sha256[:_INDEXED])
+        token = self._by_index.get(sha256[:_INDEX_BYTES])
         return token if token is not None and hmac.compare_digest(token.sha256, sha256) else None
 
 
 def new(name: str, scopes: Iterable[Scope]) -> tuple[str, Token]:
     """A secret token, and what a server is to know of it. FormatError for a name that cannot stand in a file."""
-    secret = _PREFIX + secrets.token_urlsafe(_RANDOM)
+    secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     token = Token(name, frozenset(scopes), _sha256(secret))
     parse(str(token))
     return secret, token
@@ -86,7 +86,7 @@ def parse(text: str) -> tuple[Token, ...]:
         if given not in scopes:
             scopes[given] = _scopes(number, given)
         sha256 = bytes.fromhex(digest)
-        index = sha256[:_INDEXED]
+        index = sha256[:_INDEX_BYTES]
         if name in by_name or index in indexes:
             raise FormatError(f"line {number} has the name or the hash of a line before it")
         by_name[name] = Token(name, scopes[given], sha256)

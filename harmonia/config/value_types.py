@@ -19,8 +19,8 @@ from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import is_hash_part
 from harmonia.untrusted import integer
 
-_UNIX_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
-_PORT_MAX = 65535
+_UNIX_PATH_MAX_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
+_MAX_PORT = 65535
 _WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
 _WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
 _ADDRESS = '"host:port", "[IPv6]:port", ":port" or "unix:/path"'
@@ -73,16 +73,21 @@ def address(text: str, default_port: int | None) -> HostAndPort | str:
     """
     if text.startswith(("unix:", "/")):
         path = re.sub(r"\A//(?=/)", "", text.removeprefix("unix:"))
-        if path and not re.match(r"//[^/]", path) and "\0" not in path and len(os.fsencode(path)) <= _UNIX_PATH_MAX:
+        if (
+            path
+            and not re.match(r"//[^/]", path)
+            and "\0" not in path
+            and len(os.fsencode(path)) <= _UNIX_PATH_MAX_BYTES
+        ):
             return path
     elif match := _HOST_AND_PORT.fullmatch(_bracketed(text)):
         v6, host, port = match.groups()
         if not port and default_port is None:
             raise FormatError(f"expected {_ADDRESS}, found {reprlib.repr(text)}, which has no port; add one")
-        number = integer(port, _PORT_MAX) if port else default_port
+        number = integer(port, _MAX_PORT) if port else default_port
         if number is not None and (not v6 or _is_v6(v6)):
             return str(ipaddress.IPv6Address(v6)) if v6 else "::" if host in ("", "*") else host, number
-    limits = f"ports to {_PORT_MAX}, socket paths to {_UNIX_PATH_MAX} bytes"
+    limits = f"ports to {_MAX_PORT}, socket paths to {_UNIX_PATH_MAX_BYTES} bytes"
     raise FormatError(f"expected {_ADDRESS} ({limits}), found {reprlib.repr(text)}")
 
 

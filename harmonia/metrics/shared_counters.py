@@ -16,7 +16,7 @@ STATUSES = 600
 UNKNOWN = "unknown"
 """The route of a request for something that nobody ever has, or in another method than its own, or that is no HTTP."""
 
-_CELL = 8  # bytes: they are doubles, written at once
+_CELL_BYTES = 8  # bytes: they are doubles, written at once
 
 
 class Histogram:
@@ -158,7 +158,7 @@ class Metrics:
         routes = (*routes, UNKNOWN)
         size = sum(_sizes(routes, totals))
         self.totals = totals
-        cells = memoryview(mmap.mmap(-1, workers * size * _CELL)).cast("d")
+        cells = memoryview(mmap.mmap(-1, workers * size * _CELL_BYTES)).cast("d")
         self.rows = [WorkerCounters(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
         self._place = 0
@@ -179,7 +179,7 @@ class Metrics:
 
 def _upstream(workers: int, reasons: Sequence[str]) -> list[UpstreamCounters]:
     width = len(UpstreamCounters.names) + len(reasons)
-    cells = memoryview(mmap.mmap(-1, workers * width * _CELL)).cast("d")
+    cells = memoryview(mmap.mmap(-1, workers * width * _CELL_BYTES)).cast("d")
     return [UpstreamCounters(row, reasons) for row in _cut(cells, *[width] * workers)]
 
 

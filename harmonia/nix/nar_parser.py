@@ -12,9 +12,9 @@ from harmonia.errors import FormatError
 from harmonia.nix.nar import Entry, encode
 
 MAX_DEPTH = 64
-MAX_NAME = 255
-MAX_TARGET = 4095
-_MAX_WORD = 32
+MAX_NAME_BYTES = 255
+MAX_TARGET_BYTES = 4095
+_MAX_WORD_BYTES = 32
 
 _MAGIC = encode(b"nix-archive-1")
 _TYPE = encode(b"(", b"type")
@@ -24,7 +24,7 @@ _NAME = encode(b"(", b"name")
 _NODE = encode(b"node")
 _CLOSE = encode(b")")
 
-_PIECE = 256 * 1024  # a file's contents are given on in pieces of at most so many bytes
+_PIECE_BYTES = 256 * 1024  # a file's contents are given on in pieces of at most so many bytes
 
 
 class _Source:
@@ -43,7 +43,7 @@ class _Source:
                     raise FormatError("the archive ends early")
                 self._chunk = memoryview(chunk)
                 continue
-            piece, self._chunk = self._chunk[: min(size, _PIECE)], self._chunk[min(size, _PIECE) :]
+            piece, self._chunk = self._chunk[: min(size, _PIECE_BYTES)], self._chunk[min(size, _PIECE_BYTES) :]
             size -= len(piece)
             yield bytes(piece)
 
@@ -66,7 +66,7 @@ class _Source:
         return text
 
     def word(self) -> bytes:
-        return self.text(_MAX_WORD, "a word")
+        return self.text(_MAX_WORD_BYTES, "a word")
 
     def expect(self, words: bytes) -> None:
         if (found := self.take(len(words))) != words:
@@ -108,7 +108,7 @@ def _node(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes]:
             source.padding(size)
         case b"symlink":
             source.expect(_TARGET)
-            target = source.text(MAX_TARGET, "a symlink's target")
+            target = source.text(MAX_TARGET_BYTES, "a symlink's target")
             if not target or b"\0" in target:
                 raise FormatError(f"{target!r} cannot be what a symlink points to")
             yield Entry(depth, path, stat.S_IFLNK | 0o777, 0, target)
@@ -125,7 +125,7 @@ def _entries(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes
     previous = b""
     while (word := source.word()) == b"entry":
         source.expect(_NAME)
-        name = source.text(MAX_NAME, "a name")
+        name = source.text(MAX_NAME_BYTES, "a name")
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise FormatError(f"{name!r} cannot be a name in a directory")
         if name <= previous:

@@ -22,7 +22,7 @@ COMPRESSIONS = frozenset(
 MAX_URL_LENGTH = 64 << 10
 """Characters: curl takes 8 million, but no server that many."""
 _URL = re.compile(rf"[^\x00-\x1f\x7f]{{1,{MAX_URL_LENGTH}}}")
-_SIZE_MAX = (1 << 64) - 1
+_MAX_SIZE = (1 << 64) - 1
 _NO_DERIVER = "unknown-deriver"
 
 
@@ -178,7 +178,7 @@ def _canonical(path: str) -> str:
 
 
 def _size(text: str) -> int:
-    size = integer(text.removeprefix("+"), _SIZE_MAX)
+    size = integer(text.removeprefix("+"), _MAX_SIZE)
     if size is None:
         raise FormatError(f"malformed size {excerpt(text)}")
     return size

@@ -7,7 +7,7 @@ from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey
 
 _DEFAULT = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
-_INCLUDES = 20  # files that include each other, at most
+_MAX_INCLUDES = 20  # files that include each other, at most
 
 
 def trusted_keys(environ: Mapping[str, str]) -> list[PublicKey]:
@@ -42,7 +42,7 @@ def _file(path: str, depth: int) -> Iterator[tuple[str, str]]:
 def _settings(text: str, directory: str, depth: int) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         words = line.partition("#")[0].split()
-        if len(words) == 2 and words[0] in ("include", "!include") and depth < _INCLUDES:  # noqa: PLR2004 (and a file)
+        if len(words) == 2 and words[0] in ("include", "!include") and depth < _MAX_INCLUDES:  # noqa: PLR2004 (and a file)
             yield from _file(os.path.join(directory, words[1]), depth + 1)
         elif words[1:2] == ["="]:
             yield words[0], " ".join(words[2:])

@@ -9,7 +9,7 @@ from nacl.signing import SigningKey, VerifyKey
 
 from harmonia.errors import FormatError
 
-SIGNATURE_SIZE = 64
+SIGNATURE_BYTES = 64
 
 
 def _split(text: str, size: int, what: str) -> tuple[str, bytes]:
@@ -35,7 +35,7 @@ def _join(name: str, value: bytes) -> str:
 def is_signature(text: str) -> bool:
     """Whether Nix ≥ 2.34 would accept `text` as a signature: it refuses a narinfo for a single bad one."""
     try:
-        _split(text, SIGNATURE_SIZE, "signature")
+        _split(text, SIGNATURE_BYTES, "signature")
     except FormatError:
         return False
     return not any(character.isspace() for character in text)
@@ -59,7 +59,7 @@ class PublicKey:
         if not signature.startswith(f"{self.name}:"):  # it takes 0.1 ms to see that another key made it
             return False
         try:
-            _, value = _split(signature, SIGNATURE_SIZE, "signature")
+            _, value = _split(signature, SIGNATURE_BYTES, "signature")
             self.key.verify(message, value)
         except (FormatError, BadSignatureError):
             return False

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from harmonia.config.settings import Settings
 
-_MAX_LINE_LENGTH = 16 << 10  # characters; tracebacks are shorter
+_MAX_LINE_CHARS = 16 << 10  # characters; tracebacks are shorter
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
 
@@ -20,8 +20,8 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record).replace("\n", " | ")
-        if len(line) > _MAX_LINE_LENGTH:
-            line = f"{line[:_MAX_LINE_LENGTH]}… ({len(line)} characters)"
+        if len(line) > _MAX_LINE_CHARS:
+            line = f"{line[:_MAX_LINE_CHARS]}… ({len(line)} characters)"
         if not line.isprintable():  # what came from outside must not pass for lines of ours, nor steer a terminal
             line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
         return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line

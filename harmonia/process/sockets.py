@@ -24,10 +24,10 @@ _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
 )
 
-_DESCRIPTORS = 2  # of a connection: its own, and that of the file that is sent
+_DESCRIPTORS_PER_CONNECTION = 2  # of a connection: its own, and that of the file that is sent
 _OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
 
-_MODE_MAX = 0o7777
+_MAX_MODE = 0o7777
 _Key = Literal["bind", "metrics_bind"]
 
 _log = logging.getLogger("harmonia")
@@ -94,7 +94,7 @@ def connection_limit(most: int) -> int:
     with suppress(OSError, ValueError):  # a sandbox may forbid it
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         limit = hard
-    possible = max((limit - _OTHER_DESCRIPTORS) // _DESCRIPTORS, 16)
+    possible = max((limit - _OTHER_DESCRIPTORS) // _DESCRIPTORS_PER_CONNECTION, 16)
     return min(most or possible, possible)
 
 
@@ -175,7 +175,7 @@ def _listen_unix(path: str, settings: Settings) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listening.bind(path)
-        os.chmod(path, integer(settings.unix_socket_mode, _MODE_MAX, base=8) or 0)
+        os.chmod(path, integer(settings.unix_socket_mode, _MAX_MODE, base=8) or 0)
         listening.listen(BACKLOG)
     except BaseException:
         listening.close()

@@ -19,10 +19,10 @@ from typing import NoReturn
 
 from harmonia.process import systemd
 
-_HEARTBEAT = 1.0  # seconds between a worker's signs of life
-_HANG_TIMEOUT = 30.0  # seconds without one, after which a worker is killed and replaced
-_RETRY_DELAY = 1.0  # seconds before another try, where a worker died before it could serve
-_KILL_DELAY = 2.0  # seconds beyond the grace that a worker gets to end by itself
+_HEARTBEAT_S = 1.0  # seconds between a worker's signs of life
+_HANG_TIMEOUT_S = 30.0  # seconds without one, after which a worker is killed and replaced
+_RETRY_DELAY_S = 1.0  # seconds before another try, where a worker died before it could serve
+_KILL_DELAY_S = 2.0  # seconds beyond the grace that a worker gets to end by itself
 
 _log = logging.getLogger("harmonia")
 
@@ -64,7 +64,7 @@ class Supervisor:
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)  # so that it reaches the wakeup socket
         self._watchdog = systemd.watchdog_interval()
-        self._heartbeat = min(_HEARTBEAT, (self._watchdog or _HEARTBEAT) / 2)
+        self._heartbeat = min(_HEARTBEAT_S, (self._watchdog or _HEARTBEAT_S) / 2)
         self._announced = False
         self._next_start = 0.0
         self._stop_at: float | None = None
@@ -117,7 +117,7 @@ class Supervisor:
 
     def _retry_later(self, error: OSError) -> None:
         _log.error("cannot start a worker: %s", error)
-        self._next_start = time.monotonic() + _RETRY_DELAY
+        self._next_start = time.monotonic() + _RETRY_DELAY_S
 
     def _become_worker(self, place: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         status = 1
@@ -169,7 +169,7 @@ class Supervisor:
 
     def _stop(self, grace: float) -> None:
         systemd.notify("STOPPING=1")
-        self._stop_at = time.monotonic() + grace + _KILL_DELAY
+        self._stop_at = time.monotonic() + grace + _KILL_DELAY_S
         for each in self._listening:
             each.close()  # or connections would still be taken, to wait for nobody
         self._signal_all(signal.SIGTERM)
@@ -198,7 +198,7 @@ class Supervisor:
                 "worker %d ended %s%s", pid, how, ", it is replaced" if worker.ready else " before it could serve"
             )
             if not worker.ready:
-                self._next_start = time.monotonic() + _RETRY_DELAY
+                self._next_start = time.monotonic() + _RETRY_DELAY_S
                 if not any(each.ready for each in self._workers.values()):
                     _log.critical("no worker is left")
                     self._failed = True
@@ -209,7 +209,7 @@ class Supervisor:
         for worker in self._workers.values():
             if self._stop_at is not None and now >= self._stop_at:
                 os.kill(worker.pid, signal.SIGKILL)
-            elif now - worker.beat > _HANG_TIMEOUT:
+            elif now - worker.beat > _HANG_TIMEOUT_S:
                 _log.error("worker %d hangs", worker.pid)
                 worker.beat = now
                 os.kill(worker.pid, signal.SIGKILL)

@@ -35,10 +35,12 @@ from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import new_pseudonym
 
-_LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
+_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
-_MADE_MEMORY = 8 * 1024 * 1024  # bytes for pages of directories and short listings
-_HELD = 1 << 20  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
+_MADE_MEMORY_BYTES = 8 * 1024 * 1024  # bytes for pages of directories and short listings
+_TEMP_ROOT_MIN_BYTES = (
+    1 << 20
+)  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
 
 
 _log = logging.getLogger("harmonia")
@@ -114,8 +116,8 @@ class ServerContext:
         policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
         layout_files = _layout_files(settings)
-        self.layouts = Layouts(_LAYOUT_MEMORY, layout_files)
-        self.made = MadeOnce(_MADE_MEMORY, layout_files)
+        self.layouts = Layouts(_LAYOUT_MEMORY_BYTES, layout_files)
+        self.made = MadeOnce(_MADE_MEMORY_BYTES, layout_files)
         self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
         self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
@@ -149,7 +151,9 @@ class ServerContext:
 
     def acquire_temp_root(self, info: PathInfo) -> TempRootLease | None:
         """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""
-        return self._temp_roots.acquire(info.path) if self._temp_roots and info.nar_size >= _HELD else None
+        return (
+            self._temp_roots.acquire(info.path) if self._temp_roots and info.nar_size >= _TEMP_ROOT_MIN_BYTES else None
+        )
 
     def encoded(self, source: Source) -> Encoded | None:
         """A body as it can be sent compressed, if it can."""

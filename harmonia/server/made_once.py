@@ -14,7 +14,7 @@ from harmonia.process.single_flight import SingleFlight
 from harmonia.store.file_reader import OpenSlice
 
 _THREADS = 2  # they hold the interpreter most of the time
-_SHARE = 1  # for one client
+_THREADS_PER_CLIENT = 1  # for one client
 _WRITE_BYTES = 64 * 1024  # at once
 
 _T = TypeVar("_T")
@@ -58,7 +58,7 @@ class MadeOnce:
         self._used = 0
         self._values: OrderedDict[Hashable, _Made[Any]] = OrderedDict()
         self._flights = SingleFlight()
-        self._threads = FairExecutor(_THREADS, _SHARE, "make")
+        self._threads = FairExecutor(_THREADS, _THREADS_PER_CLIENT, "make")
 
     async def value(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         """Return what `make` made for that key, in a thread; `size` is how many bytes it takes."""

@@ -22,9 +22,9 @@ from harmonia.store.store import Database, Store
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_REMEMBERED = 8192  # paths, about 2 KiB each
-_FRESH = 1.0  # seconds for which what the roots of a policy need is taken not to have changed
-_STALE = 10.0  # seconds for which a path that was among it may go out without another look
+_MAX_PATHS = 8192  # paths, about 2 KiB each
+_CLOSURE_FRESH_S = 1.0  # seconds for which what the roots of a policy need is taken not to have changed
+_CLOSURE_MAX_AGE_S = 10.0  # seconds for which a path that was among it may go out without another look
 
 _log = logging.getLogger("harmonia")
 
@@ -82,12 +82,12 @@ class Paths:
         found = await self._threads.run_db(partial(self._look_up, hash_part, known))
         if found is None:
             self._known.pop(hash_part, None)
-            if self._absent_as_of == generation and len(self._absent) < _REMEMBERED:
+            if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
                 self._absent.add(hash_part)
             return None
         # The generation was taken before the path was read: a change in between makes the next request look again.
         self._known[hash_part] = generation, found
-        if len(self._known) > _REMEMBERED:
+        if len(self._known) > _MAX_PATHS:
             self._known.popitem(last=False)
         return found
 
@@ -144,7 +144,7 @@ class Paths:
         if policy is None:
             return None
         if self._closure is not None:
-            self._closure.refresh(_FRESH)
+            self._closure.refresh(_CLOSURE_FRESH_S)
 
         def is_published(path: StorePath) -> bool:
             if not policy.permits_name(path) or not (self._closure is None or path in self._closure):
@@ -161,12 +161,12 @@ class Paths:
         """Return whether a root of the policy needs the path."""
         closure = self._closure
         assert closure is not None  # noqa: S101 (or nobody asks)
-        if path in closure and closure.age < _STALE:
-            if closure.age > _FRESH and (self._refreshing is None or self._refreshing.done()):
-                self._refreshing = self._threads.closure.submit(closure.refresh, _FRESH)
+        if path in closure and closure.age < _CLOSURE_MAX_AGE_S:
+            if closure.age > _CLOSURE_FRESH_S and (self._refreshing is None or self._refreshing.done()):
+                self._refreshing = self._threads.closure.submit(closure.refresh, _CLOSURE_FRESH_S)
             return True
         # Perhaps it was added just now, and a client remembers for an hour that it was not there.
-        await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _FRESH))
+        await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _CLOSURE_FRESH_S))
         return path in closure
 
     def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:

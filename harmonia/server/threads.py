@@ -10,11 +10,11 @@ from typing import TypeVar
 from harmonia.cache.fair_executor import FairExecutor
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
-from harmonia.store.store import BUSY_TIMEOUT, Store
+from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
-_READERS = 16  # threads that answer short questions to the disk
-_BODY_READERS = 16  # threads that read bodies; one is busy only while it reads a chunk, not while that is sent
-_BODY_READERS_EACH = 4  # for one client
+_READER_THREADS = 16  # threads that answer short questions to the disk
+_BODY_THREADS = 16  # threads that read bodies; one is busy only while it reads a chunk, not while that is sent
+_BODY_THREADS_PER_CLIENT = 4  # for one client
 
 _T = TypeVar("_T")
 
@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 class Threads:
     def __init__(self, browsed: Store, metrics: Metrics) -> None:
         """`browsed` is the store once more, for questions that take long: no narinfo waits behind them."""
-        self.readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
-        self.bodies = FairExecutor(_BODY_READERS, _BODY_READERS_EACH, "body")
+        self.readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="read")
+        self.bodies = FairExecutor(_BODY_THREADS, _BODY_THREADS_PER_CLIENT, "body")
         self.closure = ThreadPoolExecutor(1, thread_name_prefix="closure")
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
@@ -50,7 +50,7 @@ class Threads:
     async def run_with_timeout(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
         """Run a query in a thread. Raises StoreUnavailableError if it takes longer than the database's timeout."""
         try:
-            async with asyncio.timeout(BUSY_TIMEOUT + 1):
+            async with asyncio.timeout(BUSY_TIMEOUT_S + 1):
                 return await asyncio.get_running_loop().run_in_executor(thread, ask)
         except TimeoutError:
             raise StoreUnavailableError("the database does not answer") from None

@@ -28,9 +28,9 @@ from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import Connection, limited_connection
 from harmonia.server.resources import metrics, upstream
 
-_SWITCH = 0.001  # seconds, not 0.005, after which a thread that computes lets the event loop go on
-_TRIM = 10.0  # seconds between two times that memory is given back
-_POLL = 0.05  # seconds between two looks for connections that have become idle, while we stop
+_SWITCH_INTERVAL_S = 0.001  # seconds, not 0.005, after which a thread that computes lets the event loop go on
+_TRIM_INTERVAL_S = 10.0  # seconds between two times that memory is given back
+_DRAIN_POLL_S = 0.05  # seconds between two looks for connections that have become idle, while we stop
 
 _log = logging.getLogger("harmonia")
 
@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
     context.metrics.adopt_slot(place)
-    sys.setswitchinterval(_SWITCH)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(context, for_metrics, listening, lifeline, heartbeat))
 
@@ -133,7 +133,7 @@ async def _trim_heap(context: ServerContext) -> None:
     """Return freed heap to the OS periodically. Without this, glibc keeps the peak of the busiest moment."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     while malloc_trim is not None:
-        await asyncio.sleep(_TRIM)
+        await asyncio.sleep(_TRIM_INTERVAL_S)
         with suppress(RuntimeError):  # no thread can be started
             await context.threads.run_io(partial(malloc_trim, 0))
 
@@ -153,7 +153,7 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
                 connection.http.keep_alive = False
             else:
                 connection.close()
-        await asyncio.sleep(_POLL)
+        await asyncio.sleep(_DRAIN_POLL_S)
 
 
 async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> None:

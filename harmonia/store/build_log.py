@@ -24,19 +24,19 @@ from harmonia.nix.store_path import StorePath
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # an opened fifo would wait for its writer
 _SUFFIXES = ("", ".bz2", ".zst")  # in the order that Nix looks in
 _LOG = re.compile(r"(?P<derivation>.+\.drv)(?:\.bz2|\.zst)?")
-_CHUNK = 256 * 1024
-_SETTLED = 24 * 60 * 60
+_CHUNK_BYTES = 256 * 1024
+_SETTLED_S = 24 * 60 * 60
 """Seconds without a change after which a plain file counts as finished: nothing in it tells. A build may be silent for
 hours; Hydra ends it after two, or ten in all, unless told otherwise."""
 
 # How a bzip2 stream ends: the digits of the square root of pi, at any bit, 32 bits of checksum, up to 7 of padding.
 _BZ2_END, _BZ2_END_MASK = 0x177245385090, (1 << 48) - 1
-_BZ2_END_SIZE = 11
+_BZ2_END_BYTES = 11
 
 # Four bytes of zstd may stand for 128 KiB: so much at once makes no more than 2 MiB. The window is what all decoders
 # have (RFC 9659), and levels up to 19 keep to.
-_ZST_INPUT = 64
-_ZST_WINDOW = 8 << 20
+_ZST_INPUT_BYTES = 64
+_ZST_WINDOW_BYTES = 8 << 20
 
 
 class BuildLog:
@@ -85,14 +85,14 @@ class BuildLog:
 
     def _is_finished(self, file: BinaryIO, status: os.stat_result) -> bool:
         if self._suffix == ".bz2":
-            file.seek(max(status.st_size - _BZ2_END_SIZE, 0))
-            end = int.from_bytes(file.read(_BZ2_END_SIZE), "big") >> 32
+            file.seek(max(status.st_size - _BZ2_END_BYTES, 0))
+            end = int.from_bytes(file.read(_BZ2_END_BYTES), "big") >> 32
             return any(end >> shift & _BZ2_END_MASK == _BZ2_END for shift in range(8))
-        return self._suffix == ".zst" or time.time() - status.st_mtime > _SETTLED
+        return self._suffix == ".zst" or time.time() - status.st_mtime > _SETTLED_S
 
     def _part(self, file: BinaryIO, start: int, stop: int) -> Generator[bytes]:
         file.seek(start)
-        while chunk := file.read(min(_CHUNK, stop - start)):
+        while chunk := file.read(min(_CHUNK_BYTES, stop - start)):
             start += len(chunk)
             yield chunk
         if start < stop:
@@ -101,24 +101,24 @@ class BuildLog:
     def _unbz2(self, file: BinaryIO) -> Generator[bytes]:
         decoded = bz2.BZ2File(file)
         try:
-            while chunk := decoded.read1(_CHUNK):
+            while chunk := decoded.read1(_CHUNK_BYTES):
                 yield chunk
         except EOFError:
             if self.finished:
                 raise StoreObjectError(f"{self._path} was cut short") from None
 
     def _unzst(self, file: BinaryIO) -> Generator[bytes]:
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZST_WINDOW_BYTES)
         frame = decompressor.decompressobj()
         chunk = bytearray()
         try:
-            while data := file.read(_ZST_INPUT):
+            while data := file.read(_ZST_INPUT_BYTES):
                 while data:
                     if frame.eof:
                         frame = decompressor.decompressobj()
                     chunk += frame.decompress(data)
                     data = frame.unused_data
-                if len(chunk) >= _CHUNK:
+                if len(chunk) >= _CHUNK_BYTES:
                     yield bytes(chunk)
                     chunk.clear()
         except zstandard.ZstdError as error:

@@ -20,10 +20,10 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.index_file import FAILURES, IndexFile
 from harmonia.store.store import Store
 
-_BATCH = 4000  # paths that are looked at between two transactions
-_POLL = 10.0  # seconds between two looks for new paths that nobody asked for
-_SWEEP = 3600.0  # seconds between two searches for paths of the index that are gone
-_SWEEP_BATCH = 500  # paths of the index that are compared with the database while lookups wait
+_BATCH_PATHS = 4000  # paths that are looked at between two transactions
+_POLL_S = 10.0  # seconds between two looks for new paths that nobody asked for
+_SWEEP_INTERVAL_S = 3600.0  # seconds between two searches for paths of the index that are gone
+_SWEEP_BATCH_PATHS = 500  # paths of the index that are compared with the database while lookups wait
 
 _SCHEMA = """
 begin immediate;
@@ -112,7 +112,7 @@ class DebugInfo:
                 self.update()
             except StoreUnavailableError as error:
                 _log.debug("the index of debug info is not up to date: %s", error)  # a request is told
-            self._wanted.wait(_POLL)
+            self._wanted.wait(_POLL_S)
             self._wanted.clear()
 
     def _update(self) -> None:
@@ -147,7 +147,7 @@ class DebugInfo:
     def _remove_gone(self) -> None:
         """Remove paths from the index that are no longer valid: those already seen, and hourly all others."""
         if time.monotonic() >= self._next_sweep:
-            self._next_sweep = time.monotonic() + _SWEEP
+            self._next_sweep = time.monotonic() + _SWEEP_INTERVAL_S
             last: int | None = -1
             while last is not None:
                 with self._lock:
@@ -167,20 +167,20 @@ class DebugInfo:
         """
         rows = dict(
             self._index.connection().execute(
-                "select number, path from Paths where number > ? order by number limit ?", (last, _SWEEP_BATCH)
+                "select number, path from Paths where number > ? order by number limit ?", (last, _SWEEP_BATCH_PATHS)
             )
         )
         prefix = f"{self._store.store_dir}/"
         valid = dict(self._store.database.query(_VALID_BATCH, json.dumps(list(rows))))
         self._gone |= {number for number, path in rows.items() if valid.get(number) != prefix + path}
-        return max(rows) if len(rows) == _SWEEP_BATCH else None
+        return max(rows) if len(rows) == _SWEEP_BATCH_PATHS else None
 
     def _look_at_some(self, checked: int) -> int | None:
         """Go on from there. Returns how far it came, None where that is the end."""
         began = time.monotonic()
         with self._lock:
             newest = self._newest()
-            rows = self._store.database.query(_NEW, checked, newest, _BATCH)
+            rows = self._store.database.query(_NEW, checked, newest, _BATCH_PATHS)
         if checked == newest:
             return None
         found: list[tuple[int, StorePath, list[str]]] = []
@@ -194,7 +194,7 @@ class DebugInfo:
                     if error.errno in SHORTAGES:  # what was not seen now must not count as looked at
                         raise StoreUnavailableError(f"cannot look into {path}: {error.strerror}") from error
                     _log.warning("%s is not looked through for debug info: %s", path, error.strerror)
-        checked = rows[-1][0] if len(rows) == _BATCH else newest
+        checked = rows[-1][0] if len(rows) == _BATCH_PATHS else newest
         with self._lock, self._index.transaction() as index:
             index.executemany("insert or replace into Paths values (?, ?)", (row[:2] for row in found))
             files = ((build_id, number) for number, _, ids in found for build_id in ids)

@@ -9,7 +9,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix.nar import FileSlice, Segment
 from harmonia.store import confined
 
-CHUNK_SIZE = 256 * 1024
+CHUNK_BYTES = 256 * 1024
 """Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
 
 
@@ -26,7 +26,7 @@ class OpenSlice:
     def __len__(self) -> int:
         return self.stop - self.position
 
-    def read(self, size: int = CHUNK_SIZE) -> bytes:
+    def read(self, size: int = CHUNK_BYTES) -> bytes:
         """At most `size` bytes, none at the end: that of the slice, or of a file that has become shorter."""
         data = os.pread(self._descriptor, min(size, len(self)), self.position)
         self.position += len(data)
@@ -43,7 +43,7 @@ class OpenSlice:
             filled += count
         return filled
 
-    def read_cached(self, size: int = CHUNK_SIZE) -> bytearray | None:
+    def read_cached(self, size: int = CHUNK_BYTES) -> bytearray | None:
         """The same, as far as it needs no disk. None where it does, or where nobody can tell."""
         data = bytearray(min(size, len(self)))
         try:
@@ -61,7 +61,7 @@ Chunk = bytes | OpenSlice | Future[bytes]
 """Bytes, a part of an open file, or a wait for what is not known yet."""
 
 
-def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_SIZE) -> Generator[Chunk]:
+def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[Chunk]:
     """The bytes of a run of segments, in chunks of less than twice `chunk_size`, and what files have of no less.
 
     An open slice is to be read to its end, and a future waited for, before the next chunk is asked for.
@@ -112,7 +112,7 @@ def _joined(parts: list[bytes]) -> bytes:
     return data
 
 
-def flatten(chunks: Generator[Chunk], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+def flatten(chunks: Generator[Chunk], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
     """Chunks with what open slices stand for, at most `chunk_size` of it at a time. Blocks for a future."""
     with closing(chunks):  # and its file at once, not when the last who has an error has forgotten it
         for chunk in chunks:
@@ -145,7 +145,7 @@ def read_into(buffer: memoryview, chunks: Generator[Chunk]) -> bool:
     return filled == len(buffer)
 
 
-def read(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_SIZE) -> Generator[bytes]:
+def read(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
     """The bytes of a run of segments, in chunks of less than twice `chunk_size`."""
     return flatten(chunks(archive, chunk_size), chunk_size)
 

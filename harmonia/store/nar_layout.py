@@ -26,7 +26,7 @@ from harmonia.nix.nar import Entry, FileSlice, Segment, serialize
 from harmonia.nix.nar import window as cut
 from harmonia.store import tree_reader
 
-_MAX_ENTRIES = 256  # in a block
+_BLOCK_MAX_ENTRIES = 256  # in a block
 _MAX_TEXT_BYTES = 32 * 1024  # of names and targets in a block, give or take one entry: what a slow reader holds
 _SPILL_BYTES = 1 << 20  # of blocks in memory, from which on they go to a file
 _KEPT_MODE = stat.S_IFMT(0xFFFF) | stat.S_IXUSR  # the file type, and whether it is executable
@@ -109,7 +109,7 @@ class Layout:
             rows.append((depth, mode & _KEPT_MODE, size, name, target))
             position += size
             text += len(name) + len(target)
-            if len(rows) == _MAX_ENTRIES or text >= _MAX_TEXT_BYTES:
+            if len(rows) == _BLOCK_MAX_ENTRIES or text >= _MAX_TEXT_BYTES:
                 self._append(offset, position, directory, rows)
                 self._wake()
                 rows, text = [], 0

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 _OURS, _THEIRS = 0x6E697863, 0x6478696F
 _VERSION = 0x125  # 1.37, that of Nix 2.20: the last where nothing more is to be agreed on
-_LEAST = 0x115  # Nix 2.3
+_MIN_VERSION = 0x115  # Nix 2.3
 _TELLS_NIX_VERSION, _TELLS_TRUST, _TELLS_ERRORS_IN_FULL = 0x121, 0x123, 0x11A
 _ADD_TEMP_ROOT = 11
 _NEXT, _LAST, _ERROR = 0x6F6C6D67, 0x616C7473, 0x63787470
 _START_ACTIVITY, _STOP_ACTIVITY, _RESULT = 0x53545254, 0x53544F50, 0x52534C54
-_LONGEST = 64 * 1024  # bytes of a text
-_MOST = 1024  # parts of a message
+_MAX_TEXT_BYTES = 64 * 1024  # bytes of a text
+_MAX_PARTS = 1024  # parts of a message
 
 _number = struct.Struct("<Q")
 
@@ -84,7 +84,7 @@ class Daemon:
         if self._receive_number() != _THEIRS:
             raise RemoteError("what listens there is no Nix daemon")
         version = min(self._receive_number(), _VERSION)
-        if version < _LEAST:
+        if version < _MIN_VERSION:
             raise RemoteError("the Nix daemon is older than that of Nix 2.3")
         self._send(_number.pack(0) + _number.pack(0))  # no processor of our own, no space to reserve
         if version >= _TELLS_NIX_VERSION:
@@ -122,14 +122,14 @@ class Daemon:
         return self._receive_text()  # traces follow, for humans who debug Nix
 
     def _skip_fields(self) -> None:
-        for _ in range(self._receive_number(_MOST)):
+        for _ in range(self._receive_number(_MAX_PARTS)):
             if self._receive_number(1):
                 self._receive_text()
             else:
                 self._receive_number()
 
     def _receive_text(self) -> str:
-        size = self._receive_number(_LONGEST)
+        size = self._receive_number(_MAX_TEXT_BYTES)
         text = self._receive(size)
         if any(self._receive(-size % 8)):
             raise RemoteError("the Nix daemon pads a text with other bytes than zeros")

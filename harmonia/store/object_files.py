@@ -19,7 +19,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store.file_reader import OpenSlice
 from harmonia.store.store import Store
 
-SAMPLE = 64 * 1024
+SAMPLE_BYTES = 64 * 1024
 """Bytes of a file that are looked at before it is read."""
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -63,7 +63,7 @@ class Entry(NamedTuple):
     names: Sequence[bytes]
     status: os.stat_result
     sample: bytes
-    """The beginning of a file, `SAMPLE` bytes at most."""
+    """The beginning of a file, `SAMPLE_BYTES` bytes at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[b
             if up < len(parts) and stat.S_ISDIR(status.st_mode):
                 return parts[: up - 1] + parts[up + 1 :]
             if up == len(parts) and stat.S_ISREG(status.st_mode):
-                return Entry(info, names, status, os.pread(descriptor, SAMPLE, 0))
+                return Entry(info, names, status, os.pread(descriptor, SAMPLE_BYTES, 0))
             if up == len(parts) and stat.S_ISDIR(status.st_mode):
                 return Entry(info, names, status, b"")
     except _SymlinkError as link:

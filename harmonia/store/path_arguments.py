@@ -9,7 +9,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.store.store import Store
 
-_LINKS = 40  # symlinks on the way, as in Linux (path_resolution(7))
+_MAX_SYMLINKS = 40  # symlinks on the way, as in Linux (path_resolution(7))
 
 
 def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
@@ -30,7 +30,7 @@ def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
 def _in_store(store: Store, text: str) -> str | None:
     """The path below the store directory that `text` names, after symlinks on the way there, or None."""
     path = os.path.abspath(text)
-    for _ in range(_LINKS):
+    for _ in range(_MAX_SYMLINKS):
         for directory in (store.store_dir, store.real_dir):
             if path.startswith(directory + "/"):
                 return path[len(directory) + 1 :]

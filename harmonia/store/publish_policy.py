@@ -20,10 +20,10 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
 
-_LINKS = 16  # symlinks from a root to its store path: a profile has two
-_ROOTS = 100_000  # entries of the directories with roots
-_CLOSURE = 1_000_000  # paths; some 120 bytes each
-_DAMPING = 10  # of its time, how much of it a closure is being found again
+_MAX_SYMLINKS = 16  # symlinks from a root to its store path: a profile has two
+_MAX_ROOTS = 100_000  # entries of the directories with roots
+_CLOSURE_MAX_PATHS = 1_000_000  # paths; some 120 bytes each
+_REFRESH_COST_FACTOR = 10  # of its time, how much of it a closure is being found again
 
 _ROOT_IDS = "select id from ValidPaths where path in (select value from json_each(?)) order by id"
 _NEEDED = """
@@ -107,19 +107,21 @@ class Closure:
                 self._needed = self._find(roots)
                 self._roots = roots
             self._looked_at = time.monotonic()
-            self._not_before = self._looked_at + _DAMPING * (self._looked_at - began)
+            self._not_before = self._looked_at + _REFRESH_COST_FACTOR * (self._looked_at - began)
 
     def _find(self, roots: Sequence[int]) -> frozenset[str]:
-        rows = self._store.database.query(_NEEDED, json.dumps(roots), _CLOSURE, len(self._store.store_dir) + 2)
-        if len(rows) == _CLOSURE:
-            _log.error("publish.gc_roots need more than %d paths; those beyond are not served", _CLOSURE)
+        rows = self._store.database.query(
+            _NEEDED, json.dumps(roots), _CLOSURE_MAX_PATHS, len(self._store.store_dir) + 2
+        )
+        if len(rows) == _CLOSURE_MAX_PATHS:
+            _log.error("publish.gc_roots need more than %d paths; those beyond are not served", _CLOSURE_MAX_PATHS)
         return frozenset(hash_part for (hash_part,) in rows)
 
     def _found(self, troubles: set[str]) -> Iterator[StorePath]:
         """The store paths of the roots. As in Nix's own search (`src/libstore/gc.cc`, `findRoots`), a symlink in a
         directory may lead to a store path, but to no other directory.
         """
-        left = _ROOTS
+        left = _MAX_ROOTS
         waiting = list(self._given)
         while waiting and left:
             left -= 1
@@ -137,12 +139,12 @@ class Closure:
             except (OSError, FormatError) as error:
                 troubles.add(f"{name!r} is no root: {getattr(error, 'strerror', None) or error}")
         if waiting:
-            troubles.add(f"there are more than {_ROOTS} entries; those beyond are left out")
+            troubles.add(f"there are more than {_MAX_ROOTS} entries; those beyond are left out")
 
     def _followed(self, name: str) -> StorePath | str:
         """The store path that a root leads to; else where it leads on disk. What the store has is not followed on."""
         inside = tuple(f"{directory}/" for directory in (self._store.store_dir, self._store.real_dir))
-        for _ in range(_LINKS):
+        for _ in range(_MAX_SYMLINKS):
             name = os.path.normpath(name)
             for directory in inside:
                 if name.startswith(directory):

@@ -12,10 +12,10 @@ from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.store.store import Store
 
-_SEARCH_TIME = 0.5  # seconds; a million paths take as long
-_BATCH = 20_000  # paths between two looks at the clock
-_CANDIDATES = 5_000  # matches to find the best among
-_CLOSURE = 50_000  # paths that are counted; some 0.3 s
+_SEARCH_TIME_S = 0.5  # seconds; a million paths take as long
+_BATCH_PATHS = 20_000  # paths between two looks at the clock
+_MAX_CANDIDATES = 5_000  # matches to find the best among
+_CLOSURE_MAX_PATHS = 50_000  # paths that are counted; some 0.3 s
 
 # Paths are asked for as text: SQLite lets a column hold anything (store.py).
 
@@ -45,7 +45,7 @@ select count(*), count(narSize), sum(narSize) from closure join ValidPaths using
 
 # No index has it. It is only asked if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
-_MOST_OUTPUTS = 100
+_MAX_OUTPUTS = 100
 
 
 PublishFilter = Callable[[StorePath], bool] | None
@@ -84,12 +84,12 @@ def search(store: Store, text: str, limit: int, published: PublishFilter = None)
     in_name = "%" + "%".join(map(_literally, words)) + "%"
     in_hash = f"{words[0]}%" if len(words) == 1 and set(words[0]) <= set(ALPHABET) else ""
     prefix = len(store.store_dir) + 1
-    deadline = time.monotonic() + _SEARCH_TIME
+    deadline = time.monotonic() + _SEARCH_TIME_S
     found: list[StorePath] = []
     last: str | None = ""
-    while len(found) < _CANDIDATES and time.monotonic() < deadline:
+    while len(found) < _MAX_CANDIDATES and time.monotonic() < deadline:
         pattern = (HASH_PART_LENGTH + 2, in_name, in_hash)
-        [(last, matches)] = store.database.query(_MATCHES, prefix + 1, last, _BATCH, *pattern)
+        [(last, matches)] = store.database.query(_MATCHES, prefix + 1, last, _BATCH_PATHS, *pattern)
         for path in filter(None, map(_store_path, (matches or "").split())):
             if published is None or published(path):
                 found.append(path)
@@ -103,7 +103,7 @@ def search(store: Store, text: str, limit: int, published: PublishFilter = None)
 
 def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:
     """The valid paths that refer to `path`, but for itself. With `published`, only paths for which it is true."""
-    asked = limit if published is None else _CANDIDATES
+    asked = limit if published is None else _MAX_CANDIDATES
     rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, asked)
     shown = filter(None, (_store_path(referrer) for _, referrer in rows))
     if published is not None:
@@ -114,7 +114,7 @@ def referrers(store: Store, path: StorePath, limit: int, published: PublishFilte
 
 def outputs(store: Store, derivation: StorePath) -> list[StorePath]:
     """The valid paths that came of a derivation, which need not be there any more."""
-    rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MOST_OUTPUTS)
+    rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MAX_OUTPUTS)
     names = (path.removeprefix(f"{store.store_dir}/") for (path,) in rows)
     return list(filter(None, map(_store_path, names)))
 
@@ -125,8 +125,8 @@ def by_name(path: StorePath) -> tuple[str, str]:
 
 
 def closure(store: Store, path: StorePath) -> Closure:
-    [(count, sizes, size)] = store.database.query(_CLOSURE_SIZE, f"{store.store_dir}/{path}", _CLOSURE)
-    return Closure(count, size or 0, complete=count < _CLOSURE and count == sizes)
+    [(count, sizes, size)] = store.database.query(_CLOSURE_SIZE, f"{store.store_dir}/{path}", _CLOSURE_MAX_PATHS)
+    return Closure(count, size or 0, complete=count < _CLOSURE_MAX_PATHS and count == sizes)
 
 
 def _literally(word: str) -> str:

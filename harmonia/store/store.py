@@ -17,7 +17,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.untrusted import excerpt
 
-BUSY_TIMEOUT = 2.0
+BUSY_TIMEOUT_S = 2.0
 """Seconds to wait for a locked database. Nix writes in WAL mode, where a reader never has to."""
 
 # One statement, so that a path and its references are of one moment. The index on `path` finds the prefix.
@@ -148,7 +148,7 @@ class Store:
     For one thread at a time. Its methods block, if only for an index probe, and raise StoreUnavailableError.
     """
 
-    def __init__(self, store_dir: str, real_dir: str, db_path: str, timeout: float = BUSY_TIMEOUT) -> None:
+    def __init__(self, store_dir: str, real_dir: str, db_path: str, timeout: float = BUSY_TIMEOUT_S) -> None:
         self.store_dir = store_dir
         self.real_dir = real_dir
         self.database = Database(db_path, timeout)

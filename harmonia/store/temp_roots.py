@@ -18,11 +18,11 @@ from harmonia.errors import RemoteError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.nix_daemon import Daemon
 
-_TIMEOUT = 5.0  # seconds for an answer of the daemon
-_RETRY = 2.0  # seconds before another try, where it gave none
-_LOOK = 1.0  # seconds between two looks for what is over, and for a daemon that has ended
-_TAKING = 60.0  # seconds for which a connection takes further roots
-_MOST = 4  # connections, each a process of the daemon
+_TIMEOUT_S = 5.0  # seconds for an answer of the daemon
+_RETRY_S = 2.0  # seconds before another try, where it gave none
+_CHECK_INTERVAL_S = 1.0  # seconds between two looks for what is over, and for a daemon that has ended
+_CONNECTION_AGE_S = 60.0  # seconds for which a connection takes further roots
+_MAX_CONNECTIONS = 4  # connections, each a process of the daemon
 
 _log = logging.getLogger("harmonia")
 
@@ -80,7 +80,7 @@ class TempRoots:
             self._listen()
             if time.monotonic() >= self._look_at:
                 self._let_go()
-                self._look_at = time.monotonic() + _LOOK
+                self._look_at = time.monotonic() + _CHECK_INTERVAL_S
             if self._waiting and time.monotonic() >= self._retry_at:
                 try:
                     self._take()
@@ -90,7 +90,9 @@ class TempRoots:
     def _listen(self) -> None:
         """Wait for something to do, and gather what there is."""
         try:
-            self._waiting.append(self._asked.get(timeout=_LOOK if self._waiting or self._connections else None))
+            self._waiting.append(
+                self._asked.get(timeout=_CHECK_INTERVAL_S if self._waiting or self._connections else None)
+            )
             while True:
                 self._waiting.append(self._asked.get_nowait())
         except Empty:
@@ -128,13 +130,13 @@ class TempRoots:
 
     def _connection(self) -> _Connection:
         usable = [connection for connection in self._connections if not connection.daemon.lost]
-        if usable and (time.monotonic() - usable[-1].opened < _TAKING or len(usable) >= _MOST):
+        if usable and (time.monotonic() - usable[-1].opened < _CONNECTION_AGE_S or len(usable) >= _MAX_CONNECTIONS):
             return usable[-1]
-        self._connections.append(_Connection(Daemon(self._socket, _TIMEOUT)))
+        self._connections.append(_Connection(Daemon(self._socket, _TIMEOUT_S)))
         return self._connections[-1]
 
     def _failed(self, error: Exception) -> None:
-        self._retry_at = time.monotonic() + _RETRY
+        self._retry_at = time.monotonic() + _RETRY_S
         if not self._failing:
             level = logging.DEBUG if isinstance(error, FileNotFoundError) and not self._expected else logging.WARNING
             what = "nothing keeps what is sent from being collected, for want of the Nix daemon at %s: %s"

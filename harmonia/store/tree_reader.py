@@ -10,9 +10,9 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix.nar import Entry, Segment, segments, serialize
 from harmonia.store import confined
 
-_BATCH = 1024  # entries of a directory that are looked at while it is open
-_SORTED_AT_ONCE = 8192  # names: some milliseconds
-_JOINED = 256  # names that become one object
+_BATCH_ENTRIES = 1024  # entries of a directory that are looked at while it is open
+_SORT_MAX_NAMES = 8192  # names: some milliseconds
+_JOINED_NAMES = 256  # names that become one object
 
 
 def walk(root: bytes) -> Iterator[Entry]:
@@ -48,7 +48,7 @@ def _look_into(directory: bytes) -> Iterator[tuple[bytes, os.stat_result, bytes]
     """
     prefix = directory + b"/"
     names = _sorted_names(directory)  # those of another directory, if one came in its place, are not found
-    while batch := list(islice(names, _BATCH)):
+    while batch := list(islice(names, _BATCH_ENTRIES)):
         descriptor = confined.open_file(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             found = [os.stat(name, dir_fd=descriptor, follow_symlinks=False) for name in batch]
@@ -69,10 +69,10 @@ def _sorted_names(directory: bytes) -> Iterator[bytes]:
     runs: list[list[bytes]] = []
     with os.scandir(directory) as found:
         names = (entry.name for entry in found)
-        while run := sorted(islice(names, _SORTED_AT_ONCE)):
-            if len(run) < _SORTED_AT_ONCE and not runs:
+        while run := sorted(islice(names, _SORT_MAX_NAMES)):
+            if len(run) < _SORT_MAX_NAMES and not runs:
                 return iter(run)
-            runs.append([b"/".join(run[first : first + _JOINED]) for first in range(0, len(run), _JOINED)])
+            runs.append([b"/".join(run[first : first + _JOINED_NAMES]) for first in range(0, len(run), _JOINED_NAMES)])
     return merge(*map(_split, runs))
 
 

@@ -19,12 +19,12 @@ from harmonia.config.proxy import Proxy, ProxyRules
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, RemoteError
 
-LARGEST = 256 << 20
+MAX_BODY_BYTES = 256 << 20
 """Bytes of a body that are taken, at most."""
 _NETRC = ("/etc/nix/netrc", "~/.netrc")  # of which the first counts that knows the host, unless $NETRC names another
-_TIMEOUT = 20.0  # seconds for each step
-_REDIRECTS = 5
-_PIECE = 1 << 18
+_TIMEOUT_S = 20.0  # seconds for each step
+_MAX_REDIRECTS = 5
+_PIECE_BYTES = 1 << 18
 _ASCII = "".join(map(chr, range(33, 127)))  # what a request can ask for as it is
 
 
@@ -47,13 +47,13 @@ class _Connection(http.client.HTTPConnection):
     ) -> None:
         """`place` and `proxy` exclude each other."""
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
-        super().__init__(netloc, timeout=_TIMEOUT)
+        super().__init__(netloc, timeout=_TIMEOUT_S)
         self._name = self.host
         self._tls = tls
         self._place = place
         if proxy:
             port = self.port
-            super().__init__(proxy.host, proxy.port, timeout=_TIMEOUT)
+            super().__init__(proxy.host, proxy.port, timeout=_TIMEOUT_S)
             if tls:
                 self.set_tunnel(self._name, port, _proxy_headers(proxy))
 
@@ -131,13 +131,13 @@ class Client:
         the certificates to trust cannot be read.
         """
         url = _joined(self._base + "/", path)
-        for _ in range(_REDIRECTS):
+        for _ in range(_MAX_REDIRECTS):
             answer = self._ask(method, url, {"Accept-Encoding": "identity", **(headers or {})}, stop)
             location = answer.headers.get("location")
             if not 300 < answer.status < 400 or answer.status == 304 or not location:  # noqa: PLR2004 (RFC 9110)
                 return answer
             url = _joined(url, location)
-        raise RemoteError(f"{url}: redirected more than {_REDIRECTS} times")
+        raise RemoteError(f"{url}: redirected more than {_MAX_REDIRECTS} times")
 
     def _ask(self, method: str, url: str, headers: Mapping[str, str], stop: int | None) -> Answer:
         parts = urlsplit(url)
@@ -163,7 +163,7 @@ class Client:
             connection.request(method, target, headers={"Connection": "close", **own, **headers})
             response = connection.getresponse()
             body = bytearray()
-            while len(body) < (LARGEST if stop is None else stop) and (piece := response.read1(_PIECE)):
+            while len(body) < (MAX_BODY_BYTES if stop is None else stop) and (piece := response.read1(_PIECE_BYTES)):
                 body += piece
             complete = stop is not None or response.length in (None, 0)
         except ssl.SSLCertVerificationError as error:

@@ -23,10 +23,10 @@ from harmonia.store.file_reader import Chunk
 from harmonia.store.store import Store
 from harmonia.store.store_nar import StoreNar
 
-_AT_ONCE = 8  # NARs, so that small ones do not wait for each other's disk
-_POLL = 0.005  # seconds
-_LOOK = 5.0  # seconds between two looks at how much the cache can take, which others fill too
-_LAYOUT_MEMORY = 16 * 1024 * 1024  # bytes
+_MAX_FILLS = 8  # NARs, so that small ones do not wait for each other's disk
+_POLL_S = 0.005  # seconds
+_CHECK_INTERVAL_S = 5.0  # seconds between two looks at how much the cache can take, which others fill too
+_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # bytes
 
 State = Literal["compressed", "there", "too large", "failed"]
 
@@ -109,7 +109,7 @@ def warm(
         )
         raise ConfigError(what) from None
     compressor = Compressor(settings.zstd, cache, index_files(settings))
-    layouts = Layouts(_LAYOUT_MEMORY)
+    layouts = Layouts(_LAYOUT_MEMORY_BYTES)
     filling: dict[StorePath, tuple[CachedFile, _Heard]] = {}
     room, looked = 0, float("-inf")
     for path in paths:
@@ -124,7 +124,7 @@ def warm(
             progress(info.nar_size)
             yield Result(path, "there")
             continue
-        if time.monotonic() - looked > _LOOK:
+        if time.monotonic() - looked > _CHECK_INTERVAL_S:
             yield from _filled(filling, 0)
             room, looked = cache.room(), time.monotonic()
         if _bound(info.nar_size) > room:
@@ -137,7 +137,7 @@ def warm(
         if file is None:
             raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")
         filling[path] = file, nar
-        yield from _filled(filling, _AT_ONCE)
+        yield from _filled(filling, _MAX_FILLS)
     yield from _filled(filling, 0)
 
 
@@ -152,7 +152,7 @@ def _filled(filling: dict[StorePath, tuple[CachedFile, _Heard]], most: int) -> I
                 yield Result(path, state, "" if state == "compressed" else nar.why_not)
         if len(filling) <= most:
             return
-        time.sleep(_POLL)
+        time.sleep(_POLL_S)
 
 
 def _bound(size: int) -> int:

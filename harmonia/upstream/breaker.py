@@ -5,7 +5,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-FAILURES = 3  # in a row, after which it is not asked: one or two are the network's everyday
+MAX_FAILURES = 3  # in a row, after which it is not asked: one or two are the network's everyday
 FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds until the next probe; it doubles with each
 
 _log = logging.getLogger("harmonia")
@@ -51,7 +51,7 @@ class Breaker:
         """It failed once more, and perhaps asked to be left alone for some seconds."""
         self._failures += 1
         self._retry_after = min(max(retry_after, self._retry_after), LONGEST_DELAY)
-        if self.closed and (self._failures >= FAILURES or retry_after):
+        if self.closed and (self._failures >= MAX_FAILURES or retry_after):
             self.closed = False
             self._changed(why)
             self._probing = asyncio.create_task(self._probe_until_closed(self._pause()))

@@ -20,9 +20,9 @@ from harmonia.upstream.loop_guard import PROBE
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import WHOLE, Part, Transport, UpstreamRejectedError, UpstreamUnavailableError
 
-_QUESTIONS = 100  # at once; of NARs any number: a question does not wait behind one of those
+_MAX_SMALL_REQUESTS = 100  # at once; of NARs any number: a question does not wait behind one of those
 _LONG_ANSWERS = 4  # that are in memory at once, whole; others wait for their turn
-_SMALL = 2 << 20  # bytes; a narinfo with 30,000 references
+_MAX_SMALL_BYTES = 2 << 20  # bytes; a narinfo with 30,000 references
 _BUFFER_BYTES = 16 << 10  # of each answer that waits for its turn
 _PARSED_AT_ONCE = 4 << 10  # bytes of an answer that are parsed on the event loop; signatures take 0.1 ms each
 
@@ -52,7 +52,7 @@ class Client:
         self.store_dir = store_dir
         self._patience = patience
         self._said: str | None = None
-        self._turns = asyncio.Semaphore(_QUESTIONS)
+        self._turns = asyncio.Semaphore(_MAX_SMALL_REQUESTS)
         self._long_answers = asyncio.Semaphore(_LONG_ANSWERS)
 
     @property
@@ -77,7 +77,7 @@ class Client:
             return None if response is None else Answer(self._transport, response, url)
 
     async def ask_small(
-        self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int = _SMALL
+        self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int = _MAX_SMALL_BYTES
     ) -> _T | None:
         """Return what `parse` makes of the body of an answer of at most so many bytes, decoded.
 
@@ -170,7 +170,7 @@ class Client:
             async with asyncio.timeout(self.settings.timeout):
                 await self._turns.acquire()
         except TimeoutError:
-            why = f"{_QUESTIONS} other questions were unanswered for {self.settings.timeout:g} s"
+            why = f"{_MAX_SMALL_REQUESTS} other questions were unanswered for {self.settings.timeout:g} s"
             raise self.refusals.refuse(path, Reason.BUSY, why) from None
         try:
             yield
@@ -196,7 +196,7 @@ class Client:
             raise
 
     async def _small(
-        self, path: str, headers: Mapping[str, str], memory: AsyncExitStack, most: int = _SMALL
+        self, path: str, headers: Mapping[str, str], memory: AsyncExitStack, most: int = _MAX_SMALL_BYTES
     ) -> bytes | None:
         """Return the body of an answer, None if there is none. It has a turn for its memory while `memory` is open."""
         url = f"{self.base}/{path}"

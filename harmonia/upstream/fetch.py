@@ -27,7 +27,7 @@ from harmonia.upstream.tasks import FetchThreads, Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
-_MOST = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
+_MAX_FETCHES = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
 _BEGIN_MAX_BYTES = 1 << 20
 """The beginning of a file that is passed on, kept to unpack it anew: it tells how large the window is."""
 
@@ -80,7 +80,7 @@ class NarFetcher:
         # A FileSize is only a hint; what proves to be too large after all is passed on from there.
         if cache is not None and (found.nar.file_size or 0) <= cache.limit:
             async with self._opening:
-                if key in self._running or len(self._running) < _MOST:
+                if key in self._running or len(self._running) < _MAX_FETCHES:
                     opened = await self._threads.write(cache.open_file, key)
                 elif file := await self._threads.write(cache.use_file, key):
                     opened = file, None

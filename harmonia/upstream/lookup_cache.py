@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.remote_path import RemotePath
 
-POSITIVE_TTL = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
-_NEGATIVE_TTL = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build
-_SIZE = 32 << 20  # bytes, about: some 20,000 paths, or 60,000 that nobody has
+POSITIVE_TTL_S = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
+_NEGATIVE_TTL_S = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build
+_MAX_BYTES = 32 << 20  # bytes, about: some 20,000 paths, or 60,000 that nobody has
 
 LookupKey = tuple[str, Via]
 """A hash part, and the way by which the key for it came."""
@@ -27,7 +27,7 @@ class LookupCache:
     """Bounded: what was used longest ago goes first."""
 
     def __init__(self) -> None:
-        self._left = _SIZE
+        self._left = _MAX_BYTES
         self._entries: OrderedDict[LookupKey, CachedLookup] = OrderedDict()
 
     def get(self, key: LookupKey) -> CachedLookup | None:
@@ -39,7 +39,7 @@ class LookupCache:
 
     def remember(self, key: LookupKey, found: RemotePath | None) -> None:
         self.forget(key)
-        ttl = POSITIVE_TTL if found else _NEGATIVE_TTL
+        ttl = POSITIVE_TTL_S if found else _NEGATIVE_TTL_S
         # Objects in Python take more than the text that they were made of.
         size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * found.narinfo_size if found else 0)
         self._entries[key] = CachedLookup(found, asyncio.get_running_loop().time() + ttl, size)

@@ -18,8 +18,8 @@ from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath, parse
 from harmonia.upstream.tasks import FetchThreads
 
-_LIMIT_BYTES = 256 << 20  # on disk: 64,000 narinfos
-_SHARE = 8  # of a small NAR cache's limit: one part in so many
+_MAX_BYTES = 256 << 20  # on disk: 64,000 narinfos
+_NAR_CACHE_SHARE = 8  # of a small NAR cache's limit: one part in so many
 _RECORD_MAX_BYTES = 4 << 20
 
 _Record = tuple[str, str, bytes]
@@ -29,7 +29,7 @@ _Record = tuple[str, str, bytes]
 class NarinfoCache:
     def __init__(self, directory: str, nars: NarCache, clients: Sequence[Client], threads: FetchThreads) -> None:
         """Raises OSError if the directory cannot be made or written to."""
-        self._files = NarCache(directory, min(_LIMIT_BYTES, nars.limit // _SHARE))
+        self._files = NarCache(directory, min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE))
         self._nars = nars
         self._by_id = {client.id: client for client in clients}
         self._threads = threads

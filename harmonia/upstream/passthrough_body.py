@@ -13,7 +13,7 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.transport import WHOLE, Part
 
-_PIECE = 256 * 1024  # bytes that are taken at once
+_PIECE_BYTES = 256 * 1024  # bytes that are taken at once
 
 
 class Check(Protocol):
@@ -90,7 +90,7 @@ class PassthroughBody:
         async with response:
             position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             while stop is None or position < stop:
-                data = await self._client.read(response, _PIECE)
+                data = await self._client.read(response, _PIECE_BYTES)
                 if not data:
                     self.size = position
                     break

@@ -8,8 +8,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from harmonia.cache.zstd import step_back
 
-_WRITERS = 4  # threads
-_SYNCERS = 4
+_WRITER_THREADS = 4  # threads
+_SYNC_THREADS = 4
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -43,8 +43,8 @@ class FetchThreads:
     """
 
     def __init__(self) -> None:
-        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="fetch")
-        self._syncers = ThreadPoolExecutor(_SYNCERS, thread_name_prefix="sync")
+        self._writers = ThreadPoolExecutor(_WRITER_THREADS, thread_name_prefix="fetch")
+        self._syncers = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync")
         processors = len(os.sched_getaffinity(0))
         self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
         self.much_memory = asyncio.Lock()

@@ -19,9 +19,9 @@ from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import WHOLE
 
-_PIECE = 256 * 1024  # bytes that are taken at once
-_RESUMES = 5  # in a row that bring nothing
-_RESUME_DELAY = 0.1  # seconds; it doubles with each of them
+_PIECE_BYTES = 256 * 1024  # bytes that are taken at once
+_MAX_RESUMES = 5  # in a row that bring nothing
+_RESUME_DELAY_S = 0.1  # seconds; it doubles with each of them
 
 _log = logging.getLogger("harmonia")
 
@@ -101,7 +101,7 @@ class Transfer:
 
     def _written(self) -> Iterator[bytes]:
         position = 0
-        while not self._given_up and (data := self._filler.read(position, _PIECE)):
+        while not self._given_up and (data := self._filler.read(position, _PIECE_BYTES)):
             position += len(data)
             yield data
 
@@ -127,9 +127,9 @@ class Transfer:
             except UpstreamError as error:
                 response = None
                 failures = 1 if self._filler.size > before else failures + 1
-                if not resumable or isinstance(error, UpstreamMismatchError) or failures > _RESUMES:
+                if not resumable or isinstance(error, UpstreamMismatchError) or failures > _MAX_RESUMES:
                     raise
-                await asyncio.sleep(_RESUME_DELAY * 2 ** (failures - 1))
+                await asyncio.sleep(_RESUME_DELAY_S * 2 ** (failures - 1))
             else:
                 return
 
@@ -149,7 +149,7 @@ class Transfer:
 
     async def _take_all(self, response: Answer) -> None:
         async with response:
-            while data := await self.found.client.read(response, _PIECE):
+            while data := await self.found.client.read(response, _PIECE_BYTES):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
                     raise self._wrong("it is longer than was said")

@@ -23,7 +23,7 @@ from harmonia.upstream.header_fields import content_range_start, retry_after_s
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.refusals import Reason, Refusals
 
-_REDIRECTS = 5
+_MAX_REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
 _HTTPS_PORT = 443
@@ -116,7 +116,7 @@ class Transport:
         asked = url
         start, stop = part
         ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        for _ in range(_REDIRECTS + 1):
+        for _ in range(_MAX_REDIRECTS + 1):
             response = await self._request(method, url, headers, ranged, asked, buffer_bytes)
             if _has_it(response, start, ranged=bool(ranged)):
                 return response
@@ -130,7 +130,7 @@ class Transport:
                 raise UpstreamUnavailableError(
                     self.base, f"it answers with status {status}", retry_after_s(response.headers)
                 )
-        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"it redirects more than {_REDIRECTS} times")
+        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"it redirects more than {_MAX_REDIRECTS} times")
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
         """The next bytes of an answer, none at its end. UpstreamUnavailableError where they do not come.

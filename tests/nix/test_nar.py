@@ -14,7 +14,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
 from harmonia.store import file_reader, tree_reader
-from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
+from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 from support.nars import open_files, reference, whole, word
 from support.strategies import Directory, Regular, Symlink, Tree, directories, on_disk, trees, write_tree
 
@@ -78,7 +78,7 @@ def test_nix_dumps_any_root_likewise(tree: Tree) -> None:
 
 
 @settings(deadline=None)
-@given(directories, st.integers(1, 100) | st.just(CHUNK_SIZE), st.data())
+@given(directories, st.integers(1, 100) | st.just(CHUNK_BYTES), st.data())
 def test_a_window_is_a_slice(tree: Directory, chunk_size: int, data: st.DataObject) -> None:
     with on_disk(tree) as path:
         archive, expected = list(tree_reader.dump(path)), reference(tree)
@@ -87,7 +87,7 @@ def test_a_window_is_a_slice(tree: Directory, chunk_size: int, data: st.DataObje
             view = list(nar.window(archive, start, stop))
             assert sum(map(len, view)) == len(expected[start:stop])
             # Small chunks of a long file take long, and say nothing that those of a short one do not.
-            size = chunk_size if len(expected) < 10_000 else CHUNK_SIZE
+            size = chunk_size if len(expected) < 10_000 else CHUNK_BYTES
             assert b"".join(file_reader.read(view, size)) == expected[start:stop]
 
 
@@ -116,7 +116,7 @@ def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> Non
 
 
 @settings(deadline=None, max_examples=30)
-@given(trees, st.sampled_from([1000, 4096, CHUNK_SIZE]))
+@given(trees, st.sampled_from([1000, 4096, CHUNK_BYTES]))
 def test_chunks_of_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
     with on_disk(tree) as path:
         assert all(0 < len(chunk) < 2 * chunk_size for chunk in file_reader.read(tree_reader.dump(path), chunk_size))
@@ -340,8 +340,8 @@ def test_a_reader_that_waits_holds_its_chunk_and_no_parts_of_it() -> None:
 
 @pytest.mark.parametrize("count", [0, 7, 8, 9, 100])
 def test_names_are_sorted_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(tree_reader, "_SORTED_AT_ONCE", 8)
-    monkeypatch.setattr(tree_reader, "_JOINED", 3)
+    monkeypatch.setattr(tree_reader, "_SORT_MAX_NAMES", 8)
+    monkeypatch.setattr(tree_reader, "_JOINED_NAMES", 3)
     names = [b"%d" % (number * 7919 % 1009) for number in range(count)]
     for name in names:
         (tmp_path / name.decode()).touch()

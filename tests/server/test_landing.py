@@ -254,7 +254,7 @@ class TestSearch:
         store = Store("/nix/store", builder.real_dir, builder.db_path)
         found = queries.search(store, "n-24999", 9)
         assert ([path.name for path in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
-        monkeypatch.setattr(queries, "_SEARCH_TIME", 0)
+        monkeypatch.setattr(queries, "_SEARCH_TIME_S", 0)
         assert not queries.search(store, "n-24999", 9).complete
         monkeypatch.undo()
         many = queries.search(store, "n", 9)
@@ -352,7 +352,7 @@ class TestPath:
         assert queries.closure(store, made.top.path) == (
             3, made.top.nar_size + made.app.nar_size + made.lib.nar_size, True
         )  # fmt: skip
-        monkeypatch.setattr(queries, "_CLOSURE", 2)
+        monkeypatch.setattr(queries, "_CLOSURE_MAX_PATHS", 2)
         assert queries.closure(store, made.top.path).complete is False
         store.database.close()
 

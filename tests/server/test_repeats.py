@@ -161,7 +161,7 @@ def test_what_is_not_there_is_told_again_until_it_is(
 
 
 def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, info: PathInfo, tmp_path: Path) -> None:
-    program = patched(f"{TELL}\nfrom harmonia.server import path_lookup; path_lookup._REMEMBERED = 1")
+    program = patched(f"{TELL}\nfrom harmonia.server import path_lookup; path_lookup._MAX_PATHS = 1")
     server = start(store=tmp_path / "store", settings="nar_compression = 'none'", program=program)
     with server.connect() as connection:
         client = Client(connection, server)

@@ -558,7 +558,7 @@ class TestDirectories:
     def test_a_large_one_is_bounded(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add_source("large", {f"{n:02}": b"" for n in range(51)})
-        few = patched("from harmonia.server.resources import directory\ndirectory._LISTED = 50")
+        few = patched("from harmonia.server.resources import directory\ndirectory._MAX_ENTRIES = 50")
         server = start(store=tmp_path / "store", program=few)
         page = server.get(url(path, "/")).text
         assert "The first 50 of 51 entries" in page

@@ -325,7 +325,9 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
 
 
 def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    brief = "from harmonia.upstream import lookup_cache\nlookup_cache._NEGATIVE_TTL = lookup_cache.POSITIVE_TTL = 1.0"
+    brief = (
+        "from harmonia.upstream import lookup_cache\nlookup_cache._NEGATIVE_TTL_S = lookup_cache.POSITIVE_TTL_S = 1.0"
+    )
     server = begin(entry(upstream), program=patched(brief))
     where = narinfo_path(there)
     assert server.get(where).status == 404
@@ -527,7 +529,9 @@ def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: P
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     upstream.behaviours["^/nar/"] = drip(8192, 0.2)
-    server = begin(entry(upstream), workers=1, program=patched("from harmonia.upstream import fetch; fetch._MOST = 2"))
+    server = begin(
+        entry(upstream), workers=1, program=patched("from harmonia.upstream import fetch; fetch._MAX_FETCHES = 2")
+    )
     urls = [fields(server.get(narinfo_path(path)))["URL"] for path in paths]
     for url in urls:
         with server.connect() as connection:
@@ -1055,7 +1059,7 @@ def test_one_that_is_late_and_then_fails_has_failed_once(begin: Start, upstream:
 def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: UpstreamServer) -> None:
     """Questions wait for their turn, longer than an answer may take."""
     upstream.behaviours["narinfo"] = late
-    one_at_a_time = patched("from harmonia.upstream import client; client._QUESTIONS = 1")
+    one_at_a_time = patched("from harmonia.upstream import client; client._MAX_SMALL_REQUESTS = 1")
     server = begin(entry(upstream), settings="upstream_timeout = 2.0", program=one_at_a_time)
     with ThreadPoolExecutor(6) as threads:
         list(threads.map(lambda number: server.get(f"/{number:032}.narinfo"), range(6)))
@@ -1092,7 +1096,7 @@ def test_questions_that_nobody_waits_for_hold_up_no_other(
 
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["narinfo"] = answer
-    one_at_a_time = patched("from harmonia.upstream import client; client._QUESTIONS = 1")
+    one_at_a_time = patched("from harmonia.upstream import client; client._MAX_SMALL_REQUESTS = 1")
     server = begin(entry(upstream, timeout=1.0), settings="upstream_timeout = 0.7", program=one_at_a_time)
     with ThreadPoolExecutor(40) as threads:
         list(threads.map(lambda number: server.get(f"/{number:032}.narinfo"), range(40)))

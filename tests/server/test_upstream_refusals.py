@@ -235,7 +235,7 @@ def test_questions_beyond_those_asked_at_once_are_counted(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     upstream.behaviours["narinfo"] = hang
-    one = patched("from harmonia.upstream import client; client._QUESTIONS = 1")
+    one = patched("from harmonia.upstream import client; client._MAX_SMALL_REQUESTS = 1")
     server = begin(upstream.url, "timeout = 0.5", program=one)
     with ThreadPoolExecutor(TIMES) as threads:
         assert {answer.status for answer in threads.map(lambda path: server.get(path.narinfo), paths[:TIMES])} == {404}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.store.file_reader import CHUNK_SIZE
+from harmonia.store.file_reader import CHUNK_BYTES
 
 NIX32 = "0123456789abcdfghijklmnpqrsvwxyz"
 NAME_CHARACTERS = string.ascii_letters + string.digits + "+-._?="
@@ -122,7 +122,7 @@ file_names = st.one_of(
 )
 _sizes = st.one_of(
     st.integers(0, 17),
-    st.sampled_from([4095, 4096, 4097, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 2 * CHUNK_SIZE + 3]),
+    st.sampled_from([4095, 4096, 4097, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 3]),
 )
 # Only the owner's x bit counts.
 _modes = st.sampled_from([0o444, 0o555, 0o644, 0o744, 0o455])

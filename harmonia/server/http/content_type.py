@@ -3,7 +3,7 @@
 import mimetypes
 import os
 
-from harmonia.store.object_files import SAMPLE
+from harmonia.store.object_files import SAMPLE_BYTES
 
 # Those of the standard library differ with its version, and with /etc/mime.types. These make web sites work, or are
 # shown instead of saved.
@@ -41,7 +41,7 @@ def of(name: bytes, sample: bytes) -> str:
     try:
         utf8 = b"\0" not in sample and len(sample.decode(errors="strict")) >= 0
     except UnicodeDecodeError as error:
-        utf8 = len(sample) == SAMPLE and error.reason == "unexpected end of data"
+        utf8 = len(sample) == SAMPLE_BYTES and error.reason == "unexpected end of data"
     guessed, encoding = _TYPES.guess_type("./" + os.fsdecode(name).lower())
     if encoding:
         return _ENCODINGS.get(encoding, "application/octet-stream")

@@ -5,9 +5,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
-_MINUTE = 60.0
-_REMEMBERED = 4096  # clients; some 200 bytes each
-_V6_PREFIX = 64  # bits: who has one address has all that begin like it (RFC 6177)
+_MINUTE_S = 60.0
+_MAX_CLIENTS = 4096  # clients; some 200 bytes each
+_V6_PREFIX_BITS = 64  # bits: who has one address has all that begin like it (RFC 6177)
 
 
 class Rate:
@@ -18,7 +18,7 @@ class Rate:
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         """`per_minute` is more than 0."""
-        self._interval = _MINUTE / per_minute
+        self._interval = _MINUTE_S / per_minute
         self._clock = clock
         self._empty_at: OrderedDict[str, float] = OrderedDict()
 
@@ -27,11 +27,11 @@ class Rate:
         client = network(client)
         now = self._clock()
         empty_at = max(self._empty_at.pop(client, now), now) + self._interval
-        wait = empty_at - now - _MINUTE
+        wait = empty_at - now - _MINUTE_S
         # Sums of fractions: less than a hundredth of an interval too late is in time.
         allowed = wait < self._interval / 100
         self._empty_at[client] = empty_at if allowed else empty_at - self._interval
-        if len(self._empty_at) > _REMEMBERED:
+        if len(self._empty_at) > _MAX_CLIENTS:
             self._empty_at.popitem(last=False)
         return 0.0 if allowed else wait
 
@@ -40,4 +40,4 @@ def network(client: str) -> str:
     """Whom an address stands for; what is none, for itself."""
     if ":" not in client:
         return client
-    return str(ipaddress.IPv6Network((client, _V6_PREFIX), strict=False))
+    return str(ipaddress.IPv6Network((client, _V6_PREFIX_BITS), strict=False))

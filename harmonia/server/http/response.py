@@ -24,7 +24,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
 from harmonia.server.http.response_cache import StillValid
-from harmonia.store.file_reader import CHUNK_SIZE, OpenSlice
+from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 IMMUTABLE_NAR = f"{IMMUTABLE}, no-transform"
@@ -33,9 +33,9 @@ UNNAMED = "no-store, no-transform"
 """For a URL that does not name its bytes: an HTTP cache could answer ranges of it from two files."""
 
 _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
-_PACKET = 1400  # bytes; what is no longer than that takes no less time when it is compressed
-_AT_ONCE = 0.001  # seconds for which what is there already waits for more
-_LONGEST_WAIT = 0.02  # seconds until we look again for bytes that are still to be made
+_PACKET_BYTES = 1400  # bytes; what is no longer than that takes no less time when it is compressed
+_GATHER_S = 0.001  # seconds for which what is there already waits for more
+_MAX_POLL_S = 0.02  # seconds until we look again for bytes that are still to be made
 _LENGTH_WAIT_S = 0.25  # for which a range waits for the length of what is still being made
 
 _log = logging.getLogger("harmonia")
@@ -210,7 +210,7 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
     """Never parts: Nix counts the bytes of a range unencoded. Nor HTTP/1.0: it has no end for an unknown length."""
     plain = representation.body
     size = len(plain) if isinstance(plain, bytes) else None if callable(plain) else plain.size
-    worthwhile = representation.worthwhile and (size is None or size > _PACKET)
+    worthwhile = representation.worthwhile and (size is None or size > _PACKET_BYTES)
     sendable = not wants_part(request) and request.version != "1.0"
     return prefers_zstd(_field(request, "accept-encoding"), worthwhile=worthwhile and sendable)
 
@@ -296,7 +296,7 @@ class _ReadAhead:
                     return data
             elif chunk is None:
                 await asyncio.sleep(delay)
-                delay = min(2 * delay, _LONGEST_WAIT)
+                delay = min(2 * delay, _MAX_POLL_S)
                 self._reading = self._pull()
             else:
                 if chunk and not self._ready:
@@ -325,12 +325,12 @@ def _pull(chunks: Generator[Chunk]) -> list[Chunk]:
     size = 0
     began = perf_counter()
     for chunk in chunks:
-        data = chunk.read() if isinstance(chunk, OpenSlice) and len(chunk) < CHUNK_SIZE else chunk
+        data = chunk.read() if isinstance(chunk, OpenSlice) and len(chunk) < CHUNK_BYTES else chunk
         pulled.append(data)
         if not isinstance(data, bytes):
             return pulled
         size += len(data)
-        if size >= CHUNK_SIZE or perf_counter() - began > _AT_ONCE:
+        if size >= CHUNK_BYTES or perf_counter() - began > _GATHER_S:
             return pulled
     return [*pulled, b""]
 

@@ -16,7 +16,7 @@ from sanic.exceptions import NotFound
 from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.http.sanic_adapter import date, reader_of
 
-_LIMIT = 8 * 1024 * 1024  # bytes: some 5,000 narinfos
+_MAX_BYTES = 8 * 1024 * 1024  # bytes: some 5,000 narinfos
 
 StillValid = Callable[[], bool]
 """Returns, without blocking, whether the same response would be made now."""
@@ -51,7 +51,7 @@ class _CachedResponse:
 class ResponseCache:
     """The responses of a worker, in at most `limit` bytes: the latest."""
 
-    def __init__(self, limit: int = _LIMIT) -> None:
+    def __init__(self, limit: int = _MAX_BYTES) -> None:
         self._limit = limit
         self._memory_bytes = 0
         self._answers: OrderedDict[bytes, _CachedResponse] = OrderedDict()

@@ -25,20 +25,20 @@ from harmonia.server.path_lookup import SignedPath
 from harmonia.server.resources import landing
 from harmonia.store import build_log, queries
 
-_SHOWN = 200  # paths on one page
-_LONGEST = 300  # characters to search for: more than a store path has
+_MAX_SHOWN = 200  # paths on one page
+_MAX_QUERY_CHARS = 300  # characters to search for: more than a store path has
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
 
 
 async def search(context: ServerContext, request: Request) -> Representation:
     if not context.settings.browse:
         raise NotFound
-    asked = " ".join(request.args.get("q", "")[:_LONGEST].split())
+    asked = " ".join(request.args.get("q", "")[:_MAX_QUERY_CHARS].split())
     named = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
     if named and await context.paths.lookup_usable_path(named[0]):
         return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     result = await context.threads.run_slow_db(
-        lambda store: queries.search(store, asked, _SHOWN, context.paths.publish_filter(store))
+        lambda store: queries.search(store, asked, _MAX_SHOWN, context.paths.publish_filter(store))
     )
     document = page.begin(
         context, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
@@ -67,7 +67,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
         raise NotFound
     info = signed.info
     referrers = await context.threads.run_slow_db(
-        lambda store: queries.referrers(store, info.path, _SHOWN, context.paths.publish_filter(store))
+        lambda store: queries.referrers(store, info.path, _MAX_SHOWN, context.paths.publish_filter(store))
     )
     # What it needs may be paths that are nobody's business.
     closure = (
@@ -81,7 +81,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     full_path = f"{context.store.store_dir}/{info.path}"
     keys = context.trusted_keys
     references = sorted(info.references, key=queries.by_name)
-    kept_back = {path for path in references[:_SHOWN] if not await context.paths.is_published(path)}
+    kept_back = {path for path in references[:_MAX_SHOWN] if not await context.paths.is_published(path)}
 
     document = page.begin(context, info.path.name, "../")
     with document.main:
@@ -97,7 +97,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
             page.snippet(
                 document, landing.command(command, origin.base_url(request, context.settings), keys), "Command"
             )
-        _paths(document, "References", queries.Paths(references[:_SHOWN], len(references)), kept_back)
+        _paths(document, "References", queries.Paths(references[:_MAX_SHOWN], len(references)), kept_back)
         _paths(document, "Referrers", referrers)
     return page.end(context, document, script=True)
 

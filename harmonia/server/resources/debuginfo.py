@@ -20,8 +20,8 @@ from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.resources.narinfo import nar_url
 
-_PATIENCE = 2.0  # seconds for which an answer waits for paths that are yet to be looked at
-_POLL = 0.01  # seconds
+_TIMEOUT_S = 2.0  # seconds for which an answer waits for paths that are yet to be looked at
+_POLL_S = 0.01  # seconds
 
 
 async def get(context: ServerContext, _: Request, name: str) -> Representation:
@@ -49,7 +49,7 @@ async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
     if index is None:
         return None
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + _PATIENCE
+    deadline = loop.time() + _TIMEOUT_S
     while True:
         paths, complete = await context.threads.run_with_timeout(
             context.threads.index, partial(index.look_up, build_id)
@@ -63,4 +63,4 @@ async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
         if loop.time() > deadline:
             raise StoreUnavailableError("the index of debug info is not complete yet")
         index.hurry()
-        await asyncio.sleep(_POLL)
+        await asyncio.sleep(_POLL_S)

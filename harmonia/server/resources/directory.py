@@ -16,7 +16,7 @@ from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import Entry, Listed, listed
 
-_LISTED = 2000  # entries on the page; the NAR listing has them all
+_MAX_ENTRIES = 2000  # entries on the page; the NAR listing has them all
 
 
 async def representation(
@@ -25,7 +25,7 @@ async def representation(
     """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
 
     def render() -> Representation:
-        entries, count = listed(context.store.real_path(entry.info.path), entry.names, _LISTED)
+        entries, count = listed(context.store.real_path(entry.info.path), entry.names, _MAX_ENTRIES)
         document = page.begin(
             context, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2)
         )

@@ -24,7 +24,7 @@ from harmonia.store import file_reader
 Render = Callable[[], Iterator[bytes]]
 """Makes the pieces of a listing, anew at each call. For any thread."""
 
-_SHORT = 2000  # entries: a listing of no more is kept in memory, and has no rate
+_SHORT_MAX_ENTRIES = 2000  # entries: a listing of no more is kept in memory, and has no rate
 
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
@@ -35,7 +35,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     def render() -> Iterator[bytes]:
         return listing.render(layout.located())
 
-    is_short = layout.entries <= _SHORT
+    is_short = layout.entries <= _SHORT_MAX_ENTRIES
     return representation(info, *await (_short if is_short else long)(context, request, archive.key, render))
 
 

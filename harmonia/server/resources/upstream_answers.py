@@ -32,7 +32,7 @@ from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.lookup import UpstreamPool
-from harmonia.upstream.lookup_cache import POSITIVE_TTL
+from harmonia.upstream.lookup_cache import POSITIVE_TTL_S
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason
@@ -90,7 +90,7 @@ class Answers:
 
     @property
     def _max_age(self) -> int:
-        return min(self._context.settings.narinfo_max_age, int(POSITIVE_TTL))
+        return min(self._context.settings.narinfo_max_age, int(POSITIVE_TTL_S))
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         found = await self._find(request, hash_part)

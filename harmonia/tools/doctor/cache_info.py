@@ -6,9 +6,9 @@ from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Answer, Client
 from harmonia.untrusted import excerpt, integer
 
-_PRIORITY_MAX = (1 << 31) - 1  # of an `int`, which Nix makes of it
+_MAX_PRIORITY = (1 << 31) - 1  # of an `int`, which Nix makes of it
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _MISSING = 200, 400, 401, 404
-_NEGATIVE = 3600  # seconds; Nix remembers no longer that a path is missing
+_NEGATIVE_TTL_S = 3600  # seconds; Nix remembers no longer that a path is missing
 _BEHIND = "see that the server behind the proxy runs, that the proxy looks for it in the right place, and what they log"
 _NO_CACHE = {
     403: "let everybody read; a token needs the scope read",
@@ -53,7 +53,7 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     found = fields.get("StoreDir")
     if found is None:
         yield Finding("cache info", "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
-    if integer(fields.get("Priority", "0"), _PRIORITY_MAX) is None:
+    if integer(fields.get("Priority", "0"), _MAX_PRIORITY) is None:
         what = f"Priority {excerpt(fields['Priority'])} is not a number: clients fail with `stoi`"
         remedy = "make it a number: 40 is that of cache.nixos.org, less is asked earlier"
         yield Finding("cache info", "error", what, remedy)
@@ -82,6 +82,6 @@ def missing(client: Client) -> Findings:
         yield Finding(check, "warning", f"a path that is not there is answered {answer.status}, as S3 does", remedy)
     else:
         yield Finding(check, "error", f"a path that is not there is answered {answer.status}", remedy)
-    if answer.status != _OK and max_age(answer) > _NEGATIVE:
+    if answer.status != _OK and max_age(answer) > _NEGATIVE_TTL_S:
         what = f"that something is missing may be remembered for {max_age(answer)} s: new paths appear as late"
         yield Finding(check, "warning", what, "send `Cache-Control: no-store` with each 404")

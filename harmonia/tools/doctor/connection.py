@@ -8,8 +8,8 @@ from harmonia.errors import ConfigError, RemoteError
 from harmonia.tools.doctor.finding import Finding, Findings
 from harmonia.tools.http_client import Answer, Client
 
-_CLOCK = 60  # seconds of difference from which HTTP caches, and certificates, begin to suffer
-_EXPIRY = 14 * 86400  # seconds before a certificate's end at which somebody should know
+_CLOCK_SKEW_S = 60  # seconds of difference from which HTTP caches, and certificates, begin to suffer
+_EXPIRY_WARNING_S = 14 * 86400  # seconds before a certificate's end at which somebody should know
 _UNTRUSTED = "its certificate is not trusted"
 _PLAIN = "if that port speaks plain HTTP, ask it by http://"
 _NOBODY = "see that the server runs, that this is its URL, and that no firewall is in between"
@@ -58,7 +58,7 @@ def tls(client: Client, answer: Answer) -> Findings:
         return
     left = ssl.cert_time_to_seconds(str(answer.certificate["notAfter"])) - time.time()
     what = f"the certificate is trusted, and valid for {left / 86400:.0f} more days"
-    if left < _EXPIRY:
+    if left < _EXPIRY_WARNING_S:
         yield Finding("TLS", "warning", what, "renew it now, and see why that did not happen by itself")
     else:
         yield Finding("TLS", "ok", what)
@@ -73,7 +73,7 @@ def clock(answer: Answer) -> Findings:
         )
         return
     skew = date - time.time()
-    if abs(skew) > _CLOCK:
+    if abs(skew) > _CLOCK_SKEW_S:
         what = f"the server's clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} ours"
         yield Finding("clock", "warning", what, "set both by NTP: timedatectl set-ntp true")
     else:

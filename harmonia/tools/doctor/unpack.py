@@ -11,12 +11,12 @@ import zstandard
 
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
 """What the decompressors raise."""
-_PIECE = 1 << 18
-_WINDOW = 1 << 27  # bytes; what every Nix can unpack
+_PIECE_BYTES = 1 << 18
+_WINDOW_BYTES = 1 << 27  # bytes; what every Nix can unpack
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
-    return (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+    return (body[start : start + _PIECE_BYTES] for start in range(0, len(body), _PIECE_BYTES))
 
 
 class _Unpacker(Protocol):
@@ -35,7 +35,7 @@ def _unpack(make: Callable[[], _Unpacker], body: bytes) -> Iterator[bytes]:
     while position < len(body):
         unpacker = make()
         while not unpacker.eof:
-            piece = body[position : position + _PIECE]
+            piece = body[position : position + _PIECE_BYTES]
             if not piece:
                 raise EOFError("it ends early")
             position += len(piece)
@@ -45,7 +45,7 @@ def _unpack(make: Callable[[], _Unpacker], body: bytes) -> Iterator[bytes]:
 
 UNPACK: Mapping[str, Callable[[bytes], Iterator[bytes]]] = {
     "none": _pieces,
-    "zstd": partial(_unpack, lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj()),
+    "zstd": partial(_unpack, lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()),
     "gzip": partial(_unpack, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)),
     "xz": partial(_unpack, lzma.LZMADecompressor),
     "bzip2": partial(_unpack, bz2.BZ2Decompressor),
