@@ -21,7 +21,7 @@ test: check  ## Check the code, then run all tests that can run here
 
 # Tests that need no programs, no privileges and few servers.
 QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \
-  benchmarks config layers rate reach release single_flight support))
+  address_filter benchmarks config layers publish_policy rate single_flight support))
 quick: .venv/ready  ## Run the fast tests: of formats, settings and HTTP
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'not nix and not newer_nix and not root and not browser' $(QUICK)
 

@@ -1,5 +1,5 @@
 # NixOS: services.harmonia, in place of the module of that name in nixpkgs, whose configurations keep working.
-# The options below `settings` come from module-settings.json, which a test holds to harmonia/config/settings.py.
+# The options below `settings` come from nix/module-settings.json, which a test holds to harmonia/config/settings.py.
 {
   config,
   lib,
@@ -12,7 +12,7 @@ let
   format = pkgs.formats.toml { };
   # Settings: an option for each key we know. Null is not written, nor a table of that, so that Harmonia's own default
   # holds.
-  keys = lib.recursiveUpdate (lib.importJSON ./module-settings.json) {
+  keys = lib.recursiveUpdate (lib.importJSON ./nix/module-settings.json) {
     # Values that other modules read, as in nixpkgs' module. Clients ask cache.nixos.org first, which has priority 40.
     bind.nixosDefault = if cfg.nginx.enable then "unix:/run/harmonia/socket" else "[::]:5000";
     priority.nixosDefault = 50;

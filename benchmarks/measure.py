@@ -19,8 +19,8 @@ from benchmarks.servers import HARMONIA, Server
 from benchmarks.store import MIB, BenchStore
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix import base32
+from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import remove
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
 

@@ -18,8 +18,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Tree, remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Tree, remove
 
 MIB = 1 << 20
 _VERSION = 1  # of what is made here: another one makes it anew

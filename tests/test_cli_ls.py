@@ -13,8 +13,8 @@ import pytest
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
+from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
 from support.programs import needs
 from support.running import HARMONIA, run
 

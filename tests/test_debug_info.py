@@ -22,8 +22,8 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import debug_index
 from harmonia.store.debug_index import DebugInfo
 from harmonia.store.store import Database, Store
+from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import remove
 from support.debug_info import ONE, OTHER, TWO, add, add_rows
 
 Open = Callable[..., DebugInfo]

@@ -24,8 +24,8 @@ from harmonia.nix.signing import SecretKey
 from harmonia.store.store import Store
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
+from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree, remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Sparse, Symlink, Tree, remove
 from support.programs import needs, needs_root
 from support.running import Server, run
 

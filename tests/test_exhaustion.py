@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.running import (
     HARMONIA,
     Sample,

@@ -369,7 +369,7 @@ def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
     copy.mkdir()
     for name in ("harmonia", "nix", "nixos-tests", "tests", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("flake.nix", "flake.lock", "module.nix", "module-settings.json", "package.nix", "pyproject.toml"):
+    for name in ("flake.nix", "flake.lock", "module.nix", "package.nix", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     stand_in = ("--override-input", "nixpkgs", f"path:{copy}/nixos-tests/eval", "--no-write-lock-file")
     client.run("nix", "flake", "check", "--no-build", "--all-systems", *stand_in, f"path:{copy}", timeout=300)

@@ -23,8 +23,8 @@ from harmonia.nix import listing
 from harmonia.store import confined, file_reader, object_files, tree_reader
 from harmonia.store.nar_layout import Layout
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Symlink, Tree
 from support.running import Server, nar_url
 
 SECONDS = 0.4

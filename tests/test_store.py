@@ -19,8 +19,8 @@ from harmonia.errors import HarmoniaError, StoreObjectError, StoreUnavailableErr
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import _PATH_INFO, Store
+from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import remove
 from support.programs import needs_root
 from support.realisations import BUILD_TRACE, REALISATIONS, create
 

@@ -15,8 +15,8 @@ from harmonia.errors import ConfigError
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from harmonia.tools.verify import Journal, Result, verify
 from support.running import HARMONIA, patched, run, wait_until
 

@@ -11,8 +11,8 @@ import pytest
 
 from harmonia.config.loader import parse
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from harmonia.tools.warm import warm
 from support.programs import needs_root
 from support.running import HARMONIA, Server, nar_url, run, unpacked, wait_until

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import remove
 
 _VERSION = 1  # of what is made here: another one makes it anew
 _SMALL = 40

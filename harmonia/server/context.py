@@ -131,7 +131,7 @@ class ServerContext:
         self.upstreams: Fallback | None = None
         """Other caches, while a worker serves."""
         if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
-            importlib.import_module("harmonia.server.resources.upstream_answers")
+            importlib.import_module("harmonia.server.resources.upstream_fallback")
         self.identity = new_pseudonym()
         """The pseudonym of this server, of all its workers, to other Harmonias."""
 

@@ -9,17 +9,17 @@ from harmonia.server.context import Fallback
 from harmonia.server.http.response import Handler
 from harmonia.server.resources import (
     browse,
+    build_log,
     build_trace,
     cache_info,
     debuginfo,
+    files,
     health,
     landing,
     listing,
-    log,
     metrics,
     nar,
     narinfo,
-    serve,
     upstream,
 )
 
@@ -62,7 +62,7 @@ ROUTES = (
     ),
     Route(uri="/nar/<name:str>", handler=nar.get, metric="nar"),
     Route(uri="/upstream/<name:path>", handler=upstream.get, metric="upstream"),
-    Route(uri="/log/<name:str>", handler=log.get, metric="log", fallback=lambda upstreams: upstreams.get_log),
+    Route(uri="/log/<name:str>", handler=build_log.get, metric="log", fallback=lambda upstreams: upstreams.get_log),
     Route(
         uri="/realisations/<name:str>",
         handler=build_trace.get_realisation,
@@ -82,7 +82,7 @@ ROUTES = (
         rate_limited=True,
         fallback=lambda upstreams: upstreams.get_debuginfo,
     ),
-    Route(uri="/serve/<where:path>", handler=serve.get, metric="serve"),
+    Route(uri="/serve/<where:path>", handler=files.get, metric="serve"),
     Route(uri="/search", handler=browse.search, metric="search", scope="browse", rate_limited=True),
     Route(uri=f"/path/<hash_part:{_HASH_PART}>", handler=browse.path, metric="path", scope="browse", rate_limited=True),
     Route(uri="/version", handler=health.get_version, metric="version", scope=None),

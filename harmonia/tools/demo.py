@@ -17,8 +17,8 @@ from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Database
 from harmonia.tools import demo_packages
+from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import remove
 
 _MARK = "# The demo store beside this file, as harmonia made it. To remove both: chmod -R u+w DIR && rm -rf DIR\n"
 

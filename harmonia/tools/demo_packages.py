@@ -12,8 +12,8 @@ from glob import iglob
 
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Symlink, Tree
 
 _PYTHON_PACKAGES = ("asyncio", "concurrent", "email", "encodings", "html", "http", "json", "logging", "urllib")
 

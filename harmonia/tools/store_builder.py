@@ -17,7 +17,7 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.tools.tree import Tree, put, remove
+from harmonia.tools.fixture_tree import Tree, put, remove
 
 # Nix `src/libstore/schema.sql`, version 10: the same from Nix 2.3 to today's.
 _SCHEMA = """

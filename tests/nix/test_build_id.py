@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmonia.nix.build_id import build_ids, is_build_id, member
+from harmonia.tools.fixture_tree import Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Symlink, Tree
 from support.debug_info import ONE, TWO, add, tree
 
 

@@ -17,8 +17,8 @@ from websockets.sync.connection import Connection
 
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
+from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Symlink, Tree
 from support.nginx import nginx
 from support.programs import needs
 from support.running import Server

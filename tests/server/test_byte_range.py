@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from harmonia.server.http import byte_range
 from harmonia.store import file_reader, tree_reader
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.programs import needs
 from support.running import Server, read_answer, unpacked
 from support.shared_store import dump, info, url

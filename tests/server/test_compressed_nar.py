@@ -24,8 +24,8 @@ from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.running import (
     GRACE_S,
     HARMONIA,

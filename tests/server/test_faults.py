@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.programs import require
 from support.running import HARMONIA, Server, nar_url, read_answer, wait_until
 from support.unscathed import unscathed

@@ -16,8 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harmonia.metrics.shared_counters import BOUNDS, Histogram
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.programs import require
 from support.running import Sample, Server, ServiceManager, nar_url, wait_until
 

@@ -11,8 +11,8 @@ import pytest
 from harmonia.nix import base32
 from harmonia.store import tree_reader
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support.running import Server, read_answer
 from support.shared_store import dump, info, url
 

@@ -14,8 +14,8 @@ import pytest
 import zstandard
 
 from harmonia.nix.path_info import PathInfo
+from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Sparse, Symlink, Tree
 from support.running import Server, open_files, patched, wait_until
 
 Start = Callable[..., Server]

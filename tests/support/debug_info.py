@@ -1,8 +1,8 @@
 """Store paths with debug info."""
 
 from harmonia.nix.path_info import PathInfo
+from harmonia.tools.fixture_tree import Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Tree
 
 ONE, TWO, OTHER = "11" * 20, "22" * 20, "33" * 20
 

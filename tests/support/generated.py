@@ -198,14 +198,14 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/reference/cli.md": cli_reference,
     "docs/reference/configuration.md": configuration,
     "docs/pictures/speed.svg": speed_chart,
-    "module-settings.json": module_settings,
+    "nix/module-settings.json": module_settings,
 }
 EVALUATED: dict[str, Callable[[], str]] = {
     "docs/reference/nixos-options.md": nixos_options,
     "docs/systemd/harmonia.service": service,
     "docs/systemd/harmonia.socket": socket,
 }
-"""Documents that only Nix can make. They depend on module-settings.json."""
+"""Documents that only Nix can make. They depend on nix/module-settings.json."""
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
+from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Sparse
 from support import preloaded
 
 PATIENCE_S = 120.0

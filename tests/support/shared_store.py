@@ -5,8 +5,8 @@ import re
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
 from harmonia.store.store import Store
+from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Symlink, Tree
 from support.running import Server
 
 BIG = bytes(range(256)) * 4096 * 3

@@ -32,7 +32,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
 
 async def start(context: ServerContext) -> None:
     if context.settings.upstream:
-        from harmonia.server.resources.upstream_answers import Answers  # noqa: PLC0415 (half a second to load)
+        from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (half a second to load)
 
         context.upstreams = Answers(context)
 

@@ -18,8 +18,8 @@ from harmonia.server.connections import ConnectionLimiter
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import limited_connection
+from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Executable, Symlink, Tree
 
 WORDS = [b"GET /", b"HEAD /", b"PUT /", b" HTTP/1.1\r\nHost: x\r\n", b"\r\n\r\n", b"{hash}", b"{narhash}", b"{drv}"]
 WORDS += [

@@ -10,8 +10,8 @@ import pytest
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.tools.fixture_tree import Symlink
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.tree import Symlink
 from support.build_logs import keep
 from support.contract import ABOUT_PATHS, filled, stock
 from support.running import Server, nar_url, run, wait_until

@@ -1,6 +1,6 @@
 """What the resources answer where the store has nothing: what other caches say.
 
-Logs, listings and the like are passed on as they come. NARs are `upstream_nars.py`'s.
+Logs, listings and the like are passed on as they come. NARs are `upstream_nar.py`'s.
 """
 
 import json
@@ -25,8 +25,8 @@ from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread
-from harmonia.server.resources import build_trace, cached_listing, debuginfo, log, narinfo
-from harmonia.server.resources.upstream_nars import Nars, is_debug_nar, via_of
+from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
+from harmonia.server.resources.upstream_nar import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.client import Client
@@ -114,7 +114,7 @@ class Answers:
         return await cached_listing.get(self._context, request, found, self._threads)
 
     async def get_log(self, request: Request, name: str) -> Representation:
-        asked = log.decoded(request, name)
+        asked = build_log.decoded(request, name)
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:
