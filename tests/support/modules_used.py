@@ -1,0 +1,115 @@
+"""Modules that one request takes: each module of Harmonia of which a function runs, in any thread of the worker.
+
+`PYTHONPATH=tests .venv/bin/python -m support.modules_used` prints them. Each request comes on a connection of its own,
+to a worker that has answered `/version` and probed its upstream. `sys.setprofile` sees each call from the first byte of
+the connection to the last byte of the answer. The periodic tasks of the worker are left out.
+"""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from http.client import HTTPConnection
+from pathlib import Path
+from types import FrameType
+
+from harmonia.config import loader
+from harmonia.nix.path_info import PathInfo
+from harmonia.server import worker
+from harmonia.server.app import count_with
+from harmonia.server.context import ServerContext
+from harmonia.tools.store_builder import StoreBuilder
+from support.upstream_paths import KEY, entry, make_path
+from support.upstream_server import UpstreamServer
+
+_PERIODIC = {worker._heartbeat.__code__, worker._trim_heap.__code__}  # noqa: SLF001
+
+
+class Recorder:
+    """Names of the modules of which a function was called."""
+
+    def __init__(self) -> None:
+        self.modules: set[str] = set()
+
+    def profile(self, frame: FrameType, event: str, _: object) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.startswith("harmonia.") and frame.f_code not in _PERIODIC:
+            self.modules.add(module.removeprefix("harmonia."))
+
+
+def _requests(local: PathInfo, remote: PathInfo) -> Iterator[tuple[str, str]]:
+    """Return a name and a path for each request. A narinfo's URL is known once that is answered."""
+    yield "narinfo", f"/{local.path.hash_part}.narinfo"
+    yield "cold .nar.zst", "/{URL}"
+    yield "narinfo of an upstream", f"/{remote.path.hash_part}.narinfo"
+
+
+def _ask(port: int, path: str) -> Mapping[str, str]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    assert answer.status == 200, (path, answer.status)
+    lines = body.decode("latin-1").splitlines() if path.endswith(".narinfo") else []
+    return dict(line.partition(": ")[::2] for line in lines)
+
+
+def modules_used() -> dict[str, list[str]]:
+    """Serve one request of each kind in this process, whose main thread must be free; return the modules of each."""
+    used: dict[str, list[str]] = {}
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as directory, UpstreamServer() as upstream:
+        root = Path(directory)
+        store = StoreBuilder(root / "store")
+        local = store.add(store.output_path("local"), {"file": bytes(1 << 21)})
+        remote = make_path(root / "remote")
+        upstream.add(remote.info, remote.file, remote.nar, (KEY,))
+        settings = loader.parse(
+            f"real_nix_store = '{store.real_dir}'\ncache_dir = '{root}/cache'\nworkers = 1\ndebug_info = false\n"
+            f"upstream_timeout = 60.0\n{entry(upstream)}",
+            "modules_used",
+            {},
+        )
+        listening = socket.create_server(("127.0.0.1", 0))
+        lifeline, worker_end = socket.socketpair()
+        port = listening.getsockname()[1]
+
+        def client() -> None:
+            try:
+                while not upstream.asked["GET /nix-cache-info"]:  # which the worker asks at its start
+                    time.sleep(0.05)
+                time.sleep(0.5)
+                _ask(port, "/version")
+                fields: Mapping[str, str] = {}
+                for name, path in _requests(local, remote.info):
+                    recorder.modules = set()
+                    fields = _ask(port, path.format_map(fields)) or fields
+                    used[name] = sorted(recorder.modules)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        asking = threading.Thread(target=client)
+        context = ServerContext(settings, [], count_with(settings))
+        run = partial(worker.run, context, (), 0, [listening], worker_end, 3600.0)
+        threading.setprofile(recorder.profile)
+        sys.setprofile(recorder.profile)
+        try:
+            asking.start()
+            run()
+        finally:
+            sys.setprofile(None)
+            threading.setprofile(None)
+            asking.join()
+            lifeline.close()
+    return used
+
+
+if __name__ == "__main__":
+    for name, modules in modules_used().items():
+        print(f"{name}: {len(modules)} modules: {', '.join(modules)}")  # noqa: T201
