@@ -71,8 +71,8 @@ soak: .venv/ready  ## As root, with Nix: 1,000 clients, builds, garbage collecti
 
 # Which of them: all. With less than 10 MINUTES, in a small form.
 ATTACKS ?=
-attack: MINUTES ?= 15
-attack: .venv/ready  ## Attack a server in every way known, and measure what other clients notice, for MINUTES=15
+attack: MINUTES ?= 25
+attack: .venv/ready  ## Attack a server in every way known, and measure what other clients notice, for MINUTES=25
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.attack $(MINUTES) $(ATTACKS)
 
 # Which of them: all. `VM_TEST_QEMU=1`: some in virtual machines, too.

@@ -1,7 +1,8 @@
 """Attack a server in every way known: `make attack`, or python -m benchmarks.attack MINUTES [ATTACK…].
 
 From 10 MINUTES on, everything is done as large as SECURITY.md promises; below that, smaller. Prints a row for each
-attack, and ends with status 1 if a bound does not hold. ATTACK is a function of one of the modules beside this one.
+attack, and ends with status 1 if a bound does not hold, or if the MINUTES are over before the last attack begins.
+ATTACK is a function of one of the modules beside this one.
 The store is made once, and kept in $XDG_CACHE_HOME/harmonia/attack or ~/.cache/harmonia/attack.
 """
 
@@ -9,11 +10,12 @@ import argparse
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.attack import connections, cuts, damage, huge_paths, rules, signals, upstreams
 from benchmarks.attack.arena import Arena
-from benchmarks.attack.stores import FULL, SHORT, AttackedStore
+from benchmarks.attack.stores import FULL, SHORT
 
 _FULL_MINUTES = 10
 _ATTACKS = {
@@ -32,11 +34,16 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     form = FULL if arguments.minutes >= _FULL_MINUTES else SHORT
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    arena = Arena(form, AttackedStore(Path(cache, "harmonia", "attack"), form))
+    arena = Arena(form, Path(cache, "harmonia", "attack"))
     print("| attack | narinfos of another client: p50, p99 (p99 before) | memory of the worker | counted | |")
     print("|---|---|---|---|---|", flush=True)
+    until = time.monotonic() + arguments.minutes * 60
     for name in arguments.attacks or _ATTACKS:
-        _ATTACKS[name](arena)
+        if time.monotonic() > until:
+            with arena.outcome(name) as outcome:
+                outcome.require(False, "not begun: the time is over")
+        else:
+            _ATTACKS[name](arena)
     return 1 if any(outcome.broken for outcome in arena.outcomes) else 0
 
 

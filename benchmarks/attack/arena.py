@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from benchmarks.attack.client import Asked, Bystander, Target
@@ -55,8 +56,13 @@ class Outcome:
 @dataclass
 class Arena:
     form: Form
-    store: AttackedStore
+    directory: Path
+    """Of the store, which is made when the first attack needs it."""
     outcomes: list[Outcome] = field(default_factory=list)
+
+    @cached_property
+    def store(self) -> AttackedStore:
+        return AttackedStore(self.directory, self.form)
 
     def wait(self) -> None:
         """Let an attack go on for its time."""

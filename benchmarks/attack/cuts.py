@@ -4,10 +4,12 @@ A body is accepted if it is whole by HTTP. Then its NAR must have the hash that 
 """
 
 import asyncio
+import math
 import os
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,29 +25,36 @@ from support.cutting_proxy import CuttingProxy
 from support.nar_cache import flip
 from support.running import HARMONIA, Server, file_url, nar_url
 
-_PATHS = 24
-_CLIENTS = 12
-_LARGEST_CUT = 300_000  # bytes of answers on one connection
-_FILE = 400_000  # bytes, of which none can be compressed
-_RETRY_S = 0.05
+_SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes, of one file of each path
+_CLIENTS = 32
+_LARGEST_CUT = 100_000  # bytes of answers on one connection
+_RETRY_S = 0.02
+_CUTS_PER_S = 10  # at least, or the attack ends with too few
+_KILL_S = 2.0
 _SMALL_DISK = "4m"
 
 
 @dataclass
 class _Cuts:
-    """Clients that download until so many transfers were cut."""
+    """Clients that download until so many transfers were cut, and until the server was disturbed so often."""
 
     proxy: CuttingProxy
     infos: list[PathInfo]
     wanted: int
+    least_disturbed: int
+    until: float
+    """When it ends at the latest, by the monotonic clock."""
     outcome: Outcome
-    changed: set[PathInfo] = field(default_factory=set)
-    """Paths whose files were replaced: a plain NAR of other bytes is found out by the client, by its hash."""
+    replaced_at: dict[PathInfo, float] = field(default_factory=dict)
+    """When a file of a path had other bytes for the last time; infinite while it has."""
     cuts: int = 0
+    """Answers that broke off after their head."""
+    disturbed: int = 0
 
     @property
     def over(self) -> bool:
-        return self.cuts >= self.wanted
+        enough = self.cuts >= self.wanted and self.disturbed >= self.least_disturbed
+        return enough or time.monotonic() > self.until
 
     async def run(self, disturb: Coroutine[None, None, None]) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -62,7 +71,7 @@ class _Cuts:
         received = bytearray()
         # A client may begin with a range by itself, too.
         stop = chance.randrange(1, 100_000) if chance.random() < 0.2 else None
-        self.changed.discard(info)
+        began = time.monotonic()
         resumed = False
         while True:
             headers = f"Range: bytes={len(received)}-{'' if stop is None else stop - 1}\r\n" if received or stop else ""
@@ -75,13 +84,18 @@ class _Cuts:
                 stop = None
             if self.over:
                 return
-        self._judge(info, url, bytes(received), resumed=resumed)
+        self._judge(info, url, bytes(received), began, resumed=resumed)
 
     async def _receive(self, url: str, headers: str, received: bytearray) -> bool:
         """Add what comes to what was received. Return whether it was all."""
         connection = Connection(int(self.proxy.url.rpartition(":")[2]))
         try:
             answer = await connection.get(url, headers)
+        except BrokenError:  # refused, or cut before there was an answer
+            self.outcome.counts["without an answer"] += 1
+            await asyncio.sleep(_RETRY_S)
+            return False
+        try:
             if answer.status not in (200, 206):
                 self.outcome.counts[str(answer.status)] += 1
                 await answer.read()
@@ -96,13 +110,12 @@ class _Cuts:
                 received += part
         except BrokenError:
             self.cuts += 1
-            await asyncio.sleep(0 if received else _RETRY_S)
             return False
         finally:
             connection.leave()
         return True
 
-    def _judge(self, info: PathInfo, url: str, body: bytes, *, resumed: bool) -> None:
+    def _judge(self, info: PathInfo, url: str, body: bytes, began: float, *, resumed: bool) -> None:
         digest, size = sha256(), 0
 
         def take(data: bytes) -> None:
@@ -117,7 +130,7 @@ class _Cuts:
         kind = "resumed" if resumed else "whole"
         if digest.digest() == info.nar_hash:
             self.outcome.counts[f"{kind} and right"] += 1
-        elif info in self.changed:
+        elif url.endswith(".nar") and self.replaced_at.get(info, 0) >= began:  # others are hashed
             self.outcome.counts["refused by their hash, for the source had changed"] += 1
         else:
             self.outcome.counts["wrong"] += 1
@@ -133,12 +146,12 @@ def _store() -> Iterator[tuple[Path, StoreBuilder, list[PathInfo]]]:
             builder.add(
                 builder.output_path(f"cut-{number}"),
                 {
-                    "random": chance.randbytes(chance.randrange(1000, _FILE)),
-                    "zeros": bytes(chance.randrange(1000, _FILE)),
-                    "small": {f"{each:03}": chance.randbytes(each) for each in range(200)},
+                    "random": chance.randbytes(chance.randrange(size // 2, size)),
+                    "zeros": bytes(chance.randrange(size)),
+                    "small": {f"{each:03}": chance.randbytes(each) for each in range(50)},
                 },
             )
-            for number in range(_PATHS)
+            for number, size in enumerate(_SIZES)
         ]
         yield Path(directory), builder, infos
 
@@ -146,7 +159,9 @@ def _store() -> Iterator[tuple[Path, StoreBuilder, list[PathInfo]]]:
 Disturb = Callable[[Server, StoreBuilder, list[PathInfo], _Cuts, random.Random], Coroutine[None, None, None]]
 
 
-def _attack(arena: Arena, name: str, disturb: Disturb, *, part: float, **options: object) -> None:
+def _attack(
+    arena: Arena, name: str, disturb: Disturb, *, part: float, least_disturbed: int = 0, **options: object
+) -> None:
     wanted = round(arena.form.cuts * part)
     with (
         _store() as (root, builder, infos),
@@ -156,9 +171,14 @@ def _attack(arena: Arena, name: str, disturb: Disturb, *, part: float, **options
         ),
         CuttingProxy(urlsplit(server.url).port or 0, 1, _LARGEST_CUT) as proxy,
     ):
-        cuts = _Cuts(proxy, infos, wanted, outcome)
+        began = time.monotonic()
+        until = began + wanted / _CUTS_PER_S + least_disturbed * _KILL_S
+        cuts = _Cuts(proxy, infos, wanted, least_disturbed, until, outcome)
         asyncio.run(cuts.run(disturb(server, builder, infos, cuts, random.Random(1))))
-        outcome.counts["cuts"] = cuts.cuts
+        outcome.counts.update({"cuts": cuts.cuts, "seconds": round(time.monotonic() - began)})
+        outcome.require(cuts.cuts >= wanted, "too few cuts in that time")
+        outcome.require(cuts.disturbed >= least_disturbed, "too few disturbances in that time")
+        outcome.require(outcome.counts["resumed and right"], "no download was resumed")
 
 
 async def _leave_alone(*_: object) -> None:
@@ -167,12 +187,15 @@ async def _leave_alone(*_: object) -> None:
 
 async def _kill(server: Server, _: object, __: object, cuts: _Cuts, chance: random.Random) -> None:
     while not cuts.over:
-        await asyncio.sleep(chance.uniform(0.2, 1))
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        if cuts.cuts < cuts.wanted * (cuts.disturbed + 1) / (cuts.least_disturbed + 1):
+            continue
         server.process.send_signal(signal.SIGKILL)
         await asyncio.to_thread(server.wait)
         await asyncio.to_thread(restart, server)
         cuts.proxy.port = urlsplit(server.url).port or 0
         cuts.outcome.counts["kill -9"] += 1
+        cuts.disturbed += 1
 
 
 async def _change_sources(
@@ -185,7 +208,7 @@ async def _change_sources(
         kind = chance.choice(["truncated", "grown", "replaced"])
         cuts.outcome.counts[f"sources {kind}"] += 1
         if kind == "replaced":
-            cuts.changed.add(info)
+            cuts.replaced_at[info] = math.inf
         os.chmod(file.parent, 0o755)
         os.chmod(file, 0o644)
         if kind == "truncated":
@@ -202,7 +225,7 @@ async def _change_sources(
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         await asyncio.sleep(chance.uniform(0, 0.05))
         if kind == "replaced":
-            cuts.changed.add(info)
+            cuts.replaced_at[info] = time.monotonic()
 
 
 async def _change_cache(server: Server, _: object, __: object, cuts: _Cuts, chance: random.Random) -> None:
@@ -233,7 +256,7 @@ def network_cuts(arena: Arena) -> None:
 
 
 def kill_cuts(arena: Arena) -> None:
-    _attack(arena, "by kill -9 of the server and the network", _kill, part=0.15)
+    _attack(arena, "by kill -9 of the server and the network", _kill, part=0.15, least_disturbed=arena.form.kills)
 
 
 def source_cuts(arena: Arena) -> None:
@@ -252,8 +275,8 @@ def full_disk_cuts(arena: Arena) -> None:
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
         mount = f"mount -t tmpfs -o size={_SMALL_DISK} tmpfs '{directory}' && exec \"$@\""
         program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
-        options = {"program": program, "cache_dir": Path(directory)}
-        _attack(arena, "with a full disk of 4 MiB for the cache, and the network", _leave_alone, part=0.15, **options)
+        name = f"with a full disk of {_SMALL_DISK} for the cache, and the network"
+        _attack(arena, name, _leave_alone, part=0.15, program=program, cache_dir=Path(directory))
 
 
 ALL = [network_cuts, kill_cuts, source_cuts, cache_cuts, full_disk_cuts]

@@ -28,14 +28,16 @@ class Form:
     """Entries of the directory whose page and listing are asked for."""
     readers: int
     cuts: int
+    kills: int
+    """Of the server, by kill -9."""
     seconds: float
     """Of one attack."""
     quiet_s: float
     """Of the measurement before it."""
 
 
-FULL = Form("full", 500_000, 1_000_000, 100_000, 200, 10_000, 20, 4)
-SHORT = Form("short", 50_000, 100_000, 20_000, 64, 500, 4, 1.5)
+FULL = Form("full", 500_000, 1_000_000, 100_000, readers=200, cuts=10_000, kills=40, seconds=20, quiet_s=4)
+SHORT = Form("short", 50_000, 100_000, 20_000, readers=64, cuts=500, kills=3, seconds=3, quiet_s=1)
 
 
 class AttackedStore:

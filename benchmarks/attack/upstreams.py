@@ -72,11 +72,11 @@ def nonsense(arena: Arena) -> None:
             upstream.behaviours["^/(?!nix-cache-info)"] = behaviour
         settings = "".join(f"[[upstream]]\nurl = '{upstream.url}'\n" for upstream in upstreams)
         name = "upstreams that answer nonsense: " + ", ".join(NONSENSE)
-        with (
-            arena.attacked(name, settings) as (server, outcome),
-            going_on(hammer, server.url, requests, _CLIENTS) as outcome.counts,
-        ):
-            arena.wait()
+        with arena.attacked(name, settings) as (server, outcome):
+            with going_on(hammer, server.url, requests, _CLIENTS) as outcome.counts:
+                arena.wait()
+            for upstream in upstreams:
+                upstream.disconnect()  # idle connections are kept for a minute
         logged = sum(map(len, server.log))
         outcome.counts["bytes of log"] = logged
         outcome.counts["asked of upstreams"] = sum(upstream.asked.total() for upstream in upstreams)

@@ -1,13 +1,14 @@
 """A static binary cache to be an upstream, which can be told to do wrong in every way."""
 
 import re
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from typing import Any, Self
 
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
@@ -76,6 +77,7 @@ class UpstreamServer(ThreadingHTTPServer):
         self.reset()
         self.stop = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        self._connections: set[socket.socket] = set()
 
     def reset(self) -> None:
         """Be an empty cache that does nothing wrong, and was never asked."""
@@ -89,6 +91,20 @@ class UpstreamServer(ThreadingHTTPServer):
         sigs = [key.sign(info.fingerprint("/nix/store")) for key in keys]
         self.files[f"/{info.path.hash_part}.narinfo"] = narinfo.render(info, "/nix/store", nar, sigs).encode()
         self.files[f"/{nar.url}"] = file
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def disconnect(self) -> None:
+        """End all connections, idle ones too."""
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         self._thread.start()
