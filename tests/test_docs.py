@@ -19,9 +19,6 @@ from support.generated import targets
 from support.pages import BLOCKS, PAGES, ROOT, Block, paragraphs, sentences, without_fences
 from support.programs import needs
 
-WRAPPED = {"CONTRIBUTING.md", "docs/explanation/architecture.md"}
-"""Pages whose sentences do not yet have lines of their own."""
-
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -84,7 +81,7 @@ def test_the_place_of_each_document_names_its_kind() -> None:
     assert {name for name in documents if name != "tutorial.md" and not name.startswith(kinds)} == set()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if str(page.relative_to(ROOT)) not in WRAPPED], ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_each_line_is_one_whole_sentence(page: Path) -> None:
     for first, _, lines in paragraphs(without_fences(page).splitlines()):
         assert lines == sentences(" ".join(lines)), f"{page}:{first}"
