@@ -26,12 +26,9 @@ MAX_CODINGS = 5
 
 _MAX_PIECES = 1 << 12
 """How many pieces a small body may make in each step of its decoding, empty ones included: each stream makes one."""
-_MAX_BROTLI_PIECES = 1 << 16
-"""Likewise, of brotli, which makes one of each _BROTLI_INPUT_BYTES, but has one stream."""
 _PIECE_BYTES = 1 << 20  # of output
 _INPUT_BYTES = 4096  # the rest of it is copied for each stream that ends in it
 _ZSTD_INPUT_BYTES = 1024  # a block of 128 KiB may come out of each four bytes
-_BROTLI_INPUT_BYTES = 64  # 16 MiB may come out of each 24 bytes
 _XZ_ALIGNMENT = 4  # bytes, to a multiple of which streams are padded with zeros
 
 
@@ -149,7 +146,9 @@ class _Brotli:
         self.eof = False
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        yield self._stream.process(data)
+        yield self._stream.process(data, output_buffer_limit=_PIECE_BYTES)
+        while not self._stream.is_finished() and (piece := self._stream.process(b"", output_buffer_limit=_PIECE_BYTES)):
+            yield piece
         self.eof = self._stream.is_finished()
 
 
@@ -292,7 +291,7 @@ _FORMATS: dict[str, Callable[[int], Decompressor]] = {
     "bzip2": lambda _: _Members(lambda: _Stepwise(bz2.BZ2Decompressor()), b"BZh"),
     "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b"),
     "zstd": lambda _: _zstd(),
-    "br": lambda _: _Single(_Brotli, _BROTLI_INPUT_BYTES),
+    "br": lambda _: _Single(_Brotli),
     "lzma": lambda memory: _Single(lambda: _xz(lzma.FORMAT_ALONE, memory)),
     "lzip": lambda memory: _Members(lambda: _Lzip(memory), b"LZIP"),
 }
@@ -308,7 +307,6 @@ class _Failures:
     def __init__(self, name: str, inner: Decompressor) -> None:
         self._name = name
         self._inner = inner
-        self.max_pieces = _MAX_BROTLI_PIECES if name == "br" else _MAX_PIECES
 
     @property
     def whole(self) -> bool:
@@ -328,7 +326,7 @@ class _Failures:
 class Decoder:
     """What was encoded several times, in the order of decoding."""
 
-    def __init__(self, steps: list[_Failures]) -> None:
+    def __init__(self, steps: list[Decompressor]) -> None:
         self._steps = steps
         self._empty = True
 
@@ -351,20 +349,20 @@ class Decoder:
         body is wrong.
         """
         for step in self._steps if body else []:
-            body = _joined(step.feed(body), most, step.max_pieces)
+            body = _joined(step.feed(body), most)
             if not step.whole:
                 raise FormatError("it is cut short")
         return body
 
 
-def _joined(pieces: Iterable[bytes], most: int, max_pieces: int) -> bytes:
+def _joined(pieces: Iterable[bytes], most: int) -> bytes:
     whole = bytearray()
     for count, piece in enumerate(pieces, 1):
         whole += piece
         if len(whole) > most:
             raise SizeError(f"it is longer than {most} bytes")
-        if count > max_pieces:
-            raise SizeError(f"it is made of more than {max_pieces} pieces")
+        if count > _MAX_PIECES:
+            raise SizeError(f"it is made of more than {_MAX_PIECES} pieces")
     return bytes(whole)
 
 
@@ -386,7 +384,7 @@ def decoder(codings: Iterable[str]) -> Decoder | None:
     names = [name for name in map(str.lower, codings) if name not in {"", "identity", "none"}]
     if len(names) > MAX_CODINGS:
         raise FormatError(f"its Content-Encoding names {len(names)} codings, where at most {MAX_CODINGS} may be")
-    steps: list[_Failures] = []
+    steps: list[Decompressor] = []
     for name in reversed(names):
         if name == "deflate":
             steps.append(_Failures(name, _Single(_Deflate)))
