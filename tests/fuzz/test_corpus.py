@@ -1,5 +1,6 @@
 """What the fuzzer starts from, what it once found, and what is near that, is taken as it should be."""
 
+import logging
 import random
 from collections.abc import Iterator
 from importlib import import_module
@@ -24,6 +25,13 @@ def _servers_end() -> Iterator[None]:
 @pytest.mark.parametrize(("target", "path"), FILES)
 def test_the_corpus(target: str, path: Path) -> None:
     assert import_module(f"fuzz.targets.{target}").check(path.read_bytes()) == (path.suffix != ".bad")
+
+
+def test_fuzzed_servers_leave_the_logs_of_other_tests_alone(caplog: pytest.LogCaptureFixture) -> None:
+    assert http.check(corpus("http")[0].read_bytes())
+    logging.getLogger("harmonia").error("of another test", exc_info=KeyError())
+    assert caplog.messages == ["of another test"]
+    assert http.check(corpus("http")[0].read_bytes())
 
 
 @pytest.mark.parametrize("target", TARGETS)
