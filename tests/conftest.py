@@ -61,6 +61,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 
 @pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Fail the test that lets SIGPIPE kill this process, instead of a later test that writes to a closed socket."""
+    yield
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN
+
+
+@pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the developer's own gets into a test."""
     prefixes = ("NIX_", "SIGN_KEY", "CONFIG_FILE", "LISTEN_", "NOTIFY_")

@@ -28,7 +28,6 @@ def command() -> None:
     The hash of a tree:           harmonia nar dump tree | sha256sum
     What a download holds:        curl URL | zstd -d | harmonia nar ls -lR -
     """  # noqa: D301 (\b is click's mark of lines to be kept)
-    cli.in_a_pipe()
 
 
 @command.command("dump")
@@ -38,6 +37,7 @@ def dump(path: str) -> None:
 
     It archives the file, directory or symlink at PATH, as `nix-store --dump` does.
     """
+    cli.in_a_pipe()
     if sys.stdout.isatty():
         raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
     if not os.path.lexists(path):
@@ -57,6 +57,7 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
     It lists all of the NAR in FILE, or what is at PATH in it, as `nix nar ls` does. The whole NAR is read and checked;
     its contents are not kept in memory.
     """
+    cli.in_a_pipe()
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
     with _told(file):

@@ -74,14 +74,18 @@ class DaemonServer:
                 self._greet(connection)
                 while connection.recv(4096):
                     pass
-            self._agree(connection)
-            while _numbers(connection, 1) == (11,):  # wopAddTempRoot
-                (size,) = _numbers(connection, 1)
-                root = _exactly(connection, size + -size % 8)[:size].decode()
-                roots.append(root)
-                self.roots.append(root)
-                connection.sendall(self.answer)
+            else:
+                self._talk(connection, roots)
         self.open[:] = [each for each in self.open if each is not roots]
+
+    def _talk(self, connection: socket.socket, roots: list[str]) -> None:
+        self._agree(connection)
+        while _numbers(connection, 1) == (11,):  # wopAddTempRoot
+            (size,) = _numbers(connection, 1)
+            root = _exactly(connection, size + -size % 8)[:size].decode()
+            roots.append(root)
+            self.roots.append(root)
+            connection.sendall(self.answer)
 
     def _agree(self, connection: socket.socket) -> None:
         connection.sendall(number(0x6478696F, self._version))
