@@ -92,6 +92,7 @@ let
     dependencies = [
       python3Packages.aiohttp
       python3Packages.brotli
+      python3Packages.cachetools
       python3Packages.click
       python3Packages.html5tagger
       python3Packages.msgspec

@@ -4,9 +4,11 @@ A layout is found once for all who ask, by a thread of its own few. It goes on w
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, MutableMapping
+from contextlib import suppress
 from typing import ParamSpec
+
+from cachetools import LRUCache
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.fair_executor import FairExecutor
@@ -52,10 +54,8 @@ class Layouts:
     """The layouts of recently used NARs, in at most `limit` bytes of memory. For any thread."""
 
     def __init__(self, limit: int, files: NarCache | None = None) -> None:
-        self._limit = limit
         self.files = files
-        self._used = 0
-        self._known: OrderedDict[str, Layout] = OrderedDict()
+        self._known: MutableMapping[str, Layout] = LRUCache(limit, getsizeof=_cost)
         self._growing: dict[str, Layout] = {}
         self._lock = threading.Lock()
         self._walkers = FairExecutor(_WALKER_THREADS, _WALKER_THREADS_PER_CLIENT, "walk")
@@ -65,8 +65,6 @@ class Layouts:
         with self._lock:
             layout = self._growing.get(key) or self._known.get(key)
             if layout is not None:
-                if key in self._known:
-                    self._known.move_to_end(key)
                 return layout
             layout = self._growing[key] = Layout(root)
         try:
@@ -81,7 +79,7 @@ class Layouts:
         """Drop a layout that is not true any longer. Those who read it go on with it."""
         with self._lock:
             self._growing.pop(key, None)
-            self._drop(key)
+            self._known.pop(key, None)
         if self.files is not None:
             self.files.remove(key)
 
@@ -95,7 +93,8 @@ class Layouts:
             if self._growing.get(key) is layout:  # else it was forgotten meanwhile
                 del self._growing[key]
                 if layout.error is None:
-                    self._remember(key, layout)
+                    with suppress(ValueError):  # it is larger than the whole cache
+                        self._known[key] = layout
 
     def _load(self, key: str, layout: Layout) -> bool:
         """Return whether the layout was kept in a file, whole and undamaged."""
@@ -126,18 +125,6 @@ class Layouts:
         """Return a file to fill; None if the disk does not let us, or if another process fills it."""
         opened = self.files.open_file(key) if self.files is not None else None
         return _File(*opened) if opened is not None and opened[1] is not None else None
-
-    def _remember(self, key: str, layout: Layout) -> None:
-        if _cost(layout) > self._limit:
-            return
-        self._known[key] = layout
-        self._used += _cost(layout)
-        while self._used > self._limit:
-            self._drop(next(iter(self._known)))
-
-    def _drop(self, key: str) -> None:
-        if layout := self._known.pop(key, None):
-            self._used -= _cost(layout)
 
 
 def _done(write: Callable[_P, None], *arguments: _P.args, **named: _P.kwargs) -> bool:

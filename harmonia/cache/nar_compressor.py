@@ -6,14 +6,15 @@ All of these give the same bytes, so that a download may go from one to the next
 import hashlib
 import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, MutableMapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
+
+from cachetools import TTLCache
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
@@ -53,8 +54,8 @@ class Compressor:
         """How often a NAR was found not to be what was registered."""
         self._fills: Counter[bool] = Counter()
         """How many NARs are being compressed into the cache, apart for ours (True) and other encodings."""
-        self._known: dict[bytes, CompressedFile] = {}
-        self._unknown: dict[bytes, float] = {}
+        self._known: dict[bytes, CompressedFile] = {}  # none of cachetools: it is read without the lock
+        self._unknown: MutableMapping[bytes, None] = TTLCache(_MAX_KNOWN_FILES, _UNKNOWN_TTL_S)
         self._damaged: set[str] = set()
         self._lock = threading.Lock()
 
@@ -64,7 +65,7 @@ class Compressor:
 
     def is_certain(self, sha256: bytes) -> bool:
         """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
-        return sha256 in self._known or self._unknown.get(sha256, 0) > time.monotonic() - _UNKNOWN_TTL_S
+        return sha256 in self._known or sha256 in self._unknown
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
         """What is known of it, looked up in the cache if need be."""
@@ -78,9 +79,7 @@ class Compressor:
                 self._remember(sha256, known)
             else:
                 with self._lock:
-                    self._unknown[sha256] = time.monotonic()
-                    if len(self._unknown) > _MAX_KNOWN_FILES:
-                        del self._unknown[next(iter(self._unknown))]
+                    self._unknown[sha256] = None
         return known
 
     def remember(self, sha256: bytes, file: CachedFile) -> None:

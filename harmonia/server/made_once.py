@@ -1,10 +1,13 @@
 """Cache of what is costly to make of a store path: single flight, LRU in memory, and files for what is large."""
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
+
+from cachetools import LRUCache
 
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.fair_executor import FairExecutor
@@ -53,17 +56,14 @@ class MadeOnce:
     """For one event loop. Values take at most `limit` bytes of memory."""
 
     def __init__(self, limit: int, files: NarCache | None) -> None:
-        self._limit = limit
         self._files = files
-        self._used = 0
-        self._values: OrderedDict[Hashable, _Made[Any]] = OrderedDict()
+        self._values: MutableMapping[Hashable, _Made[Any]] = LRUCache(limit, getsizeof=attrgetter("size"))
         self._flights = SingleFlight()
         self._threads = FairExecutor(_THREADS, _THREADS_PER_CLIENT, "make")
 
     async def value(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         """Return what `make` made for that key, in a thread; `size` is how many bytes it takes."""
         if (made := self._values.get(key)) is not None:
-            self._values.move_to_end(key)
             return made.value  # type: ignore[no-any-return]
         return await self._flights.run(key, lambda: self._make(key, client, make, size))
 
@@ -81,12 +81,8 @@ class MadeOnce:
 
     async def _make(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         value = await asyncio.wrap_future(self._threads.submit(client, make))
-        made = _Made(value, size(value))
-        if made.size <= self._limit:
-            self._values[key] = made
-            self._used += made.size
-            while self._used > self._limit:
-                self._used -= self._values.popitem(last=False)[1].size
+        with suppress(ValueError):  # it is larger than the whole cache
+            self._values[key] = _Made(value, size(value))
         return value
 
 

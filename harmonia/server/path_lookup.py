@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from harmonia.errors import StoreObjectError, StoreUnavailableError
 from harmonia.nix import narinfo
@@ -49,7 +50,7 @@ class Paths:
         # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
         self._watch = Database(database, timeout=0)
         self._this_turn: Hashable = None
-        self._known: OrderedDict[str, tuple[Hashable, SignedPath]] = OrderedDict()
+        self._known: MutableMapping[str, tuple[Hashable, SignedPath]] = LRUCache(_MAX_PATHS)
         self._lookups = SingleFlight()
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
@@ -70,7 +71,6 @@ class Paths:
             return None
         seen, known = self._known.get(hash_part, (None, None))
         if known is not None and seen == generation:
-            self._known.move_to_end(hash_part)
             return known if self._closure is None or await self._is_needed(known.info.path) else None
         # A lookup that began before the last change of the database may have missed it, and is not joined.
         query = partial(self._query, hash_part, generation, known)
@@ -87,8 +87,6 @@ class Paths:
             return None
         # The generation was taken before the path was read: a change in between makes the next request look again.
         self._known[hash_part] = generation, found
-        if len(self._known) > _MAX_PATHS:
-            self._known.popitem(last=False)
         return found
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:

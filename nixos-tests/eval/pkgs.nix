@@ -49,6 +49,7 @@ let
     "aiohttp"
     "brotli"
     "build"
+    "cachetools"
     "click"
     "h11"
     "hatchling"

@@ -2,8 +2,9 @@
 
 import ipaddress
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+
+from cachetools import LRUCache
 
 _MINUTE_S = 60.0
 _MAX_CLIENTS = 4096  # clients; some 200 bytes each
@@ -20,19 +21,17 @@ class Rate:
         """`per_minute` is more than 0."""
         self._interval = _MINUTE_S / per_minute
         self._clock = clock
-        self._empty_at: OrderedDict[str, float] = OrderedDict()
+        self._empty_at: MutableMapping[str, float] = LRUCache(_MAX_CLIENTS)
 
     def wait(self, client: str) -> float:
         """0 where it may happen now, which is counted; else the seconds until it may, and nothing is counted."""
         client = network(client)
         now = self._clock()
-        empty_at = max(self._empty_at.pop(client, now), now) + self._interval
+        empty_at = max(self._empty_at.get(client, now), now) + self._interval
         wait = empty_at - now - _MINUTE_S
         # Sums of fractions: less than a hundredth of an interval too late is in time.
         allowed = wait < self._interval / 100
         self._empty_at[client] = empty_at if allowed else empty_at - self._interval
-        if len(self._empty_at) > _MAX_CLIENTS:
-            self._empty_at.popitem(last=False)
         return 0.0 if allowed else wait
 
 

@@ -6,10 +6,12 @@ HTTP is decided twice.
 """
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from operator import attrgetter
 
+from cachetools import FIFOCache
 from sanic import Request
 from sanic.exceptions import NotFound
 
@@ -42,19 +44,15 @@ class _CachedResponse:
     route: RouteCounters
     status: int
     sent: int
-
-    @property
-    def memory_bytes(self) -> int:
-        return len(self.before) + len(self.after)
+    memory_bytes: int
+    """Bytes, with the head that it answers."""
 
 
 class ResponseCache:
     """The responses of a worker, in at most `limit` bytes: the latest."""
 
     def __init__(self, limit: int = _MAX_BYTES) -> None:
-        self._limit = limit
-        self._memory_bytes = 0
-        self._answers: OrderedDict[bytes, _CachedResponse] = OrderedDict()
+        self._answers: MutableMapping[bytes, _CachedResponse] = FIFOCache(limit, getsizeof=attrgetter("memory_bytes"))
 
     def cached_response(self, head: bytes) -> bytes | None:
         """Return the response to a request of these bytes, and count it; None if it must be made."""
@@ -63,7 +61,7 @@ class ResponseCache:
         if answer is None:
             return None
         if not answer.still_valid():
-            self._forget(head)
+            del self._answers[head]
             return None
         answer.route.count(answer.status, answer.sent, time.perf_counter() - began, None)
         return b"%b%b%b" % (answer.before, date().encode(), answer.after)
@@ -78,14 +76,8 @@ class ResponseCache:
             return
         before, separator, after = sent.partition(b"\r\ndate: ")
         size = 0 if request.method == "HEAD" else len(http.response.body or b"")
-        answer = _CachedResponse(before + separator, after[len(date()) :], *told, http.response.status, size)
         head = request.head + b"\r\n\r\n"
-        self._forget(head)
-        self._answers[head] = answer
-        self._memory_bytes += len(head) + answer.memory_bytes
-        while self._memory_bytes > self._limit:
-            self._forget(next(iter(self._answers)))
-
-    def _forget(self, head: bytes) -> None:
-        if answer := self._answers.pop(head, None):
-            self._memory_bytes -= len(head) + answer.memory_bytes
+        memory = len(head) + len(sent)
+        answer = _CachedResponse(before + separator, after[len(date()) :], *told, http.response.status, size, memory)
+        with suppress(ValueError):  # it is larger than the whole cache
+            self._answers[head] = answer
