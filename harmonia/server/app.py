@@ -69,7 +69,14 @@ def _app(
         handler = _handler(route, guard)
         strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
         endpoint = _endpoint(context, handler, context.metrics.own.routes[route.metric])
-        app.add_route(endpoint, route.uri, methods=("GET", "HEAD"), name=route.metric, strict_slashes=strict)
+        app.add_route(
+            endpoint,
+            route.uri,
+            methods=("GET", "HEAD"),
+            name=route.metric,
+            strict_slashes=strict,
+            error_format="text",  # of no use, because `failed` answers; Sanic would parse our source to guess one
+        )
     unknown = context.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
