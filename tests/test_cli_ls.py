@@ -16,7 +16,7 @@ from harmonia.store import file_reader, tree_reader
 from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import HARMONIA, run
+from support.running import HARMONIA, run, run_binary
 
 TREE: Tree = {
     "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},
@@ -60,8 +60,7 @@ def archive(store: StoreBuilder, tree: PathInfo, tmp_path_factory: pytest.TempPa
 
 
 def harmonia(*arguments: str, config: str = "", stdin: bytes = b"") -> bytes:
-    command = [*HARMONIA, *(["--config", config] if config else []), *arguments]
-    done = subprocess.run(command, capture_output=True, input=stdin, timeout=60, check=False)
+    done = run_binary(*(["--config", config] if config else []), *arguments, stdin=stdin)
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout
 

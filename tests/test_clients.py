@@ -167,7 +167,7 @@ def test_their_machine_is_gone(start: Start, sample: Sample, networks: tuple[str
     with network(servers), ExitStack() as stack:
         for name, value in {"tcp_keepalive_probes": 2, "tcp_retries2": 3}.items():
             Path("/proc/sys/net/ipv4", name).write_text(str(value))
-        server = start(store=sample.root, bind="0.0.0.0:0", program=quick)
+        server = start(store=sample.root, bind="0.0.0.0:0", program=["env", *quick])  # in our network
         with unscathed(server, sample.small, sample.big):
             for request in (b"", REQUEST[:-3], REQUEST, ask(sample.big)):
                 for _ in range(10):

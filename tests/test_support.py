@@ -34,16 +34,21 @@ def test_no_test_file_or_conftest_is_imported() -> None:
     ],
 )
 def test_a_patch_of_a_missing_name_fails(statements: str) -> None:
-    done = subprocess.run([*patched(statements), "--version"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "AttributeError" in done.stderr
-    assert "_no_such_" in done.stderr.lower()
+    with popen([*patched(statements), "--version"], env=os.environ, stderr=subprocess.PIPE, text=True) as process:
+        _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert "AttributeError" in stderr
+    assert "_no_such_" in stderr.lower()
 
 
-def test_a_patch_of_an_existing_name_changes_the_program() -> None:
+@pytest.mark.parametrize("is_preloaded", [True, False])
+def test_a_patch_of_an_existing_name_changes_the_program(*, is_preloaded: bool) -> None:
     command = [*patched("from harmonia.cli import main; main.help = 'another help'"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, "another help" in done.stdout) == (0, True)
+    program = command if is_preloaded else ["env", *command]
+    with popen(program, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
+        stdout, _ = process.communicate()
+    assert (process.returncode, "another help" in stdout) == (0, True)
+    assert (type(process) is not subprocess.Popen) == is_preloaded
 
 
 def test_skipped_tests_are_summed_up_in_one_line() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from support.nix_client import Client
-from support.running import HARMONIA
+from support.running import HARMONIA, run_binary
 
 _TREE = """
 derivation {
@@ -31,8 +31,9 @@ def tree(client: Client) -> str:
 def harmonia(client: Client, *arguments: str, stdin: bytes = b"") -> bytes:
     config = client.shared / "tools.toml"
     config.write_text(f"real_nix_store = '{client.store_dir}'\nnix_db_path = '{client.db_path}'\n")
-    command = [*HARMONIA, "--config", str(config), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=60).stdout
+    done = run_binary("--config", str(config), *arguments, stdin=stdin)
+    done.check_returncode()
+    return done.stdout
 
 
 def test_ls_and_cat(client: Client, tree: str) -> None:

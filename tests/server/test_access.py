@@ -183,7 +183,7 @@ def test_a_fault_of_ours_tells_no_secret(start: Start, stocked: tuple[Path, dict
     key = SecretKey.generate("test-1")
     (tmp_path / "key").write_text(key.export())
     settings = f"tokens_path = '{stocked[0]}/tokens'\nsign_key_paths = ['{tmp_path}/key']\nlog_level = 'debug'"
-    server = start(store=stocked[0] / "store", settings=settings, program=patched(CRASH))
+    server = start(store=stocked[0] / "store", settings=settings, program=["env", *patched(CRASH)])
     answer = server.get("/nix-cache-info", bearer("read"))
     assert (answer.status, answer.text) == (500, "Internal Server Error\n")
     server.stop()

@@ -24,10 +24,16 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from sanic.touchup import TouchUp
+from sanic.touchup.schemes import base
 
 import harmonia
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
+PATCHED = [sys.executable, "-c"]
+"""What is followed by a program that changes Harmonia, then runs it."""
 NOT_PRELOADED = ["env", *HARMONIA]
 """The same in a process that imports all for itself."""
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_")
@@ -36,10 +42,11 @@ _MESSAGE_MAX_BYTES = 1 << 18
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def popen(command: Sequence[str], *, env: Mapping[str, str], **options: object) -> subprocess.Popen[str]:
+def popen(command: Sequence[str], *, env: Mapping[str, str], **options: object) -> subprocess.Popen[Any]:
     """Start a command: by the fork server if the command is Harmonia and no option needs a new program."""
-    simple = options.keys() <= {"cwd", "start_new_session", "stdout", "stderr", "text"}
-    if simple and list(command[:3]) == HARMONIA and _at_start(env) == _at_start(_ENVIRONMENT):
+    simple = options.keys() <= {"cwd", "start_new_session", "stdin", "stdout", "stderr", "text"}
+    ours = list(command[:3]) == HARMONIA or list(command[:2]) == PATCHED
+    if simple and ours and _at_start(env) == _at_start(_ENVIRONMENT):
         return _Forked(command, env=env, **options)  # type: ignore[call-overload, no-any-return]
     return subprocess.Popen(command, env=env, **options)  # type: ignore[call-overload, no-any-return]
 
@@ -99,13 +106,14 @@ def _adopt_orphans(*, yes: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-class _Forked(subprocess.Popen[str]):
+class _Forked(subprocess.Popen[Any]):
     """A process that the fork server starts; the pipes and the waiting are those of `subprocess`."""
 
     def _execute_child(self, *arguments: object) -> None:
         execute = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
         given = execute.bind(self, *arguments).arguments
         request = {
+            "program": given["args"][1:3],
             "arguments": given["args"][3:],
             "environment": dict(given["env"]),
             "directory": str(given["cwd"] or os.getcwd()),
@@ -118,11 +126,12 @@ class _Forked(subprocess.Popen[str]):
         self._close_pipe_fds(*[given[name] for name in pipes])  # type: ignore[attr-defined]
 
 
-def _serve(connection: socket.socket) -> bool:
-    """Fork for each request until the other end closes. Return True in each fork, and False at the end."""
+def _serve(connection: socket.socket) -> list[str] | None:
+    """Fork for each request until the other end closes. Return the program in each fork, and None at the end."""
     for module in pkgutil.walk_packages(harmonia.__path__, "harmonia."):
         if module.name != "harmonia.__main__":
             import_module(module.name)
+    _remember_sources()
     assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
     gc.collect()
     gc.freeze()  # else each fork copies and frees all of this memory when it ends
@@ -130,15 +139,16 @@ def _serve(connection: socket.socket) -> bool:
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_MAX_BYTES, 3)
         if not message:
-            return False
+            return None
         reading, writing = os.pipe()
         parent = os.fork()
         if parent == 0:
             pid = os.fork()
             if pid == 0:
                 connection.close()
-                _become(json.loads(message), descriptors)
-                return True
+                request = json.loads(message)
+                _become(request, descriptors)
+                return request["program"]  # type: ignore[no-any-return]
             os.write(writing, b"%d" % pid)
             os._exit(0)
         os.close(writing)
@@ -147,6 +157,14 @@ def _serve(connection: socket.socket) -> bool:
             connection.send(pipe.read())  # to its end, which is when the fork has become a new process
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _remember_sources() -> None:
+    """Read the functions that Sanic compiles again at each start, so that no fork has to read them."""
+    source = cache(inspect.getsource)
+    patch.object(base, "getsource", source).start()
+    for target, name in TouchUp._registry:  # noqa: SLF001
+        source(getattr(target, name))
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
@@ -160,10 +178,33 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
-    sys.argv[1:] = request["arguments"]
+    sys.argv[:] = ["-c", *request["arguments"]]
     sys.path[0] = request["directory"]
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
 
 
-if __name__ == "__main__" and _serve(socket.socket(fileno=int(sys.argv[1]))):
-    runpy.run_module("harmonia", run_name="__main__", alter_sys=True)
+def _run(program: Sequence[str]) -> None:
+    """Run a program as `python` does, and end this process."""
+    try:
+        match program:
+            case ["-m", module]:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            case ["-c", text]:
+                exec(text, {"__name__": "__main__"})
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        status = end.code or 0
+    else:
+        status = 0
+    # What Python does at the end, but to free memory: that takes most of the time of a short program, because the
+    # memory is shared with the fork server, and is copied before it is freed.
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
+    atexit._run_exitfuncs()  # noqa: SLF001
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__" and (_program := _serve(socket.socket(fileno=int(sys.argv[1])))):
+    _run(_program)

@@ -8,14 +8,13 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 import zstandard
@@ -207,7 +206,7 @@ class Sample:
     big: PathInfo
 
     @classmethod
-    def make(cls, root: Path, size: int = 64 << 20) -> "Sample":
+    def make(cls, root: Path, size: int = 24 << 20) -> "Sample":
         store = StoreBuilder(root)
         big = store.add(store.output_path("big"), Sparse(size))
         return cls(root, store.add_text("small", b"small\n"), big)
@@ -275,7 +274,7 @@ def patched(statements: str) -> list[str]:
 
     It patches what no setting changes: constants of minutes, failures that never come when called.
     """
-    return [sys.executable, "-c", f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
+    return [*preloaded.PATCHED, f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
 
 
 def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
@@ -329,13 +328,27 @@ def read_answer(connection: socket.socket, method: str = "GET") -> Answer:
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The command line, run to its end."""
+    return _run(arguments, environment, text=True)
+
+
+def run_binary(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The same, with bytes for its input and its output."""
+    return _run(arguments, stdin=subprocess.PIPE, input_=stdin)
+
+
+def _run(
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    input_: bytes | None = None,
+    **options: object,
+) -> subprocess.CompletedProcess[Any]:
     command = [*HARMONIA, *arguments]
-    environment = {**os.environ, **(environment or {})}
+    pipe = subprocess.PIPE
     with preloaded.popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env={**os.environ, **(environment or {})}, stdout=pipe, stderr=pipe, **options
     ) as process:
         try:
-            stdout, stderr = process.communicate(timeout=PATIENCE_S)
+            stdout, stderr = process.communicate(input_, timeout=PATIENCE_S)
         finally:
             process.kill()
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
