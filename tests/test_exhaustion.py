@@ -134,8 +134,9 @@ def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(start: Start,
         wait_until(lambda: server.workers not in ([], [worker]))
 
 
-def test_memory_that_is_refused(start: Start, sample: Sample) -> None:
+def test_memory_that_is_refused(start: Start, tmp_path: Path) -> None:
     """What was asked for fails, the worker does not."""
+    sample = Sample.make(tmp_path / "store", 64 << 20)
     server = start(store=sample.root, settings="zstd.window_log = 26")  # frames of 64 MiB
     (worker,) = server.workers
     no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

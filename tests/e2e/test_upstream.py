@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,22 @@ from support.nix_client import Client
 from support.running import Server, wait_until
 
 Start = Callable[..., Server]
+Static = Callable[[str], Path]
 
 MEBIBYTE = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def static(closure: Closure, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a static cache of the closure in a compression, made once: read it, never change it."""
+
+    @cache
+    def make(compression: str) -> Path:
+        directory = tmp_path_factory.mktemp("static") / compression
+        push(closure, closure.top, compression, directory)
+        return directory
+
+    return make
 
 
 def push(closure: Closure, path: str, compression: str, directory: Path) -> None:
@@ -50,15 +65,21 @@ def fetch(client: Client, url: str, public_key: str, path: str) -> None:
 @pytest.mark.parametrize("mode", ["proxy", "redirect"])
 @pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
 def test_a_static_cache_behind_us(
-    start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path, *, compression: str, mode: str
+    start: Start,
+    make_client: Callable[[str], Client],
+    closure: Closure,
+    static: Static,
+    tmp_path: Path,
+    *,
+    compression: str,
+    mode: str,
 ) -> None:
-    push(closure, closure.top, compression, tmp_path / "static")
-    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, log):
+    with nginx(tmp_path / "nginx", f"root {static(compression)};") as (url, log):
         server = serve(start, tmp_path, url, closure.key.public.strip(), f"mode = '{mode}'\n")
         for name in ("one", "two"):
             fetch(make_client(name), server.url, closure.key.public, closure.top)
         listing = f"/{closure.top.removeprefix('/nix/store/')[:32]}.ls"
-        assert server.get(listing).body == (tmp_path / "static" / listing[1:]).read_bytes()
+        assert server.get(listing).body == (static(compression) / listing[1:]).read_bytes()
         asked = [line.split('"')[1] for line in log.read_text().splitlines()]
     nars = [line for line in asked if line.startswith("GET /nar/")]
     # Once for both clients, and for paths that are alike.
@@ -66,14 +87,13 @@ def test_a_static_cache_behind_us(
 
 
 def test_a_closure_is_substituted_after_a_restart_without_the_upstream(
-    start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path
+    start: Start, make_client: Callable[[str], Client], closure: Closure, static: Static, tmp_path: Path
 ) -> None:
-    push(closure, closure.top, "xz", tmp_path / "static")
     key = closure.key.public.strip()
-    with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
+    with nginx(tmp_path / "nginx", f"root {static('xz')};") as (url, _):
         server = serve(start, tmp_path, url, key)
         fetch(make_client("one"), server.url, closure.key.public, closure.top)
-        paths = len(list((tmp_path / "static").glob("*.narinfo")))
+        paths = len(list(static("xz").glob("*.narinfo")))
         wait_until(lambda: len(list((server.cache_dir / "narinfo").iterdir())) == paths)
         server.stop()
     entry = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{key}']\n"

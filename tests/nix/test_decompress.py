@@ -162,14 +162,14 @@ def test_garbage_is_an_error(compression: str) -> None:
 
 @pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
 def test_a_bomb_takes_little_memory(compression: str) -> None:
-    size = 256 << 20 if compression == "zstd" else 64 << 20
+    size = {"zstd": 256 << 20, "br": 64 << 20}.get(compression, 16 << 20)  # much more than the windows of each
     pack = partial(brotli.compress, quality=5) if compression == "br" else PACK[compression]
     bomb = pack(bytes(size))
     tracemalloc.start()
     assert sum(map(len, decompressor(compression).feed(bomb))) == size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 70 << 20
+    assert peak < min(size * 3 // 4, 48 << 20)
 
 
 def test_a_huge_window_is_told_from_damage() -> None:

@@ -157,7 +157,7 @@ def test_what_changed_on_disk_before_the_walk_is_404(
 def test_what_changes_during_the_transfer_breaks_it(
     start: Start, store: StoreBuilder, tmp_path: Path, change: Callable[[bytes], None]
 ) -> None:
-    path = store.add(store.output_path("changed"), {"0": Sparse(1 << 30), "1": b"y" * 1000})
+    path = store.add(store.output_path("changed"), {"0": Sparse(64 << 20), "1": b"y" * 1000})
     server = start(store=tmp_path / "store")
     where = url(server, path.path.hash_part)
     root = store.real_path(path.path)

@@ -49,7 +49,7 @@ class Remote:
 _numbers = count()
 
 
-def make_path(directory: Path, size: int = 1 << 20, compression: str = "xz") -> Remote:
+def make_path(directory: Path, size: int = 1 << 18, compression: str = "xz") -> Remote:
     """Another one each time, for the server remembers what it was told of the last."""
     store = StoreBuilder(directory)
     name = f"there-{next(_numbers)}"
