@@ -4,7 +4,7 @@ BIN := .venv/bin
 # How long `make fuzz` looks.
 SECONDS ?= 60
 
-.PHONY: serve demo test quick check format test-versions docs fuzz audit bench soak attack vm-test clean help
+.PHONY: serve demo test test-slow quick check format test-versions docs fuzz audit bench soak attack vm-test clean help
 
 # Where it listens, like :8080 or 127.0.0.1:8080: port 5000 of all addresses.
 BIND ?=
@@ -18,6 +18,9 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 
 test: check  ## Check the code, then run all tests that can run here
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+test-slow: .venv/ready  ## Run the slow tests, which `make test` skips
+	$(BIN)/pytest --slow -m slow
 
 # Tests that need no programs, no privileges and few servers.
 QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \

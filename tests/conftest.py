@@ -26,8 +26,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked as slow, too")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test if what its marker says that it needs is missing."""
+    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
+        pytest.skip("slow: make test-slow")
     if item.get_closest_marker("nix"):
         require("nix-store")
     if item.get_closest_marker("root"):

@@ -156,6 +156,7 @@ def fields(narinfo: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow  # test_size_of_a_nar_beyond_4_gib and test_slow_downloads_take_little_memory_each check parts of it
 @pytest.mark.parametrize("nix", [pytest.param(NIXES[0], id="host", marks=pytest.mark.nix)], indirect=True)
 def test_five_gibibytes_pass_through_little_memory(
     start: Start, client: Client, closure: Closure, sparse_path: str

@@ -50,8 +50,9 @@ def test_it_tells_every_route_and_no_other() -> None:
 
 
 @pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis, which makes the requests")
+@pytest.mark.parametrize("phases", ["examples,fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
 def test_no_request_makes_the_server_break_it(
-    start: Callable[..., Server], store: StoreBuilder, tmp_path: Path
+    start: Callable[..., Server], store: StoreBuilder, tmp_path: Path, phases: str
 ) -> None:
     """schemathesis makes requests of the document, right and wrong ones, also in methods that are not there."""
     info = store.add(store.output_path("tree"), {"big": BIG, "directory": {"file": b"text"}})
@@ -64,7 +65,7 @@ def test_no_request_makes_the_server_break_it(
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance"
     checks += ",response_schema_conformance,unsupported_method"
     command = [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", "--url", server.url]
-    command += ["--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "8"]
+    command += ["--phases", phases, "--generation-deterministic", "--max-examples", "3"]
     command += ["--checks", checks, "--no-color"]
     found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
