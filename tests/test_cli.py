@@ -268,8 +268,14 @@ class TestKeygen:
         (["-p8080"], "No such option '-p'; use --bind ADDRESS, for example --bind :8080"),
         (["serve", "--host=::"], "No such option '--host'; use --bind ADDRESS, for example --bind :8080"),
         (["top", "--port", "80"], "No such option '--port'; see harmonia top --help"),
-        (["serve", "--priority=50"], "No such option '--priority'; priority is a setting, for the file of --config; .*"),
-        (["--cache-size", "5G"], "No such option '--cache-size'; cache_size is a setting, for the file of --config; .*"),
+        (
+            ["serve", "--priority=50"],
+            "No such option '--priority'; priority is a setting, for the file of --config; .*",
+        ),
+        (
+            ["--cache-size", "5G"],
+            "No such option '--cache-size'; cache_size is a setting, for the file of --config; .*",
+        ),
         (["--bind", ":80", "top"], "--bind is for serve, not for top; leave it out; see harmonia --help"),
         (["--bind", "x:y"], "--bind: expected \"host:port\", .*, found 'x:y'"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
