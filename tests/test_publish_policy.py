@@ -12,7 +12,7 @@ from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store import queries
+from harmonia.store import gc_roots, queries
 from harmonia.store.publish_policy import Closure, PublishPolicy
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
@@ -134,6 +134,20 @@ def test_roots_are_store_paths_symlinks_and_directories_of_them(
     assert needed(roots, f"/nix/store/{c}") == "abc"
     (tmp_path / "to-roots").symlink_to(roots)
     assert needed(tmp_path / "to-roots") == "ab"
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / b).touch()
+    assert needed(files) == "ab"
+
+
+@pytest.mark.parametrize(("symlinks", "expected"), [(40, "a"), (41, "")])
+def test_a_root_is_followed_through_as_many_symlinks_as_the_kernel_follows(
+    chain: list[StorePath], needed: Callable[..., str], tmp_path: Path, symlinks: int, expected: str
+) -> None:
+    (tmp_path / "1").symlink_to(f"/nix/store/{chain[0]}")
+    for number in range(2, symlinks + 1):
+        (tmp_path / str(number)).symlink_to(str(number - 1))
+    assert needed(tmp_path / str(symlinks)) == expected
 
 
 def test_what_is_no_root_lets_nothing_out(
@@ -148,12 +162,14 @@ def test_what_is_no_root_lets_nothing_out(
     (roots / "up").symlink_to(".")
     (roots / "broken").symlink_to("nothing")
     (roots / "file").write_text(f"/nix/store/{chain[0]}")
+    (tmp_path / "beside" / chain[0]).touch()
+    (roots / "to-file").symlink_to(tmp_path / "beside" / chain[0])
     (roots / "gone").symlink_to(f"/nix/store/{'0' * 32}-gone")
     (roots / "no-path").symlink_to("/nix/store/.links")
     (roots / "elsewhere").symlink_to("/proc/self/fd")
     assert needed(roots) == ""
     assert needed(tmp_path / "none") == ""
-    assert f"there is no '{tmp_path}/none' any more" in caplog.text
+    assert f"'{tmp_path}/none' does not exist" in caplog.text
     assert len(caplog.records) == 3
 
 
@@ -183,24 +199,24 @@ def test_a_root_that_becomes_valid_later_is_noticed(store: StoreBuilder) -> None
     assert path in closure
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, method: str, seconds: float = 0) -> list[float]:
-    """When a method of closures is called, which then takes that long."""
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: float = 0) -> list[float]:
+    """When a function of that owner is called, which then takes that long."""
     calls: list[float] = []
-    original = getattr(Closure, method)
+    original = getattr(owner, name)
 
     def call(*arguments: object) -> object:
         calls.append(time.monotonic())
         time.sleep(seconds)
         return original(*arguments)
 
-    monkeypatch.setattr(Closure, method, call)
+    monkeypatch.setattr(owner, name, call)
     return calls
 
 
 def test_it_is_not_found_anew_without_need(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = counted(monkeypatch, "_find")
+    found = counted(monkeypatch, Closure, "_find")
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     for number in range(5):
         anew(closure)
@@ -213,7 +229,7 @@ def test_no_more_than_a_part_of_the_time_is_spent_on_it(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closure = Closure(opened(store), [f"/nix/store/{chain[0]}"])
-    looked = counted(monkeypatch, "_found", 0.02)
+    looked = counted(monkeypatch, gc_roots, "find", 0.02)
     until = time.monotonic() + 1
     while time.monotonic() < until:
         closure.refresh()

@@ -1,15 +1,17 @@
 """Which store paths are meant: by what is typed, by references, by the roots of the garbage collector."""
 
+import logging
 import os
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from harmonia.errors import FormatError, InvalidPathError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.store import queries
+from harmonia.store.gc_roots import NIX_MAX_SYMLINKS, find, follow
 from harmonia.store.store import Store
 
-_MAX_SYMLINKS = 40  # symlinks on the way, as in Linux (path_resolution(7))
+_log = logging.getLogger("harmonia")
 
 
 def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
@@ -28,71 +30,33 @@ def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
 
 
 def _in_store(store: Store, text: str) -> str | None:
-    """The path below the store directory that `text` names, after symlinks on the way there, or None."""
-    path = os.path.abspath(text)
-    for _ in range(_MAX_SYMLINKS):
-        for directory in (store.store_dir, store.real_dir):
-            if path.startswith(directory + "/"):
-                return path[len(directory) + 1 :]
-        parts = path.split("/")
-        prefixes = (("/".join(parts[:end]), parts[end:]) for end in range(2, len(parts) + 1))
-        link, rest = next(((prefix, rest) for prefix, rest in prefixes if os.path.islink(prefix)), (None, []))
-        if link is None:
-            return None
-        path = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link), *rest))
-    return None
+    """Return the path in the store directory that `text` names, after symlinks on the way there, or None."""
+    try:
+        return follow(store, os.path.abspath(text), parents=True)[0]
+    except FormatError:
+        return None
 
 
 def closure(store: Store, paths: Iterable[StorePath]) -> list[StorePath]:
-    """The paths and all that they refer to, in turn. InvalidPathError where one of them is not valid."""
-    found = dict.fromkeys(paths)
-    waiting = list(found)
-    while waiting:
-        path = waiting.pop()
-        info = store.path_info(path.hash_part)
-        if info is None or info.path != path:
-            raise InvalidPathError(f"{store.store_dir}/{path} is no valid path")
-        new = [reference for reference in info.references if reference not in found]
-        found.update(dict.fromkeys(new))
-        waiting += new
-    return list(found)
+    """Return the paths and all that they refer to, in turn. Raises InvalidPathError if one of them is not valid."""
+    given = set(paths)
+    found = queries.closure_paths(store, given)
+    for path in given.difference(found):
+        raise InvalidPathError(f"{store.store_dir}/{path} is no valid path")
+    return found
 
 
 def gc_roots(store: Store, state_dir: str) -> list[StorePath]:
-    """The valid paths that the roots in Nix's state directory keep: profiles, and results of builds.
-
-    Nix `src/libstore/gc.cc`, `findRoots`: a root is a symlink into the store, or to such a symlink, or a file that is
-    called like the path. OSError where they cannot be read.
-    """
-    targets = [target for name in ("gcroots", "profiles") for target in _roots(os.path.join(state_dir, name))]
-    found: dict[StorePath, None] = {}
-    for target in targets:
-        for directory in (store.store_dir, store.real_dir):
-            if target.startswith(directory + "/"):
-                target = target[len(directory) + 1 :]  # noqa: PLW2901 (the same without its directory)
-        try:
-            path = StorePath(target.partition("/")[0])
-        except FormatError:
-            continue
-        info = store.path_info(path.hash_part)
-        if info is not None and info.path == path:
-            found[path] = None
-    return list(found)
+    """Return the valid paths that the roots in Nix's state directory keep: profiles, and results of builds."""
+    directories = [os.path.join(state_dir, name) for name in ("gcroots", "profiles")]
+    roots = find(store, list(filter(os.path.isdir, directories)), _report, NIX_MAX_SYMLINKS)
+    return [path for path in dict.fromkeys(roots) if _is_valid(store, path)]
 
 
-def _roots(path: str) -> Iterator[str]:
-    """Where the roots at and below `path` lead to."""
-    try:
-        mode = os.lstat(path).st_mode
-        if stat.S_ISDIR(mode):
-            for name in sorted(os.listdir(path)):
-                yield from _roots(os.path.join(path, name))
-        elif stat.S_ISLNK(mode):
-            target = os.path.join(os.path.dirname(path), os.readlink(path))
-            yield target
-            if os.path.islink(target):
-                yield os.path.join(os.path.dirname(target), os.readlink(target))
-        elif stat.S_ISREG(mode):
-            yield os.path.basename(path)
-    except FileNotFoundError:
-        pass  # removed just now
+def _is_valid(store: Store, path: StorePath) -> bool:
+    info = store.path_info(path.hash_part)
+    return info is not None and info.path == path
+
+
+def _report(trouble: str) -> None:
+    _log.warning("GC roots: %s", trouble)

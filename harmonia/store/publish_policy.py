@@ -7,31 +7,21 @@ A path must satisfy each rule that is set: its signers, its name, and whether a 
 import fnmatch
 import json
 import logging
-import os
 import re
-import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from harmonia.config.settings import PublishRules
-from harmonia.errors import FormatError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.store import gc_roots, queries
 from harmonia.store.store import Store
 
-_MAX_SYMLINKS = 16  # symlinks from a root to its store path: a profile has two
-_MAX_ROOTS = 100_000  # entries of the directories with roots
 _CLOSURE_MAX_PATHS = 1_000_000  # paths; some 120 bytes each
 _REFRESH_COST_FACTOR = 10  # of its time, how much of it a closure is being found again
 
 _ROOT_IDS = "select id from ValidPaths where path in (select value from json_each(?)) order by id"
-_NEEDED = """
-with recursive needed(id) as (
-  select value from json_each(?)
-  union select reference from Refs join needed on referrer = needed.id limit ?)
-select substr(path, ?, 32) from needed join ValidPaths using (id)
-"""
 
 _log = logging.getLogger("harmonia")
 
@@ -98,61 +88,23 @@ class Closure:
             # A path that is valid has the same references as long as its row, and so have those that it needs: Nix
             # deletes none that another refers to. So the rows of the roots tell whether anything changed.
             troubles: set[str] = set()
-            paths = json.dumps([f"{self._store.store_dir}/{root}" for root in set(self._found(troubles))])
+            found = set(gc_roots.find(self._store, self._given, troubles.add))
+            paths = json.dumps([f"{self._store.store_dir}/{root}" for root in found])
             for trouble in sorted(troubles - self._troubles):
                 _log.warning("publish.gc_roots: %s", trouble)
             self._troubles = troubles
             roots = [number for (number,) in self._store.database.query(_ROOT_IDS, paths)]
             if roots != self._roots:
-                self._needed = self._find(roots)
+                self._needed = self._find(found)
                 self._roots = roots
             self._looked_at = time.monotonic()
             self._not_before = self._looked_at + _REFRESH_COST_FACTOR * (self._looked_at - began)
 
-    def _find(self, roots: Sequence[int]) -> frozenset[str]:
-        rows = self._store.database.query(
-            _NEEDED, json.dumps(roots), _CLOSURE_MAX_PATHS, len(self._store.store_dir) + 2
-        )
-        if len(rows) == _CLOSURE_MAX_PATHS:
+    def _find(self, roots: Collection[StorePath]) -> frozenset[str]:
+        needed = queries.closure_hash_parts(self._store, roots, _CLOSURE_MAX_PATHS)
+        if len(needed) == _CLOSURE_MAX_PATHS:
             _log.error("publish.gc_roots need more than %d paths; those beyond are not served", _CLOSURE_MAX_PATHS)
-        return frozenset(hash_part for (hash_part,) in rows)
-
-    def _found(self, troubles: set[str]) -> Iterator[StorePath]:
-        """The store paths of the roots. As in Nix's own search (`src/libstore/gc.cc`, `findRoots`), a symlink in a
-        directory may lead to a store path, but to no other directory.
-        """
-        left = _MAX_ROOTS
-        waiting = list(self._given)
-        while waiting and left:
-            left -= 1
-            name = waiting.pop()
-            try:
-                path = self._followed(name)
-                if isinstance(path, StorePath):
-                    yield path
-                elif stat.S_ISDIR(os.lstat(path).st_mode) and (path == name or name in self._given):
-                    with os.scandir(path) as entries:
-                        waiting += (entry.path for entry in entries)
-            except FileNotFoundError:
-                if name in self._given:
-                    troubles.add(f"there is no {name!r} any more")
-            except (OSError, FormatError) as error:
-                troubles.add(f"{name!r} is no root: {getattr(error, 'strerror', None) or error}")
-        if waiting:
-            troubles.add(f"there are more than {_MAX_ROOTS} entries; those beyond are left out")
-
-    def _followed(self, name: str) -> StorePath | str:
-        """The store path that a root leads to; else where it leads on disk. What the store has is not followed on."""
-        inside = tuple(f"{directory}/" for directory in (self._store.store_dir, self._store.real_dir))
-        for _ in range(_MAX_SYMLINKS):
-            name = os.path.normpath(name)
-            for directory in inside:
-                if name.startswith(directory):
-                    return StorePath(name.removeprefix(directory).partition("/")[0])
-            if not os.path.islink(name):
-                return name
-            name = os.path.join(os.path.dirname(name), os.readlink(name))
-        raise FormatError("too many symlinks")
+        return needed
 
 
 def _patterns(patterns: Sequence[str]) -> "re.Pattern[str]":

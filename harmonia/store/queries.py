@@ -3,9 +3,10 @@
 These look at many rows. Each is bounded, and tells when it did not see them all.
 """
 
+import json
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from harmonia.errors import FormatError
 from harmonia.nix.base32 import ALPHABET
@@ -35,13 +36,13 @@ select (select count(*) from referrers), substr(cast(path as text), ?)
 from (select id from referrers limit ?) join ValidPaths using (id)
 """
 
-_CLOSURE_SIZE = """
+_OF_CLOSURE = """
 with recursive closure(id) as (
-  select id from ValidPaths where path = ? union select reference from Refs join closure on referrer = closure.id
-  limit ?)
-select count(*), count(narSize), sum(narSize) from closure join ValidPaths using (id)
+  select id from ValidPaths where path in (select value from json_each(?))
+  union select reference from Refs join closure on referrer = closure.id limit ?)
+select {} from closure join ValidPaths using (id)
 """
-
+_NO_LIMIT = -1
 
 # No index has it. It is only asked if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
@@ -124,9 +125,31 @@ def by_name(path: StorePath) -> tuple[str, str]:
     return path.name, path
 
 
-def closure(store: Store, path: StorePath) -> Closure:
-    [(count, sizes, size)] = store.database.query(_CLOSURE_SIZE, f"{store.store_dir}/{path}", _CLOSURE_MAX_PATHS)
+def closure_size(store: Store, path: StorePath) -> Closure:
+    """Count the path and all that it refers to, in turn."""
+    [(count, sizes, size)] = _of_closure(store, "count(*), count(narSize), sum(narSize)", [path], _CLOSURE_MAX_PATHS)
     return Closure(count, size or 0, complete=count < _CLOSURE_MAX_PATHS and count == sizes)
+
+
+def closure_paths(store: Store, paths: Iterable[StorePath]) -> list[StorePath]:
+    """Return the paths that are valid, and all that they refer to, in turn. Raises FormatError if one has no name."""
+    rows = _of_closure(store, "substr(cast(path as text), ?)", paths, _NO_LIMIT, len(store.store_dir) + 2)
+    return [StorePath(name) for (name,) in rows]
+
+
+def closure_hash_parts(store: Store, paths: Iterable[StorePath], limit: int) -> frozenset[str]:
+    """Return the hash parts of these paths as far as they are valid, and of all that they refer to, in turn."""
+    start = len(store.store_dir) + 2
+    rows = _of_closure(store, "substr(path, ?, ?)", paths, limit, start, HASH_PART_LENGTH)
+    return frozenset(hash_part for (hash_part,) in rows)
+
+
+def _of_closure(
+    store: Store, columns: str, paths: Iterable[StorePath], limit: int, *parameters: object
+) -> list[tuple[Any, ...]]:
+    """Return these columns of the paths that a closure has, at most so many."""
+    named = json.dumps([f"{store.store_dir}/{path}" for path in paths])
+    return store.database.query(_OF_CLOSURE.format(columns), named, limit, *parameters)
 
 
 def _literally(word: str) -> str:

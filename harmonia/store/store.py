@@ -162,6 +162,13 @@ class Store:
         """Where the store object is on disk."""
         return os.fsencode(f"{self.real_dir}/{path}")
 
+    def relative(self, path: str) -> str | None:
+        """Return a path as named in the store directory, or None if it lies elsewhere."""
+        for directory in (self.store_dir, self.real_dir):
+            if path.startswith(f"{directory}/"):
+                return path[len(directory) + 1 :]
+        return None
+
     def path_info(self, hash_part: str) -> PathInfo | None:
         """The valid path with that hash part. StoreObjectError where its row lacks what Nix needs."""
         prefix = f"{self.store_dir}/{hash_part}"

@@ -349,11 +349,11 @@ class TestPath:
 
     def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         store = Store("/nix/store", made.store.real_dir, made.store.db_path)
-        assert queries.closure(store, made.top.path) == (
+        assert queries.closure_size(store, made.top.path) == (
             3, made.top.nar_size + made.app.nar_size + made.lib.nar_size, True
         )  # fmt: skip
         monkeypatch.setattr(queries, "_CLOSURE_MAX_PATHS", 2)
-        assert queries.closure(store, made.top.path).complete is False
+        assert queries.closure_size(store, made.top.path).complete is False
         store.database.close()
 
     def test_a_size_that_is_not_known_is_not_taken_for_none(self, tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ class TestPath:
         old = builder.add(builder.output_path("old"), b"", known_size=False)
         new = builder.add_source("new", b"", [old.path])
         store = Store("/nix/store", builder.real_dir, builder.db_path)
-        assert queries.closure(store, new.path) == (2, new.nar_size, False)
+        assert queries.closure_size(store, new.path) == (2, new.nar_size, False)
         store.database.close()
 
     @pytest.mark.parametrize("hash_part", ["0" * 32, "e" * 32, "x"])

@@ -73,7 +73,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     closure = (
         None
         if context.paths.policy
-        else await context.threads.run_slow_db(lambda store: queries.closure(store, info.path))
+        else await context.threads.run_slow_db(lambda store: queries.closure_size(store, info.path))
     )
     deriver_is_here = (
         info.deriver is not None and await context.paths.lookup_usable_path(info.deriver.hash_part) is not None

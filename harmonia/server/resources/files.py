@@ -26,10 +26,10 @@ from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import directory
 from harmonia.server.resources.nar import found
 from harmonia.store import object_files
+from harmonia.store.gc_roots import MAX_SYMLINKS
 from harmonia.store.object_files import Entry, File
 
-_MAX_SYMLINKS = 40  # symlinks on the way, as in Linux (path_resolution(7))
-_MAX_PATH_BYTES = 4096  # bytes, likewise
+_MAX_PATH_BYTES = 4096  # bytes, as in Linux (path_resolution(7))
 
 # A page from the store may hold anybody's script, and must not act as this cache: read with the rights of who looks at
 # it, be it by a cookie of the proxy in front or by the network that it is in. In a sandbox its origin is no other's
@@ -70,7 +70,7 @@ async def get(context: ServerContext, request: Request, where: str) -> Represent
 async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes]) -> Entry:
     """What is at `names` in that store path, by way of symlinks. NotFound also where these lead elsewhere."""
     parts = [os.fsencode(info.path), *names]
-    for _ in range(_MAX_SYMLINKS + 1):
+    for _ in range(MAX_SYMLINKS + 1):
         if sum(map(len, parts)) + len(parts) > _MAX_PATH_BYTES:
             break
         if parts[0] != os.fsencode(info.path):

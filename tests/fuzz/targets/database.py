@@ -43,7 +43,7 @@ def _is_used(store: Store, hash_part: str) -> bool:
         queries.search(store, "name", 10)
         queries.referrers(store, info.path, 10)
         queries.outputs(store, info.path)
-        queries.closure(store, info.path)
+        queries.closure_size(store, info.path)
     except (StoreObjectError, StoreUnavailableError):
         return False
     return True
