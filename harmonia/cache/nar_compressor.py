@@ -258,7 +258,8 @@ class CompressedNar:
             if file.whole or file.size > position:
                 break
             until = min(index.frame_end(position), end)
-            position = yield from self._compressor.encoder.stream(self._source, position, until, self._encoding, index)
+            reached = yield from self._compressor.encoder.stream(self._source, position, until, self._encoding, index)
+            position = min(reached, until)  # the last frame of a range may be longer than what is asked of it
         return position
 
     def _open(self) -> CachedFile | None:
