@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from harmonia.cache.growing_file import GROWING, CachedFile, Filler
+from harmonia.config.settings import Settings
 
 _SPARE_BYTES = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
 _DEFAULT_MAX_BYTES = 20 << 30  # bytes
@@ -250,6 +251,21 @@ def _sweep(directory: str) -> None:
 
 def _nothing() -> None:
     pass
+
+
+def open_cache(
+    settings: Settings, name: str, what: str, max_bytes: int | None = None, level: int = logging.DEBUG
+) -> NarCache | None:
+    """Return the cache in the folder `name` of `cache_dir`, or None if the folder cannot be written.
+
+    In that case, log at this `level` that `what` cannot be kept.
+    """
+    limits = [limit for limit in (settings.cache_bytes, max_bytes) if limit is not None]
+    try:
+        return NarCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None))
+    except OSError as error:
+        _log.log(level, "cannot keep %s: %s: %s", what, error.filename, error.strerror)
+        return None
 
 
 def _make_private(directory: str) -> None:

@@ -1,7 +1,5 @@
 """Index of a compressed file: size and digest of each frame. It outlives the file, whose frames can be made again."""
 
-import logging
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Self
 
 import xxhash
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import NarCache, open_cache
 from harmonia.config.settings import Settings
 from harmonia.errors import StoreObjectError
 
@@ -18,8 +16,6 @@ _FILES_BYTES = 64 << 20
 """Of disk for all indexes: each takes 4 KiB, or 16 bytes for each frame of 8 MiB if that is more."""
 _HASH_BYTES = 32
 _FRAME = struct.Struct("<Q8s")
-
-_log = logging.getLogger("harmonia")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +55,4 @@ def frame_entry(frame: bytes) -> tuple[int, bytes]:
 
 def index_files(settings: Settings) -> NarCache | None:
     """Return the files of the indexes in `cache_dir`, or None if they cannot be kept."""
-    limit = _FILES_BYTES if settings.cache_bytes is None else min(settings.cache_bytes, _FILES_BYTES)
-    try:
-        return NarCache(os.path.join(str(settings.cache_dir), "frames"), limit)
-    except OSError as error:
-        _log.debug("frame indexes of compressed NARs are not kept: %s: %s", error.filename, error.strerror)
-        return None
+    return open_cache(settings, "frames", "frame indexes of compressed NARs", _FILES_BYTES)

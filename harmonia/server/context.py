@@ -12,7 +12,7 @@ from typing import Protocol
 from sanic import Request
 
 from harmonia.cache import zstd
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import NarCache, open_cache
 from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
@@ -38,12 +38,7 @@ from harmonia.upstream.loop_guard import new_pseudonym
 _LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
 _LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
 _MADE_MEMORY_BYTES = 8 * 1024 * 1024  # bytes for pages of directories and short listings
-_TEMP_ROOT_MIN_BYTES = (
-    1 << 20
-)  # bytes of a NAR from which on its path is kept while it is sent: what is shorter is read at once
-
-
-_log = logging.getLogger("harmonia")
+_TEMP_ROOT_MIN_BYTES = 1 << 20  # bytes of a NAR: the path of a larger one is kept while it is sent
 
 
 class Fallback(Protocol):
@@ -85,20 +80,7 @@ class _Streamed:
 def _nar_cache(settings: Settings) -> NarCache | None:
     if not (settings.enable_compression or settings.upstream):
         return None
-    try:
-        return NarCache(os.path.join(str(settings.cache_dir), "nar"), settings.cache_bytes)
-    except OSError as error:
-        _log.warning("NARs are not kept: %s: %s", error.filename, error.strerror)
-        return None
-
-
-def _layout_files(settings: Settings) -> NarCache | None:
-    limit = _LAYOUT_FILES_BYTES if settings.cache_bytes is None else min(settings.cache_bytes, _LAYOUT_FILES_BYTES)
-    try:
-        return NarCache(os.path.join(str(settings.cache_dir), "layouts"), limit)
-    except OSError as error:
-        _log.debug("large layouts of NARs are not kept: %s: %s", error.filename, error.strerror)
-        return None
+    return open_cache(settings, "nar", "NARs", level=logging.WARNING)
 
 
 def _temp_roots(settings: Settings) -> TempRoots | None:
@@ -115,7 +97,7 @@ class ServerContext:
         self.threads = Threads(Store.of(settings), metrics)
         policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
-        layout_files = _layout_files(settings)
+        layout_files = open_cache(settings, "layouts", "large layouts of NARs", _LAYOUT_FILES_BYTES)
         self.layouts = Layouts(_LAYOUT_MEMORY_BYTES, layout_files)
         self.made = MadeOnce(_MADE_MEMORY_BYTES, layout_files)
         self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None

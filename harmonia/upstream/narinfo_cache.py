@@ -5,12 +5,14 @@ narinfo follows. It is trusted no more than the upstream: whenever it is read, i
 has just arrived, against the settings of today.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import NarCache, open_cache
 from harmonia.cache.growing_file import CachedFile
+from harmonia.config.settings import Settings
 from harmonia.errors import CacheFileError
 from harmonia.nix import narinfo
 from harmonia.upstream.client import Client
@@ -27,9 +29,8 @@ _Record = tuple[str, str, bytes]
 
 
 class NarinfoCache:
-    def __init__(self, directory: str, nars: NarCache, clients: Sequence[Client], threads: FetchThreads) -> None:
-        """Raises OSError if the directory cannot be made or written to."""
-        self._files = NarCache(directory, min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE))
+    def __init__(self, files: NarCache, nars: NarCache, clients: Sequence[Client], threads: FetchThreads) -> None:
+        self._files = files
         self._nars = nars
         self._by_id = {client.id: client for client in clients}
         self._threads = threads
@@ -103,6 +104,15 @@ class NarinfoCache:
                 record = _record(self._files.find_file(hash_part))
                 if record is None or record[1] not in keys:
                     self._files.remove(hash_part)
+
+
+def open_narinfo_cache(
+    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: FetchThreads
+) -> NarinfoCache | None:
+    """Return the cache of narinfos in `cache_dir`, or None if it cannot be written."""
+    max_bytes = min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE)
+    files = open_cache(settings, "narinfo", "narinfos of upstreams", max_bytes, logging.WARNING)
+    return None if files is None else NarinfoCache(files, nars, clients, threads)
 
 
 def _record(file: CachedFile | None) -> _Record | None:

@@ -4,9 +4,8 @@ Logs, listings and the like are passed on as they come. NARs are `upstream_nar.p
 """
 
 import json
-import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -15,10 +14,9 @@ from urllib.parse import quote, urljoin
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.disk_cache import NarCache
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Settings, Upstream
+from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
@@ -33,14 +31,12 @@ from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.lookup_cache import POSITIVE_TTL_S
-from harmonia.upstream.narinfo_cache import NarinfoCache
+from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import Part, Transport
-
-_log = logging.getLogger("harmonia")
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
@@ -60,7 +56,7 @@ class Answers:
         clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
         nars = context.compressor.cache
         self._threads = FetchThreads()
-        narinfos = None if nars is None else _narinfo_cache(settings, nars, clients, self._threads)
+        narinfos = None if nars is None else open_narinfo_cache(settings, nars, clients, self._threads)
         self._upstreams = UpstreamPool(
             clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
         )
@@ -214,16 +210,6 @@ def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T])
         return extract(json.loads(text))
     except (*_NO_SUCH_JSON, FormatError):
         raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "it is not the JSON of this resource") from None
-
-
-def _narinfo_cache(
-    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: FetchThreads
-) -> NarinfoCache | None:
-    try:
-        return NarinfoCache(os.path.join(str(settings.cache_dir), "narinfo"), nars, clients, threads)
-    except OSError as error:
-        _log.warning("cannot keep narinfos of upstreams: %s: %s", error.filename, error.strerror)
-        return None
 
 
 def _there(response: RemoteAnswer | None) -> RemoteAnswer:
