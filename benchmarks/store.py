@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -78,18 +79,23 @@ class Package:
         return tree
 
 
+def made_once(root: Path, fill: Callable[[Path], None]) -> Path:
+    """Return the directory of a store, which is filled if it is not there yet."""
+    if not root.exists():
+        print(f"making the store {root}", flush=True)
+        unfinished = root.with_name(f"{root.name}.unfinished")
+        remove(os.fsencode(unfinished))
+        fill(unfinished)
+        unfinished.rename(root)
+    return root
+
+
 class BenchStore:
     """The store of that form below `directory`, made if it is not there."""
 
     def __init__(self, directory: Path, form: Form) -> None:
         self.form = form
-        self.root = directory / f"{form.name}-{_VERSION}"
-        if not self.root.exists():
-            print(f"making the store {self.root}", flush=True)
-            unfinished = directory / f"{form.name}.unfinished"
-            remove(os.fsencode(unfinished))
-            _fill(unfinished, form)
-            unfinished.rename(self.root)
+        self.root = made_once(directory / f"{form.name}-{_VERSION}", partial(_fill, form))
         self.key_file = self.root / "secret-key"
         self.database = self.root / "nix/var/nix/db/db.sqlite"
         self.real_dir = self.root / "nix/store"
@@ -111,7 +117,7 @@ class BenchStore:
         return sum(info.nar_size for info in self.closure)
 
 
-def _fill(root: Path, form: Form) -> None:
+def _fill(form: Form, root: Path) -> None:
     builder = StoreBuilder(root)
     (root / "secret-key").write_text(SecretKey.generate("bench-1").export())
     (root / "secret-key").chmod(0o600)

@@ -9,13 +9,11 @@ import os
 import re
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,6 +32,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.nginx import nginx
 from support.programs import needs
 from support.running import Server, run
+from support.serving import QuietHandler, ThreadServer
 
 KEY = SecretKey.generate("good-1")
 NAR = "nar/file.nar"
@@ -121,11 +120,10 @@ class Cache:
         return Reply(200, headers, body)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(QuietHandler):
     cache: Cache
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply = self.cache.answer(Question(self.command, self.path[1:], headers))
         self.send_response_only(reply.status)
@@ -140,9 +138,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 (http.server's name)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[PathInfo, bytes]:
@@ -154,14 +149,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> tuple[PathInfo, bytes]:
 @pytest.fixture
 def cache(sample: tuple[PathInfo, bytes]) -> Iterator[Cache]:
     cache = Cache(*sample)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cache": cache}))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    cache.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield cache
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with ThreadServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"cache": cache})) as server:
+        cache.url = f"http://127.0.0.1:{server.server_port}"
+        yield cache
 
 
 def examined(cache: Cache, samples: Sequence[str] = (), **options: object) -> list[Finding]:

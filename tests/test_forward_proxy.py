@@ -3,13 +3,12 @@
 import random
 import shutil
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from harmonia.config.proxy import Proxy, ProxyRules, is_excepted, without_password
 from harmonia.errors import FormatError
+from support.serving import QuietHandler, ThreadServer
 
 
 @pytest.mark.parametrize(
@@ -79,31 +78,25 @@ def test_a_proxy_is_shown_without_its_password() -> None:
     assert without_password("http://proxy:1") == "http://proxy:1"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     """Answers a request at once. A proxy would be asked by CONNECT, which is refused."""
 
-    protocol_version = "HTTP/1.1"
     wbufsize = -1
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def do_CONNECT(self) -> None:
+    def do_CONNECT(self) -> None:  # noqa: N802 (as http.server wants it)
         self.send_response(502)
         self.send_header("Connection", "close")
         self.end_headers()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
-
 
 def excepted_by_curl(cases: list[tuple[str, str]]) -> list[bool]:
     """Return for hosts and values of no_proxy whether curl asks without a proxy."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
+    with ThreadServer(("127.0.0.1", 0), _Handler) as server:
         port = server.server_port
         operations = [
             f'url = "http://{f"[{host}]" if ":" in host else host}/"\nproxy = "http://127.0.0.1:{port}"\nsilent\n'
@@ -113,8 +106,6 @@ def excepted_by_curl(cases: list[tuple[str, str]]) -> list[bool]:
         ]
         command = ["curl", "--disable", "--config", "-"]
         told = subprocess.run(command, input="next\n".join(operations), stdout=subprocess.PIPE, text=True, check=False)
-        server.shutdown()
-        thread.join()
     return [line == "000" for line in told.stdout.split()]
 
 

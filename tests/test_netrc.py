@@ -3,10 +3,8 @@
 import base64
 import random
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from harmonia.config import netrc
 from harmonia.errors import FormatError
 from support.programs import needs
+from support.serving import QuietHandler, ThreadServer
 
 HOST = "127.0.0.1"
 OUR_CASES = {
@@ -83,31 +82,23 @@ def test_what_curl_cannot_read_is_refused_and_not_shown(content: bytes) -> None:
     assert "sesame" not in str(error.value)
 
 
-class _Echo(BaseHTTPRequestHandler):
+class _Echo(QuietHandler):
     """Answers with the credentials of the request."""
 
-    protocol_version = "HTTP/1.1"
     wbufsize = -1  # one packet for an answer: two wait for each other (RFC 896)
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
         sent = self.headers.get("Authorization", "none")
         self.send_response(200)
         self.send_header("Content-Length", str(len(sent) + 1))
         self.end_headers()
         self.wfile.write(f"{sent}\n".encode())
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
-
 
 @contextmanager
 def echo() -> Iterator[str]:
-    with ThreadingHTTPServer((HOST, 0), _Echo) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
+    with ThreadServer((HOST, 0), _Echo) as server:
         yield f"http://{HOST}:{server.server_port}/"
-        server.shutdown()
-        thread.join()
 
 
 def what_curl_sends(files: list[bytes], directory: Path) -> list[bytes | None]:

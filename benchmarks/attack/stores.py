@@ -1,13 +1,13 @@
 """The store that is attacked: made once, and kept for the next run."""
 
-import os
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from benchmarks.store import made_once
 from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
-from harmonia.tools.fixture_tree import remove
 from harmonia.tools.store_builder import StoreBuilder
 
 _VERSION = 1  # of what is made here: another one makes it anew
@@ -42,13 +42,7 @@ SHORT = Form("short", 50_000, 100_000, 20_000, readers=64, cuts=500, kills=3, se
 
 class AttackedStore:
     def __init__(self, directory: Path, form: Form) -> None:
-        self.root = directory / f"{form.name}-{_VERSION}"
-        if not self.root.exists():
-            print(f"making the store {self.root}", flush=True)
-            unfinished = directory / f"{form.name}.unfinished"
-            remove(os.fsencode(unfinished))
-            _fill(unfinished, form)
-            unfinished.rename(self.root)
+        self.root = made_once(directory / f"{form.name}-{_VERSION}", partial(_fill, form))
         store = Store("/nix/store", f"{self.root}/nix/store", f"{self.root}/nix/var/nix/db/db.sqlite")
         hash_parts = [path.removeprefix("/nix/store/")[:32] for path in store.valid_paths()[0]]
         infos = {info.path.name: info for hash_part in hash_parts if (info := store.path_info(hash_part))}
@@ -61,7 +55,7 @@ def narinfo(info: PathInfo) -> str:
     return f"/{info.path.hash_part}.narinfo"
 
 
-def _fill(root: Path, form: Form) -> None:
+def _fill(form: Form, root: Path) -> None:
     builder = StoreBuilder(root)
     for name in ("ranged", "read", "paged"):
         files = {f"{number:07}-{name}-file-of-many": b"" for number in range(getattr(form, name))}

@@ -6,18 +6,21 @@ import socketserver
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
+
+from support.serving import ThreadServer
 
 _BUFFER = 64 * 1024  # small, so that few bytes are under way when a connection is cut
 
 
-class CuttingProxy(socketserver.ThreadingTCPServer):
+class CuttingProxy(ThreadServer):
     """Passes connections on to `port` of this machine; each gets from `least` to `most` bytes back, and is then cut.
 
     `on_cut` is called before the client can notice; it may lead the next connections to another `port`. `cuts` counts
     them. Every run cuts at the same places.
     `with` serves until its end, and waits for all connections.
     """
+
+    daemon_threads = False
 
     def __init__(self, port: int, least: int, most: int, on_cut: Callable[[], None] = lambda: None) -> None:
         super().__init__(("127.0.0.1", 0), _Connection)
@@ -27,7 +30,6 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
         self._random = random.Random(1)
         self.least, self.most = least, most
         self._on_cut = on_cut
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,))
 
     def limit(self) -> int:
         return self._random.randint(self.least, self.most)
@@ -35,15 +37,6 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
     def cut(self) -> None:
         self.cuts += 1
         self._on_cut()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
 
 
 class _Connection(socketserver.BaseRequestHandler):

@@ -4,19 +4,16 @@ import base64
 import http.client
 import select
 import socket
-import threading
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
 from urllib.parse import urlsplit
 
+from support.serving import QuietHandler, ThreadServer
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+
+class _Handler(QuietHandler):
     wbufsize = -1
     server: "ProxyServer"
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
         if not self._is_allowed():
             return
         parts = urlsplit(self.path)
@@ -33,7 +30,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
 
-    def do_CONNECT(self) -> None:
+    def do_CONNECT(self) -> None:  # noqa: N802 (as http.server wants it)
         self.close_connection = True
         if not self._is_allowed():
             return
@@ -75,18 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
 
-    def handle(self) -> None:
-        with suppress(OSError):  # the client is gone
-            super().handle()
-
-
-class ProxyServer(ThreadingHTTPServer):
+class ProxyServer(ThreadServer):
     """`places` are the addresses of the hosts (with ports) that it knows, `asked` all that it was asked for."""
-
-    daemon_threads = True
 
     def __init__(self, user_and_password: str | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -95,13 +83,3 @@ class ProxyServer(ThreadingHTTPServer):
         self.user_and_password = user_and_password
         self.places: dict[str, tuple[str, int]] = {}
         self.asked: list[str] = []
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self._thread.join()
-        self.server_close()

@@ -7,23 +7,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any
 
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from support.serving import QuietHandler, ThreadServer
 
 Behaviour = Callable[["Handler"], None]
 """What is done in place of an answer."""
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(QuietHandler):
     server: "UpstreamServer"
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
         self.server.asked[f"{self.command} {self.path}"] += 1
         self.server.headers.append(dict(self.headers.items()))
         for pattern, behaviour in self.server.behaviours.items():
@@ -57,26 +56,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
 
-    def handle(self) -> None:
-        with suppress(OSError):  # the client is gone
-            super().handle()
-
-
-class UpstreamServer(ThreadingHTTPServer):
+class UpstreamServer(ThreadServer):
     """`files` by their paths, and what to do otherwise for paths that match a pattern. `asked` counts the requests."""
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         super().__init__((address, 0), Handler)
         self.url = f"http://{address}:{self.server_address[1]}"
         self.reset()
         self.stop = threading.Event()
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
         self._connections: set[socket.socket] = set()
 
     def reset(self) -> None:
@@ -106,15 +94,9 @@ class UpstreamServer(ThreadingHTTPServer):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.stop.set()
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
+        super().__exit__()
 
 
 def hang(handler: Handler) -> None:

@@ -1,0 +1,44 @@
+"""Base classes of test servers, which run in a thread from the beginning of a `with` to its end."""
+
+import socketserver
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
+from typing import Self
+
+_POLL_S = 0.02
+
+
+class ThreadServer(socketserver.ThreadingTCPServer):
+    """Serves each connection in a thread, which ends with the connection, even if that is after the `with`."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 128
+
+    @property
+    def server_port(self) -> int:
+        return int(self.server_address[1])
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self.serve_forever, args=(_POLL_S,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """Logs nothing, even if the client leaves."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+    def handle(self) -> None:
+        with suppress(OSError):  # the client is gone
+            super().handle()
