@@ -9,6 +9,10 @@ import ctypes
 import errno
 import os
 import struct
+from collections.abc import Sequence
+from contextlib import suppress
+
+from harmonia.errors import StoreObjectError
 
 _OPENAT2 = 437  # the number of the system call, the same on all architectures that Nix knows
 _RESOLVE_NO_SYMLINKS = 0x04
@@ -19,6 +23,15 @@ _how = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 _syscall.restype = ctypes.c_long
+
+
+class SymlinkError(StoreObjectError, OSError):
+    """The name at `depth` is a symlink, which leads to `target`."""
+
+    def __init__(self, name: bytes, depth: int, target: bytes) -> None:
+        super().__init__(errno.ELOOP, os.strerror(errno.ELOOP), name)
+        self.depth = depth
+        self.target = target
 
 
 def resolved(path: bytes) -> bytes:
@@ -33,7 +46,12 @@ def open_file(path: bytes, flags: int) -> int:
     while (descriptor := _syscall(_OPENAT2, _AT_FDCWD, path, how, _how.size)) < 0:
         error = ctypes.get_errno()
         if error in _UNKNOWN:
-            return _step_by_step(path, flags | os.O_CLOEXEC)
+            root = b"/" if path.startswith(b"/") else b"."
+            try:
+                return open_in_turn([root, *filter(None, path.split(b"/"))], flags)
+            except OSError as unopened:
+                unopened.filename = path
+                raise
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error), path)
     return int(descriptor)
@@ -66,17 +84,25 @@ class Files:
             os.close(self._descriptor)
 
 
-def _step_by_step(path: bytes, flags: int) -> int:
-    *directories, name = path.split(b"/")
-    descriptor = os.open(b"/" if path.startswith(b"/") else b".", os.O_PATH | os.O_CLOEXEC)
-    try:
-        for directory in filter(None, directories):
-            inner = os.open(directory, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        return os.open(name or b".", flags | os.O_NOFOLLOW, dir_fd=descriptor)
-    except OSError as error:
-        error.filename = path  # of which a symlink is no directory: it is opened as such (O_PATH)
-        raise
-    finally:
-        os.close(descriptor)
+def open_in_turn(names: Sequence[bytes], flags: int) -> int:
+    """Open each name in the directory that the one before names. Return the descriptor of the last.
+
+    Raises SymlinkError if one of them is a symlink, and OSError if one cannot be opened.
+    """
+    descriptor = None
+    for depth, name in enumerate(names):
+        how = flags if depth == len(names) - 1 else os.O_PATH | os.O_DIRECTORY
+        directory = descriptor
+        try:
+            descriptor = os.open(name, how | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # the latter for a symlink in place of a directory
+                with suppress(OSError):
+                    target = os.readlink(name, dir_fd=directory)
+                    error = SymlinkError(name, depth, target)
+            raise error from None
+        finally:
+            if directory is not None:
+                os.close(directory)
+    assert descriptor is not None  # noqa: S101 (there is at least one name)
+    return descriptor

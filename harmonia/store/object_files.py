@@ -16,44 +16,24 @@ from typing import NamedTuple
 
 from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
+from harmonia.store import confined
 from harmonia.store.file_reader import OpenSlice
 from harmonia.store.store import Store
 
 SAMPLE_BYTES = 64 * 1024
 """Bytes of a file that are looked at before it is read."""
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-
-
-class _SymlinkError(StoreObjectError):
-    """A symlink where the walk to a file has come to, `depth` names below the store path."""
-
-    def __init__(self, depth: int, target: bytes) -> None:
-        super().__init__("there is a symlink in its place now")
-        self.depth = depth
-        self.target = target
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK
 
 
 @contextmanager
 def _opened(top: bytes, names: Sequence[bytes]) -> Iterator[int]:
-    """What has these names in the store object at `top`, each in the one before."""
-    descriptor = None
+    """Open what has these names in the store object at `top`. Raises OSError."""
+    descriptor = confined.open_in_turn((top, *names), _FLAGS)
     try:
-        for depth, name in enumerate((top, *names)):
-            try:
-                inner = os.open(name, _FLAGS, dir_fd=descriptor)
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    raise _SymlinkError(depth, os.readlink(name, dir_fd=descriptor)) from None
-                raise
-            if descriptor is not None:
-                os.close(descriptor)
-            descriptor = inner
-        assert descriptor is not None  # noqa: S101 (`top` was opened)
         yield descriptor
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 class Entry(NamedTuple):
@@ -106,7 +86,7 @@ def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[b
                 return Entry(info, names, status, os.pread(descriptor, SAMPLE_BYTES, 0))
             if up == len(parts) and stat.S_ISDIR(status.st_mode):
                 return Entry(info, names, status, b"")
-    except _SymlinkError as link:
+    except confined.SymlinkError as link:
         target = [name for name in link.target.split(b"/") if name not in (b"", b".")]
         rest = parts[link.depth + 1 :]
         if not link.target.startswith(b"/"):
