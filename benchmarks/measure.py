@@ -19,7 +19,7 @@ from benchmarks.servers import HARMONIA, Server
 from benchmarks.store import MIB, BenchStore
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix import base32
-from harmonia.tools.fixture_tree import remove
+from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
@@ -229,7 +229,7 @@ def _copy(store: BenchStore, server: Server) -> float:
                 {"HOME": home, "XDG_CACHE_HOME": home, "NIX_CONFIG": settings},
             )
         finally:
-            remove(os.fsencode(f"{home}/machine"))
+            remove_tree(os.fsencode(f"{home}/machine"))
 
 
 def load(store: BenchStore) -> Iterator[Figure]:

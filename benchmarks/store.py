@@ -19,7 +19,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
-from harmonia.tools.fixture_tree import Tree, remove
+from harmonia.tools.fixture_tree import Tree, remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 
 MIB = 1 << 20
@@ -84,7 +84,7 @@ def made_once(root: Path, fill: Callable[[Path], None]) -> Path:
     if not root.exists():
         print(f"making the store {root}", flush=True)
         unfinished = root.with_name(f"{root.name}.unfinished")
-        remove(os.fsencode(unfinished))
+        remove_tree(os.fsencode(unfinished))
         fill(unfinished)
         unfinished.rename(root)
     return root

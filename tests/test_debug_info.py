@@ -22,7 +22,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import debug_index
 from harmonia.store.debug_index import DebugInfo
 from harmonia.store.store import Database, Store
-from harmonia.tools.fixture_tree import remove
+from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.debug_info import ONE, OTHER, TWO, add, add_rows
 
@@ -164,7 +164,7 @@ class TestTrueAtEveryMoment:
         assert found(index, ONE) == [one.path]
         other = StoreBuilder(tmp_path / "other")
         two, same = add(other, "two-debug", TWO), add(other, "one-debug", ONE)
-        remove(os.fsencode(builder.real_dir))
+        remove_tree(os.fsencode(builder.real_dir))
         os.rename(other.real_dir, builder.real_dir)
         os.rename(other.db_path, builder.db_path)
         assert index.look_up(TWO) == ([], False)
@@ -180,7 +180,7 @@ class TestTrueAtEveryMoment:
         assert found(index, ONE) == [one.path]
         shutil.copyfile(tmp_path / "backup", builder.db_path)
         for path in (one.path, later.path):
-            remove(builder.real_path(path))
+            remove_tree(builder.real_path(path))
         two = add(builder, "two-debug", TWO)
         assert index.look_up(ONE) == ([], False)
         assert found(index, ONE) == []

@@ -24,7 +24,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.store.store import Store
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
-from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree, remove
+from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree, remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs, needs_root
 from support.running import Server, run
@@ -281,7 +281,7 @@ class TestMakingItAgain:
     )
     def test_repairs_one_with_a_part_missing(self, made: Demo, part: str) -> None:
         for path in Path(made.directory).glob(part):
-            remove(os.fsencode(path))
+            remove_tree(os.fsencode(path))
         again = demo.make(made.directory)
         assert len(list(infos(again))) == len(again.paths) == len(made.paths)
         assert os.path.exists(f"{made.directory}/secret-key")

@@ -19,7 +19,7 @@ from harmonia.errors import HarmoniaError, StoreObjectError, StoreUnavailableErr
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import _PATH_INFO, Store
-from harmonia.tools.fixture_tree import remove
+from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs_root
 from support.realisations import BUILD_TRACE, REALISATIONS, create
@@ -278,7 +278,7 @@ class TestTrouble:
         directory = os.path.dirname(builder.db_path)
         kept = directory + ".kept"
         shutil.copytree(directory, kept)
-        remove(os.fsencode(builder.db_path))
+        remove_tree(os.fsencode(builder.db_path))
         if trouble == "directory":
             os.mkdir(builder.db_path)
         elif trouble == "no directory":
@@ -355,7 +355,7 @@ class TestWithoutPrivileges:
         place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
         os.chmod(place, 0o755)
         yield StoreBuilder(place)
-        remove(os.fsencode(place))
+        remove_tree(os.fsencode(place))
 
     @pytest.fixture
     def read(self, builder: StoreBuilder) -> Iterator[Callable[..., Reader]]:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.top import Look, hit_ratio, rows
+from harmonia.tools.top import Snapshot, hit_ratio, route_activities
 from support.running import HARMONIA, Sample, Server, download, nar_url, run, wait_until
 
 Start = Callable[..., Server]
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
-def look(at: float, **samples: float) -> Look:
+def snapshot(at: float, **samples: float) -> Snapshot:
     """`nar_200` is a number of requests, `nar_sent` of bytes, `nar` of those in flight."""
     found: Samples = {}
     for name, value in samples.items():
@@ -29,27 +29,27 @@ def look(at: float, **samples: float) -> Look:
         else:
             metric = "harmonia_sent_bytes_total" if what else "harmonia_requests_in_flight"
             found.setdefault(metric, {})[(label,)] = value
-    return Look(at, found)
+    return Snapshot(at, found)
 
 
-def test_rates_are_those_since_the_look_before() -> None:
-    before = look(10, nar=0, log=0, nar_200=5, nar_sent=1000)
-    now = look(12, nar=3, log=0, nar_200=9, nar_500=2, nar_sent=5000, log_404=1, log_sent=0)
-    nar, log = rows(before, now)
+def test_rates_are_those_since_the_snapshot_before() -> None:
+    before = snapshot(10, nar=0, log=0, nar_200=5, nar_sent=1000)
+    now = snapshot(12, nar=3, log=0, nar_200=9, nar_500=2, nar_sent=5000, log_404=1, log_sent=0)
+    nar, log = route_activities(before, now)
     assert (nar.route, nar.requests, nar.request_rate, nar.failed, nar.in_flight) == ("nar", 11, 3, 2, 3)
     assert (nar.sent, nar.sent_rate) == (5000, 2000)
     assert (log.route, log.requests, log.request_rate, log.failed) == ("log", 1, 0.5, 0)
 
 
 def test_a_server_that_was_started_anew_has_no_negative_rates() -> None:
-    [row] = rows(look(10, nar=0, nar_200=50, nar_sent=9), look(12, nar=0, nar_200=1, nar_sent=1))
+    [row] = route_activities(snapshot(10, nar=0, nar_200=50, nar_sent=9), snapshot(12, nar=0, nar_200=1, nar_sent=1))
     assert (row.request_rate, row.sent_rate) == (0, 0)
 
 
 def test_the_hit_ratio_is_of_what_was_asked_for() -> None:
-    assert hit_ratio(Look(0)) is None
+    assert hit_ratio(Snapshot(0)) is None
     samples: Samples = {"harmonia_cache_hits_total": {(): 3.0}, "harmonia_cache_misses_total": {(): 1.0}}
-    assert hit_ratio(Look(0, samples)) == 0.75
+    assert hit_ratio(Snapshot(0, samples)) == 0.75
 
 
 def test_one_view_of_a_running_server(tmp_path: Path, start: Start) -> None:

@@ -74,7 +74,7 @@ class Compressor:
                 self.remember(sha256, file)
                 file.close()
                 known = self.known_file_info(sha256)
-            elif index := self.index(sha256, self.encoder.encoding):
+            elif index := self.load_frame_index(sha256, self.encoder.encoding):
                 known = CompressedFile(index.sha256, index.size)
                 self._remember(sha256, known)
             else:
@@ -92,7 +92,7 @@ class Compressor:
             if len(self._known) > _MAX_KNOWN_FILES:
                 del self._known[next(iter(self._known))]
 
-    def has(self, sha256: bytes) -> bool:
+    def has_file(self, sha256: bytes) -> bool:
         """Return whether the whole file lies in the cache."""
         file = self.cache.find_file(_key(sha256, self.encoder.encoding)) if self.cache else None
         if file is None:
@@ -100,7 +100,7 @@ class Compressor:
         file.close()
         return True
 
-    def index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
+    def load_frame_index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
         """Return the frame index of a compressed NAR that was once in the cache."""
         file = self._indexes.use_file(_key(sha256, encoding)) if self._indexes else None
         if file is None:
@@ -109,7 +109,7 @@ class Compressor:
             return FrameIndex.load(b"".join(iter(file.slice(0, file.size).read, b"")))
         return None
 
-    def keep_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
+    def keep_frame_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
         """Keep the frame index of a file, unless it has at most one frame and a small one: that is soon made again."""
         if self._indexes is None or not index.frames[2:]:
             return
@@ -124,18 +124,18 @@ class Compressor:
                 filler.commit()
             filler.abandon()
 
-    def kept(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
+    def use_cached_file(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
         """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
         return self.cache.use_file(_key(sha256, encoding)) if self.cache else None
 
-    def size(self, sha256: bytes, encoding: Encoding) -> int | None:
+    def file_size(self, sha256: bytes, encoding: Encoding) -> int | None:
         """Return how long the NAR is in an encoding, if that is known or its file lay in the cache."""
         if encoding == self.encoder.encoding:
             found = self.find_file_info(sha256)
             return found.size if found else None
         file = self.cache.find_file(_key(sha256, encoding)) if self.cache else None
         if file is None:
-            index = self.index(sha256, encoding)
+            index = self.load_frame_index(sha256, encoding)
             return index.size if index else None
         with closing(file):
             return file.size
@@ -210,7 +210,7 @@ class CompressedNar:
         if self._file is not None:
             self._look(self._file)
         if source.sha256 and not (self._file and self._file.whole):
-            self._index = compressor.index(source.sha256, self._encoding)
+            self._index = compressor.load_frame_index(source.sha256, self._encoding)
             if self._index is not None:
                 self.size = self._index.size
 
@@ -384,7 +384,7 @@ class _Fill:
             self._filler.commit()
             assert self._source.sha256 is not None  # noqa: S101 (or the file had no key)
             index = FrameIndex(self._filler.sha256, self._entries)
-            self._compressor.keep_index(self._source.sha256, self._encoding, index)
+            self._compressor.keep_frame_index(self._source.sha256, self._encoding, index)
             self._end()
 
     def _give_up(self, error: BaseException) -> None:

@@ -18,7 +18,7 @@ from harmonia.config import loader
 from harmonia.errors import RemoteError
 from harmonia.tools import top
 from harmonia.tools.http_client import Client
-from harmonia.tools.top import Look
+from harmonia.tools.top import Snapshot
 
 
 @click.command("top")
@@ -55,11 +55,11 @@ def command(config_file: str | None, client: Client | None, *, interval: float, 
 
 
 def _views(client: Client, interval: float, *, once: bool) -> Iterator[RenderableType]:
-    before = top.look(client)
+    before = top.fetch_snapshot(client)
     while True:
         time.sleep(interval)
         try:
-            now = top.look(client)
+            now = top.fetch_snapshot(client)
         except RemoteError as error:
             if once:
                 raise
@@ -74,11 +74,11 @@ def _own(config_file: str | None) -> Client:
     return Client.of(settings, "metrics_bind" if settings.metrics_bind else "bind")
 
 
-def _view(client: Client, before: Look, now: Look) -> RenderableType:
+def _view(client: Client, before: Snapshot, now: Snapshot) -> RenderableType:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("route", "requests", "/s", "bytes", "/s", "in flight", "5xx"):
         table.add_column(title, justify="left" if title == "route" else "right", no_wrap=True)
-    rows = [row for row in top.rows(before, now) if row.requests or row.in_flight]
+    rows = [row for row in top.route_activities(before, now) if row.requests or row.in_flight]
     for row in rows:
         table.add_row(
             row.route,

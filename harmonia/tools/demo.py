@@ -17,7 +17,7 @@ from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Database
 from harmonia.tools import demo_packages
-from harmonia.tools.fixture_tree import remove
+from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 
 _MARK = "# The demo store beside this file, as harmonia made it. To remove both: chmod -R u+w DIR && rm -rf DIR\n"
@@ -110,7 +110,7 @@ def _discard(directory: str) -> None:
         ours = False
     if not ours:
         raise ConfigError(f"{directory} exists and is no demo store; name a directory that is empty, or not there yet")
-    remove(os.fsencode(directory))
+    remove_tree(os.fsencode(directory))
 
 
 def _build(directory: str, home: str) -> None:

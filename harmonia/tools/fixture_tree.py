@@ -33,15 +33,15 @@ Tree = bytes | Executable | Symlink | Sparse | os.PathLike[str] | Mapping[Any, "
 or `bytes` (which a Mapping, invariant in its keys, cannot say)."""
 
 
-def put(tree: Tree, path: bytes) -> tuple[bytes, int]:
-    """Puts `tree` at `path`, where nothing is. Returns the hash and the size of its NAR."""
+def write_tree(tree: Tree, path: bytes) -> tuple[bytes, int]:
+    """Write `tree` to `path`, where nothing is. Return the hash and the size of its NAR."""
     _write(tree, path)
     _canonicalise(path)
     return _nar_hash(path)
 
 
-def remove(path: bytes) -> None:
-    """Removes what is at `path`, if anything, read-only directories too."""
+def remove_tree(path: bytes) -> None:
+    """Remove what is at `path`, if anything, read-only directories too."""
     if os.path.isdir(path) and not os.path.islink(path):
         for directory, _, _ in os.walk(path):
             os.chmod(directory, 0o700)

@@ -17,7 +17,7 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from harmonia.tools.fixture_tree import Tree, put, remove
+from harmonia.tools.fixture_tree import Tree, remove_tree, write_tree
 
 # Nix `src/libstore/schema.sql`, version 10: the same from Nix 2.3 to today's.
 _SCHEMA = """
@@ -111,7 +111,7 @@ class StoreBuilder:
 
         Without `known_size` the database has NULL for it, as it has for paths of very old Nixes.
         """
-        nar_hash, nar_size = put(tree, self.real_path(path))
+        nar_hash, nar_size = write_tree(tree, self.real_path(path))
         info = PathInfo(path, nar_hash, nar_size, tuple(sorted(references)), deriver, tuple(sigs), ca)
         fingerprint = info.fingerprint(self.store_dir)
         info = replace(info, sigs=(*info.sigs, *(key.sign(fingerprint) for key in keys)))
@@ -121,7 +121,7 @@ class StoreBuilder:
     def add_source(self, name: str, tree: Tree, references: Collection[StorePath] = ()) -> PathInfo:
         """Adds `tree` under the path that follows from its NAR, as `nix-store --add` does."""
         staged = os.fsencode(f"{self.real_dir}/.{name}")
-        nar_hash, nar_size = put(tree, staged)
+        nar_hash, nar_size = write_tree(tree, staged)
         path = self._path("source", nar_hash, name, references)
         os.rename(staged, self.real_path(path))
         ca = f"fixed:r:sha256:{base32.encode(nar_hash)}"
@@ -187,7 +187,7 @@ class StoreBuilder:
         """Deletes a path that no other refers to, in the order of Nix's garbage collector: the row, then the files."""
         with self.connect() as connection:
             connection.execute("delete from ValidPaths where path = ?", (f"{self.store_dir}/{path}",))
-        remove(self.real_path(path))
+        remove_tree(self.real_path(path))
 
     def _path(self, kind: str, digest: bytes, name: str, references: Collection[StorePath] = ()) -> StorePath:
         """The path that follows from a digest (Nix `src/libstore/store-dir-config.cc`, `makeStorePath`)."""

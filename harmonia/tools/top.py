@@ -1,4 +1,4 @@
-"""What a running server does just now, from two looks at its metrics."""
+"""What a running server does just now, from two snapshots of its metrics."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ _REFUSED = (401, 403)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Snapshot:
     """The metrics at one moment."""
 
     at: float
@@ -28,8 +28,8 @@ class Look:
         return sorted({dict(key)[label] for key in self.samples.get(name, {})})
 
 
-def look(client: Client) -> Look:
-    """RemoteError where the server has no metrics of Harmonia's."""
+def fetch_snapshot(client: Client) -> Snapshot:
+    """Fetch the metrics of a server. Raises RemoteError if they are not those of a Harmonia."""
     try:
         answer = client.get("metrics")
     except RemoteError as error:
@@ -49,18 +49,18 @@ def look(client: Client) -> Look:
         samples = {}
     if "harmonia_requests_in_flight" not in samples:
         raise RemoteError(f"{client.url}/metrics are not those of a Harmonia; name the URL of one")
-    return Look(time.monotonic(), samples)
+    return Snapshot(time.monotonic(), samples)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """A kind of resource."""
+class RouteActivity:
+    """What happened at one kind of resource."""
 
     route: str
     requests: float
     """In all, like the bytes."""
     request_rate: float
-    """For each second since the look before."""
+    """For each second since the snapshot before."""
     sent: float
     sent_rate: float
     in_flight: float
@@ -68,8 +68,8 @@ class Row:
     """Answers of 5xx."""
 
 
-def rows(before: Look, now: Look) -> Iterator[Row]:
-    """What was asked for, most first."""
+def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]:
+    """Yield the activity of each route, the most requested first."""
     seconds = max(now.at - before.at, 1e-9)
     found = []
     for route in now.values("harmonia_requests_in_flight", "route"):
@@ -79,7 +79,7 @@ def rows(before: Look, now: Look) -> Iterator[Row]:
         statuses = now.values("harmonia_requests_total", "status")
         failed = sum(now.total("harmonia_requests_total", route=route, status=it) for it in statuses if it[0] == "5")
         found.append(
-            Row(
+            RouteActivity(
                 route,
                 requests,
                 max(requests - before.total("harmonia_requests_total", route=route), 0) / seconds,
@@ -89,10 +89,10 @@ def rows(before: Look, now: Look) -> Iterator[Row]:
                 failed,
             )
         )
-    return iter(sorted(found, key=lambda row: (-row.requests, row.route)))
+    return iter(sorted(found, key=lambda activity: (-activity.requests, activity.route)))
 
 
-def hit_ratio(look: Look) -> float | None:
-    """The part of the compressed NARs asked for that were in the cache. None where none was asked for."""
-    hits, misses = look.total("harmonia_cache_hits_total"), look.total("harmonia_cache_misses_total")
+def hit_ratio(snapshot: Snapshot) -> float | None:
+    """Return the share of requested compressed NARs that were in the cache, or None if none was requested."""
+    hits, misses = snapshot.total("harmonia_cache_hits_total"), snapshot.total("harmonia_cache_misses_total")
     return hits / (hits + misses) if hits + misses else None

@@ -120,7 +120,7 @@ def warm(
             continue
         if info is None:
             continue  # deleted just now
-        if compressor.has(info.nar_hash):
+        if compressor.has_file(info.nar_hash):
             progress(info.nar_size)
             yield Result(path, "there")
             continue

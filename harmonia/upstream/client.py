@@ -64,22 +64,23 @@ class Client:
         await self.breaker.stop()
         await self._transport.close()
 
-    async def ask(
+    async def request(
         self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
     ) -> Answer | None:
-        """The answer to a question, to be released; None where it has none. It may have all where a part was wanted.
+        """Request a path. Return the answer, to be released, or None if the upstream lacks it.
 
-        UpstreamError where it fails, or is known to.
+        The answer may have the whole body although a part was requested. Raises UpstreamError if the upstream fails, or
+        is known to.
         """
         async with self._turn(path), self._question():
             url = f"{self.base}/{path}"
             response = await self._transport.open_response(method, url, headers, part)
             return None if response is None else Answer(self._transport, response, url)
 
-    async def ask_small(
+    async def request_small(
         self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int = _MAX_SMALL_BYTES
     ) -> _T | None:
-        """Return what `parse` makes of the body of an answer of at most so many bytes, decoded.
+        """Request a path. Return what `parse` makes of the decoded body, which has at most so many bytes.
 
         Return None if the upstream does not have it. Raise UpstreamError if it fails, and what `parse` raises, which is
         called in a thread if the answer is long.
@@ -93,7 +94,7 @@ class Client:
         """Return what `parse` makes of an answer, in the thread of this upstream if the answer is long."""
         return parse(text) if len(text) < _PARSED_AT_ONCE else await self._transport.in_thread(parse, text)
 
-    async def nar(
+    async def request_nar(
         self,
         url: str,
         headers: Mapping[str, str],
@@ -102,8 +103,9 @@ class Client:
         *,
         anywhere: bool,
     ) -> Answer:
-        """The answer to a request for a NAR, likewise. One that is checked may come from `anywhere`. UpstreamError also
-        where it is not there.
+        """Request a NAR. Return the answer, to be released. A NAR that is checked may come from `anywhere`.
+
+        Raises UpstreamError if the upstream fails or lacks the NAR.
         """
         await self._be_usable()
         with self._counting():
@@ -114,8 +116,8 @@ class Client:
         self.breaker.succeeded()
         return answer
 
-    async def read(self, answer: Answer, most: int) -> bytes:
-        """The next bytes of an answer, none at its end. UpstreamError where they do not come."""
+    async def read_answer(self, answer: Answer, most: int) -> bytes:
+        """Return the next bytes of an answer, none at its end. Raises UpstreamError if they do not arrive."""
         with self._counting():
             return await answer.read(most)
 

@@ -90,7 +90,7 @@ class NarFetcher:
                     )
                     self._tasks.spawn(self._run(key, transfer))
         if opened is None:
-            return self._passed(found, headers, await found.ask(headers, WHOLE))
+            return self._passed(found, headers, await found.request_nar(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
             return CachedBody(opened[0], found.file_size, None, self._passed(found, headers))
@@ -117,11 +117,11 @@ class NarFetcher:
         """Return the NAR without the cache. It is checked if it is passed on from its beginning to its end."""
         return PassthroughBody(
             found.client,
-            partial(found.ask, headers, checked=False),
+            partial(found.request_nar, headers, checked=False),
             response,
             partial(self._check, found),
             found.file_size,
-            partial(found.ask, headers, WHOLE),
+            partial(found.request_nar, headers, WHOLE),
         )
 
     def _check(self, found: RemotePath) -> "_ThreadedCheck":
@@ -179,5 +179,5 @@ class _ThreadedCheck:
 
 async def unread_size(found: RemotePath, headers: Mapping[str, str]) -> int | None:
     """Ask the upstream how many bytes a NAR has as it comes. Raise UpstreamError."""
-    async with await found.ask(headers, WHOLE, "HEAD") as answer:
+    async with await found.request_nar(headers, WHOLE, "HEAD") as answer:
         return answer.content_length

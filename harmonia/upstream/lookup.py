@@ -62,7 +62,7 @@ class UpstreamPool:
 
     async def lookup_cached_path(self, hash_part: str) -> RemotePath | None:
         """Return a path whose narinfo and NAR are in the cache, without asking any upstream."""
-        return None if self._narinfos is None else await self._narinfos.find(hash_part)
+        return None if self._narinfos is None else await self._narinfos.lookup_path(hash_part)
 
     def keep_narinfo(self, hash_part: str, via: Via) -> None:
         """Have the narinfo of a path in the cache, too, whose NAR is: it came with another path of the same content."""
@@ -70,7 +70,7 @@ class UpstreamPool:
             self._tasks.spawn_shared(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
-        if not await narinfos.has(hash_part) and (found := await self._lookup_remote(hash_part, via)):
+        if not await narinfos.has_narinfo(hash_part) and (found := await self._lookup_remote(hash_part, via)):
             await narinfos.keep(found)
 
     async def _lookup_remote(self, hash_part: str, via: Via) -> RemotePath | None:

@@ -38,7 +38,7 @@ class NarinfoCache:
         nars.removed = self._sweep_soon
         self._sweep_soon()  # a process that was killed may have left narinfos without NARs
 
-    async def find(self, hash_part: str) -> RemotePath | None:
+    async def lookup_path(self, hash_part: str) -> RemotePath | None:
         """Return the path with this hash part, if its narinfo is valid and its NAR whole in the cache."""
         record = await self._threads.write(self._load, hash_part)
         if record is None:
@@ -53,7 +53,7 @@ class NarinfoCache:
             return None
         return found if found.name.key == key else None
 
-    async def has(self, hash_part: str) -> bool:
+    async def has_narinfo(self, hash_part: str) -> bool:
         """Return whether there is a narinfo, valid or not."""
         return await self._threads.write(self._files.has, hash_part)
 

@@ -90,7 +90,7 @@ class PassthroughBody:
         async with response:
             position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             while stop is None or position < stop:
-                data = await self._client.read(response, _PIECE_BYTES)
+                data = await self._client.read_answer(response, _PIECE_BYTES)
                 if not data:
                     self.size = position
                     break

@@ -42,9 +42,11 @@ class RemotePath:
         """Bytes of its NAR as it comes, if that is certain: nobody signs a FileSize, and caches get it wrong."""
         return self.info.nar_size if self.nar.compression == "none" else None
 
-    async def ask(self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True) -> Answer:
-        """The answer to a request for its NAR, or a part of it. UpstreamError where there is none."""
-        return await self.client.nar(self.url, headers, method, part, anywhere=checked)
+    async def request_nar(
+        self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True
+    ) -> Answer:
+        """Request its NAR, or a part of it. Raises UpstreamError if there is none."""
+        return await self.client.request_nar(self.url, headers, method, part, anywhere=checked)
 
     def refuse_nar(self, why: Exception) -> UpstreamMismatchError:
         """Note that what came is not its NAR, and return the error to be raised."""
@@ -61,7 +63,7 @@ async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, st
         except UpstreamMismatchError:  # which would keep the text
             return False
 
-    found = await client.ask_small(_narinfo_path(hash_part), headers, parse)
+    found = await client.request_small(_narinfo_path(hash_part), headers, parse)
     if found is False:
         return None
     client.counters.add("hits" if found else "misses")

@@ -108,7 +108,7 @@ class Transfer:
     async def _take(self) -> None:
         self.found.client.counters.add("fetches")
         response: Answer | None
-        response = first = await self.found.ask(self._headers, WHOLE)
+        response = first = await self.found.request_nar(self._headers, WHOLE)
         try:
             self._begin(first.content_length)
         except BaseException:
@@ -141,7 +141,7 @@ class Transfer:
         self._measure(self.size or 0)
 
     async def _resume(self, headers: Mapping[str, str]) -> Answer:
-        response = await self.found.ask(headers, (self._filler.size, None))
+        response = await self.found.request_nar(headers, (self._filler.size, None))
         if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
             response.close()
             raise self._wrong("it does not go on where it broke off")
@@ -149,7 +149,7 @@ class Transfer:
 
     async def _take_all(self, response: Answer) -> None:
         async with response:
-            while data := await self.found.client.read(response, _PIECE_BYTES):
+            while data := await self.found.client.read_answer(response, _PIECE_BYTES):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
                     raise self._wrong("it is longer than was said")

@@ -114,14 +114,14 @@ async def _file(context: ServerContext, request: Request, nar: StoreNar, name: s
     body: Body | Open = _compressed(context, nar, encoding)
     names_bytes = name is not None
     if not own.can_make(encoding):
-        kept = await context.threads.run_io(partial(compressor.kept, nar.sha256, encoding))
+        kept = await context.threads.run_io(partial(compressor.use_cached_file, nar.sha256, encoding))
         names_bytes = kept is not None
         if kept is None:
             encoding, body = own, _compressed(context, nar, own)
         else:
             body = KeptNar(kept)
     if request.version == "1.0" and not wants_part(request) and not isinstance(body, KeptNar):
-        size = await context.threads.run_io(partial(compressor.size, nar.sha256, encoding))
+        size = await context.threads.run_io(partial(compressor.file_size, nar.sha256, encoding))
         if size is None:
             return _stored(context, nar, encoding)
     return Representation(
@@ -152,7 +152,7 @@ def _compressed(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Op
 
     async def open_compressed(request: Request) -> Body:
         if request.method == "HEAD":
-            return Unread(await context.threads.run_io(lambda: context.compressor.size(nar.sha256, encoding)))
+            return Unread(await context.threads.run_io(lambda: context.compressor.file_size(nar.sha256, encoding)))
         body = await context.threads.run_io(lambda: CompressedNar(context.compressor, nar, encoding))
         if wants_part(request) and context.compressor.is_damaged(nar):
             await exhaust(body, context.submitter(request))  # which fails, so that Nix goes on to its next cache

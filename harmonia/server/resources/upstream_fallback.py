@@ -136,7 +136,7 @@ class Answers:
                 _parse(client, path, text, lambda said: StorePath(said["outPath"]))
                 return text
 
-            return await client.ask_small(path, headers, check, _MAX_JSON_BYTES)
+            return await client.request_small(path, headers, check, _MAX_JSON_BYTES)
 
         text = await self._upstreams.first_answer(ask, via_of(request))
         if text is None:
@@ -155,7 +155,7 @@ class Answers:
                 return _parse(client, path, text, lambda said: (urljoin(here, said["archive"]), said["member"]))
 
             for path in (f"debuginfo/{build_id}.debug", f"debuginfo/{build_id}"):
-                if said := await client.ask_small(path, headers, partial(parse, path), _MAX_JSON_BYTES):
+                if said := await client.request_small(path, headers, partial(parse, path), _MAX_JSON_BYTES):
                     archive, member = said
                     break
             else:
@@ -185,7 +185,7 @@ class Answers:
         method = "HEAD" if request.method == "HEAD" else "GET"
 
         async def ask(client: Client, asked: dict[str, str]) -> tuple[Client, dict[str, str], RemoteAnswer] | None:
-            response = await client.ask(path, asked, method)
+            response = await client.request(path, asked, method)
             return None if response is None else (client, asked, response)
 
         answer = await self._upstreams.first_answer(ask, via_of(request), lambda answer: answer[2].close())
@@ -198,7 +198,7 @@ class Answers:
         else:
 
             async def again(part: Part) -> RemoteAnswer:
-                return _there(await client.ask(path, asked, method, part))
+                return _there(await client.request(path, asked, method, part))
 
             body = PassthroughBody(client, again, response)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})

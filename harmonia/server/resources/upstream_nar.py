@@ -87,7 +87,7 @@ class Nars:
         headers = self._headers(client, via)
 
         async def ask(part: Part, method: str = "GET") -> RemoteAnswer:
-            return await client.nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
+            return await client.request_nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
 
         async def open_nar(request: Request) -> Body:
             if request.method == "HEAD":
