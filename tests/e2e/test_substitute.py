@@ -11,7 +11,7 @@ import pytest
 from support.closure import Closure, requisites
 from support.nginx import nginx
 from support.nix_client import NIXES, Client
-from support.running import Server
+from support.running import Server, peak_bytes
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -165,19 +165,13 @@ def test_five_gibibytes_pass_through_little_memory(
     trust(client, server, closure)
     client.run("nix", "copy", "--from", server.url, closure.paths["dep-1.0"])
     (worker,) = server.workers
-    before = peak_memory(worker)
+    before = peak_bytes(worker)
     try:
         client.run("nix", "copy", "--from", server.url, sparse_path, timeout=600)
         assert (client.real_path(sparse_path) / "zeros").stat().st_size == 5 * 1024 * MEBIBYTE
     finally:
         (client.real_path(sparse_path) / "zeros").unlink(missing_ok=True)  # here, it does take room on disk
-    assert peak_memory(worker) - before < 16 * MEBIBYTE
-
-
-def peak_memory(pid: int) -> int:
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert peak
-    return int(peak[1]) * 1024
+    assert peak_bytes(worker) - before < 16 * MEBIBYTE
 
 
 @pytest.mark.nix

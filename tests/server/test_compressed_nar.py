@@ -35,6 +35,7 @@ from support.running import (
     file_url,
     nar_url,
     patched,
+    peak_bytes,
     read_answer,
     unpacked,
     wait_until,
@@ -559,17 +560,11 @@ def test_many_cold_downloads_take_bounded_memory(start: Start, store: StoreBuild
     ]
     server = start(store=tmp_path / "store")
     (worker,) = server.workers
-    before = peak_memory(worker)
+    before = peak_bytes(worker)
     with ThreadPoolExecutor(len(paths)) as threads:
         answers = list(threads.map(lambda path: server.get(file_url(path)), paths))
     assert all(len(answer.body) > len(random) for answer in answers)
-    assert peak_memory(worker) - before < 256 * MEBIBYTE
-
-
-def peak_memory(pid: int) -> int:
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert peak
-    return int(peak[1]) * 1024
+    assert peak_bytes(worker) - before < 256 * MEBIBYTE
 
 
 # What goes wrong.

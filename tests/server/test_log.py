@@ -16,7 +16,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.build_log import find_log
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import DAY, FORMS, TEXT, age, collected, keep
-from support.running import Server, read_answer
+from support.running import Server, peak_bytes, read_answer
 
 Start = Callable[..., Server]
 
@@ -412,13 +412,6 @@ def test_a_log_cut_while_it_is_sent_breaks_the_transfer(server: Server, logs: St
 # Large ones
 
 
-def resident(server: Server) -> int:
-    """The most memory that the worker ever had, in bytes."""
-    (worker,) = server.workers
-    status = Path(f"/proc/{worker}/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-
-
 BOMBS = {
     ".bz2": bz2.compress(bytes(64 << 20)) * 4,
     ".zst": zstandard.compress(bytes(64 << 20), 19) * 4,
@@ -432,11 +425,12 @@ def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path,
     Path(keep(store, derivation, suffix=suffix)).write_bytes(BOMBS[suffix])
     server = start(store=tmp_path / "store")
     server.get(f"/log/{collected(store, 'none')}")
-    before = resident(server)
+    (worker,) = server.workers
+    before = peak_bytes(worker)
     answer = server.get(f"/log/{derivation}", {"Accept-Encoding": encoding})
     if encoding == "identity":
         assert len(answer.body) == 256 << 20
-    assert resident(server) - before < 48 << 20
+    assert peak_bytes(worker) - before < 48 << 20
 
 
 def test_a_range_of_a_large_log_costs_no_more(server: Server, logs: StoreBuilder) -> None:

@@ -16,7 +16,7 @@ import zstandard
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server, open_files, patched, wait_until
+from support.running import Server, open_files, patched, peak_bytes, wait_until
 
 Start = Callable[..., Server]
 
@@ -260,10 +260,7 @@ class TestFiles:
             while data := connection.recv(1 << 20):
                 received += len(data)
         assert received > 256 << 20
-        status = Path(f"/proc/{worker}/status").read_text()
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert peak
-        assert int(peak[1]) < 200 * 1024
+        assert peak_bytes(worker) < 200 << 20
 
 
 class TestSandbox:
