@@ -255,6 +255,20 @@ def test_a_signal_is_handled_as_soon_as_the_log_has_the_address(sample: Sample, 
     assert server.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, 130)]
+)
+def test_a_signal_before_that_ends_a_start_at_once(sample: Sample, tmp_path: Path, number: int, status: int) -> None:
+    early = patched(
+        "import os\nfrom harmonia.process import sockets\n"
+        f"sockets.listen = lambda *_: os.kill(os.getpid(), {int(number)})"
+    )
+    server = Server(tmp_path / "server", sample.root, program=early)
+    server.launch()
+    assert server.wait() == status
+    assert not [line for line in server.log if "Traceback" in line or "serving" in line]
+
+
 WALK_FOR_EVER = patched(
     "import time\nfrom harmonia.store import nar_layout, tree_reader\nnar_layout._SPILL_BYTES = 0\n"
     "walk = tree_reader.walk\n"
