@@ -18,8 +18,6 @@ from harmonia.nix.path_info import PathInfo
 from support.running import Server, peak_bytes
 from support.unscathed import unscathed
 
-MAX_WAIT_MS = 100.0
-"""Of the bystander's narinfos, 99 of 100."""
 _NOISE = 4
 """A machine that makes the bystander wait without an attack may make it wait so many times as long."""
 _SETTLES_S = 60.0
@@ -121,15 +119,15 @@ class Arena:
                     yield server, outcome
                     ended = time.monotonic()
                     outcome.memory_mib = max(map(peak_bytes, server.workers), default=0) / MIB
-                _judge(outcome, bystander.asked, began, ended)
+                _judge(outcome, bystander.asked, began, ended, self.form.max_wait_ms)
 
 
-def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float) -> None:
+def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float, max_wait_ms: float) -> None:
     quiet = [each.seconds * 1e3 for each in asked if each.due < began]
     during = [each for each in asked if began <= each.due <= ended]
     waits = [each.seconds * 1e3 for each in during]
     outcome.quiet_ms, outcome.p50_ms, outcome.p99_ms = _p99(quiet), statistics.median(waits), _p99(waits)
-    bound = max(MAX_WAIT_MS, _NOISE * outcome.quiet_ms)
+    bound = max(max_wait_ms, _NOISE * outcome.quiet_ms)
     outcome.require(outcome.p99_ms <= bound, f"others wait {outcome.p99_ms:.0f} ms, not {bound:.0f}")
     for failure, count in Counter(each.outcome for each in during if each.outcome != "200").items():
         outcome.broken.append(f"{count} of {len(during)} narinfos of others: {failure}")

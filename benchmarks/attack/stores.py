@@ -34,10 +34,15 @@ class Form:
     """Of one attack."""
     quiet_s: float
     """Of the measurement before it."""
+    max_wait_ms: float
+    """For 99 of 100 narinfos of the bystander."""
 
 
-FULL = Form("full", 500_000, 1_000_000, 100_000, readers=200, cuts=10_000, kills=40, seconds=20, quiet_s=4)
-SHORT = Form("short", 50_000, 100_000, 20_000, readers=64, cuts=500, kills=3, seconds=3, quiet_s=1)
+FULL = Form(
+    "full", 500_000, 1_000_000, 100_000, readers=200, cuts=10_000, kills=40, seconds=20, quiet_s=4, max_wait_ms=100
+)
+# Its bound is wider: of 300 narinfos in 3 s, 19 are asked for by the bystander for the first time, and wait longest.
+SHORT = Form("short", 50_000, 100_000, 20_000, readers=64, cuts=500, kills=3, seconds=3, quiet_s=1, max_wait_ms=300)
 
 
 class AttackedStore:

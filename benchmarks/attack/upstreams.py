@@ -155,8 +155,7 @@ def worker_killed_amid_a_fetch(arena: Arena) -> None:
                 upstream.behaviours = {}
             wait_until(lambda: len(_urls(server, info)) == 3)
             outcome.require(server.get(url).body == nar, "another NAR")
-            growing = [*server.cache_dir.glob("nar/*.growing")]
-            outcome.require(not growing, f"files left: {growing}")
+            wait_until(lambda: not [*server.cache_dir.glob("nar/*.growing")])
 
 
 ALL = [nonsense, from_outside_to_inside, worker_killed_amid_a_fetch]

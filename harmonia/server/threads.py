@@ -14,7 +14,7 @@ from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
 _READER_THREADS = 16  # threads that answer short questions to the disk
 _BODY_THREADS = 16  # threads that read bodies; one is busy only while it reads a chunk, not while that is sent
-_BODY_THREADS_PER_CLIENT = 4  # for one client
+_BODY_THREADS_PER_CLIENT = 2  # for one client
 
 _T = TypeVar("_T")
 
