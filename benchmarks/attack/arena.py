@@ -114,12 +114,14 @@ class Arena:
             unharmed_paths = self.store.small[:1] if unharmed is None else unharmed
             with unscathed(server, *unharmed_paths, seconds=_SETTLES_S):
                 with bystander.asking():
+                    connected = time.monotonic()
                     time.sleep(self.form.quiet_s)
                     began = time.monotonic()
                     yield server, outcome
                     ended = time.monotonic()
                     outcome.memory_mib = max(map(peak_bytes, server.workers), default=0) / MIB
-                _judge(outcome, bystander.asked, began, ended, self.form.max_wait_ms)
+                asked = [each for each in bystander.asked if each.due >= connected]
+                _judge(outcome, asked, began, ended, self.form.max_wait_ms)
 
 
 def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float, max_wait_ms: float) -> None:

@@ -116,7 +116,8 @@ def _ask(
                 break
             outcome = _outcome(connection, path, headers)
             asked.append(Asked(due, time.monotonic() - due, outcome))
-            ready.set()
+            if len(asked) >= _CONNECTIONS:  # all are connected
+                ready.set()
         connection.close()
 
     with ThreadPoolExecutor(_CONNECTIONS) as threads:
