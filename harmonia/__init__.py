@@ -1,3 +1,3 @@
-"""Harmonia, a Nix binary cache: serves a machine's own store over HTTP."""
+"""Harmonia, a Nix binary cache that serves a machine's own store over HTTP."""
 
 __version__ = "0.1.0"

@@ -1,45 +1,48 @@
-"""Errors in the words of the domain. None of them knows HTTP: `server/http/error_response.py` gives each its status.
+"""Exceptions of Harmonia. `server/http/error_response.py` maps each of them to an HTTP status.
 
-The base is never raised itself: an operator or a client is always told which of the leaves it was.
+Only subclasses of HarmoniaError are raised, never HarmoniaError itself.
 """
 
 import errno
 
 SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-"""Of descriptors, memory or tasks: what an OSError says of the machine as it is just now, not of the file."""
+"""Error numbers of an OSError that mean that the machine is short of descriptors, memory or tasks.
+
+The file that was being opened or read is not at fault.
+"""
 
 
 class HarmoniaError(Exception):
-    """Whatever Harmonia raises on purpose."""
+    """The base class of all errors that Harmonia raises on purpose."""
 
 
 class ConfigError(HarmoniaError):
-    """A setting that cannot work. The message is one line that names the file, the key and the remedy."""
+    """A setting cannot work. The message is one line with the file, the key and the remedy."""
 
 
 class FormatError(HarmoniaError):
-    """Text or bytes that are not what their format says: a store path, a key, a base-32 digest, a NAR."""
+    """Text or bytes violate their format, for example that of a store path, a key, a base-32 digest or a NAR."""
 
 
 class StoreUnavailableError(HarmoniaError):
-    """The store's database is busy or gone: nothing can be said about any path just now."""
+    """The store's database cannot be read now, because it is busy or missing."""
 
 
 class StoreObjectError(HarmoniaError):
-    """What is on disk is not what the database says of it."""
+    """A store object on disk differs from its record in the database."""
 
 
 class CacheFileError(HarmoniaError):
-    """A file of our own cache is damaged. It is removed when that is found, so the next request has it made anew."""
+    """A file of our own cache is damaged. It is removed at once; the next request remakes it."""
 
 
 class InvalidPathError(HarmoniaError):
-    """What should be a valid path of the store, and is none."""
+    """A path that must be a valid path of the store is not valid."""
 
 
 class RemoteError(HarmoniaError):
-    """A server that cannot be reached, or answers what it should not."""
+    """A remote server is unreachable, or its response is wrong."""
 
 
 class UpstreamError(HarmoniaError):
-    """Another cache does not answer, or not with what it should."""
+    """An upstream cache does not respond, or its response is wrong."""

@@ -1,1 +1,1 @@
-"""The facts of Nix, pure and sync: formats and names, with no server and no event loop anywhere near."""
+"""Formats and names of Nix: pure, synchronous code, without network and event loop."""

@@ -1,8 +1,8 @@
-"""Build ids, by which debuggers find the debug info that was separated from a binary.
+"""Build IDs, by which debuggers find the debug info that was separated from a binary.
 
-It lies in `lib/debug/.build-id/xx/yyyy.debug` of a store path, where `xxyyyy` is the build id that the linker noted in
-the binary. What counts is what Nix counts that indexes it in a binary cache (`index-debug-info`,
-`src/libstore/binary-cache-store.cc`): regular files, in directories that are no symlinks, so that they are in the NAR.
+A store path has the debug info in `lib/debug/.build-id/xx/yyyy.debug`; `xxyyyy` is the build ID that the linker wrote
+into the binary. As in Nix's option `index-debug-info` (`src/libstore/binary-cache-store.cc`), only regular files count,
+and only below real directories: a file that is reached through a symlink is not in the NAR.
 """
 
 import os
@@ -11,23 +11,30 @@ import stat
 from collections.abc import Iterator
 
 _BUILD_ID = re.compile(r"[0-9a-f]{4,128}")
-"""20 bytes with GNU ld's SHA-1, 16 with its MD5 or a UUID, 8 with lld; any number can be given to the linker."""
+"""Hexadecimal digits: 20 bytes from GNU ld's SHA-1, 16 from its MD5 or a UUID, 8 from lld.
+
+A build ID that is given to the linker by hand has any length.
+"""
 
 _DIRECTORY = "lib/debug/.build-id"
 _SUFFIX = ".debug"
 
 
 def is_build_id(text: str) -> bool:
+    """Return whether `text` has the form of a build ID, in lower case."""
     return _BUILD_ID.fullmatch(text) is not None
 
 
 def member(build_id: str) -> str:
-    """Where a debug file with that build id lies in its store path."""
+    """Return the path of the debug file with this build ID, relative to its store path."""
     return f"{_DIRECTORY}/{build_id[:2]}/{build_id[2:]}{_SUFFIX}"
 
 
 def build_ids(root: bytes) -> Iterator[str]:
-    """The build ids of the debug files in the store object at `root`. For all but a few, that is one failing stat."""
+    """Yield the build IDs of the debug files in the store object at `root`.
+
+    A store object without debug files, as most are, costs one failing lstat.
+    """
     directory = f"{os.fsdecode(root)}/{_DIRECTORY}"
     try:
         status = os.lstat(directory)

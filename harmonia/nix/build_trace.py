@@ -1,7 +1,7 @@
-"""What the outputs of content-addressed derivations came out as (Nix `src/libstore/realisation.cc`).
+"""Realisations: the store paths of outputs of content-addressed derivations (Nix `src/libstore/realisation.cc`).
 
-Nix up to 2.34 calls that a realisation, and knows the derivation by a hash of all that it is made of. Later it is an
-entry of the build trace, under the derivation's own name. A signature is of the compact JSON, its keys sorted.
+Nix up to 2.34 identifies the derivation by a hash of all its inputs. Later versions call a realisation an entry of the
+build trace, and identify the derivation by its store path. A signature signs the compact JSON with sorted keys.
 """
 
 import json
@@ -17,22 +17,22 @@ from harmonia.nix.store_path import StorePath
 class Realisation:
     out_path: StorePath
     sigs: tuple[str, ...] = ()
-    """`name:base64` each, as they are stored."""
+    """The stored signatures, each as `name:base64`."""
     dependent: Mapping[str, StorePath] = field(default_factory=dict)
-    """The paths of the realisations that it depends on, by their ids. Nix from 2.34 on knows none."""
+    """The output paths of the realisations that this one depends on, by realisation ID. Empty from Nix 2.34 on."""
 
 
 def render_realisation(realisation_id: str, realisation: Realisation, keys: Iterable[SecretKey]) -> bytes:
-    """The file for Nix up to 2.34, with the stored signatures and those of our `keys`."""
+    """Return the JSON file for Nix up to 2.34, with the stored signatures and new ones by our `keys`."""
     value = {"dependentRealisations": {}, "id": realisation_id, "outPath": realisation.out_path}
-    whole = value | {"dependentRealisations": realisation.dependent}
-    # Nix 2.34 does not read what it depends on, and wants signed what it reads; an older one wants all signed.
-    sigs = _signatures(realisation, keys, value, whole)
-    return _json(whole | {"signatures": sigs})
+    with_dependencies = value | {"dependentRealisations": realisation.dependent}
+    # Nix 2.34 ignores the dependencies, and verifies a signature without them; older versions verify one with them.
+    sigs = _signatures(realisation, keys, value, with_dependencies)
+    return _json(with_dependencies | {"signatures": sigs})
 
 
 def render_build_trace(derivation: str, output: str, realisation: Realisation, keys: Iterable[SecretKey]) -> bytes:
-    """The file for newer Nixes, likewise."""
+    """Return the JSON file for Nix newer than 2.34, with the stored signatures and new ones by our `keys`."""
     value = {"outPath": realisation.out_path}
     sigs = _signatures(realisation, keys, {"key": {"drvPath": derivation, "outputName": output}, "value": value})
     named = (sig.partition(":") for sig in sigs)

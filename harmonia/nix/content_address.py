@@ -1,7 +1,7 @@
 """Content addresses, the field `CA` of a narinfo and of the database (Nix `src/libstore/content-address.cc`).
 
-`text:sha256:HASH`, `fixed:ALGORITHM:HASH`, `fixed:r:…` for a NAR and `fixed:git:…` for a git tree. A malformed content
-address stops a Nix client for good, so that it must never leave this server.
+The forms are `text:sha256:HASH`, `fixed:ALGORITHM:HASH`, `fixed:r:…` for a NAR and `fixed:git:…` for a git tree.
+A malformed content address makes a Nix client abort, so the server must never send one.
 """
 
 import re
@@ -23,7 +23,10 @@ class ContentAddress:
 
 
 def parse(text: str) -> ContentAddress:
-    """Return the content address. Raise FormatError if it is malformed. Nix 2.8 takes `text` with SHA-256 alone."""
+    """Return the content address.
+
+    Raises FormatError if it is malformed. The method `text` needs SHA-256, because Nix 2.8 accepts nothing else.
+    """
     match = _FORM.fullmatch(text)
     if match is None or (match[1] == "text:" and match[2] != "sha256"):
         raise FormatError(f"malformed content address {excerpt(text)}")

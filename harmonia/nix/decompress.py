@@ -1,7 +1,7 @@
-"""Decompressors for NARs and for HTTP bodies: every valid file of each format, in pieces, in bounded memory.
+"""Decompressors for NARs and HTTP bodies: every valid file of each format, in pieces, in bounded memory.
 
-Files of several streams (members, frames) and with padding are valid in most formats. What follows the end is ignored
-where libarchive ignores it, which reads these files for Nix: in gzip, bzip2, lzip and lzma.
+In most formats, a file may have several streams (members, frames) and padding. After the last stream of gzip, bzip2,
+lzip and lzma, other bytes are ignored, because libarchive, which decompresses for Nix, ignores them.
 """
 
 import bz2
@@ -18,37 +18,37 @@ from harmonia.errors import FormatError
 from harmonia.untrusted import excerpt
 
 MEMORY_BYTES = 128 << 20
-"""What the window of an xz, lzma, lzip or zstd file may take: libzstd takes no more for Nix, nor do presets of xz."""
+"""Maximum memory for the window of an xz, lzma, lzip or zstd file. Nix's libzstd and xz's presets need no more."""
 LARGE_MEMORY_BYTES = (1536 << 20) + MEMORY_BYTES
-"""What xz takes at most, with the largest of its dictionaries. Allow it to one decompressor at a time."""
+"""Memory that xz needs with its largest dictionary. Allow this to one decompressor at a time."""
 MAX_CODINGS = 5
-"""How often an HTTP body may be encoded: curl takes no more."""
+"""Maximum number of content codings of an HTTP body, as in curl."""
 
 _MAX_PIECES = 1 << 12
-"""How many pieces a small body may make in each step of its decoding, empty ones included: each stream makes one."""
-_PIECE_BYTES = 1 << 20  # of output
-_INPUT_BYTES = 4096  # the rest of it is copied for each stream that ends in it
-_ZSTD_INPUT_BYTES = 1024  # a block of 128 KiB may come out of each four bytes
-_XZ_ALIGNMENT = 4  # bytes, to a multiple of which streams are padded with zeros
+"""Maximum number of pieces of a small body in each decoding step, including empty pieces. Each stream makes one."""
+_PIECE_BYTES = 1 << 20  # maximum of a piece of output
+_INPUT_BYTES = 4096  # the rest of the input is copied for each stream that ends in it
+_ZSTD_INPUT_BYTES = 1024  # four bytes can decompress to a block of 128 KiB
+_XZ_ALIGNMENT = 4  # streams are padded with zeros to a multiple of this, in bytes
 
 
 class WindowError(FormatError):
-    """It takes more memory than is allowed, and may be tried again with LARGE_MEMORY_BYTES."""
+    """A file needs more memory than is allowed. The caller may retry with LARGE_MEMORY_BYTES."""
 
 
 class SizeError(FormatError):
-    """It is longer than is allowed."""
+    """A decoded body is longer than allowed, or has too many pieces."""
 
 
 class Decompressor(Protocol):
     """The decompressor of one file."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what comes out of the next bytes of the file."""
+        """Yield the output for the next bytes of the file. Pieces may be empty."""
 
     @property
     def whole(self) -> bool:
-        """Whether the file may end here."""
+        """Whether the input so far is a complete file."""
 
 
 class _Stream(Protocol):
@@ -56,7 +56,7 @@ class _Stream(Protocol):
 
     eof: bool
     unused_data: bytes
-    """What came after its end."""
+    """The input after the end of the stream."""
 
     def pieces(self, data: bytes) -> Iterator[bytes]: ...
 
@@ -84,7 +84,7 @@ class _Stepwise:
 
 
 class _Zlib:
-    """A stream of gzip or zlib, or of deflate without a head."""
+    """A stream of gzip or zlib, or of raw deflate, depending on zlib's `wbits`."""
 
     def __init__(self, wbits: int) -> None:
         self._stream = zlib.decompressobj(wbits)
@@ -99,12 +99,12 @@ class _Zlib:
 
 
 class _Deflate:
-    """The content coding `deflate`: zlib, as RFC 9110 has it, or without its head, as many a server sends it."""
+    """The content coding `deflate`: zlib (RFC 9110 section 8.4.1.2), or raw deflate, which many servers send."""
 
     def __init__(self) -> None:
         self._stream = _Zlib(zlib.MAX_WBITS)
         self._head: bytes | None = b""
-        """What came before the first output, which may show that there is no head."""
+        """The input before the first output, to read again if it is not zlib. None after the first output."""
         self.eof = False
         self.unused_data = b""
 
@@ -125,10 +125,10 @@ class _Deflate:
 
 
 class _Zstd:
-    """A frame, which may be one to be skipped."""
+    """A zstd frame, which may be a skippable frame."""
 
     def __init__(self, zstd: zstandard.ZstdDecompressor) -> None:
-        """`zstd` is that of all frames of the file: to make one takes longer than many a frame."""
+        """Start a frame. All frames of a file share `zstd`, because to make one takes longer than a small frame."""
         self._frame = zstd.decompressobj()
         self.eof = False
         self.unused_data = b""
@@ -153,7 +153,7 @@ class _Brotli:
 
 
 class _Lzip:
-    """A member: a head, a raw LZMA stream with an end marker, and a trailer with sizes and a checksum."""
+    """An lzip member: a head, a raw LZMA stream with an end marker, and a trailer with sizes and a checksum."""
 
     _HEAD_BYTES = 6
     _TRAILERS = (struct.Struct("<IQ"), struct.Struct("<IQQ"))  # in versions 0 and 1
@@ -166,7 +166,7 @@ class _Lzip:
         self._trailer = self._TRAILERS[0]
         self._crc32 = 0
         self._size = 0
-        self._taken = 0  # bytes of the member
+        self._taken = 0  # bytes of input
         self.eof = False
         self.unused_data = b""
 
@@ -190,9 +190,9 @@ class _Lzip:
 
     def _end(self) -> None:
         self.eof, self.unused_data = True, self._held[self._trailer.size :]
-        told = self._trailer.unpack_from(self._held)
-        if told != (self._crc32, self._size, self._taken - len(self.unused_data))[: len(told)]:
-            raise FormatError("an lzip member has another trailer")
+        trailer = self._trailer.unpack_from(self._held)
+        if trailer != (self._crc32, self._size, self._taken - len(self.unused_data))[: len(trailer)]:
+            raise FormatError("the trailer of an lzip member has another checksum or size than its data")
 
     def _begin(self, head: bytes) -> _Stepwise:
         bits = head[5] & 0x1F
@@ -207,7 +207,7 @@ class _Lzip:
 
 
 class _Single:
-    """A file of one stream. What follows it is ignored."""
+    """A file of one stream. Bytes after the stream are ignored."""
 
     def __init__(self, begin: Callable[[], _Stream], input_bytes: int = _INPUT_BYTES) -> None:
         self._begin = begin
@@ -228,18 +228,18 @@ class _Single:
                 part = self._stream.unused_data if self._stream.eof else b""
 
     def _next(self, _data: bytes) -> bytes:
-        """Begin the next stream, and return its bytes. Return none if none begins here."""
+        """Start the next stream, and return the input for it. Return `b""` if no stream starts here."""
         return b""
 
 
 class _Members(_Single):
-    """A file of streams that begin with certain bytes. What else follows them is ignored."""
+    """A file of streams that each begin with `magic`. Other bytes after a stream are ignored."""
 
     def __init__(self, begin: Callable[[], _Stream], magic: bytes) -> None:
         super().__init__(begin)
         self._magic = magic
         self._held: bytes | None = b""
-        """The beginning of what may be the next stream; None if something else follows."""
+        """The first bytes after a stream if they can begin another one, or None if they cannot."""
 
     def _next(self, _data: bytes) -> bytes:
         if self._held is None:
@@ -253,7 +253,7 @@ class _Members(_Single):
 
 
 class _Frames(_Single):
-    """A file of nothing but streams, which zeros may follow up to a multiple of `alignment` bytes."""
+    """A file that consists of streams only. Each may be padded with zeros to a multiple of `alignment` bytes."""
 
     def __init__(
         self, begin: Callable[[], _Stream], input_bytes: int = _INPUT_BYTES, alignment: int | None = None
@@ -271,7 +271,7 @@ class _Frames(_Single):
         self._zeros += len(_data) - len(rest)
         if rest:
             if not self.whole:
-                raise FormatError("padding to no multiple of four bytes")
+                raise FormatError("the length of the padding is not a multiple of four bytes")
             self._stream, self._zeros = self._begin(), 0
         return rest
 
@@ -296,13 +296,13 @@ _FORMATS: dict[str, Callable[[int], Decompressor]] = {
     "lzip": lambda memory: _Members(lambda: _Lzip(memory), b"LZIP"),
 }
 COMPRESSIONS = frozenset(_FORMATS)
-"""The values of a narinfo's `Compression` that are taken. Of Nix's others, some need a program that nobody has."""
+"""The supported values of a narinfo's `Compression`. Nix's others are rare, and some need an external program."""
 
 _CODINGS = {name: name for name in COMPRESSIONS - {"none"}} | {f"x-{name}": name for name in ("gzip", "bzip2", "xz")}
 
 
 class _Failures:
-    """A decompressor whose errors are all FormatErrors."""
+    """A decompressor that turns all errors of its library into FormatErrors."""
 
     def __init__(self, name: str, inner: Decompressor) -> None:
         self._name = name
@@ -316,7 +316,7 @@ class _Failures:
         try:
             yield from self._inner.feed(data)
         except lzma.LZMAError as error:
-            if "limit" in str(error):  # Python has no other way to tell
+            if "limit" in str(error):  # Python does not distinguish this error in another way
                 raise WindowError(f"a window of this {self._name} file is too large") from None
             raise FormatError(f"not {self._name} data") from None
         except (OSError, EOFError, zlib.error, zstandard.ZstdError, brotli.error):
@@ -324,7 +324,7 @@ class _Failures:
 
 
 class Decoder:
-    """What was encoded several times, in the order of decoding."""
+    """The decompressor of a body with several content codings. `steps` are in the order of decoding."""
 
     def __init__(self, steps: list[Decompressor]) -> None:
         self._steps = steps
@@ -332,7 +332,7 @@ class Decoder:
 
     @property
     def whole(self) -> bool:
-        # An empty body is empty, however it should be encoded.
+        # Servers send an empty body without encoding it, whatever their Content-Encoding says.
         return self._empty or all(step.whole for step in self._steps)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -343,10 +343,10 @@ class Decoder:
         yield from pieces
 
     def decode(self, body: bytes, most: int) -> bytes:
-        """Return what a whole body is without its codings.
+        """Return a complete body, decoded.
 
-        Raise SizeError if any of them leaves more than `most` bytes, or makes too many pieces. Raise FormatError if the
-        body is wrong.
+        Raises SizeError if any step outputs more than `most` bytes, or too many pieces.
+        Raises FormatError if the body is malformed or cut short.
         """
         for step in self._steps if body else []:
             body = _joined(step.feed(body), most)
@@ -356,14 +356,14 @@ class Decoder:
 
 
 def _joined(pieces: Iterable[bytes], most: int) -> bytes:
-    whole = bytearray()
+    body = bytearray()
     for count, piece in enumerate(pieces, 1):
-        whole += piece
-        if len(whole) > most:
+        body += piece
+        if len(body) > most:
             raise SizeError(f"it is longer than {most} bytes")
         if count > _MAX_PIECES:
-            raise SizeError(f"it is made of more than {_MAX_PIECES} pieces")
-    return bytes(whole)
+            raise SizeError(f"it has more than {_MAX_PIECES} pieces")
+    return bytes(body)
 
 
 def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -372,18 +372,21 @@ def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def decompressor(compression: str, memory: int = MEMORY_BYTES) -> _Failures:
-    """Return a decompressor for a file of that compression, one of COMPRESSIONS."""
+    """Return a decompressor for a file with this compression, one of COMPRESSIONS.
+
+    It raises WindowError if the file needs more than `memory` bytes for its window, if it is xz, lzma or lzip.
+    """
     return _Failures(compression, _FORMATS[compression](memory))
 
 
 def decoder(codings: Iterable[str]) -> Decoder | None:
-    """Return a decompressor for an HTTP body with these content codings, or None if it is not encoded.
+    """Return a decompressor for an HTTP body with these content codings, or None if the body is not encoded.
 
-    Raise FormatError if one of them is unknown, or there are too many.
+    Raises FormatError if a coding is unknown, or if there are more than MAX_CODINGS.
     """
     names = [name for name in map(str.lower, codings) if name not in {"", "identity", "none"}]
     if len(names) > MAX_CODINGS:
-        raise FormatError(f"its Content-Encoding names {len(names)} codings, where at most {MAX_CODINGS} may be")
+        raise FormatError(f"its Content-Encoding has {len(names)} codings, more than the maximum of {MAX_CODINGS}")
     steps: list[Decompressor] = []
     for name in reversed(names):
         if name == "deflate":

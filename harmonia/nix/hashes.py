@@ -1,4 +1,4 @@
-"""Hashes as Nix reads them: in base 16, Nix's base 32, base 64, or as SRI (Nix `src/libutil/hash.cc`)."""
+"""Hashes in the notations that Nix reads: base 16, Nix's base 32, base 64 and SRI (Nix `src/libutil/hash.cc`)."""
 
 import binascii
 import re
@@ -8,12 +8,15 @@ from harmonia.nix import base32
 from harmonia.untrusted import excerpt
 
 SIZES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64, "blake3": 32}
-"""The algorithms that Nix knows, and the bytes of their digests."""
+"""Digest length in bytes of each algorithm that Nix supports."""
 _BASE64 = re.compile(r"[0-9A-Za-z+/]*")
 
 
 def parse(text: str) -> tuple[str, bytes]:
-    """Return the algorithm and the digest of `sha256:…` or `sha256-…`. Raise FormatError if it is malformed."""
+    """Return the algorithm and the digest of `sha256:…` or `sha256-…`.
+
+    Raises FormatError if `text` is malformed.
+    """
     algorithm, colon, digest = text.partition(":")
     if colon:
         return algorithm, parse_digest(algorithm, digest)
@@ -23,7 +26,10 @@ def parse(text: str) -> tuple[str, bytes]:
 
 
 def parse_digest(algorithm: str, digest: str) -> bytes:
-    """Return the digest, whose length tells its base. Raise FormatError if it is malformed."""
+    """Return the bytes of a digest in base 16, 32 or 64, which differ in length.
+
+    Raises FormatError if the digest is malformed.
+    """
     size = _size(algorithm)
     try:
         if len(digest) == 2 * size and digest.isalnum():
@@ -37,7 +43,10 @@ def parse_digest(algorithm: str, digest: str) -> bytes:
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the bytes, as Nix decodes them: up to the first `=`, and without bits that fill no byte."""
+    """Decode base 64 as Nix does: up to the first `=`, and without the last bits if they are fewer than eight.
+
+    Returns `b""` if the text is malformed.
+    """
     digits = text.partition("=")[0]
     if not _BASE64.fullmatch(digits):
         return b""

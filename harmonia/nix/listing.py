@@ -1,6 +1,6 @@
-"""NAR listings, `.ls` files: what is in an archive and where, without the contents (Nix `src/libutil/nar-listing.cc`).
+"""NAR listings, `.ls` files: entries of an archive and offsets of their contents (Nix `src/libutil/nar-listing.cc`).
 
-JSON, but with names and targets as the bytes that they are: no other spelling would name the same file.
+A listing is JSON, except that names and symlink targets are raw bytes, which need not be UTF-8.
 """
 
 import re
@@ -19,9 +19,9 @@ def _string(text: bytes) -> bytes:
 
 
 def render(located: Iterable[tuple[int, Entry]]) -> Iterator[bytes]:
-    """The listing of an archive's entries, each with the offset of its contents: a piece of text for each."""
+    """Yield the listing in pieces, one for each entry, given the entries with the offsets of their contents."""
     yield b'{"version":1,"root":'
-    opened = 0  # directories that are not closed yet
+    opened = 0  # directories that are still open
     comma = b""
     for offset, (depth, path, mode, size, target) in located:
         text = b""

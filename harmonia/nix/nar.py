@@ -1,10 +1,11 @@
 """NAR, the archive format of store objects (Nix `src/libutil/archive.cc`), as a lazy run of segments.
 
-A segment is `bytes` that are known, or a `FileSlice` that stands for bytes not read yet. Both have a length and can be
-sliced, and that is all that sizes, byte ranges and streaming need: no file is opened before its bytes are wanted.
+A segment is `bytes`, or a `FileSlice` that stands for bytes not read yet. Both have a length and can be sliced. Sizes,
+byte ranges and streaming need no more than that, so a file is opened only when its bytes are sent.
 `store/tree_reader.py` finds the entries of a tree on disk, `store/file_reader.py` reads the bytes of segments.
 
-The grammar, where each word, name and data is its length in 8 bytes, its bytes, and zeros up to a multiple of 8::
+The grammar follows. Each word, name and data is encoded as its length in 8 bytes, its bytes, and zeros up to a multiple
+of 8::
 
     archive   = "nix-archive-1" node
     node      = "(" "type" (regular | symlink | directory) ")"
@@ -26,7 +27,7 @@ _PADDINGS = [b"\0" * (-length % 8) for length in range(8)]  # by length modulo 8
 
 
 def encode(*texts: bytes) -> bytes:
-    """Words of the grammar, each with its length and its padding."""
+    """Return the words of the grammar, each with its length and its padding."""
     return b"".join(_pack_length(len(text)) + text + _PADDINGS[len(text) % 8] for text in texts)
 
 
@@ -42,7 +43,7 @@ _CLOSE = encode(b")")
 
 @dataclass(slots=True)
 class FileSlice:
-    """The bytes from `start` to `stop` of a file that was `size` bytes long when it was looked at."""
+    """The bytes from `start` to `stop` of a file. `size` is the file's length in bytes when the tree was walked."""
 
     path: bytes
     size: int
@@ -61,33 +62,34 @@ Segment = bytes | FileSlice
 
 
 class Entry(NamedTuple):
-    """A file system object, as much of it as a NAR holds. `mode` tells its type and whether it is executable."""
+    """A file system object with the properties that a NAR stores."""
 
     depth: int
-    """How many directories of the archive it is in: 0 for the root."""
+    """The number of the archive's directories around the object: 0 for the root."""
     path: bytes
-    """Where it is on disk. Its name in the archive is the last component."""
+    """The path on disk. Its last component is the name in the archive."""
     mode: int
+    """The file type and the permissions, as in `st_mode`. A NAR stores only the owner's permission to execute."""
     size: int
-    """The length of a regular file's contents."""
+    """The length of a regular file's contents in bytes."""
     target: bytes
-    """What a symlink points to."""
+    """The target of a symlink."""
 
 
 NarHeader = tuple[bytes, Entry | None]
-"""Words of the archive, and the entry whose contents follow them: none after the last."""
+"""Encoded words of the archive, and the entry whose contents follow them, or None after the last entry."""
 
 
 def serialize(entries: Iterable[Entry]) -> Iterator[NarHeader]:
-    """The headers of the archive of what a walk found.
+    """Yield the headers of the archive of these entries, in the order of a walk.
 
-    Of only the later entries of a tree, only the first words are others than in the archive of the whole.
+    Given only the later entries of a tree, the headers are those of the full archive, except the first one.
     """
     words = _MAGIC
-    opened = 0  # directories that are not closed yet
+    opened = 0  # directories that are still open
     for entry in entries:
         depth, path, mode, size, target = entry
-        # A directory below the root is closed twice: as a node, and as an entry. So is any other node.
+        # Every node below the root is closed twice: as a node, and as an entry.
         close = _CLOSE * 2 if depth else _CLOSE
         if opened != depth:
             words += _CLOSE * (2 * (opened - depth))
@@ -109,7 +111,7 @@ def serialize(entries: Iterable[Entry]) -> Iterator[NarHeader]:
 
 
 def located(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
-    """The entries, each with the offset of its contents in the archive."""
+    """Yield the entries, each with the offset in bytes of its contents in the archive."""
     position = 0
     for words, entry in serialize(entries):
         position += len(words)
@@ -119,7 +121,7 @@ def located(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
 
 
 def segments(headers: Iterable[NarHeader]) -> Iterator[Segment]:
-    """The archive of what `serialize` gives."""
+    """Yield the segments of the archive with these headers, which come from `serialize`."""
     for words, entry in headers:
         yield words
         if entry is not None and (size := entry.size):
@@ -127,7 +129,7 @@ def segments(headers: Iterable[NarHeader]) -> Iterator[Segment]:
 
 
 def window(archive: Iterable[Segment], start: int, stop: int) -> Iterator[Segment]:
-    """The bytes from `start` to `stop` of a run of segments."""
+    """Yield the segments of the byte range from `start` to `stop` of an archive."""
     position = 0
     for segment in archive:
         if position >= stop:

@@ -1,6 +1,6 @@
-"""Reading an archive: as strict as Nix 2.34.7 and newer (`src/libutil/archive.cc`), in bounded memory.
+"""NAR parser, as strict as Nix 2.34.7 and newer (`src/libutil/archive.cc`), in bounded memory.
 
-Whatever `parse` takes is an archive that `nar.serialize` would write: no two texts say the same.
+`parse` accepts only an archive that `nar.serialize` would write byte for byte: each tree has exactly one archive.
 """
 
 import os
@@ -24,18 +24,21 @@ _NAME = encode(b"(", b"name")
 _NODE = encode(b"node")
 _CLOSE = encode(b")")
 
-_PIECE_BYTES = 256 * 1024  # a file's contents are given on in pieces of at most so many bytes
+_PIECE_BYTES = 256 * 1024  # maximum of a piece of a file's contents
 
 
 class _Source:
-    """Bytes that come in chunks, taken in the portions that the grammar wants."""
+    """The bytes of an archive that arrive in chunks, read in the portions of the grammar."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
         self._chunk = memoryview(b"")
 
     def pieces(self, size: int) -> Iterator[bytes]:
-        """The next `size` bytes, as they come. No memory is taken on the word of `size`."""
+        """Yield the next `size` bytes in pieces as they arrive. Memory use does not depend on `size`.
+
+        Raises FormatError if the archive ends before.
+        """
         while size:
             if not self._chunk:
                 chunk = next(self._chunks, None)
@@ -60,7 +63,7 @@ class _Source:
     def text(self, longest: int, what: str) -> bytes:
         size = self.number()
         if size > longest:
-            raise FormatError(f"{what} of {size} bytes, where at most {longest} may be")
+            raise FormatError(f"{what} has {size} bytes, more than the maximum of {longest}")
         text = self.take(size)
         self.padding(size)
         return text
@@ -69,18 +72,19 @@ class _Source:
         return self.text(_MAX_WORD_BYTES, "a word")
 
     def expect(self, words: bytes) -> None:
-        if (found := self.take(len(words))) != words:
-            raise FormatError(f"{found!r} where {words!r} should be")
+        if (actual := self.take(len(words))) != words:
+            raise FormatError(f"expected {words!r}, found {actual!r}")
 
     def end(self) -> None:
         if self._chunk or any(self._chunks):
-            raise FormatError("there is more after the end of the archive")
+            raise FormatError("data follows the end of the archive")
 
 
 def parse(chunks: Iterable[bytes]) -> Iterator[Entry | bytes]:
-    """The entries of an archive, each file's followed by its contents in pieces. FormatError where it is none.
+    """Yield the entries of an archive. After the entry of a regular file, yield the file's contents in pieces.
 
     The paths are those within the archive: `b""` for its root, and a slash before each name, as in `b"/bin/sh"`.
+    Raises FormatError if the chunks do not form an archive.
     """
     source = _Source(chunks)
     source.expect(_MAGIC)
@@ -90,7 +94,7 @@ def parse(chunks: Iterable[bytes]) -> Iterator[Entry | bytes]:
 
 def _node(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes]:
     if depth >= MAX_DEPTH:
-        raise FormatError(f"directories nested {depth} deep, where fewer than {MAX_DEPTH} may be")
+        raise FormatError(f"directories are nested {depth} deep; the maximum is {MAX_DEPTH - 1}")
     source.expect(_TYPE)
     match source.word():
         case b"regular":
@@ -101,7 +105,7 @@ def _node(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes]:
                 mode |= 0o111
                 word = source.word()
             if word != b"contents":
-                raise FormatError(f"{word!r} where a file's contents should be")
+                raise FormatError(f"expected a file's contents, found {word!r}")
             size = source.number()
             yield Entry(depth, path, mode, size, b"")
             yield from source.pieces(size)
@@ -110,14 +114,14 @@ def _node(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes]:
             source.expect(_TARGET)
             target = source.text(MAX_TARGET_BYTES, "a symlink's target")
             if not target or b"\0" in target:
-                raise FormatError(f"{target!r} cannot be what a symlink points to")
+                raise FormatError(f"{target!r} cannot be the target of a symlink")
             yield Entry(depth, path, stat.S_IFLNK | 0o777, 0, target)
         case b"directory":
             yield Entry(depth, path, stat.S_IFDIR | 0o555, 0, b"")
             yield from _entries(source, path, depth + 1)
             return
         case kind:
-            raise FormatError(f"{kind!r} is no type of file")
+            raise FormatError(f"{kind!r} is not a file type")
     source.expect(_CLOSE)
 
 
@@ -129,20 +133,23 @@ def _entries(source: _Source, path: bytes, depth: int) -> Iterator[Entry | bytes
         if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
             raise FormatError(f"{name!r} cannot be a name in a directory")
         if name <= previous:
-            raise FormatError(f"{name!r} after {previous!r}: names are sorted, and each is there once")
+            raise FormatError(f"{name!r} follows {previous!r}, but names must be sorted and unique")
         previous = name
         source.expect(_NODE)
         yield from _node(source, path + b"/" + name, depth)
         source.expect(_CLOSE)
     if word != b")":
-        raise FormatError(f"{word!r} where a directory's next entry or its end should be")
+        raise FormatError(f"expected a directory's next entry or its end, found {word!r}")
 
 
 def restore(parts: Iterable[Entry | bytes], root: bytes) -> None:
-    """Write what `parse` gives to `root`, where nothing may be: FileExistsError. An error leaves what was written."""
+    """Write the entries and contents that `parse` yields to the file system, below the path `root`.
+
+    Raises FileExistsError if `root` exists. After any error, the files written so far remain.
+    """
     parts = iter(parts)
     for entry in parts:
-        assert isinstance(entry, Entry)  # noqa: S101 (the contents of a file are taken with it)
+        assert isinstance(entry, Entry)  # noqa: S101 (each file's contents are consumed below)
         path = root + entry.path
         if stat.S_ISDIR(entry.mode):
             os.mkdir(path)

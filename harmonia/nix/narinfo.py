@@ -1,4 +1,4 @@
-"""narinfo: what a binary cache says of a store path (Nix `src/libstore/nar-info.cc`)."""
+"""narinfo, the metadata of a store path in a binary cache (Nix `src/libstore/nar-info.cc`)."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ COMPRESSIONS = frozenset(
     ("none", "xz", "bzip2", "gzip", "zstd", "br", "lz4", "lzip", "lzma", "lzop", "compress", "grzip", "lrzip")
 )
 MAX_URL_LENGTH = 64 << 10
-"""Characters: curl takes 8 million, but no server that many."""
+"""Characters. curl accepts 8 million, but servers accept far fewer."""
 _URL = re.compile(rf"[^\x00-\x1f\x7f]{{1,{MAX_URL_LENGTH}}}")
 _MAX_SIZE = (1 << 64) - 1
 _NO_DERIVER = "unknown-deriver"
@@ -28,18 +28,22 @@ _NO_DERIVER = "unknown-deriver"
 
 @dataclass(frozen=True, slots=True)
 class NarFile:
-    """A NAR as a cache hands it out. Its hash and size are of the file as downloaded, None until they are known."""
+    """The file of a NAR in a cache, compressed or not."""
 
     url: str
+    """Relative to the root of the cache, or absolute."""
     compression: str = "none"
+    """One of COMPRESSIONS."""
     file_hash: bytes | None = None
+    """The SHA-256 of the file as downloaded, or None if it is unknown."""
     file_size: int | None = None
+    """The length of the file as downloaded in bytes, or None if it is unknown."""
 
 
 def signatures(info: PathInfo, store_dir: str, keys: Iterable[SecretKey]) -> list[str]:
-    """The stored signatures and those of our `keys`, sorted, each once.
+    """Return the stored signatures and new ones by our `keys`, sorted and without duplicates.
 
-    A stored one that Nix ≥ 2.34 would trip over is left out.
+    Malformed stored signatures are dropped, because Nix ≥ 2.34 refuses a narinfo that has one.
     """
     sigs = {sig for sig in info.sigs if is_signature(sig)}
     fingerprint = info.fingerprint(store_dir)
@@ -48,9 +52,9 @@ def signatures(info: PathInfo, store_dir: str, keys: Iterable[SecretKey]) -> lis
 
 
 def render(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) -> str:
-    """The narinfo's text.
+    """Return the narinfo's text.
 
-    Its reader blindly skips the character after a colon, so that even an empty value has its space.
+    An empty value also follows a space, because Nix skips the character after a colon without a check.
     """
     lines = [
         f"StorePath: {store_dir}/{info.path}",
@@ -75,9 +79,10 @@ def render(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) ->
 
 
 def render_json(info: PathInfo, store_dir: str, nar: NarFile, sigs: Iterable[str]) -> str:
-    """The same in JSON: version 3 of Nix's *store object info*, of a path in a binary cache, with the path itself.
+    """Return the narinfo as JSON: version 3 of Nix's *store object info* for a path in a binary cache, plus the path.
 
-    Of it, no cache knows when it was registered, or who built it. FormatError where its content address is none.
+    `registrationTime` is always null and `ultimate` false, because a cache does not have these two.
+    Raises FormatError if the content address is malformed.
     """
     named = (sig.partition(":") for sig in sigs)
     value = {
@@ -108,11 +113,12 @@ def _sri(algorithm: str, digest: bytes) -> str:
 
 
 def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
-    """Return what a narinfo says, read to the letter as Nix does, in every version from 2.8 on.
+    """Return the path info and the NAR file of a narinfo, parsed exactly as by Nix 2.8 and newer.
 
-    Raise FormatError if Nix would refuse it, and if the path is in another store, or the compression or the algorithm
-    of NarHash is unknown: then it is no help. Two things are left out that Nix takes or ignores, depending on its
-    version: a malformed Sig, and a FileHash in another algorithm than SHA-256. Nor is a FileSize of 0 a size.
+    A malformed Sig, and a FileHash in another algorithm than SHA-256, are dropped: some versions of Nix accept them,
+    others ignore them. A FileSize of 0 counts as unknown.
+    Raises FormatError if Nix would refuse the narinfo, if the path is not in `store_dir`, if the compression is unknown
+    or if NarHash is not a SHA-256.
     """
     fields, sigs = _fields(text)
     for name in ("StorePath", "URL", "NarHash", "NarSize"):
@@ -147,7 +153,10 @@ def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
 
 
 def _fields(text: str) -> tuple[dict[str, str], list[str]]:
-    """Return the values that count, by their names, and the signatures."""
+    """Return the values of the fields by name, the last value of repeated ones, and the signatures.
+
+    Raises FormatError if References or CA is repeated, or a line is malformed.
+    """
     fields: dict[str, str] = {}
     sigs: list[str] = []
     for name, value in _lines(text):
@@ -161,7 +170,10 @@ def _fields(text: str) -> tuple[dict[str, str], list[str]]:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """Yield names and values. Nix skips the character after a colon blindly, be it a line's end."""
+    """Yield names and values. Like Nix, skip the character after a colon without a check, even a line end.
+
+    Raises FormatError if a line has no colon or no line end.
+    """
     position = 0
     while position < len(text):
         colon = text.find(":", position)
@@ -173,7 +185,7 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _canonical(path: str) -> str:
-    """Return the path as Nix's `canonPath` does: without empty, `.` and `..` components."""
+    """Return an absolute path without empty, `.` and `..` components, like Nix's `canonPath`."""
     return f"/{posixpath.normpath(path).lstrip('/')}" if path.startswith("/") else path
 
 

@@ -1,4 +1,4 @@
-"""The keys that this machine's Nix trusts, from its nix.conf (Nix `src/libutil/configuration.cc`)."""
+"""Public keys that this machine's Nix trusts, from nix.conf (Nix `src/libutil/configuration.cc`)."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,11 +7,14 @@ from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey
 
 _DEFAULT = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
-_MAX_INCLUDES = 20  # files that include each other, at most
+_MAX_INCLUDES = 20  # maximum depth of nested includes
 
 
 def trusted_keys(environ: Mapping[str, str]) -> list[PublicKey]:
-    """`trusted-public-keys` and `extra-trusted-public-keys`. Keys, lines and files that make no sense are left out."""
+    """Return the keys in `trusted-public-keys` and `extra-trusted-public-keys`.
+
+    The files are found by `environ`, as Nix finds them. Malformed keys and lines and unreadable files are skipped.
+    """
     home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".config")
     files = [os.path.join(environ.get("NIX_CONF_DIR") or "/etc/nix", "nix.conf"), os.path.join(home, "nix/nix.conf")]
     words = [_DEFAULT]
@@ -42,7 +45,7 @@ def _file(path: str, depth: int) -> Iterator[tuple[str, str]]:
 def _settings(text: str, directory: str, depth: int) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         words = line.partition("#")[0].split()
-        if len(words) == 2 and words[0] in ("include", "!include") and depth < _MAX_INCLUDES:  # noqa: PLR2004 (and a file)
+        if len(words) == 2 and words[0] in ("include", "!include") and depth < _MAX_INCLUDES:  # noqa: PLR2004 (the directive and a file)
             yield from _file(os.path.join(directory, words[1]), depth + 1)
         elif words[1:2] == ["="]:
             yield words[0], " ".join(words[2:])

@@ -1,4 +1,4 @@
-"""What a store's database knows of a valid path (Nix `src/libstore/path-info.cc`)."""
+"""Path info, the record of a valid path in the store's database (Nix `src/libstore/path-info.cc`)."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,19 @@ class PathInfo:
     nar_size: int
     """The NAR's length in bytes, never 0."""
     references: tuple[StorePath, ...] = ()
-    """The paths it refers to, itself perhaps among them, sorted."""
+    """The sorted paths that this path refers to, which may include the path itself."""
     deriver: StorePath | None = None
+    """The derivation that built the path, or None if it is unknown."""
     sigs: tuple[str, ...] = ()
-    """`name:base64` each, as they are stored."""
+    """The stored signatures, each as `name:base64`."""
     ca: str | None = None
-    """How the path follows from its content, for a content-addressed one."""
+    """The content address, or None if the path is not content-addressed."""
 
     def fingerprint(self, store_dir: str) -> bytes:
-        """What a signature signs: the path, its content and its references as full paths."""
+        """Return the message that a signature signs: the path, its NAR hash and size, and its references.
+
+        All paths are full ones, in `store_dir`.
+        """
         references = ",".join(f"{store_dir}/{reference}" for reference in self.references)
         nar_hash = base32.encode(self.nar_hash)
         return f"1;{store_dir}/{self.path};sha256:{nar_hash};{self.nar_size};{references}".encode()

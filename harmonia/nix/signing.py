@@ -1,4 +1,4 @@
-"""Ed25519 keys and signatures as `name:base64` (Nix `src/libutil/signature/local-keys.cc`)."""
+"""Ed25519 keys and signatures in the form `name:base64` (Nix `src/libutil/signature/local-keys.cc`)."""
 
 import binascii
 from dataclasses import dataclass, field
@@ -13,13 +13,17 @@ SIGNATURE_BYTES = 64
 
 
 def _split(text: str, size: int, what: str) -> tuple[str, bytes]:
-    """The name and the bytes of `name:base64`. No message shows any of it: a secret may be where the name should."""
+    """Return the name and the bytes of `name:base64`.
+
+    Raises FormatError if `text` is malformed or has another number of bytes than `size`. The message never quotes
+    `text`, because a secret may stand in the place of the name.
+    """
     name, colon, encoded = text.partition(":")
     if not (name and colon) or any(character.isspace() for character in name):
         raise FormatError(f"a {what} has the form name:base64")
     encoded = "".join(encoded.split())
     try:
-        # Nix's own decoder tolerates line breaks and missing padding.
+        # Nix's decoder accepts line breaks and missing padding.
         value = binascii.a2b_base64(encoded + "=" * (-len(encoded) % 4), strict_mode=True)
     except ValueError:
         raise FormatError(f"the {what} is not base64 after its colon") from None
@@ -33,7 +37,7 @@ def _join(name: str, value: bytes) -> str:
 
 
 def is_signature(text: str) -> bool:
-    """Whether Nix ≥ 2.34 would accept `text` as a signature: it refuses a narinfo for a single bad one."""
+    """Return whether `text` is well-formed. Nix ≥ 2.34 refuses a whole narinfo because of one malformed signature."""
     try:
         _split(text, SIGNATURE_BYTES, "signature")
     except FormatError:
@@ -48,6 +52,10 @@ class PublicKey:
 
     @classmethod
     def parse(cls, text: str) -> Self:
+        """Return the key `name:base64`.
+
+        Raises FormatError if `text` is malformed.
+        """
         name, value = _split(text.strip(), 32, "public key")
         return cls(name, VerifyKey(value))
 
@@ -55,8 +63,8 @@ class PublicKey:
         return _join(self.name, bytes(self.key))
 
     def verify(self, message: bytes, signature: str) -> bool:
-        """Whether `signature` is this key's, by name and by content."""
-        if not signature.startswith(f"{self.name}:"):  # it takes 0.1 ms to see that another key made it
+        """Return whether this key made `signature` for `message`. The name of the key must match, too."""
+        if not signature.startswith(f"{self.name}:"):  # saves the 0.1 ms that a verification takes
             return False
         try:
             _, value = _split(signature, SIGNATURE_BYTES, "signature")
@@ -73,7 +81,10 @@ class SecretKey:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """A key file's content: 64 bytes, the seed and the public key. FormatError also where the two do not fit."""
+        """Return the key in a key file's content: a name, and 64 bytes of seed and public key.
+
+        Raises FormatError if `text` is malformed, or if the public key does not belong to the seed.
+        """
         name, value = _split(text.strip(), 64, "secret key")
         key = SigningKey(value[:32])
         if bytes(key.verify_key) != value[32:]:
@@ -82,10 +93,11 @@ class SecretKey:
 
     @classmethod
     def generate(cls, name: str) -> Self:
+        """Return a new random key."""
         return cls(name, SigningKey.generate())
 
     def export(self) -> str:
-        """The content of its key file, as `nix-store --generate-binary-cache-key` writes it."""
+        """Return the content of a key file, as `nix-store --generate-binary-cache-key` writes it."""
         return _join(self.name, bytes(self.key) + bytes(self.key.verify_key))
 
     @property
@@ -93,4 +105,5 @@ class SecretKey:
         return PublicKey(self.name, self.key.verify_key)
 
     def sign(self, message: bytes) -> str:
+        """Return the signature of a message as `name:base64`."""
         return _join(self.name, self.key.sign(message).signature)

@@ -9,34 +9,39 @@ from harmonia.untrusted import excerpt
 
 HASH_PART_LENGTH = 32
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{32}}")
-# A name may start with a dot since Nix 2.21, but may be neither `.` nor `..`, nor start with one of them and a dash.
+# Since Nix 2.21 a name may start with a dot. It must not be `.` or `..`, or start with `.-` or `..-`.
 _BASE_NAME = re.compile(rf"{_HASH_PART.pattern}-(?!\.\.?(?:-|$))[0-9A-Za-z+\-._?=]{{1,211}}")
 
 
 def is_hash_part(text: str) -> bool:
+    """Return whether `text` has the form of a hash part: 32 digits of Nix's base-32."""
     return _HASH_PART.fullmatch(text) is not None
 
 
 class StoreDirError(FormatError):
-    """A path in another store directory."""
+    """A path is in another directory than the store directory."""
 
 
 class StorePath(str):
-    """A store path by its base name, without the store directory: it compares and sorts as Nix sorts references."""
+    """The base name of a store path, without the store directory. It sorts as Nix sorts references."""
 
     __slots__ = ()
 
     def __new__(cls, base_name: str) -> Self:
-        """FormatError where `base_name` does not follow the grammar."""
+        """Return the store path with this base name.
+
+        Raises FormatError if `base_name` does not match the grammar.
+        """
         if not _BASE_NAME.fullmatch(base_name):
             raise FormatError(f"{excerpt(base_name)} is not the base name of a store path")
         return super().__new__(cls, base_name)
 
     @classmethod
     def in_dir(cls, store_dir: str, path: str) -> Self:
-        """Return the store path that the full `path` names.
+        """Return the store path of the full path `path`.
 
-        Raise StoreDirError if it lies elsewhere, FormatError if it is malformed or lies deeper.
+        Raises StoreDirError if `path` is not in `store_dir`.
+        Raises FormatError if `path` is malformed, or names a file inside a store path.
         """
         if not path.startswith(store_dir + "/"):
             raise StoreDirError(f"{excerpt(path)} is not in the store {store_dir}")

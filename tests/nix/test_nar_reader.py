@@ -86,7 +86,7 @@ def test_in_any_chunks_and_with_no_tail(tree: Tree, data: st.DataObject) -> None
     size = data.draw(st.integers(2, 20))
     for chunks in (odd, [bytes([byte]) for byte in archive], [*map(bytes, file_reader.read([archive], size))]):
         assert parsed(chunks) == expected
-        with pytest.raises(FormatError, match="more after the end"):
+        with pytest.raises(FormatError, match="data follows the end"):
             parsed([*chunks, b"", b"\0"])
     with pytest.raises(FormatError, match="ends early"):
         parsed([archive[: data.draw(st.integers(0, len(archive) - 1))]])
@@ -247,47 +247,59 @@ TAKEN = {
 }
 REFUSED = {
     "nothing": (b"", "ends early"),
-    "another magic": (words("nix-archive-2") + FILE, "should be"),
+    "another magic": (words("nix-archive-2") + FILE, "expected b"),
     "only the magic": (archive(b""), "ends early"),
-    "two roots": (archive(FILE + FILE), "more after the end"),
-    "another type": (archive(words("(", "type", "fifo", ")")), "no type"),
-    "type twice": (archive(words("(", "type", "regular", "type", "regular", "contents", "", ")")), "contents should"),
-    "no type": (archive(words("(", "regular", "contents", "", ")")), "should be"),
-    "no contents": (archive(words("(", "type", "regular", ")")), "contents should be"),
-    "executable without contents": (archive(words("(", "type", "regular", "executable", "", ")")), "contents should"),
-    "executable after contents": (archive(words("(", "type", "regular", "contents", "", "executable", "", ")")), "be"),
+    "two roots": (archive(FILE + FILE), "data follows the end"),
+    "another type": (archive(words("(", "type", "fifo", ")")), "is not a file type"),
+    "type twice": (
+        archive(words("(", "type", "regular", "type", "regular", "contents", "", ")")),
+        "expected a file's contents",
+    ),
+    "no type": (archive(words("(", "regular", "contents", "", ")")), "expected b"),
+    "no contents": (archive(words("(", "type", "regular", ")")), "expected a file's contents"),
+    "executable without contents": (
+        archive(words("(", "type", "regular", "executable", "", ")")),
+        "expected a file's contents",
+    ),
+    "executable after contents": (
+        archive(words("(", "type", "regular", "contents", "", "executable", "", ")")),
+        "expected b",
+    ),
     "executable twice": (
         archive(words("(", "type", "regular", "executable", "", "executable", "", "contents", "", ")")),
-        "contents should be",
+        "expected a file's contents",
     ),
-    "executable with a value": (archive(words("(", "type", "regular", "executable", "1", "contents", "", ")")), "be"),
-    "contents twice": (archive(words("(", "type", "regular", "contents", "", "contents", "", ")")), "should be"),
-    "no target": (archive(words("(", "type", "symlink", ")")), "should be"),
-    "target before type": (archive(words("(", "target", "a", "type", "symlink", ")")), "should be"),
+    "executable with a value": (
+        archive(words("(", "type", "regular", "executable", "1", "contents", "", ")")),
+        "expected b",
+    ),
+    "contents twice": (archive(words("(", "type", "regular", "contents", "", "contents", "", ")")), "expected b"),
+    "no target": (archive(words("(", "type", "symlink", ")")), "expected b"),
+    "target before type": (archive(words("(", "target", "a", "type", "symlink", ")")), "expected b"),
     "node before name": (
         archive(words("(", "type", "directory", "entry", "(", "node") + FILE + words("name", "a", ")", ")")),
-        "should be",
+        "expected b",
     ),
-    "entry without node": (archive(words("(", "type", "directory", "entry", "(", "name", "a", ")", ")")), "should be"),
+    "entry without node": (archive(words("(", "type", "directory", "entry", "(", "name", "a", ")", ")")), "expected b"),
     "entry not closed": (
         archive(words("(", "type", "directory", "entry", "(", "name", "a", "node") + FILE + words(")")),
         "ends early",
     ),
     "something between entries": (archive(words("(", "type", "directory", "comment", ")")), "next entry or its end"),
-    "long word": (archive(words("(", "type", "x" * 33, ")")), "a word of 33 bytes"),
+    "long word": (archive(words("(", "type", "x" * 33, ")")), "a word has 33 bytes"),
     "unsorted": (archive(directory((b"b", FILE), (b"a", FILE))), "sorted"),
     "sorted as paths, not as names": (archive(directory((b"a.b", FILE), (b"a", directory()))), "sorted"),
     "signed bytes": (archive(directory((b"\xff", FILE), (b"a", FILE))), "sorted"),
-    "duplicate": (archive(directory((b"a", FILE), (b"a", link(b"b")))), "once"),
-    "padding of a word": (archive(FILE).replace(b"type\0\0\0\0", b"type\0\0\0\1"), "should be"),
+    "duplicate": (archive(directory((b"a", FILE), (b"a", link(b"b")))), "must be sorted and unique"),
+    "padding of a word": (archive(FILE).replace(b"type\0\0\0\0", b"type\0\0\0\1"), "expected b"),
     "padding of a type": (archive(FILE).replace(b"regular\0", b"regular\1"), "padding"),
     "padding of contents": (archive(FILE).replace(b"x\0", b"x\1"), "padding"),
     "padding of a target": (archive(link(b"abc")).replace(b"abc\0\0\0\0\0", b"abc\0\0\0\0\1"), "padding"),
     "padding of a name": (archive(directory((b"abc", FILE))).replace(b"abc\0", b"abc\n"), "padding"),
-    "name of 256 bytes": (archive(directory((b"n" * 256, FILE))), "a name of 256 bytes"),
-    "empty target": (archive(link(b"")), "cannot be what a symlink"),
-    "NUL in a target": (archive(link(b"a\0b")), "cannot be what a symlink"),
-    "target of 4096 bytes": (archive(link(b"t" * 4096)), "target of 4096 bytes"),
+    "name of 256 bytes": (archive(directory((b"n" * 256, FILE))), "a name has 256 bytes"),
+    "empty target": (archive(link(b"")), "cannot be the target of a symlink"),
+    "NUL in a target": (archive(link(b"a\0b")), "cannot be the target of a symlink"),
+    "target of 4096 bytes": (archive(link(b"t" * 4096)), "target has 4096 bytes"),
     "file at depth 64": (archive(nested(64, FILE)), "nested 64 deep"),
     "directory at depth 64": (archive(nested(64, directory())), "nested 64 deep"),
     "bottomless": (archive(words("(", "type", "directory", "entry", "(", "name", "d", "node") * 99_999), "nested 64"),
@@ -395,7 +407,7 @@ def test_nothing_is_written_over(tmp_path: Path, node: bytes, make: Callable[[Pa
     ],
 )
 def test_nothing_is_written_outside(tmp_path: Path, node: bytes) -> None:
-    """To follow a symlink it made, `restore` would need its name again. Names are sorted, and each is there once."""
+    """To follow a symlink it made, `restore` would need its name again. Names are sorted and unique."""
     write_tree({}, os.fsencode(tmp_path / "outside"))
     with pytest.raises(FormatError):
         restore(parse([archive(node)]), os.fsencode(tmp_path / "root"))
