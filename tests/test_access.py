@@ -49,20 +49,20 @@ def test_the_line_of_a_token_is_read_as_it_was_made(scopes: list[str]) -> None:
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ("ci read", "line 2 has 2 words in place of a name, scopes and a hash"),
-        (f"ci {HASH}", "line 2 has 2 words"),
-        (f"ci read {HASH} more", "line 2 has 4 words"),
-        (f"ci read {SECRET}", "line 2 has no hash of the form sha256:"),
-        (f"ci read {HASH[:-1]}", "line 2 has no hash"),
-        (f"ci read {HASH.upper()}", "line 2 has no hash"),
-        (f"ci/x read {HASH}", "line 2 has a name of other than letters"),
-        (f"ci upload {HASH}", "line 2 has an unknown scope, or one twice; there are read, browse, metrics"),
-        (f"ci {SECRET} {HASH}", "line 2 has an unknown scope"),
-        (f"{SECRET}! read {HASH}", "line 2 has a name"),
-        (f"ci read,read {HASH}", "line 2 has an unknown scope, or one twice"),
-        (f"ci , {HASH}", "line 2 has an unknown scope"),
-        (f"ci read {'sha256:' + '0' * 64}", "line 2 has the name or the hash of a line before it"),
-        (f"ci2 read {HASH}", "line 2 has the name or the hash of a line before it"),
+        ("ci read", "line 2: expected NAME SCOPES HASH"),
+        (f"ci {HASH}", "line 2: expected NAME"),
+        (f"ci read {HASH} more", "line 2: expected NAME"),
+        (f"ci read {SECRET}", "line 2: the hash is not sha256: and 64 hexadecimal digits"),
+        (f"ci read {HASH[:-1]}", "line 2: the hash is not"),
+        (f"ci read {HASH.upper()}", "line 2: the hash is not"),
+        (f"ci/x read {HASH}", "line 2: the name has other characters than letters"),
+        (f"ci upload {HASH}", "line 2: unknown or repeated scope; scopes are read, browse, metrics"),
+        (f"ci {SECRET} {HASH}", "line 2: unknown or repeated scope"),
+        (f"{SECRET}! read {HASH}", "line 2: the name"),
+        (f"ci read,read {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci , {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci read {'sha256:' + '0' * 64}", "line 2: repeats the name or the hash of an earlier line"),
+        (f"ci2 read {HASH}", "line 2: repeats the name or the hash of an earlier line"),
     ],
     ids=lambda _: "line",
 )
@@ -106,9 +106,9 @@ def test_the_command_refuses_what_no_server_would_take(arguments: list[str]) -> 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (f"ci upload {HASH}", "is not right: line 1 has an unknown scope"),
-        (SECRET, "is not right: line 1 has 1 words"),
-        ("\xff", "is not UTF-8"),
+        (f"ci upload {HASH}", "': line 1: unknown or repeated scope"),
+        (SECRET, "': line 1: expected NAME SCOPES HASH"),
+        ("\xff", "': not UTF-8"),
         (None, "cannot read"),
     ],
     ids=["scope", "secret", "bytes", "none"],
@@ -136,5 +136,5 @@ def test_many_tokens_are_read_in_linear_time() -> None:
     began = time.process_time()
     assert len(parse(text)) == 20_000
     assert time.process_time() - began < 2
-    with pytest.raises(FormatError, match="line 20001 has the name"):
+    with pytest.raises(FormatError, match="line 20001: repeats the name"):
         parse(f"{text}token-0 read sha256:{'0' * 64}")

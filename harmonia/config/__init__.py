@@ -1,1 +1,1 @@
-"""Configuration: TOML file and environment to validated settings."""
+"""Configuration: validated settings from a TOML file and the environment."""

@@ -1,4 +1,4 @@
-"""Sizes and durations, as people write them: `20 GB`, `1.5G`, `30s`, `1h 30min`."""
+"""Sizes and durations with units: `20 GB`, `1.5G`, `30s`, `1h 30min`."""
 
 import re
 import reprlib
@@ -9,7 +9,7 @@ from harmonia.errors import FormatError
 SIZE = '"500M", "20G" or "20GiB" (of 1024), "20 GB" (of 1000)'
 DURATION = '"30s", "5m" or "1h 30min"'
 
-_MAX_INTEGER = (1 << 63) - 1  # of an integer in TOML and in SQLite
+_MAX_INTEGER = (1 << 63) - 1  # the largest integer in TOML and SQLite
 _NUMBER = r"[0-9]{1,19}(?:\.[0-9]{1,9})?"
 _SIZE = re.compile(rf"({_NUMBER}) ?(?:([KMGTP])(i?B|i)?|B)?", re.ASCII | re.IGNORECASE)
 _PART = re.compile(rf"({_NUMBER}) ?([a-z]+) ?")
@@ -25,25 +25,25 @@ _UNITS_S = {word: Decimal(seconds) for words, seconds in _WORDS_S.items() for wo
 
 
 def size(text: str) -> int:
-    """Return the bytes of a size. Units are those of GNU coreutils: G and GiB are 1024³ bytes, GB is 1000³.
+    """Return a size in bytes. Units are those of GNU coreutils: G and GiB are 1024³ bytes, GB is 1000³.
 
-    Raise FormatError if `text` is not a size.
+    Raises FormatError if `text` is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise FormatError(f"expected a size like {SIZE}, found {reprlib.repr(text)}")
     number, prefix, suffix = match.groups(default="")
     exponent = 1 + "KMGTP".index(prefix.upper()) if prefix else 0
-    found = int(Decimal(number) * (1000 if suffix.upper() == "B" else 1024) ** exponent)
-    if found > _MAX_INTEGER:
+    size_bytes = int(Decimal(number) * (1000 if suffix.upper() == "B" else 1024) ** exponent)
+    if size_bytes > _MAX_INTEGER:
         raise FormatError(f"expected a size of at most {_MAX_INTEGER} bytes, found {reprlib.repr(text)}")
-    return found
+    return size_bytes
 
 
 def duration(text: str) -> int | float:
-    """Return the seconds of a duration. Units are those of systemd.time(7), up to weeks; without one, it is seconds.
+    """Return a duration in seconds. Units are those of systemd.time(7), up to weeks. The default unit is the second.
 
-    Raise FormatError if `text` is not a duration.
+    Raises FormatError if `text` is not a duration.
     """
     with_unit = f"{text}s" if re.fullmatch(_NUMBER, text) else text
     parts = _PART.findall(with_unit)

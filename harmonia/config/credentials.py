@@ -1,6 +1,7 @@
-"""What the settings name files of: keys to sign with, tokens, certificates, and passwords for upstream caches.
+"""Credentials from the files that the settings name: signing keys, tokens, certificates and upstream passwords.
 
-All of it is read anew at each call. ConfigError where a file is not what it should be; no message quotes one.
+Each call reads its files again. Each function raises ConfigError if a file cannot be read or used; no message quotes
+the content of a file.
 """
 
 import re
@@ -18,35 +19,37 @@ _NOT_A_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIG
 
 
 def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
-    """The keys to sign with, in the order of their files."""
+    """Return the signing keys, in the order of `sign_key_paths`."""
     keys = []
     for path in settings.sign_key_paths:
         with open_file("sign_key_paths", path, "name a file with a secret key") as file:
             try:
                 keys.append(SecretKey.parse(file.read().decode()))
             except (FormatError, UnicodeDecodeError):
-                # The parser's own words may quote the file, which may hold some other secret.
+                # The parser's message may quote the file, which may hold another secret.
                 what = f"no secret key in {path!r}; make one with harmonia keygen"
                 raise WrongSettingError(what, "sign_key_paths", key_file=path) from None
     return tuple(keys)
 
 
 def load_tokens(settings: Settings) -> tuple[Token, ...]:
-    """Those that are let in, read anew from their file."""
+    """Return the valid tokens, or none without `tokens_path`."""
     if settings.tokens_path is None:
         return ()
-    with open_file("tokens_path", settings.tokens_path, "name a file with the lines that harmonia token tells") as file:
+    with open_file(
+        "tokens_path", settings.tokens_path, "name a file with the lines that harmonia token prints"
+    ) as file:
         try:
             return tokens.parse(file.read().decode())
         except UnicodeDecodeError:
-            what = "is not UTF-8"
+            why = "not UTF-8"
         except FormatError as error:
-            what = f"is not right: {error}"
-    raise WrongSettingError(f"{settings.tokens_path!r} {what}; harmonia token tells how a line looks", "tokens_path")
+            why = str(error)
+    raise WrongSettingError(f"{settings.tokens_path!r}: {why}; harmonia token prints a valid line", "tokens_path")
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """What TLS is served with, read anew from its two files; None without TLS."""
+    """Return the TLS context of the server, or None without TLS."""
     if settings.tls_cert_path is None or settings.tls_key_path is None:
         return None
     for key in ("tls_cert_path", "tls_key_path"):
@@ -55,7 +58,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "tls_cert_path", settings.tls_cert_path)
     try:
-        # With a password given, a key that needs one fails here instead of asking at the terminal.
+        # Given a password, OpenSSL fails if the key needs one, instead of asking for one at the terminal.
         context.load_cert_chain(settings.tls_cert_path, settings.tls_key_path, password="")
     except ssl.SSLError as error:
         raise _wrong_pair(settings, error.reason or "") from None
@@ -67,7 +70,10 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def _wrong_pair(settings: Settings, reason: str) -> WrongSettingError:
-    """Which of the two files is wrong, by OpenSSL's reason. It has none for what it cannot read."""
+    """Return an error that names the wrong one of the two files, given OpenSSL's reason.
+
+    The reason is empty if OpenSSL cannot read a file.
+    """
     cert, key = settings.tls_cert_path, settings.tls_key_path
     if reason in _NOT_A_PAIR:
         what = f"{key!r} is not the key of the first certificate in {cert!r}; give the two that belong together"
@@ -75,12 +81,12 @@ def _wrong_pair(settings: Settings, reason: str) -> WrongSettingError:
         why = reason.lower().replace("_", " ")
         return WrongSettingError(f"{cert!r} is too weak for OpenSSL: {why}; make a stronger one", "tls_cert_path")
     else:
-        what = f"no private key in {key!r} that can be read; give it in PEM form, without a passphrase"
+        what = f"cannot read a private key in {key!r}; give one in PEM form, without a passphrase"
     return WrongSettingError(what, "tls_key_path")
 
 
 def _load_certificates(context: ssl.SSLContext, key: str, path: str) -> None:
-    """Have the context trust those of that file."""
+    """Make the context trust the certificates in the file `path`, the value of the setting `key`."""
     try:
         context.load_verify_locations(path)
     except ssl.SSLError as error:
@@ -88,17 +94,21 @@ def _load_certificates(context: ssl.SSLContext, key: str, path: str) -> None:
         raise WrongSettingError(what, key) from None
 
 
-def complaint(settings: Settings, context: ssl.SSLContext) -> str | None:
-    """What clients have against the certificate that is served with that context, even if they trust who made it."""
+def certificate_error(settings: Settings, context: ssl.SSLContext) -> str | None:
+    """Return why clients that trust the issuer refuse the certificate served with `context`, or None if they accept it.
+
+    For example, the certificate has expired. The host name is not checked.
+    """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
-    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it vouches for itself
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is the trust anchor
     client.load_verify_locations(settings.tls_cert_path)
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    asking, answering = client.wrap_bio(back, there), context.wrap_bio(there, back, server_side=True)
-    for side in (asking, answering, asking):
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client_end = client.wrap_bio(to_client, to_server)
+    server_end = context.wrap_bio(to_server, to_client, server_side=True)
+    for end in (client_end, server_end, client_end):
         try:
-            side.do_handshake()
+            end.do_handshake()
         except ssl.SSLWantReadError:
             continue
         except ssl.SSLError as error:
@@ -107,7 +117,10 @@ def complaint(settings: Settings, context: ssl.SSLContext) -> str | None:
 
 
 def authorization(settings: Settings, number: int) -> str | None:
-    """Return the Authorization for that upstream, read from its file, or None if its netrc has none for its host."""
+    """Return the value of Authorization for an upstream, or None without credentials for its host.
+
+    `number` is the index of the upstream in the settings, from 0.
+    """
     upstream = settings.upstream[number]
     key = "netrc" if upstream.netrc is not None else "credentials_file"
     path = getattr(upstream, key)
@@ -127,15 +140,18 @@ def authorization(settings: Settings, number: int) -> str | None:
 
 
 def _credentials(content: bytes) -> str:
-    """Return the Authorization of a `credentials_file`. A token has no user, or no password."""
+    """Return the value of Authorization for the content of a `credentials_file`: `user:password`, `:token` or `token:`.
+
+    Raises FormatError if the content is malformed.
+    """
     user, colon, password = content.rstrip(b"\r\n").partition(b":")
     if not colon or not (user or password) or re.search(rb"[\r\n]", user + password):
-        raise FormatError("it has no user and password; give one line USER:PASSWORD, or :TOKEN")
+        raise FormatError("expected USER:PASSWORD or :TOKEN; give one such line")
     return netrc.basic(user, password)
 
 
 def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
-    """What that upstream's certificate is checked with."""
+    """Return the TLS context that verifies the certificate of the upstream with the index `number`, from 0."""
     path = settings.upstream[number].ca_file
     try:
         return ssl.create_default_context(cafile=path)
@@ -146,6 +162,10 @@ def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
 
 
 def open_file(key: str, path: str, remedy: str) -> BinaryIO:
+    """Open the file that the setting `key` names.
+
+    Raises WrongSettingError with the remedy if that fails.
+    """
     try:
         return open(path, "rb")
     except OSError as error:

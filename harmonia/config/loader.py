@@ -1,7 +1,7 @@
-"""How the settings come about: from one TOML file and the environment.
+"""Loader of the settings, from one TOML file and the environment.
 
-`parse` is pure, `read` reads the file; `process/preflight.py` checks the settings against this machine as well. A wrong
-setting is told with its file, line and key.
+`parse` is pure; `read` reads the file. `process/preflight.py` also checks the settings against this machine. An error
+names the file, the line and the key of the wrong setting.
 """
 
 import difflib
@@ -22,61 +22,68 @@ from harmonia.config.value_types import Level, plain, wanted
 from harmonia.errors import ConfigError
 
 SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
-"""The file that is read if nothing names another one."""
+"""The path of the file that is read by default."""
 
 _log = logging.getLogger("harmonia")
 
-_SECRET = {"netrc", "credentials_file", "signed_by", "url", "proxy", "upstream"}  # a URL may hold a password
+_SECRET = {"netrc", "credentials_file", "signed_by", "url", "proxy", "upstream"}  # a URL may contain a password
 _NO_EFFECT = {"max_connection_rate"}
-_CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # of these variables, the first that is set
-_GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # what other servers have
+_CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # the first of these variables that is set counts
+_GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # the names of `bind` in other servers
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The text of a configuration file, and what may decide a setting in its place."""
+    """The text of a configuration file, with the environment and the options that override its settings."""
 
     text: str
     name: str
-    """Of the file, as messages have it."""
+    """The name of the file in messages."""
     environ: Mapping[str, str]
     bind: str | None = None
     """Value of the option `--bind`."""
 
     @classmethod
     def read(cls, path: str | None, environ: Mapping[str, str], bind: str | None = None) -> Self:
-        """Read the file at `path`, else at `$CONFIG_FILE`, else at `SYSTEM_FILE`; without any, the text is empty.
+        """Read the first given file of `path`, `$CONFIG_FILE` and `SYSTEM_FILE`.
 
+        If no file is given and `SYSTEM_FILE` does not exist, the text is empty.
         Raises ConfigError if the file cannot be read.
         """
         name, text = _file(path, environ)
         return cls(text, name, environ, bind)
 
     def settings(self) -> Settings:
-        """Return the settings, without a look at what they name on this machine. Raises ConfigError."""
+        """Return the settings. The files and addresses that they name are not checked.
+
+        Raises ConfigError if a setting is wrong.
+        """
         return parse(self.text, self.name, self.environ, self.bind)
 
     def origins(self) -> dict[str, str]:
-        """Return where each value comes from: `file:line`, the environment, or `default`.
+        """Return the origin of each value: `file:line`, the environment variable, or `default`.
 
         Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
         """
         return _origins(self.text, self.name, self.environ)
 
     def located(self, error: WrongSettingError) -> ConfigError:
-        """Return the error with the place of the setting that it is about."""
+        """Return the error with the place of its setting: the option, the environment variable, or file and line."""
         return _placed(error, self.text, self.name, self.environ, self.bind)
 
     def ignored_log_level(self) -> str | None:
-        """Return why RUST_LOG is set but has no effect, or None if that is not so."""
+        """Return why RUST_LOG has no effect, or None if it is not set or has an effect."""
         given = tomllib.loads(self.text)
         if not self.environ.get("RUST_LOG") or _rust_log_level(given, self.environ) is not None:
             return None
-        return "the file sets log_level" if "log_level" in given else "it has no level for Harmonia"
+        return "the file sets log_level" if "log_level" in given else "it sets no level for Harmonia"
 
 
 def read(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """Return the settings of a file, found as `Source.read` does, without a look at what they name on this machine."""
+    """Return the settings of the file that `Source.read` finds. The files and addresses that they name are not checked.
+
+    Raises ConfigError if the file cannot be read, or a setting is wrong.
+    """
     return Source.read(path, environ).settings()
 
 
@@ -105,7 +112,7 @@ def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]
 
 
 def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the name and the content of the file with the settings, or of the built-in defaults."""
+    """Return the name and the content of the settings file, or `built-in defaults` and an empty text."""
     if path:
         name, origin = path, "--config: "
     elif variable := environ.get("CONFIG_FILE"):
@@ -122,11 +129,14 @@ def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         raise ConfigError(f"{origin}cannot read {name!r}: {error.strerror}; {remedy}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}:{line}: not UTF-8, as TOML must be; save the file in that encoding") from None
+        raise ConfigError(f"{name}:{line}: not UTF-8, the encoding of TOML; save the file in UTF-8") from None
 
 
 def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = None) -> Settings:
-    """The settings that `text`, the content of the file `name`, and the environment give. The disk is not looked at."""
+    """Return the settings from the text of the file `name`, the environment and the option `--bind`. Do no disk access.
+
+    Raises ConfigError if a setting is wrong.
+    """
     try:
         given = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -142,10 +152,10 @@ def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = N
 
 
 def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """The values that the file and the environment give together."""
+    """Return the values of the file, overridden by the environment."""
     if "release" in given:
         if "publish" in given:
-            raise WrongSettingError("the old name of publish, which is set too; keep publish alone", "release")
+            raise WrongSettingError("the old name of publish, which is set, too; keep only publish", "release")
         _log.warning("%s:%s: release: deprecated; use publish", name, _line(text, ("release",)))
         given = {"publish" if key == "release" else key: value for key, value in given.items()}
     values = _values(Settings, given)
@@ -159,7 +169,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
         _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
     values.setdefault("cache_dir", default_cache_dir(environ))
     if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
-        values["virtual_nix_store"] = os.path.normpath(store)  # a final slash would be doubled in store paths
+        values["virtual_nix_store"] = os.path.normpath(store)  # with a final slash, store paths would have two slashes
     if log_dir := environ.get("NIX_LOG_DIR"):
         values["log_dir"] = log_dir
     if level := _rust_log_level(values, environ):
@@ -170,7 +180,10 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 def _values(
     struct: type[Settings | Zstd | PublishRules | Upstream], given: Mapping[str, Any], *table: str
 ) -> dict[str, Any]:
-    """The arguments for `struct` that a TOML table gives: only known keys, each of its type and in its range."""
+    """Return the arguments for `struct` from a TOML table.
+
+    Raises WrongSettingError if a key is unknown, or its value has the wrong type or is out of range.
+    """
     types = {field.name: field.type for field in msgspec.structs.fields(struct)}
     values = {}
     for key, value in given.items():
@@ -188,7 +201,7 @@ def _values(
         try:
             values[key] = msgspec.convert(plain(part, types[key]), types[key])
         except msgspec.ValidationError:
-            # A secret key in the place of its file's path must not be shown.
+            # A user may paste a secret key in the place of its file's path. Do not show it.
             secret = "_path" in key or key in _SECRET
             shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
@@ -214,12 +227,15 @@ _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", l
 
 
 def _rust_log_level(given: Mapping[str, Any], environ: Mapping[str, str]) -> Level | None:
-    """Return the level that RUST_LOG sets, or None if it sets none, or if the file does."""
+    """Return the level that RUST_LOG sets, or None if it sets no level, or if the file sets `log_level`."""
     return None if "log_level" in given else rust_log.level(environ.get("RUST_LOG", ""))
 
 
 def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """Each key file once, and what named it. The order is upstream's, for clients see the signatures in it."""
+    """Return each key file once, with the setting or variable that names it.
+
+    The order is that of upstream Harmonia, because it is the order of signatures that clients see.
+    """
     named = [(path, "sign_key_paths") for path in given.get("sign_key_paths", ())]
     named += [(path, "sign_key_path") for path in [given.get("sign_key_path")] if path is not None]
     named += [(path, "$SIGN_KEY_PATH") for path in [environ.get("SIGN_KEY_PATH")] if path]
@@ -230,7 +246,7 @@ def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
 def _placed(
     error: WrongSettingError, text: str, name: str, environ: Mapping[str, str], bind: str | None = None
 ) -> ConfigError:
-    """The same, after where that setting was made: the option, the environment variable, or the file and its line."""
+    """Return the error with the place of its setting: the option, the environment variable, or the file and line."""
     given = tomllib.loads(text)
     key = _as_written(error.key, given)
     if key == ("bind",) and bind is not None:
@@ -246,19 +262,21 @@ def _placed(
     if key != error.key and key[0].startswith("$"):
         place = f"environment variable {key[0][1:]}"
     else:
-        line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, where it is missing
+        line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, if the key is missing
         place = f"{name}:{line}" if line else name
     return ConfigError(f"{place}: {error}")
 
 
 def _as_written(key: tuple[str, ...], given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the key as the file has it, which may have a table by its old name."""
+    """Return the key as the file spells it: the table `publish` may have its old name `release`."""
     return ("release", *key[1:]) if key[0] == "publish" and "publish" not in given else key
 
 
 def _line(text: str, key: tuple[str, ...]) -> int | None:
-    """The line where the statement starts that first gives `key`. tomllib tells no lines, but it can be asked: whole
-    statements are what parses, and the first run of them that has the key ends with the one sought.
+    """Return the first line of the statement that first sets `key`, or None if the file does not set it.
+
+    tomllib does not report lines. So we parse the first lines, one more each time: they parse if they end with a
+    complete statement. The first such part of the file that has the key ends with the wanted statement.
     """
     lines = text.replace("\r\n", "\n").split("\n")
     start = 1
@@ -266,7 +284,7 @@ def _line(text: str, key: tuple[str, ...]) -> int | None:
         try:
             table: Any = tomllib.loads("\n".join(lines[:count]))
         except (ValueError, RecursionError):
-            continue  # amid an array or string of several lines
+            continue  # inside an array or string of several lines
         for part in key:
             if isinstance(table, list):
                 table = table[int(part)] if int(part) < len(table) else None

@@ -1,8 +1,8 @@
-"""netrc(5): which user and password a host gets, by the rules of curl, which Nix reads the file with.
+"""netrc(5) parser, which finds the user and password for a host by the rules of curl, which reads the file for Nix.
 
-The authority is curl's `lib/netrc.c`, whose releases differ in details. If they do, we follow the newest. A Nix with a
-curl before 7.84 knows no quotes; with some from 8.11 on (and Debian's 7.88) it finds no password that stands without a
-login before another `machine`.
+The authority is curl's `lib/netrc.c`. Releases of curl differ in details; we follow the newest. A curl before 7.84 does
+not support quotes. Some from 8.11 on (and Debian's 7.88) do not find a password without a login before another
+`machine`.
 """
 
 import base64
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from harmonia.errors import FormatError
 
 MAX_BYTES = 128 << 10
-"""The largest file that curl reads."""
+"""The maximum size of a file, as in curl."""
 
 _WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^\s"]\S*)|(")', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
@@ -20,35 +20,38 @@ _CONTROLS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
 def authorization(content: bytes, host: str) -> str | None:
-    """Return the Basic authorization of a host, or None.
+    """Return the value of Authorization for a host, or None if the file has no entry for the host.
 
     Raises FormatError if curl rejects the file.
     """
     if len(content) > MAX_BYTES:
         raise FormatError(f"it has more than {MAX_BYTES} bytes")
-    found = _login_and_password(content, host.lower().encode())
-    return None if found is None else basic(*found)
+    credentials = _login_and_password(content, host.lower().encode())
+    return None if credentials is None else basic(*credentials)
 
 
 def basic(login: bytes, password: bytes) -> str:
-    """Return the value of an Authorization header (RFC 7617)."""
+    """Return the value of Authorization for a login and a password (Basic, RFC 7617)."""
     return "Basic " + base64.b64encode(login + b":" + password).decode()
 
 
 def _login_and_password(content: bytes, host: bytes) -> tuple[bytes, bytes] | None:
-    """Return those of the first entry that has a password, otherwise those of the last that has a login."""
-    found = None
+    """Return login and password of the host's first entry with a password, otherwise of its last with a login."""
+    only_login = None
     for entry in _entries(content, host):
         login, password = entry.get(b"login"), entry.get(b"password")
         if password is not None:
             return login or b"", password
         if login is not None:
-            found = login, b""
-    return found
+            only_login = login, b""
+    return only_login
 
 
 def _entries(content: bytes, host: bytes) -> Iterator[dict[bytes, bytes]]:
-    """Yield what each entry of a host, or of all, has. One that has a login and a password needs no end."""
+    """Yield login and password of each entry for the host or for all hosts (`default`).
+
+    An entry is yielded as soon as it has both, and otherwise at its end.
+    """
     lines = iter(content.split(b"\n"))
     words = _words(lines)
     entry: dict[bytes, bytes] = {}
@@ -66,13 +69,16 @@ def _entries(content: bytes, host: bytes) -> Iterator[dict[bytes, bytes]]:
             name = b"" if keyword == b"default" else next(words, b"").lower()
             is_ours = keyword == b"default" or (keyword == b"machine" and name == host)
             if keyword == b"macdef":
-                any(line in (b"", b"\r") for line in lines)  # which skips them up to an empty one
+                any(line in (b"", b"\r") for line in lines)  # skips the lines up to an empty one
     if is_ours:
         yield entry
 
 
 def _words(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the words of all lines but comments. Raises FormatError at a quote that nothing closes."""
+    """Yield the words of all lines except comments.
+
+    Raises FormatError if a quoted word has no closing quote.
+    """
     for line in lines:
         if line.lstrip(b" \t").startswith(b"#"):
             continue

@@ -1,4 +1,4 @@
-"""Log level in `RUST_LOG`, by which users of the Rust Harmonia set it."""
+"""Log level from the environment variable `RUST_LOG`, for users of the Rust Harmonia."""
 
 import re
 
@@ -17,21 +17,22 @@ _TARGET = re.compile(r"harmonia(_\w+)?(::.*)?")
 
 
 def level(text: str) -> Level | None:
-    """Return the level that `RUST_LOG` sets for Harmonia, or None if it sets none.
+    """Return the level that the value of `RUST_LOG` sets for Harmonia, or None if it sets no level.
 
-    The text is a list of directives such as `info` and `harmonia_cache=debug`, as in Rust's env_logger and tracing. A
-    target's own directive has precedence. The most verbose one counts, because all of Harmonia has one level here.
+    The value is a list of directives like `info` and `harmonia_cache=debug`, as in Rust's env_logger and tracing. A
+    directive for Harmonia's targets takes precedence over one for all. Of several such directives, the most verbose
+    counts, because this server has one level for all of its code.
     """
     own: list[Level] = []
     others: list[Level] = []
-    text = re.sub(r"\[[^]]*\]", "", text).partition("/")[0]  # without spans, and without a pattern for messages
+    text = re.sub(r"\[[^]]*\]", "", text).partition("/")[0]  # drop spans and the pattern for messages
     for directive in text.split(","):
         target, _, name = directive.strip().rpartition("=")
         if name and not target and name.lower() not in _LEVELS:
-            target, name = name, "trace"  # a target alone has all levels
-        if (found := _LEVELS.get(name.lower())) is not None:
+            target, name = name, "trace"  # a target without a level enables all levels
+        if (log_level := _LEVELS.get(name.lower())) is not None:
             if not target:
-                others.append(found)
+                others.append(log_level)
             elif _TARGET.fullmatch(target):
-                own.append(found)
+                own.append(log_level)
     return min(own or others, key=_VERBOSE.index, default=None)

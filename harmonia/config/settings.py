@@ -1,8 +1,8 @@
-"""The settings: one frozen value, with the keys and meanings of upstream Harmonia 3.
+"""Settings as one frozen value, with the keys and meanings of upstream Harmonia 3.
 
-What contradicts itself cannot be built: the tables check their own relations. Their values are told in kinds.py,
-how they come from a file in config.py. The tables in docs/reference/configuration.md are made from the descriptions
-below.
+The constructors check the relations between settings, so settings that contradict each other cannot be built.
+value_types.py has the types of the values; loader.py reads them from a file. `make docs` generates the tables in
+docs/reference/configuration.md from the descriptions below.
 """
 
 import os
@@ -34,22 +34,22 @@ from harmonia.config.value_types import (
 from harmonia.errors import ConfigError, FormatError
 from harmonia.nix.signing import PublicKey
 
-_DATABASE = "var/nix/db/db.sqlite"  # beside the store directory, in Nix's own layout
-_LOGS = "../../log/nix"  # from the directory of the database, likewise
+_DATABASE = "var/nix/db/db.sqlite"  # relative to the parent of the store directory, in Nix's layout
+_LOGS = "../../log/nix"  # relative to the directory of the database, as is _DAEMON
 _DAEMON = "../daemon-socket/socket"
 _PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
 _PORT = 5000
 _NEEDS = (
-    ("tls_cert_path", "tls_key_path", "TLS needs both, set both or none"),
-    ("tls_key_path", "tls_cert_path", "TLS needs both, set both or none"),
-    ("tls_client_ca_path", "tls_cert_path", "only TLS knows client certificates, set both or none"),
-    ("anonymous_scopes", "tokens_path", "nobody needs a token then; remove this, or set both"),
+    ("tls_cert_path", "tls_key_path", "TLS needs both; set both or none"),
+    ("tls_key_path", "tls_cert_path", "TLS needs both; set both or none"),
+    ("tls_client_ca_path", "tls_cert_path", "client certificates need TLS; set both or none"),
+    ("anonymous_scopes", "tokens_path", "without it, no client needs a token; remove this, or set both"),
 )
 
 
 class WrongSettingError(ConfigError):
-    """What is wrong with one key, such as `("zstd", "level")` or `("upstream", "0", "url")`."""
+    """The value of a key, such as `("zstd", "level")` or `("upstream", "0", "url")`, is wrong."""
 
     def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
         table, part = (f"[[upstream]] {int(key[1]) + 1}: ", key[2:]) if key[0] == "upstream" and key[1:] else ("", key)
@@ -57,11 +57,11 @@ class WrongSettingError(ConfigError):
         super().__init__(f"{table}{name}: {what}")
         self.key = key
         self.key_file = key_file
-        """Which of several files that the key names."""
+        """The wrong file, if the key names several files."""
 
 
 def _check(check: Callable[[Any], object], values: Iterable[object], *key: str) -> None:
-    """WrongSettingError where one of the values that are given for that key does not pass."""
+    """Raise WrongSettingError for `key` if `check` raises FormatError for one of its values. Skip values of None."""
     for value in values:
         if value is not None:
             try:
@@ -72,20 +72,20 @@ def _check(check: Callable[[Any], object], values: Iterable[object], *key: str) 
 
 class Zstd(msgspec.Struct, frozen=True, kw_only=True):
     level: Annotated[
-        int, Meta(ge=-7, le=22, description="Higher is smaller and slower; 0 is libzstd's own default (3).")
+        int, Meta(ge=-7, le=22, description="Higher levels are slower and compress more; 0 is libzstd's default (3).")
     ] = 3
     long_distance_matching: Annotated[
-        bool, Meta(description="Find repetitions that lie far apart, at four times the memory.")
+        bool, Meta(description="Find repetitions that are far apart. Needs four times the memory.")
     ] = False
     window_log: Annotated[
         WindowLog,
         Meta(
-            description="log2 of the match window in bytes; 0 is what the level brings, and 25 (32 MiB) with"
-            " `long_distance_matching`. NARs are compressed in pieces of that size, but at least 8 MiB."
+            description="log2 of the match window in bytes; 0 is the default of the level, or 25 (32 MiB) with"
+            " `long_distance_matching`. NARs are compressed in pieces of this size, but at least 8 MiB."
         ),
     ] = 0
     max_ldm_encoders_per_worker: Annotated[
-        Count, Meta(description="Threads that compress with `long_distance_matching`; 0 is one for each CPU.")
+        Count, Meta(description="Threads of each worker that compress with `long_distance_matching`; 0 is one per CPU.")
     ] = 16
 
     def __post_init__(self) -> None:
@@ -93,63 +93,84 @@ class Zstd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Upstream(msgspec.Struct, frozen=True, kw_only=True):
-    """Another cache, asked for what is not in the store."""
+    """An upstream cache, which is asked for paths that are not in the store."""
 
-    url: Annotated[Url, Meta(description="Its URL, as clients would have it among their substituters.")]
+    url: Annotated[Url, Meta(description="URL of the upstream, as in the setting `substituters` of Nix.")]
     public_keys: Annotated[
         tuple[str, ...],
-        Meta(description="Keys like `name:base64`. What none of them signed is not passed on; with `[]`, all is."),
+        Meta(
+            description="Public keys like `name:base64`. Only paths signed by one of them are passed on; with `[]`, all"
+            " paths."
+        ),
     ] = ()
     mode: Annotated[
         Literal["proxy", "redirect"],
-        Meta(description="Whether NARs come through this server, and are kept in its cache, or straight from there."),
+        Meta(
+            description="`proxy` fetches NARs through this server and caches them; `redirect` sends clients to the"
+            " upstream."
+        ),
     ] = "proxy"
     priority: Annotated[
-        int, Meta(ge=0, le=2**31 - 1, description="The lowest is asked first; equal ones are asked at once.")
+        int,
+        Meta(
+            ge=0,
+            le=2**31 - 1,
+            description="The upstream with the lowest number is asked first, those with equal numbers together.",
+        ),
     ] = 50
     sign: Annotated[
-        bool, Meta(description="Sign with our keys, too, what one of its `public_keys` signed. Needs those.")
+        bool,
+        Meta(
+            description="Also sign its paths with our keys, if one of `public_keys` signed them. Needs `public_keys`."
+        ),
     ] = False
-    connect_timeout: Annotated[Seconds, Meta(description="How long a connection to it may take to come about.")] = 2.0
+    connect_timeout: Annotated[Seconds, Meta(description="Timeout for a connection to the upstream.")] = 2.0
     timeout: Annotated[
-        Seconds, Meta(description="How long an answer may take, and each pause in one, before the upstream has failed.")
+        Seconds, Meta(description="Timeout for the first byte of a response, and for each pause between its bytes.")
     ] = 10.0
     proxy: Annotated[
         str | None,
         Meta(
-            extra={"default": "as the environment says"},
-            description="The HTTP proxy that it is asked through: `http://host:port` or `http://user:password@host:port`;"
-            ' `""` is none.',
+            extra={"default": "from the environment"},
+            description="The HTTP proxy for this upstream: `http://host:port` or `http://user:password@host:port`;"
+            ' `""` is a direct connection.',
         ),
     ] = None
     netrc: Annotated[
-        File | None, Meta(description="A netrc(5) file with the user and password for its host, read as curl reads it.")
+        File | None,
+        Meta(description="netrc(5) file with user and password for the upstream's host, parsed as by curl."),
     ] = None
     credentials_file: Annotated[
-        File | None, Meta(description="A file with `user:password` or `:token` for it, in place of `netrc`.")
+        File | None, Meta(description="File with `user:password` or `:token` for the upstream, instead of `netrc`.")
     ] = None
     ca_file: Annotated[
         File | None,
         Meta(
-            extra={"default": "the system's"}, description="Certificates in PEM form, one of which must vouch for it."
+            extra={"default": "the system's"},
+            description="File with CA certificates in PEM form. The upstream's certificate must chain to one of them.",
         ),
     ] = None
 
 
 class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Publish policy: which store paths are served. Without rules, all valid paths are."""
+    """Publish policy: the rules for which store paths are served. Without rules, all valid paths are."""
 
     signed_by: Annotated[
         tuple[str, ...],
-        Meta(description="Public keys like `name:base64`: only paths that are stored with a signature of one of them."),
+        Meta(description="Public keys like `name:base64`: serve only paths with a stored signature by one of them."),
     ] = ()
     allow: Annotated[
-        tuple[str, ...], Meta(description='Patterns like "hello-*": only paths with a name that one of them matches.')
+        tuple[str, ...], Meta(description='Patterns like "hello-*": serve only paths whose name matches one of them.')
     ] = ()
-    deny: Annotated[tuple[str, ...], Meta(description="Patterns: no path with a name that one of them matches.")] = ()
+    deny: Annotated[
+        tuple[str, ...], Meta(description="Patterns: do not serve paths whose name matches one of them.")
+    ] = ()
     gc_roots: Annotated[
         tuple[str, ...],
-        Meta(description="Store paths, symlinks to them, directories of such: only those and what they need."),
+        Meta(
+            description="Store paths, symlinks to them, or directories with such symlinks: serve only these paths and"
+            " their closures."
+        ),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -160,79 +181,92 @@ class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def public_keys(self) -> tuple[PublicKey, ...]:
+        """Return the keys in `signed_by`."""
         return tuple(map(PublicKey.parse, self.signed_by))
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind: Annotated[
-        Address, Meta(description="Where to listen; port 0 takes a free one. Sockets from systemd take its place.")
+        Address, Meta(description="Address to listen at. Port 0 is any free port. Sockets from systemd override it.")
     ] = f"[::]:{_PORT}"
     unix_socket_mode: Annotated[Mode, Meta(description="Permissions of the unix socket.")] = "0666"
     workers: Annotated[
         int,
-        Meta(ge=1, le=1024, extra={"default": "`4`, or the CPUs if fewer"}, description="Processes that serve."),
+        Meta(
+            ge=1,
+            le=1024,
+            extra={"default": "the number of CPUs, at most `4`"},
+            description="Processes that serve requests.",
+        ),
     ] = msgspec.field(default_factory=lambda: min(4, len(os.sched_getaffinity(0))))
     max_connections: Annotated[
-        Count, Meta(description="Connections that each worker has open at once; 0 is no limit.")
+        Count, Meta(description="Maximum of open connections of each worker; 0 is no limit.")
     ] = 2048
     max_connections_per_client: Annotated[
         Count,
         Meta(
-            description="How many of them one client address may have, so that no client keeps out all others; 0 is no"
-            " limit. Of `trusted_proxies`, and on unix sockets, they are not counted."
+            description="Maximum of open connections of each worker from one client address, so that one client cannot"
+            " lock out all others; 0 is no limit. Connections from `trusted_proxies` and on unix sockets do not count."
         ),
     ] = 1024
     max_connection_rate: Annotated[
         Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
     ] = 256
     max_header_size: Annotated[
-        Bytes, Meta(ge=1024, le=16384, description="Bytes that the head of a request may have.")
+        Bytes, Meta(ge=1024, le=16384, description="Maximum size of the head of a request, in bytes.")
     ] = 8192
     header_timeout: Annotated[
-        WholeSeconds, Meta(ge=1, le=3600, description="Seconds for which the head of a request may be on its way.")
+        WholeSeconds, Meta(ge=1, le=3600, description="Timeout for receiving the head of a request, in seconds.")
     ] = 30
     keep_alive_timeout: Annotated[
         WholeSeconds,
-        Meta(ge=1, le=86400, description="Seconds for which a connection may be idle between two requests."),
+        Meta(ge=1, le=86400, description="Seconds after which a connection without a request is closed."),
     ] = 120
     max_query_rate: Annotated[
         Count,
         Meta(
-            description="Searches, pages of paths and directories, listings of more than 2000 entries, and questions"
-            " for debug info that each worker answers to one client address in a minute; beyond it 429. 0 is no limit."
+            description="Maximum per minute, client address and worker of searches, pages of paths and directories,"
+            " listings of more than 2000 entries, and lookups of debug info. Requests beyond it get 429. 0 is no limit."
         ),
     ] = 1200
     max_failed_auth_rate: Annotated[
         Count,
         Meta(
-            description="Wrong tokens from one client address in a minute that each worker answers with 401; beyond it"
-            " 429. 0 is no limit. Right tokens are always let in."
+            description="Maximum of invalid tokens per minute, client address and worker. Further ones get 429 instead"
+            " of 401. 0 is no limit. Valid tokens are always accepted."
         ),
     ] = 120
     shutdown_grace: Annotated[
-        WholeSeconds, Meta(ge=0, description="Seconds that running downloads get when the server is told to stop.")
+        WholeSeconds, Meta(ge=0, description="Seconds that running downloads have to finish when the server stops.")
     ] = 30
     tls_cert_path: Annotated[
-        File | None, Meta(description="Certificate chain in PEM form, to serve HTTPS. Needs `tls_key_path`.")
+        File | None, Meta(description="File with the certificate chain in PEM form, for HTTPS. Needs `tls_key_path`.")
     ] = None
     tls_key_path: Annotated[
-        File | None, Meta(description="The certificate's private key in PEM form, without a passphrase.")
+        File | None, Meta(description="File with the certificate's private key in PEM form, without a passphrase.")
     ] = None
     tls_client_ca_path: Annotated[
         File | None,
-        Meta(description="Certificates in PEM form, one of which must vouch for each client's own."),
+        Meta(
+            description="File with CA certificates in PEM form. Every client needs a certificate that chains to one of"
+            " them."
+        ),
     ] = None
     tokens_path: Annotated[
         File | None,
-        Meta(description="File with hashes of tokens: clients need one of these tokens. `harmonia token` makes them."),
+        Meta(description="File with hashes of tokens. Clients need one of these tokens. `harmonia token` makes them."),
     ] = None
-    anonymous_scopes: Annotated[Scopes, Meta(description="What needs no token. Needs `tokens_path`.")] = ()
+    anonymous_scopes: Annotated[
+        Scopes, Meta(description="Scopes that clients have without a token. Needs `tokens_path`.")
+    ] = ()
     virtual_nix_store: Annotated[
-        AbsolutePath, Meta(description="The store directory that clients are told, in every store path.")
+        AbsolutePath, Meta(description="The store directory in the store paths that clients see.")
     ] = "/nix/store"
     real_nix_store: Annotated[
         str | None,
-        Meta(extra={"default": "`virtual_nix_store`"}, description="Where it lies on disk. May be a symlink."),
+        Meta(
+            extra={"default": "`virtual_nix_store`"}, description="The store directory on disk, which may be a symlink."
+        ),
     ] = None
     nix_db_path: Annotated[
         str | None,
@@ -240,84 +274,91 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     log_dir: Annotated[
         str | None,
-        Meta(extra={"default": f"`{_LOGS}` from the database's directory"}, description="Where Nix keeps build logs."),
+        Meta(
+            extra={"default": f"`{_LOGS}` from the database's directory"}, description="Directory of Nix's build logs."
+        ),
     ] = None
     daemon_socket: Annotated[
         str | None,
         Meta(
             extra={"default": f"`{_DAEMON}` from the database's directory"},
-            description="The Nix daemon's socket: what is being sent is kept from the garbage collector through it."
-            ' `""` asks no daemon.',
+            description="The Nix daemon's socket, to protect paths from garbage collection while they are sent."
+            ' `""` disables that.',
         ),
     ] = None
     sign_key_paths: Annotated[
-        tuple[File, ...], Meta(description="Files with secret keys: each narinfo is signed with each of them.")
+        tuple[File, ...], Meta(description="Files with secret keys. Each narinfo gets a signature by each of them.")
     ] = ()
     sign_key_path: Annotated[
-        File | None, Meta(description="Deprecated: one more of `sign_key_paths`. Accepted with a warning.")
+        File | None, Meta(description="Deprecated: use `sign_key_paths`. Accepted with a warning.")
     ] = None
     priority: Annotated[
-        int, Meta(ge=0, le=2**31 - 1, description="Told in `/nix-cache-info`: clients ask the lowest cache first.")
+        int,
+        Meta(
+            ge=0,
+            le=2**31 - 1,
+            description="Priority in `/nix-cache-info`. Clients ask the cache with the lowest number first.",
+        ),
     ] = 30
     narinfo_max_age: Annotated[
-        WholeSeconds, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may keep a narinfo.")
+        WholeSeconds, Meta(ge=0, le=2**31, description="Seconds for which HTTP caches may store a narinfo (`max-age`).")
     ] = 86400
     enable_compression: Annotated[
-        bool, Meta(description="Compress with zstd: for clients that accept it, and as `nar_compression` says.")
+        bool, Meta(description="Compress with zstd for clients that accept it, and for `nar_compression`.")
     ] = True
     nar_compression: Annotated[
         Literal["auto", "zstd", "none"],
         Meta(
-            description="What narinfos offer: `zstd` files, which can be resumed, or plain NARs. `auto` is `zstd` where"
-            " the cache directory can be written."
+            description="The compression of the NARs in narinfos: `zstd`, with resumable downloads, or `none`. `auto`"
+            " is `zstd` if the cache directory is writable, otherwise `none`."
         ),
     ] = "auto"
     cache_dir: Annotated[
         str | None,
         Meta(
             extra={"default": "`$CACHE_DIRECTORY`, `$XDG_CACHE_HOME/harmonia` or `~/.cache/harmonia`"},
-            description="Where compressed NARs and the index of debug info are kept.",
+            description="Directory of the cache: compressed NARs and the index of debug info.",
         ),
     ] = None
     cache_size: Annotated[
         Size | None,
         Meta(
             extra={"default": "half of the free space, at most `20G`"},
-            description="How much they may take. The longest unused go first.",
+            description="Maximum size of the cache. The least recently used NARs are evicted first.",
         ),
     ] = None
     debug_info: Annotated[
-        bool, Meta(description="Tell at `/debuginfo` where debug info is. Each path in the store is looked at once.")
+        bool, Meta(description="Serve links to debug info at `/debuginfo`. The server scans each store path once.")
     ] = True
     trusted_proxies: Annotated[
-        Proxies, Meta(description="Peers whose `X-Forwarded-…` are believed; `unix` is every peer on a unix socket.")
+        Proxies, Meta(description="Peers whose `X-Forwarded-…` are trusted; `unix` is every peer on a unix socket.")
     ] = ()
     base_url: Annotated[
         Url | None,
-        Meta(extra={"default": "as the request tells"}, description="The URL of this cache that people are shown."),
+        Meta(extra={"default": "from the request"}, description="The URL of this cache on the pages for people."),
     ] = None
-    landing: Annotated[bool, Meta(description="Serve a page at `/` that tells people how to use this cache.")] = True
+    landing: Annotated[bool, Meta(description="Serve a page at `/` that explains how to use this cache.")] = True
     serve_files: Annotated[
         bool,
-        Meta(description="Serve at `/serve/` the files of store paths, for browsers. Nix itself never asks there."),
+        Meta(description="Serve the files of store paths at `/serve/`, for browsers. Nix does not need this."),
     ] = True
-    browse: Annotated[
-        bool, Meta(description="Let people search the store, and see which paths there are. Not for private stores.")
-    ] = False
-    metrics: Annotated[bool, Meta(description="Tell Prometheus at `/metrics` what the server does.")] = True
+    browse: Annotated[bool, Meta(description="Let people list and search the store paths. Not for private stores.")] = (
+        False
+    )
+    metrics: Annotated[bool, Meta(description="Serve metrics for Prometheus at `/metrics`.")] = True
     metrics_bind: Annotated[
         Address | None,
-        Meta(description="Where to listen for `/metrics` alone, without TLS. It is then not served at `bind`."),
+        Meta(description="Separate address for `/metrics`, without TLS. Then `bind` does not serve `/metrics`."),
     ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
-    log_level: Annotated[Level, Meta(description="The least severe messages that are logged.")] = "info"
+    log_level: Annotated[Level, Meta(description="Log messages of this severity and above.")] = "info"
     upstream_timeout: Annotated[
         Seconds,
-        Meta(description="How long a client waits at most to hear that no `[[upstream]]` has a path either."),
+        Meta(description="Maximum wait of a client for all upstreams, before a path counts as missing."),
     ] = 1.0
-    zstd: Annotated[Zstd, Meta(description="How to compress.")] = Zstd()
+    zstd: Annotated[Zstd, Meta(description="Options of zstd compression.")] = Zstd()
     upstream: Annotated[
-        tuple[Upstream, ...], Meta(description="Other caches, each asked for what is not in the store.")
+        tuple[Upstream, ...], Meta(description="Upstream caches, which are asked for paths that are not in the store.")
     ] = ()
     publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
 
@@ -329,16 +370,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.address("metrics_bind") and not self.metrics:
             raise WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
         if self.nar_compression == "zstd" and not self.enable_compression:
-            what = 'nothing is compressed with enable_compression = false; set that to true, or this to "none"'
+            what = 'enable_compression = false disables compression; set that to true, or this to "none"'
             raise WrongSettingError(what, "nar_compression")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
-            raise WrongSettingError("no TLS over a unix socket; bind to host:port or remove this", "tls_cert_path")
+            raise WrongSettingError(
+                "TLS needs TCP, not a unix socket; bind to host:port or remove this", "tls_cert_path"
+            )
         _check(value_types.check_size, [self.cache_size], "cache_size")
         _check(value_types.check_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.publish)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
-        """That setting taken apart: host and port, or the path of a unix socket."""
+        """Return the setting's host and port, or its path of a unix socket, or None if it is not set.
+
+        Raises WrongSettingError if the value is not an address.
+        """
         given = getattr(self, key)
         try:
             return None if given is None else value_types.address(given, _PORT if key == "bind" else None)
@@ -347,29 +393,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cache_bytes(self) -> int | None:
-        """`cache_size` as a number."""
+        """Return `cache_size` in bytes, or None for the default."""
         return None if self.cache_size is None else amounts.size(self.cache_size)
 
     @property
     def real_store(self) -> str:
-        """The directory that store objects are read from, without symlinks."""
+        """Return the path of the store directory on disk, without symlinks."""
         return os.path.realpath(self.real_nix_store or self.virtual_nix_store)
 
     @property
     def database(self) -> str:
-        """Nix's database: beside the store as it is named, else, where that is a symlink, beside what it points to."""
+        """Return the path of Nix's database.
+
+        The default is beside the store directory. If that is a symlink and there is no database beside it, the default
+        is beside the target.
+        """
         named = os.path.abspath(self.real_nix_store or self.virtual_nix_store)
         beside = [os.path.join(os.path.dirname(store), _DATABASE) for store in (named, self.real_store)]
         return self.nix_db_path or next(filter(os.path.exists, beside), beside[0])
 
     @property
     def logs(self) -> str:
-        """The directory of the build logs."""
+        """Return the path of the directory of build logs."""
         return self.log_dir or self._beside_database(_LOGS)
 
     @property
     def daemon(self) -> str | None:
-        """The Nix daemon's socket, None where it is not to be asked."""
+        """Return the path of the Nix daemon's socket, or None if the daemon is disabled."""
         return self._beside_database(_DAEMON) if self.daemon_socket is None else self.daemon_socket or None
 
     def _beside_database(self, path: str) -> str:
@@ -386,7 +436,7 @@ def _check_paths(settings: Settings) -> None:
 def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> None:
     if upstreams and rules != PublishRules():
         raise WrongSettingError(
-            "it does not hold for what comes from an [[upstream]]; give one or the other", "publish"
+            "publish rules do not apply to paths from an [[upstream]]; set one or the other", "publish"
         )
     urls = [upstream.url.rstrip("/") for upstream in upstreams]
     for number, upstream in enumerate(upstreams):
@@ -396,7 +446,7 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> No
         _check(value_types.check_public_key, upstream.public_keys, *table, "public_keys")
         _check(Proxy.parse, [upstream.proxy or None], *table, "proxy")
         if upstream.sign and not upstream.public_keys:
-            what = "set without public_keys; only what they signed is signed again, so give them or remove this"
+            what = "set without public_keys; only paths that they signed are signed again, so set them or remove this"
             raise WrongSettingError(what, *table, "sign")
         if upstream.netrc is not None and upstream.credentials_file is not None:
             raise WrongSettingError("set together with netrc; keep one of them", *table, "credentials_file")
@@ -405,6 +455,6 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> No
 
 
 def default_cache_dir(environ: Mapping[str, str]) -> str:
-    """The one that systemd made (of several, separated by colons, the first), else the user's."""
+    """Return the first directory in systemd's `$CACHE_DIRECTORY`, or `harmonia` in the user's cache directory."""
     home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")

@@ -1,6 +1,7 @@
-"""The kinds of values that settings take: each a type, its words for messages and the reference, and how it is read.
+"""Types of the values of settings, with their descriptions for messages and the reference, and their readers.
 
-The types say what msgspec can check. The functions raise FormatError for the rest, with what was expected and found.
+The types contain the constraints that msgspec can check. The functions check the others: they raise FormatError with
+the expected and the actual value.
 """
 
 import ipaddress
@@ -21,12 +22,12 @@ from harmonia.untrusted import integer
 
 _UNIX_PATH_MAX_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
 _MAX_PORT = 65535
-_WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's least; the most that decoders take unless told otherwise
+_WINDOW_LOG_MIN, _WINDOW_LOG_MAX = 10, 27  # libzstd's minimum; the maximum of decoders with default options
 _WINDOW_LOG = f"0, or an integer from {_WINDOW_LOG_MIN} to {_WINDOW_LOG_MAX}"
 _ADDRESS = '"host:port", "[IPv6]:port", ":port" or "unix:/path"'
 _MODE = 'a string of three or four octal digits, like "0660"'
 _SIZE = f"a string like {amounts.SIZE}, or a number of bytes"
-_SIZE_MIN_BYTES = 1 << 20  # of a size without a unit: with less, the unit was forgotten
+_SIZE_MIN_BYTES = 1 << 20  # minimum of a size without a unit: a smaller number lacks its unit
 _DURATION: dict[str, Any] = {
     "unit": "seconds",
     "also": f", or a string like {amounts.DURATION}",
@@ -38,15 +39,15 @@ _SCOPES = "an array of " + ", ".join(f'"{scope}"' for scope in tokens.SCOPES)
 
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
-"""What can stand unquoted in a shell, in a Nix string and in nix.conf, where people copy it to."""
+"""URLs that need no quotes in a shell, in a Nix string and in nix.conf, because users copy them there."""
 
-# Control characters, or a key pasted in the place of its file's path: that must not reach any message.
+# Control characters, or a key pasted in the place of its file's path. No message may show it.
 _NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
-# What names have, wildcards and sets; an open `[` is no set, for fnmatch.
+# Characters of names, wildcards and sets. For fnmatch, a `[` without `]` does not begin a set.
 _PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 
 Count = Annotated[int, Meta(ge=0)]
-# A reader makes what the field stores of another type in TOML.
+# A reader is a type in TOML, and the function that converts it to the type of the field.
 Seconds = Annotated[float, Meta(gt=0, le=3600, extra=_DURATION)]
 WholeSeconds = Annotated[int, Meta(extra=_DURATION)]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes", "also": ', or a string like "8K"', "reader": (str, amounts.size)})]
@@ -56,7 +57,7 @@ Level = Literal["debug", "info", "warning", "error"]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
 Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
 AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
-# One that the server reads, and perhaps nobody else may: the NixOS module has systemd hand it over.
+# A file that the server reads and others perhaps may not. The NixOS module passes it as a systemd credential.
 File = Annotated[str, Meta(extra={"file": True})]
 WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
 Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
@@ -67,9 +68,9 @@ _HOST_AND_PORT = re.compile(r"(?=.)(?:\[([^]]+)\]|([A-Za-z0-9._-]*|\*))(?::([0-9
 
 
 def address(text: str, default_port: int | None) -> HostAndPort | str:
-    """Return host and port, or the path of a unix socket. Without a host, the host is `::`: all addresses.
+    """Return host and port, or the path of a unix socket. The default host is `::`, all addresses.
 
-    Raise FormatError if `text` is not an address, or has no port and there is no default.
+    Raises FormatError if `text` is not an address, or if it has no port and `default_port` is None.
     """
     if text.startswith(("unix:", "/")):
         path = re.sub(r"\A//(?=/)", "", text.removeprefix("unix:"))
@@ -83,7 +84,7 @@ def address(text: str, default_port: int | None) -> HostAndPort | str:
     elif match := _HOST_AND_PORT.fullmatch(_bracketed(text)):
         v6, host, port = match.groups()
         if not port and default_port is None:
-            raise FormatError(f"expected {_ADDRESS}, found {reprlib.repr(text)}, which has no port; add one")
+            raise FormatError(f"expected {_ADDRESS}, found {reprlib.repr(text)} without a port; add one")
         number = integer(port, _MAX_PORT) if port else default_port
         if number is not None and (not v6 or _is_v6(v6)):
             return str(ipaddress.IPv6Address(v6)) if v6 else "::" if host in ("", "*") else host, number
@@ -92,9 +93,10 @@ def address(text: str, default_port: int | None) -> HostAndPort | str:
 
 
 def _bracketed(text: str) -> str:
-    """Return an address in which a colon stands before a port alone.
+    """Return the address with brackets around an IPv6 address, and with a colon before a port that is alone.
 
-    `::1:5000` is an IPv6 address, too, but hardly meant as one: it is returned as it is, and nothing matches it.
+    `::1:5000` is ambiguous: it is a valid IPv6 address, but probably means port 5000. It is returned unchanged, so that
+    the caller refuses it.
     """
     if re.fullmatch(r"[0-9]{1,5}", text):
         return f":{text}"
@@ -112,8 +114,9 @@ def _is_v6(text: str) -> bool:
 
 
 def plain(value: object, kind: object) -> object:
-    """Return the value as a field of this type stores it: a duration as its seconds, a port as text. Return all other
-    values, wrong ones too, as they are.
+    """Return the value as a field of this type stores it: a duration in seconds, a port as text.
+
+    All other values, including wrong ones, are returned unchanged.
     """
     accepted, reader = _inspected(kind)[1].get("reader", (None, None))
     if type(value) is accepted:
@@ -123,34 +126,36 @@ def plain(value: object, kind: object) -> object:
 
 
 def check_size(text: str) -> None:
-    """Raise FormatError if this is not a size, or a small one without a unit."""
+    """Raise FormatError if `text` is not a size, or a small number without a unit."""
     if amounts.size(text) < _SIZE_MIN_BYTES and re.fullmatch("[0-9.]*[1-9][0-9.]*", text):
-        raise FormatError(f"expected {_SIZE}, found {text}, which is less than one NAR takes; add a unit")
+        raise FormatError(f"expected {_SIZE}, found {text}, less than one NAR needs; add a unit")
 
 
 def check_path(text: str) -> None:
-    """What may be a secret is not shown."""
+    """Raise FormatError if `text` cannot be a path. The message does not show text that may be a secret."""
     if not text:
         raise FormatError("expected a path, found an empty string; name one, or remove this")
     if _NO_PATH.search(text):
         raise FormatError("expected a path, found something else (not shown)")
     if text.startswith("~"):
-        raise FormatError("expected a path, found one that begins with ~, which only shells expand; write all of it")
+        raise FormatError("expected a path, found one that begins with ~, which only shells expand; write it in full")
 
 
 def check_absolute(text: str) -> None:
+    """Raise FormatError if `text` is not an absolute path."""
     if not os.path.isabs(text):
         raise FormatError(f"expected an absolute path, found {reprlib.repr(text)}")
 
 
 def check_pattern(text: str) -> None:
-    """That it can match the name of some store path."""
+    """Raise FormatError if the pattern cannot match the name of any store path."""
     if not _PATTERN.fullmatch(text) or (is_hash_part(text[:32]) and text[32:33] == "-"):
-        what = f"{reprlib.repr(text)} can match no name; a name is a store path without its directory and hash"
-        raise FormatError(f"{what}, and has letters, digits and +-._?= alone")
+        what = f"{reprlib.repr(text)} cannot match any name; a name is a store path without its directory and hash"
+        raise FormatError(f"{what}, and consists of letters, digits and +-._?=")
 
 
 def check_public_key(text: str) -> None:
+    """Raise FormatError if `text` is not a public key `name:base64`."""
     try:
         PublicKey.parse(text)
     except FormatError as error:
@@ -158,6 +163,7 @@ def check_public_key(text: str) -> None:
 
 
 def check_proxy(text: str) -> None:
+    """Raise FormatError if `text` is not `unix`, an IP address or a network."""
     try:
         text == "unix" or ipaddress.ip_network(text)
     except ValueError as error:
@@ -165,6 +171,7 @@ def check_proxy(text: str) -> None:
 
 
 def check_window_log(number: int) -> None:
+    """Raise FormatError if the number is below libzstd's minimum, and not 0."""
     if 0 < number < _WINDOW_LOG_MIN:
         raise FormatError(f"expected {_WINDOW_LOG}, found integer {number}")
 
@@ -184,7 +191,7 @@ def _inspected(kind: object) -> tuple[object, dict[str, Any]]:
 
 
 def wanted(kind: object) -> str:
-    """What a field of this type takes, in the words of error messages and of the reference."""
+    """Return the description of the values of this type, for error messages and the reference."""
     schema, extra = _inspected(kind)
     if "wanted" in extra:
         return str(extra["wanted"])

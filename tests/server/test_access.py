@@ -258,7 +258,7 @@ def test_tokens_are_read_again_on_sighup(start: Start, stocked: tuple[Path, dict
     assert (statuses("read"), statuses("all")) == ({401}, {200})
     tokens.write_text(f"broken {TOKENS['read'][0]}")
     server.process.send_signal(signal.SIGHUP)
-    line = server.wait_for_log("ERROR the tokens are not read again: .*line 1 has 2 words").string
+    line = server.wait_for_log("ERROR the tokens are not read again: .*line 1: expected NAME SCOPES HASH").string
     assert TOKENS["read"][0] not in line
     assert statuses("all") == {200}
 

@@ -214,7 +214,7 @@ def test_an_upstream_inside_may_lead_to_another_host_inside_through_the_proxy(
     [
         ("proxy = 'socks5://me:sesame@x:1080'", {}, "[[upstream]] 1: proxy: SOCKS proxies are not supported"),
         ("proxy = 'http://me:sesame@x:99999'", {}, "[[upstream]] 1: proxy: not the URL of a proxy"),
-        ("proxy = 'https://me:sesame@x'", {}, "[[upstream]] 1: proxy: only proxies that are asked over plain HTTP"),
+        ("proxy = 'https://me:sesame@x'", {}, "[[upstream]] 1: proxy: only connections to a proxy over plain HTTP"),
         ("proxy = 1", {}, "[[upstream]] 1: proxy: expected a string, found integer (not shown)"),
         ("", {"all_proxy": "socks5h://me:sesame@x"}, "proxy: environment variable all_proxy: SOCKS proxies are not"),
     ],
