@@ -423,7 +423,7 @@ def test_the_variable_is_named_that_tells_a_wrong_cache_directory(
     file = machine.environ[variable] = str(machine.file("file", ""))
     machine.load()
     [record] = caplog.records
-    told = f"environment variable {variable}: cache_dir: {file!r} is no directory; "
+    told = f"environment variable {variable}: cache_dir: {file!r} is not a directory; "
     assert record.getMessage().startswith(told)
 
 
@@ -700,7 +700,7 @@ def test_a_key_file_open_to_others_gives_one_warning(
 ) -> None:
     path = machine.file("k", mode=mode)
     machine.load(f'sign_key_paths = ["{path}"]')
-    told = f"key file {str(path)!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+    told = f"others than the owner can access the key file {str(path)!r} (mode {mode:04o}); chmod 600 it"
     expected = f"{machine.root}/harmonia.toml:2: sign_key_paths: {told}"
     assert [record.getMessage() for record in caplog.records] == [expected] * warnings
     assert all(record.levelno == logging.WARNING for record in caplog.records)

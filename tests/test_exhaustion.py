@@ -130,7 +130,7 @@ def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(start: Start,
         with ExitStack() as stack, suppress(*BROKEN, TimeoutError):
             for _ in range(MANY):
                 stack.enter_context(download(server, info))
-        server.wait_for_log(f"ERROR worker {worker} ended by SIGKILL, it is replaced")
+        server.wait_for_log(f"ERROR worker {worker} ended by SIGKILL; replacing it")
         wait_until(lambda: server.workers not in ([], [worker]))
 
 

@@ -47,19 +47,31 @@ def told(directory: Path, settings: str) -> str:
 @pytest.mark.parametrize(
     ("setting", "what"),
     [
-        ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 names a host that has no address: "),
-        ("bind = 'a..b:5000'", "bind: a..b:5000 names a host that has no address: it is no host name; choose another"),
-        ("bind = '192.0.2.1:5000'", "bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; "),
-        ("bind = 'unix:ROOT/none/socket'", "bind: unix:ROOT/none/socket has no directory; make 'ROOT/none', in "),
-        ("bind = 'unix:ROOT/file/socket'", "bind: unix:ROOT/file/socket cannot be listened on: Not a directory; "),
-        ("bind = 'unix:ROOT/file'", "bind: unix:ROOT/file is there, and is no socket; choose another path, "),
-        ("metrics_bind = 'unix:ROOT/none/socket'", "metrics_bind: unix:ROOT/none/socket has no directory; "),
-        ("nix_db_path = 'ROOT/file'", "nix_db_path: 'ROOT/file' is no database of Nix: file is not a database; name "),
-        ("nix_db_path = 'ROOT/empty'", "nix_db_path: 'ROOT/empty' is no database of Nix: no such table: ValidPaths; "),
-        ("nix_db_path = 'ROOT/other'", "nix_db_path: 'ROOT/other' is no database of Nix: no such table: ValidPaths; "),
+        ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 cannot be resolved: "),
+        ("bind = 'a..b:5000'", "bind: a..b:5000 cannot be resolved: not a host name; choose another"),
+        ("bind = '192.0.2.1:5000'", "bind: 192.0.2.1:5000 cannot be used: Cannot assign requested address; "),
+        (
+            "bind = 'unix:ROOT/none/socket'",
+            "bind: unix:ROOT/none/socket is in a missing directory; create 'ROOT/none', in ",
+        ),
+        ("bind = 'unix:ROOT/file/socket'", "bind: unix:ROOT/file/socket cannot be used: Not a directory; "),
+        ("bind = 'unix:ROOT/file'", "bind: unix:ROOT/file exists and is not a socket; choose another path, "),
+        ("metrics_bind = 'unix:ROOT/none/socket'", "metrics_bind: unix:ROOT/none/socket is in a missing directory; "),
+        (
+            "nix_db_path = 'ROOT/file'",
+            "nix_db_path: 'ROOT/file' is not a database of Nix: file is not a database; name ",
+        ),
+        (
+            "nix_db_path = 'ROOT/empty'",
+            "nix_db_path: 'ROOT/empty' is not a database of Nix: no such table: ValidPaths; ",
+        ),
+        (
+            "nix_db_path = 'ROOT/other'",
+            "nix_db_path: 'ROOT/other' is not a database of Nix: no such table: ValidPaths; ",
+        ),
         ("nix_db_path = 'ROOT'", "nix_db_path: cannot read 'ROOT': Is a directory; set nix_db_path to "),
-        ("cache_dir = 'ROOT/file'", "cache_dir: 'ROOT/file' is no directory; name one"),
-        ("cache_dir = 'ROOT/file/below/it'", "cache_dir: 'ROOT/file' is no directory; name one"),
+        ("cache_dir = 'ROOT/file'", "cache_dir: 'ROOT/file' is not a directory; name a directory"),
+        ("cache_dir = 'ROOT/file/below/it'", "cache_dir: 'ROOT/file' is not a directory; name a directory"),
     ],
 )
 @pytest.mark.usefixtures("store")
@@ -90,7 +102,7 @@ def test_two_settings_do_not_take_one_address(
     bind, metrics_bind = (each.format(port=port, directory=tmp_path) for each in (bind, metrics_bind))
     if refused:
         line = told(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
-        expected = f"metrics_bind: {metrics_bind} is taken by bind = '{bind}'; choose another address\n"
+        expected = f"metrics_bind: {metrics_bind} overlaps with bind = '{bind}'; choose another address\n"
         assert line == expected.replace(str(tmp_path), "ROOT")
     else:
         start(store=tmp_path / "store", bind=bind, settings=f"metrics_bind = '{metrics_bind}'")
@@ -131,7 +143,7 @@ def test_a_certificate_that_clients_will_refuse_is_warned_of(start: Start, tmp_p
 
 @pytest.mark.usefixtures("store")
 def test_logs_that_are_not_there_are_warned_of(start: Start, tmp_path: Path) -> None:
-    told = "6: log_dir: there is no directory 'ROOT/none'; name the one of Nix's logs\n"
+    told = "6: log_dir: 'ROOT/none' is not a directory; name the directory of Nix's logs\n"
     assert warned(start, tmp_path, f"log_dir = '{tmp_path}/none'") == [told]
 
 
@@ -145,15 +157,15 @@ def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeyp
     server.config.write_text(re.sub("cache_dir = .*\n", "", server.config.read_text()))
     checked = run("--config", str(server.config), "check-config")
     assert checked.returncode == 0
-    assert "cache_dir: '/dev/null' is no directory; name one" in checked.stderr
+    assert "cache_dir: '/dev/null' is not a directory; name a directory" in checked.stderr
     server.log.clear()
     server.start()
     assert server.get("/nix-cache-info").status == 200
-    assert any("environment variable HOME: cache_dir: '/dev/null' is no directory; " in line for line in server.log)
+    assert any("environment variable HOME: cache_dir: '/dev/null' is not a directory; " in line for line in server.log)
 
 
 def test_a_store_of_another_name_is_warned_of(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store', which this should name"
+    what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store'; set this to that directory"
     told = f"6: virtual_nix_store: {what}\n".replace(str(tmp_path), "ROOT")
     assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == [told]
 
@@ -161,7 +173,7 @@ def test_a_store_of_another_name_is_warned_of(start: Start, store: StoreBuilder,
 def test_an_empty_store_is_warned_of(start: Start, tmp_path: Path) -> None:
     StoreBuilder(tmp_path / "store")
     [told] = warned(start, tmp_path, "")
-    assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths: nothing is served" in told
+    assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths, so nothing is served" in told
     assert told.endswith("; to try Harmonia, use harmonia demo, or make demo in a clone\n")
 
 
@@ -178,7 +190,7 @@ def test_a_database_that_is_locked_just_now_stops_nothing(start: Start, store: S
     with closing(sqlite3.connect(store.db_path, isolation_level=None)) as nix:
         nix.execute("pragma journal_mode = delete")
         nix.execute("begin exclusive")
-        told = f"cannot read {store.db_path}: database is locked; until it can be read, nothing is served\n"
+        told = f"cannot read {store.db_path}: database is locked; nothing is served until it is readable\n"
         assert [line.partition("nix_db_path: ")[2] for line in warned(start, tmp_path, "")] == [
             told.replace(str(tmp_path), "ROOT")
         ]

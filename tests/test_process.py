@@ -76,7 +76,7 @@ def test_a_killed_worker_is_logged_and_replaced(start: Start, sample: Sample, ma
     assert manager.receive() == "READY=1"
     killed, other = server.workers
     os.kill(killed, signal.SIGKILL)
-    server.wait_for_log(f"ERROR worker {killed} ended by SIGKILL, it is replaced")
+    server.wait_for_log(f"ERROR worker {killed} ended by SIGKILL; replacing it")
     assert server.get("/version").status == 200
     wait_until(lambda: len(server.workers) == 2)
     assert other in server.workers
@@ -99,8 +99,8 @@ def test_a_worker_that_hangs_is_killed_and_replaced(start: Start, sample: Sample
     os.kill(hanging, signal.SIGSTOP)
     assert server.get("/version").status == 200  # it waits for the next worker
     assert hanging not in server.workers
-    server.wait_for_log(f"ERROR worker {hanging} hangs")
-    server.wait_for_log(f"ERROR worker {hanging} ended by SIGKILL, it is replaced")
+    server.wait_for_log(f"ERROR worker {hanging} hangs: no heartbeat for ")
+    server.wait_for_log(f"ERROR worker {hanging} ended by SIGKILL; replacing it")
 
 
 def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Pat
     server.launch()
     assert server.wait() == 1
     ours = [line for line in server.log if "luck" not in line]  # the second worker may say so last
-    assert ours[-1].endswith(" CRITICAL no worker is left\n")
+    assert ours[-1].endswith(" CRITICAL no worker is left; stopping\n")
     assert sum("no worker is left" in line for line in server.log) == 1
     assert all(re.match(r"\S+ \S+ (INFO|ERROR|CRITICAL) ", line) for line in server.log), server.log
 
@@ -186,7 +186,7 @@ def test_a_running_download_completes_while_all_else_is_refused(start: Start, sa
         server.process.terminate()
         assert idle.recv(1) == b""
         wait_until_refused(server)
-        assert server.wait_for_log(r"INFO SIGTERM: stopping; requests being answered have 30 s to end")
+        assert server.wait_for_log(r"INFO SIGTERM: stopping; running requests have 30 s to finish")
         assert arrives_whole(response, sample.big)
     assert server.wait() == 0
 
@@ -334,6 +334,6 @@ def test_the_port_is_not_taken_over_by_a_second_server(start: Start, sample: Sam
     assert ended.stderr.count("\n") == 1
     assert "bind: 127.0.0.1:" in ended.stderr
     assert (
-        "already in use; choose another address, as by harmonia serve --bind :8080, or stop what listens there"
+        "already in use; choose another address, as by harmonia serve --bind :8080, or stop the program that uses it"
         in ended.stderr
     )

@@ -23,7 +23,7 @@ from support.running import Sample, Server, download, nar_url, open_files, patch
 
 Start = Callable[..., Server]
 
-ANOTHER_ADDRESS = "choose another address, as by harmonia serve --bind :8080, or stop what listens there"
+ANOTHER_ADDRESS = "choose another address, as by harmonia serve --bind :8080, or stop the program that uses it"
 REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 
 
@@ -93,12 +93,12 @@ def test_metrics_at_an_address_in_use_are_told_in_one_line(sample: Sample, tmp_p
 
 def test_an_unknown_host_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
     told = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
-    assert told.startswith("1: bind: no-such-host.invalid:5000 names a host that has no address: ")
+    assert told.startswith("1: bind: no-such-host.invalid:5000 cannot be resolved: ")
 
 
 def test_an_address_of_another_machine_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
     told = reject(sample, tmp_path / "server", "192.0.2.1:5000")
-    assert told.startswith("1: bind: 192.0.2.1:5000 cannot be listened on: Cannot assign requested address; ")
+    assert told.startswith("1: bind: 192.0.2.1:5000 cannot be used: Cannot assign requested address; ")
 
 
 @pytest.mark.parametrize("limit", [0, 10])
@@ -224,7 +224,7 @@ def test_what_is_no_socket_is_never_removed(sample: Sample, tmp_path: Path) -> N
     path = tmp_path / "precious"
     path.write_text("precious")
     told = reject(sample, tmp_path / "server", f"unix:{path}")
-    assert told.startswith(f"1: bind: unix:{path} is there, and is no socket; ")
+    assert told.startswith(f"1: bind: unix:{path} exists and is not a socket; ")
     assert path.read_text() == "precious"
 
 

@@ -141,7 +141,7 @@ def test_a_descriptor_that_does_not_listen_is_told_in_one_line(sample: Sample, t
             assert server.wait() == 2
             fd = 3 if name != "missing" else 4
             remedy = "use ListenStream= in the socket unit"
-            assert server.log == [f"harmonia: systemd passed descriptor {fd}, which does not listen: {remedy}\n"], name
+            assert server.log == [f"harmonia: systemd passed descriptor {fd}, which does not listen; {remedy}\n"], name
 
 
 @pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)

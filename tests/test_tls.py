@@ -110,7 +110,7 @@ def test_a_replaced_worker_has_the_certificate_of_the_day(start: Start, sample: 
     server = start(store=sample.root, settings=secured(tmp_path))
     after = renew(tmp_path)
     os.kill(server.workers[0], signal.SIGKILL)
-    server.wait_for_log("it is replaced")
+    server.wait_for_log("replacing it")
     assert presented(server) == after
 
 

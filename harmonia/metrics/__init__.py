@@ -1,1 +1,1 @@
-"""Counters shared by all workers, and their Prometheus text."""
+"""Counters that all workers share, and their Prometheus text format."""

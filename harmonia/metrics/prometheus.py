@@ -1,4 +1,4 @@
-"""The metrics in the text format of Prometheus. docs/reference/metrics.md tells what each is good for."""
+"""Metrics in the text format of Prometheus. docs/reference/metrics.md explains each of them."""
 
 import platform
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,27 +17,30 @@ from harmonia import __version__
 from harmonia.metrics.shared_counters import BOUNDS, Histogram, Metrics, RouteCounters, UpstreamCounters
 
 _TOTALS = {
-    "cache_hits": "NARs found in the cache, whole or growing.",
-    "cache_misses": "NARs that were not in the cache and that it could take.",
-    "cache_fills": "NARs that were put into the cache.",
-    "cache_filled_bytes": "Bytes of NARs that were put into the cache.",
-    "cache_evictions": "NARs removed from the cache for others.",
-    "cache_corrupt": "NARs removed from the cache because they were damaged.",
-    "encoder_seconds": "Processor time spent on compression, in seconds.",
-    "damaged_nars": "Times that a NAR to be compressed was not what was registered.",
+    "cache_hits": "Requests for a NAR that was in the cache, complete or growing.",
+    "cache_misses": "Requests for a NAR that was not in the cache, but fits.",
+    "cache_fills": "NARs added to the cache.",
+    "cache_filled_bytes": "Bytes of NARs added to the cache.",
+    "cache_evictions": "NARs evicted from the cache to make room.",
+    "cache_corrupt": "Damaged NARs removed from the cache.",
+    "encoder_seconds": "CPU time of compression, in seconds.",
+    "damaged_nars": "Compressions that failed because a NAR differed from its record in the database.",
 }
 
 _UPSTREAMS = {
-    "hits": "Paths that an upstream had.",
-    "misses": "Paths that an upstream did not have.",
-    "failures": "Times that an upstream did not answer, or with an error.",
-    "fetches": "NARs begun to be fetched into the cache.",
-    "fetched_bytes": "Bytes of them.",
+    "hits": "Lookups of paths that the upstream had.",
+    "misses": "Lookups of paths that the upstream did not have.",
+    "failures": "Requests to the upstream that timed out or failed.",
+    "fetches": "Fetches of NARs into the cache, from their start.",
+    "fetched_bytes": "Bytes of NARs fetched into the cache.",
 }
 
 
 def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int, cache_used: float) -> bytes:
-    """The sums over all workers. The threads are those of each worker, and the cache is what all have in common."""
+    """Return the sums over all workers in the text format.
+
+    `encoder_threads` is the number in each worker. `cache_limit` and `cache_used` are bytes of the shared cache.
+    """
     return generate_latest(_Families(metrics, encoder_threads, cache_limit, cache_used))
 
 
@@ -54,7 +57,7 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
             "harmonia_build",
-            "What serves.",
+            "Server version.",
             value={"version": __version__, "python": platform.python_version()},
         )
         yield from self._requests()
@@ -64,15 +67,19 @@ class _Families(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         routes = {name: [row.routes[name] for row in self._rows] for name in self._rows[0].routes}
-        requests = CounterMetricFamily("harmonia_requests", "Requests answered.", labels=["route", "status"])
-        sent = CounterMetricFamily("harmonia_sent_bytes", "Bytes of bodies sent, as encoded.", labels=["route"])
-        broken = CounterMetricFamily("harmonia_broken_bodies", "Bodies broken off, by us.", labels=["route"])
-        in_flight = GaugeMetricFamily("harmonia_requests_in_flight", "Requests being answered.", labels=["route"])
+        requests = CounterMetricFamily("harmonia_requests", "Responses.", labels=["route", "status"])
+        sent = CounterMetricFamily(
+            "harmonia_sent_bytes", "Bytes of response bodies, after content encoding.", labels=["route"]
+        )
+        broken = CounterMetricFamily(
+            "harmonia_broken_bodies", "Response bodies that the server could not finish.", labels=["route"]
+        )
+        in_flight = GaugeMetricFamily("harmonia_requests_in_flight", "Requests in flight.", labels=["route"])
         head = HistogramMetricFamily(
-            "harmonia_head_seconds", "From a request to the first byte of its answer.", labels=["route"]
+            "harmonia_head_seconds", "Seconds from the request to the first byte of the response.", labels=["route"]
         )
         body = HistogramMetricFamily(
-            "harmonia_body_seconds", "From there to its last byte, of bodies sent in pieces.", labels=["route"]
+            "harmonia_body_seconds", "Seconds from first to last byte of streamed responses.", labels=["route"]
         )
         for name, rows in routes.items():
             for status, count in enumerate(_sum(route.statuses for route in rows)):
@@ -89,27 +96,31 @@ class _Families(Collector):
     def _workers(self) -> Iterator[Metric]:
         yield HistogramMetricFamily(
             "harmonia_database_seconds",
-            "Waiting for what the database has to say, where nothing was remembered.",
+            "Seconds of waiting for the database, without cached lookups.",
             *_histogram(row.database for row in self._rows),
         )
         for name, total in zip(self._totals, _sum(row.totals for row in self._rows), strict=True):
             yield CounterMetricFamily(f"harmonia_{name}", _TOTALS[name], total)
         yield GaugeMetricFamily(
-            "harmonia_cache_limit_bytes", "How large the cache may become; 0 is none.", self._cache_limit
+            "harmonia_cache_limit_bytes", "Maximum size of the cache; 0 without a cache.", self._cache_limit
         )
-        yield GaugeMetricFamily("harmonia_cache_used_bytes", "How much of it is in use.", self._cache_used)
+        yield GaugeMetricFamily("harmonia_cache_used_bytes", "Size of the cache.", self._cache_used)
         waiting = sum(row.waiting for row in self._rows)
-        yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces being compressed, or waiting for it.", waiting)
+        yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces in compression, or waiting for a thread.", waiting)
         threads = self._encoder_threads * len(self._rows)
-        yield GaugeMetricFamily("harmonia_encoder_threads", "Threads that compress.", threads)
+        yield GaugeMetricFamily("harmonia_encoder_threads", "Threads for compression.", threads)
         refused = sum(row.refused for row in self._rows)
-        yield CounterMetricFamily("harmonia_refused_connections", "Connections beyond max_connections.", refused)
+        yield CounterMetricFamily("harmonia_refused_connections", "Connections refused because of a limit.", refused)
         restarts = sum(max(row.starts - 1, 0) for row in self._rows)
-        yield CounterMetricFamily("harmonia_worker_restarts", "Workers that replaced one that had ended.", restarts)
+        yield CounterMetricFamily(
+            "harmonia_worker_restarts", "Workers started to replace one that had ended.", restarts
+        )
 
     def _upstreams(self) -> Iterator[Metric]:
         totals = {url: _sum(row.cells for row in rows) for url, rows in self._upstream_rows.items()}
-        up = GaugeMetricFamily("harmonia_upstream_up", "How many workers use the upstream.", labels=["upstream"])
+        up = GaugeMetricFamily(
+            "harmonia_upstream_up", "Workers that regard the upstream as available.", labels=["upstream"]
+        )
         for url, total in totals.items():
             up.add_metric([url], total[0])
         yield up
@@ -119,7 +130,7 @@ class _Families(Collector):
                 family.add_metric([url], total[index])
             yield family
         refused = CounterMetricFamily(
-            "harmonia_upstream_refused", "Answers of an upstream that were not taken.", labels=["upstream", "reason"]
+            "harmonia_upstream_refused", "Responses of an upstream that were rejected.", labels=["upstream", "reason"]
         )
         for url, total in totals.items():
             for reason, count in zip(self._reasons, total[len(UpstreamCounters.names) :], strict=True):

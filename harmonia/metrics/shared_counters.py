@@ -1,7 +1,8 @@
-"""What is counted: numbers in memory that all processes share, a row of them for each worker, so that any can tell all.
+"""Counters in memory that all processes share, so that any worker can report the sums of all.
 
-The memory is made before the fork. A row belongs to a worker's place, not to its process: who replaces a dead worker
-goes on counting where that one stopped. Only the event loop of its worker writes to a row: nothing needs a lock.
+The memory is mapped before the fork. Each worker has a row of counters. A row belongs to the worker's slot, not to its
+process: a worker that replaces a dead one continues its counts. Only the event loop of its worker writes to a row, so
+it needs no lock.
 """
 
 import mmap
@@ -10,67 +11,78 @@ from collections.abc import Iterable, Sequence
 from threading import Lock
 
 BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-"""Seconds, the upper ends of a histogram's buckets: from a path that is remembered to the largest of downloads."""
+"""Upper bounds of a histogram's buckets in seconds: from the lookup of a cached path to the largest download."""
 
 STATUSES = 600
 UNKNOWN = "unknown"
-"""The route of a request for something that nobody ever has, or in another method than its own, or that is no HTTP."""
+"""The route of requests for an unknown URL or with a wrong method, and of malformed requests."""
 
-_CELL_BYTES = 8  # bytes: they are doubles, written at once
+_CELL_BYTES = 8  # a double, which is written atomically
 
 
 class Histogram:
+    """A histogram of durations."""
+
     size = len(BOUNDS) + 2
 
     def __init__(self, cells: "memoryview[float]") -> None:
         self.cells = cells
-        """How many lie in each bucket and beyond the last, then their sum."""
+        """The number of durations in each bucket, the number above the last bound, and the sum in seconds."""
 
     def observe(self, seconds: float) -> None:
+        """Count a duration."""
         self.cells[bisect_left(BOUNDS, seconds)] += 1
         self.cells[-1] += seconds
 
 
 class RouteCounters:
-    """What is counted of the requests for one kind of resource."""
+    """The counters of the requests for one kind of resource."""
 
     size = STATUSES + 2 * Histogram.size + 3
 
     def __init__(self, cells: "memoryview[float]") -> None:
         self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 3)
         self.head = Histogram(head)
-        """Until there is a status, and the first byte to send."""
+        """Seconds from the request to the first byte of the response."""
         self.body = Histogram(body)
-        """From then on, until the last byte is on its way."""
+        """Seconds from the first to the last byte, only of streamed responses."""
 
     @property
     def sent(self) -> float:
+        """Return the bytes of response bodies."""
         return self._rest[0]
 
     @property
     def in_flight(self) -> float:
+        """Return the number of requests in flight."""
         return self._rest[1]
 
     @property
     def broken(self) -> float:
-        """Bodies that we could not finish, for no fault of the client's."""
+        """Return the number of response bodies that the server could not finish, without disconnects of clients."""
         return self._rest[2]
 
     def begin(self) -> None:
+        """Count a request in flight."""
         self._rest[1] += 1
 
     def end(self) -> None:
+        """Count one request in flight less."""
         self._rest[1] -= 1
 
     def forget(self) -> None:
-        """Nothing is in flight any more: the process that did it is gone."""
+        """Set the number of requests in flight to 0, because the process that handled them has ended."""
         self._rest[1] = 0
 
     def break_off(self) -> None:
+        """Count a response body that the server could not finish."""
         self._rest[2] += 1
 
     def count(self, status: int, sent: int, head: float, body: float | None) -> None:
-        """An answer with that many bytes of body; `body` are its seconds where it was sent piece by piece."""
+        """Count a response with `sent` bytes of body.
+
+        `head` and `body` are durations in seconds; `body` is None for a response that was not streamed.
+        """
         self.statuses[status] += 1
         self._rest[0] += sent
         self.head.observe(head)
@@ -79,6 +91,8 @@ class RouteCounters:
 
 
 class WorkerCounters:
+    """The row of counters of a worker's slot."""
+
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
         self.routes = dict(zip(routes, map(RouteCounters, each), strict=True))
@@ -87,23 +101,25 @@ class WorkerCounters:
 
     @property
     def starts(self) -> float:
+        """Return the number of processes that had this slot."""
         return self._rest[0]
 
     @property
     def waiting(self) -> float:
-        """Pieces that wait to be compressed."""
+        """Return the number of pieces in compression or waiting for it."""
         return self._rest[1]
 
     @property
     def refused(self) -> float:
-        """Connections beyond `max_connections`."""
+        """Return the number of connections that were refused because of a limit."""
         return self._rest[2]
 
     def refuse(self) -> None:
+        """Count a refused connection."""
         self._rest[2] += 1
 
     def adopt_slot(self) -> None:
-        """Go on where the process that had it before has stopped."""
+        """Continue the counts of the process that had this slot before."""
         self._before = list(self.totals)
         self._rest[0] += 1
         self._rest[1] = 0
@@ -111,37 +127,40 @@ class WorkerCounters:
             route.forget()
 
     def sample(self, totals: Iterable[float], waiting: float) -> None:
-        """Take down what others have counted since their process began."""
+        """Store the totals of other objects, counted since the start of this process, and the waiting pieces."""
         for index, total in enumerate(totals):
             self.totals[index] = self._before[index] + total
         self._rest[1] = waiting
 
 
 class UpstreamCounters:
-    """What a worker has seen of another cache."""
+    """The counters of one worker for one upstream."""
 
     names = ("up", "hits", "misses", "failures", "fetches", "fetched_bytes")
 
     def __init__(self, cells: "memoryview[float]", reasons: Sequence[str]) -> None:
-        """`reasons` are those for which answers are refused."""
+        """Use `cells` for the counters `names`, then one for each reason to reject a response."""
         self.cells = cells
         self._reasons = reasons
-        self._lock = Lock()  # the bytes come in threads
+        self._lock = Lock()  # several threads count bytes
 
     def add(self, name: str, count: float = 1) -> None:
+        """Add to the counter `name`."""
         with self._lock:
             self.cells[self.names.index(name)] += count
 
     def refuse(self, reason: str) -> None:
+        """Count a rejected response."""
         with self._lock:
             self.cells[len(self.names) + self._reasons.index(reason)] += 1
 
-    def set_up(self, up: bool) -> None:  # noqa: FBT001 (it is the value)
+    def set_up(self, up: bool) -> None:  # noqa: FBT001 (the argument is the new value)
+        """Set whether this worker regards the upstream as available."""
         self.cells[0] = up
 
 
 class Metrics:
-    """The rows of all workers. `own` is that of this process, when it has taken one."""
+    """The counters of all workers. After `adopt_slot`, `own` is the row of this process."""
 
     def __init__(
         self,
@@ -151,9 +170,10 @@ class Metrics:
         upstreams: Sequence[str] = (),
         reasons: Sequence[str] = (),
     ) -> None:
-        """`totals` are the names of what others count, which a row takes down now and then.
+        """Map memory for `workers` rows.
 
-        `reasons` are those for which answers of the upstreams are refused.
+        `totals` are the names of counters that other objects hold, and that `WorkerCounters.sample` copies to a row.
+        `upstreams` are URLs. `reasons` are the reasons to reject a response of an upstream.
         """
         routes = (*routes, UNKNOWN)
         size = sum(_sizes(routes, totals))
@@ -164,9 +184,10 @@ class Metrics:
         self._place = 0
         self.reasons = reasons
         self.upstreams = {url: _upstream(workers, reasons) for url in upstreams}
-        """By their URLs, for each worker."""
+        """By URL, the counters of each worker."""
 
     def adopt_slot(self, place: int) -> None:
+        """Make the row with index `place` the row of this process."""
         self.own = self.rows[place]
         self.own.adopt_slot()
         self._place = place
@@ -174,6 +195,7 @@ class Metrics:
             workers[place].set_up(False)
 
     def own_upstream(self, url: str) -> UpstreamCounters:
+        """Return this process's counters for an upstream."""
         return self.upstreams[url][self._place]
 
 

@@ -1,1 +1,1 @@
-"""Main process and its surroundings: supervisor, sockets, systemd, start-up checks, logging."""
+"""Main process: supervisor, sockets, systemd, start-up checks and logging."""

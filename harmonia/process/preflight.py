@@ -1,6 +1,6 @@
-"""Whether the settings can work on this machine. A start and `harmonia check-config` both ask this, and nothing else.
+"""Check of the settings against this machine, for the start of the server and for `harmonia check-config`.
 
-Nothing is taken or changed: a server that runs with the same settings does not notice.
+The check changes nothing, and does not disturb a running server with the same settings.
 """
 
 import logging
@@ -22,7 +22,7 @@ from harmonia.store.store import Store
 
 _log = logging.getLogger("harmonia")
 
-# What SQLite says of a file that is no database of Nix. That one is locked, or cannot be opened just now, may pass.
+# SQLite's errors for a file that is not a database of Nix. Other errors, such as a lock, may be temporary.
 _NO_DATABASE = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
 # The index on `path` finds the prefix; "0" follows "/".
@@ -35,7 +35,7 @@ select path, exists (select 1 from ValidPaths where path >= ? || '/' and path < 
 def checked(source: Source) -> Iterator[Settings]:
     """Check the settings of a source against this machine, and log warnings.
 
-    Raises ConfigError with the place of the setting, also for a WrongSettingError that is raised within.
+    Raises ConfigError with the place of the setting, also for a WrongSettingError in the body of the `with` statement.
     """
     settings = source.settings()
     if why := source.ignored_log_level():
@@ -49,13 +49,19 @@ def checked(source: Source) -> Iterator[Settings]:
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """Return the settings of a file, found as `Source.read` does, checked against this machine. Raises ConfigError."""
+    """Return the settings of the file that `Source.read` finds, checked against this machine.
+
+    Raises ConfigError if a setting is wrong.
+    """
     with checked(Source.read(path, environ)) as settings:
         return settings
 
 
 def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingError]:
-    """What works, but is hardly meant so: to be warned of. WrongSettingError where something does not work."""
+    """Return likely mistakes, for warnings.
+
+    Raises WrongSettingError if a setting cannot work.
+    """
     doubts = [*_store(settings), *_directories(settings, environ), *_secrets(settings, environ)]
     _addresses(settings, environ)
     return doubts
@@ -64,12 +70,12 @@ def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingEr
 def _store(settings: Settings) -> Iterator[WrongSettingError]:
     key = "real_nix_store" if settings.real_nix_store else "virtual_nix_store"
     try:
-        os.stat(os.path.join(settings.real_store, "."))  # which takes the right to enter it
+        os.stat(os.path.join(settings.real_store, "."))  # fails without permission to enter the directory
     except PermissionError as error:
         what = f"cannot enter {settings.real_store!r}: {error.strerror}; let the server's user read the store"
         raise WrongSettingError(what, key) from None
     except OSError as error:
-        what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to where it lies on disk"
+        what = f"no store at {settings.real_store!r}: {error.strerror}; set real_nix_store to its path on disk"
         raise WrongSettingError(what, key) from None
     credentials.open_file("nix_db_path", settings.database, "set nix_db_path to the store's db.sqlite").close()
     store_dir = settings.virtual_nix_store
@@ -77,40 +83,42 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
     try:
         paths = list(database.query(_SOME_PATH, store_dir, store_dir))
         if not paths:
-            what = f"{settings.database!r} has no valid paths: nothing is served until it has"
+            what = f"{settings.database!r} has no valid paths, so nothing is served"
             yield WrongSettingError(
                 f"{what}; to try Harmonia, use harmonia demo, or make demo in a clone", "nix_db_path"
             )
         for path, is_below in paths:
             if not is_below:
                 what = f"no path of {settings.database!r} is in {store_dir!r}; they are in {os.path.dirname(path)!r}"
-                yield WrongSettingError(f"{what}, which this should name", "virtual_nix_store")
+                yield WrongSettingError(f"{what}; set this to that directory", "virtual_nix_store")
     except StoreUnavailableError as error:
         cause = error.__cause__
         if getattr(cause, "sqlite_errorcode", 0) & 0xFF in _NO_DATABASE:
-            what = f"{settings.database!r} is no database of Nix: {cause}; name the store's db.sqlite"
+            what = f"{settings.database!r} is not a database of Nix: {cause}; name the store's db.sqlite"
             raise WrongSettingError(what, "nix_db_path") from None
-        yield WrongSettingError(f"{error}; until it can be read, nothing is served", "nix_db_path")
+        yield WrongSettingError(f"{error}; nothing is served until it is readable", "nix_db_path")
     finally:
         database.close()
     for root in settings.publish.gc_roots:
         if not root.startswith(f"{store_dir}/") and not os.path.lexists(root):
-            what = f"there is no {root!r}; name a store path, a symlink to one, or a directory of such"
+            what = f"{root!r} does not exist; name a store path, a symlink to one, or a directory with such symlinks"
             raise WrongSettingError(what, "publish", "gc_roots")
 
 
 def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
-    if settings.log_dir is not None and not os.path.isdir(settings.log_dir):  # the default one comes with the first log
-        yield WrongSettingError(f"there is no directory {settings.log_dir!r}; name the one of Nix's logs", "log_dir")
+    if settings.log_dir is not None and not os.path.isdir(
+        settings.log_dir
+    ):  # Nix creates the default one with the first log
+        yield WrongSettingError(f"{settings.log_dir!r} is not a directory; name the directory of Nix's logs", "log_dir")
     if settings.cache_dir is not None:
         path = Path(settings.cache_dir).absolute()
-        there = next(each for each in (path, *path.parents) if os.path.exists(each))
-        if not there.is_dir():
-            what = f"{str(there)!r} is no directory; name one, which may be yet to be made"
+        existing = next(each for each in (path, *path.parents) if os.path.exists(each))
+        if not existing.is_dir():
+            what = f"{str(existing)!r} is not a directory; name a directory, which need not exist yet"
             wrong = WrongSettingError(what, "cache_dir")
             if settings.cache_dir != default_cache_dir(environ):
                 raise wrong
-            yield wrong  # nobody has set it
+            yield wrong  # only a warning for the default
 
 
 def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
@@ -138,7 +146,7 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
         if path is None or os.path.realpath(path).startswith(guarded):
             continue
         if (mode := os.stat(path).st_mode & 0o777) & 0o077:
-            what = f"key file {path!r} is open to others than its owner (mode {mode:04o}); chmod 600 it"
+            what = f"others than the owner can access the key file {path!r} (mode {mode:04o}); chmod 600 it"
             yield WrongSettingError(what, *key, key_file=path)
 
 
@@ -146,15 +154,15 @@ def _addresses(settings: Settings, environ: Mapping[str, str]) -> None:
     if not systemd.has_sockets(environ):
         sockets.check(settings, "bind")
         if _overlap(settings.address("bind"), settings.address("metrics_bind")):
-            what = f"{settings.metrics_bind} is taken by bind = {settings.bind!r}; choose another address"
+            what = f"{settings.metrics_bind} overlaps with bind = {settings.bind!r}; choose another address"
             raise WrongSettingError(what, "metrics_bind")
     sockets.check(settings, "metrics_bind")
 
 
 def _overlap(one: HostAndPort | str | None, other: HostAndPort | str | None) -> bool:
-    """Whether both cannot be listened on, as far as the names tell."""
+    """Return whether the addresses exclude each other, as far as their names show it."""
     if not isinstance(one, tuple) or not isinstance(other, tuple):
         return one == other
     hosts = {one[0], other[0]}
-    any_v4 = "0.0.0.0" in hosts and not any(":" in host for host in hosts)  # noqa: S104 (it is compared)
+    any_v4 = "0.0.0.0" in hosts and not any(":" in host for host in hosts)  # noqa: S104 (a comparison, not a bind)
     return one[1] == other[1] != 0 and (len(hosts) == 1 or "::" in hosts or any_v4)

@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 
 
 class SingleFlight:
-    """Runs by key. A run goes on when all its callers have gone, and is forgotten when it ends."""
+    """Running jobs by key. A run continues even if all its callers are cancelled."""
 
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Future[Any]] = {}
@@ -17,7 +17,7 @@ class SingleFlight:
     def start(
         self, key: Hashable, begin: Callable[[], "asyncio.Future[_T] | Coroutine[Any, Any, _T]"]
     ) -> "asyncio.Future[_T]":
-        """Return the run under way for `key`, or else the one that `begin` starts. All callers share this future."""
+        """Return the future of the run for `key`, which all callers share. Start one with `begin` if there is none."""
         run = self._running.get(key)
         if run is None:
             run = self._running[key] = asyncio.ensure_future(begin())
@@ -25,10 +25,10 @@ class SingleFlight:
         return run
 
     async def run(self, key: Hashable, begin: Callable[[], "asyncio.Future[_T] | Coroutine[Any, Any, _T]"]) -> _T:
-        """Return the result of that run. Cancelling one caller cancels neither the run nor the other callers."""
+        """Return the result of the run for `key`, as `start` does. Cancelling a caller affects only this caller."""
         return await asyncio.shield(self.start(key, begin))
 
     def _end(self, key: Hashable, run: "asyncio.Future[Any]") -> None:
         del self._running[key]
         if not run.cancelled():
-            run.exception()  # asyncio logs an exception that nobody retrieved, and all callers may have gone
+            run.exception()  # otherwise asyncio logs the exception if all callers were cancelled

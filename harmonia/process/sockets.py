@@ -1,4 +1,4 @@
-"""The sockets we listen on where systemd passes none."""
+"""Listening sockets, if systemd does not pass any."""
 
 import errno
 import logging
@@ -14,18 +14,18 @@ from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.untrusted import integer
 
 BACKLOG = 4096
-"""Connections that wait to be accepted, if the kernel allows as many (net.core.somaxconn)."""
+"""Maximum number of connections that wait to be accepted. The kernel may lower it (net.core.somaxconn)."""
 
 _OPTIONS = (
-    # An idle client that is gone is known by what it no longer acknowledges. One that does acknowledge may stop reading
-    # for minutes: tcp(7) TCP_USER_TIMEOUT would end that too.
+    # Keepalive probes detect an idle client that has disappeared. TCP_USER_TIMEOUT (tcp(7)) would also disconnect live
+    # clients that stop reading for minutes.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
 )
 
-_DESCRIPTORS_PER_CONNECTION = 2  # of a connection: its own, and that of the file that is sent
-_OTHER_DESCRIPTORS = 512  # of a worker: databases, NARs that are being compressed, upstreams, the daemon
+_DESCRIPTORS_PER_CONNECTION = 2  # the socket, and the file that is sent
+_OTHER_DESCRIPTORS = 512  # of a worker, for databases, NARs in compression, upstreams and the Nix daemon
 
 _MAX_MODE = 0o7777
 _Key = Literal["bind", "metrics_bind"]
@@ -35,7 +35,10 @@ _log = logging.getLogger("harmonia")
 
 @contextmanager
 def listen(settings: Settings, key: _Key) -> Iterator[list[socket.socket]]:
-    """Listening sockets for that setting, none where it is not set. WrongSettingError where that cannot be."""
+    """Open the listening sockets for a setting, none if it is not set, and close them at the end.
+
+    Raises WrongSettingError if the address cannot be used.
+    """
     address = settings.address(key)
     sockets: list[socket.socket] = []
     try:
@@ -46,7 +49,7 @@ def listen(settings: Settings, key: _Key) -> Iterator[list[socket.socket]]:
             for each in sockets:
                 each.listen(BACKLOG)
             if address[0] == "::" and sockets[0].family == socket.AF_INET:
-                _log.warning("%s: this machine has no IPv6; listening on 0.0.0.0 instead of [::]", key)
+                _log.warning("%s: cannot listen on [::]: this machine has no IPv6; using 0.0.0.0 instead", key)
     except OSError as error:
         for each in sockets:
             each.close()
@@ -62,9 +65,10 @@ def listen(settings: Settings, key: _Key) -> Iterator[list[socket.socket]]:
 
 
 def check(settings: Settings, key: _Key) -> None:
-    """Whether that address could be listened on, if nobody did: who does may be this very server, which is left alone.
+    """Check the address of a setting.
 
-    WrongSettingError where it could not.
+    Raises WrongSettingError if the address cannot be used. An address that is in use passes, because this server itself
+    may be running.
     """
     address = settings.address(key)
     try:
@@ -79,16 +83,16 @@ def check(settings: Settings, key: _Key) -> None:
 
 
 def enable_keepalive(listening: socket.socket) -> None:
-    """Enable TCP keepalive for connections of a listening socket, so that those of lost clients end."""
-    if listening.family != socket.AF_UNIX:  # there the kernel always knows
+    """Enable TCP keepalive for connections of a listening socket, to end those of clients that have disappeared."""
+    if listening.family != socket.AF_UNIX:  # the kernel ends these connections when a client ends
         for level, option, value in _OPTIONS:
             listening.setsockopt(level, option, value)
 
 
 def connection_limit(most: int) -> int:
-    """How many connections a worker may have at once: `most`, where 0 is any number, or what descriptors there are for.
+    """Return the maximum of open connections of a worker: `most`, or fewer if there are not enough descriptors.
 
-    Raises the limit of open files as far as this process may.
+    0 for `most` is no limit. Sets the soft limit of open files to the hard limit, if that is allowed.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # a sandbox may forbid it
@@ -99,11 +103,11 @@ def connection_limit(most: int) -> int:
 
 
 def url(listening: socket.socket, *, tls: bool) -> str:
-    """How a client on this machine reaches a listening socket."""
+    """Return the URL by which a client on this machine reaches a listening socket."""
     if listening.family == socket.AF_UNIX:
         return f"unix:{listening.getsockname()}"
     host, port = listening.getsockname()[:2]
-    host = {"::": "localhost", "0.0.0.0": "localhost"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 (it is compared)
+    host = {"::": "localhost", "0.0.0.0": "localhost"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 (a comparison, not a bind)
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
@@ -111,30 +115,31 @@ def _wrong(settings: Settings, key: _Key, error: OSError) -> WrongSettingError:
     address = settings.address(key)
     remedy = "choose another address"
     if isinstance(error, socket.gaierror):
-        what = f"names a host that has no address: {error.strerror}"
+        what = f"cannot be resolved: {error.strerror}"
     elif error.errno == errno.EADDRINUSE:
         option = ", as by harmonia serve --bind :8080" if key == "bind" else ""
-        what, remedy = "is already in use", f"choose another address{option}, or stop what listens there"
+        what, remedy = "is already in use", f"choose another address{option}, or stop the program that uses it"
     elif isinstance(address, str) and error.errno == errno.ENOENT:
-        what, remedy = "has no directory", f"make {os.path.dirname(address)!r}, in systemd with RuntimeDirectory="
+        directory = os.path.dirname(address)
+        what, remedy = "is in a missing directory", f"create {directory!r}, in systemd with RuntimeDirectory="
     elif isinstance(address, str) and error.errno == errno.EEXIST:
-        what, remedy = "is there, and is no socket", "choose another path, or remove what is there"
+        what, remedy = "exists and is not a socket", "choose another path, or remove the file"
     else:
-        what = f"cannot be listened on: {error.strerror}"
+        what = f"cannot be used: {error.strerror}"
     return WrongSettingError(f"{getattr(settings, key)} {what}; {remedy}", key)
 
 
 def _bound(host: str, port: int) -> list[socket.socket]:
-    """Sockets at all addresses of that host, which do not listen yet."""
+    """Return sockets that are bound to all addresses of the host, but do not listen yet."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except UnicodeError:  # it is no name at all: a label is empty, or too long
-        raise socket.gaierror(socket.EAI_NONAME, "it is no host name") from None
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except UnicodeError:  # a label of the name is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     if host == "::" and not _has_ipv6():
-        return _bound("0.0.0.0", port)  # noqa: S104 (what the setting asks for)
+        return _bound("0.0.0.0", port)  # noqa: S104 (the setting is all addresses)
     sockets = []
     try:
-        for family, *_, address in dict.fromkeys(found):  # a name may have an address twice
+        for family, *_, address in dict.fromkeys(infos):  # a name may have the same address twice
             each = socket.socket(family, socket.SOCK_STREAM)
             sockets.append(each)
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -158,7 +163,7 @@ def _has_ipv6() -> bool:
 
 
 def _check_unix(path: str) -> None:
-    """That there is a directory for it, and nothing in the way but a socket."""
+    """Raise OSError unless `path` is a socket, or can be created."""
     directory = os.path.dirname(path) or "."
     os.stat(os.path.join(directory, ""))
     try:
@@ -184,7 +189,7 @@ def _listen_unix(path: str, settings: Settings) -> socket.socket:
 
 
 def _remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on any more, as an unclean end leaves behind."""
+    """Remove a socket without a listening process, as an unclean end of a server leaves it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)

@@ -1,8 +1,9 @@
-"""The main process: it forks the workers that serve, replaces one that dies, and takes them all with it when it goes.
+"""Supervisor, the main process: forks the workers, replaces a worker that ends or hangs, and stops all of them.
 
-It holds the listening sockets, to hand them on, and does no work of its own. Each worker has a socket pair to it, its
-*lifeline*. There the worker writes a byte whenever its event loop comes round: so a worker that hangs is known, and
-systemd's watchdog hears only of what really serves. And there it reads the end of file when the main process is gone.
+The main process holds the listening sockets for new workers, and serves no requests itself. It is connected to each
+worker by a socket pair, the *lifeline*. The worker's event loop regularly writes a byte to it, a heartbeat: without
+heartbeats, the worker hangs. systemd's watchdog gets its signal only after heartbeats. If the main process ends, the
+worker reads the end of file from the lifeline.
 """
 
 import logging
@@ -19,20 +20,20 @@ from typing import NoReturn
 
 from harmonia.process import systemd
 
-_HEARTBEAT_S = 1.0  # seconds between a worker's signs of life
-_HANG_TIMEOUT_S = 30.0  # seconds without one, after which a worker is killed and replaced
-_RETRY_DELAY_S = 1.0  # seconds before another try, where a worker died before it could serve
-_KILL_DELAY_S = 2.0  # seconds beyond the grace that a worker gets to end by itself
+_HEARTBEAT_S = 1.0  # between two heartbeats of a worker
+_HANG_TIMEOUT_S = 30.0  # without a heartbeat, until a worker is killed and replaced
+_RETRY_DELAY_S = 1.0  # before the next start, if a worker ended before it was ready
+_KILL_DELAY_S = 2.0  # between the end of the grace period and SIGKILL
 
 _log = logging.getLogger("harmonia")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 Work = Callable[[int, Sequence[socket.socket], socket.socket, float], None]
-"""What a worker does until SIGTERM: given its place, what it listens on, its lifeline, and the seconds between signs of
-life. The place is a number from 0 that no other has at the time.
+"""The function that a worker runs until SIGTERM.
 
-SIGHUP is ignored until it has a handler of its own.
+Its arguments are the worker's slot, the listening sockets, the lifeline, and the seconds between two heartbeats. The
+slot is a number from 0 that no other running worker has. SIGHUP is ignored until the function installs a handler.
 """
 
 
@@ -46,10 +47,12 @@ class _Worker:
 
 
 class Supervisor:
-    def __init__(self, work: Work, listening: Sequence[socket.socket], workers: int, grace: float) -> None:
-        """`grace` is how many seconds running requests get after SIGTERM; the workers keep to it by themselves.
+    """The main process's control of its workers."""
 
-        From here on, signals do not end this process: `run` heeds those that came before it.
+    def __init__(self, work: Work, listening: Sequence[socket.socket], workers: int, grace: float) -> None:
+        """Install handlers for signals, which `run` handles, including those that come before it.
+
+        `grace` is the number of seconds that running requests have after SIGTERM. The workers themselves observe it.
         """
         self._work = work
         self._listening = listening
@@ -62,7 +65,7 @@ class Supervisor:
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno())
         for number in _SIGNALS:
-            signal.signal(number, lambda *_: None)  # so that it reaches the wakeup socket
+            signal.signal(number, lambda *_: None)  # needed for the wakeup socket
         self._watchdog = systemd.watchdog_interval()
         self._heartbeat = min(_HEARTBEAT_S, (self._watchdog or _HEARTBEAT_S) / 2)
         self._announced = False
@@ -71,7 +74,10 @@ class Supervisor:
         self._failed = False
 
     def run(self) -> int:
-        """Serve until told to stop. Returns the exit status: 1 where no worker is left and none can be had."""
+        """Run the workers until a signal stops them, and return the exit status.
+
+        The status is 1 if no worker is left and none can be started.
+        """
         self._selector.register(self._signals, selectors.EVENT_READ)
         while self._stop_at is None or self._workers:
             if self._stop_at is None:
@@ -84,7 +90,7 @@ class Supervisor:
             self._reap()
             self._kill_overdue()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # or those that come from now on would change the exit status
+            signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
         signal.set_wakeup_fd(-1)
         return 1 if self._failed else 0
 
@@ -96,9 +102,7 @@ class Supervisor:
             except OSError as error:
                 self._retry_later(error)
                 return
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, _SIGNALS
-            )  # the worker must not lose one before it has its own handlers
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the worker has its own handlers
             try:
                 pid = os.fork()
                 if pid == 0:
@@ -116,7 +120,7 @@ class Supervisor:
             self._selector.register(ours, selectors.EVENT_READ, worker)
 
     def _retry_later(self, error: OSError) -> None:
-        _log.error("cannot start a worker: %s", error)
+        _log.error("cannot start a worker: %s; trying again in %g s", error, _RETRY_DELAY_S)
         self._next_start = time.monotonic() + _RETRY_DELAY_S
 
     def _become_worker(self, place: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
@@ -124,25 +128,26 @@ class Supervisor:
         try:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
-                # A terminal sends SIGINT to the whole group, but it is for the main process to decide.
+                # A terminal sends SIGINT to the whole process group, but only the main process handles it.
                 ignored = number in (signal.SIGINT, signal.SIGHUP)
                 signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             self._selector.close()
-            # A copy of another worker's lifeline would hide from it that the main process is gone.
-            for held in (ours, self._signals, self._wakeup, *(worker.lifeline for worker in self._workers.values())):
-                held.close()
+            # With an open copy of another worker's lifeline, that worker would not see the end of the main process.
+            lifelines = [worker.lifeline for worker in self._workers.values()]
+            for inherited in (ours, self._signals, self._wakeup, *lifelines):
+                inherited.close()
             self._work(place, self._listening, theirs, self._heartbeat)
             status = 0
-        except BaseException:  # noqa: BLE001 (this process has nobody else to tell)
+        except BaseException:  # noqa: BLE001 (nothing else reports an error of this process)
             _log.critical("worker failed: %s", traceback.format_exc())
         finally:
-            os._exit(status)  # neither the main process's clean-up nor a thread that still reads may keep it
+            os._exit(status)  # skip the main process's clean-up, and do not wait for threads
 
     def _listen(self, worker: _Worker) -> None:
         try:
             if not worker.lifeline.recv(64):
-                return  # it is ending; SIGCHLD tells how
+                return  # the worker is ending; SIGCHLD follows
         except (BlockingIOError, ConnectionError):
             return
         worker.beat = time.monotonic()
@@ -151,7 +156,7 @@ class Supervisor:
             if not self._announced and sum(each.ready for each in self._workers.values()) == self._count:
                 self._announced = True
                 systemd.notify("READY=1")
-            if self._watchdog and self._announced:  # systemd counts from READY=1 on
+            if self._watchdog and self._announced:  # the watchdog starts with READY=1
                 systemd.notify("WATCHDOG=1")
 
     def _handle(self, numbers: Sequence[int]) -> None:
@@ -161,7 +166,7 @@ class Supervisor:
             elif number in (signal.SIGTERM, signal.SIGINT):
                 name = signal.Signals(number).name
                 if self._stop_at is None:
-                    _log.info("%s: stopping; requests being answered have %g s to end", name, self._grace)
+                    _log.info("%s: stopping; running requests have %g s to finish", name, self._grace)
                     self._stop(self._grace)
                 else:
                     _log.info("%s again: stopping at once", name)
@@ -171,7 +176,7 @@ class Supervisor:
         systemd.notify("STOPPING=1")
         self._stop_at = time.monotonic() + grace + _KILL_DELAY_S
         for each in self._listening:
-            each.close()  # or connections would still be taken, to wait for nobody
+            each.close()  # otherwise the kernel accepts new connections that no worker serves
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: signal.Signals) -> None:
@@ -188,19 +193,17 @@ class Supervisor:
                 continue
             self._selector.unregister(worker.lifeline)
             worker.lifeline.close()
-            with suppress(BlockingIOError):  # who told it to stop may have told us, too
+            with suppress(BlockingIOError):  # the signal that ended the worker may have been sent to us, too
                 self._handle(self._signals.recv(64))
             if self._stop_at is not None:
                 continue
             code = os.waitstatus_to_exitcode(status)
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-            _log.error(
-                "worker %d ended %s%s", pid, how, ", it is replaced" if worker.ready else " before it could serve"
-            )
+            _log.error("worker %d ended %s%s", pid, how, "; replacing it" if worker.ready else " before it was ready")
             if not worker.ready:
                 self._next_start = time.monotonic() + _RETRY_DELAY_S
                 if not any(each.ready for each in self._workers.values()):
-                    _log.critical("no worker is left")
+                    _log.critical("no worker is left; stopping")
                     self._failed = True
                     self._stop(0)
 
@@ -210,6 +213,6 @@ class Supervisor:
             if self._stop_at is not None and now >= self._stop_at:
                 os.kill(worker.pid, signal.SIGKILL)
             elif now - worker.beat > _HANG_TIMEOUT_S:
-                _log.error("worker %d hangs", worker.pid)
+                _log.error("worker %d hangs: no heartbeat for %g s; killing it", worker.pid, _HANG_TIMEOUT_S)
                 worker.beat = now
                 os.kill(worker.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What systemd gives a service and wants to hear from it: sd_listen_fds(3), sd_notify(3), sd_watchdog_enabled(3)."""
+"""systemd's interface for services: sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3)."""
 
 import os
 import socket
@@ -14,14 +14,14 @@ _MAX_INTERVAL_US = 1 << 63
 
 
 def has_sockets(environ: Mapping[str, str]) -> bool:
-    """Whether some were passed to this process."""
+    """Return whether systemd has passed sockets to this process."""
     return environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS", "0") != "0"
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The listening sockets that were passed to this process. The variables are removed, so that no child takes them.
+    """Return the listening sockets that systemd has passed to this process. Remove their variables from `environ`.
 
-    ConfigError where something else was passed.
+    Raises ConfigError if systemd has passed a descriptor that does not listen.
     """
     pid, count, _ = (environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     if pid != str(os.getpid()):
@@ -36,25 +36,24 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
             listening = 0
         if not listening:
             raise ConfigError(
-                f"systemd passed descriptor {fd}, which does not listen: use ListenStream= in the socket unit"
+                f"systemd passed descriptor {fd}, which does not listen; use ListenStream= in the socket unit"
             )
         sockets.append(inherited)
     return sockets
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, where there is one. What it does not take is lost, as it may be."""
+    """Send a state such as `READY=1` to the service manager, if there is one. Ignore errors."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    # Nor is it worth the service where no socket can be had for it.
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        # A leading @ is an abstract socket's leading zero byte.
+        # A leading @ stands for the leading zero byte of an abstract socket.
         channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def watchdog_interval() -> float | None:
-    """The seconds within which the manager wants a sign of life from this process, None where it wants none."""
+    """Return the watchdog timeout of this process in seconds, or None without a watchdog."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     interval = integer(os.environ.get("WATCHDOG_USEC", ""), _MAX_INTERVAL_US)

@@ -195,7 +195,7 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
             id="a list of a secret key",
         ),
         ("gc_roots = ['roots']", "publish.gc_roots: expected an absolute path, found 'roots'"),
-        ("gc_roots = ['/nowhere/roots']", "publish.gc_roots: there is no '/nowhere/roots'; name a store path"),
+        ("gc_roots = ['/nowhere/roots']", "publish.gc_roots: '/nowhere/roots' does not exist; name a store path"),
         ("alow = ['a']", "publish.alow: unknown key; did you mean publish.allow?"),
         ("deny = 'a'", "publish.deny: expected an array of strings, found string 'a'"),
     ],
