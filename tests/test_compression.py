@@ -402,7 +402,7 @@ def test_what_is_told_of_a_damaged_nar_names_its_path(
     with at(tmp_path) as cache, compressing(cache) as compressor, pytest.raises(StoreObjectError):
         read(compressor, source)
     [record] = caplog.records
-    assert record.getMessage().startswith(f"{source} does not have the {source.size} bytes")
+    assert record.getMessage().startswith(f"{source}: it does not have its registered {source.size} bytes")
 
 
 def test_a_mended_nar_is_kept_again_also_where_its_size_is_known(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Thread pool that several clients share, of which none gets all threads."""
+"""Thread pool with a limit of threads for each client, so that no client can block the others."""
 
 import threading
 from collections import Counter, OrderedDict, deque
@@ -13,7 +13,7 @@ _Job = Callable[[], None]
 
 
 class FairExecutor:
-    """At most `threads` jobs at a time, of which at most `share` for one client. Clients that wait take turns."""
+    """A pool that runs at most `threads` jobs at a time, at most `share` of them for one client. Clients take turns."""
 
     def __init__(self, threads: int, share: int, name: str) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
@@ -27,19 +27,22 @@ class FairExecutor:
     def submit(
         self, client: Hashable, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs
     ) -> "Future[_T]":
-        """Run a function when it is the client's turn. RuntimeError if no thread can be started."""
+        """Run a function in the pool when it is the client's turn, and return a future for its result.
+
+        Raises RuntimeError if no thread can be started.
+        """
         future: Future[_T] = Future()
 
-        held = [(future, partial(function, *arguments, **named))]
+        pending = [(future, partial(function, *arguments, **named))]
 
         def job() -> None:
-            # An error has this frame. It must have neither the future nor what it was to do, or the error would keep
-            # both, and itself, until a garbage collection.
-            own, call = held.pop()
+            # The traceback of an error refers to this frame. The frame must not refer to the future or the call: this
+            # would be a reference cycle, which keeps all of them in memory until a garbage collection.
+            own, call = pending.pop()
             try:
                 if own.set_running_or_notify_cancel():
                     own.set_result(call())
-            except BaseException as error:  # noqa: BLE001 (it is for who has the future)
+            except BaseException as error:  # noqa: BLE001 (the future's owner gets it)
                 own.set_exception(error)
             finally:
                 del own, call
@@ -50,7 +53,7 @@ class FairExecutor:
         return future
 
     def _start(self) -> None:
-        """Begin what may begin."""
+        """Start all jobs that may run now."""
         while (chosen := self._choose()) is not None:
             client, job = chosen
             try:

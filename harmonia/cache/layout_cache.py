@@ -1,6 +1,7 @@
 """Cache of NAR layouts: single flight, LRU in memory, and files for large ones.
 
-A layout is found once for all who ask, by a thread of its own few. It goes on when all of them have gone.
+One walk by a thread of this module's own pool makes a layout for all requests. The walk continues if all clients
+disconnect.
 """
 
 import threading
@@ -17,22 +18,22 @@ from harmonia.errors import CacheFileError
 from harmonia.store import tree_reader
 from harmonia.store.nar_layout import Layout
 
-_WALKER_THREADS = 4  # threads: each may hold the sorted names of one huge directory
-_WALKER_THREADS_PER_CLIENT = 2  # for one client
-_FILE_BYTES = 256 * 1024  # of memory that an open file counts as, so that few are open
+_WALKER_THREADS = 4  # each may hold the sorted names of one huge directory in memory
+_WALKER_THREADS_PER_CLIENT = 2
+_FILE_BYTES = 256 * 1024  # memory that an open file counts as, to limit the number of open files
 
 _P = ParamSpec("_P")
 
 
 class _File:
-    """A file of the cache that takes the blocks of a layout."""
+    """A file of the cache for the blocks of a layout."""
 
     def __init__(self, reader: CachedFile, filler: Filler | None) -> None:
         self._reader = reader
         self._filler = filler
 
     def append(self, data: bytes) -> None:
-        assert self._filler is not None  # noqa: S101 (only who fills it appends)
+        assert self._filler is not None  # noqa: S101 (only the writer appends)
         self._filler.append(data)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -44,14 +45,14 @@ class _File:
             self._filler.commit()
 
     def abandon(self) -> None:
-        """Keep it for those who read it alone, unless it was committed."""
+        """Remove the file from the cache, unless it was committed. Readers can go on."""
         if self._filler is not None:
             self._filler.abandon()
             self._filler = None
 
 
 class Layouts:
-    """The layouts of recently used NARs, in at most `limit` bytes of memory. For any thread."""
+    """The layouts of recently used NARs, in at most `limit` bytes of memory. Thread-safe."""
 
     def __init__(self, limit: int, files: NarCache | None = None) -> None:
         self.files = files
@@ -61,7 +62,10 @@ class Layouts:
         self._walkers = FairExecutor(_WALKER_THREADS, _WALKER_THREADS_PER_CLIENT, "walk")
 
     def open_layout(self, key: str, root: bytes, client: Hashable = None) -> Layout:
-        """Return the layout of what is at `root`, which may still grow. Never waits."""
+        """Return the layout of the tree at `root`, which may still grow. Does not block.
+
+        Raises RuntimeError if no thread can be started.
+        """
         with self._lock:
             layout = self._growing.get(key) or self._known.get(key)
             if layout is not None:
@@ -76,7 +80,7 @@ class Layouts:
         return layout
 
     def forget(self, key: str) -> None:
-        """Drop a layout that is not true any longer. Those who read it go on with it."""
+        """Drop a layout that is no longer valid. Its readers can go on."""
         with self._lock:
             self._growing.pop(key, None)
             self._known.pop(key, None)
@@ -87,17 +91,17 @@ class Layouts:
         try:
             if not self._load(key, layout):
                 self._walk(key, layout, root)
-        except BaseException as error:  # noqa: BLE001 (it is for those who wait)
+        except BaseException as error:  # noqa: BLE001 (the layout's readers raise it)
             layout.fail(error.with_traceback(None))
         with self._lock:
-            if self._growing.get(key) is layout:  # else it was forgotten meanwhile
+            if self._growing.get(key) is layout:  # false if `forget` was called meanwhile
                 del self._growing[key]
                 if layout.error is None:
-                    with suppress(ValueError):  # it is larger than the whole cache
+                    with suppress(ValueError):  # larger than the limit of the cache
                         self._known[key] = layout
 
     def _load(self, key: str, layout: Layout) -> bool:
-        """Return whether the layout was kept in a file, whole and undamaged."""
+        """Load the layout from its file. Return False if there is none, or if it is damaged."""
         if self.files is None or (file := self.files.use_file(key)) is None:
             return False
         try:
@@ -122,13 +126,13 @@ class Layouts:
                 file.abandon()  # unless it was committed
 
     def _new_file(self, key: str) -> _File | None:
-        """Return a file to fill; None if the disk does not let us, or if another process fills it."""
+        """Return a file to fill, or None if the disk is not writable, or if another process fills the file."""
         opened = self.files.open_file(key) if self.files is not None else None
         return _File(*opened) if opened is not None and opened[1] is not None else None
 
 
 def _done(write: Callable[_P, None], *arguments: _P.args, **named: _P.kwargs) -> bool:
-    """Return whether the disk took it. If not, blocks stay in memory; the cache has logged why."""
+    """Call `write`, and return whether it succeeded. If not, blocks stay in memory; the cache has logged the error."""
     try:
         write(*arguments, **named)
     except OSError:

@@ -1,8 +1,8 @@
-"""zstd as we use it: a body is cut into pieces, and each becomes a frame of its own (RFC 8878 section 3.1).
+"""zstd encoding: a body is split into pieces, and each piece is compressed to a frame (RFC 8878 section 3.1).
 
-So the same bytes come out however many threads take part; a large NAR keeps all cores busy; many downloads take turns,
-frame by frame; and what is in memory follows from the number of threads alone. The price is that no repetition is found
-beyond its frame: docs/explanation/benchmarks.md tells how much that is.
+The result does not depend on the number of threads. A large NAR uses all cores, and many downloads take turns, frame by
+frame. Memory use depends only on the number of threads. But no match extends beyond its frame, so files are larger:
+docs/explanation/benchmarks.md has the figures.
 """
 
 import os
@@ -19,54 +19,58 @@ from harmonia.config.settings import Zstd
 from harmonia.untrusted import integer
 
 _MIN_FRAME_LOG = 23
-"""8 MiB: the largest window that every decoder of the content encoding has (RFC 9659)."""
-_LDM_WINDOW_LOG = 25  # 32 MiB: long-distance matches are worth their name from here on
+"""8 MiB, the largest window that all decoders of the content coding support (RFC 9659)."""
+_LDM_WINDOW_LOG = 25  # 32 MiB, from which on long-distance matching has an effect
 _FIRST_FRAME_BYTES = 64 << 10
-"""A first frame as small as that is there at once at any level. It makes files at most 0.3 % larger."""
+"""Length of a small first frame. It is compressed at once at any level, and makes files at most 0.3 % larger."""
 _ONE_FRAME_BYTES = 1 << 20
-"""Content up to here is one frame: its file would be 1 % larger, and it is there soon enough."""
+"""Maximum length of content without a small first frame, which would make the file 1 % larger for little speed."""
 _MAX_FOREIGN_WINDOW_LOG = 25
-"""32 MiB: the frames of another server's encoding are no larger than that, unless ours are."""
+"""32 MiB, the maximum window of another server's encoding, unless our own window is larger."""
 _MIN_LEVEL = -7
 _MAX_THREADS = 8
 _FIRST_FRAME_THREADS = 2
 _STREAM_LEVEL = 3
-_NICENESS = 10  # so that a busy machine still answers at once
+_NICENESS = 10  # other threads run first, so that a busy machine still responds at once
 
 _LIBRARY = ".".join(map(str, zstandard.ZSTD_VERSION))
 
 STREAM = f"zstd-{_LIBRARY}-{_STREAM_LEVEL}-stream"
-"""What tells the bytes of `stream` from any others."""
+"""Name of the encoding of `stream`, for ETags. Other bytes have other names."""
 
 _NAME = re.compile(
     r"zstd-(?P<library>[0-9]{1,3}(?:\.[0-9]{1,3}){2})-"
     r"(?P<sign>-?)(?P<level>[0-9]{1,2})-(?P<window_log>[0-9]{1,2})(?P<ldm>-ldm)?(?P<quick>-quick)?"
 )
 
-_thread = threading.local()  # a compressor is for one thread at a time
+_thread = threading.local()  # has a compressor, which is not thread-safe
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """All that decides which bytes come out."""
+    """All parameters on which the compressed bytes depend."""
 
     level: int
     window_log: int
-    """0 is what the level brings."""
+    """log2 of the window in bytes; 0 is the default of the level."""
     long_distance_matching: bool
     library: str = _LIBRARY
-    """The version of libzstd: each may choose other bytes."""
+    """The version of libzstd. Versions may compress to different bytes."""
     quick: bool = True
-    """Whether large content begins with a small frame, for which a client waits less. Older URLs name files without."""
+    """Whether large content starts with a small frame, so that a client gets the first bytes sooner.
+
+    False for files with URLs from older versions of Harmonia.
+    """
 
     @classmethod
     def of(cls, settings: Zstd) -> "Encoding":
+        """Return the encoding of the settings."""
         automatic = _LDM_WINDOW_LOG if settings.long_distance_matching else 0
         return cls(settings.level, settings.window_log or automatic, settings.long_distance_matching)
 
     @classmethod
     def parse(cls, name: str) -> "Encoding | None":
-        """Return the encoding of that name, or None if no encoding has it."""
+        """Return the encoding with this name, or None if there is none."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -74,16 +78,16 @@ class Encoding:
         if match["sign"]:
             level = -level
         encoding = cls(level, window_log, bool(match["ldm"]), match["library"], bool(match["quick"]))
-        return encoding if encoding.name == name else None  # each has one name alone
+        return encoding if encoding.name == name else None  # refuse other spellings
 
     @property
     def name(self) -> str:
-        """A name that differs for everything that makes other bytes. It is part of URLs."""
+        """Return the name, which is different for each encoding. URLs contain it."""
         ldm, quick = "-ldm" * self.long_distance_matching, "-quick" * self.quick
         return f"zstd-{self.library}-{self.level}-{self.window_log}{ldm}{quick}"
 
     def can_make(self, other: "Encoding") -> bool:
-        """Return whether a server of this encoding makes the bytes of another one, in bounded memory."""
+        """Return whether a server with this encoding can also compress with another one, in bounded memory."""
         largest = max(_MAX_FOREIGN_WINDOW_LOG, self.window_log)
         return (
             other.library == _LIBRARY
@@ -93,30 +97,32 @@ class Encoding:
 
     @property
     def frame_size(self) -> int:
-        """How many bytes go into a frame at most."""
+        """Return the maximum length of a frame's content in bytes."""
         return 1 << max(self.window_log, _MIN_FRAME_LOG)
 
     def offsets(self, size: int) -> Iterator[int]:
-        """Yield where the frames of so many bytes begin. There is always one."""
+        """Yield the offsets of the frames in content of `size` bytes. There is at least one frame."""
         yield 0
         if first := self.first_frame_size(size):
             yield first
         yield from range(self.frame_size, size, self.frame_size)
 
     def end(self, offset: int, size: int) -> int:
-        """Return where the frame ends that begins at `offset`, of so many bytes in all."""
+        """Return the end of the frame that starts at `offset`, in content of `size` bytes."""
         first = self.first_frame_size(size)
         return first if offset < first else min(offset - offset % self.frame_size + self.frame_size, size)
 
     def first_frame_size(self, size: int) -> int:
-        """Return how many bytes go into the first frame if it is a small one, or else 0."""
+        """Return the length of the small first frame of content of `size` bytes, or 0 if there is none."""
         return _FIRST_FRAME_BYTES if self.quick and size > _ONE_FRAME_BYTES else 0
 
     def compress(self, data: bytes | memoryview) -> bytes:
-        """One frame. It tells its length, and has a checksum."""
+        """Return one frame, with the length of its content and a checksum."""
         compressor = getattr(_thread, "compressor", None)
         if compressor is None or _thread.encoding != self:
-            window = {"window_log": self.window_log} if self.window_log else {}  # a 0 would not be the level's own
+            window = (
+                {"window_log": self.window_log} if self.window_log else {}
+            )  # libzstd does not treat 0 as the default here
             parameters = zstandard.ZstdCompressionParameters.from_level(
                 self.level, enable_ldm=self.long_distance_matching, write_checksum=True, **window
             )
@@ -127,7 +133,7 @@ class Encoding:
 
 
 def stream(chunks: Iterable[bytes | None]) -> Generator[bytes | None]:
-    """The chunks as one frame, of which a piece is there after each, for what comes bit by bit and nobody waits for."""
+    """Yield the chunks as one frame, a block after each chunk. For bodies that arrive slowly, in small chunks."""
     compressor = zstandard.ZstdCompressor(level=_STREAM_LEVEL, write_checksum=True).compressobj()
     for chunk in chunks:
         yield chunk and compressor.compress(chunk) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
@@ -135,7 +141,7 @@ def stream(chunks: Iterable[bytes | None]) -> Generator[bytes | None]:
 
 
 def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
-    """The threads that compress, for all downloads together, and how many they are."""
+    """Return the number of threads for compression, and their pool for all downloads."""
     most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0
     threads = min(len(os.sched_getaffinity(0)), most or _MAX_THREADS, _MAX_THREADS)
     return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=step_back)
@@ -147,7 +153,7 @@ def foreign_encoder() -> ThreadPoolExecutor:
 
 
 def first_encoder() -> ThreadPoolExecutor:
-    """Return the threads for small first frames, for which clients wait. They do not step back."""
+    """Return the threads for small first frames, for which clients wait. They have the normal priority."""
     return ThreadPoolExecutor(_FIRST_FRAME_THREADS, thread_name_prefix="zstd-first")
 
 

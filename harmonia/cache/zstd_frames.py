@@ -19,50 +19,52 @@ from harmonia.store.file_reader import Chunk
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
-_PIECE_BYTES = 512 * 1024  # bytes that are given on at once
-_MAX_QUEUED_PER_THREAD = (
-    16  # frames waiting for each thread, from which on a download that can do without is sent as it is
-)
+_PIECE_BYTES = 512 * 1024  # maximum of a piece of compressed data for the caller
+_MAX_QUEUED_PER_THREAD = 16  # frames for each thread; beyond that, a NAR that may be sent uncompressed is
 
 
 class Source(Protocol):
-    """What is compressed: `size` bytes, of which any part can be read, by several threads at once.
-
-    Its `str` is its path. One with a hash is a NAR.
-    """
+    """Content to compress. Several threads may read it at the same time. Its `str` is its path."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Return the length of the content in bytes."""
 
     @property
     def sha256(self) -> bytes | None:
-        """What the content must have, or it is not given out to its end. None where that is not known."""
+        """Return the expected hash of a NAR, or None for other content. With another hash, the body is broken off."""
 
-    def read(self, start: int, stop: int) -> Generator[Chunk]: ...
+    def read(self, start: int, stop: int) -> Generator[Chunk]:
+        """Yield the bytes from `start` to `stop`."""
 
 
 @runtime_checkable
 class Growing(Protocol):
-    """A source of which not every part can be read yet without a wait."""
+    """A source that is not readable to its end yet."""
 
     def wait_covered(self, stop: int) -> Future[bytes] | None:
-        """Return a future that ends when the bytes up to `stop` can be read, or never will; None if they can now."""
+        """Return a future that completes when the bytes up to `stop` are readable, or None if they are now.
+
+        The future also completes if the source has failed.
+        """
 
 
 class Frame(NamedTuple):
+    """A compressed frame."""
+
     content: memoryview
-    """Until the frame is released."""
+    """The content, valid until the frame is released."""
     compressed: bytes
     buffer: mmap.mmap
 
 
 class FrameEncoder:
-    """Compresses frame by frame, each download in its turn."""
+    """The compressor of frames for all downloads, which take turns."""
 
     def __init__(self, settings: Zstd) -> None:
         self.encoding = Encoding.of(settings)
         self.seconds = 0.0
-        """Of processor time, spent so far."""
+        """CPU time of compression so far."""
         self.threads, self._encoders = encoders(settings)
         self.foreign_encoder = foreign_encoder()
         self.first_encoder = first_encoder()
@@ -72,12 +74,12 @@ class FrameEncoder:
 
     @property
     def saturated(self) -> bool:
-        """Whether there is more to compress than is good for those who wait for it."""
+        """Whether so many frames wait that a NAR should be sent uncompressed, if its client accepts that."""
         return self._waiting > self.threads * _MAX_QUEUED_PER_THREAD
 
     @property
     def waiting(self) -> int:
-        """How many frames are being compressed, or wait for it."""
+        """Return the number of frames in compression or waiting for it."""
         return self._waiting
 
     def stream(
@@ -88,14 +90,15 @@ class FrameEncoder:
         encoding: Encoding | None = None,
         index: FrameIndex | None = None,
     ) -> Generator[bytes | None, None, int]:
-        """Compress on the way, without the cache. Returns how far it came.
+        """Yield the compressed bytes from `start` to `stop` or to the end, without the cache. Return the end position.
 
-        Frames before `start` are compressed too, unless an index has their sizes. Raises StoreObjectError if a frame
-        is not the one of the index.
+        Yields None while the next frame is in compression. Frames before `start` are compressed, too, unless `index`
+        has their sizes. Raises StoreObjectError if a frame differs from `index`, or if the content does not have its
+        hash.
         """
         sha256 = hashlib.sha256()
         position = unpacked = 0
-        # One frame after the other: however slow a client is, that is all that it holds in memory.
+        # A slow client holds at most one frame in memory.
         encoding = encoding or self.encoding
         for number, offset in enumerate(encoding.offsets(source.size)):
             if index is not None and position + index.frames[number][0] <= start:
@@ -110,7 +113,7 @@ class FrameEncoder:
             try:
                 result = frame.result()
             finally:
-                del frame  # an error refers to this function, and so to itself: nothing would be freed for a while
+                del frame  # otherwise an error is in a reference cycle with its traceback, which frees its memory late
             sha256.update(result.content)
             unpacked += len(result.content)
             compressed = result.compressed
@@ -130,7 +133,7 @@ class FrameEncoder:
         return position
 
     def submit(self, source: Source, offset: int, encoding: Encoding) -> Future[Frame]:
-        """Compress the frame that begins at `offset`, when its turn comes."""
+        """Compress the frame that starts at `offset` in a thread, and return a future for it."""
         waiting = source.wait_covered(encoding.end(offset, source.size)) if isinstance(source, Growing) else None
         if waiting is None:
             return self._submit(source, offset, encoding)
@@ -152,9 +155,9 @@ class FrameEncoder:
         return self._encoders if encoding == self.encoding else self.foreign_encoder
 
     def release(self, frame: Frame) -> None:
-        """Its content is wanted no more: the memory goes to a frame that is still to be compressed.
+        """Reuse the memory of a frame's content for another frame.
 
-        Memory that is fresh from the kernel, page by page, takes longer than to read a file into it.
+        To get new memory from the kernel, page by page, takes longer than to read a file into it.
         """
         with self._lock:
             if self._waiting and len(frame.buffer) == self.encoding.frame_size:
@@ -178,7 +181,7 @@ class FrameEncoder:
         buffer = self._buffer(encoding.frame_size)
         content = memoryview(buffer)[: end - offset]
         if not file_reader.read_into(content, source.read(offset, end)):
-            raise StoreObjectError(f"{source} does not have the {source.size} bytes that it should have")
+            raise StoreObjectError(f"{source}: it does not have its registered {source.size} bytes")
         frame = Frame(content, encoding.compress(content), buffer)
         with self._lock:
             self.seconds += time.thread_time() - began
@@ -186,7 +189,7 @@ class FrameEncoder:
 
 
 class Compressed:
-    """Any other body, compressed on the way."""
+    """A body that is not a NAR, compressed while it is sent."""
 
     def __init__(self, encoder: FrameEncoder, source: Source) -> None:
         self._encoder = encoder
@@ -201,7 +204,7 @@ class Compressed:
 
 
 def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, **named: _P.kwargs) -> Future[_T]:
-    """Return a future of what `submit` begins when the first future has ended. No thread waits for it."""
+    """Call `submit` when the future `first` completes, and return a future for the result. No thread waits."""
     both: Future[_T] = Future()
 
     def finish(second: Future[_T]) -> None:
@@ -222,7 +225,7 @@ def chain(first: Future[Any], submit: Callable[_P, Future[_T]], *args: _P.args, 
 
 
 def check(source: Source, sha256: bytes) -> None:
-    """StoreObjectError where what was read is not what it should be."""
+    """Raise StoreObjectError if `sha256`, the hash of the content, differs from the registered one."""
     if source.sha256 is not None and source.sha256 != sha256:
-        found, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
-        raise StoreObjectError(f"{source}: its NAR hash is sha256:{found}, but sha256:{registered} was registered")
+        actual, registered = map(base32.encode, (sha256, source.sha256))  # as in the names of NARs
+        raise StoreObjectError(f"{source}: its NAR hash is sha256:{actual}, but sha256:{registered} was registered")

@@ -1,4 +1,7 @@
-"""A zstd file with raw blocks: its length follows from the length of its content (RFC 8878 section 3.1.1)."""
+"""zstd file without compression, with raw blocks (RFC 8878 section 3.1.1).
+
+The length of the file is known from the length of its content.
+"""
 
 import struct
 from collections.abc import Generator, Iterable
@@ -11,9 +14,9 @@ from harmonia.errors import StoreObjectError
 _HEADER = struct.Struct("<IBBQ")
 _MAGIC = 0xFD2FB528
 _DESCRIPTOR = 0b11_0_0_0_1_00
-"""The content size takes 8 bytes, a window follows, a checksum ends the frame."""
+"""Frame header descriptor: a content size of 8 bytes, a window descriptor, and a checksum at the end."""
 _WINDOW = 7 << 3
-"""128 KiB, which is the largest block, too."""
+"""Window descriptor for 128 KiB, the size of the largest block."""
 BLOCK_BYTES = 128 * 1024
 _BLOCK_HEADER_BYTES = 3
 _CHECKSUM_BYTES = 4
@@ -26,13 +29,13 @@ def stored_size(size: int) -> int:
 
 
 def store(chunks: Iterable[bytes | Future[bytes]], size: int) -> Generator[bytes | Future[bytes]]:
-    """Return the file for content of `size` bytes, in pieces. A future stands for a wait, and is passed on.
+    """Yield the file for content of `size` bytes, in pieces. Yield each future in `chunks` for the caller to wait for.
 
-    The last block comes when `chunks` have ended: an error at their end leaves the file incomplete. Raises
-    StoreObjectError if they are not `size` bytes.
+    The last block follows the end of `chunks`, so that an error at the end leaves the file incomplete.
+    Raises StoreObjectError if the chunks do not have `size` bytes.
     """
     checksum = xxhash.xxh64()
-    found = 0
+    received = 0
     block = bytearray()
     yield _HEADER.pack(_MAGIC, _DESCRIPTOR, _WINDOW, size)
     for chunk in chunks:
@@ -40,15 +43,16 @@ def store(chunks: Iterable[bytes | Future[bytes]], size: int) -> Generator[bytes
             yield chunk
             continue
         checksum.update(chunk)
-        found += len(chunk)
+        received += len(chunk)
         block += chunk
-        while len(block) > BLOCK_BYTES and found <= size:
+        while len(block) > BLOCK_BYTES and received <= size:
             yield _block_header(BLOCK_BYTES) + block[:BLOCK_BYTES]
             del block[:BLOCK_BYTES]
-        if found > size:
+        if received > size:
             break
-    if found != size:
-        raise StoreObjectError(f"a NAR has {'at least' if found > size else 'only'} {found} bytes instead of {size}")
+    if received != size:
+        bound = "at least" if received > size else "only"
+        raise StoreObjectError(f"a NAR has {bound} {received} bytes instead of {size}")
     yield _block_header(len(block), last=True) + block + checksum.intdigest().to_bytes(8, "little")[:_CHECKSUM_BYTES]
 
 
