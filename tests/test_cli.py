@@ -151,7 +151,7 @@ def test_bind_takes_the_place_of_the_setting(config: Path, arguments: list[str])
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         answer = run("--config", str(config), *(word.replace("ADDRESS", address) for word in arguments))
     assert answer.returncode == 2
-    remedy = "choose another address, as by harmonia serve --bind :8080, or stop what listens there"
+    remedy = "choose another address, as by harmonia serve --bind :8080, or stop the program that uses it"
     assert answer.stderr == f"harmonia: --bind: {address} is already in use; {remedy}\n"
 
 
@@ -299,8 +299,11 @@ def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ls", "/nix/store/none"], "'/nix/store/none' names no valid path of the store /nix/store; give its path, .*"),
-        (["cat", "x"], "'x' names no valid path .*"),
+        (
+            ["ls", "/nix/store/none"],
+            "'/nix/store/none' does not name a valid path of the store /nix/store; give its path, .*",
+        ),
+        (["cat", "x"], "'x' does not name a valid path .*"),
         (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection refused; see that the server runs, .*"),
         (["top"], "bind does not tell the port that the server has; give its URL"),
     ],

@@ -51,7 +51,7 @@ class TestNamed:
 
     @pytest.mark.parametrize("name", ["", "/", "text", "/nix/store", "/nix/store/", "/etc/passwd", "0" * 32])
     def test_what_is_none(self, store: Store, text: PathInfo, name: str) -> None:
-        with pytest.raises(InvalidPathError, match="names no valid path of the store /nix/store"):
+        with pytest.raises(InvalidPathError, match="does not name a valid path of the store /nix/store"):
             named(store, name)
         for wrong in (f"{text.path}x", f"/nix/store/{text.path}x", f"/nix/store/{text.path.hash_part}-other"):
             with pytest.raises(InvalidPathError):
@@ -67,7 +67,7 @@ def test_a_closure_is_all_that_is_referred_to(builder: StoreBuilder, store: Stor
     assert set(closure(store, [c])) == {a, b, c}
     assert set(closure(store, [b, a])) == {a, b}
     builder.delete(c)
-    with pytest.raises(InvalidPathError, match=f"/nix/store/{c} is no valid path"):
+    with pytest.raises(InvalidPathError, match=f"/nix/store/{c} is not a valid path"):
         closure(store, [c])
 
 

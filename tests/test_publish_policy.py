@@ -243,7 +243,7 @@ def test_a_closure_beyond_the_bound_is_cut_and_told(
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     closure.refresh()
     assert len([path for path in chain if path in closure]) == 2
-    assert "need more than 2 paths" in caplog.text
+    assert "the closure has more than 2 paths" in caplog.text
 
 
 def test_without_a_database_it_stays_as_it_was(store: StoreBuilder, chain: list[StorePath]) -> None:

@@ -104,7 +104,7 @@ def test_a_row_that_is_of_no_use_is_told(store: StoreBuilder, verified: Verify) 
     info = store.add(store.output_path("old"), b"", known_size=False)
     [result] = verified()
     assert (result.path, result.state) == (full(info), "unregistered")
-    assert "its NAR size is not known" in result.what
+    assert "its NAR size is unknown" in result.what
 
 
 def test_what_the_garbage_collector_takes_meanwhile_is_not_missing(store: StoreBuilder, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Build logs: what builders said, in the files where Nix keeps it (Nix `src/libstore/local-fs-store.cc`).
+"""Build logs, the output of builders, in Nix's log directory (Nix `src/libstore/local-fs-store.cc`).
 
-A derivation's log is `drvs/<its first two characters>/<the rest>` below the log directory, or `drvs/<all of it>`, plain
-or as `.bz2`, whatever `compress-build-log` was. Nix opens it when the build begins, writes to it until that ends, and
-begins it anew when the derivation is built again. A `.zst` is not by Nix: somebody compressed what was finished.
+The log of a derivation is in `drvs/<first two characters>/<the rest>` or `drvs/<the full base name>` of the log
+directory. It is plain or `.bz2`, depending on `compress-build-log` at the time of the build. Nix creates it when a
+build starts, appends until the build ends, and replaces it when the derivation is built again. Nix does not make `.zst`
+files: administrators compress finished logs.
 
-The file is all that a log needs: the derivation may be collected long ago.
+A log is served even if its derivation was garbage-collected.
 """
 
 import bz2
@@ -21,45 +22,50 @@ import zstandard
 from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix.store_path import StorePath
 
-_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # an opened fifo would wait for its writer
-_SUFFIXES = ("", ".bz2", ".zst")  # in the order that Nix looks in
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without O_NONBLOCK, to open a fifo blocks
+_SUFFIXES = ("", ".bz2", ".zst")  # in the order of Nix's lookup
 _LOG = re.compile(r"(?P<derivation>.+\.drv)(?:\.bz2|\.zst)?")
 _CHUNK_BYTES = 256 * 1024
 _SETTLED_S = 24 * 60 * 60
-"""Seconds without a change after which a plain file counts as finished: nothing in it tells. A build may be silent for
-hours; Hydra ends it after two, or ten in all, unless told otherwise."""
+"""Seconds without a change after which a plain file counts as finished, because its content does not show it.
 
-# How a bzip2 stream ends: the digits of the square root of pi, at any bit, 32 bits of checksum, up to 7 of padding.
+A build may be silent for hours. By default, Hydra ends one after two silent hours, or ten hours in total.
+"""
+
+# The end of a bzip2 stream: 48 bits of the square root of pi at any bit offset, a checksum of 32 bits, and padding.
 _BZ2_END, _BZ2_END_MASK = 0x177245385090, (1 << 48) - 1
 _BZ2_END_BYTES = 11
 
-# Four bytes of zstd may stand for 128 KiB: so much at once makes no more than 2 MiB. The window is what all decoders
-# have (RFC 9659), and levels up to 19 keep to.
+# Four bytes of zstd can decompress to 128 KiB, so each input makes at most 2 MiB. All decoders support this window
+# (RFC 9659), and levels up to 19 need no larger one.
 _ZST_INPUT_BYTES = 64
 _ZST_WINDOW_BYTES = 8 << 20
 
 
 class BuildLog:
-    """A log as it was when it was found. It is read later, if it is still that."""
+    """A log at the time of the lookup. `read` fails if the log was replaced since."""
 
     def __init__(self, path: str, suffix: str) -> None:
-        """OSError where there is none."""
+        """Open the file to read its version, and close it again.
+
+        Raises OSError if the file does not exist or cannot be read.
+        """
         self._path = path
         self._suffix = suffix
         with self._open() as file:
             status = os.fstat(file.fileno())
             self.version = _version(status)
-            """Another one for every content that the file had."""
+            """A string that changes with the content of the file."""
             self.finished = self._is_finished(file, status)
-            """Whether nothing will be added to it."""
+            """Whether the log is complete."""
         self.size = None if suffix else status.st_size
-        """How many bytes it has, decoded: None until it was read to its end."""
+        """The length of the decoded log in bytes. None for a compressed log until it was read to its end."""
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        """The bytes from `start` to `stop`, or to the end; None whenever there were only others.
+        """Yield the decoded bytes from `start` to `stop` or to the end. Yield None for each chunk outside this range.
 
-        What Nix is still compressing ends where it can be decoded to. Other damage is a StoreObjectError or an OSError,
-        when all that is before it was read.
+        If Nix is still compressing the log, the bytes end at the last complete block. For all other damage, raises
+        StoreObjectError or OSError after the bytes before the damage.
         """
         with self._open() as file:
             if self.finished and _version(os.fstat(file.fileno())) != self.version:
@@ -80,7 +86,7 @@ class BuildLog:
         file = os.fdopen(os.open(self._path, _FLAGS), "rb")
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
-            raise FileNotFoundError(f"{self._path} is no regular file")
+            raise FileNotFoundError(f"{self._path} is not a regular file")
         return file
 
     def _is_finished(self, file: BinaryIO, status: os.stat_result) -> bool:
@@ -130,7 +136,10 @@ class BuildLog:
 
 
 def find_log(directory: str, derivation: StorePath) -> BuildLog | None:
-    """The log of a derivation in the log directory. OSError where it is there and cannot be read."""
+    """Return the log of a derivation in the log directory, or None if there is none.
+
+    Raises OSError if the log exists but cannot be read.
+    """
     for name in (os.path.join(derivation[:2], derivation[2:]), derivation):
         for suffix in _SUFFIXES:
             try:
@@ -141,15 +150,18 @@ def find_log(directory: str, derivation: StorePath) -> BuildLog | None:
 
 
 def derivation(directory: str, hash_part: str) -> StorePath | None:
-    """The derivation with that hash part, if the log directory has a log of it. OSError where that cannot be read."""
+    """Return the derivation with this hash part, or None if the log directory has no log of one.
+
+    Raises OSError if the directory cannot be read.
+    """
     drvs = os.path.join(directory, "drvs")
     for place, start in ((os.path.join(drvs, hash_part[:2]), hash_part[:2]), (drvs, "")):
         rest = f"{hash_part}-"[len(start) :]
         with suppress(FileNotFoundError, NotADirectoryError):
             for name in os.listdir(place):
-                if name.startswith(rest) and (found := _LOG.fullmatch(start + name)):
+                if name.startswith(rest) and (match := _LOG.fullmatch(start + name)):
                     with suppress(FormatError):
-                        return StorePath(found["derivation"])
+                        return StorePath(match["derivation"])
     return None
 
 

@@ -1,8 +1,8 @@
-"""Opening by a path that no symlink is part of, whatever others change meanwhile.
+"""Race-free opening of files without following symlinks in any component of the path.
 
-What is walked or listed by one name after the other may be another thing the next time it is named: a directory that
-became a symlink would lead the reader out of the store object, to whatever its user may read. The kernel sees to it
-that none is followed (openat2(2), since Linux 5.6). Where it does not know how, each name is opened in the one before.
+Another process can replace a directory by a symlink between two calls. A reader that follows it would leave the store
+object, and send any file that the server's user may read. openat2(2), since Linux 5.6, makes the kernel refuse all
+symlinks. On older kernels, each component is opened in the directory before it.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ from contextlib import suppress
 
 from harmonia.errors import StoreObjectError
 
-_OPENAT2 = 437  # the number of the system call, the same on all architectures that Nix knows
+_OPENAT2 = 437  # number of the system call, the same on all architectures that Nix supports
 _RESOLVE_NO_SYMLINKS = 0x04
 _AT_FDCWD = -100
-_UNKNOWN = (errno.ENOSYS, errno.EPERM)  # the latter from older sandboxes, of which it may be true as well
+_UNKNOWN = (errno.ENOSYS, errno.EPERM)  # older sandboxes return EPERM, but EPERM may also be a real error
 
 _how = struct.Struct("=QQQ")  # struct open_how: flags, mode, resolve
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
@@ -26,7 +26,7 @@ _syscall.restype = ctypes.c_long
 
 
 class SymlinkError(StoreObjectError, OSError):
-    """The name at `depth` is a symlink, which leads to `target`."""
+    """The name at index `depth` is a symlink to `target`."""
 
     def __init__(self, name: bytes, depth: int, target: bytes) -> None:
         super().__init__(errno.ELOOP, os.strerror(errno.ELOOP), name)
@@ -35,13 +35,16 @@ class SymlinkError(StoreObjectError, OSError):
 
 
 def resolved(path: bytes) -> bytes:
-    """The same place without symlinks on the way there; itself, it may be one."""
+    """Return the path with all symlinks resolved except in its last component, which may be a symlink."""
     directory, name = os.path.split(path)
     return os.path.join(os.path.realpath(directory or b"."), name)
 
 
 def open_file(path: bytes, flags: int) -> int:
-    """A descriptor of what is at `path`. OSError, with ELOOP where there is a symlink, at its end or before."""
+    """Open the file or directory at `path`, and return its descriptor.
+
+    Raises OSError if that fails, with ELOOP if any component of `path` is a symlink.
+    """
     how = _how.pack(flags | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS)
     while (descriptor := _syscall(_OPENAT2, _AT_FDCWD, path, how, _how.size)) < 0:
         error = ctypes.get_errno()
@@ -58,14 +61,14 @@ def open_file(path: bytes, flags: int) -> int:
 
 
 class Files:
-    """Opens files by their paths. Those of one directory, which come one after the other, are opened in it."""
+    """An opener that keeps the last directory open, so that the next file in the same directory opens faster."""
 
     def __init__(self) -> None:
         self._directory: bytes | None = None
         self._descriptor = -1
 
     def open(self, path: bytes, flags: int) -> int:
-        """As `open_file`."""
+        """Open the file at `path` like `open_file`."""
         directory, _, name = path.rpartition(b"/")
         if directory != self._directory:
             self.close()
@@ -78,16 +81,16 @@ class Files:
             raise
 
     def close(self) -> None:
-        """Nothing stays open. It may be used again."""
+        """Close the directory. The opener may be used again."""
         if self._directory is not None:
             self._directory = None
             os.close(self._descriptor)
 
 
 def open_in_turn(names: Sequence[bytes], flags: int) -> int:
-    """Open each name in the directory that the one before names. Return the descriptor of the last.
+    """Open each name in the directory of the name before. Return the descriptor of the last.
 
-    Raises SymlinkError if one of them is a symlink, and OSError if one cannot be opened.
+    Raises SymlinkError if a name is a symlink, and OSError if a name cannot be opened.
     """
     descriptor = None
     for depth, name in enumerate(names):
@@ -96,7 +99,7 @@ def open_in_turn(names: Sequence[bytes], flags: int) -> int:
         try:
             descriptor = os.open(name, how | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # the latter for a symlink in place of a directory
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):  # ENOTDIR if a symlink has replaced a directory
                 with suppress(OSError):
                     target = os.readlink(name, dir_fd=directory)
                     error = SymlinkError(name, depth, target)

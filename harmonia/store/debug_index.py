@@ -1,8 +1,8 @@
-"""Which store path has the debug info of a build id: an index over `lib/debug/.build-id` of all valid paths.
+"""Index from build IDs to the store paths with their debug info, `lib/debug/.build-id` of all valid paths.
 
-Each path is looked at once, when it is new. The database numbers paths in the order in which they become valid and uses
-no number twice, so that one number tells how far we came. Of what the index says nothing is believed of a path before
-the database was asked.
+Each path is scanned once, when it is new. The database numbers paths in the order in which they become valid, and never
+reuses a number, so the highest scanned number is the progress of the index. A lookup checks each path from the index
+against the database before it returns it.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.index_file import FAILURES, IndexFile
 from harmonia.store.store import Store
 
-_BATCH_PATHS = 4000  # paths that are looked at between two transactions
-_POLL_S = 10.0  # seconds between two looks for new paths that nobody asked for
-_SWEEP_INTERVAL_S = 3600.0  # seconds between two searches for paths of the index that are gone
-_SWEEP_BATCH_PATHS = 500  # paths of the index that are compared with the database while lookups wait
+_BATCH_PATHS = 4000  # paths that are scanned between two transactions
+_POLL_S = 10.0  # between two scans for new paths in the background
+_SWEEP_INTERVAL_S = 3600.0  # between two searches for paths in the index that are no longer valid
+_SWEEP_BATCH_PATHS = 500  # paths of the index that are compared with the database while lookups wait for the lock
 
 _SCHEMA = """
 begin immediate;
@@ -33,7 +33,7 @@ create table if not exists Files (build_id text, number integer, primary key (bu
 commit
 """
 
-# Nix `src/libstore/schema.sql`: ValidPaths.id is `autoincrement`, so SQLite keeps the highest ever given here.
+# ValidPaths.id is `autoincrement` (Nix `src/libstore/schema.sql`), so sqlite_sequence has the highest number ever used.
 _NEWEST = "select coalesce(max(seq), 0) from sqlite_sequence where name = 'ValidPaths'"
 _NEW = """
 select id, cast(path as text) from ValidPaths
@@ -46,51 +46,51 @@ _log = logging.getLogger("harmonia")
 
 
 class DebugInfo:
-    """The index of a store, kept in `directory`; in memory, where that cannot be written.
+    """The index of a store, in a file in `directory`, or in memory if the directory is not writable.
 
-    For any thread. Its methods block, and raise StoreUnavailableError.
+    Thread-safe. The methods block. They raise StoreUnavailableError if the store's database cannot be read.
     """
 
     def __init__(self, store: Store, db_path: str, directory: str) -> None:
-        """`store` is for the index alone. Nothing is opened yet, so that the process may still fork."""
+        """Open nothing yet, so that the process may still fork. No other code may use `store`."""
         name = hashlib.blake2b(os.fsencode(os.path.abspath(db_path)), digest_size=8).hexdigest()
         self._store = store
         self._db_path = db_path
         self._index = IndexFile(os.path.join(directory, f"{name}.sqlite"))
-        self._lock = threading.Lock()  # for the two databases, not for looking at paths
+        self._lock = threading.Lock()  # for the two databases; free while paths are scanned
         self._wanted = threading.Event()
         self._gone: set[int] = set()
         self._next_sweep = 0.0
         self._damaged = False
 
     def start(self) -> None:
-        """Keep the index up to date from now on, in a thread that ends with the process."""
+        """Start a daemon thread that keeps the index up to date."""
         threading.Thread(target=self._run, name="debug-info", daemon=True).start()
 
     def hurry(self) -> None:
-        """Somebody waits for the paths that are new."""
+        """Make the thread scan new paths at once, because a request waits for them."""
         self._wanted.set()
 
     def look_up(self, build_id: str) -> tuple[list[StorePath], bool]:
-        """The valid paths that have the debug file; and whether there are no new ones yet to be looked at."""
+        """Return the valid paths with the debug file, and whether the index covers all valid paths."""
         with self._lock:
             try:
-                complete = self._is_complete()  # before the search: what is valid by now is then found
+                complete = self._is_complete()  # first, so that the search covers all paths that are valid now
                 rows = self._index.connection().execute(
                     "select number, path from Files join Paths using (number) where build_id = ?", (build_id,)
                 )
-                found = rows.fetchall()
+                numbered = rows.fetchall()
             except FAILURES as error:
                 self._index.close()
-                # Another than OperationalError tells of the content. That one: it is not made yet, or being written.
+                # OperationalError: the index does not exist yet, or is locked. All others: its content is damaged.
                 self._damaged |= not isinstance(error, sqlite3.OperationalError)
                 return [], False
-            gone = {number for number, path in found if not self._is_valid(number, path)}
+            gone = {number for number, path in numbered if not self._is_valid(number, path)}
             self._gone |= gone
-            return [StorePath(path) for number, path in found if number not in gone], complete
+            return [StorePath(path) for number, path in numbered if number not in gone], complete
 
     def update(self) -> None:
-        """Look at all paths that are new, unless another process just does."""
+        """Scan all new paths, unless another process is doing it."""
         with self._lock, suppress(*FAILURES):
             if not self._damaged and not self._gone and self._is_complete():
                 return
@@ -101,7 +101,9 @@ class DebugInfo:
         except OSError as error:
             if error.errno in SHORTAGES:
                 raise StoreUnavailableError(f"cannot open {error.filename}: {error.strerror}") from error
-            _log.warning("the index of debug info is kept in memory: %s: %s", error.filename, error.strerror)
+            _log.warning(
+                "cannot store the index of debug info: %s: %s; keeping it in memory", error.filename, error.strerror
+            )
             with self._lock:
                 if self._index.move_to_memory():
                     self.hurry()
@@ -111,7 +113,8 @@ class DebugInfo:
             try:
                 self.update()
             except StoreUnavailableError as error:
-                _log.debug("the index of debug info is not up to date: %s", error)  # a request is told
+                # A request that needs the index gets 503.
+                _log.debug("cannot update the index of debug info: %s; trying again in %g s", error, _POLL_S)
             self._wanted.wait(_POLL_S)
             self._wanted.clear()
 
@@ -123,17 +126,17 @@ class DebugInfo:
             while checked is not None:
                 checked = self._look_at_some(checked)
         except FAILURES as error:
-            _log.warning("the index of debug info cannot be used, it is built anew: %s", error)
+            _log.warning("cannot use the index of debug info: %s; rebuilding it", error)
             with self._lock:
                 self._index.start_over()
             self.hurry()
 
     def _prepare(self) -> int:
-        """Make the index one of this database, and return how far it came."""
+        """Create the tables, reset an index of another database, and return the highest scanned number."""
         index = self._index.connection(create=True)
         index.executescript(_SCHEMA)
         if self._damaged and index.execute("pragma quick_check").fetchall() != [("ok",)]:
-            raise sqlite3.DatabaseError("it is damaged")
+            raise sqlite3.DatabaseError("the file is damaged")
         self._damaged = False
         checked = self._checked()
         if checked is None or checked > self._newest():
@@ -145,7 +148,7 @@ class DebugInfo:
         return checked
 
     def _remove_gone(self) -> None:
-        """Remove paths from the index that are no longer valid: those already seen, and hourly all others."""
+        """Remove invalid paths from the index: those that lookups have found, and once an hour all others."""
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_INTERVAL_S
             last: int | None = -1
@@ -157,13 +160,14 @@ class DebugInfo:
                 return
             with self._index.transaction() as index:
                 index.executemany("delete from Paths where number = ?", [(number,) for number in self._gone])
-                index.execute("delete from Files where number not in (select number from Paths)")  # one walk for all
+                index.execute("delete from Files where number not in (select number from Paths)")  # one scan for all
             self._gone.clear()
 
     def _sweep(self, last: int) -> int | None:
-        """Note which of the next paths of the index, after number `last`, are gone. Return where to go on, if anywhere.
+        """Collect the invalid paths in the next batch of the index, after number `last`.
 
-        One query for each batch, with the lock free in between: a lookup waits for one batch at most.
+        Returns the last number of the batch, or None after the last batch. The lock is free between two batches, so a
+        lookup waits for at most one.
         """
         rows = dict(
             self._index.connection().execute(
@@ -176,32 +180,37 @@ class DebugInfo:
         return max(rows) if len(rows) == _SWEEP_BATCH_PATHS else None
 
     def _look_at_some(self, checked: int) -> int | None:
-        """Go on from there. Returns how far it came, None where that is the end."""
+        """Scan the next batch of paths, after number `checked`.
+
+        Returns the highest scanned number, or None if there was nothing to scan.
+        """
         began = time.monotonic()
         with self._lock:
             newest = self._newest()
             rows = self._store.database.query(_NEW, checked, newest, _BATCH_PATHS)
         if checked == newest:
             return None
-        found: list[tuple[int, StorePath, list[str]]] = []
+        scanned: list[tuple[int, StorePath, list[str]]] = []
         for number, text in rows:
             with suppress(FormatError):
                 path = StorePath.in_dir(self._store.store_dir, text)
                 try:
                     if ids := list(build_ids(self._store.real_path(path))):
-                        found.append((number, path, ids))
+                        scanned.append((number, path, ids))
                 except OSError as error:
-                    if error.errno in SHORTAGES:  # what was not seen now must not count as looked at
-                        raise StoreUnavailableError(f"cannot look into {path}: {error.strerror}") from error
-                    _log.warning("%s is not looked through for debug info: %s", path, error.strerror)
+                    if error.errno in SHORTAGES:  # a temporary problem: scan the path again later
+                        raise StoreUnavailableError(f"cannot read {path}: {error.strerror}") from error
+                    _log.warning(
+                        "cannot scan %s for debug info: %s; its debug info is not served", path, error.strerror
+                    )
         checked = rows[-1][0] if len(rows) == _BATCH_PATHS else newest
         with self._lock, self._index.transaction() as index:
-            index.executemany("insert or replace into Paths values (?, ?)", (row[:2] for row in found))
-            files = ((build_id, number) for number, _, ids in found for build_id in ids)
+            index.executemany("insert or replace into Paths values (?, ?)", (row[:2] for row in scanned))
+            files = ((build_id, number) for number, _, ids in scanned for build_id in ids)
             index.executemany("insert or replace into Files values (?, ?)", files)
             index.execute("update State set checked = ?", (checked,))
         if not self._wanted.is_set():
-            time.sleep(time.monotonic() - began)  # no more than half of one processor for what nobody waits for
+            time.sleep(time.monotonic() - began)  # in the background, use at most half of one processor
         return checked
 
     def _newest(self) -> int:
@@ -215,7 +224,7 @@ class DebugInfo:
         return self._checked() == self._newest()
 
     def _checked(self) -> int | None:
-        """Up to which number paths were looked at. None where the index is of another store."""
+        """Return the highest scanned number, or None if the index belongs to another database."""
         row = (
             self._index.connection()
             .execute("select cast(checked as integer) from State where origin = ?", (self._origin(),))
@@ -224,11 +233,12 @@ class DebugInfo:
         return row and int(row[0])
 
     def _origin(self) -> str:
-        """What the numbers are good for: another database has others."""
+        """Return the identity of the database, because each database has its own numbers."""
         try:
             return f"{self._store.store_dir}\n{self._store.real_dir}\n{os.stat(self._db_path).st_ino}"
         except OSError as error:
             raise StoreUnavailableError(f"cannot read {self._db_path}: {error}") from error
 
     def close(self) -> None:
+        """Close the index."""
         self._index.close()

@@ -1,7 +1,7 @@
-"""GC roots: symlinks to store paths, files named like one, and directories of these.
+"""GC roots: symlinks to store paths, files with the name of a store path, and directories with such roots.
 
-As in Nix (`src/libstore/gc.cc`, `findRoots`), a symlink in a directory may lead to a store path, but to no other
-directory or file.
+As in Nix (`src/libstore/gc.cc`, `findRoots`), a symlink in a directory must lead to a store path. Symlinks to other
+files and directories are not followed.
 """
 
 import os
@@ -13,9 +13,9 @@ from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
 
-MAX_SYMLINKS = 40  # on the way to a path, as in Linux (path_resolution(7))
-NIX_MAX_SYMLINKS = 2  # of a root that Nix finds in its own directories: gcroots/auto/…, result
-_MAX_ENTRIES = 100_000  # of the directories with roots
+MAX_SYMLINKS = 40  # in one lookup, as in Linux (path_resolution(7))
+NIX_MAX_SYMLINKS = 2  # of a root in Nix's own directories: gcroots/auto/…, result
+_MAX_ENTRIES = 100_000  # in the directories with roots
 
 
 def find(
@@ -47,16 +47,16 @@ def find(
         except (OSError, FormatError) as error:
             report(f"cannot follow {name!r}: {getattr(error, 'strerror', None) or error}")
     if waiting:
-        report(f"there are more than {_MAX_ENTRIES} entries; the others are left out")
+        report(f"more than {_MAX_ENTRIES} entries; the others are ignored, so name fewer directories")
 
 
 def follow(
     store: Store, path: str, max_symlinks: int = MAX_SYMLINKS, *, parents: bool = False
 ) -> tuple[str | None, str]:
-    """Follow symlinks up to the store. Return the path in it, or None, and the whole path that they lead to.
+    """Follow symlinks until the store is reached. Return the path relative to the store, or None, and the full path.
 
-    With `parents`, the directories that the path goes through may be symlinks, too. Raises FormatError if there are too
-    many symlinks.
+    With `parents`, symlinks in any component of the path are followed.
+    Raises FormatError if there are too many symlinks.
     """
     for _ in range(max_symlinks + 1):
         path = os.path.normpath(path)
@@ -70,6 +70,6 @@ def follow(
 
 
 def _from_the_top(path: str) -> Iterator[str]:
-    """Yield the directories that an absolute path goes through, and the path itself."""
+    """Yield the parent directories of an absolute path, from the top, and the path itself."""
     parts = path.split("/")
     return ("/".join(parts[:end]) for end in range(2, len(parts) + 1))

@@ -1,7 +1,7 @@
-"""The file of an index: a SQLite database that all processes read, and one at a time writes.
+"""Index file, a SQLite database that all processes read and one process at a time writes.
 
-That one has the lock on the file beside it, which the kernel takes from it when it dies. All that is in it can be found
-out again: so it is made anew where it is damaged, and kept in memory where the disk does not let us.
+The writer locks a file beside the database; the kernel releases the lock if the writer dies. The content can always be
+computed again: a damaged file is rebuilt, and if the disk is not writable, the index is in memory.
 """
 
 import fcntl
@@ -12,26 +12,29 @@ from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 FAILURES = (sqlite3.Error, MemoryError)
-"""What SQLite raises; the latter of some damage."""
+"""The errors that SQLite raises. It raises MemoryError for some kinds of damage."""
 
 
 class IndexFile:
-    """For one thread at a time, but for `alone`."""
+    """The database of an index. Only `alone` is thread-safe."""
 
     def __init__(self, path: str) -> None:
-        """Nothing is opened yet, so that the process may still fork."""
+        """Open nothing yet, so that the process may still fork."""
         self._path: str | None = path
         self._connection: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
         self._started_over = False
 
     def connection(self, *, create: bool = False) -> sqlite3.Connection:
-        """Another one when another process has made a new file. sqlite3.OperationalError where there is none."""
+        """Return the connection. Reopen it if another process has replaced the file.
+
+        Raises sqlite3.OperationalError if the file does not exist and `create` is false.
+        """
         if self._connection is not None and self._opened != self._file():
             self.close()
         if self._connection is None:
             if self._path is None and not create:
-                raise sqlite3.OperationalError("it is not made yet")
+                raise sqlite3.OperationalError("the index does not exist yet")
             uri = f"file:{quote(self._path)}?mode={'rwc' if create else 'rw'}" if self._path else "file::memory:"
             self._connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             self._opened = self._file()
@@ -39,6 +42,7 @@ class IndexFile:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run a write transaction: commit at the end, roll back after an error."""
         connection = self.connection()
         connection.execute("begin immediate")
         with connection:
@@ -46,7 +50,10 @@ class IndexFile:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Whether this process may write. OSError where the disk does not let it."""
+        """Try to lock the index for writing, and yield whether this process has the lock.
+
+        Raises OSError if the lock file cannot be created.
+        """
         if self._path is None:
             yield True
             return
@@ -63,7 +70,7 @@ class IndexFile:
             os.close(descriptor)
 
     def start_over(self) -> None:
-        """Make a new one, where the last is of no use; for the second time in memory, for then it is the disk."""
+        """Delete a damaged file, so that it is created again. The second time, assume a bad disk, and use memory."""
         self.close()
         if self._started_over:
             self._path = None
@@ -73,12 +80,13 @@ class IndexFile:
                 os.unlink(path)
 
     def move_to_memory(self) -> bool:
-        """Whether it was not there before."""
+        """Use an index in memory from now on. Return whether it was in a file before."""
         self.close()
         moved, self._path = self._path is not None, None
         return moved
 
     def close(self) -> None:
+        """Close the connection. The next use opens it again."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None

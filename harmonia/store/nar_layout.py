@@ -1,11 +1,11 @@
-"""Layout of a NAR: its entries as one walk found them, from which any part of the archive follows without another walk.
+"""Layout of a NAR: the entries of one walk, from which any byte range of the archive is made without another walk.
 
-The entries are packed into blocks. A block begins with the directory that its first entry is in, so that it can be
-read alone. An index of 20 bytes for each block tells where in the archive the block begins, where the block is kept,
-and its checksum. Blocks are in memory until a file takes them.
+The entries are packed into blocks. A block starts with the directory of its first entry, so it can be decoded
+independently. An index with 20 bytes for each block stores the block's offset in the archive, its place, and its
+checksum. Blocks are in memory until they are moved to a file.
 
-One thread fills a layout, while any number of readers follow it. A reader holds one block at a time. Where the next is
-not there yet, the reader gets a future and waits for it in its own way: no thread has to.
+One thread fills a layout, while any number of readers follow. A reader holds one block at a time. If the next block
+does not exist yet, the reader gets a future to wait for, so a wait occupies no thread.
 """
 
 import stat
@@ -26,12 +26,12 @@ from harmonia.nix.nar import Entry, FileSlice, Segment, serialize
 from harmonia.nix.nar import window as cut
 from harmonia.store import tree_reader
 
-_BLOCK_MAX_ENTRIES = 256  # in a block
-_MAX_TEXT_BYTES = 32 * 1024  # of names and targets in a block, give or take one entry: what a slow reader holds
-_SPILL_BYTES = 1 << 20  # of blocks in memory, from which on they go to a file
-_KEPT_MODE = stat.S_IFMT(0xFFFF) | stat.S_IXUSR  # the file type, and whether it is executable
+_BLOCK_MAX_ENTRIES = 256
+_MAX_TEXT_BYTES = 32 * 1024  # of names and targets in a block, plus one entry; bounds the memory of a slow reader
+_SPILL_BYTES = 1 << 20  # size of the blocks in memory above which they are moved to a file
+_KEPT_MODE = stat.S_IFMT(0xFFFF) | stat.S_IXUSR  # the bits of a mode that a NAR stores
 
-_Row = tuple[int, int, int, bytes, bytes]  # of an `Entry`, with its name in place of its path
+_Row = tuple[int, int, int, bytes, bytes]  # an `Entry` with its name instead of its path
 _Block = tuple[bytes, list[_Row]]
 _encoder = msgspec.msgpack.Encoder()
 _block_decoder = msgspec.msgpack.Decoder(_Block)
@@ -40,36 +40,39 @@ _INDEX_SIZE_BYTES = 8
 
 
 class BlockFile(Protocol):
-    """File that takes blocks, and gives any part of what it took. OSError if the disk fails."""
+    """File for the blocks of a layout. Its methods raise OSError if the disk fails."""
 
-    def append(self, data: bytes) -> None: ...
+    def append(self, data: bytes) -> None:
+        """Append a block or the index."""
 
-    def read(self, start: int, stop: int) -> bytes: ...
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` to `stop` of the appended data."""
 
 
 class Layout:
-    """The layout of the archive of what is at `root`, whole or still growing."""
+    """The layout of the archive of the tree at `root`, complete or still growing."""
 
     def __init__(self, root: bytes) -> None:
         self._root = root
         self.size: int | None = None
-        """Bytes of the archive, once the layout is whole."""
+        """The length of the archive in bytes, or None until the layout is complete."""
         self.error: BaseException | None = None
-        """Why the walk ended early, if it did."""
+        """The error that ended the walk early."""
         self.entries = 0
-        self._covered = 0  # bytes of the archive that the blocks so far account for
-        self._offsets = array("Q")  # where in the archive the contents of each block's first entry begin
-        self._ends = array("Q")  # where among all packed blocks each one ends
+        """The number of entries so far."""
+        self._covered = 0  # length of the part of the archive that the blocks so far describe
+        self._offsets = array("Q")  # for each block, the offset in the archive of its first entry's contents
+        self._ends = array("Q")  # for each block, the offset of its end in all packed blocks
         self._checksums = array("I")
-        self._memory: dict[int, bytes] = {}  # blocks that are in no file
+        self._memory: dict[int, bytes] = {}  # blocks in memory, by number
         self._memory_bytes = 0
         self._file: BlockFile | None = None
-        self._lock = threading.Lock()  # for what follows; all else has one writer
+        self._lock = threading.Lock()  # for _waiting, and for the step to a complete layout
         self._waiting: list[tuple[int, int | None, Future[bytes]]] = []
 
     @classmethod
     def of(cls, root: bytes) -> "Layout":
-        """Walk what is at `root`, and return its whole layout."""
+        """Walk the tree at `root`, and return its complete layout."""
         layout = cls(root)
         for _ in layout.record(tree_reader.walk(root)):
             pass
@@ -77,24 +80,24 @@ class Layout:
 
     @property
     def memory(self) -> int:
-        """Bytes of memory that it takes, its blocks and its index."""
+        """Return the memory use in bytes of the blocks in memory and of the index."""
         columns = (self._offsets, self._ends, self._checksums)
         return self._memory_bytes + sum(column.itemsize * len(column) for column in columns)
 
     @property
     def is_large(self) -> bool:
-        """Whether its blocks should go to a file."""
+        """Whether the blocks should be moved to a file."""
         return self._memory_bytes > _SPILL_BYTES
 
     @property
     def is_in_file(self) -> bool:
-        """Whether some of its blocks are in a file, which it keeps open."""
+        """Whether some of the blocks are in a file, which then must stay open."""
         return self._file is not None
 
-    # The one writer.
+    # Methods for the one writer.
 
     def record(self, entries: Iterable[Entry]) -> Iterator[None]:
-        """Take the entries of a whole archive, and pause after each block."""
+        """Record the entries of the complete archive. Yield after each block, so that the caller can do other work."""
         rows: list[_Row] = []
         directory = b""
         position = offset = text = 0
@@ -114,59 +117,71 @@ class Layout:
                 self._wake()
                 rows, text = [], 0
                 yield
-        with self._lock:  # who sees the last block sees the size as well
+        with self._lock:  # a reader that sees the last block must also see the size
             if rows:
                 self._append(offset, position, directory, rows)
             self.size = position
         self._wake()
 
     def spill(self, file: BlockFile) -> None:
-        """Move the blocks to a file, which takes all later ones too, whenever this is called. OSError."""
+        """Move the blocks in memory to a file. Later calls must pass the same file.
+
+        Raises OSError if the disk fails.
+        """
         for number, block in list(self._memory.items()):
             file.append(block)
-            self._file = file  # before the block is gone from memory, for those who read it meanwhile
+            self._file = file  # set before the block is deleted, because readers look in memory first
             del self._memory[number]
             self._memory_bytes -= len(block)
 
     def seal(self, file: BlockFile) -> None:
-        """Move what is left to the file, and add the index by which `load` finds the blocks. OSError."""
+        """Move the remaining blocks to the file, and append the index that `load` needs.
+
+        Raises OSError if the disk fails.
+        """
         self.spill(file)
         columns = (self._offsets.tobytes(), self._ends.tobytes(), self._checksums.tobytes())
         index = _encoder.encode((self.size, self.entries, *columns))
         file.append(index + len(index).to_bytes(_INDEX_SIZE_BYTES, "little"))
 
     def load(self, file: BlockFile, size: int) -> None:
-        """Become the whole layout that was sealed in a file of that size. CacheFileError, OSError."""
+        """Load the complete layout from a file of `size` bytes that `seal` has written.
+
+        Raises CacheFileError if the index is damaged, and OSError if the disk fails.
+        """
         end = size - _INDEX_SIZE_BYTES
         length = int.from_bytes(file.read(end, size), "little")
         try:
-            whole, self.entries, offsets, ends, checksums = _index_decoder.decode(file.read(end - length, end))
+            archive_size, self.entries, offsets, ends, checksums = _index_decoder.decode(file.read(end - length, end))
             self._offsets.frombytes(offsets)
             self._ends.frombytes(ends)
             self._checksums.frombytes(checksums)
         except (ValueError, msgspec.MsgspecError) as error:
-            raise CacheFileError(f"its kept layout is damaged: {error}") from None
+            raise CacheFileError(f"the stored layout is damaged: {error}") from None
         self._file = file
-        self.size = whole
+        self.size = archive_size
         self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """End with an error, for all who follow."""
+        """End the layout with an error, which all readers raise."""
         self.error = error
         self._wake()
 
-    # Any number of readers.
+    # Methods for any number of readers.
 
     def wait_whole(self) -> Future[bytes] | None:
-        """Return a future that ends when the layout is whole or has failed; None if it is so already."""
+        """Return a future that completes when the layout is complete or has failed, or None if it already is or has."""
         return self._wait(-1, None)
 
     def wait_covered(self, stop: int) -> Future[bytes] | None:
-        """Return a future that ends when it covers the archive up to `stop`, or has ended; None if it does already."""
+        """Return a future that completes when the archive is described up to `stop`, or None if it already is.
+
+        The future also completes when the layout is complete or has failed.
+        """
         return self._wait(-1, stop)
 
     def located(self) -> Iterator[tuple[int, Entry]]:
-        """The entries of a whole layout, each with the offset of its contents in the archive."""
+        """Yield the entries of a complete layout, each with the offset in bytes of its contents in the archive."""
         position = 0
         for words, entry in serialize(entry for block in self._follow(0) for entry in self._entries(block)):
             position += len(words)
@@ -175,19 +190,19 @@ class Layout:
                 position += entry.size
 
     def window(self, start: int, stop: int) -> Iterator[Segment | Future[bytes]]:
-        """The bytes from `start` to `stop` of the archive, as they become known. A future stands for a wait."""
+        """Yield the segments of the byte range from `start` to `stop`. Yield a future if the reader has to wait."""
         first = max(bisect_right(self._offsets, start) - 1, 0)
         position = self._offsets[first] if first else 0
-        skip_words = first > 0  # of its first entry: they are those of an archive that begins with it
+        skip_words = first > 0  # its first words are those of the start of an archive, so they are wrong here
         entries: deque[Entry | None] = deque()
-        frames = serialize(iter(entries.popleft, None))  # one entry goes in for each frame that comes out
+        headers = serialize(iter(entries.popleft, None))  # consumes one entry for each header that it yields
         for block in self._follow(first):
             if isinstance(block, Future):
                 yield block
                 continue
             for entry in self._entries(block):
                 entries.append(entry)
-                words, _ = next(frames)
+                words, _ = next(headers)
                 if skip_words:
                     words, skip_words = b"", False
                 end = position + len(words) + entry.size
@@ -201,11 +216,11 @@ class Layout:
                 if position >= stop:
                     return
         entries.append(None)
-        words, _ = next(frames)
+        words, _ = next(headers)
         yield from cut([words], start - position, stop - position)
 
     def _follow(self, number: int) -> Iterator[_Block | Future[bytes]]:
-        """The blocks from that one on, and a future wherever the next is not there yet."""
+        """Yield the blocks from `number` on. Yield a future if the next block does not exist yet."""
         while True:
             if waiting := self._wait(number, None):
                 yield waiting
@@ -213,13 +228,13 @@ class Layout:
                 yield self._read(number)
                 number += 1
             elif self.error is not None:
-                raise copy(self.error)  # each with a traceback of its own, which holds no other reader
+                raise copy(self.error)  # a shared error's traceback would refer to the frames of other readers
             else:
                 return
 
     def _entries(self, block: _Block | Future[bytes]) -> Iterator[Entry]:
         if isinstance(block, Future):
-            raise TypeError("the layout is not whole")
+            raise TypeError("the layout is not complete")
         directory, rows = block
         prefixes = [b"", self._root + b"/"]  # of the paths at each depth
         for name in directory.split(b"/") if directory else ():
@@ -235,10 +250,10 @@ class Layout:
         data = self._memory.get(number)
         if data is None:
             if self._file is None:
-                raise CacheFileError("its layout has lost a block")
+                raise CacheFileError("the layout has lost a block")
             data = self._file.read(self._ends[number - 1] if number else 0, self._ends[number])
         if zlib.crc32(data) != self._checksums[number]:
-            raise CacheFileError("its kept layout is damaged")
+            raise CacheFileError("the stored layout is damaged")
         block: _Block = _block_decoder.decode(data)
         return block
 
@@ -250,7 +265,7 @@ class Layout:
         self.entries += len(rows)
         self._offsets.append(offset)
         self._ends.append((self._ends[-1] if number else 0) + len(block))
-        self._checksums.append(zlib.crc32(block))  # last: by their number readers know how many there are
+        self._checksums.append(zlib.crc32(block))  # last, because readers count the blocks by the checksums
         self._covered = position
 
     def _is_due(self, number: int, stop: int | None) -> bool:
@@ -259,7 +274,7 @@ class Layout:
         return number >= 0 and number < len(self._checksums) if stop is None else stop <= self._covered
 
     def _wait(self, number: int, stop: int | None) -> Future[bytes] | None:
-        """Return a future of block `number`, or of the bytes up to `stop`; None if they are there."""
+        """Return a future for block `number` or for the bytes up to `stop`, or None if they exist."""
         with self._lock:
             if self._is_due(number, stop):
                 return None

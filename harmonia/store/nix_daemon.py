@@ -1,7 +1,7 @@
-"""The worker protocol of the Nix daemon, as much of it as temporary roots need (Nix `src/libstore/worker-protocol.hh`).
+"""Client for the worker protocol of the Nix daemon, for temporary roots only (Nix `src/libstore/worker-protocol.hh`).
 
-Numbers have 8 bytes, the lowest first; texts are as in a NAR. Each side tells its version, and the lower one holds. An
-answer comes after what the daemon has to say meanwhile, which ends with `_LAST` or `_ERROR`.
+Numbers have 8 bytes, little-endian; texts are encoded as in a NAR. Each side sends its version, and the lower one is
+used. Before a response, the daemon may send log messages, which end with `_LAST` or `_ERROR`.
 """
 
 import socket
@@ -15,24 +15,25 @@ from harmonia.nix import nar
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_OURS, _THEIRS = 0x6E697863, 0x6478696F
-_VERSION = 0x125  # 1.37, that of Nix 2.20: the last where nothing more is to be agreed on
+_CLIENT_MAGIC, _DAEMON_MAGIC = 0x6E697863, 0x6478696F
+_VERSION = 0x125  # 1.37, that of Nix 2.20, the last one without a negotiation of features
 _MIN_VERSION = 0x115  # Nix 2.3
-_TELLS_NIX_VERSION, _TELLS_TRUST, _TELLS_ERRORS_IN_FULL = 0x121, 0x123, 0x11A
+_SENDS_NIX_VERSION, _SENDS_TRUST, _SENDS_FULL_ERRORS = 0x121, 0x123, 0x11A
 _ADD_TEMP_ROOT = 11
 _NEXT, _LAST, _ERROR = 0x6F6C6D67, 0x616C7473, 0x63787470
 _START_ACTIVITY, _STOP_ACTIVITY, _RESULT = 0x53545254, 0x53544F50, 0x52534C54
-_MAX_TEXT_BYTES = 64 * 1024  # bytes of a text
-_MAX_PARTS = 1024  # parts of a message
+_MAX_TEXT_BYTES = 64 * 1024
+_MAX_FIELDS = 1024  # of a log message
 
 _number = struct.Struct("<Q")
 
 
 class Daemon:
-    """A connection to the daemon that listens at a unix socket. For one thread at a time.
+    """A connection to the daemon at a unix socket. Not thread-safe.
 
-    To open it, and each question, takes `timeout` seconds at most. OSError, or RemoteError where the daemon refuses, or
-    does not answer as it should; then it can only be closed.
+    The constructor and each request raise OSError if the connection fails or takes longer than `timeout` seconds, and
+    RemoteError if the daemon reports an error or violates the protocol. After an error, the connection can only be
+    closed.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -48,18 +49,18 @@ class Daemon:
             raise
 
     def add_temp_root(self, path: str) -> None:
-        """Keep a path, and what it refers to, from being collected until this is closed, or the daemon ends.
+        """Protect a path and its closure from garbage collection until this connection is closed, or the daemon ends.
 
-        A path that is not valid is kept from the time when it becomes so.
+        If the path is not valid, the protection begins when it becomes valid.
         """
         self._deadline = time.monotonic() + self._timeout
         self._send(_number.pack(_ADD_TEMP_ROOT) + nar.encode(path.encode()))
-        self._hear(self._version)
+        self._read_log(self._version)
         self._receive_number()
 
     @property
     def lost(self) -> bool:
-        """Whether it is closed, by the daemon or by us, or the daemon says what nobody asked for."""
+        """Whether the connection is closed, or the daemon has sent data without a request."""
         try:
             self._socket.setblocking(False)
             self._socket.recv(1, socket.MSG_PEEK)
@@ -79,27 +80,30 @@ class Daemon:
         self.close()
 
     def _agree(self) -> int:
-        """Greet, and return the version that holds."""
-        self._send(_number.pack(_OURS) + _number.pack(_VERSION))
-        if self._receive_number() != _THEIRS:
-            raise RemoteError("what listens there is no Nix daemon")
+        """Do the handshake, and return the protocol version to use."""
+        self._send(_number.pack(_CLIENT_MAGIC) + _number.pack(_VERSION))
+        if self._receive_number() != _DAEMON_MAGIC:
+            raise RemoteError("the socket's server is not a Nix daemon")
         version = min(self._receive_number(), _VERSION)
         if version < _MIN_VERSION:
             raise RemoteError("the Nix daemon is older than that of Nix 2.3")
-        self._send(_number.pack(0) + _number.pack(0))  # no processor of our own, no space to reserve
-        if version >= _TELLS_NIX_VERSION:
+        self._send(_number.pack(0) + _number.pack(0))  # no CPU affinity, no reserved space
+        if version >= _SENDS_NIX_VERSION:
             self._receive_text()
-        if version >= _TELLS_TRUST:
+        if version >= _SENDS_TRUST:
             self._receive_number()
-        self._hear(version)
+        self._read_log(version)
         return version
 
-    def _hear(self, version: int) -> None:
-        """What the daemon has to say before it answers, to its end. RemoteError where that is an error."""
+    def _read_log(self, version: int) -> None:
+        """Read and drop the daemon's log messages before a response.
+
+        Raises RemoteError if one of them is an error.
+        """
         number, text = self._receive_number, self._receive_text
         while (kind := number()) != _LAST:
             if kind == _ERROR:
-                raise RemoteError(f"the Nix daemon says: {self._receive_error(version)}")
+                raise RemoteError(f"the Nix daemon reports: {self._receive_error(version)}")
             parts: dict[int, tuple[Callable[[], object], ...]] = {
                 _NEXT: (text,),
                 _START_ACTIVITY: (number, number, number, text, self._skip_fields, number),
@@ -107,22 +111,22 @@ class Daemon:
                 _RESULT: (number, number, self._skip_fields),
             }
             if kind not in parts:
-                raise RemoteError(f"the Nix daemon says {kind:#x}, which is not understood")
+                raise RemoteError(f"the Nix daemon sent the unknown message {kind:#x}")
             for part in parts[kind]:
                 part()
 
     def _receive_error(self, version: int) -> str:
-        if version < _TELLS_ERRORS_IN_FULL:
+        if version < _SENDS_FULL_ERRORS:
             message = self._receive_text()
             self._receive_number()
             return message
         self._receive_text()
         self._receive_number()
         self._receive_text()
-        return self._receive_text()  # traces follow, for humans who debug Nix
+        return self._receive_text()  # stack traces follow; the caller closes the connection
 
     def _skip_fields(self) -> None:
-        for _ in range(self._receive_number(_MAX_PARTS)):
+        for _ in range(self._receive_number(_MAX_FIELDS)):
             if self._receive_number(1):
                 self._receive_text()
             else:
@@ -132,13 +136,13 @@ class Daemon:
         size = self._receive_number(_MAX_TEXT_BYTES)
         text = self._receive(size)
         if any(self._receive(-size % 8)):
-            raise RemoteError("the Nix daemon pads a text with other bytes than zeros")
+            raise RemoteError("the Nix daemon sent a text with nonzero padding")
         return text.decode(errors="backslashreplace")
 
     def _receive_number(self, most: int = 2**64 - 1) -> int:
         value: int = _number.unpack(self._receive(_number.size))[0]
         if value > most:
-            raise RemoteError(f"the Nix daemon says {value} where {most} is the most that can be")
+            raise RemoteError(f"the Nix daemon sent the number {value}, more than the maximum of {most}")
         return value
 
     def _receive(self, size: int) -> bytes:
@@ -147,7 +151,7 @@ class Daemon:
             self._await()
             part = self._socket.recv(size - len(data))
             if not part:
-                raise RemoteError("the Nix daemon hangs up")
+                raise RemoteError("the Nix daemon closed the connection")
             data += part
         return bytes(data)
 

@@ -1,8 +1,8 @@
-"""What is in a store object, one entry at a time, as it is now on disk.
+"""Lookup of single files and directories in a store object on disk.
 
-Nothing is looked up by a path of more than one name. Each name is opened in the directory opened before, and never a
-symlink with it (openat(2), O_NOFOLLOW): whatever is changed meanwhile, no name leads anywhere else. Symlinks are read,
-and told to who asked.
+Each name of a path is opened in the directory before it, without following symlinks (openat(2), O_NOFOLLOW). So the
+lookup cannot leave the store object, whatever other processes change meanwhile. The target of a symlink is returned to
+the caller, who looks it up in turn.
 """
 
 import errno
@@ -21,14 +21,17 @@ from harmonia.store.file_reader import OpenSlice
 from harmonia.store.store import Store
 
 SAMPLE_BYTES = 64 * 1024
-"""Bytes of a file that are looked at before it is read."""
+"""The length of the sample of a file, from which its content type is guessed."""
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK
 
 
 @contextmanager
 def _opened(top: bytes, names: Sequence[bytes]) -> Iterator[int]:
-    """Open what has these names in the store object at `top`. Raises OSError."""
+    """Open the file or directory at the path of `names` in the store object `top`, and yield its descriptor.
+
+    Raises OSError if that fails.
+    """
     descriptor = confined.open_in_turn((top, *names), _FLAGS)
     try:
         yield descriptor
@@ -37,18 +40,18 @@ def _opened(top: bytes, names: Sequence[bytes]) -> Iterator[int]:
 
 
 class Entry(NamedTuple):
-    """What is at `names` below the store path `info`, which no symlink is part of."""
+    """The file or directory at the path of `names` in the store path `info`. The path has no symlinks."""
 
     info: PathInfo
     names: Sequence[bytes]
     status: os.stat_result
     sample: bytes
-    """The beginning of a file, `SAMPLE_BYTES` bytes at most."""
+    """The first bytes of a file, at most `SAMPLE_BYTES`; empty for a directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """The contents of a file that was looked at before. StoreObjectError where there is another in its place."""
+    """The contents of a file that `look` has found, with the status from that time."""
 
     top: bytes
     names: Sequence[bytes]
@@ -63,16 +66,21 @@ class File:
         return self.status.st_size
 
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice]:
+        """Yield the bytes from `start` to `stop` or to the end, as one slice of the open file.
+
+        Raises StoreObjectError if another file has replaced it.
+        """
         with _opened(self.top, self.names) as descriptor:
             if not os.path.samestat(os.fstat(descriptor), self.status):
-                raise StoreObjectError(f"{self} was changed while it was served")
+                raise StoreObjectError(f"{self} changed while it was sent")
             yield OpenSlice(descriptor, start, self.size if stop is None else stop)
 
 
 def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[bytes] | None:
-    """The entry at `names`; or where the first symlink or `..` leads, as names in the store directory.
+    """Return the entry at the path of `names` in a store path.
 
-    None where there is nothing that can be served, or where it leads elsewhere.
+    If the path has a symlink or `..`, return the path after the first of these, as names below the store directory.
+    Return None if there is no file or directory, or if the first symlink leads out of the store.
     """
     top = store.real_path(info.path)
     parts = [os.fsencode(info.path), *names]
@@ -101,6 +109,8 @@ def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[b
 
 
 class Listed(NamedTuple):
+    """An entry of a directory."""
+
     name: bytes
     mode: int
     size: int
@@ -108,7 +118,7 @@ class Listed(NamedTuple):
 
 
 def listed(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[Listed], int]:
-    """The `most` first entries of a directory in the order of their bytes, and how many there are."""
+    """Return the first `most` entries of a directory, sorted by the bytes of their names, and the number of all."""
     count = 0
 
     def counted() -> Iterator[bytes]:

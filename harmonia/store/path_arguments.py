@@ -1,4 +1,4 @@
-"""Which store paths are meant: by what is typed, by references, by the roots of the garbage collector."""
+"""Store paths for the arguments of commands, their closures, and the garbage collector's roots."""
 
 import logging
 import os
@@ -15,22 +15,23 @@ _log = logging.getLogger("harmonia")
 
 
 def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
-    """The valid path that is meant, and where on disk what is named in it lies. InvalidPathError.
+    """Return the valid path that `text` names, and the path on disk of the named file in it.
 
-    It may be named in full, by its base name or hash part, or by a symlink that leads to it, such as `result`.
+    `text` is a full path, a base name, a hash part, or a symlink to a store path, such as `result`. Each may be
+    followed by the path of a file in it. Raises InvalidPathError if `text` does not name a valid path.
     """
     base_name, _, inside = (_in_store(store, text) or text).partition("/")
     hash_part = base_name[:32]
     info = store.path_info(hash_part) if is_hash_part(hash_part) else None
     if info is None or base_name not in (hash_part, info.path):
-        what = f"{text!r} names no valid path of the store {store.store_dir}"
+        what = f"{text!r} does not name a valid path of the store {store.store_dir}"
         raise InvalidPathError(f"{what}; give its path, its hash part, or a symlink that leads to it")
     real_path = store.real_path(info.path)
     return info, os.path.join(real_path, os.fsencode(inside)) if inside else real_path
 
 
 def _in_store(store: Store, text: str) -> str | None:
-    """Return the path in the store directory that `text` names, after symlinks on the way there, or None."""
+    """Return the path relative to the store directory to which `text` leads through symlinks, or None if elsewhere."""
     try:
         return follow(store, os.path.abspath(text), parents=True)[0]
     except FormatError:
@@ -38,16 +39,22 @@ def _in_store(store: Store, text: str) -> str | None:
 
 
 def closure(store: Store, paths: Iterable[StorePath]) -> list[StorePath]:
-    """Return the paths and all that they refer to, in turn. Raises InvalidPathError if one of them is not valid."""
+    """Return the paths and all paths that they refer to, directly or indirectly.
+
+    Raises InvalidPathError if one of `paths` is not valid.
+    """
     given = set(paths)
-    found = queries.closure_paths(store, given)
-    for path in given.difference(found):
-        raise InvalidPathError(f"{store.store_dir}/{path} is no valid path")
-    return found
+    needed = queries.closure_paths(store, given)
+    for path in given.difference(needed):
+        raise InvalidPathError(f"{store.store_dir}/{path} is not a valid path")
+    return needed
 
 
 def gc_roots(store: Store, state_dir: str) -> list[StorePath]:
-    """Return the valid paths that the roots in Nix's state directory keep: profiles, and results of builds."""
+    """Return the valid paths of the GC roots in Nix's state directory: profiles, and results of builds.
+
+    Log the roots that cannot be followed.
+    """
     directories = [os.path.join(state_dir, name) for name in ("gcroots", "profiles")]
     roots = find(store, list(filter(os.path.isdir, directories)), _report, NIX_MAX_SYMLINKS)
     return [path for path in dict.fromkeys(roots) if _is_valid(store, path)]

@@ -18,8 +18,8 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import gc_roots, queries
 from harmonia.store.store import Store
 
-_CLOSURE_MAX_PATHS = 1_000_000  # paths; some 120 bytes each
-_REFRESH_COST_FACTOR = 10  # of its time, how much of it a closure is being found again
+_CLOSURE_MAX_PATHS = 1_000_000  # some 120 bytes of memory each
+_REFRESH_COST_FACTOR = 10  # minimum pause after a refresh, in multiples of the refresh's duration
 
 _ROOT_IDS = "select id from ValidPaths where path in (select value from json_each(?)) order by id"
 
@@ -27,10 +27,10 @@ _log = logging.getLogger("harmonia")
 
 
 class PublishPolicy:
-    """The rules, for any thread. The methods block."""
+    """The publish rules. Thread-safe. The methods block."""
 
     def __init__(self, rules: PublishRules, store: Store) -> None:
-        """`store` is for this alone. Nothing is opened yet, so that the process may still fork."""
+        """Open nothing yet, so that the process may still fork. No other code may use `store`."""
         self._store_dir = store.store_dir
         self._keys = rules.public_keys
         self._allow = _patterns(rules.allow) if rules.allow else None
@@ -46,17 +46,17 @@ class PublishPolicy:
         return self._allow is None or any(map(self._allow.fullmatch, names))
 
     def permits(self, info: PathInfo) -> bool:
-        """Return whether all rules but gc_roots allow a path."""
+        """Return whether all rules except gc_roots allow a path."""
         return self.permits_name(info.path) and (not self._keys or self._is_signed(info))
 
     def _is_signed(self, info: PathInfo) -> bool:
-        """Return whether a signature in the database is by one of the keys. Our own keys sign all that is served."""
+        """Return whether a signature in the database is by one of the keys. Our own signatures are not in it."""
         fingerprint = info.fingerprint(self._store_dir)
         return any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs)
 
 
 class Closure:
-    """All that the roots need, as it was not long ago. One thread at a time finds it anew; any may ask."""
+    """The hash parts of the closure of the GC roots, as of the last refresh. Thread-safe."""
 
     def __init__(self, store: Store, roots: Sequence[str]) -> None:
         self._store = store
@@ -73,29 +73,29 @@ class Closure:
 
     @property
     def age(self) -> float:
-        """Seconds since we looked whether it is still right."""
+        """Return the seconds since the last refresh."""
         return time.monotonic() - self._looked_at
 
     def refresh(self, age: float = 0.0) -> None:
-        """Look whether it is still right, unless that was done less than `age` seconds ago, and find it anew if not.
+        """Compute the closure again if the roots have changed. Do nothing if the last refresh is less than `age` s ago.
 
-        StoreUnavailableError; then it stays as it was.
+        Raises StoreUnavailableError if the database cannot be read; the closure then stays as it was.
         """
         with self._lock:
             began = time.monotonic()
             if self.age <= age or began < self._not_before:
                 return
-            # A path that is valid has the same references as long as its row, and so have those that it needs: Nix
-            # deletes none that another refers to. So the rows of the roots tell whether anything changed.
+            # References of a row never change, and Nix does not delete a path that another path refers to. So the
+            # closure is the same as long as the rows of the roots are the same.
             troubles: set[str] = set()
-            found = set(gc_roots.find(self._store, self._given, troubles.add))
-            paths = json.dumps([f"{self._store.store_dir}/{root}" for root in found])
+            root_paths = set(gc_roots.find(self._store, self._given, troubles.add))
+            paths = json.dumps([f"{self._store.store_dir}/{path}" for path in root_paths])
             for trouble in sorted(troubles - self._troubles):
                 _log.warning("publish.gc_roots: %s", trouble)
             self._troubles = troubles
             roots = [number for (number,) in self._store.database.query(_ROOT_IDS, paths)]
             if roots != self._roots:
-                self._needed = self._find(found)
+                self._needed = self._find(root_paths)
                 self._roots = roots
             self._looked_at = time.monotonic()
             self._not_before = self._looked_at + _REFRESH_COST_FACTOR * (self._looked_at - began)
@@ -103,7 +103,9 @@ class Closure:
     def _find(self, roots: Collection[StorePath]) -> frozenset[str]:
         needed = queries.closure_hash_parts(self._store, roots, _CLOSURE_MAX_PATHS)
         if len(needed) == _CLOSURE_MAX_PATHS:
-            _log.error("publish.gc_roots need more than %d paths; those beyond are not served", _CLOSURE_MAX_PATHS)
+            _log.error(
+                "publish.gc_roots: the closure has more than %d paths; the others are not served", _CLOSURE_MAX_PATHS
+            )
         return needed
 
 

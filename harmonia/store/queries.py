@@ -1,6 +1,6 @@
-"""What a store has, for people: search by name, who refers to a path, and how much its closure takes.
+"""Queries for the pages that people browse: search by name, referrers, outputs, and size of a closure.
 
-These look at many rows. Each is bounded, and tells when it did not see them all.
+Each query reads many rows, but has a limit. Its result shows if the limit was reached.
 """
 
 import json
@@ -13,14 +13,14 @@ from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.store.store import Store
 
-_SEARCH_TIME_S = 0.5  # seconds; a million paths take as long
-_BATCH_PATHS = 20_000  # paths between two looks at the clock
-_MAX_CANDIDATES = 5_000  # matches to find the best among
-_CLOSURE_MAX_PATHS = 50_000  # paths that are counted; some 0.3 s
+_SEARCH_TIME_S = 0.5  # enough for a million paths
+_BATCH_PATHS = 20_000  # between two checks of the time
+_MAX_CANDIDATES = 5_000  # matches from which the best are chosen
+_CLOSURE_MAX_PATHS = 50_000  # counted in some 0.3 s
 
-# Paths are asked for as text: SQLite lets a column hold anything (store.py).
+# `cast(path as text)`: SQLite lets a column hold values of any type.
 
-# The index on `path` holds all that it takes: no row is read. A batch is one row, for those that match are few.
+# The index on `path` covers this query, so no table row is read. The few matches of a batch come as one row.
 _MATCHES = r"""
 with batch as (
   select path, substr(cast(path as text), ?) as base_name from ValidPaths where path > ? order by path limit ?)
@@ -44,35 +44,39 @@ select {} from closure join ValidPaths using (id)
 """
 _NO_LIMIT = -1
 
-# No index has it. It is only asked if there is a publish policy.
+# No index covers this query. It runs only if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MAX_OUTPUTS = 100
 
 
 PublishFilter = Callable[[StorePath], bool] | None
-"""Tells whether a path is published; None if all are."""
+"""A function that returns whether a path is published, or None if all paths are."""
 
 
 class Paths(NamedTuple):
-    """Some paths, and how many there are. Of a search that was cut short, at least so many."""
+    """The first results of a query, and the number of all results."""
 
     shown: list[StorePath]
     total: int
+    """The number of all results; a lower bound if not `complete`."""
     complete: bool = True
 
 
 class Closure(NamedTuple):
-    """The paths that one needs, itself among them, and the sum of their NAR sizes: at least, if not `complete`."""
+    """The size of a path's closure. Both numbers are lower bounds if not `complete`."""
 
     paths: int
+    """The number of paths, including the path itself."""
     size: int
+    """The sum of the NAR sizes in bytes."""
     complete: bool
 
 
 def search(store: Store, text: str, limit: int, published: PublishFilter = None) -> Paths:
-    """The paths whose name has the words of `text` in their order, or whose hash part begins with it; best first.
+    """Return at most `limit` paths for a search, the best matches first.
 
-    With `published`, only paths for which it is true.
+    A path matches if its name contains the words of `text` in their order, or if its hash part starts with `text`.
+    With `published`, only paths for which it is true count.
     """
     words = text.casefold().split()
     if not words:
@@ -86,59 +90,65 @@ def search(store: Store, text: str, limit: int, published: PublishFilter = None)
     in_hash = f"{words[0]}%" if len(words) == 1 and set(words[0]) <= set(ALPHABET) else ""
     prefix = len(store.store_dir) + 1
     deadline = time.monotonic() + _SEARCH_TIME_S
-    found: list[StorePath] = []
+    candidates: list[StorePath] = []
     last: str | None = ""
-    while len(found) < _MAX_CANDIDATES and time.monotonic() < deadline:
+    while len(candidates) < _MAX_CANDIDATES and time.monotonic() < deadline:
         pattern = (HASH_PART_LENGTH + 2, in_name, in_hash)
         [(last, matches)] = store.database.query(_MATCHES, prefix + 1, last, _BATCH_PATHS, *pattern)
         for path in filter(None, map(_store_path, (matches or "").split())):
             if published is None or published(path):
-                found.append(path)
+                candidates.append(path)
             if published is not None and time.monotonic() > deadline:
-                return Paths(sorted(found, key=order)[:limit], len(found), complete=False)
+                return Paths(sorted(candidates, key=order)[:limit], len(candidates), complete=False)
         if last is None:
             break
 
-    return Paths(sorted(found, key=order)[:limit], len(found), complete=last is None)
+    return Paths(sorted(candidates, key=order)[:limit], len(candidates), complete=last is None)
 
 
 def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:
-    """The valid paths that refer to `path`, but for itself. With `published`, only paths for which it is true."""
-    asked = limit if published is None else _MAX_CANDIDATES
-    rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, asked)
+    """Return at most `limit` valid paths that refer to `path`, without `path` itself.
+
+    With `published`, only paths for which it is true count.
+    """
+    max_rows = limit if published is None else _MAX_CANDIDATES
+    rows = store.database.query(_REFERRERS, f"{store.store_dir}/{path}", len(store.store_dir) + 2, max_rows)
     shown = filter(None, (_store_path(referrer) for _, referrer in rows))
     if published is not None:
-        found = sorted(filter(published, shown), key=by_name)
-        return Paths(found[:limit], len(found), complete=len(rows) < asked)
+        permitted = sorted(filter(published, shown), key=by_name)
+        return Paths(permitted[:limit], len(permitted), complete=len(rows) < max_rows)
     return Paths(sorted(shown, key=by_name), rows[0][0] if rows else 0)
 
 
 def outputs(store: Store, derivation: StorePath) -> list[StorePath]:
-    """The valid paths that came of a derivation, which need not be there any more."""
+    """Return the valid paths that a derivation has built. The derivation itself need not exist any more."""
     rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MAX_OUTPUTS)
     names = (path.removeprefix(f"{store.store_dir}/") for (path,) in rows)
     return list(filter(None, map(_store_path, names)))
 
 
 def by_name(path: StorePath) -> tuple[str, str]:
-    """How people look for it: not by the hash, which comes first."""
+    """Return the sort key for people: the name before the hash part."""
     return path.name, path
 
 
 def closure_size(store: Store, path: StorePath) -> Closure:
-    """Count the path and all that it refers to, in turn."""
+    """Return the size of the closure of a valid path, up to a limit."""
     [(count, sizes, size)] = _of_closure(store, "count(*), count(narSize), sum(narSize)", [path], _CLOSURE_MAX_PATHS)
     return Closure(count, size or 0, complete=count < _CLOSURE_MAX_PATHS and count == sizes)
 
 
 def closure_paths(store: Store, paths: Iterable[StorePath]) -> list[StorePath]:
-    """Return the paths that are valid, and all that they refer to, in turn. Raises FormatError if one has no name."""
+    """Return the valid ones of `paths`, and all paths that they refer to, directly or indirectly.
+
+    Raises FormatError if one of these is malformed in the database.
+    """
     rows = _of_closure(store, "substr(cast(path as text), ?)", paths, _NO_LIMIT, len(store.store_dir) + 2)
     return [StorePath(name) for (name,) in rows]
 
 
 def closure_hash_parts(store: Store, paths: Iterable[StorePath], limit: int) -> frozenset[str]:
-    """Return the hash parts of these paths as far as they are valid, and of all that they refer to, in turn."""
+    """Return the hash parts of the valid ones of `paths` and of all paths that they refer to, at most `limit`."""
     start = len(store.store_dir) + 2
     rows = _of_closure(store, "substr(path, ?, ?)", paths, limit, start, HASH_PART_LENGTH)
     return frozenset(hash_part for (hash_part,) in rows)
@@ -147,7 +157,7 @@ def closure_hash_parts(store: Store, paths: Iterable[StorePath], limit: int) -> 
 def _of_closure(
     store: Store, columns: str, paths: Iterable[StorePath], limit: int, *parameters: object
 ) -> list[tuple[Any, ...]]:
-    """Return these columns of the paths that a closure has, at most so many."""
+    """Return the columns of at most `limit` paths in the closure of `paths`."""
     named = json.dumps([f"{store.store_dir}/{path}" for path in paths])
     return store.database.query(_OF_CLOSURE.format(columns), named, limit, *parameters)
 

@@ -1,6 +1,6 @@
-"""The local store: the database that says which paths are valid, and the directory that holds them.
+"""Local Nix store: read-only access to its database of valid paths and to its directory, without the Nix daemon.
 
-It is only read, and without a daemon. The tables are those of Nix `src/libstore/schema.sql`, from Nix 2.3 on.
+The tables are those of Nix `src/libstore/schema.sql`, from Nix 2.3 on.
 """
 
 import os
@@ -18,10 +18,10 @@ from harmonia.nix.store_path import StorePath
 from harmonia.untrusted import excerpt
 
 BUSY_TIMEOUT_S = 2.0
-"""Seconds to wait for a locked database. Nix writes in WAL mode, where a reader never has to."""
+"""Timeout for a locked database. Nix writes in WAL mode, in which a reader does not wait."""
 
-# One statement, so that a path and its references are of one moment. The index on `path` finds the prefix.
-# SQLite lets a column hold any type; like Nix, which asks for text or a number, we get nothing else.
+# One statement, so that a path and its references are consistent. The index on `path` finds the prefix.
+# SQLite lets a column hold values of any type. The casts return only texts and numbers, like Nix's queries.
 _PATH_INFO = """
 select cast(path as text), cast(hash as text), cast(narSize as integer), cast(deriver as text), cast(sigs as text),
   cast(ca as text),
@@ -32,8 +32,8 @@ from ValidPaths as found where path >= ? order by path limit 1
 
 _NEED_SIGNATURES = "select cast(path as text) from ValidPaths where coalesce(ca, '') = ''"
 
-# Tables that come with the first use of content-addressed derivations (Nix `src/libstore/ca-specific-schema.sql`), one
-# kind up to Nix 2.34, the other since then. None is taken away again.
+# Nix creates these tables at the first use of content-addressed derivations (`src/libstore/ca-specific-schema.sql`):
+# Realisations up to Nix 2.34, BuildTraceV3 later. It never drops them.
 _TABLES = "select count(*) from sqlite_master where type = 'table' and name in (?, ?)"
 _REALISATION = """
 select cast(path as text), cast(signatures as text),
@@ -55,6 +55,7 @@ _Signature = tuple[int, int, int, int]
 
 
 def _signature(path: str) -> _Signature | None:
+    """Return values that change when the file is replaced or written, or None if there is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -63,10 +64,10 @@ def _signature(path: str) -> _Signature | None:
 
 
 class Database:
-    """One read-only connection to a `db.sqlite`: opened when it is needed, and again when the file was replaced.
+    """A read-only connection to a `db.sqlite`, opened at the first query, and again if the file was replaced.
 
-    For one thread at a time. Its methods raise StoreUnavailableError where the database is busy for longer than
-    `timeout` seconds, gone, or not a database.
+    Not thread-safe. The methods raise StoreUnavailableError if the database is busy for longer than `timeout` seconds,
+    missing, or not a database.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -78,32 +79,34 @@ class Database:
         self._openings = 0
 
     def query(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """Return all rows of a statement."""
         try:
             while True:
                 rows = self._connected().execute(statement, parameters).fetchall()
-                # SQLite takes no lock on an immutable database: what was read counts if nobody wrote meanwhile.
+                # SQLite does not lock an immutable database. The rows are consistent if no process wrote meanwhile.
                 if self._opened == self._state():
                     return rows
-        except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:  # the last two: of some damage
+        except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:  # damage can raise the last two
             self.close()
-            raise StoreUnavailableError(f"cannot read {self._path}: {str(error) or 'no memory for it'}") from error
+            raise StoreUnavailableError(f"cannot read {self._path}: {str(error) or 'out of memory'}") from error
 
     def generation(self) -> Hashable:
-        """A value that is another one after anything in the database changed. Costs no disk access."""
+        """Return a token that changes whenever the database changes (PRAGMA data_version). No disk access."""
         [(version,)] = self.query("pragma data_version")
-        return self._openings, version  # each connection counts from the same start
+        return self._openings, version  # data_version starts again with each connection
 
     def close(self) -> None:
+        """Close the connection. The next query opens it again."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
 
     def _state(self) -> Hashable:
-        """What must not change, or the connection sees no truth: the file, and of an immutable one its content."""
-        found = _signature(self._path)
-        if found is None:
-            raise FileNotFoundError("the file is gone")
-        return (found, _signature(self._path + "-wal")) if self._immutable else found[:2]
+        """Return the state in which the connection is usable: the file, and also its content if it is immutable."""
+        signature = _signature(self._path)
+        if signature is None:
+            raise FileNotFoundError("the file does not exist")
+        return (signature, _signature(self._path + "-wal")) if self._immutable else signature[:2]
 
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and self._opened != self._state():
@@ -112,8 +115,8 @@ class Database:
             try:
                 self._connection = self._open("mode=ro", immutable=False)
             except sqlite3.OperationalError as error:
-                # Unprivileged, SQLite reads a WAL database only while its -shm file exists, and Nix up to 2.21 removes
-                # that when it closes. While no log holds rows, the file alone is then the whole truth.
+                # Without write permission, SQLite reads a WAL database only if its -shm file exists. Nix up to 2.21
+                # removes that file when it closes the database. If the log has no rows, the database file is complete.
                 if error.sqlite_errorcode & 0xFF not in _NO_SHM:
                     raise
                 self._connection = self._open("immutable=1", immutable=True)
@@ -122,14 +125,14 @@ class Database:
     def _open(self, mode: str, *, immutable: bool) -> sqlite3.Connection:
         self._immutable = immutable
         self._openings += 1
-        self._opened = self._state()  # before the file is read: a change in between is then noticed
+        self._opened = self._state()  # before the file is read, so that a later change is detected
         if immutable and self._has_log():
-            raise sqlite3.OperationalError("its log holds rows, and cannot be read for want of the -shm file")
+            raise sqlite3.OperationalError("its log has rows, which cannot be read without the -shm file")
         uri = f"file:{quote(self._path)}?{mode}"
         connection = sqlite3.connect(
             uri, uri=True, timeout=self._timeout, isolation_level=None, check_same_thread=False
         )
-        # Text that is no UTF-8 spoils its own row, not the search that comes across it.
+        # Text that is not UTF-8 must not make a search fail. It only makes its own row malformed.
         connection.text_factory = lambda text: text.decode(errors="backslashreplace")
         try:
             connection.execute("select 1 from ValidPaths limit 1").fetchall()
@@ -139,13 +142,14 @@ class Database:
         return connection
 
     def _has_log(self) -> bool:
-        return any(found and found[3] for found in map(_signature, (self._path + "-wal", self._path + "-journal")))
+        return any(file and file[3] for file in map(_signature, (self._path + "-wal", self._path + "-journal")))
 
 
 class Store:
-    """A store by its directories and its database: paths are named by `store_dir` and lie in `real_dir`.
+    """A store with its directories and its database. Store paths begin with `store_dir`; their files are in `real_dir`.
 
-    For one thread at a time. Its methods block, if only for an index probe, and raise StoreUnavailableError.
+    Not thread-safe. The methods block, often for one index lookup only. They raise StoreUnavailableError if the
+    database cannot be read.
     """
 
     def __init__(self, store_dir: str, real_dir: str, db_path: str, timeout: float = BUSY_TIMEOUT_S) -> None:
@@ -155,22 +159,25 @@ class Store:
 
     @classmethod
     def of(cls, settings: Settings) -> "Store":
-        """The store that the settings tell of."""
+        """Return the store of the settings."""
         return cls(settings.virtual_nix_store, settings.real_store, settings.database)
 
     def real_path(self, path: StorePath) -> bytes:
-        """Where the store object is on disk."""
+        """Return the path of the store object on disk."""
         return os.fsencode(f"{self.real_dir}/{path}")
 
     def relative(self, path: str) -> str | None:
-        """Return a path as named in the store directory, or None if it lies elsewhere."""
+        """Return a path relative to the store directory, or None if it is elsewhere."""
         for directory in (self.store_dir, self.real_dir):
             if path.startswith(f"{directory}/"):
                 return path[len(directory) + 1 :]
         return None
 
     def path_info(self, hash_part: str) -> PathInfo | None:
-        """The valid path with that hash part. StoreObjectError where its row lacks what Nix needs."""
+        """Return the valid path with this hash part, or None.
+
+        Raises StoreObjectError if the row in the database is malformed or incomplete.
+        """
         prefix = f"{self.store_dir}/{hash_part}"
         rows = self.database.query(_PATH_INFO, prefix)
         if not rows or not rows[0][0].startswith(prefix):
@@ -178,7 +185,7 @@ class Store:
         path, nar_hash, nar_size, deriver, sigs, ca, references = rows[0]
         try:
             if nar_size is None or nar_size <= 0:
-                raise FormatError("its NAR size is not known")
+                raise FormatError("its NAR size is unknown")
             if ca:
                 content_address.parse(ca)
             return PathInfo(
@@ -191,28 +198,34 @@ class Store:
                 ca=ca or None,
             )
         except FormatError as error:
-            raise StoreObjectError(f"the database's row for {excerpt(path)} is of no use: {error}") from error
+            raise StoreObjectError(f"cannot use the database's row for {excerpt(path)}: {error}") from error
 
     def valid_paths(self) -> tuple[list[str], int]:
-        """All valid paths in full, sorted, whether or not their rows are of use, and the sum of their NAR sizes."""
+        """Return all valid paths in full, sorted, even those with malformed rows, and the sum of their NAR sizes."""
         rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
         return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
 
     def need_signatures(self) -> set[str]:
-        """The valid paths, in full, that clients take only with a signature: those that are not content-addressed."""
+        """Return the full valid paths that are not content-addressed, which clients accept only with a signature."""
         return {row[0] for row in self.database.query(_NEED_SIGNATURES)}
 
     def realisation(self, derivation_hash: str, output: str) -> Realisation | None:
-        """What the output of the derivation with that hash came out as. StoreObjectError where its row is of no use."""
+        """Return the realisation of an output of the derivation with this hash, or None. For Nix up to 2.34.
+
+        Raises StoreObjectError if the row in the database is malformed.
+        """
         return self._realisation(("Realisations", "RealisationsRefs"), _REALISATION, derivation_hash, output)
 
     def build_trace(self, derivation: str, output: str) -> Realisation | None:
-        """The same, of the derivation of that name."""
+        """Return the realisation of an output of the derivation with this base name, or None. For Nix newer than 2.34.
+
+        Raises StoreObjectError if the row in the database is malformed.
+        """
         return self._realisation(("BuildTraceV3", "BuildTraceV3"), _BUILD_TRACE, derivation, output)
 
     def _realisation(self, tables: tuple[str, str], statement: str, derivation: str, output: str) -> Realisation | None:
-        there = self.database.query(_TABLES, *tables)[0][0] == len(set(tables))
-        rows = self.database.query(statement, derivation, output) if there else []
+        have_tables = self.database.query(_TABLES, *tables)[0][0] == len(set(tables))
+        rows = self.database.query(statement, derivation, output) if have_tables else []
         if not rows:
             return None
         path, sigs, dependent = rows[0]
@@ -224,13 +237,13 @@ class Store:
                 dict(zip(words[::2], map(self._store_path, words[1::2]), strict=True)),
             )
         except FormatError as error:
-            raise StoreObjectError(f"the database's row for {derivation}!{output} is of no use: {error}") from error
+            raise StoreObjectError(f"cannot use the database's row for {derivation}!{output}: {error}") from error
 
     def _store_path(self, path: str) -> StorePath:
         return StorePath.in_dir(self.store_dir, path)
 
     def check(self) -> None:
-        """That paths can be served just now: the database answers, and the store directory can be read."""
+        """Raise StoreUnavailableError if the database or the store directory cannot be read now."""
         self.database.query("select 1 from ValidPaths limit 1")
         try:
             with os.scandir(self.real_dir) as entries:

@@ -57,7 +57,7 @@ def test_it_tells_why_the_daemon_refuses(place: Path, version: int, error: bytes
     with (
         DaemonServer(place, version, number(0x63787470) + error) as server,
         Daemon(server.path, 5) as daemon,
-        pytest.raises(RemoteError, match="the Nix daemon says: no luck"),
+        pytest.raises(RemoteError, match="the Nix daemon reports: no luck"),
     ):
         daemon.add_temp_root(ROOT)
 
@@ -65,12 +65,12 @@ def test_it_tells_why_the_daemon_refuses(place: Path, version: int, error: bytes
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "no Nix daemon"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not a Nix daemon"),
         (number(0x6478696F, 0x114), "older than that of Nix 2.3"),
-        (number(0x6478696F, 0x115, 0), "says 0x0, which is not understood"),
-        (number(0x6478696F, 0x115, 0x6F6C6D67, 1 << 40), "where 65536 is the most"),
-        (number(0x6478696F, 0x115, 0x6F6C6D67, 1, 0x100), "other bytes than zeros"),
-        (number(0x6478696F, 0x115, 0x52534C54, 1, 1, 1 << 30), "where 1024 is the most"),
+        (number(0x6478696F, 0x115, 0), "sent the unknown message 0x0"),
+        (number(0x6478696F, 0x115, 0x6F6C6D67, 1 << 40), "more than the maximum of 65536"),
+        (number(0x6478696F, 0x115, 0x6F6C6D67, 1, 0x100), "nonzero padding"),
+        (number(0x6478696F, 0x115, 0x52534C54, 1, 1, 1 << 30), "more than the maximum of 1024"),
     ],
 )
 def test_what_it_does_not_understand_it_does_not_guess(place: Path, said: bytes, why: str) -> None:

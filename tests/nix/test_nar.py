@@ -247,7 +247,7 @@ def test_a_root_that_vanished_is_not_found(root: Path) -> None:
 def test_what_a_nar_cannot_hold_is_an_error(root: Path, make: Callable[[Path], None], name: str) -> None:
     special = root.parent / name
     make(special)
-    with pytest.raises(StoreObjectError, match=f"{name} is no regular file, directory or symlink"):
+    with pytest.raises(StoreObjectError, match=f"{name} is not a regular file, directory or symlink"):
         whole(tree_reader.dump(os.fsencode(special if name == "special" else root)))
 
 
@@ -256,7 +256,7 @@ def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(StoreObjectError) as caught:
         whole(tree_reader.dump(path))
-    assert "\udcff is no regular file" in str(caught.value)
+    assert "\udcff is not a regular file" in str(caught.value)
 
 
 # What is opened, and when.

@@ -193,4 +193,4 @@ def test_what_is_in_no_store_is_404(serve: Callable[[], Server], store: StoreBui
         connection.execute("update ValidPaths set path = ?", ("/nix/store/nonsense",))
     server = serve()
     assert server.get(f"/build-trace-v2/{DRV}/out.doi").status == 404
-    assert server.wait_for_log(f"the database's row for {DRV}!out is of no use")
+    assert server.wait_for_log(f"cannot use the database's row for {DRV}!out")

@@ -133,7 +133,7 @@ def test_other_settings(
     for _ in range(10):
         assert found(server, TWO) == answer_for(two, TWO)
     server.stop()
-    assert any("kept in memory" in line for line in server.log) == bool(cache_dir)
+    assert any("keeping it in memory" in line for line in server.log) == bool(cache_dir)
     assert not [line for line in server.log if "Traceback" in line]
 
 

@@ -80,7 +80,9 @@ def test_a_path_with_a_malformed_content_address_is_404_and_logged(
     server = start(store=tmp_path / "store")
     for query in ("", "?json"):
         assert server.get(f"/{path.path.hash_part}.narinfo{query}").status == 404
-        assert server.wait_for_log(r"ERROR .*-path' is of no use: malformed content address 'fixed:nonsense'")
+        assert server.wait_for_log(
+            r"ERROR .*cannot use the database's row for .*-path': malformed content address 'fixed:nonsense'"
+        )
 
 
 def test_content_address_and_empty_references(server: Server, shared_store: StoreBuilder) -> None:
