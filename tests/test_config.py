@@ -996,5 +996,5 @@ def test_no_text_does_worse_than_one_line_of_complaint(text: str) -> None:
 
 def test_publish_and_upstream_together_are_an_error() -> None:
     text = "[publish]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
-    with pytest.raises(ConfigError, match=r"^harmonia.toml:1: publish: .*give one or the other"):
+    with pytest.raises(ConfigError, match=r"^harmonia.toml:1: publish: .*set one or the other"):
         parse(text, "harmonia.toml", {})
