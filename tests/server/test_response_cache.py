@@ -17,6 +17,9 @@ from support.running import Answer, Server, nar_url, patched, read_answer, wait_
 Start = Callable[..., Server]
 
 LIMIT = 20_000
+# The index of debug info opens the database in its own thread. Meanwhile, SQLite may report the database as busy, and
+# then the server does not remember its next answer.
+SETTINGS = "nar_compression = 'none'\ndebug_info = false"
 TELL = f"""
 import os, sys
 from harmonia.server.http.response_cache import ResponseCache
@@ -54,7 +57,7 @@ def info(store: StoreBuilder) -> PathInfo:
 @pytest.fixture
 def server(start: Start, info: PathInfo, tmp_path: Path) -> Server:  # noqa: ARG001 (the store is to have it)
     # Whether a NAR was compressed by another process is looked up again after a second.
-    return start(store=tmp_path / "store", settings="nar_compression = 'none'", program=TELLING)
+    return start(store=tmp_path / "store", settings=SETTINGS, program=TELLING)
 
 
 def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
@@ -162,7 +165,7 @@ def test_what_is_not_there_is_told_again_until_it_is(
 
 def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, info: PathInfo, tmp_path: Path) -> None:
     program = patched(f"{TELL}\nfrom harmonia.server import path_lookup; path_lookup._MAX_PATHS = 1")
-    server = start(store=tmp_path / "store", settings="nar_compression = 'none'", program=program)
+    server = start(store=tmp_path / "store", settings=SETTINGS, program=program)
     with server.connect() as connection:
         client = Client(connection, server)
         client.ask(head(info))
