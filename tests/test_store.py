@@ -263,7 +263,7 @@ class TestTrouble:
             for _ in range(2):
                 with pytest.raises(StoreUnavailableError, match="locked"):
                     look_up(store, info)
-            assert 2 * TIMEOUT <= time.monotonic() - started < 2 * TIMEOUT + 5
+            assert time.monotonic() - started >= 2 * TIMEOUT
         assert look_up(store, info) == info
 
     @pytest.mark.parametrize("opened", [False, True])

@@ -42,9 +42,8 @@ Start = Callable[..., Server]
 PATIENT = "upstream_timeout = 20.0"  # so that a busy machine makes nothing a miss
 IMPATIENT = "upstream_timeout = 0.5"
 PROBING = patched("from harmonia.upstream import breaker; breaker.LONGEST_DELAY = 0.2")  # those that are not there yet
-SLOW: dict[str, Any] = {"timeout": 60.0, "connect_timeout": 60.0}
-"""An upstream that ends no question by itself: only `upstream_timeout` does."""
-SOON = 20  # seconds: long after IMPATIENT, long before SLOW
+SLOW: dict[str, Any] = {"timeout": 600.0, "connect_timeout": 600.0}
+"""An upstream whose questions end by nothing but `upstream_timeout`: a client that waits for them fails its test."""
 
 
 @pytest.fixture(scope="module")
@@ -864,10 +863,10 @@ def test_a_nar_that_does_not_come_is_a_plain_miss(
 ) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = FAULTS[fault]
-    server = begin(entry(upstream, timeout=1.0, connect_timeout=1.0))
-    began = time.monotonic()
+    # Bounds other than 1 s and 1 s + 1 s, such as those of the defaults, never end.
+    bounded = patched("import asyncio as a\nof = a.timeout\na.timeout = lambda s: of(s if s in (1, 2) else None)")
+    server = begin(entry(upstream, timeout=1.0, connect_timeout=1.0), program=bounded)
     assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).status == 404
-    assert time.monotonic() - began < 9  # by default it would be 12
 
 
 def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_error_of_ours(
@@ -978,9 +977,7 @@ def test_a_miss_is_answered_within_the_bound(begin: Start, upstream: UpstreamSer
     upstream.behaviours["narinfo"] = FAULTS[fault]
     server = begin(entry(upstream, **SLOW), settings=IMPATIENT)
     for method in ("GET", "HEAD"):
-        began = time.monotonic()
         answer = server.request(method, narinfo_path(there))
-        assert time.monotonic() - began < SOON
         assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
 
 
@@ -991,12 +988,8 @@ def test_dead_upstreams_delay_neither_start_nor_misses(begin: Start, store: Stor
         silent.behaviours["."] = hang
         server = begin(*dead, entry(silent, **SLOW), settings=IMPATIENT, up=False)
         for number in range(3):
-            began = time.monotonic()
             assert server.get(f"/{number:032}.narinfo").status == 404
-            assert time.monotonic() - began < SOON
-        began = time.monotonic()
         assert server.get(f"/{here.path.hash_part}.narinfo").status == 200
-        assert time.monotonic() - began < SOON
         assert server.get("/health").text == "OK\n"
         assert server.get("/health?verbose").text.count(": down\n") == 2
 
@@ -1189,10 +1182,8 @@ def test_of_equal_ones_the_fastest_wins(begin: Start, upstream: UpstreamServer, 
         for each in (upstream, slow):
             each.add(there.info, there.file, there.nar, keys=(KEY,))
         slow.behaviours["narinfo"] = hang
-        server = begin(entry(slow), entry(upstream))
-        began = time.monotonic()
+        server = begin(entry(slow, **SLOW), entry(upstream), settings="upstream_timeout = 600.0")
         assert server.get(narinfo_path(there)).status == 200
-        assert time.monotonic() - began < 9
 
 
 def test_a_slow_one_does_not_hold_up_the_next(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
@@ -1417,9 +1408,7 @@ def test_their_upstreams_are_bounded_too(begin: Start, upstream: UpstreamServer,
     upstream.behaviours["."] = FAULTS[fault]
     drv = "0" * 32 + "-there.drv"
     for path in (f"/log/{drv}", f"/{'0' * 32}.ls", f"/build-trace-v2/{drv}/out.doi", f"/debuginfo/{'0' * 40}"):
-        began = time.monotonic()
         assert server.get(path).status == 404
-        assert time.monotonic() - began < SOON
 
 
 # Harmonias among themselves
@@ -1479,19 +1468,17 @@ def test_a_question_does_not_go_round_in_circles(
     servers = []
     for number, port in enumerate(ports):
         others = [
-            f"[[upstream]]\nurl = 'http://127.0.0.1:{ports[(number + each) % size]}'\n"
+            f"[[upstream]]\nurl = 'http://127.0.0.1:{ports[(number + each) % size]}'\ntimeout = 600.0\n"
             for each in range(1, upstreams + 1)
         ]
         where = tmp_path / ("far" if number == size - 1 else "store")
-        settings = f"access_log = true\n{PATIENT}\n" + "".join(others)
+        settings = "access_log = true\nupstream_timeout = 600.0\n" + "".join(others)
         servers.append(start(store=where, bind=f"127.0.0.1:{port}", settings=settings, program=PROBING))
     for server in servers:
         wait_until(partial(all_up, server, upstreams))
     answer = servers[0].get(f"/{info.path.hash_part}.narinfo")
     assert answer.status == 200
-    began = time.monotonic()
     assert servers[0].get(f"/{'0' * 32}.narinfo").status == 404
-    assert time.monotonic() - began < 9
     for server in servers:
         server.stop()
     asked = [line for server in servers for line in server.log if f"{'0' * 32}.narinfo" in line and "' 404 " in line]

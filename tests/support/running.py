@@ -29,8 +29,8 @@ from support import preloaded
 
 PATIENCE_S = 120.0
 """How long anything is waited for that comes at once on an idle machine: a bound against hangs only."""
-GRACE_S = 25
-"""Less than the grace of a server that stops, by default 30 s: what ends within it has not waited for that."""
+LONG_GRACE = "shutdown_grace = 600"
+"""The setting of a server whose end comes only after PATIENCE_S if it waits for its grace."""
 HARMONIA = preloaded.HARMONIA
 NO_CACHE = Path("/proc/none")
 """A directory that nobody can make, root neither."""

@@ -101,7 +101,7 @@ class UpstreamServer(ThreadServer):
 
 def hang(handler: Handler) -> None:
     """Say nothing."""
-    handler.server.stop.wait(60)
+    handler.server.stop.wait()
     handler.close_connection = True
 
 
