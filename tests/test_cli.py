@@ -431,7 +431,7 @@ def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, progr
 
 def read_until(terminal: int, text: str) -> None:
     shown = ""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while text not in shown:
         assert select.select([terminal], [], [], deadline - time.monotonic())[0], f"no {text!r} in {shown!r}"
         shown += os.read(terminal, 4096).decode()

@@ -19,7 +19,7 @@ import pytest
 from harmonia.config import loader
 from harmonia.config.settings import Settings
 from harmonia.process import sockets
-from support.running import Sample, Server, download, nar_url, open_files, patched, read_answer, wait_until
+from support.running import PATIENCE_S, Sample, Server, download, nar_url, open_files, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
@@ -66,7 +66,7 @@ def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sampl
     server = start(store=sample.root, bind="[::]:0")
     port = int(server.url.rpartition(":")[2])
     for host in ("127.0.0.1", "::1"):
-        with socket.create_connection((host, port), timeout=20) as connection:
+        with socket.create_connection((host, port), timeout=PATIENCE_S) as connection:
             assert ask(connection) == 200
 
 

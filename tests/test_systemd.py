@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.running import HARMONIA, Sample, Server, ServiceManager, patched, read_answer
+from support.running import HARMONIA, PATIENCE_S, Sample, Server, ServiceManager, patched, read_answer
 
 Start = Callable[..., Server]
 
@@ -64,7 +64,7 @@ def activated(*passed: int) -> dict[str, object]:
 
 def ask(address: object, family: int) -> int:
     with socket.socket(family) as connection:
-        connection.settimeout(20)
+        connection.settimeout(PATIENCE_S)
         connection.connect(address)  # type: ignore[arg-type]
         connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
         return read_answer(connection).status
@@ -90,7 +90,7 @@ def test_no_connection_is_refused_across_a_restart(start: Start, sample: Sample,
         first = start(store=sample.root, workers=2, **activated(listening.fileno()))
         assert first.stop() == 0
         with socket.socket(family) as connection:
-            connection.settimeout(20)
+            connection.settimeout(PATIENCE_S)
             connection.connect(listening.getsockname())
             connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
             start(store=sample.root, workers=2, **activated(listening.fileno()))

@@ -14,7 +14,7 @@ import pytest
 
 from support.closure import Closure, build_one, instantiate
 from support.nix_client import Client
-from support.running import HARMONIA, Server, open_files
+from support.running import HARMONIA, PATIENCE_S, Server, open_files
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -66,7 +66,7 @@ def holds(client: Client, path: str) -> bool:
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
     """Wait for something that can only come while `process` runs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -21,7 +21,7 @@ from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.nginx import nginx
 from support.programs import needs
-from support.running import Server
+from support.running import PATIENCE_S, Server, wait_until
 
 CHROMIUM = shutil.which("chromium")
 
@@ -84,7 +84,7 @@ class Page:
         return answer["result"]
 
     def _receive(self) -> dict[str, Any]:
-        message: dict[str, Any] = json.loads(self._connection.recv(timeout=30))
+        message: dict[str, Any] = json.loads(self._connection.recv(timeout=PATIENCE_S))
         if "method" in message:
             self.events.append(message)
         return message
@@ -106,10 +106,7 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, script: str) -> None:
-        deadline = time.monotonic() + 20
-        while not self.run(script):
-            assert time.monotonic() < deadline, script
-            time.sleep(0.05)
+        wait_until(lambda: self.run(script))
 
     def click(self, selector: str) -> None:
         """As a mouse does it."""
@@ -155,7 +152,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         told = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not (told.exists() and "\n" in told.read_text()):
             assert time.monotonic() < deadline, "chromium does not start"
             assert process.poll() is None
@@ -174,7 +171,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
 def page(chromium: Connection) -> Iterator[Page]:
     def browser(method: str, **parameters: object) -> dict[str, Any]:
         chromium.send(json.dumps({"id": 0, "method": method, "params": parameters}))
-        while (answer := json.loads(chromium.recv(timeout=30))).get("id") != 0:
+        while (answer := json.loads(chromium.recv(timeout=PATIENCE_S))).get("id") != 0:
             pass
         result: dict[str, Any] = answer["result"]
         return result

@@ -23,7 +23,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from support.debug_info import ONE, OTHER, TWO, add, add_rows
 from support.programs import needs
-from support.running import Answer, Server, nar_url, open_files, wait_until
+from support.running import PATIENCE_S, Answer, Server, nar_url, open_files, wait_until
 
 Start = Callable[..., Server]
 
@@ -170,7 +170,7 @@ def test_two_workers_share_an_index(start: Start, store: StoreBuilder, tmp_path:
     assert found(server, ONE) == answer_for(one, ONE)
     with index_locked(server):
         seen: set[int] = set()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while len(seen) < 2 and time.monotonic() < deadline:  # neither writes, both answer
             with server.connect() as connection:
                 connection.sendall(f"GET /debuginfo/{ONE} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -19,7 +19,7 @@ def exchange(url: str, payload: bytes) -> list[Seen]:
 
 def told(url: str, payload: bytes) -> bytes:
     host, _, port = url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(payload)
         received = b""
         try:
