@@ -153,7 +153,7 @@ def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCapture
         await tried.stop()
 
     asyncio.run(run())
-    assert [record.getMessage() for record in caplog.records] == ["an upstream cannot be probed"] * 2
+    assert [record.getMessage() for record in caplog.records] == ["cannot probe an upstream"] * 2
 
 
 def test_a_breaker_opens_after_failures_in_a_row() -> None:

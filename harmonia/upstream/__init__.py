@@ -1,1 +1,1 @@
-"""Other binary caches, which are asked for what is not in the store."""
+"""Upstreams: other binary caches, which serve the paths that the local store does not have."""

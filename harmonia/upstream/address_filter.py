@@ -1,7 +1,7 @@
 """SSRF protection: a public upstream must not make us connect to private addresses.
 
-It could otherwise redirect us, or name another host in a narinfo, to reach services that answer nobody but us. The
-address that is connected to counts, whatever name led there.
+Otherwise, an upstream could redirect us, or name another host in a narinfo, to reach services of our own network. The
+filter checks the IP address of each connection, not the host name.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from aiohttp import AddrInfoType
 
 _LOCAL_DOMAINS = ("localhost", "local", "internal", "home.arpa")
-"""Names of no network but the one that a machine is in (RFC 6761, 6762, 8375, and ICANN for `internal`)."""
+"""Top-level domains that each network defines for itself (RFC 6761, 6762, 8375, and ICANN for `internal`)."""
 _NAT64 = IPv6Network("64:ff9b::/96")
 """RFC 6052 section 2.1: the last four bytes are an IPv4 address."""
 
@@ -21,10 +21,10 @@ class PrivateAddressError(OSError):
 
 
 class AddressFilter:
-    """Address filter of one upstream. The methods make the sockets of aiohttp's connectors.
+    """Address filter of one upstream. Two of its methods are socket factories for aiohttp's connectors.
 
-    An upstream is public from the first of its own addresses that is public: its DNS could otherwise name a private
-    address once, and reach all others by redirects.
+    An upstream counts as public as soon as one of its own addresses is public, and from then on. Otherwise, its DNS
+    could name a private address once, and then reach all other private addresses by redirects.
     """
 
     def __init__(self) -> None:
@@ -32,43 +32,47 @@ class AddressFilter:
         self._judged = False  # for requests through a proxy
 
     def connect_direct(self, address: AddrInfoType) -> socket.socket:
-        """Make a socket for a connection to the upstream itself. Any address is allowed."""
+        """Open a socket for a connection to the upstream itself. Any address is allowed."""
         self._is_public |= is_public(address[4][0])
         return socket.socket(*address[:3])
 
     def connect_redirected(self, address: AddrInfoType) -> socket.socket:
-        """Make a socket for a connection to another host. Raises PrivateAddressError if only that host is private."""
+        """Open a socket for a connection to another host.
+
+        Raises PrivateAddressError if the upstream is public and the address of the other host is private.
+        """
         if self._is_public and not is_public(address[4][0]):
             raise PrivateAddressError("a public upstream leads to a private address")
         return socket.socket(*address[:3])
 
     async def through_proxy(self, host: str, *, here: bool) -> None:
-        """Judge a host that a proxy connects to, by its name and the addresses that we find for it.
+        """Check a host that a proxy connects to, by its name and the addresses that our own DNS has for it.
 
-        Nothing may be found behind a proxy. An upstream without an address counts as outside, unless its name is local.
-        Raises PrivateAddressError like `connect_redirected`, unless it is the upstream itself (`here`).
+        Behind a proxy, DNS may know no address. An upstream without an address counts as public, unless its name is
+        local. With `here`, the host is the upstream itself and is allowed. Otherwise, raises PrivateAddressError like
+        `connect_redirected`.
         """
         if here and self._judged:
             return
-        found = await _addresses(host)
+        addresses = await _addresses(host)
         if here:
             self._judged = True
-            self._is_public |= any(map(is_public, found)) or not (found or is_local(host))
-        elif self._is_public and (is_local(host) or not all(map(is_public, found))):
+            self._is_public |= any(map(is_public, addresses)) or not (addresses or is_local(host))
+        elif self._is_public and (is_local(host) or not all(map(is_public, addresses))):
             raise PrivateAddressError("a public upstream leads to a private address")
 
 
 async def _addresses(host: str) -> list[str]:
-    """Return the addresses of a host as far as we find any."""
+    """Return the addresses of a host, or an empty list if DNS knows none."""
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        records = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    return [str(address[0]).partition("%")[0] for *_, address in found]
+    return [str(address[0]).partition("%")[0] for *_, address in records]
 
 
 def is_local(host: str) -> bool:
-    """Return whether a name means something else in each network."""
+    """Return whether a host name is local: each network gives it its own meaning."""
     name = host.lower().rstrip(".")
     is_address = ":" in name
     return not is_address and ("." not in name or f".{name}".endswith(tuple(f".{each}" for each in _LOCAL_DOMAINS)))

@@ -1,6 +1,6 @@
-"""An upstream's answer, whose content codings are taken off while it is read (RFC 9110 section 8.4).
+"""Response of an upstream, whose content codings are decoded while it is read (RFC 9110 section 8.4).
 
-Nobody asks for them, but caches of static files send what they have, as it is stored.
+Our requests accept identity only, but caches of static files send their files with the coding that is stored.
 """
 
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,14 +17,17 @@ from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Transport
 
 _LONG_BYTES = 64 << 10
-_MAX_EMPTY_PIECES = 1000  # in a thread at once: each stream of a file makes at least one piece
+_MAX_EMPTY_PIECES = 1000  # per call in a thread: each compressed stream of a file makes at least one piece
 
 
 class Answer:
-    """To be closed. Raise UpstreamMismatchError if the content codings are unknown."""
+    """A response, whose owner must close it: use it as a context manager, or call `close`."""
 
     def __init__(self, transport: Transport, response: aiohttp.ClientResponse, asked: str) -> None:
-        """`asked` is the URL of the question."""
+        """Take over a response to the request for the URL `asked`.
+
+        Raises UpstreamMismatchError if its content codings are unknown; then the response is closed.
+        """
         self._transport = transport
         self._response = response
         self._asked = asked
@@ -46,13 +49,13 @@ class Answer:
 
     @property
     def content_length(self) -> int | None:
-        """The bytes that can be read, if that is told."""
+        """Number of bytes that can be read, or None if the upstream does not send it."""
         return None if self.is_encoded else self._response.content_length
 
     async def read(self, most: int) -> bytes:
-        """Return the next bytes, none at the end: `most`, or what comes out of so many.
+        """Return the next bytes: `most` bytes at most, or what these decode to. Empty at the end.
 
-        Raise UpstreamUnavailableError if they do not come, UpstreamMismatchError if their content codings are wrong.
+        Raises UpstreamUnavailableError if the transfer fails, UpstreamMismatchError if the content coding is invalid.
         """
         if self._decoder is None:
             return await self._transport.read(self._response, most)
@@ -60,28 +63,30 @@ class Answer:
             try:
                 piece = await self._transport.in_thread(_next_piece, self._pieces)
             except FormatError as error:
-                raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
+                raise self._refuse(Reason.ENCODING, f"invalid Content-Encoding: {error}") from None
             if piece:
                 return piece
             if piece is None:
                 data = await self._transport.read(self._response, most)
                 if not data and not self._decoder.whole:
-                    raise self._refuse(Reason.ENCODING, "its encoded answer is cut short")
+                    raise self._refuse(Reason.ENCODING, "the encoded response is truncated")
                 if not data:
                     return b""
                 self._pieces = self._decoder.feed(data)
 
     async def read_whole(self, most: int, before_long: Callable[[], Awaitable[object]]) -> bytes:
-        """Return all bytes of a small answer. Raise UpstreamMismatchError if `most` are exceeded, sent or decoded.
+        """Return all bytes of a small response.
 
-        `before_long` is awaited before the answer takes much memory.
+        `before_long` is awaited before the response takes more than 64 KiB of memory, or is decoded. Raises
+        UpstreamMismatchError if the bytes sent, or the decoded bytes, are more than `most`, or if the content coding is
+        invalid; UpstreamUnavailableError if the transfer fails.
         """
         body = bytearray()
         is_long = False
         while data := await self._transport.read(self._response, _LONG_BYTES):
             body += data
             if len(body) > most:
-                raise self._refuse(Reason.TOO_LONG, f"it is longer than {most} bytes")
+                raise self._refuse(Reason.TOO_LONG, f"longer than {most} bytes")
             if not is_long and len(body) >= _LONG_BYTES:
                 is_long = True
                 await before_long()
@@ -92,9 +97,9 @@ class Answer:
         try:
             return await self._transport.in_thread(self._decoder.decode, bytes(body), most)
         except SizeError as error:
-            raise self._refuse(Reason.TOO_LONG, f"without its Content-Encoding, {error}") from None
+            raise self._refuse(Reason.TOO_LONG, f"after decoding its Content-Encoding: {error}") from None
         except FormatError as error:
-            raise self._refuse(Reason.ENCODING, f"its Content-Encoding is wrong: {error}") from None
+            raise self._refuse(Reason.ENCODING, f"invalid Content-Encoding: {error}") from None
 
     def _refuse(self, reason: Reason, why: str) -> UpstreamMismatchError:
         return self._transport.refusals.refuse(self._asked, reason, why)
@@ -108,7 +113,7 @@ class Answer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # One that was read to its end gives its connection back.
+        # A response that was read to its end returns its connection to the pool.
         if kind is None:
             self._response.release()
         else:
@@ -116,7 +121,7 @@ class Answer:
 
 
 def _next_piece(pieces: Iterator[bytes]) -> bytes | None:
-    """Return the next piece that is not empty, an empty one if there are many of those, or None at the end."""
+    """Return the next nonempty piece, an empty one after 1000 empty ones, or None at the end."""
     piece = None
     for piece in islice(pieces, _MAX_EMPTY_PIECES):
         if piece:

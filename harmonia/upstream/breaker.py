@@ -1,25 +1,25 @@
-"""A circuit breaker: an upstream that fails again and again is not asked, until it answers a probe."""
+"""Circuit breaker: after repeated failures, requests to an upstream stop until it answers a probe."""
 
 import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
 
-MAX_FAILURES = 3  # in a row, after which it is not asked: one or two are the network's everyday
-FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds until the next probe; it doubles with each
+MAX_FAILURES = 3  # in a row, until the circuit opens: one or two failures are normal in a network
+FIRST_DELAY, LONGEST_DELAY = 0.5, 60.0  # seconds until the next probe; the delay doubles with each probe
 
 _log = logging.getLogger("harmonia")
 
 
 class Breaker:
-    """Closed while the upstream is asked. Everything happens on one event loop.
-
-    `probe` tells whether the upstream works; it is called in the background, first at the `start`. Until that first
-    call is over, nobody knows, and `usable` waits. `changed` is told why the upstream is left alone, or None when it is
-    asked again.
-    """
+    """Circuit breaker of one upstream, on one event loop. It is closed while the upstream is used."""
 
     def __init__(self, probe: Callable[[], Awaitable[bool]], changed: Callable[[str | None], None]) -> None:
+        """Create a breaker, which `start` starts.
+
+        `probe` returns whether the upstream works. It runs in the background, first at `start`; `usable` waits for the
+        first result. `changed` is called with the cause when the breaker opens, and with None when it closes.
+        """
         self.closed = False
         self._probe = probe
         self._changed = changed
@@ -30,7 +30,7 @@ class Breaker:
         self._probing: asyncio.Task[None] | None = None
 
     def start(self, patience: float) -> None:
-        """Begin to probe. After `patience` seconds nobody waits any longer for what comes of it."""
+        """Begin to probe. `usable` waits for the first result for at most `patience` seconds."""
         self._probing = asyncio.create_task(self._probe_until_closed(0))
         asyncio.get_running_loop().call_later(patience, self._probed.set)
 
@@ -48,7 +48,10 @@ class Breaker:
         self._delay = FIRST_DELAY
 
     def failed(self, why: str, retry_after: float = 0) -> None:
-        """It failed once more, and perhaps asked to be left alone for some seconds."""
+        """Count a failure with its cause. Open after MAX_FAILURES, or at once if the upstream sent `retry_after`.
+
+        `retry_after` is the number of seconds until the next probe, at least.
+        """
         self._failures += 1
         self._retry_after = min(max(retry_after, self._retry_after), LONGEST_DELAY)
         if self.closed and (self._failures >= MAX_FAILURES or retry_after):
@@ -57,16 +60,16 @@ class Breaker:
             self._probing = asyncio.create_task(self._probe_until_closed(self._pause()))
 
     def _pause(self) -> float:
-        # It starts over only when a real question was answered: a probe that is, is no proof that those will be.
+        # Only a real request that succeeds resets the delay: a probe that succeeds does not prove that requests will.
         delay, self._delay = self._delay, min(2 * self._delay, LONGEST_DELAY)
-        pause, self._retry_after = max(delay * random.uniform(0.75, 1.25), self._retry_after), 0.0  # noqa: S311 (no secret)
+        pause, self._retry_after = max(delay * random.uniform(0.75, 1.25), self._retry_after), 0.0  # noqa: S311 (not a secret)
         return pause
 
     async def _works(self) -> bool:
         try:
             return await self._probe()
-        except Exception:  # noqa: BLE001 (a fault of ours ends no more than this probe: nobody else would probe again)
-            _log.exception("an upstream cannot be probed")
+        except Exception:  # noqa: BLE001 (a bug of ours must not end the loop of probes)
+            _log.exception("cannot probe an upstream")
             return False
 
     async def _probe_until_closed(self, pause: float) -> None:

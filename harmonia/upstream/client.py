@@ -1,4 +1,4 @@
-"""One upstream: how it is asked, and whether it is asked at all."""
+"""Client of one upstream: requests with limits, timeouts and a circuit breaker."""
 
 import asyncio
 import hashlib
@@ -20,13 +20,13 @@ from harmonia.upstream.loop_guard import PROBE
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import WHOLE, Part, Transport, UpstreamRejectedError, UpstreamUnavailableError
 
-_MAX_SMALL_REQUESTS = 100  # at once; of NARs any number: a question does not wait behind one of those
-_LONG_ANSWERS = 4  # that are in memory at once, whole; others wait for their turn
+_MAX_SMALL_REQUESTS = 100  # at once; requests for NARs are not limited, so that no small request waits behind a NAR
+_LONG_ANSWERS = 4  # whole long responses in memory at once; others wait for their turn
 _MAX_SMALL_BYTES = 2 << 20  # bytes; a narinfo with 30,000 references
-_BUFFER_BYTES = 16 << 10  # of each answer that waits for its turn
-_PARSED_AT_ONCE = 4 << 10  # bytes of an answer that are parsed on the event loop; signatures take 0.1 ms each
+_BUFFER_BYTES = 16 << 10  # of each response that waits for its turn
+_PARSED_AT_ONCE = 4 << 10  # bytes of a response that are parsed on the event loop; signatures take 0.1 ms each
 
-_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # a narinfo's URL is encoded, but for what no URL may have
+_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # left as they are: the URL in a narinfo is encoded already
 
 _T = TypeVar("_T")
 
@@ -34,12 +34,12 @@ _log = logging.getLogger("harmonia")
 
 
 class Client:
-    """To be made on the event loop that uses it."""
+    """Client of one upstream. Create it on the event loop that uses it."""
 
     def __init__(
         self, settings: Upstream, transport: Transport, counters: UpstreamCounters, store_dir: str, patience: float
     ) -> None:
-        """`patience` is after how many seconds an answer is so late that this counts as a failure."""
+        """Create a client. A response that takes longer than `patience` seconds counts as a failure."""
         self.settings = settings
         self.counters = counters
         self.keys = [PublicKey.parse(key) for key in settings.public_keys]
@@ -48,7 +48,7 @@ class Client:
         self.base = transport.base
         self.refusals = transport.refusals
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
-        """The same as long as its URL is: some NARs are found by it."""
+        """Hash of the URL, in base 32: part of the names of some NARs, so it must not change while the URL stays."""
         self.store_dir = store_dir
         self._patience = patience
         self._said: str | None = None
@@ -57,7 +57,7 @@ class Client:
 
     @property
     def identity(self) -> str | None:
-        """What it calls itself, where it is a Harmonia."""
+        """Pseudonym of the upstream in Via, or None if it is not a Harmonia."""
         return self._transport.identity
 
     async def close(self) -> None:
@@ -67,10 +67,10 @@ class Client:
     async def request(
         self, path: str, headers: Mapping[str, str], method: str = "GET", part: Part = WHOLE
     ) -> Answer | None:
-        """Request a path. Return the answer, to be released, or None if the upstream lacks it.
+        """Send a small request. Return the response, which the caller must close, or None if there is no such resource.
 
-        The answer may have the whole body although a part was requested. Raises UpstreamError if the upstream fails, or
-        is known to.
+        The response may have the whole body although a part was requested. Raises UpstreamError if the request fails,
+        or if the circuit breaker is open.
         """
         async with self._turn(path), self._question():
             url = f"{self.base}/{path}"
@@ -80,10 +80,10 @@ class Client:
     async def request_small(
         self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int = _MAX_SMALL_BYTES
     ) -> _T | None:
-        """Request a path. Return what `parse` makes of the decoded body, which has at most so many bytes.
+        """Return `parse` of the decoded body of a small resource, or None if the upstream does not have the resource.
 
-        Return None if the upstream does not have it. Raise UpstreamError if it fails, and what `parse` raises, which is
-        called in a thread if the answer is long.
+        Runs `parse` in a thread if the body is long. Raises UpstreamError if the request fails or the body has more
+        than `most` bytes, and any error of `parse`.
         """
         async with self._turn(path), AsyncExitStack() as memory:
             async with self._question():
@@ -91,7 +91,7 @@ class Client:
             return None if text is None else await self.parse(parse, text)
 
     async def parse(self, parse: Callable[[bytes], _T], text: bytes) -> _T:
-        """Return what `parse` makes of an answer, in the thread of this upstream if the answer is long."""
+        """Return `parse` of a body. Runs `parse` in the thread of this upstream if the body is long."""
         return parse(text) if len(text) < _PARSED_AT_ONCE else await self._transport.in_thread(parse, text)
 
     async def request_nar(
@@ -103,29 +103,34 @@ class Client:
         *,
         anywhere: bool,
     ) -> Answer:
-        """Request a NAR. Return the answer, to be released. A NAR that is checked may come from `anywhere`.
+        """Request a NAR. Return the response, which the caller must close.
 
-        Raises UpstreamError if the upstream fails or lacks the NAR.
+        The response may have the whole body although a part was requested. With `anywhere`, redirects to other hosts
+        are followed: only for a NAR that is verified. Raises UpstreamError if the request fails, if the circuit breaker
+        is open, or if the upstream does not have the NAR.
         """
         await self._be_usable()
         with self._counting():
             response = await self._transport.open_response(method, url, headers, part, anywhere=anywhere)
         if response is None:
-            raise self.refusals.refuse(url, Reason.MISSING_NAR, "it does not have this NAR, of which it told")
+            raise self.refusals.refuse(url, Reason.MISSING_NAR, "the narinfo names this NAR, which does not exist")
         answer = Answer(self._transport, response, url)
         self.breaker.succeeded()
         return answer
 
     async def read_answer(self, answer: Answer, most: int) -> bytes:
-        """Return the next bytes of an answer, none at its end. Raises UpstreamError if they do not arrive."""
+        """Return the next bytes of a response, `most` at most; empty at the end.
+
+        Raises UpstreamError if the transfer fails; that counts for the circuit breaker.
+        """
         with self._counting():
             return await answer.read(most)
 
     def nar_url(self, relative: str, asked: str) -> str:
-        """Return where the URL in a narinfo leads. Raise UpstreamMismatchError if it may not lead there.
+        """Return the absolute URL of a NAR. `relative` is the URL in the narinfo, `asked` the path of the narinfo.
 
-        It stays on the upstream's host, unless one of the upstream's keys has signed: else any upstream could have us
-        look into our own network. `asked` is the path of the narinfo.
+        Raises UpstreamMismatchError if the URL is malformed, or if it leads to another host and the upstream has no
+        `public_keys`: otherwise, any upstream could make us connect to hosts in our own network.
         """
         try:
             url = urljoin(self.base + "/", quote(relative.encode(errors="surrogateescape"), safe=_IN_URLS))
@@ -134,23 +139,23 @@ class Client:
         except ValueError:
             fetchable = False
         if not fetchable:
-            raise self.refusals.refuse(asked, Reason.URL_MALFORMED, f"its URL is {excerpt(relative)}")
+            raise self.refusals.refuse(asked, Reason.URL_MALFORMED, f"malformed URL {excerpt(relative)}")
         if not self._transport.is_here(url) and not self.keys:
-            why = "its URL leads to another host, and no public_keys are set"
+            why = "the URL leads to another host, and no public_keys are set"
             raise self.refusals.refuse(asked, Reason.URL_ELSEWHERE, why)
         return url
 
     async def _be_usable(self) -> None:
-        """UpstreamError where it is not. At the start, it takes a while to tell."""
+        """Raise UpstreamRejectedError if the circuit breaker is open. Waits for the first probe."""
         if not await self.breaker.usable():
-            raise UpstreamRejectedError(self.base, "it is down")
+            raise UpstreamRejectedError(self.base, "the upstream is down")
 
     @asynccontextmanager
     async def _question(self) -> AsyncGenerator[None]:
-        """A question. Who answers late has failed, although the answer is still taken."""
+        """Time a small request for the circuit breaker. A late response is used, but counts as a failure."""
         await self._be_usable()
         loop = asyncio.get_running_loop()
-        late = loop.call_later(self._patience, self._failed, "it answers late")
+        late = loop.call_later(self._patience, self._failed, "late response")
         try:
             async with self._answering():
                 yield
@@ -165,14 +170,16 @@ class Client:
 
     @asynccontextmanager
     async def _turn(self, path: str) -> AsyncGenerator[None]:
-        """To wait for it is not the upstream's fault, and nobody waits for ever: else those who come after a rush would
-        wait for all of it.
+        """Wait for one of the _MAX_SMALL_REQUESTS slots. The wait does not count as a failure of the upstream.
+
+        Raises UpstreamMismatchError after the upstream's `timeout`. Without a bound, requests that come after a burst
+        would wait for the whole burst.
         """
         try:
             async with asyncio.timeout(self.settings.timeout):
                 await self._turns.acquire()
         except TimeoutError:
-            why = f"{_MAX_SMALL_REQUESTS} other questions were unanswered for {self.settings.timeout:g} s"
+            why = f"{_MAX_SMALL_REQUESTS} other requests were pending for {self.settings.timeout:g} s"
             raise self.refusals.refuse(path, Reason.BUSY, why) from None
         try:
             yield
@@ -181,16 +188,16 @@ class Client:
 
     @asynccontextmanager
     async def _answering(self) -> AsyncGenerator[None]:
-        """UpstreamUnavailableError where that takes too long."""
+        """Raise UpstreamUnavailableError if the block takes longer than the upstream's `timeout`."""
         try:
             async with asyncio.timeout(self.settings.timeout):
                 yield
         except TimeoutError:
-            raise UpstreamUnavailableError(self.base, "it does not answer") from None
+            raise UpstreamUnavailableError(self.base, "timeout") from None
 
     @contextmanager
     def _counting(self) -> Generator[None]:
-        """A failure counts."""
+        """Count an UpstreamUnavailableError of the block as a failure of the upstream."""
         try:
             yield
         except UpstreamUnavailableError as error:
@@ -200,7 +207,10 @@ class Client:
     async def _small(
         self, path: str, headers: Mapping[str, str], memory: AsyncExitStack, most: int = _MAX_SMALL_BYTES
     ) -> bytes | None:
-        """Return the body of an answer, None if there is none. It has a turn for its memory while `memory` is open."""
+        """Return the body of a small resource, or None if it does not exist.
+
+        A long body takes one of the _LONG_ANSWERS slots until `memory` is closed.
+        """
         url = f"{self.base}/{path}"
         response = await self._transport.open_response("GET", url, headers, buffer_bytes=_BUFFER_BYTES)
         if response is None:
@@ -215,18 +225,18 @@ class Client:
     def _changed(self, why_not: str | None) -> None:
         self.counters.set_up(why_not is None)
         if why_not is None:
-            self._say("is used", logging.INFO)
+            self._say("is up", logging.INFO)
         else:
-            self._say(f"is left alone until it answers again: {why_not}")
+            self._say(f"is down: {why_not}; it is probed until it answers")
 
     def _say(self, what: str, level: int = logging.WARNING) -> None:
-        """Once, however often a probe finds the same."""
+        """Log a new state of the upstream once, also if several probes in a row have the same result."""
         if what != self._said:
             self._said = what
             _log.log(level, "upstream %s %s", self.base, what)
 
     async def _probe(self) -> bool:
-        """Whether it is a cache of our store, and answers."""
+        """Return whether the upstream answers and is a cache for our store directory."""
         try:
             with self._counting():
                 async with self._answering(), AsyncExitStack() as memory:
@@ -235,11 +245,11 @@ class Client:
             self._say(f"cannot be used: {error.why}")
             return False
         if text is None:
-            self._say("has no nix-cache-info: is its URL right?")
+            self._say("cannot be used: it has no nix-cache-info; check its url")
             return False
         lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
         fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
         if fields.get("StoreDir", self.store_dir) != self.store_dir:
-            self._say(f"cannot be used: it is for the store {excerpt(fields['StoreDir'])}")
+            self._say(f"cannot be used: its store directory is {excerpt(fields['StoreDir'])}, not {self.store_dir}")
             return False
         return True

@@ -1,6 +1,7 @@
-"""Which NARs of upstreams could not be had a moment ago: their narinfos are 404, so that clients ask other caches.
+"""Recently failed NARs of upstreams. Their narinfos are answered with 404, so that clients ask other caches.
 
-All workers share a table in memory, made before the fork: a client asks one for the narinfo and another for the NAR.
+All workers share a hash table in memory, which is created before the fork: a client may request the narinfo from one
+worker and the NAR from another.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import struct
 import time
 
 TTL_S = 30.0
-_SLOTS = 4096  # another NAR that comes to the same one takes it over, and the first is tried anew
+_SLOTS = 4096  # a NAR with the same slot as another one replaces it; the replaced NAR is requested again
 _SLOT = struct.Struct("<24sd")
 
 
@@ -18,7 +19,7 @@ class FailedNars:
         self._table = mmap.mmap(-1, _SLOTS * _SLOT.size)
 
     def add(self, upstream: str, key: str) -> None:
-        """Remember that this upstream does not have the NAR of that key."""
+        """Remember for TTL_S that this upstream does not have the NAR with this key."""
         digest, place = _place(upstream, key)
         _SLOT.pack_into(self._table, place, digest, time.monotonic() + TTL_S)
 
@@ -28,8 +29,8 @@ class FailedNars:
 
     def has(self, upstream: str, key: str) -> bool:
         digest, place = _place(upstream, key)
-        found, until = _SLOT.unpack_from(self._table, place)
-        return bool(found == digest and time.monotonic() < until)
+        stored_digest, until = _SLOT.unpack_from(self._table, place)
+        return bool(stored_digest == digest and time.monotonic() < until)
 
 
 def _place(upstream: str, key: str) -> tuple[bytes, int]:

@@ -1,4 +1,4 @@
-"""What headers of an upstream's answer say, in every form that RFC 9110 allows."""
+"""Parsers of response header fields, for every form that RFC 9110 allows."""
 
 import re
 import time
@@ -20,7 +20,7 @@ Headers = CIMultiDictProxy[str]
 
 
 def elements(headers: Headers, name: str) -> Iterator[str]:
-    """Yield the elements of a list, in lower case, however many lines it is on (sections 5.3, 5.6.1)."""
+    """Yield the elements of a list field, in lower case, from all lines of the field (sections 5.3, 5.6.1)."""
     for line in headers.getall(name, ()):
         for element in line.split(","):
             if stripped := element.strip(" \t").lower():
@@ -32,18 +32,18 @@ def accepts_ranges(headers: Headers) -> bool:
 
 
 def content_range_start(headers: Headers) -> int | None:
-    """Return the position of the first byte of a partial answer, None if it is not told."""
+    """Return the position of the first byte of a partial response, or None if Content-Range is missing or malformed."""
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip(" \t"))
     return integer(match[1], _MAX_POSITION) if match else None
 
 
 def retry_after_s(headers: Headers) -> float:
-    """Return the seconds of Retry-After, which are told as such or as a date (section 10.2.3). Without it, 0."""
+    """Return the seconds of Retry-After, a number or a date (section 10.2.3); 0 if it is missing or malformed."""
     text = headers.get("Retry-After", "").strip(" \t")
     if (seconds := integer(text, _MAX_SECONDS)) is not None:
         return seconds
     try:
         date = parsedate_to_datetime(text[:100])
-        return max(date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time(), 0)  # the form of asctime has none
+        return max(date.replace(tzinfo=date.tzinfo or UTC).timestamp() - time.time(), 0)  # asctime dates have no zone
     except (ValueError, OverflowError):
         return 0

@@ -1,4 +1,4 @@
-"""What all upstreams together know of a path. Each question is asked once, however many want to know."""
+"""Lookup of paths and NARs in all upstreams: by priority, cached, with single flight for each path."""
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
@@ -20,10 +20,12 @@ from harmonia.upstream.tasks import Tasks
 
 _T = TypeVar("_T")
 Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
-"""Asks one upstream something, with these headers. UpstreamError where it fails."""
+"""Requests a resource from one upstream, with these headers. Raises UpstreamError if that fails."""
 
 
 class UpstreamPool:
+    """All upstreams of a worker."""
+
     def __init__(
         self,
         clients: Sequence[Client],
@@ -32,7 +34,7 @@ class UpstreamPool:
         failed: FailedNars,
         narinfos: NarinfoCache | None = None,
     ) -> None:
-        """`bound` is after how many seconds a question is answered with no, whoever has yet to answer."""
+        """Create the pool. A lookup without a response after `bound` seconds is answered with None."""
         self.clients = sorted(clients, key=lambda client: client.settings.priority)
         self.identity = identity
         self._bound = bound
@@ -52,61 +54,69 @@ class UpstreamPool:
             await client.close()
 
     async def lookup_path(self, hash_part: str, via: Via) -> RemotePath | None:
-        """Who has the path with that hash part. None also where nobody has told in time: then the next may hear it.
+        """Return the path with this hash part, or None if no upstream has it or none answers within `bound` seconds.
 
-        If no upstream has it, or none answers, a path whose narinfo and NAR are in the cache is found there.
+        A late response is cached for the next lookup. If no upstream has the path, or none answers, return it from the
+        cache if both its narinfo and its NAR are there.
         """
         if via.is_loop(self.identity):
             return None
         return await self._lookup_remote(hash_part, via) or await self.lookup_cached_path(hash_part)
 
     async def lookup_cached_path(self, hash_part: str) -> RemotePath | None:
-        """Return a path whose narinfo and NAR are in the cache, without asking any upstream."""
+        """Return a path whose narinfo and NAR are in the cache, or None. Sends no request."""
         return None if self._narinfos is None else await self._narinfos.lookup_path(hash_part)
 
     def keep_narinfo(self, hash_part: str, via: Via) -> None:
-        """Have the narinfo of a path in the cache, too, whose NAR is: it came with another path of the same content."""
+        """Fetch the narinfo of a path into the cache in the background, if it is missing there.
+
+        For a path whose NAR is cached already, because another path with the same content was downloaded.
+        """
         if self._narinfos is not None:
             self._tasks.spawn_shared(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
-        if not await narinfos.has_narinfo(hash_part) and (found := await self._lookup_remote(hash_part, via)):
-            await narinfos.keep(found)
+        if not await narinfos.has_narinfo(hash_part) and (path := await self._lookup_remote(hash_part, via)):
+            await narinfos.keep(path)
 
     async def _lookup_remote(self, hash_part: str, via: Via) -> RemotePath | None:
-        # Who has it has it for all. Who has not may have been kept from asking others, by the way the question came.
+        # A hit is valid for all requests. A miss is valid only for the same Via, which excludes some upstreams.
         for key in ((hash_part, Via()), (hash_part, via)):
-            known = self._lookup_cache.get(key)
-            if known is not None and not (known.found and self._is_useless(known.found, via)):
-                return known.found
+            cached = self._lookup_cache.get(key)
+            if cached is not None and not (cached.found and self._is_useless(cached.found, via)):
+                return cached.found
         task = self._once((hash_part, via), lambda: self._ask_for_path(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
         return task.result() if done else None
 
     async def lookup_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> RemotePath | None:
-        """Who has the NAR of that name, or one like it: packed anew, perhaps, but in the same compression.
+        """Return a path whose NAR has this name, or else one with the same content and compression.
 
-        Nobody who has failed. This takes its time: a client that asks for a NAR knows that there is one.
+        The second may be another file: the same NAR, compressed again. Upstreams in `failed` are not asked. This waits
+        for all other upstreams without a bound, because a client that requests a NAR knows that it exists.
         """
         if via.is_loop(self.identity):
             return None
-        known = self._lookup_cache.get((name.hash_part, Via()))
-        found = known.found if known else None
-        if found and found.name == name and found.client not in failed and not self._is_useless(found, Via()):
-            return found
+        cached = self._lookup_cache.get((name.hash_part, Via()))
+        path = cached.found if cached else None
+        if path and path.name == name and path.client not in failed and not self._is_useless(path, Via()):
+            return path
         return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
 
-    def mark_failed(self, found: RemotePath) -> None:
-        """Its NAR cannot be had: for a moment, nothing is said of the path that only this upstream says."""
-        self._lookup_cache.forget((found.info.path.hash_part, Via()))
-        self._failed.add(found.client.id, found.name.key)
+    def mark_failed(self, path: RemotePath) -> None:
+        """Remember that the NAR of a path cannot be downloaded: for 30 s, its upstream counts as without the path."""
+        self._lookup_cache.forget((path.info.path.hash_part, Via()))
+        self._failed.add(path.client.id, path.name.key)
 
-    def _is_useless(self, found: RemotePath, via: Via) -> bool:
-        """Return whether the upstream asks us, or its NAR could not be had."""
-        return found.client.identity in via.through or self._failed.has(found.client.id, found.name.key)
+    def _is_useless(self, path: RemotePath, via: Via) -> bool:
+        """Return whether the request came from the path's upstream, or the NAR's download failed recently."""
+        return path.client.identity in via.through or self._failed.has(path.client.id, path.name.key)
 
     async def first_answer(self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
-        """The first answer of all upstreams, within the bound. What comes later, or second, is discarded."""
+        """Return the first result other than None of all upstreams, or None if there is none within the bound.
+
+        `discard` is called with each further or later result.
+        """
         if via.is_loop(self.identity):
             return None
 
@@ -125,10 +135,11 @@ class UpstreamPool:
     async def _first(
         self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None
     ) -> tuple[_T | None, bool]:
-        """The first answer of all upstreams, and whether all have answered that were to be asked.
+        """Return the first result other than None, and whether the result is certain: a hit, or all upstreams answered.
 
-        Those of the lowest priority are asked first, all at once; others when these have no answer, or keep us waiting.
-        Whoever is slower is still heard out: else its connection had to be closed, and its slowness went unnoticed.
+        Upstreams with the lowest priority number are asked first, all at once. The next ones are asked when these have
+        no result, or after a share of the bound. Requests to slower upstreams are not cancelled: a cancelled request
+        closes its connection, and the circuit breaker would not see that the upstream is slow.
         """
         clients = [client for client in self.clients if client.identity not in {*via.through, *via.asked}]
         headers = via.headers(self.identity, [client.identity for client in clients])
@@ -146,7 +157,7 @@ class UpstreamPool:
                             failed = {task for task in done if isinstance(task.exception(), UpstreamError)}
                             sure = sure and not failed
                             answers = [task for task in done - failed if task.result() is not None]
-                            running |= set(answers[1:])  # to be discarded
+                            running |= set(answers[1:])  # discarded below
                             if answers:
                                 return answers[0].result(), True
             return None, sure
@@ -156,15 +167,15 @@ class UpstreamPool:
 
     async def _ask_for_path(self, hash_part: str, via: Via) -> RemotePath | None:
         async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
-            found = await fetch_narinfo(client, hash_part, headers)
-            return None if found and self._failed.has(client.id, found.name.key) else found
+            path = await fetch_narinfo(client, hash_part, headers)
+            return None if path and self._failed.has(client.id, path.name.key) else path
 
-        found, sure = await self._first(ask, via)
-        if found or sure:
-            self._lookup_cache.remember((hash_part, Via() if found else via), found)
-        if found and self._narinfos is not None:
-            self._tasks.spawn_shared(self._narinfos.keep(found))  # it may have changed
-        return found
+        path, sure = await self._first(ask, via)
+        if path or sure:
+            self._lookup_cache.remember((hash_part, Via() if path else via), path)
+        if path and self._narinfos is not None:
+            self._tasks.spawn_shared(self._narinfos.keep(path))  # the narinfo may have changed
+        return path
 
     async def _ask_for_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> RemotePath | None:
         alike: list[RemotePath] = []
@@ -173,23 +184,23 @@ class UpstreamPool:
         async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
             if client in failed or not name.may_be_at(client.id):
                 return None
-            found = await fetch_narinfo(client, name.hash_part, headers)
-            if found and (found.name.nar_hash, found.name.compression) == (name.nar_hash, name.compression):
-                if self._failed.has(client.id, found.name.key):
-                    failed_before.append(found)
-                elif found.name == name:
-                    return found
+            path = await fetch_narinfo(client, name.hash_part, headers)
+            if path and (path.name.nar_hash, path.name.compression) == (name.nar_hash, name.compression):
+                if self._failed.has(client.id, path.name.key):
+                    failed_before.append(path)
+                elif path.name == name:
+                    return path
                 else:
-                    alike.append(found)
+                    alike.append(path)
             return None
 
-        found, _ = await self._first(ask, via)
-        return found or next(iter(alike + failed_before), None)
+        path, _ = await self._first(ask, via)
+        return path or next(iter(alike + failed_before), None)
 
     def _once(
         self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, RemotePath | None]]
     ) -> "asyncio.Future[RemotePath | None]":
-        """The answer to a question that is asked once at a time, however many want to know."""
+        """Return the future of a lookup, which all callers with the same `question` share while it runs."""
         return self._asking.start(question, lambda: self._tasks.spawn(ask()))
 
 

@@ -1,4 +1,4 @@
-"""Lookup cache: LRU of paths that upstreams have or lack, each with a TTL."""
+"""Lookup cache: bounded LRU of paths that the upstreams have or lack, each with a TTL."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,22 +12,24 @@ from harmonia.upstream.remote_path import RemotePath
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-POSITIVE_TTL_S = 3600.0  # seconds: as long as no signature is withdrawn, what is said of a path stays true
-_NEGATIVE_TTL_S = 30.0  # seconds: long enough for a client that asks twice, short for one who waits for a build
-_MAX_BYTES = 32 << 20  # bytes, about: some 20,000 paths, or 60,000 that nobody has
+POSITIVE_TTL_S = 3600.0  # a narinfo stays true, unless a signature is withdrawn
+_NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
+_MAX_BYTES = 32 << 20  # about: some 20,000 paths, or 60,000 misses
 
 LookupKey = tuple[str, Via]
-"""A hash part, and the way by which the key for it came."""
+"""A hash part, and the Via of the request for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedLookup:
     found: RemotePath | None
     size: int
-    """Bytes of memory, about."""
+    """Approximate bytes of memory."""
 
 
 class LookupCache:
+    """Lookups in at most _MAX_BYTES of memory. The least recently used one is evicted first."""
+
     def __init__(self) -> None:
         self._entries: MutableMapping[LookupKey, CachedLookup] = TLRUCache(
             _MAX_BYTES, _expires_at, getsizeof=attrgetter("size")
@@ -37,7 +39,7 @@ class LookupCache:
         return self._entries.get(key)
 
     def remember(self, key: LookupKey, found: RemotePath | None) -> None:
-        # Objects in Python take more than the text that they were made of.
+        # Python objects take more memory than the text that they were parsed from.
         size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * found.narinfo_size if found else 0)
         self._entries[key] = CachedLookup(found, size)
 

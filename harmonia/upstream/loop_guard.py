@@ -1,8 +1,8 @@
-"""Loop guard: caches that are each other's upstreams send no question round in circles (Via, RFC 9110 section 7.6.3).
+"""Loop guard: caches that are each other's upstreams do not forward a request in circles (Via, RFC 9110 section 7.6.3).
 
-Each Harmonia has a pseudonym, new at each start. A question carries the pseudonyms of those it came through. The last
-of them names in its comment all that were asked beside, which saves requests; a proxy may remove the comment. An answer
-to a question with Via carries the pseudonym of the server that gives it.
+Each Harmonia has a pseudonym, new at each start. A request carries the pseudonyms of the Harmonias that it came
+through. A comment after the last one lists the other Harmonias that were asked, which saves requests; a proxy may
+remove the comment. The response to a request with Via carries the pseudonym of the server that sends it.
 """
 
 import re
@@ -13,11 +13,11 @@ from typing import Self
 
 VIA = "Via"
 PROBE = {VIA: "1.1 harmonia"}
-"""Headers of a question that comes from no client: they only ask for the pseudonym of the upstream."""
+"""Headers of a request that is not made for a client. They make the upstream send its pseudonym."""
 
 _MAX_HOPS = 8
 _MAX_ASKED = 64
-_MAX_CHARS = 4096  # of a field: more than 8 hops and 64 pseudonyms take
+_MAX_CHARS = 4096  # of a field: enough for 8 hops and 64 pseudonyms
 
 _PSEUDONYM = re.compile(r"harmonia-[0-9a-f]{16}")
 _ELEMENT = re.compile(r"(?:^|,)[ \t]*[^\s,]+[ \t]+(harmonia-[0-9a-f]{16})[ \t]*(?=,|$)")
@@ -30,10 +30,10 @@ def new_pseudonym() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """The Harmonias that a question came through, and those that they have asked beside.
+    """The Harmonias that a request came `through`, and the others that were `asked` for the same resource.
 
-    Those asked are not asked again: among n caches that all know each other, a question would come by each way through
-    them, of which there are n!. Other proxies are left out: their names may be nobody's business.
+    A Harmonia in `asked` is not asked again. Otherwise, among n caches that are all upstreams of each other, a request
+    would take each of the n! ways through them. Other proxies are not forwarded, because their names may be private.
     """
 
     through: tuple[str, ...] = ()
@@ -41,18 +41,18 @@ class Via:
 
     @classmethod
     def parse(cls, field: str) -> Self:
-        """Return what a field holds, bounded: anybody may have sent it."""
+        """Parse the value of Via, up to fixed limits, because any client can send it."""
         field = field[:_MAX_CHARS]
         asked = _PSEUDONYM.findall(" ".join(_COMMENT.findall(field)))
         through = _ELEMENT.findall(_COMMENT.sub("", field))
         return cls(tuple(through[:_MAX_HOPS]), frozenset(asked[:_MAX_ASKED]))
 
     def is_loop(self, identity: str) -> bool:
-        """Return whether a question has been here already, or almost everywhere else."""
+        """Return whether a request came through the server `identity` before, or through _MAX_HOPS Harmonias."""
         return identity in self.through or len(self.through) >= _MAX_HOPS
 
     def headers(self, identity: str, asked: Iterable[str | None] = ()) -> dict[str, str]:
-        """Return what to send on, to those `asked`."""
+        """Return the header for a request that the server `identity` forwards to the servers `asked`."""
         names = sorted(self.asked.union(filter(None, asked)))[:_MAX_ASKED]
         comment = f" (asked {' '.join(names)})" if names else ""
         return {VIA: ", ".join(f"1.1 {name}" for name in (*self.through, identity)) + comment}

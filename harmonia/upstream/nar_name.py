@@ -1,8 +1,8 @@
-"""What the NARs of upstreams are called here: by their content, and not by where they are.
+"""Names of upstream NARs in our URLs. A name depends on the content, not on the place of the file.
 
-`<hash part>-<NAR hash>-<file>.nar.<compression>`, where `<file>` is the FileHash, or, where none is told, the id of the
-upstream that has the file. So a name stays true as long as any upstream has the path, or we have its NAR, and nobody
-can have us fetch anything else by it.
+`<hash part>-<NAR hash>-<file>.nar.<compression>`. `<file>` is the FileHash, or the id of the upstream if the narinfo
+has no FileHash. A name stays valid as long as any upstream has the path, or the NAR is in our cache. No client can make
+us fetch another file by a name.
 """
 
 import re
@@ -22,30 +22,31 @@ _NAME = re.compile(rf"({_DIGIT}{{32}})-({_DIGIT}{{52}})-({_DIGIT}{{16}}|{_DIGIT}
 class NarName:
     hash_part: str
     nar_hash: str
-    """In base 32, as is the next."""
+    """In base 32."""
     file: str
+    """The FileHash in base 32, or the id of an upstream."""
     compression: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raise FormatError if this is not the name of a NAR that can be checked."""
+        """Parse a name. Raises FormatError if it is malformed, or if its compression cannot be unpacked."""
         match = _NAME.fullmatch(text)
         if match is None or match[4] not in COMPRESSIONS:
-            raise FormatError("it is no name of a NAR")
+            raise FormatError("malformed name of a NAR")
         return cls(*match.groups())
 
     @property
     def key(self) -> str:
-        """What it is kept by. Paths of the same content have one in common, and so have upstreams of the same file."""
+        """Key in the NAR cache. Paths with the same content share it, and so do upstreams with the same file."""
         return f"{self.nar_hash}-{self.file}.nar.{self.compression}"
 
     @property
     def names_bytes(self) -> bool:
-        """Return whether no other file can have this name: an upstream may compress a NAR anew."""
+        """Return whether the name determines the bytes. Without a FileHash, the upstream may compress the NAR again."""
         return self.compression == "none" or len(self.file) == _FILE_HASH_LENGTH
 
     def may_be_at(self, upstream: str) -> bool:
-        """Whether the upstream with that id may have the file. Without a hash, nobody else is known to have it."""
+        """Return whether the upstream with this id may have the file. Without a FileHash, only one upstream may."""
         return self.file == upstream or len(self.file) == _FILE_HASH_LENGTH
 
     def __str__(self) -> str:

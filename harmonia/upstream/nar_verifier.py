@@ -1,7 +1,7 @@
-"""Whether a downloaded NAR is the one of its narinfo: unpacked, by NarHash and NarSize, which are all that keys sign.
+"""Verification of downloaded NARs: the unpacked NAR must have the NarHash and NarSize that the signature covers.
 
-FileHash and FileSize are hints: caches that name files by NarHash pack the same NAR anew, and leave them as they were.
-A FileHash that is right saves time, because it shows before the file is unpacked that it is what the upstream means.
+FileHash and FileSize are only hints. Caches that name files by NarHash may compress a NAR again without an update of
+the narinfo. A matching FileHash saves time: it shows before unpacking that the file is the one that the narinfo means.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from harmonia.nix.path_info import PathInfo
 
 
 class ContentCheck:
-    """Unpacks a file while it comes."""
+    """Verifies a NAR file while it arrives: unpacks it, and compares NarHash and NarSize."""
 
     def __init__(self, info: PathInfo, nar: NarFile, memory: int = MEMORY_BYTES) -> None:
         self._info = info
@@ -23,28 +23,31 @@ class ContentCheck:
         self._size = 0
 
     def update(self, data: bytes) -> None:
-        """Raise FormatError if the file is wrong so far, WindowError if it takes more memory than it may."""
+        """Unpack the next bytes of the file.
+
+        Raises FormatError if they are malformed or longer than NarSize, WindowError if unpacking takes too much memory.
+        """
         for piece in self._decompressor.feed(data):
             self._sha256.update(piece)
             self._size += len(piece)
             if self._size > self._info.nar_size:
-                raise FormatError("it unpacks to more than its NarSize")
+                raise FormatError("the unpacked NAR is longer than its NarSize")
 
     def finish(self) -> None:
-        """Raise FormatError if the file is not the NAR."""
+        """Raise FormatError if the file is incomplete, or if the NAR has another NarHash or NarSize."""
         if not self._decompressor.whole:
-            raise FormatError("it is cut short")
+            raise FormatError("the file is truncated")
         if (self._sha256.digest(), self._size) != (self._info.nar_hash, self._info.nar_size):
-            raise FormatError("it has another NarHash")
+            raise FormatError("the unpacked NAR has another NarHash or NarSize")
 
 
 def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
-    """Return whether the file's own hash shows that it is what the upstream means."""
+    """Return whether the SHA-256 of a file is the one that its narinfo names."""
     return sha256 == (info.nar_hash if nar.compression == "none" else nar.file_hash)
 
 
 def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: int = MEMORY_BYTES) -> None:
-    """Raise FormatError if the file is not the NAR, WindowError if it takes more memory than it may."""
+    """Raise FormatError if a file does not have the NAR, WindowError if unpacking takes more than `memory` bytes."""
     check = ContentCheck(info, nar, memory)
     for data in file:
         check.update(data)

@@ -1,8 +1,8 @@
-"""Cache of narinfos on disk, for paths whose NARs are in the NAR cache: such a path can be had without its upstream.
+"""Cache of narinfos on disk, for paths whose NARs are in the NAR cache: these are served even if upstreams are down.
 
-A file is named by the hash part of its path. Its first line holds the id of the upstream and the key of the NAR; the
-narinfo follows. It is trusted no more than the upstream: whenever it is read, it passes the checks of a narinfo that
-has just arrived, against the settings of today.
+The file name is the hash part of the path. The first line has the id of the upstream and the key of the NAR; the
+narinfo follows. A cached narinfo is trusted no more than the upstream: each time it is read, it is checked like a
+narinfo that has just arrived, with the current settings.
 """
 
 import logging
@@ -21,7 +21,7 @@ from harmonia.upstream.remote_path import RemotePath, parse
 from harmonia.upstream.tasks import FetchThreads
 
 _MAX_BYTES = 256 << 20  # on disk: 64,000 narinfos
-_NAR_CACHE_SHARE = 8  # of a small NAR cache's limit: one part in so many
+_NAR_CACHE_SHARE = 8  # at most one eighth of the NAR cache's limit, if that is less
 _RECORD_MAX_BYTES = 4 << 20
 
 _Record = tuple[str, str, bytes]
@@ -36,10 +36,10 @@ class NarinfoCache:
         self._threads = threads
         self._is_sweep_due = False
         nars.removed = self._sweep_soon
-        self._sweep_soon()  # a process that was killed may have left narinfos without NARs
+        self._sweep_soon()  # a killed process may have left narinfos without NARs
 
     async def lookup_path(self, hash_part: str) -> RemotePath | None:
-        """Return the path with this hash part, if its narinfo is valid and its NAR whole in the cache."""
+        """Return the path with this hash part, or None unless its narinfo is valid and its complete NAR is cached."""
         record = await self._threads.write(self._load, hash_part)
         if record is None:
             return None
@@ -48,29 +48,29 @@ class NarinfoCache:
         if client is None or client.settings.mode != "proxy":
             return None
         try:
-            found = await parse(client, hash_part, text)
-        except UpstreamMismatchError:  # which is logged
+            path = await parse(client, hash_part, text)
+        except UpstreamMismatchError:  # logged already
             return None
-        return found if found.name.key == key else None
+        return path if path.name.key == key else None
 
     async def has_narinfo(self, hash_part: str) -> bool:
-        """Return whether there is a narinfo, valid or not."""
+        """Return whether there is a narinfo for this hash part, valid or not."""
         return await self._threads.write(self._files.has, hash_part)
 
-    async def keep(self, found: RemotePath) -> None:
-        await self._threads.sync(self.save, found)
+    async def keep(self, path: RemotePath) -> None:
+        await self._threads.sync(self.save, path)
 
-    def save(self, found: RemotePath) -> None:
-        """Write the narinfo of a path if its NAR is in the cache. Waits for the disk."""
-        client, key, hash_part = found.client, found.name.key, found.info.path.hash_part
+    def save(self, path: RemotePath) -> None:
+        """Write the narinfo of a path if its NAR is in the cache. Blocks on the disk."""
+        client, key, hash_part = path.client, path.name.key, path.info.path.hash_part
         if client.settings.mode != "proxy" or not self._nars.has(key):
             return
-        text = narinfo.render(found.info, client.store_dir, replace(found.nar, url=found.url), found.info.sigs).encode()
+        text = narinfo.render(path.info, client.store_dir, replace(path.nar, url=path.url), path.info.sigs).encode()
         if _record(self._files.use_file(hash_part)) == (client.id, key, text):
             return
         self._files.remove(hash_part)
         opened = self._files.open_file(hash_part)
-        if opened is None or opened[1] is None:  # the disk does not let us, or another worker writes it
+        if opened is None or opened[1] is None:  # the disk fails, or another worker writes this file
             return
         filler = opened[1]
         try:
@@ -80,7 +80,7 @@ class NarinfoCache:
             filler.abandon()
 
     def _load(self, hash_part: str) -> _Record | None:
-        """Return what is kept of a path. Removes a narinfo whose NAR is gone."""
+        """Return the record of a path, or None if there is none. Removes a narinfo whose NAR was evicted."""
         record = _record(self._files.use_file(hash_part))
         if record is not None and not self._nars.has(record[1]):
             self._files.remove(hash_part)
@@ -90,16 +90,16 @@ class NarinfoCache:
     def _sweep_soon(self) -> None:
         if not self._is_sweep_due:
             self._is_sweep_due = True
-            with suppress(RuntimeError):  # the process is about to end
+            with suppress(RuntimeError):  # the process is ending
                 self._nars.housekeeping.submit(self._sweep)
 
     def _sweep(self) -> None:
-        """Remove the narinfos whose NARs are gone."""
+        """Remove the narinfos whose NARs were evicted."""
         self._is_sweep_due = False
         with suppress(OSError):
             self._files.sweep()
             hash_parts = self._files.keys()
-            keys = set(self._nars.keys())  # after the narinfos, each of which is written after its NAR
+            keys = set(self._nars.keys())  # read after the narinfos, because each narinfo is written after its NAR
             for hash_part in hash_parts:
                 record = _record(self._files.find_file(hash_part))
                 if record is None or record[1] not in keys:
@@ -109,14 +109,14 @@ class NarinfoCache:
 def open_narinfo_cache(
     settings: Settings, nars: NarCache, clients: Sequence[Client], threads: FetchThreads
 ) -> NarinfoCache | None:
-    """Return the cache of narinfos in `cache_dir`, or None if it cannot be written."""
+    """Open the cache in `cache_dir`. Return None if it cannot be written, which is logged."""
     max_bytes = min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE)
     files = open_cache(settings, "narinfo", "narinfos of upstreams", max_bytes, logging.WARNING)
     return None if files is None else NarinfoCache(files, nars, clients, threads)
 
 
 def _record(file: CachedFile | None) -> _Record | None:
-    """Return what a file holds, and close it. None if there is none, or if it is damaged."""
+    """Return the record in a file, and close the file. Return None if there is no file, or if it is damaged."""
     if file is None or file.size > _RECORD_MAX_BYTES:
         return None
     with closing(file), suppress(CacheFileError, OSError):

@@ -1,4 +1,4 @@
-"""Refusals: answers of upstreams that we do not take. Each is counted, and logged with what would mend it."""
+"""Refusals: responses of upstreams that are not used. Each is counted, and logged with its cause and a remedy."""
 
 import logging
 from enum import StrEnum
@@ -16,7 +16,7 @@ _log = logging.getLogger("harmonia")
 
 
 class Reason(StrEnum):
-    """Why an answer is refused: a value of the metric's label, and what would mend it."""
+    """Reason of a refusal: the value of the metric's label `reason`, and the remedy for the log."""
 
     remedy: str
 
@@ -26,32 +26,32 @@ class Reason(StrEnum):
         member.remedy = remedy
         return member
 
-    REDIRECT_ELSEWHERE = "redirect_elsewhere", "set its url to the one that it redirects to"
-    REDIRECT_TO_HTTP = "redirect_to_http", "have it redirect to https, or set its url to the http one"
+    REDIRECT_ELSEWHERE = "redirect_elsewhere", "set its url to the target of the redirect"
+    REDIRECT_TO_HTTP = "redirect_to_http", "make it redirect to https, or set its url to the http URL"
     REDIRECT_MALFORMED = "redirect_malformed", "correct the redirects of that server"
-    TOO_MANY_REDIRECTS = "too_many_redirects", "set its url to the one at the end of the redirects"
-    TOO_LONG = "too_long", "check that its url is that of a binary cache"
-    ENCODING = "encoding", "have it send no Content-Encoding, or a valid one of br, gzip, deflate, zstd, xz, bzip2"
-    PRIVATE_ADDRESS = "private_address", "if you trust the server at that address, make it an upstream of its own"
-    PROXY = "proxy", "let the proxy allow this host, correct its password, or except the host in no_proxy"
+    TOO_MANY_REDIRECTS = "too_many_redirects", "set its url to the last URL of the redirects"
+    TOO_LONG = "too_long", "check that its url is the URL of a binary cache"
+    ENCODING = "encoding", "make it send no Content-Encoding, or a valid one of br, gzip, deflate, zstd, xz, bzip2"
+    PRIVATE_ADDRESS = "private_address", "if you trust the server at that address, add it as an upstream"
+    PROXY = "proxy", "allow this host in the proxy, correct the proxy's password, or add the host to no_proxy"
     BUSY = "busy", "raise workers, or give this upstream a higher priority number than faster ones"
     MALFORMED_NARINFO = (
         "malformed_narinfo",
-        "check that its url is that of a binary cache; have it write this file anew",
+        "check that its url is the URL of a binary cache; make it write this file again",
     )
-    WRONG_PATH = "wrong_path", "have it write the narinfo of this path anew"
+    WRONG_PATH = "wrong_path", "make it write the narinfo of this path again"
     WRONG_STORE_DIR = "wrong_store_dir", "remove this upstream, or set virtual_nix_store to its store directory"
-    NOT_SIGNED = "not_signed", "add the key that signs its paths to public_keys, or have it sign them"
-    COMPRESSION = "compression", "have it compress by xz or zstd with a usual level, or set mode = 'redirect' for it"
-    URL_MALFORMED = "url_malformed", "have it write the file anew, with a relative or http(s) URL"
-    URL_ELSEWHERE = "url_elsewhere", "set public_keys for it, and have it name NARs by relative URLs below nar/"
-    MISSING_NAR = "missing_nar", "have it remove the narinfo, or restore the NAR"
-    WRONG_NAR = "wrong_nar", "have it remove the NAR and its narinfo, and upload the path again"
-    MALFORMED_JSON = "malformed_json", "have it write the file anew"
+    NOT_SIGNED = "not_signed", "add the key that signs its paths to public_keys, or make it sign them"
+    COMPRESSION = "compression", "make it compress with xz or zstd at a usual level, or set mode = 'redirect' for it"
+    URL_MALFORMED = "url_malformed", "make it write the file again, with a relative or http(s) URL"
+    URL_ELSEWHERE = "url_elsewhere", "set public_keys for it, and make it use relative URLs below nar/"
+    MISSING_NAR = "missing_nar", "make it remove the narinfo, or restore the NAR"
+    WRONG_NAR = "wrong_nar", "remove the NAR and its narinfo there, and upload the path again"
+    MALFORMED_JSON = "malformed_json", "make it write the file again"
 
 
 class UpstreamMismatchError(UpstreamError):
-    """An answer that is not taken."""
+    """A response that is refused."""
 
     def __init__(self, base: str, reason: Reason, why: str) -> None:
         super().__init__(f"{base}: {why}")
@@ -60,7 +60,7 @@ class UpstreamMismatchError(UpstreamError):
 
 
 class Refusals:
-    """Those of one upstream, in this worker. May be used by several threads."""
+    """Refusals of one upstream in this worker. Thread-safe."""
 
     def __init__(self, base: str, counters: UpstreamCounters) -> None:
         self._base = base
@@ -69,9 +69,9 @@ class Refusals:
         self._lock = Lock()
 
     def note(self, asked: str, reason: Reason, why: str) -> None:
-        """Count a refusal, and log it if this reason was not logged within the last hour.
+        """Count a refusal, and log it unless the same reason was logged within the last hour.
 
-        `asked` is the URL or the path of the question.
+        `asked` is the URL or the path of the request, `why` the cause in words.
         """
         self._counters.refuse(reason)
         if self._is_due(reason):
@@ -79,7 +79,7 @@ class Refusals:
             _log.warning("upstream %s: refused %s: %s; %s (%s)", self._base, asked, why, reason.remedy, reason)
 
     def refuse(self, asked: str, reason: Reason, why: str) -> UpstreamMismatchError:
-        """Note a refusal, and return it to be raised."""
+        """Count and log a refusal like `note`, and return the error for the caller to raise."""
         self.note(asked, reason, why)
         return UpstreamMismatchError(self._base, reason, why)
 

@@ -1,4 +1,4 @@
-"""A path that an upstream has: what its narinfo says, as far as we may believe it."""
+"""Path of an upstream: its narinfo, parsed and checked."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,17 +20,17 @@ from harmonia.upstream.transport import Part
 
 @dataclass(frozen=True, slots=True)
 class RemotePath:
-    """A path that an upstream has, as it says."""
+    """A path that an upstream has, by its narinfo."""
 
     client: Client
     info: PathInfo
     nar: NarFile
     verified: bool
-    """Whether one of the upstream's public keys has signed it."""
+    """Whether there is a valid signature by one of the upstream's `public_keys`."""
     url: str
-    """Where its NAR really is."""
+    """Absolute URL of the NAR."""
     narinfo_size: int
-    """Bytes of its narinfo."""
+    """Bytes of the narinfo."""
 
     @property
     def name(self) -> NarName:
@@ -39,44 +39,51 @@ class RemotePath:
 
     @property
     def file_size(self) -> int | None:
-        """Bytes of its NAR as it comes, if that is certain: nobody signs a FileSize, and caches get it wrong."""
+        """Bytes of the NAR file, or None if it is compressed: FileSize is not signed, and some caches get it wrong."""
         return self.info.nar_size if self.nar.compression == "none" else None
 
     async def request_nar(
         self, headers: Mapping[str, str], part: Part, method: str = "GET", *, checked: bool = True
     ) -> Answer:
-        """Request its NAR, or a part of it. Raises UpstreamError if there is none."""
+        """Request the NAR or a part of it. Return the response, which the caller must close.
+
+        `checked` is whether the caller verifies the NAR; only then redirects to other hosts are followed. Raises
+        UpstreamError if the request fails or the NAR does not exist.
+        """
         return await self.client.request_nar(self.url, headers, method, part, anywhere=checked)
 
     def refuse_nar(self, why: Exception) -> UpstreamMismatchError:
-        """Note that what came is not its NAR, and return the error to be raised."""
+        """Count and log that the received file is not the NAR, and return the error for the caller to raise."""
         reason = Reason.COMPRESSION if isinstance(why, WindowError) else Reason.WRONG_NAR
         return self.client.refusals.refuse(self.url, reason, str(why))
 
 
 async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, str]) -> RemotePath | None:
-    """What that upstream says of a path. UpstreamError where it does not answer."""
+    """Request the narinfo of a path. Return None if the upstream does not have it, or if it is refused.
+
+    Raises UpstreamError if the request fails.
+    """
 
     def parse(text: bytes) -> RemotePath | Literal[False]:
         try:
             return _parse(client, hash_part, text)
-        except UpstreamMismatchError:  # which would keep the text
+        except UpstreamMismatchError:  # the traceback of the error would keep the text in memory
             return False
 
-    found = await client.request_small(_narinfo_path(hash_part), headers, parse)
-    if found is False:
+    path = await client.request_small(_narinfo_path(hash_part), headers, parse)
+    if path is False:
         return None
-    client.counters.add("hits" if found else "misses")
-    return found
+    client.counters.add("hits" if path else "misses")
+    return path
 
 
 async def parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
-    """Return what a narinfo of that upstream says. Raise UpstreamMismatchError if it cannot be taken."""
+    """Parse and check a narinfo of an upstream. Raises UpstreamMismatchError if it is refused."""
     return await client.parse(partial(_parse, client, hash_part), text)
 
 
 def _parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
-    """Return what a narinfo says. Raise UpstreamMismatchError if it cannot be taken."""
+    """Parse and check a narinfo, in any thread. Raises UpstreamMismatchError if it is refused."""
     refuse = partial(client.refusals.refuse, _narinfo_path(hash_part))
     try:
         info, nar = narinfo.parse(text.decode(errors="surrogateescape"), client.store_dir)
@@ -85,15 +92,15 @@ def _parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
     except FormatError as error:
         raise refuse(Reason.MALFORMED_NARINFO, str(error)) from None
     if info.path.hash_part != hash_part:
-        raise refuse(Reason.WRONG_PATH, "it is of another path")
+        raise refuse(Reason.WRONG_PATH, "the narinfo is for another path")
     if nar.compression not in COMPRESSIONS and client.settings.mode == "proxy":
-        raise refuse(Reason.COMPRESSION, f"NARs in {nar.compression} cannot be checked")
+        raise refuse(Reason.COMPRESSION, f"cannot verify NARs with the compression {nar.compression}")
     if nar.compression == "none":
         nar = replace(nar, file_hash=info.nar_hash, file_size=info.nar_size)
     fingerprint = info.fingerprint(client.store_dir)
     verified = any(key.verify(fingerprint, sig) for key in client.keys for sig in info.sigs)
     if client.keys and not verified:
-        raise refuse(Reason.NOT_SIGNED, "none of the public_keys has signed it")
+        raise refuse(Reason.NOT_SIGNED, "no signature by any of public_keys")
     return RemotePath(client, info, nar, verified, client.nar_url(nar.url, _narinfo_path(hash_part)), len(text))
 
 

@@ -1,4 +1,4 @@
-"""Work that goes on when whoever wanted it is gone: on the event loop until we stop, in threads to its end."""
+"""Background work that outlives the request that started it: tasks on the event loop, and thread pools."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from harmonia.cache.zstd import step_back
 
-_WRITER_THREADS = 4  # threads
+_WRITER_THREADS = 4
 _SYNC_THREADS = 4
 
 _T = TypeVar("_T")
@@ -16,6 +16,8 @@ _P = ParamSpec("_P")
 
 
 class Tasks:
+    """Tasks that run until they end or `stop` cancels them."""
+
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -26,7 +28,7 @@ class Tasks:
         return task
 
     def spawn_shared(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        """Likewise, for those who wait for its result: an error is theirs alone, and nobody's when all have gone."""
+        """Spawn a task whose result several callers may await. If none does, asyncio does not log its error."""
         task = self.spawn(coroutine)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
@@ -38,8 +40,9 @@ class Tasks:
 
 
 class FetchThreads:
-    """Those that write, none for long, those that wait for the disk, and those that unpack, which takes long, and
-    much memory for each NAR.
+    """Thread pools for fetched NARs: short writes, waits for the disk (fsync), and unpacking.
+
+    Unpacking takes long, and much memory for each NAR: it has as many threads as there are processors.
     """
 
     def __init__(self) -> None:
@@ -48,7 +51,7 @@ class FetchThreads:
         processors = len(os.sched_getaffinity(0))
         self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
         self.much_memory = asyncio.Lock()
-        """To be held by who unpacks with LARGE_MEMORY_BYTES."""
+        """Lock for unpacking with LARGE_MEMORY_BYTES: one NAR at a time."""
 
     async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
         return await _finished(self._writers, function, *arguments, **named)
@@ -63,7 +66,7 @@ class FetchThreads:
 async def _finished(
     threads: ThreadPoolExecutor, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs
 ) -> _T:
-    """What comes of it. Who is cancelled while it runs still waits for its end."""
+    """Return the result of a function in a thread. If the caller is cancelled, wait for the thread first."""
     running = asyncio.wrap_future(threads.submit(function, *arguments, **named))
     try:
         return await asyncio.shield(running)

@@ -1,4 +1,4 @@
-"""A NAR on its way from an upstream into the cache: taken, resumed where it breaks off, and checked."""
+"""Transfer of one NAR from an upstream into the cache: download, resume after interruptions, verify, commit."""
 
 import asyncio
 import errno
@@ -19,14 +19,16 @@ from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import WHOLE
 
-_PIECE_BYTES = 256 * 1024  # bytes that are taken at once
-_MAX_RESUMES = 5  # in a row that bring nothing
-_RESUME_DELAY_S = 0.1  # seconds; it doubles with each of them
+_PIECE_BYTES = 256 * 1024  # per read
+_MAX_RESUMES = 5  # in a row without progress
+_RESUME_DELAY_S = 0.1  # before the first resume; the delay doubles with each resume without progress
 
 _log = logging.getLogger("harmonia")
 
 
 class Transfer:
+    """Download of one NAR, which several clients may read while it grows."""
+
     def __init__(
         self,
         found: RemotePath,
@@ -37,13 +39,14 @@ class Transfer:
         narinfos: NarinfoCache | None,
     ) -> None:
         self.size = found.file_size
-        """None until it is known."""
+        """Bytes of the file, or None until that is known."""
         self.error: UpstreamError | None = None
+        """Cause of the failure, if the transfer failed."""
         self.started = asyncio.Event()
-        """Set when the upstream has begun to send it, or failed to."""
+        """Set when the head of the upstream's response has arrived, or when the request has failed."""
         self.found = found
         self.paths = {found.info.path: found}
-        """All paths that it is wanted for, of the same content."""
+        """All paths with this NAR for which clients have requested it."""
         self._headers = headers
         self._filler = filler
         self._limit = limit
@@ -65,7 +68,7 @@ class Transfer:
             if not isinstance(error, UpstreamMismatchError):
                 _log.error("%s: %s", self.found.url, error)
             await write(self._filler.withdraw)
-        except OSError:  # of which the cache has told, unless it is only too large
+        except OSError:  # logged by the cache, unless the file is larger than the cache's limit
             await write(self._filler.abandon)
         except BaseException:
             self._filler.abandon()
@@ -74,19 +77,22 @@ class Transfer:
             self.started.set()
 
     async def _check(self) -> None:
-        """See that it is the NAR. If its own hash is as told, the first clients do not wait until it is unpacked."""
+        """Raise FormatError if the file is not the NAR.
+
+        If the FileHash matches, clients that read the file while it grows get its end before it is unpacked.
+        """
         info, nar, filler = self.found.info, self.found.nar, self._filler
-        is_vouched_for = nar_verifier.has_file_hash(info, nar, filler.sha256)
-        if is_vouched_for:
+        file_hash_matches = nar_verifier.has_file_hash(info, nar, filler.sha256)
+        if file_hash_matches:
             await self._threads.write(filler.finish)
-        if nar.compression != "none" or not is_vouched_for:
+        if nar.compression != "none" or not file_hash_matches:
             try:
                 await self._threads.unpack(nar_verifier.check_content, info, nar, self._written())
             except WindowError:
                 async with self._threads.much_memory:
                     content = self._written()
                     await self._threads.unpack(nar_verifier.check_content, info, nar, content, LARGE_MEMORY_BYTES)
-        if not is_vouched_for:
+        if not file_hash_matches:
             await self._threads.write(filler.finish)
 
     def _commit(self) -> None:
@@ -96,7 +102,7 @@ class Transfer:
                 self._narinfos.save(found)
 
     def give_up(self) -> None:
-        """Keep nobody waiting: the task is about to be cancelled."""
+        """Make a thread that verifies the file stop soon. Call it before the task is cancelled."""
         self._given_up = True
 
     def _written(self) -> Iterator[bytes]:
@@ -115,7 +121,7 @@ class Transfer:
             first.close()
             raise
         self.started.set()
-        # A part of an encoded answer is one of its encoded bytes.
+        # A range of an encoded response would be a range of its encoded bytes.
         resumable = accepts_ranges(first.headers) and not first.is_encoded
         etag = first.headers.get("ETag", "")
         headers = dict(self._headers) | ({"If-Range": etag} if etag.startswith('"') else {})
@@ -134,17 +140,17 @@ class Transfer:
                 return
 
     def _begin(self, length: int | None) -> None:
-        """Take the length that the upstream tells, which for a NAR that is not compressed has to be its NarSize."""
+        """Set the size from Content-Length. Raises UpstreamMismatchError if a plain NAR does not have its NarSize."""
         if self.size is not None and length not in {None, self.size}:
-            raise self._wrong(f"it has {length} bytes, and its NarSize is {self.size}")
+            raise self._wrong(f"Content-Length is {length}, but NarSize is {self.size}")
         self.size = length if length is not None else self.size
         self._measure(self.size or 0)
 
     async def _resume(self, headers: Mapping[str, str]) -> Answer:
         response = await self.found.request_nar(headers, (self._filler.size, None))
-        if response.status != HTTPStatus.PARTIAL_CONTENT:  # it has become another file
+        if response.status != HTTPStatus.PARTIAL_CONTENT:  # the file there has changed
             response.close()
-            raise self._wrong("it does not go on where it broke off")
+            raise self._wrong("the file changed during the download")
         return response
 
     async def _take_all(self, response: Answer) -> None:
@@ -152,12 +158,12 @@ class Transfer:
             while data := await self.found.client.read_answer(response, _PIECE_BYTES):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
-                    raise self._wrong("it is longer than was said")
+                    raise self._wrong("the body is longer than announced")
                 self._measure(size)
                 await self._threads.write(self._filler.append, data)
                 self.found.client.counters.add("fetched_bytes", len(data))
         if self.size is not None and self._filler.size < self.size:
-            raise UpstreamError("its answer breaks off")
+            raise UpstreamError("the response ended early")
 
     def _measure(self, size: int) -> None:
         if size > self._limit:

@@ -1,4 +1,4 @@
-"""HTTP to one upstream, and to where it leads. What goes wrong is raised; what follows from that is `client.py`'s."""
+"""HTTP transport to one upstream and the hosts that it redirects to. `client.py` decides what follows from errors."""
 
 import asyncio
 import ssl
@@ -25,22 +25,22 @@ from harmonia.upstream.refusals import Reason, Refusals
 
 _MAX_REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
-_MISSING = {403, 404, 410, 416}  # 403 is what S3 says of what is not there, 416 is for a part that is not
+_MISSING = {403, 404, 410, 416}  # S3 sends 403 for a missing object; 416 is for a range beyond the end
 _HTTPS_PORT = 443
-BUFFER_BYTES = 256 * 1024  # of a body that wait to be taken
+BUFFER_BYTES = 256 * 1024  # of a body that wait to be read
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
-"""What aiohttp raises where an upstream does not do as it should."""
+"""Errors of aiohttp for a failed connection or an invalid response."""
 
 _T = TypeVar("_T")
 
 Part = tuple[int, int | None]
-"""The bytes from one position to another, or to the end."""
+"""Range of bytes: the first position and the position after the last, or None for the end."""
 WHOLE: Part = (0, None)
 
 
 class UpstreamRejectedError(UpstreamError):
-    """An upstream does not answer."""
+    """An upstream does not answer, or its circuit breaker is open. Does not count as a failure."""
 
     def __init__(self, base: str, why: str) -> None:
         super().__init__(f"{base}: {why}")
@@ -48,7 +48,10 @@ class UpstreamRejectedError(UpstreamError):
 
 
 class UpstreamUnavailableError(UpstreamRejectedError):
-    """Likewise, which counts against it. It may have asked to be left alone for some seconds."""
+    """An upstream does not answer. Counts as a failure for the circuit breaker.
+
+    `retry_after` is the seconds that the upstream asked to wait, or 0.
+    """
 
     def __init__(self, base: str, why: str, retry_after: float = 0) -> None:
         super().__init__(base, why)
@@ -56,7 +59,7 @@ class UpstreamUnavailableError(UpstreamRejectedError):
 
 
 class Transport:
-    """To be made on the event loop that uses it."""
+    """HTTP transport to one upstream. Create it on the event loop that uses it."""
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class Transport:
         self.base = settings.url.rstrip("/")
         self.refusals = Refusals(self.base, counters)
         self.identity: str | None = None
-        """What the upstream calls itself, where it is a Harmonia."""
+        """Pseudonym of the upstream in Via, or None if it is not a Harmonia."""
         self._timeout = settings.timeout
         self._connect_timeout = settings.connect_timeout
         self._authorization = authorization
@@ -95,7 +98,10 @@ class Transport:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., _T], *arguments: object) -> _T:
-        """Call a function that decodes or parses answers, in the one thread of this upstream: it delays no other."""
+        """Run a function that decodes or parses responses, in the one thread of this upstream.
+
+        A slow response of one upstream does not delay another upstream.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def open_response(
@@ -108,10 +114,11 @@ class Transport:
         anywhere: bool = False,
         buffer_bytes: int = BUFFER_BYTES,
     ) -> aiohttp.ClientResponse | None:
-        """The answer, to be released; None where nothing is there. It may have all where a part was wanted.
+        """Send a request. Return the response, which the caller must close, or None if the resource does not exist.
 
-        Redirects are followed on the upstream's own host, or `anywhere`. Raise UpstreamUnavailableError if no answer
-        comes, and UpstreamMismatchError if it leads to where we do not go.
+        The response may have the whole body although a part was requested. Redirects are followed on the upstream's own
+        host, or with `anywhere` to any public host. Raises UpstreamUnavailableError if the request fails,
+        UpstreamMismatchError if a redirect is not allowed.
         """
         asked = url
         start, stop = part
@@ -127,16 +134,15 @@ class Transport:
             elif status in _MISSING:
                 return None
             else:
-                raise UpstreamUnavailableError(
-                    self.base, f"it answers with status {status}", retry_after_s(response.headers)
-                )
-        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"it redirects more than {_MAX_REDIRECTS} times")
+                raise UpstreamUnavailableError(self.base, f"status {status}", retry_after_s(response.headers))
+        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"more than {_MAX_REDIRECTS} redirects")
 
     async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
-        """The next bytes of an answer, none at its end. UpstreamUnavailableError where they do not come.
+        """Return the next bytes of a response, `most` at most; empty at the end.
 
-        The time is taken here: aiohttp's `sock_read` begins anew when the rest of a body is read that had come before,
-        and then strikes the connection while nobody asks anything, and with it the next question.
+        Raises UpstreamUnavailableError if the transfer fails or takes longer than the upstream's `timeout`. aiohttp's
+        `sock_read` is not used: it restarts when the rest of a buffered body is read, then fires while the connection
+        is idle, and so breaks the next request.
         """
         try:
             async with asyncio.timeout(self._timeout):
@@ -145,16 +151,16 @@ class Transport:
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
 
     def is_here(self, url: str) -> bool:
-        """Return whether a URL is of the upstream itself: of its host and port, or by https of its host.
+        """Return whether a URL belongs to the upstream itself: the same scheme, host and port.
 
-        For https, the port may also be the default one, as sites have it that redirect from http.
+        If the upstream's URL is http, https on the same host counts, too, with the same port or 443: sites redirect so.
         """
         with suppress(ValueError):
-            one, other = URL(self.base), URL(url, encoded=True)
-            if (one.scheme, one.host, one.port) == (other.scheme, other.host, other.port):
+            base, target = URL(self.base), URL(url, encoded=True)
+            if (base.scheme, base.host, base.port) == (target.scheme, target.host, target.port):
                 return True
-            is_upgrade = (one.scheme, other.scheme) == ("http", "https")
-            return is_upgrade and one.host == other.host and other.port in {one.port, _HTTPS_PORT}
+            is_upgrade = (base.scheme, target.scheme) == ("http", "https")
+            return is_upgrade and base.host == target.host and target.port in {base.port, _HTTPS_PORT}
         return False
 
     async def _request(
@@ -167,7 +173,7 @@ class Transport:
         buffer_bytes: int,
     ) -> aiohttp.ClientResponse:
         here = self.is_here(url)
-        # What is ours to know goes nowhere else: who redirects us may name any host.
+        # Credentials and Via go to the upstream only: a redirect may lead to any host.
         sent = {k: v for k, v in headers.items() if here or k != VIA} | dict(ranged)
         if here and self._authorization:
             sent["Authorization"] = self._authorization
@@ -203,7 +209,7 @@ class Transport:
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
         if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             response.close()
-            why = f"its proxy answers with status {response.status}"
+            why = f"status {response.status} from the proxy"
             self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {why}")
             raise UpstreamUnavailableError(self.base, why)
         if here:
@@ -211,13 +217,13 @@ class Transport:
         return response
 
     async def _judge(self, target: URL, *, here: bool) -> None:
-        """Raise PrivateAddressError if the proxy must not be asked for this."""
+        """Raise PrivateAddressError if the address filter forbids this host behind the proxy."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._connect_timeout):
                 await self._address_filter.through_proxy(target.host or "", here=here)
 
     def _redirected(self, asked: str, url: str, location: str, *, anywhere: bool) -> str:
-        """Return where a redirect leads. Raise UpstreamMismatchError if we do not follow it."""
+        """Return the target of a redirect. Raises UpstreamMismatchError if the redirect is malformed or not allowed."""
         try:
             target = urljoin(url, location)
             parts = URL(target, encoded=True)
@@ -225,23 +231,23 @@ class Transport:
         except ValueError:
             is_http = False
         if not is_http:
-            raise self.refusals.refuse(asked, Reason.REDIRECT_MALFORMED, f"it redirects to {excerpt(location)}")
+            raise self.refusals.refuse(asked, Reason.REDIRECT_MALFORMED, f"malformed redirect to {excerpt(location)}")
         if url.startswith("https:") and parts.scheme == "http":
-            why = f"it redirects from https to {_origin(parts)}"
+            why = f"redirect from https to {_origin(parts)}"
             raise self.refusals.refuse(asked, Reason.REDIRECT_TO_HTTP, why)
         if not anywhere and not self.is_here(target):
-            why = f"it redirects to another host, {_origin(parts)}"
+            why = f"redirect to another host, {_origin(parts)}"
             raise self.refusals.refuse(asked, Reason.REDIRECT_ELSEWHERE, why)
         return target
 
 
 def _origin(url: URL) -> str:
-    """Return the part of a URL that may be logged: the rest may be a secret, as in those that S3 signs."""
+    """Return scheme, host and port of a URL, for the log. The rest may be secret, as in the signed URLs of S3."""
     return excerpt(f"{url.scheme}://{url.host}:{url.port}")
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:
-    """Whether it is an answer with what was asked for: all, or the part that begins at `start`."""
+    """Return whether a response has the requested bytes: the whole body, or the part that begins at `start`."""
     if response.status == HTTPStatus.PARTIAL_CONTENT and ranged:
         return content_range_start(response.headers) == start
     return response.status == HTTPStatus.OK
@@ -249,14 +255,14 @@ def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bo
 
 def _phrase(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"its proxy answers with status {error.status}"
+        return f"status {error.status} from the proxy"
     kinds: dict[Any, str] = {
-        TimeoutError: "it does not answer in time",
-        aiohttp.ClientProxyConnectionError: "no connection to its proxy",
-        aiohttp.ClientConnectorCertificateError: "nobody we trust vouches for its certificate",
-        aiohttp.ClientConnectorDNSError: "its name is not known",
-        aiohttp.ClientConnectorError: "no connection",
-        aiohttp.ClientPayloadError: "its answer breaks off",
+        TimeoutError: "timeout",
+        aiohttp.ClientProxyConnectionError: "cannot connect to the proxy",
+        aiohttp.ClientConnectorCertificateError: "its TLS certificate is not trusted",
+        aiohttp.ClientConnectorDNSError: "DNS does not know the host",
+        aiohttp.ClientConnectorError: "cannot connect",
+        aiohttp.ClientPayloadError: "the response ended early",
     }
-    found = (phrase for kind, phrase in kinds.items() if isinstance(error, kind))
-    return next(found, "it breaks the connection or the protocol")
+    phrases = (phrase for kind, phrase in kinds.items() if isinstance(error, kind))
+    return next(phrases, "connection closed, or invalid HTTP")

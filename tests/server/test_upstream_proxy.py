@@ -126,7 +126,7 @@ def test_a_proxy_that_refuses_is_named_in_the_log_without_its_password(
 ) -> None:
     proxy.user_and_password = "me:sesame"
     server = begin(more=f"proxy = 'http://me:wrong-password@{proxy.host}'")
-    server.wait_for_log(f"upstream http://{CACHE} cannot be used: its proxy answers with status 407")
+    server.wait_for_log(f"upstream http://{CACHE} cannot be used: status 407 from the proxy")
     assert server.get(narinfo).status == 404
     checked = run("--config", str(server.config), "check-config")
     assert f'proxy = "http://(not shown)@{proxy.host}"' in checked.stdout
@@ -137,7 +137,7 @@ def test_a_proxy_that_is_dead_counts_against_the_upstream(begin: Start, narinfo:
     with ProxyServer() as dead:
         pass
     server = begin(http_proxy=dead.url)
-    server.wait_for_log("cannot be used: no connection to its proxy")
+    server.wait_for_log("cannot be used: cannot connect to the proxy")
     assert server.get(narinfo).status == 404
     assert f"upstream http://{CACHE}: down" in server.get("/health?verbose").text
 
@@ -163,7 +163,7 @@ def test_https_goes_through_the_proxy_unread(
     assert nar_of(server, narinfo) == FILE
     assert set(proxy.asked) == {f"CONNECT {CACHE}:443"}
     wrong = begin(f"https://{CACHE}", f"proxy = 'http://me:wrong@{proxy.host}'")
-    wrong.wait_for_log("cannot be used: its proxy answers with status 407")
+    wrong.wait_for_log("cannot be used: status 407 from the proxy")
 
 
 INSIDE = ["127.0.0.1:80", "10.0.0.1", "[::1]:8080", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1"]

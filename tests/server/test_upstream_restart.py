@@ -191,7 +191,7 @@ def test_what_the_settings_say_of_keys_today_counts(
     for _ in range(3):
         assert refusing.get(narinfo_path(there)).status == 404
         assert refusing.get(f"/{there.info.path.hash_part}.ls").status == 404
-    assert len([line for line in refusing.log if "none of the public_keys has signed it" in line]) == 1
+    assert len([line for line in refusing.log if "no signature by any of public_keys" in line]) == 1
     refusing.stop()
     signing = site(sign_ours(tmp_path / "key"), up=False, entries=entry(upstream, sign=True))
     sigs = [line[5:] for line in signing.get(narinfo_path(there)).text.splitlines() if line.startswith("Sig: ")]
