@@ -102,7 +102,7 @@ def test_a_session_is_resumed(server: Server, keys: Path, version: ssl.TLSVersio
 
 def test_sighup_keeps_asking(server: Server, keys: Path) -> None:
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for_log("INFO the TLS certificate was read again")
+    server.wait_for_log("INFO TLS certificate reloaded")
     assert not attempt(server, None)
     assert attempt(server, keys / "client.both")
 

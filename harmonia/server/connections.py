@@ -1,4 +1,4 @@
-"""Limits on open connections, counted from accept(2) on, also before the handshake of TLS."""
+"""Limits on open connections, counted from accept(2) on, before the TLS handshake."""
 
 import asyncio
 import logging
@@ -12,17 +12,20 @@ from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.server.http import access_log
 from harmonia.server.http.rate_limit import network
 
-_MAX_ACCEPTS = 64  # in one turn of the event loop
+_MAX_ACCEPTS = 64  # per turn of the event loop
 _SHORTAGE_DELAY_S = 0.1
 
 _log = logging.getLogger("harmonia")
 
 
 class ConnectionLimiter:
-    """Counts the connections of a worker, on all its sockets together and for each client."""
+    """Counter of a worker's connections: on all sockets together, and for each client."""
 
     def __init__(self, most: int, counters: WorkerCounters, most_each: int = 0, trusted: Sequence[str] = ()) -> None:
-        """`most_each` is the limit of each client, 0 for none. `trusted` proxies stand for many clients."""
+        """Create a limiter for `most` connections, and `most_each` for each client, where 0 means no limit.
+
+        `most_each` does not apply to `trusted` proxies, because they stand for many clients.
+        """
         self._most = most
         self._counters = counters
         self._most_each = most_each
@@ -45,7 +48,7 @@ class ConnectionLimiter:
         return True
 
     def release(self, connection: object) -> None:
-        """Count it no more."""
+        """Stop counting a connection that was admitted."""
         client = self._admitted.pop(connection)
         self._clients[client] -= 1
         if not self._clients[client]:
@@ -53,7 +56,7 @@ class ConnectionLimiter:
 
 
 class TlsListener:
-    """Accepts connections and shakes hands with them. asyncio's own servers tell of none before its handshake."""
+    """Accepts connections and does their TLS handshakes. asyncio's servers report a connection only after that."""
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class TlsListener:
         self._loop.add_reader(self._listening, self._accept)
 
     def close(self) -> None:
-        """Accept no more, and end what has not shaken hands."""
+        """Stop accepting, and end connections whose handshake is not complete."""
         if self._later is not None:
             self._later.cancel()
         self._loop.remove_reader(self._listening)
@@ -113,7 +116,7 @@ class TlsListener:
             await self._loop.connect_accepted_socket(
                 lambda: protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
             )
-        except OSError:  # of the handshake, which the client may get wrong or never begin
+        except OSError:  # the client's handshake is invalid, or too late
             self._give_up(connection, protocol)
         except BaseException:
             self._give_up(connection, protocol)

@@ -35,16 +35,17 @@ from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import new_pseudonym
 
-_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # bytes for the layouts of recently used NARs: some 400,000 files
-_LAYOUT_FILES_BYTES = 1 << 30  # for those of many files, and their listings, on disk
-_MADE_MEMORY_BYTES = 8 * 1024 * 1024  # bytes for pages of directories and short listings
-_TEMP_ROOT_MIN_BYTES = 1 << 20  # bytes of a NAR: the path of a larger one is kept while it is sent
+_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # for the layouts of recently used NARs: some 400,000 files
+_LAYOUT_FILES_BYTES = 1 << 30  # on disk, for layouts with many files, and their listings
+_MADE_MEMORY_BYTES = 8 * 1024 * 1024  # for pages of directories and short listings
+_TEMP_ROOT_MIN_BYTES = 1 << 20
+"""Size of a NAR from which on its path gets a temporary root while it is sent. Shorter NARs are read at once."""
 
 
 class Fallback(Protocol):
-    """The resources of other caches. Each handler raises NotFound if no upstream has the resource.
+    """Handlers for resources of upstreams. Each raises NotFound if no upstream has the resource.
 
-    The resources know this interface only: its implementation needs them, and an HTTP client.
+    The other resources depend only on this interface. Its implementation imports them, and an HTTP client.
     """
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation: ...
@@ -55,20 +56,20 @@ class Fallback(Protocol):
     async def get_build_trace(self, request: Request, derivation: str, name: str) -> Representation: ...
     async def get_debuginfo(self, request: Request, name: str) -> Representation: ...
     def state(self) -> str:
-        """Return a line for each upstream that tells whether it is up."""
+        """Return a line for each upstream: whether it is up or down."""
 
     async def close(self) -> None: ...
 
 
 class Stream(Protocol):
-    """Bytes that are read from the first to the last."""
+    """Bytes that can only be read from the first to the last."""
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | None]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Streamed:
-    """A body compressed from its beginning to its end, by the thread that reads it."""
+    """A body that is compressed from its beginning to its end, by the thread that reads it."""
 
     source: Stream
     size: None = None
@@ -104,44 +105,49 @@ class ServerContext:
         self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
         self.compressor = Compressor(settings.zstd, nar_cache, index_files(settings) if nar_cache else None)
-        wanted = settings.nar_compression == "zstd" or (settings.nar_compression == "auto" and nar_cache is not None)
-        self.offers_zstd = settings.enable_compression and wanted
-        """Whether narinfos lead to compressed NARs."""
+        prefers_zstd = settings.nar_compression == "zstd" or (
+            settings.nar_compression == "auto" and nar_cache is not None
+        )
+        self.offers_zstd = settings.enable_compression and prefers_zstd
+        """Whether narinfos name compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
-        """Other caches, while a worker serves."""
-        if settings.upstream:  # half a second and 9 MiB, for those who need it, and before the workers part
+        """Handlers for upstreams. Set by a worker when it starts."""
+        if settings.upstream:  # takes half a second and 9 MiB: only if needed, and before the fork
             importlib.import_module("harmonia.server.resources.upstream_fallback")
         self.identity = new_pseudonym()
-        """The pseudonym of this server, of all its workers, to other Harmonias."""
+        """Pseudonym of this server, shared by all workers, in Via."""
 
     @property
     def trusted_keys(self) -> list[str]:
-        """What clients have to trust: our public keys, and those of upstreams whose paths we do not sign as well."""
-        theirs = (upstream.public_keys for upstream in self.settings.upstream if not (upstream.sign and self.keys))
-        return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(theirs)]))
+        """Public keys that clients must trust: ours, and those of upstreams whose paths we do not sign."""
+        upstream_keys = (each.public_keys for each in self.settings.upstream if not (each.sign and self.keys))
+        return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(upstream_keys)]))
 
     def client(self, request: Request) -> str:
-        """Return the address of the client, as far as it is known."""
+        """Return the address of the client, behind trusted proxies, or "unix" for a Unix socket."""
         return access_log.client(request, self.settings.trusted_proxies)
 
     def submitter(self, request: Request) -> Submit:
-        """Return what runs a function in a thread for bodies, when it is the turn of the client of the request."""
+        """Return a function that runs a function in a thread for bodies, fairly between clients."""
         return partial(self.threads.bodies.submit, self.client(request))
 
     def acquire_temp_root(self, info: PathInfo) -> TempRootLease | None:
-        """Keeps a path from being collected, where that is worthwhile and the Nix daemon can be asked."""
+        """Protect a path from garbage collection, and return the lease to release.
+
+        Return None if the NAR is smaller than _TEMP_ROOT_MIN_BYTES, or if there is no Nix daemon.
+        """
         return (
             self._temp_roots.acquire(info.path) if self._temp_roots and info.nar_size >= _TEMP_ROOT_MIN_BYTES else None
         )
 
     def encoded(self, source: Source) -> Encoded | None:
-        """A body as it can be sent compressed, if it can."""
+        """Return a body with the content coding zstd, or None if compression is off."""
 
         async def open_encoded(request: Request) -> Body:
-            if request.version == "1.0":  # it has no end for an unknown length
+            if request.version == "1.0":  # HTTP/1.0 needs a length, which is unknown
                 raise NotAcceptable
             return Compressed(self.compressor.encoder, source)
 
@@ -150,7 +156,7 @@ class ServerContext:
         )
 
     def streamed(self, source: Stream) -> Encoded | None:
-        """Likewise one that cannot be read from its midst."""
+        """Return a body with the content coding zstd like `encoded`, for a source without random access."""
 
         async def open_encoded(request: Request) -> Body:
             if request.version == "1.0":

@@ -1,4 +1,4 @@
-"""Cache of what is costly to make of a store path: single flight, LRU in memory, and files for what is large."""
+"""Cache of pages and listings that are costly to make: single flight, LRU in memory, files for the large ones."""
 
 import asyncio
 from collections.abc import Callable, Generator, Hashable, Iterable, MutableMapping
@@ -16,9 +16,9 @@ from harmonia.errors import CacheFileError
 from harmonia.process.single_flight import SingleFlight
 from harmonia.store.file_reader import OpenSlice
 
-_THREADS = 2  # they hold the interpreter most of the time
-_THREADS_PER_CLIENT = 1  # for one client
-_WRITE_BYTES = 64 * 1024  # at once
+_THREADS = 2  # few, because they hold the GIL most of the time
+_THREADS_PER_CLIENT = 1
+_WRITE_BYTES = 64 * 1024  # per write to a file
 
 _T = TypeVar("_T")
 
@@ -31,7 +31,7 @@ class _Made(Generic[_T]):
 
 @dataclass(frozen=True, slots=True)
 class MadeFile:
-    """The content of a whole file of the cache, as a body."""
+    """A complete file of the cache, as a body."""
 
     file: CachedFile
 
@@ -43,50 +43,54 @@ class MadeFile:
         part = self.file.slice(start, self.size if stop is None else stop)
         yield part
         if len(part):
-            raise CacheFileError("its file in the cache was cut short")
+            raise CacheFileError("the cache file was truncated")
 
     def chunks(self) -> Generator[bytes]:
-        """All of it."""
+        """Yield all bytes. Blocks on the disk. Raises CacheFileError if the file is truncated."""
         for part in self.read(0, None):
             while data := part.read():
                 yield data
 
 
 class MadeOnce:
-    """For one event loop. Values take at most `limit` bytes of memory."""
+    """Cache for one event loop."""
 
     def __init__(self, limit: int, files: NarCache | None) -> None:
+        """Create a cache with at most `limit` bytes of values in memory. `files` is None if no disk is writable."""
         self._files = files
         self._values: MutableMapping[Hashable, _Made[Any]] = LRUCache(limit, getsizeof=attrgetter("size"))
         self._flights = SingleFlight()
         self._threads = FairExecutor(_THREADS, _THREADS_PER_CLIENT, "make")
 
     async def value(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
-        """Return what `make` made for that key, in a thread; `size` is how many bytes it takes."""
+        """Return the cached value for a key. If there is none, run `make` in a thread, fairly between clients.
+
+        `size` returns the bytes of memory that a value takes.
+        """
         if (made := self._values.get(key)) is not None:
             return made.value  # type: ignore[no-any-return]
         return await self._flights.run(key, lambda: self._make(key, client, make, size))
 
     async def file(self, key: str, client: Hashable, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
-        """Return the kept file with what `make` gives. None if the disk does not let us, or if another worker fills it.
+        """Return the cached file for a key. If there is none or it is damaged, write the pieces of `make` to a new one.
 
-        A damaged one is made again.
+        Return None if the disk fails, or while another worker writes the file.
         """
         if self._files is None:
             return None
         files = self._files
         return await self._flights.run(
-            key, lambda: asyncio.wrap_future(self._threads.submit(client, _kept, files, key, make))
+            key, lambda: asyncio.wrap_future(self._threads.submit(client, _make_file, files, key, make))
         )
 
     async def _make(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         value = await asyncio.wrap_future(self._threads.submit(client, make))
-        with suppress(ValueError):  # it is larger than the whole cache
+        with suppress(ValueError):  # larger than the whole cache
             self._values[key] = _Made(value, size(value))
         return value
 
 
-def _kept(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
+def _make_file(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
     opened = files.open_file(key)
     if opened is None:
         return None
@@ -104,9 +108,9 @@ def _kept(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> Mad
                 parts, size = [], 0
         filler.append(b"".join(parts))
         filler.commit()
-    except OSError:  # of the disk: the cache has logged it
+    except OSError:  # logged by the cache
         return None
     finally:
-        filler.abandon()  # unless it was committed
+        filler.abandon()  # no effect after a commit
     file.refresh()
     return MadeFile(file)

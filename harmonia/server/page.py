@@ -1,7 +1,7 @@
-"""What our pages for people share: their frame, their look, and the headers that keep them harmless.
+"""HTML pages: common header and footer, style, and security headers.
 
-They load nothing. The one style sheet and the one script are part of the page, and allowed by their hashes (CSP level
-3, section 8.4), so that nothing that got into a page by mistake would ever run.
+A page loads no other resource. The style sheet and the script are inline, and the Content-Security-Policy allows them
+by their hashes (CSP level 3, section 8.4). Therefore a browser runs no other script, even if one is injected.
 """
 
 import base64
@@ -42,7 +42,7 @@ _POLICY_WITH_SCRIPT = f"{_POLICY}; script-src {_allowed(_SCRIPT)}"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The bytes of a page, as a body that can be compressed."""
+    """Bytes in memory, as a body that can be compressed."""
 
     content: bytes
     sha256: None = None
@@ -56,9 +56,10 @@ class Text:
 
 
 def begin(context: ServerContext, title: str, top: str, asked: str = "") -> Builder:
-    """A page up to its header. `top` leads from its URL to `/`, wherever a proxy has that; `asked` is searched for.
+    """Return a page with its head and header. The caller adds the content and calls `end`.
 
-    All links are relative, so that a proxy need not tell us under which path it has put us.
+    `top` is the relative reference from the page to `/`. `asked` is the text in the search field. All links are
+    relative, so that they also work if a proxy serves us below another path.
     """
     page = Document(title, lang="en")
     page.meta(name="viewport", content="width=device-width, initial-scale=1")
@@ -77,7 +78,7 @@ def begin(context: ServerContext, title: str, top: str, asked: str = "") -> Buil
 
 
 def end(context: ServerContext, page: Builder, *, script: bool = False) -> Representation:
-    """The page as it is answered: one that shows what may be another any moment."""
+    """Finish a page. Return its representation, which clients must revalidate (`no-cache`)."""
     with page.footer:
         page(f"Served by Harmonia {__version__}")
     if script:
@@ -97,13 +98,13 @@ def end(context: ServerContext, page: Builder, *, script: bool = False) -> Repre
 
 
 def snippet(page: Builder, text: str, caption: str) -> None:
-    """Something to copy with one click."""
+    """Add a caption and a text to copy. `copy.js` adds a button that copies the text."""
     with page.div(class_="snippet"):
         page.p(caption).pre(E.code(text))
 
 
 def redirect(location: str, status: HTTPStatus, cache_control: str) -> Representation:
-    """`location` is a relative reference, which a proxy need not rewrite (RFC 9110 section 10.2.2)."""
+    """Return a redirect to `location`, a relative reference: no proxy has to rewrite it (RFC 9110 section 10.2.2)."""
     return Representation(
         content_type="text/plain; charset=utf-8",
         body=f"{status.phrase}\n".encode(),
@@ -113,29 +114,30 @@ def redirect(location: str, status: HTTPStatus, cache_control: str) -> Represent
     )
 
 
-def paths(page: Builder, found: Iterable[StorePath], where: str, kept_back: Container[StorePath] = ()) -> None:
-    """A list of store paths, each with its page, `where` these are, but for those that are `kept_back`."""
+def paths(page: Builder, shown: Iterable[StorePath], base: str, unpublished: Container[StorePath] = ()) -> None:
+    """Add a list of store paths. Each links to its page below `base`, except the `unpublished` ones."""
     with page.ul(class_="path"):
-        for path in found:
-            if path in kept_back:
+        for path in shown:
+            if path in unpublished:
                 page.li(path.name)._(" ").span(path.hash_part, class_="dim")
             else:
-                page.li.a(path.name, href=f"{where}{path.hash_part}")._(" ").span(path.hash_part, class_="dim")
+                page.li.a(path.name, href=f"{base}{path.hash_part}")._(" ").span(path.hash_part, class_="dim")
 
 
 def printable(text: bytes) -> str:
-    """A name as it can be shown: bytes that are no UTF-8 and characters that show as nothing are escaped."""
+    """Return a file name as printable text. Invalid UTF-8 and nonprintable characters are escaped."""
     decoded = text.decode(errors="backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in decoded)
 
 
 def count(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun in the singular or plural, such as "2 paths"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def size(number: int) -> str:
-    """A number of bytes as people read it."""
-    if number < 1024:  # noqa: PLR2004 (that is what these units are)
+    """Return a number of bytes with a binary unit, such as "1.5 MiB"."""
+    if number < 1024:  # noqa: PLR2004 (the base of binary units)
         return count(number, "byte")
     power = min((number.bit_length() - 1) // 10, 4)
     return f"{number / (1 << 10 * power):,.1f} {' KMGT'[power]}iB"

@@ -23,45 +23,48 @@ from harmonia.store.store import Database, Store
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_MAX_PATHS = 8192  # paths, about 2 KiB each
-_CLOSURE_FRESH_S = 1.0  # seconds for which what the roots of a policy need is taken not to have changed
-_CLOSURE_MAX_AGE_S = 10.0  # seconds for which a path that was among it may go out without another look
+_MAX_PATHS = 8192  # cached paths, about 2 KiB each
+_CLOSURE_FRESH_S = 1.0  # age up to which the closure of the policy's roots is not refreshed
+_CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served before the closure is refreshed
 
 _log = logging.getLogger("harmonia")
 
 
 @dataclass(frozen=True, slots=True)
 class SignedPath:
-    """A valid path that the publish policy allows, with all the signatures that its narinfo shows."""
+    """A valid path that the publish policy allows, with all signatures for its narinfo: stored ones and ours."""
 
     info: PathInfo
     sigs: tuple[str, ...]
 
 
 class Paths:
+    """Cached lookups of published paths, on one event loop."""
+
     def __init__(
         self, store: Store, database: str, keys: Sequence[SecretKey], policy: PublishPolicy | None, threads: Threads
     ) -> None:
-        """`store` and `policy` are each for one of the `threads`; `keys` are what all paths are signed with."""
+        """Create the lookup. `store` and `policy` are each used in one of the `threads`. `keys` sign all paths."""
         self.policy = policy
         self._store = store
         self._keys = keys
         self._threads = threads
-        # For the event loop: it only asks whether anything changed, which costs no disk access, and it never waits.
+        # For the event loop: it only reads whether the database changed, without disk access and without waiting.
         self._watch = Database(database, timeout=0)
         self._this_turn: Hashable = None
-        self._known: MutableMapping[str, tuple[Hashable, SignedPath]] = LRUCache(_MAX_PATHS)
+        self._cache: MutableMapping[str, tuple[Hashable, SignedPath]] = LRUCache(_MAX_PATHS)
         self._lookups = SingleFlight()
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
-        """Hash parts of no path, as of that generation."""
+        """Hash parts without a path, as of the generation `_absent_as_of` of the database."""
         self._closure = policy.closure if policy is not None else None
         self._refreshing: Future[None] | None = None
 
     async def lookup_path(self, hash_part: str) -> SignedPath | None:
         """Return the path with this hash part, or None if it does not exist or the publish policy forbids it.
 
-        Every resource must look paths up here. Raises StoreObjectError if its row is malformed; StoreUnavailableError.
+        Every resource must look paths up here. Raises StoreObjectError if the path's row in the database is malformed,
+        StoreUnavailableError if the database does not answer in time.
         """
         generation = self._generation()
         if self._absent_as_of != generation:
@@ -69,49 +72,49 @@ class Paths:
             self._absent.clear()
         if hash_part in self._absent:
             return None
-        seen, known = self._known.get(hash_part, (None, None))
-        if known is not None and seen == generation:
-            return known if self._closure is None or await self._is_needed(known.info.path) else None
-        # A lookup that began before the last change of the database may have missed it, and is not joined.
-        query = partial(self._query, hash_part, generation, known)
-        found = await self._lookups.run((hash_part, generation), query)
-        return found if found is None or self._closure is None or await self._is_needed(found.info.path) else None
+        cached_generation, cached = self._cache.get(hash_part, (None, None))
+        if cached is not None and cached_generation == generation:
+            return cached if self._closure is None or await self._is_needed(cached.info.path) else None
+        # A lookup that began before the last change of the database may have missed it: start a new one.
+        query = partial(self._query, hash_part, generation, cached)
+        path = await self._lookups.run((hash_part, generation), query)
+        return path if path is None or self._closure is None or await self._is_needed(path.info.path) else None
 
-    async def _query(self, hash_part: str, generation: Hashable, known: SignedPath | None) -> SignedPath | None:
-        """Look the path up in the database, and remember the answer as of `generation`."""
-        found = await self._threads.run_db(partial(self._look_up, hash_part, known))
-        if found is None:
-            self._known.pop(hash_part, None)
+    async def _query(self, hash_part: str, generation: Hashable, cached: SignedPath | None) -> SignedPath | None:
+        """Look the path up in the database, and cache the result as of `generation`."""
+        path = await self._threads.run_db(partial(self._look_up, hash_part, cached))
+        if path is None:
+            self._cache.pop(hash_part, None)
             if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
                 self._absent.add(hash_part)
             return None
-        # The generation was taken before the path was read: a change in between makes the next request look again.
-        self._known[hash_part] = generation, found
-        return found
+        # The generation was read before the path: after a change in between, the next request looks the path up again.
+        self._cache[hash_part] = generation, path
+        return path
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:
-        """Likewise, of a path beside the one that is asked for. None also where its row is of no use."""
+        """Like `lookup_path`, but return None if the row is malformed. For paths that the response only mentions."""
         try:
             return await self.lookup_path(hash_part)
         except StoreObjectError:
             return None
 
     def is_current(self, path: SignedPath) -> bool:
-        """Whether `lookup_path` would give the very same just now. False where only a longer look can tell."""
-        known = self._known.get(path.info.path.hash_part)
-        return self._closure is None and known is not None and known == (self._generation(), path)
+        """Return whether `lookup_path` would return the same path now. Return False if only a query can tell."""
+        cached = self._cache.get(path.info.path.hash_part)
+        return self._closure is None and cached is not None and cached == (self._generation(), path)
 
     def is_absent(self, hash_part: str) -> bool:
-        """Whether it is known that no path has that hash part just now. False where only a longer look can tell."""
+        """Return whether no path has this hash part now. Return False if only a query can tell."""
         return self._absent_as_of == self._generation() and hash_part in self._absent
 
     def _generation(self) -> Hashable:
-        """That of the database, asked once for all requests that one turn of the event loop finds."""
+        """Return the generation of the database, read once for each turn of the event loop."""
         if self._this_turn is None:
             try:
                 self._this_turn = self._watch.generation()
             except StoreUnavailableError:
-                self._this_turn = object()  # equals that of no other turn: ask the thread, which may wait
+                self._this_turn = object()  # unequal to all others, so the next lookup queries the database
             asyncio.get_running_loop().call_soon(self._end_turn)
         return self._this_turn
 
@@ -122,11 +125,11 @@ class Paths:
         """Return whether a path is valid and the publish policy allows it. Without a policy, return True."""
         if self.policy is None:
             return True
-        found = await self.lookup_usable_path(path.hash_part)
-        return found is not None and found.info.path == path
+        signed = await self.lookup_usable_path(path.hash_part)
+        return signed is not None and signed.info.path == path
 
     async def is_log_published(self, derivation: StorePath) -> bool:
-        """Return whether the log of a derivation may be served: if the derivation or one of its outputs is."""
+        """Return whether the log of a derivation may be served: if the derivation or one of its outputs may be."""
         if self.policy is None:
             return True
         if self.policy.by_name_alone or not self.policy.permits_name(derivation):
@@ -137,7 +140,10 @@ class Paths:
         return any([await self.is_published(output) for output in outputs])
 
     def publish_filter(self, store: Store) -> Callable[[StorePath], bool] | None:
-        """Return a function that tells if a valid path is published, or None if all are. It blocks: for one thread."""
+        """Return a function that returns whether a valid path is published, or None if all are.
+
+        Both block, and must run in the thread of `store`.
+        """
         policy = self.policy
         if policy is None:
             return None
@@ -156,24 +162,24 @@ class Paths:
         return is_published
 
     async def _is_needed(self, path: StorePath) -> bool:
-        """Return whether a root of the policy needs the path."""
+        """Return whether the path is in the closure of the policy's roots."""
         closure = self._closure
-        assert closure is not None  # noqa: S101 (or nobody asks)
+        assert closure is not None  # noqa: S101 (callers check this)
         if path in closure and closure.age < _CLOSURE_MAX_AGE_S:
             if closure.age > _CLOSURE_FRESH_S and (self._refreshing is None or self._refreshing.done()):
                 self._refreshing = self._threads.closure.submit(closure.refresh, _CLOSURE_FRESH_S)
             return True
-        # Perhaps it was added just now, and a client remembers for an hour that it was not there.
+        # The path may be new. Nix caches a 404 for an hour, so refresh the closure first.
         await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _CLOSURE_FRESH_S))
         return path in closure
 
-    def _look_up(self, hash_part: str, known: SignedPath | None) -> SignedPath | None:
+    def _look_up(self, hash_part: str, cached: SignedPath | None) -> SignedPath | None:
         info = self._store.path_info(hash_part)
-        if info is None or (known is not None and known.info == info):
-            return known if info else None
+        if info is None or (cached is not None and cached.info == info):
+            return cached if info else None
         if self.policy is not None and not self.policy.permits(info):
             return None
         for sig in info.sigs:
             if not is_signature(sig):
-                _log.warning("%s: the stored signature %r is malformed and left out", info.path, sig)
+                _log.warning("%s: skipping a stored signature: %r is malformed; sign the path again", info.path, sig)
         return SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))

@@ -1,4 +1,4 @@
-"""Table of routes: one row for each resource, with all the rules that depend on the resource alone."""
+"""Table of routes: one row for each resource, with all rules that depend only on the resource."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A resource: where it is, what answers for it, and which rules hold for it."""
+    """A resource: its URI, its handler, and its rules."""
 
     uri: str
     """Sanic's pattern."""
@@ -36,13 +36,13 @@ class Route:
     metric: str
     """Value of the label `route` in the metrics."""
     scope: Scope | None = "read"
-    """Scope that a token needs, or None if the resource is open to everybody even if tokens are required."""
+    """Scope that a token needs, or None if the resource never needs a token."""
     rate_limited: bool = False
-    """True if `max_query_rate` applies: for what a client can make expensive and Nix never asks for. After a 429, Nix
-    2.29 to 2.34 waits a minute.
+    """Whether `max_query_rate` applies. Only for resources that can be expensive and that Nix never requests: after a
+    429, Nix 2.29 to 2.34 waits a minute.
     """
     fallback: Callable[[Fallback], Handler] | None = None
-    """Selects the upstreams' handler, which answers if the local store does not have the resource."""
+    """Selects the handler for upstreams, which answers if the local store does not have the resource."""
 
 
 ROUTES = (
@@ -89,4 +89,4 @@ ROUTES = (
     Route(uri="/health", handler=health.get, metric="health", scope=None),
 )
 METRICS_ROUTES = (Route(uri="/metrics", handler=metrics.get, metric="metrics", scope="metrics"),)
-"""Served among the others, or alone at `metrics_bind`."""
+"""Served with the other routes, or alone at `metrics_bind`."""

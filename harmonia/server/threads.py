@@ -1,4 +1,4 @@
-"""Thread pools of a worker, for everything that the event loop must not wait for."""
+"""Thread pools of a worker, for everything that would block the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,16 +12,18 @@ from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
-_READER_THREADS = 16  # threads that answer short questions to the disk
-_BODY_THREADS = 16  # threads that read bodies; one is busy only while it reads a chunk, not while that is sent
-_BODY_THREADS_PER_CLIENT = 2  # for one client
+_READER_THREADS = 16  # for short reads from the disk
+_BODY_THREADS = 16  # for bodies; a thread is busy only while it reads a chunk, not while the chunk is sent
+_BODY_THREADS_PER_CLIENT = 2
 
 _T = TypeVar("_T")
 
 
 class Threads:
+    """Thread pools of one worker."""
+
     def __init__(self, browsed: Store, metrics: Metrics) -> None:
-        """`browsed` is the store once more, for questions that take long: no narinfo waits behind them."""
+        """Create the pools. `browsed` is a second connection to the store: no narinfo waits for a slow query."""
         self.readers = ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="read")
         self.bodies = FairExecutor(_BODY_THREADS, _BODY_THREADS_PER_CLIENT, "body")
         self.closure = ThreadPoolExecutor(1, thread_name_prefix="closure")
@@ -36,7 +38,10 @@ class Threads:
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
 
     async def run_db(self, ask: Callable[[], _T]) -> _T:
-        """Run a short query, in the one thread for the database. Raises StoreUnavailableError."""
+        """Run a short query in the database thread, and count its time.
+
+        Raises StoreUnavailableError if the query takes longer than the database's timeout.
+        """
         began = perf_counter()
         try:
             return await self.run_with_timeout(self._database, ask)
@@ -44,7 +49,10 @@ class Threads:
             self._metrics.own.database.observe(perf_counter() - began)
 
     async def run_slow_db(self, ask: Callable[[Store], _T]) -> _T:
-        """Run a query that may take long, in a thread of its own. Raises StoreUnavailableError."""
+        """Run a slow query in the thread for slow queries.
+
+        Raises StoreUnavailableError if the query takes longer than the database's timeout.
+        """
         return await self.run_with_timeout(self._browsing, partial(ask, self._browsed))
 
     async def run_with_timeout(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:

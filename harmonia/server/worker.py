@@ -1,4 +1,4 @@
-"""One worker process: it serves the listening sockets until SIGTERM, then lets running downloads end."""
+"""Worker process: serves the listening sockets until SIGTERM, then finishes running downloads."""
 
 import asyncio
 import ctypes
@@ -28,11 +28,11 @@ from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import Connection, limited_connection
 from harmonia.server.resources import metrics, upstream
 
-# The interpreter's lock goes to another thread after this time, not after 0.005 s. The event loop takes the lock anew
-# for each connection that is ready: with 1 ms and four threads that compute, narinfos waited for 1 s.
+# A computing thread releases the GIL after this time; Python's default is 0.005 s. The event loop acquires it again
+# for each connection that is ready: with 1 ms and four computing threads, narinfos waited for 1 s.
 _SWITCH_INTERVAL_S = 0.0002
-_TRIM_INTERVAL_S = 10.0  # seconds between two times that memory is given back
-_DRAIN_POLL_S = 0.05  # seconds between two looks for connections that have become idle, while we stop
+_TRIM_INTERVAL_S = 10.0  # between two returns of freed heap to the OS
+_DRAIN_POLL_S = 0.05  # between two checks for idle connections during the shutdown
 
 _log = logging.getLogger("harmonia")
 
@@ -45,7 +45,11 @@ def run(
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
-    """What a worker of the supervisor does. It tells of nothing but metrics where it listens for them."""
+    """Run a worker until SIGTERM.
+
+    `place` is its slot in the shared metrics. The sockets in `for_metrics`, a part of `listening`, serve only metrics.
+    The worker sends a heartbeat on `lifeline` every `heartbeat` seconds, and exits when the supervisor's end closes.
+    """
     context.metrics.adopt_slot(place)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -65,12 +69,12 @@ async def _serve(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     tls: ssl.SSLContext | None = None
     guard: Guard | None = None
-    # Before the first read, to miss no change.
+    # Before the certificate and the tokens are read the first time, so that no change is missed.
     reload_wanted = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
     tls = credentials.tls_context(settings)
     lifeline.setblocking(False)
-    loop.add_reader(lifeline, os._exit, 1)  # nothing is ever sent on it: the main process is gone
+    loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
 
     guard = Guard(settings) if settings.tokens_path is not None else None
     app = create_app(context, guard)
@@ -89,11 +93,11 @@ async def _serve(
         private = each in for_metrics
         server = await (metrics_app if private else app).create_server(
             sock=each,
-            protocol=Connection if private else protocol,  # who watches gets in where nobody else does
+            protocol=Connection if private else protocol,  # no connection limit for monitoring
             backlog=BACKLOG,
             asyncio_server_kwargs={"start_serving": False},
         )
-        assert server is not None  # noqa: S101 (its type allows for a way of old)
+        assert server is not None  # noqa: S101 (Optional only for a deprecated call style)
         servers.append(server)
         if tls is not None and each.family != socket.AF_UNIX and not private:
             make = partial(protocol, loop=loop, app=app, signal=Signal(), connections=server.connections)
@@ -108,7 +112,7 @@ async def _serve(
             await server.start_serving()  # type: ignore[no-untyped-call]
     if context.debug_info is not None:
         context.debug_info.start()
-    context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # what a worker left that was killed
+    context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
     chores = [
         asyncio.create_task(chore)
@@ -126,22 +130,22 @@ async def _serve(
 async def _heartbeat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
     while True:
         metrics.sample(context)
-        with suppress(BlockingIOError):  # the main process is behind: it has enough signs of life to read
+        with suppress(BlockingIOError):  # the supervisor has unread heartbeats
             lifeline.send(b".")
         await asyncio.sleep(heartbeat)
 
 
 async def _trim_heap(context: ServerContext) -> None:
     """Return freed heap to the OS periodically. Without this, glibc keeps the peak of the busiest moment."""
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     while malloc_trim is not None:
         await asyncio.sleep(_TRIM_INTERVAL_S)
-        with suppress(RuntimeError):  # no thread can be started
+        with suppress(RuntimeError):  # cannot start a thread
             await context.threads.run_io(partial(malloc_trim, 0))
 
 
 async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
-    """Accept no more, close whatever does not answer a request, and give the rest `grace` seconds."""
+    """Stop accepting, close idle connections, and give the others `grace` seconds to finish their response."""
     for server in servers:
         server.close()  # type: ignore[no-untyped-call]
     loop = asyncio.get_running_loop()
@@ -151,7 +155,7 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
         for connection in open_connections:
             if late:
                 connection.abort()
-            elif connection.http:  # it answers a request, which is to be its last
+            elif connection.http:  # a request is being answered: the last one of this connection
                 connection.http.keep_alive = False
             else:
                 connection.close()
@@ -159,7 +163,7 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
 
 
 async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> None:
-    """Reload in a thread of its own, so that requests go on, once for all signals that come before it begins."""
+    """Reload in a thread whenever `wanted` is set. Signals that arrive before a reload begins are merged into it."""
     while True:
         await wanted.wait()
         wanted.clear()
@@ -167,22 +171,22 @@ async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> Non
 
 
 def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None) -> None:
-    """Read the certificate again, for connections yet to come, and the tokens. What is broken leaves the old in place.
+    """Reload the TLS certificate, for new connections, and the tokens. If a file is invalid, keep the old content.
 
-    Certificates of those who vouch for clients stay: OpenSSL can add some to a context, but take none away.
+    The CA certificates for clients are not reloaded: OpenSSL can add some to a context, but cannot remove any.
     """
     if tls is not None:
         try:
-            credentials.tls_context(settings)  # into a context of its own first, so that nothing is half replaced
+            credentials.tls_context(settings)  # first into a separate context: a partial reload must not change ours
             tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
         except (ConfigError, OSError) as error:
-            _log.error("the TLS certificate is not read again: %s", error)
+            _log.error("TLS reload failed, still using the old certificate: %s", error)
         else:
-            _log.info("the TLS certificate was read again")
+            _log.info("TLS certificate reloaded")
     if guard is not None:
         try:
             guard.read()
         except ConfigError as error:
-            _log.error("the tokens are not read again: %s", error)
+            _log.error("token reload failed, still using the old tokens: %s", error)
         else:
-            _log.info("the tokens were read again")
+            _log.info("tokens reloaded")

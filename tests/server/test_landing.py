@@ -102,7 +102,7 @@ class TestLanding:
     def test_without_a_key(self, start: Start, made: Made) -> None:
         answer = start(store=made.root).get("/")
         assert "trusted-public-keys" not in answer.text
-        assert "signs nothing itself" in answer.text
+        assert "This cache does not sign" in answer.text
         assert "search" not in answer.text
 
     def test_headers(self, server: Server) -> None:
@@ -335,7 +335,7 @@ class TestPath:
         page = self.page(server, made.orphan).text
         assert "<script>alert" not in page
         assert "<img" not in page
-        assert "(not here)" in page
+        assert "(not in this cache)" in page
         assert EVIL_KEY in html.unescape(page)
 
     def test_of_others_a_row_of_no_use_is_no_matter(self, start: Start, store: StoreBuilder, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ class TestPath:
         with store.connect() as database:
             database.execute("update ValidPaths set narSize = null where path like '%.drv'")
         server = start(store=tmp_path / "store", settings="browse = true")
-        assert "(not here)" in self.page(server, path).text
+        assert "(not in this cache)" in self.page(server, path).text
         assert server.get(f"/search?q={deriver.path.hash_part}").status == 200
 
     def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def test_who_is_no_longer_let_in_hears_nothing(start: Start, info: PathInfo, tmp
         assert [client.ask(absent).status for _ in range(3)] == [404] * 3
         tokens.write_text("")
         server.process.send_signal(signal.SIGHUP)
-        server.wait_for_log("the tokens were read again")
+        server.wait_for_log("tokens reloaded")
         assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
     assert repeated(server) == 0
 

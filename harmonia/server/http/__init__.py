@@ -1,1 +1,1 @@
-"""HTTP on top of Sanic: conditions, ranges, encodings, bodies, access, limits."""
+"""HTTP on top of Sanic: conditional requests, ranges, content codings, bodies, access control, limits."""

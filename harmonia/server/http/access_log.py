@@ -15,9 +15,10 @@ _log = logging.getLogger("harmonia.access")
 
 
 def client(request: Request, trusted: Sequence[str]) -> str:
-    """Who asked: the peer, or the last in X-Forwarded-For that no trusted proxy vouches to be a proxy itself.
+    """Return the address of the client, or "unix" for a peer on a Unix socket.
 
-    What is no IP address there names nobody: then it is the proxy that passed it on.
+    The client is the peer. If the peer is a trusted proxy, the client is the last address in X-Forwarded-For that is
+    not a trusted proxy. An entry that is not an IP address ends the search: then the client is the proxy before it.
     """
     address = _peer(request)
     is_proxy = _is_proxy(address, trusted)
@@ -31,18 +32,21 @@ def client(request: Request, trusted: Sequence[str]) -> str:
 
 
 def from_proxy(request: Request, trusted: Sequence[str]) -> bool:
-    """Whether it was a trusted proxy that sent the request."""
+    """Return whether the peer of the request's connection is a trusted proxy."""
     return _is_proxy(_peer(request), trusted)
 
 
 def single_client(peername: object, trusted: Sequence[str]) -> str | None:
-    """The address at the other end of a connection; None where that may be many: a proxy, or who uses a unix socket."""
+    """Return the address of a connection's peer, or None if it may stand for many clients.
+
+    That is a trusted proxy, or a peer on a Unix socket.
+    """
     address = _ip(str(peername[0])) if isinstance(peername, tuple) else None
     return None if address is None or _is_proxy(address, trusted) else str(address)
 
 
 def _peer(request: Request) -> _Ip | None:
-    """None for a peer on a unix socket."""
+    """Return the address of the peer, or None for a Unix socket."""
     peer = sanic_adapter.connection_of(request)
     return _ip(peer.client_ip if peer else "")
 
@@ -55,19 +59,19 @@ def _is_proxy(address: _Ip | None, trusted: Sequence[str]) -> bool:
 
 def _ip(text: str) -> _Ip | None:
     try:
-        ip = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone is any text
+        ip = ipaddress.ip_address(text.strip().partition("%")[0])  # a zone may be any text
     except ValueError:
         return None
     return getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
 
 
 def log(request: Request, status: int, sent: int, trusted: Sequence[str]) -> None:
-    """Log a request with its status, the bytes of body sent, and the milliseconds from its head to now."""
+    """Log a request with its status, the bytes of body sent, and the milliseconds since its head was read."""
     if not _log.isEnabledFor(logging.INFO):
         return
     milliseconds = (perf_counter() - (sanic_adapter.began_at(request) or perf_counter())) * 1000
     agent = request.headers.get("user-agent", "-")
-    # What the client wrote is quoted, so that no byte of it can pass for a line of ours.
+    # Text from the client is quoted, so that a client cannot forge log lines.
     _log.info(
         "%s %r %d %d %.1fms %r",
         client(request, trusted),

@@ -1,10 +1,10 @@
-"""Who gets in: tokens, which Nix sends from its netrc-file as Basic, other programs as Bearer.
+"""Access control by tokens: Nix sends a token from its netrc-file as Basic, other programs send it as Bearer.
 
-Without one, or with a wrong one, every resource answers 401, whether there is anything or not, and `/nix-cache-info`,
-too: from Nix 2.26 on that ends with a clear word, and up to 2.25 with "does not appear to be a binary cache"
-(Nix `src/libstore/http-binary-cache-store.cc`). What a right token is not good for is 403.
+Without a valid token, every resource answers 401, whether it exists or not. That includes `/nix-cache-info`: Nix 2.26
+and newer then show a clear error, Nix up to 2.25 shows "does not appear to be a binary cache" (Nix
+`src/libstore/http-binary-cache-store.cc`). A valid token without the needed scope gets 403.
 
-`/health` and `/version` stay open. Who asks them, as a load balancer, has no token, and they tell nothing of the store.
+`/health` and `/version` need no token, because load balancers have none. They show nothing of the store.
 """
 
 import base64
@@ -25,7 +25,7 @@ from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, Representation
 from harmonia.server.http.response_cache import AbsentError
 
-# RFC 9110 section 11.6.1 allows for both in one line. A browser asks people for a name and a password, the token.
+# RFC 9110 section 11.6.1 allows both in one line. A browser asks for a user name and a password: the token.
 _CHALLENGE = 'Basic realm="Nix binary cache", charset="UTF-8", Bearer realm="Nix binary cache"'
 
 _log = logging.getLogger("harmonia")
@@ -42,21 +42,21 @@ class _Context(Protocol):
 
 
 class Guard:
-    """Looks at the tokens that requests bring."""
+    """Checks the tokens of requests."""
 
     def __init__(self, settings: Settings) -> None:
-        """ConfigError, also later from `read`."""
+        """Load the tokens. Raises ConfigError if the file is invalid."""
         self._settings = settings
         self._failures = Rate(settings.max_failed_auth_rate) if settings.max_failed_auth_rate else None
         self._warnings = Rate(1)
         self.read()
 
     def read(self) -> None:
-        """Read the file with the tokens again, in any thread. A broken one leaves those of before in place."""
+        """Reload the tokens, in any thread. If the file is invalid, raises ConfigError and keeps the old tokens."""
         self._tokens = Tokens(credentials.load_tokens(self._settings))
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:
-        """The same resource, for those who have a token for it; without another step where that takes none."""
+        """Return a handler that first checks the token, or the same handler if the scope needs no token."""
         if scope in self._settings.anonymous_scopes:
             return handler
 
@@ -67,15 +67,18 @@ class Guard:
                 representation = await handler(context, request, **parameters)
             except AbsentError:
                 raise NotFound from None
-            # What is public may be kept by a cache on the way, and told to others (RFC 9111 section 3.5).
+            # With `public`, a shared cache could serve the response to other clients (RFC 9111 section 3.5).
             private = representation.cache_control.replace("public", "private")
-            # Nor is anything said again without a look at the token.
+            # `still_valid` is removed, so that no response is replayed without a check of the token.
             return replace(representation, cache_control=private, still_valid=None)
 
         return get
 
     def admit(self, request: Request, scope: Scope) -> None:
-        """Raises the answer to a request that does not get in."""
+        """Raise SanicException unless the request has a valid token with the scope.
+
+        The status is 401 without a valid token, 403 without the scope, 429 after too many invalid tokens.
+        """
         token = self._tokens.find_token(secret) if (secret := presented(request)) else None
         if token is not None:
             if scope not in token.scopes:
@@ -86,7 +89,7 @@ class Guard:
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
 
     def instead(self, request: Request, error: Exception) -> Exception:
-        """The answer in the place of 404 and 405, which are for those who got in."""
+        """Return the error to send: for a request that may not read, 401, 403 or 429 instead of 404 or 405."""
         if isinstance(error, NotFound | MethodNotAllowed) and "read" not in self._settings.anonymous_scopes:
             try:
                 self.admit(request, "read")
@@ -95,26 +98,28 @@ class Guard:
         return error
 
     def _count(self, request: Request) -> None:
-        """Count a wrong token. Right ones are let in from everywhere at any rate: nobody finds one by trying, and those
-        who share an address with somebody who tries must not suffer for it.
+        """Count an invalid token of a client. Raises SanicException 429 if it exceeds `max_failed_auth_rate`.
+
+        Valid tokens are not limited: tokens cannot be guessed, and clients that share an address with an attacker must
+        not be locked out.
         """
         if self._failures is None:
             return
         client = access_log.client(request, self._settings.trusted_proxies)
         if wait := self._failures.wait(client):
             if not self._warnings.wait(client):
-                _log.warning("%s sends many wrong tokens, and is told to wait", client)
+                _log.warning("too many invalid tokens from %s: answered with 429; check that client's netrc", client)
             raise too_many(wait)
 
 
 def hold_to_rate(context: _Context, request: Request) -> None:
-    """Raise 429 if the client asks more often than `max_query_rate` allows."""
+    """Raise SanicException 429 if the client exceeds `max_query_rate`. Otherwise, count the request."""
     if context.query_rate is not None and (wait := context.query_rate.wait(context.client(request))):
         raise too_many(wait)
 
 
 def limited(handler: Handler) -> Handler:
-    """The same resource, for each client at the rate of `max_query_rate`."""
+    """Return a handler that first calls `hold_to_rate`."""
 
     @wraps(handler)
     async def get(context: _Context, request: Request, **parameters: str) -> Representation:
@@ -125,11 +130,12 @@ def limited(handler: Handler) -> Handler:
 
 
 def too_many(wait: float) -> SanicException:
+    """Return the error 429 with Retry-After, for a client that must wait so many seconds."""
     return SanicException(status_code=429, headers={"Retry-After": str(math.ceil(wait))})
 
 
 def presented(request: Request) -> str:
-    """The token of a request, empty where it has none."""
+    """Return the token in Authorization, or "" if there is none or the field is malformed."""
     scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
     credentials = credentials.strip()
     if scheme.lower() == "bearer":
@@ -140,5 +146,5 @@ def presented(request: Request) -> str:
         user_and_password = base64.b64decode(credentials, validate=True)
     except ValueError:
         return ""
-    # The user is for the client's convenience: it is the token that says who it is.
+    # Any user name is accepted: only the token identifies the client.
     return user_and_password.partition(b":")[2].decode(errors="surrogateescape")

@@ -1,4 +1,4 @@
-"""Range and If-Range: RFC 9110 sections 13.1.5 and 14."""
+"""Byte ranges: Range and If-Range (RFC 9110 sections 13.1.5 and 14)."""
 
 import re
 import sys
@@ -10,41 +10,44 @@ _SPEC = re.compile(r"(?i:bytes)=[ \t,]*(?P<first>[0-9]*)-(?P<last>[0-9]*)[ \t,]*
 
 
 UNKNOWN_LAST = 2**53 - 1
-"""The last position of a range that goes on to the end, wherever that will be (RFC 8673)."""
+"""Last position of a range up to an end that is not known yet (RFC 8673)."""
 
 
 class Wanted(NamedTuple):
-    """A range: its first and last position, or None and how many bytes at the end."""
+    """A requested range: first and last position. If `first` is None, `last` is a number of bytes at the end."""
 
     first: int | None
     last: int | None
 
     @property
     def is_open(self) -> bool:
-        """Whether it goes from its first position to the end."""
+        """Return whether the range goes from its first position to the end."""
         return self.first is not None and (self.last is None or self.last >= UNKNOWN_LAST)
 
 
 class UnsatisfiableError(Exception):
-    """A range that has no byte of what there is."""
+    """A range that lies beyond the end of the representation."""
 
 
 def is_one(header: str) -> bool:
-    """Return whether it asks for one range of bytes. Any other Range is ignored, as it may be."""
+    """Return whether a Range header has exactly one range of bytes. Others are ignored, which RFC 9110 allows."""
     return _parse(header) is not None
 
 
 def wanted(header: str, if_range: str | None, etag: str | None) -> Wanted | None:
-    """Return the range asked for, or None if the whole is to be sent.
+    """Return the requested range, or None if the whole representation must be sent.
 
-    A Range that is malformed, of another unit, or of several parts may be ignored, and is. So is one if its If-Range
-    names another version than ours.
+    A Range that is malformed, in another unit, or with several parts is ignored, which RFC 9110 allows. A Range is also
+    ignored if If-Range is not our ETag.
     """
     return _parse(header) if if_range is None or if_range.strip() == etag else None
 
 
 def located(part: Wanted, size: int) -> tuple[int, int]:
-    """Return where the range starts and stops. Raise UnsatisfiableError if it lies beyond the `size`."""
+    """Return the start and stop of a range in a representation of `size` bytes.
+
+    Raises UnsatisfiableError if the range lies beyond the end.
+    """
     if part.first is None:
         start, stop = max(size - (part.last or 0), 0), size
     else:
@@ -65,6 +68,6 @@ def _parse(header: str) -> Wanted | None:
 
 
 def _number(digits: str) -> int:
-    """Return the number, cut to more than any file has bytes."""
+    """Return the number, or sys.maxsize if it is larger: no file has so many bytes."""
     number = integer(digits, sys.maxsize)
     return sys.maxsize if number is None else number

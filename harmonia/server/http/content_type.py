@@ -1,12 +1,12 @@
-"""What a file of the store is to a browser: by its name, where that tells, else by whether it is text."""
+"""Content-Type of files in the store: by the extension, otherwise by whether the content is UTF-8 text."""
 
 import mimetypes
 import os
 
 from harmonia.store.object_files import SAMPLE_BYTES
 
-# Those of the standard library differ with its version, and with /etc/mime.types. These make web sites work, or are
-# shown instead of saved.
+# The types in the standard library depend on its version and on /etc/mime.types. The types below are those that web
+# sites need, or that make browsers show a file instead of saving it.
 _TYPES = mimetypes.MimeTypes(())
 for _type, _extensions in {
     "text/html": ".html .htm",
@@ -37,7 +37,11 @@ _COMPRESSED = ("image/", "audio/", "video/", "font/", "application/zip", "applic
 
 
 def of(name: bytes, sample: bytes) -> str:
-    """By the name, where that tells. What is UTF-8 otherwise is text; the last character of a sample may be cut."""
+    """Return the Content-Type of a file by its name and the first bytes of its content.
+
+    If the extension is unknown, UTF-8 is text/plain and all else application/octet-stream. A sample of SAMPLE_BYTES may
+    end within a character.
+    """
     try:
         utf8 = b"\0" not in sample and len(sample.decode(errors="strict")) >= 0
     except UnicodeDecodeError as error:
@@ -46,7 +50,7 @@ def of(name: bytes, sample: bytes) -> str:
     if encoding:
         return _ENCODINGS.get(encoding, "application/octet-stream")
     guessed = guessed or ("text/plain" if utf8 else "application/octet-stream")
-    if guessed.startswith("text/x-"):  # source code and the like, which some browsers would save
+    if guessed.startswith("text/x-"):  # such as source code, which some browsers save instead of showing
         guessed = "text/plain"
     return f"{guessed}; charset=utf-8" if guessed.startswith("text/") and utf8 else guessed
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as a status: decided here and nowhere else. The log gets the detail, the client the phrase."""
+"""Error responses: the only place that maps errors to HTTP status codes. Details go to the log, not to the client."""
 
 import logging
 from http import HTTPStatus
@@ -13,29 +13,29 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
 
-_NO_THREAD = "can't start new thread"  # Python's words, where memory or tasks are short
+_NO_THREAD = "can't start new thread"  # Python's message if memory or tasks are exhausted
 
-_EXPLAINED = {
-    HTTPStatus.UNAUTHORIZED: "This cache is for those who have a token. It is the password, whatever the name.",
-    HTTPStatus.FORBIDDEN: "The token is a right one, but not good for this.",
-    HTTPStatus.NOT_FOUND: "This cache has nothing of that name, or cannot give it out.",
-    HTTPStatus.TOO_MANY_REQUESTS: "That was more than one may ask in a short time. Try again in a while.",
-    HTTPStatus.INTERNAL_SERVER_ERROR: "This is a fault of the server. Its log says more.",
-    HTTPStatus.SERVICE_UNAVAILABLE: "This cannot be told just now. Try again in a moment.",
+_EXPLANATIONS = {
+    HTTPStatus.UNAUTHORIZED: "Sign in with a token: any user name, the token as password.",
+    HTTPStatus.FORBIDDEN: "Your token is valid, but does not allow this page.",
+    HTTPStatus.NOT_FOUND: "This path is not in the cache, or it may not be served.",
+    HTTPStatus.TOO_MANY_REQUESTS: "Too many requests in a short time. Try again later.",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "The server failed because of a bug. Its log has the details.",
+    HTTPStatus.SERVICE_UNAVAILABLE: "Temporarily unavailable. Try again in a moment.",
 }
-"""In words for people. All others only get what Python has to say of them."""
+"""Texts for people. Other statuses show Python's description of the status."""
 
 _log = logging.getLogger("harmonia")
 
 
 def response(context: ServerContext, request: Request, error: Exception) -> HTTPResponse:
-    """The response that tells of `error`, which is logged where it is not the client's own affair."""
+    """Return the response for an error, as HTML or plain text. Logs the error, unless the client caused it."""
     headers = {"cache-control": "no-store", "vary": "Accept"}
     match error:
         case SanicException():
             status = HTTPStatus(error.status_code)
             headers |= {name.lower(): str(value) for name, value in error.headers.items()}
-            if "allow" in headers:  # Sanic's is in any order
+            if "allow" in headers:  # Sanic's order varies
                 headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
         case StoreUnavailableError() | CacheFileError() | MemoryError():
             status = HTTPStatus.SERVICE_UNAVAILABLE
@@ -44,21 +44,21 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
         case RuntimeError() if str(error) == _NO_THREAD:
             status = HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() | StoreObjectError() | UpstreamError():
-            # Nothing that another try would mend, and Nix goes on to the next cache only after a 404.
+            # A retry would fail again, and Nix asks the next cache only after a 404.
             status = HTTPStatus.NOT_FOUND
         case _:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = "1"
-    # Sanic makes errors of its own of a client that went away while it was answered.
-    gone = request.transport is None or request.transport.is_closing()
-    if not isinstance(error, SanicException) or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and not gone):
+    # Sanic raises errors of its own if the client disconnects during a response.
+    disconnected = request.transport is None or request.transport.is_closing()
+    if not isinstance(error, SanicException) or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and not disconnected):
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
-        what = str(error) or type(error).__name__
-        _log.error("%s %s: %d, %s", request.method, request.path, status, what, exc_info=unexpected)
+        cause = str(error) or type(error).__name__
+        _log.error("%s %s: %d, %s", request.method, request.path, status, cause, exc_info=unexpected)
     if prefers_html(",".join(request.headers.getall("accept", []))):
-        shown = _page(context, request, status)
-        return HTTPResponse(cast("bytes", shown.body), status, {**headers, **shown.headers}, shown.content_type)
+        html = _page(context, request, status)
+        return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")
 
 
@@ -66,5 +66,5 @@ def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Repre
     document = page.begin(context, status.phrase, "../" * (request.path.count("/") - 1) or "./")
     with document.main:
         document.h1(status.phrase)
-        document.p(_EXPLAINED.get(status, f"{status.description}."))
+        document.p(_EXPLANATIONS.get(status, f"{status.description}."))
     return page.end(context, document)

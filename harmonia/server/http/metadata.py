@@ -1,4 +1,4 @@
-"""What is told of a path in few bytes: clients keep it for a while, and then ask by its ETag whether it is still so."""
+"""Representations of small metadata, such as narinfos: cacheable for a while, then revalidated by ETag."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ from harmonia.server.http.response import Representation
 
 
 def representation(content_type: str, text: bytes, max_age: int) -> Representation:
-    """To be kept for `max_age` seconds."""
+    """Return a representation that caches may keep for `max_age` seconds. Its ETag is a hash of the text."""
     return Representation(
         content_type=content_type,
         body=text,

@@ -1,4 +1,4 @@
-"""What a client prefers: RFC 9110 section 12.5. We offer zstd and identity, and errors as a page or as plain text."""
+"""Content negotiation (RFC 9110 section 12.5): zstd or identity for bodies, HTML or plain text for errors."""
 
 import re
 
@@ -9,21 +9,21 @@ _ELEMENT = re.compile(r"([!#$%&'*+.^_`|~0-9a-z/-]+)(?:[ \t]*;[ \t]*q=(0(?:\.[0-9
 
 
 class NotAcceptable(SanicException):
-    """Nothing that we have is wanted."""
+    """406: the client accepts none of our content codings."""
 
     status_code = 406
 
 
 def weights(header: str) -> dict[str, float]:
-    """The weight of each that is named, in lower case. What is malformed is as if it were not there."""
+    """Return the weight of each element in an Accept or Accept-Encoding header, in lower case. Skip malformed ones."""
     matches = (_ELEMENT.fullmatch(element.strip(" \t").lower()) for element in header.split(","))
     return {match[1]: float(match[2] or 1) for match in matches if match}
 
 
 def prefers_zstd(header: str, *, worthwhile: bool = True) -> bool:
-    """Whether to send zstd rather than the bytes as they are. NotAcceptable where neither is wanted.
+    """Return whether to send zstd. Raises NotAcceptable if the client accepts neither zstd nor identity.
 
-    It is not `worthwhile` where a body is tiny or cannot be compressed: then only who refuses identity gets it.
+    `worthwhile` is False for tiny or incompressible bodies: then only a client that refuses identity gets zstd.
     """
     wanted = weights(header)
     others = wanted.get("*")
@@ -33,12 +33,12 @@ def prefers_zstd(header: str, *, worthwhile: bool = True) -> bool:
         if zstd == 0:
             raise NotAcceptable
         return True
-    # Nobody who names zstd wants the plain bytes as much, whatever weight they have by default.
+    # If only zstd is named, zstd is preferred: the default weight of identity does not count.
     return worthwhile and zstd > 0 and (identity is None or zstd >= identity)
 
 
 def prefers_html(header: str) -> bool:
-    """Whether who sends that Accept would rather have a page than plain text: browsers do, where people look."""
+    """Return whether an Accept header prefers HTML to plain text, as browsers do for pages."""
     wanted = weights(header)
     others = wanted.get("text/*", wanted.get("*/*", 0.0))
     return wanted.get("text/html", others) > wanted.get("text/plain", others)

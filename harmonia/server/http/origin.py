@@ -1,4 +1,4 @@
-"""The URL under which clients know this cache: for pages, from which people copy it."""
+"""Base URL of this cache as clients see it, for pages where people copy it."""
 
 from sanic import Request
 
@@ -8,9 +8,10 @@ from harmonia.server.http import access_log, sanic_adapter
 
 
 def base_url(request: Request, settings: Settings) -> str:
-    """Without a final slash: as it is set, else as a trusted proxy tells, else as the client does in `Host`.
+    """Return the base URL without a final slash.
 
-    What is no URL then is not repeated, but the address that the connection came to told instead.
+    The setting `base_url` comes first, then the X-Forwarded fields of a trusted proxy, then Host. An invalid URL is
+    skipped; the last resort is the server address of the connection.
     """
     connection = sanic_adapter.connection_of(request)
     scheme = "https" if connection and connection.ssl else "http"
@@ -20,8 +21,8 @@ def base_url(request: Request, settings: Settings) -> str:
         proto = _last(request, "x-forwarded-proto") or scheme
         prefix = _last(request, "x-forwarded-prefix").strip("/")
         candidates.insert(1, _url(proto, _last(request, "x-forwarded-host") or host, prefix))
-    known = next((url for url in candidates if url and BASE_URL.match(url)), f"{scheme}://localhost")
-    return known.rstrip("/")
+    valid = next((url for url in candidates if url and BASE_URL.match(url)), f"{scheme}://localhost")
+    return valid.rstrip("/")
 
 
 def _url(scheme: str, host: str, path: str = "") -> str | None:
@@ -29,5 +30,5 @@ def _url(scheme: str, host: str, path: str = "") -> str | None:
 
 
 def _last(request: Request, header: str) -> str:
-    """What the nearest proxy told: others before it may have been told by anybody."""
+    """Return the last element of a field: the nearest proxy added it. Earlier ones can be forged by clients."""
     return ",".join(request.headers.getall(header, [])).rpartition(",")[2].strip()

@@ -1,4 +1,4 @@
-"""How often something may happen, for each of many clients, in memory that is bounded."""
+"""Rate limit for each client, in bounded memory."""
 
 import ipaddress
 import time
@@ -7,36 +7,37 @@ from collections.abc import Callable, MutableMapping
 from cachetools import LRUCache
 
 _MINUTE_S = 60.0
-_MAX_CLIENTS = 4096  # clients; some 200 bytes each
-_V6_PREFIX_BITS = 64  # bits: who has one address has all that begin like it (RFC 6177)
+_MAX_CLIENTS = 4096  # some 200 bytes each
+_V6_PREFIX_BITS = 64  # one site has all addresses of such a network (RFC 6177)
 
 
 class Rate:
-    """At most so many times a minute for each client, all at once or spread over it (a leaky bucket; ITU-T I.371).
+    """Leaky bucket for each client (ITU-T I.371): so many events a minute, all at once or spread over the minute.
 
-    Only the clients that came last are remembered. Who comes from thousands of addresses gets that many times the rate.
+    Only the most recent 4096 clients are remembered. An attacker with thousands of addresses gets as many times the
+    rate.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`per_minute` is more than 0."""
+        """Create a rate limit. `per_minute` must be more than 0."""
         self._interval = _MINUTE_S / per_minute
         self._clock = clock
         self._empty_at: MutableMapping[str, float] = LRUCache(_MAX_CLIENTS)
 
     def wait(self, client: str) -> float:
-        """0 where it may happen now, which is counted; else the seconds until it may, and nothing is counted."""
+        """Return 0 and count the event if it is allowed now. Otherwise, return the seconds until it is allowed."""
         client = network(client)
         now = self._clock()
         empty_at = max(self._empty_at.get(client, now), now) + self._interval
         wait = empty_at - now - _MINUTE_S
-        # Sums of fractions: less than a hundredth of an interval too late is in time.
+        # Rounding errors add up: an excess of less than a hundredth of an interval is allowed.
         allowed = wait < self._interval / 100
         self._empty_at[client] = empty_at if allowed else empty_at - self._interval
         return 0.0 if allowed else wait
 
 
 def network(client: str) -> str:
-    """Whom an address stands for; what is none, for itself."""
+    """Return the network of an IPv6 address, or any other text as it is."""
     if ":" not in client:
         return client
     return str(ipaddress.IPv6Network((client, _V6_PREFIX_BITS), strict=False))

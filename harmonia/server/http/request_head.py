@@ -1,8 +1,8 @@
-"""The head of a request, held to RFC 9112.
+"""Strict parsing of request heads, by RFC 9112.
 
-Sanic forgives much, and a proxy forgives other things. Where the two see different requests in the same bytes, one
-client can have its request answered to another (section 11.2, "request smuggling"). So nothing is forgiven that two
-readers may take differently: it is refused, and nothing that follows on the connection is read as a request.
+Sanic accepts many malformed requests, and a proxy accepts others. If the two read different requests from the same
+bytes, one client can get the response for another client (section 11.2, "request smuggling"). Therefore, a head that
+two parsers may read differently is refused, and no further request is read from the connection.
 """
 
 import re
@@ -14,7 +14,7 @@ from sanic.http import Http as SanicHttp
 _HOST = rb"(?:(?:[!$&'()*+,.0-9;=A-Z_a-z~-]|%[0-9A-Fa-f]{2})+|\[[0-9A-Za-z:.!$&'()*+,;=_~-]+\])(?::[0-9]{0,5})?"
 _TARGET = rb'(?:/[!"$-~]*|(?i:https?)://' + _HOST + rb'(?:[/?][!"$-~]*)?|\*)'
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# No space before a colon, no line that goes on with the next, no line feed or other control character on its own.
+# Forbidden: a space before a colon, a folded line, a bare line feed, and any other control character.
 _HEAD = re.compile(_TOKEN + b" " + _TARGET + rb" HTTP/1\.[0-9](?:\r\n" + _TOKEN + rb":[\t -~\x80-\xff]*)*")
 _REQUEST_LINE = re.compile(b"(?P<method>" + _TOKEN + rb") [!-~]+ HTTP/(?P<major>[0-9])\.(?P<minor>[0-9])\r\n")
 _CODINGS = re.compile(
@@ -23,16 +23,16 @@ _CODINGS = re.compile(
 _ABSOLUTE = re.compile(r"[^:/?*]+://(?P<host>[^/?]+)")
 _HOST_FIELD = re.compile(f"(?:{_HOST.decode()})?")
 _LENGTH = re.compile("[0-9]{1,18}", re.ASCII)
-_TLS = b"\x16"  # how a client begins that takes this port for one of HTTPS, and then waits (RFC 8446 section 5.1)
+_TLS = b"\x16"  # first byte of a TLS handshake (RFC 8446 section 5.1): the client expects HTTPS on this port
 
 _WEBDAV = ("COPY", "LOCK", "MKCOL", "MOVE", "PROPFIND", "PROPPATCH", "REPORT", "SEARCH", "UNLOCK")
 _METHODS = {*HTTPMethod, *_WEBDAV, "QUERY"}
 
 
 class Http(SanicHttp):
-    """Sanic's reader of one connection, for heads that all read alike.
+    """Sanic's request reader for one connection, with strict parsing of heads.
 
-    Nobody uploads. After a request with a body, which is answered, the connection ends.
+    There are no uploads: a request with a body is answered, then the connection closes.
     """
 
     async def http1_request_header(self) -> None:
@@ -40,9 +40,9 @@ class Http(SanicHttp):
         try:
             await self._read_head()
         finally:
-            self.expecting_continue = False  # Sanic would send 100 right before any answer, which asks for no body
-        self.head_only = self.request.method == "HEAD"  # Sanic takes `head` for the same
-        self.upgrade_websocket = False  # it would lift the time limits
+            self.expecting_continue = False  # otherwise, Sanic sends 100 before any response
+        self.head_only = self.request.method == "HEAD"  # Sanic also accepts `head`
+        self.upgrade_websocket = False  # an upgrade would remove the timeouts
         headers = self.request.headers
         options = {option.strip(" \t").lower() for option in ",".join(headers.getall("connection", [])).split(",")}
         persistent = self.request.version != "1.0" or "keep-alive" in options
@@ -50,11 +50,11 @@ class Http(SanicHttp):
         try:
             self._check_head()
         except SanicException:
-            self.request_body = None  # whatever its length may be
+            self.request_body = None  # do not read the body, whose length is not trusted
             raise
 
     async def _skip_empty_lines(self) -> None:
-        """Skip what some clients send after a body (RFC 9112 section 2.2)."""
+        """Skip empty lines, which some clients send after a body (RFC 9112 section 2.2)."""
         buffer = self.recv_buffer
         while buffer in (b"", b"\r") or buffer.startswith(b"\r\n"):
             if buffer.startswith(b"\r\n"):
@@ -75,19 +75,19 @@ class Http(SanicHttp):
             raise SanicException(status_code=_status_of_malformed(bytes(buffer.partition(b"\r\n\r\n")[0]))) from None
 
     async def _read_request_line(self) -> None:
-        """Refuse a method and a version that we do not implement, before Sanic takes them for something else."""
+        """Refuse methods and versions that we do not implement, before Sanic misreads them."""
         buffer = self.recv_buffer
         while b"\r\n" not in buffer and len(buffer) < self.HEADER_MAX_SIZE:
             await self._receive_more()
         line = _REQUEST_LINE.match(buffer)
         if line is None:
-            return  # Sanic refuses it
+            return  # Sanic refuses this line
         if line["major"] != b"1":
             raise SanicException(status_code=505)
-        if line["method"] == b"CONNECT":  # it is for proxies, and has no target that Sanic could read
+        if line["method"] == b"CONNECT":  # only for proxies; Sanic cannot parse its target
             raise SanicException(status_code=501)
         if line["minor"] not in b"01":
-            buffer[line.start("minor") : line.end("minor")] = b"1"  # the highest that we know (RFC 9110 section 2.5)
+            buffer[line.start("minor") : line.end("minor")] = b"1"  # the highest we implement (RFC 9110 section 2.5)
 
     def _check_head(self) -> None:
         request = self.request
@@ -105,12 +105,15 @@ class Http(SanicHttp):
             raise SanicException(status_code=501)
         if "transfer-encoding" in request.headers:
             raise SanicException(status_code=411)
-        if absolute := _ABSOLUTE.match(self.url or ""):  # its host counts, and no other (RFC 9112 section 3.2.2)
+        if absolute := _ABSOLUTE.match(self.url or ""):  # its host replaces the field Host (RFC 9112 section 3.2.2)
             request.headers["host"] = absolute["host"]
 
 
 def _status_of_malformed(head: bytes) -> int:
-    """Return 400 for a head that Sanic refused, unless only its transfer coding is to blame (RFC 9112 section 6)."""
+    """Return the status for a head that Sanic refused.
+
+    That is 411 or 501 if only the transfer coding is not supported (RFC 9112 section 6), otherwise 400.
+    """
     codings = _CODINGS.findall(head + b"\r\n")
     if len(codings) != 1 or b"\r\ncontent-length:" in head.lower():
         return 400

@@ -1,8 +1,8 @@
-"""Response cache, keyed by the exact request head. An entry is used only while its resource confirms that it is valid.
+"""Response cache keyed by the exact request head. An entry is used only while its resource confirms that it is valid.
 
-Reading a request, finding its resource and writing a response takes several times as long as sending it, and clients of
-one kind send the very same bytes. The key has every field, such as Accept-Encoding or If-None-Match, so that nothing of
-HTTP is decided twice.
+Parsing a request, running its handler and building a response takes several times as long as sending it, and clients of
+one kind send the same bytes. The key has all fields, such as Accept-Encoding and If-None-Match, so that the cache needs
+no HTTP rules of its own.
 """
 
 import time
@@ -18,19 +18,17 @@ from sanic.exceptions import NotFound
 from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.http.sanic_adapter import date, reader_of
 
-_MAX_BYTES = 8 * 1024 * 1024  # bytes: some 5,000 narinfos
+_MAX_BYTES = 8 * 1024 * 1024  # some 5,000 narinfos
 
 StillValid = Callable[[], bool]
-"""Returns, without blocking, whether the same response would be made now."""
+"""Returns, without blocking, whether the same request would get the same response now."""
 
 
 class AbsentError(NotFound):
-    """404 for a well-formed question to which the local store has no answer: an upstream may have one.
-
-    `still_valid` returns True while the store still has none. Without it, the answer is not repeated from memory.
-    """
+    """404 for a well-formed request for a resource that the local store does not have. An upstream may have it."""
 
     def __init__(self, still_valid: StillValid | None = None) -> None:
+        """Create the error. `still_valid` returns True while the resource is missing; without it, 404 is not cached."""
         super().__init__()
         self.still_valid = still_valid
 
@@ -38,46 +36,48 @@ class AbsentError(NotFound):
 @dataclass(frozen=True, slots=True)
 class _CachedResponse:
     before: bytes
-    """All bytes up to the date."""
+    """All bytes before the value of Date."""
     after: bytes
     still_valid: StillValid
     route: RouteCounters
     status: int
     sent: int
     memory_bytes: int
-    """Bytes, with the head that it answers."""
+    """Bytes of the response and of the request head."""
 
 
 class ResponseCache:
-    """The responses of a worker, in at most `limit` bytes: the latest."""
+    """Cached responses of a worker."""
 
     def __init__(self, limit: int = _MAX_BYTES) -> None:
-        self._answers: MutableMapping[bytes, _CachedResponse] = FIFOCache(limit, getsizeof=attrgetter("memory_bytes"))
+        """Create a cache of at most `limit` bytes. The oldest entry is evicted first."""
+        self._responses: MutableMapping[bytes, _CachedResponse] = FIFOCache(limit, getsizeof=attrgetter("memory_bytes"))
 
     def cached_response(self, head: bytes) -> bytes | None:
-        """Return the response to a request of these bytes, and count it; None if it must be made."""
+        """Return the cached response to a request with this head, and count the request. None if there is none."""
         began = time.perf_counter()
-        answer = self._answers.get(head)
-        if answer is None:
+        cached = self._responses.get(head)
+        if cached is None:
             return None
-        if not answer.still_valid():
-            del self._answers[head]
+        if not cached.still_valid():
+            del self._responses[head]
             return None
-        answer.route.count(answer.status, answer.sent, time.perf_counter() - began, None)
-        return b"%b%b%b" % (answer.before, date().encode(), answer.after)
+        cached.route.count(cached.status, cached.sent, time.perf_counter() - began, None)
+        return b"%b%b%b" % (cached.before, date().encode(), cached.after)
 
     def remember(self, request: Request, sent: bytes) -> None:
-        """Remember what was sent for a request, if its resource can tell whether that is `still_valid`."""
-        told: tuple[StillValid, RouteCounters] | None = getattr(request.ctx, "still_valid", None)
+        """Cache the bytes that were sent for a request, if its handler has set `still_valid`."""
+        validity: tuple[StillValid, RouteCounters] | None = getattr(request.ctx, "still_valid", None)
         http = reader_of(request)
-        # Bytes of a body would be taken for the next request.
+        # The cache matches heads only: the body of a later request would be read as the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        if told is None or has_body or not http.keep_alive or not told[0]():
+        if validity is None or has_body or not http.keep_alive or not validity[0]():
             return
         before, separator, after = sent.partition(b"\r\ndate: ")
         size = 0 if request.method == "HEAD" else len(http.response.body or b"")
         head = request.head + b"\r\n\r\n"
         memory = len(head) + len(sent)
-        answer = _CachedResponse(before + separator, after[len(date()) :], *told, http.response.status, size, memory)
-        with suppress(ValueError):  # it is larger than the whole cache
-            self._answers[head] = answer
+        status = http.response.status
+        cached = _CachedResponse(before + separator, after[len(date()) :], *validity, status, size, memory)
+        with suppress(ValueError):  # larger than the whole cache
+            self._responses[head] = cached

@@ -1,7 +1,7 @@
-"""Private parts of Sanic and uvloop that Harmonia relies on. No other module may use any.
+"""Private parts of Sanic and uvloop that Harmonia relies on. Only this module and `request_head.py` may use them.
 
-`tests/server/test_sanic_internals.py` names each, and fails with that name if an upgrade takes it away. Together with
-`request_head.py`, which replaces how Sanic reads the head of a request, this is where to look when Sanic changes.
+`tests/server/test_sanic_internals.py` names each part, and fails with that name if an upgrade removes it. Begin here
+when Sanic changes. `request_head.py` replaces how Sanic parses the head of a request.
 """
 
 import fcntl
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from harmonia.server.connections import ConnectionLimiter
 
 _CLOSE_POLL_S = 0.05
-_FULL = (  # no body: it may be the answer to HEAD
+_FULL = (  # without a body, because the request may be HEAD
     b"HTTP/1.1 503 Service Unavailable\r\ncache-control: no-store\r\nretry-after: 1\r\n"
     b"content-length: 0\r\nconnection: close\r\n\r\n"
 )
 
 _BEFORE_PATH = re.compile(rb"\A(?:https?://[^/?]+)?/*", re.IGNORECASE)
-"""Nix 2.8 asks for `//nix-cache-info` if the URL that it has ends in a slash."""
+"""Scheme, host and leading slashes: Nix 2.8 requests `//nix-cache-info` if the cache's URL ends in a slash."""
 _UNRESERVED = re.compile(rb"%(2[DE]|3\d|[46][1-9A-F]|[57][\dA]|5F|7E)", re.IGNORECASE)
-"""Octets whose encoding makes no difference (RFC 3986 section 6.2.2.2)."""
+"""Percent-encoded unreserved characters: the encoding makes no difference (RFC 3986 section 6.2.2.2)."""
 
 
 def _decoded(octet: re.Match[bytes]) -> bytes:
@@ -47,23 +47,27 @@ def _decoded(octet: re.Match[bytes]) -> bytes:
 
 
 class AdaptedRequest(Request):
-    """Sanic's. For an answer to a URL that cannot be parsed, Sanic makes a request of it, which cannot be either."""
+    """Sanic's request with a normalized target.
 
-    def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (as Sanic gives them)
+    For the error response to a target that it cannot parse, Sanic creates a request with the same target and the method
+    NONE. The target is then replaced by `*`.
+    """
+
+    def __init__(self, *, url_bytes: bytes, method: str, **rest: Any) -> None:  # noqa: ANN401 (Sanic's signature)
         target = b"*" if method == "NONE" or url_bytes == b"*" else _BEFORE_PATH.sub(b"/", url_bytes, 1)
         super().__init__(url_bytes=_UNRESERVED.sub(_decoded, target), method=method, **rest)
 
     async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
-        """Every response comes through here."""
+        """Add Date, and Via if a Harmonia sent the request. Every response passes through this method."""
         if response is not None:
             response.headers["date"] = date()
-            if any("harmonia" in via for via in self.headers.getall("via", ())):  # to tell it which Harmonia it asked
+            if any("harmonia" in via for via in self.headers.getall("via", ())):  # so that it learns our pseudonym
                 response.headers["via"] = f"1.1 {self.app.ctx.identity}"
         return await super().respond(response, **rest)
 
 
 def date() -> str:
-    """Return the value of the header Date, which each response has (RFC 9110 section 6.6.1)."""
+    """Return the value of the header Date for now (RFC 9110 section 6.6.1)."""
     return _date(int(time.time()))
 
 
@@ -73,17 +77,17 @@ def _date(second: int) -> str:
 
 
 def reader_of(request: Request) -> Http:
-    """Return what reads requests from the connection, and writes responses to it."""
+    """Return Sanic's reader and writer of the request's connection."""
     return cast("Http", request.stream)
 
 
 def connection_of(request: Request) -> "ConnInfo | None":
-    """Return addresses and TLS of the connection, or None if it is lost."""
+    """Return the addresses and TLS state of the connection, or None if it is closed."""
     return reader_of(request).protocol.conn_info
 
 
 def began_at(request: Request) -> float | None:
-    """Return the value of `perf_counter` when the head of the request was read, or None if it never was."""
+    """Return `perf_counter()` at the time when the head of the request was read, or None if it was not read."""
     return cast("float | None", reader_of(request).perft0)
 
 
@@ -93,25 +97,25 @@ def response_of(request: Request) -> "BaseHTTPResponse":
 
 
 def prepare(app: "Sanic[Any, Any]", *, primary: bool) -> None:
-    """Set what Sanic's own start would set. Only one application of a process may be the primary one."""
-    # Sanic looks there to see that nobody serves HTTP/3, and leaves out Alt-Svc.
+    """Set the state that `Sanic.run` would set. Only one application of a process may be `primary`."""
+    # Sanic reads this to learn that there is no HTTP/3, and sends no Alt-Svc.
     app.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
-    app.state.primary = primary  # what Sanic does to its own code at the start, it can do only once
+    app.state.primary = primary  # Sanic patches its own code for the primary application, which works only once
 
 
 class Connection(HttpProtocol):
-    """Sanic's, where the time for a head is for all of it: Sanic itself begins it anew with each byte that comes.
+    """Sanic's protocol with a timeout for the whole head. Sanic itself restarts the timeout with each byte.
 
-    A question that was answered before does not go through Sanic at all.
+    A request whose response is cached is answered here, without Sanic.
     """
 
     HTTP_CLASS = Http
     __slots__ = ("_closing",)
 
     def data_received(self, data: bytes) -> None:
-        http = getattr(self, "_http", None)  # it comes with the connection's task
-        if http is not None and self._is_idle(http) and (answer := self.app.ctx.response_cache.cached_response(data)):
-            cast("asyncio.WriteTransport", self.transport).write(answer)
+        http = getattr(self, "_http", None)  # set when the connection's task starts
+        if http is not None and self._is_idle(http) and (response := self.app.ctx.response_cache.cached_response(data)):
+            cast("asyncio.WriteTransport", self.transport).write(response)
             self._time = time.monotonic()
             return
         began = self._time
@@ -120,7 +124,7 @@ class Connection(HttpProtocol):
             self._time = began
 
     def _is_idle(self, http: Http) -> bool:
-        """Whether a request can be answered here and now: it is the first that waits, and the client reads."""
+        """Return whether a request can be answered at once: no other is pending, and the client reads."""
         return (
             http.stage is Stage.IDLE
             and http.keep_alive
@@ -130,11 +134,15 @@ class Connection(HttpProtocol):
         )
 
     def close(self, timeout: float | None = None) -> None:
-        """Of TLS, Sanic sees only what is yet to be encrypted, and cuts off what the client is yet to take."""
+        """Close the connection when its last bytes are sent.
+
+        With TLS, Sanic sees only the bytes that are not encrypted yet, and would drop encrypted bytes that the client
+        has not read.
+        """
         patience: float = self.app.config.GRACEFUL_TCP_CLOSE_TIMEOUT
         if not self._is_unsent() or time.monotonic() - self._time > patience:
             super().close(timeout)
-        elif self.http is None and getattr(self, "_closing", None) is None:  # else who closes it tries again
+        elif self.http is None and getattr(self, "_closing", None) is None:  # otherwise, the caller calls `close` again
             self._closing = self.loop.call_later(_CLOSE_POLL_S, self._close_again)
 
     def _close_again(self) -> None:
@@ -142,9 +150,7 @@ class Connection(HttpProtocol):
         self.close()
 
     def _is_unsent(self) -> bool:
-        """Whether the kernel has bytes of an encrypted connection that the client has not taken: only then, uvloop may
-        have more.
-        """
+        """Return whether the kernel has unsent bytes of a TLS connection. Only then may uvloop have more."""
         transport = self.transport
         if transport is None or transport.is_closing() or transport.get_extra_info("ssl_object") is None:
             return False
@@ -152,7 +158,7 @@ class Connection(HttpProtocol):
         return int.from_bytes(count, sys.byteorder) > 0
 
     async def send(self, data: bytes) -> None:
-        """Send bytes, and wait until the kernel has nearly all of them: what comes next is not in memory before."""
+        """Send bytes, and wait until the kernel has nearly all of them, so that the next ones are read only then."""
         await super().send(data)  # type: ignore[no-untyped-call]
         if self._http.request is not None:
             self.app.ctx.response_cache.remember(self._http.request, data)
@@ -160,10 +166,10 @@ class Connection(HttpProtocol):
 
 
 def limited_connection(limiter: "ConnectionLimiter") -> type[Connection]:
-    """Return the protocol of connections that the limiter counts. Those of TLS it has counted already."""
+    """Return a protocol whose connections the limiter counts. TLS connections are counted before their handshake."""
 
     class LimitedConnection(Connection):
-        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (Sanic's own does not say)
+        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (untyped in Sanic)
             if self in limiter or limiter.admit(self, transport.get_extra_info("peername")):
                 super().connection_made(transport)  # type: ignore[no-untyped-call]
             else:

@@ -1,1 +1,1 @@
-"""One module for each resource of the HTTP interface."""
+"""Handlers: one module for each resource of the HTTP interface."""

@@ -1,7 +1,7 @@
-"""`/search` finds store paths by name or hash, `/path/<hash>` tells what is known of one: for people.
+"""`/search` and `/path/<hash>`: search for store paths by name or hash, and the page of one path, for people.
 
-Only where `browse` is set. All else that we serve is for those who know a hash part, which nobody can guess, and that
-is how a private path in a public cache stays private. A search would tell all of them, and referrers tell others.
+Only if `browse` is set. All other resources need a hash part, which nobody can guess: so a private path in a public
+cache stays private. A search shows all paths, and the referrers of a path show others.
 """
 
 import re
@@ -26,7 +26,7 @@ from harmonia.server.resources import landing
 from harmonia.store import build_log, queries
 
 _MAX_SHOWN = 200  # paths on one page
-_MAX_QUERY_CHARS = 300  # characters to search for: more than a store path has
+_MAX_QUERY_CHARS = 300  # more than a store path has
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
 
 
@@ -34,9 +34,9 @@ async def search(context: ServerContext, request: Request) -> Representation:
     if not context.settings.browse:
         raise NotFound
     asked = " ".join(request.args.get("q", "")[:_MAX_QUERY_CHARS].split())
-    named = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
-    if named and await context.paths.lookup_usable_path(named[0]):
-        return page.redirect(f"path/{named[0]}", HTTPStatus.SEE_OTHER, "no-cache")
+    hash_part = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
+    if hash_part and await context.paths.lookup_usable_path(hash_part[0]):
+        return page.redirect(f"path/{hash_part[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     result = await context.threads.run_slow_db(
         lambda store: queries.search(store, asked, _MAX_SHOWN, context.paths.publish_filter(store))
     )
@@ -53,7 +53,7 @@ async def search(context: ServerContext, request: Request) -> Representation:
 
 def _summary(asked: str, result: queries.Paths) -> str:
     if not asked:
-        return "Find a path by a part of its name, or by the beginning of its hash."
+        return "Enter a part of a path's name, or the beginning of its hash."
     least = "" if result.complete else "at least "
     first = f"The first {len(result.shown)} of " if result.total > len(result.shown) else ""
     return f"{first}{least if first else least.capitalize()}{page.count(result.total, 'path')} for “{asked}”"
@@ -69,7 +69,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     referrers = await context.threads.run_slow_db(
         lambda store: queries.referrers(store, info.path, _MAX_SHOWN, context.paths.publish_filter(store))
     )
-    # What it needs may be paths that are nobody's business.
+    # With a publish policy, the closure may contain paths that are not published.
     closure = (
         None
         if context.paths.policy
@@ -81,7 +81,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     full_path = f"{context.store.store_dir}/{info.path}"
     keys = context.trusted_keys
     references = sorted(info.references, key=queries.by_name)
-    kept_back = {path for path in references[:_MAX_SHOWN] if not await context.paths.is_published(path)}
+    unpublished = {path for path in references[:_MAX_SHOWN] if not await context.paths.is_published(path)}
 
     document = page.begin(context, info.path.name, "../")
     with document.main:
@@ -97,13 +97,13 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
             page.snippet(
                 document, landing.command(command, origin.base_url(request, context.settings), keys), "Command"
             )
-        _paths(document, "References", queries.Paths(references[:_MAX_SHOWN], len(references)), kept_back)
+        _paths(document, "References", queries.Paths(references[:_MAX_SHOWN], len(references)), unpublished)
         _paths(document, "Referrers", referrers)
     return page.end(context, document, script=True)
 
 
 async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
-    """The derivation whose log tells how the path came about, if that is here and published."""
+    """Return the derivation that built the path, if its log exists and may be served."""
     derivation = info.path if info.path.is_derivation else info.deriver
     if derivation is not None:
         with suppress(OSError):
@@ -114,7 +114,7 @@ async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:
 
 
 def _links(context: ServerContext, document: Builder, info: PathInfo, logged: StorePath | None) -> None:
-    with document.nav(class_="actions", aria_label="What there is of it"):
+    with document.nav(class_="actions", aria_label="Files of this path"):
         if context.settings.serve_files:
             document.a("Files", href=f"../serve/{info.path.hash_part}")
         document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
@@ -137,7 +137,7 @@ def _facts(document: Builder, signed: SignedPath, closure: queries.Closure | Non
             if deriver_is_here:
                 document.dd.a(info.deriver, href=info.deriver.hash_part, class_="path")
             else:
-                document.dd.code(info.deriver)._(" (not here)")
+                document.dd.code(info.deriver)._(" (not in this cache)")
         if info.ca:
             document.dt("Content address").dd.code(info.ca)
         document.dt("Signatures")
@@ -147,11 +147,11 @@ def _facts(document: Builder, signed: SignedPath, closure: queries.Closure | Non
             document.dd("none")
 
 
-def _paths(document: Builder, heading: str, found: queries.Paths, kept_back: Container[StorePath] = ()) -> None:
+def _paths(document: Builder, heading: str, paths: queries.Paths, unpublished: Container[StorePath] = ()) -> None:
     with document.section:
         document.h2(heading)
-        if not found.total:
+        if not paths.total:
             document.p("None", class_="dim")
-        elif found.total > len(found.shown):
-            document.p(f"{len(found.shown)} of {found.total:,}", class_="dim")
-        page.paths(document, found.shown, "./", kept_back)
+        elif paths.total > len(paths.shown):
+            document.p(f"{len(paths.shown)} of {paths.total:,}", class_="dim")
+        page.paths(document, paths.shown, "./", unpublished)

@@ -1,4 +1,4 @@
-"""`/realisations/…` and `/build-trace-v2/…`: what the outputs of content-addressed derivations came out as."""
+"""`/realisations/…` and `/build-trace-v2/…`: output paths of content-addressed derivations (build trace entries)."""
 
 import logging
 import re
@@ -23,60 +23,61 @@ _log = logging.getLogger("harmonia")
 
 
 async def get_realisation(context: ServerContext, _: Request, name: str) -> Representation:
-    """`<derivation's hash>!<output>.doi`, as Nix up to 2.34 asks for it."""
+    """Answer for `<derivation's hash>!<output>.doi`, which Nix up to 2.34 requests."""
     derivation_hash, output = parse_realisation_id(name)
-    known = await context.threads.run_db(lambda: context.store.realisation(derivation_hash, output))
-    found = await _checked(context, name, known)
-    return _representation(context, render_realisation(f"{derivation_hash}!{output}", found, context.keys))
+    stored = await context.threads.run_db(lambda: context.store.realisation(derivation_hash, output))
+    realisation = await _published(context, name, stored)
+    return _representation(context, render_realisation(f"{derivation_hash}!{output}", realisation, context.keys))
 
 
 async def get(context: ServerContext, _: Request, derivation: str, name: str) -> Representation:
-    """`<derivation>/<output>.doi`, as newer Nixes ask for it."""
+    """Answer for `<derivation>/<output>.doi`, which Nix newer than 2.34 requests."""
     drv, output = parse_trace_key(derivation, name)
-    known = await context.threads.run_db(lambda: context.store.build_trace(drv, output))
-    found = await _checked(context, name, known)
-    return _representation(context, render_build_trace(drv, output, found, context.keys))
+    stored = await context.threads.run_db(lambda: context.store.build_trace(drv, output))
+    realisation = await _published(context, name, stored)
+    return _representation(context, render_build_trace(drv, output, realisation, context.keys))
 
 
 def parse_realisation_id(name: str) -> tuple[str, str]:
-    """Return the hash (`sha256:` and 64 hexadecimal digits) and the output that `<hash>!<output>.doi` names.
+    """Return the hash (`sha256:` and 64 hexadecimal digits) and the output in `<hash>!<output>.doi`.
 
     Raises NotFound if the name is malformed.
     """
-    found = _REALISATION.fullmatch(_decoded(name))
-    if found is None:
+    match = _REALISATION.fullmatch(_decoded(name))
+    if match is None:
         raise NotFound
-    return found["hash"], found["output"]
+    return match["hash"], match["output"]
 
 
 def parse_trace_key(derivation: str, name: str) -> tuple[StorePath, str]:
-    """Return the derivation and the output that `<derivation>/<output>.doi` names.
+    """Return the derivation and the output in `<derivation>/<output>.doi`.
 
     Raises NotFound if one of the two is malformed.
     """
-    found = _OUTPUT.fullmatch(_decoded(name))
-    if found is None:
+    match = _OUTPUT.fullmatch(_decoded(name))
+    if match is None:
         raise NotFound
     try:
-        return StorePath(_decoded(derivation)), found["output"]
+        return StorePath(_decoded(derivation)), match["output"]
     except FormatError:
         raise NotFound from None
 
 
 def _decoded(text: str) -> str:
-    """Nix from 2.32 on sends `!` and `+` encoded."""
+    """Decode percent-encoding: Nix 2.32 and newer encode `!` and `+`. Raises NotFound if the text is not UTF-8."""
     try:
         return unquote_to_bytes(text).decode()
     except UnicodeDecodeError:
         raise NotFound from None
 
 
-async def _checked(context: ServerContext, name: str, realisation: Realisation | None) -> Realisation:
+async def _published(context: ServerContext, name: str, realisation: Realisation | None) -> Realisation:
+    """Return the realisation. Raises AbsentError if there is none, or if its output path may not be served."""
     if realisation is None or not await context.paths.is_published(realisation.out_path):
         raise AbsentError
     for sig in realisation.sigs:
         if not is_signature(sig):
-            _log.warning("%s: the stored signature %r is malformed and left out", name, sig)
+            _log.warning("%s: skipping a stored signature: %r is malformed; sign the realisation again", name, sig)
     return realisation
 
 

@@ -1,4 +1,4 @@
-"""`/nix-cache-info`: what a client asks a cache first (Nix `src/libstore/binary-cache-store.cc`)."""
+"""`/nix-cache-info`: store directory and priority, requested first (Nix `src/libstore/binary-cache-store.cc`)."""
 
 from sanic import Request
 

@@ -1,4 +1,4 @@
-"""`/<hash>.ls` of a path that no upstream has a listing of, while its NAR is in the cache: made of that NAR."""
+"""`/<hash>.ls` of an upstream path whose NAR is cached: the listing is made from that NAR if no upstream has one."""
 
 from collections.abc import Iterator
 
@@ -19,8 +19,9 @@ from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads
 
 
-async def get(context: ServerContext, request: Request, found: RemotePath, threads: FetchThreads) -> Representation:
-    nars, name = context.compressor.cache, found.name
+async def get(context: ServerContext, request: Request, path: RemotePath, threads: FetchThreads) -> Representation:
+    """Answer with the listing. Raises NotFound if the NAR is not in the cache any longer, or is damaged."""
+    nars, name = context.compressor.cache, path.name
     if nars is None:
         raise NotFound
 
@@ -28,8 +29,8 @@ async def get(context: ServerContext, request: Request, found: RemotePath, threa
         def render() -> Iterator[bytes]:
             return nix_listing.render(nar.located(_entries(nars, name.key, name.compression, memory_bytes)))
 
-        body, encoded = await listing.long(context, request, base32.encode(found.info.nar_hash), render)
-        return listing.representation(found.info, body, encoded)
+        body, encoded = await listing.long(context, request, base32.encode(path.info.nar_hash), render)
+        return listing.representation(path.info, body, encoded)
 
     try:
         try:
@@ -37,15 +38,15 @@ async def get(context: ServerContext, request: Request, found: RemotePath, threa
         except WindowError:
             async with threads.much_memory:
                 return await make(LARGE_MEMORY_BYTES)
-    except (CacheFileError, FormatError):  # damaged meanwhile: then nothing of the path is left
+    except (CacheFileError, FormatError):  # evicted or damaged meanwhile
         raise NotFound from None
 
 
 def _entries(nars: NarCache, key: str, compression: str, memory_bytes: int) -> Iterator[Entry]:
-    """Yield the entries of a cached NAR. Raises CacheFileError if it is gone, and FormatError if it is malformed."""
+    """Yield the entries of a cached NAR. Raises CacheFileError if it was evicted, FormatError if it is malformed."""
     file = nars.find_file(key)
     if file is None:
-        raise CacheFileError("it was evicted")
+        raise CacheFileError("the NAR was evicted")
     unpack = decompressor(compression, memory_bytes)
     content = (piece for data in MadeFile(file).chunks() for piece in unpack.feed(data))
     return (part for part in nar_parser.parse(content) if isinstance(part, Entry))

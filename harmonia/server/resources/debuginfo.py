@@ -1,7 +1,7 @@
-"""`/debuginfo/<build id>`: in which NAR the debug info of a binary is, for dwarffs and nixseparatedebuginfod2.
+"""`/debuginfo/<build id>`: the NAR with the debug info of a binary, for dwarffs and nixseparatedebuginfod2.
 
-The same as Nix writes into a binary cache with `index-debug-info=true`, there as `debuginfo/<build id>.debug`. The
-archive is relative to this resource. It is the plain NAR, for dwarffs knows no compressed one but `.nar.xz`.
+The content is what Nix writes into a binary cache with `index-debug-info=true`, there as `debuginfo/<build id>.debug`.
+The archive is a URL relative to this resource. It is the plain NAR, because dwarffs can only decompress `.nar.xz`.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.resources.narinfo import nar_url
 
-_TIMEOUT_S = 2.0  # seconds for which an answer waits for paths that are yet to be looked at
-_POLL_S = 0.01  # seconds
+_TIMEOUT_S = 2.0  # for which a response waits until the index has all paths
+_POLL_S = 0.01
 
 
 async def get(context: ServerContext, _: Request, name: str) -> Representation:
@@ -34,7 +34,7 @@ async def get(context: ServerContext, _: Request, name: str) -> Representation:
 
 
 def parse_name(name: str) -> str:
-    """Return the build id of a name with or without `.debug`. Raises NotFound if it is malformed."""
+    """Return the build id in a name with or without `.debug`. Raises NotFound if the build id is malformed."""
     build_id = name.removesuffix(".debug")
     if not is_build_id(build_id):
         raise NotFound
@@ -42,8 +42,10 @@ def parse_name(name: str) -> str:
 
 
 async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
-    """A valid path with the debug file. StoreUnavailableError where that cannot be told yet: dwarffs remembers for a
-    day that there is none, but asks again after some seconds where it got a 503.
+    """Return a published path with the debug file of a build id, or None if there is none.
+
+    Raises StoreUnavailableError if the index is not complete in time. The 503 makes dwarffs ask again after some
+    seconds; it would cache a 404 for a day.
     """
     index = context.debug_info
     if index is None:
@@ -55,9 +57,9 @@ async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
             context.threads.index, partial(index.look_up, build_id)
         )
         for path in paths:
-            found = await context.paths.lookup_usable_path(path.hash_part)
-            if found is not None and found.info.path == path:
-                return found.info
+            signed = await context.paths.lookup_usable_path(path.hash_part)
+            if signed is not None and signed.info.path == path:
+                return signed.info
         if complete:
             return None
         if loop.time() > deadline:

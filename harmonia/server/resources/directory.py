@@ -1,4 +1,4 @@
-"""The page of a directory: its entries, with a link to each and to what is above it."""
+"""Page of a directory in a store path: its entries, and links to each entry and to the parent directories."""
 
 import os
 import stat
@@ -16,13 +16,16 @@ from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import Entry, Listed, listed
 
-_MAX_ENTRIES = 2000  # entries on the page; the NAR listing has them all
+_MAX_ENTRIES = 2000  # entries on the page; the NAR listing has all
 
 
 async def representation(
     context: ServerContext, request: Request, asked: PathInfo, names: Sequence[bytes], entry: Entry
 ) -> Representation:
-    """The page of the directory `entry`, which was asked for by `names` in the store path `asked`."""
+    """Return the page of the directory `entry`, whose URL has the store path `asked` and then `names`.
+
+    Raises 429 if the client exceeds `max_query_rate`.
+    """
 
     def render() -> Representation:
         entries, count = listed(context.store.real_path(entry.info.path), entry.names, _MAX_ENTRIES)
@@ -34,7 +37,7 @@ async def representation(
             with document.section:
                 summary = page.count(count, "entry", "entries")
                 if count > len(entries):
-                    summary = f"The first {len(entries):,} of {summary}; the NAR listing has them all"
+                    summary = f"The first {len(entries):,} of {summary}; the NAR listing has all"
                 document.p(summary, class_="dim")
                 with document.table:
                     document.tr.th("Name", scope="col").th("Kind", scope="col", class_="kind")
@@ -48,7 +51,7 @@ async def representation(
         return page.end(context, document)
 
     hold_to_rate(context, request)
-    # A page tells of nothing but these, and a directory that changed has another time.
+    # The page depends only on the values in its key. The times in `place` change with the directory.
     status = entry.status
     place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
     key = ("page", asked.path, tuple(names), entry.info.path, tuple(entry.names), place)
@@ -56,7 +59,7 @@ async def representation(
 
 
 def _heading(context: ServerContext, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
-    """Where the page is, each directory above it a link, and what else there is of the store path."""
+    """Add the path of the directory, with links to its parents, and links to other pages of the store path."""
     top = "../" * (len(names) + 2)
     with document.h1(class_="path"):
         document(context.store.store_dir)
@@ -66,7 +69,7 @@ def _heading(context: ServerContext, document: Builder, asked: PathInfo, names: 
                 document.a(page.printable(name), href="../" * above)
             else:
                 document._(page.printable(name))
-    with document.nav(class_="actions", aria_label="What else there is of the store path"):
+    with document.nav(class_="actions", aria_label="Other pages of the store path"):
         if context.settings.browse:
             document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
         document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")

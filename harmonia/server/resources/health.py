@@ -1,7 +1,7 @@
-"""`/health`: 200 only where paths can really be served just now. `/version`: what serves them.
+"""`/health`: 200 only if the store can be read now. `/version`: the version of the server.
 
-`/health?verbose` also tells which upstreams the worker that answers uses. None of them makes this server unhealthy.
-Where tokens are asked for, it does not: load balancers have none.
+`/health?verbose` also shows the state of each upstream in the worker that answers. A failed upstream does not make this
+server unhealthy. On a server with tokens, the state is not shown, because `/health` itself needs no token.
 """
 
 from sanic import Request
@@ -16,7 +16,7 @@ _TEXT = "text/plain; charset=utf-8"
 async def get(context: ServerContext, request: Request) -> Representation:
     await context.threads.run_db(context.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
-    private = context.settings.tokens_path is not None  # it asks for none itself
+    private = context.settings.tokens_path is not None  # but /health needs no token
     more = context.upstreams.state() if verbose and context.upstreams and not private else ""
     return Representation(content_type=_TEXT, body=f"OK\n{more}".encode(), cache_control="no-store")
 

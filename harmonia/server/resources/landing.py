@@ -1,4 +1,4 @@
-"""`/`: what this cache is and how to use it, for people."""
+"""`/`: page for people with the URL, the public keys, and the settings for Nix clients."""
 
 import shlex
 from collections.abc import Sequence
@@ -23,18 +23,19 @@ async def get(context: ServerContext, request: Request) -> Representation:
     document = page.begin(context, f"{name}, a Nix binary cache", "./")
     with document.main:
         document.h1(name)
-        document.p("From here, ").a("Nix", href="https://nixos.org/")._(" downloads what it would otherwise build.")
+        document.p("Add this cache to ").a("Nix", href="https://nixos.org/")
+        document._(" to download builds instead of compiling them.")
         _identity(document, url, keys)
         _section(document, "nix.conf", "/etc/nix/nix.conf, on any system", _nix_conf(url, keys))
         _section(document, "NixOS", "configuration.nix", _nixos(url, keys))
-        _section(document, "Flake", "flake.nix, for all who use that flake", _flake(url, keys))
+        _section(document, "Flake", "flake.nix, for all users of the flake", _flake(url, keys))
         once = command("nix build nixpkgs#hello", url, keys)
-        _section(document, "Once", "For one command; Nix heeds it from its trusted users", once)
+        _section(document, "Once", "For one command (requires a user in trusted-users)", once)
         with document.section:
             document.h2("About")
             with document.dl:
                 document.dt("Store directory").dd.code(settings.virtual_nix_store)
-                document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest first)")
+                document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest number first)")
                 document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
     return page.end(context, document, script=True)
 
@@ -44,13 +45,13 @@ def _identity(document: Builder, url: str, keys: Sequence[str]) -> None:
     for key in keys:
         page.snippet(document, key, "Public key")
     if not keys:
-        document.p("This cache signs nothing itself. Paths keep the signatures that they came with.", class_="dim")
+        document.p("This cache does not sign. Paths keep the signatures that they have in its store.", class_="dim")
 
 
-def _section(document: Builder, heading: str, where: str, text: str) -> None:
+def _section(document: Builder, heading: str, caption: str, text: str) -> None:
     with document.section:
         document.h2(heading)
-        page.snippet(document, text, where)
+        page.snippet(document, text, caption)
 
 
 def _nix_conf(url: str, keys: Sequence[str]) -> str:
@@ -75,7 +76,7 @@ def _flake(url: str, keys: Sequence[str]) -> str:
 
 
 def command(start: str, url: str, keys: Sequence[str]) -> str:
-    """A command of Nix that uses this cache, whatever nix.conf says."""
+    """Return a Nix command with options that make it use this cache, in addition to the caches in nix.conf."""
     lines = [start, f"--option extra-substituters {url}"]
     if keys:
         lines.append(f"--option extra-trusted-public-keys {shlex.quote(' '.join(keys))}")

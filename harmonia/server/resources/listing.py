@@ -1,7 +1,7 @@
-"""`/<hash>.ls`: what is in a store path's NAR and where, for nix-index, and for reading a single file by its range.
+"""`/<hash>.ls`: NAR listing with the files and their offsets, for nix-index and for clients that read single files.
 
-nix-index wants the last byte of it after a second, and else asks anew some seconds later. So a listing is made to its
-end even when who asked has gone, and then kept: a short one in memory, a long one in a file, as it is and compressed.
+nix-index gives up after a second, and retries some seconds later. Therefore a listing is completed even if the client
+disconnects, and then cached: a short one in memory, a long one in two files, plain and compressed.
 """
 
 import sys
@@ -22,9 +22,9 @@ from harmonia.server.resources.nar import found, open_nar, whole_layout
 from harmonia.store import file_reader
 
 Render = Callable[[], Iterator[bytes]]
-"""Makes the pieces of a listing, anew at each call. For any thread."""
+"""Returns the pieces of a listing, generated again at each call. May run in any thread."""
 
-_SHORT_MAX_ENTRIES = 2000  # entries: a listing of no more is kept in memory, and has no rate
+_SHORT_MAX_ENTRIES = 2000  # up to which a listing is cached in memory, and `max_query_rate` does not apply
 
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
@@ -51,7 +51,10 @@ async def _short(context: ServerContext, request: Request, key: str, render: Ren
 
 
 async def long(context: ServerContext, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
-    """Return the listing from a file, which is made once for each `key`; streamed if there can be no file."""
+    """Return the listing from a file, which is written once for each `key`, or streamed if the disk is not writable.
+
+    Raises 429 if the client exceeds `max_query_rate`.
+    """
     hold_to_rate(context, request)
     plain = await context.made.file(f"{key}.ls", context.client(request), render)
     if plain is None:
@@ -74,7 +77,7 @@ def _encoded(context: ServerContext, key: str, plain: MadeFile) -> Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Compressed:
-    """A kept listing that is compressed while it is sent, because no file can be."""
+    """A cached listing that is compressed while it is sent, because no compressed file can be written."""
 
     plain: MadeFile
     size: None = None
@@ -85,13 +88,13 @@ class _Compressed:
 
 @dataclass(frozen=True, slots=True)
 class _Streamed:
-    """A listing that is made while it is sent, because no file can be."""
+    """A listing that is generated while it is sent, because no file can be written."""
 
     render: Render
     size: int | None = None
 
     def measured(self) -> "_Streamed":
-        """The same, with its size known."""
+        """Return the same listing with its size. Blocks: generates the whole listing."""
         return _Streamed(self.render, sum(map(len, self.read(0, None))))
 
     def read(self, start: int, stop: int | None) -> Generator[bytes]:

@@ -1,4 +1,4 @@
-"""`/metrics`: what the workers have counted, all together, in the text format of Prometheus."""
+"""`/metrics`: sums of the counters of all workers, in the Prometheus text format."""
 
 import math
 from dataclasses import astuple, fields
@@ -13,11 +13,11 @@ from harmonia.server.http.response import Representation
 from harmonia.server.http.sanic_adapter import began_at
 
 TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
-"""What `look` takes down."""
+"""Names of the values that `sample` copies."""
 
 
 def count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
-    """Count a request that was answered with that many bytes of body."""
+    """Count a request with its status, the bytes of body sent, and its times."""
     now = perf_counter()
     began = began_at(request) or now
     head = getattr(request.ctx, "head_at", None)
@@ -27,7 +27,7 @@ def count(route: RouteCounters, request: Request, status: int, sent: int) -> Non
 
 
 def sample(context: ServerContext) -> None:
-    """Take down what others count for themselves. Done every now and then, for the other workers to see."""
+    """Copy the counters of the cache and the compressor into shared memory, where the other workers read them."""
     compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
     context.metrics.own.sample(
@@ -45,7 +45,7 @@ async def get(context: ServerContext, _: Request) -> Representation:
 
 
 def _render(context: ServerContext) -> bytes:
-    from harmonia.metrics import prometheus  # noqa: PLC0415 (a tenth of a second, which only those spend who are asked)
+    from harmonia.metrics import prometheus  # noqa: PLC0415 (the import takes 0.1 s, only in workers that are scraped)
 
     compressor = context.compressor
     limit, used = 0, 0.0
@@ -53,7 +53,7 @@ def _render(context: ServerContext) -> bytes:
         limit = compressor.cache.limit
         try:
             used = compressor.cache.used()
-        except OSError:  # the log tells, when something is to be put into it
+        except OSError:  # logged when the cache is next written
             used = math.nan
     return prometheus.render(
         context.metrics, encoder_threads=compressor.encoder.threads, cache_limit=limit, cache_used=used

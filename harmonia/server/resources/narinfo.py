@@ -1,4 +1,4 @@
-"""`/<hash>.narinfo`: what is known of a store path, signed, and where its NAR is. With `?json`, in JSON."""
+"""`/<hash>.narinfo`: signed metadata of a store path, and the URL of its NAR. With `?json`, in JSON."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,12 +18,12 @@ from harmonia.server.http.response_cache import AbsentError
 
 
 def nar_url(info: PathInfo) -> str:
-    """Where the plain NAR is, below the cache's URL."""
+    """Return the URL of the plain NAR, relative to the cache's URL."""
     return f"nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar"
 
 
 def file_url(info: PathInfo, encoding: Encoding) -> str:
-    """Return where the NAR is as a zstd file, below the cache's URL."""
+    """Return the URL of the NAR as a zstd file, relative to the cache's URL."""
     return f"{nar_url(info).removesuffix('.nar')}-{encoding.name}.nar.zst"
 
 
@@ -47,7 +47,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
 def representation(
     context: ServerContext, request: Request, info: PathInfo, nar: NarFile, sigs: Iterable[str], *, max_age: int
 ) -> Representation:
-    """As Nix reads it, or in JSON; for `max_age` seconds."""
+    """Return the narinfo, or JSON if the query has `json`. Caches may keep it for `max_age` seconds."""
     store_dir, content_type = context.settings.virtual_nix_store, narinfo.CONTENT_TYPE
     if request.query_string and "json" in request.get_args(keep_blank_values=True):
         content_type = "application/json"
@@ -58,7 +58,7 @@ def representation(
 
 
 def _nar_file(context: ServerContext, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
-    """Where a path's NAR is, below the cache's URL. Clients remember it for 30 days: it has to stay true that long."""
+    """Return URL, compression, hash and size of the NAR file. Nix caches the URL for 30 days: it must stay valid."""
     if not context.offers_zstd:
         return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
     url = file_url(info, context.compressor.encoder.encoding)

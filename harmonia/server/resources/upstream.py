@@ -1,4 +1,4 @@
-"""`/upstream/…`: NARs of other caches. And the fallback to other caches for what the local store does not have."""
+"""`/upstream/…`: NARs of upstreams. Also the fallback to upstreams for resources that the local store does not have."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
 
 async def start(context: ServerContext) -> None:
     if context.settings.upstream:
-        from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (half a second to load)
+        from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (the import takes 0.5 s)
 
         context.upstreams = Answers(context)
 

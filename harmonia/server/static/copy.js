@@ -1,5 +1,5 @@
-// Adds a button to each snippet that copies its text. Without this script, no page shows a button that does nothing.
-// Browsers offer navigator.clipboard on https only; on http, the selection is copied.
+// Adds a button to each snippet, which copies its text. Without JavaScript, pages have no button.
+// Browsers offer navigator.clipboard only over https. Over http, the script copies a selection instead.
 for (const snippet of document.querySelectorAll(".snippet")) {
   const [caption, text] = snippet.children;
   const button = document.createElement("button");
