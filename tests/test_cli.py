@@ -260,34 +260,28 @@ class TestKeygen:
         (["serv"], r"No such command 'serv'\. Did you mean 'serve'\? See harmonia --help"),
         (["sevre"], r"No such command 'sevre'\. Did you mean 'serve'\? See harmonia --help"),
         (["frobnicate"], "No such command 'frobnicate'; see harmonia --help"),
-        (["--config", "", "check-config"], "Invalid value for '--config': the name is empty; name a file, .*"),
-        (["ls", "--config", "", "x"], "Invalid value for '--config': the name is empty; name a file, .*"),
+        (["--config", "", "check-config"], "Invalid value for '--config': the file name is empty; give one, .*"),
+        (["ls", "--config", "", "x"], "Invalid value for '--config': the file name is empty; give one, .*"),
         (["--confg", "x"], r"No such option '--confg'; did you mean --config\? See harmonia --help"),
         (["--xyz"], "No such option '--xyz'; see harmonia --help"),
         (["--port", "8080"], "No such option '--port'; use --bind ADDRESS, for example --bind :8080"),
         (["-p8080"], "No such option '-p'; use --bind ADDRESS, for example --bind :8080"),
         (["serve", "--host=::"], "No such option '--host'; use --bind ADDRESS, for example --bind :8080"),
         (["top", "--port", "80"], "No such option '--port'; see harmonia top --help"),
-        (
-            ["serve", "--priority=50"],
-            "No such option '--priority'; priority is a setting, for the file of --config; .*",
-        ),
-        (
-            ["--cache-size", "5G"],
-            "No such option '--cache-size'; cache_size is a setting, for the file of --config; .*",
-        ),
-        (["--bind", ":80", "top"], "--bind is for serve, not for top; leave it out; see harmonia --help"),
+        (["serve", "--priority=50"], "No such option '--priority'; priority is a setting: put it into .*"),
+        (["--cache-size", "5G"], "No such option '--cache-size'; cache_size is a setting: put it into .*"),
+        (["--bind", ":80", "top"], "--bind applies to serve, not to top; omit it; see harmonia --help"),
         (["--bind", "x:y"], "--bind: expected \"host:port\", .*, found 'x:y'"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
-        (["verify"], "name some paths, or --all of them; see harmonia verify --help"),
-        (["nar", "dump", "/none"], "'/none' is not there; name a file, .* symlink; see harmonia nar dump --help"),
+        (["verify"], "give PATHs or --all, not both; see harmonia verify --help"),
+        (["nar", "dump", "/none"], "'/none' does not exist; name a file, .* symlink; see harmonia nar dump --help"),
         (["nar", "ls", "/none"], ".*'/none': No such file or directory; see harmonia nar ls --help"),
         (["verify", "--all", "--max-age", "soon"], ".*duration like .*, found 'soon'; see harmonia verify --help"),
         (["top", "--interval", "fast"], ".*duration like .*, found 'fast'; see harmonia top --help"),
         (["top", "--interval", "2h"], r".* 7200(\.0)? is not in the range 0\.1<=x<=3600; see harmonia top --help"),
         (["doctor", "--largest", "lots"], ".* size like .*, found 'lots'; see harmonia doctor --help"),
         (["doctor", "--largest", "1G"], r".* 1024 is not in the range 1<=x<=256; see harmonia doctor --help"),
-        (["warm"], "name some paths, or --gc-roots; see harmonia warm --help"),
+        (["warm"], "give PATHs or --gc-roots; see harmonia warm --help"),
     ],
 )
 def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments: list[str], said: str) -> None:
@@ -346,7 +340,7 @@ def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) 
     command = [*endless, "--config", str(config), "warm", info.path]
     done = interrupted(*command, begun=lambda _: any((tmp_path / "cache").glob("nar/*")))
     assert done.returncode == 130
-    assert done.stderr.splitlines()[1].startswith("harmonia: interrupted; what is compressed stays, ")
+    assert done.stderr.splitlines()[1].startswith("harmonia: interrupted; finished NARs stay in the cache, ")
 
 
 @pytest.mark.parametrize("arguments", [["man"], ["check-config"], ["nar", "dump", __file__]])
@@ -369,7 +363,7 @@ def test_a_store_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> No
     file.write_text(f"real_nix_store = '{tmp_path}/none'\n")
     answer = run("--config", str(file), "ls", f"/nix/store/{'0' * 32}-name")
     assert answer.returncode == 1
-    assert re.fullmatch(r"harmonia: cannot read \S+: .*; --config names the settings of another store\n", answer.stderr)
+    assert re.fullmatch(r"harmonia: cannot read \S+: .*; use --config if the store is elsewhere\n", answer.stderr)
 
 
 @pytest.fixture

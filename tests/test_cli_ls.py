@@ -158,8 +158,8 @@ def test_a_path_may_be_named_in_any_way(store: StoreBuilder, tree: PathInfo, con
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        ("/bin", "is no regular file; `harmonia ls -l` tells what it is"),
-        ("/bin/link", "is no regular file"),
+        ("/bin", "is not a regular file; `harmonia ls -l` shows its type"),
+        ("/bin/link", "is not a regular file"),
         ("/none", "No such file or directory"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_damaged_nar_is_told_in_one_line(archive: Path, tmp_path: Path) -> Non
     for arguments in (["ls", str(cut)], ["restore", str(tmp_path / "out"), str(cut)]):
         answer = run("nar", *arguments)
         assert answer.returncode == 1
-        assert answer.stderr == f"harmonia: {cut} is no whole NAR: the archive ends early; get it anew\n"
+        assert answer.stderr == f"harmonia: {cut} is not a complete NAR: the archive ends early; download it again\n"
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["restore", "out"]])
@@ -241,7 +241,7 @@ def test_a_file_that_cannot_be_read_is_named(
 def test_what_is_not_in_a_nar_is_told(archive: Path) -> None:
     answer = run("nar", "ls", str(archive), "/none")
     assert answer.returncode == 1
-    assert answer.stderr == "harmonia: '/none' is not in the NAR; list all of it with -R and no path\n"
+    assert answer.stderr == "harmonia: '/none' is not in the NAR; list the whole NAR with -R and no PATH\n"
 
 
 def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
     for name in ("out", "directory"):
         answer = run("nar", "restore", str(tmp_path / name), str(archive))
         assert answer.returncode == 2
-        assert re.fullmatch(rf"harmonia: {tmp_path / name} exists and is left alone; name a place .*\n", answer.stderr)
+        assert re.fullmatch(rf"harmonia: {tmp_path / name} already exists; name a path .*\n", answer.stderr)
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -496,7 +496,7 @@ class TestTheCommand:
         [missed] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
         assert (answer.returncode, missed.level) == (0, "warning")
         assert missed.what.startswith("sign_key_paths is empty")
-        assert missed.remedy.startswith("make a key with harmonia keygen NAME, and set sign_key_paths")
+        assert missed.remedy.startswith("create a key with `harmonia keygen NAME`, and set sign_key_paths")
         store.add(store.output_path("output"), b"")
         answer = run(*command)
         [unsigned] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
@@ -821,4 +821,4 @@ def test_certificates_that_cannot_be_read_are_a_wrong_setting(
 def test_a_path_that_is_none_is_a_wrong_word() -> None:
     answer = run("doctor", "http://127.0.0.1:1", "./result")
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.startswith("harmonia: PATH './result' is no store path like /nix/store/<hash>-<name>")
+    assert answer.stderr.startswith("harmonia: PATH './result': expected a store path like /nix/store/<hash>-<name>")

@@ -59,7 +59,7 @@ def limited(descriptors: int) -> list[str]:
 
 def test_the_limit_of_open_files_is_raised_and_kept_to(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, program=limited(560))
-    server.wait_for_log("WARNING max_connections: each worker takes 24, for want of open files; raise LimitNOFILE= ")
+    server.wait_for_log("WARNING max_connections: the open-file limit allows only 24 per worker; raise LimitNOFILE= ")
     (worker,) = server.workers
     assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (560, 560)
     with unscathed(server, sample.small, sample.big), ExitStack() as stack:

@@ -217,7 +217,7 @@ class TestTheCommand:
             wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 2)
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=20)
-        said = re.fullmatch(r"harmonia: interrupted; to go on, add --max-age (\d+m)\n", stderr)
+        said = re.fullmatch(r"harmonia: interrupted; to continue, add --max-age (\d+m)\n", stderr)
         assert process.returncode == 130
         assert said
         done = journal.read_text().count("\n")
@@ -225,7 +225,7 @@ class TestTheCommand:
         answer = run("--config", config, "verify", "--all", "--max-age", said[1])
         assert answer.returncode == 0
         assert answer.stderr.startswith(f"{count - done} paths verified")
-        assert f"{done} left out: all good" in answer.stderr
+        assert f"{done} skipped: all good" in answer.stderr
 
 
 class TestProgress:

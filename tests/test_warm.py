@@ -43,7 +43,7 @@ def config(store: StoreBuilder, tmp_path: Path, settings: str = "") -> str:
 
 def counts(stderr: str) -> list[int]:
     """Compressed, there, did not fit, failed."""
-    match = re.search(r"(\d+) compressed in [\d.]+ s, (\d+) were there, (\d+) did not fit, (\d+) failed", stderr)
+    match = re.search(r"(\d+) compressed in [\d.]+ s, (\d+) already cached, (\d+) did not fit, (\d+) failed", stderr)
     assert match, stderr
     return [int(count) for count in match.groups()]
 

@@ -1,6 +1,6 @@
-"""The command line: the only place that prints, and the only one that exits. Each command is a module of its own.
+"""Command line: the only package that prints and exits. Each command is a module.
 
-What the commands do is done elsewhere: they read the arguments, and tell what came of it.
+A command parses its arguments, calls the implementation elsewhere, and prints the result.
 """
 
 import difflib
@@ -24,24 +24,24 @@ from harmonia.errors import ConfigError, HarmoniaError, StoreUnavailableError
 from harmonia.process import log_setup
 
 EXIT_CONFIG = 2
-"""A wrong setting or a wrong word on the command line. 1 is any other failure."""
+"""Exit status of an invalid setting or argument. Any other failure is 1."""
 EXIT_FOUND = 3
-"""The check itself went well, and found something wrong."""
+"""Exit status of a check that ran and found errors."""
 
 EXIT_INTERRUPTED = 130
-"""By Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C: 128 + SIGINT, as shells report it."""
 
 PATH = click.Path(readable=False)
-"""A path, which shells complete. Whether it is there, and what it is, is for the command to say."""
+"""Argument type of a path: shells complete it. The command itself checks that the path exists and what it is."""
 
 bind_option = click.option(
     "--bind",
     metavar="ADDRESS",
-    help='Where to listen, like ":8080" or "127.0.0.1:8080"; else as the settings say, by default on port 5000.',
+    help='Address to listen on, like ":8080" or "127.0.0.1:8080". Default: the setting `bind` (port 5000).',
 )
-"""For `serve`, and for `harmonia` alone."""
+"""The option of `serve`, and of `harmonia` without a command."""
 
-# Names that other servers give this option.
+# Names of this option in other servers.
 _LIKE_BIND = re.compile("-[abHlp]|--(bind-)?addr(ess)?|--host(name)?|--http|--interface|--listen(-addr(ess)?)?|--port")
 
 _CHUNK_BYTES = 1 << 18
@@ -49,28 +49,28 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _SECTIONS = {
     "Serve": ("serve", "check-config", "keygen", "token", "demo"),
-    "Look after a cache": ("doctor", "verify", "warm", "top"),
-    "Look into store paths and NARs": ("ls", "cat", "nar"),
+    "Maintain a cache": ("doctor", "verify", "warm", "top"),
+    "Inspect store paths and NARs": ("ls", "cat", "nar"),
 }
 _HIDDEN = ("man",)
 
 _EPILOG = """\
 \b
 Exit status:
-  0  done; nothing wrong was found, or nothing worse than warnings of `doctor`
-  1  something failed; one line on stderr says what
-  2  a wrong setting or a wrong word on the command line
-  3  `doctor` found errors, or `verify` something wrong
+  0  success; `doctor` found at most warnings
+  1  failure, with one line on stderr
+  2  invalid setting or argument
+  3  `doctor` found errors, or `verify` found bad paths
   130  interrupted by Ctrl-C
 
 \b
 Environment:
-  CONFIG_FILE  the file with the settings, if --config is not given
-  NETRC        the file with tokens for private caches, for `doctor` and `top`; else /etc/nix/netrc and ~/.netrc
+  CONFIG_FILE  settings file, if --config is not given
+  NETRC        file with tokens for `doctor` and `top` (default: /etc/nix/netrc, then ~/.netrc)
   NO_COLOR     if set, no colours
 
 \b
-Shell completion, by a line in the start-up file:
+Shell completion (add the line to your shell's start-up file):
   bash  eval "$(_HARMONIA_COMPLETE=bash_source harmonia)"
   zsh   eval "$(_HARMONIA_COMPLETE=zsh_source harmonia)"
   fish  _HARMONIA_COMPLETE=fish_source harmonia | source
@@ -78,7 +78,7 @@ Shell completion, by a line in the start-up file:
 \b
 More:
   harmonia COMMAND --help
-  harmonia man >harmonia.1  makes a manual page
+  harmonia man >harmonia.1  writes the manual page
 """
 
 
@@ -86,8 +86,8 @@ More:
 class _Fish(FishComplete):
     """Completion for fish: each candidate is a line `TYPE,VALUE`, a tab and its description.
 
-    The script and the lines are both ours, because Click's differ between versions: those of 8.4.0 and 8.4.1 do not fit
-    each other, so nothing is completed, and those of the others end a description at its first comma.
+    This class replaces both Click's script and Click's lines, because they differ between versions of Click. In 8.4.0
+    and 8.4.1 the two do not match, so fish completes nothing. In other versions a description ends at its first comma.
     """
 
     source_template = """\
@@ -115,7 +115,7 @@ complete --no-files --command %(prog_name)s --arguments "(%(complete_func)s)"
 
 
 class _Commands(click.Group):
-    """The commands by their modules, imported when they are wanted: most have no need of a whole web server."""
+    """Command group that imports a command's module on first use, because most commands do not need the web server."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
         return [*(name for names in _SECTIONS.values() for name in names), *_HIDDEN]
@@ -138,11 +138,11 @@ class _Commands(click.Group):
                 formatter.write_dl([(name, command.get_short_help_str(90)) for name, command in commands if command])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        with _errors_told():
+        with _exit_on_error():
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        with _errors_told():
+        with _exit_on_error():
             return super().invoke(ctx)
 
 
@@ -153,23 +153,23 @@ def _command(name: str) -> click.Command:
     return command
 
 
-def _named(context: click.Context, parameter: click.Parameter, file: str | None) -> str | None:
-    if file == "":  # of a variable that is not set, perhaps: the defaults are hardly what was meant
-        raise click.BadParameter("the name is empty; name a file, or leave --config out", context, parameter)
+def _reject_empty(context: click.Context, parameter: click.Parameter, file: str | None) -> str | None:
+    if file == "":  # perhaps an unset shell variable: do not fall back to the defaults silently
+        raise click.BadParameter("the file name is empty; give one, or omit --config", context, parameter)
     return file
 
 
 def _take_config(context: click.Context, parameter: click.Parameter, file: str | None) -> None:
-    context.obj = _named(context, parameter, file) or context.obj
+    context.obj = _reject_empty(context, parameter, file) or context.obj
 
 
 _CONFIG_BEHIND = click.Option(["--config"], type=PATH, hidden=True, expose_value=False, callback=_take_config)
-"""For those who write it after the command. The help has it once, before."""
+"""--config after the command name. Hidden, because the help of `harmonia` shows the option."""
 
 
 @contextmanager
-def _errors_told() -> Iterator[None]:
-    """One line for what went wrong, and the status that goes with it."""
+def _exit_on_error() -> Iterator[None]:
+    """Print an error as one line on stderr, and exit with its status."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -179,7 +179,7 @@ def _errors_told() -> Iterator[None]:
     except ConfigError as error:
         _fail(str(error), EXIT_CONFIG)
     except StoreUnavailableError as error:
-        _fail(f"{error}; --config names the settings of another store", 1)
+        _fail(f"{error}; use --config if the store is elsewhere", 1)
     except HarmoniaError as error:
         _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -190,12 +190,12 @@ def _errors_told() -> Iterator[None]:
         if error.errno not in _UNWRITABLE:
             raise
         with suppress(OSError):
-            sys.stdout.close()  # or Python tries it once more at its end
+            sys.stdout.close()  # otherwise Python writes the rest again at exit
         _fail(f"cannot write: {error.strerror}", 1)
 
 
 def _explain_usage(error: click.UsageError) -> str:
-    """Return what is wrong on the command line, and what to do. An unknown option may have another name here."""
+    """Return the error and its remedy. Suggests the right option for an unknown one."""
     path = error.ctx.command_path if error.ctx else "harmonia"
     what = error.format_message().rstrip(".")
     if isinstance(error, click.NoSuchOption):
@@ -206,7 +206,7 @@ def _explain_usage(error: click.UsageError) -> str:
         if _LIKE_BIND.fullmatch(name) and path in ("harmonia", "harmonia serve"):
             return f"{what}; use --bind ADDRESS, for example --bind :8080"
         if key in Settings.__struct_fields__:
-            return f"{what}; {key} is a setting, for the file of --config; docs/reference/configuration.md lists them"
+            return f"{what}; {key} is a setting: put it into the --config file (docs/reference/configuration.md)"
         what += f"; did you mean {near}?" if near else ""
     return f"{what} See {path} --help" if what.endswith("?") else f"{what}; see {path} --help"
 
@@ -217,7 +217,7 @@ def _fail(what: str, status: int) -> None:
 
 
 def chunks(file: BinaryIO) -> Iterator[bytes]:
-    """What is in a file, which an OSError names, as one of opening it does."""
+    """Yield the file's content in pieces. Raises OSError with the file's name if it cannot be read."""
     while True:
         try:
             chunk = file.read(_CHUNK_BYTES)
@@ -230,7 +230,7 @@ def chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def in_a_pipe() -> None:
-    """End without a word when nobody reads any further, as other programs in a pipe do."""
+    """Let SIGPIPE end this process silently when the reader of the pipe exits, like other Unix programs."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
@@ -247,20 +247,20 @@ def in_a_pipe() -> None:
     "config_file",
     type=PATH,
     metavar="FILE",
-    callback=_named,
-    help="The TOML file with the settings; otherwise $CONFIG_FILE, then /etc/harmonia/harmonia.toml, then defaults.",
+    callback=_reject_empty,
+    help="Settings file (TOML). Default: $CONFIG_FILE, then /etc/harmonia/harmonia.toml, then built-in defaults.",
 )
 @bind_option
 @click.pass_context
 def main(context: click.Context, config_file: str | None, bind: str | None) -> None:
-    """A Nix binary cache: serves this machine's store to others. Without a command, it serves."""
+    """Serve this machine's Nix store over HTTP as a binary cache. Without a command, runs `serve`."""
     log_setup.to_stderr()
     context.obj = config_file
     if context.invoked_subcommand is None:
         serve = main.get_command(context, "serve")
-        assert serve is not None  # noqa: S101 (it is listed above)
+        assert serve is not None  # noqa: S101 (_SECTIONS has it)
         context.invoke(serve, bind=bind)
     elif context.invoked_subcommand == "serve":
         context.default_map = {"serve": {"bind": bind}}
     elif bind is not None:
-        raise click.UsageError(f"--bind is for serve, not for {context.invoked_subcommand}; leave it out")
+        raise click.UsageError(f"--bind applies to serve, not to {context.invoked_subcommand}; omit it")

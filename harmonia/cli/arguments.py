@@ -1,4 +1,4 @@
-"""Types of arguments on the command line: URLs, durations, sizes."""
+"""Types of command-line arguments: URLs, durations, sizes."""
 
 import click
 

@@ -19,15 +19,14 @@ from harmonia.store.store import Store
 def command(config_file: str | None, paths: tuple[str, ...]) -> None:
     """Print files in store paths.
 
-    Each PATH is a regular file in a valid store path, perhaps named by a symlink such as ./result. The output is that
-    of `nix store cat`.
+    Each PATH is a regular file in a valid store path, or a symlink to one. The output is that of `nix store cat`.
     """
     cli.in_a_pipe()
     store = Store.of(loader.read(config_file, os.environ))
     for path in paths:
         _, real_path = path_arguments.named(store, path)
         if not stat.S_ISREG(os.lstat(real_path).st_mode):
-            raise InvalidPathError(f"{path!r} is no regular file; `harmonia ls -l` tells what it is")
+            raise InvalidPathError(f"{path!r} is not a regular file; `harmonia ls -l` shows its type")
         with open(real_path, "rb") as file:
             for chunk in cli.chunks(file):
                 sys.stdout.buffer.write(chunk)

@@ -17,32 +17,34 @@ from harmonia.process import preflight
 
 @click.command("check-config")
 @click.option(
-    "--text-only", is_flag=True, help="Check the text alone, for another machine: not the store, keys and certificates."
+    "--text-only",
+    is_flag=True,
+    help="Check only the text, for use on another machine: skip store, keys and certificates.",
 )
 @click.pass_obj
 def command(config_file: str | None, *, text_only: bool) -> None:
-    """Check the settings, and tell where each value comes from.
+    """Check the settings, and show where each value comes from.
 
-    They are checked against this machine, as when the server starts. Two things only a start tells: that another
-    program has the address, which may be the server of these settings, and that the cache directory cannot be written.
+    The settings are checked against this machine, as when the server starts. Two problems only show when the server
+    starts: the port is in use, or the cache directory is not writable.
 
-    The output is a configuration file of the same meaning. It has a line for each setting, and after that the file and
-    line, the environment variable or the default that decided it.
+    The output is an equivalent configuration file. Each line sets one value, followed by its source: file and line,
+    environment variable, or default.
     """
     source = Source.read(config_file, os.environ)
     with nullcontext(source.settings()) if text_only else preflight.checked(source) as settings:
         origins = source.origins()
-    click.echo("# The configuration is valid. These are the values in effect, and where they come from.")
+    click.echo("# The configuration is valid. Values in effect, each with its source:")
     for line in explained(settings, origins):
         click.echo(line)
 
 
 def explained(settings: Settings, origins: Mapping[str, str]) -> Iterator[str]:
-    """The settings as a TOML file, with the origins as comments."""
+    """Yield the lines of a TOML file with the settings, and each value's source as a comment."""
     derived = {"real_nix_store": settings.real_store, "nix_db_path": settings.database, "log_dir": settings.logs}
     values = {field.name: getattr(settings, field.name) for field in msgspec.structs.fields(settings)}
     tables = {key: value for key, value in values.items() if _is_table(value)}
-    del values["sign_key_path"]  # it has become one of sign_key_paths
+    del values["sign_key_path"]  # the loader has added it to sign_key_paths
     for key in values.keys() - tables.keys():
         values[key] = derived.get(key, values[key])
     kinds = {field.name: field.type for field in msgspec.structs.fields(Settings)}
@@ -65,17 +67,17 @@ def _is_table(value: object) -> bool:
     return isinstance(value, msgspec.Struct)
 
 
-def _line(key: str, value: Any, origin: str, default: str | None) -> str:  # noqa: ANN401 (of any setting)
+def _line(key: str, value: Any, origin: str, default: str | None) -> str:  # noqa: ANN401 (settings have any type)
     if value is None:
         return f"# {key} is not set{f': {default}' if default else ''}"
-    # JSON's strings, numbers, booleans and arrays of them are TOML's too.
+    # JSON strings, numbers, booleans and arrays of them are valid TOML.
     line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
     comment = f"{origin}: {default}" if default and origin == "default" else origin
     return f"{line:<50}  # {comment}" if comment else line
 
 
 def _default(kind: object) -> str | None:
-    """How the default is found, where it is not just a value."""
+    """Return how the default is found, or None if the default is a plain value."""
     schema = msgspec.inspect.type_info(kind)
     if not (isinstance(schema, msgspec.inspect.Metadata) and schema.extra and "default" in schema.extra):
         return None

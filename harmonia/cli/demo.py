@@ -10,9 +10,9 @@ from harmonia.tools import demo
 @click.command("demo")
 @click.argument("directory", default="demo-store", type=click.Path(file_okay=False))
 def command(directory: str) -> None:
-    """Make a small demo store, to try Harmonia without Nix.
+    """Create a small demo store, to try Harmonia without Nix.
 
-    It is made in DIRECTORY, by default demo-store. What is printed says how to serve and use it.
+    The store is created in DIRECTORY (default: demo-store). The output shows how to serve and use it.
     """
     made = demo.make(directory)
     url = "http://localhost:5000"

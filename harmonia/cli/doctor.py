@@ -26,8 +26,8 @@ from harmonia.tools.doctor.finding import Finding, once
 from harmonia.tools.http_client import MAX_BODY_BYTES, Client
 
 _STYLES = {"ok": "green", "skipped": "dim", "warning": "yellow", "error": "bold red"}
-_DIGESTS = re.compile(rf"(?<=\b[{ALPHABET}]{{8}})[{ALPHABET}]{{24,}}\b")  # all but their beginnings
-_MAX_CANDIDATES = 100  # local paths that are asked for, until enough are found
+_DIGESTS = re.compile(rf"(?<=\b[{ALPHABET}]{{8}})[{ALPHABET}]{{24,}}\b")  # the digits of a hash after the first 8
+_MAX_CANDIDATES = 100  # local paths to look up in the cache, until enough are found
 
 
 @click.command("doctor")
@@ -38,7 +38,7 @@ _MAX_CANDIDATES = 100  # local paths that are asked for, until enough are found
     "public_keys",
     metavar="KEY",
     multiple=True,
-    help="A key to check signatures with, besides those that nix.conf trusts.",
+    help="Public key for signatures, in addition to the trusted keys of nix.conf. Repeatable.",
 )
 @click.option(
     "--samples",
@@ -46,7 +46,7 @@ _MAX_CANDIDATES = 100  # local paths that are asked for, until enough are found
     metavar="N",
     default=3,
     show_default=True,
-    help="How many paths to look at, where none is named.",
+    help="Number of paths to test if no PATH is given.",
 )
 @click.option(
     "--largest",
@@ -54,14 +54,16 @@ _MAX_CANDIDATES = 100  # local paths that are asked for, until enough are found
     type=Mebibytes(1, MAX_BODY_BYTES >> 20),
     default=64,
     show_default=True,
-    help="NARs of more MiB are not downloaded.",
+    help="Do not download NARs larger than this many MiB.",
 )
-@click.option("--store-dir", metavar="DIR", help="The store directory of its clients; the settings' own, if not given.")
+@click.option(
+    "--store-dir", metavar="DIR", help="Store directory of the clients. Default: the setting `virtual_nix_store`."
+)
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print JSON: url, ok, and findings, each of which has check, level, what and remedy.",
+    help="Print JSON: url, ok, and findings with check, level, what and remedy.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_obj
@@ -77,24 +79,23 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Look at a binary cache with the eyes of its clients.
+    """Test a binary cache the way Nix clients use it.
 
-    It tells what would make them fail, or slow them down, each with a remedy. It looks at nix-cache-info, narinfos and
-    signatures; hash and size of NARs; byte ranges and resumption; compression; HEAD; caching; clock; TLS.
+    Reports problems that make clients fail or slow, each with a remedy. Tests nix-cache-info, narinfos, signatures,
+    hash and size of NARs, byte ranges, resumption, compression, HEAD, caching headers, the clock and TLS.
 
-    It may be any cache. Without a URL, it is the server of the settings, on this machine: its certificate should be
-    for the host of base_url, there should be a key to sign with, and paths of the store should be served. PATHs are
-    store paths that the cache should have: if none is given, some are taken from the local store.
+    Tests any cache. Without a URL: the local server, including certificate name, signing key and store paths. PATHs are
+    store paths that the cache should have (default: some paths of the local store).
 
-    The exit status is 3 where there are errors. Warnings leave it at 0.
+    Exits with status 3 if there are errors. Warnings leave it at 0.
 
     \b
-    The server of these settings:  harmonia doctor
-    Any cache:                     harmonia doctor https://cache.example.org /nix/store/…
-    For cron or CI:                harmonia --config FILE doctor --quiet https://cache.example.org
-    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    The local server:  harmonia doctor
+    Any cache:         harmonia doctor https://cache.example.org /nix/store/…
+    For cron or CI:    harmonia --config FILE doctor --quiet https://cache.example.org
+    """  # noqa: D301 (click keeps the line breaks after \b)
     settings = loader.read(config_file, os.environ)
-    keys = [*_given(public_keys), *_own(settings), *nix_conf.trusted_keys(os.environ)]
+    keys = [*_parse_keys(public_keys), *_own_keys(settings), *nix_conf.trusted_keys(os.environ)]
     directory = store_dir or settings.virtual_nix_store
     named = [_base_name(directory, path) for path in paths]
     count = len(named) or samples
@@ -104,7 +105,7 @@ def command(
     findings = once(
         examine(
             client,
-            named or _some(settings, count if serves_all else _MAX_CANDIDATES),
+            named or _random_paths(settings, count if serves_all else _MAX_CANDIDATES),
             keys,
             store_dir=directory,
             count=count,
@@ -113,34 +114,37 @@ def command(
         )
     )
     if is_own:
-        findings = _with_key(findings, settings)
+        findings = _warn_if_no_key(findings, settings)
     failed = _print_json(client, findings) if as_json else _print(findings, quiet=quiet)
     sys.exit(cli.EXIT_FOUND if failed else 0)
 
 
-def _given(texts: Iterable[str]) -> list[PublicKey]:
+def _parse_keys(texts: Iterable[str]) -> list[PublicKey]:
     try:
         return [PublicKey.parse(text) for text in texts]
     except FormatError as error:
         raise click.UsageError(f"--public-key: {error}") from None
 
 
-def _own(settings: Settings) -> list[PublicKey]:
+def _own_keys(settings: Settings) -> list[PublicKey]:
     try:
         return [key.public_key for key in credentials.secret_keys(settings)]
     except ConfigError:
-        return []  # nothing that everybody may read
+        return []  # the keys are not readable to every user
 
 
-def _with_key(findings: Iterable[Finding], settings: Settings) -> Iterator[Finding]:
-    """Those, and that the settings have no key to sign with: unless one of them comes of it, or nobody is there."""
-    needless = bool(settings.sign_key_paths or settings.publish.signed_by)
+def _warn_if_no_key(findings: Iterable[Finding], settings: Settings) -> Iterator[Finding]:
+    """Yield the findings, then a warning if the settings have no signing key.
+
+    The warning is omitted if an error about signatures shows the same, or if the server is unreachable.
+    """
+    omit = bool(settings.sign_key_paths or settings.publish.signed_by)
     for finding in findings:
-        needless |= finding.level == "error" and finding.check in ("connection", "signatures")
+        omit |= finding.level == "error" and finding.check in ("connection", "signatures")
         yield finding
-    if not needless:
-        what = "sign_key_paths is empty: what was built on this machine goes out unsigned, and clients refuse it"
-        remedy = 'make a key with harmonia keygen NAME, and set sign_key_paths = ["/…/NAME.secret"]'
+    if not omit:
+        what = "sign_key_paths is empty: paths built on this machine are served unsigned, and clients reject them"
+        remedy = 'create a key with `harmonia keygen NAME`, and set sign_key_paths = ["/…/NAME.secret"]'
         yield Finding("signatures", "warning", what, remedy)
 
 
@@ -149,21 +153,21 @@ def _base_name(store_dir: str, path: str) -> str:
     try:
         return name if is_hash_part(name) else StorePath(name)
     except FormatError:
-        what = f"PATH {path!r} is no store path like {store_dir}/<hash>-<name>, nor the hash part of one"
+        what = f"PATH {path!r}: expected a store path like {store_dir}/<hash>-<name>, or a hash part"
         raise click.UsageError(what) from None
 
 
-def _some(settings: Settings, count: int) -> list[str]:
-    """Local paths, by chance, those before others that tell whether signatures are right."""
+def _random_paths(settings: Settings, count: int) -> list[str]:
+    """Return random local paths. Paths whose trust depends on a signature come first."""
     store = Store.of(settings)
     try:
         paths, _ = store.valid_paths()
-        telling = store.need_signatures()
+        need_signature = store.need_signatures()
     except StoreUnavailableError:
         return []
     chosen = [path for path in paths if not path.endswith(".drv")]
     random.shuffle(chosen)
-    chosen.sort(key=lambda path: path not in telling)
+    chosen.sort(key=lambda path: path not in need_signature)
     return [path[len(store.store_dir) + 1 :] for path in chosen[:count]]
 
 
@@ -181,8 +185,8 @@ def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
         if remedy:
             console.print(Text(f"        → {remedy}"))
     if not quiet:
-        told = (("error", counts["error"]), ("warning", counts["warning"]), ("check", counts["ok"]))
-        errors, warnings, checks = (f"{count} {what}{'s' if count != 1 else ''}" for what, count in told)
+        totals = (("error", counts["error"]), ("warning", counts["warning"]), ("check", counts["ok"]))
+        errors, warnings, checks = (f"{count} {what}{'s' if count != 1 else ''}" for what, count in totals)
         console.print(Text(f"{errors}, {warnings}, {checks} passed"))
     return bool(counts["error"])
 

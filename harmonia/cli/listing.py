@@ -1,4 +1,4 @@
-"""What a tree of files holds, in the forms of `nix store ls` and `nix nar ls` (Nix `src/nix/ls.cc`)."""
+"""File listings in the formats of `nix store ls` and `nix nar ls` (Nix `src/nix/ls.cc`)."""
 
 import json
 import os
@@ -13,17 +13,18 @@ from harmonia.nix.nar import Entry
 
 class Node(NamedTuple):
     path: bytes
-    """Within what is listed: `b""` for the whole, else with a slash before each name."""
+    """Path relative to the listed root: `b""` for the root, otherwise with a slash before each name."""
     entry: Entry
     offset: int | None = None
-    """Where in a NAR a file's contents begin."""
+    """Byte offset of a file's contents in the NAR."""
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of the `ls` commands."""
     for option in (
-        click.option("-d", "--directory", is_flag=True, help="List a directory itself, not what is in it."),
-        click.option("-R", "--recursive", is_flag=True, help="List subdirectories, too."),
-        click.option("-l", "--long", is_flag=True, help="Show types, sizes, and where symlinks point."),
+        click.option("-d", "--directory", is_flag=True, help="List a directory itself, not its content."),
+        click.option("-R", "--recursive", is_flag=True, help="List subdirectories as well."),
+        click.option("-l", "--long", is_flag=True, help="Show types, sizes and symlink targets."),
         click.option("--json", "as_json", is_flag=True, help="Print a NAR listing as JSON."),
     ):
         command = option(command)
@@ -31,7 +32,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def show(nodes: Iterable[Node], name: bytes, *, long: bool, recursive: bool, directory: bool, as_json: bool) -> None:
-    """Print the nodes, the whole first. `name` is its name."""
+    """Print the nodes. The root comes first and is called `name`."""
     if as_json:
         text = json.dumps(_json(nodes, recursive=recursive), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         click.echo(text.encode(errors="surrogateescape"))

@@ -18,15 +18,15 @@ from harmonia.store.store import Store
 @listing.options
 @click.pass_obj
 def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bool) -> None:
-    """List what is in a store path.
+    """List the content of a store path.
 
-    PATH is a valid store path, something in it, or a symlink to it, such as ./result. The output is that of
+    PATH is a valid store path, a file or directory in one, or a symlink to one, such as ./result. The output is that of
     `nix store ls`.
 
     \b
-    What is in a build:  harmonia ls -lR ./result
-    As an .ls file:      harmonia ls --json -R ./result
-    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    The files of a build:  harmonia ls -lR ./result
+    The .ls file of one:   harmonia ls --json -R ./result
+    """  # noqa: D301 (click keeps the line breaks after \b)
     cli.in_a_pipe()
     _, real_path = path_arguments.named(Store.of(loader.read(config_file, os.environ)), path)
     real_path = confined.resolved(real_path)

@@ -1,4 +1,4 @@
-"""`harmonia man`: the manual page, from what `--help` says."""
+"""`harmonia man`: manual page generated from the texts of `--help`."""
 
 import inspect
 import re
@@ -11,12 +11,12 @@ from harmonia import __version__, cli
 
 @click.command("man", hidden=True)
 def command() -> None:
-    """Print the manual page, for man(1): `harmonia man > harmonia.1`."""
+    """Print the manual page for man(1): `harmonia man > harmonia.1`."""
     click.echo("\n".join(roff(cli.main)))
 
 
 def commands(command: click.Command, parent: click.Context | None = None) -> Iterator[click.Context]:
-    """The command and all that are in it, as contexts, which know their names."""
+    """Yield the contexts of the command and of all its visible subcommands. A context has the command's full name."""
     context = click.Context(command, parent=parent, info_name=command.name if parent else "harmonia")
     yield context
     if isinstance(command, click.Group):
@@ -27,20 +27,20 @@ def commands(command: click.Command, parent: click.Context | None = None) -> Ite
 
 
 def options(context: click.Context) -> list[tuple[str, str]]:
-    """What each option is, and what it does."""
+    """Return each visible option's usage and description."""
     records = (each.get_help_record(context) for each in context.command.params if isinstance(each, click.Option))
     return [record for record in records if record]
 
 
 def paragraphs(text: str | None) -> Iterator[tuple[bool, str]]:
-    """The paragraphs of a help text, and whether their lines are to be kept as they are."""
+    """Yield each paragraph of a help text, with True before those whose line breaks must be kept."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text or "")):
         literal = paragraph.lstrip("\n").startswith("\b")
         yield literal, paragraph.strip("\n\b") if literal else " ".join(paragraph.split())
 
 
 def roff(main: click.Command) -> Iterator[str]:
-    """The page, in the macros of man(7)."""
+    """Yield the lines of the manual page, in the macros of man(7)."""
     yield f'.TH HARMONIA 1 "" "Harmonia {__version__}" "User Commands"'
     yield ".SH NAME"
     yield r"harmonia \- a Nix binary cache"

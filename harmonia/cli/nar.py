@@ -19,15 +19,15 @@ from harmonia.store import file_reader, tree_reader
 
 @click.group("nar")
 def command() -> None:
-    """Make, list and unpack NARs.
+    """Create, list and unpack NARs.
 
-    A NAR is the archive of a store path. As a FILE, - is stdin.
+    A NAR is the archive of a store path. FILE can be - for stdin.
 
     \b
-    From one machine to another:  harmonia nar dump tree | ssh host harmonia nar restore tree
-    The hash of a tree:           harmonia nar dump tree | sha256sum
-    What a download holds:        curl URL | zstd -d | harmonia nar ls -lR -
-    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    Copy to another machine:  harmonia nar dump tree | ssh host harmonia nar restore tree
+    Hash a tree:              harmonia nar dump tree | sha256sum
+    List a download:          curl URL | zstd -d | harmonia nar ls -lR -
+    """  # noqa: D301 (click keeps the line breaks after \b)
 
 
 @command.command("dump")
@@ -35,13 +35,13 @@ def command() -> None:
 def dump(path: str) -> None:
     """Write a NAR to stdout.
 
-    It archives the file, directory or symlink at PATH, as `nix-store --dump` does.
+    Archives the file, directory or symlink at PATH, as `nix-store --dump` does.
     """
     cli.in_a_pipe()
     if sys.stdout.isatty():
-        raise click.UsageError("a NAR is no text: send it to a file or into a pipe")
+        raise click.UsageError("refusing to write a NAR (binary data) to the terminal; redirect it to a file or a pipe")
     if not os.path.lexists(path):
-        raise click.UsageError(f"{path!r} is not there; name a file, a directory or a symlink")
+        raise click.UsageError(f"{path!r} does not exist; name a file, a directory or a symlink")
     for chunk in file_reader.read(tree_reader.dump(os.fsencode(path))):
         sys.stdout.buffer.write(chunk)
     sys.stdout.buffer.flush()
@@ -52,17 +52,17 @@ def dump(path: str) -> None:
 @click.argument("path", default="/")
 @listing.options
 def list_(file: BinaryIO, path: str, **how: bool) -> None:
-    """List what is in a NAR.
+    """List the files in a NAR.
 
-    It lists all of the NAR in FILE, or what is at PATH in it, as `nix nar ls` does. The whole NAR is read and checked;
-    its contents are not kept in memory.
+    Lists the NAR in FILE, or the file or directory at PATH in it, as `nix nar ls` does. Reads and checks the whole NAR
+    without keeping file contents in memory.
     """
     cli.in_a_pipe()
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
-    with _told(file):
+    with _name_file_in_errors(file):
         parts = nar_parser.parse(cli.chunks(file))
-        # A NAR that was parsed is the one that we would write.
+        # The parser accepts only canonical NARs, so the offsets are those of the NAR that we would write.
         located = nar.located(part for part in parts if isinstance(part, Entry))
         nodes = _below(root, (Node(entry.path, entry, offset) for offset, entry in located))
         listing.show(nodes, os.path.basename(root), **how)
@@ -74,22 +74,22 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
 def restore(path: str, file: BinaryIO) -> None:
     """Unpack a NAR.
 
-    It unpacks the NAR in FILE, by default from stdin, to PATH, which must not exist, as `nix-store --restore` does. The
-    NAR is checked strictly. If it breaks off or is damaged, what was unpacked until then stays.
+    Unpacks the NAR in FILE (default: stdin) to PATH, as `nix-store --restore` does. PATH must not exist. The NAR is
+    checked strictly. If the NAR is truncated or damaged, the files unpacked so far stay.
     """
     if os.path.lexists(path):
-        raise click.UsageError(f"{path} exists and is left alone; name a place where nothing is")
-    with _told(file):
+        raise click.UsageError(f"{path} already exists; name a path that does not exist")
+    with _name_file_in_errors(file):
         nar_parser.restore(nar_parser.parse(cli.chunks(file)), os.fsencode(path))
 
 
 @contextmanager
-def _told(file: BinaryIO) -> Iterator[None]:
-    """Say in which file the damage is."""
+def _name_file_in_errors(file: BinaryIO) -> Iterator[None]:
+    """Add the file's name to a FormatError."""
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{file.name} is no whole NAR: {error}; get it anew") from None
+        raise FormatError(f"{file.name} is not a complete NAR: {error}; download it again") from None
 
 
 def _below(root: bytes, nodes: Iterable[Node]) -> Iterator[Node]:
@@ -99,4 +99,4 @@ def _below(root: bytes, nodes: Iterable[Node]) -> Iterator[Node]:
             found = True
             yield node._replace(path=node.path[len(root) :])
     if not found:
-        raise InvalidPathError(f"{os.fsdecode(root)!r} is not in the NAR; list all of it with -R and no path")
+        raise InvalidPathError(f"{os.fsdecode(root)!r} is not in the NAR; list the whole NAR with -R and no PATH")

@@ -1,4 +1,4 @@
-"""How far something has come: on terminals only, and without colours where NO_COLOR says so."""
+"""Console output and progress bars. Bars appear on terminals only; NO_COLOR turns colours off."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """What colours come out of, where there is somebody to see them. Lines are as long as they are."""
-    from rich.console import Console  # noqa: PLC0415 (some 50 ms, which a command in a pipe need not take)
+    """Return a console that prints colours on terminals only, and never wraps lines."""
+    from rich.console import Console  # noqa: PLC0415 (takes about 50 ms: import only if needed)
 
     return Console(stderr=stderr, soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and remaining time on stderr; in its place nothing where that is no terminal.
+    """Show a progress bar with rate and remaining time on stderr, or nothing if stderr is not a terminal.
 
-    What it gives is to be told of bytes that are done, from any thread.
+    Yields a function to call with the number of bytes done since the last call. Threads may call it concurrently.
     """
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.progress import (  # noqa: PLC0415 (likewise)
+    from rich.progress import (  # noqa: PLC0415 (takes about 50 ms)
         BarColumn,
         DownloadColumn,
         Progress,
@@ -43,7 +43,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    # Lines that are printed meanwhile go above the bar.
+    # Lines printed meanwhile appear above the bar.
     with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total)
         yield lambda size: shown.advance(task, size)

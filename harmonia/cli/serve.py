@@ -1,4 +1,4 @@
-"""`harmonia serve`, and `harmonia` alone."""
+"""`harmonia serve`, which also runs if no command is given."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ _log = logging.getLogger("harmonia")
 @cli.bind_option
 @click.pass_obj
 def command(config_file: str | None, bind: str | None) -> None:
-    """Serve until SIGTERM. SIGHUP reads the TLS certificate and the tokens again."""
+    """Serve until SIGTERM. SIGHUP reloads the TLS certificate and the tokens."""
     with preflight.checked(Source.read(config_file, os.environ, bind)) as settings:
         status = _serve(settings)
     sys.exit(status)
@@ -46,8 +46,8 @@ def _serve(settings: Settings) -> int:
         for each in for_metrics:
             _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
         if (admitted := sockets.connection_limit(settings.max_connections)) < settings.max_connections:
-            what = "max_connections: each worker takes %d, for want of open files; raise LimitNOFILE= or ulimit -Hn"
+            what = "max_connections: the open-file limit allows only %d per worker; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
         status = supervisor.run()
-    sweep_all(str(settings.cache_dir))  # what the workers were about to make
+    sweep_all(str(settings.cache_dir))  # removes unfinished files of the workers
     return status

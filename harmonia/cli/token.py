@@ -15,28 +15,27 @@ from harmonia.errors import FormatError
     type=click.Choice(SCOPES),
     multiple=True,
     default=("read",),
-    help="What it lets the client do; may be given several times. The default is `read`.",
+    help="What the token allows. Repeatable. Default: read.",
 )
 def command(name: str, scopes: tuple[Scope, ...]) -> None:
-    """Make a token that lets a client in.
+    """Create an access token for a client.
 
-    NAME is for you, to tell tokens apart. The token is shown once and kept nowhere. The server gets its hash, which is
-    no secret.
+    NAME is a label. The token is shown once; the server stores only its hash.
     """
     try:
         secret, token = tokens.new(name, scopes)
     except FormatError:
-        raise click.BadParameter(f"{name!r}: letters, digits and ._@- make up a name", param_hint="NAME") from None
+        raise click.BadParameter(f"{name!r}: use letters, digits and ._@- only", param_hint="NAME") from None
     click.echo(f"""\
 The token, for the client:
 
   {secret}
 
-Its hash, for the server: add this line to the file that tokens_path names, and send the server SIGHUP.
+Its hash, for the server: add this line to the file at tokens_path, and send the server SIGHUP.
 
   {token}
 
-For Nix: add this line to the client's netrc-file (/etc/nix/netrc), which nobody else may read.
+For Nix: add this line to the client's netrc-file (/etc/nix/netrc), readable only to its owner.
 
   machine cache.example.org login {name} password {secret}
 """)

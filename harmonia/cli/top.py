@@ -29,16 +29,16 @@ from harmonia.tools.top import Snapshot
     metavar="SECONDS",
     default=2.0,
     show_default=True,
-    help="The time between two views.",
+    help="Time between two views.",
 )
-@click.option("--once", is_flag=True, help="Print one view, after one interval, and end.")
+@click.option("--once", is_flag=True, help="Print one view after one interval, then exit.")
 @click.pass_obj
 def command(config_file: str | None, client: Client | None, *, interval: float, once: bool) -> None:
-    """Watch a running server.
+    """Show the load of a running server, updated until Ctrl-C.
 
-    It shows requests, bytes, downloads in flight, and how often the cache of compressed NARs had what was wanted. URL
-    is that of the server, or of its `metrics_bind`; by default, the settings tell. If the server goes away, it waits
-    for it to come back. If stdout is no terminal, one view follows the other. Ctrl-C ends it.
+    Shows requests, bytes, downloads in flight, and the hit ratio of the cache of compressed NARs. URL is that of the
+    server or of its `metrics_bind` (default: from the settings). If the server stops, `top` waits until it is back. If
+    stdout is not a terminal, each view is printed below the last one.
     """
     client = client or _own(config_file)
     console = progress.console()
@@ -48,7 +48,7 @@ def command(config_file: str | None, client: Client | None, *, interval: float, 
             for view in islice(views, 1 if once else None):
                 console.print(view)
             return
-        console.soft_wrap = False  # a screen is as wide as it is
+        console.soft_wrap = False  # the screen has a fixed width
         with Live(next(views), console=console, screen=True, auto_refresh=False) as live:
             for view in views:
                 live.update(view, refresh=True)
@@ -107,7 +107,7 @@ def _view(client: Client, before: Snapshot, now: Snapshot) -> RenderableType:
 
 def _bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:  # noqa: PLR2004 (of the next unit)
+        if count < 1024:  # noqa: PLR2004 (bytes in the next unit)
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"

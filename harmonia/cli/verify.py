@@ -21,25 +21,28 @@ _ORDER = ("corrupt", "missing", "unreadable", "unregistered")
 @click.command("verify")
 @click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Verify all valid paths.")
-@click.option("-r", "--recursive", is_flag=True, help="Verify what the PATHs refer to, too.")
+@click.option("-r", "--recursive", is_flag=True, help="Also verify the closure of the PATHs.")
 @click.option(
     "--max-age",
     type=Duration(min=0),
     metavar="AGE",
     default="0s",
-    help="Leave out what was found good less than this ago: 12h, 7d.",
+    help="Skip paths found good within this time, like 12h or 7d.",
 )
 @click.option(
-    "--jobs", type=click.IntRange(1, 64), metavar="N", help="Paths to hash at a time; by default, one for each CPU."
+    "--jobs",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="Number of paths to hash at the same time. Default: the number of CPUs.",
 )
 @click.option(
     "--journal",
     "journal_file",
     type=cli.PATH,
     metavar="FILE",
-    help="Where to note what was found good; by default, `verified` in the cache directory.",
+    help="File that records good paths. Default: `verified` in the cache directory.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing if all is good.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing if all paths are good.")
 @click.pass_obj
 def command(
     config_file: str | None,
@@ -54,17 +57,17 @@ def command(
 ) -> None:
     """Find store paths that are corrupt, missing or unreadable.
 
-    What is on disk is hashed, several paths at a time, and compared with what the database says. A journal keeps what
-    was found good: with --max-age, an interrupted run goes on where it stopped, and a later one hashes only what is
-    new, or was last hashed longer ago.
+    Hashes the files on disk, several paths at a time, and compares them with the database. A journal records good
+    paths. With --max-age, an interrupted run continues, and a later run hashes only new paths and those last verified
+    longer ago.
 
-    Each path that is wrong is a line on stdout, and the exit status is then 3.
+    Prints one line on stdout for each bad path, and exits with status 3 if there is one.
 
     \b
     For cron:  harmonia verify --all --quiet --max-age 30d
-    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    """  # noqa: D301 (click keeps the line breaks after \b)
     if bool(paths) == everything:
-        raise click.UsageError("name some paths, or --all of them")
+        raise click.UsageError("give PATHs or --all, not both")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
     if everything:
@@ -81,11 +84,11 @@ def command(
     wrong: list[Result] = []
     with (
         Journal(journal_file or os.path.join(str(settings.cache_dir), "verified")) as journal,
-        progress.bar("verifying", total) as tell,
+        progress.bar("verifying", total) as advance,
     ):
         threads = jobs or len(os.sched_getaffinity(0))
         try:
-            with closing(verify(store, chosen, journal, max_age=max_age, threads=threads, progress=tell)) as results:
+            with closing(verify(store, chosen, journal, max_age=max_age, threads=threads, progress=advance)) as results:
                 for result in results:
                     done += 1
                     if result.state != "good":
@@ -93,14 +96,14 @@ def command(
                         click.echo(f"{result.state}: {result.path}: {result.what}")
         except KeyboardInterrupt:
             age = f"{max(int(time.monotonic() - began + max_age) // 60 + 1, 1)}m"
-            click.echo(f"harmonia: interrupted; to go on, add --max-age {age}", err=True)
+            click.echo(f"harmonia: interrupted; to continue, add --max-age {age}", err=True)
             sys.exit(cli.EXIT_INTERRUPTED)
     if wrong or not quiet:
         counts = {state: sum(result.state == state for result in wrong) for state in _ORDER}
         found = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "all good"
         skipped = len(chosen) - done
-        left_out = f", {skipped} left out" if skipped else ""
-        click.echo(f"{done} paths verified in {time.monotonic() - began:.1f} s{left_out}: {found}", err=True)
+        skipped_text = f", {skipped} skipped" if skipped else ""
+        click.echo(f"{done} paths verified in {time.monotonic() - began:.1f} s{skipped_text}: {found}", err=True)
     if wrong:
-        click.echo("Mend them with: nix-store --repair-path PATH", err=True)
+        click.echo("Repair them with: nix-store --repair-path PATH", err=True)
         sys.exit(cli.EXIT_FOUND)

@@ -16,29 +16,29 @@ from harmonia.tools import warm
 
 @click.command("warm")
 @click.argument("paths", type=cli.PATH, metavar="[PATH]...", nargs=-1)
-@click.option("--gc-roots", is_flag=True, help="Also what the garbage collector keeps: profiles, systems, results.")
+@click.option("--gc-roots", is_flag=True, help="Include all GC roots: profiles, systems, results.")
 @click.option(
     "--closure/--no-closure",
     default=True,
-    help="With all that the paths refer to, which is the default, or without.",
+    help="Include the closure of the paths (default), or only the paths themselves.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing if all went well.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
 @click.pass_obj
 def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, closure: bool, quiet: bool) -> None:
-    """Compress NARs before anybody asks for them.
+    """Compress NARs into the server's cache ahead of the first download.
 
-    They go into the server's cache, so that a deployment need not wait for them.
+    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. Use the server's --config and
+    environment: the first line of output shows which cache is filled.
 
-    PATHs are store paths, or symlinks to them such as ./result or /run/current-system. Give it the server's --config
-    and environment; it says which cache it fills. The server may run meanwhile, and has precedence. Nothing is evicted
-    from the cache: what it has no room for is left out, and counted at the end.
+    Safe while the server runs, at the lowest CPU and disk priority. Never evicts: NARs that do not fit are skipped and
+    counted.
 
     \b
     After a build:       harmonia warm ./result
     Before a deployment: harmonia warm /nix/var/nix/profiles/system
-    """  # noqa: D301 (\b is click's mark of lines to be kept)
+    """  # noqa: D301 (click keeps the line breaks after \b)
     if not (paths or gc_roots):
-        raise click.UsageError("name some paths, or --gc-roots")
+        raise click.UsageError("give PATHs or --gc-roots")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
     chosen = [path_arguments.named(store, path)[0].path for path in paths]
@@ -53,22 +53,22 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     began = time.monotonic()
     counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
     try:
-        with progress.bar("compressing", total) as tell:
-            for result in warm.warm(own_settings, store, chosen, tell):
+        with progress.bar("compressing", total) as advance:
+            for result in warm.warm(own_settings, store, chosen, advance):
                 counts[result.state] += 1
                 if result.state == "failed":
                     click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)
     except KeyboardInterrupt:
-        click.echo("harmonia: interrupted; what is compressed stays, and the same command goes on from there", err=True)
-        os._exit(cli.EXIT_INTERRUPTED)  # threads would go on with what they have begun, which nobody keeps
+        click.echo("harmonia: interrupted; finished NARs stay in the cache, and the same command continues", err=True)
+        os._exit(cli.EXIT_INTERRUPTED)  # do not wait for threads whose unfinished NARs are discarded
     wrong = counts["too large"] or counts["failed"]
     if wrong or not quiet:
         click.echo(
-            f"{counts['compressed']} compressed in {time.monotonic() - began:.1f} s, {counts['there']} were there,"
+            f"{counts['compressed']} compressed in {time.monotonic() - began:.1f} s, {counts['there']} already cached,"
             f" {counts['too large']} did not fit, {counts['failed']} failed",
             err=True,
         )
     if counts["too large"]:
-        click.echo("The cache is full; raise cache_size, or warm fewer paths", err=True)
+        click.echo("The cache is full: raise cache_size, or warm fewer paths", err=True)
     if wrong:
         sys.exit(1)
