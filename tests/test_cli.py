@@ -298,8 +298,8 @@ def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments
             "'/nix/store/none' does not name a valid path of the store /nix/store; give its path, .*",
         ),
         (["cat", "x"], "'x' does not name a valid path .*"),
-        (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection refused; see that the server runs, .*"),
-        (["top"], "bind does not tell the port that the server has; give its URL"),
+        (["top", "http://127.0.0.1:1"], "http://127.0.0.1:1: Connection refused; check that the server runs .*"),
+        (["top"], "bind has no fixed port; give the URL of the server"),
     ],
 )
 def test_a_failure_is_one_line_and_status_1(config: Path, arguments: list[str], said: str) -> None:

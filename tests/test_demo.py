@@ -295,7 +295,7 @@ class TestMakingItAgain:
         precious = tmp_path / "demo" / content
         precious.parent.mkdir(parents=True)
         precious.write_text("priority = 1\n")
-        with pytest.raises(ConfigError, match="is no demo store"):
+        with pytest.raises(ConfigError, match="is not a demo store"):
             demo.make(str(tmp_path / "demo"))
         assert precious.read_text() == "priority = 1\n"
 

@@ -78,7 +78,7 @@ def test_the_server_is_that_of_the_settings(tmp_path: Path, start: Start) -> Non
     assert f"harmonia at unix:{tmp_path}/metrics: " in answer.stdout
     answer = run("top", server.url, "--once")
     assert answer.returncode == 1
-    assert re.fullmatch(r"harmonia: \S+/metrics answers 404; name the server's metrics_bind, .*\n", answer.stderr)
+    assert re.fullmatch(r"harmonia: \S+/metrics returns 404; use the address of metrics_bind, .*\n", answer.stderr)
 
 
 def test_views_follow_each_other_where_there_is_no_terminal(tmp_path: Path, start: Start) -> None:
@@ -110,7 +110,7 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for(tmp_path: Path, start: 
         reader.start()
         wait_until(lambda: any(line.startswith("harmonia at") for line in seen))
         server.stop()
-        wait_until(lambda: any("see that the server runs" in line for line in seen))
+        wait_until(lambda: any("check that the server runs" in line for line in seen))
         seen.clear()
         server.start()
         wait_until(lambda: any(line.startswith("harmonia at") for line in seen))
@@ -136,4 +136,4 @@ def test_what_is_no_harmonia_is_told(body: bytes) -> None:
         answer = run("top", f"http://127.0.0.1:{server.server_address[1]}", "--once")
         thread.join()
     assert answer.returncode == 1
-    assert re.fullmatch(r"harmonia: \S+ are not those of a Harmonia; name the URL of one\n", answer.stderr)
+    assert re.fullmatch(r"harmonia: \S+ has no metrics of Harmonia; use the URL of a Harmonia server\n", answer.stderr)

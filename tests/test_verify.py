@@ -65,13 +65,13 @@ def test_each_path_is_good_or_it_is_told_what_is_wrong(store: StoreBuilder, veri
     file_of(store, gone).unlink()
     found = {result.path: result for result in verified(threads=2)}
     assert found.pop(full(good)).state == "good"
-    assert found.pop(full(gone))[1:] == ("missing", "it is registered, but not on disk")
+    assert found.pop(full(gone))[1:] == ("missing", "registered in the database, but not on disk")
     state, what = found.pop(full(changed))[1:]
     assert state == "corrupt"
-    assert f"sha256:{base32.encode(changed.nar_hash)} was registered" in what
+    assert f"sha256:{base32.encode(changed.nar_hash)} is registered" in what
     assert found.pop(full(longer))[1:] == (
         "corrupt",
-        f"its NAR has {longer.nar_size + 8} bytes, but {longer.nar_size} were registered",
+        f"the NAR has {longer.nar_size + 8} bytes, but {longer.nar_size} are registered",
     )
     assert not found
 
@@ -164,7 +164,7 @@ class TestTheJournal:
     def test_is_for_one_run_at_a_time(self, tmp_path: Path) -> None:
         with (
             Journal(str(tmp_path / "journal")),
-            pytest.raises(ConfigError, match="another verification uses it"),
+            pytest.raises(ConfigError, match="another `harmonia verify` uses this journal"),
         ):
             Journal(str(tmp_path / "journal"))
         with Journal(str(tmp_path / "journal")):
@@ -191,7 +191,7 @@ class TestTheCommand:
         file_of(store, bad).unlink()
         answer = run("--config", config, "verify", "--all")
         assert answer.returncode == 3
-        assert answer.stdout == f"missing: {full(bad)}: it is registered, but not on disk\n"
+        assert answer.stdout == f"missing: {full(bad)}: registered in the database, but not on disk\n"
         assert re.search(r"^2 paths verified in [\d.]+ s: 1 missing$", answer.stderr, re.MULTILINE)
         assert "nix-store --repair-path" in answer.stderr
         assert run("--config", config, "verify", full(good)).returncode == 0

@@ -140,7 +140,7 @@ def test_a_server_without_compression_needs_no_warming(store: StoreBuilder, tmp_
     settings = config(store, tmp_path, "enable_compression = false")
     answer = run("--config", settings, "warm", store.add_text("text", b"").path)
     assert answer.returncode == 2
-    assert answer.stderr == "harmonia: enable_compression is false: this server keeps no compressed NARs\n"
+    assert answer.stderr == "harmonia: enable_compression is false: this server has no cache of compressed NARs\n"
 
 
 def test_the_cache_may_be_told_from_where_it_is_run(

@@ -1,8 +1,7 @@
-"""A small but real Nix store, made without Nix, for machines that have none.
+"""Demo store: a small but real Nix store for machines without Nix.
 
-demo_packages.py has what is in it.
-
-The directories of a store are read-only, as Nix makes them, so that `rm -rf` fails for all but root. This works::
+Its packages are in demo_packages.py. Store directories are read-only, as Nix leaves them, so `rm -rf` works only for
+root. To remove the store::
 
     chmod -R u+w demo-store && rm -rf demo-store
 """
@@ -20,16 +19,16 @@ from harmonia.tools import demo_packages
 from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 
-_MARK = "# The demo store beside this file, as harmonia made it. To remove both: chmod -R u+w DIR && rm -rf DIR\n"
+_MARK = "# Demo store of Harmonia, in this directory. To remove it: chmod -R u+w DIR && rm -rf DIR\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A complete demo store. `config_path` starts a server of it."""
+    """Complete demo store. A server with `config_path` as settings serves it."""
 
     directory: str
     paths: dict[str, StorePath]
-    """The valid paths by their names. `demo-environment` refers to all that can be used."""
+    """Valid paths by name. The closure of `demo-environment` has all programs and the manual."""
     public_key: PublicKey
 
     @property
@@ -38,15 +37,15 @@ class Demo:
 
 
 def make(directory: str) -> Demo:
-    """The demo store in `directory`: the one that is there, or a new one if there is none or only parts of one.
+    """Return the demo store in `directory`. Creates it if it is missing or incomplete.
 
-    It is built beside and renamed, so that an interrupted run leaves none that looks whole. ConfigError where the
-    directory holds something else, which is left alone.
+    A new store is built under another name and then renamed, so an interrupted run never leaves a store that looks
+    complete. Raises ConfigError if the directory has other content, which is not touched.
     """
     directory = os.path.realpath(directory)
     parent = os.path.dirname(directory)
     os.makedirs(parent, exist_ok=True)
-    lock = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)  # two runs at a time make one store
+    lock = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)  # concurrent runs create one store
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         demo = _load(directory)
@@ -60,12 +59,12 @@ def make(directory: str) -> Demo:
     finally:
         os.close(lock)
     if demo is None:
-        raise ConfigError(f"{directory}: the demo store was changed while it was made; try again")
+        raise ConfigError(f"{directory}: another program changed the demo store while it was created; try again")
     return demo
 
 
 def write_config(directory: str, home: str) -> None:
-    """Writes `directory`/harmonia.toml, which serves the demo store that is, or will be, in `home`."""
+    """Write `directory`/harmonia.toml: settings that serve the demo store in `home`, which may not exist yet."""
     settings = {
         "real_nix_store": os.path.join(home, "nix/store"),
         "nix_db_path": os.path.join(home, "nix/var/nix/db/db.sqlite"),
@@ -74,18 +73,20 @@ def write_config(directory: str, home: str) -> None:
     }
     with open(os.path.join(directory, "harmonia.toml"), "w", encoding="utf-8") as file:
         file.write(_MARK)
-        # JSON's strings, arrays and booleans are TOML's too.
+        # JSON strings, arrays and booleans are valid TOML.
         file.writelines(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
 
 
 def _load(directory: str) -> Demo | None:
-    """The demo store in `directory`, or None where anything of it is missing."""
+    """Return the demo store in `directory`, or None if it is incomplete."""
     store = os.path.join(directory, "nix/store")
     database = Database(os.path.join(directory, "nix/var/nix/db/db.sqlite"), timeout=10)
     try:
         with open(os.path.join(directory, "secret-key"), encoding="ascii") as file:
             key = SecretKey.parse(file.read())
-        rows = database.query("select path from ValidPaths order by id desc")  # so that the oldest keeps its name
+        rows = database.query(
+            "select path from ValidPaths order by id desc"
+        )  # oldest last, so that it wins if two paths have one name
         paths = {path.name: path for path in (StorePath.in_dir("/nix/store", path) for (path,) in rows)}
     except (OSError, ValueError, HarmoniaError):
         return None
@@ -97,7 +98,7 @@ def _load(directory: str) -> Demo | None:
 
 
 def _discard(directory: str) -> None:
-    """Removes what is left of a demo store. ConfigError where that is not known to be one."""
+    """Remove an incomplete demo store. Raises ConfigError if the directory has content that is not a demo store."""
     if not os.path.lexists(directory):
         return
     try:
@@ -109,14 +110,14 @@ def _discard(directory: str) -> None:
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise ConfigError(f"{directory} exists and is no demo store; name a directory that is empty, or not there yet")
+        raise ConfigError(f"{directory} exists and is not a demo store; name an empty or new directory")
     remove_tree(os.fsencode(directory))
 
 
 def _build(directory: str, home: str) -> None:
-    """Makes the demo store in `directory`, to be renamed to `home`."""
+    """Create the demo store in `directory`. The caller renames it to `home`."""
     os.mkdir(directory)
-    write_config(directory, home)  # first: it marks what follows as ours
+    write_config(directory, home)  # first, because this file marks the directory as a demo store
     key = SecretKey.generate("demo-1")
     for name, text, mode in (("secret-key", key.export(), 0o600), ("public-key", str(key.public_key), 0o644)):
         descriptor = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)

@@ -1,6 +1,6 @@
 """Packages of the demo store: two versions of a program and its library, a manual, a tool in Python, an environment.
 
-The programs find their libraries relative to themselves, so they run where the store lies, and in a copy of it.
+The programs find their libraries by relative paths, so they also run in a copy of the store.
 """
 
 import os
@@ -47,7 +47,7 @@ greet() {
 
 _HELLO = b"""\
 #!/bin/sh
-# Greets the world, or those who are named. Installed as @out@
+# Greets the world, or each NAME. Installed as @out@
 here=$(dirname "$(readlink -f "$0")")
 . "$here/../../@library@/lib/greet.sh"
 case ${1-} in
@@ -61,7 +61,7 @@ esac
 _HELLO_MAN = b"""\
 .TH HELLO 1 "" "hello @version@"
 .SH NAME
-hello \\- greet the world, or those who are named
+hello \\- greet the world, or each NAME
 .SH SYNOPSIS
 .B hello
 .RI [ NAME ]...
@@ -88,7 +88,7 @@ _MANUAL = b"""\
 <title>The manual of hello</title>
 <link rel="stylesheet" href="style.css">
 <h1>The manual of hello</h1>
-<p>This page is served from the Nix store. <code>hello</code> greets the world, or those who are named:
+<p>This page is served from the Nix store. <code>hello</code> greets the world, or each name given:
 <pre>$ hello Ada Grace
 Hello, Ada!
 Hello, Grace!</pre>
@@ -102,7 +102,7 @@ _OPTIONS = b"""\
 <title>Options of hello</title>
 <link rel="stylesheet" href="../style.css">
 <h1>Options of hello</h1>
-<dl><dt><code>--version</code><dd>prints the version<dt><code>--help</code><dd>prints how it is used</dl>
+<dl><dt><code>--version</code><dd>prints the version<dt><code>--help</code><dd>prints the usage</dl>
 <p><a href="../">The manual</a>
 """
 
@@ -110,7 +110,7 @@ _STYLE = b"body { max-width: 40rem; margin: 4rem auto; font-family: sans-serif; 
 
 
 def add(store: StoreBuilder, key: SecretKey) -> None:
-    """Add all packages to the store. What is built is signed with the key."""
+    """Add all packages to the store. Outputs of derivations are signed with the key."""
     packages = _Packages(store, key, store.add_text("build.sh", _BUILD).path)
     libraries = [
         packages.build(
@@ -140,7 +140,7 @@ class _Packages:
     store: StoreBuilder
     key: SecretKey
     script: StorePath
-    """That of the builder, for all of them."""
+    """Build script of every package."""
 
     def build(
         self,
@@ -149,7 +149,7 @@ class _Packages:
         programs: Mapping[str, bytes] | None = None,
         library: StorePath | None = None,
     ) -> StorePath:
-        """Add a derivation, its build log, and what its builder makes. Return the path of its output."""
+        """Add a derivation, its build log and its output. Return the output's path."""
         source = self.store.add_source(f"{name}-source", _with_programs(files, programs or {})).path
         derivation, output = self.store.add_derivation(
             name,
@@ -177,7 +177,7 @@ def _with_programs(files: Mapping[str, Tree], programs: Mapping[str, bytes]) -> 
 
 
 def _python_modules() -> Tree:
-    """Return some modules of the running Python: about 3 MB."""
+    """Return some modules of the running Python, about 3 MB."""
     root = sysconfig.get_path("stdlib")
     tree: dict[str, Tree] = {}
     for package in _PYTHON_PACKAGES:

@@ -1,4 +1,4 @@
-"""What a store object holds, as a value, and how it is put on disk as Nix leaves it."""
+"""Content of a store object as a Python value, and its writer, which sets modes and times as Nix does."""
 
 import hashlib
 import os
@@ -23,25 +23,26 @@ class Symlink:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """A file of `size` zeros that takes no space."""
+    """File of `size` zero bytes that takes no disk space."""
 
     size: int
 
 
 Tree = bytes | Executable | Symlink | Sparse | os.PathLike[str] | Mapping[Any, "Tree"]
-"""What a store object holds: a file, a symlink, a copy of what is on disk at a path, or a directory by its names, `str`
-or `bytes` (which a Mapping, invariant in its keys, cannot say)."""
+"""Content of a store object: a file, a symlink, a copy of a path on disk, or a directory as names and their content.
+
+Names are `str` or `bytes`. The key type is Any, because a Mapping is invariant in its keys."""
 
 
 def write_tree(tree: Tree, path: bytes) -> tuple[bytes, int]:
-    """Write `tree` to `path`, where nothing is. Return the hash and the size of its NAR."""
+    """Write `tree` to `path`, which must not exist. Return the hash and size of its NAR."""
     _write(tree, path)
     _canonicalise(path)
     return _nar_hash(path)
 
 
 def remove_tree(path: bytes) -> None:
-    """Remove what is at `path`, if anything, read-only directories too."""
+    """Remove the file or directory at `path`, if it exists, including read-only directories."""
     if os.path.isdir(path) and not os.path.islink(path):
         for directory, _, _ in os.walk(path):
             os.chmod(directory, 0o700)
@@ -57,7 +58,7 @@ def _write(tree: Tree, path: bytes) -> None:
                 file.write(tree)
         case Executable(contents):
             _write(contents, path)
-            os.chmod(path, 0o755)  # noqa: S103 (it is executable)
+            os.chmod(path, 0o755)  # noqa: S103 (an executable needs mode 755)
         case Symlink(target):
             os.symlink(os.fsencode(target), path)
         case Sparse(size):
@@ -74,8 +75,8 @@ def _write(tree: Tree, path: bytes) -> None:
 
 
 def _canonicalise(path: bytes) -> None:
-    """Modes and times as Nix gives them (`src/libstore/posix-fs-canonicalise.cc`)."""
-    for entry in reversed(list(tree_reader.walk(confined.resolved(path)))):  # a directory after what is in it
+    """Set modes and times as Nix does (`src/libstore/posix-fs-canonicalise.cc`)."""
+    for entry in reversed(list(tree_reader.walk(confined.resolved(path)))):  # content before its directory
         if not stat.S_ISLNK(entry.mode):
             os.chmod(entry.path, 0o555 if entry.mode & stat.S_IXUSR else 0o444)
         os.utime(entry.path, (1, 1), follow_symlinks=False)

@@ -1,6 +1,6 @@
-"""A plain HTTP client that shows what was really sent: for questions about a server, not for downloads of any size.
+"""HTTP client for diagnosis: returns responses as they were sent, with the whole body in memory.
 
-A private one is given what a netrc(5) has for its host, as Nix and curl give it.
+Sends the credentials that netrc(5) has for the host, as Nix and curl do.
 """
 
 import http.client
@@ -20,32 +20,32 @@ from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, RemoteError
 
 MAX_BODY_BYTES = 256 << 20
-"""Bytes of a body that are taken, at most."""
-_NETRC = ("/etc/nix/netrc", "~/.netrc")  # of which the first counts that knows the host, unless $NETRC names another
-_TIMEOUT_S = 20.0  # seconds for each step
+"""Longest body that is read."""
+_NETRC = ("/etc/nix/netrc", "~/.netrc")  # the first file with the host counts; $NETRC replaces both
+_TIMEOUT_S = 20.0  # for each step: connect, send, receive
 _MAX_REDIRECTS = 5
 _PIECE_BYTES = 1 << 18
-_ASCII = "".join(map(chr, range(33, 127)))  # what a request can ask for as it is
+_ASCII = "".join(map(chr, range(33, 127)))  # characters of a request target that need no quoting
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     status: int
     headers: Mapping[str, str]
-    """By lower-case name."""
+    """Values by lower-case name."""
     body: bytes
-    """As it was sent, still encoded."""
+    """The body as sent, still encoded."""
     certificate: Mapping[str, Any]
-    """Of the server, as `ssl` tells it; empty without TLS."""
+    """Certificate of the server, as a dictionary of `ssl`. Empty without TLS."""
 
 
 class _Connection(http.client.HTTPConnection):
-    """To the host of a URL, through a proxy or not, or to where it is said to be: a host and port, or a unix socket."""
+    """Connection to the host of a URL: direct, through a proxy, or to another address or unix socket."""
 
     def __init__(
         self, netloc: str, tls: ssl.SSLContext | None, place: tuple[str, int] | str | None, proxy: Proxy | None
     ) -> None:
-        """`place` and `proxy` exclude each other."""
+        """Connect to `place` instead of `netloc` if it is given. Only one of `place` and `proxy` may be given."""
         self.default_port = http.client.HTTPS_PORT if tls else http.client.HTTP_PORT
         super().__init__(netloc, timeout=_TIMEOUT_S)
         self._name = self.host
@@ -71,13 +71,14 @@ class _Connection(http.client.HTTPConnection):
 
 
 class Client:
-    """Asks the server at `url`: http://, https:// or unix:/path/of/its/socket, or a short form of these."""
+    """Client of the server at `url`: http://, https://, unix:/path/of/socket, or a short form (see `_completed`)."""
 
     def __init__(self, url: str, host: str | None = None, *, direct: bool = False) -> None:
-        """`host` is what clients call it, where that is not in `url`: its certificate and the netrc have that name.
+        """Prepare requests to `url`. Does not connect.
 
-        Unless it is asked `direct`, it is asked through the proxy that the environment has for it, as by curl.
-        FormatError where it is no URL, RemoteError where the netrc is none.
+        `host` is the public name of the server if `url` has another one: certificate and netrc have the public name.
+        Unless `direct`, requests go through the proxy of the environment, as with curl. Raises FormatError if `url` is
+        malformed. Raises RemoteError if the netrc file is malformed.
         """
         self.url = self._base = _completed(url).rstrip("/")
         self.is_direct = direct or self.url.startswith("unix:")
@@ -87,15 +88,17 @@ class Client:
             parts = urlsplit(self.url)
             name, port = parts.hostname, parts.port
             (name or "").encode("idna")
-        except ValueError:  # of brackets, ports, and names that no host can have
+        except ValueError:  # invalid brackets, port or host name
             name = None
         if self.url.startswith("unix:") and self.url != "unix:":
             self._base, self._place = f"http://{_in_url(host or 'localhost')}", self.url.removeprefix("unix:")
         elif not name or parts.scheme not in ("http", "https"):
             raise FormatError(f"{url!r} is not a URL like http://localhost:5000 or unix:/run/harmonia/socket")
-        elif "@" in parts.netloc:  # which holds a password, and is not shown
+        elif "@" in parts.netloc:  # the message must not show a password in the URL
             line = f"machine {name} login USER password PASSWORD"
-            raise FormatError(f"a URL cannot bring a user here; give it in a netrc that $NETRC names, as {line}")
+            raise FormatError(
+                f"user and password in the URL are not supported; put them into the file of $NETRC: {line}"
+            )
         elif host and port:
             self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
         authorization = _authorization(self.host)
@@ -103,32 +106,34 @@ class Client:
 
     @property
     def host(self) -> str:
+        """Host name of the server, as certificate and netrc have it."""
         return urlsplit(self._base).hostname or ""
 
     @property
     def brings_token(self) -> bool:
+        """True if the netrc file has credentials for the server."""
         return bool(self._own_headers)
 
     @classmethod
     def of(cls, settings: Settings, key: str = "bind") -> "Client":
-        """The server with these settings, on this machine. RemoteError where they leave open where it listens."""
+        """Return a client of the local server with these settings. Raises RemoteError if they have no fixed address."""
         address = settings.address("metrics_bind" if key == "metrics_bind" else "bind")
         name = urlsplit(settings.base_url).hostname if settings.base_url else None
         if isinstance(address, str):
             return cls(f"unix:{address}", name)
         if address is None or address[1] == 0:
-            raise RemoteError(f"{key} does not tell the port that the server has; give its URL")
-        host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (it is compared)
+            raise RemoteError(f"{key} has no fixed port; give the URL of the server")
+        host = "localhost" if address[0] in ("::", "0.0.0.0") else address[0]  # noqa: S104 (compared, not bound)
         scheme = "https" if settings.tls_cert_path and key == "bind" else "http"
         return cls(f"{scheme}://{_in_url(host)}:{address[1]}", name, direct=True)
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", stop: int | None = None
     ) -> Answer:
-        """The answer to one request on a connection of its own, which is cut after `stop` bytes of the body.
+        """Send one request on a new connection. Return the response, with at most `stop` bytes of the body.
 
-        Unless told otherwise, it is asked for unencoded. RemoteError where there is no whole answer, ConfigError where
-        the certificates to trust cannot be read.
+        The default of Accept-Encoding is identity. Follows redirects. Raises RemoteError if there is no complete
+        response. Raises ConfigError if the trusted certificates cannot be read.
         """
         url = _joined(self._base + "/", path)
         for _ in range(_MAX_REDIRECTS):
@@ -142,7 +147,7 @@ class Client:
     def _ask(self, method: str, url: str, headers: Mapping[str, str], stop: int | None) -> Answer:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https"):
-            raise RemoteError(f"{url} is no URL of HTTP")
+            raise RemoteError(f"{url} is not an HTTP URL")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         target = quote(target, safe=_ASCII, errors="surrogateescape")
         is_ours = _origin(url) == _origin(self._base)
@@ -168,15 +173,19 @@ class Client:
             complete = stop is not None or response.length in (None, 0)
         except ssl.SSLCertVerificationError as error:
             raise RemoteError(f"{self.url}: its certificate is not trusted: {error.verify_message}") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:  # the last of what no URL or host has
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+        ) as error:  # ValueError: invalid characters in the URL or host
             through = f" (through the proxy {proxy.url})" if proxy else ""
             raise RemoteError(f"{self.url}: {_why(error)}{through}") from None
         finally:
             connection.close()
         if not complete and method != "HEAD":
-            raise RemoteError(f"{url}: the body breaks off after {len(body)} bytes")
+            raise RemoteError(f"{url}: the body ends early, after {len(body)} bytes")
         names = {name.lower() for name in response.headers}
-        # Several fields of one name are one (RFC 9110 section 5.3).
+        # Fields of the same name are joined by commas (RFC 9110 section 5.3).
         joined = {name: ", ".join(response.headers.get_all(name, [])) for name in names}
         return Answer(response.status, joined, bytes(body[:stop]), certificate)
 
@@ -184,8 +193,8 @@ class Client:
 def _completed(url: str) -> str:
     """Return the URL that a short form stands for: a port, `host:port`, a host, or the path of a socket.
 
-    Without a port, a name means HTTPS, as do ports that end in 443. Otherwise it is HTTP. All other text is returned
-    as it is.
+    A host name without a port, and any port that ends in 443, means HTTPS; everything else means HTTP. Other text is
+    returned unchanged.
     """
     if url.startswith("/") and os.path.exists(url) and stat.S_ISSOCK(os.stat(url).st_mode):
         return f"unix:{url}"
@@ -233,7 +242,7 @@ def _authorization(host: str) -> str | None:
             with open(path, "rb") as file:
                 found = netrc.authorization(file.read(netrc.MAX_BYTES + 1), host)
         except OSError:
-            continue  # it is not for this user
+            continue  # not readable to this user
         except FormatError as error:
             raise RemoteError(f"cannot read {path}: {error}; correct it, or name another file in $NETRC") from None
         if found:
@@ -242,11 +251,11 @@ def _authorization(host: str) -> str | None:
 
 
 def _joined(base: str, url: str) -> str:
-    """By RFC 3986, as Nix does it since 2.32."""
+    """Resolve a relative URL by RFC 3986, as Nix does since 2.32."""
     try:
         return urljoin(base, url)
     except ValueError as error:
-        raise RemoteError(f"{url!r} is no URL: {error}") from None
+        raise RemoteError(f"{url!r} is not a URL: {error}") from None
 
 
 def _why(error: Exception) -> str:

@@ -1,6 +1,6 @@
-"""Makes a small but real Nix store without Nix: files as Nix leaves them, and the rows that make them valid.
+"""Builder of small but real Nix stores without Nix: files as Nix leaves them, and the rows that make them valid.
 
-Every path is genuine: it follows from its content or from its derivation, and Nix finds nothing to complain of.
+Every path is genuine: computed from its content or its derivation. `nix-store --verify` accepts the store.
 """
 
 import bz2
@@ -19,7 +19,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.fixture_tree import Tree, remove_tree, write_tree
 
-# Nix `src/libstore/schema.sql`, version 10: the same from Nix 2.3 to today's.
+# Nix `src/libstore/schema.sql`, version 10: unchanged since Nix 2.3.
 _SCHEMA = """
 create table ValidPaths (
     id               integer primary key autoincrement not null,
@@ -59,10 +59,10 @@ _ATERM_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r
 
 
 class StoreBuilder:
-    """The store below `root`, laid out as Nix's chroot stores: it lies in `root`/nix, its paths name `store_dir`.
+    """Store in `root`/nix, with the layout of a chroot store of Nix. Its paths begin with `store_dir`.
 
-    An empty one is made where there is none. No connection to its database is kept, so that between two calls it is
-    as Nix up to 2.21 leaves it, with neither a -wal nor a -shm file, unless somebody else has it open.
+    Creates an empty store if there is none. Closes the database after each call. Between calls the database is as
+    Nix up to 2.21 leaves it: without -wal and -shm files, unless another process has it open.
     """
 
     def __init__(self, root: str | os.PathLike[str], store_dir: str = "/nix/store") -> None:
@@ -81,18 +81,18 @@ class StoreBuilder:
 
     @contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
-        """A connection to the database as Nix's own, for one transaction."""
+        """Open the database with Nix's pragmas, for one transaction."""
         with closing(sqlite3.connect(self.db_path)) as connection, connection:
             connection.execute("pragma foreign_keys = on")
             connection.execute("pragma synchronous = normal")
             yield connection
 
     def real_path(self, path: StorePath) -> bytes:
-        """Where the store object is on disk."""
+        """Return the location of the store object on disk."""
         return os.fsencode(f"{self.real_dir}/{path}")
 
     def output_path(self, name: str, derivation_hash: bytes = b"") -> StorePath:
-        """The path of a derivation's output `out`. Without a derivation, just one that does not tell its content."""
+        """Return the path of the output `out` of a derivation. Without a hash, the path depends on the name only."""
         return self._path("output:out", derivation_hash or hashlib.sha256(name.encode()).digest(), name)
 
     def add(
@@ -107,9 +107,9 @@ class StoreBuilder:
         ca: str | None = None,
         known_size: bool = True,
     ) -> PathInfo:
-        """Adds `tree` as `path`, signed by `keys` besides the `sigs` given, all taken as told.
+        """Add `tree` as `path`, with the signatures `sigs` and those of `keys`. None of the arguments is checked.
 
-        Without `known_size` the database has NULL for it, as it has for paths of very old Nixes.
+        Without `known_size`, the size in the database is NULL, as for paths of very old versions of Nix.
         """
         nar_hash, nar_size = write_tree(tree, self.real_path(path))
         info = PathInfo(path, nar_hash, nar_size, tuple(sorted(references)), deriver, tuple(sigs), ca)
@@ -119,7 +119,7 @@ class StoreBuilder:
         return info
 
     def add_source(self, name: str, tree: Tree, references: Collection[StorePath] = ()) -> PathInfo:
-        """Adds `tree` under the path that follows from its NAR, as `nix-store --add` does."""
+        """Add `tree` under the path computed from its NAR, as `nix-store --add` does."""
         staged = os.fsencode(f"{self.real_dir}/.{name}")
         nar_hash, nar_size = write_tree(tree, staged)
         path = self._path("source", nar_hash, name, references)
@@ -130,7 +130,7 @@ class StoreBuilder:
         return info
 
     def add_text(self, name: str, text: bytes, references: Collection[StorePath] = ()) -> PathInfo:
-        """Adds a file under the path that follows from its contents, as `builtins.toFile` does."""
+        """Add a file under the path computed from its contents, as `builtins.toFile` does."""
         digest = hashlib.sha256(text).digest()
         path = self._path("text", digest, name, references)
         return self.add(path, text, references=references, ca=f"text:sha256:{base32.encode(digest)}")
@@ -143,9 +143,10 @@ class StoreBuilder:
         environment: Mapping[str, str] | None = None,
         sources: Sequence[StorePath] = (),
     ) -> tuple[PathInfo, StorePath]:
-        """Adds the derivation of one output `out` from `sources`. Returns it, and its output's path, still to be added.
+        """Add a derivation with the output `out` and the inputs `sources`. Return it and the path of its output.
 
-        Nix `src/libstore/derivations.cc`: the output's path follows from the derivation without that path.
+        Does not add the output. The output path is computed from the derivation with an empty output path (Nix
+        `src/libstore/derivations.cc`).
         """
         system = f"{platform.machine()}-linux"
         inputs = [f"{self.store_dir}/{source}" for source in sorted(sources)]
@@ -175,7 +176,7 @@ class StoreBuilder:
         return info, output
 
     def add_log(self, derivation: StorePath, log: bytes, *, compressed: bool = True) -> str:
-        """Adds the build log of a derivation. Returns its file's path."""
+        """Add the build log of a derivation. Return the path of the log file."""
         directory = os.path.join(self.log_dir, derivation[:2])
         os.makedirs(directory, exist_ok=True)
         path = os.path.join(directory, derivation[2:] + (".bz2" if compressed else ""))
@@ -184,13 +185,13 @@ class StoreBuilder:
         return path
 
     def delete(self, path: StorePath) -> None:
-        """Deletes a path that no other refers to, in the order of Nix's garbage collector: the row, then the files."""
+        """Delete a path without referrers, in the order of Nix's garbage collector: the row, then the files."""
         with self.connect() as connection:
             connection.execute("delete from ValidPaths where path = ?", (f"{self.store_dir}/{path}",))
         remove_tree(self.real_path(path))
 
     def _path(self, kind: str, digest: bytes, name: str, references: Collection[StorePath] = ()) -> StorePath:
-        """The path that follows from a digest (Nix `src/libstore/store-dir-config.cc`, `makeStorePath`)."""
+        """Return the path computed from a digest (Nix `src/libstore/store-dir-config.cc`, `makeStorePath`)."""
         kind = ":".join((kind, *(f"{self.store_dir}/{reference}" for reference in sorted(references))))
         whole = hashlib.sha256(f"{kind}:sha256:{digest.hex()}:{self.store_dir}:{name}".encode()).digest()
         folded = bytearray(20)
@@ -214,7 +215,7 @@ class StoreBuilder:
                 " values (?, ?, ?, ?, ?, ?, ?)",
                 row,
             ).lastrowid
-            # The reference of a path that is not valid is NULL, and refused.
+            # A reference to a path that is not valid is NULL, which the table rejects.
             connection.executemany(
                 "insert into Refs values (?, (select id from ValidPaths where path = ?))",
                 ((referrer, f"{self.store_dir}/{reference}") for reference in info.references),

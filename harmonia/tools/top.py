@@ -1,4 +1,4 @@
-"""What a running server does just now, from two snapshots of its metrics."""
+"""Current load of a running server, computed from two snapshots of its metrics."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -14,31 +14,33 @@ _REFUSED = (401, 403)
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The metrics at one moment."""
+    """Metrics at one moment."""
 
     at: float
+    """Seconds on the monotonic clock."""
     samples: Mapping[str, Mapping[tuple[tuple[str, str], ...], float]] = field(default_factory=dict)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of the samples of that name that have these labels."""
+        """Return the sum of the metric's samples that have these labels."""
         wanted = set(labels.items())
         return sum(value for key, value in self.samples.get(name, {}).items() if wanted <= set(key))
 
     def values(self, name: str, label: str) -> list[str]:
+        """Return the values of a label of the metric, sorted."""
         return sorted({dict(key)[label] for key in self.samples.get(name, {})})
 
 
 def fetch_snapshot(client: Client) -> Snapshot:
-    """Fetch the metrics of a server. Raises RemoteError if they are not those of a Harmonia."""
+    """Fetch the metrics. Raises RemoteError if the server does not serve those of Harmonia."""
     try:
         answer = client.get("metrics")
     except RemoteError as error:
-        raise RemoteError(f"{error}; see that the server runs, and that this is its URL") from None
+        raise RemoteError(f"{error}; check that the server runs and that the URL is right") from None
     if answer.status in _REFUSED:
-        remedy = "put a token with the scope metrics into /etc/nix/netrc, or name the server's metrics_bind"
-        raise RemoteError(f"{client.url}/metrics answers {answer.status}; {remedy}")
+        remedy = "put a token with the scope metrics into /etc/nix/netrc, or use the address of metrics_bind"
+        raise RemoteError(f"{client.url}/metrics returns {answer.status}; {remedy}")
     if answer.status != 200:  # noqa: PLR2004 (OK)
-        what = f"{client.url}/metrics answers {answer.status}; name the server's metrics_bind, or set metrics = true"
+        what = f"{client.url}/metrics returns {answer.status}; use the address of metrics_bind, or set metrics = true"
         raise RemoteError(what)
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     try:
@@ -48,28 +50,30 @@ def fetch_snapshot(client: Client) -> Snapshot:
     except ValueError:
         samples = {}
     if "harmonia_requests_in_flight" not in samples:
-        raise RemoteError(f"{client.url}/metrics are not those of a Harmonia; name the URL of one")
+        raise RemoteError(f"{client.url}/metrics has no metrics of Harmonia; use the URL of a Harmonia server")
     return Snapshot(time.monotonic(), samples)
 
 
 @dataclass(frozen=True, slots=True)
 class RouteActivity:
-    """What happened at one kind of resource."""
+    """Counters of one route."""
 
     route: str
     requests: float
-    """In all, like the bytes."""
+    """Number since the start of the server."""
     request_rate: float
-    """For each second since the snapshot before."""
+    """Requests per second since the previous snapshot."""
     sent: float
+    """Bytes since the start of the server."""
     sent_rate: float
+    """Bytes per second since the previous snapshot."""
     in_flight: float
     failed: float
-    """Answers of 5xx."""
+    """Number of responses with a status of 5xx."""
 
 
 def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]:
-    """Yield the activity of each route, the most requested first."""
+    """Return the counters of each route, the busiest first."""
     seconds = max(now.at - before.at, 1e-9)
     found = []
     for route in now.values("harmonia_requests_in_flight", "route"):
@@ -77,7 +81,9 @@ def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]
             now.total(name, route=route) for name in ("harmonia_requests_total", "harmonia_sent_bytes_total")
         )
         statuses = now.values("harmonia_requests_total", "status")
-        failed = sum(now.total("harmonia_requests_total", route=route, status=it) for it in statuses if it[0] == "5")
+        failed = sum(
+            now.total("harmonia_requests_total", route=route, status=status) for status in statuses if status[0] == "5"
+        )
         found.append(
             RouteActivity(
                 route,
@@ -93,6 +99,6 @@ def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]
 
 
 def hit_ratio(snapshot: Snapshot) -> float | None:
-    """Return the share of requested compressed NARs that were in the cache, or None if none was requested."""
+    """Return the hit ratio of the cache of compressed NARs, or None if it was not used yet."""
     hits, misses = snapshot.total("harmonia_cache_hits_total"), snapshot.total("harmonia_cache_misses_total")
     return hits / (hits + misses) if hits + misses else None

@@ -1,7 +1,7 @@
-"""Whether what is on disk still is what was registered: each path's NAR is hashed, several at a time.
+"""Integrity check of the store: hashes the NAR of each path in parallel and compares it with the database.
 
-What was found good is noted in a journal, so that an interrupted run goes on where it stopped, and so that a store too
-large for one night is gone through in several.
+A journal records good paths. An interrupted run continues from it, and a large store can be verified over several
+nights.
 """
 
 import fcntl
@@ -28,30 +28,35 @@ State = Literal["good", "corrupt", "missing", "unreadable", "unregistered"]
 
 class Result(NamedTuple):
     path: str
-    """In full."""
+    """Full store path."""
     state: State
     what: str = ""
-    """What is wrong with it, in a few words."""
+    """Short description of the problem. Empty if the path is good."""
 
 
 class Journal:
-    """A file of lines `time hash path`: when which path was found good. ConfigError where it cannot be kept."""
+    """Journal file: lines `time hash path`, each for a path that was found good at that time.
+
+    Raises ConfigError if the file cannot be written, or if another run uses it.
+    """
 
     def __init__(self, path: str) -> None:
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
             self._file = open(path, "a+", encoding="ascii", errors="replace")  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
-            what = f"cannot write {path!r}: {error.strerror}; name a journal that can be written with --journal"
+            what = f"cannot write {path!r}: {error.strerror}; choose another file with --journal"
             raise ConfigError(what) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise ConfigError(f"{path}: another verification uses it; wait for its end, or name another") from None
+            raise ConfigError(
+                f"{path}: another `harmonia verify` uses this journal; wait for it, or choose another with --journal"
+            ) from None
         self._file.seek(0)
         lines = self._file.read().split("\n")[:-1]
-        # The last one, where a run was killed, may be torn, and so is any other that makes no sense.
+        # A killed run may leave a truncated line. Malformed lines are ignored.
         self._times = {
             (words[1], words[2]): when for words in map(str.split, lines) if (when := _time(words)) is not None
         }
@@ -61,11 +66,12 @@ class Journal:
                 self._file.write(f"{when} {nar_hash} {name}\n")
 
     def age(self, info: PathInfo) -> float:
-        """How many seconds ago the path was found good, with the content that is registered now."""
+        """Return the seconds since the path was found good with the registered hash, or infinity."""
         when = self._times.get((base32.encode(info.nar_hash), str(info.path)))
         return float("inf") if when is None else time.time() - when
 
     def note(self, info: PathInfo) -> None:
+        """Record that the path is good now."""
         self._file.write(f"{int(time.time())} {base32.encode(info.nar_hash)} {info.path}\n")
         self._file.flush()
 
@@ -80,7 +86,7 @@ class Journal:
 
 def _time(words: list[str]) -> int | None:
     """Return the time in a line of the journal, or None if it has another form."""
-    return integer(words[0], _MAX_TIME_S) if len(words) == 3 else None  # noqa: PLR2004 (the three of a line)
+    return integer(words[0], _MAX_TIME_S) if len(words) == 3 else None  # noqa: PLR2004 (a line has three words)
 
 
 def verify(
@@ -92,24 +98,24 @@ def verify(
     threads: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Generator[Result]:
-    """What comes of each of the paths, in full, in the order in which they are done.
+    """Yield a result for each of the full store `paths`, in the order of completion.
 
-    Those found good less than `max_age` seconds ago are left out, and those that are deleted meanwhile. `progress`
-    hears, from any thread, of every few bytes that are done.
+    Skips paths found good less than `max_age` seconds ago, and paths deleted meanwhile. Any thread may call `progress`,
+    with the number of bytes hashed since the last call.
     """
     stop = Event()
     running: dict[Future[Result], PathInfo] = {}
     pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
 
-    def done(most: int) -> Iterator[Result]:
-        """Those that are done, until no more than `most` are not."""
-        while len(running) > most:
+    def finished(max_running: int) -> Iterator[Result]:
+        """Yield results until at most `max_running` checks are running."""
+        while len(running) > max_running:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 info, result = running.pop(future), future.result()
                 if result.state == "good":
                     journal.note(info)
                 elif _look_up(store, result.path) != info:
-                    continue  # the garbage collector was faster
+                    continue  # garbage-collected during the check
                 yield result
 
     try:
@@ -124,9 +130,9 @@ def verify(
             if journal.age(info) < max_age:
                 progress(info.nar_size)
                 continue
-            yield from done(2 * threads)
+            yield from finished(2 * threads)
             running[pool.submit(_check, store, info, progress, stop)] = info
-        yield from done(0)
+        yield from finished(0)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -151,11 +157,11 @@ def _check(store: Store, info: PathInfo, progress: Callable[[int], None], stop: 
         return Result(path, "corrupt", str(error))
     except OSError as error:
         if not os.path.lexists(root):
-            return Result(path, "missing", "it is registered, but not on disk")
+            return Result(path, "missing", "registered in the database, but not on disk")
         return Result(path, "unreadable", f"{os.fsdecode(error.filename or root)}: {error.strerror}")
     if size != info.nar_size:
-        return Result(path, "corrupt", f"its NAR has {size} bytes, but {info.nar_size} were registered")
+        return Result(path, "corrupt", f"the NAR has {size} bytes, but {info.nar_size} are registered")
     if sha256.digest() != info.nar_hash:
         found, wanted = base32.encode(sha256.digest()), base32.encode(info.nar_hash)
-        return Result(path, "corrupt", f"its NAR hash is sha256:{found}, but sha256:{wanted} was registered")
+        return Result(path, "corrupt", f"the NAR hash is sha256:{found}, but sha256:{wanted} is registered")
     return Result(path, "good")

@@ -1,6 +1,6 @@
-"""Fills the cache of compressed NARs ahead of those who will ask for them, as the server would fill it.
+"""Cache warming: compresses NARs into the server's cache before the first download.
 
-It gives way to everything else on the machine, and adds only what the cache can take without losing anything.
+Runs at the lowest CPU and disk priority, and never evicts: NARs that do not fit are skipped.
 """
 
 import os
@@ -23,10 +23,10 @@ from harmonia.store.file_reader import Chunk
 from harmonia.store.store import Store
 from harmonia.store.store_nar import StoreNar
 
-_MAX_FILLS = 8  # NARs, so that small ones do not wait for each other's disk
-_POLL_S = 0.005  # seconds
-_CHECK_INTERVAL_S = 5.0  # seconds between two looks at how much the cache can take, which others fill too
-_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # bytes
+_MAX_FILLS = 8  # NARs compressed at the same time, so that small ones do not wait for each other's disk access
+_POLL_S = 0.005
+_CHECK_INTERVAL_S = 5.0  # how often to measure the free space of the cache, which the server fills too
+_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024
 
 State = Literal["compressed", "there", "too large", "failed"]
 
@@ -37,15 +37,15 @@ class Result(NamedTuple):
     what: str = ""
 
 
-class _Heard:
-    """A NAR to be compressed, of which `progress` hears as it is read."""
+class _TrackedNar:
+    """NAR to compress. Calls `progress` with the number of bytes read."""
 
     def __init__(self, nar: StoreNar, progress: Callable[[int], None]) -> None:
         self._nar = nar
         self._progress = progress
         self._read: list[int] = []
         self.size, self.sha256 = nar.size, nar.sha256
-        self.why_not = "the log above tells why"
+        self.failure = "see the log above"
 
     def __str__(self) -> str:
         return str(self._nar)
@@ -53,31 +53,31 @@ class _Heard:
     def read(self, start: int, stop: int) -> Generator[Chunk]:
         try:
             yield from self._nar.read(start, stop)
-        except OSError as error:  # which the log leaves to who reads it next
-            self.why_not = f"{os.fsdecode(error.filename or str(self))}: {error.strerror}"
+        except OSError as error:  # the compressor does not log this error
+            self.failure = f"{os.fsdecode(error.filename or str(self))}: {error.strerror}"
             raise
-        self._read.append(stop - start)  # by several threads
+        self._read.append(stop - start)  # append is atomic; several threads read
         self._progress(stop - start)
 
-    def over(self) -> None:
-        """Nobody reads any more of it: another process may have, or it cannot be."""
+    def finish(self) -> None:
+        """Report the bytes that were not read as done, because another process compressed the NAR or it failed."""
         self._progress(self.size - sum(self._read))
 
 
 def give_way() -> None:
-    """Run only when nobody else wants to. Reads and writes get the idle class with it (ioprio_set(2))."""
+    """Set this process to the lowest priority. Disk access gets the idle class with it (ioprio_set(2))."""
     with suppress(OSError):  # a service's system call filter may forbid it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def take_owner(settings: Settings) -> Settings:
-    """Become the owner of the cache directory, if root, so that the server can read what we add.
+    """Switch from root to the owner of the cache directory, so that the server can read the new files.
 
-    Returns settings by which the new user reaches the directory. Raises ConfigError if the server does not compress, or
-    if the directory is not ours.
+    Return settings with a path to the directory that the new user can open. Raises ConfigError if the server does not
+    compress. Raises ConfigError if the directory belongs to another user and this process is not root.
     """
     if not settings.enable_compression:
-        raise ConfigError("enable_compression is false: this server keeps no compressed NARs")
+        raise ConfigError("enable_compression is false: this server has no cache of compressed NARs")
     cache_dir = directory = os.path.abspath(str(settings.cache_dir))
     while not os.path.exists(directory):
         directory = os.path.dirname(directory)
@@ -85,8 +85,8 @@ def take_owner(settings: Settings) -> Settings:
     if owner.st_uid == os.geteuid() or directory != cache_dir:
         return settings
     if os.geteuid() != 0:
-        raise ConfigError(f"cache_dir: {directory!r} is another user's; run this as root, or as that user")
-    opened = os.open(cache_dir, os.O_PATH | os.O_DIRECTORY)  # systemd's /var/cache/private lets only root through
+        raise ConfigError(f"cache_dir: {directory!r} belongs to another user; run this as root or as that user")
+    opened = os.open(cache_dir, os.O_PATH | os.O_DIRECTORY)  # only root can traverse systemd's /var/cache/private
     os.setgroups([])
     os.setgid(owner.st_gid)
     os.setuid(owner.st_uid)
@@ -96,22 +96,21 @@ def take_owner(settings: Settings) -> Settings:
 def warm(
     settings: Settings, store: Store, paths: Iterable[StorePath], progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[Result]:
-    """What comes of each path, in the order in which they are done. `progress` hears of the bytes of NARs.
+    """Yield a result for each path, in the order of completion.
 
-    ConfigError where the cache cannot be written.
+    Calls `progress` with the number of NAR bytes done since the last call. Raises ConfigError if the cache is not
+    writable.
     """
     directory = os.path.join(str(settings.cache_dir), "nar")
     try:
         cache = NarCache(directory, settings.cache_bytes)
     except OSError as error:
-        what = (
-            f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root, or as the user of the server"
-        )
+        what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root or as the user of the server"
         raise ConfigError(what) from None
     compressor = Compressor(settings.zstd, cache, index_files(settings))
     layouts = Layouts(_LAYOUT_MEMORY_BYTES)
-    filling: dict[StorePath, tuple[CachedFile, _Heard]] = {}
-    room, looked = 0, float("-inf")
+    filling: dict[StorePath, tuple[CachedFile, _TrackedNar]] = {}
+    room, checked_at = 0, float("-inf")
     for path in paths:
         try:
             info = store.path_info(path.hash_part)
@@ -119,50 +118,53 @@ def warm(
             yield Result(path, "failed", str(error))
             continue
         if info is None:
-            continue  # deleted just now
+            continue  # garbage-collected meanwhile
         if compressor.has_file(info.nar_hash):
             progress(info.nar_size)
             yield Result(path, "there")
             continue
-        if time.monotonic() - looked > _CHECK_INTERVAL_S:
+        if time.monotonic() - checked_at > _CHECK_INTERVAL_S:
             yield from _filled(filling, 0)
-            room, looked = cache.room(), time.monotonic()
-        if _bound(info.nar_size) > room:
+            room, checked_at = cache.room(), time.monotonic()
+        if _max_disk_bytes(info.nar_size) > room:
             progress(info.nar_size)
             yield Result(path, "too large")
             continue
-        room -= _bound(info.nar_size)
-        nar = _Heard(StoreNar(info, store.real_path(path), layouts), progress)
+        room -= _max_disk_bytes(info.nar_size)
+        nar = _TrackedNar(StoreNar(info, store.real_path(path), layouts), progress)
         file = compressor.open_file(nar, compressor.encoder.encoding)
         if file is None:
-            raise ConfigError(f"cache_dir: cannot write {directory!r}; the log above tells why")
+            raise ConfigError(f"cache_dir: cannot write {directory!r}; see the log above")
         filling[path] = file, nar
         yield from _filled(filling, _MAX_FILLS)
     yield from _filled(filling, 0)
 
 
-def _filled(filling: dict[StorePath, tuple[CachedFile, _Heard]], most: int) -> Iterator[Result]:
-    """Those that are filled, until no more than `most` are not."""
+def _filled(filling: dict[StorePath, tuple[CachedFile, _TrackedNar]], max_filling: int) -> Iterator[Result]:
+    """Yield results until at most `max_filling` files are being filled."""
     while True:
         for path, (file, nar) in list(filling.items()):
             if (state := _state(file)) is not None:
                 del filling[path]
                 file.close()
-                nar.over()
-                yield Result(path, state, "" if state == "compressed" else nar.why_not)
-        if len(filling) <= most:
+                nar.finish()
+                yield Result(path, state, "" if state == "compressed" else nar.failure)
+        if len(filling) <= max_filling:
             return
         time.sleep(_POLL_S)
 
 
-def _bound(size: int) -> int:
-    """What a NAR of that size takes at most (zstd.h, ZSTD_COMPRESSBOUND), with its trailer, in blocks of the disk."""
+def _max_disk_bytes(size: int) -> int:
+    """Return the most disk space in bytes that a NAR of that size can take, in whole blocks, with its trailer.
+
+    The bound for the compressed NAR is ZSTD_COMPRESSBOUND in zstd.h.
+    """
     return size + size // 256 + 8192
 
 
 def _state(file: CachedFile) -> State | None:
     file.refresh()
-    if not file.whole and file.lock():  # nobody fills it any more
+    if not file.whole and file.lock():  # no process fills this file any more
         file.refresh()
         return "compressed" if file.whole else "failed"
     return "compressed" if file.whole else None

@@ -1,7 +1,7 @@
-"""A binary cache as its clients see it, whoever made it: what would fail them or slow them down, and remedies.
+"""Checks of any binary cache from a Nix client's point of view. Each problem found has a remedy.
 
-The checks follow from what Nix clients do (docs/reference/http-api.md): their parsers, their resumption of downloads,
-their caching of narinfos for 30 days.
+The checks follow from the behaviour of Nix clients (docs/reference/http-api.md): their parsers, their resumption of
+downloads, their caching of narinfos for 30 days.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,9 @@ from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Client
 
 _OK = 200
-_ABSENT = "see that the served store has it, and no [publish] keeps it back; into a directory of files, copy it"
+_ABSENT = (
+    "check that the path is in the store and that no [publish] rule blocks it; for a static cache, `nix copy` it there"
+)
 
 
 def examine(
@@ -27,10 +29,10 @@ def examine(
     demanded: bool,
     largest: int,
 ) -> Findings:
-    """What is found, in the order of a client's requests.
+    """Yield findings in the order of a client's requests.
 
-    `samples` are base names or hash parts of store paths, of which the first `count` that the cache has are looked at:
-    if `demanded`, it should have all of them. NARs of more than `largest` bytes are not downloaded.
+    `samples` are base names or hash parts of store paths. The first `count` of them that the cache has are tested. If
+    `demanded`, a missing sample is an error. NARs larger than `largest` bytes are not downloaded.
     """
     try:
         answer = client.get("nix-cache-info")
@@ -44,26 +46,26 @@ def examine(
     yield from connection.clock(answer)
     yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
     yield from _guarded("missing paths", cache_info.missing(client))
-    looked = missed = 0
+    tested = missed = 0
     for sample in samples:
-        if looked >= count:
+        if tested >= count:
             break
         try:
-            there = client.get(f"{sample[:32]}.narinfo").status == _OK
+            exists = client.get(f"{sample[:32]}.narinfo").status == _OK
         except RemoteError:
-            there = True  # which is told below
-        if there:
-            looked += 1
+            exists = True  # _sample reports the error
+        if exists:
+            tested += 1
             yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
         elif demanded:
             missed += 1
             yield Finding("narinfo", "error", f"{sample} is not in the cache", _ABSENT)
-    if count and not looked and not missed:
+    if count and not tested and not missed:
         yield Finding(
             "samples",
             "warning",
-            "no path is known that this cache has, so that neither narinfos nor NARs were looked at",
-            "name some of its paths: harmonia doctor URL /nix/store/…",
+            "found no path that this cache has, so narinfos and NARs were not tested",
+            "name some of the cache's paths: harmonia doctor URL /nix/store/…",
         )
 
 

@@ -1,4 +1,4 @@
-"""`nix-cache-info`, and how a cache says that it does not have a path."""
+"""Checks of `nix-cache-info`, and of the response for a missing path."""
 
 from harmonia.tools.doctor.answer import head, max_age
 from harmonia.tools.doctor.connection import secure
@@ -6,15 +6,15 @@ from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Answer, Client
 from harmonia.untrusted import excerpt, integer
 
-_MAX_PRIORITY = (1 << 31) - 1  # of an `int`, which Nix makes of it
+_MAX_PRIORITY = (1 << 31) - 1  # Nix parses it as an `int`
 _OK, _BAD_REQUEST, _UNAUTHORIZED, _MISSING = 200, 400, 401, 404
-_NEGATIVE_TTL_S = 3600  # seconds; Nix remembers no longer that a path is missing
-_BEHIND = "see that the server behind the proxy runs, that the proxy looks for it in the right place, and what they log"
+_NEGATIVE_TTL_S = 3600  # narinfo-cache-negative-ttl, the default of Nix
+_BEHIND = "check that the server behind the proxy runs, that the proxy has its right address, and the logs of both"
 _NO_CACHE = {
-    403: "let everybody read; a token needs the scope read",
-    404: "check the URL, and its path; a directory of files needs one named nix-cache-info",
-    407: "give the proxy a user's name and password",
-    429: "wait a minute, and see who asks so much",
+    403: "allow reading; a token needs the scope read",
+    404: "check the URL and its path; a static cache needs a file nix-cache-info",
+    407: "configure user name and password for the proxy",
+    429: "wait a minute, and find the client that sends too many requests",
     502: _BEHIND,
     503: _BEHIND,
     504: _BEHIND,
@@ -22,16 +22,16 @@ _NO_CACHE = {
 
 
 def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
-    """Why clients take this for no cache of theirs at all. There is nothing else to say of it then."""
+    """Return why clients do not accept this URL as a cache, or None. No other check makes sense then."""
     if answer.status != _OK:
-        what = f"nix-cache-info answers {answer.status}: clients do not take this for a binary cache"
+        what = f"nix-cache-info returns {answer.status}: clients do not accept this as a binary cache"
         remedy = _remedy(client, answer.status)
     elif answer.body.lstrip().startswith(b"<"):
-        what = "nix-cache-info is a web page: that of another site, or of a login in front of the cache"
-        remedy = "check the URL; a login must let through what clients of Nix ask for"
+        what = "nix-cache-info is a web page: of another site, or of a login in front of the cache"
+        remedy = "check the URL; a login page must not intercept requests of Nix clients"
     elif (found := _fields(answer).get("StoreDir", store_dir)) != store_dir:
-        what = f"it is for the store {found}, not {store_dir}"
-        remedy = f"set it to {store_dir}, or use --store-dir {found} for a client of that store"
+        what = f"the cache is for the store {found}, not {store_dir}"
+        remedy = f"set StoreDir to {store_dir}, or test as a client of that store with --store-dir {found}"
     else:
         return None
     return Finding("cache info", "error", what, remedy)
@@ -41,10 +41,10 @@ def _remedy(client: Client, status: int) -> str:
     if status == _BAD_REQUEST and (remedy := secure(client)):
         return remedy
     if status == _UNAUTHORIZED and client.brings_token:
-        return f"give {client.host} another token in the netrc: this one is not let in; harmonia token makes one"
+        return f"replace the token for {client.host} in the netrc: the server rejects it; `harmonia token` creates one"
     if status == _UNAUTHORIZED:
         line = f"machine {client.host} login x password TOKEN"
-        return f"put its token into /etc/nix/netrc, or the file that $NETRC names, readable to you: {line}"
+        return f"add a token to /etc/nix/netrc, or to the file of $NETRC, readable to you: {line}"
     return _NO_CACHE.get(status, LOG)
 
 
@@ -52,15 +52,20 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     fields = _fields(answer)
     found = fields.get("StoreDir")
     if found is None:
-        yield Finding("cache info", "warning", "no StoreDir: clients take any", f"add the line `StoreDir: {store_dir}`")
+        yield Finding(
+            "cache info",
+            "warning",
+            "no StoreDir: clients of any store use this cache",
+            f"add the line `StoreDir: {store_dir}`",
+        )
     if integer(fields.get("Priority", "0"), _MAX_PRIORITY) is None:
         what = f"Priority {excerpt(fields['Priority'])} is not a number: clients fail with `stoi`"
-        remedy = "make it a number: 40 is that of cache.nixos.org, less is asked earlier"
+        remedy = "use a number: cache.nixos.org has 40, and caches with lower numbers are asked first"
         yield Finding("cache info", "error", what, remedy)
     if fields.get("WantMassQuery") != "1":
-        what = "WantMassQuery is not 1: `nix-env -qas` and the like do not ask this cache"
+        what = "WantMassQuery is not 1: commands like `nix-env -qas` do not ask this cache"
         yield Finding("cache info", "warning", what, "add the line `WantMassQuery: 1`")
-    priority = fields.get("Priority", "0, which is before all others")
+    priority = fields.get("Priority", "0, asked before all others")
     yield Finding("cache info", "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
 
@@ -73,15 +78,15 @@ def _fields(answer: Answer) -> dict[str, str]:
 def missing(client: Client) -> Findings:
     check, path = "missing paths", f"{'0' * 32}.narinfo"
     answer, by_head = client.get(path), client.get(path, method="HEAD")
-    remedy = "answer 404, to HEAD as to GET, for what is not there: with anything else, some clients give up"
+    remedy = "return 404 for missing paths, to HEAD and GET: some clients fail on any other status"
     if answer.status != by_head.status:
-        yield Finding(check, "error", f"GET answers {answer.status}, and HEAD {by_head.status}", remedy)
+        yield Finding(check, "error", f"GET returns {answer.status}, but HEAD {by_head.status}", remedy)
     elif answer.status == _MISSING:
-        yield Finding(check, "ok", "a path that is not there is a plain 404")
+        yield Finding(check, "ok", "a missing path returns 404")
     elif answer.status in (403, 410):
-        yield Finding(check, "warning", f"a path that is not there is answered {answer.status}, as S3 does", remedy)
+        yield Finding(check, "warning", f"a missing path returns {answer.status}, as on S3", remedy)
     else:
-        yield Finding(check, "error", f"a path that is not there is answered {answer.status}", remedy)
+        yield Finding(check, "error", f"a missing path returns {answer.status}", remedy)
     if answer.status != _OK and max_age(answer) > _NEGATIVE_TTL_S:
-        what = f"that something is missing may be remembered for {max_age(answer)} s: new paths appear as late"
+        what = f"a 404 may be cached for {max_age(answer)} s: new paths appear that late"
         yield Finding(check, "warning", what, "send `Cache-Control: no-store` with each 404")

@@ -1,4 +1,4 @@
-"""What is found, in the words that people and programs get."""
+"""Findings of the doctor: check, level, description and remedy."""
 
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
@@ -11,23 +11,23 @@ class Finding(NamedTuple):
     level: Level
     what: str
     remedy: str = ""
-    """What to do about a warning or an error."""
+    """How to fix a warning or an error. Empty for other levels."""
 
 
 Findings = Iterator[Finding]
 
-LOG = "look at the server's log"
-# What is so because the server is as it is, and not for one path.
-_MANNERS = ("HEAD", "caching", "ranges", "resume", "compression")
+LOG = "check the server's log"
+# Checks whose result depends on the server, not on the path.
+_SERVER_CHECKS = ("HEAD", "caching", "ranges", "resume", "compression")
 
 
 def once(findings: Iterable[Finding]) -> Findings:
-    """The findings, without those that tell of the server, by another path, what one before them told."""
-    told = set()
+    """Yield the findings. A problem of the server as a whole is yielded only for the first path that shows it."""
+    seen = set()
     for finding in findings:
         cause = (finding.check, finding.remedy)
-        if finding.check in _MANNERS and finding.remedy:
-            if cause in told:
+        if finding.check in _SERVER_CHECKS and finding.remedy:
+            if cause in seen:
                 continue
-            told.add(cause)
+            seen.add(cause)
         yield finding

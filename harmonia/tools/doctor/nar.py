@@ -1,4 +1,4 @@
-"""NARs: that they come, and hold what their narinfos say."""
+"""Checks of NARs: downloadable, and equal to their narinfos in hash and size."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -14,30 +14,31 @@ from harmonia.tools.doctor.unpack import DAMAGED, UNPACK
 from harmonia.tools.http_client import Client
 
 _OK = 200
-_AGAIN = (
-    "in a store, nix-store --repair-path; in a directory of files, remove the narinfo and the NAR, and copy them anew"
-)
+_AGAIN = "in a store, run nix-store --repair-path; in a static cache, delete narinfo and NAR, and copy the path again"
 _LOST = (
-    "look at the server's log, and for damage in its store: harmonia verify {path}; a directory of files has to keep"
-    " NARs for the 30 days that clients remember narinfos"
+    "check the server's log, and its store for damage: harmonia verify {path}; a static cache must keep"
+    " NARs for 30 days, because clients cache narinfos for that long"
 )
 
 
 def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findings:
+    """Download a NAR and check its content, headers, byte ranges and content codings."""
     if max(info.nar_size, file.file_size or 0) > largest:
         what = f"{info.path}: its NAR of {info.nar_size} bytes was not downloaded"
-        yield Finding("NAR", "skipped", f"{what}; --largest takes it in")
+        yield Finding("NAR", "skipped", f"{what}; raise --largest to include it")
         return
     answer = client.get(file.url)
     if answer.status != _OK:
-        what = f"{file.url} answers {answer.status}, though a narinfo leads to it"
+        what = f"{file.url} returns {answer.status}, although a narinfo refers to it"
         yield Finding("NAR", "error", what, _LOST.format(path=info.path))
         return
     coding = answer.headers.get("content-encoding", "").lower()
     if coding:
-        remedy = "send Content-Encoding only to those who ask for it, and never `identity`: older Nixes fail on both"
+        remedy = (
+            "send Content-Encoding only if the client accepts it, never `identity`: older versions of Nix fail on both"
+        )
         yield Finding(
-            "NAR", "error", f"{file.url} comes with Content-Encoding: {coding}, which nobody asked for", remedy
+            "NAR", "error", f"{file.url} has Content-Encoding: {coding}, which the client did not request", remedy
         )
         return
     yield _content(info, file, answer.body)
@@ -48,27 +49,27 @@ def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findin
 
 
 def _content(info: PathInfo, file: NarFile, body: bytes) -> Finding:
-    """Where several things are wrong, that which is the most telling."""
+    """Check a NAR against its narinfo. Of several problems, return the one closest to the cause."""
     known = file.compression in UNPACK
     try:
         wrong = _difference(info, UNPACK[file.compression](body)) if known else None
     except FormatError as error:
-        wrong = f"{file.url} is no NAR: {error}"
+        wrong = f"{file.url} is not a NAR: {error}"
     except DAMAGED as error:
         wrong = f"{file.url} is not {file.compression}, or damaged: {error}"
     if wrong is None and file.file_size not in (None, len(body)):
-        wrong = f"{file.url} has {len(body)} bytes, and its narinfo says {file.file_size}"
+        wrong = f"{file.url} has {len(body)} bytes, but its narinfo says {file.file_size}"
     if wrong is None and file.file_hash not in (None, hashlib.sha256(body).digest()):
-        wrong = f"{file.url} does not have the FileHash that its narinfo says"
+        wrong = f"{file.url} does not match the FileHash of its narinfo"
     if wrong:
         return Finding("NAR", "error", wrong, _AGAIN)
     if not known:
-        return Finding("NAR", "skipped", f"{file.url}: {file.compression} cannot be unpacked here")
+        return Finding("NAR", "skipped", f"{file.url}: this doctor cannot decompress {file.compression}")
     return Finding("NAR", "ok", f"{info.path}: hash and size of the NAR are right")
 
 
 def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:
-    """What of a NAR is not as its narinfo says. FormatError where it is none."""
+    """Return how a NAR differs from its narinfo, or None. Raises FormatError if it is not a NAR."""
     sha256, size = hashlib.sha256(), 0
 
     def counted() -> Iterator[bytes]:
@@ -81,7 +82,7 @@ def _difference(info: PathInfo, chunks: Iterable[bytes]) -> str | None:
     for _ in nar_parser.parse(counted()):
         pass
     if size != info.nar_size:
-        return f"the NAR has {size} bytes, and its narinfo says {info.nar_size}"
+        return f"the NAR has {size} bytes, but its narinfo says {info.nar_size}"
     if sha256.digest() != info.nar_hash:
-        return f"the NAR hash is sha256:{base32.encode(sha256.digest())}, and not what its narinfo says"
+        return f"the NAR hash is sha256:{base32.encode(sha256.digest())}, not the one in its narinfo"
     return None

@@ -1,4 +1,4 @@
-"""Narinfos, and whether their signatures will satisfy."""
+"""Checks of narinfos and their signatures."""
 
 from collections.abc import Generator, Sequence
 
@@ -13,31 +13,35 @@ from harmonia.tools.http_client import Client
 
 
 def read(client: Client, sample: str, store_dir: str) -> Generator[Finding, None, tuple[PathInfo, NarFile] | None]:
+    """Fetch and parse a narinfo. Return its parts, or None after an error."""
     name = f"{sample[:32]}.narinfo"
     answer = client.get(name)
     if answer.headers.get("content-encoding"):
         coding = answer.headers["content-encoding"]
-        remedy = "send it unencoded to those who do not ask for an encoding"
-        yield Finding("narinfo", "error", f"{name} is encoded as {coding}, which nobody asked for", remedy)
+        remedy = "send it without Content-Encoding unless the client accepts one"
+        yield Finding(
+            "narinfo", "error", f"{name} has Content-Encoding: {coding}, which the client did not request", remedy
+        )
         return None
     try:
         info, file = narinfo.parse(answer.body.decode(), store_dir)
     except (FormatError, UnicodeDecodeError) as error:
-        remedy = "write it anew, as `nix copy --to` does: each line is a name, a colon, a space, a value and a line end"
+        remedy = "write it again, for example with `nix copy --to`: each line is `Name: value` and a newline"
         yield Finding("narinfo", "error", f"{name}: {error}", remedy)
         return None
     if sample not in (info.path, info.path.hash_part):
-        remedy = "name it so, if that is what you meant; else remove that narinfo: Nix takes the path for not there"
-        yield Finding("narinfo", "error", f"{name}, asked for {sample}, tells of {info.path}", remedy)
+        remedy = "if you meant that path, pass its name; otherwise delete the narinfo: Nix treats the path as missing"
+        yield Finding("narinfo", "error", f"{name}, requested for {sample}, describes {info.path}", remedy)
         return None
-    yield Finding("narinfo", "ok", f"{info.path}: its narinfo is as Nix wants it")
+    yield Finding("narinfo", "ok", f"{info.path}: the narinfo is valid")
     yield from caching(client, name, answer, 0)
     return info, file
 
 
 def signatures(info: PathInfo, keys: Sequence[PublicKey], store_dir: str) -> Finding:
+    """Check that a trusted key has signed the path, as a client does."""
     fingerprint = info.fingerprint(store_dir)
-    by_name = {key.name: key for key in reversed(keys)}  # as for Nix, the first of a name counts
+    by_name = {key.name: key for key in reversed(keys)}  # the first key of a name counts, as in Nix
     names = [sig.partition(":")[0] for sig in info.sigs]
     good = [
         name
@@ -46,17 +50,17 @@ def signatures(info: PathInfo, keys: Sequence[PublicKey], store_dir: str) -> Fin
     ]
     bad = [name for name in names if name in by_name and name not in good]
     if bad:
-        remedy = "see that the public key is that of the server's secret key, and sign anew: nix store sign"
+        remedy = "check that the public key belongs to the server's secret key, and sign again: nix store sign"
         return Finding("signatures", "error", f"{info.path}: the signature by {bad[0]} is wrong", remedy)
     if good:
         return Finding("signatures", "ok", f"{info.path}: signed by {', '.join(good)}")
     if info.ca is not None:
-        return Finding("signatures", "ok", f"{info.path}: content-addressed, so that it needs no signature")
+        return Finding("signatures", "ok", f"{info.path}: content-addressed, needs no signature")
     if names:
-        what = f"{info.path}: signed by {', '.join(dict.fromkeys(names))}, whose public key is not known here"
-        remedy = (
-            "give the key with --public-key, or in nix.conf: extra-trusted-public-keys; else clients refuse the path"
-        )
+        what = f"{info.path}: signed by {', '.join(dict.fromkeys(names))}, whose public key is unknown here"
+        remedy = "pass the key with --public-key; clients need it in nix.conf: extra-trusted-public-keys"
         return Finding("signatures", "warning", what, remedy)
-    remedy = "sign it: set sign_key_paths (Harmonia), or `nix store sign --key-file`; `harmonia keygen` makes a key"
-    return Finding("signatures", "error", f"{info.path}: no signature, so that clients refuse it", remedy)
+    remedy = (
+        "sign it: set sign_key_paths (Harmonia), or use `nix store sign --key-file`; `harmonia keygen` creates a key"
+    )
+    return Finding("signatures", "error", f"{info.path}: no signature, so clients reject it", remedy)

@@ -1,4 +1,4 @@
-"""What is in a compressed NAR, all of whose bytes are at hand."""
+"""Decompression of NARs held in memory."""
 
 import bz2
 import lzma
@@ -10,9 +10,9 @@ from typing import Protocol
 import zstandard
 
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError)
-"""What the decompressors raise."""
+"""Exceptions of the decompressors."""
 _PIECE_BYTES = 1 << 18
-_WINDOW_BYTES = 1 << 27  # bytes; what every Nix can unpack
+_WINDOW_BYTES = 1 << 27  # the largest window that every Nix can decompress
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
@@ -20,7 +20,7 @@ def _pieces(body: bytes) -> Iterator[bytes]:
 
 
 class _Unpacker(Protocol):
-    """What all decompressors of the standard library have in common, and zstandard's with them."""
+    """Common interface of the decompressors in the standard library and in zstandard."""
 
     @property
     def eof(self) -> bool: ...
@@ -30,7 +30,7 @@ class _Unpacker(Protocol):
 
 
 def _unpack(make: Callable[[], _Unpacker], body: bytes) -> Iterator[bytes]:
-    """What a run of frames, streams or members holds. EOFError where the last one is not whole."""
+    """Yield the content of concatenated frames, streams or members. Raises EOFError if the last one is truncated."""
     position = 0
     while position < len(body):
         unpacker = make()
