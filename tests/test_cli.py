@@ -226,7 +226,7 @@ class TestKeygen:
         (tmp_path / f"a.{kind}").write_text("mine")
         answer = run("keygen", "a", str(tmp_path))
         assert (answer.returncode, answer.stdout) == (2, "")
-        assert re.fullmatch(rf"harmonia: .*a\.{kind} exists .*\n", answer.stderr)
+        assert re.fullmatch(rf"harmonia: .*a\.{kind} already exists; .*\n", answer.stderr)
         assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
     @pytest.mark.parametrize("name", ["", "a b", "a:b", "../a", "a/b", ".a", "-a", "ä"])
