@@ -1,5 +1,5 @@
 {
-  description = "Harmonia, a Nix binary cache that serves a machine's own store, and never half of it";
+  description = "Harmonia, a Nix binary cache: serves your Nix store over HTTP, with verified, resumable downloads";
 
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-26.05";
 
@@ -11,7 +11,7 @@
         f: lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] (system: f nixpkgs.legacyPackages.${system});
       package = pkgs: pkgs.callPackage ./package.nix { };
 
-      # A file in nixos-tests is a check by being there.
+      # Each .nix file in nixos-tests is a check.
       tests =
         lib.mapAttrs'
           (file: _: lib.nameValuePair (lib.removeSuffix ".nix" file) (./nixos-tests + "/${file}"))
@@ -27,7 +27,7 @@
           defaults.imports = [ self.nixosModules.default ];
         };
 
-      # What treefmt.toml names. pyproject.toml names the versions of ruff and mypy that nixpkgs has.
+      # The tools of treefmt.toml. pyproject.toml requires the versions of ruff and mypy in nixpkgs.
       formatters = pkgs: [
         pkgs.nixfmt
         pkgs.ruff
@@ -35,7 +35,7 @@
         pkgs.shfmt
         pkgs.treefmt
       ];
-      # Python with all that the code and its tests import, for mypy.
+      # Python with the dependencies of the code and its tests, for mypy.
       python =
         pkgs:
         let
@@ -45,7 +45,7 @@
           packages: [ packages.mypy ] ++ harmonia.dependencies ++ harmonia.testDependencies
         );
 
-      # As `make check`.
+      # The same as `make check`.
       lints =
         pkgs:
         pkgs.runCommand "harmonia-lints" { nativeBuildInputs = formatters pkgs ++ [ (python pkgs) ]; } ''
@@ -58,7 +58,7 @@
           touch "$out"
         '';
 
-      # That a machine with nearly everything evaluates down to its whole system, whose assertions hold.
+      # Check that a machine with nearly all options evaluates to a complete system, with its assertions.
       evaluation =
         pkgs:
         let
@@ -97,7 +97,7 @@
         default = harmonia;
       });
 
-      # A name of its own: nixpkgs' `harmonia` is the one written in Rust, and other packages may want that.
+      # Not `harmonia`, because that is the Rust Harmonia in nixpkgs, which other packages may need.
       overlays.default = final: prev: { harmonia-py = package final; };
 
       nixosModules = rec {

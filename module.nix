@@ -1,5 +1,5 @@
-# NixOS: services.harmonia, in place of the module of that name in nixpkgs, whose configurations keep working.
-# The options below `settings` come from nix/module-settings.json, which a test holds to harmonia/config/settings.py.
+# NixOS module services.harmonia. It replaces the module of that name in nixpkgs, and accepts its configurations.
+# The options below `settings` come from nix/module-settings.json, which is generated from harmonia/config/settings.py.
 {
   config,
   lib,
@@ -10,10 +10,9 @@ let
   cfg = config.services.harmonia;
   inherit (lib) mkOption types;
   format = pkgs.formats.toml { };
-  # Settings: an option for each key we know. Null is not written, nor a table of that, so that Harmonia's own default
-  # holds.
+  # Each known setting is an option. Null values and empty tables are not written, so that Harmonia's default applies.
   keys = lib.recursiveUpdate (lib.importJSON ./nix/module-settings.json) {
-    # Values that other modules read, as in nixpkgs' module. Clients ask cache.nixos.org first, which has priority 40.
+    # Never null, because other modules read these, as in nixpkgs. Clients ask cache.nixos.org (priority 40) first.
     bind.nixosDefault = if cfg.nginx.enable then "unix:/run/harmonia/socket" else "[::]:5000";
     priority.nixosDefault = 50;
     workers.nixosDefault = 4;
@@ -23,7 +22,7 @@ let
     lib.filterAttrs (_: value: value != null && value != { }) (
       lib.mapAttrs (_: value: if lib.isAttrs value then given value else value) table
     );
-  # A path literal is copied to the Nix store, as NixOS does elsewhere.
+  # Copy a path literal to the Nix store, as elsewhere in NixOS.
   file = types.coercedTo types.path (path: "${path}") types.str;
   settingType =
     key:
@@ -68,7 +67,7 @@ let
       mkOption {
         type = types.nullOr (settingType key);
         default = null;
-        description = "${key.description} Where null, the default is ${key.default}.";
+        description = "${key.description} If null, the default is ${key.default}.";
       }
     else
       mkOption {
@@ -76,8 +75,8 @@ let
         inherit (key) description;
       };
 
-  # Where to listen: systemd does, so that the service needs no network and a restart refuses no connection.
-  # The forms are those of harmonia/config/value_types.py.
+  # systemd listens, so that the service needs no network and a restart refuses no connection. The accepted formats of
+  # an address are those of harmonia/config/value_types.py.
   isUnixSocket = bind: builtins.match "(unix:|/).*" bind != null;
   onUnixSocket = isUnixSocket cfg.settings.bind;
   bind =
@@ -98,7 +97,7 @@ let
   listenStreams =
     if onUnixSocket then
       [ (lib.removePrefix "//" (lib.removePrefix "unix:" bind)) ]
-    # A port alone means IPv6 and IPv4, and works where there is no IPv6.
+    # A port alone means IPv6 and IPv4. It also works on a machine without IPv6.
     else if onAnyAddress then
       [ (toString port) ]
     else if host == "localhost" then
@@ -109,9 +108,9 @@ let
     else
       [ "${host}:${toString port}" ];
 
-  # Files that may be for nobody else to read: root's systemd does, and hands them over.
+  # Files that may be readable only to root: systemd reads them, and passes copies to the service.
   credential = name: "/run/credentials/harmonia.service/${name}";
-  handOver =
+  withCredentials =
     prefix: keys: values:
     let
       files = lib.filterAttrs (key: _: keys.${key}.type or null == "file") (given values);
@@ -136,9 +135,9 @@ let
         ++ lib.optional (cfg.settings.sign_key_path != null) cfg.settings.sign_key_path
       );
   upstreams = lib.imap0 (
-    number: handOver "upstream-${toString number}-" keys.upstream.keys
+    number: withCredentials "upstream-${toString number}-" keys.upstream.keys
   ) cfg.settings.upstream;
-  others = handOver "" keys (
+  others = withCredentials "" keys (
     removeAttrs cfg.settings [
       "sign_key_path"
       "sign_key_paths"
@@ -152,7 +151,7 @@ let
   settings = withLists others.settings (map (each: each.settings) upstreams) (
     map (key: credential key.name) signKeys
   );
-  # For commands outside the service: the same files under their own names, and the cache that systemd made.
+  # For commands outside the service: the original files, and the cache directory of the service.
   settingsOutside = withLists (given (
     removeAttrs cfg.settings [
       "sign_key_path"
@@ -166,7 +165,7 @@ let
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
   unchecked = format.generate "harmonia.toml" settings;
-  # A wrong setting stops the build, not the service.
+  # An invalid setting fails the build, not the service.
   checked =
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
       pkgs.runCommand "harmonia.toml" { passthru = { inherit settings; }; } ''
@@ -176,7 +175,7 @@ let
     else
       unchecked;
 
-  # A store in a directory that the sandbox hides is shown read-only, and nothing else of that directory.
+  # If the store is in a directory that the sandbox hides, the service sees the store read-only, and nothing else there.
   store =
     if cfg.settings.real_nix_store != null then
       cfg.settings.real_nix_store
@@ -200,11 +199,11 @@ let
     "/var/tmp"
   ]) storePaths;
 
-  # Metrics of their own address are the one thing that Harmonia listens for itself, upstreams what it asks.
+  # Harmonia itself listens only on metrics_bind, and connects only to upstreams.
   needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
 
-  # The Harmonia written in Rust cannot run with these arguments; it would even start a server in the build.
+  # The Rust Harmonia does not understand these arguments, and would start a server during the build.
   ownPackage = pkgs.callPackage ./package.nix { };
   isRust =
     cfg.package ? cargoDeps
@@ -212,8 +211,8 @@ let
     || cfg.package.meta.mainProgram or "" == "harmonia-cache";
   package = if isRust then ownPackage else cfg.package;
 
-  # A configuration that sets one of these as well has precedence, without mkForce. Lists are joined.
-  yielding = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
+  # Defaults that the user's configuration overrides without mkForce. Lists are concatenated.
+  overridable = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
 in
 {
   disabledModules = [ "services/networking/harmonia.nix" ];
@@ -227,7 +226,7 @@ in
       type = types.package;
       default = ownPackage;
       defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
-      description = "The Harmonia to run. Not nixpkgs' `pkgs.harmonia`, which is the one written in Rust.";
+      description = "Package to run. nixpkgs' `pkgs.harmonia` is the Harmonia written in Rust, and does not work here.";
     };
 
     signKeyPaths = mkOption {
@@ -235,8 +234,8 @@ in
       default = [ ];
       example = [ "/var/lib/secrets/cache.secret" ];
       description = ''
-        Files with the secret keys that sign what is served, made by `nix-store --generate-binary-cache-key`. Only root
-        needs to be able to read them. Keep them out of the Nix store, where everyone can.
+        Files with the secret keys that sign the served paths, created by `nix-store --generate-binary-cache-key`. They
+        can be readable only to root. Keep them out of the Nix store, which is readable to everyone.
       '';
     };
 
@@ -254,19 +253,20 @@ in
         }
       '';
       description = ''
-        The settings, as docs/reference/configuration.md explains them. They are checked when the system is built. Key files
-        named here are handed over like `signKeyPaths`: the service need not be able to read them.
+        Settings of docs/reference/configuration.md. They are checked when the system is built. Key files named here can
+        be readable only to root, like `signKeyPaths`.
       '';
     };
 
     configFile = mkOption {
       type = types.path;
       default = checked;
-      defaultText = lib.literalMD "made from `settings`";
+      defaultText = lib.literalMD "generated from `settings`";
       readOnly = true;
       description = ''
-        The file that the service is started with. Keys and certificates are systemd's copies in it. For `harmonia doctor`
-        and other commands, `/etc/harmonia/harmonia.toml` has the same settings with the files themselves.
+        Settings file of the service. It names the copies of keys and certificates that systemd makes for the service.
+        For `harmonia doctor` and other commands, `/etc/harmonia/harmonia.toml` has the same settings with the original
+        files.
       '';
     };
 
@@ -275,7 +275,7 @@ in
       default = null;
       example = "50G";
       description = ''
-        How much compressed NARs may take in /var/cache/harmonia: the same as `settings.cache_size`. Where null, it is half
+        Maximum size of the compressed NARs in /var/cache/harmonia, the same as `settings.cache_size`. If null, it is half
         of the free space, at most 20G.
       '';
     };
@@ -283,18 +283,18 @@ in
     openFirewall = mkOption {
       type = types.bool;
       default = false;
-      description = "Whether to let other machines reach the cache: its port, or with `nginx.enable` ports 80 and 443.";
+      description = "Whether to open the port of the cache in the firewall, or ports 80 and 443 with `nginx.enable`.";
     };
 
     nginx = {
       enable = lib.mkEnableOption ''
-        a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket
-        that nginx alone can open, unless `settings.bind` says otherwise'';
+        a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket that
+        only nginx can open, unless `settings.bind` is set'';
       hostName = mkOption {
         type = types.str;
         example = "cache.example.org";
         description = ''
-          The name of the virtual host. Certificates come by ACME; for others, set
+          Name of the virtual host. Its certificate comes from ACME. To use another one, set
           `services.nginx.virtualHosts.<name>.enableACME = false`, `sslCertificate` and `sslCertificateKey`.
         '';
       };
@@ -309,8 +309,8 @@ in
         ];
       };
       description = ''
-        Caches that this machine substitutes from, and their public keys: an addition to the `substituters` and
-        `trusted-public-keys` in `nix.settings`. It needs no `enable`.
+        Caches that this machine substitutes from, and their public keys. They are added to `substituters` and
+        `trusted-public-keys` in `nix.settings`. Works without `enable`.
       '';
     };
   };
@@ -329,32 +329,34 @@ in
           assertion =
             onUnixSocket || onAnyAddress || host == "localhost" || builtins.match "[0-9.]+|\\[.*]" host != null;
           message = ''
-            services.harmonia.settings.bind: systemd listens on IP addresses and unix sockets, not on the name in "${bind}".
+            services.harmonia.settings.bind: systemd cannot listen on the name in "${bind}".
+            Use an IP address or a unix socket.
           '';
         }
         {
           assertion = cfg.settings.cache_dir == null;
           message = ''
-            services.harmonia.settings.cache_dir: the cache is in /var/cache/harmonia, which systemd makes for the service.
-            To have it on another disk, mount that at /var/cache/private/harmonia.
+            services.harmonia.settings.cache_dir: systemd creates the cache in /var/cache/harmonia. Remove the setting.
+            To use another disk, mount it at /var/cache/private/harmonia.
           '';
         }
         {
           assertion = cfg.settings.metrics_bind == null || !isUnixSocket cfg.settings.metrics_bind;
-          message = "services.harmonia.settings.metrics_bind: nobody could reach a unix socket in there; give host:port.";
+          message = "services.harmonia.settings.metrics_bind: a unix socket is unreachable inside the sandbox; use host:port.";
         }
         {
           assertion = cfg.openFirewall -> cfg.nginx.enable || !onUnixSocket;
-          message = "services.harmonia.openFirewall: there is no port to open, settings.bind is a unix socket.";
+          message = "services.harmonia.openFirewall: settings.bind is a unix socket, which has no port; remove openFirewall.";
         }
         {
           assertion = cfg.nginx.enable -> cfg.settings.tls_cert_path == null;
-          message = "services.harmonia.nginx: TLS ends at nginx; remove tls_cert_path and tls_key_path from the settings.";
+          message = "services.harmonia.nginx: nginx terminates TLS; remove tls_cert_path and tls_key_path from the settings.";
         }
       ];
       warnings =
         map (key: ''
           services.harmonia: the secret key ${key.path} is in the Nix store, where everyone on this machine can read it.
+          Move it out of the store.
         '') inStore
         ++ lib.optional isRust "services.harmonia.package is the Harmonia written in Rust, and is not used: remove it.";
 
@@ -372,13 +374,13 @@ in
         })
       ];
 
-      # harmonia doctor, top, warm, token …, which look there for their settings
+      # harmonia doctor, top, warm, token … read their settings from /etc/harmonia
       environment.systemPackages = [ package ];
       environment.etc."harmonia/harmonia.toml".source = lib.mkDefault (
         format.generate "harmonia.toml" settingsOutside
       );
 
-      # Temporary roots are asked for by the name of the service's user.
+      # The service's user registers temporary roots with the Nix daemon.
       nix.settings.extra-allowed-users = lib.mkIf (cfg.settings.daemon_socket != "") [ "harmonia" ];
 
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
@@ -394,11 +396,11 @@ in
       systemd.sockets.harmonia = {
         description = "Harmonia binary cache, socket";
         wantedBy = [ "sockets.target" ];
-        socketConfig = yielding (
+        socketConfig = overridable (
           {
-            # As harmonia/process/sockets.py does where it listens by itself.
+            # The same as in harmonia/process/sockets.py.
             Backlog = 4096;
-            # The address may come later than this socket, such as that of a VPN.
+            # The address may appear later than this socket, for example that of a VPN.
             FreeBind = true;
             ListenStream = listenStreams;
           }
@@ -423,29 +425,29 @@ in
           "harmonia.socket"
           "network.target"
         ];
-        # Not only when somebody asks: a start that fails is then seen at once, and the first client need not wait.
+        # Start at boot, not at the first connection: failures show at once, and the first client does not wait.
         wantedBy = [ "multi-user.target" ];
-        # The socket stays open meanwhile: no connection is refused.
+        # Restart instead of stop and start. The socket stays open, so no connection is refused.
         stopIfChanged = false;
-        unitConfig = yielding (
+        unitConfig = overridable (
           {
-            # A service that cannot start is given up, with its socket, on which clients would wait otherwise.
+            # If the service cannot start, it and its socket fail, so that clients do not wait.
             StartLimitIntervalSec = 120;
             StartLimitBurst = 20;
           }
           // lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; }
         );
 
-        serviceConfig = yielding {
+        serviceConfig = overridable {
           Type = "notify";
-          # No ExecReload: systemd copies credentials at a start alone, so a new certificate needs a restart.
+          # No ExecReload: systemd copies credentials only at the start, so a new certificate needs a restart.
           ExecStart = "${lib.getExe package} --config ${cfg.configFile} serve";
           WatchdogSec = 30;
-          # The main process ends its workers, after their downloads.
+          # Only the main process gets SIGTERM. It ends its workers after their downloads.
           KillMode = "mixed";
           Restart = "on-failure";
           RestartSec = 1;
-          # Downloads under way get shutdown_grace, and the workers a moment to end.
+          # shutdown_grace for running downloads, then 10 s for the workers to exit.
           TimeoutStopSec = shutdownGrace + 10;
           LimitNOFILE = 65536;
 
@@ -457,8 +459,8 @@ in
           CacheDirectoryMode = "0700";
           UMask = "0077";
 
-          # No capability at all. Not CAP_DAC_READ_SEARCH either, for databases that only root can read: access(2) does
-          # not know of it, SQLite asks that, and then takes the wrong way to open the database.
+          # No capabilities. CAP_DAC_READ_SEARCH would not help with a database that only root can read: SQLite checks
+          # with access(2), which ignores the capability, and then opens the database in the wrong mode.
           CapabilityBoundingSet = "";
           AmbientCapabilities = "";
           NoNewPrivileges = true;
@@ -473,7 +475,7 @@ in
           KeyringMode = "private";
           SystemCallArchitectures = "native";
           SystemCallErrorNumber = "EPERM";
-          # setpriority, of @resources: the threads that compress step back behind those that serve.
+          # setpriority of @resources: compression threads run at a lower priority than request threads.
           SystemCallFilter = [
             "@system-service"
             "~@privileged"
@@ -481,13 +483,14 @@ in
             "setpriority"
           ];
 
-          # The store is anywhere, so the root directory stays (no RootDirectory, no NoExecPaths); it is read-only.
+          # The store can be anywhere, so there is no RootDirectory and no NoExecPaths. Everything is read-only.
           ProtectSystem = "strict";
           ProtectHome = if inHomes == [ ] then true else "tmpfs";
           BindReadOnlyPaths = inHomes ++ inTmp;
           PrivateTmp = true;
           PrivateMounts = true;
-          # It asks the Nix daemon, as any user may, to keep what is being sent. That one would also build for it.
+          # The service registers temporary roots with the Nix daemon. The daemon would also build for it, so hide the
+          # daemon if roots are off.
           InaccessiblePaths = lib.mkIf (cfg.settings.daemon_socket == "") [ "-/nix/var/nix/daemon-socket" ];
           PrivateDevices = true;
           DevicePolicy = "closed";
@@ -501,8 +504,8 @@ in
           ProtectKernelModules = true;
           ProtectKernelTunables = true;
 
-          # Connections come through systemd's socket, which is of the machine's own network. AF_UNIX tells systemd that
-          # we are ready. With an address of the metrics' own, or upstreams, it is in the machine's network itself.
+          # Connections arrive through systemd's socket, which is in the network of the machine. AF_UNIX is for sd_notify.
+          # With metrics_bind or upstreams, the service is in the network of the machine as well.
           PrivateNetwork = !needsNetwork;
           RestrictAddressFamilies = [
             "AF_UNIX"
@@ -537,7 +540,7 @@ in
           http2 = lib.mkDefault true;
           locations."/" = {
             proxyPass = "http://harmonia";
-            # Set below: nginx takes all headers of a place or none.
+            # The headers are set below, because nginx inherits either all headers or none.
             recommendedProxySettings = false;
             extraConfig = ''
               proxy_http_version 1.1;
@@ -546,9 +549,9 @@ in
               proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
               proxy_set_header X-Forwarded-Host $host;
               proxy_set_header X-Forwarded-Proto $scheme;
-              # NARs are large: they go to the client as they come, not to nginx' disk first.
+              # NARs are large: send them to the client as they arrive, without buffering on nginx's disk.
               proxy_buffering off;
-              # A client may pause for as long as it does without nginx (docs/reference/limits.md).
+              # A client may pause as long as without nginx (docs/reference/limits.md).
               proxy_read_timeout 1h;
               send_timeout 1h;
             '';

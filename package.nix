@@ -3,7 +3,7 @@
   python3Packages,
   stdenv,
   installShellFiles,
-  # For the tests: what is compared with us, and what makes certificates.
+  # For the tests: programs to compare with, and openssl for certificates.
   nix,
   openssl,
   zstd,
@@ -11,7 +11,7 @@
 let
   inherit (lib) fileset;
 
-  # Sanic before 25.12.1 finishes some answers that failed half-way as if they were whole.
+  # Sanic before 25.12.1 ends some responses that failed half-way as if they were complete.
   sanic =
     if lib.versionAtLeast python3Packages.sanic.version "25.12.1" then
       python3Packages.sanic
@@ -23,7 +23,7 @@ let
           inherit version;
           hash = "sha256-e1G/YI5AMPBqbAAs0I/tKHLkk2Un5jyaipfVzQaitH8=";
         };
-        # Its own tests are of the version that nixpkgs has.
+        # The tests in nixpkgs belong to another version of Sanic.
         doCheck = false;
       });
 
@@ -34,7 +34,7 @@ let
       fileset = fileset.unions files;
     };
 
-  # What is built, and nothing else: other files may change without a new build.
+  # Sources of the package only, so that changes of other files do not cause a rebuild.
   built = [
     ./LICENSE
     ./README.md
@@ -42,7 +42,7 @@ let
     ./pyproject.toml
   ];
 
-  # The documents are those that tests hold to the code. The flake's own checks see to the module and its tests.
+  # Sources of the tests, with the documents that they compare with the code. Tests of the module are flake checks.
   tested = built ++ [
     ./docs/grafana-dashboard.json
     ./docs/reference/library
@@ -67,7 +67,7 @@ let
     ))
   ];
 
-  # What the tests import besides Harmonia's own dependencies.
+  # Packages that the tests import, beyond Harmonia's dependencies.
   testDependencies = [
     python3Packages.h11
     python3Packages.hypothesis
@@ -76,7 +76,7 @@ let
     python3Packages.pytest-xdist
     python3Packages.websockets
   ]
-  # It came to nixpkgs in the middle of 2026.
+  # In nixpkgs since the middle of 2026.
   ++ lib.optional (python3Packages ? schemathesis) python3Packages.schemathesis;
 
   harmonia = python3Packages.buildPythonApplication {
@@ -117,7 +117,8 @@ let
         --fish <(_HARMONIA_COMPLETE=fish_source $out/bin/harmonia)
     '';
 
-    # The tests take ten minutes on a small machine, and no public cache has this package: tests.pytest runs them.
+    # Not in the build, because the tests take ten minutes on a small machine and no public cache has the package. Use
+    # tests.pytest.
     doCheck = false;
     passthru = {
       inherit testDependencies;
@@ -131,12 +132,12 @@ let
           python3Packages.pytestCheckHook
           zstd
         ];
-        # pytest-xdist's hook adds one process for each core.
+        # The hook of pytest-xdist adds --numprocesses with the number of cores.
         pytestFlags = [ "--dist=worksteal" ];
         preCheck = ''
           export HOME=$TMPDIR
         '';
-        # They need root, chroots made with Debian's tools, or a browser.
+        # These need root, chroots created with Debian's tools, or a browser.
         disabledTestMarks = [
           "browser"
           "newer_nix"
@@ -146,7 +147,7 @@ let
     };
 
     meta = {
-      description = "Nix binary cache that serves a machine's own store, and never half of it";
+      description = "Nix binary cache that serves your Nix store over HTTP, with verified, resumable downloads";
       license = lib.licenses.mit;
       mainProgram = "harmonia";
       platforms = lib.platforms.linux;

@@ -1,5 +1,5 @@
-# Options of nixpkgs' module (layouts `harmonia` and `harmonia.cache`) and of the one in upstream's flake
-# (`harmonia-dev`, `harmonia-dev.cache`). One warning names the remedy for everything that should be changed.
+# Compatibility with the options of nixpkgs' module (`harmonia`, `harmonia.cache`) and of the module in the flake of the
+# Rust Harmonia (`harmonia-dev`, `harmonia-dev.cache`). A single warning lists the remedies for all old options.
 {
   config,
   lib,
@@ -44,7 +44,7 @@ let
       use = lib.id;
     };
 
-  # Options without a counterpart here, with their defaults there: other modules can read them.
+  # Options without an effect here, with the defaults of the old modules, because other modules may read them.
   string = types.nullOr types.str;
   strings = types.listOf types.str;
   option = type: default: mkOption { inherit type default; };

@@ -1,4 +1,4 @@
-# A client substitutes from the server what the server has built, with signatures required, and finds all about it.
+# A client that requires signatures substitutes paths that the server built, and reads their listings, logs and files.
 {
   name = "harmonia-basic";
   nodes.server.imports = [ ./lab/server.nix ];
@@ -21,11 +21,11 @@
         "nix-build --no-out-link /etc/contents.nix -A greeting -A hello -A names"
     ).split()
 
-    with subtest("the client has none of it"):
+    with subtest("the client has none of the paths"):
         for path in greeting, hello, names:
             client.fail(f"test -e {path}")
 
-    with subtest("the client substitutes it, checks the signatures, and can use it"):
+    with subtest("the client substitutes the paths, checks the signatures, and runs the program"):
         client.succeed(f"nix-store --realise {hello} {names} >&2")
         client.succeed(f"nix-store --verify-path {greeting} {hello} {names} >&2")
         assert client.succeed(f"{hello}/bin/hello") == server.succeed(f"cat {greeting}")
@@ -33,21 +33,21 @@
             f"nix-store --dump {names} | sha256sum"
         )
 
-    with subtest("it came over the wire"):
+    with subtest("the client downloaded the NARs from the server"):
         for path in greeting, hello, names:
             server.wait_until_succeeds(
                 f"journalctl --unit=harmonia.service | grep --fixed-strings '/nar/{hash_part(path)}-'", timeout=60
             )
 
-    with subtest("a file's place in the NAR is listed"):
+    with subtest("the NAR listing shows the program"):
         listing = json.loads(client.succeed(f"curl --fail --silent http://server:5000/{hash_part(hello)}.ls"))
         assert listing["root"]["entries"]["bin"]["entries"]["hello"]["executable"]
 
-    with subtest("the build log can be read"):
+    with subtest("the server returns the build log"):
         drv = server.succeed(f"nix-store --query --deriver {greeting}").strip().removeprefix("/nix/store/")
         assert client.succeed(f"curl --fail --silent http://server:5000/log/{drv}") == "building a greeting\n"
 
-    with subtest("files can be looked at one by one, whatever their names"):
+    with subtest("the server returns single files, even with names that are not UTF-8"):
         served = f"curl --fail --silent http://server:5000/serve/{hash_part(names)}"
         for name, url in (
             ("grüße-日本-😀", "gr%C3%BC%C3%9Fe-%E6%97%A5%E6%9C%AC-%F0%9F%98%80"),
@@ -57,7 +57,7 @@
             assert client.succeed(f"{served}/{url}") == server.succeed(f'cat "{names}/{name}"')
         client.succeed(f"{served}/ | grep --fixed-strings not-UTF-8-%FF%FE >&2")
 
-    with subtest("what is not there is a plain miss"):
+    with subtest("a missing path returns 404"):
         client.succeed(
             "curl --silent --output /dev/null --write-out '%{http_code}'"
             " http://server:5000/00000000000000000000000000000000.narinfo | grep 404 >&2"

@@ -1,4 +1,4 @@
-# A store that lies elsewhere (`nix copy --to /guest`) is served under the name /nix/store, and the server's own is not.
+# A store in another directory (`nix copy --to /guest`) is served as /nix/store. The server's own store is not.
 {
   name = "harmonia-chroot-store";
   nodes.server =
@@ -6,7 +6,7 @@
     {
       imports = [ ./lab/server.nix ];
       services.harmonia.settings.real_nix_store = "/guest/nix/store";
-      # Not before there is a store.
+      # Start only after the store exists.
       systemd.services.harmonia.wantedBy = lib.mkForce [ ];
     };
   nodes.client.imports = [ ./lab/client.nix ];
@@ -24,14 +24,14 @@
             f"test -e /guest{hello}",
         )
 
-    with subtest("from there, it is served"):
+    with subtest("the path is served from the other store"):
         client.wait_until_succeeds("curl --fail --silent --show-error http://server:5000/nix-cache-info >&2")
         client.succeed("curl --fail --silent http://server:5000/nix-cache-info | grep 'StoreDir: /nix/store$' >&2")
         client.succeed(f"nix-store --realise {hello} >&2")
         client.succeed(f"nix-store --verify-path {hello}")
         client.succeed(f"{hello}/bin/hello >&2")
 
-    with subtest("what only the server's own store has is not"):
+    with subtest("a path that only the server's own store has is not served"):
         server.succeed(f"test -e {names}")
         client.fail(f"nix-store --realise {names} >&2")
   '';

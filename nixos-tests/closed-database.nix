@@ -1,4 +1,4 @@
-# A database that only root can read is served by a service that is root, without any of root's power over files.
+# A service that runs as root without capabilities serves a database that only root can read.
 {
   name = "harmonia-closed-database";
   nodes.server =
@@ -6,7 +6,7 @@
     {
       imports = [ ./lab/server.nix ];
       systemd.services.harmonia = {
-        # Not before it is closed.
+        # Start only after the database is readable to root alone.
         wantedBy = lib.mkForce [ ];
         serviceConfig = {
           DynamicUser = lib.mkForce false;
@@ -23,12 +23,12 @@
     hello = server.succeed("nix-build --no-out-link /etc/contents.nix -A hello").strip()
     server.succeed("chmod 700 /nix/var/nix/db; chmod 600 /nix/var/nix/db/db.sqlite")
 
-    with subtest("it is served"):
+    with subtest("the path is served"):
         client.wait_until_succeeds("curl --fail --silent --show-error http://server:5000/nix-cache-info >&2")
         client.succeed(f"nix-store --realise {hello} >&2")
         client.succeed(f"{hello}/bin/hello >&2")
 
-    with subtest("by a process without capabilities"):
+    with subtest("the main process has no capabilities"):
         status = server.succeed("cat /proc/$(systemctl show --value --property=MainPID harmonia.service)/status")
         assert "CapBnd:\t0000000000000000" in status, status
   '';

@@ -1,4 +1,4 @@
-# Commands on the server find its settings without being told: its keys, its address, and its cache.
+# Commands on the server find its settings, keys, address and cache without options.
 {
   name = "harmonia-commands";
   nodes.server = {
@@ -14,14 +14,14 @@
     noise = server.succeed("nix-build --no-out-link /etc/contents.nix -A noise").strip()
     hash_part = noise.removeprefix("/nix/store/")[:32]
 
-    with subtest("the settings are those of the service, and no secret is among them"):
+    with subtest("check-config shows the settings of the service, without secrets"):
         settings = server.succeed("harmonia check-config")
         for line in "bind = \"[::]:5007\"", "priority = 50", "cache_dir = \"/var/cache/harmonia\"":
             assert line in settings, settings
         secret = server.succeed("cut -d : -f 2 /etc/cache.secret").strip()
         server.fail(f"grep --fixed-strings '{secret}' /etc/harmonia/harmonia.toml")
 
-    with subtest("doctor looks at the server, and knows its key"):
+    with subtest("doctor tests the server, and knows its key"):
         server.succeed("harmonia doctor >&2")
 
     with subtest("verify hashes a path"):
@@ -35,7 +35,7 @@
         owners = server.succeed("stat --format=%u $(find /var/cache/harmonia/nar -type f)").split()
         assert owners and "0" not in owners, owners
 
-    with subtest("a user who is not root gets answers, too"):
+    with subtest("the commands work for a user who is not root"):
         server.succeed("runuser -u nobody -- harmonia check-config --text-only >&2")
         server.succeed(f"runuser -u nobody -- harmonia ls {noise} >&2")
         server.succeed("runuser -u nobody -- harmonia top --once >&2")

@@ -1,9 +1,9 @@
-# A NAR is compressed once, goes over the wire as fewer bytes than it has, and the second time comes from the cache.
+# A NAR is compressed once and sent compressed. The second download comes from the cache.
 {
   name = "harmonia-compression";
   nodes.server = {
     imports = [ ./lab/server.nix ];
-    # What others have counted is seen a few seconds later.
+    # Counters of other workers would arrive a few seconds late.
     services.harmonia.settings.workers = 1;
   };
   nodes.client =
@@ -36,7 +36,7 @@
     narinfo_url = f"http://server:5000/{text.removeprefix('/nix/store/')[:32]}.narinfo"
     client.fail(f"test -e {text}")
 
-    with subtest("a client takes the compressed NAR"):
+    with subtest("a client downloads the compressed NAR"):
         client.succeed(f"nix-store --realise {text} >&2")
         client.succeed(f"nix-store --verify-path {text}")
         narinfo = dict(
@@ -47,14 +47,14 @@
         file_size = int(narinfo["FileSize"])
         assert file_size < nar_size / 3, (file_size, nar_size)
 
-    with subtest("no more bytes than that went over the wire"):
+    with subtest("the server sent FileSize bytes"):
         sent = server.wait_until_succeeds(
             f"journalctl --unit=harmonia.service | grep --fixed-strings 'GET /{narinfo['URL']}'", timeout=60
         )
         assert f" 200 {file_size} " in sent, sent
         assert metric("harmonia_cache_fills_total") == 1
 
-    with subtest("the next one gets it from the cache, unchanged"):
+    with subtest("the next download comes from the cache, unchanged"):
         hits = metric("harmonia_cache_hits_total")
         client.succeed(f"curl --fail --silent --output /tmp/text.nar.zst http://server:5000/{narinfo['URL']}")
         assert int(client.succeed("stat --format=%s /tmp/text.nar.zst")) == file_size

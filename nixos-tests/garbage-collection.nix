@@ -1,5 +1,5 @@
-# Garbage is collected while a path is sent from the sandbox: not that path, until its download has ended. The daemon
-# keeps it for the service, although it allows only some users.
+# The garbage collector keeps a path while the sandboxed service sends it, and deletes it afterwards. The Nix daemon
+# accepts the service's temporary root although it allows only some users.
 {
   name = "harmonia-garbage-collection";
   nodes.server = {
@@ -17,7 +17,7 @@
     hash_part = noise.removeprefix("/nix/store/")[:32]
     nar_size = int(server.succeed(f"nix-store --query --size {noise}"))
 
-    with subtest("a path that is being sent is not collected"):
+    with subtest("a path is not collected while it is sent"):
         client.succeed(
             f"curl --fail --silent --limit-rate 4M --output /tmp/nar http://server:5000/nar/{hash_part}.nar"
             " >/dev/null 2>&1 & echo $! >/tmp/pid"
@@ -28,7 +28,7 @@
         server.succeed(f"nix-store --check-validity {noise}")
         client.wait_until_succeeds(f"test $(stat --format=%s /tmp/nar) = {nar_size}", timeout=60)
 
-    with subtest("then it is"):
+    with subtest("after the download, the path is collected"):
         server.wait_until_succeeds(f"nix-store --delete {noise} >&2", timeout=60)
         server.fail(f"test -e {noise}")
   '';

@@ -1,4 +1,4 @@
-# The service works inside its sandbox, and from there nothing else does: a probe runs in the very same one.
+# The service works inside its sandbox. A probe in the same sandbox cannot do anything else.
 {
   name = "harmonia-hardening";
 
@@ -11,7 +11,7 @@
     }:
     {
       imports = [ ./lab/server.nix ];
-      # The tightest that there is: without temporary roots.
+      # The tightest sandbox: without temporary roots.
       services.harmonia.settings.daemon_socket = "";
       systemd.services.probe.serviceConfig =
         removeAttrs config.systemd.services.harmonia.serviceConfig [
@@ -28,7 +28,7 @@
       environment.systemPackages = [ pkgs.python3 ];
     };
 
-  # Somebody to connect to.
+  # A machine for the probe to connect to.
   nodes.client =
     { pkgs, ... }:
     {
@@ -54,14 +54,14 @@
         client.succeed(f"nix-store --realise {hello} >&2")
         client.succeed(f"{hello}/bin/hello >&2")
 
-    with subtest("root outside of the sandbox can do what the probe tries"):
+    with subtest("outside of the sandbox, root can do everything that the probe tries"):
         outside = server.succeed("python3 /etc/probe.py client")
-        # NixOS mounts the store read-only for root, too.
+        # NixOS mounts the store read-only, even for root.
         assert set(re.findall("^not: ([^:]+)", outside, re.MULTILINE)) <= {"write the store"}, outside
 
-    with subtest("inside, nothing of it can be done"):
+    with subtest("inside the sandbox, every attempt fails"):
         server.succeed("systemctl start probe.service")
-        # The journal may have its last lines a moment later.
+        # The last lines may reach the journal late.
         inside = server.wait_until_succeeds(
             "journalctl --unit=probe.service --output=cat | grep -E '^(could|not): ' >/tmp/inside"
             f" && test $(wc --lines </tmp/inside) = {len(outside.splitlines())} && cat /tmp/inside",
@@ -69,13 +69,13 @@
         )
         assert "could: " not in inside, inside
 
-    with subtest("it is no user of this machine, and has no capabilities"):
+    with subtest("the service has a dynamic user and no capabilities"):
         status = server.succeed("cat /proc/$(systemctl show --value --property=MainPID harmonia.service)/status")
         assert re.search(r"^Uid:\s+(6[1-5]\d{3})\s", status, re.MULTILINE), status
         assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE), status
         assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE), status
 
-    with subtest("systemd has little to say against it"):
+    with subtest("systemd-analyze reports an exposure of at most 1.0"):
         verdict = server.execute("systemd-analyze security --no-pager harmonia.service")[1]
         exposure = re.search(r"Overall exposure level for harmonia.service: ([0-9.]+)", verdict)
         print(verdict.splitlines()[-1])

@@ -1,4 +1,4 @@
-# The machine gets the address in `bind` only after the boot, as that of a VPN: the socket is there before it.
+# The machine gets the address in `bind` only after the boot, like that of a VPN. The socket listens before.
 {
   name = "harmonia-late-address";
   nodes.server =

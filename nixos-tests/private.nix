@@ -1,4 +1,4 @@
-# A private cache that serves TLS itself: who has no token gets nothing, and what it is made of is for root alone to read.
+# A private cache that serves TLS itself: clients need a token, and only root can read its key and tokens.
 { pkgs, lib, ... }:
 let
   certificate = import ./lab/certificate.nix { inherit pkgs; };
@@ -18,7 +18,7 @@ in
       tls_key_path = "/etc/tls.key";
       tokens_path = "/var/lib/tokens";
     };
-    # Not before there is a token.
+    # Start only after there is a token.
     systemd.services.harmonia.wantedBy = lib.mkForce [ ];
   };
 
@@ -34,18 +34,18 @@ in
 
     start_all()
     server.wait_for_unit("harmonia.socket")
-    told = server.succeed("harmonia token builder")
-    token, line = re.search(r"harmonia_\S+", told), re.search(r"builder +read +sha256:\S+", told)
-    assert token and line, told
+    printed = server.succeed("harmonia token builder")
+    token, line = re.search(r"harmonia_\S+", printed), re.search(r"builder +read +sha256:\S+", printed)
+    assert token and line, printed
     server.succeed(f"install -D -m 400 /dev/null /var/lib/tokens; echo '{line[0]}' >/var/lib/tokens")
     hello, names = server.succeed("nix-build --no-out-link /etc/contents.nix -A hello -A names").split()
     narinfo += f"/{hello.removeprefix('/nix/store/')[:32]}.narinfo"
 
-    with subtest("without a token, there is nothing"):
+    with subtest("without a token, the client gets 401"):
         client.wait_until_succeeds(f"test $({narinfo}) = 401")
         client.fail(f"nix-store --realise {hello} >&2")
 
-    with subtest("with one, all of it"):
+    with subtest("with a token, the client substitutes"):
         client.succeed(
             "install -D -m 600 /dev/null /var/lib/netrc",
             f"echo 'machine server login builder password {token[0]}' >/var/lib/netrc",
@@ -53,13 +53,13 @@ in
             f"{hello}/bin/hello >&2",
         )
 
-    with subtest("other users of the server cannot read what was handed over"):
+    with subtest("other users of the server cannot read the credentials"):
         user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
         for file in "tls_key_path", "tokens_path", "sign-key-0":
             server.succeed(f"test -s /run/credentials/harmonia.service/{file}")
             server.fail(f"{user} cat /run/credentials/harmonia.service/{file} >&2")
 
-    with subtest("a token that is taken back lets nobody in after a restart"):
+    with subtest("a revoked token gets 401 after a restart"):
         server.succeed("echo >/var/lib/tokens", "systemctl restart harmonia.service")
         client.succeed(f"test $({narinfo} --netrc-file /var/lib/netrc) = 401")
         client.fail(f"nix-store --realise {names} >&2")

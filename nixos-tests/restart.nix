@@ -1,5 +1,5 @@
-# The service comes back: a restart breaks no download off and refuses nobody, a hang ends in a new start. Where it cannot
-# start, clients hear so at once.
+# A restart interrupts no download and refuses no connection. A service that hangs is restarted. If the service cannot
+# start, clients are refused at once.
 {
   name = "harmonia-restart";
   nodes.server =
@@ -28,7 +28,7 @@
     noise = server.succeed("nix-build --no-out-link /etc/contents.nix -A noise").strip()
     nar_hash = server.succeed(f"nix-store --dump {noise} | sha256sum")
 
-    with subtest("a restart lets a download end, and who comes meanwhile waits"):
+    with subtest("during a restart, a running download completes and new clients wait"):
         old = main_pid()
         url = f"http://server:5000/nar/{noise.removeprefix('/nix/store/')[:32]}.nar"
         client.succeed(
@@ -44,7 +44,7 @@
         client.wait_until_succeeds("test $(cat /tmp/status) = 0", timeout=60)
         assert client.succeed("sha256sum </tmp/nar") == nar_hash
 
-    with subtest("one that hangs is started anew"):
+    with subtest("a service that hangs is restarted"):
         hanging = main_pid()
         server.succeed(f"kill -STOP {hanging}")
         client.succeed(ask)
@@ -52,16 +52,16 @@
         server.wait_for_unit("harmonia.service")
         client.succeed(ask)
 
-    with subtest("workers end when they are told to, and not before"):
+    with subtest("no worker ended unexpectedly"):
         server.fail("journalctl --unit=harmonia.service | grep --fixed-strings 'ended with status'")
 
-    with subtest("one that cannot start is given up, with its socket"):
+    with subtest("if the service cannot start, it and its socket fail"):
         server.succeed("chmod 0 /nix/var/nix/db", "systemctl restart --no-block harmonia.service")
         server.wait_until_succeeds("systemctl is-failed harmonia.service harmonia.socket >&2", timeout=120)
         status, _ = client.execute(ask)
         assert status == 7, status  # connection refused
 
-    with subtest("and comes back when it is told to"):
+    with subtest("after reset-failed, the service starts again"):
         server.succeed(
             "chmod 755 /nix/var/nix/db",
             "systemctl reset-failed harmonia.service",

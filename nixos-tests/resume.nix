@@ -1,4 +1,4 @@
-# A network that cuts every connection after 12 MiB: a NAR of 40 MiB arrives all the same, and hardly a byte goes twice.
+# On a network that cuts every connection after 12 MiB, a NAR of 40 MiB arrives, and hardly a byte is sent twice.
 {
   name = "harmonia-resume";
   nodes.server.imports = [ ./lab/server.nix ];
@@ -31,12 +31,12 @@
     noise = server.succeed("nix-build --no-out-link /etc/contents.nix -A noise").strip()
     nar_size = int(server.succeed(f"nix-store --query --size {noise}"))
 
-    with subtest("the download gets done"):
+    with subtest("the download completes"):
         client.fail(f"test -e {noise}")
         client.succeed(f"nix-store --realise {noise} >&2")
         client.succeed(f"nix-store --verify-path {noise}")
 
-    with subtest("it was cut three times, and went on where it was"):
+    with subtest("the download was cut three times, and resumed each time"):
         network.wait_until_succeeds(
             "journalctl --unit=cutting-proxy.service --output=cat >/tmp/proxied"
             " && test $(grep --count '^open' /tmp/proxied) = $(grep --count --extended-regexp '^(cut|end)' /tmp/proxied)",

@@ -1,4 +1,4 @@
-# What is served is signed with each of the keys; a client that trusts either takes it, and one that trusts none does not.
+# Paths are signed with two keys. A client that trusts either key accepts them; one that trusts neither rejects them.
 let
   keys = import ./lab/keys.nix;
 in
@@ -17,7 +17,7 @@ in
   testScript = ''
     first = "${keys.one.public}"
     second = "${keys.two.public}"
-    # The second key's name, and the first one's bytes.
+    # A wrong key: the name of the second key with the bytes of the first.
     wrong = second.partition(":")[0] + ":" + first.partition(":")[2]
 
     start_all()
@@ -34,17 +34,17 @@ in
             signers = {line.split(":")[1].strip() for line in narinfo.splitlines() if line.startswith("Sig: ")}
             assert signers == {key.partition(":")[0] for key in (first, second)}, narinfo
 
-    with subtest("no other key will do"):
+    with subtest("a client without the right key refuses the path"):
         client.fail(f"nix-store --realise {hello} --option trusted-public-keys {wrong} >&2")
         client.fail(f'nix-store --realise {hello} --option trusted-public-keys "" >&2')
         client.fail(f"test -e {hello}")
 
-    with subtest("either key will"):
+    with subtest("a client with either key accepts the path"):
         client.succeed(f"nix-store --realise {hello} --option trusted-public-keys {first} >&2")
         client.succeed(f"nix-store --realise {names} --option trusted-public-keys {second} >&2")
         client.succeed(f"nix-store --verify-path {hello} {names}")
 
-    with subtest("nobody but root can read the keys"):
+    with subtest("only root can read the keys"):
         server.succeed("test $(stat --format=%a /etc/cache.secret) = 400")
         server.fail("journalctl --unit=harmonia.service | grep --fixed-strings ${keys.one.secret}")
   '';

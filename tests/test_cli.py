@@ -438,7 +438,7 @@ def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str,
     done = subprocess.run(command, capture_output=True, text=True, env=program, cwd=program["HOME"], check=True)
     lines = done.stdout.splitlines()
     assert [line.partition("\t")[0] for line in lines] == [completed for _, completed in COMPLETED]
-    assert lines[1] == "--gc-roots\tAlso what the garbage collector keeps: profiles, systems, results."
+    assert lines[1] == "--gc-roots\tInclude all GC roots: profiles, systems, results."
 
 
 @needs("groff")

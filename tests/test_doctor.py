@@ -305,7 +305,7 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         "ranges", "error", "has a Content-Encoding",
     ),
     "no 416": (
-        ranged(lambda _, reply: Reply(200, {}) if reply.status == 416 else reply), "ranges", "error", "where 416",
+        ranged(lambda _, reply: Reply(200, {}) if reply.status == 416 else reply), "ranges", "error", "instead of 416",
     ),
     "resumes once": (
         ranged(lambda _, reply: Reply(reply.status, reply.headers | without("accept-ranges"), reply.body)),

@@ -74,7 +74,7 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     command = ["make", "serve", "PYTHON=false"]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert made.returncode == 2
-    assert made.stderr.startswith("false is no Python 3.11 or newer; name one: make serve PYTHON=python3.11\n")
+    assert made.stderr.startswith("false is not Python 3.11 or newer; choose one: make serve PYTHON=python3.11\n")
     assert not (tmp_path / ".venv").exists()
     needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert needed == ">=3.11"
@@ -100,7 +100,7 @@ def in_copy_of_make(directory: Path, *arguments: str) -> str:
 
 def test_make_says_what_it_downloads_before_it_does(tmp_path: Path) -> None:
     said = in_copy_of_make(tmp_path, ".venv/ready")
-    assert 0 < said.index("Downloading from PyPI, into .venv") < said.index("pip install")
+    assert 0 < said.index("Downloading the dependencies from PyPI into .venv") < said.index("pip install")
 
 
 @pytest.mark.parametrize(("given", "options"), [([], ""), (["BIND=:8080"], " --bind :8080")])

@@ -1,5 +1,5 @@
-# A test as a bundle that the driver installs on Debian machines: what each machine has beyond an empty one, and the
-# script. The bundle's closure is all that the machines need.
+# Bundle of a test for Debian machines: the test script, and the configuration of each machine beyond an empty one. The
+# closure of the bundle has all store paths that the machines need.
 {
   lib,
   pkgs,

@@ -1,5 +1,5 @@
-# The NixOS side of Harmonia, evaluated without a NixOS cache: by our own small module system, which needs nothing, or
-# by the real modules of a nixpkgs tree that $NIXPKGS names. See docs/reference/nixos-tests.md for what that shows and what not.
+# Evaluation of Harmonia's module and tests without a NixOS cache. Uses our own small module system, or the modules of
+# nixpkgs if $NIXPKGS names a tree. docs/reference/nixos-tests.md describes what that proves and what not.
 {
   nixpkgs ? builtins.getEnv "NIXPKGS",
   system ? "x86_64-linux",
@@ -35,7 +35,7 @@ let
     inherit (world) own;
   };
 
-  # What people see of an option, and of those of a submodule in it.
+  # Documentation of an option, and of the options of its submodules.
   shown =
     name: option:
     if !(option.visible or true) then
@@ -65,15 +65,15 @@ let
 in
 {
   inherit lib pkgs;
-  # The reference of the options, by our own module system alone.
+  # Reference of the options, evaluated by our own module system only.
   options = shownBelow "services.harmonia" (world.evalOptions [ module ]).services.harmonia;
   names = builtins.attrNames tests;
-  # Each test as bundle.json with all that it needs. (nix-build would call what has a __functor.)
+  # bundle.json of each test, with its closure. (nix-build would call a value with a __functor.)
   tests = lib.mapAttrs (_: test: removeAttrs (bundle test) [ "__functor" ]) tests;
-  # The machines of each test: their configurations.
+  # Configurations of the machines of each test.
   machines = lib.mapAttrs (_: test: test.nodes) tests;
   package = pkgs.callPackage ../../package.nix { };
-  # The NixOS configuration that a module gives beside ours.
+  # NixOS configuration of a module together with ours.
   configure =
     configuration:
     world.evalConfig "machine" [

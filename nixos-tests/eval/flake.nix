@@ -1,4 +1,4 @@
-# Takes nixpkgs' place in `nix flake check --no-build --override-input nixpkgs path:nixos-tests/eval`.
+# Replaces nixpkgs in `nix flake check --no-build --override-input nixpkgs path:nixos-tests/eval`.
 {
   outputs =
     { self }:

@@ -1,5 +1,5 @@
-# The part of nixpkgs' `lib` that module.nix, package.nix, flake.nix and the tests use, for machines without nixpkgs.
-# The functions are those of the nixpkgs manual, under the same names; the module system is in ./modules.nix.
+# Subset of nixpkgs' `lib` that module.nix, package.nix, flake.nix and the tests use, for machines without nixpkgs.
+# Names and behaviour are those of the nixpkgs manual. The module system is in ./modules.nix.
 let
   inherit (builtins)
     attrNames
@@ -212,7 +212,7 @@ let
       isDarwin = false;
     };
 
-    # What is filtered is the same everywhere; here nobody looks which files are left.
+    # The result is the same; filters on files are ignored here.
     fileset = {
       toSource = { root, ... }: root;
       unions = id;

@@ -1,6 +1,6 @@
 # A small module system with the interface of nixpkgs' one: options, types, priorities, submodules, renamed options.
-# It is stricter nowhere, and laxer where that costs nothing: what it takes, nixpkgs' takes as well, or a real
-# `nix flake check` tells. A definition is decided late, so a module may look at any part of `config`.
+# Never stricter than nixpkgs, sometimes laxer; a real `nix flake check` reports the difference. Definitions are evaluated
+# lazily, so a module can read any part of `config`.
 lib:
 let
   inherit (builtins)
@@ -40,7 +40,7 @@ let
   isOption = value: kind value == "option";
   showOption = builtins.concatStringsSep ".";
 
-  # What a definition, not decided yet, says of one attribute; and of which attributes it says something.
+  # The part of a definition, not evaluated yet, for one attribute; and the attributes that a definition has.
   below =
     name: value:
     {
@@ -66,7 +66,7 @@ let
     else
       attrNames value;
 
-  # The plain values in a definition, each with its priority and order.
+  # Plain values in a definition, each with its priority and order.
   discharge =
     priority: order: value:
     {
@@ -77,7 +77,7 @@ let
     }
     .${kind value} or [ { inherit priority order value; } ];
 
-  # Those that count: of the best priority, in their order.
+  # Values with the best priority, in order.
   decide =
     default: definitions:
     let
@@ -142,7 +142,7 @@ let
         undeclared (loc ++ [ name ]) tree.${name} (concatMap (below name) definitions)
     ) (unique (concatMap namesIn definitions));
 
-  # The options, each with what is known of its definitions without looking into them.
+  # Options with their definitions, which are not evaluated here.
   withDefinitions =
     tree: definitions:
     mapAttrs (
@@ -274,7 +274,7 @@ let
       head values
     else
       throw "The option `${showOption loc}' has conflicting definitions.";
-  # nixpkgs' `anything`: lists are no different from other leaves there; here they are joined.
+  # Unlike `anything` in nixpkgs, which treats lists like other leaves, this concatenates lists.
   deep =
     loc: values:
     if all isList values then
@@ -444,7 +444,7 @@ in
     _type = "literalMD";
     inherit text;
   };
-  # Another name of an option: a definition of it is one of `to`.
+  # Alias of an option: a definition of the alias defines `to`.
   doRename =
     {
       from,

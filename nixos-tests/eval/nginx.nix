@@ -1,4 +1,4 @@
-# services.nginx as far as a cache behind nginx needs it: virtual hosts, TLS, locations, upstreams.
+# Subset of services.nginx that a cache behind nginx needs: virtual hosts, TLS, locations, upstreams.
 {
   config,
   lib,

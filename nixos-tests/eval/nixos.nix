@@ -1,5 +1,5 @@
 # The part of NixOS that module.nix and the machines of the tests touch: systemd units, users, /etc, nix.conf, nginx,
-# open ports. Unit files read as NixOS writes them. `ignored` is taken and has no effect.
+# open ports. Unit files have the same text as on NixOS. Options in `ignored` are accepted and have no effect.
 { lib, pkgs }:
 let
   inherit (lib)
@@ -35,7 +35,7 @@ let
   attributes = option (types.attrsOf types.anything) { };
 
   word = value: if builtins.isBool value then lib.boolToString value else toString value;
-  # `Key=value` lines; a list is a line for each of its elements, null is none.
+  # `Key=value` lines. A list gives one line per element, null gives none.
   section =
     settings:
     lib.concatStrings (
@@ -322,7 +322,7 @@ let
     };
   evalConfig = name: modules: (evaluate name modules).config;
 
-  # The machines of a test and its script, from what pkgs.testers.runNixOSTest takes.
+  # Machines and script of a test, from the arguments of pkgs.testers.runNixOSTest.
   evalTest =
     test:
     let
@@ -383,6 +383,6 @@ in
 {
   inherit evalConfig evalTest;
   evalOptions = modules: (evaluate "machine" modules).options;
-  # Nothing of this NixOS is on a Debian machine already.
+  # A Debian machine has none of these paths.
   own = _: true;
 }

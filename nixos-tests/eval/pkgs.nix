@@ -1,15 +1,15 @@
-# A `pkgs` without packages: each one is a small derivation whose bin, sbin and lib are links to a Debian machine's
-# /usr. So what a module generates can be evaluated, built offline (sandbox = false) and run on a machine that has the
-# programs. Only Harmonia itself is really built, from `wheels`.
+# Stub of `pkgs`: each package is a small derivation whose bin, sbin and lib are links to /usr of a Debian machine. The
+# output of a module can then be evaluated, built offline (sandbox = false) and run on a machine with these programs.
+# Only Harmonia itself is really built, from `wheels`.
 {
   lib,
   system ? "x86_64-linux",
-  # Folder of .whl files, the project's and all that it needs; null where nothing is built.
+  # Directory with the .whl files of the project and its dependencies, or null if nothing is built.
   wheels ? null,
-  # Names of more packages than those below, and what the named ones have beyond a name.
+  # Names of further packages, and additional attributes of packages.
   names ? [ ],
   extras ? _: { },
-  # Whether a name may also be a function's that makes a package.
+  # True if a name may also be a function that returns a package.
   callable ? false,
   overlay ? final: prev: { },
 }:
@@ -88,7 +88,7 @@ let
     "su"
   ];
 
-  # A derivation with what callers expect of a package.
+  # A derivation with the attributes of a package.
   package =
     {
       pname,
@@ -190,7 +190,7 @@ let
         ''
     );
 
-  # What nixpkgs would build by its Python packages is built here by unpacking wheels.
+  # Replaces the Python builder of nixpkgs: unpacks wheels.
   buildPythonApplication =
     arguments:
     let
@@ -222,7 +222,7 @@ let
     buildPythonPackage = buildPythonApplication;
     python = shim "python3";
     fetchPypi = _: shim "source";
-    # Debian has no Sanic; new enough, so that nothing is overridden.
+    # Debian has no Sanic. The version is new enough that package.nix does not override it.
     sanic = shim "sanic";
   };
 
@@ -261,7 +261,7 @@ let
     callPackage = lib.callPackageWith final;
     python3 = shim "python3" // {
       pkgs = python3Packages;
-      # The packages have to be there, though Debian's Python does without them.
+      # The packages must evaluate, although Debian's Python does not use them.
       withPackages =
         choose: builtins.deepSeq (map (each: each.name) (choose python3Packages)) (shim "python3");
     };

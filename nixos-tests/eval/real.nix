@@ -1,5 +1,5 @@
-# The world of default.nix by the real modules of a nixpkgs tree, which needs no more than lib/ and nixos/. Packages are
-# still the stubs of pkgs.nix: one for each word in the modules that could be the name of one.
+# Alternative to our module system in default.nix: the real modules of a nixpkgs tree (lib/ and nixos/ are enough).
+# Packages are still the stubs of pkgs.nix, one for each word in the modules that could be the name of a package.
 {
   nixpkgs,
   system,
@@ -42,7 +42,7 @@ let
   names = builtins.attrNames (removeAttrs found (reserved ++ builtins.attrNames lib));
 
   version = "6.1.0";
-  # What modules look at in a package, beyond its name.
+  # Attributes of packages that modules read.
   extras = final: {
     bash.shellPath = "/bin/bash";
     bashInteractive.shellPath = "/bin/bash";
@@ -227,7 +227,7 @@ in
       testScript = evaluated.testScriptString;
     };
 
-  # What a Debian machine does in its own way, and what every NixOS machine has, is not of the test.
+  # Options that Debian handles differently, or that every NixOS machine has, are not part of the test.
   own =
     {
       kind,

@@ -1,4 +1,4 @@
-"""Builder of the stub's pkgs.formats.toml: the JSON in the file $valuePath as TOML, by the standard library alone."""
+"""Builder of the stub's pkgs.formats.toml: converts the JSON file $valuePath with the standard library."""
 
 import json
 import os
@@ -16,7 +16,7 @@ def inline(value: object) -> str:
         return "[" + ", ".join(map(inline, value)) + "]"
     if value is None:
         raise SystemExit("TOML has no null")
-    return json.dumps(value)  # strings, numbers and booleans are written alike
+    return json.dumps(value)  # strings, numbers and booleans have the same form in JSON and TOML
 
 
 def main() -> None:

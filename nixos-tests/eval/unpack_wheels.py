@@ -1,5 +1,6 @@
-"""Builder of the stub's buildPythonApplication: unpack every wheel in $wheels into $out, and write the console scripts
-of $pname, as `pip install --no-index` would, without pip.
+"""Builder of the stub's buildPythonApplication, without pip.
+
+Unpacks every wheel in $wheels into $out and writes the console scripts of $pname, like `pip install --no-index`.
 """
 
 import compileall
@@ -23,7 +24,7 @@ def main() -> None:
     for wheel in sorted(Path(wheels).glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
-    # As nixpkgs does: nothing can be written there later. Nix sets all times, so they tell nothing.
+    # As in nixpkgs: the store is read-only later. Unchecked, because Nix sets all file times to the same value.
     unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
     compileall.compile_dir(site, quiet=2, invalidation_mode=unchecked)
     for entry_points in site.glob("*.dist-info/entry_points.txt"):

@@ -1,7 +1,7 @@
 #!/bin/sh
-# build.sh ROOT PROJECT OUT [TEST...]: the machines of the tests, made by ROOT's Nix in OUT/guests. OUT/wheels has what
-# the package is made of. Where $NIXPKGS is set, they are evaluated by the modules of that nixpkgs. Runs in namespaces that
-# are about to go; ROOT stays as it is.
+# build.sh ROOT PROJECT OUT [TEST...]: build the machines of the tests with ROOT's Nix, into OUT/guests. OUT/wheels has
+# the wheels of the package. If $NIXPKGS is set, the modules of that nixpkgs evaluate the machines. Needs temporary
+# namespaces. Does not change ROOT.
 set -eu
 root=$1 project=$2 out=$3
 shift 3

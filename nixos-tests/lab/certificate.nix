@@ -1,4 +1,4 @@
-# A certificate that signs itself, and its key, for the machine `server`.
+# Self-signed certificate and key of the machine `server`.
 { pkgs }:
 pkgs.runCommand "certificate" { nativeBuildInputs = [ pkgs.openssl ]; } ''
   mkdir "$out"

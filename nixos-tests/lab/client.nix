@@ -1,4 +1,4 @@
-# A machine that substitutes from the server, and from nowhere else, with signatures required.
+# A machine that substitutes only from the server, and requires signatures.
 { lib, ... }:
 {
   nix.settings = {

@@ -1,4 +1,4 @@
-"""A machine in namespaces of this one: it boots in a second, and runs at full speed."""
+"""Machine in a container of this machine: boots in a second, and runs at full speed."""
 
 import subprocess
 from contextlib import suppress
@@ -10,7 +10,7 @@ _BOOT = Path(__file__).with_name("container.sh")
 
 
 def make_network() -> None:
-    """A bridge in our own network namespace, which connects the machines."""
+    """Create a bridge in our own network namespace, which connects the machines."""
     for command in ("ip link add machines type bridge", "ip link set machines up"):
         subprocess.run(command.split(), check=True)
 
@@ -45,7 +45,7 @@ class Container(Machine):
 
     def _is_process_1_systemd(self) -> bool:
         self._require_alive()
-        # Until unshare has forked, children are container.sh's own commands, which may be gone when they are looked at.
+        # Until unshare has forked, children are commands of container.sh, which may exit before we read their names.
         for child in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
             with suppress(FileNotFoundError, ProcessLookupError):
                 if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
@@ -77,5 +77,5 @@ class Container(Machine):
     def release(self) -> None:
         if not self.started:
             return
-        self._process.kill()  # and with it process 1, and with that all others
+        self._process.kill()  # --kill-child then kills process 1, and with it all processes of the machine
         self._process.wait()

@@ -1,8 +1,8 @@
 #!/bin/sh
-# container.sh NAME ROOT STATE GUEST CGROUP: a machine in namespaces of its own, with systemd as process 1.
+# container.sh NAME ROOT STATE GUEST CGROUP: start a machine in new namespaces, with systemd as process 1.
 #
-# ROOT stays as it is: what the machine writes goes to STATE/upper. GUEST is what pack.py made, and CGROUP the machine's
-# directory in the cgroup tree. Needs root, and a mount namespace that is about to go.
+# Does not change ROOT: writes of the machine go to STATE/upper. GUEST is the directory of pack.py, and CGROUP the
+# machine's directory in the cgroup tree. Needs root and a temporary mount namespace.
 set -eu
 name=$1 root=$2 state=$3 guest=$4
 

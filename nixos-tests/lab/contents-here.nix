@@ -1,4 +1,4 @@
-# A machine that can build /etc/contents.nix. Nothing of that is there before.
+# A machine that can build /etc/contents.nix. Nothing of it is built in advance.
 { pkgs, ... }:
 {
   virtualisation.writableStore = true;

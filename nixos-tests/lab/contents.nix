@@ -1,5 +1,5 @@
-# What a machine builds itself while the test runs, with random bytes in it: it can be nowhere else. Its parts refer to
-# each other alone, so that a client needs nothing but what it is served.
+# Derivations that a machine builds during the test. Their outputs have random bytes, so they exist on no other machine.
+# They refer only to each other, so a client needs no other paths.
 { bash, coreutils }:
 let
   build =
@@ -11,7 +11,8 @@ let
         system = builtins.currentSystem;
         builder = "${bash}/bin/bash";
         PATH = "${coreutils}/bin";
-        # What bash is done with, it becomes; and coreutils close their output before they end, on which Nix kills them.
+        # "exit" keeps bash from running the last command by exec: coreutils close their output before they exit, and
+        # Nix kills a builder that closes its output.
         args = [
           "-euc"
           "${script}exit"
@@ -50,7 +51,7 @@ rec {
     head -c 41943040 /dev/urandom >$out
   '';
 
-  # Content-addressed by the derivation's choice: where it lies is not known before it is built.
+  # A floating content-addressed derivation: its output path is unknown before the build.
   floating =
     build "floating"
       {

@@ -1,6 +1,7 @@
-"""A bad network: cutting_proxy.py PORT HOST:PORT BYTES passes each connection on, and cuts it after BYTES of answers.
+"""Proxy that simulates a bad network: cutting_proxy.py PORT HOST:PORT BYTES.
 
-What goes through is told in lines: "open", and at last "cut 8388608" or "end 1234".
+Cuts each connection to HOST:PORT after BYTES of responses.
+Prints a line for each connection, "open", and at its end "cut 8388608" or "end 1234".
 """
 
 import asyncio
@@ -22,17 +23,17 @@ async def copy(source: StreamReader, target: StreamWriter, limit: int) -> int:
 async def main(port: int, origin: str, limit: int) -> None:
     host, _, origin_port = origin.partition(":")
 
-    async def connected(client: StreamReader, answers: StreamWriter) -> None:
+    async def connected(client: StreamReader, responses: StreamWriter) -> None:
         print("open", flush=True)
-        server, questions = await asyncio.open_connection(host, int(origin_port))
-        asking = asyncio.create_task(copy(client, questions, sys.maxsize))
+        server, requests = await asyncio.open_connection(host, int(origin_port))
+        copying = asyncio.create_task(copy(client, requests, sys.maxsize))
         try:
-            copied = await copy(server, answers, limit)
+            copied = await copy(server, responses, limit)
             print("cut" if copied == limit else "end", copied, flush=True)
         finally:
-            asking.cancel()
-            answers.transport.abort()
-            questions.transport.abort()
+            copying.cancel()
+            responses.transport.abort()
+            requests.transport.abort()
 
     async with await asyncio.start_server(connected, port=port) as proxy:
         await proxy.serve_forever()

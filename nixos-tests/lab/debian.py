@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# ruff: noqa: F821 - the driver runs it, and has what these names mean
-"""A test script: the commands of docs/how-to/debian.md, word by word, give a cache that a client can use."""
+# ruff: noqa: F821 - the driver runs this script, and defines these names
+"""Test script: the commands of docs/how-to/debian.md, run as written, result in a cache that a client can use."""
 
 import re
 
@@ -8,7 +8,7 @@ GUIDE = "/run/guest/harmonia-debian/project/docs/how-to/debian.md"
 
 
 def commands(beginning: str) -> list[str]:
-    """Those that root types in the part of the guide that begins so, but for apt-get: there is no network here."""
+    """Return root's commands of the block that begins so, without apt-get, because there is no network."""
     [block] = re.findall(rf"^```console\n(# {beginning}\n.*?)^```", guide, re.DOTALL | re.MULTILINE)
     return [line.removeprefix("# ") for line in block.splitlines() if not line.startswith("# apt-get ")]
 
@@ -19,7 +19,7 @@ def type_in(commands: list[str]) -> None:
 
 
 def download(size: str) -> str:
-    """A client that requires signatures gets a file of that size, which the server has just made."""
+    """Download a new random file of that size to a client that requires signatures. Return the server's log."""
     path = server.succeed(f"head --bytes={size} /dev/urandom >/tmp/file; nix-store --add /tmp/file").strip()
     client.fail(f"test -e {path}")
     client.succeed(
@@ -33,7 +33,7 @@ def download(size: str) -> str:
 start_all()
 guide = server.succeed(f"cat {GUIDE}")
 wheels = "/run/guest/harmonia-debian/wheels/$(. /etc/os-release && echo $VERSION_CODENAME)"
-# pip writes there; Nix makes its database when root first uses it; and this is as Debian has it.
+# pip writes to the project. Nix creates its database when root first uses it. The socket is as Debian installs it.
 server.succeed(
     "cp --recursive /run/guest/harmonia-debian/project /root",
     "nix-store --init",
@@ -43,7 +43,7 @@ server.succeed(
 with subtest("each command works"):
     type_in(commands("apt-get install python3-venv"))
 
-with subtest("the service is what it is on NixOS"):
+with subtest("the exposure of the service is that on NixOS"):
     assert " 0.3 " in server.succeed("systemd-analyze security --no-pager harmonia.service | tail --lines=1")
 
 with subtest("a client substitutes"):
@@ -54,11 +54,11 @@ with subtest("commands find the settings of the service"):
     for command in "check-config", "doctor", f"verify {path}", f"warm {path}":
         server.succeed(f"/opt/harmonia/bin/harmonia {command} >&2")
 
-with subtest("what is told of the daemon helps"):
+with subtest("the guide's remedy for the warning about the daemon works"):
     server.succeed("journalctl --rotate; journalctl --vacuum-time=1s")
     type_in(commands("mkdir -p /etc/systemd/system/harmonia.service.d"))
     assert "WARNING" not in download("2M")
 
-with subtest("what the documentation tells of a start after a boot is so"):
+with subtest("the units start at boot, as documented"):
     for unit in ("harmonia.socket", "harmonia.service"):
         assert server.succeed(f"systemctl is-enabled {unit}") == "enabled\n"

@@ -1,8 +1,10 @@
-"""Runs a NixOS test between Debian machines: driver.py GUEST --root DIR [--root MACHINE=DIR] --cgroup DIR
-or, in QEMU: driver.py GUEST --root DIR --disk IMAGE --packed IMAGE.
+"""Driver of a NixOS test between Debian machines.
 
-GUEST is what pack.py made of the test. Every machine has the root file system DIR; one may have another. What is made
-here lies in our own mount, network and process namespaces, and goes with them: run.py starts us so.
+In containers: driver.py GUEST --root DIR [--root MACHINE=DIR] --cgroup DIR
+In QEMU: driver.py GUEST --root DIR --disk IMAGE --packed IMAGE
+
+GUEST is the directory that pack.py made for the test. Every machine has the root file system DIR, unless MACHINE=DIR
+names another one. run.py starts the driver in new mount, network and process namespaces, which end with it.
 """
 
 import argparse
@@ -58,17 +60,17 @@ def run(script: Path, machines: list[Machine]) -> None:
 
 
 def explain(machine: Machine) -> None:
-    """Print what a machine has to say after a failure."""
+    """Print failed units and the end of the journal of a machine after a failure."""
     if not machine.has_shell:
         return
     signal.alarm(60)
-    with suppress(OSError, MachineError):  # of the shell, if it was that
+    with suppress(OSError, MachineError):  # if the shell itself failed
         _, journal = machine.execute("systemctl --failed --no-legend; journalctl --no-pager --lines=80", timeout=20)
-        machine.log(f"the last of its journal:\n{journal}")
+        machine.log(f"end of the journal:\n{journal}")
 
 
 def stop(signal_number: int, _frame: FrameType | None) -> NoReturn:
-    raise MachineError(f"not done in {TIMEOUT} s" if signal_number == signal.SIGALRM else "interrupted")
+    raise MachineError(f"timeout after {TIMEOUT} s" if signal_number == signal.SIGALRM else "interrupted")
 
 
 def main() -> int:
@@ -89,7 +91,7 @@ def main() -> int:
     started = (virtual_machines if options.disk else containers)(options, addresses, scratch)
     try:
         run(options.guest / "test.py", started)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the script's
+    except Exception as error:  # noqa: BLE001 - any error of the script fails the test
         log(f"{type(error).__name__}: {error}")
         for machine in started:
             explain(machine)

@@ -1,4 +1,4 @@
-# Signing keys, made for these tests alone.
+# Signing keys, used only in these tests.
 {
   one = {
     secret = "one.example.org-1:SBC7pXYW21eJVRE01J6CsU6SgiBJRnjCgqDxalrAMe0CHycoYmfL9VarmMOiO3Vu23qzWh9rOAAEHnv2CP1M7g==";

@@ -1,7 +1,7 @@
-"""A machine of a NixOS test, as its testScript sees it: as much of the NixOS test driver's `Machine` as our tests use.
+"""Base class of test machines: the part of the `Machine` of the NixOS test driver that our tests use.
 
-Names, arguments and meaning are those of nixos/lib/test-driver in nixpkgs, so that the same script runs in both. How a
-machine starts and runs a command is told by those who derive from it: container.py and qemu.py.
+Names, arguments and meaning are those of nixos/lib/test-driver in nixpkgs, so the same script runs in both. The
+subclasses in container.py and qemu.py start a machine and run its commands.
 """
 
 import shlex
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-# What NixOS has in the PATH of its test shell, and then Debian's.
+# PATH of the test shell of NixOS, then of Debian.
 PATH = "/run/wrappers/bin:/run/current-system/sw/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_TIMEOUT = 900
 BOOT_TIMEOUT = 240
@@ -24,13 +24,13 @@ class Addresses(NamedTuple):
     v6: str
 
     def add(self, interface: str) -> Iterator[str]:
-        """The commands that give an interface the addresses."""
+        """Yield the commands that add the addresses to an interface."""
         yield f"ip addr add {self.v4}/24 dev {interface}"
         yield f"ip addr add {self.v6}/64 dev {interface} nodad"
 
 
 class MachineError(Exception):
-    """What the script expects did not come about."""
+    """A machine did not do what the script expects."""
 
 
 def log(message: str) -> None:
@@ -47,12 +47,12 @@ def retry(attempt: Callable[[], bool], timeout: float, what: str) -> None:
     deadline = time.monotonic() + timeout
     while not attempt():
         if time.monotonic() > deadline:
-            raise MachineError(f"{what}: not in {timeout} s")
+            raise MachineError(f"{what}: timeout after {timeout} s")
         time.sleep(0.1)
 
 
 class Machine(ABC):
-    """`guest` is what pack.py made for all machines of one test; `state` is a directory for this one."""
+    """Machine of a test. `guest` is the directory of pack.py for the test, `state` a new directory for the machine."""
 
     def __init__(self, name: str, addresses: Addresses, guest: Path, state: Path) -> None:
         self.name = name
@@ -65,19 +65,19 @@ class Machine(ABC):
 
     @abstractmethod
     def boot(self) -> None:
-        """Begin to boot."""
+        """Start booting, without waiting."""
 
     @abstractmethod
     def wait_for_shell(self) -> None:
-        """Wait until `shell` works, and the network is there."""
+        """Wait until `shell` works and the network is up."""
 
     @abstractmethod
     def shell(self, command: str) -> tuple[int, bytes]:
-        """The exit status and the output of a command for bash."""
+        """Run a command in bash. Return its exit status and output."""
 
     @abstractmethod
     def release(self) -> None:
-        """End the machine, in whatever state it is."""
+        """Stop the machine, in any state."""
 
     def log(self, message: str) -> None:
         log(f"{self.name}: {message}")
@@ -89,11 +89,13 @@ class Machine(ABC):
             self.boot()
 
     def set_up(self) -> None:
-        """Wait until the machine runs, and give it what the evaluated NixOS configuration says."""
+        """Wait until the machine runs, then apply the evaluated NixOS configuration."""
         self.start()
         self.wait_for_shell()
         self.has_shell = True
-        self.execute("systemctl is-system-running --wait", timeout=BOOT_TIMEOUT)  # set-up need not race with the boot
+        self.execute(
+            "systemctl is-system-running --wait", timeout=BOOT_TIMEOUT
+        )  # avoids a race of the set-up with the boot
         status, output = self.shell(f"bash /run/guest/{self.guest.name}/{self.name}/setup.sh 2>&1")
         if status != 0:
             raise MachineError(f"{self.name}: set-up failed: {output.decode(errors='replace')}")
@@ -114,7 +116,7 @@ class Machine(ABC):
         self.log(f"must {'succeed' if success else 'fail'}: {command}")
         status, output = self.execute(command, timeout)
         if (status == 0) != success:
-            raise MachineError(f"{self.name}: `{command}` gave status {status}:\n{output}")
+            raise MachineError(f"{self.name}: `{command}` exited with status {status}:\n{output}")
         return output
 
     def wait_until_succeeds(self, command: str, timeout: int = DEFAULT_TIMEOUT) -> str:
@@ -131,7 +133,7 @@ class Machine(ABC):
             status, output = self.execute(command, timeout)
             return (status == 0) == success
 
-        self.log(f"waiting until it {'succeeds' if success else 'fails'}: {command}")
+        self.log(f"waiting until the command {'succeeds' if success else 'fails'}: {command}")
         retry(attempt, timeout, f"{self.name}: `{command}`")
         return output
 
@@ -158,7 +160,7 @@ class Machine(ABC):
 
     def wait_for_unit(self, unit: str, timeout: int = DEFAULT_TIMEOUT) -> None:
         def attempt() -> bool:
-            # The jobs first: one that ends meanwhile has started the unit by the time we look at it.
+            # Read the jobs first: a job that ends meanwhile has then started the unit when we read its state.
             jobs = self.execute("systemctl list-jobs --full 2>&1")[1]
             state = self.execute(f"systemctl show --value --property=ActiveState {shlex.quote(unit)}")[1].strip()
             if state == "failed" or (state == "inactive" and "No jobs" in jobs):

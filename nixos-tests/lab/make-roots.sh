@@ -1,7 +1,7 @@
 #!/bin/sh
-# make-roots.sh DIR NAME...: DIR/NAME is a Debian root file system with systemd and Nix, for the machines of the tests and
-# for building what they run. NAME is a Debian release, or with "+kernel" one that can boot in a virtual machine. A root
-# that is there already is kept.
+# make-roots.sh DIR NAME...: create Debian root file systems DIR/NAME with systemd and Nix, for the machines of the
+# tests and for building them. NAME is a Debian release; with "+kernel", it can boot in a virtual machine. Existing root file
+# systems are kept.
 #
 # Needs root, mmdebstrap and the network.
 set -eu
@@ -12,13 +12,13 @@ mkdir -p "$dir"
 
 packages=systemd-sysv,libnss-systemd,udev,dbus,iproute2,nix-bin,nix-setup-systemd
 packages=$packages,ca-certificates,curl,netcat-openbsd,nginx-light,openssl,python3-venv,zstd
-# What takes time to start, needs hardware, or would not run unasked on NixOS.
+# Units that start slowly, need hardware, or do not run by default on NixOS.
 unwanted='apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service
   fstrim.timer getty.target getty@.service serial-getty@.service console-getty.service ldconfig.service nginx.service
   systemd-firstboot.service systemd-hwdb-update.service systemd-journal-catalog-update.service systemd-logind.service
   systemd-networkd.service systemd-networkd.socket systemd-pstore.service systemd-update-done.service'
 
-# What is needed to mount the disk.
+# Kernel modules needed to mount the disk.
 # shellcheck disable=SC2016 # the inner shell expands it
 initrd_modules='mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
   echo MODULES=list >"$1/etc/initramfs-tools/conf.d/machine"
@@ -29,7 +29,7 @@ make_root() {
   [ ! -d "$root" ] || return 0
   rm -rf --one-file-system "$root.tmp"
   [ "$suite" = "$1" ] || packages=$packages,linux-image-cloud-amd64,initramfs-tools
-  # A mirror may serve a snapshot whose "valid until" has passed: what matters here are the versions.
+  # A mirror may serve an old snapshot whose "Valid-Until" has passed. Only the versions matter here.
   mmdebstrap --quiet --mode=root --variant=minbase --include="$packages" --essential-hook="$initrd_modules" \
     --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='Acquire::Languages "none"' \
     --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -37,7 +37,7 @@ make_root() {
   for unit in $unwanted; do
     ln -sf /dev/null "$root.tmp/etc/systemd/system/$unit"
   done
-  # Debian lets only one group reach the Nix daemon, NixOS lets everyone.
+  # On Debian only one group can connect to the Nix daemon, on NixOS everyone can.
   sed 's/daemon-socket 770 root nix-users/daemon-socket 755 root root/' \
     "$root.tmp/usr/lib/tmpfiles.d/nix-daemon.conf" >"$root.tmp/etc/tmpfiles.d/nix-daemon.conf"
   echo 5ea1ab1e5ea1ab1e5ea1ab1e5ea1ab1e >"$root.tmp/etc/machine-id"
@@ -45,8 +45,8 @@ make_root() {
   mv -T "$root.tmp" "$root"
 }
 
-# A shell on the second serial port, for qemu.py: a line is a command in base64, the answer its output in base64 and its
-# exit status.
+# Add a shell on the second serial port, for qemu.py. It reads a command in base64 per line, and prints the output in
+# base64 and the exit status.
 add_shell() {
   cat >"$1/usr/local/sbin/test-shell" <<'END'
 #!/bin/bash

@@ -1,8 +1,8 @@
-"""Packs tests for the driver: pack.py OUT BUNDLE..., run where the bundles' store is.
+"""Packer of tests for the driver: pack.py OUT BUNDLE..., run in the root file system that built the bundles.
 
-A bundle is what eval/bundle.nix makes of a test. OUT gets a `store` with all that the machines need, and for each test
-a directory with `test.py`, `machines.json` (names and addresses) and, for each machine, `registration` (what Nix has to
-know of the store paths) and `setup.sh` (which makes of a Debian machine what the NixOS configuration says).
+A bundle is the output of eval/bundle.nix for a test. OUT gets a `store` with the store paths of all machines. For each
+test it gets a directory with `test.py`, `machines.json` (names and addresses) and, for each machine, `registration`
+(input of `nix-store --load-db`) and `setup.sh` (applies the NixOS configuration to a Debian machine).
 """
 
 import json
@@ -16,8 +16,8 @@ from typing import Any
 
 STORE_PATH = re.compile(r"/nix/store/[a-z0-9]{32}-[A-Za-z0-9+._?=-]+")
 UNITS = "/etc/systemd/system"
-# There are no nested namespaces to count on. Nix kills all processes of a build user that it can see, and that of a Nix
-# outside of a container sees those inside: no build users.
+# No sandbox, because nested namespaces may be forbidden. No build users, because Nix kills all processes of a build
+# user that it sees, and a Nix outside of a container sees the processes inside.
 SETTINGS = "sandbox = false\nbuild-users-group =\n"
 
 
@@ -49,7 +49,7 @@ def files(node: dict[str, Any]) -> Iterator[str]:
     for target, entry in node["etc"].items():
         path, source = f"/etc/{target}", entry["source"]
         yield quoted("rm -rf", path)
-        if target == "nix/nix.conf":  # and what a test may count on there, but not here
+        if target == "nix/nix.conf":  # with settings that a container needs
             yield f"{quoted('install -D -m 644', source, path)}; {quoted('printf %s', SETTINGS)} >>{path}"
         elif entry["mode"] in {"symlink", "direct-symlink"}:
             yield quoted("mkdir -p", str(Path(path).parent)) + "; " + quoted("ln -s", source, path)
@@ -62,7 +62,7 @@ def files(node: dict[str, Any]) -> Iterator[str]:
     yield quoted("printf %s", node["hosts"]) + " >>/etc/hosts"
     yield "mkdir -p /run/current-system/sw/bin"
     for package in node["packages"]:
-        # A stand-in's bin is the machine's own /usr/bin.
+        # The bin of a stub package is a link to the machine's own /usr/bin.
         yield f"[ -L {package}/bin ] || ln -sf {package}/bin/* /run/current-system/sw/bin/"
 
 
@@ -71,7 +71,9 @@ def units(node: dict[str, Any]) -> Iterator[str]:
     for name, unit in node["units"].items():
         text = Path(unit["file"]).read_text()
         if name.endswith(".service") and not re.search("^Exec(Start|Stop)=", text, re.MULTILINE):
-            yield quoted("install -D", unit["file"], f"{UNITS}/{name}.d/nixos.conf")  # changes one that Debian has
+            yield quoted(
+                "install -D", unit["file"], f"{UNITS}/{name}.d/nixos.conf"
+            )  # a drop-in for a unit that Debian has
         else:
             yield quoted("ln -sf", unit["file"], f"{UNITS}/{name}")
         for kind, targets in (("wants", unit["wantedBy"]), ("requires", unit["requiredBy"])):
@@ -83,17 +85,17 @@ def units(node: dict[str, Any]) -> Iterator[str]:
         for alias in unit["aliases"]:
             yield quoted("ln -sf", name, f"{UNITS}/{alias}")
     yield "systemctl daemon-reload"
-    yield "systemctl try-restart nix-daemon.service"  # Debian's started before nix.conf was written
+    yield "systemctl try-restart nix-daemon.service"  # Debian's daemon started before nix.conf was written
     if wanted:
         yield quoted("systemctl start --no-block", *sorted(wanted))
 
 
 def closure(node: dict[str, Any]) -> list[str]:
     roots = sorted(set(STORE_PATH.findall(json.dumps(node))))
-    return ask("nix-store", "--query", "--requisites", *roots).split() if roots else []
+    return output_of("nix-store", "--query", "--requisites", *roots).split() if roots else []
 
 
-def ask(*command: str) -> str:
+def output_of(*command: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -107,7 +109,7 @@ def pack(bundle: dict[str, Any], out: Path, store: Path) -> None:
         missing = [path for path in paths if not (store / Path(path).name).exists()]
         if missing:
             subprocess.run(["cp", "-a", *missing, store], check=True)
-        (machine / "registration").write_text(ask("nix-store", "--dump-db", *paths) if paths else "")
+        (machine / "registration").write_text(output_of("nix-store", "--dump-db", *paths) if paths else "")
         script = ["set -eu", *install(paths, f"/run/guest/{out.name}/{name}/registration")]
         script += [*users(node), *files(node), *node["activation"], *units(node)]
         (machine / "setup.sh").write_text("\n".join(script) + "\n")

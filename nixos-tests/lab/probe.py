@@ -1,4 +1,4 @@
-"""Tries what a server of the store has no business with, and prints a line for each thing that worked."""
+"""Sandbox probe: tries actions that the service must not be able to do, and prints the result of each."""
 
 import ctypes
 import os

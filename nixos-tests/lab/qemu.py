@@ -1,4 +1,4 @@
-"""A machine in QEMU, with a kernel of its own. Software emulation: it needs no /dev/kvm, and is ten times slower."""
+"""Machine in QEMU with its own kernel. Uses software emulation: ten times slower, but needs no /dev/kvm."""
 
 import base64
 import socket
@@ -8,9 +8,9 @@ from pathlib import Path
 from machine import BOOT_TIMEOUT, PATH, Addresses, Machine, MachineError
 
 MEMORY = "1024"  # MiB
-# The oldest processor that the wheels run on; QEMU's own default is one of 2003.
+# The oldest processor that the wheels support. QEMU's default is a processor of 2003.
 PROCESSOR = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand"
-# All machines of a driver hear what goes to this address of its loopback interface: a hub.
+# A hub: all machines of a driver receive the packets to this multicast address on its loopback interface.
 HUB = "socket,id=hub,mcast=230.0.0.1:2300,localaddr=127.0.0.1"
 
 
@@ -19,13 +19,13 @@ def make_network() -> None:
 
 
 def make_disk(directory: Path, image: Path, size: str) -> None:
-    """An image of an ext4 file system that holds what is in the directory."""
-    image.touch()  # or else mke2fs tells that it makes it
+    """Create an image of an ext4 file system with the content of the directory."""
+    image.touch()  # otherwise mke2fs prints a message
     subprocess.run(("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", directory, image, size), check=True)
 
 
 class VirtualMachine(Machine):
-    """`root` has a kernel. `disk` and `packed` are images: of it, and of what pack.py made."""
+    """Virtual machine with the kernel of `root`. `disk` is an image of `root`, `packed` one of pack.py's output."""
 
     def __init__(
         self, name: str, addresses: Addresses, guest: Path, state: Path, *, root: Path, disk: Path, packed: Path
@@ -41,7 +41,7 @@ class VirtualMachine(Machine):
         listener.listen(1)
         append = f"console=ttyS0 root=/dev/vda rw panic=1 net.ifnames=0 mitigations=off systemd.hostname={self.name}"
         number = int(self.addresses.v4.rpartition(".")[2])
-        # What a machine writes to its disks goes to a file that has no name.
+        # snapshot=on: writes go to an unnamed temporary file.
         disks = [word for disk in self._disks for word in ("-drive", f"file={disk},if=virtio,format=raw,snapshot=on")]
         command = [
             *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-m", MEMORY),

@@ -1,10 +1,10 @@
-"""Runs the NixOS tests here, without NixOS: run.py [TEST...], as root.
+"""Runner of the NixOS tests on Debian: run.py [TEST...], as root.
 
-docs/reference/nixos-tests.md tells what that shows.
+docs/reference/nixos-tests.md describes what the tests prove.
 
-Debian root file systems are made once, and kept. The package and what the machines are configured to be is evaluated
-and built by real Nix. Then each test runs between machines that are containers, or virtual. All of it happens in
-namespaces that the kernel takes away with their first process: nothing stays behind, however it ends.
+The Debian root file systems are created once and kept. Real Nix evaluates and builds the package and the machines'
+configurations. Then each test runs between containers or virtual machines. Everything runs in namespaces that the
+kernel removes with their first process, so nothing stays behind, even after a crash.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from qemu import make_disk
 LAB = Path(__file__).parent.resolve()
 PROJECT = LAB.parent.parent
 TOOLS = ("ip", "mmdebstrap", "nsenter", "setpriv", "unshare")
-# The Debian of the machines, and the Python of each; and those of a client that has an older Nix, or a newer.
+# Debian release of the machines, Python of each release, and releases of clients with an older or newer Nix.
 SUITE = "trixie"
 PYTHONS = {SUITE: "3.13", "bookworm": "3.11"}
 OTHER_CLIENTS = {"basic": ("bookworm", "sid"), "ca-derivations": ("sid",)}
@@ -54,7 +54,7 @@ class Run(NamedTuple):
 
 
 def contained(*command: str | Path, network: bool = False, output: IO[bytes] | None = None) -> bool:
-    """Run a command in namespaces of its own. Whether it succeeded."""
+    """Run a command in new namespaces. Return True if it succeeded."""
     namespaces = NAMESPACES if network else (*NAMESPACES, "--net")
     enter = ("setpriv", "--pdeathsig", "KILL", "unshare", *namespaces)
     return subprocess.run((*enter, *command), check=False, stdout=output, stderr=output).returncode == 0
@@ -62,25 +62,25 @@ def contained(*command: str | Path, network: bool = False, output: IO[bytes] | N
 
 @contextmanager
 def cgroup() -> Iterator[Path]:
-    """A directory for the machines in the tree of cgroups (version 2)."""
+    """Create a cgroup (version 2) for the machines, and remove it at the end."""
     mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
     tree = next((Path(where) for _, where, kind, *_ in mounts if kind == "cgroup2"), None)
     if tree is None:
-        sys.exit("no cgroups of version 2 here")
+        sys.exit("no cgroups of version 2 are mounted; mount them at /sys/fs/cgroup")
     path = tree / f"harmonia-{os.getpid()}"
     path.mkdir()
     try:
         yield path
     finally:
         deadline = time.monotonic() + 10
-        while path.exists() and time.monotonic() < deadline:  # what was killed takes a moment to be gone
+        while path.exists() and time.monotonic() < deadline:  # killed processes take a moment to exit
             for directory, _, _ in os.walk(path, topdown=False):
                 with suppress(OSError):
                     os.rmdir(directory)
 
 
 def make_roots(suites: set[str]) -> Path:
-    """The directory of root file systems: another one whenever what makes them changes."""
+    """Create missing root file systems. Return their directory, which depends on the script that creates them."""
     script = LAB / "make-roots.sh"
     version = hashlib.sha256(script.read_bytes()).hexdigest()[:8]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "harmonia")
@@ -91,7 +91,7 @@ def make_roots(suites: set[str]) -> Path:
 
 
 def make_wheels(wheels: Path, suite: str, *more: str) -> None:
-    """The package and all that it needs, for that Debian's Python; and what else is asked for."""
+    """Build the package, and download its dependencies and `more` for the Python of that Debian release."""
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     subprocess.run((*pip, "wheel", "--no-deps", "--wheel-dir", wheels, PROJECT), check=True)
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
@@ -100,7 +100,7 @@ def make_wheels(wheels: Path, suite: str, *more: str) -> None:
 
 
 def make_debian(guest: Path) -> None:
-    """The machines of debian.py: nothing of NixOS, but this repository and what pip would download."""
+    """Prepare the machines of debian.py: no NixOS, but this repository and the packages that pip would download."""
     for suite in PYTHONS:
         make_wheels(guest / "wheels" / suite, suite, "hatchling")
     for name in ("docs", "harmonia"):
@@ -112,7 +112,7 @@ def make_debian(guest: Path) -> None:
         "server": {"v4": "192.168.1.2", "v6": "2001:db8:1::2"},
     }
     (guest / "machines.json").write_text(json.dumps(machines))
-    hosts = "127.0.0.1 localhost\n::1 localhost\n"  # every Debian has these, but not a minimal root file system
+    hosts = "127.0.0.1 localhost\n::1 localhost\n"  # a minimal root file system lacks these lines
     hosts += "".join(f"{address} {name}\n" for name, each in machines.items() for address in each.values())
     for name in machines:
         (guest / name).mkdir()
@@ -138,9 +138,11 @@ def show(text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the NixOS tests between containers.")
-    parser.add_argument("tests", nargs="*", help="all without")
-    parser.add_argument("--qemu", action="store_true", help=f"also in virtual machines: {', '.join(IN_QEMU)}")
-    parser.add_argument("--logs", type=Path, help="keep what the tests print in this directory")
+    parser.add_argument("tests", nargs="*", help="tests to run (default: all)")
+    parser.add_argument(
+        "--qemu", action="store_true", help=f"run these in virtual machines as well: {', '.join(IN_QEMU)}"
+    )
+    parser.add_argument("--logs", type=Path, help="keep the output of the tests in this directory")
     options = parser.parse_args()
     tests = options.tests or [*sorted(path.stem for path in LAB.parent.glob("*.nix")), WITHOUT_NIXOS]
     on_nixos = [test for test in tests if test != WITHOUT_NIXOS]
@@ -150,7 +152,7 @@ def main() -> int:
     if options.qemu:
         runs += [Run(test, root=WITH_KERNEL) for test in IN_QEMU if test in tests]
     if os.geteuid() != 0:
-        sys.exit("containers and root file systems need root")
+        sys.exit("creating containers and root file systems needs root; run this as root")
     tools = (*TOOLS, "qemu-system-x86_64", "mke2fs") if options.qemu else TOOLS
     if missing := [tool for tool in tools if shutil.which(tool) is None]:
         sys.exit(f"not installed: {', '.join(missing)}")

@@ -1,4 +1,4 @@
-# A cache that builds what it serves.
+# A cache that builds the paths it serves.
 { lib, ... }:
 {
   imports = [ ./contents-here.nix ];

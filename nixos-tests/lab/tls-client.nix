@@ -1,4 +1,4 @@
-# A client of https://server, which has the certificate that all of these tests have.
+# A client of https://server. All tests with TLS use the same certificate.
 { pkgs, lib, ... }:
 let
   certificate = import ./certificate.nix { inherit pkgs; };
