@@ -1,6 +1,6 @@
-"""Whether what we depend on is known to be vulnerable, by what `pip-audit --format json` says.
+"""Report of known vulnerabilities in the dependencies, from the output of `pip-audit --format json`.
 
-pip-audit itself calls it well where there was nobody to be asked.
+Reports packages that could not be checked. pip-audit itself exits with success then.
 """
 
 import json
@@ -10,9 +10,9 @@ found = json.loads(sys.stdin.read() or '{"dependencies": [{"name": "all", "skip_
 unknown = [each for each in found if "skip_reason" in each]
 vulnerable = [(each, flaw) for each in found for flaw in each.get("vulns", [])]
 for each, flaw in vulnerable:
-    print(f"{each['name']} {each['version']}: {flaw['id']}; mended in {', '.join(flaw['fix_versions']) or 'none'}")
+    print(f"{each['name']} {each['version']}: {flaw['id']}; fixed in {', '.join(flaw['fix_versions']) or 'none'}")
 if unknown:
-    print(f"SKIPPED: {len(unknown)} of {len(found)} packages, of which nobody could be asked; see .audit/log")
+    print(f"SKIPPED: {len(unknown)} of {len(found)} packages could not be checked; see .audit/log")
 if not vulnerable:
-    print(f"{len(found) - len(unknown)} packages are not known to be vulnerable")
+    print(f"{len(found) - len(unknown)} packages have no known vulnerability")
 sys.exit(bool(vulnerable))

@@ -1,6 +1,6 @@
-"""Check the titles of new commits: `area: imperative`, at most 72 characters.
+"""Check of the titles of new commits: `area: imperative`, at most 72 characters.
 
-Prints each wrong one, and exits with 1 if there is any.
+Prints each wrong title, and exits with status 1 if there is one.
 """
 
 import re
@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 LAST_UNCHECKED = "9cb4e0b"
-"""Commits up to this one are older than the rule."""
+"""Last commit that is older than the rule."""
 
 MAX_CHARACTERS = 72
 AREA = re.compile(r"[a-z][a-z0-9./-]*(?:, [a-z][a-z0-9./-]*)*: (?P<verb>[a-z]+)\b(?!.*\.$).*")
@@ -35,7 +35,7 @@ def fault(title: str) -> str | None:
 def new_commits() -> list[tuple[str, str]]:
     """Return short hash and title of each commit after LAST_UNCHECKED.
 
-    A shallow clone that does not reach back so far has only new commits.
+    If a shallow clone does not have LAST_UNCHECKED, all its commits are new.
     """
     known = _git("rev-parse", "--quiet", "--verify", f"{LAST_UNCHECKED}^{{commit}}")
     shallow = _git("rev-parse", "--is-shallow-repository").strip() == "true"

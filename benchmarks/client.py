@@ -1,7 +1,7 @@
-"""A client that takes what it gets and throws it away: it drains, and does not decompress.
+"""Benchmark client: downloads and discards bodies without decompressing them.
 
-It is a process of its own, with a thread for each connection, which is kept from one request to the next. For what is
-small, `wrk` asks: this one would be slower than the servers.
+Runs in its own process, with a thread for each keep-alive connection. Small responses are measured with `wrk` instead,
+because this client would be slower than the servers.
 """
 
 import json
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 
 _BUFFER = 1 << 20  # bytes
 _SLOW_BUFFER = 64 * 1024
-_SLOW_PAUSE = 1 / 16  # seconds after each buffer: 1 MiB/s
+_SLOW_PAUSE = 1 / 16  # seconds between buffers: 1 MiB/s
 _COMMAND = [sys.executable, "-m", "benchmarks.client"]
 
 Address = tuple[str, int]
@@ -27,15 +27,15 @@ Address = tuple[str, int]
 class Connection:
     def __init__(self, address: Address, *, slow: bool = False) -> None:
         self._socket = socket.socket()
-        if slow:  # so that no more waits in the kernel
+        if slow:  # keep little data in the kernel
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_BUFFER)
-        self._socket.connect(tuple(address))  # JSON makes it a list
+        self._socket.connect(tuple(address))  # JSON turns the tuple into a list
         self._stream = self._socket.makefile("rb")
         self._buffer = memoryview(bytearray(_SLOW_BUFFER if slow else _BUFFER))
         self._pause = _SLOW_PAUSE if slow else 0.0
 
     def get(self, path: str, headers: Mapping[str, str]) -> int:
-        """The bytes of body that came. OSError where they are not all, or the answer is an error."""
+        """Return the length of the body in bytes. Raises OSError if it is truncated or the status is an error."""
         lines = [f"GET {path} HTTP/1.1", "Host: cache", *(f"{name}: {value}" for name, value in headers.items())]
         self._socket.sendall("\r\n".join([*lines, "", ""]).encode())
         status, *fields = iter(lambda: self._stream.readline().decode().strip().lower(), "")
@@ -56,7 +56,7 @@ class Connection:
         while left:
             count = self._stream.readinto(self._buffer[:left])
             if not count:
-                raise OSError("the body breaks off")
+                raise OSError("the body ends early")
             left -= count
             if self._pause:
                 time.sleep(self._pause)
@@ -65,7 +65,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Downloads:
-    """What to ask a server for: each path once, over so many connections."""
+    """Downloads of each path once, over a number of connections."""
 
     address: Address
     paths: Sequence[str]
@@ -73,14 +73,14 @@ class Downloads:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> tuple[float, int]:
-        """How many seconds it took, and the bytes of the bodies."""
+        """Run the downloads. Return the seconds they took, and the total length of the bodies in bytes."""
         done = subprocess.run(_COMMAND, input=json.dumps(asdict(self)), stdout=subprocess.PIPE, text=True, check=True)
         seconds, size = json.loads(done.stdout)
         return seconds, size
 
     @contextmanager
     def going_on_slowly(self) -> Iterator[None]:
-        """While each connection takes 1 MiB/s."""
+        """Download in the background, 1 MiB/s on each connection."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen([*_COMMAND, "slowly"], text=True, **pipes) as process:  # type: ignore[call-overload]
             process.stdin.write(json.dumps(asdict(self)))
@@ -94,12 +94,14 @@ class Downloads:
 
 @dataclass(frozen=True)
 class Rate:
-    """What `wrk` saw."""
+    """Result of `wrk`."""
 
     per_second: float
+    """Responses per second."""
     p50: float
-    """Seconds until an answer."""
+    """Median seconds until a response."""
     p99: float
+    """99th percentile of the seconds until a response."""
 
 
 _WRK = """
@@ -112,8 +114,8 @@ request = function()
   return wrk.format("GET", paths[number %% #paths + 1], headers)
 end
 done = function(summary, latency)
-  local told = {summary.requests, summary.duration, latency:percentile(50), latency:percentile(99)}
-  io.write("\\n[" .. table.concat(told, ",") .. "]")
+  local result = {summary.requests, summary.duration, latency:percentile(50), latency:percentile(99)}
+  io.write("\\n[" .. table.concat(result, ",") .. "]")
 end
 """
 
@@ -127,7 +129,7 @@ def ask(
     *,
     numbered: bool = False,
 ) -> Rate:
-    """Ask for the paths again and again, each connection as fast as it is answered, whatever the answers say.
+    """Request the paths in a loop, each connection as fast as the server responds, and ignore the status.
 
     If they are `numbered`, no request is in the same words as another.
     """
@@ -136,8 +138,8 @@ def ask(
         script.write(_WRK % (", ".join(map(json.dumps, paths)), fields, "number" if numbered else "nil"))
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", script.name, "http://{}:{}".format(*address)]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    requests, duration, p50, p99 = json.loads(told.splitlines()[-1])
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    requests, duration, p50, p99 = json.loads(output.splitlines()[-1])
     return Rate(requests / duration * 1e6, p50 / 1e6, p99 / 1e6)
 
 
@@ -164,7 +166,7 @@ def _download(downloads: Downloads, *, slow: bool) -> None:
     for thread in threads:
         thread.join()
     if len(sizes) < len(downloads.paths):
-        sys.exit("not all of it came")
+        sys.exit("not all paths were downloaded")
     print(json.dumps([time.perf_counter() - began, sum(sizes)]))
 
 

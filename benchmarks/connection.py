@@ -1,4 +1,4 @@
-"""An HTTP client of which each answer is whole, or known to be broken."""
+"""HTTP client that detects truncated responses."""
 
 import asyncio
 import time
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import zstandard
 
-_PATIENCE_S = 60.0  # without a byte, after which an answer counts as one that never comes
+_PATIENCE_S = 60.0  # timeout without a byte
 
 
 class BrokenError(Exception):
-    """A transfer ended before its end."""
+    """A response ended early."""
 
 
 class WrongError(Exception):
-    """An answer that must never be."""
+    """A response is wrong. This must never happen."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Answer:
 
 
 class Connection:
-    """A client's, opened again when it was closed."""
+    """Keep-alive connection of a client. Reopened after it was closed."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.used = self._asked = time.monotonic()
-        """When it was asked for the answer before: from then on it may have ended, and nobody noticed."""
+        """Time of the previous request. The server may have closed the connection since then."""
 
     async def get(self, path: str, headers: str = "") -> Answer:
-        """BrokenError also where the connection had ended since it was last used."""
+        """Send a request. Raises BrokenError if there is no response, or if the server had closed the connection."""
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 self.used, self._asked = self._asked, time.monotonic()
@@ -88,7 +88,7 @@ class Connection:
 
 
 def unpacking(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
-    """Return a function that takes zstd frames in parts, and hands on what they hold."""
+    """Return a function that decompresses zstd frames given in parts, and passes the content on."""
     frame = zstandard.ZstdDecompressor().decompressobj()
 
     def unpack(data: bytes) -> None:

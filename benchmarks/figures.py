@@ -1,4 +1,4 @@
-"""A figure: what several contenders were measured at, round after round, and how ours compares."""
+"""Figures: measurements of several contenders in several rounds, and the ratio of ours to a reference."""
 
 import random
 import statistics
@@ -15,19 +15,19 @@ class Figure:
     what: str
     unit: str
     reference: str | None = None
-    """The contender by whose values ours are divided."""
+    """Contender whose values are the divisor of the ratio."""
     at_least: float | None = None
-    """The target: for the ratio, or where there is no reference, for the value itself."""
+    """Target for the ratio. If there is no reference, the target is for the value itself."""
     at_most: float | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
-    """By contender, one for each round."""
+    """Values of each contender, one per round."""
 
     def median(self, contender: str) -> float:
         return statistics.median(self.values[contender])
 
     @property
     def ratios(self) -> Sequence[float]:
-        """Each round's ratio of ours to the reference. Empty if there is nothing to compare with."""
+        """Ratio of ours to the reference in each round. Empty if there is no reference."""
         ours, theirs = self.values.get(HARMONIA), self.values.get(self.reference or "")
         return [mine / other for mine, other in zip(ours, theirs, strict=True)] if ours and theirs else []
 
@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def reached(self) -> float | None:
-        """How much of the target the median is: 1 or more is all. None without a target or anything to compare with."""
+        """Share of the target that the median reaches: 1 or more meets it. None without a target or reference."""
         value = self.ratio if self.reference else self.median(HARMONIA)
         return None if value is None else self._share(value)
 
@@ -47,18 +47,18 @@ class Figure:
         return self.at_most / value if self.at_most is not None else None
 
     def collapsed(self, share: float) -> bool:
-        """Return whether no round's ratio reached this share of the target.
+        """Return True if the ratio is below this share of the target in every round.
 
-        What disturbs the machine slows some rounds. Only a fault of ours slows all of them.
+        Noise of the machine slows some rounds. Only a regression slows all of them.
         """
         shares = [reached for reached in map(self._share, self.ratios) if reached is not None]
         return bool(shares) and max(shares) < share
 
 
 def compare(figures: Sequence[Figure], contenders: Mapping[str, Measure], rounds: int) -> Sequence[Figure]:
-    """Fill the figures with what each contender measures, which is one value for each figure.
+    """Fill the figures. Each contender measures one value for each figure and round.
 
-    They take turns, in another order each round, so that a noisy machine is so to all of them.
+    The contenders take turns, in a random order each round, so that noise of the machine affects all of them.
     """
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):

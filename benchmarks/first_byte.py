@@ -1,9 +1,9 @@
-"""How long the first byte takes, in each way that a large NAR can be asked for, by a server that has just started.
+"""Time to the first byte of a large NAR, for each kind of request, on a server that has just started.
 
     python benchmarks/first_byte.py [MIB]
 
-The NAR has that many MiB (4096) of programs and libraries of this machine. "Cold" is the first request that a server
-gets, "warm" the same after the NAR was compressed. It prints a table, and the load of the machine.
+The NAR has that many MiB (default: 4096) of programs and libraries of this machine. "Cold" is the first request to a
+server, "warm" the same request after the NAR was compressed. Prints a table, and the load of the machine.
 """
 
 import bz2
@@ -45,7 +45,7 @@ def write_content(target: Path, size: int) -> None:
 
 @contextmanager
 def harmonia(root: Path, settings: str = "") -> Iterator[tuple[str, int]]:
-    """A server that has just started, and its address."""
+    """Start a new server, and yield it and its address."""
     with tempfile.TemporaryDirectory(dir=root) as directory:
         config = Path(directory, "harmonia.toml")
         config.write_text(
@@ -65,7 +65,7 @@ def harmonia(root: Path, settings: str = "") -> Iterator[tuple[str, int]]:
 
 
 def first_byte(address: tuple[str, int], path: str, headers: Mapping[str, str], version: str, take: int = 1) -> float:
-    """Return the seconds until the first byte of a body, of which `take` bytes are read."""
+    """Return the seconds until the first byte of the body. Reads `take` bytes of it."""
     fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     with socket.create_connection(address) as connection:
         began = time.perf_counter()
@@ -105,7 +105,7 @@ def measure(root: Path, info: PathInfo) -> None:
             cold.append(first_byte(address, path, headers, version))
     print("| request | cold | warm |\n|---|---|---|")
     with harmonia(root) as address:
-        first_byte(address, file, {"Range": "bytes=-1"}, "1.1")  # waits until it is compressed
+        first_byte(address, file, {"Range": "bytes=-1"}, "1.1")  # waits until the NAR is compressed
         for (what, path, headers, version), seconds in zip(ways, cold, strict=True):
             row(what, seconds, first_byte(address, path, headers, version))
     with harmonia(root) as address:

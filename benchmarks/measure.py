@@ -1,5 +1,6 @@
-"""What is measured: each function answers one question with its figures. What needs a program that is not here is
-left out.
+"""Measurements: each function answers one question with figures.
+
+Measurements that need a program that is not installed are skipped.
 """
 
 import os
@@ -24,15 +25,15 @@ from harmonia.tools.store_builder import StoreBuilder
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
 
-_LEVEL = 3  # of zstd, our default
-_SLOW = 64  # downloads beside which narinfos are asked for
-_CONCURRENT = 200  # downloads while we look at the memory
-_WORKERS = 2  # which have them
+_LEVEL = 3  # zstd level, our default
+_SLOW = 64  # slow downloads during the requests for narinfos
+_CONCURRENT = 200  # concurrent downloads during the measurement of memory
+_WORKERS = 2  # worker processes during that measurement
 
 
 @contextmanager
 def side_by_side(store: BenchStore, suffix: str = "") -> Iterator[dict[str, Server]]:
-    """A Harmonia whose narinfos lead to NARs with that suffix, an nginx with copies of these, and the other one."""
+    """Start Harmonia with NARs of this suffix, nginx with copies of its responses, and the server of BENCH_OTHER."""
     with ExitStack() as stack:
         compression = "zstd" if suffix else "none"
         running = {HARMONIA: stack.enter_context(servers.harmonia(store, f"nar_compression = '{compression}'"))}
@@ -44,7 +45,7 @@ def side_by_side(store: BenchStore, suffix: str = "") -> Iterator[dict[str, Serv
 
 
 def each(running: Mapping[str, Server], measure: Callable[[Server], Sequence[float]]) -> dict[str, Measure]:
-    """The same measure of all servers."""
+    """Return the same measurement for each of the servers."""
     return {name: lambda server=server: measure(server) for name, server in running.items()}  # type: ignore[misc]
 
 
@@ -67,7 +68,7 @@ def narinfos(store: BenchStore) -> Iterator[Figure]:
         for name, asked, connections in (("narinfo", paths, 1), ("narinfo", paths, 25), ("narinfo, 404", absent, 25)):
 
             def often(server: Server) -> Sequence[float]:
-                rate = ask(server.address, asked, connections, store.form.seconds)  # noqa: B023 (it is called in this turn)
+                rate = ask(server.address, asked, connections, store.form.seconds)  # noqa: B023 (called in the same iteration)
                 return [rate.per_second, rate.p50 * 1e6, rate.p99 * 1e6]
 
             alone = connections == 1
@@ -81,7 +82,7 @@ def narinfos(store: BenchStore) -> Iterator[Figure]:
 
 
 def closures(store: BenchStore) -> Iterator[Figure]:
-    """The NARs of the closure, over 1, 4 and 16 connections."""
+    """Measure downloads of the NARs of the closure, over 1, 4 and 16 connections."""
     plain = [servers.nar(info) for info in store.closure]
     compressed = [f"{path}.zst" for path in plain]
 
@@ -121,7 +122,7 @@ def closures(store: BenchStore) -> Iterator[Figure]:
 
 
 def large_file(store: BenchStore) -> Iterator[Figure]:
-    """One NAR of one large file."""
+    """Measure downloads of the NAR of one large file."""
     path, real_path = servers.nar(store.large), store.real_path(store.large)
     size = store.large.nar_size / MIB
 
@@ -170,11 +171,11 @@ def large_file(store: BenchStore) -> Iterator[Figure]:
 
 
 def many_files(store: BenchStore) -> Iterator[Figure]:
-    """One path of many small files."""
+    """Measure NAR and listing of a path of many small files."""
     path, listing = servers.nar(store.many), f"/{store.many.path.hash_part}.ls"
 
     def ours() -> Sequence[float]:
-        """The NAR and the listing, each of a new server, and each once more."""
+        """Measure NAR and listing twice, each on a new server."""
         seconds = []
         for asked in (path, listing):
             with servers.harmonia(store) as server:
@@ -199,12 +200,12 @@ def many_files(store: BenchStore) -> Iterator[Figure]:
 
 
 def nix_copy(store: BenchStore) -> Iterator[Figure]:
-    """`nix copy` of the closure into an empty store, and what the server does for it."""
+    """Measure `nix copy` of the closure into an empty store, and the load of the server."""
     if not HAVE["nix-store"]:
         return
 
     def measure(server: Server) -> Sequence[float]:
-        os.sync()  # or it waits for what was written before
+        os.sync()  # so that earlier writes do not delay the measurement
         began = server.seconds
         seconds = _copy(store, server)
         return [seconds, server.seconds - began]
@@ -233,7 +234,7 @@ def _copy(store: BenchStore, server: Server) -> float:
 
 
 def load(store: BenchStore) -> Iterator[Figure]:
-    """Narinfos beside slow downloads, and the memory that downloads take."""
+    """Measure narinfos during slow downloads, and the memory of downloads."""
     path = servers.nar(store.large)
     if HAVE["wrk"]:
         paths = [servers.narinfo(info) for info in store.closure]
@@ -270,7 +271,7 @@ def load(store: BenchStore) -> Iterator[Figure]:
 
 
 def start(store: BenchStore) -> Iterator[Figure]:
-    """From the start to the first answers, of which one is to be looked up, with a large database."""
+    """Measure the time from the start to the first responses, one of which needs a lookup in a large database."""
     database, hash_part = _large_database(store)
 
     def ready() -> Sequence[float]:
@@ -289,21 +290,21 @@ def start(store: BenchStore) -> Iterator[Figure]:
 
 
 def _large_database(store: BenchStore) -> tuple[Path, str]:
-    """A database with that many paths, which are nowhere on disk, and the hash part of one of them."""
+    """Return a large database, without the paths on disk, and the hash part of one of its paths."""
     root = store.root.parent / f"database-{store.form.valid_paths}"
     hash_parts = (base32.encode(number.to_bytes(20, "little")) for number in range(store.form.valid_paths))
     rows = (
         (f"/nix/store/{hash_part}-path", f"sha256:{hash_part.encode().hex():0>64}", 1, 1000) for hash_part in hash_parts
     )
     if not root.exists():
-        print(f"making a database of {store.form.valid_paths:,} paths", flush=True)
+        print(f"creating a database of {store.form.valid_paths:,} paths", flush=True)
         unfinished = root.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         with StoreBuilder(unfinished).connect() as connection:
             connection.executemany(
                 "insert into ValidPaths (path, hash, registrationTime, narSize) values (?, ?, ?, ?)", rows
             )
-            # Each refers to the ten before it.
+            # Each path refers to the ten before it.
             connection.execute(
                 "insert into Refs select later.id, earlier.id from ValidPaths as later join ValidPaths as earlier"
                 " on earlier.id between later.id - 10 and later.id - 1"
@@ -313,7 +314,7 @@ def _large_database(store: BenchStore) -> tuple[Path, str]:
 
 
 def prices(store: BenchStore) -> Iterator[Figure]:
-    """What conveniences cost a request: the server's processor time."""
+    """Measure the CPU time that metrics, access log and other conveniences add to a request."""
     metrics = Metrics(("narinfo",), (), 1)
     route = metrics.own.routes["narinfo"]
     seconds = min(timeit.repeat(lambda: route.count(200, 1000, 0.001, None), number=10_000, repeat=5)) / 10_000

@@ -1,4 +1,4 @@
-"""What came out: a table for people, JSON for programs, and a plot of the ratios."""
+"""Report of the benchmarks: a table, JSON, and a plot of the ratios."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _NAME = "benchmarks"
 
 
 def write(directory: Path, store: BenchStore, figures: Sequence[Figure]) -> None:
-    """`benchmarks.md`, between two marks if there are such, `benchmarks.json` and `benchmarks.png`."""
+    """Write `benchmarks.md` (between its marks, if it has them), `benchmarks.json` and `benchmarks.png`."""
     directory.mkdir(exist_ok=True)
     circumstances = _circumstances(store)
     table = "\n".join([*(f"- {name}: {value}" for name, value in circumstances.items()), "", *_table(figures), ""])
@@ -28,12 +28,12 @@ def write(directory: Path, store: BenchStore, figures: Sequence[Figure]) -> None
     text = directory / f"{_NAME}.md"
     before, _, rest = (text.read_text() if text.exists() else _BEGIN + _END).partition(_BEGIN)
     text.write_text(f"{before}{_BEGIN}{table}{_END}{rest.partition(_END)[2]}")
-    told = circumstances | {"figures": [asdict(figure) | {"ratio": figure.ratio} for figure in figures]}
-    (directory / f"{_NAME}.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    document = circumstances | {"figures": [asdict(figure) | {"ratio": figure.ratio} for figure in figures]}
+    (directory / f"{_NAME}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     try:
         _plot(directory / f"{_NAME}.png", figures)
     except ImportError:
-        print("matplotlib is not installed, so that there is no plot: pip install -e '.[bench]'")
+        print("matplotlib is not installed, so no plot was written: pip install -e '.[bench]'")
 
 
 def _table(figures: Sequence[Figure]) -> list[str]:
@@ -85,8 +85,8 @@ def _version(*command: str) -> str:
 
 
 def _plot(path: Path, figures: Sequence[Figure]) -> None:
-    """A bar for each ratio, so that longer is better, and a mark at its target."""
-    import matplotlib as mpl  # noqa: PLC0415 (it may not be there)
+    """Plot a bar for each ratio, longer is better, with a mark at its target."""
+    import matplotlib as mpl  # noqa: PLC0415 (optional dependency)
 
     mpl.use("agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
@@ -110,5 +110,5 @@ def _plot(path: Path, figures: Sequence[Figure]) -> None:
 
 
 def _speed(figure: Figure, ratio: float) -> float:
-    """Of a ratio: more is faster. Of times, less is."""
+    """Return the speed-up for a ratio. A ratio of times is inverted, so that more is faster."""
     return 1 / ratio if figure.unit in {"s", "ms", "µs"} else ratio

@@ -1,7 +1,7 @@
-"""The servers that are measured side by side: of the same store, or of copies of its NARs.
+"""Servers to compare: they serve the same store, or copies of its NARs.
 
-Each has one process that serves. `BENCH_OTHER` adds one more: the command that runs it, where {root} stands for the
-directory with `nix/store` and `nix/var`, {store} and {database} for those in it, and {port} for where to listen.
+Each has one serving process. `BENCH_OTHER` is the command of one more server. In it, {root} stands for the directory
+with `nix/store` and `nix/var`, {store} and {database} for the store and database in it, and {port} for the port.
 """
 
 import os
@@ -31,7 +31,7 @@ _PATIENCE = 60  # seconds until a server answers
 
 @dataclass(frozen=True)
 class Server:
-    """One that runs."""
+    """A running server."""
 
     name: str
     address: Address
@@ -43,13 +43,13 @@ class Server:
 
     @property
     def processes(self) -> list[int]:
-        """The main one, and what it has started."""
+        """PIDs of the main process and its children."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [self.pid, *map(int, children.split())]
 
     @property
     def seconds(self) -> float:
-        """Of processor time, up to now."""
+        """CPU time of all processes so far."""
         ticks = 0
         for pid in self.processes:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -57,9 +57,9 @@ class Server:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def memory(self, what: str) -> list[int]:
-        """Bytes of each process: `Rss`, or `Pss`, where what several share counts as parts of one."""
-        told = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.processes)
-        return [int(re.search(rf"^{what}: *(\d+) kB", text, re.MULTILINE)[1]) * 1024 for text in told]  # type: ignore[index]
+        """Return the memory of each process in bytes: `Rss`, or `Pss`, which divides shared pages between processes."""
+        texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self.processes)
+        return [int(re.search(rf"^{what}: *(\d+) kB", text, re.MULTILINE)[1]) * 1024 for text in texts]  # type: ignore[index]
 
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path) as answer:
@@ -67,7 +67,7 @@ class Server:
         return content
 
     def nar(self, info: PathInfo) -> str:
-        """Where its narinfo leads."""
+        """Return the path in the URL of the narinfo."""
         lines = dict(line.split(": ", 1) for line in self.get(narinfo(info)).decode().splitlines() if ": " in line)
         return f"/{lines['URL']}"
 
@@ -77,7 +77,7 @@ def narinfo(info: PathInfo) -> str:
 
 
 def nar(info: PathInfo) -> str:
-    """The plain NAR, as Harmonia names it, and so our copies of its answers."""
+    """Return the path of the plain NAR on Harmonia, and on servers with copies of its responses."""
     return f"/{nar_url(info)}"
 
 
@@ -85,7 +85,7 @@ def nar(info: PathInfo) -> str:
 def harmonia(
     store: BenchStore, settings: str = "", *, database: Path | None = None, workers: int = 1
 ) -> Iterator[Server]:
-    """A new one, which has compressed nothing yet."""
+    """Start a new Harmonia with an empty cache."""
     port = _free_port()
     with tempfile.TemporaryDirectory(dir=store.root.parent) as directory:
         config = Path(directory, "harmonia.toml")
@@ -100,7 +100,7 @@ def harmonia(
 
 @contextmanager
 def nginx(files: Path) -> Iterator[Server]:
-    """Of a directory with what a cache answers, as `nix copy --to file://` makes it."""
+    """Start nginx with a static cache, as `nix copy --to file://` creates it."""
     port = _free_port()
     with tempfile.TemporaryDirectory() as directory:
         temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -112,7 +112,7 @@ def nginx(files: Path) -> Iterator[Server]:
             f"{' '.join(f'{each}_temp_path {directory}/{each};' for each in temporary)}\n"
             f"server {{ listen 127.0.0.1:{port}; root {files}; }} }}\n"
         )
-        if os.geteuid() == 0:  # or its worker is nobody, who may not read our home
+        if os.geteuid() == 0:  # nginx's worker would be nobody, who cannot read our home
             config.write_text(f"user root;\n{config.read_text()}")
         with _running("nginx", ["nginx", "-c", str(config)], port) as server:
             yield server
@@ -129,7 +129,7 @@ def other(store: BenchStore) -> Iterator[Server]:
 
 @contextmanager
 def plain_socket(file: str) -> Iterator[Server]:
-    """The limit: who connects and says anything gets the file, by sendfile(2)."""
+    """Start the upper limit of speed: a socket that sends the file by sendfile(2) to every client."""
     port = _free_port()
     with _running("plain socket", [sys.executable, "-m", "benchmarks.servers", str(port), file], port) as server:
         yield server
@@ -167,9 +167,9 @@ def _free_port() -> int:
 
 
 def copied(store: BenchStore, suffix: str) -> Path:
-    """What Harmonia answers for everything in the store, as files: the NARs plain, or with the suffix .zst.
+    """Return a directory with Harmonia's responses for the store as files, with NARs of this suffix.
 
-    Made once and kept: these are the same bytes for everybody.
+    The copies are created once and kept, because the bytes are always the same.
     """
     files = store.root / f"copied{suffix or '-plain'}"
     if files.exists():
@@ -180,7 +180,7 @@ def copied(store: BenchStore, suffix: str) -> Path:
     (unfinished / "nar").mkdir(parents=True)
     with harmonia(store, f"nar_compression = '{'zstd' if suffix else 'none'}'") as server:
         for info in (*store.closure, store.many, store.large):
-            # The NAR first: only then its narinfo tells how large it is compressed.
+            # Download the NAR first, because its narinfo has FileSize only afterwards.
             urllib.request.urlretrieve(server.url + nar(info) + suffix, f"{unfinished}{nar(info)}{suffix}")
             (unfinished / narinfo(info)[1:]).write_bytes(server.get(narinfo(info)))
         (unfinished / "nix-cache-info").write_bytes(server.get("/nix-cache-info"))

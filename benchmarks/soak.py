@@ -1,11 +1,11 @@
-"""Hours of a busy cache in minutes: `make soak MINUTES=5`. As root, with Nix on the PATH.
+"""Soak test: hours of a busy cache in minutes, `make soak MINUTES=5`. Needs root, and Nix on the PATH.
 
-A thousand connections are open. On 200 of them NARs are downloaded: plain, compressed, resumed amid, slowly, and by
-clients that leave. The others ask for narinfos and listings, and pause. Meanwhile real Nix builds paths and collects
-garbage, and workers are killed and halted. Every answer is held to what Nix registered. What breaks is excused only by
-a worker that was killed, or by a path that is gone, and is asked for again.
+A thousand connections are open. 200 of them download NARs: plain, compressed, resumed half-way, slowly, or aborted. The
+others request narinfos and listings, and pause. Meanwhile real Nix builds paths and collects garbage, and workers are
+killed and stopped. Every response is compared with the Nix database. A response may fail only if a worker was killed or
+the path was collected; the client then asks again.
 
-Ends with the figures, and with status 1 where anything was wrong, or left behind.
+Prints the figures. Exits with status 1 if a response was wrong, or if a process or file was left behind.
 """
 
 import asyncio
@@ -34,25 +34,25 @@ from support.unscathed import unscathed
 
 CONNECTIONS, DOWNLOADS = 1000, 200
 WORKERS = 2
-ROWS = 12  # or so, of the table of memory
+ROWS = 12  # about so many rows in the table of memory
 
 
 @dataclass
 class Figures:
-    """What happened."""
+    """Counters of the run."""
 
     counts: Counter[str] = field(default_factory=Counter)
     received: int = 0
     wrong: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
-    """Seconds until a narinfo was there."""
+    """Seconds until the response, for each narinfo."""
     kills: list[float] = field(default_factory=list)
     memory: list[tuple[float, float, int, int]] = field(default_factory=list)
-    """Seconds, MiB of all processes, requests, descriptors."""
+    """Samples: seconds since the start, MiB of all processes, requests, descriptors."""
 
 
 class Store:
-    """Paths that real Nix has built: some are kept, the others are garbage as soon as they are there."""
+    """Paths that real Nix builds. Some are kept, the others are garbage at once."""
 
     def __init__(self, client: Client, chance: random.Random) -> None:
         self.client = client
@@ -62,7 +62,7 @@ class Store:
         self.fleeting: list[str] = []
 
     def build(self, count: int, largest: int, *, keep: bool = False) -> None:
-        """By one nix-build: paths of random bytes, of many sizes."""
+        """Build paths of random bytes and many sizes with one nix-build."""
         made = [(next(self._numbers), int(largest ** self._chance.uniform(0.4, 1))) for _ in range(count)]
         texts = (
             f'(make "soak-{number}" "mkdir $out; echo {number} > $out/a; head -c {size} /dev/urandom > $out/b;'
@@ -200,7 +200,7 @@ class Soak:
         most: int | None = None,
         pause: float = 0,
     ) -> int:
-        """How many bytes came; none where the path is gone."""
+        """Download a NAR. Return its length in bytes, or 0 if the path was collected."""
         answer = await connection.get(url, headers)
         self.figures.counts["requests"] += 1
         if self._is_missing(answer, path):
@@ -250,20 +250,20 @@ class Soak:
             self.figures.memory.append((after, resident, self.figures.counts["requests"], descriptors))
 
     async def _pause(self, least: float, most: float) -> bool:
-        """Whether it is all over by then."""
+        """Wait for a random time. Return True if the run is over then."""
         await asyncio.sleep(min(self._chance.uniform(least, most), max(self._until - time.monotonic(), 0)))
         return self._over
 
 
 def _held(process: int) -> tuple[int, int]:
-    """Its pages in memory, and its descriptors; none where it ends just now."""
+    """Return the number of resident pages and of descriptors of a process, or zeros if it has exited."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]), len(os.listdir(f"/proc/{process}/fd"))
     except OSError:
         return 0, 0
 
 
-def tell(figures: Figures, seconds: float) -> None:
+def print_figures(figures: Figures, seconds: float) -> None:
     print(f"| in {seconds:.0f} s | |\n|---|---|")
     for name, count in sorted(figures.counts.items(), key=lambda it: it[0] != "requests"):
         print(f"| {name} | {count:,} |")
@@ -294,12 +294,12 @@ def main(minutes: float) -> int:
             store.build(30, 24 << 20, keep=True)
             server.start()
             try:
-                with unscathed(server, seconds=150):  # longer than an idle connection is kept
+                with unscathed(server, seconds=150):  # longer than the timeout of idle connections
                     soak = Soak(server, store, chance, time.monotonic() + minutes * 60)
                     figures = asyncio.run(soak.run())
             finally:
                 server.stop()
-    tell(figures, minutes * 60)
+    print_figures(figures, minutes * 60)
     for line in server.log:
         if "Traceback" in line:
             figures.wrong.append(line)

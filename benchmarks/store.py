@@ -1,8 +1,7 @@
-"""The store that is measured: made once of what is on this machine, and kept for the next run.
+"""Store of the benchmarks: created once from files of this machine, and kept for the next run.
 
-Its packages are those of Debian that are installed here: each becomes a store path with the package's files, and with
-references to what it depends on. Where there are none, they are the paths of this machine's own store. No content is
-made up.
+Each installed Debian package becomes a store path with the package's files and references to its dependencies. On
+machines without dpkg, the paths of the machine's own store are used. All content is real.
 """
 
 import os
@@ -23,32 +22,32 @@ from harmonia.tools.fixture_tree import Tree, remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 
 MIB = 1 << 20
-_VERSION = 1  # of what is made here: another one makes it anew
+_VERSION = 1  # increase it to create the store again
 _STORE_DIR = "/nix/store"
-_SMALL = 16 * 1024  # bytes, the largest of many small files
+_SMALL = 16 * 1024  # bytes, the largest of the many small files
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is measured."""
+    """Size of the benchmark."""
 
     name: str
     closure: int
-    """Bytes of files that the packages have, about."""
+    """Approximate bytes of the files in the packages."""
     many: int
-    """Files in the path of many small ones."""
+    """Number of files in the path of many small files."""
     large: int
     """Bytes of the single file."""
     valid_paths: int
-    """Rows of the large database."""
+    """Number of paths in the large database."""
     rounds: int
-    """How often each figure is measured."""
+    """Number of measurements of each figure."""
     seconds: int
-    """For which `wrk` asks."""
+    """Duration of a run of `wrk`."""
 
     @property
     def few_rounds(self) -> int:
-        """For what takes long."""
+        """Number of measurements of slow figures."""
         return (self.rounds + 1) // 2
 
 
@@ -80,9 +79,9 @@ class Package:
 
 
 def made_once(root: Path, fill: Callable[[Path], None]) -> Path:
-    """Return the directory of a store, which is filled if it is not there yet."""
+    """Return the store directory `root`. Fills it first if it does not exist."""
     if not root.exists():
-        print(f"making the store {root}", flush=True)
+        print(f"creating the store {root}", flush=True)
         unfinished = root.with_name(f"{root.name}.unfinished")
         remove_tree(os.fsencode(unfinished))
         fill(unfinished)
@@ -91,7 +90,7 @@ def made_once(root: Path, fill: Callable[[Path], None]) -> Path:
 
 
 class BenchStore:
-    """The store of that form below `directory`, made if it is not there."""
+    """Store of a form below `directory`. Created if it does not exist."""
 
     def __init__(self, directory: Path, form: Form) -> None:
         self.form = form
@@ -104,16 +103,16 @@ class BenchStore:
         infos = {path.name: info for path in paths if (info := store.path_info(path.hash_part))}
         self.many, self.large = infos.pop("many-small-files"), infos.pop("large-file")
         self.top = infos["closure"]
-        """It refers to all packages."""
+        """Path that refers to all packages."""
         self.closure = list(infos.values())
-        """All packages, and that."""
+        """All packages, and the path that refers to them."""
 
     def real_path(self, info: PathInfo) -> str:
         return f"{self.real_dir}/{info.path}"
 
     @property
     def closure_size(self) -> int:
-        """The bytes of its NARs."""
+        """Total size of the NARs of the closure, in bytes."""
         return sum(info.nar_size for info in self.closure)
 
 
@@ -125,7 +124,9 @@ def _fill(form: Form, root: Path) -> None:
     made: dict[str, StorePath] = {}
     for name in _in_order(_chosen(packages, form.closure), packages):
         package = packages[name]
-        references = {made[other] for other in package.references if other in made}  # but for one that closes a cycle
+        references = {
+            made[other] for other in package.references if other in made
+        }  # except a reference that closes a cycle
         made[name] = builder.add(builder.output_path(package.name), package.tree, references=references).path
     builder.add(builder.output_path("closure"), b"", references=made.values())
     files = [file for package in packages.values() for file in package.files if not os.path.islink(file)]
@@ -167,12 +168,12 @@ def _nix_packages() -> dict[str, Package]:
 
 
 def _is_readable(path: str) -> bool:
-    """Whether it can be part of a package: a symlink, or a file that we may read."""
+    """Return True if the path can be part of a package: a symlink, or a readable file."""
     return os.path.islink(path) or (os.path.isfile(path) and os.access(path, os.R_OK))
 
 
 def _chosen(packages: Mapping[str, Package], size: int) -> Iterator[str]:
-    """The smallest, until they have that size."""
+    """Yield the smallest packages, up to that total size."""
     for name in sorted(packages, key=lambda name: (packages[name].size, name)):
         size -= packages[name].size
         if size < 0:
@@ -181,7 +182,7 @@ def _chosen(packages: Mapping[str, Package], size: int) -> Iterator[str]:
 
 
 def _in_order(names: Iterable[str], packages: Mapping[str, Package]) -> Iterator[str]:
-    """Each after what it refers to, but for cycles."""
+    """Yield each package after its dependencies, except in cycles."""
     seen: set[str] = set()
     wanted = set(names)
 
@@ -197,7 +198,7 @@ def _in_order(names: Iterable[str], packages: Mapping[str, Package]) -> Iterator
 
 
 def _many(files: Sequence[str], count: int) -> Tree:
-    """That many files, fifty in each directory; some of them more than once, where there are not enough."""
+    """Return a tree of that many files, fifty per directory. Repeats files if there are too few."""
     tree: dict[str, dict[str, Tree]] = {}
     for number, file in enumerate(islice(cycle(files), count)):
         tree.setdefault(f"{number // 50:05}", {})[f"{number:06}-{os.path.basename(file)}"] = Path(file)
@@ -205,7 +206,7 @@ def _many(files: Sequence[str], count: int) -> Tree:
 
 
 def _concatenate(files: Sequence[str], target: Path, size: int) -> None:
-    """One file of that size, of what the files hold."""
+    """Write one file of that size, with the content of the files."""
     with target.open("wb") as out:
         for file in cycle(files):
             with open(file, "rb") as content:

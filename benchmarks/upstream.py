@@ -1,10 +1,10 @@
-"""How fast NARs of an upstream come through, against the upstream itself: nginx, with a static cache, on this machine.
+"""Speed of NARs from an upstream, compared with the upstream itself: nginx with a static cache, on this machine.
 
     python benchmarks/upstream.py [DIRECTORY]
 
-The NAR is that of the directory. "First" is fetched while it is sent, and kept; "second" comes from the cache on disk;
-"passed on" is what cannot be kept. Each is done by a new server with one worker, five times, one after the other; told
-are the medians. "CPU" is that of the server for each GB that is sent, with the check that goes on after the first.
+The NAR is that of the directory. "First" is sent while it is fetched, and cached; "second" comes from the cache on
+disk; "passed on" cannot be cached. Each is measured on a new server with one worker, five times in sequence; the table
+has the medians. "CPU" is the server's CPU time per GB sent, including the check after the first download.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 
 def static_cache(root: Path, content: bytes, compression: str) -> tuple[PathInfo, str]:
-    """The path with that NAR in a static cache at `root`, and where its NAR is there."""
+    """Write a static cache with that NAR to `root`. Return its path info and the URL of the NAR."""
     file = PACK[compression](content)
     digest = hashlib.sha256(file).digest()
     nar_file = narinfo.NarFile(f"nar/{base32.encode(digest)}.nar", compression, digest, len(file))
@@ -58,7 +58,7 @@ def static_cache(root: Path, content: bytes, compression: str) -> tuple[PathInfo
 
 @contextmanager
 def nginx(directory: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """Its process and its address."""
+    """Start nginx. Yield its process and its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     temporary = "".join(f"{kind}_temp_path {directory};" for kind in ("proxy", "fastcgi", "uwsgi", "scgi"))
@@ -68,7 +68,7 @@ def nginx(directory: Path, root: Path) -> Iterator[tuple[int, str]]:
         f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}"
     )
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
-    assert program, "there is no nginx"
+    assert program, "nginx is not installed"
     with subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"]) as process:
         while not listens(port):
             time.sleep(0.01)
@@ -85,7 +85,7 @@ def listens(port: int) -> bool:
 
 @contextmanager
 def harmonia(store: Path, upstream: str, cache: Path) -> Iterator[tuple[int, str]]:
-    """Its main process and its address."""
+    """Start Harmonia. Yield its main process and its address."""
     config = store / "harmonia.toml"
     config.write_text(
         f"bind = '127.0.0.1:0'\nworkers = 1\nreal_nix_store = '{store}/nix/store'\ncache_dir = '{cache}'\n"
@@ -104,7 +104,7 @@ def harmonia(store: Path, upstream: str, cache: Path) -> Iterator[tuple[int, str
 
 
 def cpu(process: int) -> float:
-    """The seconds of processor that it and its children have taken."""
+    """Return the CPU seconds of a process and its children."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     stats = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in [process, *children]]
     return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
@@ -134,20 +134,20 @@ def nar_path(address: str, info: PathInfo) -> str:
 
 
 def download(process: int, address: str, path: str) -> tuple[float, float]:
-    """Bytes per second, and what the process took of its processors for each byte, in seconds."""
+    """Download once. Return the bytes per second, and the CPU seconds of the process per byte."""
     began, before = time.perf_counter(), cpu(process)
     size = get(address, path)
     return size / (time.perf_counter() - began), (cpu(process) - before) / size
 
 
 def wait_until_kept(cache: Path) -> None:
-    """What has come is checked for some time after that."""
+    """Wait until the server has checked the download, which continues after the last byte."""
     while any(file.suffix == ".growing" for file in (cache / "nar").iterdir()):
         time.sleep(0.01)
 
 
 def measure(directory: Path, content: bytes, compression: str) -> Iterator[tuple[str, float, float]]:
-    """What was done, its rate, and what it took."""
+    """Measure each case. Yield its name, bytes per second, and CPU seconds per byte."""
     StoreBuilder(directory / "store").add_text("here", b"here\n")
     (directory / "file").write_text("in the way")
     info, url = static_cache(directory / "static", content, compression)

@@ -1,9 +1,9 @@
-"""How small and how fast zstd makes NARs, by its settings: prints the table of docs/explanation/benchmarks.md.
+"""Size and speed of zstd on NARs at several settings: prints the table of docs/explanation/benchmarks.md.
 
     python benchmarks/zstd_levels.py [DIRECTORY…]
 
-Each directory becomes a NAR, and is compressed by one thread: in our frames, and in a single one, which is what `zstd`
-makes of a file. Seconds are of processor time, the best of three runs: other load on the machine counts little.
+Each directory becomes a NAR, which one thread compresses in our frames, and in a single frame, as `zstd` does. Seconds
+are CPU time, the best of three runs, so other load on the machine has little effect.
 """
 
 import os
@@ -26,7 +26,7 @@ MB = 1_000_000
 
 
 def compress(encoding: Encoding, pieces: list[bytes]) -> tuple[int, float]:
-    """How many bytes come out, and the seconds it takes."""
+    """Return the compressed size in bytes, and the CPU seconds of the best run."""
     runs = []
     for _ in range(3):
         began = time.process_time()

@@ -1,1 +1,1 @@
-"""Attacks on a server, each with another client beside it: `make attack`."""
+"""Attacks on a server, and their effect on a well-behaved client (the bystander): `make attack`."""

@@ -1,10 +1,10 @@
-"""Attack a server in every way known: `make attack`, or python -m benchmarks.attack MINUTES [ATTACK…].
+"""Attacks on a server in every known way: `make attack`, or python -m benchmarks.attack MINUTES [ATTACK…].
 
-From 10 MINUTES on, everything is done as large as SECURITY.md promises; below that, smaller. Prints a row for each
-attack, and ends with status 1 if a bound does not hold, or if the MINUTES are over before the last attack begins.
-ATTACK is a function of one of the modules beside this one.
-As root, all of it runs at the highest priority: waits are then those of a machine that does nothing else.
-The store is made once, and kept in $XDG_CACHE_HOME/harmonia/attack or ~/.cache/harmonia/attack.
+From 10 MINUTES on, attacks have the sizes that SECURITY.md promises; below that, they are smaller. Prints a row for
+each attack, and exits with status 1 if a bound does not hold, or if the MINUTES end before the last attack begins.
+ATTACK is the name of a function in one of the other modules.
+As root, everything runs at the highest priority, so waits are those of an otherwise idle machine.
+The store is created once and kept in $XDG_CACHE_HOME/harmonia/attack or ~/.cache/harmonia/attack.
 """
 
 import argparse
@@ -50,16 +50,16 @@ def _run(arena: Arena, attacks: Sequence[str], until: float) -> None:
     for name in attacks:
         if time.monotonic() > until:
             with arena.outcome(name) as outcome:
-                outcome.require(False, "not begun: the time is over")
+                outcome.require(False, "not started: the time is over")
         else:
             _ATTACKS[name](arena)
 
 
 @contextmanager
 def _priority() -> Iterator[None]:
-    """Run before all other programs, if we may.
+    """Raise the priority above all other programs, if this process is root.
 
-    The priority of a process counts within its session, so the session gets the same priority until the end of `with`.
+    The kernel compares priorities within a session, so the session gets the priority too, until the end of `with`.
     """
     session = Path("/proc/self/autogroup")
     if os.geteuid() != 0 or not session.exists():

@@ -1,4 +1,4 @@
-"""One server under one attack, the bystander beside it, and the bounds that must hold."""
+"""Server under attack with a bystander, and the bounds on waiting time, memory and leftovers."""
 
 import os
 import signal
@@ -19,27 +19,28 @@ from support.running import Server, peak_bytes
 from support.unscathed import unscathed
 
 _NOISE = 4
-"""A machine that makes the bystander wait without an attack may make it wait so many times as long."""
+"""On a busy machine, the p99 may be this many times that before the attack."""
 _SETTLES_S = 60.0
 
 
 @dataclass
 class Outcome:
-    """What one attack did."""
+    """Result of one attack."""
 
     name: str
     memory_bound_mib: int
     quiet_ms: float = 0.0
-    """p99 of the bystander before the attack."""
+    """p99 of the bystander's narinfos before the attack."""
     p50_ms: float = 0.0
     p99_ms: float = 0.0
     memory_mib: float = 0.0
-    """The peak of the worker."""
+    """Peak memory of the largest worker."""
     counts: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
-    """The bounds that did not hold."""
+    """Descriptions of the violated bounds."""
 
     def require(self, holds: object, what: str) -> None:
+        """Record a violated bound unless it holds."""
         if not holds:
             self.broken.append(what)
 
@@ -55,7 +56,7 @@ class Outcome:
 class Arena:
     form: Form
     directory: Path
-    """Of the store, which is made when the first attack needs it."""
+    """Directory of the store. The first attack that needs the store creates it."""
     outcomes: list[Outcome] = field(default_factory=list)
 
     @cached_property
@@ -63,12 +64,12 @@ class Arena:
         return AttackedStore(self.directory, self.form)
 
     def wait(self) -> None:
-        """Let an attack go on for its time."""
+        """Wait for the duration of an attack."""
         time.sleep(self.form.seconds)
 
     @contextmanager
     def outcome(self, name: str, memory_bound_mib: int = 0) -> Iterator[Outcome]:
-        """Record an attack: what it raises is a bound that does not hold."""
+        """Record the outcome of an attack. An AssertionError counts as a violated bound."""
         outcome = Outcome(name, memory_bound_mib)
         try:
             yield outcome
@@ -81,7 +82,7 @@ class Arena:
     def served(
         self, name: str, settings: str = "", *, memory_bound_mib: int = 0, root: Path | None = None, **options: object
     ) -> Iterator[tuple[Server, Outcome]]:
-        """Serve the store of `root`, by default the arena's, to be attacked by what is done in `with`."""
+        """Serve the store of `root` (default: the arena's) during the `with` block, which attacks it."""
         with self.outcome(name, memory_bound_mib) as outcome, tempfile.TemporaryDirectory(prefix="harmonia-") as temp:
             server = Server(Path(temp, "server"), root or self.store.root, settings, **options)  # type: ignore[arg-type]
             server.start()
@@ -102,9 +103,9 @@ class Arena:
         unharmed: Sequence[PathInfo] | None = None,
         **options: object,
     ) -> Iterator[tuple[Server, Outcome]]:
-        """Serve the arena's store, let the bystander ask, with these headers, and judge what becomes of it meanwhile.
+        """Serve the arena's store with a bystander that sends `headers`, and check the bounds during the attack.
 
-        Before and after, `unharmed` must be served: by default, a small path.
+        Before and after, the paths of `unharmed` (default: a small path) must be served.
         """
         with self.served(name, settings, memory_bound_mib=memory_bound_mib, **options) as (  # type: ignore[arg-type]
             server,
@@ -130,12 +131,12 @@ def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float,
     waits = [each.seconds * 1e3 for each in during]
     outcome.quiet_ms, outcome.p50_ms, outcome.p99_ms = _p99(quiet), statistics.median(waits), _p99(waits)
     bound = max(max_wait_ms, _NOISE * outcome.quiet_ms)
-    outcome.require(outcome.p99_ms <= bound, f"others wait {outcome.p99_ms:.0f} ms, not {bound:.0f}")
+    outcome.require(outcome.p99_ms <= bound, f"others wait {outcome.p99_ms:.0f} ms; at most {bound:.0f}")
     for failure, count in Counter(each.outcome for each in during if each.outcome != "200").items():
         outcome.broken.append(f"{count} of {len(during)} narinfos of others: {failure}")
     outcome.require(
         outcome.memory_mib <= outcome.memory_bound_mib,
-        f"{outcome.memory_mib:.0f} MiB, not {outcome.memory_bound_mib}",
+        f"{outcome.memory_mib:.0f} MiB; at most {outcome.memory_bound_mib}",
     )
 
 
@@ -144,13 +145,13 @@ def _p99(values: Sequence[float]) -> float:
 
 
 def restart(server: Server) -> None:
-    """Start a server that has ended, with the same settings and cache."""
-    server.log.clear()  # or its old address would be found there
+    """Start a stopped server again, with the same settings and cache."""
+    server.log.clear()  # the log has the old address
     server.start()
 
 
 def require_nothing_left(server: Server, outcome: Outcome) -> None:
-    """Require that a server that has ended left no process and no unfinished file, and logged no traceback."""
+    """Require that a stopped server left no process and no unfinished file, and logged no traceback."""
     left = processes_of(server)
     outcome.require(not left, f"processes left: {left}")
     for pid in left:
@@ -162,7 +163,7 @@ def require_nothing_left(server: Server, outcome: Outcome) -> None:
 
 
 def processes_of(server: Server) -> list[int]:
-    """Return the processes that were started with the configuration of this server."""
+    """Return the PIDs of processes with the configuration file of this server in their arguments."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():

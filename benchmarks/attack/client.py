@@ -1,7 +1,7 @@
-"""Clients in processes of their own: attackers, and the bystander that they must not disturb.
+"""Clients in separate processes: attackers, and the bystander that they must not disturb.
 
-The bystander has an address of its own, 127.0.0.2. It asks at fixed times, on several connections, and a wait counts
-from the time when the request was due: a server that stands still for a second delays a hundred answers, not one.
+The bystander has its own address, 127.0.0.2. It sends requests at fixed times, on several connections, and waiting
+counts from the time when a request was due: a server that hangs for a second delays a hundred responses, not one.
 """
 
 import http.client
@@ -24,24 +24,24 @@ from urllib.parse import urlsplit
 
 _PROCESSES = multiprocessing.get_context("spawn")
 _INTERVAL_S = 0.01  # between requests of the bystander
-_CONNECTIONS = 16  # of the bystander: an answer of 100 ms delays no other request
-_PATIENCE_S = 120.0  # for one answer
+_CONNECTIONS = 16  # of the bystander, so that a response of 100 ms delays no other request
+_PATIENCE_S = 120.0  # timeout of one response
 _BYSTANDER = "127.0.0.2"
 _PROBE_S = 0.5
 
 
 Request = tuple[str, Mapping[str, str]]
-"""A path and headers, to be asked for by GET."""
+"""Path and headers of a GET request."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a server is. Children get it as an argument."""
+    """Address of a server. Passed to child processes."""
 
     url: str
 
     def connect(self, source: str = "127.0.0.1", receive_buffer: int | None = None) -> socket.socket:
-        """Return a connection, without its TLS handshake."""
+        """Open a TCP connection, without a TLS handshake."""
         connection = socket.socket()
         connection.settimeout(_PATIENCE_S)
         if receive_buffer:
@@ -52,7 +52,7 @@ class Target:
         return connection
 
     def http(self, source: str = "127.0.0.1") -> http.client.HTTPConnection:
-        """Return a connection for requests, opened when it is used first."""
+        """Return an HTTP connection, which opens at the first request."""
         address = urlsplit(self.url)
         assert address.hostname
         options: dict[str, Any] = {"timeout": _PATIENCE_S, "source_address": (source, 0)}
@@ -68,21 +68,21 @@ class Asked:
     """One request of the bystander."""
 
     due: float
-    """By the monotonic clock, which all processes share."""
+    """Scheduled time on the monotonic clock, which all processes share."""
     seconds: float
     outcome: str
-    """The status, or the name of the error."""
+    """Status, or name of the error."""
 
 
 @dataclass
 class Bystander:
-    """A client that goes on asking for narinfos, until the end of `with`."""
+    """Well-behaved client that requests narinfos at fixed intervals."""
 
     target: Target
     paths: Sequence[str]
     headers: Mapping[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
-    """All requests, known at the end."""
+    """All requests. Filled when `asking` ends."""
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ def _ask(
 
 
 def _outcome(connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]) -> str:
-    """Ask, read the whole answer, and return its status or the error."""
+    """Send a request and read the whole response. Return its status, or the name of the error."""
     try:
         connection.request("GET", path, headers=dict(headers))
         answer = connection.getresponse()
@@ -140,17 +140,17 @@ def _outcome(connection: http.client.HTTPConnection, path: str, headers: Mapping
 
 
 Attack = Callable[..., None]
-"""It gets a Target, its own arguments, an event that is set when it should end, and where to count."""
+"""Function of an attack. Its arguments: a Target, its own arguments, an event that tells it to stop, and counters."""
 
 
 @contextmanager
 def going_on(attack: Attack, url: str, *arguments: object) -> Iterator[Counter[str]]:
-    """Run an attack in a process of its own until the end of `with`; then its counts are there."""
+    """Run an attack in a new process until the end of `with`. Fills the yielded counters at the end."""
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     stop = _PROCESSES.Event()
     process = _PROCESSES.Process(target=_attack, args=(attack, Target(url), arguments, stop, sender), daemon=True)
     process.start()
-    receiver.recv()  # it has begun
+    receiver.recv()  # wait until the attack begins
     counts: Counter[str] = Counter()
     try:
         yield counts
@@ -176,7 +176,7 @@ def hammer(
     stop: Event,
     counts: Counter[str],
 ) -> None:
-    """Ask for the requests at random on so many connections, each as fast as it is answered."""
+    """Send random requests on that many connections, each as fast as the server responds."""
 
     def work(chance: random.Random) -> None:
         connection = target.http()
@@ -201,7 +201,7 @@ def _in_threads(work: Callable[[random.Random], None], count: int, stop: Event) 
 
 
 def read_slowly(target: Target, path: str, connections: int, stop: Event, counts: Counter[str]) -> None:
-    """Ask on so many connections, and read some bytes of each answer now and then."""
+    """Send a request on each of the connections, and read at most 1 KiB of each response every 0.2 s."""
     opened = [target.connect(receive_buffer=4096) for _ in range(connections)]
     for connection in opened:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
@@ -220,7 +220,7 @@ def read_slowly(target: Target, path: str, connections: int, stop: Event, counts
 
 
 def hold(target: Target, beginning: bytes, drip: bytes, connections: int, stop: Event, counts: Counter[str]) -> None:
-    """Open so many connections, send `beginning` on each, then `drip` each second, and never finish a request."""
+    """Open that many connections, send `beginning`, then `drip` every second, and never finish a request."""
     opened: list[socket.socket] = []
     for _ in range(connections):
         if stop.is_set():

@@ -1,4 +1,4 @@
-"""Connections that say nothing, or little at a time, and a server with few descriptors."""
+"""Attacks with idle connections and slow request heads, also on a server with few descriptors."""
 
 import tempfile
 import time
@@ -14,11 +14,11 @@ _SILENT = 6000
 _MAX_CONNECTIONS = 100
 _SLOW_HEADS = 500
 _FEW = 256
-_MARGIN = 20  # sockets of a worker that are not clients'
+_MARGIN = 20  # sockets of a worker that are not client connections
 
 
 def silent_tls(arena: Arena) -> None:
-    """Open connections and send nothing of the handshake."""
+    """Open connections without starting the TLS handshake."""
     name = f"{_SILENT:,} silent TLS connections, max_connections = {_MAX_CONNECTIONS}"
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
         authority(Path(directory), "ca")
@@ -35,7 +35,7 @@ def silent_tls(arena: Arena) -> None:
 
 
 def _most_sockets(server: Server, seconds: float) -> int:
-    """Watch a server for so many seconds, and return the most sockets that it ever had."""
+    """Watch a server for that many seconds. Return the largest number of open sockets."""
     most, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         most = max(most, sum(name.startswith("socket:") for pid in server.workers for name in open_files(pid)))

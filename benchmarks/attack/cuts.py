@@ -1,6 +1,6 @@
-"""Downloads that are cut at random, and resumed as Nix does it: with Range, and without If-Range.
+"""Downloads that are cut at random and resumed as Nix does: with Range, without If-Range.
 
-A body is accepted if it is whole by HTTP. Then its NAR must have the hash that was registered.
+A body that is complete by HTTP must be a NAR with the registered hash.
 """
 
 import asyncio
@@ -25,30 +25,30 @@ from support.cutting_proxy import CuttingProxy
 from support.nar_cache import flip
 from support.running import HARMONIA, Server, file_url, nar_url
 
-_SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes, of one file of each path
+_SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes of one file in each path
 _CLIENTS = 32
-_LARGEST_CUT = 100_000  # bytes of answers on one connection
+_LARGEST_CUT = 100_000  # bytes of responses on one connection
 _RETRY_S = 0.02
-_CUTS_PER_S = 10  # at least, or the attack ends with too few
+_CUTS_PER_S = 10  # minimum, otherwise the attack ends with too few cuts
 _KILL_S = 2.0
 _SMALL_DISK = "4m"
 
 
 @dataclass
 class _Cuts:
-    """Clients that download until so many transfers were cut, and until the server was disturbed so often."""
+    """Clients that download until `wanted` transfers were cut and the server was disturbed `least_disturbed` times."""
 
     proxy: CuttingProxy
     infos: list[PathInfo]
     wanted: int
     least_disturbed: int
     until: float
-    """When it ends at the latest, by the monotonic clock."""
+    """Latest end, on the monotonic clock."""
     outcome: Outcome
     replaced_at: dict[PathInfo, float] = field(default_factory=dict)
-    """When a file of a path had other bytes for the last time; infinite while it has."""
+    """Last time when a file of the path had wrong bytes. Infinite while it has."""
     cuts: int = 0
-    """Answers that broke off after their head."""
+    """Number of responses that were cut after their head."""
     disturbed: int = 0
 
     @property
@@ -69,7 +69,7 @@ class _Cuts:
     async def _download(self, info: PathInfo, chance: random.Random) -> None:
         url = chance.choice([nar_url, file_url])(info)
         received = bytearray()
-        # A client may begin with a range by itself, too.
+        # Some clients begin with a range.
         stop = chance.randrange(1, 100_000) if chance.random() < 0.2 else None
         began = time.monotonic()
         resumed = False
@@ -87,12 +87,12 @@ class _Cuts:
         self._judge(info, url, bytes(received), began, resumed=resumed)
 
     async def _receive(self, url: str, headers: str, received: bytearray) -> bool:
-        """Add what comes to what was received. Return whether it was all."""
+        """Append the response body to `received`. Return True if the response was complete."""
         connection = Connection(int(self.proxy.url.rpartition(":")[2]))
         try:
             answer = await connection.get(url, headers)
-        except BrokenError:  # refused, or cut before there was an answer
-            self.outcome.counts["without an answer"] += 1
+        except BrokenError:  # refused, or cut before the response
+            self.outcome.counts["without a response"] += 1
             await asyncio.sleep(_RETRY_S)
             return False
         try:
@@ -100,7 +100,7 @@ class _Cuts:
                 self.outcome.counts[str(answer.status)] += 1
                 await answer.read()
                 await asyncio.sleep(_RETRY_S)
-                # What is not there in part is asked for anew, as by Nix, which then begins again.
+                # After 416, start again, as Nix does.
                 if answer.status == 416:
                     received.clear()
                 return False
@@ -125,13 +125,15 @@ class _Cuts:
 
         try:
             (unpacking(take) if url.endswith(".zst") else take)(body)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is no NAR)
+        except Exception as error:  # noqa: BLE001 (any error means that the body is not a NAR)
             digest.update(str(error).encode())
         kind = "resumed" if resumed else "whole"
         if digest.digest() == info.nar_hash:
             self.outcome.counts[f"{kind} and right"] += 1
-        elif url.endswith(".nar") and self.replaced_at.get(info, 0) >= began:  # others are hashed
-            self.outcome.counts["refused by their hash, for the source had changed"] += 1
+        elif (
+            url.endswith(".nar") and self.replaced_at.get(info, 0) >= began
+        ):  # compressed NARs are checked by the server
+            self.outcome.counts["rejected by hash, because the source had changed"] += 1
         else:
             self.outcome.counts["wrong"] += 1
             self.outcome.broken.append(f"{kind}, but wrong: {url}, {size} of {info.nar_size} bytes")
@@ -176,13 +178,13 @@ def _attack(
         cuts = _Cuts(proxy, infos, wanted, least_disturbed, until, outcome)
         asyncio.run(cuts.run(disturb(server, builder, infos, cuts, random.Random(1))))
         outcome.counts.update({"cuts": cuts.cuts, "seconds": round(time.monotonic() - began)})
-        outcome.require(cuts.cuts >= wanted, "too few cuts in that time")
-        outcome.require(cuts.disturbed >= least_disturbed, "too few disturbances in that time")
+        outcome.require(cuts.cuts >= wanted, "too few cuts before the timeout")
+        outcome.require(cuts.disturbed >= least_disturbed, "too few disturbances before the timeout")
         outcome.require(outcome.counts["resumed and right"], "no download was resumed")
 
 
 async def _leave_alone(*_: object) -> None:
-    """Let the network alone cut."""
+    """Do not disturb the server; only the network cuts."""
 
 
 async def _kill(server: Server, _: object, __: object, cuts: _Cuts, chance: random.Random) -> None:
@@ -268,7 +270,7 @@ def cache_cuts(arena: Arena) -> None:
 
 
 def full_disk_cuts(arena: Arena) -> None:
-    """Have the cache on a disk that is always full. As root."""
+    """Put the cache on a disk that is always full. Needs root."""
     if os.geteuid() != 0:
         print("SKIPPED: cuts with a full disk: not root")
         return

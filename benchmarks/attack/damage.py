@@ -1,4 +1,4 @@
-"""A NAR in the cache that changes on the disk after it was checked."""
+"""Attack on the cache: a NAR is damaged on disk after it was checked."""
 
 import http.client
 import random
@@ -13,7 +13,7 @@ _BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 
 def damaged_cache(arena: Arena) -> None:
-    """Flip a byte of the file in place, keep its size and times, and download: again and again."""
+    """Flip a byte of the cached file, keep its size and times, and download it, many times."""
     info = arena.store.random
     url = file_url(info)
     chance = random.Random(1)
@@ -26,10 +26,10 @@ def damaged_cache(arena: Arena) -> None:
             try:
                 answer = server.get(url)
             except _BROKEN:
-                outcome.counts["broken off"] += 1
+                outcome.counts["ended early"] += 1
             else:
                 outcome.counts[str(answer.status)] += 1
-                outcome.require(answer.status == 503, "a damaged NAR was served as a whole one")
+                outcome.require(answer.status == 503, "a damaged NAR was served completely")
 
 
 ALL = [damaged_cache]

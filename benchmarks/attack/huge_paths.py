@@ -1,4 +1,4 @@
-"""Paths with very many files: each costs a walk, whatever is asked of it."""
+"""Attacks on paths with very many files, because each request walks all files."""
 
 import random
 from collections.abc import Sequence

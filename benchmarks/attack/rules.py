@@ -1,4 +1,4 @@
-"""Paths that [publish] rules hold back: asked for by every resource, and after a restart that brought the rules."""
+"""Requests of every kind for paths that [publish] rules deny, also after a restart that adds the rules."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,9 @@ def held_back(arena: Arena) -> None:
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
         hashes = stock(Path(directory))
         settings = f"{_BROWSE}\n{_RULES}"
-        with arena.served("paths held back, by every resource", settings, root=Path(directory)) as (server, outcome):
+        with arena.served(
+            "paths denied by [publish], requested from every resource", settings, root=Path(directory)
+        ) as (server, outcome):
             _require_hidden(server, outcome, hashes)
 
 
@@ -34,7 +36,7 @@ def rules_after_restart(arena: Arena) -> None:
     """Serve everything, restart with rules and the same cache, and ask again."""
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
         hashes = stock(Path(directory))
-        name = "rules that a restart brings, with what is cached"
+        name = "[publish] rules added by a restart with a filled cache"
         with arena.served(name, _BROWSE, root=Path(directory)) as (server, outcome):
             before = {path: server.get(path) for path, _, _ in _questions(hashes)}
             server.stop()
@@ -42,14 +44,14 @@ def rules_after_restart(arena: Arena) -> None:
             restart(server)
             _require_hidden(server, outcome, hashes)
             for path, answer in before.items():
-                outcome.counts["there before"] += answer.status == 200
+                outcome.counts["served before"] += answer.status == 200
                 if etag := answer.headers.get("etag"):
                     status = server.get(path, {"If-None-Match": etag}).status
                     outcome.require(status == 404, f"{path} with its old ETag: {status}")
 
 
 def _questions(hashes: Mapping[str, str]) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-    """Yield the path of each request, the same for what does not exist, and headers."""
+    """Yield the path of each request, the same request for a path that does not exist, and headers."""
     none = {**hashes, "hash": _NONE, "plain": f"{_NONE}-n.drv", "packed": f"{_NONE}-n.drv"}
     for row in ABOUT_PATHS:
         for headers in _HEADERS:
@@ -57,7 +59,7 @@ def _questions(hashes: Mapping[str, str]) -> Iterator[tuple[str, str, Mapping[st
 
 
 def _require_hidden(server: Server, outcome: Outcome, hashes: Mapping[str, str]) -> None:
-    """Require that what is held back is answered as what does not exist."""
+    """Require that responses for denied paths equal those for paths that do not exist."""
     for path, none, headers in _questions(hashes):
         for method in ("GET", "HEAD"):
             answer = server.request(method, path, headers)

@@ -1,4 +1,4 @@
-"""Signals to the main process and to workers, in storms and amid downloads."""
+"""Attacks with signals to the main process and to workers, in storms and during downloads."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ _SIZE = 64 * MIB
 
 
 def token_storm(arena: Arena) -> None:
-    """Send SIGHUP again and again to a server with very many tokens."""
+    """Send SIGHUP many times to a server with very many tokens."""
     secret, token = tokens.new("bystander", ["read"])
     others = (Token(f"token-{number}", token.scopes, os.urandom(32)) for number in range(_TOKENS))
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
@@ -49,7 +49,7 @@ def _sample() -> Iterator[Sample]:
 
 @contextmanager
 def _downloads(server: Server, sample: Sample) -> Iterator[None]:
-    """Be amid downloads, plain ones and one that is compressed for the first time."""
+    """Run downloads during `with`: plain ones, and one that is compressed for the first time."""
     with ExitStack() as stack:
         for _ in range(_DOWNLOADS):
             stack.enter_context(download(server, sample.big))
@@ -60,7 +60,7 @@ def _downloads(server: Server, sample: Sample) -> Iterator[None]:
 
 
 def terminated(arena: Arena) -> None:
-    """End a server by a storm of SIGHUP and SIGTERM amid downloads."""
+    """End a server with a storm of SIGHUP and SIGTERM during downloads."""
     name = "a storm of SIGHUP and SIGTERM"
     with _sample() as sample, arena.served(name, LONG_GRACE, root=sample.root) as (server, outcome):
         with _downloads(server, sample):
@@ -69,7 +69,7 @@ def terminated(arena: Arena) -> None:
                     if server.process.poll() is None:
                         server.process.send_signal(number)
                         outcome.counts[number.name] += 1
-                        time.sleep(0.01)  # or the kernel makes one of them
+                        time.sleep(0.01)  # otherwise the kernel merges pending signals
             status = server.wait()  # fails if the server waits for its downloads
             outcome.require(status == 0, f"exit status {status}")
         restart(server)
@@ -77,7 +77,7 @@ def terminated(arena: Arena) -> None:
 
 
 def main_process_killed(arena: Arena) -> None:
-    """Kill the main process amid downloads, again and again."""
+    """Kill the main process during downloads, many times."""
     with _sample() as sample, arena.served("kill -9 of the main process", root=sample.root) as (server, outcome):
         for _ in range(3):
             with _downloads(server, sample):

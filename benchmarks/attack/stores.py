@@ -1,4 +1,4 @@
-"""The store that is attacked: made once, and kept for the next run."""
+"""Store under attack: created once, and kept for the next run."""
 
 import random
 from dataclasses import dataclass
@@ -10,38 +10,38 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 
-_VERSION = 1  # of what is made here: another one makes it anew
+_VERSION = 1  # increase it to create the store again
 _SMALL = 40
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Form:
-    """How much is done."""
+    """Size of the attacks."""
 
     name: str
     ranged: int
-    """Files of the path of which small ranges are asked."""
+    """Number of files in the path whose small ranges are requested."""
     read: int
-    """Files of the path that is read slowly."""
+    """Number of files in the path that is read slowly."""
     paged: int
-    """Entries of the directory whose page and listing are asked for."""
+    """Number of entries in the directory whose page and listing are requested."""
     readers: int
     cuts: int
     kills: int
-    """Of the server, by kill -9."""
+    """Number of times that the server is killed with SIGKILL."""
     seconds: float
-    """Of one attack."""
+    """Duration of one attack."""
     quiet_s: float
-    """Of the measurement before it."""
+    """Duration of the measurement before the attack."""
     max_wait_ms: float
-    """For 99 of 100 narinfos of the bystander."""
+    """Bound for the p99 of the bystander's narinfos."""
 
 
 FULL = Form(
     "full", 500_000, 1_000_000, 100_000, readers=200, cuts=10_000, kills=40, seconds=20, quiet_s=4, max_wait_ms=100
 )
-# Its bound is wider: of 300 narinfos in 3 s, 19 are asked for by the bystander for the first time, and wait longest.
+# A wider bound, because 19 of the 300 narinfos in 3 s are first requests of the bystander, which wait longest.
 SHORT = Form("short", 50_000, 100_000, 20_000, readers=64, cuts=500, kills=3, seconds=3, quiet_s=1, max_wait_ms=300)
 
 

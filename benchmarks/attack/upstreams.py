@@ -1,4 +1,4 @@
-"""Upstreams that answer nonsense, lead from outside to inside, or are being asked when a worker dies."""
+"""Attacks by upstreams: invalid responses, redirects to private addresses, and a worker killed during a fetch."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ _INSIDE = "127.0.0.2"
 
 
 def _raw(head: str, body: bytes = b"", *, endless: bool = False) -> Behaviour:
-    """Answer with these bytes; if `endless`, send the body until the client leaves."""
+    """Respond with these bytes. If `endless`, repeat the body until the client disconnects."""
 
     def behave(handler: Handler) -> None:
         handler.close_connection = True
@@ -61,7 +61,7 @@ NONSENSE = {
 
 
 def nonsense(arena: Arena) -> None:
-    """Ask for paths that only upstreams may have, each of which answers another nonsense."""
+    """Request paths from upstreams, each of which sends another kind of invalid response."""
     chance = random.Random(1)
     hash_parts = [base32.encode(chance.randbytes(20)) for _ in range(_PATHS)]
     requests: list[Request] = [(f"/{each}{kind}", {}) for each in hash_parts for kind in (".narinfo", ".ls")]
@@ -71,12 +71,12 @@ def nonsense(arena: Arena) -> None:
         for upstream, behaviour in zip(upstreams, NONSENSE.values(), strict=True):
             upstream.behaviours["^/(?!nix-cache-info)"] = behaviour
         settings = "".join(f"[[upstream]]\nurl = '{upstream.url}'\n" for upstream in upstreams)
-        name = "upstreams that answer nonsense: " + ", ".join(NONSENSE)
+        name = "upstreams with invalid responses: " + ", ".join(NONSENSE)
         with arena.attacked(name, settings) as (server, outcome):
             with going_on(hammer, server.url, requests, _CLIENTS) as outcome.counts:
                 arena.wait()
             for upstream in upstreams:
-                upstream.disconnect()  # idle connections are kept for a minute
+                upstream.disconnect()  # close idle connections, which live for a minute
         logged = sum(map(len, server.log))
         outcome.counts["bytes of log"] = logged
         outcome.counts["asked of upstreams"] = sum(upstream.asked.total() for upstream in upstreams)
@@ -86,7 +86,7 @@ def nonsense(arena: Arena) -> None:
 
 @contextmanager
 def _remote(upstream: UpstreamServer, url: str = "") -> Iterator[tuple[PathInfo, bytes]]:
-    """Have a path, and the bytes of its NAR, which `upstream` serves; at `url`, if given."""
+    """Add a path with this NAR to `upstream`, at `url` if given."""
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
         store = StoreBuilder(directory)
         info = store.add(store.output_path("there"), random.Random(1).randbytes(4 * MIB))
@@ -101,11 +101,11 @@ def _entry(upstream: UpstreamServer) -> str:
 
 
 def from_outside_to_inside(arena: Arena) -> None:
-    """Let an upstream outside redirect, and name NARs, inside our network: 127.0.0.1 counts as outside."""
+    """Let a public upstream refer to private addresses by redirects and NAR URLs. 127.0.0.1 counts as public here."""
     outside = patched(
         f"from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '{_INSIDE}'"
     )
-    name = "an upstream outside that leads inside: by redirects, by URLs of narinfos"
+    name = "a public upstream that refers to private addresses, by redirects and URLs of narinfos"
     with (
         UpstreamServer() as upstream,
         UpstreamServer(_INSIDE) as inside,
@@ -118,21 +118,21 @@ def from_outside_to_inside(arena: Arena) -> None:
                     upstream.behaviours = {paths: status(302, Location=f"{inside.url}/secret.nar")}
                     for asked in (*_urls(server, info), f"/{info.path.hash_part}.ls", f"/log/{info.path}.drv"):
                         outcome.counts[str(server.get(asked).status)] += 1
-                    server.stop()  # it remembers what it was told
+                    server.stop()  # forget the cached lookup
                     restart(server)
-        outcome.counts["requests that came inside"] = inside.asked.total()
-        outcome.require(not inside.asked, f"came inside: {dict(inside.asked)}")
+        outcome.counts["requests at private addresses"] = inside.asked.total()
+        outcome.require(not inside.asked, f"requests at private addresses: {dict(inside.asked)}")
 
 
 def _urls(server: Server, info: PathInfo) -> list[str]:
-    """Return where the narinfo, and what it leads to, is."""
+    """Return the URLs of the narinfo and of its NAR."""
     narinfo = f"/{info.path.hash_part}.narinfo"
     lines = server.get(narinfo).text.splitlines()
     return [narinfo, *("/" + line.removeprefix("URL: ") for line in lines if line.startswith("URL: ")), nar_url(info)]
 
 
 def worker_killed_amid_a_fetch(arena: Arena) -> None:
-    """Kill the worker while it fetches a NAR from an upstream, and fetch it again."""
+    """Kill the worker while it fetches a NAR from an upstream, and fetch the NAR again."""
     with UpstreamServer() as upstream, _remote(upstream) as (info, nar):
         name = "a worker killed while it fetches from an upstream"
         with arena.served(name, _entry(upstream)) as (server, outcome):
@@ -150,11 +150,11 @@ def worker_killed_amid_a_fetch(arena: Arena) -> None:
                         while data := connection.recv(65536):
                             received += data
                 outcome.counts["kill -9"] += 1
-                outcome.require(len(received) < len(nar), "it was whole before the worker was killed")
-                wait_until(lambda: server.workers not in ([], workers))  # noqa: B023 (it is called at once)
+                outcome.require(len(received) < len(nar), "the download was complete before the worker was killed")
+                wait_until(lambda: server.workers not in ([], workers))  # noqa: B023 (called in the same iteration)
                 upstream.behaviours = {}
             wait_until(lambda: len(_urls(server, info)) == 3)
-            outcome.require(server.get(url).body == nar, "another NAR")
+            outcome.require(server.get(url).body == nar, "a wrong NAR")
             wait_until(lambda: not [*server.cache_dir.glob("nar/*.growing")])
 
 

@@ -130,7 +130,7 @@ def _own_keys(settings: Settings) -> list[PublicKey]:
     try:
         return [key.public_key for key in credentials.secret_keys(settings)]
     except ConfigError:
-        return []  # the keys are not readable to every user
+        return []  # only some users may read the keys
 
 
 def _warn_if_no_key(findings: Iterable[Finding], settings: Settings) -> Iterator[Finding]:
