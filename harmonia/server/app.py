@@ -1,4 +1,4 @@
-"""Sanic applications made of the table of routes."""
+"""Sanic applications, built from the table of routes."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -20,24 +20,24 @@ from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
 from harmonia.upstream.refusals import Reason
 
 _CONFIG: dict[str, Any] = {
-    # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Who is gone, the kernel knows (sockets.py).
+    # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Keepalive finds dead clients (sockets.py).
     "RESPONSE_TIMEOUT": 3600,
-    "GRACEFUL_TCP_CLOSE_TIMEOUT": 3600,  # likewise, for the tail of a body on a connection that then closes
-    "REQUEST_MAX_SIZE": 64 * 1024,  # nobody uploads
+    "GRACEFUL_TCP_CLOSE_TIMEOUT": 3600,  # the same, for the last bytes of a connection that closes
+    "REQUEST_MAX_SIZE": 64 * 1024,  # there are no uploads
     "ACCESS_LOG": False,
     "MOTD": False,
 }
 
 
 def count_with(settings: Settings) -> Metrics:
-    """What this application counts with. To be made before its processes part."""
+    """Create the shared counters of all workers. Call it before the fork."""
     names = [route.metric for route in ROUTES + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.upstream]
     return Metrics(names, metrics.TOTALS, settings.workers, upstreams, list(Reason))
 
 
 def create_app(context: ServerContext, guard: Guard | None = None) -> "Sanic[Any, Any]":
-    """With a guard, for those only who have a token."""
+    """Create the application of a worker. With a guard, requests need a token."""
     settings = context.settings
     public = settings.metrics and settings.metrics_bind is None
     return _app("harmonia", context, ROUTES + METRICS_ROUTES if public else ROUTES, guard)
@@ -67,7 +67,7 @@ def _app(
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
-        strict = route.uri != "/"  # Sanic fails over `//` when it holds that to `/` (landing.py does it)
+        strict = route.uri != "/"  # strict `/` makes Sanic fail for `//`; landing.py checks the path itself
         endpoint = _endpoint(context, handler, context.metrics.own.routes[route.metric])
         app.add_route(
             endpoint,
@@ -88,7 +88,7 @@ def _app(
 
 
 def _handler(route: Route, guard: Guard | None) -> Handler:
-    """Return the handler of a route with the checks of its row: first the token, then the rate, then the resource."""
+    """Return the handler of a route with the checks of its row: first the token, then the rate limit."""
     handler = with_fallback(route.handler, route.fallback) if route.fallback else route.handler
     if route.rate_limited:
         handler = limited(handler)
@@ -104,7 +104,7 @@ def _endpoint(
         route.begin()
         try:
             response, still_valid = await _answer(context, handler, request, parameters)
-        except Exception as error:  # noqa: BLE001 (error_response.py tells each its status)
+        except Exception as error:  # noqa: BLE001 (error_response.py gives each a status)
             response = error_response.response(context, request, error)
             still_valid = error.still_valid if isinstance(error, AbsentError) else None
         except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
@@ -132,9 +132,9 @@ async def _answer(
 def _done(
     context: ServerContext, route: RouteCounters, request: Request, response: HTTPResponse | None
 ) -> HTTPResponse | None:
-    """Count and log a request. Its response is to be sent yet, or None where that has been done."""
-    answer = response or sanic_adapter.response_of(request)
-    sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(answer.body or b""))
-    metrics.count(route, request, answer.status, sent)
-    access_log.log(request, answer.status, sent, context.settings.trusted_proxies)
+    """Count and log a request, and return its response. `response` is None if it was streamed already."""
+    final = response or sanic_adapter.response_of(request)
+    sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(final.body or b""))
+    metrics.count(route, request, final.status, sent)
+    access_log.log(request, final.status, sent, context.settings.trusted_proxies)
     return response

@@ -50,7 +50,7 @@ class Breaker:
     def failed(self, why: str, retry_after: float = 0) -> None:
         """Count a failure with its cause. Open after MAX_FAILURES, or at once if the upstream sent `retry_after`.
 
-        `retry_after` is the number of seconds until the next probe, at least.
+        The next probe comes after `retry_after` seconds at the earliest, but LONGEST_DELAY counts if that is shorter.
         """
         self._failures += 1
         self._retry_after = min(max(retry_after, self._retry_after), LONGEST_DELAY)

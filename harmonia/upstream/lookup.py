@@ -92,8 +92,8 @@ class UpstreamPool:
     async def lookup_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> RemotePath | None:
         """Return a path whose NAR has this name, or else one with the same content and compression.
 
-        The second may be another file: the same NAR, compressed again. Upstreams in `failed` are not asked. This waits
-        for all other upstreams without a bound, because a client that requests a NAR knows that it exists.
+        The second may be another file: the same NAR, compressed again. Upstreams in `failed` are not asked. The bound
+        of `lookup_path` does not apply, because a client that requests a NAR knows that it exists.
         """
         if via.is_loop(self.identity):
             return None

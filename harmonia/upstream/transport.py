@@ -117,8 +117,8 @@ class Transport:
         """Send a request. Return the response, which the caller must close, or None if the resource does not exist.
 
         The response may have the whole body although a part was requested. Redirects are followed on the upstream's own
-        host, or with `anywhere` to any public host. Raises UpstreamUnavailableError if the request fails,
-        UpstreamMismatchError if a redirect is not allowed.
+        host, or with `anywhere` to all hosts that the address filter allows. Raises UpstreamUnavailableError if the
+        request fails, UpstreamMismatchError if a redirect is not allowed.
         """
         asked = url
         start, stop = part

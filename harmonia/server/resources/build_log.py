@@ -1,7 +1,7 @@
-"""`/log/<drv>`: the build log of a derivation, for people and for `nix log`.
+"""`/log/<drv>`: build log of a derivation, for people and for `nix log`.
 
-By the derivation's name, with or without `.drv`, by one of its outputs, or by the hash part of either. Of a derivation
-that was collected, the store knows no hash part any longer, but the log's own name begins with it.
+The name is a derivation with or without `.drv`, one of its outputs, or the hash part of one of them. A derivation that
+was garbage-collected is not in the database, but the file name of its log begins with its hash part.
 """
 
 from urllib.parse import unquote_to_bytes
@@ -32,30 +32,33 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         cache_control=IMMUTABLE if log.finished else "no-cache",
         etag=f'"{log.version}"',
         zstd=context.streamed(log),
-        headers={"x-content-type-options": "nosniff"},  # it is anybody's text, and no web page
+        headers={"x-content-type-options": "nosniff"},  # the text is not trusted, and is not a web page
     )
 
 
 def decoded(request: Request, name: str) -> str:
-    """The name asked for. It may hold a `?`, after which Nix sends its rest as a query."""
+    """Return the requested name. Nix does not encode a `?` in it, so the rest of the name arrives as the query."""
     _, mark, query = request.raw_url.partition(b"?")
     return unquote_to_bytes(name.encode() + mark + query).decode("ascii", "replace")
 
 
 async def _derivation(context: ServerContext, name: str) -> StorePath:
-    """The derivation that is meant. FormatError where `name` can mean none, AbsentError if nothing has its hash."""
+    """Return the derivation that `name` stands for.
+
+    Raises FormatError if the name is malformed, AbsentError if no path and no log has the hash part.
+    """
     if is_hash_part(name):
-        known = await context.paths.lookup_usable_path(name)
-        if known is None:
+        signed = await context.paths.lookup_usable_path(name)
+        if signed is None:
             collected = await context.threads.run_io(lambda: build_log.derivation(context.settings.logs, name))
             if collected is None:
                 raise AbsentError
             return collected
-        path = known.info.path
+        path = signed.info.path
     else:
         path = StorePath(name)
     if path.is_derivation:
         return path
-    known = await context.paths.lookup_usable_path(path.hash_part)
-    output = known.info if known and known.info.path == path else None
+    signed = await context.paths.lookup_usable_path(path.hash_part)
+    output = signed.info if signed and signed.info.path == path else None
     return (output and output.deriver) or StorePath(f"{path}.drv")

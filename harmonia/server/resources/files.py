@@ -1,7 +1,7 @@
-"""`/serve/<hash>/<path>`: what is in a store path, for browsers.
+"""`/serve/<hash>/<path>`: files of a store path, for browsers.
 
-Symlinks are followed within the store path, and to another one that is valid. This is no more than `/nar` gives to
-those who know the hash part, and so it is on by default.
+Symlinks are followed within the store path, and to other published paths. A client that knows the hash part can also
+download the NAR with the same files, so this is on by default.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from harmonia.store import object_files
 from harmonia.store.gc_roots import MAX_SYMLINKS
 from harmonia.store.object_files import Entry, File
 
-_MAX_PATH_BYTES = 4096  # bytes, as in Linux (path_resolution(7))
+_MAX_PATH_BYTES = 4096  # as in Linux (path_resolution(7))
 
-# A page from the store may hold anybody's script, and must not act as this cache: read with the rights of who looks at
-# it, be it by a cookie of the proxy in front or by the network that it is in. In a sandbox its origin is no other's
-# (HTML section 7.1.1, "opaque origin"), so that it can read nothing of us but what CORS opens to all, and that is this
-# resource: its own modules, fonts and data. It has no cookies and no local storage. All types but one get the header:
-# which of them can run a script is for browsers to know.
+# A page from the store may have untrusted scripts. They must not read other resources of this cache with the rights of
+# the user: by a cookie of a proxy in front, or from the user's network. In a sandbox, a page has an origin of its own
+# (HTML section 7.1.1, "opaque origin"). It can only read what CORS allows to all: this resource, for its own modules,
+# fonts and data. It has no cookies and no local storage. All types except PDF get the header, because only browsers
+# know which types can run scripts.
 _SANDBOX = "sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts"
 
 
-async def get(context: ServerContext, request: Request, where: str) -> Representation:  # noqa: ARG001 (not as it was sent)
+async def get(context: ServerContext, request: Request, where: str) -> Representation:  # noqa: ARG001 (`where` is decoded; the raw path is needed)
     if not context.settings.serve_files:
         raise NotFound
     _, _, hash_part, *encoded = request.path.split("/")
@@ -68,7 +68,10 @@ async def get(context: ServerContext, request: Request, where: str) -> Represent
 
 
 async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes]) -> Entry:
-    """What is at `names` in that store path, by way of symlinks. NotFound also where these lead elsewhere."""
+    """Return the entry at `names` in a store path, following symlinks.
+
+    Raises NotFound if there is none, or if a symlink leads out of the published paths.
+    """
     parts = [os.fsencode(info.path), *names]
     for _ in range(MAX_SYMLINKS + 1):
         if sum(map(len, parts)) + len(parts) > _MAX_PATH_BYTES:
@@ -78,7 +81,7 @@ async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes
         step = await context.threads.run_io(partial(object_files.look, context.store, info, parts[1:]))
         if isinstance(step, Entry):
             return step
-        if not step:  # it leads elsewhere, or to the store itself
+        if not step:  # a symlink leads out of the store, or to the store directory itself
             break
         parts = step
     raise NotFound
@@ -100,7 +103,7 @@ def _file(context: ServerContext, entry: Entry) -> Representation:
     inner = b"/".join(entry.names)
     kind = content_type.of(entry.names[-1] if entry.names else os.fsencode(entry.info.path), entry.sample)
     headers = {"x-content-type-options": "nosniff", "access-control-allow-origin": "*"}
-    if kind != content_type.PDF:  # Chromium shows none in a sandbox
+    if kind != content_type.PDF:  # Chromium does not show PDF in a sandbox
         headers["content-security-policy"] = _SANDBOX
     return Representation(
         content_type=kind,

@@ -1,6 +1,6 @@
-"""What the resources answer where the store has nothing: what other caches say.
+"""Handlers for resources that only upstreams have.
 
-Logs, listings and the like are passed on as they come. NARs are `upstream_nar.py`'s.
+Logs and listings are passed through as they arrive. `upstream_nar.py` handles NARs.
 """
 
 import json
@@ -39,16 +39,16 @@ from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import Part, Transport
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
-"""What comes of text that is no JSON, or another one: it may also be nested deeper than Python reads."""
+"""Errors for malformed JSON, for JSON of another type, and for JSON nested deeper than Python's limit."""
 
 _MAX_JSON_BYTES = 256 << 10
-"""A realisation with 1,500 dependent ones. Python parses JSON without a pause for the event loop, in any thread."""
+"""Size of a realisation with 1,500 dependent ones. JSON parsing holds the GIL, so it blocks the event loop."""
 
 _T = TypeVar("_T")
 
 
 class Answers:
-    """To be made on the event loop that serves."""
+    """Implementation of `context.Fallback`. Create it on the event loop that serves."""
 
     def __init__(self, context: ServerContext) -> None:
         settings = context.settings
@@ -80,7 +80,7 @@ class Answers:
         await self._upstreams.close()
 
     def state(self) -> str:
-        """A line for each upstream."""
+        """Return a line for each upstream: whether it is up or down."""
         clients = self._upstreams.clients
         return "".join(f"upstream {client.base}: {'up' if client.breaker.closed else 'down'}\n" for client in clients)
 
@@ -163,7 +163,7 @@ class Answers:
             if client.settings.mode == "proxy":
                 relative = archive.removeprefix(f"{client.base}/")
                 if not is_debug_nar(relative):
-                    raise client.refusals.refuse(path, Reason.URL_ELSEWHERE, f"it leads to {excerpt(archive)}")
+                    raise client.refusals.refuse(path, Reason.URL_ELSEWHERE, f"leads to {excerpt(archive)}")
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
@@ -181,7 +181,7 @@ class Answers:
     async def _passed(
         self, request: Request, path: str, content_type: str, cache_control: str, headers: dict[str, str] | None = None
     ) -> Representation:
-        """Whatever the first upstream says there."""
+        """Pass through the response of the first upstream that has the resource. Raises NotFound if none has it."""
         method = "HEAD" if request.method == "HEAD" else "GET"
 
         async def ask(client: Client, asked: dict[str, str]) -> tuple[Client, dict[str, str], RemoteAnswer] | None:
@@ -205,11 +205,11 @@ class Answers:
 
 
 def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T]) -> _T:
-    """Return what `extract` makes of an answer in JSON. Raise UpstreamMismatchError if it is not what it should be."""
+    """Return `extract` of a JSON response. Raises UpstreamMismatchError if it is malformed or `extract` fails."""
     try:
         return extract(json.loads(text))
     except (*_NO_SUCH_JSON, FormatError):
-        raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "it is not the JSON of this resource") from None
+        raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "not the JSON of this resource") from None
 
 
 def _there(response: RemoteAnswer | None) -> RemoteAnswer:
