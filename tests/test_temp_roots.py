@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
@@ -37,24 +38,33 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
-def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> TempRoots:
+def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TempRoots]:
     monkeypatch.setattr(temp_roots, "_CHECK_INTERVAL_S", 0.05)
     monkeypatch.setattr(temp_roots, "_RETRY_S", 0.1)
-    return TempRoots(str(place), "/nix/store", expected=True)
+    roots = TempRoots(str(place), "/nix/store", expected=True)
+    yield roots
+    roots.close()
+    wait_until(lambda: "temp-roots" not in {thread.name for thread in threading.enumerate()})
 
 
 def test_a_root_is_taken_once_and_goes_with_the_last_who_needs_it(place: Path, roots: TempRoots) -> None:
     with DaemonServer(place) as daemon:
         first, second, other = roots.acquire(ONE), roots.acquire(ONE), roots.acquire(OTHER)
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
-        del first, other
+        first.release()
+        other.release()
         time.sleep(0.3)
         assert len(daemon.open) == 1
-        del second
+        second.release()
         wait_until(lambda: not daemon.open)
         again = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
-        del again
+        shared = again.share()
+        again.release()
+        time.sleep(0.3)
+        assert daemon.open == [[full(ONE)]]
+        shared.release()
+        wait_until(lambda: not daemon.open)
 
 
 def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots) -> None:
@@ -67,14 +77,14 @@ def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots
         first = roots.acquire(ONE)
         wait_until(lambda: daemon.open)
         for _ in range(10_000):
-            roots.acquire(OTHER)
+            roots.acquire(OTHER).release()
         waits.set()
-    del first
+    first.release()
     with DaemonServer(place) as daemon:
         last = roots.acquire(ONE)
         wait_until(lambda: daemon.roots)
         assert daemon.roots == [full(ONE)]
-        del last
+        last.release()
 
 
 def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
@@ -83,14 +93,13 @@ def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
     """Also for what it has answered before: that was over the same connection, which is closed."""
     monkeypatch.setattr(temp_roots, "_TIMEOUT_S", 0.2)
     with DaemonServer(place) as daemon:
-        first = roots.acquire(ONE)
+        roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         answer, daemon.answer = daemon.answer, b""
-        other = roots.acquire(OTHER)
+        roots.acquire(OTHER)
         wait_until(lambda: len(daemon.roots) > 2)
         daemon.answer = answer
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
-        del first, other
 
 
 def test_a_long_download_does_not_keep_what_others_needed(
@@ -98,30 +107,29 @@ def test_a_long_download_does_not_keep_what_others_needed(
 ) -> None:
     monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
     with DaemonServer(place) as daemon:
-        short, long = roots.acquire(ONE), None
+        short = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
-        long = roots.acquire(OTHER)
+        roots.acquire(OTHER)
         wait_until(lambda: daemon.open == [[full(ONE)], [full(OTHER)]])
-        del short
+        short.release()
         wait_until(lambda: daemon.open == [[full(OTHER)]])
-        del long
 
 
 def test_there_are_few_connections(place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
     paths = [StorePath(f"{number:032}-name") for number in range(10)]
     with DaemonServer(place) as daemon:
-        holds = [roots.acquire(path) for path in paths]
+        for path in paths:
+            roots.acquire(path)
         wait_until(lambda: len(daemon.roots) == len(paths))
         assert len(daemon.open) == 4
-        del holds
 
 
 def test_they_are_taken_anew_from_a_daemon_that_comes_back(
     place: Path, roots: TempRoots, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "harmonia")
-    hold = roots.acquire(ONE)
+    roots.acquire(ONE)
     wait_until(lambda: caplog.records)
     time.sleep(0.3)
     for _ in range(2):
@@ -129,7 +137,6 @@ def test_they_are_taken_anew_from_a_daemon_that_comes_back(
             wait_until(lambda: daemon.open == [[full(ONE)]])
             wait_until(lambda: len(caplog.records) % 2 == 0)
         wait_until(lambda: len(caplog.records) % 2)
-    del hold
     lacking = f"nothing keeps what is sent from being collected, for want of the Nix daemon at {place}: "
     again = f"the Nix daemon at {place} keeps what is sent from being collected again"
     messages = [record.getMessage() for record in caplog.records]
@@ -138,12 +145,20 @@ def test_they_are_taken_anew_from_a_daemon_that_comes_back(
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "WARNING", "INFO", "WARNING"]
 
 
+def test_close_gives_up_every_root_and_ends_the_thread(place: Path, roots: TempRoots) -> None:
+    with DaemonServer(place) as daemon:
+        roots.acquire(ONE)
+        wait_until(lambda: daemon.open == [[full(ONE)]])
+        roots.close()
+        wait_until(lambda: not daemon.open)
+
+
 def test_nobody_is_warned_of_a_daemon_that_nobody_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "harmonia")
-    hold = TempRoots(str(place), "/nix/store", expected=False).acquire(ONE)
-    wait_until(lambda: caplog.records)
+    with closing(TempRoots(str(place), "/nix/store", expected=False)) as roots:
+        roots.acquire(ONE)
+        wait_until(lambda: caplog.records)
     assert caplog.records[0].levelname == "DEBUG"
-    del hold
 
 
 # In the server.

@@ -17,6 +17,7 @@ from functools import partial
 
 from harmonia.cache.growing_file import GROWING, CachedFile, Filler
 from harmonia.config.settings import Settings
+from harmonia.ownership import closed_on_error
 
 _SPARE_BYTES = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
 _DEFAULT_MAX_BYTES = 20 << 30  # bytes
@@ -197,10 +198,11 @@ class NarCache:
             file = CachedFile(os.open(path, _READ), damaged=partial(self.discard, path))
         except FileNotFoundError:
             return None
-        file.refresh()
-        if file.whole:
-            return file
-        self.discard(path, file)
+        with closed_on_error(file):
+            file.refresh()
+            if file.whole:
+                return file
+            self.discard(path, file)
         file.close()
         return None
 
@@ -215,18 +217,19 @@ class NarCache:
         growing = path + GROWING
         descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         file = CachedFile(descriptor)
-        if not file.lock():
-            return file, None
-        with suppress(FileNotFoundError):
-            if file.is_at(growing):
-                file.refresh()
-                # One that is whole may be read by somebody, although who filled it died before it got its name.
-                if not file.whole and not os.path.exists(path):
-                    if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 would flush at each close
-                        os.ftruncate(descriptor, 0)
-                    reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
-                    return reader, Filler(path, file.detach(), self.filled, self.failed)
-                os.unlink(growing)
+        with closed_on_error(file):
+            if not file.lock():
+                return file, None
+            with suppress(FileNotFoundError):
+                if file.is_at(growing):
+                    file.refresh()
+                    # One that is whole may be read by somebody, although who filled it died before it got its name.
+                    if not file.whole and not os.path.exists(path):
+                        if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 flushes at each close
+                            os.ftruncate(descriptor, 0)
+                        reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
+                        return reader, Filler(path, file.detach(), self.filled, self.failed)
+                    os.unlink(growing)
         file.close()
         return None
 

@@ -136,8 +136,6 @@ class CachedFile:
         if self._descriptor >= 0:
             os.close(self.detach())
 
-    __del__ = close  # of one that nobody came to read
-
 
 class _VerifiedSlice(OpenSlice):
     """A part of a whole file, read block by block. Raises CacheFileError if a block does not have its digest."""
@@ -218,7 +216,10 @@ class _VerifiedSlice(OpenSlice):
 
 
 class Filler:
-    """The right to write a file, until `commit`, or `abandon`: that one also after any other has raised OSError."""
+    """The right to write a file, until `commit` or `abandon`, which may also follow an OSError of any other method.
+
+    Whoever has it ends it by one of these, or all others would wait for its lock.
+    """
 
     def __init__(
         self, path: str, descriptor: int, filled: Callable[[int], None], failed: Callable[[OSError], None]
@@ -292,8 +293,6 @@ class Filler:
         with suppress(OSError):
             os.unlink(self._path + GROWING)
         self._close()
-
-    __del__ = abandon  # of one that nobody came to use: its lock would make all others wait for ever
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

@@ -26,7 +26,10 @@ _P = ParamSpec("_P")
 
 
 class _File:
-    """A file of the cache for the blocks of a layout."""
+    """A file of the cache for the blocks of a layout.
+
+    A layout has no one owner: it is evicted while others follow it. Its file is closed when the last has let it go.
+    """
 
     def __init__(self, reader: CachedFile, filler: Filler | None) -> None:
         self._reader = reader
@@ -49,6 +52,9 @@ class _File:
         if self._filler is not None:
             self._filler.abandon()
             self._filler = None
+
+    def __del__(self) -> None:
+        self._reader.close()
 
 
 class Layouts:
@@ -128,7 +134,10 @@ class Layouts:
     def _new_file(self, key: str) -> _File | None:
         """Return a file to fill, or None if the disk is not writable, or if another process fills the file."""
         opened = self.files.open_file(key) if self.files is not None else None
-        return _File(*opened) if opened is not None and opened[1] is not None else None
+        if opened is None:
+            return None
+        file = _File(*opened)
+        return None if opened[1] is None else file
 
 
 def _done(write: Callable[_P, None], *arguments: _P.args, **named: _P.kwargs) -> bool:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cachetools import TTLCache
 
@@ -25,7 +25,8 @@ from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
-from harmonia.store.file_reader import OpenSlice
+from harmonia.ownership import closed_on_error
+from harmonia.store.file_reader import OpenSlice, Step
 
 _UNKNOWN_TTL_S = 1.0  # seconds for which another process is taken not to have compressed what nobody had
 _MAX_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
@@ -40,6 +41,15 @@ class CompressedFile(NamedTuple):
 
     sha256: bytes
     size: int
+
+
+class NarSource(Source, Protocol):
+    """A NAR in the store, to be closed."""
+
+    def share(self) -> "NarSource":
+        """Return the same NAR for another owner, who closes it as well."""
+
+    def close(self) -> None: ...
 
 
 class Compressor:
@@ -119,10 +129,12 @@ class Compressor:
         file, filler = opened
         file.close()
         if filler is not None:
-            with suppress(OSError):  # which the cache logs
-                filler.append(index.dump())
-                filler.commit()
-            filler.abandon()
+            try:
+                with suppress(OSError):  # which the cache logs
+                    filler.append(index.dump())
+                    filler.commit()
+            finally:
+                filler.abandon()  # unless it was committed
 
     def use_cached_file(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
         """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
@@ -140,8 +152,9 @@ class Compressor:
         with closing(file):
             return file.size
 
-    def open_file(self, source: Source, encoding: Encoding) -> CachedFile | None:
-        """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it.
+    def open_file(self, source: NarSource, encoding: Encoding) -> CachedFile | None:
+        """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it, and
+        may outlast `source`.
 
         None where there is no cache that can be written, where the source has no hash that could be its name, where it
         was damaged when it was read last, or where so much is being compressed that no more may begin whose client can
@@ -159,7 +172,7 @@ class Compressor:
             return None
         file, filler = opened
         if filler is not None:
-            _Fill(self, source, encoding, filler).start()
+            _Fill(self, source.share(), encoding, filler).start()
         return file
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
@@ -193,8 +206,8 @@ def _key(sha256: bytes, encoding: Encoding) -> str:
 class CompressedNar:
     """The compressed form of a NAR as something that can be read: from the cache, or else made on the way."""
 
-    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding | None = None) -> None:
-        """Begins to fill the cache with it, where it is not there. Blocks for a moment.
+    def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding | None = None) -> None:
+        """Begins to fill the cache with it, where it is not there. Blocks for a moment. Closes `source` with itself.
 
         Without an `encoding`, in ours.
         """
@@ -202,32 +215,43 @@ class CompressedNar:
         self._source = source
         self._encoding = encoding or compressor.encoder.encoding
         self._is_ours = self._encoding == compressor.encoder.encoding
-        self._file = compressor.open_file(source, self._encoding)
         known = compressor.known_file_info(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
         """None until it was once compressed to its end."""
         self._index: FrameIndex | None = None
-        if self._file is not None:
-            self._look(self._file)
-        if source.sha256 and not (self._file and self._file.whole):
-            self._index = compressor.load_frame_index(source.sha256, self._encoding)
-            if self._index is not None:
-                self.size = self._index.size
+        self._file: CachedFile | None = None
+        with closed_on_error(self):
+            self._file = self._open()
+            if self._file is not None:
+                self._look(self._file)
+            if source.sha256 and not (self._file and self._file.whole):
+                self._index = compressor.load_frame_index(source.sha256, self._encoding)
+                if self._index is not None:
+                    self.size = self._index.size
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | None]:
-        file, self._file = self._file or self._open(), None
+    def close(self) -> None:
+        self._close_file()
+        self._source.close()
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the NAR was not what was registered when it was read last."""
+        return self._compressor.is_damaged(self._source)
+
+    def read(self, start: int, stop: int | None) -> Generator[Step | None]:
+        self._file = self._file or self._open()
         position = start
         reopened = False
         try:
-            while file is not None:
-                position = yield from self._catch_up(file, position, stop)
-                position = yield from file.follow(position, stop)
-                self._look(file)
-                if file.whole or position == stop:
+            while self._file is not None:
+                position = yield from self._catch_up(self._file, position, stop)
+                position = yield from self._file.follow(position, stop)
+                self._look(self._file)
+                if self._file.whole or position == stop:
                     return
                 # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
-                file.close()
-                file = None if reopened else self._open()
+                self._close_file()
+                self._file = None if reopened else self._open()
                 reopened = True
             begun = position
             reached = yield from self._compressor.encoder.stream(
@@ -238,16 +262,11 @@ class CompressedNar:
                 if not begun or self._index is None:  # the whole NAR was seen
                     self._compressor.found_intact(self._source)
         except StoreObjectError as error:
-            if file is None:  # else it is the file that was cut short
+            if self._file is None:  # else it is the file that was cut short
                 self._compressor.found_damaged(self._source, error)
             raise
-        finally:
-            if file is not None:
-                file.close()
 
-    def _catch_up(
-        self, file: CachedFile, position: int, stop: int | None
-    ) -> Generator[bytes | OpenSlice | None, None, int]:
+    def _catch_up(self, file: CachedFile, position: int, stop: int | None) -> Generator[bytes | Future[Any], None, int]:
         """Compress from the frame of `position` on, frame by frame, until the growing file has come that far."""
         index = self._index
         if index is None:
@@ -265,6 +284,11 @@ class CompressedNar:
     def _open(self) -> CachedFile | None:
         return self._compressor.open_file(self._source, self._encoding)
 
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
     def _look(self, file: CachedFile) -> None:
         file.refresh()
         if file.whole and self._source.sha256:
@@ -280,25 +304,32 @@ class KeptNar:
         self.size = file.size
         self._file = file
 
+    def close(self) -> None:
+        self._file.close()
+
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice | None]:
-        try:
-            yield from self._file.follow(start, stop)
-        finally:
-            self._file.close()
+        yield from self._file.follow(start, stop)
 
 
 class StoredNar:
     """A NAR in a zstd file without compression: its length is known before anything is read. Only read as a whole."""
 
-    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding) -> None:
-        """Begin to fill the cache with the compressed file, for later requests. Blocks for a moment."""
+    def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding) -> None:
+        """Begin to fill the cache with the compressed file, for later requests. Blocks for a moment.
+
+        Closes `source` with itself.
+        """
         self._compressor = compressor
         self._source = source
         self.size = stored_size(source.size)
-        if (file := compressor.open_file(source, encoding)) is not None:
-            file.close()
+        with closed_on_error(self):
+            if (file := compressor.open_file(source, encoding)) is not None:
+                file.close()
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[bytes]]:
+    def close(self) -> None:
+        self._source.close()
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[Any]]:
         if start or stop not in {None, self.size}:
             raise NotImplementedError
         try:
@@ -308,7 +339,7 @@ class StoredNar:
             raise
         self._compressor.found_intact(self._source)
 
-    def _content(self) -> Generator[bytes | Future[bytes]]:
+    def _content(self) -> Generator[bytes | Future[Any]]:
         """Return the NAR in chunks. Raises StoreObjectError at its end if it does not have its hash."""
         sha256 = hashlib.sha256()
         with closing(self._source.read(0, self._source.size)) as chunks:
@@ -323,9 +354,12 @@ class StoredNar:
 
 
 class _Fill:
-    """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn."""
+    """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn.
 
-    def __init__(self, compressor: Compressor, source: Source, encoding: Encoding, filler: Filler) -> None:
+    Owns the source and the filler.
+    """
+
+    def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding, filler: Filler) -> None:
         self._compressor = compressor
         self._encoder = compressor.encoder
         self._source = source
@@ -399,4 +433,5 @@ class _Fill:
 
     def _end(self) -> None:
         self._over = True
+        self._source.close()
         self._compressor.count_fill(self._encoding, -1)

@@ -132,7 +132,7 @@ class Encoding:
         return frame
 
 
-def stream(chunks: Iterable[bytes | None]) -> Generator[bytes | None]:
+def stream(chunks: Iterable[bytes]) -> Generator[bytes]:
     """Yield the chunks as one frame, a block after each chunk. For bodies that arrive slowly, in small chunks."""
     compressor = zstandard.ZstdCompressor(level=_STREAM_LEVEL, write_checksum=True).compressobj()
     for chunk in chunks:

@@ -14,7 +14,7 @@ from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
 from harmonia.store import file_reader
-from harmonia.store.file_reader import Chunk
+from harmonia.store.file_reader import ReadOnly, Step
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -34,7 +34,7 @@ class Source(Protocol):
     def sha256(self) -> bytes | None:
         """Return the expected hash of a NAR, or None for other content. With another hash, the body is broken off."""
 
-    def read(self, start: int, stop: int) -> Generator[Chunk]:
+    def read(self, start: int, stop: int) -> Generator[Step]:
         """Yield the bytes from `start` to `stop`."""
 
 
@@ -89,7 +89,7 @@ class FrameEncoder:
         stop: int | None,
         encoding: Encoding | None = None,
         index: FrameIndex | None = None,
-    ) -> Generator[bytes | None, None, int]:
+    ) -> Generator[bytes | Future[Any], None, int]:
         """Yield the compressed bytes from `start` to `stop` or to the end, without the cache. Return the end position.
 
         Yields None while the next frame is in compression. Frames before `start` are compressed, too, unless `index`
@@ -106,14 +106,11 @@ class FrameEncoder:
                 continue
             frame = self.submit(source, offset, encoding)
             try:
-                while not frame.done():
-                    yield None
+                yield frame
             finally:
                 frame.cancel()
-            try:
-                result = frame.result()
-            finally:
-                del frame  # otherwise an error is in a reference cycle with its traceback, which frees its memory late
+            result = frame.result()
+            del frame  # and with it the buffer, once it is released
             sha256.update(result.content)
             unpacked += len(result.content)
             compressed = result.compressed
@@ -188,7 +185,7 @@ class FrameEncoder:
         return frame
 
 
-class Compressed:
+class Compressed(ReadOnly):
     """A body that is not a NAR, compressed while it is sent."""
 
     def __init__(self, encoder: FrameEncoder, source: Source) -> None:
@@ -199,7 +196,7 @@ class Compressed:
     def size(self) -> None:
         return None
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[Any]]:
         yield from self._encoder.stream(self._source, start, stop)
 
 

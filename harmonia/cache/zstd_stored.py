@@ -6,6 +6,7 @@ The length of the file is known from the length of its content.
 import struct
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
+from typing import Any
 
 import xxhash
 
@@ -28,7 +29,7 @@ def stored_size(size: int) -> int:
     return _HEADER.size + blocks * _BLOCK_HEADER_BYTES + size + _CHECKSUM_BYTES
 
 
-def store(chunks: Iterable[bytes | Future[bytes]], size: int) -> Generator[bytes | Future[bytes]]:
+def store(chunks: Iterable[bytes | Future[Any]], size: int) -> Generator[bytes | Future[Any]]:
     """Yield the file for content of `size` bytes, in pieces. Yield each future in `chunks` for the caller to wait for.
 
     The last block follows the end of `chunks`, so that an error at the end leaves the file incomplete.

@@ -107,11 +107,9 @@ def _endpoint(
         except Exception as error:  # noqa: BLE001 (error_response.py gives each a status)
             response = error_response.response(context, request, error)
             still_valid = error.still_valid if isinstance(error, AbsentError) else None
-        except asyncio.CancelledError as error:  # the client is gone, perhaps with all it wanted, or we have to stop
+        except asyncio.CancelledError:  # the client is gone, perhaps with all it wanted, or we have to stop
             if request.responded:
                 _done(context, route, request, None)
-            # Its frames hold what was to be sent, and the temporary root of that, as long as somebody has the error.
-            error.__traceback__ = None
             raise
         finally:
             route.end()

@@ -21,14 +21,16 @@ from harmonia.config.settings import PublishRules, Settings
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.process.thread_reader import Submit
 from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
-from harmonia.server.http.response import Body, Encoded, Representation, Submit
+from harmonia.server.http.response import Body, Deferred, Encoded, Representation
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
+from harmonia.store.file_reader import ReadOnly
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.store.temp_roots import TempRootLease, TempRoots
@@ -64,17 +66,17 @@ class Fallback(Protocol):
 class Stream(Protocol):
     """Bytes that can only be read from the first to the last."""
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]: ...
+    def read(self, start: int, stop: int | None) -> Generator[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Streamed:
+class _Streamed(ReadOnly):
     """A body that is compressed from its beginning to its end, by the thread that reads it."""
 
     source: Stream
     size: None = None
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
         return zstd.stream(self.source.read(start, stop))
 
 
@@ -139,9 +141,13 @@ class ServerContext:
 
         Return None if the NAR is smaller than _TEMP_ROOT_MIN_BYTES, or if there is no Nix daemon.
         """
-        return (
-            self._temp_roots.acquire(info.path) if self._temp_roots and info.nar_size >= _TEMP_ROOT_MIN_BYTES else None
-        )
+        is_worthwhile = info.nar_size >= _TEMP_ROOT_MIN_BYTES
+        return self._temp_roots.acquire(info.path) if self._temp_roots and is_worthwhile else None
+
+    def close(self) -> None:
+        """Release all temporary roots. Waits for nothing."""
+        if self._temp_roots is not None:
+            self._temp_roots.close()
 
     def encoded(self, source: Source) -> Encoded | None:
         """Return a body with the content coding zstd, or None if compression is off."""
@@ -151,9 +157,8 @@ class ServerContext:
                 raise NotAcceptable
             return Compressed(self.compressor.encoder, source)
 
-        return (
-            Encoded(self.compressor.encoder.encoding.name, open_encoded) if self.settings.enable_compression else None
-        )
+        name = self.compressor.encoder.encoding.name
+        return Encoded(name, Deferred(open_encoded)) if self.settings.enable_compression else None
 
     def streamed(self, source: Stream) -> Encoded | None:
         """Return a body with the content coding zstd like `encoded`, for a source without random access."""
@@ -163,4 +168,4 @@ class ServerContext:
                 raise NotAcceptable
             return _Streamed(source)
 
-        return Encoded(zstd.STREAM, open_encoded) if self.settings.enable_compression else None
+        return Encoded(zstd.STREAM, Deferred(open_encoded)) if self.settings.enable_compression else None

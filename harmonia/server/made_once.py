@@ -13,6 +13,7 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.fair_executor import FairExecutor
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import CacheFileError
+from harmonia.ownership import hand_over
 from harmonia.process.single_flight import SingleFlight
 from harmonia.store.file_reader import OpenSlice
 
@@ -38,6 +39,9 @@ class MadeFile:
     @property
     def size(self) -> int:
         return self.file.size
+
+    def close(self) -> None:
+        self.file.close()
 
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice]:
         part = self.file.slice(start, self.size if stop is None else stop)
@@ -74,14 +78,22 @@ class MadeOnce:
     async def file(self, key: str, client: Hashable, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
         """Return the cached file for a key. If there is none or it is damaged, write the pieces of `make` to a new one.
 
-        Return None if the disk fails, or while another worker writes the file.
+        The caller closes it. Return None if the disk fails, or while another worker writes the file.
         """
         if self._files is None:
             return None
         files = self._files
-        return await self._flights.run(
+        await self._flights.run(
             key, lambda: asyncio.wrap_future(self._threads.submit(client, _make_file, files, key, make))
         )
+        return await hand_over(self._threads.submit(client, _open_file, files, key))
+
+    def open(self, key: str) -> MadeFile:
+        """Return a cached file, to be closed. Raise CacheFileError if the file was evicted."""
+        file = self._files.find_file(key) if self._files is not None else None
+        if file is None:
+            raise CacheFileError("it was evicted")
+        return MadeFile(file)
 
     async def _make(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         value = await asyncio.wrap_future(self._threads.submit(client, make))
@@ -90,27 +102,31 @@ class MadeOnce:
         return value
 
 
-def _make_file(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> MadeFile | None:
+def _make_file(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> None:
+    """Write the pieces of `make` to a file, unless the file exists, another process writes it, or the disk fails."""
     opened = files.open_file(key)
     if opened is None:
-        return None
+        return
     file, filler = opened
+    file.close()
     if filler is None:
-        return MadeFile(file) if file.whole else None
+        return
     try:
-        parts: list[bytes] = []
-        size = 0
-        for piece in make():
-            parts.append(piece)
-            size += len(piece)
-            if size >= _WRITE_BYTES:
-                filler.append(b"".join(parts))
-                parts, size = [], 0
-        filler.append(b"".join(parts))
-        filler.commit()
-    except OSError:  # logged by the cache
-        return None
+        with suppress(OSError):  # logged by the cache
+            parts: list[bytes] = []
+            size = 0
+            for piece in make():
+                parts.append(piece)
+                size += len(piece)
+                if size >= _WRITE_BYTES:
+                    filler.append(b"".join(parts))
+                    parts, size = [], 0
+            filler.append(b"".join(parts))
+            filler.commit()
     finally:
         filler.abandon()  # no effect after a commit
-    file.refresh()
-    return MadeFile(file)
+
+
+def _open_file(files: NarCache, key: str) -> MadeFile | None:
+    file = files.find_file(key)
+    return None if file is None else MadeFile(file)

@@ -18,6 +18,7 @@ from harmonia import __version__
 from harmonia.nix.store_path import StorePath
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
+from harmonia.store.file_reader import ReadOnly
 
 
 def _static(name: str) -> str:
@@ -41,7 +42,7 @@ _POLICY_WITH_SCRIPT = f"{_POLICY}; script-src {_allowed(_SCRIPT)}"
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(ReadOnly):
     """Bytes in memory, as a body that can be compressed."""
 
     content: bytes

@@ -10,6 +10,7 @@ from typing import TypeVar
 from harmonia.cache.fair_executor import FairExecutor
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
+from harmonia.ownership import Closeable, hand_over
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
 _READER_THREADS = 16  # for short reads from the disk
@@ -17,6 +18,7 @@ _BODY_THREADS = 16  # for bodies; a thread is busy only while it reads a chunk, 
 _BODY_THREADS_PER_CLIENT = 2
 
 _T = TypeVar("_T")
+_C = TypeVar("_C", bound=Closeable | None)
 
 
 class Threads:
@@ -36,6 +38,10 @@ class Threads:
     async def run_io(self, ask: Callable[[], _T]) -> _T:
         """Run a function that reads from the disk, in one of many threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+    async def open(self, ask: Callable[[], _C]) -> _C:
+        """Run a function that opens a file, in one of many threads. The file is closed if the caller is cancelled."""
+        return await hand_over(self.readers.submit(ask))
 
     async def run_db(self, ask: Callable[[], _T]) -> _T:
         """Run a short query in the database thread, and count its time.

@@ -124,6 +124,7 @@ async def _serve(
     await _drain(servers, settings.shutdown_grace)
     for chore in chores:
         chore.cancel()
+    context.close()
     await upstream.stop(context)
 
 

@@ -21,6 +21,7 @@ import zstandard
 
 from harmonia.errors import FormatError, StoreObjectError
 from harmonia.nix.store_path import StorePath
+from harmonia.store.file_reader import ReadOnly
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without O_NONBLOCK, to open a fifo blocks
 _SUFFIXES = ("", ".bz2", ".zst")  # in the order of Nix's lookup
@@ -42,7 +43,7 @@ _ZST_INPUT_BYTES = 64
 _ZST_WINDOW_BYTES = 8 << 20
 
 
-class BuildLog:
+class BuildLog(ReadOnly):
     """A log at the time of the lookup. `read` fails if the log was replaced since."""
 
     def __init__(self, path: str, suffix: str) -> None:
@@ -61,8 +62,8 @@ class BuildLog:
         self.size = None if suffix else status.st_size
         """The length of the decoded log in bytes. None for a compressed log until it was read to its end."""
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:
-        """Yield the decoded bytes from `start` to `stop` or to the end. Yield None for each chunk outside this range.
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:
+        """Yield the decoded bytes from `start` to `stop` or to the end. Yield b"" for each chunk outside this range.
 
         If Nix is still compressing the log, the bytes end at the last complete block. For all other damage, raises
         StoreObjectError or OSError after the bytes before the damage.
@@ -76,7 +77,7 @@ class BuildLog:
             position = 0
             for chunk in self._unzst(file) if self._suffix == ".zst" else self._unbz2(file):
                 end = None if stop is None else stop - position
-                yield chunk[max(start - position, 0) : end] or None
+                yield chunk[max(start - position, 0) : end]
                 position += len(chunk)
                 if stop is not None and position >= stop:
                     return

@@ -1,9 +1,11 @@
 """Reader of the bytes that the segments of a NAR stand for, in chunks."""
 
 import os
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
+from typing import Any
 
 from harmonia.errors import StoreObjectError
 from harmonia.nix.nar import FileSlice, Segment
@@ -11,6 +13,9 @@ from harmonia.store import confined
 
 CHUNK_BYTES = 256 * 1024
 """Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
+
+END = sys.maxsize
+"""A position beyond the end of any body: a read from there yields no bytes, and ends when the size is known."""
 
 
 class OpenSlice:
@@ -57,14 +62,24 @@ class OpenSlice:
         return data
 
 
-Chunk = bytes | OpenSlice | Future[bytes]
-"""Bytes, a part of an open file, or a wait for what is not known yet."""
+Chunk = bytes | OpenSlice
+"""Bytes, or a part of an open file, to be read to its end before the next chunk is asked for."""
+Step = Chunk | Future[Any]
+"""A chunk, or a future that ends when there is more to read. Whoever reads waits for it in his own way."""
 
 
-def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[Chunk]:
+class ReadOnly:
+    """A body that has nothing open but while it is read."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        pass
+
+
+def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[Step]:
     """The bytes of a run of segments, in chunks of less than twice `chunk_size`, and what files have of no less.
 
-    An open slice is to be read to its end, and a future waited for, before the next chunk is asked for.
     StoreObjectError where a file is no longer as long as its slice says; OSError where it cannot be read.
     """
     parts: list[bytes] = []
@@ -112,7 +127,7 @@ def _joined(parts: list[bytes]) -> bytes:
     return data
 
 
-def flatten(chunks: Generator[Chunk], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
+def flatten(chunks: Generator[Step], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
     """Chunks with what open slices stand for, at most `chunk_size` of it at a time. Blocks for a future."""
     with closing(chunks):  # and its file at once, not when the last who has an error has forgotten it
         for chunk in chunks:
@@ -125,7 +140,7 @@ def flatten(chunks: Generator[Chunk], chunk_size: int = CHUNK_BYTES) -> Generato
                 yield chunk
 
 
-def read_into(buffer: memoryview, chunks: Generator[Chunk]) -> bool:
+def read_into(buffer: memoryview, chunks: Generator[Step]) -> bool:
     """Fill a buffer with what chunks are and stand for. Whether they come to its length, and to no more.
 
     Blocks for a future.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import confined
-from harmonia.store.file_reader import OpenSlice
+from harmonia.store.file_reader import OpenSlice, ReadOnly
 from harmonia.store.store import Store
 
 SAMPLE_BYTES = 64 * 1024
@@ -50,7 +50,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class File(ReadOnly):
     """The contents of a file that `look` has found, with the status from that time."""
 
     top: bytes

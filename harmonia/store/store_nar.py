@@ -5,7 +5,7 @@ import sys
 from collections.abc import Generator, Hashable, Iterator
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from harmonia.errors import CacheFileError, StoreObjectError
@@ -13,7 +13,7 @@ from harmonia.nix import base32
 from harmonia.nix.nar import Segment
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader
-from harmonia.store.file_reader import OpenSlice
+from harmonia.store.file_reader import Step
 from harmonia.store.nar_layout import Layout
 from harmonia.store.temp_roots import TempRootLease
 
@@ -28,13 +28,16 @@ class LayoutSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreNar:
-    """The NAR of a valid path, which is as long as was registered if the store object is still what it was then."""
+    """The NAR of a valid path, which is as long as was registered if the store object is still what it was then.
+
+    To be closed.
+    """
 
     info: PathInfo
     root: bytes
     layouts: LayoutSource
     temp_root: TempRootLease | None = None
-    """What keeps the path from being collected as long as this is read, or may be."""
+    """What keeps the path from being collected until this is closed."""
     client: Hashable = None
     """Who asks: one client's walks do not keep others waiting."""
 
@@ -54,6 +57,14 @@ class StoreNar:
         """Name of its layout. The same path may come to be registered with other contents."""
         return f"{self.info.path.hash_part}-{base32.encode(self.info.nar_hash)}"
 
+    def share(self) -> "StoreNar":
+        """Return the same NAR for another owner, who closes it as well."""
+        return replace(self, temp_root=self.temp_root and self.temp_root.share())
+
+    def close(self) -> None:
+        if self.temp_root is not None:
+            self.temp_root.release()
+
     def layout(self) -> Layout:
         """Return what lies where in it, as far as that is known yet."""
         return self.layouts.open_layout(self.key, self.root, self.client)
@@ -70,7 +81,7 @@ class StoreNar:
         """Return a future that ends when the bytes up to `stop` can be read without a wait; None if they can now."""
         return self.layout().wait_covered(stop)
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes]]:
+    def read(self, start: int, stop: int | None) -> Generator[Step]:
         """Read a part. A future stands for a wait for the walk, which a caller may do in its own way.
 
         A long archive is sent while it is walked, and breaks off at its end if the size is wrong. A short one, of one

@@ -12,7 +12,6 @@ import threading
 import time
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from weakref import ref
 
 from harmonia.errors import RemoteError
 from harmonia.nix.store_path import StorePath
@@ -28,12 +27,21 @@ _log = logging.getLogger("harmonia")
 
 
 class TempRootLease:
-    """Protects a path from garbage collection for as long as this object exists."""
+    """Protects a path from garbage collection until it is released."""
 
-    __slots__ = ("__weakref__", "path")
+    __slots__ = ("_roots", "is_released", "path")
 
-    def __init__(self, path: StorePath) -> None:
+    def __init__(self, path: StorePath, roots: "TempRoots") -> None:
         self.path = path
+        self.is_released = False
+        self._roots = roots
+
+    def share(self) -> "TempRootLease":
+        """Return another one of the same path, to be released as well."""
+        return self._roots.acquire(self.path)
+
+    def release(self) -> None:
+        self.is_released = True
 
 
 class _Connection:
@@ -41,7 +49,7 @@ class _Connection:
         self.daemon = daemon
         self.opened = time.monotonic()
         self.paths: set[StorePath] = set()
-        self.leases: list[ref[TempRootLease]] = []
+        self.leases: list[TempRootLease] = []
 
 
 class TempRoots:
@@ -54,8 +62,8 @@ class TempRoots:
         self._socket = socket
         self._store_dir = store_dir
         self._expected = expected
-        self._asked: SimpleQueue[ref[TempRootLease]] = SimpleQueue()
-        self._waiting: list[ref[TempRootLease]] = []
+        self._asked: SimpleQueue[TempRootLease | None] = SimpleQueue()
+        self._waiting: list[TempRootLease] = []
         self._connections: list[_Connection] = []
         self._look_at = 0.0
         self._retry_at = 0.0
@@ -64,9 +72,9 @@ class TempRoots:
         self._thread: threading.Thread | None = None
 
     def acquire(self, path: StorePath) -> TempRootLease:
-        """Have a root taken, soon, and kept for as long as what this returns. Waits for nothing."""
-        lease = TempRootLease(path)
-        self._asked.put(ref(lease))
+        """Have a root taken, soon, and kept until what this returns is released. Waits for nothing."""
+        lease = TempRootLease(path, self)
+        self._asked.put(lease)
         if self._thread is None:
             with self._start, suppress(RuntimeError):  # where no thread can be started now, it may be later
                 if self._thread is None:  # in the process that serves, not in the one that it was forked from
@@ -75,9 +83,12 @@ class TempRoots:
                     self._thread = thread
         return lease
 
+    def close(self) -> None:
+        """Give up all roots and end the thread, as soon as the daemon has answered. Waits for nothing."""
+        self._asked.put(None)
+
     def _run(self) -> None:
-        while True:
-            self._listen()
+        while self._listen():
             if time.monotonic() >= self._look_at:
                 self._let_go()
                 self._look_at = time.monotonic() + _CHECK_INTERVAL_S
@@ -86,34 +97,36 @@ class TempRoots:
                     self._take()
                 except (OSError, RemoteError, MemoryError) as error:
                     self._failed(error)
+        for connection in self._connections:
+            connection.daemon.close()
 
-    def _listen(self) -> None:
-        """Wait for something to do, and gather what there is."""
-        try:
-            self._waiting.append(
-                self._asked.get(timeout=_CHECK_INTERVAL_S if self._waiting or self._connections else None)
-            )
-            while True:
-                self._waiting.append(self._asked.get_nowait())
-        except Empty:
-            return
+    def _listen(self) -> bool:
+        """Wait for something to do, and gather what there is. Return False once this is closed."""
+        with suppress(Empty):
+            lease = self._asked.get(timeout=_CHECK_INTERVAL_S if self._waiting or self._connections else None)
+            while lease is not None:
+                self._waiting.append(lease)
+                lease = self._asked.get_nowait()
+            return False
+        return True
 
     def _let_go(self) -> None:
         """Close the connections that nobody needs. What was kept by one that is lost waits for another."""
         kept = []
         for connection in self._connections:
-            connection.leases = _alive(connection.leases)
+            connection.leases = _unreleased(connection.leases)
             if connection.leases and not connection.daemon.lost:
                 kept.append(connection)
             else:
                 connection.daemon.close()
                 self._waiting += connection.leases
         self._connections = kept
-        self._waiting = _alive(self._waiting)
+        self._waiting = _unreleased(self._waiting)
 
     def _take(self) -> None:
         while self._waiting:
-            if lease := self._waiting[-1]():
+            lease = self._waiting[-1]
+            if not lease.is_released:
                 connection = self._connection()
                 if lease.path not in connection.paths:
                     try:
@@ -122,7 +135,7 @@ class TempRoots:
                         connection.daemon.close()  # which makes it a lost one
                         raise
                     connection.paths.add(lease.path)
-                connection.leases.append(ref(lease))
+                connection.leases.append(lease)
             self._waiting.pop()
         if self._failing:
             _log.info("the Nix daemon at %s keeps what is sent from being collected again", self._socket)
@@ -144,5 +157,5 @@ class TempRoots:
             self._failing = True
 
 
-def _alive(leases: list[ref[TempRootLease]]) -> list[ref[TempRootLease]]:
-    return [lease for lease in leases if lease() is not None]
+def _unreleased(leases: list[TempRootLease]) -> list[TempRootLease]:
+    return [lease for lease in leases if not lease.is_released]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
@@ -19,7 +19,7 @@ from harmonia.cache.nar_compressor import Compressor
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, StoreObjectError
 from harmonia.nix.store_path import StorePath
-from harmonia.store.file_reader import Chunk
+from harmonia.store.file_reader import Step
 from harmonia.store.store import Store
 from harmonia.store.store_nar import StoreNar
 
@@ -50,7 +50,13 @@ class _TrackedNar:
     def __str__(self) -> str:
         return str(self._nar)
 
-    def read(self, start: int, stop: int) -> Generator[Chunk]:
+    def share(self) -> Self:
+        return self  # it holds nothing
+
+    def close(self) -> None:
+        pass
+
+    def read(self, start: int, stop: int) -> Generator[Step]:
         try:
             yield from self._nar.read(start, stop)
         except OSError as error:  # the compressor does not log this error

@@ -1,49 +1,78 @@
 """What the cache has of an upstream's NAR, or will have, and what is passed on where that ends."""
 
-from collections.abc import Generator
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
 
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import StoreObjectError
-from harmonia.store.file_reader import OpenSlice
+from harmonia.process.thread_reader import Submit, read_in_threads
+from harmonia.store.file_reader import Chunk, OpenSlice
 from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.transfer import Transfer
 
 
 class CachedBody:
-    """A NAR in the cache, whole or growing. Where it stops to grow, the rest is passed on."""
+    """A NAR in the cache, whole or growing, to be closed. Where it stops to grow, the rest is passed on."""
 
     def __init__(
         self,
         file: CachedFile,
+        submit: Submit,
         size: int | None = None,
         transfer: Transfer | None = None,
         rest: PassthroughBody | None = None,
     ) -> None:
-        """`rest` may be None where the file is whole."""
+        """`submit` runs what reads the file in a thread. `rest` may be None where the file is whole."""
         self.size = file.size if file.whole else size
         self._file: CachedFile | None = file
         """None once nobody fills it: what is read again, to tell its size before (response.py), is passed on."""
+        self._submit = submit
+        self._position = 0
+        """How far the file was followed."""
         self._transfer = transfer
         self._rest = rest
         if rest is not None and rest.size is None:
             rest.size = self.size  # by which it knows that it is asked for the whole, which it checks
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | OpenSlice | Future[bytes] | None]:
-        position = start
-        if self._file is not None:
-            position = yield from self._file.follow(start, stop)
-            if self._file.whole:
-                self.size = self._file.size
-            if self._file.whole or position == stop:
-                return
-            withdrawn = start < position and self._file.size < position
-            self._file.close()  # an error would keep it, and its lock, for which others wait
-            self._file = None
-            if self._transfer is not None and self._transfer.error is not None:
-                raise self._transfer.error
-            if withdrawn:
-                raise StoreObjectError("what the upstream sent is wrong")
+    def close(self) -> None:
+        self._close_file()
         if self._rest is not None:
-            yield from self._rest.read(position, stop)
+            self._rest.close()
+
+    async def read(self, start: int, stop: int | None) -> AsyncGenerator[Chunk]:
+        self._position = start
+        async with aclosing(self._read_file(start, stop)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if self._file is None and self._rest is not None:
+            async with aclosing(self._rest.read(self._position, stop)) as pieces:
+                async for piece in pieces:
+                    yield piece
             self.size = self._rest.size
+
+    async def _read_file(self, start: int, stop: int | None) -> AsyncGenerator[Chunk]:
+        """Yield what the file has. Closes it where it ends too early, and nobody fills it any longer."""
+        file = self._file
+        if file is None:
+            return
+        async with aclosing(read_in_threads(self._follow(file, start, stop), self._submit)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if file.whole:
+            self.size = file.size
+        if file.whole or self._position == stop:
+            return
+        withdrawn = start < self._position and file.size < self._position
+        self._close_file()  # others wait for its lock
+        if self._transfer is not None and self._transfer.error is not None:
+            raise self._transfer.error
+        if withdrawn:
+            raise StoreObjectError("what the upstream sent is wrong")
+
+    def _follow(self, file: CachedFile, start: int, stop: int | None) -> Generator[OpenSlice | None]:
+        self._position = yield from file.follow(start, stop)
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()

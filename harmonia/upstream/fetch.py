@@ -16,6 +16,8 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.errors import FormatError
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.nix.narinfo import NarFile
+from harmonia.ownership import closed_on_error, hand_over
+from harmonia.process.thread_reader import Submit
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.cached_body import CachedBody
 from harmonia.upstream.failed_nars import FailedNars
@@ -52,11 +54,15 @@ class NarFetcher:
         for transfer in self._running.values():
             transfer.give_up()
         await self._tasks.stop()
+        for transfer in self._running.values():  # those that had not begun
+            transfer.abandon()
 
-    async def cached_nar(self, key: str) -> CachedBody | None:
-        """The NAR of that key, whole, if it is in the cache."""
-        file = None if self._cache is None else await self._threads.write(self._cache.use_file, key)
-        return None if file is None else CachedBody(file)
+    async def cached_nar(self, key: str, submit: Submit) -> CachedBody | None:
+        """The NAR of that key, whole, if it is in the cache. `submit` is for its reader."""
+        if self._cache is None:
+            return None
+        file = await hand_over(asyncio.ensure_future(self._threads.write(self._cache.use_file, key)))
+        return None if file is None else CachedBody(file, submit)
 
     async def file_info(self, found: RemotePath) -> NarFile:
         """Return what is known of the file of a NAR: that of the cache, or else what its narinfo tells."""
@@ -68,12 +74,16 @@ class NarFetcher:
         finally:
             file.close()
 
-    async def open_nar(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
-        """Its NAR: from the cache, or as it comes. UpstreamError where it does not."""
+    async def open_nar(
+        self, found: RemotePath, headers: Mapping[str, str], submit: Submit
+    ) -> CachedBody | PassthroughBody:
+        """Its NAR: from the cache, or as it comes. UpstreamError where it does not. `submit` is for its reader."""
         # A client that goes away must not leave behind a file that nobody fills.
-        return await asyncio.shield(self._tasks.spawn_shared(self._open(found, headers)))
+        return await hand_over(self._tasks.spawn_shared(self._open(found, headers, submit)))
 
-    async def _open(self, found: RemotePath, headers: Mapping[str, str]) -> CachedBody | PassthroughBody:
+    async def _open(
+        self, found: RemotePath, headers: Mapping[str, str], submit: Submit
+    ) -> CachedBody | PassthroughBody:
         cache = self._cache
         key = found.name.key
         opened = None
@@ -93,13 +103,13 @@ class NarFetcher:
             return self._passed(found, headers, await found.request_nar(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
-            return CachedBody(opened[0], found.file_size, None, self._passed(found, headers))
-        running.paths[found.info.path] = found
-        await running.started.wait()
-        if running.error is not None:
-            opened[0].close()  # the error, which the fetch has, would keep it
-            raise running.error
-        return CachedBody(opened[0], running.size, running, self._passed(found, headers))
+            return CachedBody(opened[0], submit, found.file_size, None, self._passed(found, headers))
+        with closed_on_error(opened[0]) as reader:
+            running.paths[found.info.path] = found
+            await running.started.wait()
+            if running.error is not None:
+                raise running.error
+            return CachedBody(reader, submit, running.size, running, self._passed(found, headers))
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:

@@ -70,14 +70,18 @@ class NarinfoCache:
             return
         self._files.remove(hash_part)
         opened = self._files.open_file(hash_part)
-        if opened is None or opened[1] is None:  # the disk fails, or another worker writes this file
+        if opened is None:  # the disk fails
             return
-        filler = opened[1]
+        reader, filler = opened
+        reader.close()
+        if filler is None:  # another worker writes this file
+            return
         try:
-            filler.append(f"{client.id} {key}\n".encode() + text)
-            filler.commit()
-        except OSError:  # the cache has logged it
-            filler.abandon()
+            with suppress(OSError):  # the cache has logged it
+                filler.append(f"{client.id} {key}\n".encode() + text)
+                filler.commit()
+        finally:
+            filler.abandon()  # unless it was committed
 
     def _load(self, hash_part: str) -> _Record | None:
         """Return the record of a path, or None if there is none. Removes a narinfo whose NAR was evicted."""
@@ -117,9 +121,11 @@ def open_narinfo_cache(
 
 def _record(file: CachedFile | None) -> _Record | None:
     """Return the record in a file, and close the file. Return None if there is no file, or if it is damaged."""
-    if file is None or file.size > _RECORD_MAX_BYTES:
+    if file is None:
         return None
     with closing(file), suppress(CacheFileError, OSError):
+        if file.size > _RECORD_MAX_BYTES:
+            return None
         head, _, text = file.slice(0, file.size).read(file.size).partition(b"\n")
         upstream, _, key = head.decode(errors="replace").partition(" ")
         return upstream, key, text

@@ -1,14 +1,12 @@
 """What an upstream sends, passed on as it comes, no faster than it is taken, and not kept."""
 
-import asyncio
-import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from concurrent.futures import Future
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, closing
 from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
+from harmonia.store.file_reader import END
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.transport import WHOLE, Part
@@ -25,7 +23,7 @@ class Check(Protocol):
 
 
 class PassthroughBody:
-    """A body that the upstream has. If it can be checked, its end is held back until it is found right."""
+    """A body that the upstream has, to be closed. If it can be checked, its end is held back until it is right."""
 
     def __init__(
         self,
@@ -47,37 +45,19 @@ class PassthroughBody:
         self._ask_whole = ask_whole or partial(ask, WHOLE)
         self._response = response
         self._check = check
-        self._loop = asyncio.get_running_loop()
 
-    def read(self, start: int, stop: int | None) -> Generator[Future[bytes]]:
+    def read(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
         pieces = self._pieces(start, stop)
-        if self._check is not None and start == 0 and stop in {None, self.size}:
-            pieces = _checked(pieces, self._check())
+        is_whole = start == 0 and stop in {None, self.size}
+        return _checked(pieces, self._check()) if self._check is not None and is_whole else pieces
 
-        turn = asyncio.Lock()  # a generator that runs cannot be closed
-
-        async def following() -> bytes:
-            async with turn:
-                return await anext(pieces, b"")
-
-        async def close() -> None:
-            async with turn:
-                await pieces.aclose()
-
-        try:
-            while True:
-                piece = asyncio.run_coroutine_threadsafe(following(), self._loop)
-                try:
-                    yield piece
-                finally:
-                    piece.cancel()
-                if not piece.result():
-                    return
-        finally:
-            self._on_loop(lambda: asyncio.ensure_future(close()))
+    def close(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.close()
 
     async def _pieces(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
-        part = WHOLE if start == sys.maxsize or (start, stop) == (0, self.size) else (start, stop)
+        part = WHOLE if start == END or (start, stop) == (0, self.size) else (start, stop)
         response, self._response = self._response, None
         if response is not None and part != WHOLE:
             response.close()
@@ -98,17 +78,6 @@ class PassthroughBody:
                 position += len(data)
                 if piece:
                     yield piece
-
-    def close(self) -> None:
-        response, self._response = self._response, None
-        if response is not None:
-            self._on_loop(response.close)
-
-    def _on_loop(self, callback: Callable[[], object]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it all that was open
-            self._loop.call_soon_threadsafe(callback)
-
-    __del__ = close  # of one that nobody came to read
 
 
 async def _checked(pieces: AsyncGenerator[bytes], check: Check) -> AsyncGenerator[bytes]:

@@ -105,6 +105,10 @@ class Transfer:
         """Make a thread that verifies the file stop soon. Call it before the task is cancelled."""
         self._given_up = True
 
+    def abandon(self) -> None:
+        """Give up the file of a transfer that never ran."""
+        self._filler.abandon()
+
     def _written(self) -> Iterator[bytes]:
         position = 0
         while not self._given_up and (data := self._filler.read(position, _PIECE_BYTES)):

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -15,7 +15,7 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
-from harmonia.store.file_reader import OpenSlice, flatten
+from harmonia.store.file_reader import OpenSlice, Step
 
 FRAME = 1000
 PATIENCE = 20.0  # seconds
@@ -41,6 +41,12 @@ class Memory:
     @property
     def size(self) -> int:
         return len(self.content)
+
+    def share(self) -> "Memory":
+        return self
+
+    def close(self) -> None:
+        pass
 
     def read(self, start: int, stop: int) -> Generator[bytes]:
         self.reads.append(start)
@@ -87,13 +93,23 @@ def everything(chunks: Iterable[bytes | None]) -> bytes:
     return b"".join(parts)
 
 
-def reading(body: CompressedNar, start: int = 0, stop: int | None = None) -> Generator[bytes | None]:
-    with closing(body.read(start, stop)) as chunks:
-        for chunk in chunks:
-            if isinstance(chunk, OpenSlice):
-                yield from flatten(each for each in [chunk])
+def plain(steps: Generator[Step | None]) -> Generator[bytes | None]:
+    """The bytes that steps stand for, and None for each wait."""
+    with closing(steps):
+        for step in steps:
+            if isinstance(step, OpenSlice):
+                yield from iter(step.read, b"")
+            elif isinstance(step, Future):
+                while not step.done():
+                    yield None
             else:
-                yield chunk
+                yield step
+
+
+def reading(body: CompressedNar, start: int = 0, stop: int | None = None) -> Generator[bytes | None]:
+    """Read a part of a body, and close it."""
+    with closing(body):
+        yield from plain(body.read(start, stop))
 
 
 def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | None = None) -> bytes:

@@ -7,24 +7,22 @@ that looks complete.
 import asyncio
 import logging
 import re
-import sys
-from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from sanic import HTTPResponse, Request
 from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException
 
 from harmonia.errors import StoreObjectError
+from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
 from harmonia.server.http.response_cache import StillValid
-from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
+from harmonia.store.file_reader import END, Chunk, Step
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 IMMUTABLE_NAR = f"{IMMUTABLE}, no-transform"
@@ -34,32 +32,39 @@ UNNAMED = "no-store, no-transform"
 
 _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
 _PACKET_BYTES = 1400  # bytes; what is no longer than that takes no less time when it is compressed
-_GATHER_S = 0.001  # seconds for which what is there already waits for more
-_MAX_POLL_S = 0.02  # seconds until we look again for bytes that are still to be made
 _LENGTH_WAIT_S = 0.25  # for which a range waits for the length of what is still being made
-
 _log = logging.getLogger("harmonia")
 
 
-Chunk = bytes | OpenSlice | Future[bytes] | None
+_Chunks = Generator[Step | None] | AsyncGenerator[bytes] | AsyncGenerator[Chunk]
+"""A generator, which threads run (process/thread_reader.py), or one that the event loop runs."""
+_Pieces = AsyncGenerator[bytes | bytearray]
 
 
 class Body(Protocol):
-    """Bytes that are read when they are wanted, by a thread."""
+    """Bytes that are read when they are wanted. Whoever opens a body closes it; `respond` closes what it is given."""
 
     @property
     def size(self) -> int | None:
         """How many they are, None as long as that is not known."""
 
-    def read(self, start: int, stop: int | None) -> Generator["Chunk"]:
-        """The bytes from `start` to `stop`, or to the end, in chunks; None whenever there are none yet.
+    def read(self, start: int, stop: int | None) -> _Chunks:
+        """The bytes from `start` to `stop`, or to the end, in chunks. From END, it ends when the size is known."""
 
-        An open slice is read to its end, and a future waited for, before the generator goes on.
-        """
+    def close(self) -> None:
+        """Give back all that it holds. Nobody reads it any longer."""
 
 
 Open = Callable[[Request], Awaitable[Body]]
-"""Makes a body when it is known to be wanted. For HEAD it is only asked for its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A body that is opened when it is known to be wanted."""
+
+    open: Open
+    size_for_head: Callable[[Request], Awaitable[int | None]] | None = None
+    """Returns its size for HEAD, if that takes less than to open it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +72,18 @@ class Encoded:
     """A body in the content coding zstd. `name` tells how it is encoded from every other way to do it."""
 
     name: str
-    open: Open
+    body: Deferred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Representation:
-    """What a resource has to say, whatever the method and the conditions of the request (RFC 9110 section 3.2)."""
+    """What a resource has to say, whatever the method and the conditions of the request (RFC 9110 section 3.2).
+
+    It owns its body.
+    """
 
     content_type: str
-    body: bytes | Body | Open
+    body: bytes | Body | Deferred
     cache_control: str
     etag: str | None = None
     zstd: Encoded | None = None
@@ -98,15 +106,19 @@ Handler = Callable[..., Awaitable[Representation]]
 """Answers for a resource: takes the context, the request and the parameters of the URI."""
 
 
-Submit = Callable[..., "Future[Any]"]
-"""Runs a function in a thread of those that the client of a request may have."""
-
-
 async def respond(request: Request, representation: Representation, submit: Submit) -> HTTPResponse | None:
-    """The response to return to Sanic, or None where it has been sent already.
+    """The response to return to Sanic, or None where it has been sent already. In either case, the body is closed.
 
     An error is raised only before the first byte; after it, the connection is broken.
     """
+    body = representation.body
+    if isinstance(body, bytes | Deferred):
+        return await _respond(request, representation, submit)
+    with closing(body):
+        return await _respond(request, representation, submit)
+
+
+async def _respond(request: Request, representation: Representation, submit: Submit) -> HTTPResponse | None:
     headers = {"cache-control": representation.cache_control, "content-type": representation.content_type}
     headers |= representation.headers
     body, etag = representation.body, representation.etag
@@ -114,7 +126,7 @@ async def respond(request: Request, representation: Representation, submit: Subm
         headers["vary"] = "Accept-Encoding"
         if _is_encoded(request, representation):
             headers["content-encoding"] = "zstd"
-            body = representation.zstd.open
+            body = representation.zstd.body
             etag = etag and f'{etag[:-1]}-encoded-{representation.zstd.name}"'
     if etag is not None:
         headers["etag"] = etag
@@ -128,14 +140,21 @@ async def respond(request: Request, representation: Representation, submit: Subm
         headers["accept-ranges"] = "bytes" if representation.resumable else "none"
         if not representation.resumable and wants_part(request) and "if-range" not in request.headers:
             raise NotFound
-    return await _respond_with(request, await body(request) if callable(body) else body, headers, submit)
+    if not isinstance(body, Deferred):
+        return await _respond_with(request, body, headers, submit)
+    if request.method == "HEAD" and body.size_for_head is not None:
+        return _head(request, await body.size_for_head(request), headers)
+    with closing(await body.open(request)) as opened:
+        return await _respond_with(request, opened, headers, submit)
 
 
 async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
+    if request.method == "HEAD":
+        return _head(request, body.size, headers)
     wanted = _wanted(request, headers)
-    chunks = None
-    if body.size is None and not isinstance(body, Unread) and (wanted is not None or request.version == "1.0"):
-        chunks = await _reached(body, wanted, submit, needs_length=request.version == "1.0")
+    begun = None
+    if body.size is None and (wanted is not None or request.version == "1.0"):
+        begun = await _reached(body, wanted, submit, needs_length=request.version == "1.0")
     status = HTTPStatus.OK
     start, stop = 0, body.size
     if wanted is not None:
@@ -147,13 +166,16 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
             headers["cache-control"] = UNNAMED  # an HTTP cache could take what came for all of the range
     if stop is not None:
         headers["content-length"] = str(stop - start)
-    if request.method != "HEAD":
-        size = None if stop is None else stop - start
-        response = HTTPResponse(status=status, headers=headers)
-        await _pump(request, response, chunks or _ReadAhead(body.read(start, stop), submit), size)
-        return None
-    if stop is not None:
-        return HTTPResponse(status=status, headers=headers)
+    pieces, first = begun or (_pieces(body, start, stop, submit), b"")
+    response = HTTPResponse(status=status, headers=headers)
+    await _send(request, response, pieces, first, None if stop is None else stop - start)
+    return None
+
+
+def _head(request: Request, size: int | None, headers: dict[str, str]) -> HTTPResponse:
+    if size is not None:
+        headers["content-length"] = str(size)
+        return HTTPResponse(headers=headers)
     if request.version != "1.0":
         headers["transfer-encoding"] = "chunked"
     return _HeadOfUnknownLength(headers=headers)
@@ -161,12 +183,12 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
 
 async def _reached(
     body: Body, wanted: byte_range.Wanted | None, submit: Submit, *, needs_length: bool
-) -> "_ReadAhead | None":
+) -> tuple[_Pieces, bytes | bytearray] | None:
     """Wait until a body of unknown length is made so far that it can be answered.
 
     That is to its end for a whole body, for the last bytes of one, and for an open range that needs a length. Any other
-    range begins when its first byte is there, or its last byte if it names that. Return the reader of an open range
-    whose length is still unknown then.
+    range begins when its first byte is there, or its last byte if it names that. Return the pieces of an open range
+    whose length is still unknown then, of which the first is taken already.
     """
     if wanted is not None and wanted.first is not None and not (wanted.is_open and needs_length):
         with suppress(TimeoutError):
@@ -174,16 +196,16 @@ async def _reached(
                 await exhaust(body, submit)
         if body.size is not None:
             return None
-        part = (wanted.first, None) if wanted.is_open else (wanted.last or 0, (wanted.last or 0) + 1)
-        chunks = _ReadAhead(body.read(*part), submit)
-        is_there = False
+        start = wanted.first if wanted.is_open else wanted.last or 0
+        pieces = _pieces(body, start, None if wanted.is_open else start + 1, submit)
+        first: bytes | bytearray = b""
         try:
-            is_there = bool(await chunks.peek())
+            first = await anext(pieces, b"")
         finally:
-            if not (is_there and wanted.is_open):
-                chunks.close()
-        if is_there:
-            return chunks if wanted.is_open else None
+            if not (first and wanted.is_open):
+                await pieces.aclose()
+        if first:
+            return (pieces, first) if wanted.is_open else None
     if body.size is None:
         await exhaust(body, submit)
     return None
@@ -209,7 +231,7 @@ class _HeadOfUnknownLength(HTTPResponse):
 def _is_encoded(request: Request, representation: Representation) -> bool:
     """Never parts: Nix counts the bytes of a range unencoded. Nor HTTP/1.0: it has no end for an unknown length."""
     plain = representation.body
-    size = len(plain) if isinstance(plain, bytes) else None if callable(plain) else plain.size
+    size = len(plain) if isinstance(plain, bytes) else None if isinstance(plain, Deferred) else plain.size
     worthwhile = representation.worthwhile and (size is None or size > _PACKET_BYTES)
     sendable = not wants_part(request) and request.version != "1.0"
     return prefers_zstd(_field(request, "accept-encoding"), worthwhile=worthwhile and sendable)
@@ -248,139 +270,45 @@ def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:
     return condition.strip(" \t") == "*" or etag in tags or (weakly and f"W/{etag}" in tags)
 
 
-class _ReadAhead:
-    """The chunks of a body. While one is sent, a thread reads the next: no more than these two are in memory.
-
-    To wake a thread takes longer than to read what is small: one goes on with that until it has a chunk's worth. For
-    the same reason, what the page cache has of open files is read at once.
-    """
-
-    def __init__(self, chunks: Generator[Chunk], submit: Submit) -> None:
-        self._chunks = chunks
-        self._submit = submit
-        self._ready: deque[Chunk] = deque()
-        self._slice: OpenSlice | None = None
-        self._peeked: bytes | bytearray | None = None
-        self._reading = self._pull()
-
-    def _pull(self) -> "Future[Any]":
-        return self._submit(_pull, self._chunks)
-
-    async def peek(self) -> bytes | bytearray:
-        """Return what `next` will return."""
-        self._peeked = await self.next()
-        return self._peeked
-
-    async def next(self) -> bytes | bytearray:
-        """The next chunk, empty after the last."""
-        peeked, self._peeked = self._peeked, None
-        return await self._next() if peeked is None else peeked
-
-    async def _next(self) -> bytes | bytearray:
-        delay = 0.001
-        while True:
-            if self._slice is not None:
-                if data := await self._read(self._slice):
-                    return data
-                self._slice = None
-                self._reading = self._pull()
-            if not self._ready:
-                self._ready.extend(await asyncio.wrap_future(self._reading))
-            chunk = self._ready.popleft()
-            if isinstance(chunk, OpenSlice):
-                self._slice = chunk
-            elif isinstance(chunk, Future):
-                data = await asyncio.wrap_future(chunk)
-                self._reading = self._pull()
-                if data:
-                    return data
-            elif chunk is None:
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, _MAX_POLL_S)
-                self._reading = self._pull()
-            else:
-                if chunk and not self._ready:
-                    self._reading = self._pull()
-                return chunk
-
-    async def _read(self, part: OpenSlice) -> bytes | bytearray:
-        data = part.read_cached()
-        if data is None:
-            reading = self._submit(part.read)
-            self._reading = reading
-            return await asyncio.wrap_future(reading)
-        await asyncio.sleep(0)  # it is the turn of others
-        return data
-
-    def close(self) -> None:
-        # A generator cannot be closed while a thread runs it.
-        chunks = self._chunks
-        self._reading.add_done_callback(lambda _: chunks.close())
-        del self._reading  # an error in it refers to us, and so to all that was to be sent
-
-
-def _pull(chunks: Generator[Chunk]) -> list[Chunk]:
-    """The next chunks: several, where they are small, and there at once. After the last, an empty one."""
-    pulled: list[Chunk] = []
-    size = 0
-    began = perf_counter()
-    for chunk in chunks:
-        data = chunk.read() if isinstance(chunk, OpenSlice) and len(chunk) < CHUNK_BYTES else chunk
-        pulled.append(data)
-        if not isinstance(data, bytes):
-            return pulled
-        size += len(data)
-        if size >= CHUNK_BYTES or perf_counter() - began > _GATHER_S:
-            return pulled
-    return [*pulled, b""]
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """What HEAD wants to know of a body."""
-
-    size: int | None
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes]:
-        raise NotImplementedError  # HEAD asks for no more than the size
-
-
 async def exhaust(body: Body, submit: Submit) -> None:
     """Wait until a body is made, and its size known."""
-    chunks = _ReadAhead(body.read(sys.maxsize, None), submit)
-    try:
-        while await chunks.next():
+    async with aclosing(_pieces(body, END, None, submit)) as nothing:
+        async for _ in nothing:
             pass
-    finally:
-        chunks.close()
 
 
-async def _pump(request: Request, response: HTTPResponse, chunks: _ReadAhead, size: int | None) -> None:
-    """Send a body of that size, if it is known before."""
+def _pieces(body: Body, start: int, stop: int | None, submit: Submit) -> _Pieces:
+    chunks = body.read(start, stop)
+    return read_bytes(read_in_threads(chunks, submit) if isinstance(chunks, Generator) else chunks, submit)
+
+
+async def _send(
+    request: Request, response: HTTPResponse, pieces: _Pieces, first: bytes | bytearray, size: int | None
+) -> None:
+    """Send the first piece, if any was taken before, and the others, of that size in all if it is known."""
     sent = request.ctx.sent = 0
-    try:
-        chunk = await chunks.next()
-        request.ctx.head_at = perf_counter()
-        await request.respond(response)
-        while chunk:
-            if size is not None and sent + len(chunk) > size:
-                raise StoreObjectError(f"there is more of it than {size} bytes")
-            await response.send(cast("bytes", chunk))
-            sent = request.ctx.sent = sent + len(chunk)
-            chunk = await chunks.next()
-        if size is not None and sent < size:
-            raise StoreObjectError(f"only {sent} of {size} bytes are there")
-    except Exception as error:
-        if not request.responded:
+    async with aclosing(pieces):
+        try:
+            piece = first or await anext(pieces, b"")
+            request.ctx.head_at = perf_counter()
+            await request.respond(response)
+            while piece:
+                if size is not None and sent + len(piece) > size:
+                    raise StoreObjectError(f"there is more of it than {size} bytes")
+                await response.send(cast("bytes", piece))
+                sent = request.ctx.sent = sent + len(piece)
+                piece = await anext(pieces, b"")
+            if size is not None and sent < size:
+                raise StoreObjectError(f"only {sent} of {size} bytes are there")
+        except Exception as error:
+            if not request.responded:
+                raise
+            _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
+            request.ctx.broken = True
+            _abort(request)
+        except BaseException:  # the client is gone, or too slow, or we are told to stop
+            _abort(request)
             raise
-        _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
-        request.ctx.broken = True
-        _abort(request)
-    except BaseException:  # the client is gone, or too slow, or we are told to stop
-        _abort(request)
-        raise
-    finally:
-        chunks.close()
 
 
 def _abort(request: Request) -> None:

@@ -12,7 +12,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
-from harmonia.server.http.response import IMMUTABLE, Representation
+from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Representation, exhaust
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
 
@@ -26,9 +26,17 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
+    async def open_log(_: Request) -> Body:
+        return log
+
+    async def size(request: Request) -> int | None:
+        if request.version == "1.0":  # GET has to tell it, and HEAD tells the same
+            await exhaust(log, context.submitter(request))
+        return log.size
+
     return Representation(
         content_type="text/plain; charset=utf-8",
-        body=log,
+        body=log if log.size is not None else Deferred(open_log, size),
         cache_control=IMMUTABLE if log.finished else "no-cache",
         etag=f'"{log.version}"',
         zstd=context.streamed(log),

@@ -1,6 +1,7 @@
 """`/<hash>.ls` of an upstream path whose NAR is cached: the listing is made from that NAR if no upstream has one."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -47,6 +48,7 @@ def _entries(nars: NarCache, key: str, compression: str, memory_bytes: int) -> I
     file = nars.find_file(key)
     if file is None:
         raise CacheFileError("the NAR was evicted")
-    unpack = decompressor(compression, memory_bytes)
-    content = (piece for data in MadeFile(file).chunks() for piece in unpack.feed(data))
-    return (part for part in nar_parser.parse(content) if isinstance(part, Entry))
+    with closing(MadeFile(file)) as nar_file:
+        unpack = decompressor(compression, memory_bytes)
+        content = (piece for data in nar_file.chunks() for piece in unpack.feed(data))
+        yield from (part for part in nar_parser.parse(content) if isinstance(part, Entry))

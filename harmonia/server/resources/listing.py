@@ -6,6 +6,7 @@ disconnects, and then cached: a short one in memory, a long one in two files, pl
 
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from sanic import Request
@@ -16,10 +17,11 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import hold_to_rate
-from harmonia.server.http.response import IMMUTABLE, Body, Encoded, Representation, wants_part
+from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources.nar import found, open_nar, whole_layout
 from harmonia.store import file_reader
+from harmonia.store.file_reader import ReadOnly
 
 Render = Callable[[], Iterator[bytes]]
 """Returns the pieces of a listing, generated again at each call. May run in any thread."""
@@ -29,8 +31,8 @@ _SHORT_MAX_ENTRIES = 2000  # up to which a listing is cached in memory, and `max
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
     info = found(await context.paths.lookup_path(hash_part))
-    archive = open_nar(context, request, info)
-    layout = await whole_layout(archive)
+    with closing(open_nar(context, request, info)) as archive:
+        layout = await whole_layout(archive)
 
     def render() -> Iterator[bytes]:
         return listing.render(layout.located())
@@ -66,28 +68,30 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
 
 
 def _encoded(context: ServerContext, key: str, plain: MadeFile) -> Encoded:
+    def compress() -> Iterator[bytes]:
+        with closing(context.made.open(f"{key}.ls")) as own:  # `plain` is closed when its client has gone
+            yield from filter(None, zstd.stream(own.chunks()))
+
     async def open_encoded(request: Request) -> Body:
-        made = await context.made.file(
-            f"{key}.ls.{zstd.STREAM}", context.client(request), lambda: filter(None, zstd.stream(plain.chunks()))
-        )
+        made = await context.made.file(f"{key}.ls.{zstd.STREAM}", context.client(request), compress)
         return _Compressed(plain) if made is None else made
 
-    return Encoded(zstd.STREAM, open_encoded)
+    return Encoded(zstd.STREAM, Deferred(open_encoded))
 
 
 @dataclass(frozen=True, slots=True)
-class _Compressed:
+class _Compressed(ReadOnly):
     """A cached listing that is compressed while it is sent, because no compressed file can be written."""
 
     plain: MadeFile
     size: None = None
 
-    def read(self, start: int, stop: int | None) -> Generator[bytes | None]:  # noqa: ARG002 (never a part)
+    def read(self, start: int, stop: int | None) -> Generator[bytes]:  # noqa: ARG002 (never a part)
         return zstd.stream(self.plain.chunks())
 
 
 @dataclass(frozen=True, slots=True)
-class _Streamed:
+class _Streamed(ReadOnly):
     """A listing that is generated while it is sent, because no file can be written."""
 
     render: Render

@@ -25,15 +25,15 @@ from harmonia.cache.zstd_stored import stored_size
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
+from harmonia.ownership import closed_on_error
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import (
     IMMUTABLE_NAR,
     UNNAMED,
     Body,
+    Deferred,
     Encoded,
-    Open,
     Representation,
-    Unread,
     exhaust,
     wants_part,
 )
@@ -56,7 +56,7 @@ _CONTENT_TYPE = "application/x-nix-nar"
 
 
 def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
-    """Return the NAR of a path, and keep the path from being collected as long as somebody has that."""
+    """Return the NAR of a path, to be closed. It keeps the path from being collected until then."""
     root = context.store.real_path(info.path)
     return StoreNar(info, root, context.layouts, context.acquire_temp_root(info), context.client(request))
 
@@ -87,75 +87,83 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     nar_hash = base32.encode(info.nar_hash)
     if named.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
-    body = open_nar(context, request, info)
-    if wants_part(request) and not named["compression"]:
-        await whole_layout(body)
+    if named["compression"]:
+        return await _file(context, request, info, named.get("encoding"))
     compressor = context.compressor
     own = compressor.encoder.encoding
-    if named["compression"]:
-        return await _file(context, request, body, named.get("encoding"))
+    with closed_on_error(open_nar(context, request, info)) as body:
+        if wants_part(request):
+            await whole_layout(body)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
-        zstd=Encoded(own.name, _compressed(context, body, own)) if context.settings.enable_compression else None,
+        zstd=Encoded(own.name, _compressed(context, info, own)) if context.settings.enable_compression else None,
         worthwhile=not compressor.encoder.saturated or compressor.known_file_info(info.nar_hash) is not None,
     )
 
 
-async def _file(context: ServerContext, request: Request, nar: StoreNar, name: str | None) -> Representation:
+async def _file(context: ServerContext, request: Request, info: PathInfo, name: str | None) -> Representation:
     """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
     compressor = context.compressor
     own = compressor.encoder.encoding
     encoding = own if name is None else Encoding.parse(name)
     if encoding is None:
         raise NotFound
-    body: Body | Open = _compressed(context, nar, encoding)
+    body: Body | Deferred = _compressed(context, info, encoding)
     names_bytes = name is not None
     if not own.can_make(encoding):
-        kept = await context.threads.run_io(partial(compressor.use_cached_file, nar.sha256, encoding))
+        kept = await context.threads.open(partial(compressor.use_cached_file, info.nar_hash, encoding))
         names_bytes = kept is not None
         if kept is None:
-            encoding, body = own, _compressed(context, nar, own)
+            encoding, body = own, _compressed(context, info, own)
         else:
             body = KeptNar(kept)
     if request.version == "1.0" and not wants_part(request) and not isinstance(body, KeptNar):
-        size = await context.threads.run_io(partial(compressor.file_size, nar.sha256, encoding))
+        size = await context.threads.run_io(partial(compressor.file_size, info.nar_hash, encoding))
         if size is None:
-            return _stored(context, nar, encoding)
+            return _stored(context, info, encoding)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
         cache_control=IMMUTABLE_NAR if names_bytes else UNNAMED,
-        etag=f'"{base32.encode(nar.sha256)}-{encoding.name}"',
+        etag=f'"{base32.encode(info.nar_hash)}-{encoding.name}"',
         resumable=names_bytes,
     )
 
 
-def _stored(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Representation:
+def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Representation:
     """Return the NAR as a zstd file without compression, and begin to compress it for the next request.
 
     It shares its URL with the compressed file. Therefore nobody may keep it, and Nix must not resume it.
     """
 
     async def open_stored(request: Request) -> Body:
-        if request.method == "HEAD":
-            return Unread(stored_size(nar.size))
-        return await context.threads.run_io(partial(StoredNar, context.compressor, nar, encoding))
+        return await context.threads.open(
+            lambda: StoredNar(context.compressor, open_nar(context, request, info), encoding)
+        )
 
-    return Representation(content_type=_CONTENT_TYPE, body=open_stored, cache_control=UNNAMED, resumable=False)
+    async def size(_: Request) -> int:
+        return stored_size(info.nar_size)
+
+    body = Deferred(open_stored, size)
+    return Representation(content_type=_CONTENT_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 
 
-def _compressed(context: ServerContext, nar: StoreNar, encoding: Encoding) -> Open:
+def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> Deferred:
     """Return what opens the compressed NAR."""
 
     async def open_compressed(request: Request) -> Body:
-        if request.method == "HEAD":
-            return Unread(await context.threads.run_io(lambda: context.compressor.file_size(nar.sha256, encoding)))
-        body = await context.threads.run_io(lambda: CompressedNar(context.compressor, nar, encoding))
-        if wants_part(request) and context.compressor.is_damaged(nar):
-            await exhaust(body, context.submitter(request))  # which fails, so that Nix goes on to its next cache
+        body = await context.threads.open(
+            lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
+        )
+        with closed_on_error(body):
+            if wants_part(request) and body.is_damaged:
+                await exhaust(body, context.submitter(request))  # which fails, so that Nix goes on to its next cache
         return body
 
-    return open_compressed
+    async def size(_: Request) -> int | None:
+        return await context.threads.run_io(partial(context.compressor.file_size, info.nar_hash, encoding))
+
+    return Deferred(open_compressed, size)

@@ -22,7 +22,7 @@ from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http import metadata
-from harmonia.server.http.response import IMMUTABLE, Body, Representation, Unread
+from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
@@ -61,7 +61,8 @@ class Answers:
             clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
         )
         self._upstreams.start()
-        self._nars = Nars(self._upstreams, NarFetcher(nars, narinfos, context.failed_nars, self._threads))
+        fetcher = NarFetcher(nars, narinfos, context.failed_nars, self._threads)
+        self._nars = Nars(self._upstreams, fetcher, context.submitter)
 
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._context.settings
@@ -192,15 +193,11 @@ class Answers:
         if answer is None:
             raise NotFound
         client, asked, response = answer
-        if method == "HEAD":
-            body: Body = Unread(response.content_length)
-            response.close()
-        else:
 
-            async def again(part: Part) -> RemoteAnswer:
-                return _there(await client.request(path, asked, method, part))
+        async def again(part: Part) -> RemoteAnswer:
+            return _there(await client.request(path, asked, method, part))
 
-            body = PassthroughBody(client, again, response)
+        body = PassthroughBody(client, again, response)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
 
 

@@ -1,6 +1,7 @@
 """`/upstream/…`: NARs of other caches, by what they are (`harmonia/upstream/nar_name.py`). For debug info, by where."""
 
 import re
+from collections.abc import Callable
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -8,7 +9,8 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.narinfo import NarFile
-from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Open, Representation, Unread
+from harmonia.process.thread_reader import Submit
+from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.cached_body import CachedBody
 from harmonia.upstream.client import Client
@@ -28,7 +30,9 @@ _TYPE = "application/x-nix-nar"
 
 
 class Nars:
-    def __init__(self, upstreams: UpstreamPool, fetcher: NarFetcher) -> None:
+    def __init__(self, upstreams: UpstreamPool, fetcher: NarFetcher, submitter: Callable[[Request], Submit]) -> None:
+        """`submitter` returns what runs a function in a thread for a request."""
+        self._submitter = submitter
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in upstreams.clients}
         self._fetcher = fetcher
@@ -46,7 +50,7 @@ class Nars:
             wanted = NarName.parse(name)
         except FormatError:
             raise NotFound from None
-        if kept := await self._fetcher.cached_nar(wanted.key):
+        if kept := await self._fetcher.cached_nar(wanted.key, self._submitter(request)):
             self._upstreams.keep_narinfo(wanted.hash_part, via)
             return _nar(wanted, kept)
         found_nar = await self._upstreams.lookup_nar(wanted, via)
@@ -54,21 +58,24 @@ class Nars:
             raise NotFound
 
         async def open_nar(request: Request) -> Body:
-            if request.method == "HEAD":
-                return await self._unread(found_nar, via)
-            return await self._open(found_nar, via)
+            return await self._open(found_nar, via, self._submitter(request))
 
-        return _nar(found_nar.name, open_nar)
+        async def size(_: Request) -> int | None:
+            if found_nar.file_size is not None:
+                return found_nar.file_size
+            return await unread_size(found_nar, self._headers(found_nar.client, via))
+
+        return _nar(found_nar.name, Deferred(open_nar, size))
 
     async def known_file(self, found: RemotePath) -> NarFile:
         return await self._fetcher.file_info(found)
 
-    async def _open(self, found: RemotePath, via: Via) -> CachedBody | PassthroughBody:
+    async def _open(self, found: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
         """The NAR from there, or from the next upstream that has the same file, where that one fails."""
         failed: list[Client] = []
         while True:
             try:
-                return await self._fetcher.open_nar(found, self._headers(found.client, via))
+                return await self._fetcher.open_nar(found, self._headers(found.client, via), submit)
             except UpstreamError:
                 self._upstreams.mark_failed(found)
                 failed.append(found.client)
@@ -77,33 +84,28 @@ class Nars:
                     raise
                 found = other
 
-    async def _unread(self, found: RemotePath, via: Via) -> Body:
-        """For HEAD."""
-        if found.file_size is not None:
-            return Unread(found.file_size)
-        return Unread(await unread_size(found, self._headers(found.client, via)))
-
     def _debug_nar(self, client: Client, place: str, via: Via) -> Representation:
         headers = self._headers(client, via)
 
         async def ask(part: Part, method: str = "GET") -> RemoteAnswer:
             return await client.request_nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
 
-        async def open_nar(request: Request) -> Body:
-            if request.method == "HEAD":
-                async with await ask(WHOLE, "HEAD") as response:
-                    return Unread(response.content_length)
+        async def open_nar(_: Request) -> Body:
             return PassthroughBody(client, ask, await ask(WHOLE))
 
+        async def size(_: Request) -> int | None:
+            async with await ask(WHOLE, "HEAD") as response:
+                return response.content_length
+
         return Representation(
-            content_type=_TYPE, body=open_nar, cache_control="no-cache, no-transform", resumable=False
+            content_type=_TYPE, body=Deferred(open_nar, size), cache_control="no-cache, no-transform", resumable=False
         )
 
     def _headers(self, client: Client, via: Via) -> dict[str, str]:
         return via.headers(self._upstreams.identity, [client.identity])
 
 
-def _nar(name: NarName, body: Body | Open) -> Representation:
+def _nar(name: NarName, body: Body | Deferred) -> Representation:
     if name.names_bytes:
         return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE_NAR, etag=f'"{name.key}"')
     return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)

@@ -1,0 +1,44 @@
+"""Ownership of what has to be closed: while it is handed over, nobody may fail or be cancelled and leave it open."""
+
+import asyncio
+from collections.abc import Generator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+
+class Closeable(Protocol):
+    def close(self) -> object: ...
+
+
+_C = TypeVar("_C", bound=Closeable | None)
+
+
+@contextmanager
+def closed_on_error(opened: _C) -> Generator[_C]:
+    """Close `opened` if the block raises. Otherwise it belongs to whoever gets it from the block."""
+    try:
+        yield opened
+    except BaseException:
+        if opened is not None:
+            opened.close()
+        raise
+
+
+async def hand_over(opening: "asyncio.Future[_C] | Future[_C]") -> _C:
+    """Return what `opening` opens. If the caller is cancelled before, it is closed as soon as it is open.
+
+    A thread's job that has not begun is then left out.
+    """
+    waiting = asyncio.wrap_future(opening) if isinstance(opening, Future) else asyncio.shield(opening)
+    try:
+        return await waiting
+    except asyncio.CancelledError:
+        if not (isinstance(opening, Future) and opening.cancel()):
+            opening.add_done_callback(_close_result)
+        raise
+
+
+def _close_result(opening: "asyncio.Future[Any] | Future[Any]") -> None:
+    if not opening.cancelled() and opening.exception() is None and (opened := opening.result()) is not None:
+        opened.close()

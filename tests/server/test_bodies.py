@@ -1,0 +1,372 @@
+"""Promise of every kind of body: however its response ends, and at whichever chunk, nothing of it is left.
+
+Left would be: an open file, a lock, a temporary root, an answer of an upstream, a task, or a thread's job.
+"""
+
+import asyncio
+import bz2
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self, cast
+from unittest.mock import patch
+
+import pytest
+from multidict import CIMultiDict
+from sanic import HTTPResponse, Request
+from sanic.exceptions import SanicException
+
+from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.growing_file import CachedFile
+from harmonia.cache.layout_cache import Layouts
+from harmonia.cache.nar_compressor import CompressedNar, Compressor, KeptNar, StoredNar
+from harmonia.cache.zstd_frames import Compressed
+from harmonia.config.settings import Zstd
+from harmonia.nix.store_path import StorePath
+from harmonia.ownership import hand_over
+from harmonia.server.http import response
+from harmonia.server.http.response import Body, Deferred, Representation
+from harmonia.server.made_once import MadeFile
+from harmonia.store import build_log, object_files
+from harmonia.store.store_nar import StoreNar
+from harmonia.store.temp_roots import TempRootLease, TempRoots
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.upstream.answer import Answer
+from harmonia.upstream.cached_body import CachedBody
+from harmonia.upstream.passthrough_body import PassthroughBody
+from support.compression import compressing
+from support.nar_cache import at, fill, filling
+
+if TYPE_CHECKING:
+    from harmonia.upstream.client import Client
+
+CONTENT = os.urandom(600_000)
+"""Of several chunks, blocks and frames."""
+LOG = CONTENT[:300_000]
+FRAME_BYTES = 250_000
+
+
+class BrokenError(Exception):
+    """What goes wrong, of no kind that any code expects."""
+
+
+class Way:
+    """A way in which a response ends at its step `at`, unless it has ended before."""
+
+    def __init__(self, name: str, at: int) -> None:
+        self.name = name
+        self._left = at
+        self.task: asyncio.Task[Any]
+
+    @property
+    def happened(self) -> bool:
+        return self._left < 0
+
+    def is_now(self, name: str) -> bool:
+        if self.name != name:
+            return False
+        self._left -= 1
+        return self._left == -1
+
+
+WAYS = ["reading fails", "sending fails", "cancelled while reading", "cancelled while sending", "the head fails"]
+
+
+class Upstream:
+    """An upstream that sends the content in pieces, and the `Client` of it."""
+
+    def __init__(self, way: Way) -> None:
+        self._way = way
+        self.open = 0
+
+    async def ask(self, part: tuple[int, int | None]) -> Answer:
+        return cast("Answer", _Answer(self, CONTENT[slice(*part)], whole=part == (0, None)))
+
+    async def read_answer(self, answer: "_Answer", most: int) -> bytes:
+        if self._way.is_now("reading fails"):
+            raise BrokenError
+        if self._way.is_now("cancelled while reading"):
+            self._way.task.cancel()
+        await asyncio.sleep(0)
+        data, answer.rest = answer.rest[:most], answer.rest[most:]
+        return data
+
+
+class _Answer:
+    is_encoded = False
+    content_length = len(CONTENT)
+
+    def __init__(self, upstream: Upstream, content: bytes, *, whole: bool) -> None:
+        self.rest = content
+        self.status = HTTPStatus.OK if whole else HTTPStatus.PARTIAL_CONTENT
+        self._upstream = upstream
+        self._is_open = True
+        upstream.open += 1
+
+    def close(self) -> None:
+        self._upstream.open -= self._is_open
+        self._is_open = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+
+class Roots(TempRoots):
+    """Temporary roots that remember their leases."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__(str(socket), "/nix/store", expected=False)
+        self.leases: list[TempRootLease] = []
+
+    def acquire(self, path: StorePath) -> TempRootLease:
+        self.leases.append(super().acquire(path))
+        return self.leases[-1]
+
+
+class Bench:
+    """All that bodies are made of, and what shows whether anything of it is left."""
+
+    def __init__(self, directory: Path, cache: NarCache) -> None:
+        self.directory = directory
+        self.cache = cache
+        self._threads = ThreadPoolExecutor(2)
+        builder = StoreBuilder(directory / "store")
+        self.info = builder.add(builder.output_path("a"), {"large": CONTENT, "small": b"x" * 1000})
+        self.root = builder.real_path(self.info.path)
+        self.logs = directory / "logs"
+        self.derivation = StorePath(f"{'0' * 32}-a.drv")
+        for name, suffix in (("plain", ""), ("bz2", ".bz2")):
+            path = self.logs / name / "drvs" / (self.derivation + suffix)
+            path.parent.mkdir(parents=True)
+            path.write_bytes(bz2.compress(LOG) if suffix else LOG)
+        self.layouts = Layouts(1 << 20)
+        self.roots = Roots(directory / "socket")
+
+    def begin(self, way: Way) -> None:
+        """Forget all responses before."""
+        self.way, self.upstream = way, Upstream(way)
+        self.roots.leases.clear()
+        self.jobs: list[Future[Any]] = []
+        for name in os.listdir(self.cache.path("")):
+            self.cache.remove(name)
+        self.compressor = Compressor(Zstd(), self.cache)
+
+    def nar(self) -> StoreNar:
+        return StoreNar(self.info, self.root, self.layouts, self.roots.acquire(self.info.path))
+
+    def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
+        fails, cancels = self.way.is_now("reading fails"), self.way.is_now("cancelled while reading")
+        loop, task = asyncio.get_running_loop(), self.way.task
+
+        def job() -> object:
+            if fails:
+                raise BrokenError
+            if cancels:
+                loop.call_soon_threadsafe(task.cancel)
+            return function(*arguments)
+
+        self.jobs.append(self._threads.submit(job))
+        return self.jobs[-1]
+
+    def left(self) -> dict[str, object]:
+        """What there is still of a response that has ended."""
+        return {
+            "jobs": [job for job in self.jobs if not job.done()],
+            "temporary roots": [lease.path for lease in self.roots.leases if not lease.is_released],
+            "answers of upstreams": self.upstream.open,
+            "growing files": [name for name in os.listdir(self.cache.path("")) if name.endswith(".growing")],
+            "open files": self._open_files(),
+        }
+
+    def _open_files(self) -> list[str]:
+        with os.scandir("/proc/self/fd") as entries:
+            names = [os.readlink(entry.path) for entry in entries if os.path.lexists(entry.path)]
+        return [name for name in names if name.startswith(str(self.directory))]
+
+    def close(self) -> None:
+        self.roots.close()
+        self._threads.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    directory = tmp_path_factory.mktemp("bodies")
+    with at(directory / "cache") as cache, compressing(cache, frame_size=FRAME_BYTES):
+        bench = Bench(directory, cache)
+        yield bench
+        bench.close()
+
+
+Make = Callable[[Bench], Body]
+
+
+def log(name: str) -> Make:
+    return lambda bench: cast("Body", build_log.find_log(str(bench.logs / name), bench.derivation))
+
+
+def file(bench: Bench) -> object_files.File:
+    status = os.stat(os.path.join(bench.root, b"large"))
+    return object_files.File(bench.root, [b"large"], status)
+
+
+def passed(bench: Bench) -> PassthroughBody:
+    return PassthroughBody(cast("Client", bench.upstream), bench.upstream.ask)
+
+
+def cached(bench: Bench) -> CachedFile:
+    fill(bench.cache, content=CONTENT)
+    return cast("CachedFile", bench.cache.find_file("key"))
+
+
+def given_up(bench: Bench) -> CachedBody:
+    """A NAR of an upstream whose file ends too early."""
+    reader, filler = filling(bench.cache)
+    filler.append(CONTENT[:400_000])
+    filler.abandon()
+    return CachedBody(reader, bench.submit, None, None, passed(bench))
+
+
+def compressed(bench: Bench) -> CompressedNar:
+    return CompressedNar(bench.compressor, bench.nar())
+
+
+def compressed_before(bench: Bench) -> CompressedNar:
+    compressed(bench).close()
+    return compressed(bench)
+
+
+def compressed_without_cache(bench: Bench) -> CompressedNar:
+    bench.compressor.cache = None
+    return compressed(bench)
+
+
+OPENED: dict[str, Make] = {
+    "NAR": Bench.nar,
+    "NAR in an encoding of others": lambda bench: KeptNar(cached(bench)),
+    "file": file,
+    "plain log": log("plain"),
+    "listing": lambda bench: MadeFile(cached(bench)),
+    "cached NAR of an upstream": lambda bench: CachedBody(cached(bench), bench.submit),
+}
+"""Bodies that are open when the response begins."""
+
+UNSIZED: dict[str, Make] = {
+    "compressed NAR": compressed,
+    "compressed NAR, without a cache": compressed_without_cache,
+    "bz2 log": log("bz2"),
+    "passed on": passed,
+    "passed on after a file": given_up,
+}
+"""Bodies behind `Deferred`, of a length that is not known before all of it is made."""
+
+DEFERRED: dict[str, Make] = UNSIZED | {
+    "compressed NAR, kept": compressed_before,
+    "stored NAR": lambda bench: StoredNar(bench.compressor, bench.nar(), bench.compressor.encoder.encoding),
+    "file, compressed": lambda bench: Compressed(bench.compressor.encoder, file(bench)),
+}
+"""Bodies that are opened in a thread while the response is made."""
+
+RANGES = ["bytes=1000-", "bytes=1000-1999", "bytes=-1000"]
+
+
+def request(way: Way, method: str = "GET", headers: dict[str, str] | None = None) -> Request:
+    async def begin(_: object) -> None:
+        if way.is_now("the head fails"):
+            raise BrokenError
+        asked.responded = True
+
+    asked = SimpleNamespace(
+        method=method, version="1.1", path="/", headers=CIMultiDict(headers or {}), ctx=SimpleNamespace(),
+        responded=False, respond=begin, transport=SimpleNamespace(abort=lambda: None),
+    )  # fmt: skip
+    return cast("Request", asked)
+
+
+@contextmanager
+def sending(way: Way, sent: bytearray) -> Iterator[None]:
+    async def send(_: HTTPResponse, data: bytes) -> None:
+        if way.is_now("sending fails"):
+            raise BrokenError
+        if way.is_now("cancelled while sending"):
+            way.task.cancel()
+        await asyncio.sleep(0)
+        sent.extend(data)
+
+    with patch.object(HTTPResponse, "send", send):
+        yield
+
+
+async def answer(bench: Bench, kind: str, **asked: Any) -> bytes:
+    """Answer a request with a body; return what was sent."""
+    bench.way.task = cast("asyncio.Task[Any]", asyncio.current_task())
+    sent = bytearray()
+
+    async def open_body(_: Request) -> Body:
+        return await hand_over(bench.submit(DEFERRED[kind], bench))
+
+    body = Deferred(open_body) if kind in DEFERRED else OPENED[kind](bench)
+    representation = Representation(content_type="x", body=body, cache_control="x", etag='"x"')
+    with sending(bench.way, sent), patch.object(response, "_LENGTH_WAIT_S", 0), suppress(BrokenError):
+        await response.respond(request(bench.way, **asked), representation, bench.submit)
+    return bytes(sent)
+
+
+NOTHING = {"jobs": [], "temporary roots": [], "answers of upstreams": 0, "growing files": [], "open files": []}
+
+
+async def run(bench: Bench, kind: str, way: Way, **asked: Any) -> bytes:
+    bench.begin(way)
+    task = asyncio.create_task(answer(bench, kind, **asked))
+    await asyncio.wait({task})
+    for _ in range(2000):  # what is made for the cache, or opened for a client that has gone, goes on without it
+        if bench.left() == NOTHING:
+            break
+        await asyncio.sleep(0.002)
+    assert bench.left() == NOTHING
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    return b"" if task.cancelled() else task.result()
+
+
+async def end_everywhere(bench: Bench, kind: str, way: str, **asked: Any) -> None:
+    """End a response at its first step, at its second, and so on, until it ends by itself."""
+    for step in range(1000):
+        ends = Way(way, step)
+        await run(bench, kind, ends, **asked)
+        if not ends.happened:
+            assert step, "it never came to that"
+            return
+    raise AssertionError("it never ended by itself")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
+def test_nothing_is_left_wherever_it_ends(bench: Bench, kind: str, way: str) -> None:
+    asyncio.run(end_everywhere(bench, kind, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wanted", RANGES)
+@pytest.mark.parametrize("kind", UNSIZED)
+def test_nothing_is_left_wherever_a_range_of_unknown_length_ends(
+    bench: Bench, kind: str, wanted: str, way: str
+) -> None:
+    asyncio.run(end_everywhere(bench, kind, way, headers={"range": wanted}))
+
+
+@pytest.mark.parametrize(
+    ("method", "headers"), [("GET", {}), ("HEAD", {}), ("GET", {"if-none-match": "*"}), ("GET", {"if-match": '"y"'})]
+)
+@pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
+def test_nothing_is_left_of_a_body_whether_or_not_it_was_sent(
+    bench: Bench, kind: str, method: str, headers: dict[str, str]
+) -> None:
+    with suppress(SanicException):
+        sent = asyncio.run(run(bench, kind, Way("", 0), method=method, headers=headers))
+        assert bool(sent) == (method == "GET" and not headers)
