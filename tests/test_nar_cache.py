@@ -447,7 +447,7 @@ def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture
     os.truncate(path, 3)
     assert cache.find_file("key") is None
     assert [record.getMessage() for record in caplog.records] == [
-        f"removed a damaged file from the cache: {path}; check that disk for faults if this repeats"
+        f"removed a damaged file from the cache: {path}; check the disk for faults if this repeats"
     ]
 
 

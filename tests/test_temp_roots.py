@@ -137,8 +137,8 @@ def test_they_are_taken_anew_from_a_daemon_that_comes_back(
             wait_until(lambda: daemon.open == [[full(ONE)]])
             wait_until(lambda: len(caplog.records) % 2 == 0)
         wait_until(lambda: len(caplog.records) % 2)
-    lacking = f"nothing keeps what is sent from being collected, for want of the Nix daemon at {place}: "
-    again = f"the Nix daemon at {place} keeps what is sent from being collected again"
+    lacking = f"cannot register temporary GC roots with the Nix daemon at {place}: "
+    again = f"registered temporary GC roots with the Nix daemon at {place} again"
     messages = [record.getMessage() for record in caplog.records]
     assert [message.startswith(lacking) for message in messages] == [True, False, True, False, True]
     assert messages[1] == messages[3] == again

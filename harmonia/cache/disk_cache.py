@@ -1,7 +1,7 @@
-"""A bounded cache of files on disk, shared by any number of processes: each file is made once, however many ask for it.
+"""Disk cache of bounded size, shared by any number of processes, with single-flight fills and LRU eviction.
 
-All others read what there is of it while it grows (growing_file.py). Where who fills it dies, another one may take its
-place, for the same key always has the same content. Nothing here waits for anybody.
+One process fills a file, while all others read the growing file (growing_file.py). If the filler dies, another process
+may replace it, because a key always has the same content. No function waits for another process.
 """
 
 import errno
@@ -19,13 +19,11 @@ from harmonia.cache.growing_file import GROWING, CachedFile, Filler
 from harmonia.config.settings import Settings
 from harmonia.ownership import closed_on_error
 
-_SPARE_BYTES = 1 << 30  # bytes that are left free on the disk, or a twentieth of a small one
-_DEFAULT_MAX_BYTES = 20 << 30  # bytes
-_EVICTIONS_PER_LIMIT = (
-    64  # the cache is looked through whenever this part of its limit was written: that much is it exceeded
-)
-_TOUCH_INTERVAL_S = 60.0  # seconds; the time of the last use is told no finer than this
-_RETRY_S = 60.0  # seconds for which a disk that cannot be written to is not tried again
+_SPARE_BYTES = 1 << 30  # left free on the disk, or a twentieth of a small disk
+_DEFAULT_MAX_BYTES = 20 << 30
+_EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, which bounds the excess
+_TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
+_RETRY_S = 60.0  # until the next try to write to a disk that has failed
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -34,7 +32,7 @@ _log = logging.getLogger("harmonia")
 
 @dataclass
 class Counters:
-    """What happened since the process began."""
+    """Counts of events since the start of the process."""
 
     hits: int = 0
     misses: int = 0
@@ -45,15 +43,17 @@ class Counters:
 
 
 class NarCache:
-    """The files in `directory` by their keys, in at most `limit` bytes; without a limit, in a good part of the disk.
-
-    For any thread. OSError where the directory cannot be made or written to.
-    """
+    """The files in `directory`, by key. Thread-safe."""
 
     removed: Callable[[], object]
-    """Called after files were evicted or discarded. It must not take long."""
+    """Callback after files were evicted or discarded. It must return quickly."""
 
     def __init__(self, directory: str, limit: int | None = None) -> None:
+        """Create the directory, or make it private.
+
+        `limit` is the maximum size in bytes. The default is half of the free space and the cache, at most 20 GiB.
+        Raises OSError if the directory cannot be created or written to.
+        """
         self.counters = Counters()
         self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self.removed = _nothing
@@ -63,34 +63,38 @@ class NarCache:
         disk = os.statvfs(directory)
         self._spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 20)
         self.limit = limit if limit is not None else min(_DEFAULT_MAX_BYTES, (self._free() + self.used()) // 2)
-        self._unchecked = self.limit  # so that the first file that is added makes us look
+        self._unchecked = self.limit  # makes the first added file start an eviction
 
     def path(self, key: str) -> str:
+        """Return the path of the file with this key."""
         return f"{self._directory}/{key}"
 
     def keys(self) -> list[str]:
-        """Return the keys of all whole files. Raises OSError."""
+        """Return the keys of all complete files.
+
+        Raises OSError if the directory cannot be read.
+        """
         return [os.path.basename(path) for _, _, path in self._files()]
 
     def has(self, key: str) -> bool:
-        """Return whether the file is there, whole."""
+        """Return whether the cache has the complete file."""
         if file := self.find_file(key):
             file.close()
         return file is not None
 
     def remove(self, key: str) -> None:
-        """Remove the file, if it is there. Its readers can go on."""
+        """Remove the file, if it exists. Its readers can go on."""
         with suppress(OSError):
             os.unlink(self.path(key))
 
     def find_file(self, key: str) -> CachedFile | None:
-        """The file, to be closed, if it is there, whole, and ours to read."""
+        """Return the complete file, or None if it does not exist or cannot be opened. The caller closes it."""
         with suppress(OSError):
             return self._find_file(key)
         return None
 
     def use_file(self, key: str) -> CachedFile | None:
-        """Likewise, for somebody who wants its content: that counts as a use."""
+        """Return the file like `find_file`, but count a hit and refresh the LRU time."""
         with suppress(OSError):
             return self._use(key)
         return None
@@ -102,9 +106,9 @@ class NarCache:
         return file
 
     def open_file(self, key: str) -> tuple[CachedFile, Filler | None] | None:
-        """The file, to be closed, whole or growing; and the right to fill it, where nobody does.
+        """Return the complete or growing file, and a filler if no other process fills it. The caller closes both.
 
-        None where the disk does not let us.
+        Returns None if the disk cannot be written to, or failed less than a minute ago.
         """
         try:
             while True:
@@ -114,7 +118,7 @@ class NarCache:
                     if time.monotonic() < self._unusable_until:
                         return None
                     self._unusable_until = 0.0
-                    self.evict()  # others may have filled the disk
+                    self.evict()  # other programs may have filled the disk
                 if opened := self._open_growing(key):
                     self.counters.misses += 1
                     return opened
@@ -123,23 +127,23 @@ class NarCache:
             return None
 
     def discard(self, path: str, file: CachedFile) -> None:
-        """Remove a file whose content changed after it was written, unless another one took its place already."""
+        """Remove a file whose content changed after it was written, unless another file has replaced it."""
         with suppress(OSError):
             if not file.is_at(path):
                 return
             os.unlink(path)
         self.counters.corrupt += 1
-        _log.error("removed a damaged file from the cache: %s; check that disk for faults if this repeats", path)
+        _log.error("removed a damaged file from the cache: %s; check the disk for faults if this repeats", path)
         self.removed()
 
     def failed(self, error: OSError) -> None:
-        """Add nothing to the cache for a while, and say so once."""
-        known, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY_S
-        if not known:
-            _log.error("cannot write to %s, doing without that cache: %s", self._directory, error.strerror)
+        """Stop adding files to the cache for a minute, and log the error once."""
+        is_logged, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY_S
+        if not is_logged:
+            _log.error("cannot write to the cache %s: %s; serving without it", self._directory, error.strerror)
 
     def filled(self, size: int) -> None:
-        """A file of that size has become whole."""
+        """Count a completed file of `size` bytes, and evict others if necessary."""
         self.counters.fills += 1
         self.counters.filled_bytes += size
         self._unchecked += size
@@ -149,36 +153,48 @@ class NarCache:
                 self.evict()
 
     def room(self) -> int:
-        """How many bytes can be added before something is evicted for them. OSError."""
+        """Return the number of bytes that can be added without an eviction.
+
+        Raises OSError if the directory cannot be read.
+        """
         return min(self.limit - self.used(), self._free() - self._spare)
 
     def used(self) -> int:
-        """How many bytes of the disk its whole files take. OSError."""
+        """Return the disk space of the complete files in bytes.
+
+        Raises OSError if the directory cannot be read.
+        """
         return sum(size for _, size, _ in self._files())
 
     def evict(self) -> None:
-        """Remove what was used longest ago, until the rest keeps to the limit and leaves the disk its spare space."""
+        """Remove the least recently used files, until the cache is within its limit and the disk has its spare space.
+
+        Raises OSError if the directory cannot be read.
+        """
         self.sweep()
         files = self._files()
         excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
         before = self.counters.evictions
-        # A file that is too large even alone goes before all others.
+        # First remove files that alone exceed the limit.
         for _, size, path in sorted(files, key=lambda it: (it[1] <= self.limit, it)):
             if excess <= 0:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
                 self.counters.evictions += 1
-            excess -= size  # also where another process was faster
+            excess -= size  # also if another process has removed the file
         if self.counters.evictions > before:
             self.removed()
 
     def sweep(self) -> None:
-        """Remove growing files whose fillers died. OSError."""
+        """Remove growing files whose fillers died.
+
+        Raises OSError if the directory cannot be read.
+        """
         _sweep(self._directory)
 
     def _files(self) -> list[tuple[float, int, str]]:
-        """When each file was last used, how much it takes on disk, and its path. Without those that are growing."""
+        """Return the time of the last use, the disk space in bytes and the path of each complete file."""
         files = []
         with os.scandir(self._directory) as entries:
             for entry in entries:
@@ -212,7 +228,7 @@ class NarCache:
                 os.utime(self.path(key))
 
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
-        """None where it has just become whole, or was taken away."""
+        """Return the growing file like `open_file`, or None if it was just completed or removed."""
         path = self.path(key)
         growing = path + GROWING
         descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -223,9 +239,10 @@ class NarCache:
             with suppress(FileNotFoundError):
                 if file.is_at(growing):
                     file.refresh()
-                    # One that is whole may be read by somebody, although who filled it died before it got its name.
+                    # A complete file may have readers, although its filler died before the rename.
                     if not file.whole and not os.path.exists(path):
-                        if os.fstat(descriptor).st_size:  # what an earlier filler left; else ext4 flushes at each close
+                        # Truncate what an earlier filler has left. Without the check, ext4 would flush at each close.
+                        if os.fstat(descriptor).st_size:
                             os.ftruncate(descriptor, 0)
                         reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
                         return reader, Filler(path, file.detach(), self.filled, self.failed)
@@ -235,7 +252,7 @@ class NarCache:
 
 
 def sweep_all(parent: str) -> None:
-    """Remove growing files whose fillers died from all caches below a directory."""
+    """Remove growing files whose fillers died from all caches in the directory `parent`."""
     with suppress(OSError):
         with os.scandir(parent) as entries:
             directories = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -272,9 +289,9 @@ def open_cache(
 
 
 def _make_private(directory: str) -> None:
-    """Make a directory that only its owner can enter, or make the one that is there private.
+    """Create a directory that only its owner can enter, or make an existing directory private.
 
-    Raises OSError if that is not possible: it belongs to another user, or it is a symlink.
+    Raises OSError if that fails, for example because it belongs to another user, or is a symlink.
     """
     os.makedirs(os.path.dirname(directory) or ".", exist_ok=True)
     with suppress(FileExistsError):

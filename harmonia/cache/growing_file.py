@@ -1,16 +1,18 @@
-"""A file that one process writes, its *filler*, while any number of others read what there is of it already.
+"""File that one process, its *filler*, writes while any number of others read the part that exists.
 
-Until it is whole it is *growing*. It ends with a digest of each block of its content and a trailer, by which every
-reader sees when it is whole, so that no part of one ever passes for a whole::
+Until the file is complete (*whole*), it is *growing*. It ends with a digest of each block of its content and a trailer.
+By the trailer, every reader sees that the file is complete, so a part cannot be mistaken for the complete file::
 
     content
     XXH3-64 of each block of 256 KiB of the content
     SHA-256 of the content, its length in 8 bytes, XXH3-64 of these two, a magic number
 
-Each read of a whole file checks the blocks that it touches: a byte that changes on the disk after the file was written
-breaks the download. The digests detect faults, not forgers: whoever can write to the cache directory is trusted.
+Each read of a complete file verifies the blocks that it touches: if a byte has changed on the disk after the file was
+written, the download breaks off. The digests detect faults of the disk, but no forgery: users who can write to the
+cache directory are trusted.
 
-The filler holds a lock on the file, which the kernel takes from it when it dies. Nothing here waits for anybody.
+The filler holds a lock on the file, which the kernel releases when the process dies. No function waits for another
+process.
 """
 
 import fcntl
@@ -26,7 +28,7 @@ from harmonia.errors import CacheFileError
 from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 
 GROWING = ".growing"
-"""What its name ends in until it is whole."""
+"""The suffix of the name of a growing file."""
 _TRAILER = struct.Struct("<40s8s16s")
 _SUMMARY = struct.Struct("<32sQ")
 _MAGIC = b"harmonia file v2"
@@ -34,13 +36,13 @@ _MAGIC = b"harmonia file v2"
 BLOCK_BYTES = CHUNK_BYTES
 _DIGEST_BYTES = 8
 _DIGESTS_AT_ONCE = 1024
-"""Digests that a slice has in memory: for 256 MiB of content."""
+"""Number of digests that a slice holds in memory, those of 256 MiB of content."""
 
 
 def content_size(file_size: int) -> int:
-    """Return the size of the content if a file of `file_size` bytes is whole.
+    """Return the length of the content of a complete file of `file_size` bytes.
 
-    In a growing file, that many bytes are surely content: digests and trailer, or parts of them, come after these.
+    In a growing file, at least this many bytes are content; the rest may be digests and a trailer.
     """
     rest = max(file_size - _TRAILER.size, 0)
     return max(rest - -(-rest // (BLOCK_BYTES + _DIGEST_BYTES)) * _DIGEST_BYTES, 0)
@@ -51,23 +53,24 @@ def _digests_size(size: int) -> int:
 
 
 class CachedFile:
-    """A file of the cache, whole or growing. It can be read until it is closed, even when it was evicted."""
+    """A file of the cache, complete or growing. It can be read until it is closed, even if it was evicted."""
 
     def __init__(self, descriptor: int, damaged: Callable[["CachedFile"], None] | None = None) -> None:
-        """`damaged` is called when a read finds that the content of the whole file has changed."""
+        """Read from `descriptor`. Call `damaged` if a read finds that the content of the complete file has changed."""
         self._descriptor = descriptor
         self._damaged = damaged
         self.size = 0
-        """How many bytes of the content there are."""
+        """The number of bytes of content at the last `refresh`."""
         self.sha256: bytes | None = None
-        """Of the content, once it is whole."""
+        """The SHA-256 of the content, or None while the file is growing."""
 
     @property
     def whole(self) -> bool:
+        """Return whether the file was complete at the last `refresh`."""
         return self.sha256 is not None
 
     def refresh(self) -> None:
-        """Look how far it has come."""
+        """Update `size` and `sha256` from the file."""
         if self.whole:
             return
         file_size = os.fstat(self._descriptor).st_size
@@ -81,7 +84,7 @@ class CachedFile:
         self.size = size
 
     def slice(self, start: int, stop: int) -> OpenSlice:
-        """Return a part of the content. Its reads raise CacheFileError if the whole file has changed."""
+        """Return a part of the content. Its reads raise CacheFileError if a complete file is damaged."""
         if not self.whole:
             return OpenSlice(self._descriptor, start, stop)
         return _VerifiedSlice(self._descriptor, start, stop, self.size, self._found_damaged)
@@ -91,10 +94,10 @@ class CachedFile:
             self._damaged(self)
 
     def follow(self, start: int, stop: int | None) -> Generator[OpenSlice | None, None, int]:
-        """The bytes from `start` to `stop`, or to the end, as they come; None whenever there are none yet.
+        """Yield the bytes from `start` to `stop` or to the end as they are written. Yield None if there are none yet.
 
-        Returns how far it came: not all the way where nobody fills it any longer. CacheFileError where it was cut
-        short.
+        Returns the end position, which is before `stop` if no process fills the file any more.
+        Raises CacheFileError if a complete file was cut short.
         """
         position = start
         while True:
@@ -105,18 +108,21 @@ class CachedFile:
                 yield part
                 position = part.position
             if self.whole and position < end:
-                raise CacheFileError("its file in the cache was cut short")
+                raise CacheFileError("the file in the cache was cut short")
             if self.whole or position == stop:
                 return position
             if not self.lock():
                 yield None
                 continue
-            self.refresh()  # it may have become whole just before
+            self.refresh()  # the filler may have completed the file just before it released the lock
             if not self.whole:
-                return position  # also where there is more: who wants the lock must not wait until that is taken
+                return position  # even if there are more bytes, because another process may need the lock
 
     def lock(self) -> bool:
-        """Whether nobody fills it, and nobody will before it is closed."""
+        """Try to take the writer lock. Return True if no other process is writing.
+
+        Then no other process can start to write until this file is closed.
+        """
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -124,21 +130,25 @@ class CachedFile:
         return True
 
     def is_at(self, path: str) -> bool:
-        """Whether it is still the file there, as it remains while it is locked. OSError where nothing is there."""
+        """Return whether `path` is still the path of this file. It stays so while the file is locked.
+
+        Raises OSError if `path` does not exist.
+        """
         return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
 
     def detach(self) -> int:
-        """The descriptor, for somebody else to close."""
+        """Return the descriptor, which the caller then closes."""
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
     def close(self) -> None:
+        """Close the file. This also releases its lock."""
         if self._descriptor >= 0:
             os.close(self.detach())
 
 
 class _VerifiedSlice(OpenSlice):
-    """A part of a whole file, read block by block. Raises CacheFileError if a block does not have its digest."""
+    """A part of a complete file, read block by block. Reads raise CacheFileError if a digest of a block is wrong."""
 
     __slots__ = ("_damaged", "_digests", "_first_digest", "_size")
 
@@ -147,10 +157,10 @@ class _VerifiedSlice(OpenSlice):
         self._size = size
         self._damaged = damaged
         self._digests = b""
-        self._first_digest = 0  # the block that the first of them belongs to
+        self._first_digest = 0  # the number of the block of the first digest
 
     def read(self, size: int = BLOCK_BYTES) -> bytes:
-        """Read to the end of a block, so that the next read begins with one, or the whole slice if `size` allows it."""
+        """Read to the end of a block, so that the next read starts at a block, or the full slice if `size` allows."""
         if len(self) > size:
             return self._read_block(size)
         data = b""
@@ -162,9 +172,9 @@ class _VerifiedSlice(OpenSlice):
         start, length = self._block()
         try:
             digest, block = self._digest(), os.pread(self._descriptor, length, start)
-        except OSError as error:  # a disk that notices the damage itself
+        except OSError as error:  # the disk itself has detected the damage
             self._damaged()
-            raise CacheFileError(f"cannot read its file in the cache: {error.strerror}") from error
+            raise CacheFileError(f"cannot read the file in the cache: {error.strerror}") from error
         return bytes(self._verified(block, digest, size))
 
     def read_into(self, buffer: memoryview) -> int:
@@ -182,19 +192,19 @@ class _VerifiedSlice(OpenSlice):
         try:
             digest = self._digest(os.RWF_NOWAIT)
             count = os.preadv(self._descriptor, [block], start, os.RWF_NOWAIT)
-        except OSError:  # as OpenSlice.read_cached: what is wrong, if anything is, `read` finds
+        except OSError:  # `read` finds the cause, as in OpenSlice.read_cached
             return None
         if count < length or len(digest) < _DIGEST_BYTES:
             return None
         return bytearray(self._verified(block, digest, size))
 
     def _block(self) -> tuple[int, int]:
-        """Return where the block of the next byte begins, and how long it is."""
+        """Return the offset and the length of the block with the next byte."""
         start = self.position - self.position % BLOCK_BYTES
         return start, min(BLOCK_BYTES, self._size - start)
 
     def _digest(self, flags: int = 0) -> bytes:
-        """Return the digest of the block of the next byte, as it stands in the file."""
+        """Return the digest in the file for the block with the next byte."""
         number = self.position // BLOCK_BYTES
         offset = (number - self._first_digest) * _DIGEST_BYTES
         if not 0 <= offset < len(self._digests):
@@ -205,10 +215,13 @@ class _VerifiedSlice(OpenSlice):
         return self._digests[offset : offset + _DIGEST_BYTES]
 
     def _verified(self, block: bytes | bytearray, digest: bytes, size: int) -> bytes | bytearray:
-        """Return the next bytes, which are in `block`, at most `size`."""
+        """Return the next bytes, at most `size`, which are in `block`.
+
+        Raises CacheFileError if the block does not have its digest.
+        """
         if xxhash.xxh3_64_digest(block) != digest:
             self._damaged()
-            raise CacheFileError("its file in the cache is damaged")
+            raise CacheFileError("the file in the cache is damaged")
         start = self.position % BLOCK_BYTES
         stop = min(start + size, start + len(self), len(block))
         self.position += stop - start
@@ -216,15 +229,18 @@ class _VerifiedSlice(OpenSlice):
 
 
 class Filler:
-    """The right to write a file, until `commit` or `abandon`, which may also follow an OSError of any other method.
+    """The writer of a growing file, until `commit` or `abandon`, which may also follow an OSError of any other method.
 
-    Whoever has it ends it by one of these, or all others would wait for its lock.
+    The owner must call one of these, otherwise all other processes wait for the lock.
     """
 
     def __init__(
         self, path: str, descriptor: int, filled: Callable[[int], None], failed: Callable[[OSError], None]
     ) -> None:
-        """`path` is its name once it is whole, which `filled` hears of with its size; `failed` hears of the disk."""
+        """Write to `descriptor`. The path of the complete file is `path`.
+
+        `filled` is called with the size of the complete file, `failed` with an error of the disk.
+        """
         self._path = path
         self._descriptor = descriptor
         self._filled = filled
@@ -237,10 +253,14 @@ class Filler:
 
     @property
     def sha256(self) -> bytes:
-        """Of what was written so far."""
+        """Return the SHA-256 of the content so far."""
         return self._sha256.digest()
 
     def append(self, data: bytes) -> None:
+        """Append to the content.
+
+        Raises OSError if the disk fails.
+        """
         self._write(data)
         self._sha256.update(data)
         rest = memoryview(data)
@@ -257,11 +277,14 @@ class Filler:
         self._block.reset()
 
     def read(self, position: int, size: int) -> bytes:
-        """Of what was written so far."""
+        """Return at most `size` bytes at `position` of the content so far."""
         return os.pread(self._descriptor, min(size, self.size - position), position)
 
     def finish(self) -> None:
-        """Make the file whole, which those who read it already see at once. It is not in the cache yet."""
+        """Write digests and trailer, so that current readers see the complete file. It is not in the cache yet.
+
+        Raises OSError if the disk fails.
+        """
         if self.size % BLOCK_BYTES:
             self._end_block()
         summary = _SUMMARY.pack(self.sha256, self.size)
@@ -269,7 +292,10 @@ class Filler:
         self._finished = True
 
     def commit(self) -> None:
-        """Add the whole file to the cache, and wait until it would outlast a crash."""
+        """Add the complete file to the cache, and flush it to the disk.
+
+        Raises OSError if the disk fails.
+        """
         if not self._finished:
             self.finish()
         try:
@@ -282,14 +308,15 @@ class Filler:
         self._filled(self.size)
 
     def withdraw(self) -> None:
-        """Take back what was written, which is wrong, from its readers, too: for them it becomes empty."""
+        """Discard wrong content. The file becomes empty for its readers, too."""
         with suppress(OSError):
             os.ftruncate(self._descriptor, 0)
         self.abandon()
 
     def abandon(self) -> None:
+        """Remove the growing file and release its lock, unless the file was committed or abandoned before."""
         if self._descriptor < 0:
-            return  # it is committed, or abandoned already
+            return
         with suppress(OSError):
             os.unlink(self._path + GROWING)
         self._close()

@@ -1,6 +1,6 @@
-"""Compressed NARs: from the cache, from a file of it that is just being filled, or made on the way where there is none.
+"""Compressed NARs, from complete or growing files of the cache, or compressed while they are sent.
 
-All of these give the same bytes, so that a download may go from one to the next in its midst.
+All three have the same bytes, so a download can switch between them at any position.
 """
 
 import hashlib
@@ -28,19 +28,20 @@ from harmonia.nix import base32
 from harmonia.ownership import closed_on_error
 from harmonia.store.file_reader import OpenSlice, Step
 
-_UNKNOWN_TTL_S = 1.0  # seconds for which another process is taken not to have compressed what nobody had
-_MAX_FILLS = 256  # NARs that are compressed into the cache at once, whoever waits for them; each has an open file
-_MAX_FOREIGN_FILLS = 16  # of those, for encodings that are not ours
-_MAX_KNOWN_FILES = 65536  # compressed files whose hash and size are known, some 200 bytes each
+_UNKNOWN_TTL_S = 1.0  # until the next check whether another process has compressed a NAR
+_MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; each has an open file
+_MAX_FOREIGN_FILLS = 16  # of these, for encodings other than our own
+_MAX_KNOWN_FILES = 65536  # remembered hashes and sizes of compressed files, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
 
 
 class CompressedFile(NamedTuple):
-    """What a narinfo tells of it: FileHash and FileSize."""
+    """The hash and the size of a compressed file, for FileHash and FileSize of a narinfo."""
 
     sha256: bytes
     size: int
+    """In bytes."""
 
 
 class NarSource(Source, Protocol):
@@ -53,32 +54,32 @@ class NarSource(Source, Protocol):
 
 
 class Compressor:
-    """Compresses NARs into a cache, where there is one, and knows what is in it, and what cannot be."""
+    """The compressor of NARs, with an optional cache."""
 
     def __init__(self, settings: Zstd, cache: NarCache | None, indexes: NarCache | None = None) -> None:
-        """`indexes` has the frame indexes of files, and keeps them when the files are evicted from `cache`."""
+        """Compress into `cache`, if given. `indexes` is the cache of frame indexes, which stay if files are evicted."""
         self.encoder = FrameEncoder(settings)
         self.cache = cache
         self._indexes = indexes
         self.damaged_nars = 0
-        """How often a NAR was found not to be what was registered."""
+        """The number of times that a NAR did not have its registered hash or size."""
         self._fills: Counter[bool] = Counter()
-        """How many NARs are being compressed into the cache, apart for ours (True) and other encodings."""
-        self._known: dict[bytes, CompressedFile] = {}  # none of cachetools: it is read without the lock
+        """The number of NARs in compression into the cache, for our own encoding (True) and for others (False)."""
+        self._known: dict[bytes, CompressedFile] = {}  # not from cachetools, because it is read without the lock
         self._unknown: MutableMapping[bytes, None] = TTLCache(_MAX_KNOWN_FILES, _UNKNOWN_TTL_S)
         self._damaged: set[str] = set()
         self._lock = threading.Lock()
 
     def known_file_info(self, sha256: bytes) -> CompressedFile | None:
-        """What is remembered of the compressed form of the NAR with that hash. It stays true when that is evicted."""
+        """Return the remembered hash and size of the compressed NAR, or None. They stay valid after an eviction."""
         return self._known.get(sha256)
 
     def is_certain(self, sha256: bytes) -> bool:
-        """Whether there is no more to know than what is `known`, as far as was seen a moment ago."""
+        """Return whether `known_file_info` is complete: a lookup less than a second ago has found no more."""
         return sha256 in self._known or sha256 in self._unknown
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
-        """What is known of it, looked up in the cache if need be."""
+        """Return the hash and size of the compressed NAR, looked up in the cache if necessary, or None."""
         if (known := self.known_file_info(sha256)) is None and self.cache:
             if file := self.cache.find_file(_key(sha256, self.encoder.encoding)):
                 self.remember(sha256, file)
@@ -93,6 +94,7 @@ class Compressor:
         return known
 
     def remember(self, sha256: bytes, file: CachedFile) -> None:
+        """Remember the hash and size of the compressed NAR, if its file is complete."""
         if file.sha256 is not None:
             self._remember(sha256, CompressedFile(file.sha256, file.size))
 
@@ -103,7 +105,7 @@ class Compressor:
                 del self._known[next(iter(self._known))]
 
     def has_file(self, sha256: bytes) -> bool:
-        """Return whether the whole file lies in the cache."""
+        """Return whether the cache has the complete file."""
         file = self.cache.find_file(_key(sha256, self.encoder.encoding)) if self.cache else None
         if file is None:
             return False
@@ -111,16 +113,16 @@ class Compressor:
         return True
 
     def load_frame_index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
-        """Return the frame index of a compressed NAR that was once in the cache."""
+        """Return the frame index of a compressed NAR that was in the cache before, or None."""
         file = self._indexes.use_file(_key(sha256, encoding)) if self._indexes else None
         if file is None:
             return None
-        with closing(file), suppress(CacheFileError):  # of a damaged index, which is then removed
+        with closing(file), suppress(CacheFileError):  # a damaged index was removed
             return FrameIndex.load(b"".join(iter(file.slice(0, file.size).read, b"")))
         return None
 
     def keep_frame_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
-        """Keep the frame index of a file, unless it has at most one frame and a small one: that is soon made again."""
+        """Store the frame index of a file, unless the file has at most two frames, which are quickly made again."""
         if self._indexes is None or not index.frames[2:]:
             return
         opened = self._indexes.open_file(_key(sha256, encoding))
@@ -130,21 +132,21 @@ class Compressor:
         file.close()
         if filler is not None:
             try:
-                with suppress(OSError):  # which the cache logs
+                with suppress(OSError):  # the cache logs it
                     filler.append(index.dump())
                     filler.commit()
             finally:
                 filler.abandon()  # unless it was committed
 
     def use_cached_file(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
-        """Return the whole file, to be closed, if the cache has it: also in an encoding that we cannot make."""
+        """Return the complete file, or None. It may have an encoding that we cannot make. The caller closes it."""
         return self.cache.use_file(_key(sha256, encoding)) if self.cache else None
 
     def file_size(self, sha256: bytes, encoding: Encoding) -> int | None:
-        """Return how long the NAR is in an encoding, if that is known or its file lay in the cache."""
+        """Return the size of the compressed NAR in bytes, or None if it is unknown and not in the cache."""
         if encoding == self.encoder.encoding:
-            found = self.find_file_info(sha256)
-            return found.size if found else None
+            info = self.find_file_info(sha256)
+            return info.size if info else None
         file = self.cache.find_file(_key(sha256, encoding)) if self.cache else None
         if file is None:
             index = self.load_frame_index(sha256, encoding)
@@ -153,12 +155,10 @@ class Compressor:
             return file.size
 
     def open_file(self, source: NarSource, encoding: Encoding) -> CachedFile | None:
-        """The compressed NAR, to be closed, whole or growing. It grows whether or not somebody goes on reading it, and
-        may outlast `source`.
+        """Return the compressed NAR, complete or growing. The caller closes it.
 
-        None where there is no cache that can be written, where the source has no hash that could be its name, where it
-        was damaged when it was read last, or where so much is being compressed that no more may begin whose client can
-        leave.
+        It grows even if no client reads it, and even after `source` is closed. Returns None if the cache is not
+        writable, if the source has no hash, if it was damaged at the last read, or if too many NARs are in compression.
         """
         if not self.cache or not source.sha256:
             return None
@@ -176,25 +176,27 @@ class Compressor:
         return file
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
+        """Add to the number of NARs in compression into the cache."""
         with self._lock:
             self._fills[encoding == self.encoder.encoding] += difference
 
     def found_damaged(self, source: Source, error: StoreObjectError) -> None:
-        """Count a NAR that is not what was registered, and tell of it once."""
+        """Count a NAR that does not have its registered hash or size, and log it once."""
         with self._lock:
             self.damaged_nars += 1
-            known = str(source) in self._damaged
+            is_logged = str(source) in self._damaged
             if len(self._damaged) > _MAX_KNOWN_FILES:
                 self._damaged.clear()
             self._damaged.add(str(source))
-        if not known:
-            _log.error("%s; nix-store --repair-path mends it, and harmonia verify --all finds others like it", error)
+        if not is_logged:
+            _log.error("%s; repair it with nix-store --repair-path, and find others with harmonia verify --all", error)
 
     def is_damaged(self, source: Source) -> bool:
-        """Return whether a NAR was not what was registered when it was read last."""
+        """Return whether a NAR did not have its registered hash or size at the last read."""
         return str(source) in self._damaged
 
     def found_intact(self, source: Source) -> None:
+        """Remember that a NAR is not damaged any more."""
         with self._lock:
             self._damaged.discard(str(source))
 
@@ -204,12 +206,12 @@ def _key(sha256: bytes, encoding: Encoding) -> str:
 
 
 class CompressedNar:
-    """The compressed form of a NAR as something that can be read: from the cache, or else made on the way."""
+    """The body of a compressed NAR, from the cache, or compressed while it is sent."""
 
     def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding | None = None) -> None:
-        """Begins to fill the cache with it, where it is not there. Blocks for a moment. Closes `source` with itself.
+        """Start to fill the cache, if it does not have the file. Block for a moment. By default, use our encoding.
 
-        Without an `encoding`, in ours.
+        Closing this body closes `source`.
         """
         self._compressor = compressor
         self._source = source
@@ -217,7 +219,7 @@ class CompressedNar:
         self._is_ours = self._encoding == compressor.encoder.encoding
         known = compressor.known_file_info(source.sha256) if source.sha256 and self._is_ours else None
         self.size = known.size if known else None
-        """None until it was once compressed to its end."""
+        """The size in bytes, or None until the NAR was compressed to its end."""
         self._index: FrameIndex | None = None
         self._file: CachedFile | None = None
         with closed_on_error(self):
@@ -235,7 +237,7 @@ class CompressedNar:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the NAR was not what was registered when it was read last."""
+        """Return whether the NAR did not have its registered hash or size at the last read."""
         return self._compressor.is_damaged(self._source)
 
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:
@@ -249,7 +251,7 @@ class CompressedNar:
                 self._look(self._file)
                 if self._file.whole or position == stop:
                     return
-                # Who was filling it is gone, or could not go on. Take over, once; then do without the cache.
+                # The filler has died or failed. Take over once. After a second failure, compress without the cache.
                 self._close_file()
                 self._file = None if reopened else self._open()
                 reopened = True
@@ -259,15 +261,15 @@ class CompressedNar:
             )
             if stop in {None, self.size}:
                 self.size = reached
-                if not begun or self._index is None:  # the whole NAR was seen
+                if not begun or self._index is None:  # all of the NAR was read
                     self._compressor.found_intact(self._source)
         except StoreObjectError as error:
-            if self._file is None:  # else it is the file that was cut short
+            if self._file is None:  # otherwise the file in the cache is at fault
                 self._compressor.found_damaged(self._source, error)
             raise
 
     def _catch_up(self, file: CachedFile, position: int, stop: int | None) -> Generator[bytes | Future[Any], None, int]:
-        """Compress from the frame of `position` on, frame by frame, until the growing file has come that far."""
+        """Compress frame by frame from `position` on, until the growing file contains the next byte."""
         index = self._index
         if index is None:
             return position
@@ -298,7 +300,7 @@ class CompressedNar:
 
 
 class KeptNar:
-    """A whole file of the cache, in an encoding that this server may be unable to make again."""
+    """The body of a complete file of the cache, whose encoding this server may be unable to make."""
 
     def __init__(self, file: CachedFile) -> None:
         self.size = file.size
@@ -312,12 +314,12 @@ class KeptNar:
 
 
 class StoredNar:
-    """A NAR in a zstd file without compression: its length is known before anything is read. Only read as a whole."""
+    """The body of a zstd file without compression, whose length is known before the NAR is read. It has no ranges."""
 
     def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding) -> None:
-        """Begin to fill the cache with the compressed file, for later requests. Blocks for a moment.
+        """Start to fill the cache with the compressed file for later requests. Block for a moment.
 
-        Closes `source` with itself.
+        Closing this body closes `source`.
         """
         self._compressor = compressor
         self._source = source
@@ -340,7 +342,10 @@ class StoredNar:
         self._compressor.found_intact(self._source)
 
     def _content(self) -> Generator[bytes | Future[Any]]:
-        """Return the NAR in chunks. Raises StoreObjectError at its end if it does not have its hash."""
+        """Yield the NAR in chunks.
+
+        Raises StoreObjectError at the end if the NAR does not have its hash.
+        """
         sha256 = hashlib.sha256()
         with closing(self._source.read(0, self._source.size)) as chunks:
             for chunk in chunks:
@@ -354,9 +359,9 @@ class StoredNar:
 
 
 class _Fill:
-    """Fills a file of the cache. Whichever thread has compressed a frame writes it, if it is its turn.
+    """The fill of a file of the cache, the owner of the source and of the filler.
 
-    Owns the source and the filler.
+    Each thread that has compressed a frame writes all frames that are next.
     """
 
     def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding, filler: Filler) -> None:
@@ -366,16 +371,16 @@ class _Fill:
         self._encoding = encoding
         self._filler = filler
         self._sha256 = hashlib.sha256()
-        self._offsets = encoding.offsets(source.size)  # of the frames that are still to be compressed
-        self._written = 0  # up to where frames are written
+        self._offsets = encoding.offsets(source.size)  # of the frames that are not submitted yet
+        self._written = 0  # length of the content whose frames are written
         self._entries: list[tuple[int, bytes]] = []  # of the frame index
-        self._ready: dict[int, Frame] = {}  # those whose turn has not come
+        self._ready: dict[int, Frame] = {}  # frames that wait for an earlier one, by offset
         self._over = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
         self._compressor.count_fill(self._encoding, 1)
-        self._submit(self._encoder.threads + 1)  # one waits, for whoever is done before its turn
+        self._submit(self._encoder.threads + 1)  # one more than threads, so that no thread becomes idle
 
     def _submit(self, frames: int) -> None:
         try:
@@ -393,17 +398,17 @@ class _Fill:
             if self._over:
                 return
             if (failure := future.exception()) is not None:
-                self._give_up(failure)  # raised here, it would refer to itself by way of the future
+                self._give_up(failure)  # to raise it here would make a reference cycle with the future
                 return
             try:
                 self._ready[offset] = future.result()
                 while frame := self._ready.pop(self._written, None):
                     self._write(frame)
                     written += 1
-            except Exception as error:  # noqa: BLE001 (no other thread would hear of it)
+            except Exception as error:  # noqa: BLE001 (nothing else reports it)
                 self._give_up(error)
                 return
-        self._submit(written)  # no more, so that few frames wait for one that is slow
+        self._submit(written)  # as many as were written, to bound the frames that wait for a slow one
 
     def _write(self, frame: Frame) -> None:
         self._sha256.update(frame.content)
@@ -416,7 +421,7 @@ class _Fill:
         self._entries.append(frame_entry(frame.compressed))
         if whole:
             self._filler.commit()
-            assert self._source.sha256 is not None  # noqa: S101 (or the file had no key)
+            assert self._source.sha256 is not None  # noqa: S101 (the key of the file contains it)
             index = FrameIndex(self._filler.sha256, self._entries)
             self._compressor.keep_frame_index(self._source.sha256, self._encoding, index)
             self._end()
@@ -427,9 +432,10 @@ class _Fill:
         self._end()
         if isinstance(error, StoreObjectError):
             self._compressor.found_damaged(self._source, error)
-        elif not isinstance(error, OSError):  # of which the cache tells, or else who reads the source next
-            _log.error("a NAR cannot be kept compressed: %s", str(error) or type(error).__name__)
-        self._filler.abandon()  # so that who reads it does not try once more what was found damaged
+        elif not isinstance(error, OSError):  # the cache logs an OSError, or the next read of the source raises it
+            cause = str(error) or type(error).__name__
+            _log.error("cannot compress %s into the cache: %s; later requests try again", self._source, cause)
+        self._filler.abandon()  # last: now readers try again, and find the NAR marked as damaged
 
     def _end(self) -> None:
         self._over = True

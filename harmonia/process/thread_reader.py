@@ -1,7 +1,7 @@
-"""Reader in threads: has threads run a generator of chunks, and gives its chunks to the event loop.
+"""Reader of chunks for the event loop, from a generator that runs in threads.
 
-While a chunk is sent, a thread reads the next: no more than these two are in memory. When a reader has ended, in
-whatever way, no thread runs the generator any longer, and it is closed.
+While a chunk is sent, a thread reads the next one; at most these two are in memory. When the reader ends, for any
+reason, no thread runs the generator any more, and the generator is closed.
 """
 
 import asyncio
@@ -14,20 +14,20 @@ from typing import Any
 
 from harmonia.store.file_reader import CHUNK_BYTES, Chunk, OpenSlice, Step
 
-_MAX_GATHER_S = 0.001  # for which small chunks that are there already wait for more
-_MIN_POLL_S = 0.001  # until a generator that yielded None is asked again; doubled each time
+_MAX_GATHER_S = 0.001  # for which small chunks wait for more
+_MIN_POLL_S = 0.001  # until the next try after a generator has yielded None; doubled each time
 _MAX_POLL_S = 0.02
 
 _END = object()
 
 Submit = Callable[..., "Future[Any]"]
-"""Runs a function in a thread."""
+"""A function that runs another function in a thread."""
 
 
 async def read_in_threads(steps: Generator[Step | None], submit: Submit) -> AsyncGenerator[Chunk]:
-    """Yield the chunks of a generator. An open slice has to be read to its end before the next chunk is asked for.
+    """Yield the chunks of a generator. The caller reads an open slice to its end before it asks for the next chunk.
 
-    If the generator yields a future, nobody asks for more before that has ended. After None, it is asked again soon.
+    After the generator yields a future, this waits for its end; after None, it waits for some milliseconds.
     """
     running: Future[Any] | None = None
     poll_s = _MIN_POLL_S
@@ -61,9 +61,9 @@ async def read_in_threads(steps: Generator[Step | None], submit: Submit) -> Asyn
 
 
 async def read_bytes(chunks: AsyncGenerator[Chunk], submit: Submit) -> AsyncGenerator[bytes | bytearray]:
-    """Yield the bytes of chunks. What the page cache has of an open slice is read at once, the rest by a thread.
+    """Yield the bytes of chunks. Bytes of open slices are read at once from the page cache, the others by a thread.
 
-    To wake a thread takes longer than to copy what is in memory.
+    To wake a thread takes longer than to copy bytes in memory.
     """
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -74,14 +74,14 @@ async def read_bytes(chunks: AsyncGenerator[Chunk], submit: Submit) -> AsyncGene
             while len(chunk):
                 data: bytes | bytearray | None = chunk.read_cached()
                 if data is not None:
-                    await asyncio.sleep(0)  # it is the turn of others
+                    await asyncio.sleep(0)  # let other tasks run
                 elif not (data := await _run(chunk.read, submit)):
                     break
                 yield data
 
 
 async def _run(function: Callable[[], bytes], submit: Submit) -> bytes:
-    """Return what a function returns in a thread. If cancelled, wait for the thread to end it."""
+    """Run a function in a thread, and return its result. If cancelled, wait until the thread has ended it."""
     running = submit(function)
     try:
         return await asyncio.wrap_future(running)
@@ -92,7 +92,7 @@ async def _run(function: Callable[[], bytes], submit: Submit) -> bytes:
 def _pull(steps: Generator[Step | None]) -> deque[object]:
     """Return the next steps, at least one: bytes, and at the end perhaps another step, or `_END`.
 
-    Chunks that are small, and there at once, come together: to wake a thread takes longer than to read them.
+    Small chunks are gathered, because to wake a thread takes longer than to read them.
     """
     pulled: deque[object] = deque()
     size = 0
@@ -110,7 +110,7 @@ def _pull(steps: Generator[Step | None]) -> deque[object]:
 
 
 async def _ended(future: "Future[Any]") -> None:
-    """Wait for the end of a future, whatever comes of it."""
+    """Wait for the end of a future, without its result or error."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
     def wake(_: "Future[Any]") -> None:
@@ -122,7 +122,7 @@ async def _ended(future: "Future[Any]") -> None:
 
 
 async def _stopped(running: "Future[Any]") -> None:
-    """Wait until no thread runs the job, also if cancelled meanwhile."""
+    """Wait until no thread runs the job, even if this is cancelled meanwhile."""
     running.cancel()
     cancelled: asyncio.CancelledError | None = None
     while not running.done():

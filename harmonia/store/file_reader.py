@@ -1,4 +1,4 @@
-"""Reader of the bytes that the segments of a NAR stand for, in chunks."""
+"""Reader of the bytes of NAR segments from disk, in chunks."""
 
 import os
 import sys
@@ -12,14 +12,14 @@ from harmonia.nix.nar import FileSlice, Segment
 from harmonia.store import confined
 
 CHUNK_BYTES = 256 * 1024
-"""Bytes: so many that a thread hop per chunk is lost in the noise, so few that each download can hold some."""
+"""Length of a chunk: large enough to hide the cost of a thread switch, small enough for many downloads in memory."""
 
 END = sys.maxsize
-"""A position beyond the end of any body: a read from there yields no bytes, and ends when the size is known."""
+"""A position after the end of every body: a read from there yields no bytes, and ends when the size is known."""
 
 
 class OpenSlice:
-    """The bytes from `position` to `stop` of an open file, of which each read takes the next."""
+    """The bytes from `position` to `stop` of an open file. Each read advances `position`."""
 
     __slots__ = ("_descriptor", "position", "stop")
 
@@ -32,13 +32,13 @@ class OpenSlice:
         return self.stop - self.position
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
-        """At most `size` bytes, none at the end: that of the slice, or of a file that has become shorter."""
+        """Return the next bytes, at most `size`, or `b""` at the end of the slice or of a file that has shrunk."""
         data = os.pread(self._descriptor, min(size, len(self)), self.position)
         self.position += len(data)
         return data
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill a buffer with the next bytes. Returns how many they are: less than its length only at the end."""
+        """Fill a buffer with the next bytes. Return their number, which is less than its length only at the end."""
         filled = 0
         while filled < len(buffer) and len(self):
             count = os.preadv(self._descriptor, [buffer[filled : filled + len(self)]], self.position)
@@ -49,13 +49,13 @@ class OpenSlice:
         return filled
 
     def read_cached(self, size: int = CHUNK_BYTES) -> bytearray | None:
-        """The same, as far as it needs no disk. None where it does, or where nobody can tell."""
+        """Return the next bytes like `read`, but only from the page cache. Return None if they are not there."""
         data = bytearray(min(size, len(self)))
         try:
             count = os.preadv(self._descriptor, [data], self.position, os.RWF_NOWAIT)
-        except OSError:  # BlockingIOError, or a file system that knows no such reads; what else there is, `read` tells
+        except OSError:  # not in the page cache, or not supported by the file system; `read` raises all other errors
             return None
-        if not count:  # the end, or a Linux 5.9 or 5.10 that has nothing of it in memory (preadv(2), BUGS)
+        if not count:  # the end; or in Linux 5.9 and 5.10, not in the page cache (preadv(2), BUGS)
             return None
         del data[count:]
         self.position += count
@@ -65,22 +65,22 @@ class OpenSlice:
 Chunk = bytes | OpenSlice
 """Bytes, or a part of an open file, to be read to its end before the next chunk is asked for."""
 Step = Chunk | Future[Any]
-"""A chunk, or a future that ends when there is more to read. Whoever reads waits for it in his own way."""
+"""A chunk, or a future that the reader waits for before it asks for the next step."""
 
 
 class ReadOnly:
-    """A body that has nothing open but while it is read."""
+    """A body without resources to close. It opens and closes its file during a read."""
 
     __slots__ = ()
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[Step]:
-    """The bytes of a run of segments, in chunks of less than twice `chunk_size`, and what files have of no less.
+    """Yield the bytes of segments in chunks of less than twice `chunk_size`, and large files as open slices.
 
-    StoreObjectError where a file is no longer as long as its slice says; OSError where it cannot be read.
+    Raises StoreObjectError if the length of a file has changed, and OSError if a file cannot be read.
     """
     parts: list[bytes] = []
     size = 0
@@ -90,7 +90,7 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_B
             if isinstance(segment, bytes):
                 piece = segment
             elif isinstance(segment, Future) or len(segment) >= chunk_size:
-                files.close()  # a download has one file open while it waits for its client (sockets.connection_limit)
+                files.close()  # sockets.connection_limit allows one open file for each download
                 if size:
                     yield _joined(parts)
                     size = 0
@@ -104,14 +104,14 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_B
             parts.append(piece)
             size += len(piece)
             if size >= chunk_size:
-                files.close()  # it may take long until the next is wanted
+                files.close()  # the client may take long to ask for the next chunk
                 del piece
                 data = _joined(parts)
-                while len(data) >= 2 * chunk_size:  # a single text is longer than a chunk
+                while len(data) >= 2 * chunk_size:  # because of a single text that is longer than a chunk
                     yield data[:chunk_size]
                     data = data[chunk_size:]
                 yield data
-                del data  # while the next is read
+                del data  # free it before the next chunk is read
                 size = 0
         files.close()
         if size:
@@ -121,15 +121,15 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_B
 
 
 def _joined(parts: list[bytes]) -> bytes:
-    """Return the parts as one, and empty the list: a client that reads slowly is not to hold them twice."""
+    """Return the joined parts, and clear the list, so that a slow client does not keep both in memory."""
     data = b"".join(parts)
     parts.clear()
     return data
 
 
 def flatten(chunks: Generator[Step], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
-    """Chunks with what open slices stand for, at most `chunk_size` of it at a time. Blocks for a future."""
-    with closing(chunks):  # and its file at once, not when the last who has an error has forgotten it
+    """Yield the bytes of chunks, those of open slices in pieces of at most `chunk_size`. Block for futures."""
+    with closing(chunks):  # closes its file at once; otherwise, the traceback of an error would keep the file open
         for chunk in chunks:
             if isinstance(chunk, OpenSlice):
                 while data := chunk.read(chunk_size):
@@ -141,10 +141,7 @@ def flatten(chunks: Generator[Step], chunk_size: int = CHUNK_BYTES) -> Generator
 
 
 def read_into(buffer: memoryview, chunks: Generator[Step]) -> bool:
-    """Fill a buffer with what chunks are and stand for. Whether they come to its length, and to no more.
-
-    Blocks for a future.
-    """
+    """Fill a buffer with the bytes of chunks. Return whether they have exactly its length. Block for futures."""
     filled = 0
     with closing(chunks):
         for chunk in chunks:
@@ -161,12 +158,12 @@ def read_into(buffer: memoryview, chunks: Generator[Step]) -> bool:
 
 
 def read(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
-    """The bytes of a run of segments, in chunks of less than twice `chunk_size`."""
+    """Yield the bytes of segments in chunks of less than twice `chunk_size`. Block for futures."""
     return flatten(chunks(archive, chunk_size), chunk_size)
 
 
-# Plain reads, no mapping: a file that shrinks under a mapping kills the process.
-# O_NONBLOCK, or the opening of what has become a fifo waits for its writer.
+# Read files instead of mapping them: if a mapped file shrinks, SIGBUS kills the process.
+# Without O_NONBLOCK, to open a file that was replaced by a fifo blocks.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK
 
 
@@ -175,7 +172,7 @@ def _small_file(file: FileSlice, files: confined.Files) -> bytes:
     length = file.stop - file.start
     try:
         if length == file.size:
-            contents = os.read(descriptor, length + 1)  # one more, to see that there is no more
+            contents = os.read(descriptor, length + 1)  # one byte more, to detect that the file has grown
             size = len(contents)
         else:
             contents = os.pread(descriptor, length, file.start)

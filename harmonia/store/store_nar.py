@@ -1,4 +1,4 @@
-"""NAR of a valid store path, as the store object is now on disk."""
+"""NAR of a valid store path, read from the store object on disk."""
 
 import os
 import sys
@@ -19,42 +19,46 @@ from harmonia.store.temp_roots import TempRootLease
 
 
 class LayoutSource(Protocol):
+    """A cache of layouts."""
+
     def open_layout(self, key: str, root: bytes, client: Hashable) -> Layout:
-        """Return the layout of that key, which may still grow. Never waits."""
+        """Return the layout with this key, which may still grow. Do not block."""
 
     def forget(self, key: str) -> None:
-        """Drop a layout that is not true any longer."""
+        """Drop a layout that is no longer valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreNar:
-    """The NAR of a valid path, which is as long as was registered if the store object is still what it was then.
+    """The NAR of a valid path. The owner closes it.
 
-    To be closed.
+    Size and hash are the registered ones, which the store object on disk may violate.
     """
 
     info: PathInfo
     root: bytes
     layouts: LayoutSource
     temp_root: TempRootLease | None = None
-    """What keeps the path from being collected until this is closed."""
+    """Protects the path from garbage collection until this NAR is closed."""
     client: Hashable = None
-    """Who asks: one client's walks do not keep others waiting."""
+    """The client, for fair shares of the threads that walk trees."""
 
     def __str__(self) -> str:
         return os.fsdecode(self.root)
 
     @property
     def size(self) -> int:
+        """Return the registered size in bytes."""
         return self.info.nar_size
 
     @property
     def sha256(self) -> bytes:
+        """Return the registered hash."""
         return self.info.nar_hash
 
     @property
     def key(self) -> str:
-        """Name of its layout. The same path may come to be registered with other contents."""
+        """Return the key of the layout, which contains the hash: a path may be registered again with another NAR."""
         return f"{self.info.path.hash_part}-{base32.encode(self.info.nar_hash)}"
 
     def share(self) -> "StoreNar":
@@ -66,26 +70,26 @@ class StoreNar:
             self.temp_root.release()
 
     def layout(self) -> Layout:
-        """Return what lies where in it, as far as that is known yet."""
+        """Return the layout, which may still grow."""
         return self.layouts.open_layout(self.key, self.root, self.client)
 
     def check_layout(self, layout: Layout) -> None:
-        """Raise the error of the walk, or StoreObjectError if the size found is not the size registered."""
+        """Raise the error of the walk, or StoreObjectError if the actual size differs from the registered one."""
         if layout.error is not None:
             raise copy(layout.error)
         if layout.size is not None and layout.size != self.size:
             self.layouts.forget(self.key)
-            raise StoreObjectError(f"{self} has a NAR of {layout.size} bytes, but {self.size} were registered")
+            raise StoreObjectError(f"{self}: its NAR has {layout.size} bytes, but {self.size} were registered")
 
     def wait_covered(self, stop: int) -> Future[bytes] | None:
-        """Return a future that ends when the bytes up to `stop` can be read without a wait; None if they can now."""
+        """Return a future that completes when the bytes up to `stop` are readable, or None if they are now."""
         return self.layout().wait_covered(stop)
 
     def read(self, start: int, stop: int | None) -> Generator[Step]:
-        """Read a part. A future stands for a wait for the walk, which a caller may do in its own way.
+        """Yield the bytes from `start` to `stop` or to the end. Yield a future if the caller has to wait for the walk.
 
-        A long archive is sent while it is walked, and breaks off at its end if the size is wrong. A short one, of one
-        block, is checked before its first byte.
+        The bytes of a large tree follow its walk, and break off at the end if the size is wrong. The size of a tree
+        with one block of entries is checked before the first byte.
         """
         try:
             yield from file_reader.chunks(self._segments(start, self.size if stop is None else stop))
@@ -96,7 +100,7 @@ class StoreNar:
     def _segments(self, start: int, stop: int) -> Iterator[Segment | Future[bytes]]:
         layout = self.layout()
         self.check_layout(layout)
-        # Of one that is longer than registered, more than `stop` comes: the reader must not take it for whole.
+        # Read beyond `stop` if the NAR is longer than registered, so that the reader does not accept it as complete.
         window = layout.window(start, sys.maxsize if stop == self.size else stop)
         for segment in window:
             if not isinstance(segment, Future):

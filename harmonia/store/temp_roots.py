@@ -1,10 +1,10 @@
-"""Keeps paths that are being sent from Nix's garbage collector, by *temporary roots* that the Nix daemon takes for us.
+"""Temporary GC roots, registered with the Nix daemon, that protect paths from garbage collection while they are sent.
 
-A root lasts as long as the connection over which it was taken, and none can be given back alone. So a connection takes
-roots for a minute only, and is closed when nothing needs any of them any longer.
+A temporary root lasts as long as the connection to the daemon; a single root cannot be released. So a connection is
+used for new roots for only a minute, and closed when none of its roots is needed any more.
 
-One thread does it all, beside the downloads: where the daemon is slow or not there, they neither wait nor fail, and a
-path that is collected meanwhile breaks them off.
+One thread does all of this. Downloads do not wait for it, and do not fail if the daemon is slow or missing. A download
+breaks off if its path is garbage-collected meanwhile.
 """
 
 import logging
@@ -17,11 +17,11 @@ from harmonia.errors import RemoteError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.nix_daemon import Daemon
 
-_TIMEOUT_S = 5.0  # seconds for an answer of the daemon
-_RETRY_S = 2.0  # seconds before another try, where it gave none
-_CHECK_INTERVAL_S = 1.0  # seconds between two looks for what is over, and for a daemon that has ended
-_CONNECTION_AGE_S = 60.0  # seconds for which a connection takes further roots
-_MAX_CONNECTIONS = 4  # connections, each a process of the daemon
+_TIMEOUT_S = 5.0  # for a response of the daemon
+_RETRY_S = 2.0  # until the next try after a failure
+_CHECK_INTERVAL_S = 1.0  # between two checks for released roots, and for a daemon that has ended
+_CONNECTION_AGE_S = 60.0  # for which a connection gets new roots
+_MAX_CONNECTIONS = 4  # each is a process of the daemon
 
 _log = logging.getLogger("harmonia")
 
@@ -53,12 +53,10 @@ class _Connection:
 
 
 class TempRoots:
-    """Roots of paths in `store_dir`, taken through the daemon that listens at `socket`.
-
-    Whether anybody needs to know that there is none, `expected` tells.
-    """
+    """The temporary roots of one process."""
 
     def __init__(self, socket: str, store_dir: str, *, expected: bool) -> None:
+        """Use the daemon at `socket` for paths in `store_dir`. Warn of a missing socket only if it is `expected`."""
         self._socket = socket
         self._store_dir = store_dir
         self._expected = expected
@@ -72,12 +70,12 @@ class TempRoots:
         self._thread: threading.Thread | None = None
 
     def acquire(self, path: StorePath) -> TempRootLease:
-        """Have a root taken, soon, and kept until what this returns is released. Waits for nothing."""
+        """Return a lease of a root for a path. The thread registers the root soon. Does not block."""
         lease = TempRootLease(path, self)
         self._asked.put(lease)
         if self._thread is None:
-            with self._start, suppress(RuntimeError):  # where no thread can be started now, it may be later
-                if self._thread is None:  # in the process that serves, not in the one that it was forked from
+            with self._start, suppress(RuntimeError):  # if no thread can be started now, a later call tries again
+                if self._thread is None:  # started here and not earlier, because a thread does not survive a fork
                     thread = threading.Thread(target=self._run, name="temp-roots", daemon=True)
                     thread.start()
                     self._thread = thread
@@ -90,11 +88,11 @@ class TempRoots:
     def _run(self) -> None:
         while self._listen():
             if time.monotonic() >= self._look_at:
-                self._let_go()
+                self._close_unused()
                 self._look_at = time.monotonic() + _CHECK_INTERVAL_S
             if self._waiting and time.monotonic() >= self._retry_at:
                 try:
-                    self._take()
+                    self._register()
                 except (OSError, RemoteError, MemoryError) as error:
                     self._failed(error)
         for connection in self._connections:
@@ -110,20 +108,20 @@ class TempRoots:
             return False
         return True
 
-    def _let_go(self) -> None:
-        """Close the connections that nobody needs. What was kept by one that is lost waits for another."""
-        kept = []
+    def _close_unused(self) -> None:
+        """Close connections without leases. Queue the leases of lost connections again."""
+        used = []
         for connection in self._connections:
             connection.leases = _unreleased(connection.leases)
             if connection.leases and not connection.daemon.lost:
-                kept.append(connection)
+                used.append(connection)
             else:
                 connection.daemon.close()
                 self._waiting += connection.leases
-        self._connections = kept
+        self._connections = used
         self._waiting = _unreleased(self._waiting)
 
-    def _take(self) -> None:
+    def _register(self) -> None:
         while self._waiting:
             lease = self._waiting[-1]
             if not lease.is_released:
@@ -132,13 +130,13 @@ class TempRoots:
                     try:
                         connection.daemon.add_temp_root(f"{self._store_dir}/{lease.path}")
                     except BaseException:
-                        connection.daemon.close()  # which makes it a lost one
+                        connection.daemon.close()  # now it counts as lost
                         raise
                     connection.paths.add(lease.path)
                 connection.leases.append(lease)
             self._waiting.pop()
         if self._failing:
-            _log.info("the Nix daemon at %s keeps what is sent from being collected again", self._socket)
+            _log.info("registered temporary GC roots with the Nix daemon at %s again", self._socket)
             self._failing = False
 
     def _connection(self) -> _Connection:
@@ -152,7 +150,8 @@ class TempRoots:
         self._retry_at = time.monotonic() + _RETRY_S
         if not self._failing:
             level = logging.DEBUG if isinstance(error, FileNotFoundError) and not self._expected else logging.WARNING
-            what = "nothing keeps what is sent from being collected, for want of the Nix daemon at %s: %s"
+            what = "cannot register temporary GC roots with the Nix daemon at %s: %s;"
+            what += " paths may be garbage-collected while they are sent"
             _log.log(level, what, self._socket, error)
             self._failing = True
 

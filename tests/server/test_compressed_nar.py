@@ -585,7 +585,7 @@ def test_a_corrupt_store_object_is_never_sent_whole(
             server.get(url, headers)
         assert list((server.cache_dir / "nar").iterdir()) == []
     server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off.*{base32.encode(path.nar_hash)} was registered")
-    remedy = rf"ERROR {store.real_dir}/{path.path}: its NAR hash .* was registered; nix-store --repair-path mends it"
+    remedy = rf"ERROR {store.real_dir}/{path.path}: its NAR hash .* was registered; repair it"
     assert sum(bool(re.search(remedy, line)) for line in server.log) == 1
     assert "\nharmonia_damaged_nars_total 3.0\n" in server.get("/metrics").text  # once while it was to be kept
     assert server.get(file_url(path), {"Range": "bytes=100-"}).status == 404

@@ -98,7 +98,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def without(directory: object, why: int) -> str:
-    return f"cannot write to {directory}, doing without that cache: {os.strerror(why)}"
+    return f"cannot write to the cache {directory}: {os.strerror(why)}; serving without it"
 
 
 def stress(cache: NarCache, chance: random.Random, filled_now: set[str]) -> None:
