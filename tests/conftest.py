@@ -13,6 +13,7 @@ from support.programs import NOT_ROOT, require, skips
 from support.running import Server
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("few", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
