@@ -82,6 +82,10 @@ class NarCache:
             file.close()
         return file is not None
 
+    def is_growing(self, key: str) -> bool:
+        """Return whether a process fills the file of a key, or died while it did."""
+        return os.path.lexists(self.path(key) + GROWING)
+
     def remove(self, key: str) -> None:
         """Remove the file, if it exists. Its readers can go on."""
         with suppress(OSError):

@@ -7,7 +7,7 @@ cache cannot take one, it is passed on.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -95,14 +95,13 @@ class NarFetcher:
                 elif file := await self._threads.write(cache.use_file, key):
                     opened = file, None
                 if opened is not None and opened[1] is not None:
-                    transfer = self._running[key] = Transfer(
-                        found, headers, opened[1], cache.limit, self._threads, self._narinfos
-                    )
+                    transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
                     self._tasks.spawn(self._run(key, transfer))
         if opened is None:
             return self._passed(found, headers, await found.request_nar(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
+            self._keep_narinfos([found])
             return CachedBody(opened[0], submit, found.file_size, None, self._passed(found, headers))
         with closed_on_error(opened[0]) as reader:
             running.paths[found.info.path] = found
@@ -118,6 +117,13 @@ class NarFetcher:
             if self._running.get(key) is transfer:  # and not the next one, which a failure may have called for
                 del self._running[key]
         self._note(transfer.found, failed=transfer.error is not None)
+        self._keep_narinfos(transfer.paths.values())
+
+    def _keep_narinfos(self, paths: Iterable[RemotePath]) -> None:
+        """Keep the narinfos of paths whose NAR is in the cache, or may soon be."""
+        if self._narinfos is not None:
+            for found in paths:
+                self._tasks.spawn_shared(self._narinfos.keep(found))
 
     def _note(self, found: RemotePath, *, failed: bool) -> None:
         """Remember whether the upstream has the NAR that it tells of."""

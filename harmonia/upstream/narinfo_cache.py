@@ -5,6 +5,7 @@ narinfo follows. A cached narinfo is trusted no more than the upstream: each tim
 narinfo that has just arrived, with the current settings.
 """
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -23,6 +24,8 @@ from harmonia.upstream.tasks import FetchThreads
 _MAX_BYTES = 256 << 20  # on disk: 64,000 narinfos
 _NAR_CACHE_SHARE = 8  # at most one eighth of the NAR cache's limit, if that is less
 _RECORD_MAX_BYTES = 4 << 20
+_CHECK_INTERVAL_S = 0.5  # between two looks at whether another worker has fetched a NAR
+_MAX_WAIT_S = 3600.0  # for another worker to fetch a NAR: it may have died
 
 _Record = tuple[str, str, bytes]
 """The upstream's id, the NAR's key, and the narinfo."""
@@ -34,6 +37,7 @@ class NarinfoCache:
         self._nars = nars
         self._by_id = {client.id: client for client in clients}
         self._threads = threads
+        self._awaiting_nars: set[str] = set()
         self._is_sweep_due = False
         nars.removed = self._sweep_soon
         self._sweep_soon()  # a killed process may have left narinfos without NARs
@@ -58,7 +62,18 @@ class NarinfoCache:
         return await self._threads.write(self._files.has, hash_part)
 
     async def keep(self, path: RemotePath) -> None:
-        await self._threads.sync(self.save, path)
+        """Write the narinfo of a path if its NAR is in the cache, or as soon as another worker has fetched it."""
+        hash_part = path.info.path.hash_part
+        if hash_part in self._awaiting_nars:
+            return
+        self._awaiting_nars.add(hash_part)
+        try:
+            async with asyncio.timeout(_MAX_WAIT_S):
+                while await self._threads.write(self._nars.is_growing, path.name.key):  # noqa: ASYNC110 (another process fills it)
+                    await asyncio.sleep(_CHECK_INTERVAL_S)
+            await self._threads.sync(self.save, path)
+        finally:
+            self._awaiting_nars.remove(hash_part)
 
     def save(self, path: RemotePath) -> None:
         """Write the narinfo of a path if its NAR is in the cache. Blocks on the disk."""

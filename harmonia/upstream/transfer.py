@@ -13,7 +13,6 @@ from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.upstream import nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
-from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads
@@ -36,7 +35,6 @@ class Transfer:
         filler: Filler,
         limit: int,
         threads: FetchThreads,
-        narinfos: NarinfoCache | None,
     ) -> None:
         self.size = found.file_size
         """Bytes of the file, or None until that is known."""
@@ -51,7 +49,6 @@ class Transfer:
         self._filler = filler
         self._limit = limit
         self._threads = threads
-        self._narinfos = narinfos
         self._given_up = False
 
     async def run(self) -> None:
@@ -62,7 +59,7 @@ class Transfer:
                 await self._check()
             except FormatError as error:
                 raise self.found.refuse_nar(error) from None
-            await self._threads.sync(self._commit)
+            await self._threads.sync(self._filler.commit)
         except UpstreamError as error:
             self.error = error
             if not isinstance(error, UpstreamMismatchError):
@@ -94,12 +91,6 @@ class Transfer:
                     await self._threads.unpack(nar_verifier.check_content, info, nar, content, LARGE_MEMORY_BYTES)
         if not file_hash_matches:
             await self._threads.write(filler.finish)
-
-    def _commit(self) -> None:
-        self._filler.commit()
-        if self._narinfos is not None:
-            for found in list(self.paths.values()):
-                self._narinfos.save(found)
 
     def give_up(self) -> None:
         """Make a thread that verifies the file stop soon. Call it before the task is cancelled."""

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from harmonia.cache.disk_cache import NarCache
 from harmonia.nix import base32, listing, nar
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.store import tree_reader
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server, patched, wait_until
+from harmonia.upstream.nar_name import NarName
+from support.running import Server, open_files, patched, wait_until
 from support.upstream_paths import KEY, PACK, Remote, entry, fields, make_path, narinfo_path
 from support.upstream_server import UpstreamServer, hang, reset, status
 
@@ -167,6 +171,23 @@ def test_two_paths_of_the_same_content_are_both_kept(
     upstream.behaviours["."] = reset
     again = site(up=False)
     assert {again.get(narinfo_path(path)).status for path in (there, twin)} == {200}
+
+
+def test_the_narinfo_of_a_nar_that_another_worker_fetches_is_kept_too(site: Site, there: Remote) -> None:
+    """The other worker is this test, which holds the right to fill the file."""
+    server = site()
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    opened = NarCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
+    assert opened
+    reader, filler = opened
+    assert filler
+    with ThreadPoolExecutor(1) as threads, closing(reader):
+        download = threads.submit(server.get, f"/{url}")
+        wait_until(lambda: any(name.endswith(".growing") for name in open_files(server.workers[0])))
+        filler.append(there.file)
+        filler.commit()
+        assert download.result().body == there.file
+    wait_until(lambda: kept(server) == [there.info.path.hash_part])
 
 
 def sign_ours(key: Path) -> str:
