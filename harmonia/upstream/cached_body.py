@@ -1,4 +1,4 @@
-"""What the cache has of an upstream's NAR, or will have, and what is passed on where that ends."""
+"""Body of an upstream NAR in the cache, complete or growing, with a fallback to the upstream if it stops growing."""
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing
@@ -12,7 +12,7 @@ from harmonia.upstream.transfer import Transfer
 
 
 class CachedBody:
-    """A NAR in the cache, whole or growing, to be closed. Where it stops to grow, the rest is passed on."""
+    """A NAR in the cache, complete or growing. If it stops growing, the rest is passed through from the upstream."""
 
     def __init__(
         self,
@@ -22,17 +22,17 @@ class CachedBody:
         transfer: Transfer | None = None,
         rest: PassthroughBody | None = None,
     ) -> None:
-        """`submit` runs what reads the file in a thread. `rest` may be None where the file is whole."""
+        """Take over an open file. `submit` runs its reader in a thread. `rest` may be None if the file is complete."""
         self.size = file.size if file.whole else size
         self._file: CachedFile | None = file
-        """None once nobody fills it: what is read again, to tell its size before (response.py), is passed on."""
+        """None after the file stopped growing. A second read (response.py reads first for the size) uses `rest`."""
         self._submit = submit
         self._position = 0
-        """How far the file was followed."""
+        """Position up to which the file was read."""
         self._transfer = transfer
         self._rest = rest
         if rest is not None and rest.size is None:
-            rest.size = self.size  # by which it knows that it is asked for the whole, which it checks
+            rest.size = self.size  # so that it recognizes a request for the whole NAR, and verifies it
 
     def close(self) -> None:
         self._close_file()
@@ -51,7 +51,10 @@ class CachedBody:
             self.size = self._rest.size
 
     async def _read_file(self, start: int, stop: int | None) -> AsyncGenerator[Chunk]:
-        """Yield what the file has. Closes it where it ends too early, and nobody fills it any longer."""
+        """Yield the content of the file. If the file stops growing too early, close it.
+
+        Raises the error of the transfer, or StoreObjectError if the content was withdrawn because it was wrong.
+        """
         file = self._file
         if file is None:
             return
@@ -63,11 +66,11 @@ class CachedBody:
         if file.whole or self._position == stop:
             return
         withdrawn = start < self._position and file.size < self._position
-        self._close_file()  # others wait for its lock
+        self._close_file()  # readers in other workers wait for its lock
         if self._transfer is not None and self._transfer.error is not None:
             raise self._transfer.error
         if withdrawn:
-            raise StoreObjectError("what the upstream sent is wrong")
+            raise StoreObjectError("the NAR from the upstream is invalid")
 
     def _follow(self, file: CachedFile, start: int, stop: int | None) -> Generator[OpenSlice | None]:
         self._position = yield from file.follow(start, stop)

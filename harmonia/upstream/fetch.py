@@ -1,9 +1,9 @@
-"""NARs of upstreams: written to the cache as they come, once however many want them, and read from there.
+"""Fetching of upstream NARs: written to the cache while they arrive, once for all clients, and read from there.
 
-A NAR becomes whole, for those who read it already, when its file has the hash that its narinfo tells, or else when its
-content has proved right; it is kept for others when its content has. Until then its last bytes are held back
-(cache/growing_file.py), so that nobody ever gets a complete body that is not what the upstream meant to send. If the
-cache cannot take one, it is passed on.
+The current readers get the end of a NAR when the file has the FileHash of its narinfo, or when the unpacked NAR is
+verified. Later clients get it only after it is verified. Until then, the last bytes are held back
+(cache/growing_file.py): no client gets a complete body that the upstream did not mean to send. If the cache cannot
+store a NAR, it is passed through.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from harmonia.upstream.tasks import FetchThreads, Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
-_MAX_FETCHES = 100  # NARs that are fetched at once, whoever waits for them; each has a connection and an open file
+_MAX_FETCHES = 100  # NARs that are fetched at once; each has a connection and an open file
 _BEGIN_MAX_BYTES = 1 << 20
-"""The beginning of a file that is passed on, kept to unpack it anew: it tells how large the window is."""
+"""Bytes at the beginning of a passed-through file that stay in memory, to unpack them again with a larger window."""
 
 _T = TypeVar("_T")
 
 
 class NarFetcher:
-    """All NARs that are on their way here."""
+    """All running transfers of NARs into the cache."""
 
     def __init__(
         self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: FetchThreads
@@ -58,14 +58,14 @@ class NarFetcher:
             transfer.abandon()
 
     async def cached_nar(self, key: str, submit: Submit) -> CachedBody | None:
-        """The NAR of that key, whole, if it is in the cache. `submit` is for its reader."""
+        """Return the complete NAR with this key from the cache, or None. `submit` runs its reader in a thread."""
         if self._cache is None:
             return None
         file = await hand_over(asyncio.ensure_future(self._threads.write(self._cache.use_file, key)))
         return None if file is None else CachedBody(file, submit)
 
     async def file_info(self, found: RemotePath) -> NarFile:
-        """Return what is known of the file of a NAR: that of the cache, or else what its narinfo tells."""
+        """Return URL, hash and size of a NAR file: from the cache if the file is there, otherwise from the narinfo."""
         file = None if self._cache is None else await self._threads.write(self._cache.find_file, found.name.key)
         if file is None:
             return found.nar
@@ -77,8 +77,11 @@ class NarFetcher:
     async def open_nar(
         self, found: RemotePath, headers: Mapping[str, str], submit: Submit
     ) -> CachedBody | PassthroughBody:
-        """Its NAR: from the cache, or as it comes. UpstreamError where it does not. `submit` is for its reader."""
-        # A client that goes away must not leave behind a file that nobody fills.
+        """Open a NAR: from the cache, or from the upstream. `submit` runs its reader in a thread.
+
+        Raises UpstreamError if the upstream fails.
+        """
+        # If the client disconnects, the fetch goes on: otherwise, an incomplete file would stay locked.
         return await hand_over(self._tasks.spawn_shared(self._open(found, headers, submit)))
 
     async def _open(
@@ -87,7 +90,7 @@ class NarFetcher:
         cache = self._cache
         key = found.name.key
         opened = None
-        # A FileSize is only a hint; what proves to be too large after all is passed on from there.
+        # FileSize is only a hint. If a file turns out to be too large, the rest is passed through.
         if cache is not None and (found.nar.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MAX_FETCHES:
@@ -100,7 +103,7 @@ class NarFetcher:
         if opened is None:
             return self._passed(found, headers, await found.request_nar(headers, WHOLE))
         running = self._running.get(key)
-        if running is None:  # it is whole, or another worker fetches it, which alone knows the length of what comes
+        if running is None:  # complete, or fetched by another worker, and only that one knows the length
             self._keep_narinfos([found])
             return CachedBody(opened[0], submit, found.file_size, None, self._passed(found, headers))
         with closed_on_error(opened[0]) as reader:
@@ -114,7 +117,7 @@ class NarFetcher:
         try:
             await transfer.run()
         finally:
-            if self._running.get(key) is transfer:  # and not the next one, which a failure may have called for
+            if self._running.get(key) is transfer:  # not a new transfer that began after a failure
                 del self._running[key]
         self._note(transfer.found, failed=transfer.error is not None)
         self._keep_narinfos(transfer.paths.values())
@@ -126,11 +129,11 @@ class NarFetcher:
                 self._tasks.spawn_shared(self._narinfos.keep(found))
 
     def _note(self, found: RemotePath, *, failed: bool) -> None:
-        """Remember whether the upstream has the NAR that it tells of."""
+        """Remember whether the NAR in a narinfo can be downloaded."""
         (self._failed.add if failed else self._failed.remove)(found.client.id, found.name.key)
 
     def _passed(self, found: RemotePath, headers: Mapping[str, str], response: Answer | None = None) -> PassthroughBody:
-        """Return the NAR without the cache. It is checked if it is passed on from its beginning to its end."""
+        """Return the NAR as a passthrough body. It is verified if it is read from its beginning to its end."""
         return PassthroughBody(
             found.client,
             partial(found.request_nar, headers, checked=False),
@@ -145,9 +148,10 @@ class NarFetcher:
 
 
 class _ThreadedCheck:
-    """A ContentCheck that unpacks in the threads for that.
+    """A ContentCheck that unpacks in threads.
 
-    A file with a large window is begun again with more memory, unless another file has that: its client may be slow.
+    A file with a large window is unpacked again with more memory, unless another file holds that memory. It does not
+    wait for it, because the client of the other file may be slow.
     """
 
     def __init__(self, found: RemotePath, threads: FetchThreads, note: Callable[..., None]) -> None:
@@ -194,6 +198,6 @@ class _ThreadedCheck:
 
 
 async def unread_size(found: RemotePath, headers: Mapping[str, str]) -> int | None:
-    """Ask the upstream how many bytes a NAR has as it comes. Raise UpstreamError."""
+    """Request the size of a NAR file in bytes, or None if unknown. Raises UpstreamError if the request fails."""
     async with await found.request_nar(headers, WHOLE, "HEAD") as answer:
         return answer.content_length

@@ -1,4 +1,4 @@
-"""What an upstream sends, passed on as it comes, no faster than it is taken, and not kept."""
+"""Body that passes an upstream's response through, without the cache, at the speed of the client."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, closing
@@ -11,11 +11,11 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
 from harmonia.upstream.transport import WHOLE, Part
 
-_PIECE_BYTES = 256 * 1024  # bytes that are taken at once
+_PIECE_BYTES = 256 * 1024  # per read
 
 
 class Check(Protocol):
-    """Looks at a whole body as it comes, and raises UpstreamError if it is wrong."""
+    """Verifies a complete body while it arrives. Raises UpstreamError if it is invalid."""
 
     async def update(self, data: bytes) -> None: ...
     async def finish(self) -> None: ...
@@ -23,7 +23,7 @@ class Check(Protocol):
 
 
 class PassthroughBody:
-    """A body that the upstream has, to be closed. If it can be checked, its end is held back until it is right."""
+    """A body from an upstream. With a check, its last piece is held back until the whole body is verified."""
 
     def __init__(
         self,
@@ -34,10 +34,11 @@ class PassthroughBody:
         size: int | None = None,
         ask_whole: Callable[[], Awaitable[Answer]] | None = None,
     ) -> None:
-        """`ask` gives an answer with the bytes from one position to another, or with all. `response` is one with all,
-        where that has been asked for already. `check` makes what looks at the whole as it comes. `size` is how large it
-        has to be, where that is told before. `ask_whole` is used in place of `ask` for a whole that is checked: it may
-        follow redirects to other hosts.
+        """Create the body. The caller must close it.
+
+        `ask` requests a range, or the whole body. `response` is a response with the whole body, if one was requested
+        already. `check` creates the verifier of the whole body. `size` is the expected size, if it is known.
+        `ask_whole` replaces `ask` for a whole body that is verified: it may follow redirects to other hosts.
         """
         self.size = response.content_length if size is None and response is not None else size
         self._client = client
@@ -64,9 +65,9 @@ class PassthroughBody:
             response = None
         if response is None:
             response = await (self._ask_whole() if part == WHOLE else self._ask(part))
-        if response.is_encoded and response.status == HTTPStatus.PARTIAL_CONTENT:  # a part of its encoded bytes
+        if response.is_encoded and response.status == HTTPStatus.PARTIAL_CONTENT:  # a range of encoded bytes is useless
             response.close()
-            response = await self._ask(WHOLE)  # not from anywhere, because a part of it cannot be checked
+            response = await self._ask(WHOLE)  # no redirects to other hosts, because a range cannot be verified
         async with response:
             position = start if response.status == HTTPStatus.PARTIAL_CONTENT else 0
             while stop is None or position < stop:

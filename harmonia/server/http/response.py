@@ -1,7 +1,7 @@
-"""How a representation becomes a response: conditions, encodings, ranges, HEAD, and the one pump for streamed bodies.
+"""Responses from representations: conditional requests, content codings, ranges, HEAD, and streaming of bodies.
 
-RFC 9110 sections 8.4, 12.5.3, 13 and 14. A body that fails half-way ends in a broken connection, never in a short one
-that looks complete.
+RFC 9110 sections 8.4, 12.5.3, 13 and 14. If a body fails after its first byte, the connection is aborted: a client
+never takes a truncated body for complete.
 """
 
 import asyncio
@@ -26,33 +26,33 @@ from harmonia.store.file_reader import END, Chunk, Step
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 IMMUTABLE_NAR = f"{IMMUTABLE}, no-transform"
-"""For what is compressed, or need not be: a proxy that compresses it takes its ranges away."""
+"""For NARs: a proxy that compresses them removes byte ranges."""
 UNNAMED = "no-store, no-transform"
-"""For a URL that does not name its bytes: an HTTP cache could answer ranges of it from two files."""
+"""For a URL that does not determine the bytes: an HTTP cache could combine ranges of two files."""
 
 _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
-_PACKET_BYTES = 1400  # bytes; what is no longer than that takes no less time when it is compressed
-_LENGTH_WAIT_S = 0.25  # for which a range waits for the length of what is still being made
+_PACKET_BYTES = 1400  # up to which a body is not compressed: it fits into one packet
+_LENGTH_WAIT_S = 0.25  # for which a range waits for the length of a body that is still being generated
 _log = logging.getLogger("harmonia")
 
 
 _Chunks = Generator[Step | None] | AsyncGenerator[bytes] | AsyncGenerator[Chunk]
-"""A generator, which threads run (process/thread_reader.py), or one that the event loop runs."""
+"""A generator that threads run (process/thread_reader.py), or an async generator for the event loop."""
 _Pieces = AsyncGenerator[bytes | bytearray]
 
 
 class Body(Protocol):
-    """Bytes that are read when they are wanted. Whoever opens a body closes it; `respond` closes what it is given."""
+    """Bytes that are read on demand. The code that opens a body must close it; `respond` closes its argument."""
 
     @property
     def size(self) -> int | None:
-        """How many they are, None as long as that is not known."""
+        """Number of bytes, or None while it is unknown."""
 
     def read(self, start: int, stop: int | None) -> _Chunks:
-        """The bytes from `start` to `stop`, or to the end, in chunks. From END, it ends when the size is known."""
+        """Yield the bytes from `start` to `stop`, or to the end, in chunks. From END, end when the size is known."""
 
     def close(self) -> None:
-        """Give back all that it holds. Nobody reads it any longer."""
+        """Release files, connections and locks. Call it after the last read."""
 
 
 Open = Callable[[Request], Awaitable[Body]]
@@ -60,16 +60,16 @@ Open = Callable[[Request], Awaitable[Body]]
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A body that is opened when it is known to be wanted."""
+    """A body that is opened only when it is sent."""
 
     open: Open
     size_for_head: Callable[[Request], Awaitable[int | None]] | None = None
-    """Returns its size for HEAD, if that takes less than to open it."""
+    """Returns the size for HEAD, if that is cheaper than opening the body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A body in the content coding zstd. `name` tells how it is encoded from every other way to do it."""
+    """A body with the content coding zstd. `name` identifies the encoder and its parameters, for the ETag."""
 
     name: str
     body: Deferred
@@ -77,25 +77,22 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Representation:
-    """What a resource has to say, whatever the method and the conditions of the request (RFC 9110 section 3.2).
-
-    It owns its body.
-    """
+    """A representation of a resource (RFC 9110 section 3.2), before method and conditions apply. It owns its body."""
 
     content_type: str
     body: bytes | Body | Deferred
     cache_control: str
     etag: str | None = None
     zstd: Encoded | None = None
-    """The same encoded, for those who accept that. Its ETag is then another one."""
+    """The encoded body, for clients that accept zstd. Its ETag differs."""
     worthwhile: bool = True
-    """Whether to encode it where nobody insists."""
+    """Whether to send zstd to clients that also accept identity."""
     status: HTTPStatus = HTTPStatus.OK
-    """Another one only for a body of bytes."""
+    """The status. Only a body in memory may have another one than 200."""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Further ones, by lower-case name."""
+    """Further headers. Names are in lower case."""
     resumable: bool = True
-    """Whether the URL names these very bytes. Otherwise a range is 404, unless If-Range names them."""
+    """Whether the URL determines the bytes. Otherwise, a range gets 404, unless If-Range has the ETag."""
     still_valid: StillValid | None = None
     """True while this response may be replayed to an identical request. Allowed only for in-memory bodies; must be
     cheap, and must not widen access.
@@ -103,13 +100,13 @@ class Representation:
 
 
 Handler = Callable[..., Awaitable[Representation]]
-"""Answers for a resource: takes the context, the request and the parameters of the URI."""
+"""Handles requests for a resource. Arguments: the context, the request, and the parameters of the URI."""
 
 
 async def respond(request: Request, representation: Representation, submit: Submit) -> HTTPResponse | None:
-    """The response to return to Sanic, or None where it has been sent already. In either case, the body is closed.
+    """Return the response for Sanic to send, or None if it was streamed already. Close the body in both cases.
 
-    An error is raised only before the first byte; after it, the connection is broken.
+    Raises errors only before the first byte is sent. Later errors are logged, and abort the connection.
     """
     body = representation.body
     if isinstance(body, bytes | Deferred):
@@ -131,8 +128,8 @@ async def _respond(request: Request, representation: Representation, submit: Sub
     if etag is not None:
         headers["etag"] = etag
     if representation.status == HTTPStatus.OK and _is_unmodified(request, etag):
-        kept = {name: value for name, value in headers.items() if not name.startswith("content-")}
-        return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=kept)
+        without_content = {name: value for name, value in headers.items() if not name.startswith("content-")}
+        return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=without_content)
     if isinstance(body, bytes):
         headers["content-length"] = str(len(body))
         return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
@@ -163,7 +160,7 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
         last = wanted.last or byte_range.UNKNOWN_LAST if stop is None else stop - 1
         headers["content-range"] = f"bytes {start}-{last}/{'*' if body.size is None else body.size}"
         if stop is None:
-            headers["cache-control"] = UNNAMED  # an HTTP cache could take what came for all of the range
+            headers["cache-control"] = UNNAMED  # otherwise, an HTTP cache could store a truncated range as complete
     if stop is not None:
         headers["content-length"] = str(stop - start)
     pieces, first = begun or (_pieces(body, start, stop, submit), b"")
@@ -184,11 +181,11 @@ def _head(request: Request, size: int | None, headers: dict[str, str]) -> HTTPRe
 async def _reached(
     body: Body, wanted: byte_range.Wanted | None, submit: Submit, *, needs_length: bool
 ) -> tuple[_Pieces, bytes | bytearray] | None:
-    """Wait until a body of unknown length is made so far that it can be answered.
+    """Wait until enough of a body of unknown length is generated for the head of the response.
 
-    That is to its end for a whole body, for the last bytes of one, and for an open range that needs a length. Any other
-    range begins when its first byte is there, or its last byte if it names that. Return the pieces of an open range
-    whose length is still unknown then, of which the first is taken already.
+    A whole body, a range of the last bytes, and an open range that needs a length wait for the end of the body. An open
+    range waits for its first byte, a closed range for its last byte. Return the pieces of an open range whose length is
+    still unknown, with the first piece, which is already read. Otherwise, return None.
     """
     if wanted is not None and wanted.first is not None and not (wanted.is_open and needs_length):
         with suppress(TimeoutError):
@@ -212,7 +209,10 @@ async def _reached(
 
 
 def _located(wanted: byte_range.Wanted, size: int | None) -> tuple[int, int | None]:
-    """Return where a range starts and stops. It stops at None if that is an end that is not known yet."""
+    """Return start and stop of a range. The stop is None for an open range of a body of unknown size.
+
+    Raises RangeNotSatisfiable if the range lies beyond the end.
+    """
     if size is None:
         return wanted.first or 0, None if wanted.is_open else (wanted.last or 0) + 1
     try:
@@ -224,12 +224,15 @@ def _located(wanted: byte_range.Wanted, size: int | None) -> tuple[int, int | No
 class _HeadOfUnknownLength(HTTPResponse):
     @property
     def processed_headers(self) -> Iterator[tuple[bytes, bytes]]:
-        self.headers.pop("content-length")  # Sanic tells one of 0
+        self.headers.pop("content-length")  # Sanic has set it to 0
         return super().processed_headers
 
 
 def _is_encoded(request: Request, representation: Representation) -> bool:
-    """Never parts: Nix counts the bytes of a range unencoded. Nor HTTP/1.0: it has no end for an unknown length."""
+    """Return whether to send the zstd coding.
+
+    Never for ranges, because Nix counts the plain bytes of a range. Never for HTTP/1.0, which needs a length.
+    """
     plain = representation.body
     size = len(plain) if isinstance(plain, bytes) else None if isinstance(plain, Deferred) else plain.size
     worthwhile = representation.worthwhile and (size is None or size > _PACKET_BYTES)
@@ -238,26 +241,26 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
 
 
 def wants_part(request: Request) -> bool:
-    """Return whether a Range counts, which it does for GET alone (RFC 9110 section 14.2)."""
+    """Return whether the request has a valid Range, which only counts for GET (RFC 9110 section 14.2)."""
     return request.method == "GET" and byte_range.is_one(_field(request, "range"))
 
 
 def _field(request: Request, name: str) -> str:
-    """Return the value of a field, in one line (RFC 9110 section 5.3), empty if it is not there."""
+    """Return the value of a field, with all its lines joined (RFC 9110 section 5.3). Empty if it is missing."""
     return ",".join(request.headers.getall(name, []))
 
 
 def _wanted(request: Request, headers: Mapping[str, str]) -> byte_range.Wanted | None:
-    """Return the range to be sent, or None if that is the whole."""
+    """Return the range to send, or None for the whole body."""
     if request.method != "GET" or "content-encoding" in headers:
         return None
     return byte_range.wanted(_field(request, "range"), request.headers.get("if-range"), headers.get("etag"))
 
 
 def _is_unmodified(request: Request, etag: str | None) -> bool:
-    """Return whether the client has what it asks for. Raises 412 if it wants nothing but another representation.
+    """Return whether If-None-Match has the ETag. Raises 412 if If-Match does not (RFC 9110 section 13.2.2).
 
-    RFC 9110 section 13.2.2. Conditions on a date are ignored: nothing here has one (sections 13.1.3 and 13.1.4).
+    Conditions on dates are ignored, because no resource has Last-Modified (sections 13.1.3 and 13.1.4).
     """
     if "if-match" in request.headers and not _names(_field(request, "if-match"), etag, weakly=False):
         raise SanicException(status_code=HTTPStatus.PRECONDITION_FAILED)
@@ -265,13 +268,13 @@ def _is_unmodified(request: Request, etag: str | None) -> bool:
 
 
 def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:
-    """Return whether a condition names this ETag; `*` is any, also if there is none."""
+    """Return whether a condition has this ETag. `*` matches any ETag, and also none."""
     tags = _TAG.findall(condition)
     return condition.strip(" \t") == "*" or etag in tags or (weakly and f"W/{etag}" in tags)
 
 
 async def exhaust(body: Body, submit: Submit) -> None:
-    """Wait until a body is made, and its size known."""
+    """Wait until a body is generated to its end, and its size is known."""
     async with aclosing(_pieces(body, END, None, submit)) as nothing:
         async for _ in nothing:
             pass
@@ -285,7 +288,10 @@ def _pieces(body: Body, start: int, stop: int | None, submit: Submit) -> _Pieces
 async def _send(
     request: Request, response: HTTPResponse, pieces: _Pieces, first: bytes | bytearray, size: int | None
 ) -> None:
-    """Send the first piece, if any was taken before, and the others, of that size in all if it is known."""
+    """Stream a body: its `first` piece, if one was read already, and then `pieces`. `size` is the total, if known.
+
+    If the body has another size or fails after the first byte, log that and abort the connection.
+    """
     sent = request.ctx.sent = 0
     async with aclosing(pieces):
         try:
@@ -294,24 +300,24 @@ async def _send(
             await request.respond(response)
             while piece:
                 if size is not None and sent + len(piece) > size:
-                    raise StoreObjectError(f"there is more of it than {size} bytes")
+                    raise StoreObjectError(f"the body is longer than {size} bytes")
                 await response.send(cast("bytes", piece))
                 sent = request.ctx.sent = sent + len(piece)
                 piece = await anext(pieces, b"")
             if size is not None and sent < size:
-                raise StoreObjectError(f"only {sent} of {size} bytes are there")
+                raise StoreObjectError(f"the body has only {sent} of {size} bytes")
         except Exception as error:
             if not request.responded:
                 raise
             _log.error("%s breaks off after %d bytes: %s", request.path, sent, error)
             request.ctx.broken = True
             _abort(request)
-        except BaseException:  # the client is gone, or too slow, or we are told to stop
+        except BaseException:  # the client has disconnected or is too slow, or the worker stops
             _abort(request)
             raise
 
 
 def _abort(request: Request) -> None:
-    # Sanic would end the body politely, and the client take it for whole.
+    # Otherwise, Sanic would end the body regularly, and the client would take it for complete.
     if request.transport is not None:
         cast("asyncio.WriteTransport", request.transport).abort()

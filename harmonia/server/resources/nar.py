@@ -1,15 +1,15 @@
-"""`/nar/…`: the NAR of a store path, as it is now on disk.
+"""`/nar/…`: the NAR of a store path, as it is on disk now.
 
-We hand out `/nar/<hash>-<narhash>.nar`, as nix-serve does. `/nar/<narhash>.nar?hash=<hash>` is what upstream Harmonia
-hands out, and `/nar/<hash>.nar` what nix-serve once did: clients remember those for 30 days.
+Our narinfos name `/nar/<hash>-<narhash>.nar`, as those of nix-serve do. The Rust Harmonia's narinfos name
+`/nar/<narhash>.nar?hash=<hash>`, those of old nix-serves `/nar/<hash>.nar`: clients cache both for 30 days.
 
-A zstd file of it is `/nar/<hash>-<narhash>-<encoding>.nar.zst`. Nix resumes a download without If-Range, perhaps at
-another server or after a restart. Therefore the URL names all that determines the bytes, and a range of it is answered
-from that very file, or with 404. If this server cannot make the encoding, or if the URL names none (as URLs once did),
-the whole NAR comes in our own encoding, with `Accept-Ranges: none`, because of which Nix does not resume it.
+A zstd file has the URL `/nar/<hash>-<narhash>-<encoding>.nar.zst`. Nix resumes a download without If-Range, perhaps at
+another server or after a restart. Therefore the URL has all that determines the bytes, and a range is answered from
+exactly that file, or with 404. If this server cannot produce the encoding, or if the URL has none (as in old versions),
+the response is the whole NAR in our own encoding with `Accept-Ranges: none`, so that Nix does not resume it.
 
-HTTP/1.0 has no chunks: its client can only see that a body is incomplete if it knows the length before. The length of a
-zstd file is unknown until it was once compressed. Until then, HTTP/1.0 gets a zstd file without compression.
+HTTP/1.0 has no chunked coding: a client can only detect a truncated body by a length. The length of a zstd file is
+unknown until the NAR was compressed once. Until then, HTTP/1.0 gets a zstd file without compression.
 """
 
 import asyncio
@@ -56,13 +56,16 @@ _CONTENT_TYPE = "application/x-nix-nar"
 
 
 def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
-    """Return the NAR of a path, to be closed. It keeps the path from being collected until then."""
+    """Return the NAR of a path. The caller must close it: until then, the path is not garbage-collected."""
     root = context.store.real_path(info.path)
     return StoreNar(info, root, context.layouts, context.acquire_temp_root(info), context.client(request))
 
 
 async def whole_layout(nar: StoreNar) -> Layout:
-    """Return the layout, when it is whole. OSError, or StoreObjectError if it is not that of what was registered."""
+    """Wait for the complete layout of a NAR, and return it.
+
+    Raises OSError if the path cannot be read, StoreObjectError if the layout differs from the registered size.
+    """
     layout = nar.layout()
     if (waiting := layout.wait_whole()) is not None:
         await asyncio.wrap_future(waiting)
@@ -71,7 +74,7 @@ async def whole_layout(nar: StoreNar) -> Layout:
 
 
 def found(path: SignedPath | None) -> PathInfo:
-    """Return the info of a path that was looked up. Raises AbsentError if there is no such path."""
+    """Return the info of a path that was looked up. Raises AbsentError if the lookup returned None."""
     if path is None:
         raise AbsentError
     return path.info
@@ -105,7 +108,11 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
 
 
 async def _file(context: ServerContext, request: Request, info: PathInfo, name: str | None) -> Representation:
-    """Return the NAR as a zstd file in the encoding of that name, if any, or else in ours and not to be resumed."""
+    """Return the NAR as a zstd file in the encoding `name`.
+
+    If `name` is None, or this server does not have and cannot produce that encoding, return it in our own encoding and
+    not resumable. Raises NotFound if the name of the encoding is malformed.
+    """
     compressor = context.compressor
     own = compressor.encoder.encoding
     encoding = own if name is None else Encoding.parse(name)
@@ -134,9 +141,9 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
 
 
 def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Representation:
-    """Return the NAR as a zstd file without compression, and begin to compress it for the next request.
+    """Return the NAR as a zstd file without compression, and begin to compress the NAR for the next request.
 
-    It shares its URL with the compressed file. Therefore nobody may keep it, and Nix must not resume it.
+    The file has the same URL as the compressed one. Therefore no cache may store it, and Nix must not resume it.
     """
 
     async def open_stored(request: Request) -> Body:
@@ -152,7 +159,7 @@ def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Repre
 
 
 def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> Deferred:
-    """Return what opens the compressed NAR."""
+    """Return the compressed NAR, which is opened when it is sent."""
 
     async def open_compressed(request: Request) -> Body:
         body = await context.threads.open(
@@ -160,7 +167,7 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
         )
         with closed_on_error(body):
             if wants_part(request) and body.is_damaged:
-                await exhaust(body, context.submitter(request))  # which fails, so that Nix goes on to its next cache
+                await exhaust(body, context.submitter(request))  # fails, so that Nix asks its next cache
         return body
 
     async def size(_: Request) -> int | None:

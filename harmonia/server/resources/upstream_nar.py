@@ -1,4 +1,4 @@
-"""`/upstream/…`: NARs of other caches, by what they are (`harmonia/upstream/nar_name.py`). For debug info, by where."""
+"""`/upstream/…`: NARs of upstreams, by content (`harmonia/upstream/nar_name.py`). For debug info, by place."""
 
 import re
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from harmonia.upstream.transport import WHOLE, Part
 
 _ID = f"[{ALPHABET}]{{16}}"
 _DEBUG_NAR = re.compile(rf"(?:upstream/{_ID}/){{0,8}}nar/(?!\.)[0-9A-Za-z._+-]{{1,255}}")
-"""What a debuginfo file may lead to: it tells no hash part, but only a place."""
+"""NAR URLs that a debuginfo resource may have. It has no hash part, only the place of the NAR."""
 _PLACE = re.compile(rf"(?P<upstream>{_ID})/(?P<place>.+)")
 _TYPE = "application/x-nix-nar"
 
 
 class Nars:
     def __init__(self, upstreams: UpstreamPool, fetcher: NarFetcher, submitter: Callable[[Request], Submit]) -> None:
-        """`submitter` returns what runs a function in a thread for a request."""
+        """Create the handler. `submitter` returns a function that runs functions in a thread for a request."""
         self._submitter = submitter
         self._upstreams = upstreams
         self._by_id = {client.id: client for client in upstreams.clients}
@@ -71,7 +71,10 @@ class Nars:
         return await self._fetcher.file_info(found)
 
     async def _open(self, found: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
-        """The NAR from there, or from the next upstream that has the same file, where that one fails."""
+        """Open a NAR from its upstream, or from the next upstream with the same file if that fails.
+
+        Raises UpstreamError if all fail.
+        """
         failed: list[Client] = []
         while True:
             try:
