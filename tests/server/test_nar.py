@@ -182,7 +182,7 @@ def test_an_unreadable_file_is_an_answer_not_a_crash(start: Start, store: StoreB
     os.mkfifo(root + b"/pipe")
     server = start(store=tmp_path / "store")
     assert server.get(url(server, path.path.hash_part)).status == 404
-    assert server.wait_for_log("ERROR .*no regular file")
+    assert server.wait_for_log("ERROR .*is not a regular file")
 
 
 def test_size_of_a_nar_beyond_4_gib(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
