@@ -1,4 +1,4 @@
-"""Ownership of what has to be closed: while it is handed over, nobody may fail or be cancelled and leave it open."""
+"""Ownership of files, bodies and locks: an error or a cancellation during a handover must not leave one open."""
 
 import asyncio
 from collections.abc import Generator
@@ -16,7 +16,7 @@ _C = TypeVar("_C", bound=Closeable | None)
 
 @contextmanager
 def closed_on_error(opened: _C) -> Generator[_C]:
-    """Close `opened` if the block raises. Otherwise it belongs to whoever gets it from the block."""
+    """Close `opened` if the block raises. Otherwise, the block has passed it on, and the new owner closes it."""
     try:
         yield opened
     except BaseException:
@@ -26,9 +26,9 @@ def closed_on_error(opened: _C) -> Generator[_C]:
 
 
 async def hand_over(opening: "asyncio.Future[_C] | Future[_C]") -> _C:
-    """Return what `opening` opens. If the caller is cancelled before, it is closed as soon as it is open.
+    """Wait for `opening`, and return its result. If the caller is cancelled meanwhile, close the result.
 
-    A thread's job that has not begun is then left out.
+    A job for a thread that has not begun is then cancelled.
     """
     waiting = asyncio.wrap_future(opening) if isinstance(opening, Future) else asyncio.shield(opening)
     try:

@@ -98,7 +98,7 @@ class NarCache:
         return None
 
     def use_file(self, key: str) -> CachedFile | None:
-        """Return the file like `find_file`, but count a hit and refresh the LRU time."""
+        """Return the complete file or None, like `find_file`. If it exists, count a hit and refresh its LRU time."""
         with suppress(OSError):
             return self._use(key)
         return None
@@ -288,7 +288,7 @@ def open_cache(
     try:
         return NarCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None))
     except OSError as error:
-        _log.log(level, "cannot keep %s: %s: %s", what, error.filename, error.strerror)
+        _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
         return None
 
 

@@ -30,7 +30,7 @@ from harmonia.store.file_reader import OpenSlice, Step
 
 _UNKNOWN_TTL_S = 1.0  # until the next check whether another process has compressed a NAR
 _MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; each has an open file
-_MAX_FOREIGN_FILLS = 16  # of these, for encodings other than our own
+_MAX_FOREIGN_FILLS = 16  # of the fills, for encodings other than our own
 _MAX_KNOWN_FILES = 65536  # remembered hashes and sizes of compressed files, some 200 bytes each
 
 _log = logging.getLogger("harmonia")
@@ -75,7 +75,7 @@ class Compressor:
         return self._known.get(sha256)
 
     def is_certain(self, sha256: bytes) -> bool:
-        """Return whether `known_file_info` is complete: a lookup less than a second ago has found no more."""
+        """Return whether `known_file_info` is current: the file is known, or a lookup in the last second missed it."""
         return sha256 in self._known or sha256 in self._unknown
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
@@ -280,7 +280,7 @@ class CompressedNar:
                 break
             until = min(index.frame_end(position), end)
             reached = yield from self._compressor.encoder.stream(self._source, position, until, self._encoding, index)
-            position = min(reached, until)  # the last frame of a range may be longer than what is asked of it
+            position = min(reached, until)  # the last frame may end after the range
         return position
 
     def _open(self) -> CachedFile | None:

@@ -107,7 +107,7 @@ def _endpoint(
         except Exception as error:  # noqa: BLE001 (error_response.py gives each a status)
             response = error_response.response(context, request, error)
             still_valid = error.still_valid if isinstance(error, AbsentError) else None
-        except asyncio.CancelledError:  # the client is gone, perhaps with all it wanted, or we have to stop
+        except asyncio.CancelledError:  # the client has disconnected, or the worker stops
             if request.responded:
                 _done(context, route, request, None)
             raise

@@ -54,7 +54,7 @@ class NarFetcher:
         for transfer in self._running.values():
             transfer.give_up()
         await self._tasks.stop()
-        for transfer in self._running.values():  # those that had not begun
+        for transfer in self._running.values():  # transfers whose task has not begun
             transfer.abandon()
 
     async def cached_nar(self, key: str, submit: Submit) -> CachedBody | None:

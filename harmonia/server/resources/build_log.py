@@ -30,7 +30,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         return log
 
     async def size(request: Request) -> int | None:
-        if request.version == "1.0":  # GET has to tell it, and HEAD tells the same
+        if request.version == "1.0":  # GET sends the length, and HEAD must send the same one
             await exhaust(log, context.submitter(request))
         return log.size
 

@@ -69,7 +69,7 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
 
 def _encoded(context: ServerContext, key: str, plain: MadeFile) -> Encoded:
     def compress() -> Iterator[bytes]:
-        with closing(context.made.open(f"{key}.ls")) as own:  # `plain` is closed when its client has gone
+        with closing(context.made.open(f"{key}.ls")) as own:  # `plain` may be closed: its client may disconnect
             yield from filter(None, zstd.stream(own.chunks()))
 
     async def open_encoded(request: Request) -> Body:
