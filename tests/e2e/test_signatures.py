@@ -103,4 +103,4 @@ def test_malformed_stored_signatures_stop_nobody(start: Start, make_client: Make
 
     assert fetch(client, server, path, key) == ""
     assert signers(server, path) == ["good-1"]
-    server.wait_for_log("signed-1.0: the stored signature .* is malformed")
+    server.wait_for_log("signed-1.0: skipping a stored signature: .* is malformed")

@@ -17,7 +17,7 @@ def check(data: bytes) -> bool:
     try:
         tokens = parse(file)
     except FormatError as error:
-        assert re.fullmatch(r"line [0-9]+ has [a-zA-Z0-9 ,;.:_@-]+", str(error))
+        assert re.fullmatch(r"line [0-9]+: [a-zA-Z0-9 ,;.:_@-]+", str(error))
         return False
     assert Tokens(tokens).find_token(secret) is None
     assert parse("\n".join(map(str, tokens))) == tokens
