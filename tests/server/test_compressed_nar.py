@@ -33,6 +33,7 @@ from support.running import (
     Server,
     file_url,
     nar_url,
+    open_files,
     patched,
     peak_bytes,
     read_answer,
@@ -480,12 +481,17 @@ def test_a_filler_that_is_killed(start: Start, store: StoreBuilder, tmp_path: Pa
     path = big(store)
     server = start(store=tmp_path / "store", program=gate.program, workers=2)
     with ExitStack() as stack:
-        downloads = [stack.enter_context(begun(server, file_url(path))) for _ in range(30)]
+        downloads: list[http.client.HTTPResponse] = []
+
+        def have_both_workers_clients() -> bool:
+            downloads.append(stack.enter_context(begun(server, file_url(path))))
+            return all(any(name.endswith(".growing") for name in open_files(worker)) for worker in server.workers)
+
+        wait_until(have_both_workers_clients)
         (killed,) = set(compressions(server))
 
         def kill() -> None:
             os.kill(killed, signal.SIGKILL)
-            # The next frame begins again only where another worker had clients, as it surely had of 30.
             wait_until(lambda: set(compressions(server)) > {killed})
             gate.open()
 
