@@ -19,8 +19,8 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 test: check  ## Check the code, then run all tests that this machine supports
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
-test-slow: .venv/ready  ## Run the slow tests, which `make test` skips
-	$(BIN)/pytest --slow -m slow
+test-slow: .venv/ready  ## Run what `make test` skips: slow tests, and tests with Nix 2.26 and 2.34
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --slow -m 'slow or newer_nix'
 
 # Tests that need no other programs, no privileges and few servers.
 QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \

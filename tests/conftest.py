@@ -28,13 +28,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests that are marked as slow, too")
+    parser.addoption("--slow", action="store_true", help="also run slow tests, and tests with newer versions of Nix")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test if what its marker says that it needs is missing."""
-    if item.get_closest_marker("slow") and not item.config.getoption("slow"):
-        pytest.skip("slow: make test-slow")
+    if not item.config.getoption("slow") and any(map(item.get_closest_marker, ("slow", "newer_nix"))):
+        pytest.skip("slow or with a newer Nix: make test-slow")
     if item.get_closest_marker("nix"):
         require("nix-store")
     if item.get_closest_marker("root"):
