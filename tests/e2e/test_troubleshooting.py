@@ -291,7 +291,7 @@ def test_what_the_server_says_is_what_is_quoted(symptom: str, tmp_path: Path) ->
             said = []
             for each in process.stderr:
                 said.append(each)
-                if re.search(wanted, each) or (" serving " in each and "not kept" not in line):
+                if re.search(wanted, each) or (" serving " in each and "cannot keep" not in line):
                     break
             process.terminate()
     assert any(re.search(wanted, each) for each in said), said
