@@ -57,7 +57,7 @@ class Encoding:
     library: str = _LIBRARY
     """The version of libzstd. Versions may compress to different bytes."""
     quick: bool = True
-    """Whether large content starts with a small frame, so that a client gets the first bytes sooner.
+    """True if large content starts with a small frame, so that a client gets the first bytes sooner.
 
     False for files with URLs from older versions of Harmonia.
     """

@@ -74,7 +74,7 @@ class FrameEncoder:
 
     @property
     def saturated(self) -> bool:
-        """Whether so many frames wait that a NAR should be sent uncompressed, if its client accepts that."""
+        """True if so many frames wait that a NAR should be sent uncompressed, if its client accepts that."""
         return self._waiting > self.threads * _MAX_QUEUED_PER_THREAD
 
     @property

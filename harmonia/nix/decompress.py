@@ -48,7 +48,7 @@ class Decompressor(Protocol):
 
     @property
     def whole(self) -> bool:
-        """Whether the input so far is a complete file."""
+        """True if the input so far is a complete file."""
 
 
 class _Stream(Protocol):

@@ -111,7 +111,7 @@ class ServerContext:
             settings.nar_compression == "auto" and nar_cache is not None
         )
         self.offers_zstd = settings.enable_compression and prefers_zstd
-        """Whether narinfos name compressed NARs."""
+        """True if narinfos name compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
         self.failed_nars = FailedNars()

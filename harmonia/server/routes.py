@@ -38,7 +38,7 @@ class Route:
     scope: Scope | None = "read"
     """Scope that a token needs, or None if the resource never needs a token."""
     rate_limited: bool = False
-    """Whether `max_query_rate` applies. Only for resources that can be expensive and that Nix never requests: after a
+    """True if `max_query_rate` applies. Only for resources that can be expensive and that Nix never requests: after a
     429, Nix 2.29 to 2.34 waits a minute.
     """
     fallback: Callable[[Fallback], Handler] | None = None

@@ -58,7 +58,7 @@ class BuildLog(ReadOnly):
             self.version = _version(status)
             """A string that changes with the content of the file."""
             self.finished = self._is_finished(file, status)
-            """Whether the log is complete."""
+            """True if the log is complete."""
         self.size = None if suffix else status.st_size
         """The length of the decoded log in bytes. None for a compressed log until it was read to its end."""
 

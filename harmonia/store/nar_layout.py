@@ -86,12 +86,12 @@ class Layout:
 
     @property
     def is_large(self) -> bool:
-        """Whether the blocks should be moved to a file."""
+        """True if the blocks should be moved to a file."""
         return self._memory_bytes > _SPILL_BYTES
 
     @property
     def is_in_file(self) -> bool:
-        """Whether some of the blocks are in a file, which then must stay open."""
+        """True if some of the blocks are in a file, which then must stay open."""
         return self._file is not None
 
     # Methods for the one writer.

@@ -60,7 +60,7 @@ class Daemon:
 
     @property
     def lost(self) -> bool:
-        """Whether the connection is closed, or the daemon has sent data without a request."""
+        """True if the connection is closed, or the daemon has sent data without a request."""
         try:
             self._socket.setblocking(False)
             self._socket.recv(1, socket.MSG_PEEK)

@@ -26,7 +26,7 @@ class RemotePath:
     info: PathInfo
     nar: NarFile
     verified: bool
-    """Whether there is a valid signature by one of the upstream's `public_keys`."""
+    """True if there is a valid signature by one of the upstream's `public_keys`."""
     url: str
     """Absolute URL of the NAR."""
     narinfo_size: int

@@ -86,13 +86,13 @@ class Representation:
     zstd: Encoded | None = None
     """The encoded body, for clients that accept zstd. Its ETag differs."""
     worthwhile: bool = True
-    """Whether to send zstd to clients that also accept identity."""
+    """True to send zstd even to clients that also accept identity."""
     status: HTTPStatus = HTTPStatus.OK
     """The status. Only a body in memory may have another one than 200."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further headers. Names are in lower case."""
     resumable: bool = True
-    """Whether the URL determines the bytes. Otherwise, a range gets 404, unless If-Range has the ETag."""
+    """True if the URL determines the bytes. Otherwise, a range gets 404, unless If-Range has the ETag."""
     still_valid: StillValid | None = None
     """True while this response may be replayed to an identical request. Allowed only for in-memory bodies; must be
     cheap, and must not widen access.

@@ -57,7 +57,7 @@ class AdaptedRequest(Request):
         target = b"*" if method == "NONE" or url_bytes == b"*" else _BEFORE_PATH.sub(b"/", url_bytes, 1)
         super().__init__(url_bytes=_UNRESERVED.sub(_decoded, target), method=method, **rest)
 
-    async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401
+    async def respond(self, response: "BaseHTTPResponse | None" = None, **rest: Any) -> Any:  # noqa: ANN401 (Sanic's signature)
         """Add Date, and Via if a Harmonia sent the request. Every response passes through this method."""
         if response is not None:
             response.headers["date"] = date()
