@@ -3,7 +3,7 @@
 From 10 MINUTES on, attacks have the sizes that SECURITY.md promises; below that, they are smaller. Prints a row for
 each attack, and exits with status 1 if a bound does not hold, or if the MINUTES end before the last attack begins.
 ATTACK is the name of a function in one of the other modules.
-As root, everything runs at the highest priority, so waits are those of an otherwise idle machine.
+Everything runs at the highest priority, if the system allows that, so waits are those of an idle machine.
 The store is created once and kept in $XDG_CACHE_HOME/harmonia/attack or ~/.cache/harmonia/attack.
 """
 
@@ -57,21 +57,26 @@ def _run(arena: Arena, attacks: Sequence[str], until: float) -> None:
 
 @contextmanager
 def _priority() -> Iterator[None]:
-    """Raise the priority above all other programs, if this process is root.
+    """Raise the priority above all other programs, if this process may do that.
 
-    The kernel compares priorities within a session, so the session gets the priority too, until the end of `with`.
+    The kernel may compare priorities within a session first, so its group gets the priority too, until the end of
+    `with`. A session that began before the kernel grouped processes, as in some containers, has no group, and the
+    file of its group is empty (sched(7), "The autogroup feature").
     """
-    session = Path("/proc/self/autogroup")
-    if os.geteuid() != 0 or not session.exists():
-        yield
-        return
-    os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
-    before = session.read_text().split()[-1]
-    session.write_text(f"{_PRIORITY}")
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
+        group = Path("/proc/self/autogroup")
+        before = group.read_text().split()
+        if before:
+            group.write_text(f"{_PRIORITY}")
+    except OSError as error:
+        print(f"cannot raise the priority: {error}; other programs may disturb the measurement", file=sys.stderr)
+        before = []
     try:
         yield
     finally:
-        session.write_text(before)
+        if before:
+            group.write_text(before[-1])
 
 
 if __name__ == "__main__":
