@@ -469,6 +469,26 @@ def test_one_compression_for_many_that_ask_at_once(tmp_path: Path) -> None:
     assert cache.counters.fills == 1
 
 
+def test_threads_that_finish_frames_at_the_same_time_share_the_next_frames(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = nar(50 * FRAME)
+    offsets = Encoding.offsets
+
+    def slow_offsets(encoding: Encoding, size: int) -> Iterator[int]:
+        for offset in offsets(encoding, size):
+            time.sleep(0.001)  # lets another thread run
+            yield offset
+
+    with at(tmp_path) as cache, compressing(cache) as compressor:
+        with patch.object(Encoding, "offsets", slow_offsets):
+            CompressedNar(compressor, source).close()
+            wait_until(lambda: cache.counters.fills == 1)
+        assert sorted(source.reads) == list(range(0, source.size, FRAME))
+        assert read(compressor, source) == reference(source)
+    assert not messages(caplog)  # of an error that ended the work of one thread
+
+
 def test_a_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
     order: list[str] = []
     begin = threading.Event()

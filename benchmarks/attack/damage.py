@@ -20,7 +20,8 @@ def damaged_cache(arena: Arena) -> None:
     name = f"a cached NAR damaged before each of {_DOWNLOADS} downloads"
     with arena.attacked(name, unharmed=[info]) as (server, outcome):
         for _ in range(_DOWNLOADS):
-            assert sha256(unpacked(server.get(url).body)).digest() == info.nar_hash
+            whole = server.get(url).body
+            assert sha256(unpacked(whole)).digest() == info.nar_hash
             file = cached_file(server.cache_dir)
             flip(file, chance.randrange(file.stat().st_size))
             try:
@@ -29,7 +30,8 @@ def damaged_cache(arena: Arena) -> None:
                 outcome.counts["ended early"] += 1
             else:
                 outcome.counts[str(answer.status)] += 1
-                outcome.require(answer.status == 503, "a damaged NAR was served completely")
+                # A file with a damaged trailer is not complete, and is made again at once.
+                outcome.require(answer.status == 503 or answer.body == whole, "a damaged NAR was served completely")
 
 
 ALL = [damaged_cache]

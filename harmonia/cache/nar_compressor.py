@@ -383,8 +383,10 @@ class _Fill:
         self._submit(self._encoder.threads + 1)  # one more than threads, so that no thread becomes idle
 
     def _submit(self, frames: int) -> None:
+        with self._lock:  # several threads come here, and only one at a time may advance a generator
+            offsets = [*islice(self._offsets, frames)]
         try:
-            for offset in islice(self._offsets, frames):
+            for offset in offsets:
                 self._encoder.submit(self._source, offset, self._encoding).add_done_callback(
                     partial(self._done, offset)
                 )

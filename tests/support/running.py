@@ -127,9 +127,11 @@ class Server:
         return self.wait(seconds)
 
     def wait(self, seconds: float = PATIENCE_S) -> int:
-        """Wait for its end, and return its exit status."""
+        """Wait for its end, and return its exit status. Kill it, and fail, if it does not end in time."""
         try:
             status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the server did not end within {seconds:g} s") from None
         finally:
             if self.process.poll() is None:
                 self.process.kill()
