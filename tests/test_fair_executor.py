@@ -3,7 +3,7 @@
 import gc
 from weakref import ref
 
-from harmonia.cache.fair_executor import FairExecutor
+from harmonia.process.fair_executor import FairExecutor
 
 
 class _Thing:

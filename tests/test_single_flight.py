@@ -11,8 +11,8 @@ from harmonia.nix import narinfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.process.single_flight import SingleFlight
+from harmonia.process.threads import Threads
 from harmonia.server.path_lookup import Paths, SignedPath
-from harmonia.server.threads import Threads
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 

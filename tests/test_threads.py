@@ -4,7 +4,7 @@ import asyncio
 import threading
 from typing import Any, cast
 
-from harmonia.server.threads import Threads
+from harmonia.process.threads import Threads
 
 
 def test_bodies_of_one_client_leave_threads_to_others() -> None:

@@ -22,13 +22,13 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.upstream import breaker, failed_nars, lookup_cache, nar_verifier
 from harmonia.upstream.answer import Answer
+from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_verifier import has_file_hash
-from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK

@@ -12,9 +12,9 @@ from typing import ParamSpec
 from cachetools import LRUCache
 
 from harmonia.cache.disk_cache import NarCache
-from harmonia.cache.fair_executor import FairExecutor
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.errors import CacheFileError
+from harmonia.process.fair_executor import FairExecutor
 from harmonia.store import tree_reader
 from harmonia.store.nar_layout import Layout
 

@@ -22,13 +22,13 @@ from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.process.thread_reader import Submit
+from harmonia.process.threads import Threads
 from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Body, Deferred, Encoded, Representation
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
-from harmonia.server.threads import Threads
 from harmonia.store.debug_index import DebugInfo
 from harmonia.store.file_reader import ReadOnly
 from harmonia.store.publish_policy import PublishPolicy

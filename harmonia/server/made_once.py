@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar
 from cachetools import LRUCache
 
 from harmonia.cache.disk_cache import NarCache
-from harmonia.cache.fair_executor import FairExecutor
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import CacheFileError
 from harmonia.ownership import hand_over
+from harmonia.process.fair_executor import FairExecutor
 from harmonia.process.single_flight import SingleFlight
 from harmonia.store.file_reader import OpenSlice
 

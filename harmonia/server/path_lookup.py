@@ -15,7 +15,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey, is_signature
 from harmonia.nix.store_path import StorePath
 from harmonia.process.single_flight import SingleFlight
-from harmonia.server.threads import Threads
+from harmonia.process.threads import Threads
 from harmonia.store import queries
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Database, Store

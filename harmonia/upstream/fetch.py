@@ -19,11 +19,10 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.ownership import closed_on_error, hand_over
 from harmonia.process.thread_reader import Submit
 from harmonia.upstream.answer import Answer
-from harmonia.upstream.cached_body import CachedBody
+from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.nar_verifier import ContentCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads, Tasks
 from harmonia.upstream.transfer import Transfer

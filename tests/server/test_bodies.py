@@ -36,8 +36,7 @@ from harmonia.store.store_nar import StoreNar
 from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.answer import Answer
-from harmonia.upstream.cached_body import CachedBody
-from harmonia.upstream.passthrough_body import PassthroughBody
+from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from support.compression import compressing
 from support.nar_cache import at, fill, filling
 

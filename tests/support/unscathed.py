@@ -14,7 +14,7 @@ from harmonia.nix.path_info import PathInfo
 from support.running import Server, nar_url, open_files, unpacked, wait_until
 
 THREADS = 48
-"""More than a worker's pools have at most (`harmonia/server/threads.py`), fewer than one for each of `MANY`."""
+"""More than a worker's pools have at most (`harmonia/process/threads.py`), fewer than one for each of `MANY`."""
 CONNECTIONS = 6
 """To a database: one for each thread that asks it, opened when it first does."""
 MEMORY = 48 << 20

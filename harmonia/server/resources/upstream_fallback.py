@@ -27,12 +27,12 @@ from harmonia.server.resources import build_log, build_trace, cached_listing, de
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar, via_of
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
+from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.lookup_cache import POSITIVE_TTL_S
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
-from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import FetchThreads

@@ -12,13 +12,12 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.process.thread_reader import Submit
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation
 from harmonia.upstream.answer import Answer as RemoteAnswer
-from harmonia.upstream.cached_body import CachedBody
+from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher, unread_size
 from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_name import NarName
-from harmonia.upstream.passthrough_body import PassthroughBody
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.transport import WHOLE, Part
 

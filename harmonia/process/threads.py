@@ -7,10 +7,10 @@ from functools import partial
 from time import perf_counter
 from typing import TypeVar
 
-from harmonia.cache.fair_executor import FairExecutor
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.ownership import Closeable, hand_over
+from harmonia.process.fair_executor import FairExecutor
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
 _READER_THREADS = 16  # for short reads from the disk
