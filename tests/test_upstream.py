@@ -20,7 +20,7 @@ from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.upstream import breaker, failed_nars, lookup_cache, nar_verifier
+from harmonia.upstream import breaker, failed_nars, lookup, nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.breaker import Breaker
@@ -240,7 +240,7 @@ def test_received_via_is_bounded() -> None:
 
 def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is used stays, what was used longest ago goes."""
-    monkeypatch.setattr(lookup_cache, "_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(lookup, "_LOOKUPS_MAX_BYTES", 1 << 20)
 
     async def run() -> None:
         upstreams = UpstreamPool([], "us", 1, FailedNars())

@@ -21,7 +21,6 @@ from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Frame, FrameEncoder, Source, check
-from harmonia.cache.zstd_stored import store, stored_size
 from harmonia.config.settings import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
@@ -311,51 +310,6 @@ class KeptNar:
 
     def read(self, start: int, stop: int | None) -> Generator[OpenSlice | None]:
         yield from self._file.follow(start, stop)
-
-
-class StoredNar:
-    """The body of a zstd file without compression, whose length is known before the NAR is read. It has no ranges."""
-
-    def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding) -> None:
-        """Start to fill the cache with the compressed file for later requests. Block for a moment.
-
-        Closing this body closes `source`.
-        """
-        self._compressor = compressor
-        self._source = source
-        self.size = stored_size(source.size)
-        with closed_on_error(self):
-            if (file := compressor.open_file(source, encoding)) is not None:
-                file.close()
-
-    def close(self) -> None:
-        self._source.close()
-
-    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[Any]]:
-        if start or stop not in {None, self.size}:
-            raise NotImplementedError
-        try:
-            yield from store(self._content(), self._source.size)
-        except StoreObjectError as error:
-            self._compressor.found_damaged(self._source, error)
-            raise
-        self._compressor.found_intact(self._source)
-
-    def _content(self) -> Generator[bytes | Future[Any]]:
-        """Yield the NAR in chunks.
-
-        Raises StoreObjectError at the end if the NAR does not have its hash.
-        """
-        sha256 = hashlib.sha256()
-        with closing(self._source.read(0, self._source.size)) as chunks:
-            for chunk in chunks:
-                if isinstance(chunk, Future):
-                    yield chunk
-                    continue
-                for data in iter(chunk.read, b"") if isinstance(chunk, OpenSlice) else (chunk,):
-                    sha256.update(data)
-                    yield data
-        check(self._source, sha256.digest())
 
 
 class _Fill:

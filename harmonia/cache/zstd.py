@@ -10,12 +10,12 @@ import re
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
 import zstandard
 
 from harmonia.config.settings import Zstd
+from harmonia.process.threads import step_back
 from harmonia.untrusted import integer
 
 _MIN_FRAME_LOG = 23
@@ -31,7 +31,6 @@ _MIN_LEVEL = -7
 _MAX_THREADS = 8
 _FIRST_FRAME_THREADS = 2
 _STREAM_LEVEL = 3
-_NICENESS = 10  # other threads run first, so that a busy machine still responds at once
 
 _LIBRARY = ".".join(map(str, zstandard.ZSTD_VERSION))
 
@@ -155,10 +154,3 @@ def foreign_encoder() -> ThreadPoolExecutor:
 def first_encoder() -> ThreadPoolExecutor:
     """Return the threads for small first frames, for which clients wait. They have the normal priority."""
     return ThreadPoolExecutor(_FIRST_FRAME_THREADS, thread_name_prefix="zstd-first")
-
-
-def step_back() -> None:
-    """Raise the niceness of the calling thread, so that other threads run first."""
-    thread = threading.get_native_id()
-    with suppress(OSError):  # a service's system call filter may forbid it
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)

@@ -1,16 +1,23 @@
-"""zstd file without compression, with raw blocks (RFC 8878 section 3.1.1).
+"""NAR as a zstd file without compression, with raw blocks (RFC 8878 section 3.1.1).
 
-The length of the file is known from the length of its content.
+The length of the file is known from the length of the NAR, as HTTP/1.0 requires.
 """
 
+import hashlib
 import struct
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future
+from contextlib import closing
 from typing import Any
 
 import xxhash
 
+from harmonia.cache.nar_compressor import Compressor, NarSource
+from harmonia.cache.zstd import Encoding
+from harmonia.cache.zstd_frames import check
 from harmonia.errors import StoreObjectError
+from harmonia.ownership import closed_on_error
+from harmonia.store.file_reader import OpenSlice
 
 _HEADER = struct.Struct("<IBBQ")
 _MAGIC = 0xFD2FB528
@@ -59,3 +66,48 @@ def store(chunks: Iterable[bytes | Future[Any]], size: int) -> Generator[bytes |
 
 def _block_header(size: int, *, last: bool = False) -> bytes:
     return (size << 3 | last).to_bytes(_BLOCK_HEADER_BYTES, "little")
+
+
+class StoredNar:
+    """The body of a zstd file without compression, whose length is known before the NAR is read. It has no ranges."""
+
+    def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding) -> None:
+        """Start to fill the cache with the compressed file for later requests. Block for a moment.
+
+        Closing this body closes `source`.
+        """
+        self._compressor = compressor
+        self._source = source
+        self.size = stored_size(source.size)
+        with closed_on_error(self):
+            if (file := compressor.open_file(source, encoding)) is not None:
+                file.close()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def read(self, start: int, stop: int | None) -> Generator[bytes | Future[Any]]:
+        if start or stop not in {None, self.size}:
+            raise NotImplementedError
+        try:
+            yield from store(self._content(), self._source.size)
+        except StoreObjectError as error:
+            self._compressor.found_damaged(self._source, error)
+            raise
+        self._compressor.found_intact(self._source)
+
+    def _content(self) -> Generator[bytes | Future[Any]]:
+        """Yield the NAR in chunks.
+
+        Raises StoreObjectError at the end if the NAR does not have its hash.
+        """
+        sha256 = hashlib.sha256()
+        with closing(self._source.read(0, self._source.size)) as chunks:
+            for chunk in chunks:
+                if isinstance(chunk, Future):
+                    yield chunk
+                    continue
+                for data in iter(chunk.read, b"") if isinstance(chunk, OpenSlice) else (chunk,):
+                    sha256.update(data)
+                    yield data
+        check(self._source, sha256.digest())

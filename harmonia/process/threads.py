@@ -1,8 +1,11 @@
 """Thread pools of a worker, for everything that would block the event loop."""
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -16,6 +19,7 @@ from harmonia.store.store import BUSY_TIMEOUT_S, Store
 _READER_THREADS = 16  # for short reads from the disk
 _BODY_THREADS = 16  # for bodies; a thread is busy only while it reads a chunk, not while the chunk is sent
 _BODY_THREADS_PER_CLIENT = 2
+_NICENESS = 10  # other threads run first, so that a busy machine still responds at once
 
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound=Closeable | None)
@@ -68,3 +72,10 @@ class Threads:
                 return await asyncio.get_running_loop().run_in_executor(thread, ask)
         except TimeoutError:
             raise StoreUnavailableError("the database does not answer") from None
+
+
+def step_back() -> None:
+    """Raise the niceness of the calling thread, so that other threads run first."""
+    thread = threading.get_native_id()
+    with suppress(OSError):  # a service's system call filter may forbid it
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)

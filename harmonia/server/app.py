@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from time import perf_counter
 from typing import Any
 
 from sanic import HTTPResponse, Request, Sanic
@@ -9,13 +10,12 @@ from sanic.config import Config
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
-from harmonia.server.context import ServerContext
+from harmonia.server.context import Fallback, ServerContext
 from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
-from harmonia.server.http.response import Handler, respond
+from harmonia.server.http.response import Handler, Representation, respond
 from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
 from harmonia.server.resources import metrics
-from harmonia.server.resources.upstream import with_fallback
 from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
 from harmonia.upstream.refusals import Reason
 
@@ -89,12 +89,26 @@ def _app(
 
 def _handler(route: Route, guard: Guard | None) -> Handler:
     """Return the handler of a route with the checks of its row: first the token, then the rate limit."""
-    handler = with_fallback(route.handler, route.fallback) if route.fallback else route.handler
+    handler = _with_fallback(route.handler, route.fallback) if route.fallback else route.handler
     if route.rate_limited:
         handler = limited(handler)
     if guard is not None and route.scope is not None:
         handler = guard.guarded(handler, route.scope)
     return handler
+
+
+def _with_fallback(local: Handler, select: Callable[[Fallback], Handler]) -> Handler:
+    """Return a handler that asks the upstreams if the local store does not have the resource."""
+
+    async def get(context: ServerContext, request: Request, **parameters: str) -> Representation:
+        try:
+            return await local(context, request, **parameters)
+        except AbsentError:
+            if context.upstreams is None:
+                raise
+        return await select(context.upstreams)(request, **parameters)
+
+    return get
 
 
 def _endpoint(
@@ -133,6 +147,16 @@ def _done(
     """Count and log a request, and return its response. `response` is None if it was streamed already."""
     final = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(final.body or b""))
-    metrics.count(route, request, final.status, sent)
+    _count(route, request, final.status, sent)
     access_log.log(request, final.status, sent, context.settings.trusted_proxies)
     return response
+
+
+def _count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
+    """Count a request with its status, the bytes of body sent, and its times."""
+    now = perf_counter()
+    began = sanic_adapter.began_at(request) or now
+    head = getattr(request.ctx, "head_at", None)
+    route.count(status, sent, (head or now) - began, now - head if head else None)
+    if getattr(request.ctx, "broken", False):
+        route.break_off()

@@ -3,20 +3,33 @@
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cachetools import TLRUCache
 
 from harmonia.errors import UpstreamError
 from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
-from harmonia.upstream.lookup_cache import LookupCache
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.remote_path import RemotePath, fetch_narinfo
 from harmonia.upstream.tasks import Tasks
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+POSITIVE_TTL_S = 3600.0  # a narinfo stays true, unless a signature is withdrawn
+_NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
+_LOOKUPS_MAX_BYTES = 32 << 20  # about: some 20,000 paths, or 60,000 misses
+
+LookupKey = tuple[str, Via]
+"""A hash part, and the Via of the request for it."""
 
 _T = TypeVar("_T")
 Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
@@ -207,3 +220,34 @@ class UpstreamPool:
 def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:
     if not task.cancelled() and task.exception() is None and (answer := task.result()) is not None:
         discard(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedLookup:
+    found: RemotePath | None
+    size: int
+    """Approximate bytes of memory."""
+
+
+class LookupCache:
+    """Lookups in at most _LOOKUPS_MAX_BYTES of memory. The least recently used one is evicted first."""
+
+    def __init__(self) -> None:
+        self._entries: MutableMapping[LookupKey, CachedLookup] = TLRUCache(
+            _LOOKUPS_MAX_BYTES, _expires_at, getsizeof=attrgetter("size")
+        )
+
+    def get(self, key: LookupKey) -> CachedLookup | None:
+        return self._entries.get(key)
+
+    def remember(self, key: LookupKey, found: RemotePath | None) -> None:
+        # Python objects take more memory than the text that they were parsed from.
+        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * found.narinfo_size if found else 0)
+        self._entries[key] = CachedLookup(found, size)
+
+    def forget(self, key: LookupKey) -> None:
+        self._entries.pop(key, None)
+
+
+def _expires_at(_: LookupKey, lookup: CachedLookup, now: float) -> float:
+    return now + (POSITIVE_TTL_S if lookup.found else _NEGATIVE_TTL_S)

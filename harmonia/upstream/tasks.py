@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
-from harmonia.cache.zstd import step_back
+from harmonia.process.threads import step_back
 
 _WRITER_THREADS = 4
 _SYNC_THREADS = 4

@@ -23,8 +23,9 @@ from sanic.exceptions import SanicException
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
-from harmonia.cache.nar_compressor import CompressedNar, Compressor, KeptNar, StoredNar
+from harmonia.cache.nar_compressor import CompressedNar, Compressor, KeptNar
 from harmonia.cache.zstd_frames import Compressed
+from harmonia.cache.zstd_stored import StoredNar
 from harmonia.config.settings import Zstd
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over

@@ -324,9 +324,7 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
 
 
 def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    brief = (
-        "from harmonia.upstream import lookup_cache\nlookup_cache._NEGATIVE_TTL_S = lookup_cache.POSITIVE_TTL_S = 1.0"
-    )
+    brief = "from harmonia.upstream import lookup\nlookup._NEGATIVE_TTL_S = lookup.POSITIVE_TTL_S = 1.0"
     server = begin(entry(upstream), program=patched(brief))
     where = narinfo_path(there)
     assert server.get(where).status == 404

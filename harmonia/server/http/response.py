@@ -5,6 +5,7 @@ never takes a truncated body for complete.
 """
 
 import asyncio
+import hashlib
 import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
@@ -12,7 +13,7 @@ from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from time import perf_counter
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 from sanic import HTTPResponse, Request
 from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException
@@ -97,6 +98,16 @@ class Representation:
     """True while this response may be replayed to an identical request. Allowed only for in-memory bodies; must be
     cheap, and must not widen access.
     """
+
+    @classmethod
+    def of_metadata(cls, content_type: str, text: bytes, max_age: int) -> Self:
+        """Return a representation that caches may keep for `max_age` seconds. Its ETag is a hash of the text."""
+        return cls(
+            content_type=content_type,
+            body=text,
+            cache_control=f"public, max-age={max_age}",
+            etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
+        )
 
 
 Handler = Callable[..., Awaitable[Representation]]

@@ -12,7 +12,6 @@ from harmonia.nix.build_trace import Realisation, render_build_trace, render_rea
 from harmonia.nix.signing import is_signature
 from harmonia.nix.store_path import StorePath
 from harmonia.server.context import ServerContext
-from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
 
@@ -82,4 +81,4 @@ async def _published(context: ServerContext, name: str, realisation: Realisation
 
 
 def _representation(context: ServerContext, text: bytes) -> Representation:
-    return metadata.representation("application/json", text, context.settings.narinfo_max_age)
+    return Representation.of_metadata("application/json", text, context.settings.narinfo_max_age)

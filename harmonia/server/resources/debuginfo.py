@@ -15,7 +15,6 @@ from harmonia.errors import StoreUnavailableError
 from harmonia.nix.build_id import is_build_id, member
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.context import ServerContext
-from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.resources.narinfo import nar_url
@@ -30,7 +29,7 @@ async def get(context: ServerContext, _: Request, name: str) -> Representation:
     if info is None:
         raise AbsentError
     text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
-    return metadata.representation("application/json", text, context.settings.narinfo_max_age)
+    return Representation.of_metadata("application/json", text, context.settings.narinfo_max_age)
 
 
 def parse_name(name: str) -> str:

@@ -2,28 +2,15 @@
 
 import math
 from dataclasses import astuple, fields
-from time import perf_counter
 
 from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
-from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
-from harmonia.server.http.sanic_adapter import began_at
 
 TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
 """Names of the values that `sample` copies."""
-
-
-def count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
-    """Count a request with its status, the bytes of body sent, and its times."""
-    now = perf_counter()
-    began = began_at(request) or now
-    head = getattr(request.ctx, "head_at", None)
-    route.count(status, sent, (head or now) - began, now - head if head else None)
-    if getattr(request.ctx, "broken", False):
-        route.break_off()
 
 
 def sample(context: ServerContext) -> None:

@@ -19,9 +19,9 @@ from functools import partial
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.nar_compressor import CompressedNar, KeptNar, StoredNar
+from harmonia.cache.nar_compressor import CompressedNar, KeptNar
 from harmonia.cache.zstd import Encoding
-from harmonia.cache.zstd_stored import stored_size
+from harmonia.cache.zstd_stored import StoredNar, stored_size
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part

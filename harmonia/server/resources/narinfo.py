@@ -12,7 +12,6 @@ from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.context import ServerContext
-from harmonia.server.http import metadata
 from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import AbsentError
 
@@ -54,7 +53,7 @@ def representation(
         text = narinfo.render_json(info, store_dir, nar, sigs)
     else:
         text = narinfo.render(info, store_dir, nar, sigs)
-    return metadata.representation(content_type, text.encode(), max_age)
+    return Representation.of_metadata(content_type, text.encode(), max_age)
 
 
 def _nar_file(context: ServerContext, info: PathInfo, compressed: CompressedFile | None) -> NarFile:

@@ -21,7 +21,6 @@ from harmonia.errors import FormatError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
-from harmonia.server.http import metadata
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar, via_of
@@ -30,8 +29,7 @@ from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
-from harmonia.upstream.lookup import UpstreamPool
-from harmonia.upstream.lookup_cache import POSITIVE_TTL_S
+from harmonia.upstream.lookup import POSITIVE_TTL_S, UpstreamPool
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
@@ -142,7 +140,7 @@ class Answers:
         text = await self._upstreams.first_answer(ask, via_of(request))
         if text is None:
             raise NotFound
-        return metadata.representation("application/json", text, self._max_age)
+        return Representation.of_metadata("application/json", text, self._max_age)
 
     async def get_debuginfo(self, request: Request, name: str) -> Representation:
         build_id = debuginfo.parse_name(name)
@@ -171,7 +169,7 @@ class Answers:
         text = await self._upstreams.first_answer(ask, via_of(request))
         if text is None:
             raise NotFound
-        return metadata.representation("application/json", text, self._max_age)
+        return Representation.of_metadata("application/json", text, self._max_age)
 
     async def _find(self, request: Request, hash_part: str) -> RemotePath:
         found = await self._upstreams.lookup_path(hash_part, via_of(request))
