@@ -15,8 +15,7 @@ from harmonia.config.loader import Source
 from harmonia.config.settings import Settings
 from harmonia.process import log_setup, preflight, sockets, systemd
 from harmonia.process.supervisor import Supervisor
-from harmonia.server import app, worker
-from harmonia.server.context import ServerContext
+from harmonia.server import worker
 
 _log = logging.getLogger("harmonia")
 
@@ -39,7 +38,7 @@ def _serve(settings: Settings) -> int:
         nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,
         sockets.listen(settings, "metrics_bind") as for_metrics,
     ):
-        work = partial(worker.run, ServerContext(settings, keys, app.count_with(settings)), for_metrics)
+        work = partial(worker.run, worker.prepare(settings, keys), for_metrics)
         supervisor = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace)
         for each in listening:
             _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))

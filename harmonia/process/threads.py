@@ -3,15 +3,16 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError
 from harmonia.ownership import Closeable, hand_over
 from harmonia.process.fair_executor import FairExecutor
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
@@ -19,9 +20,12 @@ from harmonia.store.store import BUSY_TIMEOUT_S, Store
 _READER_THREADS = 16  # for short reads from the disk
 _BODY_THREADS = 16  # for bodies; a thread is busy only while it reads a chunk, not while the chunk is sent
 _BODY_THREADS_PER_CLIENT = 2
+_WRITER_THREADS = 4
+_SYNC_THREADS = 4
 _NICENESS = 10  # other threads run first, so that a busy machine still responds at once
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 _C = TypeVar("_C", bound=Closeable | None)
 
 
@@ -36,6 +40,13 @@ class Threads:
         self._database = ThreadPoolExecutor(1, thread_name_prefix="database")
         self._browsing = ThreadPoolExecutor(1, thread_name_prefix="browse")
         self.index = ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._writers = ThreadPoolExecutor(_WRITER_THREADS, thread_name_prefix="fetch")
+        self._syncers = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync")
+        processors = len(os.sched_getaffinity(0))
+        # Few, because unpacking takes long, and much memory for each NAR.
+        self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
+        self.much_memory = asyncio.Lock()
+        """Lock for unpacking with LARGE_MEMORY_BYTES: one file at a time."""
         self._browsed = browsed
         self._metrics = metrics
 
@@ -72,6 +83,41 @@ class Threads:
                 return await asyncio.get_running_loop().run_in_executor(thread, ask)
         except TimeoutError:
             raise StoreUnavailableError("the database does not answer") from None
+
+    async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        """Run a function that reads or writes a fetched file. If the caller is cancelled, first wait for its end."""
+        return await _finished(self._writers, function, *arguments, **named)
+
+    async def sync(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        """Like `write`, for a function that waits for the disk (fsync)."""
+        return await _finished(self._syncers, function, *arguments, **named)
+
+    async def unpack(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+        """Like `write`, for a function that unpacks a file."""
+        return await _finished(self._unpackers, function, *arguments, **named)
+
+    async def with_enough_memory(self, unpack: Callable[[int], Awaitable[_T]]) -> _T:
+        """Return the result of `unpack`, called with the bytes of memory that it may take.
+
+        If MEMORY_BYTES are too few (WindowError), wait for the turn of this file, and call it with LARGE_MEMORY_BYTES.
+        """
+        try:
+            return await unpack(MEMORY_BYTES)
+        except WindowError:
+            async with self.much_memory:
+                return await unpack(LARGE_MEMORY_BYTES)
+
+
+async def _finished(
+    threads: ThreadPoolExecutor, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs
+) -> _T:
+    """Return the result of a function in a thread. If the caller is cancelled, wait for the thread first."""
+    running = asyncio.wrap_future(threads.submit(function, *arguments, **named))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise
 
 
 def step_back() -> None:

@@ -1,6 +1,5 @@
 """Server context: the settings, store, caches, threads and counters that all resources share."""
 
-import importlib
 import logging
 import os
 from collections.abc import Generator, Sequence
@@ -117,8 +116,6 @@ class ServerContext:
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
         """Handlers for upstreams. Set by a worker when it starts."""
-        if settings.upstream:  # takes half a second and 9 MiB: only if needed, and before the fork
-            importlib.import_module("harmonia.server.resources.upstream_fallback")
         self.identity = new_pseudonym()
         """Pseudonym of this server, shared by all workers, in Via."""
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from harmonia.config.tokens import Scope
 from harmonia.nix.base32 import ALPHABET
 from harmonia.server.context import Fallback
-from harmonia.server.http.response import Handler
+from harmonia.server.http.response import Handler, Representation
+from harmonia.server.http.response_cache import AbsentError
 from harmonia.server.resources import (
     browse,
     build_log,
@@ -20,7 +21,6 @@ from harmonia.server.resources import (
     metrics,
     nar,
     narinfo,
-    upstream,
 )
 
 _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
@@ -45,6 +45,11 @@ class Route:
     """Selects the handler for upstreams, which answers if the local store does not have the resource."""
 
 
+async def _absent(*_: object, **__: str) -> Representation:
+    """Answer for a resource that only upstreams have."""
+    raise AbsentError
+
+
 ROUTES = (
     Route(uri="/", handler=landing.get, metric="landing"),
     Route(uri="/nix-cache-info", handler=cache_info.get, metric="cache_info"),
@@ -61,7 +66,12 @@ ROUTES = (
         fallback=lambda upstreams: upstreams.get_listing,
     ),
     Route(uri="/nar/<name:str>", handler=nar.get, metric="nar"),
-    Route(uri="/upstream/<name:path>", handler=upstream.get, metric="upstream"),
+    Route(
+        uri="/upstream/<name:path>",
+        handler=_absent,
+        metric="upstream",
+        fallback=lambda upstreams: upstreams.get_nar,
+    ),
     Route(uri="/log/<name:str>", handler=build_log.get, metric="log", fallback=lambda upstreams: upstreams.get_log),
     Route(
         uri="/realisations/<name:str>",

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import importlib
 import logging
 import os
 import signal
@@ -20,13 +21,14 @@ from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
+from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
-from harmonia.server.app import create_app, create_metrics_app
+from harmonia.server.app import count_with, create_app, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import Connection, limited_connection
-from harmonia.server.resources import metrics, upstream
+from harmonia.server.resources import metrics
 
 # A computing thread releases the GIL after this time; Python's default is 0.005 s. The event loop acquires it again
 # for each connection that is ready: with 1 ms and four computing threads, narinfos waited for 1 s.
@@ -35,6 +37,13 @@ _TRIM_INTERVAL_S = 10.0  # between two returns of freed heap to the OS
 _DRAIN_POLL_S = 0.05  # between two checks for idle connections during the shutdown
 
 _log = logging.getLogger("harmonia")
+
+
+def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
+    """Create what all workers share. Call it before the fork."""
+    if settings.upstream:  # takes half a second and 9 MiB: only if needed
+        importlib.import_module("harmonia.server.resources.upstream_fallback")
+    return ServerContext(settings, keys, count_with(settings))
 
 
 def run(
@@ -67,16 +76,53 @@ async def _serve(
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    tls: ssl.SSLContext | None = None
-    guard: Guard | None = None
     # Before the certificate and the tokens are read the first time, so that no change is missed.
     reload_wanted = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
     tls = credentials.tls_context(settings)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
-
     guard = Guard(settings) if settings.tokens_path is not None else None
+    servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
+    if settings.upstream:
+        from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (takes 0.5 s)
+
+        context.upstreams = Answers(context)
+    for server in {server.app: server for server in servers}.values():
+        await server.startup()  # type: ignore[no-untyped-call]
+    for server in servers:
+        if server in tls_listeners:
+            tls_listeners[server].start()
+        else:
+            await server.start_serving()  # type: ignore[no-untyped-call]
+    if context.debug_info is not None:
+        context.debug_info.start()
+    context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
+    reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
+    chores = [
+        asyncio.create_task(chore)
+        for chore in (_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading)
+    ]
+    await stop.wait()
+    for listener in tls_listeners.values():
+        listener.close()
+    await _drain(servers, settings.shutdown_grace)
+    for chore in chores:
+        chore.cancel()
+    context.close()
+    if context.upstreams is not None:
+        await context.upstreams.close()
+
+
+async def _create_servers(
+    context: ServerContext,
+    guard: Guard | None,
+    tls: ssl.SSLContext | None,
+    listening: Sequence[socket.socket],
+    for_metrics: Sequence[socket.socket],
+) -> tuple[list[AsyncioServer], dict[AsyncioServer, TlsListener]]:
+    """Create a server for each socket, and a listener for those whose connections use TLS. None accepts yet."""
+    settings, loop = context.settings, asyncio.get_running_loop()
     app = create_app(context, guard)
     metrics_app = create_metrics_app(context)
     limiter = ConnectionLimiter(
@@ -102,30 +148,7 @@ async def _serve(
         if tls is not None and each.family != socket.AF_UNIX and not private:
             make = partial(protocol, loop=loop, app=app, signal=Signal(), connections=server.connections)
             tls_listeners[server] = TlsListener(each, make, tls, limiter, settings.header_timeout)
-    await upstream.start(context)
-    for server in {server.app: server for server in servers}.values():
-        await server.startup()  # type: ignore[no-untyped-call]
-    for server in servers:
-        if server in tls_listeners:
-            tls_listeners[server].start()
-        else:
-            await server.start_serving()  # type: ignore[no-untyped-call]
-    if context.debug_info is not None:
-        context.debug_info.start()
-    context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
-    reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
-    chores = [
-        asyncio.create_task(chore)
-        for chore in (_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading)
-    ]
-    await stop.wait()
-    for listener in tls_listeners.values():
-        listener.close()
-    await _drain(servers, settings.shutdown_grace)
-    for chore in chores:
-        chore.cancel()
-    context.close()
-    await upstream.stop(context)
+    return servers, tls_listeners
 
 
 async def _heartbeat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:

@@ -7,39 +7,33 @@ store a NAR, it is passed through.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 from harmonia.cache.disk_cache import NarCache
-from harmonia.errors import FormatError
-from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
 from harmonia.nix.narinfo import NarFile
 from harmonia.ownership import closed_on_error, hand_over
 from harmonia.process.thread_reader import Submit
+from harmonia.process.threads import Threads
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.failed_nars import FailedNars
-from harmonia.upstream.nar_verifier import ContentCheck
+from harmonia.upstream.nar_verifier import StreamCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import FetchThreads, Tasks
+from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
 _MAX_FETCHES = 100  # NARs that are fetched at once; each has a connection and an open file
-_BEGIN_MAX_BYTES = 1 << 20
-"""Bytes at the beginning of a passed-through file that stay in memory, to unpack them again with a larger window."""
-
-_T = TypeVar("_T")
 
 
 class NarFetcher:
     """All running transfers of NARs into the cache."""
 
     def __init__(
-        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: FetchThreads
+        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: Threads
     ) -> None:
         self._cache = cache
         self._narinfos = narinfos
@@ -137,63 +131,10 @@ class NarFetcher:
             found.client,
             partial(found.request_nar, headers, checked=False),
             response,
-            partial(self._check, found),
+            partial(StreamCheck, found, self._threads, partial(self._note, found)),
             found.file_size,
             partial(found.request_nar, headers, WHOLE),
         )
-
-    def _check(self, found: RemotePath) -> "_ThreadedCheck":
-        return _ThreadedCheck(found, self._threads, partial(self._note, found))
-
-
-class _ThreadedCheck:
-    """A ContentCheck that unpacks in threads.
-
-    A file with a large window is unpacked again with more memory, unless another file holds that memory. It does not
-    wait for it, because the client of the other file may be slow.
-    """
-
-    def __init__(self, found: RemotePath, threads: FetchThreads, note: Callable[..., None]) -> None:
-        self._found = found
-        self._check = ContentCheck(found.info, found.nar)
-        self._begun = b""
-        self._size = 0
-        self._threads = threads
-        self._has_much_memory = False
-        self._note = note
-
-    async def update(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size <= _BEGIN_MAX_BYTES:
-            self._begun += data
-        await self._noted(self._update, data)
-
-    async def finish(self) -> None:
-        await self._noted(self._threads.unpack, self._check.finish)
-        self._note(failed=False)
-
-    def close(self) -> None:
-        if self._has_much_memory:
-            self._has_much_memory = False
-            self._threads.much_memory.release()
-
-    async def _update(self, data: bytes) -> None:
-        try:
-            await self._threads.unpack(self._check.update, data)
-        except WindowError:
-            if len(self._begun) < self._size or self._threads.much_memory.locked():
-                raise
-            await self._threads.much_memory.acquire()
-            self._has_much_memory = True
-            self._check = ContentCheck(self._found.info, self._found.nar, LARGE_MEMORY_BYTES)
-            await self._threads.unpack(self._check.update, self._begun)
-
-    async def _noted(self, function: Callable[[_T], Awaitable[None]], argument: _T) -> None:
-        try:
-            await function(argument)
-        except FormatError as error:
-            self._note(failed=True)
-            raise self._found.refuse_nar(error) from None
 
 
 async def unread_size(found: RemotePath, headers: Mapping[str, str]) -> int | None:

@@ -5,12 +5,20 @@ the narinfo. A matching FileHash saves time: it shows before unpacking that the 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 from harmonia.errors import FormatError
-from harmonia.nix.decompress import MEMORY_BYTES, decompressor
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError, decompressor
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
+from harmonia.process.threads import Threads
+from harmonia.upstream.remote_path import RemotePath
+
+_BEGIN_MAX_BYTES = 1 << 20
+"""Bytes at the beginning of a passed-through file that stay in memory, to unpack them again with a larger window."""
+
+_T = TypeVar("_T")
 
 
 class ContentCheck:
@@ -52,3 +60,53 @@ def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: i
     for data in file:
         check.update(data)
     check.finish()
+
+
+class StreamCheck:
+    """A ContentCheck of a file that is passed through, in threads.
+
+    A file with a large window is unpacked again with more memory, unless another file holds that memory. It does not
+    wait for it, because the client of the other file may be slow.
+    """
+
+    def __init__(self, found: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
+        self._found = found
+        self._check = ContentCheck(found.info, found.nar)
+        self._begun = b""
+        self._size = 0
+        self._threads = threads
+        self._has_much_memory = False
+        self._note = note
+
+    async def update(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size <= _BEGIN_MAX_BYTES:
+            self._begun += data
+        await self._noted(self._update, data)
+
+    async def finish(self) -> None:
+        await self._noted(self._threads.unpack, self._check.finish)
+        self._note(failed=False)
+
+    def close(self) -> None:
+        if self._has_much_memory:
+            self._has_much_memory = False
+            self._threads.much_memory.release()
+
+    async def _update(self, data: bytes) -> None:
+        try:
+            await self._threads.unpack(self._check.update, data)
+        except WindowError:
+            if len(self._begun) < self._size or self._threads.much_memory.locked():
+                raise
+            await self._threads.much_memory.acquire()
+            self._has_much_memory = True
+            self._check = ContentCheck(self._found.info, self._found.nar, LARGE_MEMORY_BYTES)
+            await self._threads.unpack(self._check.update, self._begun)
+
+    async def _noted(self, function: Callable[[_T], Awaitable[None]], argument: _T) -> None:
+        try:
+            await function(argument)
+        except FormatError as error:
+            self._note(failed=True)
+            raise self._found.refuse_nar(error) from None

@@ -16,10 +16,10 @@ from harmonia.cache.growing_file import CachedFile
 from harmonia.config.settings import Settings
 from harmonia.errors import CacheFileError
 from harmonia.nix import narinfo
+from harmonia.process.threads import Threads
 from harmonia.upstream.client import Client
 from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath, parse
-from harmonia.upstream.tasks import FetchThreads
 
 _MAX_BYTES = 256 << 20  # on disk: 64,000 narinfos
 _NAR_CACHE_SHARE = 8  # at most one eighth of the NAR cache's limit, if that is less
@@ -32,7 +32,7 @@ _Record = tuple[str, str, bytes]
 
 
 class NarinfoCache:
-    def __init__(self, files: NarCache, nars: NarCache, clients: Sequence[Client], threads: FetchThreads) -> None:
+    def __init__(self, files: NarCache, nars: NarCache, clients: Sequence[Client], threads: Threads) -> None:
         self._files = files
         self._nars = nars
         self._by_id = {client.id: client for client in clients}
@@ -126,7 +126,7 @@ class NarinfoCache:
 
 
 def open_narinfo_cache(
-    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: FetchThreads
+    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: Threads
 ) -> NarinfoCache | None:
     """Open the cache in `cache_dir`. Return None if it cannot be written, which is logged."""
     max_bytes = min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE)

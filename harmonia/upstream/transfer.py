@@ -9,13 +9,12 @@ from http import HTTPStatus
 
 from harmonia.cache.growing_file import Filler
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix.decompress import LARGE_MEMORY_BYTES, WindowError
+from harmonia.process.threads import Threads
 from harmonia.upstream import nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.header_fields import accepts_ranges
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import WHOLE
 
 _PIECE_BYTES = 256 * 1024  # per read
@@ -34,7 +33,7 @@ class Transfer:
         headers: Mapping[str, str],
         filler: Filler,
         limit: int,
-        threads: FetchThreads,
+        threads: Threads,
     ) -> None:
         self.size = found.file_size
         """Bytes of the file, or None until that is known."""
@@ -83,12 +82,9 @@ class Transfer:
         if file_hash_matches:
             await self._threads.write(filler.finish)
         if nar.compression != "none" or not file_hash_matches:
-            try:
-                await self._threads.unpack(nar_verifier.check_content, info, nar, self._written())
-            except WindowError:
-                async with self._threads.much_memory:
-                    content = self._written()
-                    await self._threads.unpack(nar_verifier.check_content, info, nar, content, LARGE_MEMORY_BYTES)
+            await self._threads.with_enough_memory(
+                lambda memory: self._threads.unpack(nar_verifier.check_content, info, nar, self._written(), memory)
+            )
         if not file_hash_matches:
             await self._threads.write(filler.finish)
 

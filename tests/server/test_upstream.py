@@ -657,7 +657,7 @@ def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
 ) -> None:
     slow = (
         "import time; from harmonia.upstream import nar_verifier\n"
-        "nar_verifier.check_content = lambda info, nar, file: [time.sleep(0.5) for _ in file]"
+        "nar_verifier.check_content = lambda info, nar, file, memory: [time.sleep(0.5) for _ in file]"
     )
     path = make_path(tmp_path / "elsewhere", size=16 << 20, compression="zstd")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))

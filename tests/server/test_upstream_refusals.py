@@ -298,10 +298,7 @@ def test_a_nar_with_too_large_a_window_is_refused(begin: Start, upstream: Upstre
     file = lzma.compress(b"other", filters=filters)
     for path in paths[:TIMES]:
         put(upstream, path, file_hash=None)
-    small = patched(
-        "from harmonia.upstream import nar_verifier, transfer\n"
-        "nar_verifier.check_content.__defaults__ = (1 << 20,); transfer.LARGE_MEMORY_BYTES = 1 << 20"
-    )
+    small = patched("from harmonia.process import threads\nthreads.MEMORY_BYTES = threads.LARGE_MEMORY_BYTES = 1 << 20")
     server = begin(upstream.url, program=small)
     urls = [nar_url(server, path) for path in paths[:TIMES]]
     upstream.behaviours["^/nar/"] = body(file)

@@ -21,8 +21,6 @@ from types import FrameType
 from harmonia.config import loader
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import worker
-from harmonia.server.app import count_with
-from harmonia.server.context import ServerContext
 from harmonia.tools.store_builder import StoreBuilder
 from support.upstream_paths import KEY, entry, make_path
 from support.upstream_server import UpstreamServer
@@ -95,7 +93,7 @@ def modules_used() -> dict[str, list[str]]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         asking = threading.Thread(target=client)
-        context = ServerContext(settings, [], count_with(settings))
+        context = worker.prepare(settings, [])
         run = partial(worker.run, context, (), 0, [listening], worker_end, 3600.0)
         threading.setprofile(recorder.profile)
         sys.setprofile(recorder.profile)

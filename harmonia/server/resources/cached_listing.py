@@ -10,17 +10,16 @@ from harmonia.cache.disk_cache import NarCache
 from harmonia.errors import CacheFileError, FormatError
 from harmonia.nix import base32, nar, nar_parser
 from harmonia.nix import listing as nix_listing
-from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError, decompressor
+from harmonia.nix.decompress import decompressor
 from harmonia.nix.nar import Entry
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources import listing
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import FetchThreads
 
 
-async def get(context: ServerContext, request: Request, path: RemotePath, threads: FetchThreads) -> Representation:
+async def get(context: ServerContext, request: Request, path: RemotePath) -> Representation:
     """Answer with the listing. Raises NotFound if the NAR is not in the cache any longer, or is damaged."""
     nars, name = context.compressor.cache, path.name
     if nars is None:
@@ -34,11 +33,7 @@ async def get(context: ServerContext, request: Request, path: RemotePath, thread
         return listing.representation(path.info, body, encoded)
 
     try:
-        try:
-            return await make(MEMORY_BYTES)
-        except WindowError:
-            async with threads.much_memory:
-                return await make(LARGE_MEMORY_BYTES)
+        return await context.threads.with_enough_memory(make)
     except (CacheFileError, FormatError):  # evicted or damaged meanwhile
         raise NotFound from None
 

@@ -23,17 +23,17 @@ from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
-from harmonia.server.resources.upstream_nar import Nars, is_debug_nar, via_of
+from harmonia.server.resources.upstream_nar import Nars, is_debug_nar
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.lookup import POSITIVE_TTL_S, UpstreamPool
+from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
-from harmonia.upstream.tasks import FetchThreads
 from harmonia.upstream.transport import Part, Transport
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
@@ -53,14 +53,13 @@ class Answers:
         self._context = context
         clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
         nars = context.compressor.cache
-        self._threads = FetchThreads()
-        narinfos = None if nars is None else open_narinfo_cache(settings, nars, clients, self._threads)
+        narinfos = None if nars is None else open_narinfo_cache(settings, nars, clients, context.threads)
         self._upstreams = UpstreamPool(
             clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
         )
         self._upstreams.start()
-        fetcher = NarFetcher(nars, narinfos, context.failed_nars, self._threads)
-        self._nars = Nars(self._upstreams, fetcher, context.submitter)
+        self._fetcher = NarFetcher(nars, narinfos, context.failed_nars, context.threads)
+        self._nars = Nars(self._upstreams, self._fetcher, context.submitter)
 
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._context.settings
@@ -75,7 +74,7 @@ class Answers:
         return Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout)
 
     async def close(self) -> None:
-        await self._nars.close()
+        await self._fetcher.close()
         await self._upstreams.close()
 
     def state(self) -> str:
@@ -91,13 +90,13 @@ class Answers:
         found = await self._find(request, hash_part)
         info, settings = found.info, found.client.settings
         url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
-        nar = replace(await self._nars.known_file(found), url=url)
+        nar = replace(await self._fetcher.file_info(found), url=url)
         keys = self._context.keys if settings.sign and found.verified else ()
         sigs = signatures(info, self._context.settings.virtual_nix_store, keys)
         return narinfo.representation(self._context, request, info, nar, sigs, max_age=self._max_age)
 
     async def get_nar(self, request: Request, name: str) -> Representation:
-        return await self._nars.get(request, name)
+        return await self._nars.get(request, name, _via(request))
 
     async def get_listing(self, request: Request, hash_part: str) -> Representation:
         try:
@@ -106,14 +105,14 @@ class Answers:
             found = await self._upstreams.lookup_cached_path(hash_part)
             if found is None:
                 raise
-        return await cached_listing.get(self._context, request, found, self._threads)
+        return await cached_listing.get(self._context, request, found)
 
     async def get_log(self, request: Request, name: str) -> Representation:
         asked = build_log.decoded(request, name)
         try:
             path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
             if not path.is_derivation:
-                found = await self._upstreams.lookup_path(path.hash_part, via_of(request))
+                found = await self._upstreams.lookup_path(path.hash_part, _via(request))
                 deriver = found.info.deriver if found and found.info.path == path else None
                 path = deriver or StorePath(f"{path}.drv")
         except FormatError:
@@ -137,7 +136,7 @@ class Answers:
 
             return await client.request_small(path, headers, check, _MAX_JSON_BYTES)
 
-        text = await self._upstreams.first_answer(ask, via_of(request))
+        text = await self._upstreams.first_answer(ask, _via(request))
         if text is None:
             raise NotFound
         return Representation.of_metadata("application/json", text, self._max_age)
@@ -166,13 +165,13 @@ class Answers:
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
-        text = await self._upstreams.first_answer(ask, via_of(request))
+        text = await self._upstreams.first_answer(ask, _via(request))
         if text is None:
             raise NotFound
         return Representation.of_metadata("application/json", text, self._max_age)
 
     async def _find(self, request: Request, hash_part: str) -> RemotePath:
-        found = await self._upstreams.lookup_path(hash_part, via_of(request))
+        found = await self._upstreams.lookup_path(hash_part, _via(request))
         if found is None:
             raise NotFound
         return found
@@ -187,7 +186,7 @@ class Answers:
             response = await client.request(path, asked, method)
             return None if response is None else (client, asked, response)
 
-        answer = await self._upstreams.first_answer(ask, via_of(request), lambda answer: answer[2].close())
+        answer = await self._upstreams.first_answer(ask, _via(request), lambda answer: answer[2].close())
         if answer is None:
             raise NotFound
         client, asked, response = answer
@@ -211,3 +210,7 @@ def _there(response: RemoteAnswer | None) -> RemoteAnswer:
     if response is None:
         raise NotFound
     return response
+
+
+def _via(request: Request) -> Via:
+    return Via.parse(",".join(request.headers.getall(VIA, [])))

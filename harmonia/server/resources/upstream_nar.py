@@ -8,7 +8,6 @@ from sanic.exceptions import NotFound
 
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
-from harmonia.nix.narinfo import NarFile
 from harmonia.process.thread_reader import Submit
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation
 from harmonia.upstream.answer import Answer as RemoteAnswer
@@ -16,7 +15,7 @@ from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher, unread_size
 from harmonia.upstream.lookup import UpstreamPool
-from harmonia.upstream.loop_guard import VIA, Via
+from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.transport import WHOLE, Part
@@ -36,11 +35,7 @@ class Nars:
         self._by_id = {client.id: client for client in upstreams.clients}
         self._fetcher = fetcher
 
-    async def close(self) -> None:
-        await self._fetcher.close()
-
-    async def get(self, request: Request, name: str) -> Representation:
-        via = via_of(request)
+    async def get(self, request: Request, name: str, via: Via) -> Representation:
         if via.is_loop(self._upstreams.identity):
             raise NotFound
         if (found := _PLACE.fullmatch(name)) and found["upstream"] in self._by_id and is_debug_nar(found["place"]):
@@ -65,9 +60,6 @@ class Nars:
             return await unread_size(found_nar, self._headers(found_nar.client, via))
 
         return _nar(found_nar.name, Deferred(open_nar, size))
-
-    async def known_file(self, found: RemotePath) -> NarFile:
-        return await self._fetcher.file_info(found)
 
     async def _open(self, found: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
         """Open a NAR from its upstream, or from the next upstream with the same file if that fails.
@@ -115,7 +107,3 @@ def _nar(name: NarName, body: Body | Deferred) -> Representation:
 
 def is_debug_nar(place: str) -> bool:
     return _DEBUG_NAR.fullmatch(place) is not None
-
-
-def via_of(request: Request) -> Via:
-    return Via.parse(",".join(request.headers.getall(VIA, [])))
