@@ -9,7 +9,7 @@ import pytest
 
 from harmonia.errors import InvalidPathError
 from harmonia.nix.path_info import PathInfo
-from harmonia.store.path_arguments import closure, gc_roots, named
+from harmonia.store.path_arguments import closure, gc_roots, resolve
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
@@ -34,9 +34,9 @@ class TestNamed:
     def test_by_its_names(self, store: Store, text: PathInfo) -> None:
         real = store.real_path(text.path)
         for name in (f"/nix/store/{text.path}", f"{store.real_dir}/{text.path}", text.path, text.path.hash_part):
-            assert named(store, name) == (text, real)
-            assert named(store, f"{name}/a/b") == (text, real + b"/a/b")
-        assert named(store, f"/nix/store/{text.path}/") == (text, real)
+            assert resolve(store, name) == (text, real)
+            assert resolve(store, f"{name}/a/b") == (text, real + b"/a/b")
+        assert resolve(store, f"/nix/store/{text.path}/") == (text, real)
 
     def test_by_symlinks(self, store: Store, text: PathInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "profile-1-link").symlink_to(f"/nix/store/{text.path}")
@@ -44,18 +44,18 @@ class TestNamed:
         (tmp_path / "loop").symlink_to("loop")
         monkeypatch.chdir(tmp_path)
         for name in ("profile", "./profile", f"{tmp_path}/profile", "../" + tmp_path.name + "/profile"):
-            assert named(store, name)[0] == text
-            assert named(store, f"{name}/bin")[1].endswith(b"/bin")
+            assert resolve(store, name)[0] == text
+            assert resolve(store, f"{name}/bin")[1].endswith(b"/bin")
         with pytest.raises(InvalidPathError):
-            named(store, "loop")
+            resolve(store, "loop")
 
     @pytest.mark.parametrize("name", ["", "/", "text", "/nix/store", "/nix/store/", "/etc/passwd", "0" * 32])
     def test_what_is_none(self, store: Store, text: PathInfo, name: str) -> None:
         with pytest.raises(InvalidPathError, match="does not name a valid path of the store /nix/store"):
-            named(store, name)
+            resolve(store, name)
         for wrong in (f"{text.path}x", f"/nix/store/{text.path}x", f"/nix/store/{text.path.hash_part}-other"):
             with pytest.raises(InvalidPathError):
-                named(store, wrong)
+                resolve(store, wrong)
 
 
 def test_a_closure_is_all_that_is_referred_to(builder: StoreBuilder, store: Store) -> None:

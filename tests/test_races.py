@@ -106,7 +106,7 @@ def part(_: Attacked, layout: Layout) -> bytes:
 
 
 def a_file(attacked: Attacked) -> bytes:
-    entry = object_files.look(attacked.store, attacked.info, [b"a", b"b", b"large"])
+    entry = object_files.lookup_entry(attacked.store, attacked.info, [b"a", b"b", b"large"])
     if not isinstance(entry, object_files.Entry):
         raise StoreObjectError
     return entry.sample + b"".join(
@@ -115,7 +115,7 @@ def a_file(attacked: Attacked) -> bytes:
 
 
 def a_directory(attacked: Attacked) -> bytes:
-    return repr(object_files.listed(attacked.path, [b"a", b"b"], 100)).encode()
+    return repr(object_files.list_directory(attacked.path, [b"a", b"b"], 100)).encode()
 
 
 def a_listing(attacked: Attacked) -> bytes:

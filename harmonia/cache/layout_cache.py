@@ -78,7 +78,7 @@ class Layouts:
                 return layout
             layout = self._growing[key] = Layout(root)
         try:
-            self._walkers.submit(client, self._find, key, layout, root)
+            self._walkers.submit(client, self._make_layout, key, layout, root)
         except RuntimeError:  # no thread can be started
             with self._lock:
                 self._growing.pop(key, None)
@@ -93,7 +93,7 @@ class Layouts:
         if self.files is not None:
             self.files.remove(key)
 
-    def _find(self, key: str, layout: Layout, root: bytes) -> None:
+    def _make_layout(self, key: str, layout: Layout, root: bytes) -> None:
         try:
             if not self._load(key, layout):
                 self._walk(key, layout, root)

@@ -179,7 +179,7 @@ class Compressor:
         with self._lock:
             self._fills[encoding == self.encoder.encoding] += difference
 
-    def found_damaged(self, source: Source, error: StoreObjectError) -> None:
+    def mark_damaged(self, source: Source, error: StoreObjectError) -> None:
         """Count a NAR that does not have its registered hash or size, and log it once."""
         with self._lock:
             self.damaged_nars += 1
@@ -194,7 +194,7 @@ class Compressor:
         """Return whether a NAR did not have its registered hash or size at the last read."""
         return str(source) in self._damaged
 
-    def found_intact(self, source: Source) -> None:
+    def mark_intact(self, source: Source) -> None:
         """Remember that a NAR is not damaged any more."""
         with self._lock:
             self._damaged.discard(str(source))
@@ -261,10 +261,10 @@ class CompressedNar:
             if stop in {None, self.size}:
                 self.size = reached
                 if not begun or self._index is None:  # all of the NAR was read
-                    self._compressor.found_intact(self._source)
+                    self._compressor.mark_intact(self._source)
         except StoreObjectError as error:
             if self._file is None:  # otherwise the file in the cache is at fault
-                self._compressor.found_damaged(self._source, error)
+                self._compressor.mark_damaged(self._source, error)
             raise
 
     def _catch_up(self, file: CachedFile, position: int, stop: int | None) -> Generator[bytes | Future[Any], None, int]:
@@ -298,7 +298,7 @@ class CompressedNar:
                 self._compressor.remember(self._source.sha256, file)
 
 
-class KeptNar:
+class CachedNar:
     """The body of a complete file of the cache, whose encoding this server may be unable to make."""
 
     def __init__(self, file: CachedFile) -> None:
@@ -387,7 +387,7 @@ class _Fill:
             return
         self._end()
         if isinstance(error, StoreObjectError):
-            self._compressor.found_damaged(self._source, error)
+            self._compressor.mark_damaged(self._source, error)
         elif not isinstance(error, OSError):  # the cache logs an OSError, or the next read of the source raises it
             cause = str(error) or type(error).__name__
             _log.error("cannot compress %s into the cache: %s; later requests try again", self._source, cause)

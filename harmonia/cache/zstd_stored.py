@@ -92,9 +92,9 @@ class StoredNar:
         try:
             yield from store(self._content(), self._source.size)
         except StoreObjectError as error:
-            self._compressor.found_damaged(self._source, error)
+            self._compressor.mark_damaged(self._source, error)
             raise
-        self._compressor.found_intact(self._source)
+        self._compressor.mark_intact(self._source)
 
     def _content(self) -> Generator[bytes | Future[Any]]:
         """Yield the NAR in chunks.

@@ -24,7 +24,7 @@ def command(config_file: str | None, paths: tuple[str, ...]) -> None:
     cli.in_a_pipe()
     store = Store.of(loader.read(config_file, os.environ))
     for path in paths:
-        _, real_path = path_arguments.named(store, path)
+        _, real_path = path_arguments.resolve(store, path)
         if not stat.S_ISREG(os.lstat(real_path).st_mode):
             raise InvalidPathError(f"{path!r} is not a regular file; `harmonia ls -l` shows its type")
         with open(real_path, "rb") as file:

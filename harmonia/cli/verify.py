@@ -73,7 +73,7 @@ def command(
     if everything:
         chosen, total = store.valid_paths()
     else:
-        infos = [path_arguments.named(store, path)[0] for path in paths]
+        infos = [path_arguments.resolve(store, path)[0] for path in paths]
         names = (
             path_arguments.closure(store, [info.path for info in infos]) if recursive else [info.path for info in infos]
         )

@@ -41,7 +41,7 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
         raise click.UsageError("give PATHs or --gc-roots")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
-    chosen = [path_arguments.named(store, path)[0].path for path in paths]
+    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
     if gc_roots:
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))

@@ -18,7 +18,7 @@ import msgspec
 
 from harmonia.config import rust_log
 from harmonia.config.settings import PublishRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
-from harmonia.config.value_types import Level, plain, wanted
+from harmonia.config.value_types import Level, expected, plain
 from harmonia.errors import ConfigError
 
 SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
@@ -206,7 +206,7 @@ def _values(
             shown = "(not shown)" if secret else str(value).lower() if isinstance(value, bool) else reprlib.repr(value)
             found = f"{_TOML_TYPES.get(type(value), 'date or time')} {shown}"
             remedy = "; begin each of them with [[upstream]]" if key == "upstream" else ""
-            raise WrongSettingError(f"expected {wanted(types[key])}, found {found}{remedy}", *table, key) from None
+            raise WrongSettingError(f"expected {expected(types[key])}, found {found}{remedy}", *table, key) from None
     return values
 
 

@@ -51,17 +51,17 @@ Count = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0, le=3600, extra=_DURATION)]
 WholeSeconds = Annotated[int, Meta(extra=_DURATION)]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes", "also": ', or a string like "8K"', "reader": (str, amounts.size)})]
-Address = Annotated[str, Meta(extra={"wanted": _ADDRESS, "reader": (int, str)})]
-Size = Annotated[str, Meta(extra={"wanted": _SIZE, "reader": (int, str)})]
+Address = Annotated[str, Meta(extra={"expected": _ADDRESS, "reader": (int, str)})]
+Size = Annotated[str, Meta(extra={"expected": _SIZE, "reader": (int, str)})]
 Level = Literal["debug", "info", "warning", "error"]
-Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"wanted": _MODE})]
-Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"wanted": _URL})]
-AbsolutePath = Annotated[str, Meta(extra={"wanted": "an absolute path"})]
+Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"expected": _MODE})]
+Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"expected": _URL})]
+AbsolutePath = Annotated[str, Meta(extra={"expected": "an absolute path"})]
 # A file that the server reads and others perhaps may not. The NixOS module passes it as a systemd credential.
 File = Annotated[str, Meta(extra={"file": True})]
-WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"wanted": _WINDOW_LOG})]
-Proxies = Annotated[tuple[str, ...], Meta(extra={"wanted": _PROXIES})]
-Scopes = Annotated[tuple[tokens.Scope, ...], Meta(extra={"wanted": _SCOPES})]
+WindowLog = Annotated[int, Meta(ge=0, le=_WINDOW_LOG_MAX, extra={"expected": _WINDOW_LOG})]
+Proxies = Annotated[tuple[str, ...], Meta(extra={"expected": _PROXIES})]
+Scopes = Annotated[tuple[tokens.Scope, ...], Meta(extra={"expected": _SCOPES})]
 
 HostAndPort = tuple[str, int]
 _HOST_AND_PORT = re.compile(r"(?=.)(?:\[([^]]+)\]|([A-Za-z0-9._-]*|\*))(?::([0-9]{1,5}))?")
@@ -190,11 +190,11 @@ def _inspected(kind: object) -> tuple[object, dict[str, Any]]:
             return schema, extra
 
 
-def wanted(kind: object) -> str:
+def expected(kind: object) -> str:
     """Return the description of the values of this type, for error messages and the reference."""
     schema, extra = _inspected(kind)
-    if "wanted" in extra:
-        return str(extra["wanted"])
+    if "expected" in extra:
+        return str(extra["expected"])
     unit, also = extra.get("unit", "an integer"), extra.get("also", "")
     match schema:
         case msgspec.inspect.IntType(ge=low, le=high):

@@ -54,7 +54,7 @@ class Threads:
         """Run a function that reads from the disk, in one of many threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
 
-    async def open(self, ask: Callable[[], _C]) -> _C:
+    async def run_open(self, ask: Callable[[], _C]) -> _C:
         """Run a function that opens a file, in one of many threads. The file is closed if the caller is cancelled."""
         return await hand_over(self.readers.submit(ask))
 

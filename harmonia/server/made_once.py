@@ -88,7 +88,7 @@ class MadeOnce:
         )
         return await hand_over(self._threads.submit(client, _open_file, files, key))
 
-    def open(self, key: str) -> MadeFile:
+    def open_file(self, key: str) -> MadeFile:
         """Return a cached file, to be closed. Raise CacheFileError if the file was evicted."""
         file = self._files.find_file(key) if self._files is not None else None
         if file is None:

@@ -209,7 +209,7 @@ def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None)
             _log.info("TLS certificate reloaded")
     if guard is not None:
         try:
-            guard.read()
+            guard.load_tokens()
         except ConfigError as error:
             _log.error("token reload failed, still using the old tokens: %s", error)
         else:

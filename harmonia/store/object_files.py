@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class File(ReadOnly):
-    """The contents of a file that `look` has found, with the status from that time."""
+    """The contents of a file that `lookup_entry` returned, with the status from that time."""
 
     top: bytes
     names: Sequence[bytes]
@@ -76,7 +76,7 @@ class File(ReadOnly):
             yield OpenSlice(descriptor, start, self.size if stop is None else stop)
 
 
-def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[bytes] | None:
+def lookup_entry(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[bytes] | None:
     """Return the entry at the path of `names` in a store path.
 
     If the path has a symlink or `..`, return the path after the first of these, as names below the store directory.
@@ -108,7 +108,7 @@ def look(store: Store, info: PathInfo, names: Sequence[bytes]) -> Entry | list[b
     return None
 
 
-class Listed(NamedTuple):
+class DirectoryEntry(NamedTuple):
     """An entry of a directory."""
 
     name: bytes
@@ -117,7 +117,7 @@ class Listed(NamedTuple):
     target: bytes
 
 
-def listed(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[Listed], int]:
+def list_directory(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[DirectoryEntry], int]:
     """Return the first `most` entries of a directory, sorted by the bytes of their names, and the number of all."""
     count = 0
 
@@ -128,11 +128,11 @@ def listed(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[Listed],
                 count += 1
                 yield os.fsencode(entry.name)
 
-    def look(name: bytes) -> Listed:
+    def described(name: bytes) -> DirectoryEntry:
         status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         target = os.readlink(name, dir_fd=descriptor) if stat.S_ISLNK(status.st_mode) else b""
-        return Listed(name, status.st_mode, status.st_size, target)
+        return DirectoryEntry(name, status.st_mode, status.st_size, target)
 
     with _opened(top, names) as descriptor:
         first = heapq.nsmallest(most, counted())
-        return [look(name) for name in first], count
+        return [described(name) for name in first], count

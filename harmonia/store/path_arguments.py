@@ -14,7 +14,7 @@ from harmonia.store.store import Store
 _log = logging.getLogger("harmonia")
 
 
-def named(store: Store, text: str) -> tuple[PathInfo, bytes]:
+def resolve(store: Store, text: str) -> tuple[PathInfo, bytes]:
     """Return the valid path that `text` names, and the path on disk of the named file in it.
 
     `text` is a full path, a base name, a hash part, or a symlink to a store path, such as `result`. Each may be

@@ -95,12 +95,12 @@ class Closure:
             self._troubles = troubles
             roots = [number for (number,) in self._store.database.query(_ROOT_IDS, paths)]
             if roots != self._roots:
-                self._needed = self._find(root_paths)
+                self._needed = self._needed_hash_parts(root_paths)
                 self._roots = roots
             self._looked_at = time.monotonic()
             self._not_before = self._looked_at + _REFRESH_COST_FACTOR * (self._looked_at - began)
 
-    def _find(self, roots: Collection[StorePath]) -> frozenset[str]:
+    def _needed_hash_parts(self, roots: Collection[StorePath]) -> frozenset[str]:
         needed = queries.closure_hash_parts(self._store, roots, _CLOSURE_MAX_PATHS)
         if len(needed) == _CLOSURE_MAX_PATHS:
             _log.error(

@@ -48,14 +48,14 @@ def make(directory: str) -> Demo:
     lock = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)  # concurrent runs create one store
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        demo = _load(directory)
+        demo = _load_demo(directory)
         if demo is None:
             unfinished = directory + ".unfinished"
             _discard(directory)
             _discard(unfinished)
             _build(unfinished, directory)
             os.rename(unfinished, directory)
-            demo = _load(directory)
+            demo = _load_demo(directory)
     finally:
         os.close(lock)
     if demo is None:
@@ -77,7 +77,7 @@ def write_config(directory: str, home: str) -> None:
         file.writelines(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in settings.items())
 
 
-def _load(directory: str) -> Demo | None:
+def _load_demo(directory: str) -> Demo | None:
     """Return the demo store in `directory`, or None if it is incomplete."""
     store = os.path.join(directory, "nix/store")
     database = Database(os.path.join(directory, "nix/var/nix/db/db.sqlite"), timeout=10)

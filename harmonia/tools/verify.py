@@ -70,7 +70,7 @@ class Journal:
         when = self._times.get((base32.encode(info.nar_hash), str(info.path)))
         return float("inf") if when is None else time.time() - when
 
-    def note(self, info: PathInfo) -> None:
+    def record(self, info: PathInfo) -> None:
         """Record that the path is good now."""
         self._file.write(f"{int(time.time())} {base32.encode(info.nar_hash)} {info.path}\n")
         self._file.flush()
@@ -113,7 +113,7 @@ def verify(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 info, result = running.pop(future), future.result()
                 if result.state == "good":
-                    journal.note(info)
+                    journal.record(info)
                 elif _look_up(store, result.path) != info:
                     continue  # garbage-collected during the check
                 yield result

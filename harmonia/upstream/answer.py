@@ -23,14 +23,14 @@ _MAX_EMPTY_PIECES = 1000  # per call in a thread: each compressed stream of a fi
 class Answer:
     """A response, whose owner must close it: use it as a context manager, or call `close`."""
 
-    def __init__(self, transport: Transport, response: aiohttp.ClientResponse, asked: str) -> None:
-        """Take over a response to the request for the URL `asked`.
+    def __init__(self, transport: Transport, response: aiohttp.ClientResponse, url: str) -> None:
+        """Take over a response to the request for the URL `url`.
 
         Raises UpstreamMismatchError if its content codings are unknown; then the response is closed.
         """
         self._transport = transport
         self._response = response
-        self._asked = asked
+        self._url = url
         try:
             self._decoder = decoder(elements(response.headers, "Content-Encoding"))
         except FormatError as error:
@@ -58,7 +58,7 @@ class Answer:
         Raises UpstreamUnavailableError if the transfer fails, UpstreamMismatchError if the content coding is invalid.
         """
         if self._decoder is None:
-            return await self._transport.read(self._response, most)
+            return await self._transport.read_response(self._response, most)
         while True:
             try:
                 piece = await self._transport.in_thread(_next_piece, self._pieces)
@@ -67,7 +67,7 @@ class Answer:
             if piece:
                 return piece
             if piece is None:
-                data = await self._transport.read(self._response, most)
+                data = await self._transport.read_response(self._response, most)
                 if not data and not self._decoder.whole:
                     raise self._refuse(Reason.ENCODING, "the encoded response is truncated")
                 if not data:
@@ -83,7 +83,7 @@ class Answer:
         """
         body = bytearray()
         is_long = False
-        while data := await self._transport.read(self._response, _LONG_BYTES):
+        while data := await self._transport.read_response(self._response, _LONG_BYTES):
             body += data
             if len(body) > most:
                 raise self._refuse(Reason.TOO_LONG, f"longer than {most} bytes")
@@ -102,7 +102,7 @@ class Answer:
             raise self._refuse(Reason.ENCODING, f"invalid Content-Encoding: {error}") from None
 
     def _refuse(self, reason: Reason, why: str) -> UpstreamMismatchError:
-        return self._transport.refusals.refuse(self._asked, reason, why)
+        return self._transport.refusals.refuse(self._url, reason, why)
 
     def close(self) -> None:
         self._response.close()

@@ -51,7 +51,7 @@ class Client:
         """Hash of the URL, in base 32: part of the names of some NARs, so it must not change while the URL stays."""
         self.store_dir = store_dir
         self._patience = patience
-        self._said: str | None = None
+        self._logged_state: str | None = None
         self._turns = asyncio.Semaphore(_MAX_SMALL_REQUESTS)
         self._long_answers = asyncio.Semaphore(_LONG_ANSWERS)
 
@@ -72,7 +72,7 @@ class Client:
         The response may have the whole body although a part was requested. Raises UpstreamError if the request fails,
         or if the circuit breaker is open.
         """
-        async with self._turn(path), self._question():
+        async with self._turn(path), self._timed():
             url = f"{self.base}/{path}"
             response = await self._transport.open_response(method, url, headers, part)
             return None if response is None else Answer(self._transport, response, url)
@@ -86,7 +86,7 @@ class Client:
         than `most` bytes, and any error of `parse`.
         """
         async with self._turn(path), AsyncExitStack() as memory:
-            async with self._question():
+            async with self._timed():
                 text = await self._small(path, headers, memory, most)
             return None if text is None else await self.parse(parse, text)
 
@@ -109,7 +109,7 @@ class Client:
         are followed: only for a NAR that is verified. Raises UpstreamError if the request fails, if the circuit breaker
         is open, or if the upstream does not have the NAR.
         """
-        await self._be_usable()
+        await self._require_usable()
         with self._counting():
             response = await self._transport.open_response(method, url, headers, part, anywhere=anywhere)
         if response is None:
@@ -126,8 +126,8 @@ class Client:
         with self._counting():
             return await answer.read(most)
 
-    def nar_url(self, relative: str, asked: str) -> str:
-        """Return the absolute URL of a NAR. `relative` is the URL in the narinfo, `asked` the path of the narinfo.
+    def nar_url(self, relative: str, narinfo_path: str) -> str:
+        """Return the absolute URL of a NAR, from the `relative` URL in the narinfo at `narinfo_path`.
 
         Raises UpstreamMismatchError if the URL is malformed, or if it leads to another host and the upstream has no
         `public_keys`: otherwise, any upstream could make us connect to hosts in our own network.
@@ -139,21 +139,21 @@ class Client:
         except ValueError:
             fetchable = False
         if not fetchable:
-            raise self.refusals.refuse(asked, Reason.URL_MALFORMED, f"malformed URL {excerpt(relative)}")
+            raise self.refusals.refuse(narinfo_path, Reason.URL_MALFORMED, f"malformed URL {excerpt(relative)}")
         if not self._transport.is_here(url) and not self.keys:
             why = "the URL leads to another host, and no public_keys are set"
-            raise self.refusals.refuse(asked, Reason.URL_ELSEWHERE, why)
+            raise self.refusals.refuse(narinfo_path, Reason.URL_ELSEWHERE, why)
         return url
 
-    async def _be_usable(self) -> None:
+    async def _require_usable(self) -> None:
         """Raise UpstreamRejectedError if the circuit breaker is open. Waits for the first probe."""
         if not await self.breaker.usable():
             raise UpstreamRejectedError(self.base, "the upstream is down")
 
     @asynccontextmanager
-    async def _question(self) -> AsyncGenerator[None]:
+    async def _timed(self) -> AsyncGenerator[None]:
         """Time a small request for the circuit breaker. A late response is used, but counts as a failure."""
-        await self._be_usable()
+        await self._require_usable()
         loop = asyncio.get_running_loop()
         late = loop.call_later(self._patience, self._failed, "late response")
         try:
@@ -225,15 +225,15 @@ class Client:
     def _changed(self, why_not: str | None) -> None:
         self.counters.set_up(why_not is None)
         if why_not is None:
-            self._say("is up", logging.INFO)
+            self._log_state("is up", logging.INFO)
         else:
-            self._say(f"is down: {why_not}; it is probed until it answers")
+            self._log_state(f"is down: {why_not}; it is probed until it answers")
 
-    def _say(self, what: str, level: int = logging.WARNING) -> None:
+    def _log_state(self, state: str, level: int = logging.WARNING) -> None:
         """Log a new state of the upstream once, also if several probes in a row have the same result."""
-        if what != self._said:
-            self._said = what
-            _log.log(level, "upstream %s %s", self.base, what)
+        if state != self._logged_state:
+            self._logged_state = state
+            _log.log(level, "upstream %s %s", self.base, state)
 
     async def _probe(self) -> bool:
         """Return whether the upstream answers and is a cache for our store directory."""
@@ -242,14 +242,16 @@ class Client:
                 async with self._answering(), AsyncExitStack() as memory:
                     text = await self._small("nix-cache-info", PROBE, memory)
         except (UpstreamRejectedError, UpstreamMismatchError) as error:
-            self._say(f"cannot be used: {error.why}")
+            self._log_state(f"cannot be used: {error.why}")
             return False
         if text is None:
-            self._say("cannot be used: it has no nix-cache-info; check its url")
+            self._log_state("cannot be used: it has no nix-cache-info; check its url")
             return False
         lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
         fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
         if fields.get("StoreDir", self.store_dir) != self.store_dir:
-            self._say(f"cannot be used: its store directory is {excerpt(fields['StoreDir'])}, not {self.store_dir}")
+            self._log_state(
+                f"cannot be used: its store directory is {excerpt(fields['StoreDir'])}, not {self.store_dir}"
+            )
             return False
         return True

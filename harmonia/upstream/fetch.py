@@ -57,54 +57,54 @@ class NarFetcher:
         file = await hand_over(asyncio.ensure_future(self._threads.write(self._cache.use_file, key)))
         return None if file is None else CachedBody(file, submit)
 
-    async def file_info(self, found: RemotePath) -> NarFile:
+    async def file_info(self, path: RemotePath) -> NarFile:
         """Return URL, hash and size of a NAR file: from the cache if the file is there, otherwise from the narinfo."""
-        file = None if self._cache is None else await self._threads.write(self._cache.find_file, found.name.key)
+        file = None if self._cache is None else await self._threads.write(self._cache.find_file, path.name.key)
         if file is None:
-            return found.nar
+            return path.nar
         try:
-            return replace(found.nar, file_hash=file.sha256, file_size=file.size)
+            return replace(path.nar, file_hash=file.sha256, file_size=file.size)
         finally:
             file.close()
 
     async def open_nar(
-        self, found: RemotePath, headers: Mapping[str, str], submit: Submit
+        self, path: RemotePath, headers: Mapping[str, str], submit: Submit
     ) -> CachedBody | PassthroughBody:
         """Open a NAR: from the cache, or from the upstream. `submit` runs its reader in a thread.
 
         Raises UpstreamError if the upstream fails.
         """
         # If the client disconnects, the fetch goes on: otherwise, an incomplete file would stay locked.
-        return await hand_over(self._tasks.spawn_shared(self._open(found, headers, submit)))
+        return await hand_over(self._tasks.spawn_shared(self._open_nar(path, headers, submit)))
 
-    async def _open(
-        self, found: RemotePath, headers: Mapping[str, str], submit: Submit
+    async def _open_nar(
+        self, path: RemotePath, headers: Mapping[str, str], submit: Submit
     ) -> CachedBody | PassthroughBody:
         cache = self._cache
-        key = found.name.key
+        key = path.name.key
         opened = None
         # FileSize is only a hint. If a file turns out to be too large, the rest is passed through.
-        if cache is not None and (found.nar.file_size or 0) <= cache.limit:
+        if cache is not None and (path.nar.file_size or 0) <= cache.limit:
             async with self._opening:
                 if key in self._running or len(self._running) < _MAX_FETCHES:
                     opened = await self._threads.write(cache.open_file, key)
                 elif file := await self._threads.write(cache.use_file, key):
                     opened = file, None
                 if opened is not None and opened[1] is not None:
-                    transfer = self._running[key] = Transfer(found, headers, opened[1], cache.limit, self._threads)
+                    transfer = self._running[key] = Transfer(path, headers, opened[1], cache.limit, self._threads)
                     self._tasks.spawn(self._run(key, transfer))
         if opened is None:
-            return self._passed(found, headers, await found.request_nar(headers, WHOLE))
+            return self._passthrough_body(path, headers, await path.request_nar(headers, WHOLE))
         running = self._running.get(key)
         if running is None:  # complete, or fetched by another worker, and only that one knows the length
-            self._keep_narinfos([found])
-            return CachedBody(opened[0], submit, found.file_size, None, self._passed(found, headers))
+            self._keep_narinfos([path])
+            return CachedBody(opened[0], submit, path.file_size, None, self._passthrough_body(path, headers))
         with closed_on_error(opened[0]) as reader:
-            running.paths[found.info.path] = found
+            running.paths[path.info.path] = path
             await running.started.wait()
             if running.error is not None:
                 raise running.error
-            return CachedBody(reader, submit, running.size, running, self._passed(found, headers))
+            return CachedBody(reader, submit, running.size, running, self._passthrough_body(path, headers))
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:
@@ -112,32 +112,34 @@ class NarFetcher:
         finally:
             if self._running.get(key) is transfer:  # not a new transfer that began after a failure
                 del self._running[key]
-        self._note(transfer.found, failed=transfer.error is not None)
+        self._note_result(transfer.path, failed=transfer.error is not None)
         self._keep_narinfos(transfer.paths.values())
 
     def _keep_narinfos(self, paths: Iterable[RemotePath]) -> None:
         """Keep the narinfos of paths whose NAR is in the cache, or may soon be."""
         if self._narinfos is not None:
-            for found in paths:
-                self._tasks.spawn_shared(self._narinfos.keep(found))
+            for path in paths:
+                self._tasks.spawn_shared(self._narinfos.keep(path))
 
-    def _note(self, found: RemotePath, *, failed: bool) -> None:
+    def _note_result(self, path: RemotePath, *, failed: bool) -> None:
         """Remember whether the NAR in a narinfo can be downloaded."""
-        (self._failed.add if failed else self._failed.remove)(found.client.id, found.name.key)
+        (self._failed.add if failed else self._failed.remove)(path.client.id, path.name.key)
 
-    def _passed(self, found: RemotePath, headers: Mapping[str, str], response: Answer | None = None) -> PassthroughBody:
+    def _passthrough_body(
+        self, path: RemotePath, headers: Mapping[str, str], response: Answer | None = None
+    ) -> PassthroughBody:
         """Return the NAR as a passthrough body. It is verified if it is read from its beginning to its end."""
         return PassthroughBody(
-            found.client,
-            partial(found.request_nar, headers, checked=False),
+            path.client,
+            partial(path.request_nar, headers, checked=False),
             response,
-            partial(StreamCheck, found, self._threads, partial(self._note, found)),
-            found.file_size,
-            partial(found.request_nar, headers, WHOLE),
+            partial(StreamCheck, path, self._threads, partial(self._note_result, path)),
+            path.file_size,
+            partial(path.request_nar, headers, WHOLE),
         )
 
 
-async def unread_size(found: RemotePath, headers: Mapping[str, str]) -> int | None:
+async def unread_size(path: RemotePath, headers: Mapping[str, str]) -> int | None:
     """Request the size of a NAR file in bytes, or None if unknown. Raises UpstreamError if the request fails."""
-    async with await found.request_nar(headers, WHOLE, "HEAD") as answer:
+    async with await path.request_nar(headers, WHOLE, "HEAD") as answer:
         return answer.content_length

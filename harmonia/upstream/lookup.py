@@ -54,7 +54,7 @@ class UpstreamPool:
         self._failed = failed
         self._narinfos = narinfos
         self._lookup_cache = LookupCache()
-        self._asking = SingleFlight()
+        self._running_lookups = SingleFlight()
         self._tasks = Tasks()
 
     def start(self) -> None:
@@ -96,8 +96,8 @@ class UpstreamPool:
         # A hit is valid for all requests. A miss is valid only for the same Via, which excludes some upstreams.
         for key in ((hash_part, Via()), (hash_part, via)):
             cached = self._lookup_cache.get(key)
-            if cached is not None and not (cached.found and self._is_useless(cached.found, via)):
-                return cached.found
+            if cached is not None and not (cached.path and self._is_useless(cached.path, via)):
+                return cached.path
         task = self._once((hash_part, via), lambda: self._ask_for_path(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
         return task.result() if done else None
@@ -111,7 +111,7 @@ class UpstreamPool:
         if via.is_loop(self.identity):
             return None
         cached = self._lookup_cache.get((name.hash_part, Via()))
-        path = cached.found if cached else None
+        path = cached.path if cached else None
         if path and path.name == name and path.client not in failed and not self._is_useless(path, Via()):
             return path
         return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
@@ -214,7 +214,7 @@ class UpstreamPool:
         self, question: Hashable, ask: Callable[[], Coroutine[Any, Any, RemotePath | None]]
     ) -> "asyncio.Future[RemotePath | None]":
         """Return the future of a lookup, which all callers with the same `question` share while it runs."""
-        return self._asking.start(question, lambda: self._tasks.spawn(ask()))
+        return self._running_lookups.start(question, lambda: self._tasks.spawn(ask()))
 
 
 def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:
@@ -224,7 +224,7 @@ def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -
 
 @dataclass(frozen=True, slots=True)
 class CachedLookup:
-    found: RemotePath | None
+    path: RemotePath | None
     size: int
     """Approximate bytes of memory."""
 
@@ -240,14 +240,14 @@ class LookupCache:
     def get(self, key: LookupKey) -> CachedLookup | None:
         return self._entries.get(key)
 
-    def remember(self, key: LookupKey, found: RemotePath | None) -> None:
+    def remember(self, key: LookupKey, path: RemotePath | None) -> None:
         # Python objects take more memory than the text that they were parsed from.
-        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * found.narinfo_size if found else 0)
-        self._entries[key] = CachedLookup(found, size)
+        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * path.narinfo_size if path else 0)
+        self._entries[key] = CachedLookup(path, size)
 
     def forget(self, key: LookupKey) -> None:
         self._entries.pop(key, None)
 
 
 def _expires_at(_: LookupKey, lookup: CachedLookup, now: float) -> float:
-    return now + (POSITIVE_TTL_S if lookup.found else _NEGATIVE_TTL_S)
+    return now + (POSITIVE_TTL_S if lookup.path else _NEGATIVE_TTL_S)

@@ -69,9 +69,9 @@ class StreamCheck:
     wait for it, because the client of the other file may be slow.
     """
 
-    def __init__(self, found: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
-        self._found = found
-        self._check = ContentCheck(found.info, found.nar)
+    def __init__(self, path: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
+        self._path = path
+        self._check = ContentCheck(path.info, path.nar)
         self._begun = b""
         self._size = 0
         self._threads = threads
@@ -101,7 +101,7 @@ class StreamCheck:
                 raise
             await self._threads.much_memory.acquire()
             self._has_much_memory = True
-            self._check = ContentCheck(self._found.info, self._found.nar, LARGE_MEMORY_BYTES)
+            self._check = ContentCheck(self._path.info, self._path.nar, LARGE_MEMORY_BYTES)
             await self._threads.unpack(self._check.update, self._begun)
 
     async def _noted(self, function: Callable[[_T], Awaitable[None]], argument: _T) -> None:
@@ -109,4 +109,4 @@ class StreamCheck:
             await function(argument)
         except FormatError as error:
             self._note(failed=True)
-            raise self._found.refuse_nar(error) from None
+            raise self._path.refuse_nar(error) from None

@@ -68,19 +68,19 @@ class Refusals:
         self._silent_until: dict[Reason, float] = {}
         self._lock = Lock()
 
-    def note(self, asked: str, reason: Reason, why: str) -> None:
+    def note(self, resource: str, reason: Reason, why: str) -> None:
         """Count a refusal, and log it unless the same reason was logged within the last hour.
 
-        `asked` is the URL or the path of the request, `why` the cause in words.
+        `resource` is the URL or the path of the request, `why` the cause in words.
         """
         self._counters.refuse(reason)
         if self._is_due(reason):
-            asked = excerpt(asked.removeprefix(f"{self._base}/"))
-            _log.warning("upstream %s: refused %s: %s; %s (%s)", self._base, asked, why, reason.remedy, reason)
+            resource = excerpt(resource.removeprefix(f"{self._base}/"))
+            _log.warning("upstream %s: refused %s: %s; %s (%s)", self._base, resource, why, reason.remedy, reason)
 
-    def refuse(self, asked: str, reason: Reason, why: str) -> UpstreamMismatchError:
+    def refuse(self, resource: str, reason: Reason, why: str) -> UpstreamMismatchError:
         """Count and log a refusal like `note`, and return the error for the caller to raise."""
-        self.note(asked, reason, why)
+        self.note(resource, reason, why)
         return UpstreamMismatchError(self._base, reason, why)
 
     def _is_due(self, reason: Reason) -> bool:

@@ -29,20 +29,20 @@ class Transfer:
 
     def __init__(
         self,
-        found: RemotePath,
+        path: RemotePath,
         headers: Mapping[str, str],
         filler: Filler,
         limit: int,
         threads: Threads,
     ) -> None:
-        self.size = found.file_size
+        self.size = path.file_size
         """Bytes of the file, or None until that is known."""
         self.error: UpstreamError | None = None
         """Cause of the failure, if the transfer failed."""
         self.started = asyncio.Event()
         """Set when the head of the upstream's response has arrived, or when the request has failed."""
-        self.found = found
-        self.paths = {found.info.path: found}
+        self.path = path
+        self.paths = {path.info.path: path}
         """All paths with this NAR for which clients have requested it."""
         self._headers = headers
         self._filler = filler
@@ -53,16 +53,16 @@ class Transfer:
     async def run(self) -> None:
         write = self._threads.write
         try:
-            await self._take()
+            await self._download()
             try:
                 await self._check()
             except FormatError as error:
-                raise self.found.refuse_nar(error) from None
+                raise self.path.refuse_nar(error) from None
             await self._threads.sync(self._filler.commit)
         except UpstreamError as error:
             self.error = error
             if not isinstance(error, UpstreamMismatchError):
-                _log.error("%s: %s", self.found.url, error)
+                _log.error("%s: %s", self.path.url, error)
             await write(self._filler.withdraw)
         except OSError:  # logged by the cache, unless the file is larger than the cache's limit
             await write(self._filler.abandon)
@@ -77,7 +77,7 @@ class Transfer:
 
         If the FileHash matches, clients that read the file while it grows get its end before it is unpacked.
         """
-        info, nar, filler = self.found.info, self.found.nar, self._filler
+        info, nar, filler = self.path.info, self.path.nar, self._filler
         file_hash_matches = nar_verifier.has_file_hash(info, nar, filler.sha256)
         if file_hash_matches:
             await self._threads.write(filler.finish)
@@ -102,10 +102,10 @@ class Transfer:
             position += len(data)
             yield data
 
-    async def _take(self) -> None:
-        self.found.client.counters.add("fetches")
+    async def _download(self) -> None:
+        self.path.client.counters.add("fetches")
         response: Answer | None
-        response = first = await self.found.request_nar(self._headers, WHOLE)
+        response = first = await self.path.request_nar(self._headers, WHOLE)
         try:
             self._begin(first.content_length)
         except BaseException:
@@ -120,7 +120,7 @@ class Transfer:
         while True:
             before = self._filler.size
             try:
-                await self._take_all(response or await self._resume(headers))
+                await self._append_body(response or await self._resume(headers))
             except UpstreamError as error:
                 response = None
                 failures = 1 if self._filler.size > before else failures + 1
@@ -138,21 +138,21 @@ class Transfer:
         self._measure(self.size or 0)
 
     async def _resume(self, headers: Mapping[str, str]) -> Answer:
-        response = await self.found.request_nar(headers, (self._filler.size, None))
+        response = await self.path.request_nar(headers, (self._filler.size, None))
         if response.status != HTTPStatus.PARTIAL_CONTENT:  # the file there has changed
             response.close()
             raise self._wrong("the file changed during the download")
         return response
 
-    async def _take_all(self, response: Answer) -> None:
+    async def _append_body(self, response: Answer) -> None:
         async with response:
-            while data := await self.found.client.read_answer(response, _PIECE_BYTES):
+            while data := await self.path.client.read_answer(response, _PIECE_BYTES):
                 size = self._filler.size + len(data)
                 if self.size is not None and size > self.size:
                     raise self._wrong("the body is longer than announced")
                 self._measure(size)
                 await self._threads.write(self._filler.append, data)
-                self.found.client.counters.add("fetched_bytes", len(data))
+                self.path.client.counters.add("fetched_bytes", len(data))
         if self.size is not None and self._filler.size < self.size:
             raise UpstreamError("the response ended early")
 
@@ -161,4 +161,4 @@ class Transfer:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     def _wrong(self, why: str) -> UpstreamMismatchError:
-        return self.found.client.refusals.refuse(self.found.url, Reason.WRONG_NAR, why)
+        return self.path.client.refusals.refuse(self.path.url, Reason.WRONG_NAR, why)

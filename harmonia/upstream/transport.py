@@ -120,24 +120,24 @@ class Transport:
         host, or with `anywhere` to all hosts that the address filter allows. Raises UpstreamUnavailableError if the
         request fails, UpstreamMismatchError if a redirect is not allowed.
         """
-        asked = url
+        requested_url = url
         start, stop = part
         ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         for _ in range(_MAX_REDIRECTS + 1):
-            response = await self._request(method, url, headers, ranged, asked, buffer_bytes)
+            response = await self._request(method, url, headers, ranged, requested_url, buffer_bytes)
             if _has_it(response, start, ranged=bool(ranged)):
                 return response
             response.close()
             status = response.status
             if status in _REDIRECT and (location := response.headers.get("Location")):
-                url = self._redirected(asked, url, location, anywhere=anywhere)
+                url = self._redirected(requested_url, url, location, anywhere=anywhere)
             elif status in _MISSING:
                 return None
             else:
                 raise UpstreamUnavailableError(self.base, f"status {status}", retry_after_s(response.headers))
-        raise self.refusals.refuse(asked, Reason.TOO_MANY_REDIRECTS, f"more than {_MAX_REDIRECTS} redirects")
+        raise self.refusals.refuse(requested_url, Reason.TOO_MANY_REDIRECTS, f"more than {_MAX_REDIRECTS} redirects")
 
-    async def read(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+    async def read_response(self, response: aiohttp.ClientResponse, most: int) -> bytes:
         """Return the next bytes of a response, `most` at most; empty at the end.
 
         Raises UpstreamUnavailableError if the transfer fails or takes longer than the upstream's `timeout`. aiohttp's
@@ -169,7 +169,7 @@ class Transport:
         url: str,
         headers: Mapping[str, str],
         ranged: Mapping[str, str],
-        asked: str,
+        requested_url: str,
         buffer_bytes: int,
     ) -> aiohttp.ClientResponse:
         here = self.is_here(url)
@@ -199,18 +199,20 @@ class Transport:
                         proxy_auth=auth,
                     )
         except FormatError as error:
-            raise self.refusals.refuse(asked, Reason.PROXY, str(error)) from None
+            raise self.refusals.refuse(requested_url, Reason.PROXY, str(error)) from None
         except _FAILURES as error:
             cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
             if isinstance(cause, PrivateAddressError):
-                raise self.refusals.refuse(asked, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}") from None
+                raise self.refusals.refuse(
+                    requested_url, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}"
+                ) from None
             if isinstance(error, aiohttp.ClientHttpProxyError):
-                self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
+                self.refusals.note(requested_url, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
         if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             response.close()
             why = f"status {response.status} from the proxy"
-            self.refusals.note(asked, Reason.PROXY, f"{_origin(target)}: {why}")
+            self.refusals.note(requested_url, Reason.PROXY, f"{_origin(target)}: {why}")
             raise UpstreamUnavailableError(self.base, why)
         if here:
             self.identity = next(iter(Via.parse(response.headers.get(VIA, "")).through), self.identity)
@@ -222,7 +224,7 @@ class Transport:
             async with asyncio.timeout(self._connect_timeout):
                 await self._address_filter.through_proxy(target.host or "", here=here)
 
-    def _redirected(self, asked: str, url: str, location: str, *, anywhere: bool) -> str:
+    def _redirected(self, requested_url: str, url: str, location: str, *, anywhere: bool) -> str:
         """Return the target of a redirect. Raises UpstreamMismatchError if the redirect is malformed or not allowed."""
         try:
             target = urljoin(url, location)
@@ -231,13 +233,15 @@ class Transport:
         except ValueError:
             is_http = False
         if not is_http:
-            raise self.refusals.refuse(asked, Reason.REDIRECT_MALFORMED, f"malformed redirect to {excerpt(location)}")
+            raise self.refusals.refuse(
+                requested_url, Reason.REDIRECT_MALFORMED, f"malformed redirect to {excerpt(location)}"
+            )
         if url.startswith("https:") and parts.scheme == "http":
             why = f"redirect from https to {_origin(parts)}"
-            raise self.refusals.refuse(asked, Reason.REDIRECT_TO_HTTP, why)
+            raise self.refusals.refuse(requested_url, Reason.REDIRECT_TO_HTTP, why)
         if not anywhere and not self.is_here(target):
             why = f"redirect to another host, {_origin(parts)}"
-            raise self.refusals.refuse(asked, Reason.REDIRECT_ELSEWHERE, why)
+            raise self.refusals.refuse(requested_url, Reason.REDIRECT_ELSEWHERE, why)
         return target
 
 

@@ -23,7 +23,7 @@ from sanic.exceptions import SanicException
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
-from harmonia.cache.nar_compressor import CompressedNar, Compressor, KeptNar
+from harmonia.cache.nar_compressor import CachedNar, CompressedNar, Compressor
 from harmonia.cache.zstd_frames import Compressed
 from harmonia.cache.zstd_stored import StoredNar
 from harmonia.config.settings import Zstd
@@ -249,7 +249,7 @@ def compressed_without_cache(bench: Bench) -> CompressedNar:
 
 OPENED: dict[str, Make] = {
     "NAR": Bench.nar,
-    "NAR in an encoding of others": lambda bench: KeptNar(cached(bench)),
+    "NAR in an encoding of others": lambda bench: CachedNar(cached(bench)),
     "file": file,
     "plain log": log("plain"),
     "listing": lambda bench: MadeFile(cached(bench)),

@@ -41,8 +41,8 @@ def reference(header: str, size: int) -> tuple[int, int] | str:
 
 def requested(header: str, size: int) -> tuple[int, int] | str:
     try:
-        part = byte_range.wanted(header, None, '"etag"')
-        return "whole" if part is None else byte_range.located(part, size)
+        part = byte_range.requested(header, None, '"etag"')
+        return "whole" if part is None else byte_range.bounds(part, size)
     except byte_range.UnsatisfiableError:
         return "unsatisfiable"
 

@@ -15,7 +15,7 @@ import zstandard
 from harmonia.nix.store_path import StorePath
 from harmonia.store.build_log import find_log
 from harmonia.tools.store_builder import StoreBuilder
-from support.build_logs import DAY, FORMS, TEXT, age, collected, keep
+from support.build_logs import DAY, FORMS, TEXT, add_log, age, collected
 from support.running import Server, peak_bytes, read_answer
 
 Start = Callable[..., Server]
@@ -47,7 +47,7 @@ def server(logs: StoreBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.mark.parametrize("suffix", FORMS)
 def test_every_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
     derivation = collected(logs, f"form-{flat}-{suffix}")
-    keep(logs, derivation, suffix=suffix, flat=flat)
+    add_log(logs, derivation, suffix=suffix, flat=flat)
     answer = server.get(f"/log/{derivation}")
     assert (answer.status, answer.body) == (200, TEXT)
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -61,7 +61,7 @@ def test_every_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool)
 @pytest.mark.parametrize("suffix", FORMS)
 def test_encoded(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"encoded-{suffix}")
-    keep(logs, derivation, suffix=suffix)
+    add_log(logs, derivation, suffix=suffix)
     where = f"/log/{derivation}"
     answer = server.get(where, {"Accept-Encoding": "zstd"})
     assert answer.headers["content-encoding"] == "zstd"
@@ -74,7 +74,7 @@ def test_encoded(server: Server, logs: StoreBuilder, suffix: str) -> None:
 
 def test_a_small_log_stays_as_it_is(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "small")
-    keep(logs, derivation, b"small\n", "")
+    add_log(logs, derivation, b"small\n", "")
     answer = server.get(f"/log/{derivation}", {"Accept-Encoding": "zstd"})
     assert answer.body == b"small\n"
     assert "content-encoding" not in answer.headers
@@ -82,7 +82,7 @@ def test_a_small_log_stays_as_it_is(server: Server, logs: StoreBuilder) -> None:
 
 def test_nothing_is_encoded_without_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     derivation = collected(store, "plain")
-    keep(store, derivation)
+    add_log(store, derivation)
     server = start(store=tmp_path / "store", settings="enable_compression = false")
     answer = server.get(f"/log/{derivation}", {"Accept-Encoding": "zstd"})
     assert answer.body == TEXT
@@ -96,7 +96,7 @@ def test_nothing_is_encoded_without_compression(start: Start, store: StoreBuilde
 )
 def test_ranges(server: Server, logs: StoreBuilder, suffix: str, asked: str, part: slice) -> None:
     derivation = collected(logs, f"range-{suffix}")
-    keep(logs, derivation, suffix=suffix)
+    add_log(logs, derivation, suffix=suffix)
     headers = {"Range": f"bytes={asked}"}
     answer = server.get(f"/log/{derivation}", headers)
     assert (answer.status, answer.body) == (206, TEXT[part])
@@ -108,7 +108,7 @@ def test_ranges(server: Server, logs: StoreBuilder, suffix: str, asked: str, par
 @pytest.mark.parametrize("suffix", FORMS)
 def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"old-{suffix}")
-    keep(logs, derivation, suffix=suffix)
+    add_log(logs, derivation, suffix=suffix)
     with server.connect() as connection:
         connection.sendall(f"GET /log/{derivation} HTTP/1.0\r\nAccept-Encoding: zstd\r\n\r\n".encode())
         answer = read_answer(connection)
@@ -122,7 +122,7 @@ def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: 
 @pytest.mark.parametrize("suffix", FORMS)
 def test_conditions(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"condition-{suffix}")
-    path = keep(logs, derivation, suffix=suffix)
+    path = add_log(logs, derivation, suffix=suffix)
     where = f"/log/{derivation}"
     etag = server.head(where).headers["etag"]
     answer = server.get(where, {"If-None-Match": etag})
@@ -134,7 +134,7 @@ def test_conditions(server: Server, logs: StoreBuilder, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", FORMS)
 def test_head_is_get_without_a_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"head-{suffix}")
-    keep(logs, derivation, suffix=suffix)
+    add_log(logs, derivation, suffix=suffix)
     get, head = server.get(f"/log/{derivation}"), server.head(f"/log/{derivation}")
     assert (head.status, head.headers, head.body) == (200, get.headers, b"")
 
@@ -164,7 +164,7 @@ def test_the_hash_part_of_what_was_collected(server: Server, logs: StoreBuilder,
     derivation = collected(logs, f"hash-{flat}-{suffix}")
     beside = f"{derivation[:2]}{'0' * 30}-other.drv"  # in the same directory
     for each in (derivation, beside):
-        keep(logs, each, each.encode(), suffix, flat=flat)
+        add_log(logs, each, each.encode(), suffix, flat=flat)
     assert server.get(f"/log/{derivation[:32]}").body == derivation.encode()
     assert server.get(f"/log/{derivation[:2]}{'1' * 30}").status == 404
 
@@ -172,7 +172,7 @@ def test_the_hash_part_of_what_was_collected(server: Server, logs: StoreBuilder,
 def test_the_hash_part_of_what_lost_its_derivation(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "lost")
     output = logs.add(logs.output_path("lost"), b"out", deriver=StorePath(derivation))
-    keep(logs, derivation)
+    add_log(logs, derivation)
     assert server.get(f"/log/{output.path.hash_part}").body == TEXT
 
 
@@ -187,7 +187,7 @@ def test_a_hash_part_finds_nothing_but_logs(server: Server, logs: StoreBuilder) 
 
 def test_a_stem_of_what_was_collected(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "stem")
-    keep(logs, derivation)
+    add_log(logs, derivation)
     assert server.get(f"/log/{derivation.removesuffix('.drv')}").body == TEXT
 
 
@@ -198,7 +198,7 @@ NAMES = ["plain-1.0", "c++-1.0", "q?z=1", "a?b?c=d", "ends?", "x=y", "_._"]
 @pytest.mark.parametrize("suffix", [".drv", ""], ids=["derivation", "output"])
 def test_odd_names(server: Server, logs: StoreBuilder, name: str, suffix: str) -> None:
     path = StorePath(f"{logs.output_path(name).hash_part}-{name}")
-    keep(logs, f"{path}.drv", name.encode())
+    add_log(logs, f"{path}.drv", name.encode())
     asked = f"{path}{suffix}"
     for spelling in (asked, quote(asked), "".join(f"%{byte:02x}" for byte in asked.encode())):
         assert server.get(f"/log/{spelling}").body == name.encode()
@@ -206,7 +206,7 @@ def test_odd_names(server: Server, logs: StoreBuilder, name: str, suffix: str) -
 
 def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "c++")
-    keep(logs, derivation)
+    add_log(logs, derivation)
     assert server.get(f"/log/{quote(quote(derivation))}").status == 404
     assert server.get(f"/log/{derivation.replace('+', ' ')}").status in (400, 404)
 
@@ -236,7 +236,7 @@ def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilde
 )
 def test_no_name_leads_elsewhere(server: Server, logs: StoreBuilder, asked: str) -> None:
     derivation = collected(logs, "there")
-    keep(logs, derivation)
+    add_log(logs, derivation)
     Path(logs.log_dir, "..", "secret").write_bytes(b"secret")
     name = asked.format(derivation=derivation, hash=derivation[:32], split=f"{derivation[:2]}%2f{derivation[2:]}")
     answer = server.get(f"/log/{name}")
@@ -265,7 +265,7 @@ def test_without_a_log_directory(start: Start, store: StoreBuilder, tmp_path: Pa
 @pytest.mark.parametrize("setting", ["log_dir", "NIX_LOG_DIR"])
 def test_a_log_directory_of_ones_own(start: Start, store: StoreBuilder, tmp_path: Path, setting: str) -> None:
     derivation = collected(store, "elsewhere")
-    keep(store, derivation)
+    add_log(store, derivation)
     elsewhere = tmp_path / "logs"
     elsewhere.mkdir()
     os.rename(store.log_dir, elsewhere / "drvs")
@@ -280,7 +280,7 @@ def test_a_log_directory_of_ones_own(start: Start, store: StoreBuilder, tmp_path
 
 def test_the_database_need_not_answer(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     derivation = collected(store, "there")
-    keep(store, derivation)
+    add_log(store, derivation)
     server = start(store=tmp_path / "store")
     os.rename(store.db_path, tmp_path / "away")
     assert server.get(f"/log/{derivation}").body == TEXT
@@ -294,7 +294,7 @@ def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
     order = [(flat, suffix) for flat in (False, True) for suffix in FORMS]
     for flat, suffix in reversed(order):
         text = f"{flat} {suffix}".encode()
-        keep(store, derivation, text, suffix, flat=flat)
+        add_log(store, derivation, text, suffix, flat=flat)
         found = find_log(log_dir, derivation)
         assert found
         assert b"".join(chunk or b"" for chunk in found.read(0, None)) == text
@@ -305,7 +305,7 @@ def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
 
 def test_a_growing_plain_log(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "growing")
-    path = keep(logs, derivation, TEXT, "")
+    path = add_log(logs, derivation, TEXT, "")
     where = f"/log/{derivation}"
     age(path, 12 * 60 * 60)
     answer = server.get(where)
@@ -324,7 +324,7 @@ def test_a_growing_plain_log(server: Server, logs: StoreBuilder) -> None:
 def test_a_growing_compressed_log(server: Server, logs: StoreBuilder, kept: int) -> None:
     """Nix compresses on the way, block by block. What can be decoded is told, and that it is not the end."""
     derivation = collected(logs, f"growing-{kept}")
-    path = keep(logs, derivation)
+    path = add_log(logs, derivation)
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[:kept])
     age(path, 2 * DAY)
@@ -343,7 +343,7 @@ def test_a_growing_compressed_log(server: Server, logs: StoreBuilder, kept: int)
 def test_the_end_of_a_compressed_log_is_seen_at_any_bit(tmp_path: Path, length: int) -> None:
     store = StoreBuilder(tmp_path / "store")
     derivation = StorePath(collected(store, "length"))
-    path = keep(store, derivation, os.urandom(length))
+    path = add_log(store, derivation, os.urandom(length))
     whole = Path(path).read_bytes()
     for stop, finished in ((len(whole), True), (len(whole) - 1, False)):
         Path(path).write_bytes(whole[:stop])
@@ -378,7 +378,7 @@ def test_damage_breaks_the_transfer(
 ) -> None:
     derivation = collected(logs, f"{damage.__name__}-{encoding}-{suffix}")
     text = TEXT + os.urandom(1_000_000).hex().encode()
-    damage(Path(keep(logs, derivation, text, suffix)))
+    damage(Path(add_log(logs, derivation, text, suffix)))
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         server.get(f"/log/{derivation}", {"Accept-Encoding": encoding})
     assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)} breaks off")
@@ -387,7 +387,7 @@ def test_damage_breaks_the_transfer(
 @pytest.mark.parametrize("suffix", [".bz2", ".zst"])
 def test_what_was_never_a_log_is_404(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"nonsense{suffix}")
-    path = Path(keep(logs, derivation, suffix=suffix))
+    path = Path(add_log(logs, derivation, suffix=suffix))
     path.write_bytes(b"nonsense" * 10_000)
     assert server.get(f"/log/{derivation}").status == 404
     assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)}: 404")
@@ -395,7 +395,7 @@ def test_what_was_never_a_log_is_404(server: Server, logs: StoreBuilder, suffix:
 
 def test_a_log_cut_while_it_is_sent_breaks_the_transfer(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "cut")
-    path = keep(logs, derivation, b"", "")
+    path = add_log(logs, derivation, b"", "")
     os.truncate(path, 1 << 30)
     with server.connect(receive_buffer=4096) as connection:
         connection.sendall(f"GET /log/{derivation} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -422,7 +422,7 @@ BOMBS = {
 @pytest.mark.parametrize("encoding", ["identity", "zstd"])
 def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path, suffix: str, encoding: str) -> None:
     derivation = collected(store, "bomb")
-    Path(keep(store, derivation, suffix=suffix)).write_bytes(BOMBS[suffix])
+    Path(add_log(store, derivation, suffix=suffix)).write_bytes(BOMBS[suffix])
     server = start(store=tmp_path / "store")
     server.get(f"/log/{collected(store, 'none')}")
     (worker,) = server.workers
@@ -435,7 +435,7 @@ def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path,
 
 def test_a_range_of_a_large_log_costs_no_more(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "large")
-    path = keep(logs, derivation, b"", "")
+    path = add_log(logs, derivation, b"", "")
     os.truncate(path, 2 << 30)
     with open(path, "ab") as file:
         file.write(b"end\n")
@@ -451,7 +451,7 @@ def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> No
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, write_content_size=False)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     derivation = collected(logs, "window")
-    path = Path(keep(logs, derivation, suffix=".zst"))
+    path = Path(add_log(logs, derivation, suffix=".zst"))
     path.write_bytes(compressor.compress(TEXT) + compressor.flush())
     assert server.get(f"/log/{derivation}").status == 404
     assert server.wait_for_log("ERROR .*-window.drv: 404, .*too much memory")
@@ -460,8 +460,8 @@ def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> No
 def test_a_row_of_no_use_hides_no_log(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     drv = store.add_text("damaged.drv", b"")
     output = store.add(store.output_path("other"), b"")
-    keep(store, drv.path)
-    keep(store, f"{output.path}.drv")
+    add_log(store, drv.path)
+    add_log(store, f"{output.path}.drv")
     with store.connect() as database:
         database.execute("update ValidPaths set narSize = null")
     server = start(store=tmp_path / "store")

@@ -13,7 +13,7 @@ import pytest
 
 from harmonia.server.routes import METRICS_ROUTES, ROUTES
 from harmonia.tools.store_builder import StoreBuilder
-from support.build_logs import keep
+from support.build_logs import add_log
 from support.realisations import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
 from support.running import Server
 from support.shared_store import BIG
@@ -56,7 +56,7 @@ def test_no_request_makes_the_server_break_it(
 ) -> None:
     """schemathesis makes requests of the document, right and wrong ones, also in methods that are not there."""
     info = store.add(store.output_path("tree"), {"big": BIG, "directory": {"file": b"text"}})
-    keep(store, f"{info.path}.drv")
+    add_log(store, f"{info.path}.drv")
     create(store, REALISATIONS + BUILD_TRACE)
     register(store, HASH, "out", info.path)
     trace(store, f"{info.path}.drv", "out", info.path)

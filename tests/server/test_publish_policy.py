@@ -11,7 +11,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.fixture_tree import Symlink
 from harmonia.tools.store_builder import StoreBuilder
-from support.build_logs import keep
+from support.build_logs import add_log
 from support.contract import ABOUT_PATHS, filled, stock
 from support.running import Server, nar_url, patched, run, wait_until
 
@@ -173,7 +173,7 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
     store.add(outputs[0], b"", deriver=drvs[0], keys=[KEY])
     store.add(outputs[1], b"", deriver=drvs[1])
     for drv in drvs:
-        keep(store, drv)
+        add_log(store, drv)
     server = start(store=tmp_path / "store", settings=f"[publish]\nsigned_by = ['{KEY.public_key}']")
     names = [*drvs, *outputs, *(output.hash_part for output in outputs)]
     assert [server.get(f"/log/{name}").status for name in names] == [200, 404, 404, 200, 404, 200, 404]

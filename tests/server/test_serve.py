@@ -577,11 +577,11 @@ def test_the_page_of_a_directory_is_made_once_and_has_a_rate_for_each_client(
     counted = """
 import logging
 from harmonia.server.resources import directory
-listed = directory.listed
+list_directory = directory.list_directory
 def counted(*arguments):
     logging.getLogger("harmonia").warning("a directory is read")
-    return listed(*arguments)
-directory.listed = counted
+    return list_directory(*arguments)
+directory.list_directory = counted
 """
     path = store.add(store.output_path("tree"), {"file": b"contents", "inner": {"other": b""}}).path
     settings = "max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from harmonia import __version__
 from support.nginx import nginx
-from support.raw_http import exchange, told
+from support.raw_http import exchange, raw_response
 from support.running import Server, wait_until
 
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
@@ -271,7 +271,7 @@ def test_nobody_gets_the_answer_to_the_request_of_another(behind: tuple[Server, 
     _, url, _ = behind
     payloads = [payload for payload, _ in REFUSED.values()] + [payload for payload, _, _ in ANSWERED.values()]
     for payload in payloads:
-        told(url, payload + NEXT * 3)
+        raw_response(url, payload + NEXT * 3)
         for path, body in BODIES.items():
             (seen,) = exchange(url, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
             assert (seen.status, seen.body[:9]) == (200, body[:9]), payload
@@ -282,8 +282,8 @@ def test_nobody_gets_the_answer_to_the_request_of_another(behind: tuple[Server, 
 def test_nginx_sees_what_we_see(behind: tuple[Server, str, Path], payload: bytes) -> None:
     server, url, log = behind
     mine, theirs = len(asked(server)), len(log.read_text().splitlines()) if log.exists() else 0
-    told(url, payload)
-    told(url, NEXT)
+    raw_response(url, payload)
+    raw_response(url, NEXT)
 
     def settled() -> bool:
         lines = log.read_text().splitlines()[theirs:]

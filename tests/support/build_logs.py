@@ -36,7 +36,9 @@ def zst(text: bytes) -> bytes:
 FORMS: dict[str, Callable[[bytes], bytes]] = {"": plain, ".bz2": bz2.compress, ".zst": zst}
 
 
-def keep(store: StoreBuilder, derivation: str, text: bytes = TEXT, suffix: str = ".bz2", *, flat: bool = False) -> str:
+def add_log(
+    store: StoreBuilder, derivation: str, text: bytes = TEXT, suffix: str = ".bz2", *, flat: bool = False
+) -> str:
     """Leave a log where Nix does, finished if anything tells that it is."""
     name = derivation if flat else f"{derivation[:2]}/{derivation[2:]}"
     path = f"{store.log_dir}/{name}{suffix}"

@@ -7,7 +7,7 @@ from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
-from support.build_logs import collected, keep
+from support.build_logs import add_log, collected
 from support.realisations import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
 from support.shared_store import BIG
 
@@ -105,8 +105,8 @@ def stock(root: Path) -> dict[str, str]:
     debug = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
     info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
     plain, packed = collected(store, "plain"), collected(store, "packed")
-    keep(store, plain, suffix="")
-    keep(store, packed, suffix=".bz2")
+    add_log(store, plain, suffix="")
+    add_log(store, packed, suffix=".bz2")
     create(store, REALISATIONS + BUILD_TRACE)
     register(store, HASH, "out", info.path)
     trace(store, plain, "out", info.path)

@@ -13,7 +13,7 @@ import msgspec
 from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
 from harmonia.config.settings import PublishRules, Settings, Upstream, Zstd
-from harmonia.config.value_types import wanted
+from harmonia.config.value_types import expected
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
 from support.speed_chart import speed_chart
@@ -56,10 +56,10 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
         if item.name in {"zstd", "upstream", "publish"}:
             continue  # has a table of its own
         if item.required:
-            rows.append(f"| `{item.name}` | {wanted(item.type)} | | {schema['description']} |")
+            rows.append(f"| `{item.name}` | {expected(item.type)} | | {schema['description']} |")
             continue
         default = extra.get("default") or ("none" if item.default is None else f"`{json.dumps(item.default)}`")
-        rows.append(f"| `{item.name}` | {wanted(item.type)} | {default} | {schema['description']} |")
+        rows.append(f"| `{item.name}` | {expected(item.type)} | {default} | {schema['description']} |")
     return "\n".join(rows)
 
 

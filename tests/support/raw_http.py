@@ -14,10 +14,10 @@ class Seen(NamedTuple):
 
 def exchange(url: str, payload: bytes) -> list[Seen]:
     """All that is answered until the connection ends. Each answer has to be whole."""
-    return list(answers(told(url, payload)))
+    return list(answers(raw_response(url, payload)))
 
 
-def told(url: str, payload: bytes) -> bytes:
+def raw_response(url: str, payload: bytes) -> bytes:
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
         connection.sendall(payload)

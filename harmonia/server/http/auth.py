@@ -49,10 +49,10 @@ class Guard:
         self._settings = settings
         self._failures = Rate(settings.max_failed_auth_rate) if settings.max_failed_auth_rate else None
         self._warnings = Rate(1)
-        self.read()
+        self.load_tokens()
 
-    def read(self) -> None:
-        """Reload the tokens, in any thread. If the file is invalid, raises ConfigError and keeps the old tokens."""
+    def load_tokens(self) -> None:
+        """Load or reload the tokens, in any thread. If the file is invalid, raises ConfigError and keeps old tokens."""
         self._tokens = Tokens(credentials.load_tokens(self._settings))
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:

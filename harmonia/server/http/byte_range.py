@@ -13,7 +13,7 @@ UNKNOWN_LAST = 2**53 - 1
 """Last position of a range up to an end that is not known yet (RFC 8673)."""
 
 
-class Wanted(NamedTuple):
+class ByteRange(NamedTuple):
     """A requested range: first and last position. If `first` is None, `last` is a number of bytes at the end."""
 
     first: int | None
@@ -29,12 +29,12 @@ class UnsatisfiableError(Exception):
     """A range that lies beyond the end of the representation."""
 
 
-def is_one(header: str) -> bool:
+def is_single(header: str) -> bool:
     """Return whether a Range header has exactly one range of bytes. Others are ignored, which RFC 9110 allows."""
     return _parse(header) is not None
 
 
-def wanted(header: str, if_range: str | None, etag: str | None) -> Wanted | None:
+def requested(header: str, if_range: str | None, etag: str | None) -> ByteRange | None:
     """Return the requested range, or None if the whole representation must be sent.
 
     A Range that is malformed, in another unit, or with several parts is ignored, which RFC 9110 allows. A Range is also
@@ -43,7 +43,7 @@ def wanted(header: str, if_range: str | None, etag: str | None) -> Wanted | None
     return _parse(header) if if_range is None or if_range.strip() == etag else None
 
 
-def located(part: Wanted, size: int) -> tuple[int, int]:
+def bounds(part: ByteRange, size: int) -> tuple[int, int]:
     """Return the start and stop of a range in a representation of `size` bytes.
 
     Raises UnsatisfiableError if the range lies beyond the end.
@@ -57,14 +57,14 @@ def located(part: Wanted, size: int) -> tuple[int, int]:
     return start, min(stop, size)
 
 
-def _parse(header: str) -> Wanted | None:
+def _parse(header: str) -> ByteRange | None:
     match = _SPEC.fullmatch(header.strip())
     if match is None:
         return None
     first, last = (_number(digits) if digits else None for digits in match.groups())
     if first is None and last is None:
         return None
-    return None if first is not None and last is not None and last < first else Wanted(first, last)
+    return None if first is not None and last is not None and last < first else ByteRange(first, last)
 
 
 def _number(digits: str) -> int:

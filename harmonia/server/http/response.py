@@ -159,16 +159,16 @@ async def _respond(request: Request, representation: Representation, submit: Sub
 async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
     if request.method == "HEAD":
         return _head(request, body.size, headers)
-    wanted = _wanted(request, headers)
+    part = _requested_range(request, headers)
     begun = None
-    if body.size is None and (wanted is not None or request.version == "1.0"):
-        begun = await _reached(body, wanted, submit, needs_length=request.version == "1.0")
+    if body.size is None and (part is not None or request.version == "1.0"):
+        begun = await _reached(body, part, submit, needs_length=request.version == "1.0")
     status = HTTPStatus.OK
     start, stop = 0, body.size
-    if wanted is not None:
+    if part is not None:
         status = HTTPStatus.PARTIAL_CONTENT
-        start, stop = _located(wanted, body.size)
-        last = wanted.last or byte_range.UNKNOWN_LAST if stop is None else stop - 1
+        start, stop = _bounds(part, body.size)
+        last = part.last or byte_range.UNKNOWN_LAST if stop is None else stop - 1
         headers["content-range"] = f"bytes {start}-{last}/{'*' if body.size is None else body.size}"
         if stop is None:
             headers["cache-control"] = UNNAMED  # otherwise, an HTTP cache could store a truncated range as complete
@@ -190,7 +190,7 @@ def _head(request: Request, size: int | None, headers: dict[str, str]) -> HTTPRe
 
 
 async def _reached(
-    body: Body, wanted: byte_range.Wanted | None, submit: Submit, *, needs_length: bool
+    body: Body, part: byte_range.ByteRange | None, submit: Submit, *, needs_length: bool
 ) -> tuple[_Pieces, bytes | bytearray] | None:
     """Wait until enough of a body of unknown length is generated for the head of the response.
 
@@ -198,36 +198,36 @@ async def _reached(
     range waits for its first byte, a closed range for its last byte. Return the pieces of an open range whose length is
     still unknown, with the first piece, which is already read. Otherwise, return None.
     """
-    if wanted is not None and wanted.first is not None and not (wanted.is_open and needs_length):
+    if part is not None and part.first is not None and not (part.is_open and needs_length):
         with suppress(TimeoutError):
             async with asyncio.timeout(_LENGTH_WAIT_S):
                 await exhaust(body, submit)
         if body.size is not None:
             return None
-        start = wanted.first if wanted.is_open else wanted.last or 0
-        pieces = _pieces(body, start, None if wanted.is_open else start + 1, submit)
+        start = part.first if part.is_open else part.last or 0
+        pieces = _pieces(body, start, None if part.is_open else start + 1, submit)
         first: bytes | bytearray = b""
         try:
             first = await anext(pieces, b"")
         finally:
-            if not (first and wanted.is_open):
+            if not (first and part.is_open):
                 await pieces.aclose()
         if first:
-            return (pieces, first) if wanted.is_open else None
+            return (pieces, first) if part.is_open else None
     if body.size is None:
         await exhaust(body, submit)
     return None
 
 
-def _located(wanted: byte_range.Wanted, size: int | None) -> tuple[int, int | None]:
+def _bounds(part: byte_range.ByteRange, size: int | None) -> tuple[int, int | None]:
     """Return start and stop of a range. The stop is None for an open range of a body of unknown size.
 
     Raises RangeNotSatisfiable if the range lies beyond the end.
     """
     if size is None:
-        return wanted.first or 0, None if wanted.is_open else (wanted.last or 0) + 1
+        return part.first or 0, None if part.is_open else (part.last or 0) + 1
     try:
-        return byte_range.located(wanted, size)
+        return byte_range.bounds(part, size)
     except byte_range.UnsatisfiableError:
         raise RangeNotSatisfiable(headers={"content-range": f"bytes */{size}"}) from None
 
@@ -253,7 +253,7 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
 
 def wants_part(request: Request) -> bool:
     """Return whether the request has a valid Range, which only counts for GET (RFC 9110 section 14.2)."""
-    return request.method == "GET" and byte_range.is_one(_field(request, "range"))
+    return request.method == "GET" and byte_range.is_single(_field(request, "range"))
 
 
 def _field(request: Request, name: str) -> str:
@@ -261,11 +261,11 @@ def _field(request: Request, name: str) -> str:
     return ",".join(request.headers.getall(name, []))
 
 
-def _wanted(request: Request, headers: Mapping[str, str]) -> byte_range.Wanted | None:
+def _requested_range(request: Request, headers: Mapping[str, str]) -> byte_range.ByteRange | None:
     """Return the range to send, or None for the whole body."""
     if request.method != "GET" or "content-encoding" in headers:
         return None
-    return byte_range.wanted(_field(request, "range"), request.headers.get("if-range"), headers.get("etag"))
+    return byte_range.requested(_field(request, "range"), request.headers.get("if-range"), headers.get("etag"))
 
 
 def _is_unmodified(request: Request, etag: str | None) -> bool:

@@ -25,7 +25,7 @@ _POLL_S = 0.01
 
 async def get(context: ServerContext, _: Request, name: str) -> Representation:
     build_id = parse_name(name)
-    info = await _find(context, build_id)
+    info = await _lookup_path(context, build_id)
     if info is None:
         raise AbsentError
     text = json.dumps({"archive": f"../{nar_url(info)}", "member": member(build_id)}).encode()
@@ -40,7 +40,7 @@ def parse_name(name: str) -> str:
     return build_id
 
 
-async def _find(context: ServerContext, build_id: str) -> PathInfo | None:
+async def _lookup_path(context: ServerContext, build_id: str) -> PathInfo | None:
     """Return a published path with the debug file of a build id, or None if there is none.
 
     Raises StoreUnavailableError if the index is not complete in time. The 503 makes dwarffs ask again after some

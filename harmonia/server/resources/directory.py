@@ -14,7 +14,7 @@ from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import Representation
-from harmonia.store.object_files import Entry, Listed, listed
+from harmonia.store.object_files import DirectoryEntry, Entry, list_directory
 
 _MAX_ENTRIES = 2000  # entries on the page; the NAR listing has all
 
@@ -28,7 +28,7 @@ async def representation(
     """
 
     def render() -> Representation:
-        entries, count = listed(context.store.real_path(entry.info.path), entry.names, _MAX_ENTRIES)
+        entries, count = list_directory(context.store.real_path(entry.info.path), entry.names, _MAX_ENTRIES)
         document = page.begin(
             context, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2)
         )
@@ -75,15 +75,15 @@ def _heading(context: ServerContext, document: Builder, asked: PathInfo, names: 
         document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
 
 
-def _row(document: Builder, listed: Listed) -> None:
-    reference = "./" + quote(listed.name, safe="")
+def _row(document: Builder, entry: DirectoryEntry) -> None:
+    reference = "./" + quote(entry.name, safe="")
     size = after = ""
-    if stat.S_ISDIR(listed.mode):
+    if stat.S_ISDIR(entry.mode):
         kind, reference, after = "directory", reference + "/", "/"
-    elif stat.S_ISLNK(listed.mode):
-        kind, after = "symlink", f" → {page.printable(listed.target)}"
+    elif stat.S_ISLNK(entry.mode):
+        kind, after = "symlink", f" → {page.printable(entry.target)}"
     else:
-        kind, size = "executable" if listed.mode & stat.S_IXUSR else "file", page.size(listed.size)
-    document.tr.td(class_="path").a(page.printable(listed.name), href=reference)
+        kind, size = "executable" if entry.mode & stat.S_IXUSR else "file", page.size(entry.size)
+    document.tr.td(class_="path").a(page.printable(entry.name), href=reference)
     document.span(after, class_="dim")
-    document.td(kind, class_="kind").td(size, class_="size", title=f"{listed.size:,} bytes" if size else None)
+    document.td(kind, class_="kind").td(size, class_="size", title=f"{entry.size:,} bytes" if size else None)

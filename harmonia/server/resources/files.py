@@ -24,7 +24,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http import content_type
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import directory
-from harmonia.server.resources.nar import found
+from harmonia.server.resources.nar import require_info
 from harmonia.store import object_files
 from harmonia.store.gc_roots import MAX_SYMLINKS
 from harmonia.store.object_files import Entry, File
@@ -48,7 +48,7 @@ async def get(context: ServerContext, request: Request, where: str) -> Represent
     names = names[:-1] if as_directory else names
     if not is_hash_part(hash_part) or any(name in (b"", b".", b"..") or set(name) & set(b"/\0") for name in names):
         raise NotFound
-    info = found(await context.paths.lookup_path(hash_part))
+    info = require_info(await context.paths.lookup_path(hash_part))
     entry = await _resolve(context, info, names)
     if not stat.S_ISDIR(entry.status.st_mode):
         if as_directory:
@@ -77,8 +77,8 @@ async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes
         if sum(map(len, parts)) + len(parts) > _MAX_PATH_BYTES:
             break
         if parts[0] != os.fsencode(info.path):
-            info = await _named(context, parts[0])
-        step = await context.threads.run_io(partial(object_files.look, context.store, info, parts[1:]))
+            info = await _lookup_info(context, parts[0])
+        step = await context.threads.run_io(partial(object_files.lookup_entry, context.store, info, parts[1:]))
         if isinstance(step, Entry):
             return step
         if not step:  # a symlink leads out of the store, or to the store directory itself
@@ -87,12 +87,12 @@ async def _resolve(context: ServerContext, info: PathInfo, names: Sequence[bytes
     raise NotFound
 
 
-async def _named(context: ServerContext, base_name: bytes) -> PathInfo:
+async def _lookup_info(context: ServerContext, base_name: bytes) -> PathInfo:
     try:
         path = StorePath(os.fsdecode(base_name))
     except FormatError:
         raise NotFound from None
-    info = found(await context.paths.lookup_path(path.hash_part))
+    info = require_info(await context.paths.lookup_path(path.hash_part))
     if info.path != path:
         raise NotFound
     return info

@@ -19,7 +19,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import hold_to_rate
 from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
-from harmonia.server.resources.nar import found, open_nar, whole_layout
+from harmonia.server.resources.nar import open_nar, require_info, whole_layout
 from harmonia.store import file_reader
 from harmonia.store.file_reader import ReadOnly
 
@@ -30,7 +30,7 @@ _SHORT_MAX_ENTRIES = 2000  # up to which a listing is cached in memory, and `max
 
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    info = found(await context.paths.lookup_path(hash_part))
+    info = require_info(await context.paths.lookup_path(hash_part))
     with closing(open_nar(context, request, info)) as archive:
         layout = await whole_layout(archive)
 
@@ -69,7 +69,7 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
 
 def _encoded(context: ServerContext, key: str, plain: MadeFile) -> Encoded:
     def compress() -> Iterator[bytes]:
-        with closing(context.made.open(f"{key}.ls")) as own:  # `plain` may be closed: its client may disconnect
+        with closing(context.made.open_file(f"{key}.ls")) as own:  # `plain` may be closed: its client may disconnect
             yield from filter(None, zstd.stream(own.chunks()))
 
     async def open_encoded(request: Request) -> Body:

@@ -19,7 +19,7 @@ from functools import partial
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.nar_compressor import CompressedNar, KeptNar
+from harmonia.cache.nar_compressor import CachedNar, CompressedNar
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_stored import StoredNar, stored_size
 from harmonia.nix import base32
@@ -73,7 +73,7 @@ async def whole_layout(nar: StoreNar) -> Layout:
     return layout
 
 
-def found(path: SignedPath | None) -> PathInfo:
+def require_info(path: SignedPath | None) -> PathInfo:
     """Return the info of a path that was looked up. Raises AbsentError if the lookup returned None."""
     if path is None:
         raise AbsentError
@@ -82,16 +82,16 @@ def found(path: SignedPath | None) -> PathInfo:
 
 async def get(context: ServerContext, request: Request, name: str) -> Representation:
     match = next(filter(None, (pattern.fullmatch(name) for pattern in _NAMES)), None)
-    named = match.groupdict() if match else {}
-    hash_part = named.get("hash_part", request.args.get("hash", ""))
+    fields = match.groupdict() if match else {}
+    hash_part = fields.get("hash_part", request.args.get("hash", ""))
     if not (match and is_hash_part(hash_part)):
         raise NotFound
-    info = found(await context.paths.lookup_path(hash_part))
+    info = require_info(await context.paths.lookup_path(hash_part))
     nar_hash = base32.encode(info.nar_hash)
-    if named.get("nar_hash", nar_hash) != nar_hash:
+    if fields.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
-    if named["compression"]:
-        return await _file(context, request, info, named.get("encoding"))
+    if fields["compression"]:
+        return await _file(context, request, info, fields.get("encoding"))
     compressor = context.compressor
     own = compressor.encoder.encoding
     with closed_on_error(open_nar(context, request, info)) as body:
@@ -121,13 +121,13 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
     body: Body | Deferred = _compressed(context, info, encoding)
     names_bytes = name is not None
     if not own.can_make(encoding):
-        kept = await context.threads.open(partial(compressor.use_cached_file, info.nar_hash, encoding))
-        names_bytes = kept is not None
-        if kept is None:
+        cached = await context.threads.run_open(partial(compressor.use_cached_file, info.nar_hash, encoding))
+        names_bytes = cached is not None
+        if cached is None:
             encoding, body = own, _compressed(context, info, own)
         else:
-            body = KeptNar(kept)
-    if request.version == "1.0" and not wants_part(request) and not isinstance(body, KeptNar):
+            body = CachedNar(cached)
+    if request.version == "1.0" and not wants_part(request) and not isinstance(body, CachedNar):
         size = await context.threads.run_io(partial(compressor.file_size, info.nar_hash, encoding))
         if size is None:
             return _stored(context, info, encoding)
@@ -147,7 +147,7 @@ def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Repre
     """
 
     async def open_stored(request: Request) -> Body:
-        return await context.threads.open(
+        return await context.threads.run_open(
             lambda: StoredNar(context.compressor, open_nar(context, request, info), encoding)
         )
 
@@ -162,7 +162,7 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
     """Return the compressed NAR, which is opened when it is sent."""
 
     async def open_compressed(request: Request) -> Body:
-        body = await context.threads.open(
+        body = await context.threads.run_open(
             lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
         )
         with closed_on_error(body):

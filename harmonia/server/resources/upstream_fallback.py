@@ -87,11 +87,11 @@ class Answers:
         return min(self._context.settings.narinfo_max_age, int(POSITIVE_TTL_S))
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
-        found = await self._find(request, hash_part)
-        info, settings = found.info, found.client.settings
-        url = found.url if settings.mode == "redirect" else f"upstream/{found.name}"
-        nar = replace(await self._fetcher.file_info(found), url=url)
-        keys = self._context.keys if settings.sign and found.verified else ()
+        path = await self._lookup_path(request, hash_part)
+        info, settings = path.info, path.client.settings
+        url = path.url if settings.mode == "redirect" else f"upstream/{path.name}"
+        nar = replace(await self._fetcher.file_info(path), url=url)
+        keys = self._context.keys if settings.sign and path.verified else ()
         sigs = signatures(info, self._context.settings.virtual_nix_store, keys)
         return narinfo.representation(self._context, request, info, nar, sigs, max_age=self._max_age)
 
@@ -100,25 +100,25 @@ class Answers:
 
     async def get_listing(self, request: Request, hash_part: str) -> Representation:
         try:
-            return await self._passed(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
+            return await self._passthrough(request, f"{hash_part}.ls", "application/json", IMMUTABLE)
         except NotFound:
-            found = await self._upstreams.lookup_cached_path(hash_part)
-            if found is None:
+            path = await self._upstreams.lookup_cached_path(hash_part)
+            if path is None:
                 raise
-        return await cached_listing.get(self._context, request, found)
+        return await cached_listing.get(self._context, request, path)
 
     async def get_log(self, request: Request, name: str) -> Representation:
-        asked = build_log.decoded(request, name)
+        name = build_log.decoded(request, name)
         try:
-            path = (await self._find(request, asked)).info.path if is_hash_part(asked) else StorePath(asked)
+            path = (await self._lookup_path(request, name)).info.path if is_hash_part(name) else StorePath(name)
             if not path.is_derivation:
-                found = await self._upstreams.lookup_path(path.hash_part, _via(request))
-                deriver = found.info.deriver if found and found.info.path == path else None
+                remote = await self._upstreams.lookup_path(path.hash_part, _via(request))
+                deriver = remote.info.deriver if remote and remote.info.path == path else None
                 path = deriver or StorePath(f"{path}.drv")
         except FormatError:
             raise NotFound from None
         headers = {"x-content-type-options": "nosniff"}
-        return await self._passed(request, f"log/{quote(path)}", "text/plain; charset=utf-8", "no-cache", headers)
+        return await self._passthrough(request, f"log/{quote(path)}", "text/plain; charset=utf-8", "no-cache", headers)
 
     async def get_realisation(self, request: Request, name: str) -> Representation:
         derivation_hash, output = build_trace.parse_realisation_id(name)
@@ -131,7 +131,7 @@ class Answers:
     async def _realisation(self, request: Request, path: str) -> Representation:
         async def ask(client: Client, headers: dict[str, str]) -> bytes | None:
             def check(text: bytes) -> bytes:
-                _parse(client, path, text, lambda said: StorePath(said["outPath"]))
+                _parse(client, path, text, lambda value: StorePath(value["outPath"]))
                 return text
 
             return await client.request_small(path, headers, check, _MAX_JSON_BYTES)
@@ -150,11 +150,11 @@ class Answers:
             def parse(path: str, text: bytes) -> tuple[str, str] | None:
                 if not text:
                     return None
-                return _parse(client, path, text, lambda said: (urljoin(here, said["archive"]), said["member"]))
+                return _parse(client, path, text, lambda value: (urljoin(here, value["archive"]), value["member"]))
 
             for path in (f"debuginfo/{build_id}.debug", f"debuginfo/{build_id}"):
-                if said := await client.request_small(path, headers, partial(parse, path), _MAX_JSON_BYTES):
-                    archive, member = said
+                if link := await client.request_small(path, headers, partial(parse, path), _MAX_JSON_BYTES):
+                    archive, member = link
                     break
             else:
                 return None
@@ -170,29 +170,31 @@ class Answers:
             raise NotFound
         return Representation.of_metadata("application/json", text, self._max_age)
 
-    async def _find(self, request: Request, hash_part: str) -> RemotePath:
-        found = await self._upstreams.lookup_path(hash_part, _via(request))
-        if found is None:
+    async def _lookup_path(self, request: Request, hash_part: str) -> RemotePath:
+        path = await self._upstreams.lookup_path(hash_part, _via(request))
+        if path is None:
             raise NotFound
-        return found
+        return path
 
-    async def _passed(
+    async def _passthrough(
         self, request: Request, path: str, content_type: str, cache_control: str, headers: dict[str, str] | None = None
     ) -> Representation:
         """Pass through the response of the first upstream that has the resource. Raises NotFound if none has it."""
         method = "HEAD" if request.method == "HEAD" else "GET"
 
-        async def ask(client: Client, asked: dict[str, str]) -> tuple[Client, dict[str, str], RemoteAnswer] | None:
-            response = await client.request(path, asked, method)
-            return None if response is None else (client, asked, response)
+        async def ask(
+            client: Client, sent_headers: dict[str, str]
+        ) -> tuple[Client, dict[str, str], RemoteAnswer] | None:
+            response = await client.request(path, sent_headers, method)
+            return None if response is None else (client, sent_headers, response)
 
         answer = await self._upstreams.first_answer(ask, _via(request), lambda answer: answer[2].close())
         if answer is None:
             raise NotFound
-        client, asked, response = answer
+        client, sent_headers, response = answer
 
         async def again(part: Part) -> RemoteAnswer:
-            return _there(await client.request(path, asked, method, part))
+            return _present(await client.request(path, sent_headers, method, part))
 
         body = PassthroughBody(client, again, response)
         return Representation(content_type=content_type, body=body, cache_control=cache_control, headers=headers or {})
@@ -206,7 +208,7 @@ def _parse(client: Client, path: str, text: bytes, extract: Callable[[Any], _T])
         raise client.refusals.refuse(path, Reason.MALFORMED_JSON, "not the JSON of this resource") from None
 
 
-def _there(response: RemoteAnswer | None) -> RemoteAnswer:
+def _present(response: RemoteAnswer | None) -> RemoteAnswer:
     if response is None:
         raise NotFound
     return response

@@ -38,30 +38,30 @@ class Nars:
     async def get(self, request: Request, name: str, via: Via) -> Representation:
         if via.is_loop(self._upstreams.identity):
             raise NotFound
-        if (found := _PLACE.fullmatch(name)) and found["upstream"] in self._by_id and is_debug_nar(found["place"]):
-            return self._debug_nar(self._by_id[found["upstream"]], found["place"], via)
+        if (match := _PLACE.fullmatch(name)) and match["upstream"] in self._by_id and is_debug_nar(match["place"]):
+            return self._debug_nar(self._by_id[match["upstream"]], match["place"], via)
         try:
-            wanted = NarName.parse(name)
+            nar_name = NarName.parse(name)
         except FormatError:
             raise NotFound from None
-        if kept := await self._fetcher.cached_nar(wanted.key, self._submitter(request)):
-            self._upstreams.keep_narinfo(wanted.hash_part, via)
-            return _nar(wanted, kept)
-        found_nar = await self._upstreams.lookup_nar(wanted, via)
-        if found_nar is None:
+        if cached := await self._fetcher.cached_nar(nar_name.key, self._submitter(request)):
+            self._upstreams.keep_narinfo(nar_name.hash_part, via)
+            return _nar(nar_name, cached)
+        path = await self._upstreams.lookup_nar(nar_name, via)
+        if path is None:
             raise NotFound
 
         async def open_nar(request: Request) -> Body:
-            return await self._open(found_nar, via, self._submitter(request))
+            return await self._open_nar(path, via, self._submitter(request))
 
         async def size(_: Request) -> int | None:
-            if found_nar.file_size is not None:
-                return found_nar.file_size
-            return await unread_size(found_nar, self._headers(found_nar.client, via))
+            if path.file_size is not None:
+                return path.file_size
+            return await unread_size(path, self._headers(path.client, via))
 
-        return _nar(found_nar.name, Deferred(open_nar, size))
+        return _nar(path.name, Deferred(open_nar, size))
 
-    async def _open(self, found: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
+    async def _open_nar(self, path: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
         """Open a NAR from its upstream, or from the next upstream with the same file if that fails.
 
         Raises UpstreamError if all fail.
@@ -69,14 +69,14 @@ class Nars:
         failed: list[Client] = []
         while True:
             try:
-                return await self._fetcher.open_nar(found, self._headers(found.client, via), submit)
+                return await self._fetcher.open_nar(path, self._headers(path.client, via), submit)
             except UpstreamError:
-                self._upstreams.mark_failed(found)
-                failed.append(found.client)
-                other = await self._upstreams.lookup_nar(found.name, via, failed)
-                if other is None or other.name != found.name:
+                self._upstreams.mark_failed(path)
+                failed.append(path.client)
+                other = await self._upstreams.lookup_nar(path.name, via, failed)
+                if other is None or other.name != path.name:
                     raise
-                found = other
+                path = other
 
     def _debug_nar(self, client: Client, place: str, via: Via) -> Representation:
         headers = self._headers(client, via)

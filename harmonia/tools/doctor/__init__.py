@@ -77,7 +77,7 @@ def _guarded(check: str, findings: Findings) -> Findings:
 
 
 def _sample(client: Client, sample: str, keys: Sequence[PublicKey], store_dir: str, largest: int) -> Findings:
-    parsed = yield from narinfo.read(client, sample, store_dir)
+    parsed = yield from narinfo.fetch(client, sample, store_dir)
     if parsed is None:
         return
     info, file = parsed

@@ -12,7 +12,7 @@ from harmonia.tools.doctor.finding import Finding
 from harmonia.tools.http_client import Client
 
 
-def read(client: Client, sample: str, store_dir: str) -> Generator[Finding, None, tuple[PathInfo, NarFile] | None]:
+def fetch(client: Client, sample: str, store_dir: str) -> Generator[Finding, None, tuple[PathInfo, NarFile] | None]:
     """Fetch and parse a narinfo. Return its parts, or None after an error."""
     name = f"{sample[:32]}.narinfo"
     answer = client.get(name)

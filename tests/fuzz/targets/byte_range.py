@@ -11,14 +11,14 @@ def check(data: bytes) -> bool:
     lines: list[str | None] = [*data.decode("utf-8", "surrogateescape").split("\n")]
     whole, header, if_range, *_ = [*lines, None, None]
     size = len(whole or "")
-    wanted = byte_range.wanted(header or "", if_range, '"etag"')
+    wanted = byte_range.requested(header or "", if_range, '"etag"')
     if wanted is None:
         return False
     try:
-        start, stop = byte_range.located(wanted, size)
+        start, stop = byte_range.bounds(wanted, size)
     except UnsatisfiableError:
         return False
     assert 0 <= start < stop <= size
     # The same range, said in the one way that there is for all.
-    assert byte_range.wanted(f"bytes={start}-{stop - 1}", None, None) == (start, stop - 1)
+    assert byte_range.requested(f"bytes={start}-{stop - 1}", None, None) == (start, stop - 1)
     return True
