@@ -23,9 +23,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harmonia.cache import zstd
+from harmonia.cache.compressed_files import CompressedFile
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import Filler
-from harmonia.cache.nar_compressor import CompressedFile, CompressedNar, Compressor
+from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Compressed
 from harmonia.config.settings import Zstd
@@ -373,7 +374,7 @@ def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
                 time.sleep(0.001)
         assert len(b"".join(parts)) < len(reference(source))
         assert len(decompress(b"".join(parts))) <= (size - 1) // FRAME * FRAME
-        assert compressor.known_file_info(source.sha256 or b"") is None
+        assert compressor.files.known_file_info(source.sha256 or b"") is None
         assert cache.counters.fills == 0
     assert not os.listdir(tmp_path)
 
@@ -632,30 +633,30 @@ def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
     sha256 = source.sha256 or b""
     data = reference(source)
     with at(tmp_path) as cache, compressing(cache) as compressor:
-        assert compressor.find_file_info(sha256) is None
+        assert compressor.files.find_file_info(sha256) is None
         read(compressor, source)
         known = CompressedFile(hashlib.sha256(data).digest(), len(data))
-        assert compressor.known_file_info(sha256) == known
+        assert compressor.files.known_file_info(sha256) == known
         wait_until(lambda: cache.counters.fills)
         another = Compressor(Zstd(), cache)
-        assert another.known_file_info(sha256) is None
-        assert another.find_file_info(sha256) == another.known_file_info(sha256) == known
+        assert another.files.known_file_info(sha256) is None
+        assert another.files.find_file_info(sha256) == another.files.known_file_info(sha256) == known
         cache.limit = 0
         cache.evict()
-        assert compressor.find_file_info(sha256) == known
-        assert Compressor(Zstd(), cache).find_file_info(sha256) is None
+        assert compressor.files.find_file_info(sha256) == known
+        assert Compressor(Zstd(), cache).files.find_file_info(sha256) is None
 
 
 def test_only_some_are_remembered(tmp_path: Path) -> None:
     with (
-        patch("harmonia.cache.nar_compressor._MAX_KNOWN_FILES", 2),
+        patch("harmonia.cache.compressed_files._MAX_KNOWN_FILES", 2),
         at(tmp_path) as cache,
         compressing(cache) as compressor,
     ):
         sources = [nar(seed=seed) for seed in range(3)]
         for source in sources:
             read(compressor, source)
-        assert [compressor.known_file_info(source.sha256 or b"") is not None for source in sources] == [
+        assert [compressor.files.known_file_info(source.sha256 or b"") is not None for source in sources] == [
             False,
             True,
             True,

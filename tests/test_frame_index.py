@@ -76,10 +76,10 @@ def test_the_size_and_hash_outlive_the_file_and_the_process(tmp_path: Path, inde
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
-        found = compressor.find_file_info(source.sha256 or b"")
+        found = compressor.files.find_file_info(source.sha256 or b"")
         assert found is not None
-        assert found.size == len(whole) == compressor.file_size(source.sha256 or b"", compressor.encoder.encoding)
-        assert not compressor.has_file(source.sha256 or b"")
+        assert found.size == len(whole) == compressor.files.file_size(source.sha256 or b"", compressor.encoder.encoding)
+        assert not compressor.files.has_file(source.sha256 or b"")
 
 
 def test_a_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:

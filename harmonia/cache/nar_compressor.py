@@ -7,40 +7,28 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Generator, MutableMapping
+from collections.abc import Generator
 from concurrent.futures import Future
-from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from cachetools import TTLCache
-
+from harmonia.cache.compressed_files import CompressedFiles, file_key
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Frame, FrameEncoder, Source, check
 from harmonia.config.settings import Zstd
-from harmonia.errors import CacheFileError, StoreObjectError
-from harmonia.nix import base32
+from harmonia.errors import StoreObjectError
 from harmonia.ownership import closed_on_error
 from harmonia.store.file_reader import OpenSlice, Step
 
-_UNKNOWN_TTL_S = 1.0  # until the next check whether another process has compressed a NAR
 _MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; each has an open file
 _MAX_FOREIGN_FILLS = 16  # of the fills, for encodings other than our own
-_MAX_KNOWN_FILES = 65536  # remembered hashes and sizes of compressed files, some 200 bytes each
+_MAX_DAMAGED = 65536  # remembered damaged NARs
 
 _log = logging.getLogger("harmonia")
-
-
-class CompressedFile(NamedTuple):
-    """The hash and the size of a compressed file, for FileHash and FileSize of a narinfo."""
-
-    sha256: bytes
-    size: int
-    """In bytes."""
 
 
 class NarSource(Source, Protocol):
@@ -59,99 +47,13 @@ class Compressor:
         """Compress into `cache`, if given. `indexes` is the cache of frame indexes, which stay if files are evicted."""
         self.encoder = FrameEncoder(settings)
         self.cache = cache
-        self._indexes = indexes
+        self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
         self.damaged_nars = 0
         """The number of times that a NAR did not have its registered hash or size."""
         self._fills: Counter[bool] = Counter()
         """The number of NARs in compression into the cache, for our own encoding (True) and for others (False)."""
-        self._known: dict[bytes, CompressedFile] = {}  # not from cachetools, because it is read without the lock
-        self._unknown: MutableMapping[bytes, None] = TTLCache(_MAX_KNOWN_FILES, _UNKNOWN_TTL_S)
         self._damaged: set[str] = set()
         self._lock = threading.Lock()
-
-    def known_file_info(self, sha256: bytes) -> CompressedFile | None:
-        """Return the remembered hash and size of the compressed NAR, or None. They stay valid after an eviction."""
-        return self._known.get(sha256)
-
-    def is_certain(self, sha256: bytes) -> bool:
-        """Return whether `known_file_info` is current: the file is known, or a lookup in the last second missed it."""
-        return sha256 in self._known or sha256 in self._unknown
-
-    def find_file_info(self, sha256: bytes) -> CompressedFile | None:
-        """Return the hash and size of the compressed NAR, looked up in the cache if necessary, or None."""
-        if (known := self.known_file_info(sha256)) is None and self.cache:
-            if file := self.cache.find_file(_key(sha256, self.encoder.encoding)):
-                self.remember(sha256, file)
-                file.close()
-                known = self.known_file_info(sha256)
-            elif index := self.load_frame_index(sha256, self.encoder.encoding):
-                known = CompressedFile(index.sha256, index.size)
-                self._remember(sha256, known)
-            else:
-                with self._lock:
-                    self._unknown[sha256] = None
-        return known
-
-    def remember(self, sha256: bytes, file: CachedFile) -> None:
-        """Remember the hash and size of the compressed NAR, if its file is complete."""
-        if file.sha256 is not None:
-            self._remember(sha256, CompressedFile(file.sha256, file.size))
-
-    def _remember(self, sha256: bytes, known: CompressedFile) -> None:
-        with self._lock:
-            self._known[sha256] = known
-            if len(self._known) > _MAX_KNOWN_FILES:
-                del self._known[next(iter(self._known))]
-
-    def has_file(self, sha256: bytes) -> bool:
-        """Return whether the cache has the complete file."""
-        file = self.cache.find_file(_key(sha256, self.encoder.encoding)) if self.cache else None
-        if file is None:
-            return False
-        file.close()
-        return True
-
-    def load_frame_index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
-        """Return the frame index of a compressed NAR that was in the cache before, or None."""
-        file = self._indexes.use_file(_key(sha256, encoding)) if self._indexes else None
-        if file is None:
-            return None
-        with closing(file), suppress(CacheFileError):  # a damaged index was removed
-            return FrameIndex.load(b"".join(iter(file.slice(0, file.size).read, b"")))
-        return None
-
-    def keep_frame_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
-        """Store the frame index of a file, unless the file has at most two frames, which are quickly made again."""
-        if self._indexes is None or not index.frames[2:]:
-            return
-        opened = self._indexes.open_file(_key(sha256, encoding))
-        if opened is None:
-            return
-        file, filler = opened
-        file.close()
-        if filler is not None:
-            try:
-                with suppress(OSError):  # the cache logs it
-                    filler.append(index.dump())
-                    filler.commit()
-            finally:
-                filler.abandon()  # unless it was committed
-
-    def use_cached_file(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
-        """Return the complete file, or None. It may have an encoding that we cannot make. The caller closes it."""
-        return self.cache.use_file(_key(sha256, encoding)) if self.cache else None
-
-    def file_size(self, sha256: bytes, encoding: Encoding) -> int | None:
-        """Return the size of the compressed NAR in bytes, or None if it is unknown and not in the cache."""
-        if encoding == self.encoder.encoding:
-            info = self.find_file_info(sha256)
-            return info.size if info else None
-        file = self.cache.find_file(_key(sha256, encoding)) if self.cache else None
-        if file is None:
-            index = self.load_frame_index(sha256, encoding)
-            return index.size if index else None
-        with closing(file):
-            return file.size
 
     def open_file(self, source: NarSource, encoding: Encoding) -> CachedFile | None:
         """Return the compressed NAR, complete or growing. The caller closes it.
@@ -161,7 +63,7 @@ class Compressor:
         """
         if not self.cache or not source.sha256:
             return None
-        key = _key(source.sha256, encoding)
+        key = file_key(source.sha256, encoding)
         is_ours = encoding == self.encoder.encoding
         most = _MAX_FILLS if is_ours else _MAX_FOREIGN_FILLS
         if self._fills[is_ours] >= most or self.is_damaged(source):
@@ -184,7 +86,7 @@ class Compressor:
         with self._lock:
             self.damaged_nars += 1
             is_logged = str(source) in self._damaged
-            if len(self._damaged) > _MAX_KNOWN_FILES:
+            if len(self._damaged) > _MAX_DAMAGED:
                 self._damaged.clear()
             self._damaged.add(str(source))
         if not is_logged:
@@ -200,10 +102,6 @@ class Compressor:
             self._damaged.discard(str(source))
 
 
-def _key(sha256: bytes, encoding: Encoding) -> str:
-    return f"{base32.encode(sha256)}.{encoding.name}"
-
-
 class CompressedNar:
     """The body of a compressed NAR, from the cache, or compressed while it is sent."""
 
@@ -216,17 +114,17 @@ class CompressedNar:
         self._source = source
         self._encoding = encoding or compressor.encoder.encoding
         self._is_ours = self._encoding == compressor.encoder.encoding
-        known = compressor.known_file_info(source.sha256) if source.sha256 and self._is_ours else None
-        self.size = known.size if known else None
+        info = compressor.files.known_file_info(source.sha256) if source.sha256 and self._is_ours else None
+        self.size = info.size if info else None
         """The size in bytes, or None until the NAR was compressed to its end."""
         self._index: FrameIndex | None = None
         self._file: CachedFile | None = None
         with closed_on_error(self):
-            self._file = self._open()
+            self._file = self._open_file()
             if self._file is not None:
-                self._look(self._file)
+                self._note_size(self._file)
             if source.sha256 and not (self._file and self._file.whole):
-                self._index = compressor.load_frame_index(source.sha256, self._encoding)
+                self._index = compressor.files.load_frame_index(source.sha256, self._encoding)
                 if self._index is not None:
                     self.size = self._index.size
 
@@ -240,19 +138,19 @@ class CompressedNar:
         return self._compressor.is_damaged(self._source)
 
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:
-        self._file = self._file or self._open()
+        self._file = self._file or self._open_file()
         position = start
         reopened = False
         try:
             while self._file is not None:
                 position = yield from self._catch_up(self._file, position, stop)
                 position = yield from self._file.follow(position, stop)
-                self._look(self._file)
+                self._note_size(self._file)
                 if self._file.whole or position == stop:
                     return
                 # The filler has died or failed. Take over once. After a second failure, compress without the cache.
                 self._close_file()
-                self._file = None if reopened else self._open()
+                self._file = None if reopened else self._open_file()
                 reopened = True
             begun = position
             reached = yield from self._compressor.encoder.stream(
@@ -282,7 +180,7 @@ class CompressedNar:
             position = min(reached, until)  # the last frame may end after the range
         return position
 
-    def _open(self) -> CachedFile | None:
+    def _open_file(self) -> CachedFile | None:
         return self._compressor.open_file(self._source, self._encoding)
 
     def _close_file(self) -> None:
@@ -290,12 +188,12 @@ class CompressedNar:
         if file is not None:
             file.close()
 
-    def _look(self, file: CachedFile) -> None:
+    def _note_size(self, file: CachedFile) -> None:
         file.refresh()
         if file.whole and self._source.sha256:
             self.size = file.size
             if self._is_ours:
-                self._compressor.remember(self._source.sha256, file)
+                self._compressor.files.remember(self._source.sha256, file)
 
 
 class CachedNar:
@@ -379,7 +277,7 @@ class _Fill:
             self._filler.commit()
             assert self._source.sha256 is not None  # noqa: S101 (the key of the file contains it)
             index = FrameIndex(self._filler.sha256, self._entries)
-            self._compressor.keep_frame_index(self._source.sha256, self._encoding, index)
+            self._compressor.files.keep_frame_index(self._source.sha256, self._encoding, index)
             self._end()
 
     def _give_up(self, error: BaseException) -> None:

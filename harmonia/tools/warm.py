@@ -125,7 +125,7 @@ def warm(
             continue
         if info is None:
             continue  # garbage-collected meanwhile
-        if compressor.has_file(info.nar_hash):
+        if compressor.files.has_file(info.nar_hash):
             progress(info.nar_size)
             yield Result(path, "there")
             continue

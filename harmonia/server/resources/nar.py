@@ -103,7 +103,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, info, own)) if context.settings.enable_compression else None,
-        worthwhile=not compressor.encoder.saturated or compressor.known_file_info(info.nar_hash) is not None,
+        worthwhile=not compressor.encoder.saturated or compressor.files.known_file_info(info.nar_hash) is not None,
     )
 
 
@@ -121,14 +121,14 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
     body: Body | Deferred = _compressed(context, info, encoding)
     names_bytes = name is not None
     if not own.can_make(encoding):
-        cached = await context.threads.run_open(partial(compressor.use_cached_file, info.nar_hash, encoding))
+        cached = await context.threads.run_open(partial(compressor.files.use_cached_file, info.nar_hash, encoding))
         names_bytes = cached is not None
         if cached is None:
             encoding, body = own, _compressed(context, info, own)
         else:
             body = CachedNar(cached)
     if request.version == "1.0" and not wants_part(request) and not isinstance(body, CachedNar):
-        size = await context.threads.run_io(partial(compressor.file_size, info.nar_hash, encoding))
+        size = await context.threads.run_io(partial(compressor.files.file_size, info.nar_hash, encoding))
         if size is None:
             return _stored(context, info, encoding)
     return Representation(
@@ -171,6 +171,6 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
         return body
 
     async def size(_: Request) -> int | None:
-        return await context.threads.run_io(partial(context.compressor.file_size, info.nar_hash, encoding))
+        return await context.threads.run_io(partial(context.compressor.files.file_size, info.nar_hash, encoding))
 
     return Deferred(open_compressed, size)

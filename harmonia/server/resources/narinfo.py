@@ -6,7 +6,7 @@ from functools import partial
 
 from sanic import Request
 
-from harmonia.cache.nar_compressor import CompressedFile
+from harmonia.cache.compressed_files import CompressedFile
 from harmonia.cache.zstd import Encoding
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
@@ -30,15 +30,15 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     path = await context.paths.lookup_path(hash_part)
     if path is None:
         raise AbsentError(partial(context.paths.is_absent, hash_part))
-    info, compressor = path.info, context.compressor
-    if context.offers_zstd and not compressor.is_certain(info.nar_hash):
-        await context.threads.run_io(lambda: compressor.find_file_info(info.nar_hash))
-    compressed = compressor.known_file_info(info.nar_hash)
+    info, files = path.info, context.compressor.files
+    if context.offers_zstd and not files.is_certain(info.nar_hash):
+        await context.threads.run_io(lambda: files.find_file_info(info.nar_hash))
+    compressed = files.known_file_info(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
     def still_valid() -> bool:
-        is_certain = not context.offers_zstd or compressor.is_certain(info.nar_hash)
-        return is_certain and compressor.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
+        is_certain = not context.offers_zstd or files.is_certain(info.nar_hash)
+        return is_certain and files.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
 
     return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), still_valid=still_valid)
 
