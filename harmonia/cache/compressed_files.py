@@ -76,11 +76,7 @@ class CompressedFiles:
 
     def has_file(self, sha256: bytes) -> bool:
         """Return whether the cache has the complete file."""
-        file = self._cache.find_file(file_key(sha256, self._encoding)) if self._cache else None
-        if file is None:
-            return False
-        file.close()
-        return True
+        return self._cache is not None and self._cache.has(file_key(sha256, self._encoding))
 
     def load_frame_index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:
         """Return the frame index of a compressed NAR that was in the cache before, or None."""
@@ -88,25 +84,13 @@ class CompressedFiles:
         if file is None:
             return None
         with closing(file), suppress(CacheFileError):  # a damaged index was removed
-            return FrameIndex.load(b"".join(iter(file.slice(0, file.size).read, b"")))
+            return FrameIndex.load(file.content())
         return None
 
     def keep_frame_index(self, sha256: bytes, encoding: Encoding, index: FrameIndex) -> None:
         """Store the frame index of a file, unless the file has at most two frames, which are quickly made again."""
-        if self._indexes is None or not index.frames[2:]:
-            return
-        opened = self._indexes.open_file(file_key(sha256, encoding))
-        if opened is None:
-            return
-        file, filler = opened
-        file.close()
-        if filler is not None:
-            try:
-                with suppress(OSError):  # the cache logs it
-                    filler.append(index.dump())
-                    filler.commit()
-            finally:
-                filler.abandon()  # unless it was committed
+        if self._indexes is not None and index.frames[2:]:
+            self._indexes.write_file(file_key(sha256, encoding), lambda: [index.dump()])
 
     def use_cached_file(self, sha256: bytes, encoding: Encoding) -> CachedFile | None:
         """Return the complete file, or None. It may have an encoding that we cannot make. The caller closes it."""

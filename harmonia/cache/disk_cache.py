@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ _SPARE_BYTES = 1 << 30  # left free on the disk, or a twentieth of a small disk
 _DEFAULT_MAX_BYTES = 20 << 30
 _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, which bounds the excess
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
+_WRITE_BYTES = 64 * 1024  # per write of small pieces
 _RETRY_S = 60.0  # until the next try to write to a disk that has failed
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -129,6 +130,28 @@ class NarCache:
         except OSError as error:
             self.failed(error)
             return None
+
+    def write_file(self, key: str, make: Callable[[], Iterable[bytes]]) -> None:
+        """Write the pieces that `make` returns to the file of a key.
+
+        Does nothing if the file exists, if another process writes it, or if the disk fails, which is logged. An error
+        of `make` leaves no file; an OSError is not raised.
+        """
+        opened = self.open_file(key)
+        if opened is None:
+            return
+        reader, filler = opened
+        reader.close()
+        if filler is None:
+            return
+        try:
+            with suppress(OSError):
+                pieces = iter(make())
+                while part := _next_bytes(pieces, _WRITE_BYTES):
+                    filler.append(part)
+                filler.commit()
+        finally:
+            filler.abandon()  # no effect after a commit
 
     def discard(self, path: str, file: CachedFile) -> None:
         """Remove a file whose content changed after it was written, unless another file has replaced it."""
@@ -271,6 +294,18 @@ def _sweep(directory: str) -> None:
         with suppress(OSError), closing(CachedFile(os.open(path, _READ))) as file:
             if file.lock() and file.is_at(path):
                 os.unlink(path)
+
+
+def _next_bytes(pieces: Iterator[bytes], least: int) -> bytes:
+    """Return the next pieces joined, until they have at least so many bytes. Empty at the end."""
+    parts: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        parts.append(piece)
+        size += len(piece)
+        if size >= least:
+            break
+    return b"".join(parts)
 
 
 def _nothing() -> None:

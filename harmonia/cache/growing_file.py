@@ -89,6 +89,10 @@ class CachedFile:
             return OpenSlice(self._descriptor, start, stop)
         return _VerifiedSlice(self._descriptor, start, stop, self.size, self._found_damaged)
 
+    def content(self) -> bytes:
+        """Return the whole content of a small file. Raises CacheFileError if it is damaged."""
+        return b"".join(iter(self.slice(0, self.size).read, b""))
+
     def _found_damaged(self) -> None:
         if self._damaged is not None:
             self._damaged(self)

@@ -19,7 +19,6 @@ from harmonia.store.file_reader import OpenSlice
 
 _THREADS = 2  # few, because they hold the GIL most of the time
 _THREADS_PER_CLIENT = 1
-_WRITE_BYTES = 64 * 1024  # per write to a file
 
 _T = TypeVar("_T")
 
@@ -84,7 +83,7 @@ class MadeOnce:
             return None
         files = self._files
         await self._flights.run(
-            key, lambda: asyncio.wrap_future(self._threads.submit(client, _make_file, files, key, make))
+            key, lambda: asyncio.wrap_future(self._threads.submit(client, files.write_file, key, make))
         )
         return await hand_over(self._threads.submit(client, _open_file, files, key))
 
@@ -100,31 +99,6 @@ class MadeOnce:
         with suppress(ValueError):  # larger than the whole cache
             self._values[key] = _Made(value, size(value))
         return value
-
-
-def _make_file(files: NarCache, key: str, make: Callable[[], Iterable[bytes]]) -> None:
-    """Write the pieces of `make` to a file, unless the file exists, another process writes it, or the disk fails."""
-    opened = files.open_file(key)
-    if opened is None:
-        return
-    file, filler = opened
-    file.close()
-    if filler is None:
-        return
-    try:
-        with suppress(OSError):  # logged by the cache
-            parts: list[bytes] = []
-            size = 0
-            for piece in make():
-                parts.append(piece)
-                size += len(piece)
-                if size >= _WRITE_BYTES:
-                    filler.append(b"".join(parts))
-                    parts, size = [], 0
-            filler.append(b"".join(parts))
-            filler.commit()
-    finally:
-        filler.abandon()  # no effect after a commit
 
 
 def _open_file(files: NarCache, key: str) -> MadeFile | None:

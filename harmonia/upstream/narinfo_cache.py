@@ -64,39 +64,29 @@ class NarinfoCache:
     async def keep(self, path: RemotePath) -> None:
         """Write the narinfo of a path if its NAR is in the cache, or as soon as another worker has fetched it."""
         hash_part = path.info.path.hash_part
-        if hash_part in self._awaiting_nars:
+        if path.client.settings.mode != "proxy" or hash_part in self._awaiting_nars:
             return
         self._awaiting_nars.add(hash_part)
         try:
             async with asyncio.timeout(_MAX_WAIT_S):
-                while await self._threads.write(self._nars.is_growing, path.name.key):  # noqa: ASYNC110 (another process fills it)
+                while not await self._threads.sync(self._save, path):  # noqa: ASYNC110 (another process fetches it)
                     await asyncio.sleep(_CHECK_INTERVAL_S)
-            await self._threads.sync(self.save, path)
         finally:
             self._awaiting_nars.remove(hash_part)
 
-    def save(self, path: RemotePath) -> None:
-        """Write the narinfo of a path if its NAR is in the cache. Blocks on the disk."""
+    def _save(self, path: RemotePath) -> bool:
+        """Write the narinfo of a path if its NAR is in the cache. Return False while another process fetches that."""
         client, key, hash_part = path.client, path.name.key, path.info.path.hash_part
-        if client.settings.mode != "proxy" or not self._nars.has(key):
-            return
+        if not self._nars.has(key):
+            if self._nars.is_growing(key):
+                return False
+            if not self._nars.has(key):  # it may have been completed in between
+                return True
         text = narinfo.render(path.info, client.store_dir, replace(path.nar, url=path.url), path.info.sigs).encode()
-        if _record(self._files.use_file(hash_part)) == (client.id, key, text):
-            return
-        self._files.remove(hash_part)
-        opened = self._files.open_file(hash_part)
-        if opened is None:  # the disk fails
-            return
-        reader, filler = opened
-        reader.close()
-        if filler is None:  # another worker writes this file
-            return
-        try:
-            with suppress(OSError):  # the cache has logged it
-                filler.append(f"{client.id} {key}\n".encode() + text)
-                filler.commit()
-        finally:
-            filler.abandon()  # unless it was committed
+        if _record(self._files.use_file(hash_part)) != (client.id, key, text):
+            self._files.remove(hash_part)
+            self._files.write_file(hash_part, lambda: [f"{client.id} {key}\n".encode(), text])
+        return True
 
     def _load(self, hash_part: str) -> _Record | None:
         """Return the record of a path, or None if there is none. Removes a narinfo whose NAR was evicted."""
@@ -141,7 +131,7 @@ def _record(file: CachedFile | None) -> _Record | None:
     with closing(file), suppress(CacheFileError, OSError):
         if file.size > _RECORD_MAX_BYTES:
             return None
-        head, _, text = file.slice(0, file.size).read(file.size).partition(b"\n")
+        head, _, text = file.content().partition(b"\n")
         upstream, _, key = head.decode(errors="replace").partition(" ")
         return upstream, key, text
     return None
