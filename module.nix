@@ -137,18 +137,28 @@ let
   upstreams = lib.imap0 (
     number: withCredentials "upstream-${toString number}-" keys.upstream.keys
   ) cfg.settings.upstream;
+  push = withCredentials "push-" keys.push.keys cfg.settings.push;
   others = withCredentials "" keys (
     removeAttrs cfg.settings [
+      "push"
       "sign_key_path"
       "sign_key_paths"
       "upstream"
     ]
   );
-  credentials = signKeys ++ lib.concatMap (each: each.credentials) ([ others ] ++ upstreams);
+  credentials =
+    signKeys
+    ++ lib.concatMap (each: each.credentials) (
+      [
+        others
+        push
+      ]
+      ++ upstreams
+    );
   withLists =
     settings: upstream: sign_key_paths:
     settings // lib.filterAttrs (_: list: list != [ ]) { inherit upstream sign_key_paths; };
-  settings = withLists others.settings (map (each: each.settings) upstreams) (
+  settings = withLists (others.settings // given { push = push.settings; }) (map (each: each.settings) upstreams) (
     map (key: credential key.name) signKeys
   );
   # For commands outside the service: the original files, and the cache directory of the service.
@@ -161,8 +171,15 @@ let
     // {
       cache_dir = "/var/cache/harmonia";
     }
+    // lib.optionalAttrs pushes {
+      push = cfg.settings.push // {
+        state_dir = "/var/lib/harmonia";
+      };
+    }
   )) (map given cfg.settings.upstream) (map (key: key.path) signKeys);
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
+
+  pushes = cfg.settings.push.enable == true;
 
   unchecked = format.generate "harmonia.toml" settings;
   # An invalid setting fails the build, not the service.
@@ -349,6 +366,12 @@ in
           message = "services.harmonia.openFirewall: settings.bind is a unix socket, which has no port; remove openFirewall.";
         }
         {
+          assertion = cfg.settings.push.state_dir == null;
+          message = ''
+            services.harmonia.settings.push.state_dir: systemd creates the directory /var/lib/harmonia. Remove the setting.
+          '';
+        }
+        {
           assertion = cfg.nginx.enable -> cfg.settings.tls_cert_path == null;
           message = "services.harmonia.nginx: nginx terminates TLS; remove tls_cert_path and tls_key_path from the settings.";
         }
@@ -457,6 +480,9 @@ in
           LoadCredential = map (file: "${file.name}:${file.path}") credentials;
           CacheDirectory = "harmonia";
           CacheDirectoryMode = "0700";
+          # The GC roots and logs of pushed paths.
+          StateDirectory = lib.mkIf pushes "harmonia";
+          StateDirectoryMode = lib.mkIf pushes "0700";
           UMask = "0077";
 
           # No capabilities. CAP_DAC_READ_SEARCH would not help with a database that only root can read: SQLite checks
@@ -551,7 +577,11 @@ in
               proxy_set_header X-Forwarded-Proto $scheme;
               # NARs are large: send them to the client as they arrive, without buffering on nginx's disk.
               proxy_buffering off;
-              # A client may pause as long as without nginx (docs/reference/limits.md).
+              # NARs that are pushed are large as well: pass them on as they arrive.
+              ${lib.optionalString pushes ''
+                client_max_body_size 0;
+                proxy_request_buffering off;
+              ''}# A client may pause as long as without nginx (docs/reference/limits.md).
               proxy_read_timeout 1h;
               send_timeout 1h;
             '';

@@ -44,5 +44,20 @@ class RemoteError(HarmoniaError):
     """A remote server is unreachable, or its response is wrong."""
 
 
+class DaemonError(RemoteError):
+    """The Nix daemon reports an error. The message may contain colour codes."""
+
+
+class PushRefusedError(HarmoniaError):
+    """A push is refused. The message is one line that says what the pusher can do; the client sees it.
+
+    The status is never 5xx: Nix up to 2.32 repeats such a request with an empty body.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class UpstreamError(HarmoniaError):
     """An upstream cache does not respond, or its response is wrong."""

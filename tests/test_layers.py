@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "harmonia"
-ORDER = "cli > tools > server > upstream > cache > process > store > config > nix > metrics errors ownership untrusted"
+ORDER = (
+    "cli > tools > server > push upstream > cache > process > store > config > nix > metrics errors ownership untrusted"
+)
 """Each unit imports only from itself and from units to the right. Units between two `>` do not import each other."""
 LAYERS = {unit: depth for depth, level in enumerate(ORDER.split(" > ")) for unit in level.split()}
 LAYERS |= {"__main__": -1, "__version__": len(LAYERS)}

@@ -20,16 +20,24 @@ _NOT_A_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIG
 
 def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
     """Return the signing keys, in the order of `sign_key_paths`."""
-    keys = []
-    for path in settings.sign_key_paths:
-        with open_file("sign_key_paths", path, "name a file with a secret key") as file:
-            try:
-                keys.append(SecretKey.parse(file.read().decode()))
-            except (FormatError, UnicodeDecodeError):
-                # The parser's message may quote the file, which may hold another secret.
-                what = f"no secret key in {path!r}; make one with harmonia keygen"
-                raise WrongSettingError(what, "sign_key_paths", key_file=path) from None
-    return tuple(keys)
+    return tuple(_secret_key(path, "sign_key_paths") for path in settings.sign_key_paths)
+
+
+def push_key(settings: Settings) -> SecretKey | None:
+    """Return the key that signs pushed paths, or None without `push.sign_key_path`."""
+    path = settings.push.sign_key_path
+    return None if path is None else _secret_key(path, "push", "sign_key_path")
+
+
+def _secret_key(path: str, *key: str) -> SecretKey:
+    """Return the key in the file `path`, which the setting `key` names."""
+    with open_file(key, path, "name a file with a secret key") as file:
+        try:
+            return SecretKey.parse(file.read().decode())
+        except (FormatError, UnicodeDecodeError):
+            # The parser's message may quote the file, which may hold another secret.
+            what = f"no secret key in {path!r}; make one with harmonia keygen"
+            raise WrongSettingError(what, *key, key_file=path) from None
 
 
 def load_tokens(settings: Settings) -> tuple[Token, ...]:
@@ -161,7 +169,7 @@ def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
         raise WrongSettingError(what, "upstream", str(number), "ca_file") from None
 
 
-def open_file(key: str, path: str, remedy: str) -> BinaryIO:
+def open_file(key: str | tuple[str, ...], path: str, remedy: str) -> BinaryIO:
     """Open the file that the setting `key` names.
 
     Raises WrongSettingError with the remedy if that fails.
@@ -170,4 +178,4 @@ def open_file(key: str, path: str, remedy: str) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         what = f"cannot read {path!r}: {error.strerror}; {remedy}"
-        raise WrongSettingError(what, key, key_file=path) from None
+        raise WrongSettingError(what, *((key,) if isinstance(key, str) else key), key_file=path) from None

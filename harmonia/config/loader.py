@@ -17,7 +17,16 @@ from typing import Any, Self
 import msgspec
 
 from harmonia.config import rust_log
-from harmonia.config.settings import PublishRules, Settings, Upstream, WrongSettingError, Zstd, default_cache_dir
+from harmonia.config.settings import (
+    PublishRules,
+    Push,
+    Settings,
+    Upstream,
+    WrongSettingError,
+    Zstd,
+    default_cache_dir,
+    default_state_dir,
+)
 from harmonia.config.value_types import Level, expected, plain
 from harmonia.errors import ConfigError
 
@@ -168,6 +177,8 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
     if environ.get("SIGN_KEY_PATH"):
         _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
     values.setdefault("cache_dir", default_cache_dir(environ))
+    push = values.get("push", Push())
+    values["push"] = msgspec.structs.replace(push, state_dir=push.state_dir or default_state_dir(environ))
     if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
         values["virtual_nix_store"] = os.path.normpath(store)  # with a final slash, store paths would have two slashes
     if log_dir := environ.get("NIX_LOG_DIR"):
@@ -178,7 +189,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 
 
 def _values(
-    struct: type[Settings | Zstd | PublishRules | Upstream], given: Mapping[str, Any], *table: str
+    struct: type[Settings | Zstd | PublishRules | Push | Upstream], given: Mapping[str, Any], *table: str
 ) -> dict[str, Any]:
     """Return the arguments for `struct` from a TOML table.
 
@@ -217,7 +228,7 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
     return Upstream(**values)
 
 
-_TABLES: dict[str, type[Zstd | PublishRules]] = {"zstd": Zstd, "publish": PublishRules}
+_TABLES: dict[str, type[Zstd | PublishRules | Push]] = {"zstd": Zstd, "publish": PublishRules, "push": Push}
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _KEYS |= {
     field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)

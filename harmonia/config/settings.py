@@ -20,6 +20,7 @@ from harmonia.config.value_types import (
     Address,
     Bytes,
     Count,
+    Days,
     File,
     Level,
     Mode,
@@ -40,6 +41,7 @@ _DAEMON = "../daemon-socket/socket"
 _PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
 _PORT = 5000
+_PUSH_SCOPES = {"push", "sign"}
 _NEEDS = (
     ("tls_cert_path", "tls_key_path", "TLS needs both; set both or none"),
     ("tls_key_path", "tls_cert_path", "TLS needs both; set both or none"),
@@ -183,6 +185,70 @@ class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
     def public_keys(self) -> tuple[PublicKey, ...]:
         """Return the keys in `signed_by`."""
         return tuple(map(PublicKey.parse, self.signed_by))
+
+
+class Push(msgspec.Struct, frozen=True, kw_only=True):
+    """Uploads: `nix copy --to` the URL of the cache with `/push`."""
+
+    enable: Annotated[
+        bool,
+        Meta(
+            description="Accept store paths at `/push`. Needs `tokens_path` or `client_certificates`, and the Nix"
+            " daemon, which checks the signatures."
+        ),
+    ] = False
+    allow_without_tls: Annotated[
+        bool,
+        Meta(
+            description="Accept pushes over plain HTTP on TCP, where others on the network can read the tokens and use"
+            " them. For a proxy on this machine that does TLS, a unix socket is better."
+        ),
+    ] = False
+    client_certificates: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Common names of client certificates that may push without a token. Needs `tls_client_ca_path`."
+        ),
+    ] = ()
+    max_nar_size: Annotated[Size, Meta(description="Maximum size of a pushed NAR, as sent and unpacked.")] = "16G"
+    spool_size: Annotated[
+        Size,
+        Meta(
+            description="Maximum size of all NARs that wait for their narinfo, in `cache_dir`. Nix 2.35 and newer send"
+            " all NARs of a closure first."
+        ),
+    ] = "32G"
+    keep: Annotated[
+        Days,
+        Meta(ge=60, description="Seconds after the last push or download for which a pushed path is a GC root."),
+    ] = 30 * 86400
+    state_dir: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$STATE_DIRECTORY`, `$XDG_STATE_HOME/harmonia` or `~/.local/state/harmonia`"},
+            description="Directory of the GC roots and build logs of pushed paths.",
+        ),
+    ] = None
+    sign_key_path: Annotated[
+        File | None,
+        Meta(
+            description="File with a secret key that the Nix daemon trusts. It signs unsigned paths of pushers whose"
+            " token has the scope `sign`: they can then push anything."
+        ),
+    ] = None
+    sign_names: Annotated[
+        tuple[str, ...],
+        Meta(description='Patterns like "hello-*": sign only paths whose name matches one of them. Default: all.'),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("max_nar_size", "spool_size"):
+            _check(value_types.check_size, [getattr(self, key)], "push", key)
+        if amounts.size(self.max_nar_size) > amounts.size(self.spool_size):
+            raise WrongSettingError("more than spool_size; lower it, or raise spool_size", "push", "max_nar_size")
+        _check(value_types.check_pattern, self.sign_names, "push", "sign_names")
+        for key in ("state_dir", "sign_key_path"):
+            _check(value_types.check_path, [getattr(self, key)], "push", key)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -361,6 +427,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         tuple[Upstream, ...], Meta(description="Upstream caches, which are asked for paths that are not in the store.")
     ] = ()
     publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
+    push: Annotated[Push, Meta(description="Uploads of store paths.")] = Push()
 
     def __post_init__(self) -> None:
         _check_paths(self)
@@ -379,6 +446,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _check(value_types.check_size, [self.cache_size], "cache_size")
         _check(value_types.check_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.publish)
+        _check_push(self)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
         """Return the setting's host and port, or its path of a unix socket, or None if it is not set.
@@ -452,6 +520,32 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> No
             raise WrongSettingError("set together with netrc; keep one of them", *table, "credentials_file")
         if urls.index(urls[number]) != number:
             raise WrongSettingError("given twice; keep one of them", *table, "url")
+
+
+def _check_push(settings: Settings) -> None:
+    push = settings.push
+    if scope := next(filter(_PUSH_SCOPES.__contains__, settings.anonymous_scopes), None):
+        what = f'"{scope}" would let everyone push; remove it, and give pushers a token'
+        raise WrongSettingError(what, "anonymous_scopes")
+    if push.client_certificates and settings.tls_client_ca_path is None:
+        what = "set without tls_client_ca_path; set both or none"
+        raise WrongSettingError(what, "push", "client_certificates")
+    if not push.enable:
+        return
+    if settings.tokens_path is None and not push.client_certificates:
+        what = "set without tokens_path; set it to a file with a token of scope push, made by harmonia token"
+        raise WrongSettingError(what, "push", "enable")
+    if settings.daemon is None:
+        raise WrongSettingError('daemon_socket = "" disables the Nix daemon; remove that, or this', "push", "enable")
+    if isinstance(settings.address("bind"), tuple) and not (settings.tls_cert_path or push.allow_without_tls):
+        what = "tokens would be sent without TLS; set tls_cert_path, or bind to a unix socket behind a proxy with TLS,"
+        raise WrongSettingError(f"{what} or set push.allow_without_tls = true", "push", "enable")
+
+
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return the first directory in systemd's `$STATE_DIRECTORY`, or `harmonia` in the user's state directory."""
+    home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".local/state")
+    return environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
 def default_cache_dir(environ: Mapping[str, str]) -> str:

@@ -21,8 +21,11 @@ from typing import Literal, get_args
 
 from harmonia.errors import FormatError
 
-Scope = Literal["read", "browse", "metrics"]
-"""`read` allows access by hash part, as Nix needs, `browse` allows to search the store, `metrics` is for Prometheus."""
+Scope = Literal["read", "browse", "metrics", "push", "sign"]
+"""`read` allows access by hash part, as Nix needs, `browse` allows to search the store, `metrics` is for Prometheus.
+
+`push` allows to upload paths that are signed, `sign` to have them signed by the server while they are pushed.
+"""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _PREFIX = "harmonia_"  # lets people and scanners for leaked secrets recognise a token

@@ -49,6 +49,7 @@ _PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 Count = Annotated[int, Meta(ge=0)]
 # A reader is a type in TOML, and the function that converts it to the type of the field.
 Seconds = Annotated[float, Meta(gt=0, le=3600, extra=_DURATION)]
+Days = Annotated[int, Meta(extra={**_DURATION, "also": ', or a string like "30d"'})]
 WholeSeconds = Annotated[int, Meta(extra=_DURATION)]
 Bytes = Annotated[int, Meta(extra={"unit": "bytes", "also": ', or a string like "8K"', "reader": (str, amounts.size)})]
 Address = Annotated[str, Meta(extra={"expected": _ADDRESS, "reader": (int, str)})]

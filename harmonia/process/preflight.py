@@ -123,11 +123,13 @@ def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[Wro
 
 def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
     credentials.secret_keys(settings)
+    credentials.push_key(settings)
     credentials.load_tokens(settings)
     if (tls := credentials.tls_context(settings)) and (wrong := credentials.certificate_error(settings, tls)):
         yield WrongSettingError(f"clients will refuse {settings.tls_cert_path!r}: {wrong}; replace it", "tls_cert_path")
     files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
     files[settings.tls_key_path] = ("tls_key_path",)
+    files[settings.push.sign_key_path] = ("push", "sign_key_path")
     for number, upstream in enumerate(settings.upstream):
         if credentials.authorization(settings, number) is None and upstream.netrc is not None:
             host = urlsplit(upstream.url).hostname

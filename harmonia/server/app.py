@@ -16,7 +16,8 @@ from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.response import Handler, Representation, respond
 from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
 from harmonia.server.resources import metrics
-from harmonia.server.routes import METRICS_ROUTES, ROUTES, Route
+from harmonia.server.resources.push import receiving
+from harmonia.server.routes import METRICS_ROUTES, PUSH_ROUTES, ROUTES, Route
 from harmonia.upstream.refusals import Reason
 
 _CONFIG: dict[str, Any] = {
@@ -31,16 +32,23 @@ _CONFIG: dict[str, Any] = {
 
 def count_with(settings: Settings) -> Metrics:
     """Create the shared counters of all workers. Call it before the fork."""
-    names = [route.metric for route in ROUTES + METRICS_ROUTES]
+    names = [route.metric for route in routes(settings) + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.upstream]
-    return Metrics(names, metrics.TOTALS, settings.workers, upstreams, list(Reason))
+    totals = metrics.TOTALS + metrics.PUSH_TOTALS if settings.push.enable else metrics.TOTALS
+    return Metrics(names, totals, settings.workers, upstreams, list(Reason))
+
+
+def routes(settings: Settings) -> tuple[Route, ...]:
+    """Return the routes that the settings enable, without those for metrics."""
+    return ROUTES + PUSH_ROUTES if settings.push.enable else ROUTES
 
 
 def create_app(context: ServerContext, guard: Guard | None = None) -> "Sanic[Any, Any]":
     """Create the application of a worker. With a guard, requests need a token."""
     settings = context.settings
     public = settings.metrics and settings.metrics_bind is None
-    return _app("harmonia", context, ROUTES + METRICS_ROUTES if public else ROUTES, guard)
+    served = routes(settings)
+    return _app("harmonia", context, served + METRICS_ROUTES if public else served, guard)
 
 
 def create_metrics_app(context: ServerContext) -> "Sanic[Any, Any]":
@@ -68,7 +76,8 @@ def _app(
     for route in routes:
         handler = _handler(route, guard)
         strict = route.uri != "/"  # strict `/` makes Sanic fail for `//`; landing.py checks the path itself
-        endpoint = _endpoint(context, handler, context.metrics.own.routes[route.metric])
+        counters = context.metrics.own.routes[route.metric]
+        endpoint = _endpoint(context, handler, counters)
         app.add_route(
             endpoint,
             route.uri,
@@ -77,6 +86,11 @@ def _app(
             strict_slashes=strict,
             error_format="text",  # of no use, because `failed` answers; Sanic would parse our source to guess one
         )
+        if route.put is not None:
+            put = receiving(guard.guarded(route.put, "push") if guard else route.put)
+            endpoint = _endpoint(context, put, counters)
+            name = f"put_{route.metric}"
+            app.add_route(endpoint, route.uri, ("PUT",), name=name, strict_slashes=True, stream=True)
     unknown = context.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:

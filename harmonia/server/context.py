@@ -16,12 +16,13 @@ from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
-from harmonia.config.settings import PublishRules, Settings
+from harmonia.config.settings import PublishRules, Settings, WrongSettingError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.process.thread_reader import Submit
 from harmonia.process.threads import Threads
+from harmonia.push.receiver import PushReceiver
 from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
@@ -90,6 +91,16 @@ def _temp_roots(settings: Settings) -> TempRoots | None:
     return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
 
 
+def _push_receiver(settings: Settings) -> PushReceiver:
+    try:
+        return PushReceiver(settings)
+    except OSError as error:
+        what = (
+            f"cannot create {error.filename!r} for pushes: {error.strerror}; make cache_dir and push.state_dir writable"
+        )
+        raise WrongSettingError(what, "push", "enable") from None
+
+
 class ServerContext:
     def __init__(self, settings: Settings, keys: Sequence[SecretKey], metrics: Metrics) -> None:
         self.settings = settings
@@ -113,6 +124,7 @@ class ServerContext:
         """True if narinfos name compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")
         self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
+        self.push = _push_receiver(settings) if settings.push.enable else None
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
         """Handlers for upstreams. Set by a worker when it starts."""
@@ -142,7 +154,9 @@ class ServerContext:
         return self._temp_roots.acquire(info.path) if self._temp_roots and is_worthwhile else None
 
     def close(self) -> None:
-        """Release all temporary roots. Waits for nothing."""
+        """Release all temporary roots, and let running imports fail soon. Waits for nothing."""
+        if self.push is not None:
+            self.push.close()
         if self._temp_roots is not None:
             self._temp_roots.close()
 

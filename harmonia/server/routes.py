@@ -21,6 +21,7 @@ from harmonia.server.resources import (
     metrics,
     nar,
     narinfo,
+    push,
 )
 
 _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
@@ -41,6 +42,8 @@ class Route:
     """True if `max_query_rate` applies. Only for resources that can be expensive and that Nix never requests: after a
     429, Nix 2.29 to 2.34 waits a minute.
     """
+    put: Handler | None = None
+    """Handles uploads with PUT. It reads the body itself, without a limit."""
     fallback: Callable[[Fallback], Handler] | None = None
     """Selects the handler for upstreams, which answers if the local store does not have the resource."""
 
@@ -100,3 +103,17 @@ ROUTES = (
 )
 METRICS_ROUTES = (Route(uri="/metrics", handler=metrics.get, metric="metrics", scope="metrics"),)
 """Served with the other routes, or alone at `metrics_bind`."""
+PUSH_ROUTES = tuple(
+    Route(uri=f"/push{uri}", handler=get, put=put, metric=f"push_{metric}", scope="push")
+    for uri, metric, get, put in (
+        ("/nix-cache-info", "cache_info", cache_info.get, push.drop),
+        (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
+        (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
+        ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),
+        ("/log/<name:str>", "log", build_log.get, push.put_log),
+        ("/realisations/<name:str>", "realisation", build_trace.get_realisation, push.put_realisation),
+        ("/build-trace-v2/<derivation:str>/<name:str>", "build_trace", build_trace.get, push.drop),
+        ("/debuginfo/<name:str>", "debuginfo", debuginfo.get, push.drop),
+    )
+)
+"""The store URL for uploads. Only the local store answers there, never an upstream."""

@@ -82,7 +82,7 @@ async def _serve(
     tls = credentials.tls_context(settings)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
-    guard = Guard(settings) if settings.tokens_path is not None else None
+    guard = Guard(settings) if settings.tokens_path is not None or settings.push.enable else None
     servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
     if settings.upstream:
         from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (takes 0.5 s)
@@ -99,10 +99,10 @@ async def _serve(
         context.debug_info.start()
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
-    chores = [
-        asyncio.create_task(chore)
-        for chore in (_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading)
-    ]
+    running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
+    if context.push is not None:
+        running.append(context.push.keep_house())
+    chores = [asyncio.create_task(chore) for chore in running]
     await stop.wait()
     for listener in tls_listeners.values():
         listener.close()

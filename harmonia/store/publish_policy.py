@@ -33,8 +33,8 @@ class PublishPolicy:
         """Open nothing yet, so that the process may still fork. No other code may use `store`."""
         self._store_dir = store.store_dir
         self._keys = rules.public_keys
-        self._allow = _patterns(rules.allow) if rules.allow else None
-        self._deny = _patterns(rules.deny) if rules.deny else None
+        self._allow = compile_patterns(rules.allow) if rules.allow else None
+        self._deny = compile_patterns(rules.deny) if rules.deny else None
         self.by_name_alone = not (rules.signed_by or rules.gc_roots)
         self.closure = Closure(store, rules.gc_roots) if rules.gc_roots else None
 
@@ -109,5 +109,6 @@ class Closure:
         return needed
 
 
-def _patterns(patterns: Sequence[str]) -> "re.Pattern[str]":
+def compile_patterns(patterns: Sequence[str]) -> "re.Pattern[str]":
+    """Return a regular expression that matches the names that one of the patterns matches."""
     return re.compile("|".join(map(fnmatch.translate, patterns)))

@@ -249,12 +249,20 @@ def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
 
 
 # So that there is every metric: those of upstreams are left out if there is none.
-WITH_UPSTREAM = "[[upstream]]\nurl = 'http://127.0.0.1:1'"
+WITH_ALL = """
+tokens_path = '/dev/null'
+anonymous_scopes = ['read', 'metrics']
+[push]
+enable = true
+allow_without_tls = true
+[[upstream]]
+url = 'http://127.0.0.1:1'
+"""
 
 
 def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
     manual = (DOCS / "reference/metrics.md").read_text()
-    server = start(store=sample.root, settings=WITH_UPSTREAM)
+    server = start(store=sample.root, settings=WITH_ALL)
     exported = {name_in_use(family) for family in scrape(server).families.values()}
     assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
 
@@ -291,7 +299,7 @@ def expressions() -> list[str]:
 
 
 def test_the_dashboard_has_a_panel_for_every_metric_and_for_no_other(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, settings=WITH_UPSTREAM)
+    server = start(store=sample.root, settings=WITH_ALL)
     server.get(nar_url(sample.small))
     found = scrape(server)
     families = found.families.values()

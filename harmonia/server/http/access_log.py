@@ -66,18 +66,20 @@ def _ip(text: str) -> _Ip | None:
 
 
 def log(request: Request, status: int, sent: int, trusted: Sequence[str]) -> None:
-    """Log a request with its status, the bytes of body sent, and the milliseconds since its head was read."""
+    """Log a request: status, bytes of body sent, milliseconds since its head was read, and the name of its token."""
     if not _log.isEnabledFor(logging.INFO):
         return
     milliseconds = (perf_counter() - (sanic_adapter.began_at(request) or perf_counter())) * 1000
     agent = request.headers.get("user-agent", "-")
     # Text from the client is quoted, so that a client cannot forge log lines.
+    token = getattr(request.ctx, "token", None)
     _log.info(
-        "%s %r %d %d %.1fms %r",
+        "%s %r %d %d %.1fms %r%s",
         client(request, trusted),
         f"{request.method} {sanic_adapter.reader_of(request).url}",
         status,
         sent,
         milliseconds,
         agent,
+        f" token={token.name}" if token is not None else "",
     )

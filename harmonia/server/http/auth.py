@@ -19,8 +19,8 @@ from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
-from harmonia.config.tokens import Scope, Tokens
-from harmonia.server.http import access_log
+from harmonia.config.tokens import SCOPES, Scope, Tokens
+from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, Representation
 from harmonia.server.http.response_cache import AbsentError
@@ -47,6 +47,11 @@ class Guard:
     def __init__(self, settings: Settings) -> None:
         """Load the tokens. Raises ConfigError if the file is invalid."""
         self._settings = settings
+        self._anonymous_scopes = set(settings.anonymous_scopes)
+        if settings.tokens_path is None:
+            self._anonymous_scopes.update(SCOPES)
+            self._anonymous_scopes -= {"push", "sign"}
+        self._certificates = frozenset(settings.push.client_certificates)
         self._failures = Rate(settings.max_failed_auth_rate) if settings.max_failed_auth_rate else None
         self._warnings = Rate(1)
         self.load_tokens()
@@ -57,7 +62,7 @@ class Guard:
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:
         """Return a handler that first checks the token, or the same handler if the scope needs no token."""
-        if scope in self._settings.anonymous_scopes:
+        if scope in self._anonymous_scopes:
             return handler
 
         @wraps(handler)
@@ -81,8 +86,11 @@ class Guard:
         """
         token = self._tokens.find_token(secret) if (secret := presented(request)) else None
         if token is not None:
+            request.ctx.token = token
             if scope not in token.scopes:
                 raise SanicException(status_code=403)
+            return
+        if scope == "push" and sanic_adapter.certificate_name(request) in self._certificates:
             return
         if secret:
             self._count(request)
@@ -90,7 +98,7 @@ class Guard:
 
     def instead(self, request: Request, error: Exception) -> Exception:
         """Return the error to send: for a request that may not read, 401, 403 or 429 instead of 404 or 405."""
-        if isinstance(error, NotFound | MethodNotAllowed) and "read" not in self._settings.anonymous_scopes:
+        if isinstance(error, NotFound | MethodNotAllowed) and "read" not in self._anonymous_scopes:
             try:
                 self.admit(request, "read")
             except SanicException as refused:

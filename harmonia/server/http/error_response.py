@@ -7,13 +7,22 @@ from typing import cast
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
-from harmonia.errors import SHORTAGES, CacheFileError, StoreObjectError, StoreUnavailableError, UpstreamError
+from harmonia.errors import (
+    SHORTAGES,
+    CacheFileError,
+    PushRefusedError,
+    StoreObjectError,
+    StoreUnavailableError,
+    UpstreamError,
+)
 from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
 
 _NO_THREAD = "can't start new thread"  # Python's message if memory or tasks are exhausted
+
+_MAX_REFUSAL_CHARS = 800
 
 _EXPLANATIONS = {
     HTTPStatus.UNAUTHORIZED: "Sign in with a token: any user name, the token as password.",
@@ -31,23 +40,14 @@ _log = logging.getLogger("harmonia")
 def response(context: ServerContext, request: Request, error: Exception) -> HTTPResponse:
     """Return the response for an error, as HTML or plain text. Logs the error, unless the client caused it."""
     headers = {"cache-control": "no-store", "vary": "Accept"}
-    match error:
-        case SanicException():
-            status = HTTPStatus(error.status_code)
-            headers |= {name.lower(): str(value) for name, value in error.headers.items()}
-            if "allow" in headers:  # Sanic's order varies
-                headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
-        case StoreUnavailableError() | CacheFileError() | MemoryError():
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-        case OSError() if error.errno in SHORTAGES:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-        case RuntimeError() if str(error) == _NO_THREAD:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-        case OSError() | StoreObjectError() | UpstreamError():
-            # A retry would fail again, and Nix asks the next cache only after a 404.
-            status = HTTPStatus.NOT_FOUND
-        case _:
-            status = HTTPStatus.INTERNAL_SERVER_ERROR
+    if isinstance(error, PushRefusedError):  # `nix copy` shows up to 1 KiB of the text
+        text = f"{' '.join(str(error).split())[:_MAX_REFUSAL_CHARS]}\n"
+        return HTTPResponse(text, error.status, headers, content_type="text/plain; charset=utf-8")
+    status = _status(error)
+    if isinstance(error, SanicException):
+        headers |= {name.lower(): str(value) for name, value in error.headers.items()}
+        if "allow" in headers:  # Sanic's order varies
+            headers["allow"] = ", ".join(sorted(headers["allow"].split(", ")))
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["retry-after"] = "1"
     # Sanic raises errors of its own if the client disconnects during a response.
@@ -60,6 +60,23 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
         html = _page(context, request, status)
         return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
     return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")
+
+
+def _status(error: Exception) -> HTTPStatus:
+    match error:
+        case SanicException():
+            return HTTPStatus(error.status_code)
+        case StoreUnavailableError() | CacheFileError() | MemoryError():
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        case OSError() if error.errno in SHORTAGES:
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        case RuntimeError() if str(error) == _NO_THREAD:
+            return HTTPStatus.SERVICE_UNAVAILABLE
+        case OSError() | StoreObjectError() | UpstreamError():
+            # A retry would fail again, and Nix asks the next cache only after a 404.
+            return HTTPStatus.NOT_FOUND
+        case _:
+            return HTTPStatus.INTERNAL_SERVER_ERROR
 
 
 def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Representation:

@@ -32,21 +32,33 @@ _METHODS = {*HTTPMethod, *_WEBDAV, "QUERY"}
 class Http(SanicHttp):
     """Sanic's request reader for one connection, with strict parsing of heads.
 
-    There are no uploads: a request with a body is answered, then the connection closes.
+    A request with a body is answered, then the connection closes, unless its handler accepts the body.
     """
+
+    __slots__ = ("_is_persistent", "is_awaited")
+    is_awaited: bool
+    """True if the client waits for a response before it sends the body."""
+    _is_persistent: bool
+
+    def accept_body(self) -> None:
+        """Let the handler read the body. The client is asked for it if it expects that (RFC 9110 section 10.1.1)."""
+        self.expecting_continue, self.is_awaited = self.is_awaited, False
+        self.keep_alive = self._is_persistent
 
     async def http1_request_header(self) -> None:
         await self._skip_empty_lines()
         try:
             await self._read_head()
         finally:
+            self.is_awaited = self.expecting_continue
             self.expecting_continue = False  # otherwise, Sanic sends 100 before any response
         self.head_only = self.request.method == "HEAD"  # Sanic also accepts `head`
         self.upgrade_websocket = False  # an upgrade would remove the timeouts
         headers = self.request.headers
         options = {option.strip(" \t").lower() for option in ",".join(headers.getall("connection", [])).split(",")}
         persistent = self.request.version != "1.0" or "keep-alive" in options
-        self.keep_alive = persistent and "close" not in options and not self.request_bytes_left
+        self._is_persistent = persistent and "close" not in options
+        self.keep_alive = self._is_persistent and not self.request_bytes_left
         try:
             self._check_head()
         except SanicException:

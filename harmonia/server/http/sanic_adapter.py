@@ -4,18 +4,22 @@
 when Sanic changes. `request_head.py` replaces how Sanic parses the head of a request.
 """
 
+import asyncio
 import fcntl
 import re
 import sys
 import termios
 import time
 from binascii import unhexlify
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 from sanic import Request, Sanic
 from sanic.application.state import ApplicationServerInfo
+from sanic.exceptions import SanicException
 from sanic.http import Stage
 from sanic.http.constants import HTTP
 from sanic.server.protocols.http_protocol import HttpProtocol
@@ -23,8 +27,6 @@ from sanic.server.protocols.http_protocol import HttpProtocol
 from harmonia.server.http.request_head import Http
 
 if TYPE_CHECKING:
-    import asyncio
-
     from sanic.models.server_types import ConnInfo
     from sanic.response import BaseHTTPResponse
 
@@ -89,6 +91,49 @@ def connection_of(request: Request) -> "ConnInfo | None":
 def began_at(request: Request) -> float | None:
     """Return `perf_counter()` at the time when the head of the request was read, or None if it was not read."""
     return cast("float | None", reader_of(request).perft0)
+
+
+async def body_of(request: Request, stall_s: float) -> AsyncGenerator[bytes]:
+    """Yield the body of a request to a route for streams, as it arrives.
+
+    Raises TimeoutError if no byte arrives for `stall_s` seconds. If the body is not read to its end, the connection is
+    closed after the response.
+    """
+    http = reader_of(request)
+    http.accept_body()
+    try:
+        while http.request_body:
+            async with asyncio.timeout(stall_s):
+                data = await http.read()
+            if data:
+                yield data
+    finally:
+        if http.request_body:
+            http.keep_alive = False
+
+
+async def drop_body(request: Request, most: int, stall_s: float) -> None:
+    """Read and drop the rest of a body before an error response, because a client reads none while it sends.
+
+    Does nothing if the client waits for a response before it sends (Expect), or would send more than `most` bytes.
+    """
+    http = reader_of(request)
+    if not http.request_body:
+        return
+    http.keep_alive = False
+    if not http.is_awaited and (http.request_bytes_left or 0) <= most:
+        with suppress(TimeoutError, SanicException):
+            async with asyncio.timeout(stall_s):
+                while http.request_body:
+                    await http.read()
+    http.request_body = None
+
+
+def certificate_name(request: Request) -> str | None:
+    """Return the common name of the verified certificate of the client, or None without one."""
+    certificate = request.transport.get_extra_info("peercert") if request.transport else None
+    names = (part for parts in (certificate or {}).get("subject", ()) for part in parts)
+    return next((value for name, value in names if name == "commonName"), None)
 
 
 def response_of(request: Request) -> "BaseHTTPResponse":

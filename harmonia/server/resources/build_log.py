@@ -15,6 +15,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Representation, exhaust
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
+from harmonia.store.build_log import BuildLog
 
 
 async def get(context: ServerContext, request: Request, name: str) -> Representation:
@@ -22,7 +23,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         derivation = await _derivation(context, decoded(request, name))
     except FormatError:
         raise NotFound from None
-    log = await context.threads.run_io(lambda: build_log.find_log(context.settings.logs, derivation))
+    log = await context.threads.run_io(lambda: _find_log(context, derivation))
     if log is None or not await context.paths.is_log_published(derivation):
         raise AbsentError
 
@@ -42,6 +43,12 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         zstd=context.streamed(log),
         headers={"x-content-type-options": "nosniff"},  # the text is not trusted, and is not a web page
     )
+
+
+def _find_log(context: ServerContext, derivation: StorePath) -> BuildLog | None:
+    """Return the log of a build on this machine, or else a log that was pushed, or None."""
+    log = build_log.find_log(context.settings.logs, derivation)
+    return log or (build_log.find_log(context.push.logs.directory, derivation) if context.push else None)
 
 
 def decoded(request: Request, name: str) -> str:

@@ -6,19 +6,22 @@ from dataclasses import astuple, fields
 from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
+from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 
 TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
-"""Names of the values that `sample` copies."""
+PUSH_TOTALS = tuple(counter.name for counter in fields(PushCounters))
+"""Names of the values that `sample` copies; those of `PUSH_TOTALS` only if pushes are enabled."""
 
 
 def sample(context: ServerContext) -> None:
     """Copy the counters of the cache and the compressor into shared memory, where the other workers read them."""
     compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
+    pushed = astuple(context.push.counters) if context.push else ()
     context.metrics.own.sample(
-        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars), compressor.encoder.waiting
+        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *pushed), compressor.encoder.waiting
     )
 
 

@@ -87,6 +87,8 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     if not (match and is_hash_part(hash_part)):
         raise NotFound
     info = require_info(await context.paths.lookup_path(hash_part))
+    if context.push is not None:
+        context.push.renew(info.path)
     nar_hash = base32.encode(info.nar_hash)
     if fields.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound

@@ -1,0 +1,222 @@
+"""Import of pushed paths into the store by the Nix daemon, and the checks before that.
+
+The daemon decides: it accepts what a key of its `trusted-public-keys` has signed, and what is content-addressed. The
+checks here refuse earlier and explain more, and leave no half of a path in the store.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from harmonia.errors import DaemonError, FormatError, PushRefusedError, RemoteError
+from harmonia.nix import nix_conf
+from harmonia.nix.build_trace import Realisation, is_signed, render_realisation
+from harmonia.nix.decompress import COMPRESSIONS, decompressor
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import PublicKey, SecretKey
+from harmonia.nix.store_path import StorePath
+from harmonia.push.path_locks import PathLocks
+from harmonia.push.roots import PushRoots
+from harmonia.store.nix_daemon import Daemon
+
+_DAEMON_TIMEOUT_S = 60.0
+_READ_BYTES = 256 * 1024
+_SMALL_NAR_BYTES = 4 << 20
+"""Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_UNSIGNED = re.compile("lacks a (valid )?signature")
+_MAX_NAMED = 5  # paths in a message
+_SIGN = "sign it: nix copy --to '…/push?secret-key=FILE', with a key in the trusted-public-keys of the server's Nix"
+
+_log = logging.getLogger("harmonia")
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A path to import: what its narinfo says, and the file of its NAR."""
+
+    info: PathInfo
+    compression: str
+    open: Callable[[], BinaryIO | None]
+    """Opens the file, or returns None if it was not sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """The server's own key for pushers that have none, and the names of the paths that it may sign."""
+
+    key: SecretKey
+    permits: Callable[[str], object]
+
+
+class Importer:
+    """Imports paths. Thread-safe; each import blocks its thread."""
+
+    def __init__(
+        self, daemon: str, store_dir: str, locks: PathLocks, roots: PushRoots, signer: Signer | None, max_nar_bytes: int
+    ) -> None:
+        self._daemon = daemon
+        self._store_dir = store_dir
+        self._locks = locks
+        self._roots = roots
+        self._signer = signer
+        self._max_nar_bytes = max_nar_bytes
+        self._is_stopping = False
+
+    def connect(self) -> Daemon:
+        """Connect to the Nix daemon. Raises PushRefusedError if it does not answer."""
+        try:
+            return Daemon(self._daemon, _DAEMON_TIMEOUT_S)
+        except (OSError, RemoteError) as error:
+            _log.error("cannot import pushed paths: Nix daemon at %s: %s; start it", self._daemon, error)
+            raise PushRefusedError(409, "the server's Nix daemon does not answer; push again later") from None
+
+    def run(self, upload: Upload, *, may_sign: bool) -> bool:
+        """Import a path and make a GC root for it. Return False if it was valid already.
+
+        Raises PushRefusedError if it cannot be imported.
+        """
+        info = upload.info
+        full = self._full
+        if info.nar_size > self._max_nar_bytes:
+            what = f"the NAR has {info.nar_size} bytes, more than push.max_nar_size, {self._max_nar_bytes}"
+            raise PushRefusedError(413, f"{what}; raise the setting")
+        info = self._signed(info, may_sign=may_sign)
+        try:
+            with self._locks.locked(info.path, self._check_stop), self.connect() as daemon:
+                others = [path for path in info.references if path != info.path]
+                for path in (info.path, *others):  # from here to the GC root, nothing of it is collected
+                    daemon.add_temp_root(full(path))
+                missing = {full(path) for path in others} - daemon.query_valid_paths(map(full, others))
+                if missing:
+                    named = ", ".join(sorted(missing)[:_MAX_NAMED])
+                    raise PushRefusedError(409, f"its references are not in the store: {named}; push them first")
+                is_new = self._add(daemon, info, upload)
+                self._roots.add(daemon, info.path, info.references)
+        except DaemonError as error:
+            raise _refused(info.path, error) from None
+        except (OSError, RemoteError) as error:
+            _log.error("%s: import failed: %s; the client has to push it again", info.path, error)
+            raise PushRefusedError(409, "the import failed; push again, or see the server's log") from None
+        return is_new
+
+    def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
+        """Register a realisation with the Nix daemon, which does not check its signatures itself.
+
+        It is dropped unless a trusted key signed it, or our key may sign its output path. Nix does not sign
+        realisations while it pushes, and their output paths are of use without them.
+        Raises PushRefusedError if it cannot be registered.
+        """
+        signer = self._signer.key if self._signer and self._signer.permits(realisation.out_path.name) else None
+        signers = [signer] if signer and may_sign else []
+        if not signers and not is_signed(realisation_id, realisation, trusted_keys()):
+            what = "%s: realisation not registered: no trusted key has signed it; set secret-key-files on the builder"
+            _log.warning(what, realisation_id)
+            return
+        try:
+            with self.connect() as daemon:
+                if not daemon.query_valid_paths([self._full(realisation.out_path)]):
+                    raise PushRefusedError(409, f"{realisation.out_path} is not in the store; push it first")
+                daemon.register_realisation(render_realisation(realisation_id, realisation, signers).decode())
+        except DaemonError as error:
+            raise _refused(realisation.out_path, error) from None
+        except (OSError, RemoteError) as error:
+            _log.error("%s: registration failed: %s; the client has to push it again", realisation_id, error)
+            raise PushRefusedError(409, "the registration failed; push again, or see the server's log") from None
+
+    def stop(self) -> None:
+        """Let running imports fail soon, because the worker stops."""
+        self._is_stopping = True
+
+    def _check_stop(self) -> None:
+        if self._is_stopping:
+            raise PushRefusedError(409, "the server is stopping; push again later")
+
+    def _full(self, path: str) -> str:
+        return f"{self._store_dir}/{path}"
+
+    def _signed(self, info: PathInfo, *, may_sign: bool) -> PathInfo:
+        """Return the path, with our signature if it needs one and the pusher may have one.
+
+        Raises PushRefusedError if the Nix daemon would refuse it certainly.
+        """
+        if info.ca is not None:
+            return info
+        message = info.fingerprint(self._store_dir)
+        keys = {key.name: key for key in reversed(trusted_keys())}  # of two keys with one name, Nix takes the first
+        if any(key.verify(message, sig) for key in keys.values() for sig in info.sigs):
+            return info
+        if may_sign and self._signer is not None and self._signer.permits(info.path.name):
+            return replace(info, sigs=(*info.sigs, self._signer.key.sign(message)))
+        if not info.sigs:
+            raise PushRefusedError(403, f"{info.path} is not signed; {_SIGN}")
+        if all(sig.partition(":")[0] in keys for sig in info.sigs):
+            raise PushRefusedError(403, f"the signature of {info.path} is wrong; sign it again")
+        return info  # only the daemon knows
+
+    def _add(self, daemon: Daemon, info: PathInfo, upload: Upload) -> bool:
+        """Import the path unless it is valid. Return False if it is."""
+        path = self._full(info.path)
+        valid = daemon.query_nar_hash(path)
+        file = upload.open()
+        if valid is not None:
+            if file is not None:
+                file.close()
+            if valid != info.nar_hash:
+                raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; it cannot be replaced")
+            return False
+        if file is None:
+            raise PushRefusedError(409, "its NAR was not sent, or too long ago; push the path again")
+        with file:
+            small = self._check(file, info, upload.compression)
+            file.seek(0)
+            daemon.add_to_store(info, self._store_dir, small or self._unpacked(file, upload.compression))
+        if daemon.query_nar_hash(path) != info.nar_hash:
+            raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
+        return True
+
+    def _check(self, file: BinaryIO, info: PathInfo, compression: str) -> list[bytes]:
+        """Raise PushRefusedError unless the file unpacks to the NAR. Return the chunks of a small NAR, or nothing."""
+        size, digest = 0, hashlib.sha256()
+        chunks: list[bytes] | None = [] if info.nar_size <= _SMALL_NAR_BYTES else None
+        for chunk in self._unpacked(file, compression):
+            size += len(chunk)
+            if size > info.nar_size:
+                raise PushRefusedError(400, f"the NAR is longer than its NarSize, {info.nar_size}; push the path again")
+            digest.update(chunk)
+            if chunks is not None and chunk:
+                chunks.append(chunk)
+        if size != info.nar_size or digest.digest() != info.nar_hash:
+            raise PushRefusedError(400, f"the NAR of {info.path} does not have its NarHash and NarSize; push it again")
+        return chunks or []
+
+    def _unpacked(self, file: BinaryIO, compression: str) -> Iterator[bytes]:
+        if compression not in COMPRESSIONS:
+            known = ", ".join(sorted(COMPRESSIONS))
+            raise PushRefusedError(400, f"cannot unpack {compression}; push with ?compression= one of {known}")
+        unpacking = decompressor(compression)
+        try:
+            while data := file.read(_READ_BYTES):
+                self._check_stop()
+                yield from unpacking.feed(data)
+        except FormatError as error:
+            raise PushRefusedError(400, f"cannot unpack the NAR: {error}; push the path again") from None
+        if not unpacking.whole:
+            raise PushRefusedError(400, f"the {compression} file of the NAR ends early; push the path again")
+
+
+def trusted_keys() -> list[PublicKey]:
+    """Return the keys that this machine's Nix trusts, as far as its nix.conf shows them."""
+    return nix_conf.trusted_keys(os.environ)
+
+
+def _refused(path: StorePath, error: DaemonError) -> PushRefusedError:
+    why = " ".join(_COLOUR.sub("", str(error)).split())
+    _log.warning("%s: push refused: %s", path, why)
+    if _UNSIGNED.search(why):
+        return PushRefusedError(403, f"the server's Nix trusts no signature of {path}; {_SIGN}")
+    return PushRefusedError(409, f"{why}; see the server's log")

@@ -1,0 +1,77 @@
+"""Build logs that were pushed, in a directory of Nix's layout, compressed with zstd."""
+
+import os
+import tempfile
+import time
+from contextlib import suppress
+
+import zstandard
+
+from harmonia.errors import FormatError, PushRefusedError
+from harmonia.nix.decompress import Decoder
+from harmonia.nix.store_path import StorePath
+
+MAX_LOG_BYTES = 256 << 20
+"""Maximum length of a log, as text."""
+
+_PREFIX_LENGTH = 2
+
+
+class IncomingLog:
+    """A log that is being received."""
+
+    def __init__(self, path: str, decoder: Decoder | None) -> None:
+        """Open a temporary file beside `path`. The decoder undoes the content codings of the body."""
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        self._path = path
+        self._decoder = decoder
+        self._compressor = zstandard.ZstdCompressor().compressobj()
+        self._size = 0
+        descriptor, self._temporary = tempfile.mkstemp(".part", dir=os.path.dirname(path))
+        self._file = open(descriptor, "wb")  # noqa: SIM115 (`close` closes it)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes of the body. Raises PushRefusedError if the log is too long, or not encoded as announced."""
+        try:
+            for piece in self._decoder.feed(data) if self._decoder else [data]:
+                self._size += len(piece)
+                if self._size > MAX_LOG_BYTES:
+                    raise PushRefusedError(413, f"the log is longer than {MAX_LOG_BYTES} bytes")
+                self._file.write(self._compressor.compress(piece))
+        except FormatError as error:
+            raise PushRefusedError(400, f"cannot decode the log: {error}") from None
+
+    def keep(self) -> None:
+        """Replace the log by this one."""
+        if self._decoder is not None and not self._decoder.whole:
+            raise PushRefusedError(400, "the encoded log ends early; push it again")
+        self._file.write(self._compressor.flush())
+        self._file.close()
+        os.rename(self._temporary, self._path)
+
+    def close(self) -> None:
+        self._file.close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+
+
+class LogStore:
+    """The logs in a directory."""
+
+    def __init__(self, directory: str, keep_s: float) -> None:
+        self.directory = directory
+        self._keep_s = keep_s
+
+    def receive(self, derivation: StorePath, decoder: Decoder | None) -> IncomingLog:
+        """Return the log of a derivation, to be written."""
+        prefix, rest = derivation[:_PREFIX_LENGTH], derivation[_PREFIX_LENGTH:]
+        return IncomingLog(os.path.join(self.directory, "drvs", prefix, f"{rest}.zst"), decoder)
+
+    def expire(self) -> None:
+        """Remove logs that were pushed longer ago than `push.keep`, and what dead workers have left."""
+        oldest = time.time() - self._keep_s
+        for folder, _, names in os.walk(os.path.join(self.directory, "drvs")):
+            for path in (os.path.join(folder, name) for name in names):
+                with suppress(FileNotFoundError):
+                    if os.stat(path).st_mtime < oldest:
+                        os.unlink(path)

@@ -1,0 +1,163 @@
+"""Receiver of pushes in one worker: the spool, the imports and the GC roots, with the threads that they block."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from cachetools import TTLCache
+
+from harmonia.config import amounts, credentials
+from harmonia.config.settings import Settings
+from harmonia.errors import PushRefusedError
+from harmonia.nix.build_trace import Realisation
+from harmonia.nix.decompress import Decoder
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+from harmonia.ownership import hand_over
+from harmonia.push.importer import Importer, Signer, Upload
+from harmonia.push.log_store import LogStore
+from harmonia.push.path_locks import PathLocks
+from harmonia.push.roots import PushRoots
+from harmonia.push.spool import Spool
+from harmonia.store.publish_policy import compile_patterns
+
+_SPOOL_THREADS = 4
+_IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
+_SWEEP_INTERVAL_S = 10 * 60.0
+_RENEWAL_INTERVAL_S = 60 * 60.0  # between two renewals of one root
+_MAX_RENEWED = 4096
+
+_T = TypeVar("_T")
+_log = logging.getLogger("harmonia")
+
+
+@dataclass
+class Counters:
+    """Counts of events since the start of the process."""
+
+    pushed_paths: int = 0
+    pushed_bytes: int = 0
+    push_refusals: int = 0
+
+
+def open_roots(settings: Settings) -> PushRoots:
+    """Return the roots of pushed paths. Does no disk access."""
+    directory = os.path.join(str(settings.push.state_dir), "push-roots")
+    return PushRoots(os.path.abspath(directory), settings.virtual_nix_store, settings.push.keep)
+
+
+class PushReceiver:
+    """The implementation of `[push]` for one worker. Create it before the fork; it starts threads on first use."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Create the directories. Raises OSError if they cannot be created, ConfigError if the key is invalid."""
+        rules = settings.push
+        max_nar_bytes = amounts.size(rules.max_nar_size)
+        directory = os.path.join(str(settings.cache_dir), "push")
+        self.counters = Counters()
+        self.spool = Spool(directory, amounts.size(rules.spool_size), max_nar_bytes)
+        self.roots = open_roots(settings)
+        self.logs = LogStore(os.path.join(str(rules.state_dir), "push-logs"), rules.keep)
+        locks = PathLocks(os.path.join(directory, ".path-locks"))
+        key = credentials.push_key(settings)
+        permits = compile_patterns(rules.sign_names or ("*",)).fullmatch
+        self.importer = Importer(
+            str(settings.daemon),
+            settings.virtual_nix_store,
+            locks,
+            self.roots,
+            Signer(key, permits) if key else None,
+            max_nar_bytes,
+        )
+        self._spooling = ThreadPoolExecutor(_SPOOL_THREADS, thread_name_prefix="spool")
+        self._importing = ThreadPoolExecutor(_IMPORT_THREADS, thread_name_prefix="import")
+        self._renewed: MutableMapping[StorePath, bool] = TTLCache(_MAX_RENEWED, _RENEWAL_INTERVAL_S)
+
+    async def receive(self, file_hash: str, size: int, chunks: AsyncIterator[bytes]) -> None:
+        """Store a NAR file in the spool. Raises PushRefusedError if that is impossible, or its hash is another one."""
+        incoming = await hand_over(self._spooling.submit(self.spool.receive, size))
+        try:
+            async for chunk in chunks:
+                await self._in_spool(partial(incoming.write, chunk))
+            await self._in_spool(partial(incoming.keep, file_hash))
+        finally:
+            self._spooling.submit(incoming.close)
+        self.counters.pushed_bytes += size
+
+    async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
+        """Store a build log. Raises PushRefusedError if it is malformed or too long."""
+        incoming = await hand_over(self._spooling.submit(self.logs.receive, derivation, decoder))
+        try:
+            async for chunk in chunks:
+                await self._in_spool(partial(incoming.write, chunk))
+            await self._in_spool(incoming.keep)
+        finally:
+            self._spooling.submit(incoming.close)
+
+    async def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
+        """Register a realisation with the Nix daemon. Raises PushRefusedError if it is not signed, or refused."""
+        register = partial(self.importer.register, realisation_id, realisation, may_sign=may_sign)
+        await asyncio.get_running_loop().run_in_executor(self._importing, register)
+
+    async def has(self, file_hash: str) -> bool:
+        """Return whether a NAR file is in the spool."""
+        return await self._in_spool(partial(self.spool.find, file_hash))
+
+    def start_import(
+        self, info: PathInfo, file_hash: str, compression: str, *, may_sign: bool
+    ) -> "asyncio.Future[bool]":
+        """Import a path whose NAR file is in the spool. The import goes on if the client disconnects.
+
+        The result is False if the path was valid already; the error is PushRefusedError.
+        """
+        upload = Upload(info, compression, partial(self.spool.open, file_hash))
+
+        def run() -> bool:
+            is_new = self.importer.run(upload, may_sign=may_sign)
+            self.spool.mark_imported(file_hash)
+            return is_new
+
+        importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
+        importing.add_done_callback(self._count)
+        return importing
+
+    def _count(self, importing: "asyncio.Future[bool]") -> None:
+        if not importing.cancelled() and importing.exception() is None and importing.result():
+            self.counters.pushed_paths += 1
+
+    def renew(self, path: StorePath) -> None:
+        """Let the GC root of a path, if it has one, last for `push.keep` after this download. Waits for nothing."""
+        if path not in self._renewed:
+            self._renewed[path] = True
+            self._spooling.submit(self.roots.renew, path)
+
+    async def keep_house(self) -> None:
+        """Sweep the spool and the roots, now and then."""
+        while True:
+            try:
+                await self._in_spool(self._sweep)
+            except OSError as error:
+                _log.error("cannot clean up after pushes: %s; trying again", error)
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
+
+    def close(self) -> None:
+        """Let running imports fail soon. Waits for nothing."""
+        self.importer.stop()
+
+    def _sweep(self) -> None:
+        self.spool.sweep()
+        self.logs.expire()
+        for path in self.roots.expire():
+            _log.info("%s: not pushed or downloaded for push.keep; Nix may collect it", path)
+        if self.roots.find_all():
+            with suppress(PushRefusedError), self.importer.connect() as daemon:
+                self.roots.register(daemon)
+
+    async def _in_spool(self, job: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._spooling, job)

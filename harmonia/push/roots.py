@@ -1,0 +1,106 @@
+"""Persistent GC roots of pushed paths: symlinks, which the Nix daemon knows as indirect roots.
+
+A root lasts for `push.keep` after the last push or download of its path. Its symlink's modification time is the time of
+that. A pinned root lasts until it is dropped. The Nix daemon forgets a root whose symlink is gone.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from harmonia.errors import FormatError
+from harmonia.nix.store_path import StorePath
+from harmonia.store.nix_daemon import Daemon
+
+_SAME_PUSH_S = 60 * 60.0
+"""Age up to which the root of a reference counts as part of the same push, and is replaced by its referrer's root."""
+_PIN = ".pin"
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    path: StorePath
+    last_use: float
+    """Seconds since the epoch."""
+    pinned: bool
+
+
+class PushRoots:
+    """The roots in a directory."""
+
+    def __init__(self, directory: str, store_dir: str, keep_s: float) -> None:
+        self._directory = directory
+        self._store_dir = store_dir
+        self._keep_s = keep_s
+
+    def add(self, daemon: Daemon, path: StorePath, references: Iterable[StorePath] = ()) -> None:
+        """Make a root of a valid path, or renew it. It replaces the roots of references that were just pushed.
+
+        Until this returns, a temporary root must protect the path.
+        """
+        os.makedirs(self._directory, 0o700, exist_ok=True)
+        link = self._link(path)
+        with suppress(FileExistsError):
+            os.symlink(f"{self._store_dir}/{path}", link)
+        self.renew(path)
+        daemon.add_indirect_root(link)
+        for reference in references:
+            if reference != path:
+                self._replace(reference)
+
+    def renew(self, path: StorePath) -> None:
+        """Let the root of a path last for `push.keep` from now on. Does nothing if it has no root."""
+        with suppress(FileNotFoundError):
+            os.utime(self._link(path), follow_symlinks=False)
+
+    def pin(self, path: StorePath) -> bool:
+        """Let a root last until it is dropped. Return False if the path has no root."""
+        if not os.path.lexists(self._link(path)):
+            return False
+        os.close(os.open(self._link(path) + _PIN, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        return True
+
+    def drop(self, path: StorePath) -> bool:
+        """Remove the root of a path. Return False if the path has no root."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._link(path) + _PIN)
+        try:
+            os.unlink(self._link(path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def find_all(self) -> list[Root]:
+        """Return all roots, those first that were used last."""
+        roots = []
+        with suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+            for entry in entries:
+                with suppress(FormatError, FileNotFoundError):
+                    if entry.is_symlink():
+                        last_use = entry.stat(follow_symlinks=False).st_mtime
+                        roots.append(Root(StorePath(entry.name), last_use, os.path.lexists(entry.path + _PIN)))
+        return sorted(roots, key=lambda root: root.last_use, reverse=True)
+
+    def expire(self) -> list[StorePath]:
+        """Drop the roots that were not used for `push.keep`, and return their paths."""
+        oldest = time.time() - self._keep_s
+        expired = [root.path for root in self.find_all() if not root.pinned and root.last_use < oldest]
+        for path in expired:
+            self.drop(path)
+        return expired
+
+    def register(self, daemon: Daemon) -> None:
+        """Register all roots with the daemon again, in case that a worker died before it did, or Nix lost some."""
+        for root in self.find_all():
+            daemon.add_indirect_root(self._link(root.path))
+
+    def _replace(self, path: StorePath) -> None:
+        link = self._link(path)
+        with suppress(FileNotFoundError):
+            if not os.path.lexists(link + _PIN) and time.time() - os.lstat(link).st_mtime < _SAME_PUSH_S:
+                os.unlink(link)
+
+    def _link(self, path: StorePath) -> str:
+        return os.path.join(self._directory, path)

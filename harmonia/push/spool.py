@@ -1,0 +1,176 @@
+"""Spool: NAR files that were pushed, until the narinfo that names them arrives.
+
+A file is stored as it was sent, under the base-32 SHA-256 of its bytes. All workers share the directory. A body that
+breaks off leaves nothing: its file has another name, and a lock that the kernel releases if the worker dies.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+from harmonia.errors import PushRefusedError
+from harmonia.nix import base32
+
+_UNCLAIMED_MAX_AGE_S = 6 * 60 * 60  # Nix 2.35 sends all NARs of a closure before the first narinfo
+_IMPORTED_MAX_AGE_S = 10 * 60  # another path may have the same NAR, and its client has been told that it is here
+_PART, _IMPORTED = ".part", ".imported"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Incoming:
+    """A NAR file that is being received. Thread-safe. After `close`, nothing of it is left unless it was kept."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 (`close` closes it)
+        self._path = path
+        self._sha256 = hashlib.sha256()
+        self._lock = threading.Lock()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes. Raises PushRefusedError if the disk is full."""
+        with self._lock:
+            if self._file.closed:
+                return
+            self._sha256.update(data)
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+            except OSError as error:
+                raise _full(error) from None
+
+    def keep(self, file_hash: str) -> None:
+        """Move the complete file into the spool. Raises PushRefusedError unless its SHA-256 is `file_hash`."""
+        with self._lock:
+            actual = base32.encode(self._sha256.digest())
+            if actual != file_hash:
+                what = f"the body has the SHA-256 {actual}, not the one in its URL; send the NAR again"
+                raise PushRefusedError(400, what)
+            os.rename(self._path, os.path.join(os.path.dirname(self._path), file_hash))
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._file.closed:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._path)
+                self._file.close()
+
+
+class Spool:
+    """The spooled files in a directory."""
+
+    def __init__(self, directory: str, max_bytes: int, max_file_bytes: int) -> None:
+        """Create the directory. Raises OSError if it cannot be created or written to."""
+        os.makedirs(directory, 0o700, exist_ok=True)
+        os.close(os.open(os.path.join(directory, ".lock"), os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._directory = directory
+        self._max_bytes = max_bytes
+        self._max_file_bytes = max_file_bytes
+
+    def check_size(self, size: int) -> None:
+        """Raise PushRefusedError if a file of `size` bytes is larger than the spool may hold."""
+        if size > self._max_file_bytes:
+            what = f"the NAR has {size} bytes, more than push.max_nar_size, {self._max_file_bytes}; raise the setting"
+            raise PushRefusedError(413, what)
+
+    def receive(self, size: int) -> Incoming:
+        """Reserve room for a file of `size` bytes, and return it.
+
+        Raises PushRefusedError if the file is too large, or the spool or the disk is full.
+        """
+        self.check_size(size)
+        with self._exclusively():
+            if self._used() + size > self._max_bytes:
+                self._sweep(imported_max_age=0)
+            if (used := self._used()) + size > self._max_bytes:
+                what = f"the spool is full: {used} of {self._max_bytes} bytes; push later, or raise push.spool_size"
+                raise PushRefusedError(413, what)
+            disk = os.statvfs(self._directory)
+            if size > disk.f_bavail * disk.f_frsize:
+                raise PushRefusedError(413, "the disk of the server's spool is full; free space there, then push again")
+            try:
+                descriptor, path = tempfile.mkstemp(_PART, dir=self._directory)
+            except OSError as error:
+                raise _full(error) from None
+            incoming = Incoming(descriptor, path)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                os.ftruncate(descriptor, size)  # counts as used from now on
+            except BaseException:
+                incoming.close()
+                raise
+            return incoming
+
+    def find(self, file_hash: str) -> bool:
+        """Return whether the file is here. If so, it stays for a while."""
+        for name in (file_hash, file_hash + _IMPORTED):
+            with suppress(FileNotFoundError):
+                os.utime(os.path.join(self._directory, name))
+                return True
+        return False
+
+    def open(self, file_hash: str) -> BinaryIO | None:
+        """Return the file, or None if it is not here."""
+        for name in (file_hash, file_hash + _IMPORTED):
+            with suppress(FileNotFoundError):
+                return open(os.path.join(self._directory, name), "rb")
+        return None
+
+    def mark_imported(self, file_hash: str) -> None:
+        """Let the file be removed soon, or at once if its room is needed."""
+        path = os.path.join(self._directory, file_hash)
+        with suppress(FileNotFoundError):
+            os.utime(path)
+            os.rename(path, path + _IMPORTED)
+
+    def sweep(self) -> None:
+        """Remove what nobody claims any more, and what dead workers have left."""
+        with self._exclusively():
+            self._sweep(_IMPORTED_MAX_AGE_S)
+
+    def _sweep(self, imported_max_age: float) -> None:
+        now = time.time()
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                age = now - entry.stat(follow_symlinks=False).st_mtime
+                if entry.name.endswith(_PART):
+                    _unlink_unlocked(entry.path)
+                elif age >= (imported_max_age if entry.name.endswith(_IMPORTED) else _UNCLAIMED_MAX_AGE_S):
+                    os.unlink(entry.path)
+
+    def _used(self) -> int:
+        used = 0
+        for entry in self._entries():
+            with suppress(FileNotFoundError):
+                used += entry.stat(follow_symlinks=False).st_size
+        return used
+
+    def _entries(self) -> list["os.DirEntry[str]"]:
+        with os.scandir(self._directory) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Let no other thread or worker reserve room or sweep meanwhile."""
+        with open(os.path.join(self._directory, ".lock"), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _unlink_unlocked(path: str) -> None:
+    """Remove the file of a worker that has died."""
+    with open(path, "rb") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+
+
+def _full(error: OSError) -> Exception:
+    if error.errno in _FULL:
+        return PushRefusedError(413, "the disk of the server's spool is full; free space there, then push again")
+    return error

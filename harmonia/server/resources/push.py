@@ -1,0 +1,232 @@
+"""`/push`: the store URL for uploads with `nix copy --to`. Only the local store answers here, never an upstream.
+
+Nix asks for a narinfo, sends the NAR under the hash of its file, and then the narinfo, references first. The NAR waits
+in the spool for its narinfo; the response to the narinfo is 200 once the Nix daemon has the path valid. What the server
+makes itself, such as listings, is accepted and dropped.
+
+Refusals are 4xx with a line that says what the pusher can do. Nix up to 2.32 repeats a request after 5xx with an empty
+body, and gives up a request after 300 s without a byte.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial, wraps
+
+from sanic import Request
+from sanic.exceptions import NotFound, SanicException
+
+from harmonia.errors import FormatError, PushRefusedError
+from harmonia.nix import base32, narinfo
+from harmonia.nix.build_trace import parse_realisation
+from harmonia.nix.decompress import Decoder, decoder
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StoreDirError, StorePath
+from harmonia.push.receiver import PushReceiver
+from harmonia.server.context import ServerContext
+from harmonia.server.http import sanic_adapter
+from harmonia.server.http.response import Handler, Representation
+from harmonia.server.resources import build_log, build_trace, nar
+from harmonia.server.resources.narinfo import nar_url, representation
+from harmonia.untrusted import integer
+
+_SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?")
+_MAX_BODY_BYTES = (1 << 63) - 1
+_MAX_NARINFO_BYTES = 1 << 20
+_MAX_REALISATION_BYTES = 256 << 10
+_MAX_DROPPED_BYTES = 1 << 20  # that a client may send in vain before it reads the refusal
+_CHUNK_BYTES = 256 * 1024
+_STALL_S = 60.0  # without a byte of the body
+_SILENCE_S = 60.0  # until the first byte of a response, and between two bytes of it
+
+_log = logging.getLogger("harmonia")
+
+
+class _Progress:
+    """The body of a response during a long import: a dot for each minute. It breaks off if the import fails."""
+
+    size: int | None = None
+
+    def __init__(self, importing: "asyncio.Future[bool]") -> None:
+        self._importing = importing
+
+    async def read(self, _start: int, _stop: int | None) -> AsyncGenerator[bytes]:
+        while not self._importing.done():
+            yield b"."
+            await asyncio.wait([self._importing], timeout=_SILENCE_S)
+        self._importing.result()
+        yield b"\n"
+
+    def close(self) -> None:
+        pass
+
+
+async def get_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    """Answer for every valid path, even if the publish policy forbids it: otherwise, it would be pushed again."""
+    info = await context.threads.run_db(partial(context.store.path_info, hash_part))
+    if info is None:
+        raise NotFound
+    nar_file = NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
+    return representation(context, request, info, nar_file, info.sigs, max_age=0)
+
+
+async def get_nar(context: ServerContext, request: Request, name: str) -> Representation:
+    """Answer for the NARs of the store, and to HEAD for those in the spool, which Nix does not send again."""
+    match = _SPOOLED.fullmatch(name)
+    if match and request.method == "HEAD" and await _receiver(context).has(match["file_hash"]):
+        return _done()
+    return await nar.get(context, request, name)
+
+
+async def put_nar(context: ServerContext, request: Request, name: str) -> Representation:
+    match = _SPOOLED.fullmatch(name)
+    if match is None:
+        raise PushRefusedError(400, "the name of a NAR is its base-32 SHA-256 and .nar; push with `nix copy`")
+    size = _content_length(request)
+    chunks = _gathered(sanic_adapter.body_of(request, _STALL_S))
+    await _receiver(context).receive(match["file_hash"], size, chunks)
+    return _done()
+
+
+async def put_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    receiver = _receiver(context)
+    info, nar_file = _parse(context, hash_part, await _read_small(request, _MAX_NARINFO_BYTES))
+    match = _SPOOLED.fullmatch(nar_file.url)
+    file_hash = match["file_hash"] if match else ""
+    if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
+        raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
+    importing = receiver.start_import(info, file_hash, nar_file.compression, may_sign=_may_sign(request))
+    await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import goes on
+    if not importing.done() and request.version != "1.0":
+        return _done(_Progress(importing))
+    await importing
+    return _done()
+
+
+async def put_log(context: ServerContext, request: Request, name: str) -> Representation:
+    try:
+        derivation = StorePath(build_log.decoded(request, name))
+        if not derivation.is_derivation:
+            raise FormatError(f"{derivation} is not a derivation")
+        codings = _decoder(request)
+    except FormatError as error:
+        raise PushRefusedError(400, f"cannot keep the log: {error}; push it with `nix copy`") from None
+    chunks = _gathered(sanic_adapter.body_of(request, _STALL_S))
+    await _receiver(context).receive_log(derivation, codings, chunks)
+    return _done()
+
+
+async def put_realisation(context: ServerContext, request: Request, name: str) -> Representation:
+    derivation_hash, output = build_trace.parse_realisation_id(name)
+    body = await _read_small(request, _MAX_REALISATION_BYTES)
+    try:
+        realisation_id, realisation = parse_realisation(body)
+    except FormatError as error:
+        raise PushRefusedError(400, f"the realisation is malformed: {error}; push with `nix copy`") from None
+    if realisation_id != f"{derivation_hash}!{output}":
+        raise PushRefusedError(400, "the realisation's id is not the one in its URL; push with `nix copy`")
+    await _receiver(context).register(realisation_id, realisation, may_sign=_may_sign(request))
+    return _done()
+
+
+async def drop(context: ServerContext, request: Request, **_: str) -> Representation:
+    """Accept what the server makes itself."""
+    _receiver(context).spool.check_size(_content_length(request))
+    async for _data in sanic_adapter.body_of(request, _STALL_S):
+        pass
+    return _done()
+
+
+def receiving(handler: Handler) -> Handler:
+    """Return a handler for PUT whose refusals reach the client: all are 4xx, after the client has sent the body."""
+
+    @wraps(handler)
+    async def put(context: ServerContext, request: Request, **parameters: str) -> Representation:
+        try:
+            return await handler(context, request, **parameters)
+        except Exception as error:
+            await sanic_adapter.drop_body(request, _MAX_DROPPED_BYTES, _STALL_S)
+            if context.push is not None:
+                context.push.counters.push_refusals += 1
+            raise _refusal(request, error) from error
+
+    return put
+
+
+def _refusal(request: Request, error: Exception) -> Exception:
+    match error:
+        case PushRefusedError() | SanicException(status_code=400 | 401 | 403 | 404 | 405 | 411 | 413 | 429):
+            return error
+        case TimeoutError():
+            return PushRefusedError(400, f"no byte of the body arrived for {_STALL_S:.0f} s; push again")
+    _log.error("%s %s: push failed: %s", request.method, request.path, error, exc_info=error)
+    return PushRefusedError(409, "the server failed; push again, or see the server's log")
+
+
+def _receiver(context: ServerContext) -> PushReceiver:
+    if context.push is None:
+        raise NotFound
+    return context.push
+
+
+def _may_sign(request: Request) -> bool:
+    """Return whether the server may sign for this pusher."""
+    token = getattr(request.ctx, "token", None)
+    return token is not None and "sign" in token.scopes
+
+
+def _done(body: bytes | _Progress = b"") -> Representation:
+    return Representation(content_type="text/plain; charset=utf-8", body=body, cache_control="no-store")
+
+
+def _content_length(request: Request) -> int:
+    size = integer(request.headers.get("content-length", "").strip(), _MAX_BODY_BYTES)
+    if size is None:
+        raise SanicException(status_code=411)
+    return size
+
+
+async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """Yield the bytes in chunks of at least 256 KiB: to wake a thread takes longer than to copy them."""
+    chunk = bytearray()
+    async for piece in pieces:
+        chunk += piece
+        if len(chunk) >= _CHUNK_BYTES:
+            yield bytes(chunk)
+            chunk.clear()
+    if chunk:
+        yield bytes(chunk)
+
+
+async def _read_small(request: Request, most: int) -> bytes:
+    """Return a body that fits into memory, decoded. Raises PushRefusedError if it is longer or malformed."""
+    if _content_length(request) > most:
+        raise PushRefusedError(413, f"the body has more than {most} bytes")
+    body = b"".join([data async for data in sanic_adapter.body_of(request, _STALL_S)])
+    try:
+        decoding = _decoder(request)
+        return decoding.decode(body, most) if decoding else body
+    except FormatError as error:
+        raise PushRefusedError(400, f"cannot decode the body: {error}; push it without compression") from None
+
+
+def _decoder(request: Request) -> Decoder | None:
+    """Return the decoder of the body, or None if it is not encoded. Raises FormatError if a coding is unknown."""
+    codings = ",".join(request.headers.getall("content-encoding", [])).split(",")
+    return decoder(coding.strip() for coding in codings)
+
+
+def _parse(context: ServerContext, hash_part: str, body: bytes) -> tuple[PathInfo, NarFile]:
+    store_dir = context.settings.virtual_nix_store
+    try:
+        info, nar_file = narinfo.parse(body.decode(), store_dir)
+    except StoreDirError:
+        what = f"this server's store is {store_dir}, so it cannot take paths of other store directories"
+        raise PushRefusedError(400, what) from None
+    except (FormatError, UnicodeDecodeError) as error:
+        raise PushRefusedError(400, f"the narinfo is malformed: {error}; push with `nix copy`") from None
+    if info.path.hash_part != hash_part:
+        raise PushRefusedError(400, f"the narinfo is that of {info.path}, not the one in its URL; push with `nix copy`")
+    return info, nar_file

@@ -1,0 +1,266 @@
+"""Promises to pushers: `nix copy --to` brings paths into the store of a machine whose Nix daemon trusts no user."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from harmonia.config.tokens import Scope, new
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from support.closure import build_one, make_closure, requisites
+from support.nix_client import Client, Key
+from support.pusher import Pushed, Pusher, signed
+from support.running import Server, wait_until
+
+Start = Callable[..., Server]
+MakeClient = Callable[[str], Client]
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short name: those of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine that is pushed to, with a key that its daemon trusts. The daemon trusts no user, not even root."""
+
+    client: Client
+    key: Key
+    start: Start
+
+    def serve(self, settings: str = "", scopes: tuple[Scope, ...] = ("push", "read"), **options: object) -> Server:
+        """Serve the store with push. Clients in the same directory find the token in /etc/netrc of that directory."""
+        shared = self.client.shared
+        token, record = new("ci", scopes)
+        (shared / "tokens").write_text(str(record))
+        (shared / "token").write_text(token)
+        (shared / "netrc").write_text(f"machine 127.0.0.1 login ci password {token}\n")
+        return self.start(
+            store=self.client.directory,
+            settings=f"tokens_path = '{shared}/tokens'\naccess_log = true\n[push]\nenable = true\n"
+            f"allow_without_tls = true\nstate_dir = '{shared}/state'\n{settings}",
+            environment={"NIX_CONFIG": f"trusted-public-keys = {self.key.public}"},
+            **options,
+        )
+
+    def pusher(self, server: Server) -> Pusher:
+        return Pusher(server, (self.client.shared / "token").read_text())
+
+    @property
+    def secret(self) -> SecretKey:
+        return SecretKey.parse(self.key.secret_file.read_text())
+
+
+@pytest.fixture
+def target(make_client: MakeClient, start: Start) -> Target:
+    client = make_client("store")
+    client.run("nix-store", "--init")
+    key = make_client("keys").generate_key("pusher-1")
+    client.settings |= {"trusted-users": "nobody-at-all", "trusted-public-keys": key.public}
+    return Target(client, key, start)
+
+
+@pytest.fixture
+def pusher(make_client: MakeClient) -> Client:
+    pusher = make_client("pusher")
+    pusher.settings["netrc-file"] = str(pusher.shared / "netrc")
+    return pusher
+
+
+def push(pusher: Client, server: Server, *paths: str, query: str = "", check: bool = True) -> str:
+    return pusher.run("nix", "copy", "--to", f"{server.url}/push?{query}", *paths, check=check).stderr
+
+
+def spooled(server: Server) -> list[str]:
+    """Return the files that wait in the spool."""
+    names = (path.name for path in (server.cache_dir / "push").iterdir())
+    return sorted(name for name in names if not name.startswith(".") and not name.endswith(".imported"))
+
+
+def test_a_closure_is_pushed_and_substituted(target: Target, pusher: Client, make_client: MakeClient) -> None:
+    closure = make_closure(pusher)
+    server = target.serve()
+    with target.client.daemon():
+        push(pusher, server, *closure.paths.values(), query=f"secret-key={target.key.secret_file}")
+        target.client.run("nix-store", "--gc")  # the roots keep it
+    for path in (*closure.paths.values(), *requisites(pusher, closure.top)):
+        target.client.run("nix-store", "--verify-path", path)
+    assert "pusher-1:" in target.client.run("nix", "path-info", "--sigs", closure.top).text
+    consumer = make_client("consumer")
+    consumer.settings |= {"substituters": server.url, "trusted-public-keys": target.key.public}
+    consumer.settings["netrc-file"] = str(pusher.shared / "netrc")
+    consumer.run("nix-store", "--realise", closure.top)
+    assert not spooled(server)
+    server.stop()
+    assert not [line for line in server.log if "Traceback" in line or "ERROR" in line], server.log
+    assert [line for line in server.log if "'PUT /push/nar/" in line and " 200 " in line and "token=ci" in line]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "compression=none",
+        "compression=zstd&write-nar-listing=true",
+        "compression=bzip2&index-debug-info=true",
+        "compression=gzip",
+        "compression=br",
+    ],
+)
+def test_every_option_of_nix_works(target: Target, pusher: Client, query: str) -> None:
+    path = build_one(
+        pusher, "one-1.0", "mkdir -p $out/lib/debug/.build-id/ab; echo one > $out/lib/debug/.build-id/ab/c.debug"
+    )
+    server = target.serve()
+    with target.client.daemon():
+        push(pusher, server, path, query=f"{query}&secret-key={target.key.secret_file}")
+    target.client.run("nix-store", "--verify-path", path)
+
+
+def test_what_needs_no_key_is_content_addressed(target: Target, pusher: Client) -> None:
+    file = pusher.directory / "file"
+    file.write_text("content")
+    path = pusher.run("nix-store", "--add", file).text
+    server = target.serve()
+    with target.client.daemon():
+        push(pusher, server, path)
+    target.client.run("nix-store", "--verify-path", path)
+
+
+def test_unsigned_is_refused_and_signed_by_the_server_only_with_the_scope(target: Target, pusher: Client) -> None:
+    path = build_one(pusher, "one-1.0", "echo one > $out")
+    other = build_one(pusher, "other-1.0", "echo other > $out")
+    server = target.serve()
+    with target.client.daemon():
+        assert "secret-key=FILE" in push(pusher, server, path, check=False)
+        assert not target.client.real_path(path).exists()
+        signing = f"sign_key_path = '{target.key.secret_file}'\nsign_names = ['one-*']\n"
+        assert "secret-key=FILE" in push(pusher, target.serve(signing), path, check=False)
+        server = target.serve(signing, ("push", "sign"))
+        push(pusher, server, path)
+        assert "secret-key=FILE" in push(pusher, server, other, check=False)
+    target.client.run("nix-store", "--verify-path", path)
+    assert not target.client.real_path(other).exists()
+
+
+def test_realisations_are_registered_if_they_are_signed(target: Target, pusher: Client, tmp_path: Path) -> None:
+    expression = tmp_path / "expression.nix"
+    expression.write_text("""
+        derivation {
+          name = "ca-1.0"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo hi > $out" ];
+          __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+        }""")
+    server = target.serve()
+
+    def is_known() -> bool:
+        """Return whether the target has nothing to build."""
+        target.client.settings["max-jobs"] = "0"
+        return target.client.run("nix-build", "--no-out-link", expression, check=False).returncode == 0
+
+    with target.client.daemon():
+        for keys in ("", str(target.key.secret_file)):
+            pusher.run("sh", "-c", "rm -rf /nix/var /nix/store")
+            pusher.settings["secret-key-files"] = keys
+            pusher.run("nix-build", "--no-out-link", expression)
+            pusher.run("nix", "copy", "--to", f"{server.url}/push", "--file", expression, "")
+            assert is_known() == bool(keys)
+
+
+def test_a_log_is_kept_and_served(target: Target) -> None:
+    server = target.serve()
+    name = f"{'0' * 32}-top-1.0.drv"
+    log = b"line\n" * 1000
+    pusher = target.pusher(server)
+    assert pusher.request("PUT", f"log/{name}", log).status == 200
+    token = (target.client.shared / "token").read_text()
+    answer = server.get(f"/log/{name}", {"Authorization": f"Bearer {token}"})
+    assert (answer.status, answer.body) == (200, log)
+    assert pusher.request("PUT", f"log/{name}", b"x", {"Content-Encoding": "zstd"}).status == 400
+    assert pusher.request("PUT", "log/none", log).status == 400
+
+
+OTHER = SecretKey.generate("other-1")
+
+
+def test_each_refusal_is_one_line_and_leaves_nothing(target: Target) -> None:
+    """None of it becomes valid, and the next push of the same path succeeds."""
+    server = target.serve("max_nar_size = '64M'\n")
+    pusher, secret = target.pusher(server), target.secret
+    good = Pushed.make("good", b"content" * 1000, secret)
+    info = good.info
+    other = Pushed.make("other", b"", secret)
+    missing = StorePath(f"{'0' * 32}-missing")
+    longer = replace(good, body=good.body + bytes(8))
+    cases = {
+        "of another key": replace(good, info=signed(info, OTHER)),
+        "signature of another path": replace(good, info=replace(info, sigs=other.info.sigs)),
+        "another hash": replace(good, info=signed(replace(info, nar_hash=bytes(32)), secret)),
+        "another size": replace(good, info=signed(replace(info, nar_size=info.nar_size + 8), secret)),
+        "longer": longer,
+        "reference": replace(good, info=signed(replace(info, references=(missing,)), secret)),
+        "compression": replace(good, compression="xz"),
+        "no decompressor": replace(good, compression="lz4"),
+        "too large": replace(good, info=signed(replace(info, nar_size=1 << 40), secret)),
+        "no content address": replace(good, info=replace(info, sigs=(), ca="fixed:r:sha256:" + "0" * 52)),
+    }
+    with target.client.daemon():
+        for name, wrong in cases.items():
+            answer = pusher.push(wrong)
+            assert 400 <= answer.status < 500, (name, answer)
+            assert answer.body.count(b"\n") == 1, (name, answer)
+            assert len(answer.body) < 1000
+            assert server.get(f"/{info.path.hash_part}.narinfo").status in (401, 404)
+            assert pusher.request("GET", f"{info.path.hash_part}.narinfo").status == 404, name
+        wrong_name = pusher.request("PUT", f"nar/{'0' * 52}.nar", good.body)
+        assert (wrong_name.status, b"SHA-256" in wrong_name.body) == (400, True)
+        elsewhere = good.narinfo.replace(b"/nix/store/", b"/gnu/store/")
+        other_dir = pusher.request("PUT", f"{info.path.hash_part}.narinfo", elsewhere)
+        assert (other_dir.status, b"/nix/store" in other_dir.body) == (400, True)
+        assert pusher.request("PUT", f"{'0' * 32}.narinfo", good.narinfo).status == 400
+        assert pusher.request("PUT", f"{info.path.hash_part}.narinfo", b"junk").status == 400
+        assert pusher.push(good).status == 200
+        assert pusher.push(good).status == 200  # once more
+        another = replace(Pushed.make("good", b"", secret), info=info)
+        another = replace(another, info=signed(replace(info, nar_hash=bytes(32)), secret))
+        assert pusher.push(another).status == 409
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{info.path}")
+
+
+def test_a_token_without_the_scope_sends_nothing(target: Target) -> None:
+    """Expect: 100-continue is answered by the refusal, before the body."""
+    server = target.serve(scopes=("read",))
+    token = (target.client.shared / "token").read_text()
+    path = Pushed.make("good", b"content", target.secret)
+    for authorization, status in (("", 401), (f"Authorization: Bearer {token}\r\n", 403)):
+        with server.connect() as connection:
+            head = f"PUT /push/{path.nar_url} HTTP/1.1\r\nHost: x\r\n{authorization}Content-Length: 1000000000\r\n"
+            connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+            assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
+    assert not spooled(server)
+
+
+def test_a_broken_off_body_leaves_nothing(target: Target) -> None:
+    server = target.serve()
+    token = (target.client.shared / "token").read_text()
+    path = Pushed.make("good", b"content" * 1_000_000, target.secret)
+    with server.connect() as connection:
+        head = f"PUT /push/{path.nar_url} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        connection.sendall(f"{head}Content-Length: {len(path.body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+        assert connection.recv(4096) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(path.body[:1_000_000])
+        wait_until(lambda: spooled(server))
+    wait_until(lambda: not spooled(server))
+    assert target.pusher(server).request("HEAD", path.nar_url).status == 404
+
+
+def test_many_puts_on_one_connection(target: Target) -> None:
+    """The connection stays open after a body, as after any other request."""
+    server = target.serve()
+    paths = [Pushed.make(f"path-{number}", b"%d" % number, target.secret) for number in range(20)]
+    with target.client.daemon(), target.pusher(server).connected() as pusher:
+        assert {pusher.push(path).status for path in paths} == {200}
