@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.attack.client import Asked, Bystander, Target
 from benchmarks.attack.stores import MIB, AttackedStore, Form, narinfo
 from harmonia.nix.path_info import PathInfo
-from support.running import Server, peak_bytes
+from support.running import HARMONIA, Server, peak_bytes
 from support.unscathed import unscathed
 
 _NOISE = 4
@@ -80,11 +80,26 @@ class Arena:
 
     @contextmanager
     def served(
-        self, name: str, settings: str = "", *, memory_bound_mib: int = 0, root: Path | None = None, **options: object
+        self,
+        name: str,
+        settings: str = "",
+        *,
+        memory_bound_mib: int = 0,
+        root: Path | None = None,
+        program: Sequence[str] = HARMONIA,
+        **options: object,
     ) -> Iterator[tuple[Server, Outcome]]:
         """Serve the store of `root` (default: the arena's) during the `with` block, which attacks it."""
+        # A fork of a process with all modules would have other memory, and /proc would not show its arguments.
+        command = ["env", *program]
         with self.outcome(name, memory_bound_mib) as outcome, tempfile.TemporaryDirectory(prefix="harmonia-") as temp:
-            server = Server(Path(temp, "server"), root or self.store.root, settings, **options)  # type: ignore[arg-type]
+            server = Server(
+                Path(temp, "server"),
+                root or self.store.root,
+                settings,
+                program=command,
+                **options,  # type: ignore[arg-type]
+            )
             server.start()
             try:
                 yield server, outcome

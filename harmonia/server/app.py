@@ -10,6 +10,7 @@ from sanic.config import Config
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
+from harmonia.process.loop_turns import LoopTurns
 from harmonia.server.context import Fallback, ServerContext
 from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
@@ -72,6 +73,7 @@ def _app(
     )
     app.ctx.identity = context.identity
     app.ctx.response_cache = ResponseCache()
+    app.ctx.loop_turns = LoopTurns()
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)

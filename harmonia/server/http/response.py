@@ -312,6 +312,8 @@ async def _send(
             while piece:
                 if size is not None and sent + len(piece) > size:
                     raise StoreObjectError(f"the body is longer than {size} bytes")
+                if sent:
+                    await request.app.ctx.loop_turns.take(id(request))
                 await response.send(cast("bytes", piece))
                 sent = request.ctx.sent = sent + len(piece)
                 piece = await anext(pieces, b"")
