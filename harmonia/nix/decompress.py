@@ -289,7 +289,7 @@ _FORMATS: dict[str, Callable[[int], Decompressor]] = {
     "none": lambda _: _Plain(),
     "xz": lambda memory: _Frames(lambda: _xz(lzma.FORMAT_XZ, memory), alignment=_XZ_ALIGNMENT),
     "bzip2": lambda _: _Members(lambda: _Stepwise(bz2.BZ2Decompressor()), b"BZh"),
-    "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b"),
+    "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b\x08"),
     "zstd": lambda _: _zstd(),
     "br": lambda _: _Single(_Brotli),
     "lzma": lambda memory: _Single(lambda: _xz(lzma.FORMAT_ALONE, memory)),

@@ -25,6 +25,7 @@ from harmonia.upstream.refusals import Reason, Refusals
 
 _MAX_REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
+_WHOLE_BODY = {200, 201, 226}  # as in Nix
 _MISSING = {403, 404, 410, 416}  # S3 sends 403 for a missing object; 416 is for a range beyond the end
 _HTTPS_PORT = 443
 BUFFER_BYTES = 256 * 1024  # of a body that wait to be read
@@ -125,7 +126,7 @@ class Transport:
         ranged = {} if part == WHOLE else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         for _ in range(_MAX_REDIRECTS + 1):
             response = await self._request(method, url, headers, ranged, requested_url, buffer_bytes)
-            if _has_it(response, start, ranged=bool(ranged)):
+            if _has_it(response, start):
                 return response
             response.close()
             status = response.status
@@ -250,11 +251,14 @@ def _origin(url: URL) -> str:
     return excerpt(f"{url.scheme}://{url.host}:{url.port}")
 
 
-def _has_it(response: aiohttp.ClientResponse, start: int, *, ranged: bool) -> bool:
-    """Return whether a response has the requested bytes: the whole body, or the part that begins at `start`."""
-    if response.status == HTTPStatus.PARTIAL_CONTENT and ranged:
+def _has_it(response: aiohttp.ClientResponse, start: int) -> bool:
+    """Return whether a response has the requested bytes: the whole body, or the part that begins at `start`.
+
+    A part from 0 may answer a request for the whole body; its reader verifies it.
+    """
+    if response.status == HTTPStatus.PARTIAL_CONTENT:
         return content_range_start(response.headers) == start
-    return response.status == HTTPStatus.OK
+    return response.status in _WHOLE_BODY
 
 
 def _phrase(error: BaseException) -> str:

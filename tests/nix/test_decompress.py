@@ -92,7 +92,7 @@ VARIANTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "lzma by xz": ("lzma", tool("xz", "--format=lzma", "-c")),
     "lzma followed by garbage": ("lzma", lambda data: PACK["lzma"](data) + b"garbage"),
     "gzip padded with zeros": ("gzip", lambda data: gzip.compress(data) + bytes(513)),
-    "gzip followed by garbage": ("gzip", lambda data: gzip.compress(data) + b"\x1fgarbage"),
+    "gzip followed by garbage": ("gzip", lambda data: gzip.compress(data) + b"\x1f\x8bgarbage"),
     "gzip with an empty member": ("gzip", lambda data: gzip.compress(b"") + gzip.compress(data) + gzip.compress(b"")),
     "gzip by gzip": ("gzip", tool("gzip", "-9", "-n")),
     "gzip stored": ("gzip", lambda data: gzip.compress(data, 0)),

@@ -818,6 +818,22 @@ def test_answers_come_in_any_content_coding(
     assert (listing.body, "content-encoding" in listing.headers) == (b'{"version":1}', False)
 
 
+@pytest.mark.parametrize("status_", [201, 206, 226])
+def test_a_status_that_nix_takes_for_200_is_taken(
+    begin: Start, upstream: UpstreamServer, there: Remote, status_: int
+) -> None:
+    def behave(handler: upstream_server.Handler) -> None:
+        content = handler.server.files[handler.path]
+        part = {"Content-Range": f"bytes 0-{len(content) - 1}/{len(content)}"} if status_ == 206 else {}
+        handler.answer(status_, content, part)
+
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    upstream.behaviours["narinfo|^/nar/"] = behave
+    server = begin(entry(upstream))
+    url = fields(server.get(narinfo_path(there)))["URL"]
+    assert server.get(f"/{url}").body == there.file
+
+
 @pytest.mark.parametrize("where", ["narinfo", "^/nar/"])
 def test_an_unknown_content_coding_is_no_answer(
     begin: Start, upstream: UpstreamServer, there: Remote, where: str
