@@ -29,6 +29,7 @@ from harmonia.cache.zstd_stored import StoredNar
 from harmonia.config.settings import Zstd
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
+from harmonia.process.loop_turns import LoopTurns
 from harmonia.server.http import response
 from harmonia.server.http.response import Body, Deferred, Representation
 from harmonia.server.made_once import MadeFile
@@ -186,8 +187,10 @@ class Bench:
         }
 
     def _open_files(self) -> list[str]:
-        with os.scandir("/proc/self/fd") as entries:
-            names = [os.readlink(entry.path) for entry in entries if os.path.lexists(entry.path)]
+        names = []
+        for number in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # closed meanwhile
+                names.append(os.readlink(f"/proc/self/fd/{number}"))
         return [name for name in names if name.startswith(str(self.directory))]
 
     def close(self) -> None:
@@ -284,6 +287,7 @@ def request(way: Way, method: str = "GET", headers: dict[str, str] | None = None
 
     asked = SimpleNamespace(
         method=method, version="1.1", path="/", headers=CIMultiDict(headers or {}), ctx=SimpleNamespace(),
+        app=SimpleNamespace(ctx=SimpleNamespace(loop_turns=LoopTurns())),
         responded=False, respond=begin, transport=SimpleNamespace(abort=lambda: None),
     )  # fmt: skip
     return cast("Request", asked)
