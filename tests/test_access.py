@@ -1,4 +1,4 @@
-"""Promises about tokens: a server knows only their hashes, and no message shows what stands in their file."""
+"""Tokens: a server knows only their hashes, and no message shows the content of the token file."""
 
 import hashlib
 import re
@@ -18,36 +18,36 @@ SECRET, TOKEN = new("ci", ["read"])
 HASH = f"sha256:{TOKEN.sha256.hex()}"
 
 
-def test_a_token_is_found_by_itself_alone() -> None:
+def test_find_token_finds_only_the_exact_secret() -> None:
     others = [new(f"other-{number}", SCOPES)[1] for number in range(100)]
     tokens = Tokens([*others, TOKEN])
     assert tokens.find_token(SECRET) == TOKEN
-    for wrong in ("", SECRET[:-1], SECRET + "x", SECRET.upper(), SECRET[1:], HASH, TOKEN.sha256.hex(), "\udcff", "ü"):
-        assert tokens.find_token(wrong) is None
+    for other in ("", SECRET[:-1], SECRET + "x", SECRET.upper(), SECRET[1:], HASH, TOKEN.sha256.hex(), "\udcff", "ü"):
+        assert tokens.find_token(other) is None
     assert Tokens([]).find_token(SECRET) is None
 
 
-def test_what_agrees_in_what_a_token_is_found_by_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_with_a_colliding_prefix_of_its_hash_is_not_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     near = TOKEN.sha256[:-1] + bytes([TOKEN.sha256[-1] ^ 1])
     monkeypatch.setattr("harmonia.config.tokens._sha256", lambda _: near)
     assert Tokens([TOKEN]).find_token("another") is None
 
 
-def test_new_ones_are_long_and_never_the_same() -> None:
+def test_new_secrets_are_long_and_unique() -> None:
     made = {new("a", ["read"])[0] for _ in range(100)}
     assert len(made) == 100
     assert all(re.fullmatch(r"harmonia_[A-Za-z0-9_-]{43}", secret) for secret in made)
 
 
 @given(st.lists(st.sampled_from(SCOPES), unique=True, min_size=1))
-def test_the_line_of_a_token_is_read_as_it_was_made(scopes: list[str]) -> None:
+def test_token_line_round_trips(scopes: list[str]) -> None:
     secret, token = new("a.b@c-d", scopes)  # type: ignore[arg-type]
     assert parse(f"\n# comment\n  {token}   # another\n\n") == (token,)
     assert token.sha256 == hashlib.sha256(secret.encode()).digest()
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "message"),
     [
         ("ci read", "line 2: expected NAME SCOPES HASH"),
         (f"ci {HASH}", "line 2: expected NAME"),
@@ -66,27 +66,27 @@ def test_the_line_of_a_token_is_read_as_it_was_made(scopes: list[str]) -> None:
     ],
     ids=lambda _: "line",
 )
-def test_a_wrong_line_is_told_and_not_shown(line: str, what: str) -> None:
+def test_malformed_line_is_reported_without_its_content(line: str, message: str) -> None:
     with pytest.raises(FormatError) as caught:
         parse(f"{TOKEN}\n{line}")
-    assert str(caught.value).startswith(what)
+    assert str(caught.value).startswith(message)
     assert SECRET[10:30] not in str(caught.value)
 
 
 @given(st.text())
-def test_no_text_does_worse_than_a_complaint(text: str) -> None:
+def test_arbitrary_text_raises_only_format_error(text: str) -> None:
     try:
         parse(text)
     except FormatError as error:
-        assert re.match(r"line [0-9]+: ", str(error))  # noqa: PT017 (no complaint is fine as well)
+        assert re.match(r"line [0-9]+: ", str(error))  # noqa: PT017 (no error is fine as well)
 
 
-def test_nothing_that_is_printed_shows_a_hash() -> None:
+def test_repr_of_a_token_has_no_hash() -> None:
     assert TOKEN.sha256.hex() not in repr(TOKEN)
     assert repr(TOKEN.sha256) not in repr(TOKEN)
 
 
-def test_the_command_makes_a_token_and_the_line_for_its_hash() -> None:
+def test_token_command_prints_secret_and_line() -> None:
     made = run("token", "builder", "--scope", "read", "--scope", "metrics")
     assert made.returncode == 0
     (secret,) = set(re.findall(r"harmonia_[A-Za-z0-9_-]{43}", made.stdout))
@@ -98,13 +98,13 @@ def test_the_command_makes_a_token_and_the_line_for_its_hash() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["a b"], [""], ["ci", "--scope", "upload"], []])
-def test_the_command_refuses_what_no_server_would_take(arguments: list[str]) -> None:
+def test_token_command_rejects_invalid_arguments(arguments: list[str]) -> None:
     refused = run("token", *arguments)
     assert (refused.returncode, refused.stdout) == (2, "")
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "message"),
     [
         (f"ci upload {HASH}", "': line 1: unknown or repeated scope"),
         (SECRET, "': line 1: expected NAME SCOPES HASH"),
@@ -113,7 +113,7 @@ def test_the_command_refuses_what_no_server_would_take(arguments: list[str]) -> 
     ],
     ids=["scope", "secret", "bytes", "none"],
 )
-def test_a_wrong_file_stops_the_start(tmp_path: Path, content: str | None, what: str) -> None:
+def test_invalid_token_file_prevents_the_start(tmp_path: Path, content: str | None, message: str) -> None:
     store = StoreBuilder(tmp_path)
     if content is not None:
         (tmp_path / "tokens").write_text(content, encoding="latin-1")
@@ -124,13 +124,13 @@ def test_a_wrong_file_stops_the_start(tmp_path: Path, content: str | None, what:
     checked = run("--config", str(config), "check-config")
     assert checked.returncode == 2
     assert checked.stderr.startswith(f"harmonia: {config}:3: tokens_path: ")
-    assert what in checked.stderr
+    assert message in checked.stderr
     assert checked.stderr.count("\n") == 1
     assert SECRET not in checked.stderr
 
 
-def test_many_tokens_are_read_in_linear_time() -> None:
-    """A second is ten times what it takes; in quadratic time it would be half a minute."""
+def test_many_tokens_are_parsed_in_linear_time() -> None:
+    """The limit is ten times the usual time; quadratic time would be half a minute."""
     hashes = (hashlib.sha256(str(number).encode()).hexdigest() for number in range(20_000))
     text = "".join(f"token-{number} read,browse sha256:{each}\n" for number, each in enumerate(hashes))
     began = time.process_time()

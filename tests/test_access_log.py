@@ -1,4 +1,4 @@
-"""Promises to whoever reads the log: what it says was so, and no client writes a line of it."""
+"""The access log: each line is true, and no client can forge one."""
 
 import http.client
 import os
@@ -28,7 +28,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 @pytest.fixture(scope="module")
 def proxied(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server for many tests, that trusts this machine and a network."""
+    """Start a server, shared by many tests, that trusts this machine and a network."""
     directory = tmp_path_factory.mktemp("proxied") / "server"
     server = Server(directory, sample.root, f"{ON}\ntrusted_proxies = ['127.0.0.1', '10.0.0.0/8']")
     server.start()
@@ -46,7 +46,7 @@ class Entry:
 
 
 def entries(server: Server) -> list[Entry]:
-    """What the access log says, but for the requests by which the start was awaited."""
+    """Return the entries of the access log, without the requests that waited for the start."""
     found = [match for line in list(server.log) if (match := LINE.fullmatch(line))]
     parsed = [
         Entry(match["client"], match["request"], int(match["status"]), int(match["sent"]), match["agent"])
@@ -56,32 +56,32 @@ def entries(server: Server) -> list[Entry]:
 
 
 def entry(server: Server, url: str) -> Entry:
-    """What the log says of the last request for this URL."""
+    """Return the last entry for this URL."""
     wait_until(lambda: any(url in each.request for each in entries(server)))
     return [each for each in entries(server) if url in each.request][-1]
 
 
 def client(server: Server, headers: Mapping[str, str]) -> str:
-    """Who the log says that asked."""
+    """Return the client address that is logged for a request with these headers."""
     url = f"/health?{uuid4()}"
     server.get(url, headers)
     return entry(server, url).client
 
 
-def test_it_is_off_by_default(start: Start, sample: Sample) -> None:
+def test_access_log_is_off_by_default(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     assert server.get("/nix-cache-info").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop
 
 
 @pytest.mark.parametrize("url", ["/nix-cache-info", "/none?a=%20b", "/%e2%98%83/../x", "//etc//passwd"])
-def test_a_request_is_one_line(proxied: Server, url: str) -> None:
+def test_request_is_logged_as_one_line(proxied: Server, url: str) -> None:
     answer = proxied.get(url, {"User-Agent": "curl/8"})
     assert entry(proxied, url) == Entry("127.0.0.1", f"GET {url}", answer.status, len(answer.body), "'curl/8'")
 
 
-def test_a_download_is_told_with_its_bytes_and_time(proxied: Server, sample: Sample) -> None:
+def test_download_is_logged_with_bytes_and_duration(proxied: Server, sample: Sample) -> None:
     url = f"{nar_url(sample.big)}?whole"
     with proxied.connect() as connection:
         connection.sendall(f"GET {url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
@@ -92,19 +92,19 @@ def test_a_download_is_told_with_its_bytes_and_time(proxied: Server, sample: Sam
 
 
 @pytest.mark.parametrize("big", [False, True])
-def test_head_sends_no_bytes(proxied: Server, sample: Sample, *, big: bool) -> None:
+def test_head_is_logged_with_0_bytes(proxied: Server, sample: Sample, *, big: bool) -> None:
     url = f"{nar_url(sample.big) if big else '/nix-cache-info'}?head"
     proxied.head(url)
     assert entry(proxied, url) == Entry("127.0.0.1", f"HEAD {url}", 200, 0, "'-'")
 
 
-def test_not_modified_sends_no_bytes(proxied: Server, sample: Sample) -> None:
+def test_304_is_logged_with_0_bytes(proxied: Server, sample: Sample) -> None:
     url = f"{nar_url(sample.big)}?unmodified"
     proxied.get(url, {"If-None-Match": "*"})
     assert (entry(proxied, url).status, entry(proxied, url).sent) == (304, 0)
 
 
-def test_a_transfer_that_we_break_off_is_told_with_the_bytes_sent(start: Start, tmp_path: Path) -> None:
+def test_transfer_broken_off_by_the_server_is_logged_with_the_sent_bytes(start: Start, tmp_path: Path) -> None:
     sample = Sample.make(tmp_path)
     server = start(store=sample.root, settings=ON)
     with download(server, sample.big) as response:
@@ -115,7 +115,7 @@ def test_a_transfer_that_we_break_off_is_told_with_the_bytes_sent(start: Start, 
     assert 0 < entry(server, nar_url(sample.big)).sent < sample.big.nar_size
 
 
-def test_a_transfer_that_the_client_breaks_off_is_told_with_the_bytes_sent(start: Start, sample: Sample) -> None:
+def test_transfer_broken_off_by_the_client_is_logged_with_the_sent_bytes(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=ON)
     with server.connect(receive_buffer=8192) as connection:
         connection.sendall(f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
@@ -128,13 +128,13 @@ def test_a_transfer_that_the_client_breaks_off_is_told_with_the_bytes_sent(start
 
 
 @pytest.mark.parametrize("trusted", [[], ["10.0.0.0/8", "unix"]])
-def test_a_stranger_is_not_believed(start: Start, sample: Sample, trusted: list[str]) -> None:
+def test_x_forwarded_for_of_an_untrusted_peer_is_ignored(start: Start, sample: Sample, trusted: list[str]) -> None:
     server = start(store=sample.root, settings=f"{ON}\ntrusted_proxies = {trusted!r}")
     assert client(server, {"X-Forwarded-For": "203.0.113.9"}) == "127.0.0.1"
 
 
 @pytest.mark.parametrize(
-    ("forwarded", "told"),
+    ("forwarded", "logged"),
     [
         ("203.0.113.9", "203.0.113.9"),
         ("2001:db8::9", "2001:db8::9"),
@@ -151,11 +151,11 @@ def test_a_stranger_is_not_believed(start: Start, sample: Sample, trusted: list[
         ("203.0.113.9, garbage, 10.1.1.1", "10.1.1.1"),
     ],
 )
-def test_a_trusted_proxy_is_believed_as_far_as_trust_goes(proxied: Server, forwarded: str, told: str) -> None:
-    assert client(proxied, {"X-Forwarded-For": forwarded}) == told
+def test_client_is_the_last_untrusted_address_in_x_forwarded_for(proxied: Server, forwarded: str, logged: str) -> None:
+    assert client(proxied, {"X-Forwarded-For": forwarded}) == logged
 
 
-def test_several_headers_are_one_list(proxied: Server) -> None:
+def test_several_x_forwarded_for_headers_are_one_list(proxied: Server) -> None:
     with proxied.connect() as connection:
         lines = ["GET /health?two HTTP/1.1", "Host: cache", "X-Forwarded-For: 203.0.113.9", "X-Forwarded-For: 10.1.1.1"]
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
@@ -163,20 +163,20 @@ def test_several_headers_are_one_list(proxied: Server) -> None:
     assert entry(proxied, "/health?two").client == "203.0.113.9"
 
 
-def test_an_ipv4_proxy_is_known_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
+def test_ipv4_proxy_is_trusted_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, bind="[::]:0", settings=f"{ON}\ntrusted_proxies = ['127.0.0.1']")
     server.url = server.url.replace("localhost", "127.0.0.1")
     assert client(server, {"X-Forwarded-For": "203.0.113.9"}) == "203.0.113.9"
 
 
-def test_an_ipv4_client_is_told_as_such_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
+def test_ipv4_client_is_logged_as_ipv4_on_a_dual_stack_socket(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, bind="[::]:0", settings=ON)
     server.url = server.url.replace("localhost", "127.0.0.1")
     assert client(server, {}) == "127.0.0.1"
 
 
 @pytest.mark.parametrize(("trusted", "logged"), [(["127.0.0.1"], "unix"), (["unix"], "203.0.113.9")])
-def test_peers_on_a_unix_socket_are_trusted_as_such(
+def test_peers_on_a_unix_socket_are_trusted_only_as_unix(
     start: Start, sample: Sample, tmp_path: Path, trusted: list[str], logged: str
 ) -> None:
     server = start(store=sample.root, bind=f"unix:{tmp_path}/s", settings=f"{ON}\ntrusted_proxies = {trusted!r}")
@@ -198,22 +198,22 @@ FORGED = b"\n2026-01-01 00:00:00,000 INFO 203.0.113.9 'GET /forged' 200 0 0.1ms 
     ],
     ids=["url", "ascii url", "agent", "forwarded", "method", "no request"],
 )
-def test_no_client_writes_a_line_of_its_own(proxied: Server, request_head: bytes) -> None:
+def test_client_cannot_forge_a_log_line(proxied: Server, request_head: bytes) -> None:
     with proxied.connect() as connection:
         connection.sendall(request_head)
         connection.recv(4096)
-    client(proxied, {})  # what came before is in the log
+    client(proxied, {})  # earlier lines are in the log now
     today = proxied.log[0].split()[0]
     assert all(line[:-1].isprintable() for line in proxied.log), proxied.log
     assert all(line.startswith(f"{today} ") for line in proxied.log), proxied.log
 
 
 def in_the_journal(program: Sequence[str]) -> list[str]:
-    """A program whose stderr systemd might have made."""
+    """Return the program with a JOURNAL_STREAM that names its stderr, as systemd sets it."""
     return ["sh", "-c", 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"', "sh", *program]
 
 
-def test_the_journal_gets_priorities(start: Start, sample: Sample) -> None:
+def test_journal_lines_have_priorities(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=ON, program=in_the_journal(HARMONIA))
     server.get("/health")
     server.wait_for_log("^<6>INFO 127.0.0.1 'GET /health' 200")
@@ -221,12 +221,12 @@ def test_the_journal_gets_priorities(start: Start, sample: Sample) -> None:
     assert all(line.startswith("<6>INFO ") for line in server.log), server.log
 
 
-def test_a_terminal_that_systemd_started_is_not_the_journal(start: Start, sample: Sample) -> None:
+def test_journal_stream_of_another_file_is_ignored(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=ON, environment={"JOURNAL_STREAM": "8:1"})
     assert re.match(r"\d{4}-\d\d-\d\d \S+ INFO serving ", server.log[0])
 
 
-def test_the_journal_gets_a_traceback_as_one_event(sample: Sample, tmp_path: Path) -> None:
+def test_traceback_is_one_journal_entry(sample: Sample, tmp_path: Path) -> None:
     fail = "from harmonia.server import worker\ndef fail(*_): raise RuntimeError('no\\nluck')\nworker.run = fail"
     server = Server(tmp_path / "server", sample.root, program=in_the_journal(patched(fail)))
     server.launch()

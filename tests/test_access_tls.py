@@ -1,4 +1,4 @@
-"""Promises of mutual TLS: without a certificate that a given authority signed, nobody gets a word in."""
+"""Mutual TLS: clients without a certificate of the given authority get no response."""
 
 import signal
 import socket
@@ -51,7 +51,7 @@ def server(start: Start, sample: Sample, keys: Path) -> Server:
 
 
 def attempt(server: Server, certificate: Path | None) -> bool:
-    """Whether a client with that certificate is answered. With TLS 1.3 it hears of a refusal after the handshake."""
+    """Return True if a client with that certificate gets a response. TLS 1.3 reports a refusal after the handshake."""
     server.client_certificate = certificate
     try:
         with server.connect() as connection:
@@ -61,28 +61,30 @@ def attempt(server: Server, certificate: Path | None) -> bool:
         return False
 
 
-def test_a_client_that_is_vouched_for_is_served(server: Server, sample: Sample) -> None:
+def test_client_with_a_valid_certificate_is_served(server: Server, sample: Sample) -> None:
     assert server.get("/version").status == 200
     assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
 
 
 @pytest.mark.parametrize("certificate", [None, "stranger.both", "server.both"])
-def test_others_get_no_word_in(server: Server, keys: Path, certificate: str | None) -> None:
+def test_client_without_a_valid_certificate_gets_no_response(
+    server: Server, keys: Path, certificate: str | None
+) -> None:
     (keys / "server.both").write_text((keys / "server.pem").read_text() + (keys / "server.key").read_text())
     assert not attempt(server, keys / certificate if certificate else None)
     assert attempt(server, keys / "client.both")
     host, _, port = server.url.removeprefix("https://").rpartition(":")
-    with socket.create_connection((host, int(port)), 20) as plain:  # nor without TLS
+    with socket.create_connection((host, int(port)), 20) as plain:  # without TLS
         plain.sendall(REQUEST)
         assert not plain.recv(4096).startswith(b"HTTP")
 
 
-def test_an_expired_certificate_is_none(server: Server, keys: Path) -> None:
+def test_expired_certificate_is_refused(server: Server, keys: Path) -> None:
     assert not attempt(server, keys / "late.both")
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_a_session_is_resumed(server: Server, keys: Path, version: ssl.TLSVersion) -> None:
+def test_tls_session_is_resumed(server: Server, keys: Path, version: ssl.TLSVersion) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
@@ -100,7 +102,7 @@ def test_a_session_is_resumed(server: Server, keys: Path, version: ssl.TLSVersio
             session = cast("ssl.SSLSession", secured.session)
 
 
-def test_sighup_keeps_asking(server: Server, keys: Path) -> None:
+def test_sighup_keeps_requiring_certificates(server: Server, keys: Path) -> None:
     server.process.send_signal(signal.SIGHUP)
     server.wait_for_log("INFO TLS certificate reloaded")
     assert not attempt(server, None)
@@ -108,21 +110,21 @@ def test_sighup_keeps_asking(server: Server, keys: Path) -> None:
 
 
 @needs("curl")
-def test_curl(server: Server, keys: Path) -> None:
+def test_curl_with_and_without_a_certificate(server: Server, keys: Path) -> None:
     command = ["curl", "--silent", "--insecure", "--max-time", "20", f"{server.url}/version"]
-    told = subprocess.run(
+    accepted = subprocess.run(
         [*command, "--cert", keys / "client.crt", "--key", keys / "client.key"], capture_output=True, check=True
     )
-    assert told.stdout.startswith(b"harmonia ")
+    assert accepted.stdout.startswith(b"harmonia ")
     refused = subprocess.run(command, capture_output=True, check=False)
     assert (refused.returncode != 0, refused.stdout) == (True, b"")
 
 
 @pytest.mark.parametrize(
-    ("content", "what"), [(None, "cannot read '"), ("hello", "no certificates in '"), ("", "no certificates in '")]
+    ("content", "message"), [(None, "cannot read '"), ("hello", "no certificates in '"), ("", "no certificates in '")]
 )
-def test_a_broken_file_stops_the_start(
-    sample: Sample, keys: Path, tmp_path: Path, content: str | None, what: str
+def test_invalid_ca_file_prevents_the_start(
+    sample: Sample, keys: Path, tmp_path: Path, content: str | None, message: str
 ) -> None:
     if content is not None:
         (tmp_path / "ca.pem").write_text(content)
@@ -131,5 +133,5 @@ def test_a_broken_file_stops_the_start(
     config.write_text(f"real_nix_store = '{sample.root}/nix/store'\n{lines}")
     checked = run("--config", str(config), "check-config")
     assert checked.returncode == 2
-    assert checked.stderr.startswith(f"harmonia: {config}:4: tls_client_ca_path: {what}{tmp_path}/ca.pem'")
+    assert checked.stderr.startswith(f"harmonia: {config}:4: tls_client_ca_path: {message}{tmp_path}/ca.pem'")
     assert checked.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The gate of `make bench --short` fails for what is slow each time, and for nothing else."""
+"""The gate of `make bench --short` fails only if a figure is bad in every round."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks.servers import HARMONIA
 
 
 def figure(ours: list[float], theirs: list[float], **target: float) -> Figure:
-    return Figure("what", "s", "nginx", **target, values={HARMONIA: ours, "nginx": theirs})
+    return Figure("figure", "s", "nginx", **target, values={HARMONIA: ours, "nginx": theirs})
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ def figure(ours: list[float], theirs: list[float], **target: float) -> Figure:
         ([], False),
     ],
 )
-def test_a_figure_has_collapsed_if_it_did_in_each_round(ours: list[float], collapsed: bool) -> None:  # noqa: FBT001
+def test_figure_collapses_only_if_it_does_in_every_round(ours: list[float], collapsed: bool) -> None:  # noqa: FBT001
     theirs = [100.0] * len(ours)
     assert figure(ours, theirs, at_least=0.8).collapsed(0.25) is collapsed
     assert figure(theirs, ours, at_most=1.25).collapsed(0.25) is collapsed
 
 
-def test_a_figure_without_a_target_or_a_reference_never_collapses() -> None:
+def test_figure_without_target_or_reference_never_collapses() -> None:
     assert not figure([1.0], [1000.0]).collapsed(0.25)
-    assert not Figure("what", "s", at_most=0.001, values={HARMONIA: [1000.0]}).collapsed(0.25)
+    assert not Figure("figure", "s", at_most=0.001, values={HARMONIA: [1000.0]}).collapsed(0.25)

@@ -1,4 +1,4 @@
-"""`harmonia ls`, `cat` and `nar …` give the answers of Nix, byte for byte, and behave in pipes."""
+"""`harmonia ls`, `cat` and `nar …` print exactly what Nix prints, and behave well in pipes."""
 
 import hashlib
 import json
@@ -79,13 +79,13 @@ def nix(tmp_path: Path) -> Nix:
 
 @pytest.fixture
 def nix_store(store: StoreBuilder, nix: Nix) -> Nix:
-    """`nix store` of our store."""
+    """Return a function that runs `nix store` on our store."""
     root = f"local?root={Path(store.real_dir).parents[1]}"
     return lambda command, *arguments: nix("nix", "store", command, "--store", root, *arguments)
 
 
 def normal(listing: bytes) -> object:
-    """Nix up to 2.34 leaves out that a file is not executable."""
+    """Parse a listing, without "executable": false, which Nix 2.34 and older omit."""
     return json.loads(listing, object_hook=lambda node: node if node.get("executable") else _less(node, "executable"))
 
 
@@ -93,20 +93,18 @@ def _less(node: dict[str, object], key: str) -> dict[str, object]:
     return {name: value for name, value in node.items() if name != key}
 
 
-class TestNixAgrees:
+class TestSameOutputAsNix:
     pytestmark = needs_nix
 
     @pytest.mark.parametrize("inside", ["", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
     @pytest.mark.parametrize("options", ["", "-l", "-R", "-lR", "-d", "-ldR"])
-    def test_with_what_is_in_a_store_path(
-        self, tree: PathInfo, config: str, nix_store: Nix, options: str, inside: str
-    ) -> None:
+    def test_ls_of_a_store_path(self, tree: PathInfo, config: str, nix_store: Nix, options: str, inside: str) -> None:
         words = [*options.split(), f"/nix/store/{tree.path}{inside}"]
         assert harmonia("ls", *words, config=config) == nix_store("ls", *words)
 
     @pytest.mark.parametrize("inside", ["", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
     @pytest.mark.parametrize("options", ["--json", "--json -R"])
-    def test_with_the_listing_of_a_store_path(
+    def test_json_ls_of_a_store_path(
         self, tree: PathInfo, config: str, nix_store: Nix, options: str, inside: str
     ) -> None:
         words = [*options.split(), f"/nix/store/{tree.path}{inside}"]
@@ -114,22 +112,22 @@ class TestNixAgrees:
 
     @pytest.mark.parametrize("inside", ["/", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
     @pytest.mark.parametrize("options", ["--json", "--json -R"])
-    def test_with_the_listing_of_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
+    def test_json_ls_of_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
         words = ["nar", "ls", *options.split(), str(archive), inside]
         assert normal(harmonia(*words)) == normal(nix("nix", *words))
 
     @pytest.mark.parametrize("inside", ["/", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
     @pytest.mark.parametrize("options", ["", "-l", "-R", "-lR", "-d"])
-    def test_with_what_is_in_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
+    def test_ls_of_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
         words = ["nar", "ls", *options.split(), str(archive), inside]
         assert harmonia(*words) == nix("nix", *words)
 
     @pytest.mark.parametrize("name", ["large", "empty", "bin/run"])
-    def test_with_a_file(self, tree: PathInfo, config: str, nix_store: Nix, name: str) -> None:
+    def test_cat(self, tree: PathInfo, config: str, nix_store: Nix, name: str) -> None:
         path = f"/nix/store/{tree.path}/{name}"
         assert harmonia("cat", path, config=config) == nix_store("cat", path)
 
-    def test_with_a_nar_both_ways(self, store: StoreBuilder, tree: PathInfo, nix: Nix, tmp_path: Path) -> None:
+    def test_dump_and_restore(self, store: StoreBuilder, tree: PathInfo, nix: Nix, tmp_path: Path) -> None:
         real_path = os.fsdecode(store.real_path(tree.path))
         theirs = nix("nix-store", "--dump", real_path)
         assert harmonia("nar", "dump", real_path) == theirs
@@ -148,28 +146,28 @@ def result(tree: PathInfo, tmp_path: Path) -> Path:
     return link
 
 
-def test_a_path_may_be_named_in_any_way(store: StoreBuilder, tree: PathInfo, config: str, result: Path) -> None:
-    ways = (f"/nix/store/{tree.path}", os.fsdecode(store.real_path(tree.path)), tree.path, tree.path.hash_part)
-    for way in (*ways, str(result)):
-        assert harmonia("cat", f"{way}/bin/run", config=config) == b"#!/bin/sh\n"
+def test_path_is_accepted_in_every_form(store: StoreBuilder, tree: PathInfo, config: str, result: Path) -> None:
+    forms = (f"/nix/store/{tree.path}", os.fsdecode(store.real_path(tree.path)), tree.path, tree.path.hash_part)
+    for form in (*forms, str(result)):
+        assert harmonia("cat", f"{form}/bin/run", config=config) == b"#!/bin/sh\n"
     assert harmonia("cat", f"{result}/bin/run", f"{result}/empty", f"{result}/bin/run", config=config).count(b"#") == 2
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("inside", "message"),
     [
         ("/bin", "is not a regular file; `harmonia ls -l` shows its type"),
         ("/bin/link", "is not a regular file"),
         ("/none", "No such file or directory"),
     ],
 )
-def test_what_is_no_file_cannot_be_printed(config: str, result: Path, inside: str, said: str) -> None:
+def test_cat_of_a_non_file_fails(config: str, result: Path, inside: str, message: str) -> None:
     answer = run("--config", config, "cat", f"{result}{inside}")
     assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (1, "", 1)
-    assert said in answer.stderr
+    assert message in answer.stderr
 
 
-def test_names_that_are_no_utf_8_come_out_as_they_are(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_printed_unchanged(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "tree") + b"/\xff")).touch()
     dumped = harmonia("nar", "dump", str(tmp_path / "tree"))
@@ -177,7 +175,7 @@ def test_names_that_are_no_utf_8_come_out_as_they_are(tmp_path: Path) -> None:
     assert b'"\xff":' in harmonia("nar", "ls", "--json", "-", stdin=dumped)
 
 
-def test_nars_pass_through_pipes(archive: Path) -> None:
+def test_nars_are_piped(archive: Path) -> None:
     command = " ".join(HARMONIA)
     shell = f"{command} nar dump {archive} | {command} nar ls -l - && {command} nar ls -d - < {archive}"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=60, check=True)
@@ -185,7 +183,7 @@ def test_nars_pass_through_pipes(archive: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("nar", "ls", "-R"), ("nar", "dump")])
-def test_a_reader_that_stops_is_no_failure_worth_a_word(arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_closed_output_ends_silently_by_sigpipe(arguments: tuple[str, ...], tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     for number in range(2000):
@@ -205,7 +203,7 @@ def test_a_reader_that_stops_is_no_failure_worth_a_word(arguments: tuple[str, ..
         assert process.stderr.read() == b""
 
 
-def test_a_large_file_takes_no_memory_to_speak_of(tmp_path: Path) -> None:
+def test_large_file_takes_little_memory(tmp_path: Path) -> None:
     large = tmp_path / "large"
     with large.open("wb") as file:
         file.truncate(600 << 20)
@@ -220,7 +218,7 @@ def test_a_large_file_takes_no_memory_to_speak_of(tmp_path: Path) -> None:
     assert str(600 << 20).encode() in listed.stdout
 
 
-def test_a_damaged_nar_is_told_in_one_line(archive: Path, tmp_path: Path) -> None:
+def test_damaged_nar_is_reported_in_one_line(archive: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.nar"
     cut.write_bytes(archive.read_bytes()[:-40])
     for arguments in (["ls", str(cut)], ["restore", str(tmp_path / "out"), str(cut)]):
@@ -230,21 +228,19 @@ def test_a_damaged_nar_is_told_in_one_line(archive: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["restore", "out"]])
-def test_a_file_that_cannot_be_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = run("nar", *arguments, "/proc/self/mem")  # nothing is at its beginning
+    answer = run("nar", *arguments, "/proc/self/mem")  # its first bytes are unreadable
     assert (answer.returncode, answer.stderr) == (1, "harmonia: /proc/self/mem: Input/output error\n")
 
 
-def test_what_is_not_in_a_nar_is_told(archive: Path) -> None:
+def test_missing_path_in_a_nar_is_reported(archive: Path) -> None:
     answer = run("nar", "ls", str(archive), "/none")
     assert answer.returncode == 1
     assert answer.stderr == "harmonia: '/none' is not in the NAR; list the whole NAR with -R and no PATH\n"
 
 
-def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
+def test_existing_target_is_not_overwritten(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     (tmp_path / "directory").mkdir()
     for name in ("out", "directory"):
@@ -254,6 +250,6 @@ def test_nothing_is_overwritten(archive: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_nar_is_what_was_registered(store: StoreBuilder, tree: PathInfo) -> None:
+def test_dumped_nar_equals_the_registration(store: StoreBuilder, tree: PathInfo) -> None:
     dumped = harmonia("nar", "dump", os.fsdecode(store.real_path(tree.path)))
     assert (hashlib.sha256(dumped).digest(), len(dumped)) == (tree.nar_hash, tree.nar_size)

@@ -1,4 +1,4 @@
-"""Clients that vanish, fall silent, or take their time, by the hundred: the others are served, and nothing is left."""
+"""Hundreds of clients that vanish, fall silent, or are slow: other clients are served, and nothing leaks."""
 
 import ctypes
 import os
@@ -40,7 +40,7 @@ def close(connection: socket.socket) -> None:
 
 
 def reset(connection: socket.socket) -> None:
-    """As a process does that is killed with bytes unread."""
+    """Reset the connection, as a killed process with unread bytes does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
@@ -50,14 +50,16 @@ def half_close(connection: socket.socket) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("stage", ["connected", "amid the head", "before the answer", "amid the body", "kept alive"])
-def test_they_vanish(start: Start, sample: Sample, stage: str) -> None:
+@pytest.mark.parametrize(
+    "stage", ["connected", "within the head", "before the response", "within the body", "kept alive"]
+)
+def test_vanished_clients_leave_nothing(start: Start, sample: Sample, stage: str) -> None:
     server = start(store=sample.root)
     sent = {
         "connected": b"",
-        "amid the head": REQUEST[:-3],
-        "before the answer": ask(sample.big, ".zst"),
-        "amid the body": ask(sample.big),
+        "within the head": REQUEST[:-3],
+        "before the response": ask(sample.big, ".zst"),
+        "within the body": ask(sample.big),
         "kept alive": REQUEST,
     }[stage]
     with unscathed(server, sample.small, sample.big), ExitStack() as stack:
@@ -65,7 +67,7 @@ def test_they_vanish(start: Start, sample: Sample, stage: str) -> None:
         for each in clients:
             each.sendall(sent)
         for each in clients:
-            if stage == "amid the body":
+            if stage == "within the body":
                 each.recv(1000)
             elif stage == "kept alive":
                 assert read_answer(each).status == 200
@@ -74,11 +76,11 @@ def test_they_vanish(start: Start, sample: Sample, stage: str) -> None:
     assert not [line for line in server.log if " ERROR " in line]
 
 
-def test_they_take_their_time(start: Start, sample: Sample) -> None:
-    """Readers of a byte a second, and writers of a byte a second, by the hundred."""
-    tidy = patched("from harmonia.server import worker\nworker._TRIM_INTERVAL_S = 1.0")
-    server = start(store=sample.root, settings="header_timeout = 20", program=tidy)
-    over = threading.Event()
+def test_slow_clients_do_not_delay_others(start: Start, sample: Sample) -> None:
+    """Hundreds of clients read one byte a second, and as many write one byte a second."""
+    trimming = patched("from harmonia.server import worker\nworker._TRIM_INTERVAL_S = 1.0")
+    server = start(store=sample.root, settings="header_timeout = 20", program=trimming)
+    finished = threading.Event()
 
     def median() -> float:
         times = []
@@ -90,7 +92,7 @@ def test_they_take_their_time(start: Start, sample: Sample) -> None:
 
     def drip(connections: list[socket.socket], act: Callable[[socket.socket, int], object]) -> None:
         number = 0
-        while not over.wait(1):
+        while not finished.wait(1):
             for each in connections:
                 act(each, number)
             number += 1
@@ -111,7 +113,7 @@ def test_they_take_their_time(start: Start, sample: Sample) -> None:
         try:
             busy = median()
         finally:
-            over.set()
+            finished.set()
             for thread in threads:
                 thread.join()
     assert busy < 100 * idle
@@ -120,7 +122,7 @@ def test_they_take_their_time(start: Start, sample: Sample) -> None:
 
 @contextmanager
 def network(name: str) -> Iterator[None]:
-    """What this thread does, and starts, is in that network."""
+    """Run the body of the `with` statement in that network namespace."""
     with open("/proc/thread-self/ns/net", "rb") as ours, open(f"/run/netns/{name}", "rb") as other:
         _enter(other)
         try:
@@ -140,7 +142,7 @@ def ip(*command: str) -> None:
 
 @pytest.fixture
 def networks() -> Iterator[tuple[str, str]]:
-    """Two with a link between them, by name: the server's, at 192.0.2.1, and the clients'."""
+    """Create two linked network namespaces: of the server, at 192.0.2.1, and of the clients."""
     require("ip")
     names = f"harmonia-s{os.getpid()}", f"harmonia-c{os.getpid()}"
     with ExitStack() as stack:
@@ -156,10 +158,10 @@ def networks() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.root
-def test_their_machine_is_gone(start: Start, sample: Sample, networks: tuple[str, str]) -> None:
-    """No packet comes from there any more, not even one that says so."""
+def test_clients_on_an_unreachable_machine_are_dropped(start: Start, sample: Sample, networks: tuple[str, str]) -> None:
+    """No packet comes from there, not even a reset."""
     servers, clients = networks
-    # Seconds in place of minutes. What the kernel then does is the same.
+    # The timeouts are seconds instead of minutes; the kernel does the same.
     quick = patched(
         "from harmonia.process import sockets\n"
         "sockets._OPTIONS = tuple((level, option, 1) for level, option, _ in sockets._OPTIONS)"
@@ -167,7 +169,7 @@ def test_their_machine_is_gone(start: Start, sample: Sample, networks: tuple[str
     with network(servers), ExitStack() as stack:
         for name, value in {"tcp_keepalive_probes": 2, "tcp_retries2": 3}.items():
             Path("/proc/sys/net/ipv4", name).write_text(str(value))
-        server = start(store=sample.root, bind="0.0.0.0:0", program=["env", *quick])  # in our network
+        server = start(store=sample.root, bind="0.0.0.0:0", program=["env", *quick])  # in this network namespace
         with unscathed(server, sample.small, sample.big):
             for request in (b"", REQUEST[:-3], REQUEST, ask(sample.big)):
                 for _ in range(10):

@@ -17,9 +17,9 @@ SCRIPT = (ROOT / ".ci/titles.py").read_text()
 
 def git(directory: Path, *arguments: str) -> str:
     identity = {
-        f"GIT_{who}_{what}": value
-        for who in ("AUTHOR", "COMMITTER")
-        for what, value in (("NAME", "a"), ("EMAIL", "a@b"))
+        f"GIT_{role}_{field}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for field, value in (("NAME", "a"), ("EMAIL", "a@b"))
     }
     environment = {**os.environ, **identity, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
     command = ["git", "-C", str(directory), *arguments]
@@ -27,7 +27,7 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 def commit(repository: Path, title: str) -> str:
-    git(repository, "commit", "--quiet", "--allow-empty", "--message", f"{title}\n\nWhy.")
+    git(repository, "commit", "--quiet", "--allow-empty", "--message", f"{title}\n\nCause.")
     return git(repository, "rev-parse", "HEAD")
 
 
@@ -56,7 +56,7 @@ def repository(tmp_path: Path) -> Path:
         f"docs: {'x' * 66}",
     ],
 )
-def test_a_title_with_area_and_imperative_passes(repository: Path, title: str) -> None:
+def test_title_with_area_and_imperative_passes(repository: Path, title: str) -> None:
     old = commit(repository, "Old titles have other forms.")
     commit(repository, title)
     checked = check(repository, old)
@@ -76,27 +76,27 @@ def test_a_title_with_area_and_imperative_passes(repository: Path, title: str) -
         (f"docs: {'x' * 67}", "73 characters; at most 72"),
     ],
 )
-def test_another_title_fails_with_the_fault(repository: Path, title: str, fault: str) -> None:
+def test_other_title_fails_and_the_fault_is_named(repository: Path, title: str, fault: str) -> None:
     old = commit(repository, "Old titles have other forms.")
-    wrong = commit(repository, title)
-    commit(repository, "docs: say more")
+    faulty = commit(repository, title)
+    commit(repository, "docs: add an example")
     checked = check(repository, old)
     assert checked.returncode == 1
-    assert checked.stderr.startswith(f"{wrong[:7]} {title}: {fault}")
+    assert checked.stderr.startswith(f"{faulty[:7]} {title}: {fault}")
     assert checked.stderr.count("\n") == 1
 
 
-def test_a_shallow_clone_without_the_old_commits_checks_those_that_it_has(repository: Path, tmp_path: Path) -> None:
+def test_shallow_clone_without_the_old_commits_checks_its_own_commits(repository: Path, tmp_path: Path) -> None:
     old = commit(repository, "Old titles have other forms.")
     commit(repository, "cache: releases the lock")
-    commit(repository, "docs: say more")
+    commit(repository, "docs: add an example")
     for depth, status in ((1, 0), (2, 1)):
         clone = tmp_path / f"depth-{depth}"
         git(tmp_path, "clone", "--quiet", f"--depth={depth}", f"file://{repository}", str(clone))
         assert check(clone, old).returncode == status
 
 
-def test_a_directory_that_is_not_a_clone_is_skipped(tmp_path: Path) -> None:
+def test_directory_without_git_is_skipped(tmp_path: Path) -> None:
     checked = check(tmp_path, "0" * 40)
     assert checked.returncode == 0
     assert "SKIPPED" in checked.stderr

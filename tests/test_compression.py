@@ -1,4 +1,4 @@
-"""Compressed NARs: always the same bytes, wherever they come from, and never the whole of a wrong one."""
+"""Compressed NARs: always the same bytes, from any source of them, and never complete if the content is falsify."""
 
 import errno
 import fcntl
@@ -70,7 +70,7 @@ def frames(data: bytes) -> Iterator[tuple[zstandard.FrameParameters, bytes]]:
         data = decompressor.unused_data
 
 
-# The bytes
+# Encoding
 
 
 contents = st.binary(max_size=200) | st.builds(
@@ -82,29 +82,29 @@ contents = st.binary(max_size=200) | st.builds(
 @given(contents, st.integers(1, 5000), st.integers(1, 4))
 @example(b"", 100, 2)
 @example(bytes(300), 100, 4)
-def test_round_trip(content: bytes, frame_size: int, threads: int) -> None:
-    """The same bytes, and the right ones, for any number of threads, with and without a cache."""
+def test_compressed_bytes_are_the_same_for_any_threads_and_cache(content: bytes, frame_size: int, threads: int) -> None:
+    """Any number of threads, with and without a cache, gives the same bytes, which decompress to the content."""
     frame_size = max(frame_size, len(content) // 50)
     source = Memory(content, hashlib.sha256(content).digest())
     expected = reference(source, frame_size)
     assert decompress(expected) == content
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
         with compressing(cache, threads=threads, frame_size=frame_size) as compressor:
-            assert read(compressor, source) == expected  # while it grows
+            assert read(compressor, source) == expected  # while the file grows
             assert read(compressor, source) == expected
         with compressing(threads=threads, frame_size=frame_size) as compressor:
             assert read(compressor, source) == expected
             assert everything(plain(Compressed(compressor.encoder, Memory(content)).read(0, None))) == expected
 
 
-def test_frames_that_are_ready_in_any_order(tmp_path: Path) -> None:
+def test_frames_finished_out_of_order_are_written_in_order(tmp_path: Path) -> None:
     chance = random.Random(1)
     source = nar(before=lambda _: time.sleep(chance.random() / 100))
     with at(tmp_path) as cache, compressing(cache, threads=8) as compressor:
         assert read(compressor, source) == reference(source)
 
 
-def test_each_frame_tells_its_length_and_has_a_checksum() -> None:
+def test_every_frame_has_its_length_and_a_checksum() -> None:
     source = nar()
     with compressing() as compressor:
         parts = list(frames(read(compressor, source)))
@@ -114,7 +114,7 @@ def test_each_frame_tells_its_length_and_has_a_checksum() -> None:
 
 
 @needs("zstd")
-def test_the_zstd_command_reads_it() -> None:
+def test_zstd_command_decompresses_the_file() -> None:
     source = nar()
     with compressing() as compressor:
         data = read(compressor, source)
@@ -138,13 +138,13 @@ print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())
 
 
 def window(options: Zstd) -> int:
-    """The window of a frame as large as they get."""
+    """Return the window of a frame of the maximum size."""
     encoding = Encoding.of(options)
     return zstandard.get_frame_parameters(encoding.compress(bytes(encoding.frame_size))).window_size
 
 
 @pytest.mark.parametrize(("level", "log"), [(-7, 19), (0, 21), (1, 19), (2, 20), (3, 21), (12, 22), (19, 23), (22, 23)])
-def test_the_window_is_that_of_the_level_and_one_that_all_decoders_have(level: int, log: int) -> None:
+def test_window_follows_the_level_and_fits_all_decoders(level: int, log: int) -> None:
     assert window(Zstd(level=level)) == 1 << log
 
 
@@ -158,11 +158,11 @@ def test_the_window_is_that_of_the_level_and_one_that_all_decoders_have(level: i
         (Zstd(window_log=27), 27),
     ],
 )
-def test_the_window_that_is_set(options: Zstd, log: int) -> None:
+def test_window_follows_the_settings(options: Zstd, log: int) -> None:
     assert window(options) == 1 << log
 
 
-def test_every_encoding_has_a_name_of_its_own() -> None:
+def test_every_encoding_has_its_own_name() -> None:
     library = ".".join(map(str, zstandard.ZSTD_VERSION))
     names = [
         Encoding.of(Zstd(level=level, window_log=log, long_distance_matching=ldm)).name
@@ -174,15 +174,15 @@ def test_every_encoding_has_a_name_of_its_own() -> None:
     assert all(name.startswith(f"zstd-{library}-") for name in names)
 
 
-# Parts
+# Ranges
 
 
 CACHES = ["none", "cold", "warm", "growing", "left behind", "full"]
 
 
 @contextmanager
-def in_state(state: str, source: Memory) -> Iterator[Compressor]:
-    """A compressor whose cache has the source in one of these ways."""
+def compressor_in_state(state: str, source: Memory) -> Iterator[Compressor]:
+    """Return a compressor whose cache has the source in this state."""
     data = reference(source)
     half = len(data) // 2
     with (
@@ -209,7 +209,7 @@ def in_state(state: str, source: Memory) -> Iterator[Compressor]:
         elif state == "left behind":
             Path(f"{cache.path(key)}.growing").write_bytes(data[:half])
             yield compressor
-            CompressedNar(compressor, source).close()  # fills it even if nobody wanted to read any of it
+            CompressedNar(compressor, source).close()  # fills the cache, although nothing was read
         elif state == "full":
             with patch.object(Filler, "append", full_after(half)):
                 yield compressor
@@ -239,19 +239,19 @@ def full_after(size: int) -> Callable[[Filler, bytes], None]:
 @pytest.mark.parametrize("state", CACHES)
 @settings(max_examples=15)
 @given(data=st.data())
-def test_every_part_is_that_of_the_whole(state: str, data: st.DataObject) -> None:
+def test_every_range_is_a_slice_of_the_whole(state: str, data: st.DataObject) -> None:
     source = nar(5 * FRAME + 7)
     whole = reference(source)
     start = data.draw(st.integers(0, len(whole)))
     stop = data.draw(st.none() | st.integers(start, len(whole)))
-    with in_state(state, source) as compressor:
+    with compressor_in_state(state, source) as compressor:
         assert read(compressor, source, start, stop) == whole[start:stop]
 
 
 @pytest.mark.parametrize("state", CACHES)
-def test_its_size_is_known_when_it_was_made_once(state: str) -> None:
+def test_size_is_known_once_compressed(state: str) -> None:
     source = nar()
-    with in_state(state, source) as compressor:
+    with compressor_in_state(state, source) as compressor:
         body = CompressedNar(compressor, source)
         assert body.size in ([len(reference(source))] if state == "warm" else [None, len(reference(source))])
         assert everything(plain(body.read(END, None))) == b""
@@ -259,7 +259,7 @@ def test_its_size_is_known_when_it_was_made_once(state: str) -> None:
         assert everything(reading(body, 0, body.size)) == reference(source)
 
 
-def test_a_download_goes_on_when_the_filler_dies(tmp_path: Path) -> None:
+def test_download_continues_when_the_filling_process_dies(tmp_path: Path) -> None:
     source = nar(100 * FRAME)
     whole = reference(source)
     with at(tmp_path) as cache, compressing(cache) as compressor:
@@ -268,16 +268,16 @@ def test_a_download_goes_on_when_the_filler_dies(tmp_path: Path) -> None:
         fcntl.flock(filler, fcntl.LOCK_EX)
         os.write(filler, whole[:30_000])
         with closing(reading(CompressedNar(compressor, source))) as chunks:
-            begun = next(chunks) or b""
-            assert len(begun) > 29_000
+            beginning = next(chunks) or b""
+            assert len(beginning) > 29_000
             assert next(chunks) is None
             assert not source.reads
-            os.close(filler)  # as the kernel does
-            assert begun + everything(chunks) == whole
+            os.close(filler)  # as the kernel does when a process dies
+            assert beginning + everything(chunks) == whole
         wait_until(lambda: os.path.exists(path))
 
 
-def test_a_download_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
+def test_download_continues_when_the_disk_is_full(tmp_path: Path) -> None:
     source = nar(100 * FRAME)
     with at(tmp_path) as cache, compressing(cache) as compressor, patch.object(Filler, "append", full_after(30_000)):
         assert read(compressor, source) == reference(source)
@@ -285,7 +285,7 @@ def test_a_download_goes_on_when_the_disk_is_full(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_full_disk_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = [nar(8 * MIB, seed) for seed in range(3)]
     with mounted(tmp_path / "disk") as disk, at(disk) as cache, compressing(cache, frame_size=MIB // 4) as compressor:
         bodies = [CompressedNar(compressor, source) for source in sources]
@@ -295,23 +295,23 @@ def test_a_full_disk_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert messages(caplog) == [without(disk, errno.ENOSPC)]
 
 
-def test_an_evicted_file_is_read_to_its_end(tmp_path: Path) -> None:
+def test_evicted_file_is_read_to_its_end(tmp_path: Path) -> None:
     source = nar(2 * MIB)
     with at(tmp_path) as cache, compressing(cache, frame_size=MIB) as compressor:
         whole = read(compressor, source)
         wait_until(lambda: cache.counters.fills)
         with closing(reading(CompressedNar(compressor, source))) as chunks:
-            begun = next(chunks) or b""
+            beginning = next(chunks) or b""
             cache.limit = 0
             cache.evict()
             assert not os.listdir(tmp_path)
-            assert begun + everything(chunks) == whole
+            assert beginning + everything(chunks) == whole
         assert len(source.reads) == 3
         cache.limit = MIB * 10
-        assert read(compressor, source, 100) == whole[100:]  # made anew
+        assert read(compressor, source, 100) == whole[100:]  # compressed again
 
 
-def test_a_file_that_is_cut_short_while_it_is_read_breaks_off(tmp_path: Path) -> None:
+def test_file_truncated_while_it_is_read_breaks_off(tmp_path: Path) -> None:
     source = nar()
     with at(tmp_path) as cache, compressing(cache) as compressor:
         read(compressor, source)
@@ -323,10 +323,10 @@ def test_a_file_that_is_cut_short_while_it_is_read_breaks_off(tmp_path: Path) ->
         assert read(compressor, source) == reference(source)
 
 
-# Sources that are not what they should be
+# Wrong sources
 
 
-def with_a_lie(source: Memory) -> Memory:
+def with_wrong_hash(source: Memory) -> Memory:
     return Memory(source.content, bytes(32))
 
 
@@ -358,14 +358,14 @@ def broken(error: Exception) -> Callable[[Memory, int, int], bytes]:
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("size", [10, 10 * FRAME, 10 * FRAME + 1])
 @pytest.mark.parametrize(
-    "wrong",
-    [with_a_lie, lambda source: changed(cut_short, source), lambda source: changed(too_long, source)],
+    "falsify",
+    [with_wrong_hash, lambda source: changed(cut_short, source), lambda source: changed(too_long, source)],
     ids=["another hash", "cut short", "too long"],
 )
-def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
-    tmp_path: Path, wrong: Callable[[Memory], Memory], size: int, *, cached: bool
+def test_wrong_nar_never_completes_and_is_not_kept(
+    tmp_path: Path, falsify: Callable[[Memory], Memory], size: int, *, cached: bool
 ) -> None:
-    source = wrong(nar(size))
+    source = falsify(nar(size))
     parts: list[bytes] = []
     with at(tmp_path) as cache, compressing(cache if cached else None) as compressor:
         with pytest.raises(StoreObjectError):  # noqa: PT012 (what came before counts)
@@ -379,14 +379,14 @@ def test_a_wrong_nar_never_comes_out_whole_and_is_not_kept(
     assert not os.listdir(tmp_path)
 
 
-def test_a_damaged_nar_is_told_of_once_until_it_is_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_nar_is_logged_once_until_it_is_repaired(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source, damaged = nar(), changed(cut_short, nar())
     with at(tmp_path) as cache, compressing(cache) as compressor:
         for times in (1, 2):
             for _ in range(3):
                 with pytest.raises(StoreObjectError):
                     read(compressor, damaged)
-            assert cache.counters.misses == 2 * times - 1  # what is damaged is tried for the cache once
+            assert cache.counters.misses == 2 * times - 1  # a damaged NAR is tried once for the cache
             assert compressor.damaged_nars == 4 * times
             assert len(caplog.records) == times
             assert read(compressor, source) == reference(source)
@@ -397,18 +397,18 @@ def test_a_damaged_nar_is_told_of_once_until_it_is_mended(tmp_path: Path, caplog
                 os.unlink(tmp_path / name)
 
 
-@pytest.mark.parametrize("wrong", [cut_short, too_long])
-def test_what_is_told_of_a_damaged_nar_names_its_path(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, wrong: Callable[[Memory, int, int], bytes]
+@pytest.mark.parametrize("falsify", [cut_short, too_long])
+def test_log_message_for_a_damaged_nar_names_its_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, falsify: Callable[[Memory, int, int], bytes]
 ) -> None:
-    source = changed(wrong, nar())
+    source = changed(falsify, nar())
     with at(tmp_path) as cache, compressing(cache) as compressor, pytest.raises(StoreObjectError):
         read(compressor, source)
     [record] = caplog.records
     assert record.getMessage().startswith(f"{source}: it does not have its registered {source.size} bytes")
 
 
-def test_a_mended_nar_is_kept_again_also_where_its_size_is_known(tmp_path: Path) -> None:
+def test_repaired_nar_of_known_size_is_kept_again(tmp_path: Path) -> None:
     source, damaged = nar(), changed(cut_short, nar())
     with at(tmp_path) as cache, compressing(cache) as compressor:
         assert read(compressor, source) == reference(source)
@@ -426,19 +426,19 @@ def test_a_mended_nar_is_kept_again_also_where_its_size_is_known(tmp_path: Path)
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "it is broken"), StoreObjectError("it is broken")])
-def test_an_error_of_the_source_comes_out_once(tmp_path: Path, error: Exception, *, cached: bool) -> None:
+def test_error_of_the_source_is_raised_once(tmp_path: Path, error: Exception, *, cached: bool) -> None:
     source = changed(broken(error), nar())
     with at(tmp_path) as cache, compressing(cache if cached else None) as compressor:
         with pytest.raises(type(error), match="it is broken"):
             read(compressor, source)
         assert read(compressor, source, 0, 1000) == reference(nar())[:1000]
-        fill(cache, "another")  # it was no error of the cache
+        fill(cache, "another")  # it was not an error of the cache
         source.__dict__.pop("read")
         assert read(compressor, source) == reference(source)
     assert set(os.listdir(tmp_path)) <= {key_of(source, compressor), "another"}
 
 
-def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_thread_that_cannot_start_blocks_no_reader(tmp_path: Path) -> None:
     source = nar()
     refusal = RuntimeError("can't start new thread")
     with at(tmp_path) as cache, compressing(cache) as compressor:
@@ -452,10 +452,10 @@ def test_a_thread_that_cannot_be_started_keeps_nobody_waiting(tmp_path: Path) ->
         wait_until(lambda: cache.counters.fills == 1)
 
 
-# Many at once
+# Concurrency
 
 
-def test_one_compression_for_many_that_ask_at_once(tmp_path: Path) -> None:
+def test_concurrent_readers_share_one_compression(tmp_path: Path) -> None:
     source = nar()
     ready = threading.Barrier(50)
 
@@ -487,10 +487,10 @@ def test_threads_that_finish_frames_at_the_same_time_share_the_next_frames(
             wait_until(lambda: cache.counters.fills == 1)
         assert sorted(source.reads) == list(range(0, source.size, FRAME))
         assert read(compressor, source) == reference(source)
-    assert not messages(caplog)  # of an error that ended the work of one thread
+    assert not messages(caplog)  # no error ended the work of a thread
 
 
-def test_a_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
+def test_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
     order: list[str] = []
     begin = threading.Event()
 
@@ -505,11 +505,11 @@ def test_a_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
         small_body = CompressedNar(compressor, small)
         begin.set()
         assert everything(reading(small_body)) == reference(small)
-        assert order.index("small") <= 2 + 2  # behind those that had begun, and perhaps one more for each
+        assert order.index("small") <= 2 + 2  # after the frames in progress, and at most one more for each thread
         assert everything(reading(huge_body)) == reference(huge)
 
 
-def test_saturated_while_many_wait(tmp_path: Path) -> None:
+def test_encoder_is_saturated_while_many_frames_wait(tmp_path: Path) -> None:
     begin = threading.Event()
     sources = [nar(seed=seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in range(20)]
     with at(tmp_path) as cache, compressing(cache, threads=1) as compressor:
@@ -517,14 +517,14 @@ def test_saturated_while_many_wait(tmp_path: Path) -> None:
         for source in sources:
             CompressedNar(compressor, source).close()
             saturated.append(compressor.encoder.saturated)
-        assert saturated == [False] * 8 + [True] * 12  # each has a frame in work, and the next
+        assert saturated == [False] * 8 + [True] * 12  # each NAR has a frame in progress, and the next one
         begin.set()
         wait_until(lambda: cache.counters.fills == len(sources))
         assert not compressor.encoder.saturated
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_few_frames_wait_for_a_slow_one(tmp_path: Path, *, cached: bool) -> None:
+def test_few_frames_wait_for_a_slow_frame(tmp_path: Path, *, cached: bool) -> None:
     begin = threading.Event()
     source = nar(before=lambda start: begin.wait(PATIENCE) and None if start == 0 else None)
     with at(tmp_path) as cache, compressing(cache if cached else None, threads=4) as compressor:
@@ -541,21 +541,21 @@ def test_few_frames_wait_for_a_slow_one(tmp_path: Path, *, cached: bool) -> None
 def test_few_frames_wait_for_a_slow_client_without_a_cache() -> None:
     source = nar()
     with compressing(threads=4) as compressor, closing(reading(CompressedNar(compressor, source))) as chunks:
-        begun = everything(until_some(chunks))
+        beginning = everything(up_to_first_data(chunks))
         time.sleep(0.05)
         assert len(source.reads) == 1
-        assert begun + everything(chunks) == reference(source)
+        assert beginning + everything(chunks) == reference(source)
 
 
-def until_some(chunks: Iterator[bytes | None]) -> Iterator[bytes | None]:
-    """All until the first that is there."""
+def up_to_first_data(chunks: Iterator[bytes | None]) -> Iterator[bytes | None]:
+    """Yield up to the first chunk with data."""
     for chunk in chunks:
         yield chunk
         if chunk:
             break
 
 
-def test_it_is_made_to_its_end_when_the_client_leaves(tmp_path: Path) -> None:
+def test_compression_completes_when_the_client_leaves(tmp_path: Path) -> None:
     source = nar()
     with at(tmp_path) as cache, compressing(cache) as compressor:
         with closing(reading(CompressedNar(compressor, source))) as chunks:
@@ -565,7 +565,7 @@ def test_it_is_made_to_its_end_when_the_client_leaves(tmp_path: Path) -> None:
         assert len(source.reads) == 11
 
 
-def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
+def test_number_of_fills_without_clients_is_bounded(tmp_path: Path) -> None:
     begin = threading.Event()
     slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in (1, 2)]
     another = nar(seed=3)
@@ -591,8 +591,8 @@ def test_only_so_many_are_made_whose_clients_may_leave(tmp_path: Path) -> None:
         wait_until(lambda: cache.counters.fills == 4)
 
 
-def test_another_encoding_has_one_thread_and_few_fills(tmp_path: Path) -> None:
-    """However much a stranger wants in an encoding of another server, ours are made meanwhile."""
+def test_other_encodings_use_one_thread_and_few_fills(tmp_path: Path) -> None:
+    """Requests in the encoding of another server do not delay those in our own."""
     cache = NarCache(str(tmp_path), 1 << 30)
     gate = threading.Event()
     other = Encoding.of(Zstd(level=9))
@@ -612,12 +612,12 @@ def test_another_encoding_has_one_thread_and_few_fills(tmp_path: Path) -> None:
             assert decompress(everything(reading(body))) == source.content
 
 
-def test_what_nobody_waits_for_is_not_made_without_a_cache() -> None:
+def test_abandoned_body_without_a_cache_is_not_compressed() -> None:
     begin = threading.Event()
     first, second = nar(before=lambda _: begin.wait(PATIENCE) and None), nar()
     with compressing(threads=1) as compressor:
         chunks = reading(CompressedNar(compressor, first))
-        assert next(chunks) is None  # the only thread is busy with this one
+        assert next(chunks) is None  # the only thread is busy with this source
         with closing(reading(CompressedNar(compressor, second))) as left:
             assert next(left) is None
         begin.set()
@@ -625,10 +625,10 @@ def test_what_nobody_waits_for_is_not_made_without_a_cache() -> None:
     assert not second.reads
 
 
-# What is told of it
+# File info for narinfos, and counters
 
 
-def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
+def test_file_info_is_known_once_compressed(tmp_path: Path) -> None:
     source = nar()
     sha256 = source.sha256 or b""
     data = reference(source)
@@ -647,7 +647,7 @@ def test_what_a_narinfo_tells_is_known_once_it_was_read(tmp_path: Path) -> None:
         assert Compressor(Zstd(), cache).files.find_file_info(sha256) is None
 
 
-def test_only_some_are_remembered(tmp_path: Path) -> None:
+def test_number_of_remembered_file_infos_is_bounded(tmp_path: Path) -> None:
     with (
         patch("harmonia.cache.compressed_files._MAX_KNOWN_FILES", 2),
         at(tmp_path) as cache,
@@ -663,7 +663,7 @@ def test_only_some_are_remembered(tmp_path: Path) -> None:
         ]
 
 
-def test_what_it_took_is_counted(tmp_path: Path) -> None:
+def test_time_and_bytes_are_counted(tmp_path: Path) -> None:
     source = nar(200 * FRAME)
     with at(tmp_path) as cache, compressing(cache) as compressor:
         assert compressor.encoder.seconds == 0
@@ -699,8 +699,8 @@ def test_number_of_threads(cpus: int, options: Zstd, threads: int) -> None:
 
 
 @pytest.mark.parametrize("niceness", [0, 5, 15])
-def test_threads_are_nicer_than_their_process(niceness: int) -> None:
-    """Seen by a process of its own, since niceness only grows without privileges."""
+def test_encoder_threads_are_nicer_than_their_process(niceness: int) -> None:
+    """A process of its own checks it, because lowering the niceness needs privileges."""
     program = (
         "import os; from harmonia.cache import zstd; from harmonia.config.settings import Zstd\n"
         f"ours = os.nice({niceness})\n"

@@ -1,4 +1,4 @@
-"""Promises to whoever writes the configuration file: it means what it says, and what is wrong is told in one line."""
+"""The configuration file: values have their documented meaning, and an error is one line with cause and remedy."""
 
 import difflib
 import json
@@ -32,8 +32,8 @@ from harmonia.tools.store_builder import StoreBuilder
 SECRET = SecretKey("cache.example.org-1", SigningKey(bytes(range(32)))).export()
 BASE64 = SECRET.partition(":")[2]
 
-# Every key of upstream 3.2, and `daemon_socket`, which 3.0 still had.
-UPSTREAM = """
+# Every key of the Rust Harmonia 3.2, and `daemon_socket` of 3.0.
+RUST_HARMONIA_CONFIG = """
 bind = "[::]:5000"          # or "unix:/run/harmonia/socket"
 workers = 4
 max_connections = 2048
@@ -61,7 +61,7 @@ def settings(text: str = "", **environ: str) -> Settings:
     return parse(text, "h.toml", environ)
 
 
-def complaint(text: str = "", **environ: str) -> str:
+def error_of(text: str = "", **environ: str) -> str:
     with pytest.raises(ConfigError) as caught:
         settings(text, **environ)
     return str(caught.value)
@@ -69,7 +69,7 @@ def complaint(text: str = "", **environ: str) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """A store with its database, and a configuration file that names them."""
+    """A store with its database, and a configuration file that names both."""
 
     root: Path
     environ: dict[str, str] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Machine:
         path = self.file("harmonia.toml", f"real_nix_store = {json.dumps(str(self.store))}\n{more}")
         return load(str(path), self.environ)
 
-    def complaint(self, more: str = "") -> str:
+    def error_of(self, more: str = "") -> str:
         with pytest.raises(ConfigError) as caught:
             self.load(more)
         return str(caught.value).replace(str(self.root), "ROOT")
@@ -106,7 +106,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A certificate and its key, as text."""
+    """Create a certificate and its key, as text."""
     folder = tmp_path_factory.mktemp("tls")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     subprocess.run(
@@ -115,18 +115,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return (folder / "cert.pem").read_text(), (folder / "key.pem").read_text()
 
 
-# What values mean
+# Values
 
 
-def test_an_empty_file_gives_upstreams_defaults() -> None:
-    given = settings()
-    assert (given.bind, given.max_connections, given.priority) == ("[::]:5000", 2048, 30)
-    assert (given.virtual_nix_store, given.enable_compression) == ("/nix/store", True)
-    assert given.zstd == Zstd(level=3, long_distance_matching=False, window_log=0, max_ldm_encoders_per_worker=16)
+def test_defaults_equal_those_of_the_rust_harmonia() -> None:
+    loaded = settings()
+    assert (loaded.bind, loaded.max_connections, loaded.priority) == ("[::]:5000", 2048, 30)
+    assert (loaded.virtual_nix_store, loaded.enable_compression) == ("/nix/store", True)
+    assert loaded.zstd == Zstd(level=3, long_distance_matching=False, window_log=0, max_ldm_encoders_per_worker=16)
 
 
 @pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (4, 4), (64, 4)])
-def test_workers_default_to_four_or_the_cpus_if_fewer(monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int) -> None:
+def test_workers_default_to_the_cpus_and_at_most_four(monkeypatch: pytest.MonkeyPatch, cpus: int, workers: int) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cpus)))
     assert settings().workers == workers
 
@@ -150,14 +150,14 @@ def test_workers_default_to_four_or_the_cpus_if_fewer(monkeypatch: pytest.Monkey
         ("0", ("::", 0)),
     ],
 )
-def test_addresses_mean_the_same_in_both_settings(bind: str, address: object) -> None:
+def test_addresses_have_the_same_forms_in_both_settings(bind: str, address: object) -> None:
     assert settings(f'bind = "{bind}"').address("bind") == address
     assert settings(f'metrics_bind = "{bind}"').address("metrics_bind") == address
 
 
-def test_a_port_may_be_a_number() -> None:
+def test_bind_may_be_a_port_number() -> None:
     assert settings("bind = 8080").address("bind") == ("::", 8080)
-    assert complaint("bind = 80800").endswith("found '80800'")
+    assert error_of("bind = 80800").endswith("found '80800'")
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_a_port_may_be_a_number() -> None:
         ("2001:db8:0:0:0:0:0:53", "2001:db8::53"),
     ],
 )
-def test_a_host_alone_has_the_default_port_except_for_metrics(bind: str, host: str) -> None:
+def test_host_without_a_port_gets_5000_except_for_metrics(bind: str, host: str) -> None:
     assert settings(f'bind = "{bind}"').address("bind") == (host, 5000)
-    assert complaint(f'metrics_bind = "{bind}"').endswith(f"found {bind!r} without a port; add one")
+    assert error_of(f'metrics_bind = "{bind}"').endswith(f"found {bind!r} without a port; add one")
 
 
 @pytest.mark.parametrize(
@@ -205,23 +205,23 @@ def test_sizes_have_the_units_of_coreutils(size: str, count: int) -> None:
     assert settings(f"cache_size = '{size}'").cache_bytes == count
 
 
-def test_a_size_may_be_a_number_of_bytes() -> None:
+def test_size_may_be_a_number_of_bytes() -> None:
     assert settings(f"cache_size = {20 << 30}").cache_bytes == 20 << 30
     assert settings("cache_size = 0").cache_bytes == 0
     assert settings().cache_bytes is None
 
 
 @pytest.mark.parametrize("size", ["20", "500.5", 20, 1 << 19])
-def test_a_small_size_without_a_unit_is_refused(size: str | int) -> None:
-    what = complaint(f"cache_size = {json.dumps(size)}")
-    assert what.endswith(f"found {size}, less than one NAR needs; add a unit")
+def test_small_size_without_a_unit_is_rejected(size: str | int) -> None:
+    message = error_of(f"cache_size = {json.dumps(size)}")
+    assert message.endswith(f"found {size}, less than one NAR needs; add a unit")
 
 
 @pytest.mark.parametrize(
     "size", ["", "G", "20X", "20 Gbit", "-1G", "1,5G", "20  G", "20iB", "1e9", "٣G", "9" * 19 + "P"]
 )
-def test_other_sizes_are_refused(size: str) -> None:
-    assert complaint(f"cache_size = '{size}'").startswith("h.toml:1: cache_size: expected a ")
+def test_malformed_sizes_are_rejected(size: str) -> None:
+    assert error_of(f"cache_size = '{size}'").startswith("h.toml:1: cache_size: expected a ")
 
 
 @pytest.mark.parametrize(
@@ -244,24 +244,24 @@ def test_durations_have_the_units_of_systemd(duration: str, seconds: int) -> Non
         assert getattr(settings(f"{key} = '{duration}'"), key) == seconds
 
 
-def test_a_duration_may_be_less_than_a_second_if_the_setting_may() -> None:
+def test_durations_below_a_second_are_accepted_for_timeouts() -> None:
     assert settings("upstream_timeout = '500ms'").upstream_timeout == 0.5
     assert settings("[[upstream]]\nurl = 'http://a'\ntimeout = '1m'").upstream[0].timeout == 60
     wanted_seconds = 'seconds from 1 to 3600, or a string like "30s", "5m" or "1h 30min"'
     for duration in ("500ms", "2h", "30x", "5M", "5 5", "1m30", "", "-1s"):
-        what = complaint(f"header_timeout = '{duration}'")
-        assert what == f"h.toml:1: header_timeout: expected {wanted_seconds}, found string '{duration}'"
+        message = error_of(f"header_timeout = '{duration}'")
+        assert message == f"h.toml:1: header_timeout: expected {wanted_seconds}, found string '{duration}'"
 
 
-def test_bytes_of_a_head_may_have_a_unit() -> None:
+def test_max_header_size_may_have_a_unit() -> None:
     assert settings("max_header_size = '16K'").max_header_size == 16384
-    assert complaint("max_header_size = '17K'").endswith("found string '17K'")
+    assert error_of("max_header_size = '17K'").endswith("found string '17K'")
 
 
-def test_metrics_are_at_the_address_of_everything_else_unless_they_have_their_own() -> None:
+def test_metrics_bind_is_unset_by_default_and_needs_metrics() -> None:
     assert settings().address("metrics_bind") is None
-    what = complaint('metrics = false\nmetrics_bind = "[::1]:5001"')
-    assert what == "h.toml:2: metrics_bind: set without metrics; remove this or set metrics = true"
+    message = error_of('metrics = false\nmetrics_bind = "[::1]:5001"')
+    assert message == "h.toml:2: metrics_bind: set without metrics; remove this or set metrics = true"
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def test_metrics_are_at_the_address_of_everything_else_unless_they_have_their_ow
      "[::g]:1", "[1.2.3.4]:1", "a:65536", "a:-1", "a:٣", "a b:1",
      "http://a:1", "unix:", "unix://host/path", "unix:/" + "x" * 107, "unix:/a\\u0000b"],
 )  # fmt: skip
-def test_bind_takes_nothing_else(bind: str) -> None:
-    assert complaint(f'bind = "{bind}"').startswith(
+def test_malformed_bind_is_rejected(bind: str) -> None:
+    assert error_of(f'bind = "{bind}"').startswith(
         'h.toml:1: bind: expected "host:port", "[IPv6]:port", ":port" or "unix:/path"'
     )
 
@@ -284,7 +284,7 @@ def test_ranges_include_their_ends(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "message"),
     [
         ("workers = 0", "workers: expected an integer from 1 to 1024, found integer 0"),
         ("workers = true", "workers: expected an integer from 1 to 1024, found boolean true"),
@@ -315,8 +315,8 @@ def test_ranges_include_their_ends(line: str) -> None:
         ('tls_key_path = "k"', "tls_key_path: set without tls_cert_path; TLS needs both; set both or none"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str, what: str) -> None:
-    assert complaint(f"# a comment\n{line}").startswith(f"h.toml:2: {what}")
+def test_invalid_value_is_reported_with_the_found_and_the_expected_value(line: str, message: str) -> None:
+    assert error_of(f"# a comment\n{line}").startswith(f"h.toml:2: {message}")
 
 
 @pytest.mark.parametrize(
@@ -324,29 +324,29 @@ def test_a_wrong_value_is_told_with_what_was_found_and_what_is_wanted(line: str,
     ["", "a b", "{a,b}", "a/*", "/nix/store/*", "[ab", "café", f"{'0' * 32}-hello", "hello\\*", "a,b"],
 )
 @pytest.mark.parametrize("key", ["allow", "deny"])
-def test_a_pattern_that_can_match_no_name_is_refused(key: str, pattern: str) -> None:
-    what = complaint(f"[publish]\n{key} = ['*', {json.dumps(pattern)}]")
-    assert what.startswith(f"h.toml:2: publish.{key}: ")
-    assert " cannot match any name; a name is a store path without its directory and hash" in what
+def test_pattern_that_can_match_no_name_is_rejected(key: str, pattern: str) -> None:
+    message = error_of(f"[publish]\n{key} = ['*', {json.dumps(pattern)}]")
+    assert message.startswith(f"h.toml:2: publish.{key}: ")
+    assert " cannot match any name; a name is a store path without its directory and hash" in message
 
 
 @pytest.mark.parametrize("pattern", ["*", "hello-?.[0-9]*", "[!a-z]*", "[]]", "[!]]*", "a+b-c.d_e?f=g", "0*", "0" * 32])
-def test_other_patterns_are_not(pattern: str) -> None:
+def test_valid_patterns_are_accepted(pattern: str) -> None:
     assert settings(f"[publish]\nallow = [{json.dumps(pattern)}]").publish.allow == (pattern,)
 
 
-def test_compressed_files_are_not_offered_where_nothing_is_compressed() -> None:
-    what = complaint("enable_compression = false\nnar_compression = 'zstd'")
-    assert what.startswith("h.toml:2: nar_compression: enable_compression = false disables compression; set that ")
+def test_nar_compression_zstd_needs_enable_compression() -> None:
+    message = error_of("enable_compression = false\nnar_compression = 'zstd'")
+    assert message.startswith("h.toml:2: nar_compression: enable_compression = false disables compression; set that ")
     assert settings("enable_compression = false").nar_compression == "auto"
 
 
-def test_tls_over_a_unix_socket_is_refused() -> None:
+def test_tls_over_a_unix_socket_is_rejected() -> None:
     text = 'bind = "unix:/s"\ntls_cert_path = "c"\ntls_key_path = "k"'
-    assert complaint(text).startswith("h.toml:2: tls_cert_path: TLS needs TCP, not a unix socket")
+    assert error_of(text).startswith("h.toml:2: tls_cert_path: TLS needs TCP, not a unix socket")
 
 
-def test_a_key_without_meaning_here_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_key_without_effect_gives_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     settings("\nmax_connection_rate = 256")
     assert [record.getMessage() for record in caplog.records] == [
         "h.toml:2: max_connection_rate: has no effect in this Harmonia; remove it"
@@ -362,21 +362,21 @@ def test_a_key_without_meaning_here_gives_one_warning(caplog: pytest.LogCaptureF
         ("daemon_socket = ''", None),
     ],
 )
-def test_the_daemon_is_beside_the_database_unless_it_is_elsewhere_or_not_wanted(text: str, daemon: str | None) -> None:
+def test_daemon_socket_defaults_to_the_one_beside_the_database(text: str, daemon: str | None) -> None:
     assert settings(text).daemon == daemon
 
 
-def test_a_final_slash_of_the_store_directory_does_not_reach_store_paths() -> None:
+def test_trailing_slash_of_the_store_directory_is_removed() -> None:
     assert settings('virtual_nix_store = "/nix/store/"').virtual_nix_store == "/nix/store"
 
 
 # The environment
 
 
-def test_key_files_come_in_upstreams_order_and_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_key_files_are_in_the_order_of_the_rust_harmonia_without_duplicates(caplog: pytest.LogCaptureFixture) -> None:
     text = 'sign_key_paths = ["a", "b"]\nsign_key_path = "c"'
-    given = settings(text, SIGN_KEY_PATH="d", SIGN_KEY_PATHS=" e \n a\tf ")
-    assert given.sign_key_paths == ("a", "b", "c", "d", "e", "f")
+    loaded = settings(text, SIGN_KEY_PATH="d", SIGN_KEY_PATHS=" e \n a\tf ")
+    assert loaded.sign_key_paths == ("a", "b", "c", "d", "e", "f")
     assert [record.getMessage() for record in caplog.records] == [
         "h.toml:2: sign_key_path: deprecated; use sign_key_paths",
         "environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS",
@@ -388,13 +388,13 @@ def test_release_is_the_deprecated_name_of_publish(caplog: pytest.LogCaptureFixt
     assert source.settings().publish == PublishRules(deny=("secret-*",))
     assert [record.getMessage() for record in caplog.records] == ["h.toml:2: release: deprecated; use publish"]
     assert source.origins()["publish.deny"] == "h.toml:3"
-    assert complaint("[release]\nallow = []\ndeny = 5").startswith("h.toml:3: publish.deny: expected an array")
+    assert error_of("[release]\nallow = []\ndeny = 5").startswith("h.toml:3: publish.deny: expected an array")
 
 
 @pytest.mark.parametrize("tables", [("release", "publish"), ("publish", "release")])
-def test_release_and_publish_together_are_an_error(tables: tuple[str, str]) -> None:
+def test_release_and_publish_together_are_rejected(tables: tuple[str, str]) -> None:
     line = 1 + 2 * tables.index("release")
-    assert complaint("".join(f"[{table}]\ndeny = ['a']\n" for table in tables)) == (
+    assert error_of("".join(f"[{table}]\ndeny = ['a']\n" for table in tables)) == (
         f"h.toml:{line}: release: the old name of publish, which is set, too; keep only publish"
     )
 
@@ -407,7 +407,7 @@ def test_nix_log_dir_overrides_the_file() -> None:
     assert settings('log_dir = "/a"', NIX_LOG_DIR="/b").logs == "/b"
 
 
-def test_logs_are_beside_the_database() -> None:
+def test_logs_default_to_the_directory_beside_the_database() -> None:
     assert settings('log_dir = "/a"').logs == "/a"
     assert settings('nix_db_path = "/guest/nix/var/nix/db/db.sqlite"').logs == "/guest/nix/var/log/nix"
 
@@ -417,24 +417,24 @@ def test_empty_variables_count_as_unset() -> None:
 
 
 @pytest.mark.parametrize("variable", ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"])
-def test_the_variable_is_named_that_tells_a_wrong_cache_directory(
+def test_warning_for_the_cache_directory_names_its_variable(
     machine: Machine, caplog: pytest.LogCaptureFixture, variable: str
 ) -> None:
     file = machine.environ[variable] = str(machine.file("file", ""))
     machine.load()
     [record] = caplog.records
-    told = f"environment variable {variable}: cache_dir: {file!r} is not a directory; "
-    assert record.getMessage().startswith(told)
+    message = f"environment variable {variable}: cache_dir: {file!r} is not a directory; "
+    assert record.getMessage().startswith(message)
 
 
-def test_a_wrong_variable_is_named() -> None:
-    what = complaint(NIX_LOG_DIR="a\nb")
-    assert what == "environment variable NIX_LOG_DIR: log_dir: expected a path, found something else (not shown)"
-    what = complaint('virtual_nix_store = "/a"', NIX_STORE_DIR="b")
-    assert what == "environment variable NIX_STORE_DIR: virtual_nix_store: expected an absolute path, found 'b'"
+def test_error_names_the_variable() -> None:
+    message = error_of(NIX_LOG_DIR="a\nb")
+    assert message == "environment variable NIX_LOG_DIR: log_dir: expected a path, found something else (not shown)"
+    message = error_of('virtual_nix_store = "/a"', NIX_STORE_DIR="b")
+    assert message == "environment variable NIX_STORE_DIR: virtual_nix_store: expected an absolute path, found 'b'"
 
 
-# Where a message points
+# Places in messages
 
 
 @pytest.mark.parametrize(
@@ -462,8 +462,8 @@ def test_a_wrong_variable_is_named() -> None:
         ("workers = " + "9" * 9999, "h.toml: not valid TOML: "),
     ],
 )  # fmt: skip
-def test_a_complaint_names_file_and_line(text: str, place: str) -> None:
-    assert complaint(text).startswith(place)
+def test_message_begins_with_file_and_line(text: str, place: str) -> None:
+    assert error_of(text).startswith(place)
 
 
 @pytest.mark.parametrize(
@@ -517,32 +517,32 @@ def test_rust_log_without_effect_gives_one_warning(
 # Files
 
 
-def test_a_full_file_of_upstream_starts_unchanged(machine: Machine, pair: tuple[str, str]) -> None:
+def test_full_file_of_the_rust_harmonia_is_accepted_unchanged(machine: Machine, pair: tuple[str, str]) -> None:
     machine.file("cert.pem", pair[0])
     machine.file("key.pem", pair[1])
     machine.file("cache.secret")
     machine.file("old.secret", SecretKey.generate("old").export())
-    path = machine.file("upstream.toml", UPSTREAM.format(root=machine.root))
-    given = load(None, {"CONFIG_FILE": str(path)})
-    assert (given.workers, given.priority) == (4, 50)
-    assert [key.name for key in secret_keys(given)] == ["cache.example.org-1", "old"]
+    path = machine.file("upstream.toml", RUST_HARMONIA_CONFIG.format(root=machine.root))
+    loaded = load(None, {"CONFIG_FILE": str(path)})
+    assert (loaded.workers, loaded.priority) == (4, 50)
+    assert [key.name for key in secret_keys(loaded)] == ["cache.example.org-1", "old"]
 
 
-def test_config_goes_before_config_file(machine: Machine) -> None:
+def test_config_option_takes_precedence_over_config_file(machine: Machine) -> None:
     machine.environ["CONFIG_FILE"] = "/nowhere"
     assert machine.load("priority = 7").priority == 7
 
 
 @pytest.fixture
 def system_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that is read if nothing names another one."""
+    """Set the file that is read without --config and CONFIG_FILE."""
     path = tmp_path / "etc/harmonia.toml"
     path.parent.mkdir()
     monkeypatch.setattr("harmonia.config.loader.SYSTEM_FILE", str(path))
     return path
 
 
-def test_the_file_in_etc_is_read_last(machine: Machine, system_file: Path) -> None:
+def test_file_in_etc_has_the_lowest_precedence(machine: Machine, system_file: Path) -> None:
     system_file.write_text("priority = 1")
     assert read(None, {}).priority == 1
     assert read(None, {"CONFIG_FILE": str(machine.file("variable.toml", "priority = 2"))}).priority == 2
@@ -550,7 +550,7 @@ def test_the_file_in_etc_is_read_last(machine: Machine, system_file: Path) -> No
     assert read("/dev/null", {}).priority == 30
 
 
-def test_a_setting_of_the_file_in_etc_has_a_place(system_file: Path) -> None:
+def test_setting_of_the_file_in_etc_has_its_line(system_file: Path) -> None:
     system_file.write_text("# mine\npriority = 1")
     assert Source.read(None, {}).origins()["priority"] == f"{system_file}:2"
     system_file.write_text("priority = true")
@@ -558,7 +558,7 @@ def test_a_setting_of_the_file_in_etc_has_a_place(system_file: Path) -> None:
         read(None, {})
 
 
-def test_without_the_file_in_etc_there_are_defaults(system_file: Path) -> None:
+def test_missing_file_in_etc_means_defaults(system_file: Path) -> None:
     assert read(None, {}) == settings()
     system_file.parent.rmdir()
     assert read(None, {}) == settings()
@@ -566,107 +566,107 @@ def test_without_the_file_in_etc_there_are_defaults(system_file: Path) -> None:
     assert read(None, {}) == settings()
 
 
-def test_an_unreadable_file_in_etc_is_an_error(system_file: Path) -> None:
+def test_unreadable_file_in_etc_is_an_error(system_file: Path) -> None:
     system_file.mkdir()
     with pytest.raises(ConfigError, match=re.escape(f"cannot read '{system_file}': Is a directory; make it readable,")):
         read(None, {})
 
 
-def test_without_a_file_the_defaults_are_checked_too(tmp_path: Path) -> None:
+def test_defaults_are_checked_without_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\Aenvironment variable NIX_STORE_DIR: virtual_nix_store: no store at '"):
         load(None, {"NIX_STORE_DIR": str(tmp_path / "none")})
 
 
-def test_an_unreadable_file_is_told_with_what_named_it(tmp_path: Path) -> None:
+def test_error_for_an_unreadable_file_names_option_or_variable(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\A--config: cannot read '/nowhere': No such file"):
         load("/nowhere", {})
     with pytest.raises(ConfigError, match=r"\Aenvironment variable CONFIG_FILE: cannot read '.*': Is a directory"):
         load(None, {"CONFIG_FILE": str(tmp_path)})
 
 
-def test_a_file_in_another_encoding_is_told_with_its_line(tmp_path: Path) -> None:
+def test_file_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "latin1.toml"
     path.write_bytes(b"workers = 1\n# gr\xfc\xdfe\n")
     with pytest.raises(ConfigError, match=r"latin1\.toml:2: not UTF-8"):
         load(str(path), {})
 
 
-def test_the_database_is_found_beside_the_store(machine: Machine) -> None:
+def test_database_defaults_to_the_one_beside_the_store(machine: Machine) -> None:
     assert machine.load().database == str(machine.database)
 
 
-def test_the_database_is_found_beside_a_symlink_to_the_store(machine: Machine) -> None:
+def test_database_is_found_beside_a_symlink_to_the_store(machine: Machine) -> None:
     moved = machine.root / "big"
     machine.store.rename(moved)
     machine.store.symlink_to(moved)
-    given = machine.load()
-    assert (given.real_store, given.database) == (str(moved), str(machine.database))
+    loaded = machine.load()
+    assert (loaded.real_store, loaded.database) == (str(moved), str(machine.database))
 
 
-def test_the_database_is_found_beside_what_a_symlink_points_to(machine: Machine) -> None:
+def test_database_is_found_beside_the_target_of_a_symlink(machine: Machine) -> None:
     link = machine.root / "link"
     link.symlink_to(machine.store)
-    given = Settings(real_nix_store=f"{link}/")
-    assert preflight.check(given, {}) == []
-    assert (given.real_store, given.database) == (str(machine.store), str(machine.database))
+    loaded = Settings(real_nix_store=f"{link}/")
+    assert preflight.check(loaded, {}) == []
+    assert (loaded.real_store, loaded.database) == (str(machine.store), str(machine.database))
 
 
-def test_a_missing_store_is_told(machine: Machine) -> None:
+def test_missing_store_is_reported(machine: Machine) -> None:
     shutil.rmtree(machine.store)
-    assert machine.complaint() == (
+    assert machine.error_of() == (
         "ROOT/harmonia.toml:1: real_nix_store: no store at 'ROOT/nix/store': No such file or directory; "
         "set real_nix_store to its path on disk"
     )
 
 
-def test_a_store_that_is_a_file_is_told(machine: Machine) -> None:
+def test_store_that_is_a_file_is_reported(machine: Machine) -> None:
     shutil.rmtree(machine.store)
     machine.store.touch()
-    assert "no store at 'ROOT/nix/store': Not a directory" in machine.complaint()
+    assert "no store at 'ROOT/nix/store': Not a directory" in machine.error_of()
 
 
-def test_a_store_that_cannot_be_entered_is_told(machine: Machine) -> None:
-    given = machine.load()
+def test_inaccessible_store_is_reported(machine: Machine) -> None:
+    loaded = machine.load()
     machine.store.chmod(0)
     user = os.geteuid()
-    os.seteuid(user or 65534)  # root enters everything
+    os.seteuid(user or 65534)  # root can enter every directory
     try:
         with pytest.raises(
             ConfigError, match=r"real_nix_store: cannot enter '.*': Permission denied; let the server's"
         ):
-            preflight.check(given, {})
+            preflight.check(loaded, {})
     finally:
         os.seteuid(user)
 
 
-def test_a_missing_database_is_told(machine: Machine) -> None:
+def test_missing_database_is_reported(machine: Machine) -> None:
     machine.database.unlink()
-    assert machine.complaint() == (
+    assert machine.error_of() == (
         "ROOT/harmonia.toml: nix_db_path: cannot read 'ROOT/nix/var/nix/db/db.sqlite': No such file or directory; "
         "set nix_db_path to the store's db.sqlite"
     )
 
 
-def test_a_missing_key_file_is_told_with_what_named_it(machine: Machine) -> None:
-    first, wrong = machine.file("a"), "cannot read '/nowhere': No such file"
-    assert f"harmonia.toml:3: sign_key_paths: {wrong}" in machine.complaint(
+def test_missing_key_file_is_reported_with_its_setting_or_variable(machine: Machine) -> None:
+    first, cause = machine.file("a"), "cannot read '/nowhere': No such file"
+    assert f"harmonia.toml:3: sign_key_paths: {cause}" in machine.error_of(
         f'sign_key_path = "{first}"\nsign_key_paths = ["/nowhere"]'
     )
-    assert f"harmonia.toml:3: sign_key_paths: {wrong}" in machine.complaint(
+    assert f"harmonia.toml:3: sign_key_paths: {cause}" in machine.error_of(
         f'sign_key_paths = ["{first}"]\nsign_key_path = "/nowhere"'
     )
     machine.environ["SIGN_KEY_PATHS"] = f"{first} /nowhere"
-    assert machine.complaint().startswith(f"environment variable SIGN_KEY_PATHS: sign_key_paths: {wrong}")
+    assert machine.error_of().startswith(f"environment variable SIGN_KEY_PATHS: sign_key_paths: {cause}")
     del machine.environ["SIGN_KEY_PATHS"]
     machine.environ["SIGN_KEY_PATH"] = "/nowhere"
-    assert machine.complaint().startswith(f"environment variable SIGN_KEY_PATH: sign_key_paths: {wrong}")
+    assert machine.error_of().startswith(f"environment variable SIGN_KEY_PATH: sign_key_paths: {cause}")
 
 
 @pytest.mark.parametrize("content", ["", SECRET[:-9], BASE64, "\0" + BASE64 + ":"])
-def test_a_broken_key_file_is_told_without_its_content(machine: Machine, content: str) -> None:
+def test_broken_key_file_is_reported_without_its_content(machine: Machine, content: str) -> None:
     machine.file("k", content)
-    what = machine.complaint(f'sign_key_paths = ["{machine.root}/k"]')
-    assert what == "ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; make one with harmonia keygen"
+    message = machine.error_of(f'sign_key_paths = ["{machine.root}/k"]')
+    assert message == "ROOT/harmonia.toml:2: sign_key_paths: no secret key in 'ROOT/k'; make one with harmonia keygen"
 
 
 @pytest.mark.parametrize(
@@ -682,32 +682,32 @@ def test_a_broken_key_file_is_told_without_its_content(machine: Machine, content
         ("", {"SIGN_KEY_PATH": SECRET}),
     ],
 )
-def test_a_key_in_the_place_of_its_path_is_refused_and_not_shown(text: str, environ: Mapping[str, str]) -> None:
-    what = complaint(text, **environ)
-    assert "(not shown)" in what
-    assert BASE64[:10] not in what
+def test_key_instead_of_its_path_is_rejected_and_not_shown(text: str, environ: Mapping[str, str]) -> None:
+    message = error_of(text, **environ)
+    assert "(not shown)" in message
+    assert BASE64[:10] not in message
 
 
-def test_settings_hold_no_secrets(machine: Machine) -> None:
+def test_repr_of_settings_and_keys_has_no_secret(machine: Machine) -> None:
     machine.file("k")
-    given = machine.load(f'sign_key_paths = ["{machine.root}/k"]')
-    assert BASE64[:10] not in repr((given, secret_keys(given)))
+    loaded = machine.load(f'sign_key_paths = ["{machine.root}/k"]')
+    assert BASE64[:10] not in repr((loaded, secret_keys(loaded)))
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o400, 0), (0o640, 1), (0o604, 1)])
-def test_a_key_file_open_to_others_gives_one_warning(
+def test_key_file_accessible_to_others_gives_one_warning(
     machine: Machine, caplog: pytest.LogCaptureFixture, mode: int, warnings: int
 ) -> None:
     path = machine.file("k", mode=mode)
     machine.load(f'sign_key_paths = ["{path}"]')
-    told = f"others than the owner can access the key file {str(path)!r} (mode {mode:04o}); chmod 600 it"
-    expected = f"{machine.root}/harmonia.toml:2: sign_key_paths: {told}"
+    message = f"others than the owner can access the key file {str(path)!r} (mode {mode:04o}); chmod 600 it"
+    expected = f"{machine.root}/harmonia.toml:2: sign_key_paths: {message}"
     assert [record.getMessage() for record in caplog.records] == [expected] * warnings
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
 @pytest.mark.parametrize(("directory", "warnings"), [("credentials", 0), ("credential", 1)])
-def test_systemds_credentials_give_no_warning(
+def test_credentials_of_systemd_give_no_warning(
     machine: Machine, caplog: pytest.LogCaptureFixture, directory: str, warnings: int
 ) -> None:
     (machine.root / "credentials").mkdir()
@@ -724,7 +724,7 @@ def tls(machine: Machine) -> str:
     return f'tls_cert_path = "{machine.root}/cert.pem"\ntls_key_path = "{machine.root}/key.pem"'
 
 
-def test_a_pair_that_fits_serves_tls_1_2_or_newer(machine: Machine, pair: tuple[str, str]) -> None:
+def test_matching_certificate_and_key_serve_tls_1_2_or_newer(machine: Machine, pair: tuple[str, str]) -> None:
     machine.file("cert.pem", pair[0])
     machine.file("key.pem", pair[1])
     context = tls_context(machine.load(tls(machine)))
@@ -733,11 +733,11 @@ def test_a_pair_that_fits_serves_tls_1_2_or_newer(machine: Machine, pair: tuple[
     assert context.get_ca_certs() == []
 
 
-def test_without_certificate_there_is_no_tls(machine: Machine) -> None:
+def test_without_a_certificate_there_is_no_tls(machine: Machine) -> None:
     assert tls_context(machine.load()) is None
 
 
-def test_a_tls_key_open_to_others_gives_a_warning(
+def test_tls_key_accessible_to_others_gives_a_warning(
     machine: Machine, caplog: pytest.LogCaptureFixture, pair: tuple[str, str]
 ) -> None:
     machine.file("cert.pem", pair[0], 0o644)
@@ -751,7 +751,7 @@ def openssl(command: str, text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("case", "told"),
+    ("case", "message"),
     [
         ("no certificate", "2: tls_cert_path: no certificates in 'ROOT/cert.pem' "),
         ("no key", "3: tls_key_path: cannot read a private key in 'ROOT/key.pem'; "),
@@ -761,8 +761,8 @@ def openssl(command: str, text: str) -> str:
         ("a weak pair", "2: tls_cert_path: 'ROOT/cert.pem' is too weak for OpenSSL: ee key too small; "),
     ],
 )
-def test_of_a_pair_that_does_not_work_it_is_told_which_file_is_wrong(
-    machine: Machine, pair: tuple[str, str], case: str, told: str
+def test_error_for_certificate_and_key_names_the_faulty_file(
+    machine: Machine, pair: tuple[str, str], case: str, message: str
 ) -> None:
     cert, key = pair
     if case == "no certificate":
@@ -780,19 +780,19 @@ def test_of_a_pair_that_does_not_work_it_is_told_which_file_is_wrong(
         key = openssl("pkcs8 -topk8 -passout pass:secret", key)
     machine.file("cert.pem", cert)
     machine.file("key.pem", key)
-    assert machine.complaint(tls(machine)).startswith(f"ROOT/harmonia.toml:{told}")
+    assert machine.error_of(tls(machine)).startswith(f"ROOT/harmonia.toml:{message}")
 
 
-def test_a_missing_tls_file_is_told(machine: Machine, pair: tuple[str, str]) -> None:
+def test_missing_tls_file_is_reported(machine: Machine, pair: tuple[str, str]) -> None:
     machine.file("cert.pem", pair[0])
-    assert machine.complaint(tls(machine)).startswith(
+    assert machine.error_of(tls(machine)).startswith(
         "ROOT/harmonia.toml:3: tls_key_path: cannot read 'ROOT/key.pem': No such file"
     )
 
 
-def test_settings_go_to_worker_processes(machine: Machine) -> None:
-    given = machine.load("zstd.level = 3")
-    assert pickle.loads(pickle.dumps(given)) == given
+def test_settings_survive_pickling(machine: Machine) -> None:
+    loaded = machine.load("zstd.level = 3")
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
 
 
 # Upstreams
@@ -804,9 +804,9 @@ def upstream(*lines: str) -> str:
     return "\n".join(["[[upstream]]", "url = 'https://cache.example.org'", *lines])
 
 
-def test_an_upstream_needs_no_more_than_its_url() -> None:
-    (given,) = settings(upstream()).upstream
-    assert given == Upstream(url="https://cache.example.org")
+def test_upstream_needs_only_its_url() -> None:
+    (loaded,) = settings(upstream()).upstream
+    assert loaded == Upstream(url="https://cache.example.org")
     assert settings().upstream == ()
 
 
@@ -817,7 +817,7 @@ def test_upstreams_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (upstream("prioity = 1"), "h.toml:3: [[upstream]] 1: prioity: unknown key; did you mean priority?"),
         (
@@ -845,21 +845,21 @@ def test_upstreams_keep_their_order() -> None:
         ),
     ],
 )
-def test_a_wrong_upstream_is_told(text: str, told: str) -> None:
-    assert complaint(text).startswith(told)
+def test_invalid_upstream_is_reported(text: str, message: str) -> None:
+    assert error_of(text).startswith(message)
 
 
 @pytest.mark.parametrize(
     "url", ["https://user:sesame@cache.example.org", "ftp://x", "cache.example.org", "https://x/?y"]
 )
-def test_a_url_with_a_password_is_not_shown(url: str) -> None:
-    what = complaint(f"[[upstream]]\nurl = '{url}'")
-    assert what.startswith("h.toml:2: [[upstream]] 1: url: expected a string like")
-    assert "sesame" not in what
+def test_url_with_a_password_is_not_shown(url: str) -> None:
+    message = error_of(f"[[upstream]]\nurl = '{url}'")
+    assert message.startswith("h.toml:2: [[upstream]] 1: url: expected a string like")
+    assert "sesame" not in message
 
 
 @pytest.mark.parametrize(
-    ("key", "content", "told"),
+    ("key", "content", "message"),
     [
         ("netrc", None, "cannot read"),
         ("netrc", 'machine cache login a password "b', "cannot use"),
@@ -871,13 +871,11 @@ def test_a_url_with_a_password_is_not_shown(url: str) -> None:
         ("ca_file", "no PEM", "cannot read"),
     ],
 )
-def test_a_file_of_an_upstream_that_does_not_work_is_told(
-    machine: Machine, key: str, content: str | None, told: str
-) -> None:
+def test_invalid_file_of_an_upstream_is_reported(machine: Machine, key: str, content: str | None, message: str) -> None:
     if content is not None:
         machine.file("file", content)
-    what = machine.complaint(upstream(f"{key} = '{machine.root}/file'"))
-    assert what.startswith(f"ROOT/harmonia.toml:4: [[upstream]] 1: {key}: {told}")
+    error = machine.error_of(upstream(f"{key} = '{machine.root}/file'"))
+    assert error.startswith(f"ROOT/harmonia.toml:4: [[upstream]] 1: {key}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -891,18 +889,18 @@ def test_a_file_of_an_upstream_that_does_not_work_is_told(
         (r"me:a\b", "Basic bWU6YVxi"),
     ],
 )
-def test_the_forms_of_a_credentials_file(machine: Machine, content: str, sent: str) -> None:
+def test_credentials_file_forms(machine: Machine, content: str, sent: str) -> None:
     machine.file("file", content)
-    given = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
-    assert authorization(given, 0) == sent
+    loaded = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
+    assert authorization(loaded, 0) == sent
 
 
-def test_a_netrc_without_the_host_of_its_upstream_gives_a_warning(
+def test_netrc_without_the_host_of_the_upstream_gives_a_warning(
     machine: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.file("netrc", "machine other login a password sesame\n")
-    given = machine.load(upstream(f"netrc = '{machine.root}/netrc'"))
-    assert authorization(given, 0) is None
+    loaded = machine.load(upstream(f"netrc = '{machine.root}/netrc'"))
+    assert authorization(loaded, 0) is None
     [warning] = caplog.messages
     assert "[[upstream]] 1: netrc: no entry for " in warning
     assert "sesame" not in warning
@@ -910,9 +908,9 @@ def test_a_netrc_without_the_host_of_its_upstream_gives_a_warning(
 
 def test_credentials_are_in_no_repr(machine: Machine) -> None:
     machine.file("file", "me:sesame\n")
-    given = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
-    assert authorization(given, 0) == "Basic bWU6c2VzYW1l"
-    assert "sesame" not in repr(given)
+    loaded = machine.load(upstream(f"credentials_file = '{machine.root}/file'"))
+    assert authorization(loaded, 0) == "Basic bWU6c2VzYW1l"
+    assert "sesame" not in repr(loaded)
 
 
 # Properties
@@ -947,17 +945,17 @@ KEYS = [item.name for struct in (Settings, Zstd, Upstream, PublishRules) for ite
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
-    """A line for each key. What is drawn here is written alike in JSON and in TOML."""
+    """Return a line for each key. The drawn values are written alike in JSON and TOML."""
     return [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()]
 
 
 @given(st.fixed_dictionaries({}, optional=TOP), st.fixed_dictionaries({}, optional=ZSTD))
-def test_any_right_values_arrive(top: Mapping[str, Any], zstd: Mapping[str, Any]) -> None:
-    given = msgspec.to_builtins(settings("\n".join([*toml(top), "[zstd]", *toml(zstd)])))
+def test_all_valid_values_are_loaded(top: Mapping[str, Any], zstd: Mapping[str, Any]) -> None:
+    loaded = msgspec.to_builtins(settings("\n".join([*toml(top), "[zstd]", *toml(zstd)])))
     assert {
-        key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if key in top
+        key: list(value) if isinstance(value, tuple) else value for key, value in loaded.items() if key in top
     } == top
-    assert {key: value for key, value in given["zstd"].items() if key in zstd} == zstd
+    assert {key: value for key, value in loaded["zstd"].items() if key in zstd} == zstd
 
 
 @given(
@@ -965,19 +963,19 @@ def test_any_right_values_arrive(top: Mapping[str, Any], zstd: Mapping[str, Any]
     st.sampled_from([key for key in KEYS if len(key) > 3]),
     st.data(),
 )
-def test_a_misspelt_key_is_told_with_its_line_and_the_nearest_name(
+def test_misspelt_key_is_reported_with_its_line_and_the_nearest_name(
     top: Mapping[str, Any], key: str, data: st.DataObject
 ) -> None:
     at = data.draw(st.integers(1, len(key) - 2))
-    wrong = key[:at] + key[at + 1] + key[at] + key[at + 2 :]
+    misspelt = key[:at] + key[at + 1] + key[at] + key[at + 2 :]
     lines = toml(top)
     where = data.draw(st.integers(0, len(lines)))
-    lines.insert(where, f"{wrong} = 1")
-    if wrong in KEYS:
+    lines.insert(where, f"{misspelt} = 1")
+    if misspelt in KEYS:
         return
-    what = complaint("\n".join(lines))
-    assert what.startswith(f"h.toml:{where + 1}: {wrong}: unknown key; did you mean ")
-    assert what.endswith(f"{difflib.get_close_matches(wrong, KEYS, 1)[0]}?")
+    message = error_of("\n".join(lines))
+    assert message.startswith(f"h.toml:{where + 1}: {misspelt}: unknown key; did you mean ")
+    assert message.endswith(f"{difflib.get_close_matches(misspelt, KEYS, 1)[0]}?")
 
 
 TOML = st.recursive(
@@ -987,14 +985,14 @@ TOML = st.recursive(
 
 
 @given(st.text() | st.dictionaries(st.sampled_from(KEYS) | st.text(), TOML).map(toml).map("\n".join))
-def test_no_text_does_worse_than_one_line_of_complaint(text: str) -> None:
+def test_arbitrary_text_raises_only_a_one_line_config_error(text: str) -> None:
     try:
         settings(text)
     except ConfigError as error:
-        assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  no complaint is fine as well
+        assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  (no error is fine as well)
 
 
-def test_publish_and_upstream_together_are_an_error() -> None:
+def test_publish_and_upstream_together_are_rejected() -> None:
     text = "[publish]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
     with pytest.raises(ConfigError, match=r"^harmonia.toml:1: publish: .*set one or the other"):
         parse(text, "harmonia.toml", {})

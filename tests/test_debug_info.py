@@ -1,4 +1,4 @@
-"""The index of debug info: true at every moment, and no path is looked at twice."""
+"""The index of debug info: always current, and each path is scanned once."""
 
 import errno
 import fcntl
@@ -57,8 +57,8 @@ def open_index(builder: StoreBuilder, directory: Path) -> Iterator[Open]:
 
 
 @pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The store objects that were looked at."""
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return the list of scanned store objects."""
     seen: list[bytes] = []
 
     def spy(root: bytes) -> Iterator[str]:
@@ -69,7 +69,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return seen
 
 
-def found(index: DebugInfo, build_id: str) -> list[StorePath]:
+def lookup(index: DebugInfo, build_id: str) -> list[StorePath]:
     index.update()
     paths, complete = index.look_up(build_id)
     assert complete
@@ -86,63 +86,63 @@ def rows(directory: Path, statement: str) -> list[tuple[object, ...]]:
         return connection.execute(statement).fetchall()
 
 
-class TestTrueAtEveryMoment:
-    def test_paths_that_come(self, builder: StoreBuilder, open_index: Open, looked_at: list[bytes]) -> None:
+class TestCurrentAtAnyTime:
+    def test_added_paths_are_found(self, builder: StoreBuilder, open_index: Open, scanned: list[bytes]) -> None:
         index = open_index()
-        assert found(index, ONE) == []
+        assert lookup(index, ONE) == []
         one = add(builder, "one-debug", ONE, OTHER)
         assert index.look_up(ONE) == ([], False)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         two = add(builder, "two-debug", TWO)
-        assert found(index, TWO) == [two.path]
-        assert found(index, OTHER) == [one.path]
-        assert found(index, "4" * 40) == []
-        assert looked_at == [builder.real_path(one.path), builder.real_path(two.path)]
+        assert lookup(index, TWO) == [two.path]
+        assert lookup(index, OTHER) == [one.path]
+        assert lookup(index, "4" * 40) == []
+        assert scanned == [builder.real_path(one.path), builder.real_path(two.path)]
 
-    def test_paths_that_go(self, builder: StoreBuilder, open_index: Open, directory: Path) -> None:
+    def test_deleted_paths_are_forgotten(self, builder: StoreBuilder, open_index: Open, directory: Path) -> None:
         one, two = add(builder, "one-debug", ONE), add(builder, "two-debug", TWO)
         index = open_index()
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         builder.delete(one.path)
         assert index.look_up(ONE) == ([], True)
-        assert found(index, ONE) == []
+        assert lookup(index, ONE) == []
         assert rows(directory, "select path from Paths") == [(two.path,)]
         assert rows(directory, "select build_id from Files") == [(TWO,)]
 
-    def test_paths_that_go_and_come_again(self, builder: StoreBuilder, open_index: Open) -> None:
+    def test_deleted_and_added_again(self, builder: StoreBuilder, open_index: Open) -> None:
         index = open_index()
         for contents in ([ONE, TWO], [OTHER], [ONE]):
             path = add(builder, "debug", *contents).path
             for build_id in (ONE, TWO, OTHER):
-                assert found(index, build_id) == ([path] if build_id in contents else [])
+                assert lookup(index, build_id) == ([path] if build_id in contents else [])
             builder.delete(path)
 
-    def test_paths_that_go_while_nobody_asks(
-        self, builder: StoreBuilder, open_index: Open, directory: Path, looked_at: list[bytes]
+    def test_path_deleted_between_runs_is_forgotten(
+        self, builder: StoreBuilder, open_index: Open, directory: Path, scanned: list[bytes]
     ) -> None:
         one = add(builder, "one-debug", ONE)
-        assert found(open_index(), ONE) == [one.path]
+        assert lookup(open_index(), ONE) == [one.path]
         builder.delete(one.path)
         two = add(builder, "two-debug", TWO)
-        assert found(open_index(), TWO) == [two.path]
+        assert lookup(open_index(), TWO) == [two.path]
         assert rows(directory, "select path from Paths") == [(two.path,)]
-        assert len(looked_at) == 2
+        assert len(scanned) == 2
 
     def test_several_paths_with_the_same_file(self, builder: StoreBuilder, open_index: Open) -> None:
         index = open_index()
         one, two = add(builder, "one-debug", ONE), add(builder, "two-debug", ONE)
-        assert sorted(found(index, ONE)) == sorted([one.path, two.path])
+        assert sorted(lookup(index, ONE)) == sorted([one.path, two.path])
         builder.delete(one.path)
-        assert found(index, ONE) == [two.path]
+        assert lookup(index, ONE) == [two.path]
 
-    def test_rows_that_are_no_paths(self, builder: StoreBuilder, open_index: Open) -> None:
+    def test_invalid_rows_are_ignored(self, builder: StoreBuilder, open_index: Open) -> None:
         with builder.connect() as connection:
             for path in ("/elsewhere/path", "/nix/store/short", b"\xff"):
                 connection.execute("insert into ValidPaths (path, hash, registrationTime) values (?, '', 1)", (path,))
         one = add(builder, "one-debug", ONE)
-        assert found(open_index(), ONE) == [one.path]
+        assert lookup(open_index(), ONE) == [one.path]
 
-    def test_paths_that_cannot_be_read(
+    def test_unreadable_path_is_logged_and_skipped(
         self, builder: StoreBuilder, open_index: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         bad, one = add(builder, "bad-debug", TWO), add(builder, "one-debug", ONE)
@@ -154,61 +154,63 @@ class TestTrueAtEveryMoment:
             return build_ids(root)
 
         monkeypatch.setattr(debug_index, "build_ids", broken)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         assert f"cannot scan {bad.path} for debug info: Permission denied" in caplog.text
 
-    def test_another_database(self, builder: StoreBuilder, open_index: Open, tmp_path: Path) -> None:
-        """In the place of the first: the paths are numbered anew."""
+    def test_replaced_database_is_indexed_anew(self, builder: StoreBuilder, open_index: Open, tmp_path: Path) -> None:
+        """A new database numbers its paths differently."""
         index = open_index()
         one = add(builder, "one-debug", ONE)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         other = StoreBuilder(tmp_path / "other")
         two, same = add(other, "two-debug", TWO), add(other, "one-debug", ONE)
         remove_tree(os.fsencode(builder.real_dir))
         os.rename(other.real_dir, builder.real_dir)
         os.rename(other.db_path, builder.db_path)
         assert index.look_up(TWO) == ([], False)
-        assert found(index, TWO) == [two.path]
-        assert found(index, ONE) == [same.path]
+        assert lookup(index, TWO) == [two.path]
+        assert lookup(index, ONE) == [same.path]
 
-    def test_an_older_database(self, builder: StoreBuilder, open_index: Open, tmp_path: Path) -> None:
-        """From a backup, written into the same file: its numbers are given a second time."""
+    def test_database_restored_from_a_backup_is_indexed_anew(
+        self, builder: StoreBuilder, open_index: Open, tmp_path: Path
+    ) -> None:
+        """A backup copied over the same file assigns numbers a second time."""
         index = open_index()
         add(builder, "old", OTHER)
         shutil.copyfile(builder.db_path, tmp_path / "backup")
         one, later = add(builder, "one-debug", ONE), add(builder, "later-debug", OTHER)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         shutil.copyfile(tmp_path / "backup", builder.db_path)
         for path in (one.path, later.path):
             remove_tree(builder.real_path(path))
         two = add(builder, "two-debug", TWO)
         assert index.look_up(ONE) == ([], False)
-        assert found(index, ONE) == []
-        assert found(index, TWO) == [two.path]
+        assert lookup(index, ONE) == []
+        assert lookup(index, TWO) == [two.path]
 
-    def test_no_database(self, builder: StoreBuilder, open_index: Open) -> None:
+    def test_missing_database_raises_until_restored(self, builder: StoreBuilder, open_index: Open) -> None:
         index = open_index()
         one = add(builder, "one-debug", ONE)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         os.rename(builder.db_path, builder.db_path + ".away")
         for ask in (index.update, lambda: index.look_up(ONE)):
             with pytest.raises(StoreUnavailableError):
                 ask()
         os.rename(builder.db_path + ".away", builder.db_path)
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
 
 
-class TestKept:
-    def test_a_restart_looks_at_nothing(self, builder: StoreBuilder, open_index: Open, looked_at: list[bytes]) -> None:
+class TestPersistence:
+    def test_restart_scans_nothing(self, builder: StoreBuilder, open_index: Open, scanned: list[bytes]) -> None:
         one = add(builder, "one-debug", ONE)
         builder.add_derivation("drv", "/bin/sh")
-        assert found(open_index(), ONE) == [one.path]
-        assert looked_at == [builder.real_path(one.path)]  # and not at the derivation
+        assert lookup(open_index(), ONE) == [one.path]
+        assert scanned == [builder.real_path(one.path)]  # and not the derivation
         assert open_index().look_up(ONE) == ([one.path], True)
-        assert found(open_index(), TWO) == []
-        assert len(looked_at) == 1
+        assert lookup(open_index(), TWO) == []
+        assert len(scanned) == 1
 
-    def test_two_stores_in_one_directory(
+    def test_two_stores_share_a_directory(
         self, builder: StoreBuilder, open_index: Open, directory: Path, tmp_path: Path
     ) -> None:
         other = StoreBuilder(tmp_path / "other")
@@ -216,28 +218,28 @@ class TestKept:
         store = Store(other.store_dir, other.real_dir, other.db_path)
         with closing(store.database), closing(DebugInfo(store, other.db_path, str(directory))) as second:
             first = open_index()
-            assert found(first, ONE) == [one.path]
-            assert found(second, TWO) == [two.path]
+            assert lookup(first, ONE) == [one.path]
+            assert lookup(second, TWO) == [two.path]
             assert first.look_up(TWO) == second.look_up(ONE) == ([], True)
 
     def test_only_one_process_writes(
-        self, builder: StoreBuilder, open_index: Open, directory: Path, looked_at: list[bytes]
+        self, builder: StoreBuilder, open_index: Open, directory: Path, scanned: list[bytes]
     ) -> None:
         writer, reader = open_index(), open_index()
-        assert found(writer, ONE) == []
+        assert lookup(writer, ONE) == []
         one = add(builder, "one-debug", ONE)
         with index_file(directory).with_suffix(".sqlite.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             reader.update()
             assert reader.look_up(ONE) == ([], False)
-            assert looked_at == []
+            assert scanned == []
         writer.update()
         assert reader.look_up(ONE) == ([one.path], True)
-        assert found(reader, ONE) == [one.path]
-        assert len(looked_at) == 1
+        assert lookup(reader, ONE) == [one.path]
+        assert len(scanned) == 1
 
     @pytest.mark.parametrize("where", ["a file", "nowhere", "a directory in its place"])
-    def test_in_memory_where_it_cannot_be_written(
+    def test_index_is_in_memory_if_the_directory_is_not_writable(
         self, builder: StoreBuilder, open_index: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
     ) -> None:
         (tmp_path / "file").write_text("")
@@ -252,12 +254,12 @@ class TestKept:
         one = add(builder, "one-debug", ONE)
         for _ in range(3):
             index.update()
-        assert found(index, ONE) == [one.path]
+        assert lookup(index, ONE) == [one.path]
         two = add(builder, "two-debug", TWO)
-        assert found(index, TWO) == [two.path]
+        assert lookup(index, TWO) == [two.path]
         assert "keeping it in memory" in caplog.text
 
-    def test_on_disk_after_a_shortage_of_descriptors(
+    def test_index_stays_on_disk_after_a_shortage_of_descriptors(
         self, builder: StoreBuilder, open_index: Open, caplog: pytest.LogCaptureFixture
     ) -> None:
         index = open_index()
@@ -272,10 +274,10 @@ class TestKept:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         index.update()
         index.close()
-        assert found(open_index(), ONE) == [one.path]
+        assert lookup(open_index(), ONE) == [one.path]
         assert not caplog.text
 
-    def test_in_memory_where_the_disk_is_full(
+    def test_index_is_in_memory_if_the_disk_is_full(
         self, builder: StoreBuilder, open_index: Open, directory: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         os.makedirs(directory)
@@ -287,27 +289,27 @@ class TestKept:
             file.unlink(missing_ok=True)
             file.symlink_to("/dev/full")
             index.update()
-        assert found(index, ONE) == [one.path]
-        assert file.is_symlink()  # it was given up
+        assert lookup(index, ONE) == [one.path]
+        assert file.is_symlink()  # the index gave the file up
         assert "cannot use the index" in caplog.text
 
 
 class TestDamage:
     @pytest.fixture
     def good(self, builder: StoreBuilder, open_index: Open) -> PathInfo:
-        """Of an index that has more than a page of everything."""
+        """Return a path of an index with more than one page in each table."""
         add(builder, "many-debug", *(f"{number:040x}" for number in range(400)))
         one = add(builder, "one-debug", ONE)
-        assert found(open_index(), ONE) == [one.path]
+        assert lookup(open_index(), ONE) == [one.path]
         return one
 
     @pytest.mark.parametrize("damage", ["garbage", "empty", "half", "its end", "another schema", "gone"])
-    def test_is_mended(
+    def test_damaged_index_is_rebuilt(
         self, builder: StoreBuilder, open_index: Open, directory: Path, good: PathInfo, damage: str
     ) -> None:
         before, file = open_index(), index_file(directory)
         if damage == "half":
-            assert found(before, ONE) == [good.path]  # it goes on with a file that another process damages
+            assert lookup(before, ONE) == [good.path]  # its process keeps using the file while another damages it
         content = file.read_bytes()
         match damage:
             case "garbage":
@@ -330,11 +332,13 @@ class TestDamage:
             for _ in range(3):
                 each.look_up(ONE)
                 each.update()
-            assert found(each, ONE) == [good.path]
-            assert found(each, TWO) == [two.path]
+            assert lookup(each, ONE) == [good.path]
+            assert lookup(each, TWO) == [two.path]
         assert rows(directory, "pragma quick_check") == [("ok",)]
 
-    def test_is_mended_where_no_path_is_new(self, open_index: Open, directory: Path, good: PathInfo) -> None:
+    def test_damaged_index_is_rebuilt_without_new_paths(
+        self, open_index: Open, directory: Path, good: PathInfo
+    ) -> None:
         with closing(sqlite3.connect(index_file(directory))) as connection:
             [(root,)] = connection.execute("select rootpage from sqlite_schema where name = 'Files'")
             [(page,)] = connection.execute("pragma page_size")
@@ -345,10 +349,10 @@ class TestDamage:
         assert index.look_up(ONE) == ([], False)
         for _ in range(2):
             index.update()
-        assert found(index, ONE) == [good.path]
+        assert lookup(index, ONE) == [good.path]
 
-    def test_a_process_killed_while_it_writes(
-        self, builder: StoreBuilder, open_index: Open, directory: Path, looked_at: list[bytes]
+    def test_process_killed_while_it_writes_leaves_a_valid_index(
+        self, builder: StoreBuilder, open_index: Open, directory: Path, scanned: list[bytes]
     ) -> None:
         one = add(builder, "one-debug", ONE)
         add_rows(builder, 20_000)
@@ -362,13 +366,15 @@ class TestDamage:
         process.kill()
         process.join()
         assert reader.look_up(ONE) == ([one.path], False)
-        assert found(reader, TWO) == [two.path]
-        assert len(looked_at) < 20_002
+        assert lookup(reader, TWO) == [two.path]
+        assert len(scanned) < 20_002
         assert rows(directory, "pragma integrity_check") == [("ok",)]
 
 
-def test_a_large_store(builder: StoreBuilder, open_index: Open, looked_at: list[bytes]) -> None:
-    """100,000 paths: 2 s of one processor, at half speed where nobody waits; then nothing at all."""
+def test_large_store_is_indexed_once_in_little_time(
+    builder: StoreBuilder, open_index: Open, scanned: list[bytes]
+) -> None:
+    """100,000 paths take 2 s of CPU time, at half speed while no client waits."""
     add_rows(builder, MANY)
     one = add(builder, "one-debug", ONE)
     index = open_index()
@@ -377,15 +383,15 @@ def test_a_large_store(builder: StoreBuilder, open_index: Open, looked_at: list[
     index.update()
     assert time.process_time() - began < 10
     assert index.look_up(ONE) == ([one.path], True)
-    assert len(looked_at) == MANY + 1
+    assert len(scanned) == MANY + 1
     again = open_index()
     began = time.process_time()
-    assert found(again, ONE) == [one.path]
+    assert lookup(again, ONE) == [one.path]
     assert time.process_time() - began < 0.1
-    assert len(looked_at) == MANY + 1
+    assert len(scanned) == MANY + 1
 
 
-def test_a_path_is_not_passed_over_for_want_of_descriptors(
+def test_path_is_not_skipped_during_a_shortage_of_descriptors(
     builder: StoreBuilder, open_index: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add(builder, "debug", ONE).path
@@ -398,17 +404,15 @@ def test_a_path_is_not_passed_over_for_want_of_descriptors(
         patch.setattr(os, "scandir", scandir)
         with pytest.raises(StoreUnavailableError):
             index.update()
-    assert found(index, ONE) == [path]
+    assert lookup(index, ONE) == [path]
 
 
-def test_an_index_that_does_not_know_how_far_it_came_begins_anew(
-    builder: StoreBuilder, open_index: Open, directory: Path
-) -> None:
+def test_index_with_a_damaged_position_is_rebuilt(builder: StoreBuilder, open_index: Open, directory: Path) -> None:
     path = add(builder, "debug", ONE).path
     open_index().update()
     with closing(sqlite3.connect(index_file(directory))) as connection, connection:
         connection.execute("update State set checked = 'x'")
-    assert found(open_index(), ONE) == [path]
+    assert lookup(open_index(), ONE) == [path]
 
 
 class CountingLock:
@@ -424,7 +428,7 @@ class CountingLock:
         self._lock.release()
 
 
-def test_the_search_for_paths_that_are_gone_asks_in_batches_and_lets_lookups_in(
+def test_sweep_runs_in_batches_and_lookups_run_in_between(
     builder: StoreBuilder, open_index: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = [add(builder, f"kept-{number}", f"{number:040}") for number in range(4)]
@@ -453,7 +457,7 @@ def test_the_search_for_paths_that_are_gone_asks_in_batches_and_lets_lookups_in(
     monkeypatch.setattr(debug_index, "_SWEEP_BATCH_PATHS", 5)
     monkeypatch.setattr(index, "_lock", lock)
     monkeypatch.setattr(index, "_next_sweep", 0)
-    monkeypatch.setattr(index, "_gone", {0})  # so that there is something to do
+    monkeypatch.setattr(index, "_gone", {0})  # so that a sweep is due
     index.update()
     assert len([statement for statement in queries if statement == debug_index._VALID_BATCH]) == 3  # noqa: SLF001
     assert debug_index._VALID not in queries  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""The demo store is a real one: Nix itself finds nothing to complain of."""
+"""The demo store is a real store: Nix verifies it without errors."""
 
 import base64
 import bz2
@@ -43,7 +43,7 @@ def made(tmp_path: Path) -> Demo:
 
 @pytest.fixture
 def nix(tmp_path: Path) -> Nix:
-    """Runs a command of Nix, on stores that are told to it only."""
+    """Return a function that runs a command of Nix, with only the given stores."""
     config = "experimental-features = nix-command\nsubstituters =\nbuild-users-group =\n"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONFIG": config}
 
@@ -68,7 +68,7 @@ def infos(made: Demo) -> Iterator[PathInfo]:
 
 
 def snapshot(directory: str) -> dict[str, tuple[int, int]]:
-    """Every file, by its identity and its last change. What SQLite keeps beside a database in use is left out."""
+    """Return inode and change time of every file, except the files that SQLite keeps beside a database in use."""
     found = {}
     for parent, directories, files in os.walk(directory):
         for name in directories + files:
@@ -81,13 +81,13 @@ def snapshot(directory: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.nix
 @needs_nix
 class TestNixAgrees:
-    def test_with_every_path(self, made: Demo, nix: Nix) -> None:
+    def test_nix_store_verify_finds_no_error(self, made: Demo, nix: Nix) -> None:
         verified = nix("nix-store", "--store", root(made.directory), "--verify", "--check-contents")
         assert verified.returncode == 0
         assert "error" not in verified.stderr
         assert "warning" not in verified.stderr
 
-    def test_with_every_path_info(self, made: Demo, nix: Nix) -> None:
+    def test_nix_path_info_shows_the_same(self, made: Demo, nix: Nix) -> None:
         shown = nix("nix", "path-info", "--store", root(made.directory), "--all", "--json", "--sigs")
         theirs = {entry["path"]: entry for entry in json.loads(shown.stdout)}
         for info in infos(made):
@@ -100,13 +100,13 @@ class TestNixAgrees:
             assert tuple(entry.get("signatures", ())) == info.sigs
         assert not theirs
 
-    def test_with_every_nar_hash(self, made: Demo) -> None:
+    def test_nix_store_dump_has_the_registered_hashes(self, made: Demo) -> None:
         for info in infos(made):
             dump = ["nix-store", "--dump", f"{made.directory}/nix/store/{info.path}"]
             nar = subprocess.run(dump, capture_output=True, check=True).stdout
             assert (hashlib.sha256(nar).digest(), len(nar)) == (info.nar_hash, info.nar_size)
 
-    def test_that_the_paths_follow_from_their_contents_and_the_rest_is_signed(
+    def test_nix_accepts_content_addressed_paths_unsigned_and_all_others_signed(
         self, made: Demo, nix: Nix, tmp_path: Path
     ) -> None:
         def copy(*options: str) -> "subprocess.CompletedProcess[str]":
@@ -129,7 +129,7 @@ class TestNixAgrees:
         trusted = copy("--all", "--option", "trusted-public-keys", str(made.public_key))
         assert trusted.returncode == 0, trusted.stderr
 
-    def test_with_the_path_of_a_source(self, nix: Nix, tmp_path: Path) -> None:
+    def test_nix_store_add_gives_the_same_path(self, nix: Nix, tmp_path: Path) -> None:
         source = tmp_path / "source-1.0"
         source.mkdir()
         (source / "program").write_bytes(b"#!/bin/sh\n")
@@ -147,16 +147,16 @@ class TestNixAgrees:
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'copied').add_source('source-1.0', source).path}"
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'described').add_source('source-1.0', tree).path}"
 
-    def test_when_it_is_copied_as_told_and_so_is_the_next_with_another_key(self, nix: Nix, tmp_path: Path) -> None:
+    def test_printed_copy_command_works_for_two_demo_stores_with_different_keys(self, nix: Nix, tmp_path: Path) -> None:
         bind = "127.0.0.1:0"
         for number in (1, 2):
             copy, directory = tmp_path / f"copy-{number}", tmp_path / f"demo-{number}"
-            told = re.search(r"(?m)^  (nix (?:.*\\\n)*.*)", run("demo", str(directory)).stdout)
-            assert told
+            printed = re.search(r"(?m)^  (nix (?:.*\\\n)*.*)", run("demo", str(directory)).stdout)
+            assert printed
             server = Server(tmp_path / f"server-{number}", directory, bind=bind)
             server.start()
-            bind = server.url.removeprefix("http://")  # the same: Nix remembers what it heard there
-            command = told[1].replace("http://localhost:5000", server.url).replace("/tmp/demo-copy", str(copy))
+            bind = server.url.removeprefix("http://")  # the same URL, because Nix remembers what it fetched from there
+            command = printed[1].replace("http://localhost:5000", server.url).replace("/tmp/demo-copy", str(copy))
             copied = nix("sh", "-c", command)
             assert server.stop() == 0
             assert copied.returncode == 0, copied.stderr
@@ -165,7 +165,7 @@ class TestNixAgrees:
     @pytest.mark.root
     @needs_root
     @pytest.mark.parametrize("name", ["libgreet-1.2.0", "hello-2.13.0", "json-pretty-1.0"])
-    def test_with_a_derivation_and_its_log_when_it_builds_it_again(self, made: Demo, nix: Nix, name: str) -> None:
+    def test_nix_rebuilds_a_derivation_with_the_same_output_and_log(self, made: Demo, nix: Nix, name: str) -> None:
         derivation = f"/nix/store/{made.paths[f'{name}.drv']}"
         programs = " ".join(path for path in ("/bin", "/usr", "/lib", "/lib64") if os.path.exists(path))
         store = ("--store", root(made.directory))
@@ -176,7 +176,7 @@ class TestNixAgrees:
         assert logged.stdout in built.stderr
 
 
-def test_paths_of_all_kinds_are_in_it(made: Demo) -> None:
+def test_demo_store_has_paths_of_all_kinds(made: Demo) -> None:
     found = {info.path.name: info for info in infos(made)}
     assert {info.ca.split(":")[0] if info.ca else "" for info in found.values()} == {"fixed", "text", ""}
     assert 1_000_000 < sum(info.nar_size for info in found.values()) < 5_000_000
@@ -193,7 +193,7 @@ def test_paths_of_all_kinds_are_in_it(made: Demo) -> None:
     assert os.path.exists(f"{made.directory}/nix/store/{made.paths['hello-manual-2.13.0']}/index.html")
 
 
-def test_its_files_are_as_nix_leaves_them(made: Demo) -> None:
+def test_files_have_the_modes_and_times_of_nix(made: Demo) -> None:
     for path in made.paths.values():
         top = f"{made.directory}/nix/store/{path}"
         below = [f"{parent}/{name}" for parent, dirs, files in os.walk(top) for name in dirs + files]
@@ -203,13 +203,13 @@ def test_its_files_are_as_nix_leaves_them(made: Demo) -> None:
             assert status.st_mode & 0o7777 in (0o444, 0o555) or os.path.islink(found)
 
 
-def test_its_build_log_is_where_nix_looks_for_it(made: Demo) -> None:
+def test_build_log_is_at_the_place_of_nix(made: Demo) -> None:
     derivation = made.paths["hello-2.13.0.drv"]
     with bz2.open(f"{made.directory}/nix/var/log/nix/drvs/{derivation[:2]}/{derivation[2:]}.bz2") as log:
         assert log.read().startswith(b"installing hello-2.13.0 as /nix/store/")
 
 
-def test_its_programs_run_where_its_store_lies(made: Demo) -> None:
+def test_programs_run_in_place(made: Demo) -> None:
     def output(name: str, program: str, *arguments: str, given: str = "") -> str:
         path = f"{made.directory}/nix/store/{made.paths[name]}/bin/{program}"
         return subprocess.run([path, *arguments], input=given, capture_output=True, text=True, check=True).stdout
@@ -220,7 +220,7 @@ def test_its_programs_run_where_its_store_lies(made: Demo) -> None:
     assert output("json-pretty-1.0", "json-pretty", given='{"a":1}') == '{\n  "a": 1\n}\n'
 
 
-def test_its_key_is_its_owners_and_signs(made: Demo) -> None:
+def test_secret_key_is_private_and_signed_the_paths(made: Demo) -> None:
     secret = Path(made.directory, "secret-key")
     assert secret.stat().st_mode & 0o777 == 0o600
     key = SecretKey.parse(secret.read_text())
@@ -229,8 +229,8 @@ def test_its_key_is_its_owners_and_signs(made: Demo) -> None:
     assert key.name == "demo-1"
 
 
-def test_its_settings_name_what_is_there(tmp_path: Path) -> None:
-    made = demo.make(str(tmp_path / 'an "odd" \\ place ☃'))
+def test_settings_name_existing_files(tmp_path: Path) -> None:
+    made = demo.make(str(tmp_path / 'an "odd" \\ directory ☃'))
     with open(made.config_path, "rb") as file:
         settings = tomllib.load(file)
     assert settings == {
@@ -242,21 +242,21 @@ def test_its_settings_name_what_is_there(tmp_path: Path) -> None:
     assert all(os.path.exists(path) for path in (settings["nix_db_path"], *settings["sign_key_paths"]))
 
 
-class TestMakingItAgain:
-    def test_keeps_it(self, made: Demo) -> None:
+class TestRepeatedRun:
+    def test_complete_store_is_kept(self, made: Demo) -> None:
         before = snapshot(made.directory)
         again = demo.make(made.directory)
         assert (again.paths, str(again.public_key)) == (made.paths, str(made.public_key))
         assert snapshot(made.directory) == before
 
-    def test_keeps_it_with_what_was_added_since(self, made: Demo) -> None:
+    def test_added_paths_are_kept(self, made: Demo) -> None:
         StoreBuilder(made.directory).add_source("mine", b"added")
         before = snapshot(made.directory)
         assert "mine" in demo.make(made.directory).paths
         assert snapshot(made.directory) == before
 
     @pytest.mark.parametrize("step", ["connect", "add_source", "add", "add_derivation", "add_log"])
-    def test_repairs_an_interrupted_run(self, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_interrupted_run_is_repaired(self, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
@@ -279,19 +279,19 @@ class TestMakingItAgain:
             "nix/store",
         ],
     )
-    def test_repairs_one_with_a_part_missing(self, made: Demo, part: str) -> None:
+    def test_missing_part_is_repaired(self, made: Demo, part: str) -> None:
         for path in Path(made.directory).glob(part):
             remove_tree(os.fsencode(path))
         again = demo.make(made.directory)
         assert len(list(infos(again))) == len(again.paths) == len(made.paths)
         assert os.path.exists(f"{made.directory}/secret-key")
 
-    def test_makes_one_where_an_empty_directory_is(self, tmp_path: Path) -> None:
+    def test_empty_directory_is_filled(self, tmp_path: Path) -> None:
         (tmp_path / "demo").mkdir()
         assert demo.make(str(tmp_path / "demo")).paths
 
     @pytest.mark.parametrize("content", ["nix/store/precious", "harmonia.toml", "thesis.tex"])
-    def test_leaves_what_is_not_ours_alone(self, tmp_path: Path, content: str) -> None:
+    def test_foreign_directory_is_left_alone(self, tmp_path: Path, content: str) -> None:
         precious = tmp_path / "demo" / content
         precious.parent.mkdir(parents=True)
         precious.write_text("priority = 1\n")
@@ -299,7 +299,7 @@ class TestMakingItAgain:
             demo.make(str(tmp_path / "demo"))
         assert precious.read_text() == "priority = 1\n"
 
-    def test_makes_one_for_all_who_ask_at_once(self, tmp_path: Path) -> None:
+    def test_concurrent_runs_make_one_store(self, tmp_path: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             made = list(pool.map(demo.make, [str(tmp_path / "demo")] * 4))
         assert len({str(one.public_key) for one in made}) == 1
@@ -308,23 +308,23 @@ class TestMakingItAgain:
 
 @pytest.mark.root
 @needs_root
-def test_another_user_than_root_removes_it_as_documented(made: Demo) -> None:
-    place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
-    os.chown(place, NOBODY, NOBODY)
-    shutil.move(made.directory, f"{place}/demo")
-    subprocess.run(["chown", "-hR", f"{NOBODY}:{NOBODY}", place], check=True)
+def test_another_user_can_remove_it_as_documented(made: Demo) -> None:
+    directory = tempfile.mkdtemp()  # tmp_path is in a directory that only root can enter
+    os.chown(directory, NOBODY, NOBODY)
+    shutil.move(made.directory, f"{directory}/demo")
+    subprocess.run(["chown", "-hR", f"{NOBODY}:{NOBODY}", directory], check=True)
 
     def run(command: str) -> int:
         shell = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", command)
-        return subprocess.run(shell, cwd=place, stderr=subprocess.DEVNULL, check=False).returncode
+        return subprocess.run(shell, cwd=directory, stderr=subprocess.DEVNULL, check=False).returncode
 
     assert run("rm -rf demo") != 0
     assert run("chmod -R u+w demo && rm -rf demo") == 0
-    os.rmdir(place)
+    os.rmdir(directory)
 
 
 class TestBuilder:
-    def test_registers_what_it_is_told(self, tmp_path: Path) -> None:
+    def test_add_registers_all_attributes(self, tmp_path: Path) -> None:
         key = SecretKey.generate("test-1")
         builder = StoreBuilder(tmp_path)
         other = builder.add_source("other", b"other")
@@ -344,14 +344,14 @@ class TestBuilder:
         assert key.public_key.verify(info.fingerprint("/nix/store"), info.sigs[1])
         store.database.close()
 
-    def test_can_leave_the_size_unknown(self, tmp_path: Path) -> None:
+    def test_size_may_be_unknown(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         info = builder.add(builder.output_path("old"), b"", known_size=False)
         assert info.nar_size == 112
         with builder.connect() as connection:
             assert connection.execute("select narSize from ValidPaths").fetchall() == [(None,)]
 
-    def test_keeps_references_whole(self, tmp_path: Path) -> None:
+    def test_references_must_exist_and_prevent_deletion(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         stranger = builder.output_path("stranger")
         with pytest.raises(sqlite3.IntegrityError):
@@ -362,7 +362,7 @@ class TestBuilder:
             builder.delete(base.path)
         assert os.path.exists(builder.real_path(base.path))
 
-    def test_deletes_rows_and_files(self, tmp_path: Path) -> None:
+    def test_delete_removes_rows_and_files(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         own = builder.output_path("own")
         builder.add(own, {"directory": {"file": b""}}, references=[own])
@@ -374,7 +374,7 @@ class TestBuilder:
             for table in ("ValidPaths", "Refs", "DerivationOutputs"):
                 assert connection.execute(f"select * from {table}").fetchall() == []
 
-    def test_names_another_store_dir_in_what_it_computes(self, tmp_path: Path) -> None:
+    def test_another_store_dir_changes_the_computed_paths(self, tmp_path: Path) -> None:
         here, there = StoreBuilder(tmp_path / "1"), StoreBuilder(tmp_path / "2", "/gnu/store")
         info = there.add_source("same", b"")
         assert here.add_source("same", b"").path != info.path
@@ -382,11 +382,11 @@ class TestBuilder:
         assert store.path_info(info.path.hash_part) == info
         store.database.close()
 
-    def test_opens_a_store_that_is_there(self, tmp_path: Path) -> None:
+    def test_existing_store_is_opened(self, tmp_path: Path) -> None:
         info = StoreBuilder(tmp_path).add_source("kept", b"")
         StoreBuilder(tmp_path).add_source("second", b"", [info.path])
 
-    def test_writes_logs_compressed_or_not(self, tmp_path: Path) -> None:
+    def test_logs_are_compressed_or_plain(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         derivation = builder.output_path("a.drv")
         assert bz2.decompress(Path(builder.add_log(derivation, b"text")).read_bytes()) == b"text"

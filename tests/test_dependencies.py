@@ -1,4 +1,4 @@
-"""What Harmonia imports is declared, and pyproject.toml, package.nix and nixpkgs-versions.txt agree on it."""
+"""Imported packages are declared, and pyproject.toml, package.nix and nixpkgs-versions.txt agree."""
 
 import ast
 import re
@@ -39,18 +39,18 @@ def test_every_import_is_declared() -> None:
     assert set(imported(ROOT / "harmonia")) == set(RUNTIME)
 
 
-def test_the_nix_package_has_the_same_dependencies() -> None:
+def test_nix_package_has_the_same_dependencies() -> None:
     listed = re.search(r"\n +dependencies = \[(.*?)\];", PACKAGE, re.DOTALL)
     assert listed
     assert [name.removeprefix("python3Packages.") for name in listed[1].split()] == sorted(RUNTIME)
 
 
-def test_upper_bounds_are_where_private_parts_are_used() -> None:
+def test_sanic_has_an_upper_bound() -> None:
     assert "<26" in str(RUNTIME["sanic"].specifier)
 
 
 @pytest.mark.parametrize("requirement", [*RUNTIME.values(), *DEV.values()], ids=str)
-def test_nixpkgs_has_a_version_that_will_do(requirement: Requirement) -> None:
+def test_version_in_nixpkgs_satisfies_the_requirement(requirement: Requirement) -> None:
     lines = (ROOT / ".ci/nixpkgs-versions.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert requirement.specifier.contains(versions[requirement.name])

@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, files that are named exist, and the programs take what is in the code blocks."""
+"""Documents: links and named files exist, and the programs accept the code blocks."""
 
 import netrc
 import os
@@ -29,7 +29,7 @@ def of(*languages: str) -> pytest.MarkDecorator:
 
 
 def prose(page: Path) -> str:
-    """The page without its code."""
+    """Return the page without its code."""
     return re.sub(r"`[^`\n]*`", "", without_fences(page))
 
 
@@ -40,7 +40,7 @@ def links(page: Path) -> list[str]:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """Those that GitHub makes of headings."""
+    """Return the anchors that GitHub makes of headings."""
     found: set[str] = set()
     for heading in re.findall(r"(?m)^#+ (.*?)\s*$", without_fences(page)):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
@@ -53,7 +53,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
         if link.startswith("https://"):
@@ -64,7 +64,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target.resolve()), f"{link}: no such heading; there are {sorted(anchors(target))}"
 
 
-def test_every_page_can_be_found_from_the_first() -> None:
+def test_every_page_is_reachable_from_readme() -> None:
     found: set[Path] = set()
     waiting = [ROOT / "README.md"]
     while waiting:
@@ -75,27 +75,27 @@ def test_every_page_can_be_found_from_the_first() -> None:
     assert set(PAGES) - found == set()
 
 
-def test_the_place_of_each_document_names_its_kind() -> None:
+def test_folder_of_each_document_is_its_kind() -> None:
     documents = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
     kinds = ("how-to/", "reference/", "explanation/")
     assert {name for name in documents if name != "tutorial.md" and not name.startswith(kinds)} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_each_line_is_one_whole_sentence(page: Path) -> None:
+def test_each_line_is_one_sentence(page: Path) -> None:
     for first, _, lines in paragraphs(without_fences(page).splitlines()):
         assert lines == sentences(" ".join(lines)), f"{page}:{first}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_files_of_this_project_that_are_named_exist(page: Path) -> None:
-    rooms = "|".join(path.name for path in (ROOT / "harmonia").iterdir() if path.is_dir())
-    named = re.findall(rf"`((?:harmonia|tests|docs|benchmarks|nixos-tests|{rooms})/[\w./-]*)`", page.read_text())
+def test_named_files_of_this_project_exist(page: Path) -> None:
+    packages = "|".join(path.name for path in (ROOT / "harmonia").iterdir() if path.is_dir())
+    named = re.findall(rf"`((?:harmonia|tests|docs|benchmarks|nixos-tests|{packages})/[\w./-]*)`", page.read_text())
     missing = [name for name in named if not any((ROOT / place / name).exists() for place in ("", "harmonia"))]
     assert missing == []
 
 
-def test_documents_that_code_names_exist() -> None:
+def test_documents_named_in_code_exist() -> None:
     patterns = ("*.nix", "Makefile", "harmonia/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "nixos-tests/**/*.*")
     code = [path.read_text() for pattern in patterns for path in ROOT.glob(pattern) if path.suffix != ".pyc"]
     named = {name for text in code for name in re.findall(r"\bdocs/[\w/-]+\.md\b", text)}
@@ -108,34 +108,34 @@ def test_modules_in_the_picture_exist() -> None:
         assert list((ROOT / "harmonia").rglob(name)), name
 
 
-def test_every_block_says_what_it_is() -> None:
-    tried = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon", "python"}
-    other = {f"{block.page}:{block.line}" for block in BLOCKS if block.language not in tried | {"text"}}
-    assert other == set(), f"as its language, give one of {sorted(tried)}, or `text` where no program reads it"
+def test_every_code_block_has_a_language() -> None:
+    checked = {"toml", "nix", "ini", "nginx", "caddyfile", "yaml", "nix.conf", "netrc", "console", "pycon", "python"}
+    other = {f"{block.page}:{block.line}" for block in BLOCKS if block.language not in checked | {"text"}}
+    assert other == set(), f"as its language, give one of {sorted(checked)}, or `text` where no program reads it"
 
 
 def with_keys(text: str) -> str:
-    """Real keys, and real hashes, in the place of those that end in three dots."""
+    """Replace keys and hashes that end in three dots by real ones."""
     text = re.sub(r"([\w.-]+-1):…", lambda match: str(SecretKey.generate(match[1]).public_key), text)
     return text.replace("…", "0" * 32)
 
 
 @of("toml")
-def test_settings_are_settings(block: Block) -> None:
+def test_toml_blocks_are_valid_settings(block: Block) -> None:
     loader.parse(with_keys(block.text), block.page, {})
 
 
 @of("nix")
 @pytest.mark.nix
 @needs("nix-instantiate")
-def test_nix_is_nix(block: Block) -> None:
+def test_nix_blocks_parse(block: Block) -> None:
     command = ["nix-instantiate", "--parse", "-"]
     done = subprocess.run(command, input=block.text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 @of("netrc")
-def test_a_netrc_file_is_one(block: Block, tmp_path: Path) -> None:
+def test_netrc_blocks_parse(block: Block, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text(block.text)
     assert netrc.netrc(str(tmp_path / "netrc")).hosts
 
@@ -143,7 +143,7 @@ def test_a_netrc_file_is_one(block: Block, tmp_path: Path) -> None:
 @of("nix.conf")
 @pytest.mark.nix
 @needs("nix")
-def test_nix_knows_these_settings(block: Block, tmp_path: Path) -> None:
+def test_nix_conf_blocks_have_settings_of_nix(block: Block, tmp_path: Path) -> None:
     (tmp_path / "nix.conf").write_text(f"experimental-features = nix-command\n{with_keys(block.text)}")
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONF_DIR": str(tmp_path)}
     done = subprocess.run(
@@ -156,17 +156,17 @@ def test_nix_knows_these_settings(block: Block, tmp_path: Path) -> None:
 
 @of("ini")
 @needs("systemd-analyze")
-def test_systemd_takes_the_unit(block: Block, tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(block: Block, tmp_path: Path) -> None:
     unit = tmp_path / "harmonia.service"
     unit.write_text(block.text.replace("/path/to/harmonia", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60)
-    about_it = [line for line in done.stderr.splitlines() if str(unit) in line or line.startswith("harmonia.service")]
-    assert about_it == []
+    messages = [line for line in done.stderr.splitlines() if str(unit) in line or line.startswith("harmonia.service")]
+    assert messages == []
 
 
 @of("yaml")
 @needs("promtool")
-def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> None:
+def test_promtool_accepts_the_configuration(block: Block, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(block.text)
     kind = "rules" if block.text.startswith("groups:") else "config"
     command = ["promtool", "check", kind, str(tmp_path / "prometheus.yml")]
@@ -174,21 +174,21 @@ def test_prometheus_takes_the_configuration(block: Block, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
-def test_environment_variables_that_are_read_are_told_of() -> None:
+def test_environment_variables_in_the_code_are_documented() -> None:
     code = "\n".join(path.read_text() for path in (ROOT / "harmonia").rglob("*.py"))
     read = set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"|"([A-Z_]+)" in os\.environ', code))
     page = (ROOT / "docs/reference/configuration.md").read_text().partition("## Environment")[2]
     assert {name for names in read for name in names if name} - set(re.findall(r"`([A-Z_]+)`", page)) == set()
 
 
-def test_metrics_that_are_named_are_there() -> None:
+def test_metrics_in_documents_exist() -> None:
     reference = (ROOT / "docs/reference/metrics.md").read_text()
     listed = set(re.findall(r"(?m)^\| `(harmonia_\w+)`", reference))  # tests/server/test_metrics.py compares them
     for page in ("docs/reference/metrics.md", "docs/how-to/monitor.md"):
         assert set(re.findall(r"\bharmonia_\w+", (ROOT / page).read_text())) <= listed
 
 
-ELSEWHERE = {
+OTHER_PROGRAMS = {
     *(
         "apt-get",
         "cat",
@@ -210,11 +210,11 @@ ELSEWHERE = {
     *("nix-collect-garbage", "nix-store", "pip", "pipx", "printf", "python", "python3", "rm", "sed", "sha256sum", "ss"),
     *("sqlite3", "ssh", "systemctl", "systemd-analyze", "xargs", "zstd"),
 }
-"""Other people's programs: those that are used here on purpose."""
+"""Programs of others that the documents use on purpose."""
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command after a prompt."""
+    """Yield the words of each command after a prompt."""
     for line in re.findall(r"(?m)^[$#] ((?:.*\\\n)*.*)$", text):
         words = shlex.shlex(line.replace("\\\n", " "), posix=True, punctuation_chars=True)
         command: list[str] = []
@@ -228,7 +228,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 @of("console")
-def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Block) -> None:
+def test_console_blocks_have_known_commands_and_options(block: Block) -> None:
     assert re.match(r"[$#] ", block.text)
     for words in commands(block.text):
         while words and re.fullmatch(r"\w+=.*", words[0]):
@@ -237,7 +237,7 @@ def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Bloc
             continue
         program = words[0].rpartition("/")[2]
         if program == "harmonia":
-            # Options are looked at before --help has its way.
+            # --help does not hide unknown options.
             answer = CliRunner().invoke(cli.main, [*words[1:], "--help"])
             assert answer.exit_code == 0, (words, answer.output)
         elif program == "make":
@@ -246,4 +246,4 @@ def test_commands_are_ours_with_options_that_they_have_or_known_ones(block: Bloc
         elif program == "pytest" or (ROOT / words[0]).is_file():
             pass
         else:
-            assert program in ELSEWHERE, words
+            assert program in OTHER_PROGRAMS, words

@@ -1,4 +1,4 @@
-"""`harmonia doctor` finds what is wrong with a cache, each fault by its name and with a remedy, and nothing else."""
+"""`harmonia doctor` reports exactly the faults of a cache, each with its check and a remedy."""
 
 import bz2
 import gzip
@@ -57,7 +57,7 @@ Fault = Callable[[Question, Reply], Reply]
 
 @dataclass
 class Cache:
-    """A cache without fault but for the `faults`, which may change each answer before it is sent."""
+    """A correct cache, except for the `faults`, which may change each reply before it is sent."""
 
     info: PathInfo
     archive: bytes
@@ -75,7 +75,7 @@ class Cache:
             "none": bytes,
             "xz": lzma.compress,
             "bzip2": bz2.compress,
-            "gzip": lambda data: gzip.compress(data, mtime=0),  # the same each time
+            "gzip": lambda data: gzip.compress(data, mtime=0),  # the same bytes each time
             "zstd": lambda data: zstandard.compress(data[:100]) + zstandard.compress(data[100:]),
         }
         return pack[self.compression](self.archive)
@@ -123,7 +123,7 @@ class Cache:
 class _Handler(QuietHandler):
     cache: Cache
 
-    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
+    def do_GET(self) -> None:  # noqa: N802 (name from http.server)
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply = self.cache.answer(Question(self.command, self.path[1:], headers))
         self.send_response_only(reply.status)
@@ -133,10 +133,10 @@ class _Handler(QuietHandler):
                 self.send_header(name, value)
         self.end_headers()
         if self.command == "GET" and reply.status != 304:
-            with suppress(ConnectionError):  # the download that is cut on purpose
+            with suppress(ConnectionError):  # the doctor cuts a download on purpose
                 self.wfile.write(reply.body)
 
-    do_HEAD = do_GET  # noqa: N815 (http.server's name)
+    do_HEAD = do_GET  # noqa: N815 (name from http.server)
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +162,16 @@ def examined(cache: Cache, samples: Sequence[str] = (), **options: object) -> li
     )
 
 
-def complaints(findings: Sequence[Finding]) -> list[Finding]:
+def problems(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level in ("warning", "error")]
 
 
-def told(*arguments: str, status: int = 3, **environment: str) -> list[tuple[str, str]]:
-    """What the command complains of, with the remedies."""
+def reported(*arguments: str, status: int = 3, **environment: str) -> list[tuple[str, str]]:
+    """Return the problems that the command reports, with their remedies."""
     answer = run("doctor", "--json", *arguments, environment={"NETRC": "/nonexistent", **environment})
     assert (answer.returncode, answer.stderr) == (status, "")
     findings = [Finding(**found) for found in json.loads(answer.stdout)["findings"]]
-    return [(found.what, found.remedy) for found in complaints(findings)]
+    return [(found.what, found.remedy) for found in problems(findings)]
 
 
 def free_port() -> int:
@@ -181,10 +181,10 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("compression", ["none", "xz", "bzip2", "gzip", "zstd"])
-def test_a_cache_without_fault_has_none(cache: Cache, compression: str) -> None:
+def test_correct_cache_has_no_problems(cache: Cache, compression: str) -> None:
     cache.compression = compression
     findings = examined(cache)
-    assert complaints(findings) == []
+    assert problems(findings) == []
     checks = {finding.check for finding in findings if finding.level == "ok"}
     assert checks >= {
         "clock", "cache info", "HEAD", "missing paths", "narinfo", "signatures", "NAR", "caching", "ranges", "resume",
@@ -193,7 +193,7 @@ def test_a_cache_without_fault_has_none(cache: Cache, compression: str) -> None:
 
 
 def on(path: str, method: str | None = None, **changes: object) -> Fault:
-    """The answer for that path, when it is a whole one, with other headers, or another status or body."""
+    """Change headers, status or body of whole replies for paths with this ending."""
 
     def fault(question: Question, reply: Reply) -> Reply:
         there = question.path.endswith(path) and not question.path.startswith("0" * 32)
@@ -349,71 +349,71 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_found_by_its_name_and_has_a_remedy(cache: Cache, name: str) -> None:
+def test_each_fault_is_found_with_its_check_and_a_remedy(cache: Cache, name: str) -> None:
     fault, check, level, said = FAULTS[name]
     cache.faults.append(fault)
-    found = complaints(examined(cache))
+    found = problems(examined(cache))
     assert all(finding.remedy for finding in found)
     matching = [finding for finding in found if (finding.check, finding.level) == (check, level)]
     assert any(said in finding.what for finding in matching), found
 
 
 @pytest.mark.parametrize("control", ["", "no-store", "max-age=60"])
-def test_who_brings_a_token_is_told_of_no_public_caching(
+def test_client_with_a_token_gets_no_advice_for_public_caching(
     cache: Cache, control: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login x password y\n")
     monkeypatch.setenv("NETRC", str(netrc))
     cache.faults.append(on(NAR, cache_control=control))
-    [found] = [finding for finding in complaints(examined(cache)) if finding.check == "caching"]
+    [found] = [finding for finding in problems(examined(cache)) if finding.check == "caching"]
     assert "`Cache-Control: private, max-age=31536000, immutable`" in str(found.remedy)
 
 
-def test_a_length_that_becomes_known_meanwhile_is_no_fault(cache: Cache) -> None:
+def test_length_that_becomes_known_between_get_and_head_is_no_fault(cache: Cache) -> None:
     cache.faults.append(only_for("GET", on(NAR, content_length="", connection="close")))
     cache.compression = "xz"
     assert not [found for found in examined(cache) if found.check == "HEAD" and found.level != "ok"]
 
 
-def test_another_nar_is_found(cache: Cache) -> None:
+def test_nar_with_another_hash_is_found(cache: Cache) -> None:
     wrong = base32.encode(bytes(32))
     cache.faults.append(line(f"NarHash: sha256:{base32.encode(cache.info.nar_hash)}", f"NarHash: sha256:{wrong}"))
-    assert any(f"sha256:{base32.encode(cache.info.nar_hash)}" in found.what for found in complaints(examined(cache)))
+    assert any(f"sha256:{base32.encode(cache.info.nar_hash)}" in found.what for found in problems(examined(cache)))
 
 
-def test_a_content_addressed_path_needs_no_signature(cache: Cache) -> None:
+def test_content_addressed_path_needs_no_signature(cache: Cache) -> None:
     cache.sigs = ()
     cache.info = replace(cache.info, ca=f"fixed:r:sha256:{base32.encode(cache.info.nar_hash)}")
-    assert complaints(examined(cache)) == []
+    assert problems(examined(cache)) == []
 
 
-def test_a_large_nar_is_left_out_and_that_is_told(cache: Cache) -> None:
+def test_large_nar_is_skipped_and_reported(cache: Cache) -> None:
     [skipped] = [found for found in examined(cache, largest=100) if found.level == "skipped" and found.check == "NAR"]
     assert "--largest" in skipped.what
 
 
-def test_a_compression_that_we_cannot_undo_is_passed_over(cache: Cache) -> None:
+def test_unknown_compression_is_skipped(cache: Cache) -> None:
     cache.faults.append(line("Compression: none", "Compression: br"))
     [skipped] = [found for found in examined(cache) if found.level == "skipped" and found.check == "NAR"]
     assert skipped.what == f"{NAR}: this doctor cannot decompress br"
 
 
-def test_a_path_that_should_be_there_is_missed(cache: Cache) -> None:
+def test_missing_path_is_an_error_if_demanded(cache: Cache) -> None:
     other = "0" * 31 + "1-other"
-    [found] = complaints(examined(cache, [other]))
+    [found] = problems(examined(cache, [other]))
     assert (found.level, found.what) == ("error", f"{other} is not in the cache")
-    [found] = complaints(examined(cache, [other], demanded=False))
+    [found] = problems(examined(cache, [other], demanded=False))
     assert (found.check, found.level) == ("samples", "warning")
 
 
-def test_samples_that_are_not_there_are_passed_over(cache: Cache) -> None:
+def test_missing_samples_are_skipped(cache: Cache) -> None:
     findings = examined(cache, ["0" * 31 + "1-other", cache.info.path], demanded=False, count=1)
-    assert complaints(findings) == []
+    assert problems(findings) == []
     assert "NAR" in {finding.check for finding in findings}
 
 
-def test_a_broken_transfer_is_an_error_and_no_crash(cache: Cache) -> None:
+def test_interrupted_transfer_is_an_error(cache: Cache) -> None:
     def short(question: Question, reply: Reply) -> Reply:
         if question.path == NAR and question.method == "GET" and reply.status == 200:
             headers = reply.headers | {"content-length": str(len(reply.body) + 5), "connection": "close"}
@@ -422,14 +422,14 @@ def test_a_broken_transfer_is_an_error_and_no_crash(cache: Cache) -> None:
 
     cache.faults.append(short)
     cache.compression = "xz"
-    # http.server goes on waiting for a request on the connection that we then close.
-    assert any("ends early" in found.what or "timed out" in found.what for found in complaints(examined(cache)))
+    # http.server keeps waiting for a request on the connection, which is closed then.
+    assert any("ends early" in found.what or "timed out" in found.what for found in problems(examined(cache)))
 
 
 @pytest.mark.parametrize("url", ["http://[bad/nar", "ftp://localhost/nar", "http://localhost:x/nar"])
-def test_a_url_that_leads_nowhere_is_an_error_and_no_crash(cache: Cache, url: str) -> None:
+def test_unusable_url_in_a_narinfo_is_an_error(cache: Cache, url: str) -> None:
     cache.faults.append(line("URL: .*", f"URL: {url}"))
-    [found] = complaints(examined(cache))
+    [found] = problems(examined(cache))
     assert (found.check, found.level) == ("NAR", "error")
     assert url[:12] in found.what
 
@@ -441,10 +441,10 @@ def test_redirects_are_followed(cache: Cache) -> None:
         return Reply(302, {"location": "/moved.nar"}) if question.path == NAR else reply
 
     cache.faults.append(elsewhere)
-    assert complaints(examined(cache)) == []
+    assert problems(examined(cache)) == []
 
 
-def test_nobody_there_is_one_error_with_a_remedy(tmp_path: Path) -> None:
+def test_unreachable_server_is_one_error_with_a_remedy(tmp_path: Path) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -456,8 +456,8 @@ def test_nobody_there_is_one_error_with_a_remedy(tmp_path: Path) -> None:
             assert answer.stdout.count("→") == 1
 
 
-class TestTheCommand:
-    def test_finds_nothing_wrong_with_our_own_server(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+class TestCommand:
+    def test_own_server_has_no_problems(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         store = StoreBuilder(tmp_path / "store")
         (tmp_path / "key").write_text(KEY.export())
         (tmp_path / "key").chmod(0o600)
@@ -470,7 +470,7 @@ class TestTheCommand:
         assert answer.stdout.count("hash and size of the NAR are right") == 3
         assert "\x1b" not in answer.stdout
 
-    def test_asks_the_server_of_the_settings_with_its_own_keys(
+    def test_without_a_url_the_configured_server_is_tested_with_its_keys(
         self, tmp_path: Path, start: Callable[..., Server]
     ) -> None:
         store = StoreBuilder(tmp_path / "store")
@@ -481,38 +481,38 @@ class TestTheCommand:
         server = start(store=tmp_path / "store", bind=bind, settings=f"sign_key_paths = ['{tmp_path}/key']")
         answer = run("--config", str(server.config), "doctor", "--json")
         assert answer.returncode == 0
-        told = json.loads(answer.stdout)
-        assert (told["url"], told["ok"]) == (bind, True)
+        reported = json.loads(answer.stdout)
+        assert (reported["url"], reported["ok"]) == (bind, True)
         assert {"check": "signatures", "level": "ok"}.items() <= next(
-            found for found in told["findings"] if found["check"] == "signatures"
+            found for found in reported["findings"] if found["check"] == "signatures"
         ).items()
 
-    def test_misses_a_key_to_sign_with(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+    def test_missing_sign_key_is_reported(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         store = StoreBuilder(tmp_path / "store")
         store.add_source("source", b"")
         server = start(store=tmp_path / "store", bind=f"unix:{tmp_path}/socket")
         command = ("--config", str(server.config), "doctor", "--json")
         answer = run(*command)
-        [missed] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
+        [missed] = problems([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
         assert (answer.returncode, missed.level) == (0, "warning")
         assert missed.what.startswith("sign_key_paths is empty")
         assert missed.remedy.startswith("create a key with `harmonia keygen NAME`, and set sign_key_paths")
         store.add(store.output_path("output"), b"")
         answer = run(*command)
-        [unsigned] = complaints([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
-        assert (answer.returncode, unsigned.level) == (3, "error")  # and not both, of one cause
+        [unsigned] = problems([Finding(**found) for found in json.loads(answer.stdout)["findings"]])
+        assert (answer.returncode, unsigned.level) == (3, "error")  # only one finding for one cause
 
-    def test_looks_first_at_paths_that_need_a_signature(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+    def test_paths_that_need_a_signature_are_tested_first(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         store = StoreBuilder(tmp_path / "store")
         for number in range(20):
             store.add_source(f"source-{number}", b"")
         built = store.add(store.output_path("output"), b"", keys=[KEY])
         server = start(store=tmp_path / "store", bind=f"unix:{tmp_path}/socket")
         command = ("--config", str(server.config), "doctor", "--public-key", str(KEY.public_key), "--samples", "1")
-        told = json.loads(run(*command, "--json").stdout)["findings"]
-        assert f"{built.path}: signed by good-1" in [found["what"] for found in told]
+        reported = json.loads(run(*command, "--json").stdout)["findings"]
+        assert f"{built.path}: signed by good-1" in [found["what"] for found in reported]
 
-    def test_misses_a_path_of_the_store_that_its_server_does_not_serve(
+    def test_store_path_that_the_server_does_not_serve_is_reported(
         self, tmp_path: Path, start: Callable[..., Server]
     ) -> None:
         served = StoreBuilder(tmp_path / "store")
@@ -529,29 +529,29 @@ class TestTheCommand:
         assert answer.returncode == 0
         assert "warning samples: found no path that this cache has" in answer.stdout
 
-    def test_tells_errors_as_json_and_by_its_status(self, cache: Cache) -> None:
+    def test_errors_are_in_json_and_exit_status(self, cache: Cache) -> None:
         cache.faults.append(missing(500))
         answer = run("doctor", cache.url, str(cache.info.path), "--json", "--public-key", str(KEY.public_key))
         assert answer.returncode == 3
-        told = json.loads(answer.stdout)
-        assert not told["ok"]
-        [error] = [found for found in told["findings"] if found["level"] == "error"]
+        reported = json.loads(answer.stdout)
+        assert not reported["ok"]
+        [error] = [found for found in reported["findings"] if found["level"] == "error"]
         assert error["check"] == "missing paths"
         assert error["remedy"].startswith("return 404")
 
-    def test_says_only_what_is_wrong_where_that_is_wanted(self, cache: Cache) -> None:
+    def test_quiet_prints_only_problems(self, cache: Cache) -> None:
         arguments = ("doctor", cache.url, str(cache.info.path), "--quiet", "--public-key", str(KEY.public_key))
         assert run(*arguments).stdout == ""
         cache.faults.append(on("info", date=""))
         assert run(*arguments).stdout.count("\n") == 2
 
-    def test_takes_the_keys_that_nix_conf_trusts(self, cache: Cache, tmp_path: Path) -> None:
+    def test_trusted_keys_of_nix_conf_are_used(self, cache: Cache, tmp_path: Path) -> None:
         arguments = ("doctor", cache.url, f"/nix/store/{cache.info.path}")
         assert "whose public key is unknown" in run(*arguments).stdout
         (tmp_path / "nix.conf").write_text(f"extra-trusted-public-keys = {KEY.public_key}\n")
         assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
 
-    def test_a_key_that_is_given_counts_before_that_of_its_name_in_nix_conf(self, cache: Cache, tmp_path: Path) -> None:
+    def test_given_key_takes_precedence_over_nix_conf(self, cache: Cache, tmp_path: Path) -> None:
         (tmp_path / "nix.conf").write_text(f"extra-trusted-public-keys = {SecretKey.generate('good-1').public_key}\n")
         arguments = ("doctor", cache.url, f"/nix/store/{cache.info.path}", "--public-key", str(KEY.public_key))
         assert "signed by good-1\n" in run(*arguments, environment={"NIX_CONF_DIR": str(tmp_path)}).stdout
@@ -561,7 +561,7 @@ class TestTheCommand:
 class TestTLS:
     @pytest.fixture
     def certificate(self, tmp_path: Path) -> Callable[..., str]:
-        """Makes a certificate of so many days, for that name, and returns the settings with it."""
+        """Return a function that makes a certificate for some days and a name, and returns the settings for it."""
 
         def make(days: int, name: str = "IP:127.0.0.1") -> str:
             files = {kind: tmp_path / f"{kind}.pem" for kind in ("key", "request", "cert")}
@@ -578,7 +578,7 @@ class TestTLS:
         return make
 
     @pytest.mark.parametrize(("days", "level"), [(90, "ok"), (5, "warning")])
-    def test_tells_when_the_certificate_expires(
+    def test_remaining_days_of_the_certificate_are_reported(
         self,
         tmp_path: Path,
         start: Callable[..., Server],
@@ -593,7 +593,7 @@ class TestTLS:
         assert answer.returncode == 0
         assert re.search(rf"(?m)^{level} +TLS: the certificate is trusted, and valid for \d+ more days$", answer.stdout)
 
-    def test_tells_that_the_certificate_is_not_trusted(
+    def test_untrusted_certificate_is_reported(
         self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:
         StoreBuilder(tmp_path / "store")
@@ -603,16 +603,16 @@ class TestTLS:
         assert "its certificate is not trusted" in answer.stdout
         assert "NIX_SSL_CERT_FILE" in answer.stdout
 
-    def test_tells_that_the_certificate_has_expired(
+    def test_expired_certificate_is_reported(
         self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:
         StoreBuilder(tmp_path / "store")
         server = start(store=tmp_path / "store", settings=certificate(-1))
-        [(what, remedy)] = told(server.url, NIX_SSL_CERT_FILE=str(tmp_path / "cert.pem"))
+        [(what, remedy)] = reported(server.url, NIX_SSL_CERT_FILE=str(tmp_path / "cert.pem"))
         assert what.endswith("certificate has expired")
         assert remedy.startswith("renew it, then reload the server")
 
-    def test_takes_the_name_of_the_settings_own_server_from_its_base_url(
+    def test_certificate_is_checked_for_the_name_in_base_url(
         self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:
         StoreBuilder(tmp_path / "store")
@@ -627,7 +627,7 @@ class TestTLS:
         answer = run("--config", str(server.config), "doctor", environment=trusted)
         assert "TLS: the certificate is trusted" in answer.stdout, answer.stdout
 
-    def test_names_the_scheme_of_a_port_that_was_asked_by_the_other(
+    def test_wrong_scheme_is_reported_with_the_right_url(
         self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
     ) -> None:
         StoreBuilder(tmp_path / "store")
@@ -636,73 +636,73 @@ class TestTLS:
         port = free_port()
         with nginx(tmp_path / "nginx", "", f"server {{ listen 127.0.0.1:{port} ssl; {pair} }}") as (plain, _):
             for url in (ours, f"https://127.0.0.1:{port}"):
-                [(_, remedy)] = told(url.replace("https", "http"))
+                [(_, remedy)] = reported(url.replace("https", "http"))
                 assert remedy == f"the server uses TLS: use {url}"
-            [(_, remedy)] = told(plain.replace("http", "https"))
+            [(_, remedy)] = reported(plain.replace("http", "https"))
             assert remedy == "if that port serves plain HTTP, use http://"
 
 
-class TestWhatIsNoCacheIsOneFinding:
-    def test_a_private_cache_and_no_token(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+class TestUnusableCacheIsOneFinding:
+    def test_private_cache_without_a_token(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         StoreBuilder(tmp_path / "store")
         (tmp_path / "tokens").write_text(str(tokens.new("all", ["read"])[1]))
         url = start(store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'").url
-        [(what, remedy)] = told(url)
+        [(what, remedy)] = reported(url)
         assert what.startswith("nix-cache-info returns 401")
         assert remedy.startswith("add a token to /etc/nix/netrc, or to the file of $NETRC")
         (tmp_path / "netrc").write_text("machine 127.0.0.1 login x password y\n")
-        [(_, remedy)] = told(url, NETRC=str(tmp_path / "netrc"))
+        [(_, remedy)] = reported(url, NETRC=str(tmp_path / "netrc"))
         assert remedy.startswith("replace the token for 127.0.0.1 in the netrc")
 
-    def test_a_proxy_in_front_of_nothing(self, tmp_path: Path) -> None:
+    def test_proxy_without_a_server(self, tmp_path: Path) -> None:
         with nginx(tmp_path / "nginx", f"location / {{ proxy_pass http://127.0.0.1:{free_port()}; }}") as (url, _):
-            [(what, remedy)] = told(url)
+            [(what, remedy)] = reported(url)
         assert what.startswith("nix-cache-info returns 502")
         assert remedy.startswith("check that the server behind the proxy runs")
 
-    def test_a_login_page(self, tmp_path: Path) -> None:
+    def test_login_page(self, tmp_path: Path) -> None:
         page = "<!doctype html><title>Log in</title>"
         with nginx(tmp_path / "nginx", f"default_type text/html; location / {{ return 200 '{page}'; }}") as (url, _):
-            [(what, remedy)] = told(url)
+            [(what, remedy)] = reported(url)
         assert what.startswith("nix-cache-info is a web page")
         assert "a login page must not intercept" in remedy
 
-    def test_a_wrong_path_in_the_url(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+    def test_wrong_path_in_the_url(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         StoreBuilder(tmp_path / "store")
-        [(what, remedy)] = told(start(store=tmp_path / "store").url + "/nix")
+        [(what, remedy)] = reported(start(store=tmp_path / "store").url + "/nix")
         assert what.startswith("nix-cache-info returns 404")
         assert remedy.startswith("check the URL and its path")
 
-    def test_the_cache_of_another_store(self, tmp_path: Path, start: Callable[..., Server]) -> None:
+    def test_cache_of_another_store_directory(self, tmp_path: Path, start: Callable[..., Server]) -> None:
         info = StoreBuilder(tmp_path / "store", store_dir="/gnu/store").add_source("source", b"")
         url = start(store=tmp_path / "store", settings="virtual_nix_store = '/gnu/store'").url
-        [(what, remedy)] = told(url, info.path)
+        [(what, remedy)] = reported(url, info.path)
         assert what == "the cache is for the store /gnu/store, not /nix/store"
         assert "with --store-dir /gnu/store" in remedy
 
 
-def test_what_is_so_for_all_paths_is_told_once(tmp_path: Path, start: Callable[..., Server]) -> None:
+def test_problem_of_all_paths_is_reported_once(tmp_path: Path, start: Callable[..., Server]) -> None:
     store = StoreBuilder(tmp_path / "store")
     paths = [store.add_source(name, b"").path for name in ("one", "two", "three")]
     server = start(store=tmp_path / "store", settings="enable_compression = false")
-    [(what, _)] = told(server.url, *paths, status=0)
+    [(what, _)] = reported(server.url, *paths, status=0)
     assert what.endswith("is sent uncompressed")
     forbidden = f"if ($request_method = HEAD) {{ return 405; }} location / {{ proxy_pass {server.url}; }}"
     with nginx(tmp_path / "nginx", forbidden) as (url, _):
-        found = [what for what, _ in told(url, *paths)]
+        found = [what for what, _ in reported(url, *paths)]
     assert len(found) == 3
     assert found[:2] == ["HEAD of nix-cache-info returns 405, but GET 200", "GET returns 404, but HEAD 405"]
 
 
-def test_ranges_that_are_not_served_are_one_finding(cache: Cache) -> None:
+def test_missing_range_support_is_one_finding(cache: Cache) -> None:
     cache.faults.append(ranged(lambda question, _: cache.right(replace(question, headers={}))))
-    [found] = complaints(examined(cache))
+    [found] = problems(examined(cache))
     assert found.what.count("returns 200 instead") == 4
 
 
 class TestDamageIsOneFinding:
     @pytest.mark.parametrize("compressed", [True, False])
-    def test_of_a_store_object(self, tmp_path: Path, start: Callable[..., Server], *, compressed: bool) -> None:
+    def test_damaged_store_object(self, tmp_path: Path, start: Callable[..., Server], *, compressed: bool) -> None:
         store = StoreBuilder(tmp_path / "store")
         info = store.add(store.output_path("output"), {"file": b"contents"}, keys=[KEY])
         file = Path(os.fsdecode(store.real_path(info.path))) / "file"
@@ -710,9 +710,9 @@ class TestDamageIsOneFinding:
         file.write_bytes(b"CONTENTS")
         server = start(store=tmp_path / "store", settings=f"enable_compression = {str(compressed).lower()}")
         arguments = (server.url, info.path, "--public-key", str(KEY.public_key))
-        [damage] = [each for each in told(*arguments) if "uncompressed" not in each[0]]
+        [damage] = [each for each in reported(*arguments) if "uncompressed" not in each[0]]
         what, remedy = damage
-        if compressed:  # whose hash is known before it is sent
+        if compressed:  # the server knows the hash before it sends
             assert "returns 404, although a narinfo refers to it" in what
             assert f"harmonia verify {info.path};" in remedy
         else:
@@ -720,15 +720,15 @@ class TestDamageIsOneFinding:
             assert "nix-store --repair-path" in remedy
 
 
-def test_a_path_whose_name_is_mistyped_may_be_just_that(cache: Cache) -> None:
-    [found] = complaints(examined(cache, [cache.info.path + "s"]))
+def test_mistyped_name_of_a_path_is_suggested(cache: Cache) -> None:
+    [found] = problems(examined(cache, [cache.info.path + "s"]))
     assert f"describes {cache.info.path}" in found.what
     assert found.remedy.startswith("if you meant that path, pass its name")
 
 
 @pytest.mark.nix
 @pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
-def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str) -> None:
+def test_cache_made_by_nix_and_served_by_nginx_has_no_errors(tmp_path: Path, compression: str) -> None:
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("output"), {"file": b"contents" * 1000}, keys=[KEY])
     environment = {
@@ -750,7 +750,7 @@ def test_a_cache_that_nix_made_and_nginx_serves(tmp_path: Path, compression: str
 @pytest.mark.parametrize(
     "url", ["no where", "ftp://localhost", "/nix/store", "http://[::", "http://x:y", "http://a..b", "unix:"]
 )
-def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
+def test_malformed_url_is_a_usage_error(command: str, url: str) -> None:
     answer = run(command, url)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert f"'{url}' is not a URL like http://" in answer.stderr
@@ -772,25 +772,25 @@ def test_a_url_that_is_none_is_a_wrong_word(command: str, url: str) -> None:
         ("unix:/run/harmonia/socket", "unix:/run/harmonia/socket"),
     ],
 )
-def test_a_url_may_be_without_a_scheme(given: str, url: str) -> None:
+def test_url_without_a_scheme_is_completed(given: str, url: str) -> None:
     assert Client(given).url == url
 
 
-def test_the_path_of_a_socket_is_a_url(tmp_path: Path) -> None:
+def test_path_of_a_socket_is_a_url(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{tmp_path}/socket")
         assert Client(f"{tmp_path}/socket").url == f"unix:{tmp_path}/socket"
 
 
 @pytest.mark.parametrize("command", ["doctor", "top"])
-def test_a_url_with_a_password_is_refused_and_not_shown(command: str) -> None:
+def test_url_with_a_password_is_rejected_and_not_shown(command: str) -> None:
     answer = run(command, "http://me:sesame@localhost:5000")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "machine localhost login USER password PASSWORD" in answer.stderr
     assert "sesame" not in answer.stderr
 
 
-def test_a_url_may_have_letters_that_http_has_not(cache: Cache) -> None:
+def test_url_with_non_ascii_characters_is_encoded(cache: Cache) -> None:
     asked: list[str] = []
 
     def note(question: Question, reply: Reply) -> Reply:
@@ -804,21 +804,21 @@ def test_a_url_may_have_letters_that_http_has_not(cache: Cache) -> None:
 
 @pytest.mark.parametrize("command", ["doctor", "top"])
 @pytest.mark.parametrize("content", [None, "no PEM"])
-def test_certificates_that_cannot_be_read_are_a_wrong_setting(
-    tmp_path: Path, command: str, content: str | None
-) -> None:
+def test_unreadable_certificates_are_a_usage_error(tmp_path: Path, command: str, content: str | None) -> None:
     file = tmp_path / "ca.pem"
     if content is not None:
         file.write_text(content)
     environment = {"NIX_SSL_CERT_FILE": str(file)}
     answer = run(command, "https://127.0.0.1:1", environment=environment)
     assert (answer.returncode, answer.stdout) == (2, "")
-    told = f"harmonia: environment variable NIX_SSL_CERT_FILE: cannot read '{file}': .*; name a file .*, or unset it\n"
-    assert re.fullmatch(told, answer.stderr)
+    reported = (
+        f"harmonia: environment variable NIX_SSL_CERT_FILE: cannot read '{file}': .*; name a file .*, or unset it\n"
+    )
+    assert re.fullmatch(reported, answer.stderr)
     assert "NIX_SSL_CERT_FILE" not in run(command, "http://127.0.0.1:1", environment=environment).stderr
 
 
-def test_a_path_that_is_none_is_a_wrong_word() -> None:
+def test_malformed_path_is_a_usage_error() -> None:
     answer = run("doctor", "http://127.0.0.1:1", "./result")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith("harmonia: PATH './result': expected a store path like /nix/store/<hash>-<name>")

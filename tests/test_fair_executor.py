@@ -1,4 +1,4 @@
-"""Promises of the pool that clients share."""
+"""The thread pool that all clients share."""
 
 import gc
 from weakref import ref
@@ -7,11 +7,10 @@ from harmonia.process.fair_executor import FairExecutor
 
 
 class _Thing:
-    """Something that a job works on."""
+    """An argument of a job."""
 
 
-def test_an_error_keeps_nothing_once_it_is_dealt_with() -> None:
-    """Not until a garbage collection, which may be long in coming."""
+def test_failed_job_releases_its_arguments_without_garbage_collection() -> None:
     pool = FairExecutor(1, 1, "test")
 
     def fail(_: _Thing) -> None:
@@ -24,7 +23,7 @@ def test_an_error_keeps_nothing_once_it_is_dealt_with() -> None:
         future = pool.submit("client", fail, thing)
         del thing
         assert isinstance(future.exception(), ValueError)
-        pool.submit("client", int).result()  # by now the thread has let go of the first job
+        pool.submit("client", int).result()  # now the thread has dropped the first job
         del future
         assert kept() is None
     finally:

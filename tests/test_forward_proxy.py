@@ -1,4 +1,4 @@
-"""Which proxy a URL is asked through: as curl would."""
+"""Forward proxies: requests use the same proxy as those of curl."""
 
 import random
 import shutil
@@ -23,7 +23,7 @@ from support.serving import QuietHandler, ThreadServer
         ("http://me@proxy:1", "http://proxy:1", "me", ""),
     ],
 )
-def test_the_forms_of_a_proxy(text: str, url: str, user: str | None, password: str) -> None:
+def test_proxy_forms(text: str, url: str, user: str | None, password: str) -> None:
     proxy = Proxy.parse(text)
     assert (proxy.url, proxy.user, proxy.password) == (url, user, password)
     assert not password or password not in repr(proxy)
@@ -41,7 +41,7 @@ def test_the_forms_of_a_proxy(text: str, url: str, user: str | None, password: s
         "http://[sesame",
     ],
 )
-def test_what_is_not_a_proxy_is_refused_and_not_shown(text: str) -> None:
+def test_invalid_proxy_is_rejected_and_not_shown(text: str) -> None:
     with pytest.raises(FormatError) as error:
         Proxy.parse(text)
     assert "sesame" not in str(error.value)
@@ -64,7 +64,7 @@ def test_what_is_not_a_proxy_is_refused_and_not_shown(text: str) -> None:
         ({"all_proxy": "a:1", "no_proxy": "x", "NO_PROXY": "*"}, "http://a:1", "http://a:1"),
     ],
 )
-def test_the_variables(environ: dict[str, str], http: str | None, https: str | None) -> None:
+def test_variables_and_setting_select_the_proxy(environ: dict[str, str], http: str | None, https: str | None) -> None:
     for setting in (None, "", "c:1"):
         rules = ProxyRules(environ, setting)
         found = [rules.proxy_for(f"{scheme}://cache.example.org/x") for scheme in ("http", "https")]
@@ -72,14 +72,14 @@ def test_the_variables(environ: dict[str, str], http: str | None, https: str | N
         assert [proxy and proxy.url for proxy in found] == expected
 
 
-def test_a_proxy_is_shown_without_its_password() -> None:
+def test_password_of_a_proxy_is_not_shown() -> None:
     assert without_password("http://me:ses@ame@proxy:1") == "http://(not shown)@proxy:1"
     assert without_password("me:sesame@proxy:1") == "(not shown)@proxy:1"
     assert without_password("http://proxy:1") == "http://proxy:1"
 
 
 class _Handler(QuietHandler):
-    """Answers a request at once. A proxy would be asked by CONNECT, which is refused."""
+    """Answers every request at once. A CONNECT, which would ask for a proxy, is refused."""
 
     wbufsize = -1
 
@@ -95,7 +95,7 @@ class _Handler(QuietHandler):
 
 
 def excepted_by_curl(cases: list[tuple[str, str]]) -> list[bool]:
-    """Return for hosts and values of no_proxy whether curl asks without a proxy."""
+    """Return, for pairs of host and no_proxy, True if curl connects without a proxy."""
     with ThreadServer(("127.0.0.1", 0), _Handler) as server:
         port = server.server_port
         operations = [
@@ -105,8 +105,8 @@ def excepted_by_curl(cases: list[tuple[str, str]]) -> list[bool]:
             for host, no_proxy in cases
         ]
         command = ["curl", "--disable", "--config", "-"]
-        told = subprocess.run(command, input="next\n".join(operations), stdout=subprocess.PIPE, text=True, check=False)
-    return [line == "000" for line in told.stdout.split()]
+        done = subprocess.run(command, input="next\n".join(operations), stdout=subprocess.PIPE, text=True, check=False)
+    return [line == "000" for line in done.stdout.split()]
 
 
 EXCEPTIONS = [
@@ -152,8 +152,8 @@ EXCEPTIONS = [
         ("10.0.0.0/8", False),
     ],
 )
-def test_networks_of_ipv6_are_excepted(no_proxy: str, *, expected: bool) -> None:
-    """By the rules of curl since 7.87."""
+def test_no_proxy_supports_ipv6_networks(no_proxy: str, *, expected: bool) -> None:
+    """The rules are those of curl 7.87 and newer."""
     assert is_excepted("fd00::1", no_proxy) == expected
 
 
@@ -169,7 +169,7 @@ def some_exception(chance: random.Random) -> tuple[str, str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
-def test_curl_excepts_the_same_hosts() -> None:
+def test_no_proxy_excludes_the_same_hosts_as_curl() -> None:
     chance = random.Random(3)
     cases = [*EXCEPTIONS, *(some_exception(chance) for _ in range(300))]
     theirs = excepted_by_curl(cases)

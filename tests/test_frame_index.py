@@ -1,4 +1,4 @@
-"""A part of a compressed NAR whose file was evicted: made again from its frame on, as an index knows the frames."""
+"""Ranges of an evicted compressed NAR: compressed again from the right frame on, found by the index of frames."""
 
 import threading
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def indexes(tmp_path: Path) -> Iterator[NarCache]:
 
 
 def compressed_once(tmp_path: Path, indexes: NarCache, source: Memory) -> bytes:
-    """Compress a NAR into a cache, and evict it. Its index stays."""
+    """Compress a NAR into a cache, and evict it, but keep its index."""
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
         whole = read(compressor, source)
         wait_until(lambda: indexes.counters.fills)
@@ -37,7 +37,7 @@ def compressed_once(tmp_path: Path, indexes: NarCache, source: Memory) -> bytes:
     return whole
 
 
-def test_a_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: NarCache) -> None:
+def test_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: NarCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     with compressing(indexes=indexes) as compressor:
@@ -50,29 +50,29 @@ def test_a_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: NarCach
                 assert source.reads == [10 * FRAME]
 
 
-def test_a_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: NarCache) -> None:
-    """The fill cannot go on until the range has come."""
+def test_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: NarCache) -> None:
+    """The fill is blocked until the range has arrived."""
     released = threading.Event()
-    waited_in_vain = threading.Event()
+    timed_out = threading.Event()
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
 
     def before(start: int) -> None:
         if start == 0 and not released.wait(10):
-            waited_in_vain.set()
+            timed_out.set()
 
     source.before = before
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
         try:
             for start, stop in ((len(whole) // 2, len(whole)), (len(whole) - 900, len(whole) - 5)):
                 assert everything(reading(CompressedNar(compressor, source), start, stop)) == whole[start:stop]
-                assert not waited_in_vain.is_set()
+                assert not timed_out.is_set()
         finally:
             released.set()
         assert read(compressor, source) == whole
 
 
-def test_the_size_and_hash_outlive_the_file_and_the_process(tmp_path: Path, indexes: NarCache) -> None:
+def test_size_and_hash_survive_eviction_and_restart(tmp_path: Path, indexes: NarCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
@@ -82,7 +82,7 @@ def test_the_size_and_hash_outlive_the_file_and_the_process(tmp_path: Path, inde
         assert not compressor.files.has_file(source.sha256 or b"")
 
 
-def test_a_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:
+def test_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     [file] = (tmp_path / "frames").iterdir()
@@ -96,7 +96,7 @@ def test_a_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:
     assert indexes.counters.corrupt == 1
 
 
-def test_a_range_of_a_nar_that_has_changed_breaks_off(tmp_path: Path, indexes: NarCache) -> None:
+def test_range_of_a_changed_nar_breaks_off(tmp_path: Path, indexes: NarCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     source.content = source.content[:-1] + b"x"
@@ -106,14 +106,14 @@ def test_a_range_of_a_nar_that_has_changed_breaks_off(tmp_path: Path, indexes: N
             everything(chunks)
 
 
-def test_a_file_of_one_frame_has_no_index(tmp_path: Path, indexes: NarCache) -> None:
+def test_file_of_one_frame_has_no_index(tmp_path: Path, indexes: NarCache) -> None:
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
         read(compressor, nar(FRAME))
         wait_until(lambda: cache.counters.fills)
     assert not list((tmp_path / "frames").iterdir())
 
 
-def test_an_index_is_loaded_as_it_was_dumped() -> None:
+def test_dumped_index_is_loaded_unchanged() -> None:
     index = FrameIndex(bytes(range(32)), ((1 << 40, b"12345678"), (7, b"87654321")))
     assert FrameIndex.load(index.dump()) == index
     assert [index.frame_end(position) for position in (0, (1 << 40) - 1, 1 << 40)] == [1 << 40, 1 << 40, (1 << 40) + 7]

@@ -1,4 +1,4 @@
-"""Headers of upstreams mean the same in all their forms."""
+"""Header fields of upstreams are parsed in all their forms."""
 
 import time
 from email.utils import formatdate
@@ -16,7 +16,7 @@ def headers(name: str, *lines: str) -> CIMultiDictProxy[str]:
 @pytest.mark.parametrize(
     "lines", [("gzip, br",), ("gzip", "br"), (" GZip ,\t BR ",), (",gzip,,br,",), ("", "gzip", "", "br"), ("gzip,br",)]
 )
-def test_a_list_is_the_same_on_one_line_and_on_many(lines: tuple[str, ...]) -> None:
+def test_list_on_one_line_equals_list_on_many_lines(lines: tuple[str, ...]) -> None:
     assert list(elements(headers("Content-Encoding", *lines), "content-encoding")) == ["gzip", "br"]
 
 
@@ -52,7 +52,7 @@ def test_ranges_are_accepted_if_bytes_is_one_of_the_units(lines: tuple[str, ...]
         ("", None),
     ],
 )
-def test_a_content_range_tells_its_first_byte(text: str, start: int | None) -> None:
+def test_first_byte_of_content_range_is_parsed(text: str, start: int | None) -> None:
     assert content_range_start(headers("Content-Range", text)) == start
 
 
@@ -76,9 +76,9 @@ def test_retry_after_is_seconds_or_a_date(text: str, least: float, most: float) 
 
 
 @pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %e %H:%M:%S %Y"])
-def test_retry_after_takes_each_form_of_a_date(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RFC 9110 section 5.6.7. The time is taken when the test runs, which may be long after it was collected."""
-    monkeypatch.setenv("TZ", "Asia/Tokyo")  # all three are in UTC, wherever we are
+def test_retry_after_accepts_every_date_format(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 9110 section 5.6.7. The test makes the date when it runs, which may be long after its collection."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # all three are in UTC, whatever the time zone
     time.tzset()
     text = time.strftime(form, time.gmtime(time.time() + 1000))
     try:

@@ -67,7 +67,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("server.app", "import harmonia.tools.warm"),
     ],
 )
-def test_an_import_against_the_order_is_found(module: str, source: str) -> None:
+def test_import_against_the_order_is_found(module: str, source: str) -> None:
     assert violations(source, f"harmonia.{module}")
 
 
@@ -81,5 +81,5 @@ def test_an_import_against_the_order_is_found(module: str, source: str) -> None:
         ("__main__", "from harmonia.cli import main"),
     ],
 )
-def test_an_import_along_the_order_is_allowed(module: str, source: str) -> None:
+def test_import_along_the_order_is_allowed(module: str, source: str) -> None:
     assert not violations(source, f"harmonia.{module}")

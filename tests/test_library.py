@@ -1,4 +1,4 @@
-"""`harmonia.nix` is a library: its pages are true, and it needs little."""
+"""`harmonia.nix` is a library: its documentation is true, and it has few dependencies."""
 
 import doctest
 import pkgutil
@@ -17,24 +17,24 @@ DECOMPRESSION = {"harmonia.nix.decompress"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_examples_do_what_they_show(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_the_documentation_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
     assert text.count("```pycon\n>>> ") == text.count("```pycon")
     assert "```python" not in text
     monkeypatch.chdir(tmp_path)
     examples = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
     assert examples.examples or page.stem == "README"
-    told: list[str] = []
-    doctest.DocTestRunner().run(examples, out=told.append)
-    assert not told, "".join(told)
+    failures: list[str] = []
+    doctest.DocTestRunner().run(examples, out=failures.append)
+    assert not failures, "".join(failures)
 
 
-def test_every_page_is_on_the_first_one() -> None:
+def test_every_page_is_linked_from_the_first() -> None:
     first = next(page for page in PAGES if page.stem == "README").read_text()
     assert set(re.findall(r"\(([a-z0-9-]+\.md)\)", first)) == {page.name for page in PAGES if page.stem != "README"}
 
 
-def test_the_first_page_tells_of_every_module() -> None:
+def test_first_page_names_every_module() -> None:
     named = set(re.findall(r"`(?:harmonia\.nix\.)?(\w+)`", (PAGES[0].parent / "README.md").read_text()))
     assert {module.rpartition(".")[2] for module in MODULES} - named == set()
 
@@ -44,9 +44,7 @@ def test_the_first_page_tells_of_every_module() -> None:
     [(MODULES - DECOMPRESSION, {"nacl"}), (DECOMPRESSION, {"brotli", "zstandard"})],
     ids=["all others", "decompression"],
 )
-def test_only_signatures_and_decompression_need_more_than_the_standard_library(
-    modules: set[str], others: set[str]
-) -> None:
+def test_only_signatures_and_decompression_need_other_packages(modules: set[str], others: set[str]) -> None:
     program = """
 import sys
 for module in sys.argv[1:]:
@@ -60,5 +58,5 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_
     assert needed == {"harmonia"} | others
 
 
-def test_it_tells_its_types() -> None:
+def test_library_is_marked_as_typed() -> None:
     assert (Path(nix.__path__[0]).parent / "py.typed").exists()

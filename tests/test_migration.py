@@ -1,4 +1,4 @@
-"""A store that was backed up, as docs/how-to says, comes back, as it says, with its signatures."""
+"""A store that is backed up and restored as documented in docs/how-to has all its paths and signatures."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ pytestmark = [
 ]
 
 
-def as_told(place: str, cache: Path, store: str, home: Path) -> None:
-    """Does the block that names this `place` for files: with `cache` there, and the store in the directory `store`."""
+def run_documented_command(place: str, cache: Path, store: str, home: Path) -> None:
+    """Run the documented command for `file://{place}`, with `cache` instead of `place`, on the given store."""
     [text] = [
         block.text for block in BLOCKS if block.page.startswith("docs/how-to/") and f"file://{place}" in block.text
     ]
@@ -33,20 +33,20 @@ def as_told(place: str, cache: Path, store: str, home: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_backup_is_a_cache_that_becomes_a_store_again(tmp_path: Path) -> None:
+def test_backup_is_restored_with_all_paths_and_signatures(tmp_path: Path) -> None:
     made = demo.make(str(tmp_path / "demo"))
     (tmp_path / "cache.public").write_text(str(made.public_key))
     cache = tmp_path / "cache"
-    as_told("/backup", cache, made.directory, tmp_path)
+    run_documented_command("/backup", cache, made.directory, tmp_path)
     assert len(list(cache.glob("*.narinfo"))) == len(made.paths)
 
-    as_told("/srv/cache", cache, f"{tmp_path}/new", tmp_path)
+    run_documented_command("/srv/cache", cache, f"{tmp_path}/new", tmp_path)
     old, new = (
         Store("/nix/store", f"{root}/nix/store", f"{root}/nix/var/nix/db/db.sqlite")
         for root in (made.directory, f"{tmp_path}/new")
     )
     for path in made.paths.values():
-        if not path.name.endswith(".drv"):  # Nix 2.8 takes it for what it builds
+        if not path.name.endswith(".drv"):  # Nix 2.8 would take it for an output
             assert new.path_info(path.hash_part) == old.path_info(path.hash_part)
     old.database.close()
     new.database.close()

@@ -1,4 +1,4 @@
-"""The cache on disk: made once by whoever comes first, whole or not there, and never an error for who asks."""
+"""The cache on disk: filled once by one of many readers, visible only when complete, with few errors for readers."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ from harmonia.store.file_reader import OpenSlice
 from support.nar_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
 
 TRAILER = 72
-"""Bytes after the content of a file of one block, its digest among them."""
+"""Bytes after the content of a file of one block, including its digest."""
 KIB = 1024
 
 PROCESS = """
@@ -108,7 +108,7 @@ def _no_leak() -> Iterator[None]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time as the cache has it, which can be moved."""
+    """Return the clock of the cache, which can be advanced."""
     clock = SimpleNamespace(passed=0.0)
     times = SimpleNamespace(time=lambda: time.time() + clock.passed, monotonic=lambda: time.monotonic() + clock.passed)
     monkeypatch.setattr(disk_cache, "time", times)
@@ -116,12 +116,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def settle(cache: NarCache) -> None:
-    """Wait for what is done in the background."""
+    """Wait for the housekeeping thread."""
     cache.housekeeping.submit(int).result()
 
 
 def content_of(cache: NarCache, key: str = "key") -> bytes | None:
-    """None where it is not whole."""
+    """Return the content of a key, or None if it is not complete."""
     if (file := cache.find_file(key)) is None:
         return None
     content = read(file)
@@ -130,13 +130,13 @@ def content_of(cache: NarCache, key: str = "key") -> bytes | None:
     return content
 
 
-# One fills, all read
+# Filling and reading
 
 
 @given(st.lists(st.binary(max_size=150), max_size=6))
 @example([])
 @example([b"a" * TRAILER, b"b"])
-def test_a_follower_sees_content_only_and_the_whole_when_it_is_committed(pieces: list[bytes]) -> None:
+def test_follower_sees_only_content_and_all_of_it_after_commit(pieces: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache, at(directory) as other:
         first, filler = filling(cache)
         second, other_filler = opened(other)
@@ -158,7 +158,7 @@ def test_a_follower_sees_content_only_and_the_whole_when_it_is_committed(pieces:
         assert content_of(other) == content
 
 
-def test_a_slow_reader_of_what_a_dead_filler_left_holds_up_nobody(cache: NarCache) -> None:
+def test_slow_reader_of_an_abandoned_file_blocks_nobody(cache: NarCache) -> None:
     filler = os.open(f"{cache.path('key')}.growing", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(filler, fcntl.LOCK_EX)
     os.write(filler, bytes(2 * TRAILER))
@@ -166,18 +166,18 @@ def test_a_slow_reader_of_what_a_dead_filler_left_holds_up_nobody(cache: NarCach
     following = slow.follow(0, None)
     part = next(following)
     assert part is not None
-    os.write(filler, bytes(TRAILER))  # while the client of the slow one takes that part
-    os.close(filler)  # as the kernel does
+    os.write(filler, bytes(TRAILER))  # while the slow reader's client takes that part
+    os.close(filler)  # as the kernel does when a process dies
     assert len(part.read()) == TRAILER
-    assert list(following) == []  # it has the lock now, for which others would wait as long as its client takes
+    assert list(following) == []  # the slow reader has the lock, and must not hold it as long as its client takes
     slow.close()
     file, another = filling(cache)
     another.abandon()
     file.close()
 
 
-def test_no_part_of_the_trailer_is_taken_for_content(cache: NarCache) -> None:
-    """However the write of it is cut up."""
+def test_partly_written_trailer_is_not_content(cache: NarCache) -> None:
+    """The write of the trailer may be split at any byte."""
     path = Path(fill(cache, content=b"x" * 100))
     data = path.read_bytes()
     path.unlink()
@@ -217,7 +217,7 @@ def test_one_of_many_processes_fills(cache: NarCache, process: Callable[[], Proc
     assert content_of(cache) == b"a" * 100
 
 
-def test_another_takes_over_from_a_filler_that_was_killed(cache: NarCache, process: Callable[[], Process]) -> None:
+def test_another_process_takes_over_from_a_killed_filler(cache: NarCache, process: Callable[[], Process]) -> None:
     killed = process()
     killed("append " + "a" * 100)
     follower = process()
@@ -238,8 +238,8 @@ def test_another_takes_over_from_a_filler_that_was_killed(cache: NarCache, proce
     file.close()
 
 
-def test_a_whole_file_without_its_name_is_made_again_beside_those_who_read_it(cache: NarCache) -> None:
-    """Its filler died before the disk had all of it."""
+def test_complete_file_without_its_final_name_is_filled_again_beside_its_readers(cache: NarCache) -> None:
+    """The filler died before it renamed the file."""
     path = fill(cache)
     os.rename(path, path + ".growing")
     reader = CachedFile(os.open(path + ".growing", os.O_RDONLY))
@@ -253,8 +253,8 @@ def test_a_whole_file_without_its_name_is_made_again_beside_those_who_read_it(ca
         each.close()
 
 
-def test_only_what_somebody_left_is_truncated(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file that was truncated, ext4 writes all to disk at each close: the last chunk would wait for that."""
+def test_only_leftovers_are_truncated(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ext4 writes a truncated file to disk at close, which would delay the last chunk."""
     truncated: list[int] = []
     monkeypatch.setattr(os, "ftruncate", lambda descriptor, _: truncated.append(descriptor))
     file, filler = filling(cache)
@@ -268,7 +268,7 @@ def test_only_what_somebody_left_is_truncated(cache: NarCache, monkeypatch: pyte
     file.close()
 
 
-def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_path: Path) -> None:
+def test_abandoned_file_is_removed_and_can_be_filled_again(cache: NarCache, tmp_path: Path) -> None:
     file, filler = filling(cache)
     filler.append(b"a" * 100)
     filler.abandon()
@@ -280,17 +280,17 @@ def test_an_abandoned_file_is_gone_and_can_be_made_anew(cache: NarCache, tmp_pat
     assert content_of(cache) == b"content"
 
 
-def test_what_is_committed_cannot_be_abandoned(cache: NarCache) -> None:
+def test_committed_file_cannot_be_abandoned(cache: NarCache) -> None:
     file, filler = filling(cache)
     filler.commit()
-    stranger = os.open("/dev/null", os.O_RDONLY)  # gets the descriptor that is free now
+    stranger = os.open("/dev/null", os.O_RDONLY)  # reuses the descriptor
     filler.abandon()
     os.close(stranger)
     file.close()
     assert cache.has("key")
 
 
-def test_a_file_that_another_replaces_before_it_is_locked(
+def test_file_replaced_before_it_is_locked_is_followed(
     cache: NarCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = CachedFile.lock
@@ -313,7 +313,7 @@ def test_a_file_that_another_replaces_before_it_is_locked(
         each.close()
 
 
-def test_files_outlast_the_process(tmp_path: Path) -> None:
+def test_files_survive_a_restart(tmp_path: Path) -> None:
     with at(tmp_path) as cache:
         fill(cache)
     with at(tmp_path) as cache:
@@ -325,8 +325,8 @@ def test_files_outlast_the_process(tmp_path: Path) -> None:
         assert cache.counters.corrupt == 0
 
 
-def test_many_files_made_at_once_hold_no_descriptors(cache: NarCache) -> None:
-    """Not even while the background is busy."""
+def test_filling_many_files_leaves_no_descriptors_open(cache: NarCache) -> None:
+    """This holds even if the housekeeping thread is busy."""
     busy = threading.Event()
     cache.housekeeping.submit(busy.wait)
     before = len(os.listdir("/proc/self/fd"))
@@ -342,7 +342,7 @@ def test_many_files_made_at_once_hold_no_descriptors(cache: NarCache) -> None:
 
 @settings(max_examples=20)
 @given(st.binary(max_size=100), st.binary(min_size=1, max_size=100))
-def test_a_file_of_another_length_is_never_whole(content: bytes, more: bytes) -> None:
+def test_file_of_another_length_is_damaged(content: bytes, more: bytes) -> None:
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
         path = Path(fill(cache, content=content))
         data = path.read_bytes()
@@ -362,9 +362,7 @@ SIZES = st.integers(0, 3).flatmap(
 
 @settings(max_examples=30)
 @given(SIZES, st.lists(st.integers(1, 2 * BLOCK_BYTES), max_size=5), st.data())
-def test_content_of_any_size_written_in_any_pieces_is_read_back_from_any_position(
-    size: int, cuts: list[int], choice: st.DataObject
-) -> None:
+def test_content_of_any_size_is_read_back_from_any_position(size: int, cuts: list[int], choice: st.DataObject) -> None:
     content = random.Random(size).randbytes(size)
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
         file, filler = filling(cache)
@@ -380,14 +378,14 @@ def test_content_of_any_size_written_in_any_pieces_is_read_back_from_any_positio
             assert (file.size, file.sha256) == (size, hashlib.sha256(content).digest())
             start = choice.draw(st.integers(0, size))
             stop = choice.draw(st.integers(start, size))
-            if stop - start < BLOCK_BYTES:  # who reads takes a short slice for read after one call
+            if stop - start < BLOCK_BYTES:  # readers take a short slice as read after one call
                 assert file.slice(start, stop).read() == content[start:stop]
             for method in ("read", "read_cached", "read_into"):
                 assert all_of(file.slice(start, stop), method) == content[start:stop]
 
 
 def all_of(part: OpenSlice, method: str) -> bytes:
-    """Return the bytes of a slice, read by this method. What `read_cached` cannot read yet is read otherwise."""
+    """Return the bytes of a slice, read by this method. If `read_cached` returns None, use `read`."""
     if method == "read_into":
         buffer = bytearray(len(part))
         return bytes(buffer[: part.read_into(memoryview(buffer))])
@@ -398,14 +396,14 @@ def all_of(part: OpenSlice, method: str) -> bytes:
 
 
 @given(st.integers(0, BLOCK_BYTES + 100), st.integers(0, TRAILER))
-def test_of_a_growing_file_only_content_is_read_however_much_of_the_trailer_is_there(size: int, written: int) -> None:
+def test_content_size_excludes_a_partly_written_trailer(size: int, written: int) -> None:
     assert content_size(size + written) <= size
 
 
 @settings(max_examples=60)
 @given(st.sampled_from([1, 100, BLOCK_BYTES, BLOCK_BYTES + 100]), st.data())
-def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
-    """Wherever it is. The file is removed and counted, so that it is made anew."""
+def test_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
+    """The damaged file is removed and counted, so that it is filled again."""
     with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
         path = Path(fill(cache, content=b"x" * size))
         file = cache.find_file("key")
@@ -416,7 +414,7 @@ def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
         with path.open("r+b") as damaged:
             damaged.seek(bit // 8)
             damaged.write(bytes([data[bit // 8] ^ 1 << bit % 8]))
-        if bit < 8 * size:  # the reader that has it open already sees it, too
+        if bit < 8 * size:  # the open reader notices it, too
             with pytest.raises(CacheFileError):
                 all_of(file.slice(0, file.size), choice.draw(st.sampled_from(["read", "read_cached", "read_into"])))
         file.close()
@@ -428,7 +426,7 @@ def test_a_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
         assert cache.counters.corrupt == 1
 
 
-def test_a_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCache) -> None:
+def test_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCache) -> None:
     path = fill(cache)
     file = cache.find_file("key")
     assert file is not None
@@ -451,7 +449,7 @@ def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fill(cache)
     file, _ = opened(cache)
 
@@ -465,10 +463,10 @@ def test_a_file_that_the_disk_cannot_read_is_removed(cache: NarCache, monkeypatc
     assert not os.path.exists(path)
 
 
-# Who can get at it
+# Permissions
 
 
-def test_only_its_owner_can_enter_the_directory_and_read_the_files(tmp_path: Path) -> None:
+def test_only_the_owner_can_access_directory_and_files(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o755)
     with at(tmp_path / "cache") as cache:
         path = fill(cache)
@@ -498,12 +496,12 @@ def used_at(path: str, ago: float) -> None:
     os.utime(path, times=(0, time.time() - ago))
 
 
-def test_the_longest_unused_go_first_until_the_limit_is_kept(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_evicted_first(tmp_path: Path) -> None:
     with at(tmp_path, 100 * KIB) as cache:
         paths = {age: fill(cache, str(age), b"x" * 20 * KIB) for age in (300, 500, 100, 400)}
         for age, path in paths.items():
             used_at(path, age)
-        opened(cache, "500")[0].close()  # is used now
+        opened(cache, "500")[0].close()  # counts as a use
         for age in (50, 40):
             used_at(fill(cache, str(age), b"x" * 20 * KIB), age)
         cache.evict()
@@ -511,7 +509,7 @@ def test_the_longest_unused_go_first_until_the_limit_is_kept(tmp_path: Path) -> 
         assert cache.counters.evictions == 2
 
 
-def test_a_file_that_is_too_large_alone_goes_before_all_others(tmp_path: Path) -> None:
+def test_file_larger_than_the_limit_is_evicted_before_others(tmp_path: Path) -> None:
     with at(tmp_path, 100 * KIB) as cache:
         for key in "abc":
             used_at(fill(cache, key, b"x" * 20 * KIB), 500)
@@ -519,14 +517,14 @@ def test_a_file_that_is_too_large_alone_goes_before_all_others(tmp_path: Path) -
         assert set(os.listdir(tmp_path)) == set("abc")
 
 
-def test_the_limit_is_kept_without_being_told(tmp_path: Path) -> None:
+def test_limit_is_enforced_automatically(tmp_path: Path) -> None:
     with at(tmp_path, 640 * KIB) as cache:
         for number in range(100):
             fill(cache, str(number), b"x" * 20 * KIB)
             assert sum(entry.stat().st_blocks * 512 for entry in os.scandir(tmp_path)) <= 640 * KIB
 
 
-def test_two_that_evict_at_once_do_not_evict_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_evictions_do_not_evict_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with at(tmp_path, 1000 * KIB) as cache:
         for key in "abcd":
             used_at(fill(cache, key, b"x" * 30 * KIB), 500 - ord(key))
@@ -542,7 +540,7 @@ def test_two_that_evict_at_once_do_not_evict_twice(tmp_path: Path, monkeypatch: 
         assert set(os.listdir(tmp_path)) == set("bcd")
 
 
-def test_an_open_file_outlasts_its_eviction(tmp_path: Path) -> None:
+def test_open_file_outlives_its_eviction(tmp_path: Path) -> None:
     with at(tmp_path, 1000 * KIB) as cache:
         fill(cache, content=b"x" * 30 * KIB)
         file, _ = opened(cache)
@@ -557,9 +555,9 @@ def statvfs(free: int) -> Callable[[str], SimpleNamespace]:
     return lambda _: SimpleNamespace(f_blocks=1 << 20, f_frsize=4096, f_bavail=free // 4096)
 
 
-def test_the_spare_space_of_the_disk_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_space_of_the_disk_is_kept_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", statvfs(1 << 32))
-    with at(tmp_path, 1 << 30) as cache:  # of 4 GiB a twentieth is left
+    with at(tmp_path, 1 << 30) as cache:  # a twentieth of 4 GiB is kept free
         for key in "abc":
             used_at(fill(cache, key, b"x" * 40 * KIB), 500 - ord(key))
         monkeypatch.setattr(os, "statvfs", statvfs((1 << 32) // 20 - 30 * KIB))
@@ -568,7 +566,7 @@ def test_the_spare_space_of_the_disk_is_left(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("free", "limit"), [(1 << 30, 1 << 29), (100 << 30, 20 << 30), (0, 0)])
-def test_the_default_limit_is_half_of_the_free_space_at_most_20_gib(
+def test_default_limit_is_half_of_the_free_space_at_most_20_gib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, limit: int
 ) -> None:
     monkeypatch.setattr(os, "statvfs", statvfs(free))
@@ -576,7 +574,7 @@ def test_the_default_limit_is_half_of_the_free_space_at_most_20_gib(
         assert cache.limit == limit
 
 
-def test_what_the_cache_has_taken_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_used_by_the_cache_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with at(tmp_path, 1 << 30) as cache:
         fill(cache, content=b"x" * 400 * KIB)
     monkeypatch.setattr(os, "statvfs", statvfs(0))
@@ -584,7 +582,7 @@ def test_what_the_cache_has_taken_counts_as_free(tmp_path: Path, monkeypatch: py
         assert cache.limit >= 200 * KIB
 
 
-def test_what_nobody_fills_any_longer_is_removed_whatever_the_clock_says(
+def test_leftovers_without_a_filler_are_removed_independent_of_the_clock(
     cache: NarCache, tmp_path: Path, clock: SimpleNamespace
 ) -> None:
     fill(cache, "whole")
@@ -600,7 +598,7 @@ def test_what_nobody_fills_any_longer_is_removed_whatever_the_clock_says(
     assert set(os.listdir(tmp_path)) == {"whole", "key"}
 
 
-# A disk that does not let us
+# Disk errors
 
 
 @pytest.fixture
@@ -610,7 +608,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_full_disk(small_disk: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+def test_full_disk_raises_is_logged_once_and_recovers(
+    small_disk: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     with at(small_disk, 1 << 30) as cache:
         fill(cache, "kept")
         file, filler = filling(cache)
@@ -632,7 +632,7 @@ def test_a_full_disk(small_disk: Path, clock: SimpleNamespace, caplog: pytest.Lo
 
 
 @pytest.mark.root
-def test_what_is_there_is_served_from_a_full_disk(small_disk: Path) -> None:
+def test_cached_files_are_served_from_a_full_disk(small_disk: Path) -> None:
     with at(small_disk, 1 << 30) as cache:
         fill(cache, "kept")
         file, filler = filling(cache)
@@ -646,7 +646,7 @@ def test_what_is_there_is_served_from_a_full_disk(small_disk: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_disk_that_others_have_filled_gets_its_spare_space_back(small_disk: Path, clock: SimpleNamespace) -> None:
+def test_disk_filled_by_others_gets_its_spare_space_back(small_disk: Path, clock: SimpleNamespace) -> None:
     directory = small_disk / "cache"
     with at(directory, 1 << 30) as cache:
         used_at(fill(cache, "old", bytes(200 * KIB)), 500)
@@ -663,7 +663,9 @@ def test_a_disk_that_others_have_filled_gets_its_spare_space_back(small_disk: Pa
 
 
 @pytest.mark.root
-def test_a_read_only_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_read_only_disk_is_logged_once_and_cached_files_are_served(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with at(small_disk, 1 << 30) as cache:
         fill(cache, "kept")
         os.truncate(fill(cache, "damaged"), 3)
@@ -679,7 +681,9 @@ def test_a_read_only_disk(small_disk: Path, caplog: pytest.LogCaptureFixture) ->
             NarCache(str(small_disk))
 
 
-def test_a_directory_that_is_removed(tmp_path: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+def test_removed_directory_is_logged_once_and_recovers(
+    tmp_path: Path, clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = tmp_path / "cache"
     with at(directory) as cache:
         file, filler = filling(cache)
@@ -699,13 +703,13 @@ def test_a_directory_that_is_removed(tmp_path: Path, clock: SimpleNamespace, cap
         assert content_of(cache) == b"content"
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+def test_unusable_directory_raises(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         NarCache(str(tmp_path / "file" / "cache"))
 
 
-def test_a_file_that_is_not_ours_to_read(
+def test_permission_error_is_logged_once(
     cache: NarCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = fill(cache)
@@ -724,7 +728,7 @@ def test_a_file_that_is_not_ours_to_read(
     assert messages(caplog) == [without(os.path.dirname(path), errno.EACCES)]
 
 
-# All of it at once
+# Stress
 
 
 def test_threads_in_a_race(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A layout is the archive without its files' bytes: it knows any part of it, and takes few bytes to remember."""
+"""A layout is a NAR without the contents of its files: it locates any range, and takes few bytes of memory."""
 
 import gc
 import os
@@ -38,7 +38,7 @@ def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 class Memory:
-    """A file that takes blocks."""
+    """A file in memory that takes blocks."""
 
     def __init__(self) -> None:
         self.content = bytearray()
@@ -51,13 +51,13 @@ class Memory:
 
 
 def parts(layout: Layout, start: int, stop: int) -> list[Segment]:
-    """A part of a layout that is whole."""
+    """Return the segments of a range of a complete layout."""
     segments = list(layout.window(start, stop))
     return [segment for segment in segments if not isinstance(segment, Future)]
 
 
 def available(layout: Layout, start: int, stop: int) -> int:
-    """How many bytes of a part there are without a wait."""
+    """Return how many bytes of a range are available without waiting."""
     known = takewhile(lambda segment: not isinstance(segment, Future), layout.window(start, stop))
     return sum(len(segment) for segment in known if not isinstance(segment, Future))
 
@@ -71,14 +71,14 @@ FIXTURES = [HealthCheck.function_scoped_fixture]
 
 
 def kind(entry: Entry) -> Entry:
-    """The entry with no more of its mode than a NAR tells."""
+    """Return the entry with only those mode bits that a NAR has."""
     flags = entry.mode & stat.S_IXUSR if stat.S_ISREG(entry.mode) else 0
     return entry._replace(mode=stat.S_IFMT(entry.mode) | flags)
 
 
 @settings(deadline=None, suppress_health_check=FIXTURES)
 @given(trees, st.data())
-def test_a_window_is_a_slice(tree: Tree, data: st.DataObject) -> None:
+def test_window_equals_a_slice_of_the_nar(tree: Tree, data: st.DataObject) -> None:
     expected = reference(tree)
     with on_disk(tree) as path:
         layout = Layout.of(path)
@@ -92,7 +92,7 @@ def test_a_window_is_a_slice(tree: Tree, data: st.DataObject) -> None:
 
 @settings(deadline=None, max_examples=30, suppress_health_check=FIXTURES)
 @given(small_trees)
-def test_a_window_may_begin_anywhere(tree: Tree) -> None:
+def test_window_may_begin_anywhere(tree: Tree) -> None:
     expected = reference(tree)
     with on_disk(tree) as path:
         layout = Layout.of(path)
@@ -103,7 +103,7 @@ def test_a_window_may_begin_anywhere(tree: Tree) -> None:
 
 @settings(deadline=None, suppress_health_check=FIXTURES)
 @given(trees)
-def test_it_has_what_a_walk_finds(tree: Tree) -> None:
+def test_layout_has_all_entries_of_a_walk(tree: Tree) -> None:
     with on_disk(tree) as path:
         layout = Layout.of(path)
         located = list(nar.located(map(kind, tree_reader.walk(path))))
@@ -113,7 +113,7 @@ def test_it_has_what_a_walk_finds(tree: Tree) -> None:
 
 @settings(deadline=None, suppress_health_check=FIXTURES)
 @given(small_trees, st.integers(0, 9), st.data())
-def test_a_kept_layout_is_the_same(tree: Tree, spilled_after: int, data: st.DataObject) -> None:
+def test_saved_layout_is_loaded_unchanged(tree: Tree, spilled_after: int, data: st.DataObject) -> None:
     expected, file = reference(tree), Memory()
     with on_disk(tree) as path:
         layout = Layout(path)
@@ -133,7 +133,7 @@ def test_a_kept_layout_is_the_same(tree: Tree, spilled_after: int, data: st.Data
 
 @settings(deadline=None, suppress_health_check=FIXTURES)
 @given(small_trees, st.data())
-def test_a_flipped_bit_is_noticed(tree: Tree, data: st.DataObject) -> None:
+def test_flipped_bit_is_detected(tree: Tree, data: st.DataObject) -> None:
     file = Memory()
     with on_disk(tree) as path:
         layout = Layout.of(path)
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_noticed(tree: Tree, data: st.DataObject) -> None:
             whole(layout.window(0, size_of(layout)))
 
 
-def test_a_file_cut_short_is_not_loaded(tmp_path: Path) -> None:
+def test_truncated_file_is_not_loaded(tmp_path: Path) -> None:
     file = Memory()
     layout = Layout.of(os.fsencode(tmp_path))
     layout.seal(file)
@@ -154,14 +154,14 @@ def test_a_file_cut_short_is_not_loaded(tmp_path: Path) -> None:
 
 
 def follow(layout: Layout, start: int, stop: int) -> Iterator[bytes]:
-    """What a reader gets, an empty text for each time that it has to wait."""
+    """Yield the bytes that a reader gets, with an empty piece for each wait."""
     for segment in layout.window(start, stop):
         yield b"" if isinstance(segment, Future) else whole([segment])
 
 
 @settings(deadline=None, suppress_health_check=FIXTURES)
 @given(small_trees, st.data())
-def test_a_reader_follows_it_while_it_grows(tree: Tree, data: st.DataObject) -> None:
+def test_reader_follows_a_growing_layout(tree: Tree, data: st.DataObject) -> None:
     expected = reference(tree)
     with on_disk(tree) as path:
         layout = Layout(path)
@@ -178,7 +178,7 @@ def test_a_reader_follows_it_while_it_grows(tree: Tree, data: st.DataObject) -> 
             assert b"".join([*pieces, *reader]) == expected[begin:]
 
 
-def test_waits_end_when_what_they_are_for_is_there() -> None:
+def test_waits_end_as_soon_as_their_range_is_covered() -> None:
     layout = Layout(b"/root")
     growing = layout.record(many(b"/root"))
     everything, cancelled = layout.wait_whole(), layout.wait_whole()
@@ -200,7 +200,7 @@ def test_waits_end_when_what_they_are_for_is_there() -> None:
 
 
 @pytest.mark.parametrize("error", [StoreObjectError("it is a fifo"), FileNotFoundError(2, "gone", "/root/a")])
-def test_an_error_of_the_walk_reaches_all_who_follow(error: Exception) -> None:
+def test_error_of_the_walk_reaches_all_readers(error: Exception) -> None:
     layout = Layout(b"/root")
     growing = layout.record(many(b"/root"))
     next(growing)
@@ -219,7 +219,7 @@ COUNT = 100_000
 
 
 def many(root: bytes) -> Iterator[Entry]:
-    """A tree of 100,000 entries, of which only the last needs to be on disk."""
+    """Yield a tree of 100,000 entries; only the last needs to be on disk."""
     yield Entry(0, root, stat.S_IFDIR, 0, b"")
     for number in range(COUNT // 100 - 1):
         directory = root + b"/%06d" % number
@@ -238,7 +238,7 @@ def recorded(root: bytes, entries: Iterator[Entry]) -> Layout:
 
 
 def calls(patches: pytest.MonkeyPatch, module: object, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of all calls from now on of what the module has by that name."""
+    """Return a list that will get the arguments of all calls of this function of the module."""
     made = []
     function = getattr(module, name)
 
@@ -250,7 +250,7 @@ def calls(patches: pytest.MonkeyPatch, module: object, name: str) -> list[tuple[
     return made
 
 
-def test_the_last_byte_of_many_files_needs_no_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_byte_of_a_tree_of_many_files_needs_no_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = os.fsencode(tmp_path)
     layout = recorded(root, many(root))
     assert layout.entries == COUNT
@@ -265,7 +265,7 @@ def test_the_last_byte_of_many_files_needs_no_walk(tmp_path: Path, monkeypatch: 
     assert walked == [[], [], [], []]
 
 
-def test_where_a_window_begins_is_found_without_a_look_at_all_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_start_is_found_without_reading_all_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = recorded(b"/root", many(b"/root"))
     assert layout.size
     made = calls(monkeypatch, nar_layout, "Entry")
@@ -274,7 +274,7 @@ def test_where_a_window_begins_is_found_without_a_look_at_all_entries(monkeypatc
     assert len(made) < 52 * 2 * 256
 
 
-def test_memory_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_attribute_is_close_to_the_real_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nar_layout, "_BLOCK_MAX_ENTRIES", 256)
     tracemalloc.start()
     try:
@@ -285,7 +285,7 @@ def test_memory_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         tracemalloc.stop()
 
 
-# Many of them.
+# Layouts of several paths.
 
 Walk = Callable[[bytes], Iterator[Entry]]
 
@@ -299,7 +299,7 @@ def make_root(tmp_path: Path) -> bytes:
 
 
 def opened(layouts: Layouts, key: str, root: bytes, client: str = "") -> Layout:
-    """The layout, when it has come to its end."""
+    """Return the layout when it is complete."""
     layout = layouts.open_layout(key, root, client)
     if waiting := layout.wait_whole():
         waiting.result(10)
@@ -320,7 +320,7 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return walked
 
 
-def test_the_least_recently_used_goes_first(root: bytes, walks: list[bytes]) -> None:
+def test_least_recently_used_layout_is_evicted(root: bytes, walks: list[bytes]) -> None:
     cost = Layout.of(root).memory
     layouts = Layouts(2 * cost)
     del walks[:]
@@ -333,7 +333,7 @@ def test_the_least_recently_used_goes_first(root: bytes, walks: list[bytes]) -> 
     assert len(walks) == 4
 
 
-def test_what_is_too_large_is_not_remembered_and_evicts_nothing(root: bytes, walks: list[bytes]) -> None:
+def test_too_large_layout_is_not_cached_and_evicts_nothing(root: bytes, walks: list[bytes]) -> None:
     cost = Layout.of(root + b"/000").memory
     layouts = Layouts(cost)
     opened(layouts, "small", root + b"/000")
@@ -345,7 +345,7 @@ def test_what_is_too_large_is_not_remembered_and_evicts_nothing(root: bytes, wal
     assert walks == [root]
 
 
-def test_what_is_forgotten_is_walked_again(root: bytes, walks: list[bytes]) -> None:
+def test_forgotten_layout_is_walked_again(root: bytes, walks: list[bytes]) -> None:
     layouts = Layouts(1 << 20)
     opened(layouts, "a", root)
     layouts.forget("a")
@@ -355,7 +355,7 @@ def test_what_is_forgotten_is_walked_again(root: bytes, walks: list[bytes]) -> N
 
 
 class Gate:
-    """Walks that wait, but for those of other names."""
+    """Block walks of roots whose names begin with `name`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
         self.begun = 0
@@ -372,9 +372,7 @@ class Gate:
         monkeypatch.setattr(tree_reader, "walk", waiting)
 
 
-def test_it_is_walked_once_for_many_and_others_are_to_be_had_meanwhile(
-    root: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_walk_serves_all_callers_and_blocks_no_other_path(root: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch, b"")
     layouts = Layouts(1 << 20)
     found = [layouts.open_layout("key", root, client) for client in range(100)]
@@ -386,7 +384,7 @@ def test_it_is_walked_once_for_many_and_others_are_to_be_had_meanwhile(
     assert found[0].size
 
 
-def test_the_walks_of_one_client_do_not_take_all_threads(root: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_of_one_client_do_not_take_all_threads(root: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch, b"/")
     layouts = Layouts(1 << 20)
     for number in range(100):
@@ -397,7 +395,7 @@ def test_the_walks_of_one_client_do_not_take_all_threads(root: bytes, monkeypatc
     wait_until(lambda: gate.begun == 100)
 
 
-def test_a_walk_that_failed_leaves_nothing_and_may_be_tried_again(root: bytes) -> None:
+def test_failed_walk_is_not_cached(root: bytes) -> None:
     layouts = Layouts(1 << 20)
     assert isinstance(opened(layouts, "key", root + b"/gone").error, FileNotFoundError)
     assert opened(layouts, "key", root).size
@@ -412,7 +410,7 @@ class TestOnDisk:
     def layouts(self, tmp_path: Path, limit: int = 1 << 30) -> Layouts:
         return Layouts(0, NarCache(str(tmp_path / "cache"), limit))
 
-    def test_a_large_one_is_kept_for_the_next_process(self, root: bytes, tmp_path: Path, walks: list[bytes]) -> None:
+    def test_large_layout_is_kept_for_the_next_process(self, root: bytes, tmp_path: Path, walks: list[bytes]) -> None:
         expected = whole(tree_reader.dump(root))
         del walks[:]
         for _ in range(3):
@@ -425,7 +423,7 @@ class TestOnDisk:
         assert file.parent.stat().st_mode & 0o777 == 0o700
 
     @pytest.mark.parametrize("damage", ["cut", "emptied", "grown", "replaced"])
-    def test_a_damaged_one_is_walked_again(self, root: bytes, tmp_path: Path, walks: list[bytes], damage: str) -> None:
+    def test_damaged_file_is_walked_again(self, root: bytes, tmp_path: Path, walks: list[bytes], damage: str) -> None:
         size = opened(self.layouts(tmp_path), "key", root).size
         [file] = (tmp_path / "cache").iterdir()
         content = file.read_bytes()
@@ -442,7 +440,7 @@ class TestOnDisk:
         assert opened(self.layouts(tmp_path), "key", root).size == size
         assert len(walks) == 2
 
-    def test_one_that_is_damaged_under_a_reader_breaks_it(self, root: bytes, tmp_path: Path) -> None:
+    def test_file_damaged_under_a_reader_breaks_it(self, root: bytes, tmp_path: Path) -> None:
         layout = opened(self.layouts(tmp_path), "key", root)
         [file] = (tmp_path / "cache").iterdir()
         with file.open("r+b") as opened_file:
@@ -452,9 +450,7 @@ class TestOnDisk:
         with pytest.raises(CacheFileError):
             whole(layout.window(0, layout.size))
 
-    def test_one_that_a_reader_found_damaged_is_walked_again(
-        self, root: bytes, tmp_path: Path, walks: list[bytes]
-    ) -> None:
+    def test_damage_found_by_a_reader_causes_a_new_walk(self, root: bytes, tmp_path: Path, walks: list[bytes]) -> None:
         expected = whole(tree_reader.dump(root))
         del walks[:]
         layouts = Layouts(1 << 20, NarCache(str(tmp_path / "cache"), 1 << 30))
@@ -469,7 +465,7 @@ class TestOnDisk:
         assert b"".join(file_reader.flatten(path.read(0, None))) == expected
         assert len(walks) == 2
 
-    def test_a_disk_that_is_full_leaves_the_rest_in_memory(
+    def test_full_disk_keeps_the_rest_in_memory(
         self, root: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         expected = whole(tree_reader.dump(root))
@@ -487,14 +483,14 @@ class TestOnDisk:
         assert len(times) <= 4
         assert list((tmp_path / "cache").iterdir()) == []
 
-    def test_what_another_process_fills_is_found_without_it(self, root: bytes, tmp_path: Path) -> None:
+    def test_file_that_another_process_fills_is_not_waited_for(self, root: bytes, tmp_path: Path) -> None:
         other = NarCache(str(tmp_path / "cache"), 1 << 30)
         filling = other.open_file("key")
         assert filling is not None
         with closing(filling[0]):
             assert opened(self.layouts(tmp_path), "key", root).size == len(whole(tree_reader.dump(root)))
 
-    def test_a_failed_walk_leaves_no_file(self, root: bytes, tmp_path: Path) -> None:
+    def test_failed_walk_leaves_no_file(self, root: bytes, tmp_path: Path) -> None:
         os.mkfifo(root + b"/fifo")
         layout = opened(self.layouts(tmp_path), "key", root)
         assert isinstance(layout.error, StoreObjectError)

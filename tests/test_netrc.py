@@ -1,4 +1,4 @@
-"""A netrc(5) means to us what it means to curl, and so to Nix."""
+"""A netrc(5) is parsed like by curl, which Nix uses."""
 
 import base64
 import random
@@ -58,7 +58,7 @@ NOT_OF_EVERY_CURL = {
     "a_hash_before_a_word",
     "a_macro_within",
 }
-"""Where releases of curl differ; we follow the newest."""
+"""Cases that releases of curl treat differently; we follow the newest."""
 
 
 def ours(content: bytes) -> bytes | None:
@@ -67,16 +67,16 @@ def ours(content: bytes) -> bytes | None:
 
 
 @pytest.mark.parametrize(("content", "expected"), OUR_CASES.values(), ids=OUR_CASES)
-def test_what_a_netrc_means(content: bytes, expected: bytes | None) -> None:
+def test_netrc_selects_the_credentials(content: bytes, expected: bytes | None) -> None:
     assert ours(content) == expected
 
 
-def test_the_case_of_a_host_does_not_matter() -> None:
+def test_case_of_the_host_does_not_matter() -> None:
     assert netrc.authorization(b"machine Cache.Example.ORG password x", "cache.EXAMPLE.org") == netrc.basic(b"", b"x")
 
 
 @pytest.mark.parametrize("content", [b'machine 127.0.0.1 login "sesame', b"#" * (netrc.MAX_BYTES + 1)])
-def test_what_curl_cannot_read_is_refused_and_not_shown(content: bytes) -> None:
+def test_netrc_that_curl_cannot_read_is_rejected_and_not_shown(content: bytes) -> None:
     with pytest.raises(FormatError) as error:
         netrc.authorization(content, HOST)
     assert "sesame" not in str(error.value)
@@ -85,9 +85,9 @@ def test_what_curl_cannot_read_is_refused_and_not_shown(content: bytes) -> None:
 class _Echo(QuietHandler):
     """Answers with the credentials of the request."""
 
-    wbufsize = -1  # one packet for an answer: two wait for each other (RFC 896)
+    wbufsize = -1  # one packet for each response: with two, TCP would delay the second (RFC 896)
 
-    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
+    def do_GET(self) -> None:  # noqa: N802 (name from http.server)
         sent = self.headers.get("Authorization", "none")
         self.send_response(200)
         self.send_header("Content-Length", str(len(sent) + 1))
@@ -101,16 +101,16 @@ def echo() -> Iterator[str]:
         yield f"http://{HOST}:{server.server_port}/"
 
 
-def what_curl_sends(files: list[bytes], directory: Path) -> list[bytes | None]:
-    """Return what one curl sends with each of these files."""
+def credentials_from_curl(files: list[bytes], directory: Path) -> list[bytes | None]:
+    """Return the credentials that one curl process sends with each of these files."""
     with echo() as url:
         operations = []
         for number, content in enumerate(files):
             (directory / str(number)).write_bytes(content)
             operations.append(f'url = "{url}"\nnetrc-file = "{directory}/{number}"\nsilent\nnoproxy = "*"\n')
         command = ["curl", "--disable", "--config", "-"]
-        told = subprocess.run(command, input="next\n".join(operations).encode(), stdout=subprocess.PIPE, check=True)
-    lines = told.stdout.splitlines()
+        done = subprocess.run(command, input="next\n".join(operations).encode(), stdout=subprocess.PIPE, check=True)
+    lines = done.stdout.splitlines()
     return [None if line == b"none" else base64.b64decode(line.removeprefix(b"Basic ")) for line in lines]
 
 
@@ -127,7 +127,7 @@ def some_gap(chance: random.Random) -> str:
 
 
 def some_pair(chance: random.Random, keyword: str, value: str) -> str:
-    """Some curls take an empty rest of a line for the value."""
+    """Return a keyword with its value. Some releases of curl take an empty rest of a line for the value."""
     return keyword + chance.choice([" ", "  ", "\t", "\n"]) + value
 
 
@@ -139,7 +139,7 @@ def some_entry(chance: random.Random, name: str) -> str:
 
 
 def some_netrc(chance: random.Random) -> bytes:
-    """Return a file with all that a netrc may have, as far as all releases of curl agree about it."""
+    """Return a random netrc with all syntax that all releases of curl parse alike."""
     hosts = ["127.0.0.1", "other", "127.0.0.1:80", "127.0.0.10", "example.org"]
     parts = []
     for _ in range(chance.randint(0, 5)):
@@ -147,17 +147,17 @@ def some_netrc(chance: random.Random) -> bytes:
         comment = f"# {some_entry(chance, 'machine 127.0.0.1').splitlines()[0]}"
         others = [comment, "macdef init\nput a b\n\n", some_entry(chance, "default")]
         parts.append(machine if chance.random() < 0.65 else chance.choice(others))
-    if chance.random() < 0.3:  # the last one may leave something out
+    if chance.random() < 0.3:  # the last entry may be incomplete
         parts.append(chance.choice(["machine 127.0.0.1 password x", "machine 127.0.0.1 login x", "machine 127.0.0.1"]))
     return ("\n".join(parts) + chance.choice(["", "\n"])).encode()
 
 
 @needs("curl")
-def test_curl_sends_the_same(tmp_path: Path) -> None:
+def test_curl_sends_the_same_credentials(tmp_path: Path) -> None:
     chance = random.Random(16)
     files = [content for name, (content, _) in OUR_CASES.items() if name not in NOT_OF_EVERY_CURL]
     files += [some_netrc(chance) for _ in range(500)]
-    theirs = what_curl_sends(files, tmp_path)
+    theirs = credentials_from_curl(files, tmp_path)
     assert len(theirs) == len(files)
     for content, expected in zip(files, theirs, strict=True):
         assert ours(content) == expected, content

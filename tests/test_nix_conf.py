@@ -1,4 +1,4 @@
-"""The keys that Nix trusts are found where Nix finds them."""
+"""The trusted public keys are read from the same files as by Nix."""
 
 import os
 import subprocess
@@ -17,11 +17,11 @@ def names(tmp_path: Path, **environment: str) -> list[str]:
     return [key.name for key in trusted_keys({"NIX_CONF_DIR": str(tmp_path), "HOME": str(tmp_path), **environment})]
 
 
-def test_without_a_file_it_is_the_one_that_nix_comes_with(tmp_path: Path) -> None:
+def test_default_is_the_key_of_cache_nixos_org(tmp_path: Path) -> None:
     assert names(tmp_path) == ["cache.nixos.org-1"]
 
 
-def test_all_files_count_and_the_environment_last(tmp_path: Path) -> None:
+def test_all_files_and_last_the_environment_are_read(tmp_path: Path) -> None:
     (tmp_path / ".config/nix").mkdir(parents=True)
     (tmp_path / ".config/nix/nix.conf").write_text(f"extra-trusted-public-keys = {TWO}\n")
     (tmp_path / "nix.conf").write_text(f"# a comment\ntrusted-public-keys = {ONE} broken # and more\n\ncores = 4\n")
@@ -30,7 +30,7 @@ def test_all_files_count_and_the_environment_last(tmp_path: Path) -> None:
     assert names(tmp_path, NIX_CONFIG=f"trusted-public-keys = {THREE}") == ["three"]
 
 
-def test_files_include_others(tmp_path: Path) -> None:
+def test_included_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "nix.conf").write_text("include more.conf\n!include none.conf\n")
     (tmp_path / "more.conf").write_text(f"extra-trusted-public-keys = {ONE}\ninclude nix.conf\n")
     assert names(tmp_path) == ["cache.nixos.org-1", "one"]
@@ -38,7 +38,7 @@ def test_files_include_others(tmp_path: Path) -> None:
 
 @pytest.mark.nix
 @needs("nix")
-def test_nix_trusts_the_same(tmp_path: Path) -> None:
+def test_nix_trusts_the_same_keys(tmp_path: Path) -> None:
     (tmp_path / ".config/nix").mkdir(parents=True)
     (tmp_path / ".config/nix/nix.conf").write_text("include more.conf\n")
     (tmp_path / ".config/nix/more.conf").write_text(f"extra-trusted-public-keys = {TWO}\n")

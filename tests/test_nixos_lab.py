@@ -1,4 +1,4 @@
-"""What drives the NixOS tests here waits for a machine in whatever order things happen on it."""
+"""The driver of the NixOS tests waits for a machine, in whatever order its processes start."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ ADDRESSES = Addresses("192.168.1.1", "2001:db8:1::1")
 
 @pytest.fixture
 def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Container]:
-    """A machine whose first process has children that end at once, and then one by the name of systemd."""
+    """Start a machine whose first process has short-lived children, and then one named systemd."""
     shutil.copy("/bin/sleep", tmp_path / "systemd")
     script = tmp_path / "container.sh"
     script.write_text(f"for _ in $(seq 50); do env true; done; setpriv --pdeathsig KILL {tmp_path}/systemd 60; exit 1")
@@ -24,14 +24,14 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contai
     machine.release()
 
 
-def test_process_1_is_found_behind_processes_that_vanish(starting: Container) -> None:
+def test_process_1_is_found_behind_short_lived_processes(starting: Container) -> None:
     while not starting._is_process_1_systemd():  # noqa: SLF001
         pass
     assert Path(f"/proc/{starting._init}/comm").read_text() == "systemd\n"  # noqa: SLF001
 
 
 class Scripted(Machine):
-    """A machine with a unit whose job takes as many looks of anybody as `delay`."""
+    """A machine with a unit whose job takes `delay` queries to finish."""
 
     def __init__(self, state: Path, delay: int, *, outcome: str) -> None:
         super().__init__("server", ADDRESSES, state, state / "server")
@@ -53,10 +53,10 @@ class Scripted(Machine):
 
 @pytest.mark.parametrize("delay", range(4))
 class TestWaitForUnit:
-    def test_a_unit_that_is_started_at_any_moment(self, tmp_path: Path, delay: int) -> None:
+    def test_unit_started_at_any_moment_is_waited_for(self, tmp_path: Path, delay: int) -> None:
         Scripted(tmp_path, delay, outcome="active").wait_for_unit("harmonia.service")
 
     @pytest.mark.parametrize("outcome", ["failed", "inactive"])
-    def test_a_unit_that_nothing_will_start(self, tmp_path: Path, delay: int, outcome: str) -> None:
+    def test_unit_that_failed_or_never_starts_raises(self, tmp_path: Path, delay: int, outcome: str) -> None:
         with pytest.raises(MachineError, match=outcome):
             Scripted(tmp_path, delay, outcome=outcome).wait_for_unit("harmonia.service")

@@ -1,4 +1,4 @@
-"""A configuration for nixpkgs' module, for upstream's own, or for nix-serve means the same with our module.
+"""A configuration for the modules of nixpkgs, the Rust Harmonia or nix-serve keeps its meaning with our module.
 
 The options are those of nixos/modules/services/networking/harmonia.nix in nixpkgs (for Harmonia 3.3, September 2026),
 and of nix/module.nix and nix/gc-options.nix in upstream's repository (of the same month). Most combinations are taken
@@ -18,7 +18,7 @@ from support.nixos_machine import configured, directives, needs_nix
 pytestmark = [pytest.mark.nix, needs_nix]
 
 SAME = None
-"""The option has the meaning that it has there, and gives no warning."""
+"""The option keeps its meaning, and gives no warning."""
 RENAME = "rename it to services.harmonia"
 ONE_KEY = "add the path to signKeyPaths"
 NO_DAEMON = "reads the store without a daemon: remove it"
@@ -31,7 +31,7 @@ CACHE = {
     "signKeyPath": ('"/secrets/key"', ONE_KEY),
     "signKeyPaths": ('[ "/secrets/one" "/secrets/two" ]', SAME),
 }
-"""Options of the cache: a value, and a part of the one warning."""
+"""Options of the cache: a value, and a part of the only warning."""
 OTHERS = {
     "daemon.enable": ("true", NO_DAEMON),
     "daemon.dbPath": ('"/other/db.sqlite"', NO_DAEMON),
@@ -53,7 +53,7 @@ OTHERS = {
     "gc.randomizedDelaySec": ('"45min"', NO_GC),
     "gc.of_a_later_version": ("1", NO_GC),
 }
-"""The same of what has no counterpart here."""
+"""Options without a counterpart here: a value, and a part of the only warning."""
 OPTIONS = {
     **{f"harmonia.{name}": row for name, row in (CACHE | OTHERS).items()},
     **{f"harmonia.cache.{name}": row for name, row in CACHE.items()},
@@ -65,7 +65,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "alone"])
-def test_an_option_of_theirs_is_taken_and_can_be_read(option: str, *, enabled: bool) -> None:
+def test_foreign_option_is_accepted_and_readable(option: str, *, enabled: bool) -> None:
     value, warning = OPTIONS[option]
     machine = configured(
         "enable = true;" if enabled and not option.endswith(".enable") else "",
@@ -80,12 +80,12 @@ def test_an_option_of_theirs_is_taken_and_can_be_read(option: str, *, enabled: b
     if warning is SAME:
         assert machine["warnings"] == []
     else:
-        [told] = machine["warnings"]
-        assert warning in told
+        [message] = machine["warnings"]
+        assert warning in message
 
 
 def test_options_without_a_counterpart_have_their_defaults() -> None:
-    """Other modules read them."""
+    """Other modules may read them."""
     machine = configured("", read="{ inherit (config.services.harmonia) daemon gc; }")
     assert machine["read"]["daemon"]["socketPath"] == "/run/harmonia-daemon/socket"
     assert machine["read"]["gc"]["automatic"] is machine["read"]["gc"]["enable"] is False
@@ -107,20 +107,20 @@ def test_one_warning_names_all_remedies() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration, and its meaning."""
+    """A configuration and its meaning."""
 
     configuration: str
     """Options of NixOS."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of Harmonia, beside the module's own."""
+    """Settings of Harmonia, in addition to those of the module."""
     streams: tuple[str, ...] = ("5000",)
-    """Where systemd listens."""
+    """Addresses on which systemd listens."""
     credentials: tuple[str, ...] = ()
-    """Files that systemd hands over."""
+    """Files that systemd passes as credentials."""
     units: Mapping[str, list[str]] = field(default_factory=dict)
     """Lines of the unit files."""
     read: Mapping[str, Any] = field(default_factory=dict)
-    """Values that Nix expressions have, as other modules would read them."""
+    """Values of Nix expressions that other modules may read."""
     warnings: tuple[str, ...] = ()
     """A part of each warning."""
 
@@ -379,7 +379,7 @@ def toml(settings: Mapping[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_configuration_means_what_it_meant(name: str) -> None:
+def test_configuration_keeps_its_meaning(name: str) -> None:
     case = CASES[name]
     read = "".join(f"({expression}) " for expression in case.read)
     machine = configured("", module=f"{{ config, lib, pkgs, ... }}: {{ {case.configuration} }}", read=f"[ {read}]")

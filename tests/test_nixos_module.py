@@ -1,4 +1,4 @@
-"""module.nix keeps what it says."""
+"""module.nix works as documented."""
 
 import json
 import re
@@ -22,18 +22,18 @@ from support.programs import needs
 UNITS = ROOT / "docs/systemd"
 
 EXPOSURE = 0.3
-"""What `systemd-analyze security` says of the unit: 0 is nothing, 10 everything."""
+"""The exposure that `systemd-analyze security` reports for the unit: 0 is none, 10 everything."""
 EXPOSURE_IN_NETWORK = 1.2
-"""The same with upstreams, which are asked over the machine's own network."""
+"""The exposure with upstreams, which need the network of the machine."""
 EXPOSED = {"SystemCallFilter_resources", "RootDirectoryOrRootImage", "RestrictAddressFamilies_AF_UNIX", "DeviceAllow"}
-"""What that is made of; docs/reference/service.md tells why."""
+"""The causes of the exposure; docs/reference/service.md explains them."""
 
 DEFAULTS = {"bind": "[::]:5000", "priority": 50, "workers": 4}
 """Settings that the module always writes."""
 
 
-def test_every_file_is_handed_over() -> None:
-    """But for those of Nix, which everyone may read."""
+def test_every_file_setting_is_passed_as_a_credential() -> None:
+    """The files of Nix are excluded, because everyone can read them."""
     known = module_keys(Settings)
     named = {name for name in {**known, **known["upstream"]["keys"]} if re.search("_paths?$|_file$|^netrc$", name)}
     handed_over = {
@@ -45,12 +45,12 @@ def test_every_file_is_handed_over() -> None:
 @pytest.mark.nix
 @needs_nix
 class TestModule:
-    def test_is_off_by_default(self) -> None:
+    def test_module_is_off_by_default(self) -> None:
         machine = configured("")
         assert machine["service"] is machine["socket"] is None
         assert machine["failed"] == machine["warnings"] == machine["ports"] == []
 
-    def test_works_with_enable_alone(self) -> None:
+    def test_enable_alone_is_sufficient(self) -> None:
         machine = configured("enable = true;")
         assert machine["failed"] == machine["warnings"] == machine["ports"] == []
         assert machine["settings"] == DEFAULTS
@@ -68,12 +68,12 @@ class TestModule:
         }.items():
             assert directives(machine["service"], key) == [value]
 
-    def test_needs_no_nix_on_the_server(self) -> None:
+    def test_server_needs_no_nix(self) -> None:
         machine = configured("enable = true;", beside="nix.enable = false;")
         assert machine["failed"] == []
         assert "nix-daemon.s" not in machine["service"] + machine["socket"]
 
-    def test_hands_keys_certificates_and_tokens_over(self) -> None:
+    def test_keys_certificates_and_tokens_are_passed_as_credentials(self) -> None:
         machine = configured("""
           enable = true;
           signKeyPaths = [ "/secrets/one" ];
@@ -115,7 +115,7 @@ class TestModule:
             "tokens_path": "/secrets/tokens",
         }
 
-    def test_warns_of_a_secret_key_in_the_store(self) -> None:
+    def test_secret_key_in_the_store_gives_a_warning(self) -> None:
         path = "/nix/store/00000000000000000000000000000000-key"
         [warning] = configured(f'enable = true; signKeyPaths = [ "{path}" ];')["warnings"]
         assert path in warning
@@ -139,7 +139,7 @@ class TestModule:
             ("unix:///run/harmonia/socket", ["/run/harmonia/socket"]),
         ],
     )
-    def test_listens_where_bind_says(self, bind: str, streams: list[str]) -> None:
+    def test_socket_unit_listens_on_bind(self, bind: str, streams: list[str]) -> None:
         machine = configured(f'enable = true; settings.bind = "{bind}";')
         assert machine["failed"] == []
         assert directives(machine["socket"], "ListenStream") == streams
@@ -158,14 +158,14 @@ class TestModule:
             ),
         ],
     )
-    def test_tells_what_cannot_work(self, configuration: str, key: str) -> None:
+    def test_contradictory_options_fail(self, configuration: str, key: str) -> None:
         [message] = configured(f"enable = true; {configuration}")["failed"]
         assert f"services.harmonia.{key}" in message
 
-    def test_opens_the_port_it_listens_on(self) -> None:
+    def test_open_firewall_opens_the_port_of_bind(self) -> None:
         assert configured('enable = true; openFirewall = true; settings.bind = "[::]:8080";')["ports"] == [8080]
 
-    def test_writes_settings_as_they_are_given(self) -> None:
+    def test_settings_are_written_unchanged(self) -> None:
         machine = configured(
             'enable = true; cacheSize = "50G"; settings = { workers = 2; zstd.level = 7; shutdown_grace = 5; };'
         )
@@ -178,11 +178,11 @@ class TestModule:
         }
         assert directives(machine["service"], "TimeoutStopSec") == ["15"]
 
-    def test_refuses_a_setting_of_the_wrong_type(self) -> None:
+    def test_setting_of_the_wrong_type_is_rejected(self) -> None:
         with pytest.raises(AssertionError, match=r"settings\.workers' is not of type|is not of type"):
             configured('enable = true; settings.workers = "many";')
 
-    def test_puts_nginx_in_front(self) -> None:
+    def test_nginx_option_sets_up_a_proxy(self) -> None:
         machine = configured('enable = true; openFirewall = true; nginx = { enable = true; hostName = "c.org"; };')
         assert machine["failed"] == []
         assert machine["settings"] == {
@@ -205,7 +205,7 @@ class TestModule:
         ("bind", "upstream"),
         [("127.0.0.1:5000", "127.0.0.1:5000"), ("[::]:5001", "127.0.0.1:5001"), ("localhost:80", "127.0.0.1:80")],
     )
-    def test_trusts_an_nginx_that_comes_over_tcp(self, bind: str, upstream: str) -> None:
+    def test_nginx_over_tcp_is_trusted(self, bind: str, upstream: str) -> None:
         machine = configured(
             f'enable = true; nginx = {{ enable = true; hostName = "c.org"; }}; settings.bind = "{bind}";'
         )
@@ -213,13 +213,13 @@ class TestModule:
         assert machine["settings"]["trusted_proxies"] == ["127.0.0.1", "::1"]
         assert machine["upstreams"] == {"harmonia": [upstream]}
 
-    def test_sets_a_client_up(self) -> None:
+    def test_client_caches_set_up_a_client(self) -> None:
         machine = configured('client.caches."https://cache.example.org" = [ "cache.example.org-1:abc=" ];')
         assert machine["service"] is None
         assert set(machine["nix"]["substituters"]) == {"https://cache.example.org", "https://cache.nixos.org/"}
         assert "cache.example.org-1:abc=" in machine["nix"]["trusted-public-keys"]
 
-    def test_shows_a_store_in_a_hidden_place_to_the_service(self) -> None:
+    def test_store_below_home_is_visible_to_the_service(self) -> None:
         machine = configured('enable = true; settings.real_nix_store = "/home/builder/root/nix/store";')
         assert directives(machine["service"], "ProtectHome") == ["tmpfs"]
         assert directives(machine["service"], "RequiresMountsFor") == ["/home/builder/root/nix"]
@@ -228,7 +228,7 @@ class TestModule:
         assert directives(elsewhere["service"], "ProtectHome") == ["true"]
         assert directives(elsewhere["service"], "BindReadOnlyPaths") == []
 
-    def test_takes_the_network_for_metrics_of_their_own_alone(self) -> None:
+    def test_service_has_a_network_only_for_metrics_bind(self) -> None:
         alone = configured("enable = true;")["service"]
         assert directives(alone, "PrivateNetwork") == ["true"]
         assert directives(alone, "RestrictAddressFamilies") == ["AF_UNIX"]
@@ -236,7 +236,7 @@ class TestModule:
         assert directives(metrics, "PrivateNetwork") == ["false"]
         assert directives(metrics, "IPAddressDeny") == []
 
-    def test_lets_upstream_caches_be_asked(self) -> None:
+    def test_service_has_a_network_for_upstreams(self) -> None:
         machine = configured("""
           enable = true;
           settings.upstream = [
@@ -254,33 +254,33 @@ class TestModule:
             {"url": "https://private.example.org", "credentials_file": "/secrets/password"},
         ]
 
-    def test_has_no_capability(self) -> None:
+    def test_service_has_no_capability(self) -> None:
         service = configured("enable = true;")["service"]
         assert directives(service, "CapabilityBoundingSet") == directives(service, "AmbientCapabilities") == [""]
 
     @needs("systemd-analyze")
-    def test_exposes_no_more_than_it_did(self, tmp_path: Path) -> None:
+    def test_exposure_does_not_increase(self, tmp_path: Path) -> None:
         unit = tmp_path / "harmonia.service"
         guide = (ROOT / "docs/reference/service.md").read_text()
 
-        def said(*options: str) -> str:
+        def security(*options: str) -> str:
             return subprocess.check_output(
                 ["systemd-analyze", "security", "--offline=yes", "--no-pager", *options, str(unit)], text=True
             )
 
         unit.write_text(configured('enable = true; signKeyPaths = [ "/secrets/one" ];')["service"])
-        assert {each["json_field"] for each in json.loads(said("--json=short")) if each["exposure"]} == EXPOSED
-        assert f"harmonia.service: {EXPOSURE} " in said()
+        assert {each["json_field"] for each in json.loads(security("--json=short")) if each["exposure"]} == EXPOSED
+        assert f"harmonia.service: {EXPOSURE} " in security()
         assert f"exposure level of {EXPOSURE} " in guide
         unit.write_text(configured('enable = true; settings.upstream = [ { url = "http://origin"; } ];')["service"])
-        assert f"harmonia.service: {EXPOSURE_IN_NETWORK} " in said()
+        assert f"harmonia.service: {EXPOSURE_IN_NETWORK} " in security()
         assert f"the level is {EXPOSURE_IN_NETWORK}." in guide
 
 
 @pytest.mark.nix
 @needs_nix
-class TestSettingsAreCheckedWhenTheSystemIsBuilt:
-    """Nix really builds the file, in a store of its own, with this Harmonia."""
+class TestSettingsCheckAtBuildTime:
+    """Nix builds the file, in a store of its own, with this Harmonia."""
 
     @pytest.fixture
     def build(self, tmp_path: Path) -> Any:
@@ -314,7 +314,7 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
 
         return build
 
-    def test_right_ones_are_what_the_service_reads(self, build: Any) -> None:
+    def test_valid_settings_are_the_file_of_the_service(self, build: Any) -> None:
         built = build(
             'settings = { priority = 35; zstd.level = 7; trusted_proxies = [ "unix" ]; base_url = "http://c"; };'
         )
@@ -329,23 +329,23 @@ class TestSettingsAreCheckedWhenTheSystemIsBuilt:
         }
 
     @pytest.mark.parametrize(
-        ("settings", "said"),
+        ("settings", "message"),
         [
             ("settings.worker = 2;", "did you mean workers?"),
             ('settings.tls_cert_path = "/secrets/cert.pem";', "set without tls_key_path"),
             ('cacheSize = "lots";', "cache_size: expected"),
         ],
     )
-    def test_wrong_ones_fail_the_build(self, build: Any, settings: str, said: str) -> None:
+    def test_invalid_settings_fail_the_build(self, build: Any, settings: str, message: str) -> None:
         built = build(settings)
         assert built.returncode != 0
-        assert said in built.stderr
+        assert message in built.stderr
 
 
 @pytest.mark.nix
 @needs_nix
-def test_the_lock_is_what_the_flake_asks_for() -> None:
-    """The file is JSON that no tool here may renew: its pin and flake.nix must name the same nixpkgs."""
+def test_lock_and_flake_name_the_same_nixpkgs() -> None:
+    """No tool here can renew the lock file, which is JSON, so pin and flake.nix must agree."""
     lock = json.loads((ROOT / "flake.lock").read_text())
     node = lock["nodes"][lock["nodes"]["root"]["inputs"]["nixpkgs"]]
     asked = node["original"]
@@ -359,8 +359,8 @@ def test_the_lock_is_what_the_flake_asks_for() -> None:
 
 @pytest.mark.newer_nix
 @pytest.mark.parametrize("newer", NIXES[1:], ids=lambda nix: nix.name)
-def test_the_flake_is_one(newer: Nix, tmp_path: Path) -> None:
-    """Nix 2.8 knows no `path:` that is relative, so here are the newer ones."""
+def test_flake_check_passes(newer: Nix, tmp_path: Path) -> None:
+    """Nix 2.8 does not support relative `path:`, so newer versions run it."""
     if newer.missing is not None:
         pytest.skip(newer.missing)
     client = Client(newer, tmp_path / "client")

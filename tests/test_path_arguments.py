@@ -1,4 +1,4 @@
-"""Which paths are meant, by name, by references and by roots: as Nix finds them."""
+"""Path arguments, closures and GC roots are resolved as by Nix."""
 
 import os
 import subprocess
@@ -31,14 +31,16 @@ def text(builder: StoreBuilder) -> PathInfo:
 
 
 class TestNamed:
-    def test_by_its_names(self, store: Store, text: PathInfo) -> None:
+    def test_every_form_of_a_path_is_resolved(self, store: Store, text: PathInfo) -> None:
         real = store.real_path(text.path)
         for name in (f"/nix/store/{text.path}", f"{store.real_dir}/{text.path}", text.path, text.path.hash_part):
             assert resolve(store, name) == (text, real)
             assert resolve(store, f"{name}/a/b") == (text, real + b"/a/b")
         assert resolve(store, f"/nix/store/{text.path}/") == (text, real)
 
-    def test_by_symlinks(self, store: Store, text: PathInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_symlinks_are_followed(
+        self, store: Store, text: PathInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         (tmp_path / "profile-1-link").symlink_to(f"/nix/store/{text.path}")
         (tmp_path / "profile").symlink_to("profile-1-link")
         (tmp_path / "loop").symlink_to("loop")
@@ -50,15 +52,15 @@ class TestNamed:
             resolve(store, "loop")
 
     @pytest.mark.parametrize("name", ["", "/", "text", "/nix/store", "/nix/store/", "/etc/passwd", "0" * 32])
-    def test_what_is_none(self, store: Store, text: PathInfo, name: str) -> None:
+    def test_other_arguments_raise(self, store: Store, text: PathInfo, name: str) -> None:
         with pytest.raises(InvalidPathError, match="does not name a valid path of the store /nix/store"):
             resolve(store, name)
-        for wrong in (f"{text.path}x", f"/nix/store/{text.path}x", f"/nix/store/{text.path.hash_part}-other"):
+        for unknown in (f"{text.path}x", f"/nix/store/{text.path}x", f"/nix/store/{text.path.hash_part}-other"):
             with pytest.raises(InvalidPathError):
-                resolve(store, wrong)
+                resolve(store, unknown)
 
 
-def test_a_closure_is_all_that_is_referred_to(builder: StoreBuilder, store: Store) -> None:
+def test_closure_has_all_references(builder: StoreBuilder, store: Store) -> None:
     a = builder.add_text("a", b"").path
     b = builder.output_path("b")
     builder.add(b, b"", references=[a, b])
@@ -73,7 +75,7 @@ def test_a_closure_is_all_that_is_referred_to(builder: StoreBuilder, store: Stor
 
 @pytest.fixture
 def roots(builder: StoreBuilder, tmp_path: Path) -> Callable[..., Path]:
-    """Makes all kinds of roots, and some that are none. The paths of those that count are called root-…"""
+    """Return a function that creates valid and invalid GC roots. The paths of valid roots are called root-…"""
     state = tmp_path / "root/nix/var/nix"
 
     def path(name: str) -> str:
@@ -105,7 +107,7 @@ def roots(builder: StoreBuilder, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_roots_of_all_kinds_are_found(store: Store, roots: Callable[..., Path]) -> None:
+def test_gc_roots_of_all_kinds_are_found(store: Store, roots: Callable[..., Path]) -> None:
     found = gc_roots(store, str(roots()))
     assert {path.name for path in found} == {
         f"root-{it}" for it in ("direct", "deep", "inside", "indirect", "profile", "file")
@@ -113,13 +115,13 @@ def test_roots_of_all_kinds_are_found(store: Store, roots: Callable[..., Path]) 
     assert len(found) == 6
 
 
-def test_no_state_directory_is_no_root(store: Store, tmp_path: Path) -> None:
+def test_missing_state_directory_has_no_gc_roots(store: Store, tmp_path: Path) -> None:
     assert gc_roots(store, str(tmp_path / "none")) == []
 
 
 @pytest.mark.nix
 @needs("nix-store")
-def test_nix_finds_the_same_roots(store: Store, roots: Callable[..., Path], tmp_path: Path) -> None:
+def test_nix_finds_the_same_gc_roots(store: Store, roots: Callable[..., Path], tmp_path: Path) -> None:
     state = roots()
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONFIG": "build-users-group =\n"}
     command = ["nix-store", "--store", f"local?root={tmp_path}/root", "--gc", "--print-roots"]

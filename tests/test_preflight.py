@@ -1,4 +1,4 @@
-"""What a start refuses or warns of, `check-config` tells beforehand in the same words, and disturbs nobody by it."""
+"""`check-config` gives the same errors and warnings as a start of the server, without side effects."""
 
 import re
 import shutil
@@ -29,13 +29,13 @@ def store(tmp_path: Path) -> StoreBuilder:
     return builder
 
 
-def told(directory: Path, settings: str) -> str:
-    """What both say who may not go on, after the name of the file. Lines of `settings` begin with the fourth."""
+def reported_error(directory: Path, settings: str) -> str:
+    """Return the error of both, without the name of the file. Lines of `settings` begin with the fourth."""
     server = Server(directory / "server", directory / "store", settings, bind="127.0.0.1:0")
     lines = server.config.read_text().splitlines()
-    given = {line.split(" = ")[0] for line in settings.splitlines()}
-    kept = "\n".join(line for line in lines[:5] if line.split(" = ")[0] not in given)
-    server.config.write_text(f"{kept}\n{settings}\n")
+    changed_keys = {line.split(" = ")[0] for line in settings.splitlines()}
+    other_lines = "\n".join(line for line in lines[:5] if line.split(" = ")[0] not in changed_keys)
+    server.config.write_text(f"{other_lines}\n{settings}\n")
     server.launch()
     assert server.wait() == 2
     (line,) = server.log
@@ -45,7 +45,7 @@ def told(directory: Path, settings: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("setting", "what"),
+    ("setting", "expected"),
     [
         ("bind = 'no-such-host.invalid:5000'", "bind: no-such-host.invalid:5000 cannot be resolved: "),
         ("bind = 'a..b:5000'", "bind: a..b:5000 cannot be resolved: not a host name; choose another"),
@@ -75,8 +75,8 @@ def told(directory: Path, settings: str) -> str:
     ],
 )
 @pytest.mark.usefixtures("store")
-def test_what_cannot_work_is_refused_by_both(tmp_path: Path, setting: str, what: str) -> None:
-    assert told(tmp_path, setting.replace("ROOT", str(tmp_path))).startswith(what)
+def test_server_and_check_config_report_the_same_error(tmp_path: Path, setting: str, expected: str) -> None:
+    assert reported_error(tmp_path, setting.replace("ROOT", str(tmp_path))).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +94,14 @@ def test_what_cannot_work_is_refused_by_both(tmp_path: Path, setting: str, what:
     ],
 )
 @pytest.mark.usefixtures("store")
-def test_two_settings_do_not_take_one_address(
+def test_overlapping_addresses_are_rejected(
     start: Start, tmp_path: Path, bind: str, metrics_bind: str, *, refused: bool
 ) -> None:
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     bind, metrics_bind = (each.format(port=port, directory=tmp_path) for each in (bind, metrics_bind))
     if refused:
-        line = told(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
+        line = reported_error(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
         expected = f"metrics_bind: {metrics_bind} overlaps with bind = '{bind}'; choose another address\n"
         assert line == expected.replace(str(tmp_path), "ROOT")
     else:
@@ -109,7 +109,7 @@ def test_two_settings_do_not_take_one_address(
 
 
 def certificate(directory: Path, *, days: int) -> str:
-    """One whose time ends so many days from now, as settings."""
+    """Create a certificate that expires in `days` days, and return its settings."""
     for command in (
         "req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=cache -keyout key.pem -out request.pem",
         f"x509 -req -in request.pem -key key.pem -days {days} -out cert.pem",
@@ -119,8 +119,8 @@ def certificate(directory: Path, *, days: int) -> str:
     return f"tls_cert_path = '{directory}/cert.pem'\ntls_key_path = '{directory}/key.pem'"
 
 
-def warned(start: Start, root: Path, settings: str) -> list[str]:
-    """The warnings of both, without time and file."""
+def warnings(start: Start, root: Path, settings: str) -> list[str]:
+    """Return the warnings of both, without time and file."""
     server = start(store=root / "store", settings=settings)
     checked = run("--config", str(server.config), "check-config")
     assert checked.returncode == 0
@@ -136,19 +136,19 @@ def warned(start: Start, root: Path, settings: str) -> list[str]:
 @needs("openssl")
 @pytest.mark.parametrize("days", [-1, 1])
 @pytest.mark.usefixtures("store")
-def test_a_certificate_that_clients_will_refuse_is_warned_of(start: Start, tmp_path: Path, days: int) -> None:
-    told = "6: tls_cert_path: clients will refuse 'ROOT/cert.pem': certificate has expired; replace it\n"
-    assert warned(start, tmp_path, certificate(tmp_path, days=days)) == ([told] if days < 0 else [])
+def test_expired_certificate_gives_a_warning(start: Start, tmp_path: Path, days: int) -> None:
+    message = "6: tls_cert_path: clients will refuse 'ROOT/cert.pem': certificate has expired; replace it\n"
+    assert warnings(start, tmp_path, certificate(tmp_path, days=days)) == ([message] if days < 0 else [])
 
 
 @pytest.mark.usefixtures("store")
-def test_logs_that_are_not_there_are_warned_of(start: Start, tmp_path: Path) -> None:
-    told = "6: log_dir: 'ROOT/none' is not a directory; name the directory of Nix's logs\n"
-    assert warned(start, tmp_path, f"log_dir = '{tmp_path}/none'") == [told]
+def test_missing_log_directory_gives_a_warning(start: Start, tmp_path: Path) -> None:
+    message = "6: log_dir: 'ROOT/none' is not a directory; name the directory of Nix's logs\n"
+    assert warnings(start, tmp_path, f"log_dir = '{tmp_path}/none'") == [message]
 
 
 @pytest.mark.usefixtures("store")
-def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_home_gives_a_warning_only(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CACHE_DIRECTORY", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
@@ -164,21 +164,21 @@ def test_a_home_that_is_none_stops_nothing(start: Start, tmp_path: Path, monkeyp
     assert any("environment variable HOME: cache_dir: '/dev/null' is not a directory; " in line for line in server.log)
 
 
-def test_a_store_of_another_name_is_warned_of(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    what = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store'; set this to that directory"
-    told = f"6: virtual_nix_store: {what}\n".replace(str(tmp_path), "ROOT")
-    assert warned(start, tmp_path, "virtual_nix_store = '/gnu/store'") == [told]
+def test_store_with_another_directory_gives_a_warning(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    cause = f"no path of {store.db_path!r} is in '/gnu/store'; they are in '/nix/store'; set this to that directory"
+    message = f"6: virtual_nix_store: {cause}\n".replace(str(tmp_path), "ROOT")
+    assert warnings(start, tmp_path, "virtual_nix_store = '/gnu/store'") == [message]
 
 
-def test_an_empty_store_is_warned_of(start: Start, tmp_path: Path) -> None:
+def test_empty_store_gives_a_warning(start: Start, tmp_path: Path) -> None:
     StoreBuilder(tmp_path / "store")
-    [told] = warned(start, tmp_path, "")
-    assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths, so nothing is served" in told
-    assert told.endswith("; to try Harmonia, use harmonia demo, or make demo in a clone\n")
+    [message] = warnings(start, tmp_path, "")
+    assert "nix_db_path: 'ROOT/store/nix/var/nix/db/db.sqlite' has no valid paths, so nothing is served" in message
+    assert message.endswith("; to try Harmonia, use harmonia demo, or make demo in a clone\n")
 
 
 @pytest.mark.usefixtures("store")
-def test_a_cache_directory_is_not_made_by_who_only_checks(start: Start, tmp_path: Path) -> None:
+def test_check_config_creates_no_cache_directory(start: Start, tmp_path: Path) -> None:
     server = start(store=tmp_path / "store", cache_dir=tmp_path / "cache/directory")
     assert server.stop() == 0
     shutil.rmtree(tmp_path / "cache")
@@ -186,19 +186,19 @@ def test_a_cache_directory_is_not_made_by_who_only_checks(start: Start, tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_database_that_is_locked_just_now_stops_nothing(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_locked_database_gives_a_warning_only(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     with closing(sqlite3.connect(store.db_path, isolation_level=None)) as nix:
         nix.execute("pragma journal_mode = delete")
         nix.execute("begin exclusive")
-        told = f"cannot read {store.db_path}: database is locked; nothing is served until it is readable\n"
-        assert [line.partition("nix_db_path: ")[2] for line in warned(start, tmp_path, "")] == [
-            told.replace(str(tmp_path), "ROOT")
+        message = f"cannot read {store.db_path}: database is locked; nothing is served until it is readable\n"
+        assert [line.partition("nix_db_path: ")[2] for line in warnings(start, tmp_path, "")] == [
+            message.replace(str(tmp_path), "ROOT")
         ]
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:{port}", "unix:{directory}/socket"])
 @pytest.mark.usefixtures("store")
-def test_a_server_that_runs_with_these_settings_is_left_alone(start: Start, tmp_path: Path, bind: str) -> None:
+def test_check_config_does_not_disturb_a_running_server(start: Start, tmp_path: Path, bind: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = start(store=tmp_path / "store", bind=bind.format(port=port, directory=tmp_path))
@@ -207,4 +207,4 @@ def test_a_server_that_runs_with_these_settings_is_left_alone(start: Start, tmp_
         assert (checked.returncode, checked.stderr) == (0, "")
         assert server.get("/nix-cache-info").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop

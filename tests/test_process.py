@@ -1,4 +1,4 @@
-"""Promises about the process: what dies is replaced, what is told to stop stops, and nothing is left behind."""
+"""Processes: dead workers are replaced, signals are obeyed, and nothing is left behind."""
 
 import http.client
 import os
@@ -31,7 +31,7 @@ from support.running import (
 Start = Callable[..., Server]
 
 KEEP_ALIVE_REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
-IMPATIENT = patched(
+SHORT_TIMEOUT = patched(
     "from harmonia.process import supervisor\nsupervisor._HEARTBEAT_S = 0.1\nsupervisor._HANG_TIMEOUT_S = 3"
 )
 
@@ -61,7 +61,7 @@ def wait_until_refused(server: Server) -> None:
             return True
         return False
 
-    wait_until(refused)  # each process has to close its own copy of the listening socket
+    wait_until(refused)  # each process closes its own copy of the listening socket
 
 
 def is_alive(pid: int) -> bool:
@@ -71,7 +71,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_killed_worker_is_logged_and_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
+def test_killed_worker_is_logged_and_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
     server = start(store=sample.root, workers=2, environment=manager.environment)
     assert manager.receive() == "READY=1"
     killed, other = server.workers
@@ -83,7 +83,7 @@ def test_a_killed_worker_is_logged_and_replaced(start: Start, sample: Sample, ma
     assert killed not in server.workers
 
 
-def test_all_workers_killed_at_once_are_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
+def test_workers_killed_together_are_replaced(start: Start, sample: Sample, manager: ServiceManager) -> None:
     server = start(store=sample.root, workers=2, environment=manager.environment)
     assert manager.receive() == "READY=1"
     killed = server.workers
@@ -93,11 +93,11 @@ def test_all_workers_killed_at_once_are_replaced(start: Start, sample: Sample, m
     assert server.get("/version").status == 200
 
 
-def test_a_worker_that_hangs_is_killed_and_replaced(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, program=IMPATIENT)
+def test_hanging_worker_is_killed_and_replaced(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, program=SHORT_TIMEOUT)
     (hanging,) = server.workers
     os.kill(hanging, signal.SIGSTOP)
-    assert server.get("/version").status == 200  # it waits for the next worker
+    assert server.get("/version").status == 200  # the request waits for the next worker
     assert hanging not in server.workers
     server.wait_for_log(f"ERROR worker {hanging} hangs: no heartbeat for ")
     server.wait_for_log(f"ERROR worker {hanging} ended by SIGKILL; replacing it")
@@ -110,14 +110,14 @@ def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Pat
     server = Server(tmp_path / "server", sample.root, workers=2, program=broken)
     server.launch()
     assert server.wait() == 1
-    ours = [line for line in server.log if "luck" not in line]  # the second worker may say so last
+    ours = [line for line in server.log if "luck" not in line]  # the second worker may log its error last
     assert ours[-1].endswith(" CRITICAL no worker is left; stopping\n")
     assert sum("no worker is left" in line for line in server.log) == 1
     assert all(re.match(r"\S+ \S+ (INFO|ERROR|CRITICAL) ", line) for line in server.log), server.log
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_no_worker_outlives_a_killed_main_process(start: Start, sample: Sample, *, busy: bool) -> None:
+def test_workers_end_when_the_main_process_is_killed(start: Start, sample: Sample, *, busy: bool) -> None:
     server = start(store=sample.root, workers=2)
     workers = server.workers
     with ExitStack() as connections:
@@ -127,7 +127,7 @@ def test_no_worker_outlives_a_killed_main_process(start: Start, sample: Sample, 
         wait_until(lambda: not any(map(is_alive, workers)))
 
 
-def test_a_hangup_does_not_end_a_worker_that_starts(start: Start, sample: Sample) -> None:
+def test_sighup_does_not_end_a_starting_worker(start: Start, sample: Sample) -> None:
     slow = patched(
         "import os, time\nfrom harmonia.server import worker\nserve = worker.run\n"
         "def slow(*a):\n"
@@ -150,7 +150,7 @@ def test_a_hangup_does_not_end_a_worker_that_starts(start: Start, sample: Sample
     assert server.workers == [starting]
 
 
-def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
+def test_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2, settings=LONG_GRACE)
     with ExitStack() as stack:
         connections = [stack.enter_context(server.connect()) for _ in range(20)]
@@ -164,7 +164,7 @@ def test_an_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
         assert all(connection.recv(1) == b"" for connection in connections[:11])
 
 
-def test_a_stop_of_the_whole_group_is_a_stop_and_no_death_of_workers(start: Start, sample: Sample) -> None:
+def test_sigterm_to_the_whole_group_stops_without_errors(start: Start, sample: Sample) -> None:
     slow = patched(
         "import time\nfrom harmonia.process.supervisor import Supervisor\nreap = Supervisor._reap\n"
         "Supervisor._reap = lambda self: (time.sleep(1), reap(self))"
@@ -176,7 +176,7 @@ def test_a_stop_of_the_whole_group_is_a_stop_and_no_death_of_workers(start: Star
     assert [line.split()[2:5] for line in server.log[1:]] == [["INFO", "SIGTERM:", "stopping;"]]
 
 
-def test_a_running_download_completes_while_all_else_is_refused(start: Start, sample: Sample) -> None:
+def test_running_download_completes_after_sigterm(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2)
     with download(server, sample.big) as response, server.connect() as idle:
         idle.sendall(KEEP_ALIVE_REQUEST)
@@ -189,7 +189,7 @@ def test_a_running_download_completes_while_all_else_is_refused(start: Start, sa
     assert server.wait() == 0
 
 
-def test_no_further_request_is_taken_after_a_last_download(start: Start, sample: Sample) -> None:
+def test_pipelined_request_after_sigterm_is_not_answered(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     with server.connect(receive_buffer=8192) as connection:
         connection.sendall(f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode() + KEEP_ALIVE_REQUEST)
@@ -201,7 +201,7 @@ def test_no_further_request_is_taken_after_a_last_download(start: Start, sample:
         assert connection.recv(1) == b""
 
 
-def test_a_download_is_broken_off_when_the_grace_is_over(start: Start, sample: Sample) -> None:
+def test_download_breaks_off_after_shutdown_grace(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="shutdown_grace = 1")
     with download(server, sample.big) as response:
         began = time.monotonic()
@@ -212,11 +212,11 @@ def test_a_download_is_broken_off_when_the_grace_is_over(start: Start, sample: S
             response.read()
 
 
-def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
+def test_second_sigterm_stops_at_once(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=LONG_GRACE)
     with download(server, sample.big) as response:
         server.process.terminate()
-        server.wait_for_log("INFO SIGTERM: stopping")  # two at the same moment are one
+        server.wait_for_log("INFO SIGTERM: stopping")  # two signals at the same moment count as one
         server.process.terminate()
         server.wait()
         assert server.log[-1].endswith(" INFO SIGTERM again: stopping at once\n")
@@ -224,19 +224,19 @@ def test_a_second_signal_stops_at_once(start: Start, sample: Sample) -> None:
             response.read()
 
 
-def test_no_storm_of_signals_changes_the_exit_status(start: Start, sample: Sample) -> None:
-    """Python gives signals their default handlers back before it ends: they must not reach it any longer."""
+def test_many_signals_do_not_change_the_exit_status(start: Start, sample: Sample) -> None:
+    """Python restores the default handlers before it exits: by then, signals must not reach the process."""
     server = start(store=sample.root)
     while server.process.poll() is None:
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
             server.process.send_signal(number)
-            time.sleep(0.0005)  # or the kernel makes one of two
+            time.sleep(0.0005)  # otherwise the kernel may merge two signals
     assert server.wait() == 0
     assert not [line for line in server.log if "Traceback" in line or "ignored" in line]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_handled_as_soon_as_the_log_has_the_address(sample: Sample, tmp_path: Path, number: int) -> None:
+def test_signals_are_handled_once_the_address_is_logged(sample: Sample, tmp_path: Path, number: int) -> None:
     early = patched(
         "import os\nfrom harmonia.process.supervisor import Supervisor\nrun = Supervisor.run\n"
         f"def signalled(self):\n  os.kill(os.getpid(), {int(number)})\n  return run(self)\n"
@@ -244,7 +244,7 @@ def test_a_signal_is_handled_as_soon_as_the_log_has_the_address(sample: Sample, 
     )
     server = Server(tmp_path / "server", sample.root, program=early)
     server.launch()
-    if number == signal.SIGHUP:  # it goes on
+    if number == signal.SIGHUP:  # SIGHUP does not end the server
         server.wait_for_log("serving")
         wait_until(lambda: server.workers)
         server.process.send_signal(signal.SIGTERM)
@@ -254,7 +254,7 @@ def test_a_signal_is_handled_as_soon_as_the_log_has_the_address(sample: Sample, 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGINT, 130)]
 )
-def test_a_signal_before_that_ends_a_start_at_once(sample: Sample, tmp_path: Path, number: int, status: int) -> None:
+def test_earlier_signal_ends_the_start_at_once(sample: Sample, tmp_path: Path, number: int, status: int) -> None:
     early = patched(
         "import os\nfrom harmonia.process import sockets\n"
         f"sockets.listen = lambda *_: os.kill(os.getpid(), {int(number)})"
@@ -265,7 +265,7 @@ def test_a_signal_before_that_ends_a_start_at_once(sample: Sample, tmp_path: Pat
     assert not [line for line in server.log if "Traceback" in line or "serving" in line]
 
 
-WALK_FOR_EVER = patched(
+ENDLESS_WALK = patched(
     "import time\nfrom harmonia.store import nar_layout, tree_reader\nnar_layout._SPILL_BYTES = 0\n"
     "walk = tree_reader.walk\n"
     "def halting(root):\n"
@@ -277,10 +277,10 @@ WALK_FOR_EVER = patched(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_unfinished_file_outlives_a_server(tmp_path: Path, number: int) -> None:
+def test_unfinished_files_are_removed(tmp_path: Path, number: int) -> None:
     store = StoreBuilder(tmp_path / "store")
     many = store.add(store.output_path("many"), {f"{each:04}": b"" for each in range(1000)})
-    server = Server(tmp_path / "server", tmp_path / "store", program=WALK_FOR_EVER)
+    server = Server(tmp_path / "server", tmp_path / "store", program=ENDLESS_WALK)
     growing = server.cache_dir / "layouts"
     server.start()
     with server.connect() as connection:
@@ -297,24 +297,24 @@ def test_no_unfinished_file_outlives_a_server(tmp_path: Path, number: int) -> No
     assert not list(growing.iterdir())
 
 
-def test_control_c_lets_downloads_complete(start: Start, sample: Sample) -> None:
+def test_ctrl_c_lets_downloads_complete(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, start_new_session=True)
     with download(server, sample.big) as response:
-        os.killpg(server.process.pid, signal.SIGINT)  # as a terminal sends it: to the workers too
+        os.killpg(server.process.pid, signal.SIGINT)  # a terminal signals the workers, too
         wait_until_refused(server)
         assert arrives_whole(response, sample.big)
     assert server.wait() == 0
 
 
-def test_the_address_is_free_again_at_once(start: Start, sample: Sample) -> None:
+def test_address_is_free_immediately_after_a_stop(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
-    assert server.get("/version").status == 200  # "connection: close": it is the server's end that waits in TIME_WAIT
+    assert server.get("/version").status == 200  # with "Connection: close", the server's end would wait in TIME_WAIT
     port = urlsplit(server.url).port
     assert server.stop() == 0
     assert start(store=sample.root, bind=f"127.0.0.1:{port}").get("/version").status == 200
 
 
-def test_downloads_that_run_when_a_worker_is_killed_are_seen_to_break(start: Start, sample: Sample) -> None:
+def test_killed_worker_visibly_breaks_its_downloads(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     with download(server, sample.big) as response:
         os.kill(server.workers[0], signal.SIGKILL)
@@ -322,14 +322,14 @@ def test_downloads_that_run_when_a_worker_is_killed_are_seen_to_break(start: Sta
             response.read()
 
 
-def test_the_port_is_not_taken_over_by_a_second_server(start: Start, sample: Sample) -> None:
+def test_second_server_cannot_take_the_port(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     second = Server(server.directory / "second", sample.root, bind=server.url.removeprefix("http://"))
-    ended = run("--config", str(second.config))
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert "bind: 127.0.0.1:" in ended.stderr
+    second_run = run("--config", str(second.config))
+    assert second_run.returncode == 2
+    assert second_run.stderr.count("\n") == 1
+    assert "bind: 127.0.0.1:" in second_run.stderr
     assert (
         "already in use; choose another address, as by harmonia serve --bind :8080, or stop the program that uses it"
-        in ended.stderr
+        in second_run.stderr
     )

@@ -1,4 +1,4 @@
-"""Behind the proxies that docs/how-to/reverse-proxy.md sets up, real ones, a cache is what it is without them."""
+"""The nginx and Caddy configurations in docs/how-to/reverse-proxy.md change nothing about the cache."""
 
 import os
 import re
@@ -96,7 +96,7 @@ def certificate(tmp_path: Path) -> ssl.SSLContext:
 
 @needs("openssl")
 @pytest.mark.parametrize("proxy", [nginx, caddy], ids=["nginx", "caddy"])
-def test_a_cache_behind_a_proxy(
+def test_cache_behind_a_proxy(
     proxy: Callable[[Path], AbstractContextManager[str]], tmp_path: Path, start: Start, certificate: ssl.SSLContext
 ) -> None:
     name = proxy.__name__
@@ -128,7 +128,7 @@ def test_a_cache_behind_a_proxy(
         assert headers["Content-Encoding"] == "zstd"
         assert unpacked(encoded) == whole
         _, headers, page = get("/")
-        assert url.encode() in page  # with its port
+        assert url.encode() in page  # including its port
         environment = {"NIX_SSL_CERT_FILE": f"{tmp_path}/cert.pem"}
         answer = run(
             "doctor", url, f"/nix/store/{info.path}", "--public-key", str(key.public_key), environment=environment

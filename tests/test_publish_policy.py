@@ -1,4 +1,4 @@
-"""Promises about the publish policy: what each rule allows, and how soon a change of the roots is seen."""
+"""Publish policy: what each rule permits, and how soon changes of GC roots take effect."""
 
 import os
 import time
@@ -26,7 +26,7 @@ def info(name: str, *keys: SecretKey) -> PathInfo:
     return PathInfo(unsigned.path, unsigned.nar_hash, 1, sigs=sigs)
 
 
-def release(**rules: tuple[str, ...]) -> PublishPolicy:
+def policy(**rules: tuple[str, ...]) -> PublishPolicy:
     return PublishPolicy(PublishRules(**rules), Store("/nix/store", "/nowhere", "/nowhere"))
 
 
@@ -42,25 +42,27 @@ def release(**rules: tuple[str, ...]) -> PublishPolicy:
         ((), ("*secret*",), "my-secret-1", False),
         (("*",), ("*secret*",), "my-secret-1", False),
         (("*",), ("*SECRET*",), "my-secret-1", True),
-        ((), ("hello",), "hello.drv", False),  # by the name of what it makes
+        ((), ("hello",), "hello.drv", False),  # a derivation has the name of its output
         (("hello",), (), "hello.drv", True),
         (("*.drv",), (), "hello", False),
         ((), ("hello.drv",), "hello", True),
-        ((), ("0*",), "hello", True),  # the name has no hash part
+        ((), ("0*",), "hello", True),  # a name has no hash part
     ],
 )
-def test_names(allow: tuple[str, ...], deny: tuple[str, ...], name: str, *, permitted: bool) -> None:
-    rules = release(allow=allow, deny=deny)
+def test_allow_and_deny_patterns_match_names(
+    allow: tuple[str, ...], deny: tuple[str, ...], name: str, *, permitted: bool
+) -> None:
+    rules = policy(allow=allow, deny=deny)
     assert rules.permits(info(name)) == rules.permits_name(info(name).path) == permitted
 
 
-def test_a_signature_counts_if_it_is_stored_and_right() -> None:
-    rules = release(signed_by=(str(KEY.public_key),))
+def test_stored_valid_signature_permits() -> None:
+    rules = policy(signed_by=(str(KEY.public_key),))
     assert rules.permits(info("a", KEY))
     assert rules.permits(info("a", OTHER, KEY))
     assert not rules.permits(info("a"))
     assert not rules.permits(info("a", OTHER))
-    # Under the right name, but by another key; and of another path.
+    # The name of the key with another key; signatures of another path.
     assert not rules.permits(info("a", SecretKey(KEY.name, OTHER.key)))
     stolen = info("a", KEY).sigs
     moved = PathInfo(StorePath(f"{'1' * 32}-a"), bytes(32), 1, sigs=stolen)
@@ -70,8 +72,8 @@ def test_a_signature_counts_if_it_is_stored_and_right() -> None:
     assert not rules.permits(PathInfo(info("a").path, bytes(32), 1, sigs=("key-1:", "garbage", "")))
 
 
-def test_all_rules_have_to_agree() -> None:
-    rules = release(signed_by=(str(KEY.public_key), str(OTHER.public_key)), deny=("b",))
+def test_all_rules_must_permit() -> None:
+    rules = policy(signed_by=(str(KEY.public_key), str(OTHER.public_key)), deny=("b",))
     assert rules.permits(info("a", OTHER))
     assert not rules.permits(info("b", KEY))
     assert not rules.permits(info("a"))
@@ -84,7 +86,7 @@ def store(tmp_path: Path) -> StoreBuilder:
 
 @pytest.fixture
 def chain(store: StoreBuilder) -> list[StorePath]:
-    """Each refers to the one before it, and to itself."""
+    """Add paths of which each refers to the one before it, and to itself."""
     paths: list[StorePath] = []
     for name in ("a", "b", "c"):
         path = store.output_path(name)
@@ -93,8 +95,8 @@ def chain(store: StoreBuilder) -> list[StorePath]:
     return paths
 
 
-def anew(closure: Closure) -> None:
-    """Look at the roots, however soon after the last time."""
+def refresh_now(closure: Closure) -> None:
+    """Refresh the closure without waiting for its interval."""
     closure._not_before = 0  # noqa: SLF001
     closure.refresh()
 
@@ -113,7 +115,7 @@ def needed(store: StoreBuilder, chain: list[StorePath]) -> Callable[..., str]:
     return needed
 
 
-def test_roots_are_store_paths_symlinks_and_directories_of_them(
+def test_roots_are_store_paths_symlinks_and_directories(
     store: StoreBuilder, chain: list[StorePath], needed: Callable[..., str], tmp_path: Path
 ) -> None:
     a, b, c = chain
@@ -141,7 +143,7 @@ def test_roots_are_store_paths_symlinks_and_directories_of_them(
 
 
 @pytest.mark.parametrize(("symlinks", "expected"), [(40, "a"), (41, "")])
-def test_a_root_is_followed_through_as_many_symlinks_as_the_kernel_follows(
+def test_root_is_followed_through_at_most_40_symlinks(
     chain: list[StorePath], needed: Callable[..., str], tmp_path: Path, symlinks: int, expected: str
 ) -> None:
     (tmp_path / "1").symlink_to(f"/nix/store/{chain[0]}")
@@ -150,7 +152,7 @@ def test_a_root_is_followed_through_as_many_symlinks_as_the_kernel_follows(
     assert needed(tmp_path / str(symlinks)) == expected
 
 
-def test_what_is_no_root_lets_nothing_out(
+def test_invalid_root_publishes_nothing(
     tmp_path: Path, chain: list[StorePath], needed: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     roots = tmp_path / "roots"
@@ -173,7 +175,7 @@ def test_what_is_no_root_lets_nothing_out(
     assert len(caplog.records) == 3
 
 
-def test_roots_that_come_and_go_are_noticed(store: StoreBuilder, chain: list[StorePath], tmp_path: Path) -> None:
+def test_added_and_removed_roots_are_noticed(store: StoreBuilder, chain: list[StorePath], tmp_path: Path) -> None:
     a, b, c = chain
     root = tmp_path / "root"
     closure = Closure(opened(store), [str(root)])
@@ -182,25 +184,25 @@ def test_roots_that_come_and_go_are_noticed(store: StoreBuilder, chain: list[Sto
     for path, expected in ((a, "a"), (c, "abc"), (b, "ab")):
         (tmp_path / "new").symlink_to(f"/nix/store/{path}")
         os.replace(tmp_path / "new", root)
-        anew(closure)
+        refresh_now(closure)
         assert "".join(path.name for path in chain if path in closure) == expected
     root.unlink()
-    anew(closure)
+    refresh_now(closure)
     assert a not in closure
 
 
-def test_a_root_that_becomes_valid_later_is_noticed(store: StoreBuilder) -> None:
+def test_root_that_becomes_valid_later_is_noticed(store: StoreBuilder) -> None:
     path = store.output_path("late")
     closure = Closure(opened(store), [f"/nix/store/{path}"])
     closure.refresh()
     assert path not in closure
     store.add(path, b"")
-    anew(closure)
+    refresh_now(closure)
     assert path in closure
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: float = 0) -> list[float]:
-    """When a function of that owner is called, which then takes that long."""
+    """Record the times of all calls of a function, each of which is delayed by `seconds`."""
     calls: list[float] = []
     original = getattr(owner, name)
 
@@ -213,30 +215,30 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: 
     return calls
 
 
-def test_it_is_not_found_anew_without_need(
+def test_closure_is_not_recomputed_without_changes(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = counted(monkeypatch, Closure, "_find")
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     for number in range(5):
-        anew(closure)
+        refresh_now(closure)
         store.add_text(f"unrelated-{number}", b"")
     assert len(found) == 1
     assert all(path in closure for path in chain)
 
 
-def test_no_more_than_a_part_of_the_time_is_spent_on_it(
+def test_search_for_roots_takes_a_bounded_share_of_the_time(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closure = Closure(opened(store), [f"/nix/store/{chain[0]}"])
-    looked = counted(monkeypatch, gc_roots, "find", 0.02)
+    searches = counted(monkeypatch, gc_roots, "find", 0.02)
     until = time.monotonic() + 1
     while time.monotonic() < until:
         closure.refresh()
-    assert 1 <= len(looked) <= 1 / (0.02 * 10) + 1
+    assert 1 <= len(searches) <= 1 / (0.02 * 10) + 1
 
 
-def test_a_closure_beyond_the_bound_is_cut_and_told(
+def test_too_large_closure_is_cut_and_logged(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("harmonia.store.publish_policy._CLOSURE_MAX_PATHS", 2)
@@ -246,16 +248,16 @@ def test_a_closure_beyond_the_bound_is_cut_and_told(
     assert "the closure has more than 2 paths" in caplog.text
 
 
-def test_without_a_database_it_stays_as_it_was(store: StoreBuilder, chain: list[StorePath]) -> None:
+def test_closure_is_kept_while_the_database_is_missing(store: StoreBuilder, chain: list[StorePath]) -> None:
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     closure.refresh()
     os.rename(store.db_path, f"{store.db_path}.away")
     with pytest.raises(StoreUnavailableError):
-        anew(closure)
+        refresh_now(closure)
     assert all(path in closure for path in chain)
 
 
-def test_a_hundred_thousand_paths_take_seconds_and_little_memory(store: StoreBuilder) -> None:
+def test_closure_of_100_000_paths_takes_little_time(store: StoreBuilder) -> None:
     hashes = [f"{number:032}" for number in range(100_000)]
     with store.connect() as connection:
         connection.executemany(
@@ -266,15 +268,15 @@ def test_a_hundred_thousand_paths_take_seconds_and_little_memory(store: StoreBui
     closure = Closure(opened(store), [f"/nix/store/{hashes[-1]}-p"])
     began = time.monotonic()
     closure.refresh()
-    assert time.monotonic() - began < 60  # one query for each would take longer
+    assert time.monotonic() - began < 60  # one query for each path would take longer
     assert StorePath(f"{hashes[0]}-p") in closure
 
 
-def test_outputs_are_known_without_their_derivation(store: StoreBuilder) -> None:
+def test_outputs_are_found_without_their_derivation(store: StoreBuilder) -> None:
     derivation = StorePath(f"{'0' * 32}-gone.drv")
     output = store.output_path("made")
     store.add(output, b"", deriver=derivation)
-    with store.connect() as connection:  # of which no path is one
+    with store.connect() as connection:  # rows without a valid path
         connection.executemany(
             "insert into ValidPaths (path, hash, registrationTime, deriver) values (?, '', 0, ?)",
             (

@@ -1,7 +1,7 @@
-"""Promises about a store path that changes while it is read: nothing from outside of it is ever sent.
+"""A store path that changes while it is read: nothing from outside of it is ever sent.
 
-A process puts a symlink that leads outside in the place of a directory, and the directory back, as fast as it can. What
-lies outside looks the same but for what it holds.
+A process swaps a directory and a symlink to an outside directory as fast as it can. The outside directory has the same
+files with other contents.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def tree(contents: bytes) -> Tree:
 
 
 class Attacked:
-    """A store path whose directory `a` is now itself, now a symlink to one like it elsewhere."""
+    """A store path whose directory `a` alternates with a symlink to an outside directory."""
 
     def __init__(self, directory: Path) -> None:
         builder = StoreBuilder(directory / "store")
@@ -86,7 +86,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Attacked:
 
 @pytest.fixture(params=["by the kernel", "step by step"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is opened where Linux has openat2, and where it is too old or a sandbox forbids it."""
+    """Open files with openat2, or step by step, as on older kernels and in sandboxes that forbid openat2."""
     if request.param == "step by step":
 
         def unknown(*_: object) -> int:
@@ -124,10 +124,10 @@ def a_listing(attacked: Attacked) -> bytes:
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("read", [whole, "part", a_file, a_directory, a_listing])
-def test_no_symlink_leads_out(attacked: Attacked, read: Callable[[Attacked], bytes] | str) -> None:
+def test_reader_follows_no_symlink_out_of_the_path(attacked: Attacked, read: Callable[[Attacked], bytes] | str) -> None:
     reading = partial(part, layout=Layout.of(attacked.path)) if isinstance(read, str) else read
-    right = reading(attacked)
-    assert SECRET not in right
+    expected = reading(attacked)
+    assert SECRET not in expected
     seen = {True: 0, False: 0}
     with attacked.swapping():
         end = time.monotonic() + SECONDS
@@ -136,11 +136,11 @@ def test_no_symlink_leads_out(attacked: Attacked, read: Callable[[Attacked], byt
             with suppress(OSError, StoreObjectError):
                 got = reading(attacked)
                 assert SECRET not in got
-            seen[got == right] += 1
+            seen[got == expected] += 1
             assert time.monotonic() < end + PATIENCE_S, seen
 
 
-def test_nothing_from_outside_is_sent(attacked: Attacked, start: Callable[..., Server]) -> None:
+def test_server_sends_nothing_from_outside_the_path(attacked: Attacked, start: Callable[..., Server]) -> None:
     server = start(store=attacked.root)
     hash_part = attacked.info.path.hash_part
     requests: list[tuple[str, dict[str, str]]] = [(nar_url(attacked.info), {}), (f"/{hash_part}.ls", {})]
@@ -161,7 +161,7 @@ def test_nothing_from_outside_is_sent(attacked: Attacked, start: Callable[..., S
 
 
 @pytest.mark.usefixtures("way")
-def test_a_symlink_anywhere_in_a_path_is_refused(tmp_path: Path) -> None:
+def test_symlink_anywhere_in_a_path_is_rejected(tmp_path: Path) -> None:
     top = tmp_path.resolve()
     (top / "a/b").mkdir(parents=True)
     (top / "a/b/file").write_text("text")
@@ -178,7 +178,7 @@ def test_a_symlink_anywhere_in_a_path_is_refused(tmp_path: Path) -> None:
     os.close(confined.open_file(confined.resolved(os.fsencode(top / "link/b/file")), os.O_RDONLY))
 
 
-def test_the_tree_may_be_named_by_way_of_symlinks(tmp_path: Path) -> None:
+def test_root_of_a_dump_may_be_reached_through_symlinks(tmp_path: Path) -> None:
     (tmp_path / "a/tree").mkdir(parents=True)
     (tmp_path / "a/tree/file").write_text("text")
     (tmp_path / "link").symlink_to("a")

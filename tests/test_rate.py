@@ -1,4 +1,4 @@
-"""Promises about rates: each client has its own, whole minutes of it are never more than it, and memory is bounded."""
+"""Rate limits: each client has its own, no minute exceeds it by much, and memory is bounded."""
 
 import tracemalloc
 
@@ -18,12 +18,12 @@ class Clock:
 
 
 @pytest.mark.parametrize("per_minute", [1, 3, 7, 120])
-def test_a_minutes_worth_may_come_at_once_and_the_rest_has_to_wait(per_minute: int) -> None:
+def test_one_minute_of_requests_is_allowed_at_once(per_minute: int) -> None:
     clock = Clock()
     rate = Rate(per_minute, clock)
     assert [rate.wait("a") for _ in range(per_minute)] == [0] * per_minute
     assert rate.wait("a") == pytest.approx(60 / per_minute)
-    assert rate.wait("a") == pytest.approx(60 / per_minute)  # a refusal is not counted
+    assert rate.wait("a") == pytest.approx(60 / per_minute)  # a refused request is not counted
     assert rate.wait("b") == 0
     clock.now += 60 / per_minute
     assert rate.wait("a") == 0
@@ -33,9 +33,7 @@ def test_a_minutes_worth_may_come_at_once_and_the_rest_has_to_wait(per_minute: i
 
 
 @given(st.integers(1, 20), st.lists(st.floats(0, 30)))
-def test_no_minute_has_more_than_twice_the_rate_and_who_keeps_to_it_never_waits(
-    per_minute: int, pauses: list[float]
-) -> None:
+def test_no_minute_exceeds_twice_the_rate_and_waiting_always_suffices(per_minute: int, pauses: list[float]) -> None:
     clock = Clock()
     rate = Rate(per_minute, clock)
     allowed = []
@@ -54,7 +52,7 @@ def test_no_minute_has_more_than_twice_the_rate_and_who_keeps_to_it_never_waits(
         assert sum(begin <= when < begin + 60 for when in allowed) <= 2 * per_minute
 
 
-def test_who_has_a_network_is_one_client() -> None:
+def test_ipv6_network_is_one_client() -> None:
     rate = Rate(1, Clock())
     assert rate.wait("2001:db8:1:2::1") == 0
     assert rate.wait("2001:db8:1:2:ffff::9") > 0

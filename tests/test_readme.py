@@ -1,4 +1,4 @@
-"""What README.md says is to be done, done: in the order in which it stands there."""
+"""The commands and configurations in README.md work, in their order."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from support.running import wait_until
 
 
 def block(language: str, *, after: str) -> str:
-    """The first block of that language after the heading."""
+    """Return the first block of that language after the heading."""
     line = (ROOT / "README.md").read_text().splitlines().index(after) + 1
     return next(
         each.text for each in BLOCKS if (each.page, each.language) == ("README.md", language) and each.line > line
@@ -31,7 +31,7 @@ def block(language: str, *, after: str) -> str:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """One in which `harmonia` is the program, and a store is where the settings look for it."""
+    """Return an environment in which `harmonia` is this program."""
     program = tmp_path / "bin/harmonia"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
@@ -39,7 +39,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
 
 
-def test_a_key_is_made_and_used(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_key_is_created_and_used(tmp_path: Path, environment: dict[str, str]) -> None:
     store = StoreBuilder(tmp_path / "store")
     info = store.add_text("text", b"text\n")
     *first, serve = re.findall(r"(?m)^\$ (.*)$", block("console", after="## Sign what you serve"))
@@ -58,17 +58,17 @@ def test_a_key_is_made_and_used(tmp_path: Path, environment: dict[str, str]) -> 
         assert url
         wait_until(lambda: urllib.request.urlopen(f"{url[1]}/health", timeout=20).status == 200)
         with urllib.request.urlopen(f"{url[1]}/{info.path.hash_part}.narinfo", timeout=20) as answer:
-            found, _ = narinfo.parse(answer.read().decode(), "/nix/store")
+            served, _ = narinfo.parse(answer.read().decode(), "/nix/store")
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=20)
     public = (tmp_path / "cache.example.org-1.public").read_text()
-    assert [PublicKey.parse(public).verify(found.fingerprint("/nix/store"), sig) for sig in found.sigs] == [True]
-    # The two lines for clients have the name of that key.
+    assert [PublicKey.parse(public).verify(served.fingerprint("/nix/store"), sig) for sig in served.sigs] == [True]
+    # nix.conf names that key.
     assert f"= {public.partition(':')[0]}:…" in block("nix.conf", after="## Sign what you serve")
 
 
-def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
+def test_make_reports_a_too_old_python(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     command = ["make", "serve", "PYTHON=false"]
@@ -81,7 +81,7 @@ def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
 
 
 def in_copy_of_make(directory: Path, *arguments: str) -> str:
-    """Return what make prints, with programs that only print their arguments."""
+    """Return the output of make, with programs that only print their arguments."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, directory)
     program = directory / "program"
@@ -91,20 +91,20 @@ def in_copy_of_make(directory: Path, *arguments: str) -> str:
     )
     program.chmod(0o755)
     command = ["make", *arguments, f"PYTHON={program}"]
-    # A make below another one prints the directories that it enters and leaves.
+    # A nested make would print the directories that it enters and leaves.
     own = {
         name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "BIND"}
     }
     return subprocess.run(command, cwd=directory, env=own, capture_output=True, text=True, check=True).stdout
 
 
-def test_make_says_what_it_downloads_before_it_does(tmp_path: Path) -> None:
-    said = in_copy_of_make(tmp_path, ".venv/ready")
-    assert 0 < said.index("Downloading the dependencies from PyPI into .venv") < said.index("pip install")
+def test_make_announces_the_download(tmp_path: Path) -> None:
+    output = in_copy_of_make(tmp_path, ".venv/ready")
+    assert 0 < output.index("Downloading the dependencies from PyPI into .venv") < output.index("pip install")
 
 
 @pytest.mark.parametrize(("given", "options"), [([], ""), (["BIND=:8080"], " --bind :8080")])
-def test_make_serves_where_bind_says(tmp_path: Path, given: list[str], options: str) -> None:
+def test_make_serves_at_bind(tmp_path: Path, given: list[str], options: str) -> None:
     demo = in_copy_of_make(tmp_path, "demo", *given).splitlines()
     assert "harmonia demo demo-store" in demo
     assert demo[-1] == f"harmonia --config demo-store/harmonia.toml serve{options}"
@@ -115,8 +115,8 @@ def test_make_serves_where_bind_says(tmp_path: Path, given: list[str], options: 
 
 
 @needs("git")
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone")
-def test_what_it_makes_in_a_clone_is_not_for_git() -> None:
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_files_created_in_a_clone_are_ignored_by_git() -> None:
     made = ["harmonia.toml", "cache.example.org-1.secret", "cache.example.org-1.public"]
     ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ignored.stdout.split() == made
@@ -124,7 +124,7 @@ def test_what_it_makes_in_a_clone_is_not_for_git() -> None:
 
 @needs_nix
 @pytest.mark.nix
-def test_the_blocks_for_nixos_make_a_server_and_a_client() -> None:
+def test_nixos_blocks_configure_a_server_and_a_client() -> None:
     server = block("nix", after="## NixOS server").replace("./harmonia/module.nix", str(ROOT / "module.nix"))
     client = block("nix", after="## NixOS client")
     made = evaluate(f"""
@@ -149,11 +149,11 @@ def test_the_blocks_for_nixos_make_a_server_and_a_client() -> None:
     assert made["client"]["extra-trusted-public-keys"] == ["cache.example.org-1:…"]
 
 
-def test_it_is_read_in_a_few_minutes() -> None:
+def test_readme_has_at_most_900_words() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
-def test_the_pictures_are_there_and_small() -> None:
+def test_pictures_exist_and_are_small() -> None:
     pictures = re.findall(r"!\[[^\]]+\]\((\S+)\)", (ROOT / "README.md").read_text())
     assert pictures == ["docs/pictures/landing.png", "docs/pictures/speed.svg"]
     assert all(len((ROOT / picture).read_bytes()) < 100_000 for picture in pictures)

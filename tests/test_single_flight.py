@@ -56,7 +56,7 @@ def test_different_keys_run_at_the_same_time() -> None:
     asyncio.run(check())
 
 
-def test_a_cancelled_caller_cancels_neither_the_run_nor_the_others() -> None:
+def test_cancelled_caller_cancels_neither_the_run_nor_other_callers() -> None:
     async def check() -> None:
         flights, job = SingleFlight(), Job()
         first, second = [asyncio.create_task(flights.run("key", job)) for _ in range(2)]
@@ -70,7 +70,7 @@ def test_a_cancelled_caller_cancels_neither_the_run_nor_the_others() -> None:
     asyncio.run(check())
 
 
-def test_an_error_reaches_all_callers_and_is_not_remembered(caplog: pytest.LogCaptureFixture) -> None:
+def test_error_reaches_all_callers_and_is_not_remembered(caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         flights = SingleFlight()
 
@@ -89,11 +89,11 @@ def test_an_error_reaches_all_callers_and_is_not_remembered(caplog: pytest.LogCa
         assert await flights.run("key", job) == 1
 
     asyncio.run(check())
-    assert not caplog.records  # such as "exception was never retrieved"
+    assert not caplog.records  # for example "exception was never retrieved"
 
 
 class Lookups:
-    """The lookups in the database, and the signatures, that clients of one store cause."""
+    """Counts of the database lookups and signatures that clients of one store cause."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.builder = StoreBuilder(directory / "store")
@@ -155,7 +155,7 @@ def test_clients_of_one_absent_path_cause_one_lookup(tmp_path: Path, monkeypatch
     lookups.run(check)
 
 
-def test_a_path_registered_during_a_lookup_is_found_by_a_request_that_follows(
+def test_path_registered_during_a_lookup_is_found_by_the_next_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookups = Lookups(tmp_path, monkeypatch)
@@ -173,7 +173,7 @@ def test_a_path_registered_during_a_lookup_is_found_by_a_request_that_follows(
             return found
 
         go = asyncio.Event()
-        look_up = paths._look_up  # noqa: SLF001 (a lookup that is slow)
+        look_up = paths._look_up  # noqa: SLF001 (replaced by a slow lookup)
         monkeypatch.setattr(paths, "_look_up", lookup)
         early = asyncio.create_task(paths.lookup_path(late.hash_part))
         await busy.wait()

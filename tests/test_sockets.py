@@ -1,4 +1,4 @@
-"""Promises about connections: where we listen, how many we take, and what slow and vanished clients cost."""
+"""Connections: listening addresses, limits, and the cost of slow and vanished clients."""
 
 import os
 import random
@@ -38,7 +38,7 @@ def ask(connection: socket.socket) -> int:
 
 
 def reject(sample: Sample, directory: Path, bind: str, settings: str = "") -> str:
-    """What a server says that cannot listen there, after the name of its file."""
+    """Return the error of a server that cannot listen there, without the name of its file."""
     server = Server(directory, sample.root, settings, bind=bind)
     server.launch()
     assert server.wait() == 2
@@ -56,13 +56,13 @@ def reject(sample: Sample, directory: Path, bind: str, settings: str = "") -> st
         ("localhost:0", r"http://(127\.0\.0\.1|\[::1\]):\d+"),
     ],
 )
-def test_it_listens_on_an_address_or_name(start: Start, sample: Sample, bind: str, url: str) -> None:
+def test_server_listens_on_addresses_and_names(start: Start, sample: Sample, bind: str, url: str) -> None:
     server = start(store=sample.root, bind=bind)
     assert re.fullmatch(url, server.url)
     assert server.get("/version").status == 200
 
 
-def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sample) -> None:
+def test_unspecified_ipv6_address_accepts_ipv4(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, bind="[::]:0")
     port = int(server.url.rpartition(":")[2])
     for host in ("127.0.0.1", "::1"):
@@ -70,39 +70,39 @@ def test_the_unspecified_ipv6_address_takes_ipv4_too(start: Start, sample: Sampl
             assert ask(connection) == 200
 
 
-def test_an_address_that_a_name_has_twice_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_address_of_a_name_is_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))] * 2
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     with sockets.listen(loader.parse("bind = 'twice:0'", "h.toml", {}), "bind") as listening:
         assert len(listening) == 1
 
 
-def test_an_address_in_use_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+def test_address_in_use_is_reported_in_one_line(sample: Sample, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         bind = f"127.0.0.1:{taken.getsockname()[1]}"
-        told = reject(sample, tmp_path / "server", bind)
-    assert told == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
+        message = reject(sample, tmp_path / "server", bind)
+    assert message == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
 
 
-def test_metrics_at_an_address_in_use_are_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+def test_metrics_address_in_use_is_reported_in_one_line(sample: Sample, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        told = reject(sample, tmp_path / "server", "127.0.0.1:0", f"metrics_bind = '{address}'")
-    assert told.startswith(f"6: metrics_bind: {address} is already in use; ")
+        message = reject(sample, tmp_path / "server", "127.0.0.1:0", f"metrics_bind = '{address}'")
+    assert message.startswith(f"6: metrics_bind: {address} is already in use; ")
 
 
-def test_an_unknown_host_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
-    told = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
-    assert told.startswith("1: bind: no-such-host.invalid:5000 cannot be resolved: ")
+def test_unknown_host_is_reported_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    message = reject(sample, tmp_path / "server", "no-such-host.invalid:5000")
+    assert message.startswith("1: bind: no-such-host.invalid:5000 cannot be resolved: ")
 
 
-def test_an_address_of_another_machine_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
-    told = reject(sample, tmp_path / "server", "192.0.2.1:5000")
-    assert told.startswith("1: bind: 192.0.2.1:5000 cannot be used: Cannot assign requested address; ")
+def test_address_of_another_machine_is_reported_in_one_line(sample: Sample, tmp_path: Path) -> None:
+    message = reject(sample, tmp_path / "server", "192.0.2.1:5000")
+    assert message.startswith("1: bind: 192.0.2.1:5000 cannot be used: Cannot assign requested address; ")
 
 
 @pytest.mark.parametrize("limit", [0, 10])
-def test_small_writes_are_sent_at_once(start: Start, sample: Sample, limit: int) -> None:
+def test_nagle_delay_is_off(start: Start, sample: Sample, limit: int) -> None:
     spy = patched(
         "import logging, socket\nfrom sanic.server.protocols.http_protocol import HttpProtocol\n"
         "made = HttpProtocol.connection_made\n"
@@ -117,14 +117,14 @@ def test_small_writes_are_sent_at_once(start: Start, sample: Sample, limit: int)
     assert server.wait_for_log("delay is (.*)")[1] == "False"
 
 
-def test_head_and_small_body_come_in_one_piece(start: Start, sample: Sample) -> None:
+def test_head_and_small_body_are_sent_in_one_packet(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     with server.connect() as connection:
         connection.sendall(b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\n\r\n")
         assert b"\r\n\r\nStoreDir: /nix/store\n" in connection.recv(65536)
 
 
-def test_an_idle_connection_stays(start: Start, sample: Sample) -> None:
+def test_idle_connection_stays_open(start: Start, sample: Sample) -> None:
     assert Settings().keep_alive_timeout >= 90
     server = start(store=sample.root)
     with server.connect() as connection:
@@ -133,7 +133,7 @@ def test_an_idle_connection_stays(start: Start, sample: Sample) -> None:
         assert ask(connection) == 200
 
 
-def test_a_burst_of_connections_waits_in_the_backlog(start: Start, sample: Sample) -> None:
+def test_burst_of_connections_waits_in_the_backlog(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     (worker,) = server.workers
     os.kill(worker, signal.SIGSTOP)
@@ -143,7 +143,7 @@ def test_a_burst_of_connections_waits_in_the_backlog(start: Start, sample: Sampl
         assert all(ask(connection) == 200 for connection in burst)
 
 
-def test_connections_beyond_the_limit_are_told_to_come_back(start: Start, sample: Sample) -> None:
+def test_connections_beyond_max_connections_get_503(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="max_connections = 3")
     with ExitStack() as stack:
         server.settle()
@@ -157,11 +157,13 @@ def test_connections_beyond_the_limit_are_told_to_come_back(start: Start, sample
         admitted[0].close()
         wait_until(lambda: server.get("/version").status == 200)
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop
 
 
 @pytest.mark.parametrize(("settings", "counted"), [("", True), ("trusted_proxies = ['127.0.0.1']", False)])
-def test_one_client_does_not_keep_out_all_others(start: Start, sample: Sample, settings: str, *, counted: bool) -> None:
+def test_max_connections_per_client_does_not_affect_other_clients(
+    start: Start, sample: Sample, settings: str, *, counted: bool
+) -> None:
     server = start(store=sample.root, settings=f"max_connections_per_client = 3\n{settings}")
     with ExitStack() as stack:
         server.settle()
@@ -174,13 +176,13 @@ def test_one_client_does_not_keep_out_all_others(start: Start, sample: Sample, s
     wait_until(lambda: server.get("/version").status == 200)
 
 
-def test_who_uses_a_unix_socket_may_be_many(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_max_connections_per_client_ignores_unix_sockets(start: Start, sample: Sample, tmp_path: Path) -> None:
     server = start(store=sample.root, bind=f"unix:{tmp_path}/socket", settings="max_connections_per_client = 1")
     with ExitStack() as stack:
         assert all(ask(stack.enter_context(server.connect())) == 200 for _ in range(5))
 
 
-def test_a_unix_socket_has_the_mode_set_and_goes_with_the_service(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_unix_socket_has_its_mode_and_is_removed_at_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     server = start(store=sample.root, bind=f"unix:{path}", settings="unix_socket_mode = '0620'")
     assert stat.S_IMODE(path.stat().st_mode) == 0o620
@@ -191,15 +193,15 @@ def test_a_unix_socket_has_the_mode_set_and_goes_with_the_service(start: Start, 
     assert not path.exists()
 
 
-def test_a_unix_socket_that_was_removed_meanwhile_is_no_matter(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_unix_socket_removed_while_serving_is_ignored(start: Start, sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     server = start(store=sample.root, bind=f"unix:{path}")
     path.unlink()
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop
 
 
-def test_a_stale_unix_socket_is_replaced(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_stale_unix_socket_is_replaced(start: Start, sample: Sample, tmp_path: Path) -> None:
     bind = f"unix:{tmp_path}/socket"
     start(store=sample.root, bind=bind).stop(signal.SIGKILL)
     assert (tmp_path / "socket").exists()
@@ -212,23 +214,23 @@ def is_listened_on(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def test_a_unix_socket_in_use_is_refused_and_kept(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_unix_socket_in_use_is_an_error_and_kept(start: Start, sample: Sample, tmp_path: Path) -> None:
     bind = f"unix:{tmp_path}/socket"
     server = start(store=sample.root, bind=bind)
-    told = reject(sample, tmp_path / "second", bind)
-    assert told == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
+    message = reject(sample, tmp_path / "second", bind)
+    assert message == f"1: bind: {bind} is already in use; {ANOTHER_ADDRESS}\n"
     assert server.get("/version").status == 200
 
 
-def test_what_is_no_socket_is_never_removed(sample: Sample, tmp_path: Path) -> None:
+def test_file_at_the_socket_path_is_never_removed(sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("precious")
-    told = reject(sample, tmp_path / "server", f"unix:{path}")
-    assert told.startswith(f"1: bind: unix:{path} exists and is not a socket; ")
+    message = reject(sample, tmp_path / "server", f"unix:{path}")
+    assert message.startswith(f"1: bind: unix:{path} exists and is not a socket; ")
     assert path.read_text() == "precious"
 
 
-def test_a_client_that_stops_reading_for_a_while_gets_all(start: Start, sample: Sample) -> None:
+def test_client_that_pauses_reading_gets_the_whole_body(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     with download(server, sample.big) as response:
         digest = sha256(response.read(100_000))
@@ -238,31 +240,31 @@ def test_a_client_that_stops_reading_for_a_while_gets_all(start: Start, sample: 
 
 
 def held(server: Server) -> list[str]:
-    """The sockets and the store's files that the workers have open."""
+    """Return the sockets and store files that the workers have open."""
     names = [name for worker in server.workers for name in open_files(worker)]
     return [name for name in names if name.startswith("socket:") or "/nix/store/" in name]
 
 
 def vanish(connection: socket.socket) -> None:
-    """Close with a reset, as a process does that is killed with bytes unread."""
+    """Reset the connection, as a killed process with unread bytes does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
-def test_a_client_that_vanishes_frees_all_at_once(start: Start, sample: Sample) -> None:
+def test_vanished_client_releases_files_and_threads(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     before = len(held(server))
     with ExitStack() as stack:
         for _ in range(20):
             stack.enter_context(download(server, sample.big))
-        # A file is open when a thread has come to it. One of before may have been a connection at its end.
+        # A thread opens the file, maybe later. One of the earlier sockets may have been a closing connection.
         wait_until(lambda: len(held(server)) >= before + 2 * 20 - 1)
     wait_until(lambda: len(held(server)) <= before)
-    with download(server, sample.big) as response:  # no thread is stuck either
+    with download(server, sample.big) as response:  # no thread is stuck
         assert sha256(response.read()).digest() == sample.big.nar_hash
 
 
-def test_connections_that_drop_anywhere_leave_nothing_behind(start: Start, sample: Sample) -> None:
+def test_connections_dropped_at_any_point_leave_nothing_open(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2)
     before = len(held(server))
     chance = random.Random(1)
@@ -281,7 +283,7 @@ def test_connections_that_drop_anywhere_leave_nothing_behind(start: Start, sampl
     wait_until(lambda: len(held(server)) <= before)
     assert server.get("/version").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop
 
 
 def test_slow_downloads_take_little_memory_each(start: Start, sample: Sample) -> None:

@@ -1,4 +1,4 @@
-"""The store is read without a daemon, always as it is just now, and a path is never denied because of trouble."""
+"""The store is read without a daemon, always in its current state; trouble is never reported as a missing path."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -36,7 +36,7 @@ def builder(tmp_path: Path) -> StoreBuilder:
 
 @pytest.fixture
 def open_store() -> Iterator[Callable[..., Store]]:
-    """Opens the store that a builder makes, or another database of it."""
+    """Return a function that opens the store of a builder, or another database of it."""
     opened: list[Store] = []
 
     def open_store(builder: StoreBuilder, db_path: str | None = None) -> Store:
@@ -58,7 +58,7 @@ def look_up(store: Store, info: PathInfo) -> PathInfo | None:
 
 
 class TestPathInfo:
-    def test_tells_all_that_the_database_knows(self, builder: StoreBuilder, store: Store) -> None:
+    def test_path_info_has_all_columns(self, builder: StoreBuilder, store: Store) -> None:
         path, deriver = builder.output_path("all-1.0"), builder.output_path("all-1.0.drv")
         others = [builder.add_source(f"other-{number}", b"").path for number in range(20)]
         info = builder.add(path, b"", references=[*others, path], deriver=deriver, sigs=["a-1:YQ==", "b-1:Yg=="], ca=CA)
@@ -69,34 +69,32 @@ class TestPathInfo:
         assert all(type(reference) is StorePath for reference in found.references)
         assert store.real_path(path) == os.fsencode(f"{builder.real_dir}/{path}")
 
-    def test_tells_no_more_than_the_database_knows(self, builder: StoreBuilder, store: Store) -> None:
+    def test_path_info_of_empty_columns(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add(builder.output_path("plain"), b"")
         assert look_up(store, info) == info
         assert (info.references, info.deriver, info.sigs, info.ca) == ((), None, (), None)
 
     @pytest.mark.parametrize("missing", ["0" * 32, "z" * 32])
-    def test_of_a_missing_path_is_none(self, builder: StoreBuilder, store: Store, missing: str) -> None:
+    def test_missing_path_is_none(self, builder: StoreBuilder, store: Store, missing: str) -> None:
         assert store.path_info(missing) is None
         info = builder.add_source("there", b"")
         assert store.path_info(missing) is None
         last = "1" if info.path.hash_part[-1] == "0" else "0"
         assert store.path_info(info.path.hash_part[:-1] + last) is None
 
-    def test_is_searched_by_index_alone(self, builder: StoreBuilder) -> None:
+    def test_query_uses_indexes_only(self, builder: StoreBuilder) -> None:
         with builder.connect() as connection:
             plan = [row[3] for row in connection.execute(f"explain query plan {_PATH_INFO}", ("/nix/store/x",))]
         assert any(step.startswith("SEARCH found USING INDEX") for step in plan)
         assert not any(step.startswith("SCAN") or "TEMP B-TREE" in step for step in plan)
 
-    def test_is_the_same_with_the_tables_of_a_newer_nix(self, builder: StoreBuilder, store: Store) -> None:
+    def test_tables_of_a_newer_nix_change_nothing(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         assert look_up(store, info) == info
         create(builder, REALISATIONS + BUILD_TRACE)
         assert look_up(store, info) == info
 
-    def test_takes_the_store_dir_that_the_database_names(
-        self, tmp_path: Path, open_store: Callable[..., Store]
-    ) -> None:
+    def test_store_dir_selects_the_paths(self, tmp_path: Path, open_store: Callable[..., Store]) -> None:
         builder = StoreBuilder(tmp_path, "/gnu/store")
         info = builder.add_source("path", b"")
         assert look_up(open_store(builder), info) == info
@@ -108,7 +106,7 @@ def set_column(builder: StoreBuilder, column: str, value: object) -> None:
         connection.execute(f"update ValidPaths set {column} = ?", (value,))
 
 
-class TestRowsOfNoUse:
+class TestUnusableRows:
     @pytest.mark.parametrize(
         ("column", "value"),
         [
@@ -135,7 +133,7 @@ class TestRowsOfNoUse:
             *[("ca", text) for text in ("fixed:r:sha256:x", "text:", f"{CA}\n", f" {CA}", CA.replace("r:", "x:"), 7)],
         ],
     )
-    def test_are_errors(self, builder: StoreBuilder, store: Store, column: str, value: object) -> None:
+    def test_unusable_column_raises(self, builder: StoreBuilder, store: Store, column: str, value: object) -> None:
         info = builder.add_source("path", b"")
         set_column(builder, column, value)
         with pytest.raises(StoreObjectError, match=str(info.path)):
@@ -143,13 +141,13 @@ class TestRowsOfNoUse:
         other = builder.add_source("other", b"")
         assert look_up(store, other) == other
 
-    def test_are_errors_where_the_path_is_none(self, builder: StoreBuilder, store: Store) -> None:
+    def test_unusable_path_raises(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         set_column(builder, "path", f"/nix/store/{info.path.hash_part}+path")
         with pytest.raises(StoreObjectError):
             look_up(store, info)
 
-    def test_are_errors_where_a_reference_is_none(self, builder: StoreBuilder, store: Store) -> None:
+    def test_unusable_reference_raises(self, builder: StoreBuilder, store: Store) -> None:
         base = builder.add_source("base", b"")
         info = builder.add_source("path", b"", [base.path])
         with builder.connect() as connection:
@@ -158,7 +156,7 @@ class TestRowsOfNoUse:
             look_up(store, info)
 
     @pytest.mark.parametrize("path", [b"/nix/store/\xff", "/nix/store/~", b"\0"])
-    def test_do_not_get_in_the_way_of_others(self, builder: StoreBuilder, store: Store, path: bytes | str) -> None:
+    def test_unusable_row_does_not_affect_others(self, builder: StoreBuilder, store: Store, path: bytes | str) -> None:
         info = builder.add_source("path", b"")
         with builder.connect() as connection:
             row = (path, b"\xff", b"\xff")
@@ -167,7 +165,7 @@ class TestRowsOfNoUse:
         assert look_up(store, info) == info
         assert store.path_info("z" * 32) is None
 
-    def test_may_hold_text_as_bytes_for_nix_does_not_mind(self, builder: StoreBuilder, store: Store) -> None:
+    def test_bytes_instead_of_text_are_accepted_as_by_nix(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         set_column(builder, "hash", f"sha256:{info.nar_hash.hex()}".encode())
         set_column(builder, "sigs", b"a-1:YQ==")
@@ -176,7 +174,7 @@ class TestRowsOfNoUse:
 
 
 class TestChanges:
-    def test_are_seen_at_once(self, builder: StoreBuilder, store: Store) -> None:
+    def test_changes_are_visible_at_once(self, builder: StoreBuilder, store: Store) -> None:
         assert store.path_info("0" * 32) is None
         for number in range(5):
             info = builder.add_source(f"path-{number}", b"")
@@ -184,14 +182,14 @@ class TestChanges:
             builder.delete(info.path)
             assert look_up(store, info) is None
 
-    def test_are_seen_once_they_are_committed(self, builder: StoreBuilder, store: Store) -> None:
+    def test_changes_are_visible_once_committed(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         with builder.connect() as connection:
             connection.execute("delete from ValidPaths")
             assert look_up(store, info) == info
         assert look_up(store, info) is None
 
-    def test_are_told_by_the_generation(self, builder: StoreBuilder, store: Store) -> None:
+    def test_generation_changes_with_the_database(self, builder: StoreBuilder, store: Store) -> None:
         def changed() -> bool:
             before, known[0] = known[0], store.database.generation()
             return known[0] != before
@@ -211,7 +209,7 @@ class TestChanges:
         assert changed()
         assert not changed()
 
-    def test_behind_trouble_are_told_by_the_generation(self, builder: StoreBuilder, store: Store) -> None:
+    def test_generation_changes_with_the_database_after_an_error(self, builder: StoreBuilder, store: Store) -> None:
         info = builder.add_source("path", b"")
         before = store.database.generation()
         with pytest.raises(StoreUnavailableError):
@@ -219,7 +217,7 @@ class TestChanges:
         builder.delete(info.path)
         assert store.database.generation() != before
 
-    def test_of_the_whole_file_are_seen(self, builder: StoreBuilder, store: Store, tmp_path: Path) -> None:
+    def test_replaced_database_file_is_noticed(self, builder: StoreBuilder, store: Store, tmp_path: Path) -> None:
         info = builder.add_source("old", b"")
         assert look_up(store, info) == info
         generation = store.database.generation()
@@ -230,12 +228,12 @@ class TestChanges:
         assert look_up(store, added) == added
         assert store.database.generation() != generation
 
-    def test_while_it_is_read_are_seen(
+    def test_database_file_replaced_during_a_lookup_is_noticed(
         self, builder: StoreBuilder, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         info = builder.add_source("old", b"")
         other = StoreBuilder(tmp_path / "other")
-        connected = store.database._connected  # noqa: SLF001 (the moment after it is the one that counts)
+        connected = store.database._connected  # noqa: SLF001 (replaces the file right after it)
 
         def replaced_too_late() -> sqlite3.Connection:
             connection = connected()
@@ -249,7 +247,7 @@ class TestChanges:
 
 class TestTrouble:
     @pytest.mark.parametrize("opened", [False, True])
-    def test_of_a_locked_database_is_told_after_the_timeout(
+    def test_locked_database_raises_after_the_timeout(
         self, builder: StoreBuilder, store: Store, *, opened: bool
     ) -> None:
         info = builder.add_source("path", b"")
@@ -268,7 +266,7 @@ class TestTrouble:
 
     @pytest.mark.parametrize("opened", [False, True])
     @pytest.mark.parametrize("trouble", ["missing", "empty", "cut", "garbage", "directory", "no directory"])
-    def test_lasts_until_the_file_is_restored(
+    def test_damaged_database_raises_until_it_is_restored(
         self, builder: StoreBuilder, store: Store, trouble: str, *, opened: bool
     ) -> None:
         info = builder.add_source("path", b"")
@@ -284,8 +282,8 @@ class TestTrouble:
         elif trouble == "no directory":
             shutil.rmtree(directory)
         elif trouble != "missing":
-            wrong = {"empty": b"", "cut": content[:5000], "garbage": b"no database\n" * 1000}[trouble]
-            Path(builder.db_path).write_bytes(wrong)
+            damaged = {"empty": b"", "cut": content[:5000], "garbage": b"no database\n" * 1000}[trouble]
+            Path(builder.db_path).write_bytes(damaged)
         for _ in range(2):
             with pytest.raises(StoreUnavailableError, match="cannot read"):
                 look_up(store, info)
@@ -298,7 +296,7 @@ class TestTrouble:
         assert look_up(store, info) == info
         store.check()
 
-    def test_of_the_store_directory_is_told_by_the_check(self, builder: StoreBuilder, store: Store) -> None:
+    def test_check_raises_if_the_store_directory_is_missing(self, builder: StoreBuilder, store: Store) -> None:
         store.check()
         os.rmdir(builder.real_dir)
         with pytest.raises(StoreUnavailableError, match="cannot read"):
@@ -306,7 +304,7 @@ class TestTrouble:
 
 
 class Reader:
-    """A store opened by a process of its own that has no privileges. (In one process, SQLite shares the -shm file.)"""
+    """A store opened by another process, without privileges. (Within one process, SQLite shares the -shm file.)"""
 
     def __init__(self, builder: StoreBuilder, db_path: str | None = None) -> None:
         fork = multiprocessing.get_context("fork")
@@ -348,18 +346,18 @@ class Reader:
 @pytest.mark.root
 @needs_root
 class TestWithoutPrivileges:
-    """As a user who cannot write beside the database: the states that it may be left in, by Nix and by others."""
+    """The reader cannot write beside the database, which Nix or another program leaves in any state."""
 
     @pytest.fixture
     def builder(self) -> Iterator[StoreBuilder]:
-        place = tempfile.mkdtemp()  # tmp_path lies in a directory that only root may enter
-        os.chmod(place, 0o755)
-        yield StoreBuilder(place)
-        remove_tree(os.fsencode(place))
+        directory = tempfile.mkdtemp()  # tmp_path is in a directory that only root can enter
+        os.chmod(directory, 0o755)
+        yield StoreBuilder(directory)
+        remove_tree(os.fsencode(directory))
 
     @pytest.fixture
     def read(self, builder: StoreBuilder) -> Iterator[Callable[..., Reader]]:
-        """Opens the database, or another of the same store."""
+        """Return a function that opens the database, or another database of the store."""
         readers: list[Reader] = []
 
         def read(db_path: str | None = None) -> Reader:
@@ -373,20 +371,20 @@ class TestWithoutPrivileges:
     @staticmethod
     @contextmanager
     def writer(builder: StoreBuilder) -> Iterator[None]:
-        """Somebody who has the database open, so that what others write stays in the log."""
+        """Keep the database open, so that the changes of other writers stay in the WAL."""
         with builder.connect() as connection:
             connection.execute("select 1 from ValidPaths").fetchall()
             yield
 
     @staticmethod
     def left(builder: StoreBuilder, *suffixes: str) -> str:
-        """The database as a process leaves it that does not close it: of its files, those with these suffixes."""
+        """Copy the database as a killed process leaves it: with the files that have these suffixes."""
         os.mkdir(f"{builder.real_dir}/../left")
         for suffix in ("", *suffixes):
             shutil.copy(builder.db_path + suffix, f"{builder.real_dir}/../left/db.sqlite{suffix}")
         return f"{builder.real_dir}/../left/db.sqlite"
 
-    def test_closed_by_nix_up_to_2_21(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_database_closed_by_nix_2_21_and_older(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
         reader = read()
         info = builder.add_source("first", b"")
         files = sorted(os.listdir(os.path.dirname(builder.db_path)))
@@ -395,7 +393,7 @@ class TestWithoutPrivileges:
         generation = reader.generation(info)
         for number in range(3):
             assert reader.generation(info) == generation
-            time.sleep(0.02)  # the clock of file times may be that coarse
+            time.sleep(0.02)  # file times may be that coarse
             added = builder.add_source(f"path-{number}", b"")
             assert reader.look_up(added) == added
             assert reader.generation(info) != generation
@@ -407,7 +405,7 @@ class TestWithoutPrivileges:
             generation = reader.generation(info)
         assert sorted(os.listdir(os.path.dirname(builder.db_path))) == files
 
-    def test_closed_by_a_newer_nix(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_database_closed_by_a_newer_nix(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
         info = builder.add_source("path", b"")
         with builder.connect() as connection:
             connection.execute("update ValidPaths set registrationTime = 1")
@@ -424,7 +422,7 @@ class TestWithoutPrivileges:
             assert reader.look_up(info) is None
         assert reader.look_up(info) is None
 
-    def test_while_a_writer_has_it_open(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_database_open_in_a_writer(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
         with self.writer(builder):
             info = builder.add_source("path", b"")
             assert os.path.getsize(builder.db_path + "-wal") > 0
@@ -433,7 +431,7 @@ class TestWithoutPrivileges:
             builder.delete(info.path)
             assert reader.look_up(info) is None
 
-    def test_when_a_writer_comes_and_goes(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_writer_comes_and_goes(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
         reader = read()
         first = builder.add_source("first", b"")
         assert reader.look_up(first) == first
@@ -452,9 +450,7 @@ class TestWithoutPrivileges:
         for info, found in ((first, None), (second, second), (third, third)):
             assert reader.look_up(info) == another.look_up(info) == found
 
-    def test_with_a_log_but_no_index_of_it_nothing_is_told(
-        self, builder: StoreBuilder, read: Callable[..., Reader]
-    ) -> None:
+    def test_wal_without_shm_raises(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
         first = builder.add_source("first", b"")
         with self.writer(builder):
             second = builder.add_source("second", b"")
@@ -463,12 +459,14 @@ class TestWithoutPrivileges:
         for info in (first, second):
             with pytest.raises(StoreUnavailableError, match="log"):
                 reader.look_up(info)
-        with closing(sqlite3.connect(path)) as connection:  # who may write makes the index
+        with closing(sqlite3.connect(path)) as connection:  # a process with write access creates it
             connection.execute("select * from ValidPaths").fetchall()
             assert reader.look_up(second) == second
         assert reader.look_up(second) == second
 
-    def test_without_leave_to_read_it(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_unreadable_database_raises_until_it_is_readable(
+        self, builder: StoreBuilder, read: Callable[..., Reader]
+    ) -> None:
         reader = read()
         info = builder.add_source("path", b"")
         os.chmod(builder.db_path, 0o600)

@@ -1,4 +1,4 @@
-"""The shared code of the tests: where it lives, and that it fails when a test does not test anything any longer."""
+"""The shared code of the tests is in tests/support, and its helpers fail if a test would test nothing."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_no_test_file_or_conftest_is_imported() -> None:
         "from harmonia.process.supervisor import Supervisor\nSupervisor._no_such_method = lambda self: None",
     ],
 )
-def test_a_patch_of_a_missing_name_fails(statements: str) -> None:
+def test_patch_of_a_missing_name_fails(statements: str) -> None:
     with popen([*patched(statements), "--version"], env=os.environ, stderr=subprocess.PIPE, text=True) as process:
         _, stderr = process.communicate()
     assert process.returncode == 1
@@ -42,7 +42,7 @@ def test_a_patch_of_a_missing_name_fails(statements: str) -> None:
 
 
 @pytest.mark.parametrize("is_preloaded", [True, False])
-def test_a_patch_of_an_existing_name_changes_the_program(*, is_preloaded: bool) -> None:
+def test_patch_of_an_existing_name_changes_the_program(*, is_preloaded: bool) -> None:
     command = [*patched("from harmonia.cli import main; main.help = 'another help'"), "--help"]
     program = command if is_preloaded else ["env", *command]
     with popen(program, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
@@ -51,7 +51,7 @@ def test_a_patch_of_an_existing_name_changes_the_program(*, is_preloaded: bool) 
     assert (type(process) is not subprocess.Popen) == is_preloaded
 
 
-def test_skipped_tests_are_summed_up_in_one_line() -> None:
+def test_skipped_tests_are_summarized_in_one_line() -> None:
     nix = "no nix-store on this machine: apt-get install nix-bin"
     reasons = Counter({nix: 37, "no curl on this machine: apt-get install curl": 2, "not root: run as root": 5})
     assert skips(reasons) == (
@@ -64,7 +64,7 @@ def test_skipped_tests_are_summed_up_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["no-such-command"], ["check-config"], ["nar", "list", "none"]])
-def test_a_preloaded_command_does_what_a_new_process_does(arguments: list[str], tmp_path: Path) -> None:
+def test_preloaded_command_behaves_like_a_new_process(arguments: list[str], tmp_path: Path) -> None:
     def outcome(program: list[str]) -> tuple[int, str, str]:
         (tmp_path / "harmonia.toml").write_text("priority = 77\n")
         environment = {**os.environ, "CONFIG_FILE": "harmonia.toml", "HOME": str(tmp_path)}
@@ -78,7 +78,7 @@ def test_a_preloaded_command_does_what_a_new_process_does(arguments: list[str], 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_preloaded_server_is_a_process_like_a_new_one(tmp_path: Path, number: int) -> None:
+def test_preloaded_server_is_a_process_like_a_new_one(tmp_path: Path, number: int) -> None:
     sample = Sample.make(tmp_path / "store", 1)
 
     def facts(name: str, program: list[str]) -> list[object]:
@@ -98,7 +98,7 @@ def test_a_preloaded_server_is_a_process_like_a_new_one(tmp_path: Path, number: 
     assert facts("preloaded", HARMONIA) == facts("new", NOT_PRELOADED)
 
 
-def test_what_python_reads_at_its_start_needs_a_new_process() -> None:
+def test_python_variables_need_a_new_process() -> None:
     environment = {**os.environ, "PYTHONOPTIMIZE": "1"}
     with popen([*HARMONIA, "--version"], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert type(process) is subprocess.Popen

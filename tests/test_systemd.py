@@ -1,4 +1,4 @@
-"""Promises to systemd: sockets it holds are served and survive a restart, and it hears exactly what is true."""
+"""systemd: passed sockets are served and survive a restart, and notifications are true."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from support.running import HARMONIA, PATIENCE_S, Sample, Server, ServiceManager
 
 Start = Callable[..., Server]
 
-# Passes the descriptors named first as 3, 4, …, and becomes the program that follows, so that LISTEN_PID is its own.
+# Passes the given descriptors as 3, 4, …, and executes the program that follows, so that LISTEN_PID is its own.
 ACTIVATE = """
 import fcntl, os, sys
 given = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in sys.argv[1].split(",")]
@@ -57,7 +57,7 @@ def unix_socket(directory: Path) -> Iterator[socket.socket]:
 
 
 def activated(*passed: int) -> dict[str, object]:
-    """Options of a Server to which systemd passes descriptors."""
+    """Return options of a Server to which systemd passes descriptors."""
     program = [sys.executable, "-c", ACTIVATE, ",".join(map(str, passed)), *HARMONIA]
     return {"program": program, "pass_fds": passed}
 
@@ -70,9 +70,9 @@ def ask(address: object, family: int) -> int:
         return read_answer(connection).status
 
 
-def test_sockets_of_systemd_take_the_place_of_bind(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_sockets_of_systemd_replace_bind(start: Start, sample: Sample, tmp_path: Path) -> None:
     with tcp_socket() as first, tcp_socket() as second, unix_socket(tmp_path) as third, tcp_socket() as taken:
-        bind = f"127.0.0.1:{taken.getsockname()[1]}"  # would not work
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"  # in use
         sockets = [first, second, third]
         server = start(store=sample.root, bind=bind, workers=2, **activated(*(each.fileno() for each in sockets)))
         for each in sockets:
@@ -81,11 +81,11 @@ def test_sockets_of_systemd_take_the_place_of_bind(start: Start, sample: Sample,
         for url in [*urls, f"unix:{tmp_path}/socket"]:
             server.wait_for_log(f"at {re.escape(url)}$")
         assert server.stop() == 0
-    assert (tmp_path / "socket").exists()  # it is systemd's to remove
+    assert (tmp_path / "socket").exists()  # systemd removes it
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
-def test_no_connection_is_refused_across_a_restart(start: Start, sample: Sample, tmp_path: Path, family: int) -> None:
+def test_restart_refuses_no_connection(start: Start, sample: Sample, tmp_path: Path, family: int) -> None:
     with tcp_socket() if family == socket.AF_INET else unix_socket(tmp_path) as listening:
         first = start(store=sample.root, workers=2, **activated(listening.fileno()))
         assert first.stop() == 0
@@ -97,21 +97,23 @@ def test_no_connection_is_refused_across_a_restart(start: Start, sample: Sample,
             assert read_answer(connection).status == 200
 
 
-def test_sockets_meant_for_another_process_are_left_alone(start: Start, sample: Sample) -> None:
+def test_sockets_for_another_process_are_ignored(start: Start, sample: Sample) -> None:
     with tcp_socket() as listening:
         server = start(store=sample.root, environment={"LISTEN_PID": "1"}, **activated(listening.fileno()))
         assert server.url != f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def test_connections_are_ended_where_the_client_is_lost_but_not_where_it_is_slow(start: Start, sample: Sample) -> None:
-    with tcp_socket() as listening:  # the options of which are those of each connection
+def test_keepalive_ends_lost_connections_but_not_slow_ones(start: Start, sample: Sample) -> None:
+    with tcp_socket() as listening:  # accepted connections inherit its options
         start(store=sample.root, **activated(listening.fileno()))
         assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
-        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0  # it ends those that are slow too
+        assert (
+            listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+        )  # it would end slow connections, too
 
 
-def test_the_limit_of_connections_is_one_for_all_sockets(start: Start, sample: Sample) -> None:
+def test_max_connections_counts_all_sockets_together(start: Start, sample: Sample) -> None:
     with tcp_socket() as first, tcp_socket() as second:
         passed = activated(first.fileno(), second.fileno())
         server = start(store=sample.root, settings="max_connections = 1", **passed)
@@ -133,7 +135,7 @@ def wrong_descriptors(stack: ExitStack) -> Iterator[tuple[str, Sequence[int], di
     yield "missing", [listening.fileno()], {"LISTEN_FDS": "2"}
 
 
-def test_a_descriptor_that_does_not_listen_is_told_in_one_line(sample: Sample, tmp_path: Path) -> None:
+def test_descriptor_that_does_not_listen_is_reported_in_one_line(sample: Sample, tmp_path: Path) -> None:
     with ExitStack() as stack:
         for name, passed, environment in wrong_descriptors(stack):
             server = Server(tmp_path / name, sample.root, environment=environment, **activated(*passed))  # type: ignore[arg-type]
@@ -145,9 +147,7 @@ def test_a_descriptor_that_does_not_listen_is_told_in_one_line(sample: Sample, t
 
 
 @pytest.mark.parametrize("manager", ["path", "abstract"], indirect=True)
-def test_the_manager_hears_of_the_start_and_the_end_alone(
-    start: Start, sample: Sample, manager: ServiceManager
-) -> None:
+def test_manager_gets_ready_and_stopping(start: Start, sample: Sample, manager: ServiceManager) -> None:
     server = start(store=sample.root, workers=2, environment=manager.environment)
     assert manager.receive() == "READY=1"
     server.process.send_signal(signal.SIGHUP)
@@ -158,13 +158,13 @@ def test_the_manager_hears_of_the_start_and_the_end_alone(
 
 
 @pytest.mark.parametrize("watchdog", [{}, {"WATCHDOG_USEC": "100000"}], ids=["no watchdog", "watchdog"])
-def test_nothing_is_sent_before_ready_which_waits_for_every_worker(
+def test_ready_is_sent_once_every_worker_serves(
     start: Start, sample: Sample, manager: ServiceManager, tmp_path: Path, watchdog: dict[str, str]
 ) -> None:
     late = patched(
         "import os, time\nfrom harmonia.server import worker\nserve = worker.run\n"
         "def wait(*arguments):\n"
-        "  try: os.mkdir(os.environ['GO'] + '-first')\n"  # only one of the two can
+        "  try: os.mkdir(os.environ['GO'] + '-first')\n"  # only the first worker succeeds
         "  except FileExistsError:\n"
         "    while not os.path.exists(os.environ['GO']): time.sleep(0.01)\n"
         "  serve(*arguments)\n"
@@ -180,18 +180,18 @@ def test_nothing_is_sent_before_ready_which_waits_for_every_worker(
     assert server.get("/version").status == 200
 
 
-def test_the_watchdog_hears_only_of_workers_that_answer(start: Start, sample: Sample, manager: ServiceManager) -> None:
+def test_watchdog_messages_stop_while_workers_hang(start: Start, sample: Sample, manager: ServiceManager) -> None:
     environment = {**manager.environment, "WATCHDOG_USEC": "400000"}
     server = start(store=sample.root, workers=2, environment=environment)
-    heard = [manager.receive() for _ in range(10)]
-    assert heard.count("READY=1") == 1
-    assert heard.count("WATCHDOG=1") == 9
+    messages = [manager.receive() for _ in range(10)]
+    assert messages.count("READY=1") == 1
+    assert messages.count("WATCHDOG=1") == 9
 
     workers = server.workers
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)
     time.sleep(0.5)
-    manager.drain()  # what they said before
+    manager.drain()  # drop earlier messages
     with pytest.raises(TimeoutError):
         manager.receive(1)
     for pid in workers:
@@ -199,13 +199,13 @@ def test_the_watchdog_hears_only_of_workers_that_answer(start: Start, sample: Sa
     assert manager.receive() == "WATCHDOG=1"
 
     assert server.stop() == 0
-    heard = ["WATCHDOG=1"]
-    while heard[-1] == "WATCHDOG=1":
-        heard.append(manager.receive())
-    assert heard[-1] == "STOPPING=1"
+    messages = ["WATCHDOG=1"]
+    while messages[-1] == "WATCHDOG=1":
+        messages.append(manager.receive())
+    assert messages[-1] == "STOPPING=1"
 
 
-def test_workers_give_signs_of_life_within_half_the_time_asked_for(
+def test_heartbeat_interval_is_half_the_watchdog_interval(
     start: Start, sample: Sample, manager: ServiceManager
 ) -> None:
     logged = patched(
@@ -221,7 +221,7 @@ def test_workers_give_signs_of_life_within_half_the_time_asked_for(
     assert [manager.receive() for _ in range(3)] == ["READY=1", "WATCHDOG=1", "WATCHDOG=1"]
 
 
-def test_a_watchdog_of_another_process_hears_nothing(start: Start, sample: Sample, manager: ServiceManager) -> None:
+def test_watchdog_of_another_process_is_ignored(start: Start, sample: Sample, manager: ServiceManager) -> None:
     environment = {**manager.environment, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"}
     server = start(store=sample.root, environment=environment)
     assert manager.receive() == "READY=1"
@@ -231,7 +231,7 @@ def test_a_watchdog_of_another_process_hears_nothing(start: Start, sample: Sampl
     assert manager.receive() == "STOPPING=1"
 
 
-def test_a_manager_that_is_gone_stops_nothing(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_missing_notify_socket_is_ignored(start: Start, sample: Sample, tmp_path: Path) -> None:
     server = start(store=sample.root, environment={"NOTIFY_SOCKET": f"{tmp_path}/gone", "WATCHDOG_USEC": "100000"})
     assert server.get("/version").status == 200
     assert server.stop() == 0

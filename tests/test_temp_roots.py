@@ -1,4 +1,4 @@
-"""Promises of the temporary roots: as long as they are needed and not longer, and no download waits for them."""
+"""Temporary GC roots: held exactly as long as needed, and no download waits for them."""
 
 import http.client
 import logging
@@ -31,24 +31,24 @@ def full(path: StorePath) -> str:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    """A short name: those of sockets have at most 107 bytes."""
+def socket_path() -> Iterator[Path]:
+    """Return a short path, because paths of sockets have at most 107 bytes."""
     with tempfile.TemporaryDirectory() as directory:
         yield Path(directory, "socket")
 
 
 @pytest.fixture
-def roots(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TempRoots]:
+def roots(socket_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TempRoots]:
     monkeypatch.setattr(temp_roots, "_CHECK_INTERVAL_S", 0.05)
     monkeypatch.setattr(temp_roots, "_RETRY_S", 0.1)
-    roots = TempRoots(str(place), "/nix/store", expected=True)
+    roots = TempRoots(str(socket_path), "/nix/store", expected=True)
     yield roots
     roots.close()
     wait_until(lambda: "temp-roots" not in {thread.name for thread in threading.enumerate()})
 
 
-def test_a_root_is_taken_once_and_goes_with_the_last_who_needs_it(place: Path, roots: TempRoots) -> None:
-    with DaemonServer(place) as daemon:
+def test_root_is_registered_once_and_released_with_its_last_lease(socket_path: Path, roots: TempRoots) -> None:
+    with DaemonServer(socket_path) as daemon:
         first, second, other = roots.acquire(ONE), roots.acquire(ONE), roots.acquire(OTHER)
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
         first.release()
@@ -67,32 +67,30 @@ def test_a_root_is_taken_once_and_goes_with_the_last_who_needs_it(place: Path, r
         wait_until(lambda: not daemon.open)
 
 
-def test_nothing_is_taken_for_what_is_over_by_then(place: Path, roots: TempRoots) -> None:
+def test_released_lease_is_not_registered(socket_path: Path, roots: TempRoots) -> None:
     waits = threading.Event()
 
     def greet(_: socket.socket) -> None:
         waits.wait(20)
 
-    with DaemonServer(place, greet=greet) as daemon:
+    with DaemonServer(socket_path, greet=greet) as daemon:
         first = roots.acquire(ONE)
         wait_until(lambda: daemon.open)
         for _ in range(10_000):
             roots.acquire(OTHER).release()
         waits.set()
     first.release()
-    with DaemonServer(place) as daemon:
+    with DaemonServer(socket_path) as daemon:
         last = roots.acquire(ONE)
         wait_until(lambda: daemon.roots)
         assert daemon.roots == [full(ONE)]
         last.release()
 
 
-def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
-    place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also for what it has answered before: that was over the same connection, which is closed."""
+def test_silent_daemon_is_tried_again(socket_path: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier roots are registered again, too, because the timeout closes their connection."""
     monkeypatch.setattr(temp_roots, "_TIMEOUT_S", 0.2)
-    with DaemonServer(place) as daemon:
+    with DaemonServer(socket_path) as daemon:
         roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         answer, daemon.answer = daemon.answer, b""
@@ -102,11 +100,11 @@ def test_a_daemon_that_does_not_answer_in_time_is_asked_again(
         wait_until(lambda: [sorted(each) for each in daemon.open] == [[full(ONE), full(OTHER)]])
 
 
-def test_a_long_download_does_not_keep_what_others_needed(
-    place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
+def test_long_download_does_not_keep_roots_of_others(
+    socket_path: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
-    with DaemonServer(place) as daemon:
+    with DaemonServer(socket_path) as daemon:
         short = roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         roots.acquire(OTHER)
@@ -115,47 +113,47 @@ def test_a_long_download_does_not_keep_what_others_needed(
         wait_until(lambda: daemon.open == [[full(OTHER)]])
 
 
-def test_there_are_few_connections(place: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_connections_is_bounded(socket_path: Path, roots: TempRoots, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(temp_roots, "_CONNECTION_AGE_S", 0.0)
     paths = [StorePath(f"{number:032}-name") for number in range(10)]
-    with DaemonServer(place) as daemon:
+    with DaemonServer(socket_path) as daemon:
         for path in paths:
             roots.acquire(path)
         wait_until(lambda: len(daemon.roots) == len(paths))
         assert len(daemon.open) == 4
 
 
-def test_they_are_taken_anew_from_a_daemon_that_comes_back(
-    place: Path, roots: TempRoots, caplog: pytest.LogCaptureFixture
+def test_roots_are_registered_again_when_the_daemon_returns(
+    socket_path: Path, roots: TempRoots, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "harmonia")
     roots.acquire(ONE)
     wait_until(lambda: caplog.records)
     time.sleep(0.3)
     for _ in range(2):
-        with DaemonServer(place) as daemon:
+        with DaemonServer(socket_path) as daemon:
             wait_until(lambda: daemon.open == [[full(ONE)]])
             wait_until(lambda: len(caplog.records) % 2 == 0)
         wait_until(lambda: len(caplog.records) % 2)
-    lacking = f"cannot register temporary GC roots with the Nix daemon at {place}: "
-    again = f"registered temporary GC roots with the Nix daemon at {place} again"
+    failed = f"cannot register temporary GC roots with the Nix daemon at {socket_path}: "
+    again = f"registered temporary GC roots with the Nix daemon at {socket_path} again"
     messages = [record.getMessage() for record in caplog.records]
-    assert [message.startswith(lacking) for message in messages] == [True, False, True, False, True]
+    assert [message.startswith(failed) for message in messages] == [True, False, True, False, True]
     assert messages[1] == messages[3] == again
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "WARNING", "INFO", "WARNING"]
 
 
-def test_close_gives_up_every_root_and_ends_the_thread(place: Path, roots: TempRoots) -> None:
-    with DaemonServer(place) as daemon:
+def test_close_releases_every_root_and_ends_the_thread(socket_path: Path, roots: TempRoots) -> None:
+    with DaemonServer(socket_path) as daemon:
         roots.acquire(ONE)
         wait_until(lambda: daemon.open == [[full(ONE)]])
         roots.close()
         wait_until(lambda: not daemon.open)
 
 
-def test_nobody_is_warned_of_a_daemon_that_nobody_named(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_daemon_gives_no_warning_if_not_configured(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "harmonia")
-    with closing(TempRoots(str(place), "/nix/store", expected=False)) as roots:
+    with closing(TempRoots(str(socket_path), "/nix/store", expected=False)) as roots:
         roots.acquire(ONE)
         wait_until(lambda: caplog.records)
     assert caplog.records[0].levelname == "DEBUG"
@@ -170,12 +168,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst"])
-def test_a_download_takes_one(start: Start, tmp_path: Path, place: Path, suffix: str) -> None:
+def test_download_registers_a_root(start: Start, tmp_path: Path, socket_path: Path, suffix: str) -> None:
     store = StoreBuilder(tmp_path / "store")
     big = store.add(store.output_path("big"), {"file": os.urandom(1 << 20) * 20})
     small = store.add_text("small", b"small")
-    server = start(store=tmp_path / "store", settings=f"daemon_socket = '{place}'")
-    with DaemonServer(place) as daemon:
+    server = start(store=tmp_path / "store", settings=f"daemon_socket = '{socket_path}'")
+    with DaemonServer(socket_path) as daemon:
         for path in (f"/{big.path.hash_part}.narinfo", nar_url(small)):
             server.get(path)
         assert not daemon.open
@@ -185,10 +183,10 @@ def test_a_download_takes_one(start: Start, tmp_path: Path, place: Path, suffix:
         wait_until(lambda: not daemon.open)
 
 
-def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> None:
-    sample = Sample.make(place.parent)
-    server = start(store=sample.root, settings=f"daemon_socket = '{place}'")
-    with DaemonServer(place) as daemon:
+def test_interrupted_download_releases_its_root(start: Start, socket_path: Path) -> None:
+    sample = Sample.make(socket_path.parent)
+    server = start(store=sample.root, settings=f"daemon_socket = '{socket_path}'")
+    with DaemonServer(socket_path) as daemon:
         with download(server, sample.big) as response:
             wait_until(lambda: daemon.roots)
             os.truncate(sample.root / "nix/store" / str(sample.big.path), 1000)
@@ -197,10 +195,10 @@ def test_a_download_that_broke_off_keeps_nothing(start: Start, place: Path) -> N
         wait_until(lambda: not daemon.open)
 
 
-def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) -> None:
+def test_silent_daemon_delays_no_download(start: Start, sample: Sample, socket_path: Path) -> None:
     patient = patched("from harmonia.store import temp_roots\ntemp_roots._TIMEOUT_S = 600.0")
-    with DaemonServer(place, greet=lambda _: None) as daemon:
-        server = start(store=sample.root, settings=f"daemon_socket = '{place}'", program=patient)
+    with DaemonServer(socket_path, greet=lambda _: None) as daemon:
+        server = start(store=sample.root, settings=f"daemon_socket = '{socket_path}'", program=patient)
         began = time.monotonic()
         for _ in range(3):
             assert sha256(server.get(nar_url(sample.big)).body).digest() == sample.big.nar_hash
@@ -208,14 +206,14 @@ def test_a_slow_daemon_slows_nothing(start: Start, sample: Sample, place: Path) 
         assert daemon.open == [[]]
 
 
-def test_no_daemon_is_asked_where_none_is_wanted(start: Start, place: Path) -> None:
-    sample = Sample.make(place.parent)
-    beside = place.parent / "nix/var/nix/daemon-socket"
+def test_empty_daemon_socket_disables_roots(start: Start, socket_path: Path) -> None:
+    sample = Sample.make(socket_path.parent)
+    beside = socket_path.parent / "nix/var/nix/daemon-socket"
     beside.mkdir()
-    for settings, asked in (("", True), ("daemon_socket = ''", False)):
+    for settings, expected in (("", True), ("daemon_socket = ''", False)):
         server = start(store=sample.root, settings=settings)
         with DaemonServer(beside / "socket") as daemon, download(server, sample.big):
-            if asked:
+            if expected:
                 wait_until(lambda: daemon.roots)
             else:
                 time.sleep(0.3)

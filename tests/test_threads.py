@@ -1,4 +1,4 @@
-"""Promise: reading bodies for one client keeps neither other clients nor short questions waiting."""
+"""Thread pools: body reads of one client delay neither other clients nor short jobs."""
 
 import asyncio
 import threading
@@ -7,7 +7,7 @@ from typing import Any, cast
 from harmonia.process.threads import Threads
 
 
-def test_bodies_of_one_client_leave_threads_to_others() -> None:
+def test_bodies_of_one_client_leave_threads_for_others() -> None:
     threads = Threads(cast("Any", None), cast("Any", None))
     gate = threading.Event()
     try:

@@ -1,4 +1,4 @@
-"""Promises about TLS: today's versions only, certificates renewed without a restart, no half body taken for whole."""
+"""TLS: only current versions, renewal without a restart, and truncation is always visible."""
 
 import http.client
 import os
@@ -32,7 +32,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 
 def renew(directory: Path) -> bytes:
-    """Put a new certificate and its key into `directory`. Returns the certificate as it is presented."""
+    """Put a new certificate and its key into `directory`. Return the certificate in DER."""
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache -keyout key.pem"
     )
@@ -43,7 +43,7 @@ def renew(directory: Path) -> bytes:
 
 
 def secured(directory: Path) -> str:
-    """The settings."""
+    """Return the settings."""
     return f"tls_cert_path = '{directory}/cert.pem'\ntls_key_path = '{directory}/key.pem'"
 
 
@@ -53,7 +53,7 @@ def presented(server: Server) -> bytes | None:
 
 
 def handshake(server: Server, version: str) -> subprocess.CompletedProcess[str]:
-    """With a client that takes this version alone, however weak."""
+    """Connect with a client that supports only this version, including weak ciphers."""
     address = server.url.removeprefix("https://")
     command = ["openssl", "s_client", "-connect", address, f"-{version}", "-cipher", "ALL:@SECLEVEL=0"]
     return subprocess.run(command, input="", capture_output=True, text=True, timeout=30, check=False)
@@ -62,17 +62,17 @@ def handshake(server: Server, version: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("version", "accepted"), [("tls1", False), ("tls1_1", False), ("tls1_2", True), ("tls1_3", True)]
 )
-def test_versions_from_1_2_are_served(
+def test_tls_1_2_and_1_3_are_accepted(
     start: Start, sample: Sample, tmp_path: Path, version: str, *, accepted: bool
 ) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path))
     done = handshake(server, version)
     assert (done.returncode == 0) == accepted
-    assert accepted or re.search(r"has read \d bytes and written \d\d+ bytes", done.stdout)  # the client did its part
+    assert accepted or re.search(r"has read \d bytes and written \d\d+ bytes", done.stdout)  # the client sent its part
 
 
-def test_a_renewed_certificate_is_for_new_connections(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_new_connections_get_the_renewed_certificate(start: Start, sample: Sample, tmp_path: Path) -> None:
     before = renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path), workers=2)
     with server.connect() as old:
@@ -86,9 +86,7 @@ def test_a_renewed_certificate_is_for_new_connections(start: Start, sample: Samp
 
 
 @pytest.mark.parametrize("broken", ["cert.pem", "key.pem", "mismatch", "missing"])
-def test_a_broken_new_certificate_leaves_the_old_in_place(
-    start: Start, sample: Sample, tmp_path: Path, broken: str
-) -> None:
+def test_broken_new_certificate_keeps_the_old_one(start: Start, sample: Sample, tmp_path: Path, broken: str) -> None:
     before = renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path))
     if broken == "mismatch":
@@ -105,7 +103,7 @@ def test_a_broken_new_certificate_leaves_the_old_in_place(
     assert server.get("/version").status == 200
 
 
-def test_a_replaced_worker_has_the_certificate_of_the_day(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_replaced_worker_has_the_current_certificate(start: Start, sample: Sample, tmp_path: Path) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path))
     after = renew(tmp_path)
@@ -114,7 +112,7 @@ def test_a_replaced_worker_has_the_certificate_of_the_day(start: Start, sample: 
     assert presented(server) == after
 
 
-def test_a_truncated_body_is_a_broken_transfer(start: Start, tmp_path: Path) -> None:
+def test_truncated_body_breaks_the_transfer(start: Start, tmp_path: Path) -> None:
     renew(tmp_path)
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("truncated"), os.urandom(3 << 20))
@@ -126,32 +124,30 @@ def test_a_truncated_body_is_a_broken_transfer(start: Start, tmp_path: Path) -> 
         status = server.get(nar_url(info)).status
     except (http.client.IncompleteRead, OSError):
         status = None
-    assert status in {None, 404}  # if the walk ends before the first byte was sent, there is still time for a status
+    assert status in {None, 404}  # 404 if the walk ends before the first byte was sent
     server.wait_for_log("ERROR")
 
 
-def test_a_download_over_tls_arrives_whole(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_download_over_tls_is_complete(start: Start, sample: Sample, tmp_path: Path) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=secured(tmp_path))
     assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
 
 
-@pytest.mark.parametrize("ended", ["by the client's wish", "by SIGTERM"])
-def test_the_last_download_of_a_connection_arrives_whole(
-    start: Start, sample: Sample, tmp_path: Path, ended: str
-) -> None:
-    """Of whatever length: some end where the kernel takes no more, and uvloop holds the rest."""
+@pytest.mark.parametrize("ended", ["by Connection: close", "by SIGTERM"])
+def test_last_download_of_a_connection_is_complete(start: Start, sample: Sample, tmp_path: Path, ended: str) -> None:
+    """Bodies have many lengths: at some, uvloop still holds bytes that the kernel does not take yet."""
     renew(tmp_path)
     server = start(store=sample.root, settings=f"{secured(tmp_path)}\nshutdown_grace = 60")
-    wish = "Connection: close\r\n" if ended == "by the client's wish" else ""
+    field = "Connection: close\r\n" if ended == "by Connection: close" else ""
     lengths = range(1 << 16, 6 << 20, 3 << 15)
     with ExitStack() as stack:
         connections = [stack.enter_context(server.connect(receive_buffer=8192)) for _ in lengths]
         for connection, length in zip(connections, lengths, strict=True):
-            head = f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n{wish}Range: bytes=0-{length - 1}\r\n\r\n"
+            head = f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n{field}Range: bytes=0-{length - 1}\r\n\r\n"
             connection.sendall(head.encode())
-        time.sleep(1)  # until all has been sent that can be
-        if not wish:
+        time.sleep(1)  # until the buffers are full
+        if not field:
             server.process.send_signal(signal.SIGTERM)
             time.sleep(0.5)
         assert [len(read_answer(connection).body) for connection in connections] == list(lengths)
@@ -168,17 +164,17 @@ def test_idle_connections_do_not_delay_the_end(start: Start, sample: Sample, tmp
         assert server.stop() == 0
 
 
-def test_a_client_that_never_speaks_tls_does_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_client_without_a_handshake_does_not_delay_the_end(start: Start, sample: Sample, tmp_path: Path) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=f"{secured(tmp_path)}\n{LONG_GRACE}")
     host, _, port = server.url.removeprefix("https://").rpartition(":")
     with socket.create_connection((host, int(port))):
         assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # that it serves, and that it stops
+    assert len(server.log) == 2, server.log  # start and stop
 
 
 def silent(server: Server, stack: ExitStack, count: int) -> list[socket.socket]:
-    """Connections that never begin with TLS."""
+    """Open connections that never send a handshake."""
     host, _, port = server.url.removeprefix("https://").rpartition(":")
     return [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(count)]
 
@@ -202,30 +198,30 @@ def test_connections_count_before_their_handshake(start: Start, sample: Sample, 
         connections = silent(server, stack, 200)
         wait_until(lambda: sum(map(is_open, connections)) == 20)
         assert open_sockets(server) <= 40
-        with pytest.raises(OSError), server.connect():  # noqa: PT011 (the end comes before, or in the handshake)
+        with pytest.raises(OSError), server.connect():  # noqa: PT011 (the error comes before or during the handshake)
             pass
     wait_until(lambda: can_connect(server))
     assert server.get("/version").status == 200
-    told = re.search("^harmonia_refused_connections_total (.*)$", server.get("/metrics").text, re.MULTILINE)
-    assert told
-    assert float(told[1]) >= 181
+    refused = re.search("^harmonia_refused_connections_total (.*)$", server.get("/metrics").text, re.MULTILINE)
+    assert refused
+    assert float(refused[1]) >= 181
 
 
-def test_a_handshake_has_the_time_of_a_head(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_header_timeout_covers_the_handshake(start: Start, sample: Sample, tmp_path: Path) -> None:
     renew(tmp_path)
     server = start(store=sample.root, settings=f"{secured(tmp_path)}\nmax_connections = 20\nheader_timeout = 1")
     server.settle()
     with ExitStack() as stack:
         connections = silent(server, stack, 20)
         for connection in connections[:10]:
-            connection.sendall(b"\x16\x03\x01")  # of a ClientHello
+            connection.sendall(b"\x16\x03\x01")  # the beginning of a ClientHello
         wait_until(lambda: not any(map(is_open, connections)))
         wait_until(lambda: is_answered(server))
-    assert len(server.log) == 1, server.log  # that it serves
+    assert len(server.log) == 1, server.log  # only the start
 
 
 def is_answered(server: Server) -> bool:
-    """Return whether a request is answered: a connection over the limit is closed in its handshake."""
+    """Return True if a request is answered; a connection over the limit is closed during its handshake."""
     with suppress(OSError):
         return server.get("/version").status == 200
     return False

@@ -1,4 +1,4 @@
-"""`harmonia top` tells what a running server does, from its metrics alone."""
+"""`harmonia top` shows the activity of a running server, from its metrics alone."""
 
 import re
 import signal
@@ -19,20 +19,20 @@ Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
 
 
 def snapshot(at: float, **samples: float) -> Snapshot:
-    """`nar_200` is a number of requests, `nar_sent` of bytes, `nar` of those in flight."""
+    """Return a snapshot: `nar_200` counts requests, `nar_sent` bytes, `nar` requests in flight."""
     found: Samples = {}
     for name, value in samples.items():
-        route, _, what = name.partition("_")
+        route, _, field = name.partition("_")
         label = ("route", route)
-        if what.isdigit():
-            found.setdefault("harmonia_requests_total", {})[label, ("status", what)] = value
+        if field.isdigit():
+            found.setdefault("harmonia_requests_total", {})[label, ("status", field)] = value
         else:
-            metric = "harmonia_sent_bytes_total" if what else "harmonia_requests_in_flight"
+            metric = "harmonia_sent_bytes_total" if field else "harmonia_requests_in_flight"
             found.setdefault(metric, {})[(label,)] = value
     return Snapshot(at, found)
 
 
-def test_rates_are_those_since_the_snapshot_before() -> None:
+def test_rates_are_computed_from_two_snapshots() -> None:
     before = snapshot(10, nar=0, log=0, nar_200=5, nar_sent=1000)
     now = snapshot(12, nar=3, log=0, nar_200=9, nar_500=2, nar_sent=5000, log_404=1, log_sent=0)
     nar, log = route_activities(before, now)
@@ -41,18 +41,18 @@ def test_rates_are_those_since_the_snapshot_before() -> None:
     assert (log.route, log.requests, log.request_rate, log.failed) == ("log", 1, 0.5, 0)
 
 
-def test_a_server_that_was_started_anew_has_no_negative_rates() -> None:
+def test_restarted_server_has_no_negative_rates() -> None:
     [row] = route_activities(snapshot(10, nar=0, nar_200=50, nar_sent=9), snapshot(12, nar=0, nar_200=1, nar_sent=1))
     assert (row.request_rate, row.sent_rate) == (0, 0)
 
 
-def test_the_hit_ratio_is_of_what_was_asked_for() -> None:
+def test_hit_ratio_is_hits_per_lookup() -> None:
     assert hit_ratio(Snapshot(0)) is None
     samples: Samples = {"harmonia_cache_hits_total": {(): 3.0}, "harmonia_cache_misses_total": {(): 1.0}}
     assert hit_ratio(Snapshot(0, samples)) == 0.75
 
 
-def test_one_view_of_a_running_server(tmp_path: Path, start: Start) -> None:
+def test_once_prints_one_view(tmp_path: Path, start: Start) -> None:
     sample = Sample.make(tmp_path / "store")
     server = start(store=sample.root)
     server.get(nar_url(sample.small) + ".zst")
@@ -69,7 +69,7 @@ def test_one_view_of_a_running_server(tmp_path: Path, start: Start) -> None:
     assert "\x1b" not in answer.stdout
 
 
-def test_the_server_is_that_of_the_settings(tmp_path: Path, start: Start) -> None:
+def test_server_of_the_configuration_is_the_default(tmp_path: Path, start: Start) -> None:
     StoreBuilder(tmp_path / "store")
     settings = f"metrics_bind = 'unix:{tmp_path}/metrics'"
     server = start(store=tmp_path / "store", settings=settings)
@@ -81,7 +81,7 @@ def test_the_server_is_that_of_the_settings(tmp_path: Path, start: Start) -> Non
     assert re.fullmatch(r"harmonia: \S+/metrics returns 404; use the address of metrics_bind, .*\n", answer.stderr)
 
 
-def test_views_follow_each_other_where_there_is_no_terminal(tmp_path: Path, start: Start) -> None:
+def test_views_are_appended_without_a_terminal(tmp_path: Path, start: Start) -> None:
     StoreBuilder(tmp_path / "store")
     server = start(store=tmp_path / "store")
     command = [*HARMONIA, "top", server.url, "--interval", "0.1"]
@@ -98,7 +98,7 @@ def test_views_follow_each_other_where_there_is_no_terminal(tmp_path: Path, star
         assert process.stderr.read() == ""
 
 
-def test_a_server_that_is_gone_for_a_while_is_waited_for(tmp_path: Path, start: Start) -> None:
+def test_unreachable_server_is_waited_for(tmp_path: Path, start: Start) -> None:
     StoreBuilder(tmp_path / "store")
     bind = f"unix:{tmp_path}/socket"
     server = start(store=tmp_path / "store", bind=bind)
@@ -120,7 +120,7 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for(tmp_path: Path, start: 
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"up 1\n", b"\xff"])
-def test_what_is_no_harmonia_is_told(body: bytes) -> None:
+def test_server_that_is_no_harmonia_is_reported(body: bytes) -> None:
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)

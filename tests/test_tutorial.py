@@ -1,4 +1,4 @@
-"""The commands of docs/tutorial.md do what it says, with a store, a port and a client of the test."""
+"""The commands of docs/tutorial.md work, with a store, a port and a client of the test."""
 
 import os
 import re
@@ -24,7 +24,7 @@ URLS = ("http://localhost:5000", "http://cache.example.org:5000")
 
 
 class Team:
-    """The server's machine, and a client with a store of its own."""
+    """The machine of the server, and a client with its own store."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -43,7 +43,7 @@ class Team:
         }
 
     def run(self, beginning: str, *, client: str = "") -> str:
-        """Run the tutorial's last command that begins so, on a client if its nix.conf is given; return its output."""
+        """Run the last command with this beginning, on a client if its nix.conf is given; return its output."""
         command = [each for each in COMMANDS if each.startswith(beginning)][-1]
         for url in URLS:
             command = command.replace(url, self.url)
@@ -81,7 +81,7 @@ class Team:
             server.communicate(timeout=30)
 
 
-def test_a_team_gets_a_private_cache(tmp_path: Path) -> None:
+def test_team_gets_a_private_cache(tmp_path: Path) -> None:
     team = Team(tmp_path)
     assert "harmonia --config harmonia.toml" in COMMANDS
     for beginning in ("harmonia keygen", 'echo "sign_key_paths', 'echo "Hello'):

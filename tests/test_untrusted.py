@@ -1,4 +1,4 @@
-"""Numbers and excerpts of text from outside are bounded, and read in one place."""
+"""Numbers and excerpts of untrusted text are bounded, and parsed in one place."""
 
 import ast
 import logging
@@ -18,26 +18,26 @@ OWN_NUMBERS = {
     "POSITIVE_TTL_S",
     "time.monotonic() - began + max_age",
     "host != '::'",
-    "newest",  # an integer of SQLite
+    "newest",  # an integer from SQLite
     "row[0]",
-    "descriptor",  # what a system call returns
-    "part",  # the index of a table in the file of settings, as we number them
+    "descriptor",  # from a system call
+    "part",  # the index of a table in the configuration file
     "key[1]",
     "Decimal(number) * (1000 if suffix.upper() == 'B' else 1024) ** exponent",  # amounts.py bounds the digits
     "seconds",
     "super().convert(count, param, ctx)",
 }
-"""Arguments of `int` that no text from outside reaches."""
+"""Arguments of `int` that contain no untrusted text."""
 
 
-def test_text_from_outside_becomes_a_number_in_one_place() -> None:
+def test_untrusted_text_becomes_a_number_in_one_place() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.name == "untrusted.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "int":
                 assert ast.unparse(node.args[0]) in OWN_NUMBERS, f"{path}:{node.lineno}: use untrusted.integer"
-            # Not as a function that is passed on, either.
+            # `int` must not be passed as a function, either.
             if isinstance(node, ast.Call) and any(isinstance(arg, ast.Name) and arg.id == "int" for arg in node.args):
                 names = {"isinstance", "cast", "Annotated", "ParamType"}
                 assert isinstance(node.func, ast.Name)
@@ -45,7 +45,7 @@ def test_text_from_outside_becomes_a_number_in_one_place() -> None:
 
 
 @given(st.integers(0), st.integers(0), st.integers(0, 40))
-def test_a_number_is_read_up_to_its_bound(number: int, highest: int, zeros: int) -> None:
+def test_integer_is_parsed_up_to_its_bound(number: int, highest: int, zeros: int) -> None:
     text = "0" * zeros + str(number)
     expected = number if number <= highest else None
     assert integer(text, highest) == integer(text.encode(), highest) == expected
@@ -55,27 +55,27 @@ def test_a_number_is_read_up_to_its_bound(number: int, highest: int, zeros: int)
 @pytest.mark.parametrize(
     "text", ["", " 1", "1 ", "+1", "-1", "1_0", "0x1", "1.0", "1e3", "\u0661", "\u00b2", "a", "\x001", "\udcff"]
 )
-def test_anything_else_is_no_number(text: str) -> None:
+def test_other_text_is_not_an_integer(text: str) -> None:
     assert integer(text, 1 << 64) is None
     assert integer(text.encode("utf-8", "surrogateescape" if "\udcff" in text else "strict"), 1 << 64) is None
 
 
 @pytest.mark.parametrize("highest", [0, 1 << 63])
-def test_thousands_of_digits_are_no_error(highest: int) -> None:
+def test_thousands_of_digits_raise_nothing(highest: int) -> None:
     digits = "9" * (sys.get_int_max_str_digits() + 1)
     assert integer(digits, highest) is None
     assert integer("0" * 100_000 + "0", highest) == 0
 
 
 @given(st.text(min_size=0, max_size=300) | st.binary(max_size=300))
-def test_an_excerpt_is_short_and_printable(text: str | bytes) -> None:
+def test_excerpt_is_short_and_printable(text: str | bytes) -> None:
     assert excerpt(text).isprintable()
     assert len(excerpt(text)) < 1200
     assert len(text) > 100 or excerpt(text) == repr(text)
 
 
 @pytest.mark.parametrize("journal", [True, False])
-def test_a_log_line_is_one_short_line_whatever_it_tells(*, journal: bool) -> None:
+def test_log_record_is_one_short_printable_line(*, journal: bool) -> None:
     formatter = _LineFormatter(journal=journal)
     record = logging.LogRecord("harmonia", logging.ERROR, "", 0, "%s", ("\x1b[2J\r\n\x00\u2028" * 1_000_000,), None)
     line = formatter.format(record)

@@ -1,4 +1,4 @@
-"""What an upstream sends is looked at piece by piece, and one that fails is left alone."""
+"""Upstreams: responses are verified piece by piece, and a failing upstream is left alone."""
 
 import asyncio
 import gc
@@ -43,23 +43,23 @@ def check(info: PathInfo, compression: str, file: bytes) -> None:
 
 
 @pytest.mark.parametrize("compression", sorted(PACK))
-def test_a_nar_is_right_if_it_unpacks_to_its_nar_hash(compression: str) -> None:
+def test_nar_is_accepted_only_with_its_hash_and_size(compression: str) -> None:
     file = PACK[compression](CONTENT)
     check(INFO, compression, file)
-    for wrong in (
+    for other in (
         replace(INFO, nar_hash=bytes(32)),
         replace(INFO, nar_size=len(CONTENT) + 1),
         replace(INFO, nar_size=len(CONTENT) - 1),
     ):
         with pytest.raises(FormatError):
-            check(wrong, compression, file)
+            check(other, compression, file)
     with pytest.raises(FormatError):
         check(INFO, compression, file[:-1])
     with pytest.raises(FormatError):
         check(INFO, compression, b"garbage" + file)
 
 
-def test_a_file_hash_is_that_of_the_file_and_without_compression_of_the_nar() -> None:
+def test_file_hash_is_compared_with_the_file_or_the_nar() -> None:
     assert has_file_hash(INFO, NarFile("x", "xz", bytes(32)), bytes(32))
     assert not has_file_hash(INFO, NarFile("x", "xz", bytes(32)), bytes(31))
     assert not has_file_hash(INFO, NarFile("x", "xz"), bytes(32))
@@ -67,7 +67,7 @@ def test_a_file_hash_is_that_of_the_file_and_without_compression_of_the_nar() ->
     assert not has_file_hash(INFO, NarFile("x", "none", bytes(32)), bytes(32))
 
 
-def test_a_nar_that_could_not_be_had_is_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_nar_is_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = FailedNars()
     failed.add("upstream", "key")
     assert failed.has("upstream", "key")
@@ -83,14 +83,14 @@ def test_a_nar_that_could_not_be_had_is_remembered_for_a_while(monkeypatch: pyte
     assert not failed.has("upstream", "key")
 
 
-class Probed:
-    """What a breaker looks at."""
+class ProbedUpstream:
+    """An upstream that a circuit breaker probes."""
 
     def __init__(self, *, works: bool) -> None:
         self.works = works
         self.probes = 0
         self.states: list[str | None] = []
-        """Why it was left alone, each time, or None where it was asked again."""
+        """The reason of each opening, and None for each closing."""
 
     async def probe(self) -> bool:
         self.probes += 1
@@ -102,44 +102,44 @@ class Probed:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 (nothing tells of it)
+        while not condition():  # noqa: ASYNC110 (no event to wait for)
             await asyncio.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(breaker, "LONGEST_DELAY", 0.02)
 
 
-def test_a_breaker_closes_when_the_upstream_answers() -> None:
+def test_breaker_closes_when_the_upstream_answers() -> None:
     async def run() -> None:
-        upstream = Probed(works=False)
-        tried = upstream.breaker()
-        tried.start(10)
-        assert not await tried.usable()
+        upstream = ProbedUpstream(works=False)
+        breaker_ = upstream.breaker()
+        breaker_.start(10)
+        assert not await breaker_.usable()
         upstream.works = True
-        await until(lambda: tried.closed)
+        await until(lambda: breaker_.closed)
         assert upstream.states == [None]
-        await tried.stop()
+        await breaker_.stop()
 
     asyncio.run(run())
 
 
-def test_a_first_probe_that_hangs_is_not_waited_for() -> None:
+def test_hanging_first_probe_is_not_waited_for() -> None:
     async def run() -> None:
-        tried = Breaker(asyncio.Event().wait, lambda _: None)
-        tried.start(0.01)
+        breaker_ = Breaker(asyncio.Event().wait, lambda _: None)
+        breaker_.start(0.01)
         async with asyncio.timeout(10):
-            assert not await tried.usable()
-        await tried.stop()
+            assert not await breaker_.usable()
+        await breaker_.stop()
 
     asyncio.run(run())
 
 
-def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCaptureFixture) -> None:
+def test_breaker_probes_again_after_any_error(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        upstream = Probed(works=True)
+        upstream = ProbedUpstream(works=True)
         shortages = [RuntimeError("can't start new thread"), MemoryError()]
 
         async def probe() -> bool:
@@ -147,54 +147,54 @@ def test_a_probe_that_fails_in_any_way_is_not_the_last(caplog: pytest.LogCapture
                 raise shortages.pop()
             return await upstream.probe()
 
-        tried = Breaker(probe, upstream.states.append)
-        tried.start(10)
-        await until(lambda: tried.closed)
-        await tried.stop()
+        breaker_ = Breaker(probe, upstream.states.append)
+        breaker_.start(10)
+        await until(lambda: breaker_.closed)
+        await breaker_.stop()
 
     asyncio.run(run())
     assert [record.getMessage() for record in caplog.records] == ["cannot probe an upstream"] * 2
 
 
-def test_a_breaker_opens_after_failures_in_a_row() -> None:
+def test_breaker_opens_after_consecutive_failures() -> None:
     async def run() -> None:
-        upstream = Probed(works=True)
-        tried = upstream.breaker()
-        tried.start(10)
-        assert await tried.usable()
+        upstream = ProbedUpstream(works=True)
+        breaker_ = upstream.breaker()
+        breaker_.start(10)
+        assert await breaker_.usable()
         for _ in range(10):
-            tried.failed("it is gone")
-            tried.failed("it is gone")
-            tried.succeeded()
-        assert tried.closed
+            breaker_.failed("it is gone")
+            breaker_.failed("it is gone")
+            breaker_.succeeded()
+        assert breaker_.closed
         upstream.works = False
         for _ in range(breaker.MAX_FAILURES):
-            tried.failed("it is gone")
-        assert not tried.closed
+            breaker_.failed("it is gone")
+        assert not breaker_.closed
         before = upstream.probes
         await until(lambda: upstream.probes >= before + 3)
-        assert not await tried.usable()
+        assert not await breaker_.usable()
         upstream.works = True
-        await until(lambda: tried.closed)
+        await until(lambda: breaker_.closed)
         assert upstream.states == [None, "it is gone", None]
-        await tried.stop()
+        await breaker_.stop()
 
     asyncio.run(run())
 
 
-def test_who_asks_to_be_left_alone_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_opens_the_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "LONGEST_DELAY", 60)
 
     async def run() -> None:
-        upstream = Probed(works=True)
-        tried = upstream.breaker()
-        tried.start(10)
-        assert await tried.usable()
-        tried.failed("it is busy", retry_after=30)
-        assert not tried.closed
+        upstream = ProbedUpstream(works=True)
+        breaker_ = upstream.breaker()
+        breaker_.start(10)
+        assert await breaker_.usable()
+        breaker_.failed("it is busy", retry_after=30)
+        assert not breaker_.closed
         await asyncio.sleep(0.05)
         assert upstream.probes == 1
-        await tried.stop()
+        await breaker_.stop()
 
     asyncio.run(run())
 
@@ -203,7 +203,7 @@ def pseudonym(number: int) -> str:
     return f"harmonia-{number:016x}"
 
 
-def test_via_is_parsed_as_it_is_written() -> None:
+def test_via_round_trips() -> None:
     via = Via((pseudonym(1), pseudonym(2)), frozenset(map(pseudonym, (3, 4))))
     field = via.headers(pseudonym(5), [pseudonym(6), None])[VIA]
     names = " ".join(map(pseudonym, (3, 4, 6)))
@@ -222,12 +222,12 @@ def test_via_is_parsed_as_it_is_written() -> None:
         (f"1.1 x ({pseudonym(1)} ({pseudonym(2)})), 1.1 {pseudonym(3)}", [3], [2]),
     ],
 )
-def test_other_proxies_in_via_are_left_out(field: str, through: list[int], asked: list[int]) -> None:
+def test_other_proxies_in_via_are_ignored(field: str, through: list[int], asked: list[int]) -> None:
     assert Via.parse(field) == Via(tuple(map(pseudonym, through)), frozenset(map(pseudonym, asked)))
 
 
 def test_received_via_is_bounded() -> None:
-    """Whatever is received, a few names are kept, and what is sent on is read in whole."""
+    """Only a few names are kept, and the field we send can be parsed completely."""
     names = list(map(pseudonym, range(1000)))
     many = Via.parse(", ".join(f"1.1 {name}" for name in names))
     assert many.through == tuple(names[:8])
@@ -238,8 +238,7 @@ def test_received_via_is_bounded() -> None:
     assert Via.parse(longest[VIA]).through == (*many.through[:7], pseudonym(5000))
 
 
-def test_what_is_remembered_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is used stays, what was used longest ago goes."""
+def test_lookup_cache_is_bounded_and_evicts_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "_LOOKUPS_MAX_BYTES", 1 << 20)
 
     async def run() -> None:
@@ -265,7 +264,7 @@ def real_client(url: str = "http://localhost") -> Client:
     return Client(settings, transport, counters, "/nix/store", 1)
 
 
-def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -> None:
+def test_answer_is_returned_or_discarded_if_the_caller_is_cancelled() -> None:
     async def run(steps: int) -> None:
         asked: list[str] = []
         discarded: list[str | None] = []
@@ -279,30 +278,30 @@ def test_an_answer_is_either_given_or_discarded_whenever_who_asked_goes_away() -
         for _ in range(steps):
             await asyncio.sleep(0)
         getting.cancel()
-        (given,) = await asyncio.gather(getting, return_exceptions=True)
+        (returned,) = await asyncio.gather(getting, return_exceptions=True)
         for _ in range(20):
             await asyncio.sleep(0)
         await upstreams.close()
-        assert asked == discarded + [given] * (given == "answer")
+        assert asked == discarded + [returned] * (returned == "answer")
 
     for steps in range(20):
         asyncio.run(run(steps))
 
 
-def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> None:
-    """No complaint and no task, also where it takes a while to give that up."""
+def test_cancelled_caller_leaves_no_task_and_no_error() -> None:
+    """The cancelled request may take a while to end."""
 
     async def run() -> None:
-        complaints: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        given_up = asyncio.Event()
+        errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        cancelled = asyncio.Event()
 
         async def ask(_: Part) -> Answer:
             try:
                 await asyncio.sleep(60)
             finally:
                 await asyncio.sleep(0.01)
-                given_up.set()
+                cancelled.set()
             raise UpstreamError("it does not answer")
 
         client = real_client()
@@ -311,9 +310,9 @@ def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> Non
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(reading, 10)
-        assert given_up.is_set()
+        assert cancelled.is_set()
         gc.collect()
-        assert not complaints
+        assert not errors
         assert asyncio.all_tasks() == {asyncio.current_task()}
         await client.close()
 
@@ -335,11 +334,11 @@ def test_who_goes_away_while_an_upstream_is_asked_leaves_nothing_behind() -> Non
         ("http://cache.test", "https://[x/y", False),
     ],
 )
-def test_https_of_its_host_is_the_upstream_itself(base: str, url: str, *, here: bool) -> None:
+def test_nar_url_on_https_of_the_same_host_is_accepted(base: str, url: str, *, here: bool) -> None:
     async def run() -> None:
         client = real_client(base)
         with nullcontext() if here else pytest.raises(UpstreamMismatchError):
-            client.nar_url(url, "narinfo")  # of an upstream without keys
+            client.nar_url(url, "narinfo")  # an upstream without keys
         await client.close()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""`harmonia verify` finds what is not as registered, and nothing else; it can be interrupted, and says how to go on."""
+"""`harmonia verify` finds exactly the paths that differ from their registration, and can be continued."""
 
 import os
 import pty
@@ -58,7 +58,7 @@ def file_of(store: StoreBuilder, info: PathInfo) -> Path:
     return path
 
 
-def test_each_path_is_good_or_it_is_told_what_is_wrong(store: StoreBuilder, verified: Verify) -> None:
+def test_every_fault_is_found_and_described(store: StoreBuilder, verified: Verify) -> None:
     good, changed, longer, gone = (store.add_text(name, b"12345678") for name in ("good", "changed", "longer", "gone"))
     file_of(store, changed).write_bytes(b"12345679")
     file_of(store, longer).write_bytes(b"123456789")
@@ -77,15 +77,13 @@ def test_each_path_is_good_or_it_is_told_what_is_wrong(store: StoreBuilder, veri
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_cannot_be_read_is_not_called_corrupt(store: StoreBuilder, verified: Verify) -> None:
+def test_unreadable_path_is_not_corrupt(store: StoreBuilder, verified: Verify) -> None:
     file_of(store, store.add_text("closed", b"text")).chmod(0)
     [result] = verified()
     assert (result.state, result.what.rpartition(": ")[2]) == ("unreadable", "Permission denied")
 
 
-def test_an_error_of_the_disk_is_not_called_corrupt_either(
-    store: StoreBuilder, verified: Verify, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_error_is_not_corrupt(store: StoreBuilder, verified: Verify, monkeypatch: pytest.MonkeyPatch) -> None:
     info = store.add_text("bad", b"")
 
     def fail(path: bytes, *_: object, **__: object) -> int:
@@ -100,14 +98,14 @@ def test_an_error_of_the_disk_is_not_called_corrupt_either(
     assert result.what == f"{real_path}: Input/output error"
 
 
-def test_a_row_that_is_of_no_use_is_told(store: StoreBuilder, verified: Verify) -> None:
+def test_unusable_row_is_reported(store: StoreBuilder, verified: Verify) -> None:
     info = store.add(store.output_path("old"), b"", known_size=False)
     [result] = verified()
     assert (result.path, result.state) == (full(info), "unregistered")
     assert "its NAR size is unknown" in result.what
 
 
-def test_what_the_garbage_collector_takes_meanwhile_is_not_missing(store: StoreBuilder, tmp_path: Path) -> None:
+def test_path_garbage_collected_meanwhile_is_not_missing(store: StoreBuilder, tmp_path: Path) -> None:
     infos = [store.add_text(f"text-{number}", b"") for number in range(4)]
     opened = Store("/nix/store", store.real_dir, store.db_path)
     paths = opened.valid_paths()[0]
@@ -124,15 +122,15 @@ def test_what_the_garbage_collector_takes_meanwhile_is_not_missing(store: StoreB
     assert {result.state for result in results} <= {"good"}
 
 
-class TestTheJournal:
-    def test_leaves_out_what_was_found_good(self, store: StoreBuilder, verified: Verify) -> None:
+class TestJournal:
+    def test_good_paths_are_skipped(self, store: StoreBuilder, verified: Verify) -> None:
         infos = [store.add_text(f"text-{number}", b"") for number in range(3)]
         file_of(store, infos[0]).write_bytes(b"corrupt")
         assert sorted(result.state for result in verified(max_age=60)) == ["corrupt", "good", "good"]
         assert [result.state for result in verified(max_age=60)] == ["corrupt"]
         assert len(verified(max_age=0)) == 3
 
-    def test_forgets_after_a_time(self, store: StoreBuilder, verified: Verify, tmp_path: Path) -> None:
+    def test_entries_expire(self, store: StoreBuilder, verified: Verify, tmp_path: Path) -> None:
         store.add_text("text", b"")
         verified()
         journal = tmp_path / "journal"
@@ -141,7 +139,7 @@ class TestTheJournal:
         assert not verified(max_age=age + 60)
         assert len(verified(max_age=age - 60)) == 1
 
-    def test_knows_the_content_and_not_just_the_name(self, store: StoreBuilder, verified: Verify) -> None:
+    def test_entry_belongs_to_the_content(self, store: StoreBuilder, verified: Verify) -> None:
         path = store.output_path("output")
         store.add(path, b"one")
         assert len(verified(max_age=60)) == 1
@@ -149,7 +147,7 @@ class TestTheJournal:
         store.add(path, b"two")
         assert len(verified(max_age=60)) == 1
 
-    def test_survives_a_torn_line_and_does_not_grow_for_ever(
+    def test_torn_line_is_tolerated_and_the_journal_is_compacted(
         self, store: StoreBuilder, verified: Verify, tmp_path: Path
     ) -> None:
         store.add_text("text", b"")
@@ -161,7 +159,7 @@ class TestTheJournal:
             file.write("17\nx y z\n179")
         assert not verified(max_age=60)
 
-    def test_is_for_one_run_at_a_time(self, tmp_path: Path) -> None:
+    def test_second_run_is_rejected(self, tmp_path: Path) -> None:
         with (
             Journal(str(tmp_path / "journal")),
             pytest.raises(ConfigError, match="another `harmonia verify` uses this journal"),
@@ -170,23 +168,23 @@ class TestTheJournal:
         with Journal(str(tmp_path / "journal")):
             pass
 
-    def test_may_be_in_the_directory_where_it_is_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_journal_in_the_current_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         with Journal("journal"):
             assert (tmp_path / "journal").exists()
 
-    def test_that_cannot_be_written_is_a_wrong_setting(self) -> None:
+    def test_unwritable_journal_is_a_configuration_error(self) -> None:
         with pytest.raises(ConfigError, match=r"cannot write '/proc/journal'.*--journal"):
             Journal("/proc/journal")
 
 
-class TestTheCommand:
-    def test_is_silent_in_cron_where_all_is_good(self, store: StoreBuilder, config: str) -> None:
+class TestCommand:
+    def test_quiet_prints_nothing_if_all_is_good(self, store: StoreBuilder, config: str) -> None:
         store.add_text("text", b"")
         answer = run("--config", config, "verify", "--all", "--quiet")
         assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 
-    def test_tells_what_is_wrong_on_stdout_and_a_remedy(self, store: StoreBuilder, config: str) -> None:
+    def test_faults_are_on_stdout_with_a_remedy_on_stderr(self, store: StoreBuilder, config: str) -> None:
         good, bad = (store.add_text(name, b"") for name in ("good", "bad"))
         file_of(store, bad).unlink()
         answer = run("--config", config, "verify", "--all")
@@ -196,14 +194,14 @@ class TestTheCommand:
         assert "nix-store --repair-path" in answer.stderr
         assert run("--config", config, "verify", full(good)).returncode == 0
 
-    def test_takes_references_too_where_that_is_wanted(self, store: StoreBuilder, config: str) -> None:
+    def test_recursive_includes_references(self, store: StoreBuilder, config: str) -> None:
         bad = store.add_text("bad", b"")
         top = store.add_text("top", b"", [bad.path])
         file_of(store, bad).unlink()
         assert run("--config", config, "verify", full(top)).returncode == 0
         assert run("--config", config, "verify", "--recursive", full(top)).returncode == 3
 
-    def test_goes_on_after_an_interruption_as_it_says(self, store: StoreBuilder, config: str, tmp_path: Path) -> None:
+    def test_interrupted_run_is_continued_as_printed(self, store: StoreBuilder, config: str, tmp_path: Path) -> None:
         count = 100
         for number in range(count):
             store.add_text(f"text-{number}", b"")
@@ -217,12 +215,12 @@ class TestTheCommand:
             wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 2)
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=20)
-        said = re.fullmatch(r"harmonia: interrupted; to continue, add --max-age (\d+m)\n", stderr)
+        printed = re.fullmatch(r"harmonia: interrupted; to continue, add --max-age (\d+m)\n", stderr)
         assert process.returncode == 130
-        assert said
+        assert printed
         done = journal.read_text().count("\n")
         assert done < count
-        answer = run("--config", config, "verify", "--all", "--max-age", said[1])
+        answer = run("--config", config, "verify", "--all", "--max-age", printed[1])
         assert answer.returncode == 0
         assert answer.stderr.startswith(f"{count - done} paths verified")
         assert f"{done} skipped: all good" in answer.stderr
@@ -242,25 +240,25 @@ class TestProgress:
             while True:
                 try:
                     shown += os.read(ours, 4096)
-                except OSError:  # it has ended
+                except OSError:  # the program has ended
                     break
         os.close(ours)
         assert process.returncode == 0
         return shown.decode()
 
-    def test_on_a_terminal_has_rate_and_remaining_time(self, store: StoreBuilder, config: str) -> None:
+    def test_terminal_shows_rate_and_remaining_time(self, store: StoreBuilder, config: str) -> None:
         store.add(store.output_path("large"), Sparse(300 << 20))
         shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.on_a_terminal(config))
         assert re.search(r"verifying .*\d+% .*/300\.0 MiB .*\d+:\d\d:\d\d", shown)
         assert re.search(r"[\d.]+ [kMG]B/s", shown)
 
-    def test_heeds_no_color(self, store: StoreBuilder, config: str) -> None:
+    def test_no_color_is_respected(self, store: StoreBuilder, config: str) -> None:
         store.add_text("text", b"")
         colour = re.compile(r"\x1b\[[0-9;]*[39][0-7]m")
         assert colour.search(self.on_a_terminal(config))
         assert not colour.search(self.on_a_terminal(config, NO_COLOR="1"))
 
-    def test_is_for_terminals(self, store: StoreBuilder, config: str) -> None:
+    def test_progress_is_only_shown_on_terminals(self, store: StoreBuilder, config: str) -> None:
         store.add_text("text", b"")
         answer = run("--config", config, "verify", "--all")
         assert re.fullmatch(r"1 paths verified in [\d.]+ s: all good\n", answer.stderr)

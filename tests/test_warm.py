@@ -1,4 +1,4 @@
-"""`harmonia warm` fills the cache as the server would: what it made is a hit, and nothing is lost for it."""
+"""`harmonia warm` fills the cache as the server would, and evicts nothing."""
 
 import os
 import re
@@ -42,25 +42,25 @@ def config(store: StoreBuilder, tmp_path: Path, settings: str = "") -> str:
 
 
 def counts(stderr: str) -> list[int]:
-    """Compressed, there, did not fit, failed."""
+    """Return the counts of compressed, already cached, too large, and failed NARs."""
     match = re.search(r"(\d+) compressed in [\d.]+ s, (\d+) already cached, (\d+) did not fit, (\d+) failed", stderr)
     assert match, stderr
     return [int(count) for count in match.groups()]
 
 
-def test_progress_is_heard_of_in_the_midst_of_a_large_nar(store: StoreBuilder, tmp_path: Path) -> None:
+def test_progress_is_reported_within_a_large_nar(store: StoreBuilder, tmp_path: Path) -> None:
     info = store.add(store.output_path("large"), Sparse(40 << 20))
     settings = parse(Path(config(store, tmp_path)).read_text(), "warm.toml", {})
-    heard: list[int] = []
+    progress: list[int] = []
     for states in (["compressed"], ["there"]):
-        heard.clear()
-        wait_until(lambda: not any((tmp_path / "cache").glob("nar/*.growing")))  # it is whole, but has no name yet
-        assert [each.state for each in warm(settings, Store.of(settings), [info.path], heard.append)] == states
-        assert sum(heard) == info.nar_size
-        assert (max(heard) < info.nar_size / 2) == (states == ["compressed"])
+        progress.clear()
+        wait_until(lambda: not any((tmp_path / "cache").glob("nar/*.growing")))  # complete, but not renamed yet
+        assert [each.state for each in warm(settings, Store.of(settings), [info.path], progress.append)] == states
+        assert sum(progress) == info.nar_size
+        assert (max(progress) < info.nar_size / 2) == (states == ["compressed"])
 
 
-def test_what_was_warmed_is_a_hit_for_the_running_server(store: StoreBuilder, start: Start, tmp_path: Path) -> None:
+def test_warmed_nars_are_hits_for_the_running_server(store: StoreBuilder, start: Start, tmp_path: Path) -> None:
     dep = store.add_text("dep", b"dep" * 10_000)
     large = store.add(store.output_path("large"), os.urandom(1000) * 20_000, references=[dep.path])
     server = start(store=tmp_path / "store")
@@ -77,7 +77,7 @@ def test_what_was_warmed_is_a_hit_for_the_running_server(store: StoreBuilder, st
     assert counts(run("--config", str(server.config), "warm", f"/nix/store/{large.path}").stderr) == [0, 2, 0, 0]
 
 
-def test_the_closure_is_warmed_unless_told_otherwise(store: StoreBuilder, tmp_path: Path) -> None:
+def test_closure_is_warmed_by_default(store: StoreBuilder, tmp_path: Path) -> None:
     dep = store.add_text("dep", b"dep")
     top = store.add_text("top", b"", [dep.path])
     settings = config(store, tmp_path)
@@ -98,7 +98,7 @@ def test_gc_roots_are_warmed(store: StoreBuilder, tmp_path: Path) -> None:
     assert f"GC roots: cannot follow '{roots}/loop': too many symlinks" in answer.stderr
 
 
-def test_a_full_cache_loses_nothing(store: StoreBuilder, tmp_path: Path) -> None:
+def test_full_cache_evicts_nothing(store: StoreBuilder, tmp_path: Path) -> None:
     infos = [store.add(store.output_path(f"noise-{number}"), os.urandom(400_000)) for number in range(4)]
     answer = run("--config", config(store, tmp_path, "cache_size = '1M'"), "warm", *(info.path for info in infos))
     assert answer.returncode == 1
@@ -111,7 +111,7 @@ def test_a_full_cache_loses_nothing(store: StoreBuilder, tmp_path: Path) -> None
     assert list((tmp_path / "cache/nar").iterdir()) == kept
 
 
-def test_what_cannot_be_compressed_is_told_and_the_rest_is_done(store: StoreBuilder, tmp_path: Path) -> None:
+def test_path_that_cannot_be_compressed_is_reported_and_the_rest_is_warmed(store: StoreBuilder, tmp_path: Path) -> None:
     bad, good = store.add_text("bad", b"bad"), store.add_text("good", b"good")
     file = Path(os.fsdecode(store.real_path(bad.path)))
     file.chmod(0o644)
@@ -122,28 +122,28 @@ def test_what_cannot_be_compressed_is_told_and_the_rest_is_done(store: StoreBuil
     assert counts(answer.stderr) == [1, 0, 0, 1]
 
 
-def test_what_cannot_be_read_is_told_with_the_reason(store: StoreBuilder, tmp_path: Path) -> None:
+def test_unreadable_path_is_reported_with_the_cause(store: StoreBuilder, tmp_path: Path) -> None:
     info = store.add(store.output_path("gone"), b"")
     os.unlink(store.real_path(info.path))
     answer = run("--config", config(store, tmp_path), "warm", info.path)
-    what = f"{store.real_dir}/{info.path}: No such file or directory"
-    assert answer.stderr.splitlines()[1:-1] == [f"failed: /nix/store/{info.path}: {what}"]
+    cause = f"{store.real_dir}/{info.path}: No such file or directory"
+    assert answer.stderr.splitlines()[1:-1] == [f"failed: /nix/store/{info.path}: {cause}"]
     assert counts(answer.stderr) == [0, 0, 0, 1]
 
 
-def test_it_is_silent_where_all_went_well(store: StoreBuilder, tmp_path: Path) -> None:
+def test_quiet_prints_nothing_if_all_is_compressed(store: StoreBuilder, tmp_path: Path) -> None:
     answer = run("--config", config(store, tmp_path), "warm", "--quiet", store.add_text("text", b"").path)
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 
 
-def test_a_server_without_compression_needs_no_warming(store: StoreBuilder, tmp_path: Path) -> None:
+def test_server_without_compression_needs_no_warming(store: StoreBuilder, tmp_path: Path) -> None:
     settings = config(store, tmp_path, "enable_compression = false")
     answer = run("--config", settings, "warm", store.add_text("text", b"").path)
     assert answer.returncode == 2
     assert answer.stderr == "harmonia: enable_compression is false: this server has no cache of compressed NARs\n"
 
 
-def test_the_cache_may_be_told_from_where_it_is_run(
+def test_relative_cache_dir_is_below_the_current_directory(
     store: StoreBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = Path(config(store, tmp_path))
@@ -153,8 +153,8 @@ def test_the_cache_may_be_told_from_where_it_is_run(
     assert list((tmp_path / "cache/below/nar").iterdir())
 
 
-def test_it_runs_only_when_nobody_else_wants_to(store: StoreBuilder, tmp_path: Path) -> None:
-    """The idle policy for processors, which brings the idle class for disks."""
+def test_warm_has_idle_priority(store: StoreBuilder, tmp_path: Path) -> None:
+    """The idle policy for CPUs implies the idle class for disks."""
     path = store.add_text("text", b"").path
     program = (
         "import atexit, os, sys\n"
@@ -167,13 +167,13 @@ def test_it_runs_only_when_nobody_else_wants_to(store: StoreBuilder, tmp_path: P
 
 @pytest.mark.root
 @needs_root
-def test_root_fills_it_as_the_servers_user() -> None:
-    with tempfile.TemporaryDirectory() as directory:  # where others than root may go
+def test_root_fills_the_cache_as_the_user_of_the_server() -> None:
+    with tempfile.TemporaryDirectory() as directory:  # accessible to other users
         tmp_path = Path(directory)
         tmp_path.chmod(0o755)
         store = StoreBuilder(tmp_path / "store")
         path = store.add_text("text", b"").path
-        # As systemd makes it for a DynamicUser=: only root gets through to it.
+        # As systemd creates it for DynamicUser=: only root can enter it.
         (tmp_path / "private").mkdir(mode=0o700)
         (tmp_path / "private/cache").mkdir()
         os.chown(tmp_path / "private/cache", NOBODY, NOBODY)

@@ -1,4 +1,4 @@
-"""zstd files with raw blocks, judged by libzstd and by the program zstd."""
+"""zstd files of raw blocks, checked with libzstd and the zstd command."""
 
 import random
 import subprocess
@@ -27,7 +27,7 @@ def stored(chunks: list[bytes], size: int) -> bytes:
 @example(0, [])
 @example(BLOCK_BYTES, [])
 @example(BLOCK_BYTES + 1, [BLOCK_BYTES])
-def test_a_decoder_gets_the_content_and_the_length_is_as_foretold(size: int, cuts: list[int]) -> None:
+def test_decoders_get_the_content_and_the_predicted_length(size: int, cuts: list[int]) -> None:
     content = NOISE[:size]
     ends = sorted({0, size, *(cut for cut in cuts if cut < size)})
     chunks = [content[start:stop] for start, stop in pairwise(ends)]
@@ -42,7 +42,7 @@ def test_a_decoder_gets_the_content_and_the_length_is_as_foretold(size: int, cut
 
 @needs("zstd")
 @pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 2 * BLOCK_BYTES, len(NOISE)])
-def test_the_program_zstd_accepts_it_and_refuses_a_changed_byte(size: int) -> None:
+def test_zstd_command_accepts_it_and_rejects_a_changed_byte(size: int) -> None:
     file = stored([NOISE[:size]], size)
     assert subprocess.run(["zstd", "-dc"], input=file, capture_output=True, check=True).stdout == NOISE[:size]
     changed = file[:-5] + bytes([file[-5] ^ 1]) + file[-4:]
@@ -50,14 +50,14 @@ def test_the_program_zstd_accepts_it_and_refuses_a_changed_byte(size: int) -> No
 
 
 @pytest.mark.parametrize("size", [len(NOISE) - 1, len(NOISE) + 1, 0, 1])
-def test_a_wrong_length_is_an_error_before_the_file_is_complete(size: int) -> None:
+def test_wrong_length_raises_before_the_file_is_complete(size: int) -> None:
     sent: list[bytes | Future[bytes]] = []
     with pytest.raises(StoreObjectError, match=f"instead of {size}"):
         sent.extend(store([NOISE], size))
     assert sum(len(piece) for piece in sent if isinstance(piece, bytes)) < stored_size(size)
 
 
-def test_an_error_at_the_end_of_the_content_comes_before_the_last_block() -> None:
+def test_error_at_the_end_of_the_content_comes_before_the_last_block() -> None:
     def chunks() -> Iterator[bytes]:
         yield NOISE
         raise StoreObjectError("another hash")
@@ -68,6 +68,6 @@ def test_an_error_at_the_end_of_the_content_comes_before_the_last_block() -> Non
     assert sum(len(piece) for piece in sent if isinstance(piece, bytes)) < stored_size(len(NOISE))
 
 
-def test_a_wait_is_passed_on() -> None:
+def test_wait_is_passed_through() -> None:
     wait: Future[bytes] = Future()
     assert wait in list(store([b"a", wait, b"b"], 2))

@@ -1,4 +1,4 @@
-"""What counts as debug info: files in `lib/debug/.build-id/xx`, as in Nix `src/libstore/binary-cache-store.cc`."""
+"""Debug info is a file in `lib/debug/.build-id/xx`, as in Nix `src/libstore/binary-cache-store.cc`."""
 
 from pathlib import Path
 
@@ -21,18 +21,18 @@ def ids(builder: StoreBuilder, contents: Tree) -> list[str]:
     return sorted(build_ids(builder.real_path(builder.add_source("path", contents).path)))
 
 
-def test_debug_files(builder: StoreBuilder) -> None:
+def test_build_ids_of_debug_files_are_found(builder: StoreBuilder) -> None:
     same_directory = "11" + "4" * 38
     assert ids(builder, tree(ONE, TWO, same_directory)) == sorted([ONE, TWO, same_directory])
 
 
 @pytest.mark.parametrize("length", [4, 15, 16, 32, 64, 128])
-def test_build_ids_of_any_linker(builder: StoreBuilder, length: int) -> None:
+def test_build_ids_of_4_to_128_digits_are_found(builder: StoreBuilder, length: int) -> None:
     assert ids(builder, tree("a" * length)) == ["a" * length]
 
 
 @pytest.mark.parametrize("build_id", ["aa", "aa" * 65, "AA" * 20, "xx" * 20, "aaa/" * 9, "aa" * 19 + "a\n"], ids=repr)
-def test_nothing_else_for_a_build_id(builder: StoreBuilder, build_id: str) -> None:
+def test_malformed_build_ids_are_ignored(builder: StoreBuilder, build_id: str) -> None:
     assert not is_build_id(build_id)
     if "/" not in build_id:
         assert ids(builder, tree(build_id, ONE)) == [ONE]
@@ -55,12 +55,12 @@ def test_nothing_else_for_a_build_id(builder: StoreBuilder, build_id: str) -> No
     ],
     ids=repr,
 )
-def test_nothing_else(builder: StoreBuilder, contents: Tree) -> None:
+def test_paths_without_debug_files_have_no_build_ids(builder: StoreBuilder, contents: Tree) -> None:
     assert ids(builder, contents) == []
 
 
-def test_nothing_that_is_not_in_the_nar(builder: StoreBuilder) -> None:
-    """A profile links to debug outputs, at whichever level: the files are in those, not in it."""
+def test_files_behind_symlinks_are_ignored(builder: StoreBuilder) -> None:
+    """A profile links to debug outputs, at any level: the files are in those outputs, not in its own NAR."""
     real = f"{builder.real_dir}/{add(builder, 'debug', ONE).path}"
     inner = f"lib/debug/.build-id/{ONE[:2]}"
     assert ids(builder, Symlink(real)) == []
@@ -74,7 +74,7 @@ def test_nothing_that_is_not_in_the_nar(builder: StoreBuilder) -> None:
 
 
 @given(build_id=st.text("0123456789abcdef", min_size=4, max_size=128))
-def test_the_member_is_where_the_file_is(build_id: str) -> None:
+def test_member_is_the_path_of_the_debug_file(build_id: str) -> None:
     directory, first, rest = member(build_id).rsplit("/", 2)
     assert directory == "lib/debug/.build-id"
     assert first + rest == f"{build_id}.debug"

@@ -1,7 +1,7 @@
-"""Entries of the build trace are signed as Nix from 2.35 on signs them, which no package of ours has yet.
+"""Entries of the build trace are signed as by Nix 2.35 and newer, which no package of ours has yet.
 
-The key, the entries and the signatures are those of its own tests, which read and write them in the form that they are
-served in (Nix `src/libstore-tests/realisation.cc` and `data/realisation`). An Ed25519 signature has no choice in it.
+The key, the entries and the signatures are those of its own tests, which read and write the form in which entries are
+served (Nix `src/libstore-tests/realisation.cc` and `data/realisation`). Ed25519 signatures are deterministic.
 """
 
 import json
@@ -30,10 +30,10 @@ STORED = {"keyName": "asdf", "sig": "A" * 86 + "=="}
         ),
     ],
 )
-def test_it_is_what_nix_makes_of_it(name: str, stored: list[dict[str, str]], sig: str) -> None:
+def test_entry_and_signature_equal_those_of_nix(name: str, stored: list[dict[str, str]], sig: str) -> None:
     output = Realisation(StorePath(f"{HASH_PART}-{name}"), tuple(f"{each['keyName']}:{each['sig']}" for each in stored))
-    told = json.loads(render_build_trace(f"{HASH_PART}-bar.drv", "foo", output, [KEY]))
-    assert told == {
+    entry = json.loads(render_build_trace(f"{HASH_PART}-bar.drv", "foo", output, [KEY]))
+    assert entry == {
         "outPath": f"{HASH_PART}-{name}",
         "signatures": [*stored, {"keyName": "test-key", "sig": sig}],
     }

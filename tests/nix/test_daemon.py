@@ -1,4 +1,4 @@
-"""Promises of the client of the Nix daemon: it understands each since Nix 2.3, and nothing that one says harms it."""
+"""The client of the Nix daemon speaks every protocol since Nix 2.3, and survives any reply."""
 
 import socket
 import tempfile
@@ -26,7 +26,7 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("version", [0x115, 0x11A, 0x121, 0x122, 0x123, 0x126, 0x140])
-def test_it_understands_each_version(place: Path, version: int) -> None:
+def test_all_protocol_versions_since_nix_2_3_work(place: Path, version: int) -> None:
     with DaemonServer(place, version) as server, Daemon(server.path, 5) as daemon:
         daemon.add_temp_root(ROOT)
         daemon.add_temp_root(ROOT + "2")
@@ -34,14 +34,14 @@ def test_it_understands_each_version(place: Path, version: int) -> None:
         assert not daemon.lost
 
 
-def test_it_listens_to_what_the_daemon_has_to_say_meanwhile(place: Path) -> None:
+def test_log_messages_before_the_reply_are_skipped(place: Path) -> None:
     fields = number(2, 0, 7, 1) + nar.encode(b"field")
-    said = (
+    reply = (
         number(0x6F6C6D67) + nar.encode(b"a line of the log\n")
         + number(0x53545254, 1, 3, 0) + nar.encode(b"begins") + fields + number(0)
         + number(0x52534C54, 1, 105) + fields + number(0x53544F50, 1)
     )  # fmt: skip
-    with DaemonServer(place, answer=said + number(LAST, 1)) as server, Daemon(server.path, 5) as daemon:
+    with DaemonServer(place, answer=reply + number(LAST, 1)) as server, Daemon(server.path, 5) as daemon:
         daemon.add_temp_root(ROOT)
         daemon.add_temp_root(ROOT)
         assert not daemon.lost
@@ -54,7 +54,7 @@ def test_it_listens_to_what_the_daemon_has_to_say_meanwhile(place: Path) -> None
         (0x126, nar.encode(b"Error") + number(0) + nar.encode(b"Error", b"no luck") + number(0, 0)),
     ],
 )
-def test_it_tells_why_the_daemon_refuses(place: Path, version: int, error: bytes) -> None:
+def test_error_of_the_daemon_is_raised_with_its_message(place: Path, version: int, error: bytes) -> None:
     with (
         DaemonServer(place, version, number(0x63787470) + error) as server,
         Daemon(server.path, 5) as daemon,
@@ -64,7 +64,7 @@ def test_it_tells_why_the_daemon_refuses(place: Path, version: int, error: bytes
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("reply", "message"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not a Nix daemon"),
         (number(0x6478696F, 0x114), "older than that of Nix 2.3"),
@@ -74,19 +74,19 @@ def test_it_tells_why_the_daemon_refuses(place: Path, version: int, error: bytes
         (number(0x6478696F, 0x115, 0x52534C54, 1, 1, 1 << 30), "more than the maximum of 1024"),
     ],
 )
-def test_what_it_does_not_understand_it_does_not_guess(place: Path, said: bytes, why: str) -> None:
+def test_malformed_reply_raises_remote_error(place: Path, reply: bytes, message: str) -> None:
     with (
-        DaemonServer(place, greet=lambda connection: connection.sendall(said)) as server,
-        pytest.raises(RemoteError, match=why),
+        DaemonServer(place, greet=lambda connection: connection.sendall(reply)) as server,
+        pytest.raises(RemoteError, match=message),
     ):
         Daemon(server.path, 5)
 
 
-@given(st.binary(max_size=300).map(lambda said: number(0x6478696F, 0x125) + said) | st.binary(max_size=100))
+@given(st.binary(max_size=300).map(lambda reply: number(0x6478696F, 0x125) + reply) | st.binary(max_size=100))
 @example(number(0x6478696F, 0x125))
-def test_nothing_that_a_daemon_says_is_another_error(said: bytes) -> None:
+def test_arbitrary_replies_raise_only_oserror_or_remote_error(reply: bytes) -> None:
     def greet(connection: socket.socket) -> None:
-        connection.sendall(said)
+        connection.sendall(reply)
         connection.shutdown(socket.SHUT_WR)
 
     with tempfile.TemporaryDirectory() as directory, DaemonServer(Path(directory, "s"), greet=greet) as server:
@@ -94,11 +94,11 @@ def test_nothing_that_a_daemon_says_is_another_error(said: bytes) -> None:
             Daemon(server.path, 5).close()
         except (OSError, RemoteError):
             return
-        assert number(LAST) in said
+        assert number(LAST) in reply
 
 
 @pytest.mark.parametrize("drips", [False, True])
-def test_it_waits_no_longer_than_it_is_told(place: Path, *, drips: bool) -> None:
+def test_timeout_covers_the_whole_handshake(place: Path, *, drips: bool) -> None:
     greeting = list(number(0x6478696F, 0x126, 1, 0, 0))  # 8 s of it
     given_up = threading.Event()
 
@@ -115,7 +115,7 @@ def test_it_waits_no_longer_than_it_is_told(place: Path, *, drips: bool) -> None
     assert greeting
 
 
-def test_it_notices_that_the_daemon_has_ended(place: Path) -> None:
+def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:
     with DaemonServer(place) as server:
         daemon = Daemon(server.path, 5)
         daemon.add_temp_root(ROOT)

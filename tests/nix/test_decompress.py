@@ -1,4 +1,4 @@
-"""Every valid file of every compression is taken, in whatever pieces it comes, and nothing else passes for whole."""
+"""Every valid file of every compression is decompressed, in pieces of any size; all others are rejected."""
 
 import bz2
 import gzip
@@ -49,13 +49,13 @@ def xz(check: int) -> Callable[[bytes], bytes]:
 
 
 SINGLE = {"br", "lzma"}
-"""Formats of one stream."""
+"""Formats that do not allow concatenated streams."""
 
 contents = st.binary(max_size=300) | st.binary(min_size=1, max_size=9).map(lambda data: data * 50_000)
 
 
 def unpacked(inner: Decompressor | None, data: bytes, cuts: Sequence[int] = ()) -> bytes | None:
-    """Return what comes out of the data, in pieces cut at these places, or None if it is not whole."""
+    """Return the content of the data, fed in pieces that end at `cuts`, or None if the data is incomplete."""
     assert inner is not None
     places = sorted({min(cut, len(data)) for cut in cuts})
     content = b"".join(
@@ -64,7 +64,7 @@ def unpacked(inner: Decompressor | None, data: bytes, cuts: Sequence[int] = ()) 
     return content if inner.whole else None
 
 
-def test_every_claimed_compression_is_tried() -> None:
+def test_every_compression_of_nix_is_tested() -> None:
     assert PACK.keys() == COMPRESSIONS
 
 
@@ -73,7 +73,7 @@ def test_every_claimed_compression_is_tried() -> None:
     st.lists(contents, min_size=1, max_size=3),
     st.lists(st.integers(0, 2000), max_size=9),
 )
-def test_streams_one_after_the_other_are_one_file(compression: str, parts: list[bytes], cuts: list[int]) -> None:
+def test_concatenated_streams_are_one_file(compression: str, parts: list[bytes], cuts: list[int]) -> None:
     parts = parts[:1] if compression in SINGLE else parts
     data = b"".join(map(PACK[compression], parts))
     assert unpacked(decompressor(compression), data, cuts) == b"".join(parts)
@@ -128,7 +128,7 @@ VARIANTS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("content", [b"", b"nix" * 30_000 + bytes(range(256)) * 16], ids=["empty", "content"])
-def test_a_valid_file_is_taken(variant: str, content: bytes) -> None:
+def test_valid_file_is_decompressed(variant: str, content: bytes) -> None:
     compression, pack = VARIANTS[variant]
     data = pack(content)
     for cuts in ((), range(1, min(len(data), 3000)), (len(data) - 1,)):
@@ -136,32 +136,32 @@ def test_a_valid_file_is_taken(variant: str, content: bytes) -> None:
 
 
 @given(st.sampled_from(sorted(PACK.keys() - {"none"})), contents, st.data())
-def test_a_file_cut_short_is_not_whole(compression: str, content: bytes, data: st.DataObject) -> None:
+def test_truncated_file_is_not_whole(compression: str, content: bytes, data: st.DataObject) -> None:
     file = PACK[compression](content)
     assert unpacked(decompressor(compression), file[: data.draw(st.integers(0, len(file) - 1))]) is None
 
 
 @pytest.mark.parametrize("zeros", [1, 2, 3, 5])
-def test_xz_padding_is_a_multiple_of_four(zeros: int) -> None:
+def test_xz_padding_must_be_a_multiple_of_four_bytes(zeros: int) -> None:
     assert unpacked(decompressor("xz"), lzma.compress(b"x") + bytes(zeros)) is None
     with pytest.raises(FormatError):
         unpacked(decompressor("xz"), lzma.compress(b"x") + bytes(zeros) + lzma.compress(b"y"))
 
 
 @pytest.mark.parametrize("compression", ["xz", "zstd"])
-def test_garbage_after_the_end_is_refused_where_libarchive_refuses_it(compression: str) -> None:
+def test_garbage_after_xz_and_zstd_is_rejected_as_by_libarchive(compression: str) -> None:
     with pytest.raises(FormatError):
         unpacked(decompressor(compression), PACK[compression](b"x") + b"garbage, and more")
 
 
 @pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
-def test_garbage_is_an_error(compression: str) -> None:
+def test_garbage_is_rejected(compression: str) -> None:
     with pytest.raises(FormatError):
         unpacked(decompressor(compression), b"neither this nor that, but garbage" * 10)
 
 
 @pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
-def test_a_bomb_takes_little_memory(compression: str) -> None:
+def test_bomb_is_decompressed_in_little_memory(compression: str) -> None:
     size = {"zstd": 256 << 20, "br": 64 << 20}.get(compression, 16 << 20)  # much more than the windows of each
     pack = partial(brotli.compress, quality=5) if compression == "br" else PACK[compression]
     bomb = pack(bytes(size))
@@ -172,7 +172,7 @@ def test_a_bomb_takes_little_memory(compression: str) -> None:
     assert peak < min(size * 3 // 4, 48 << 20)
 
 
-def test_a_huge_window_is_told_from_damage() -> None:
+def test_huge_window_raises_window_error_instead_of_format_error() -> None:
     file = lzma.compress(b"x" * 1000, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 512 << 20}])
     with pytest.raises(WindowError):
         unpacked(decompressor("xz"), file)
@@ -192,7 +192,7 @@ CODE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @given(st.lists(st.sampled_from(sorted(CODE)), max_size=MAX_CODINGS), st.binary(max_size=3000), st.data())
-def test_content_codings_are_taken_off_in_their_order(codings: list[str], body: bytes, data: st.DataObject) -> None:
+def test_content_codings_are_decoded_in_reverse_order(codings: list[str], body: bytes, data: st.DataObject) -> None:
     encoded = body
     for coding in codings:
         encoded = CODE[coding](encoded)
@@ -204,7 +204,7 @@ def test_content_codings_are_taken_off_in_their_order(codings: list[str], body: 
 
 
 @given(st.binary(max_size=3000), st.integers(0, 9), st.lists(st.integers(0, 200), max_size=5))
-def test_deflate_has_a_head_or_none(body: bytes, level: int, cuts: list[int]) -> None:
+def test_deflate_is_accepted_with_and_without_zlib_header(body: bytes, level: int, cuts: list[int]) -> None:
     stream = zlib.compressobj(level, wbits=-zlib.MAX_WBITS)
     raw = stream.compress(body) + stream.flush()
     assert unpacked(decoder(["deflate"]), raw, cuts) == body
@@ -212,22 +212,22 @@ def test_deflate_has_a_head_or_none(body: bytes, level: int, cuts: list[int]) ->
 
 
 @pytest.mark.parametrize("codings", [["rot13"], ["gzip"] * (MAX_CODINGS + 1), ["br", "\x00" * 10_000]])
-def test_unknown_codings_are_refused_in_few_words(codings: list[str]) -> None:
+def test_unknown_content_codings_raise_a_short_error(codings: list[str]) -> None:
     with pytest.raises(FormatError) as caught:
         decoder(codings)
     assert len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
-def test_an_empty_body_is_empty_however_it_is_encoded(coding: str) -> None:
+def test_empty_body_is_whole_in_every_coding(coding: str) -> None:
     inner = decoder([coding])
     assert inner is not None
     assert inner.whole
 
 
 @pytest.mark.parametrize("compression", sorted(PACK.keys() - SINGLE - {"none"}))
-def test_a_file_of_many_empty_streams_is_read_in_time(compression: str) -> None:
-    """Each stream copies what is left of a piece of input: without a bound on that, this takes a minute."""
+def test_many_empty_streams_take_linear_time(compression: str) -> None:
+    """Each stream copies the rest of its piece of input: without a bound on the piece, this takes a minute."""
     inner = decompressor(compression)
     file = PACK[compression](b"") * 50_000
     began = time.process_time()
@@ -237,7 +237,7 @@ def test_a_file_of_many_empty_streams_is_read_in_time(compression: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "zstd", "xz", "bzip2"])
-def test_a_small_body_of_very_many_empty_streams_is_given_up(coding: str) -> None:
+def test_decode_stops_at_its_limit_for_many_empty_streams(coding: str) -> None:
     inner = decoder([coding])
     assert inner
     with pytest.raises(SizeError):

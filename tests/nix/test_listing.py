@@ -1,4 +1,4 @@
-"""A listing tells of an archive what a walk of the disk finds, and where in the archive the contents are."""
+"""A listing has the entries of the directory tree, and the offset of each file's contents in the NAR."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def naive(path: bytes) -> Node:
     return {"type": "directory", "entries": entries}
 
 
-def told(path: bytes) -> Node:
+def listed(path: bytes) -> Node:
     text = b"".join(listing.render(Layout.of(path).located()))
     found = json.loads(text.decode(errors="surrogateescape"))
     assert list(found) == ["version", "root"]
@@ -41,7 +41,7 @@ def told(path: bytes) -> Node:
 
 
 def files(node: Node, path: bytes) -> Iterator[tuple[bytes, Node]]:
-    """The regular files, by their paths."""
+    """Yield the regular files with their paths."""
     if node["type"] == "regular":
         yield path, node
     for name, child in node.get("entries", {}).items():
@@ -50,10 +50,10 @@ def files(node: Node, path: bytes) -> Iterator[tuple[bytes, Node]]:
 
 @settings(deadline=None)
 @given(trees)
-def test_it_tells_what_is_on_disk_and_where_in_the_archive(tree: Tree) -> None:
+def test_listing_equals_the_disk_and_offsets_point_at_contents(tree: Tree) -> None:
     archive = reference(tree)
     with on_disk(tree) as path:
-        found = told(path)
+        found = listed(path)
         for name, node in files(found, path):
             contents = Path(os.fsdecode(name)).read_bytes()
             offset = node.pop("narOffset")
@@ -65,9 +65,9 @@ def test_it_tells_what_is_on_disk_and_where_in_the_archive(tree: Tree) -> None:
 
 @settings(deadline=None)
 @given(trees)
-def test_names_are_sorted_as_in_the_archive(tree: Tree) -> None:
+def test_entries_are_in_the_order_of_the_nar(tree: Tree) -> None:
     with on_disk(tree) as path:
-        offsets = [node["narOffset"] for _, node in files(told(path), path)]
+        offsets = [node["narOffset"] for _, node in files(listed(path), path)]
     assert offsets == sorted(offsets)
     assert len(set(offsets)) == len(offsets)
 
@@ -75,13 +75,13 @@ def test_names_are_sorted_as_in_the_archive(tree: Tree) -> None:
 NASTY = bytes(sorted({*range(1, 256)} - {ord("/")}))
 
 
-def test_every_byte_comes_back() -> None:
+def test_every_byte_in_names_and_targets_is_escaped_correctly() -> None:
     names = [b"%b-" % bytes([byte]) for byte in NASTY] + [b'"', b"\\", b"\\u0000", b'\\"', b"\\n", b"\n", b"\x7f"]
     with on_disk({name: Symlink(name + b"->" + NASTY) for name in names}) as path:
-        assert told(path) == naive(path)
+        assert listed(path) == naive(path)
 
 
-def test_it_is_json_to_the_letter() -> None:
+def test_rendered_json_is_exact() -> None:
     tree: Tree = {b'"\\\n\x1f\xff\x7f': Symlink(b'\t"'), b"a": {}, b"b": Regular(3, 0o555)}
     offset = reference(tree).index(Regular(3).contents)
     with on_disk(tree) as path:
@@ -95,7 +95,7 @@ def test_it_is_json_to_the_letter() -> None:
         )
 
 
-def test_it_comes_in_pieces() -> None:
+def test_listing_is_rendered_in_small_pieces() -> None:
     tree: Tree = {b"%04d" % number: Regular(0) for number in range(1000)}
     with on_disk(tree) as path:
         pieces = list(listing.render(Layout.of(path).located()))
@@ -112,7 +112,7 @@ def is_text(data: bytes) -> bool:
 
 
 def readable(tree: Tree) -> Tree:
-    """The tree without what is no UTF-8: Nix 2.8 writes no JSON of that."""
+    """Return the tree without names and targets that are not UTF-8: Nix 2.8 writes no JSON for those."""
     if isinstance(tree, dict):
         return {name: readable(child) for name, child in tree.items() if is_text(name)}
     return Symlink(b"readable") if isinstance(tree, Symlink) and not is_text(tree.target) else tree
@@ -121,21 +121,21 @@ def readable(tree: Tree) -> Tree:
 @pytest.mark.nix
 @settings(deadline=None, max_examples=25)
 @given(trees.map(readable))
-def test_nix_lists_the_same(tree: Tree) -> None:
+def test_listing_equals_that_of_nix_nar_ls(tree: Tree) -> None:
     with on_disk(tree) as path:
         with open(path + b".nar", "xb") as file:
             file.writelines(file_reader.read(tree_reader.dump(path)))
         command = ["nix", "--extra-experimental-features", "nix-command", "nar", "ls", "--json", "--recursive"]
         nix = subprocess.run([*command, path + b".nar", "/"], check=True, capture_output=True)
-        ours = told(path)
+        ours = listed(path)
     for _, node in files(ours, b""):
         if not node["executable"]:
-            del node["executable"]  # as Nix 2.34 and older have it
+            del node["executable"]  # as Nix 2.34 and older do
     assert ours == json.loads(nix.stdout)
 
 
 @given(st.binary(max_size=30))
-def test_strings_need_no_disk(name: bytes) -> None:
+def test_rendering_reads_no_file(name: bytes) -> None:
     entry = nar.Entry(0, b"/root", stat.S_IFLNK, 0, name)
     text = b"".join(listing.render([(0, entry)]))
     assert json.loads(text.decode(errors="surrogateescape"))["root"]["target"] == os.fsdecode(name)

@@ -23,7 +23,7 @@ segment_runs = st.lists(st.binary(max_size=40), max_size=8)
 
 @settings(deadline=None)
 @given(trees)
-def test_is_what_the_grammar_says(tree: Tree) -> None:
+def test_dump_follows_the_grammar(tree: Tree) -> None:
     with on_disk(tree) as path:
         assert whole(tree_reader.dump(path)) == reference(tree)
         assert sum(map(len, tree_reader.dump(path))) == len(reference(tree))
@@ -44,12 +44,12 @@ def test_is_what_the_grammar_says(tree: Tree) -> None:
     ],
     ids=str,
 )
-def test_small_trees(tree: Tree) -> None:
+def test_dump_of_small_trees(tree: Tree) -> None:
     with on_disk(tree) as path:
         assert whole(tree_reader.dump(path)) == reference(tree)
 
 
-def test_deep_trees(tmp_path: Path) -> None:
+def test_dump_of_a_tree_62_deep(tmp_path: Path) -> None:
     tree: Tree = {b"file": Regular(3)}
     for _ in range(62):
         tree = {b"directory": tree, b"next to it": Symlink(b"directory")}
@@ -61,8 +61,8 @@ def test_deep_trees(tmp_path: Path) -> None:
 @pytest.mark.nix
 @settings(deadline=None, max_examples=30)
 @given(st.lists(trees, min_size=5, max_size=20))
-def test_is_what_nix_dumps(trees: list[Tree]) -> None:
-    """Many trees in one directory, since each example starts a process."""
+def test_dump_of_many_trees_equals_that_of_nix_store(trees: list[Tree]) -> None:
+    """Each example starts a process, so many trees share one directory."""
     with on_disk({b"%d" % number: tree for number, tree in enumerate(trees)}) as path:
         nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
         assert whole(tree_reader.dump(path)) == nix.stdout
@@ -71,7 +71,7 @@ def test_is_what_nix_dumps(trees: list[Tree]) -> None:
 @pytest.mark.nix
 @settings(deadline=None, max_examples=15)
 @given(trees)
-def test_nix_dumps_any_root_likewise(tree: Tree) -> None:
+def test_dump_of_any_root_equals_that_of_nix_store(tree: Tree) -> None:
     with on_disk(tree) as path:
         nix = subprocess.run(["nix-store", "--dump", path], check=True, capture_output=True)
         assert whole(tree_reader.dump(path)) == nix.stdout
@@ -79,20 +79,20 @@ def test_nix_dumps_any_root_likewise(tree: Tree) -> None:
 
 @settings(deadline=None)
 @given(directories, st.integers(1, 100) | st.just(CHUNK_BYTES), st.data())
-def test_a_window_is_a_slice(tree: Directory, chunk_size: int, data: st.DataObject) -> None:
+def test_window_equals_a_slice_of_the_nar(tree: Directory, chunk_size: int, data: st.DataObject) -> None:
     with on_disk(tree) as path:
         archive, expected = list(tree_reader.dump(path)), reference(tree)
         for _ in range(10):
             start, stop = data.draw(st.tuples(*[st.integers(0, len(expected) + 9)] * 2))
             view = list(nar.window(archive, start, stop))
             assert sum(map(len, view)) == len(expected[start:stop])
-            # Small chunks of a long file take long, and say nothing that those of a short one do not.
+            # Small chunks of a long file take long, and test the same as those of a short file.
             size = chunk_size if len(expected) < 10_000 else CHUNK_BYTES
             assert b"".join(file_reader.read(view, size)) == expected[start:stop]
 
 
 @given(segment_runs, st.integers(0, 350), st.integers(0, 350), st.integers(1, 50))
-def test_a_window_of_a_window(run: list[bytes], start: int, stop: int, chunk_size: int) -> None:
+def test_window_of_a_window_equals_a_slice_of_a_slice(run: list[bytes], start: int, stop: int, chunk_size: int) -> None:
     expected = b"".join(run)[start:stop]
     view = list(nar.window(run, start, stop))
     assert b"".join(file_reader.read(view, chunk_size)) == expected
@@ -100,7 +100,7 @@ def test_a_window_of_a_window(run: list[bytes], start: int, stop: int, chunk_siz
 
 
 @given(st.integers(0, 50), st.integers(-60, 60), st.integers(-60, 60), st.integers(0, 60))
-def test_a_file_slice_is_cut_as_bytes_are(size: int, start: int, stop: int, again: int) -> None:
+def test_file_slice_is_sliced_like_bytes(size: int, start: int, stop: int, again: int) -> None:
     expected = range(size)[start:stop][again:]
     cut = FileSlice(b"/file", size, 0, size)[start:stop][again:]
     assert list(range(cut.start, cut.stop)) == list(expected)
@@ -117,13 +117,13 @@ def test_chunks_have_the_promised_size(run: list[bytes], chunk_size: int) -> Non
 
 @settings(deadline=None, max_examples=30)
 @given(trees, st.sampled_from([1000, 4096, CHUNK_BYTES]))
-def test_chunks_of_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
+def test_chunks_across_files_have_the_promised_size(tree: Tree, chunk_size: int) -> None:
     with on_disk(tree) as path:
         assert all(0 < len(chunk) < 2 * chunk_size for chunk in file_reader.read(tree_reader.dump(path), chunk_size))
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_what_the_page_cache_has_is_read_as_the_rest_is(tmp_path: Path, *, dropped: bool) -> None:
+def test_cached_and_uncached_reads_together_give_the_whole_slice(tmp_path: Path, *, dropped: bool) -> None:
     content = random.Random(1).randbytes(1_000_000)
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -143,8 +143,8 @@ def test_what_the_page_cache_has_is_read_as_the_rest_is(tmp_path: Path, *, dropp
         assert not OpenSlice(file.fileno(), 1_000_000, 1_000_010).read_cached()
 
 
-def test_many_small_entries_take_neither_much_time_nor_memory() -> None:
-    """A profile has tens of thousands of symlinks in a row. To join all their words took a minute."""
+def test_many_small_entries_take_little_time_and_memory() -> None:
+    """A profile has tens of thousands of symlinks in a row. Joining all their words took a minute."""
     links = [Entry(1, b"/root/%06d" % number, stat.S_IFLNK, 0, b"target") for number in range(50_000)]
     lengths = [
         len(segment) for segment in nar.segments(nar.serialize([Entry(0, b"/root", stat.S_IFDIR, 0, b""), *links]))
@@ -154,12 +154,12 @@ def test_many_small_entries_take_neither_much_time_nor_memory() -> None:
     assert sum(lengths) == empty + 50_000 * (with_one - empty)
 
 
-# What goes wrong between the walk and the end of the download.
+# Changes between the walk and the end of the download.
 
 
 @pytest.fixture(name="root")
 def make_root(tmp_path: Path) -> Path:
-    """Three files, the middle one of a hundred bytes."""
+    """Return a directory of three files; the one in the middle has 100 bytes."""
     root = tmp_path / "root"
     write_tree({b"a": Regular(10, 0o644), b"b": Regular(100, 0o644), b"c": Regular(10, 0o644)}, os.fsencode(root))
     return root
@@ -208,7 +208,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), CHANGES)
-def test_a_file_that_changes_is_an_error(
+def test_file_changed_after_the_walk_raises(
     root: Path, change: Callable[[Path], None], error: type[Exception], message: str
 ) -> None:
     archive = list(tree_reader.dump(os.fsencode(root)))
@@ -218,7 +218,7 @@ def test_a_file_that_changes_is_an_error(
 
 
 @pytest.mark.parametrize("change", [grow, shrink])
-def test_a_file_that_changes_while_it_is_read(root: Path, change: Callable[[Path], None]) -> None:
+def test_file_changed_while_it_is_read_raises(root: Path, change: Callable[[Path], None]) -> None:
     archive = list(tree_reader.dump(os.fsencode(root)))
     chunks = file_reader.read([segment for segment in archive if isinstance(segment, FileSlice)][1:2], 40)
     assert len(next(chunks)) == 40
@@ -227,7 +227,7 @@ def test_a_file_that_changes_while_it_is_read(root: Path, change: Callable[[Path
         list(chunks)
 
 
-def test_a_window_of_a_file_that_grew_is_an_error_too(root: Path) -> None:
+def test_window_into_a_grown_file_raises(root: Path) -> None:
     archive = list(tree_reader.dump(os.fsencode(root)))
     position = whole(archive).index(Regular(100).contents)
     grow(root / "b")
@@ -235,7 +235,7 @@ def test_a_window_of_a_file_that_grew_is_an_error_too(root: Path) -> None:
         whole(nar.window(archive, position, position + 1))
 
 
-def test_a_root_that_vanished_is_not_found(root: Path) -> None:
+def test_vanished_root_raises_file_not_found(root: Path) -> None:
     with pytest.raises(FileNotFoundError):
         whole(tree_reader.dump(os.fsencode(root / "gone")))
 
@@ -244,14 +244,14 @@ def test_a_root_that_vanished_is_not_found(root: Path) -> None:
     "make", [os.mkfifo, lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)], ids=["fifo", "socket"]
 )
 @pytest.mark.parametrize("name", ["root/d", "special"])
-def test_what_a_nar_cannot_hold_is_an_error(root: Path, make: Callable[[Path], None], name: str) -> None:
+def test_special_file_raises_and_is_named(root: Path, make: Callable[[Path], None], name: str) -> None:
     special = root.parent / name
     make(special)
     with pytest.raises(StoreObjectError, match=f"{name} is not a regular file, directory or symlink"):
         whole(tree_reader.dump(os.fsencode(special if name == "special" else root)))
 
 
-def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
+def test_path_that_is_not_utf8_is_shown_in_the_error(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff"
     os.mkfifo(path)
     with pytest.raises(StoreObjectError) as caught:
@@ -259,10 +259,10 @@ def test_a_name_that_is_no_text_is_shown_in_the_error(tmp_path: Path) -> None:
     assert "\udcff is not a regular file" in str(caught.value)
 
 
-# What is opened, and when.
+# Opened files.
 
 
-def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
+def test_window_opens_only_the_files_it_covers(root: Path) -> None:
     archive = list(tree_reader.dump(os.fsencode(root)))
     expected = whole(archive)
     position = expected.index(Regular(100).contents)
@@ -274,7 +274,7 @@ def test_a_window_opens_no_file_that_it_skips(root: Path) -> None:
         assert whole(nar.window(archive, start, stop)) == expected[start:stop]
 
 
-def test_no_file_stays_open(root: Path) -> None:
+def test_files_are_closed_after_reading_abandoning_and_failing(root: Path) -> None:
     before = open_files()
     whole(tree_reader.dump(os.fsencode(root)))
     assert open_files() == before
@@ -292,7 +292,7 @@ def test_no_file_stays_open(root: Path) -> None:
     assert open_files() == before
 
 
-def test_the_end_of_a_huge_file_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tail_of_a_huge_file_is_read_without_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = 5 * 2**30 + 3
     with open(tmp_path / "huge", "wb") as file:
         file.seek(size - 6)
@@ -314,7 +314,7 @@ def test_the_end_of_a_huge_file_is_at_hand(tmp_path: Path, monkeypatch: pytest.M
     assert sum(asked) < 100
 
 
-def test_nothing_in_memory_is_not_the_end_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_cached_read_is_not_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"content")
     monkeypatch.setattr(os, "preadv", lambda *_: 0)  # as Linux 5.10 does
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
@@ -326,7 +326,7 @@ def test_nothing_in_memory_is_not_the_end_of_a_file(tmp_path: Path, monkeypatch:
         os.close(descriptor)
 
 
-def test_a_reader_that_waits_holds_its_chunk_and_no_parts_of_it() -> None:
+def test_suspended_reader_holds_only_its_chunk() -> None:
     reader = file_reader.chunks(b"%0100d" % number for number in range(10_000))
     tracemalloc.start()
     try:
@@ -339,7 +339,9 @@ def test_a_reader_that_waits_holds_its_chunk_and_no_parts_of_it() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 7, 8, 9, 100])
-def test_names_are_sorted_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_names_are_sorted_below_and_above_the_in_memory_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     monkeypatch.setattr(tree_reader, "_SORT_MAX_NAMES", 8)
     monkeypatch.setattr(tree_reader, "_JOINED_NAMES", 3)
     names = [b"%d" % (number * 7919 % 1009) for number in range(count)]

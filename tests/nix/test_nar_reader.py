@@ -1,4 +1,4 @@
-"""What the reader takes is an archive to the letter; `restore` writes it, and nothing outside of it."""
+"""The parser accepts exactly the valid NARs; `restore` writes their content, and nothing outside of its target."""
 
 import os
 import stat
@@ -24,7 +24,7 @@ Parts = list[tuple[Entry, bytes]]
 
 
 def parsed(chunks: Iterable[bytes]) -> Parts:
-    """Each entry, and its contents in one piece."""
+    """Return each entry with its whole contents."""
     found: Parts = []
     for part in parse(chunks):
         if isinstance(part, Entry):
@@ -36,14 +36,14 @@ def parsed(chunks: Iterable[bytes]) -> Parts:
 
 
 def written(parts: Parts) -> bytes:
-    """The archive that we write of what was parsed."""
+    """Return our serialization of the parsed entries."""
     contents = {entry.path: contents for entry, contents in parts}
     archive = nar.segments(nar.serialize(entry for entry, _ in parts))
     return b"".join(contents[segment.path] if isinstance(segment, FileSlice) else segment for segment in archive)
 
 
 def accepted(archive: bytes) -> bool:
-    """Whether it is taken. If so, it is what we write of it: no other archive says the same."""
+    """Return True if the parser accepts the archive, and check that our serialization of the result is identical."""
     try:
         parts = parsed([archive])
     except FormatError:
@@ -54,7 +54,7 @@ def accepted(archive: bytes) -> bool:
 
 @settings(deadline=None)
 @given(trees)
-def test_the_inverse_of_a_dump(tree: Tree) -> None:
+def test_restore_is_the_inverse_of_dump(tree: Tree) -> None:
     with on_disk(tree) as path:
         archive = whole(tree_reader.dump(path))
         restore(parse(file_reader.read(tree_reader.dump(path))), path + b" again")
@@ -63,22 +63,28 @@ def test_the_inverse_of_a_dump(tree: Tree) -> None:
 
 @settings(deadline=None)
 @given(trees)
-def test_what_is_told(tree: Tree) -> None:
+def test_parsed_entries_and_contents_equal_the_disk(tree: Tree) -> None:
     with on_disk(tree) as path:
         parts = parsed([reference(tree)])
         assert written(parts) == reference(tree)
         assert len(parts) == len(list(tree_reader.walk(path)))
-        for (told, contents), entry in zip(parts, tree_reader.walk(path), strict=True):
-            assert (told.depth, told.size, told.target) == (entry.depth, entry.size, entry.target)
-            assert path + told.path == entry.path
-            assert stat.S_IFMT(told.mode) == stat.S_IFMT(entry.mode)
+        for (parsed_entry, contents), entry in zip(parts, tree_reader.walk(path), strict=True):
+            assert (parsed_entry.depth, parsed_entry.size, parsed_entry.target) == (
+                entry.depth,
+                entry.size,
+                entry.target,
+            )
+            assert path + parsed_entry.path == entry.path
+            assert stat.S_IFMT(parsed_entry.mode) == stat.S_IFMT(entry.mode)
             if stat.S_ISREG(entry.mode):
-                assert told.mode & 0o111 == (0o111 if entry.mode & stat.S_IXUSR else 0)
+                assert parsed_entry.mode & 0o111 == (0o111 if entry.mode & stat.S_IXUSR else 0)
                 assert contents == Path(os.fsdecode(entry.path)).read_bytes()
 
 
 @given(small_trees, st.data())
-def test_in_any_chunks_and_with_no_tail(tree: Tree, data: st.DataObject) -> None:
+def test_chunking_does_not_matter_and_truncation_and_trailing_data_are_rejected(
+    tree: Tree, data: st.DataObject
+) -> None:
     archive = reference(tree)
     expected = parsed([archive])
     cuts = sorted(data.draw(st.lists(st.integers(0, len(archive)), max_size=20)))
@@ -92,7 +98,7 @@ def test_in_any_chunks_and_with_no_tail(tree: Tree, data: st.DataObject) -> None
         parsed([archive[: data.draw(st.integers(0, len(archive) - 1))]])
 
 
-def test_entries_come_before_the_rest_is_there() -> None:
+def test_entries_and_contents_are_yielded_before_the_archive_is_complete() -> None:
     archive = reference({b"a": Regular(100)})
     position = archive.index(Regular(100).contents)
 
@@ -113,7 +119,7 @@ def cast_entry(part: Entry | bytes) -> Entry:
 
 
 @pytest.mark.parametrize("chunk", [1 << 16, 5_000_000])
-def test_contents_come_in_pieces(chunk: int) -> None:
+def test_large_contents_are_yielded_in_pieces(chunk: int) -> None:
     size = 20_000_000
     head, tail = reference(Regular(0))[:-24], word(b")")
     chunks = (bytes(min(chunk, size - start)) for start in range(0, size, chunk))
@@ -128,7 +134,7 @@ def test_contents_come_in_pieces(chunk: int) -> None:
     assert max(pieces) <= 256 * 1024
 
 
-# Mutations: whatever is no archive is refused, and whatever is one says something else.
+# Mutations: each is rejected, or is the canonical archive of other content.
 
 SAMPLE: Tree = {
     b"a": {b"empty": {}, b"x": Regular(0, 0o555), b"y": Regular(9, 0o555)},
@@ -138,7 +144,7 @@ SAMPLE: Tree = {
 }
 
 
-def test_every_other_byte() -> None:
+def test_every_changed_byte_is_rejected_or_canonical() -> None:
     archive = reference(SAMPLE)
     for position, byte in enumerate(archive):
         others = {byte ^ (1 << bit) for bit in range(8)} | {0, 0xFF, ord("/"), byte + 1 & 0xFF, byte - 1 & 0xFF}
@@ -146,7 +152,7 @@ def test_every_other_byte() -> None:
             accepted(archive[:position] + bytes([other]) + archive[position + 1 :])
 
 
-def test_every_cut_and_every_repetition() -> None:
+def test_every_deletion_and_repetition_is_rejected_or_canonical() -> None:
     archive = reference({b"a": Regular(3, 0o555), b"b": Symlink(b"a")})
     for start in range(len(archive)):
         for stop in range(start + 1, min(start + 80, len(archive)) + 1):
@@ -155,13 +161,13 @@ def test_every_cut_and_every_repetition() -> None:
 
 
 def contents_or_name(cut: bytes) -> bool:
-    """Whether there is a thing without which it is still an archive: the one flag, or a whole entry."""
+    """Return True if the cut may leave a valid archive: it has the one flag, or one whole entry."""
     return cut.count(b"executable") == 1 or cut.count(b"entry") == 1
 
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """An archive in which some parts were changed, dropped, repeated or swapped: of bytes, or of whole words."""
+    """Draw an archive in which some parts are changed, dropped, repeated or swapped, by bytes or by words."""
     archive = reference(draw(small_trees))
     for _ in range(draw(st.integers(1, 3))):
         step = draw(st.sampled_from([1, 8]))
@@ -182,7 +188,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 @settings(max_examples=500)
 @given(mutated())
-def test_mutations(archive: bytes) -> None:
+def test_mutations_are_rejected_or_canonical(archive: bytes) -> None:
     accepted(archive)
 
 
@@ -192,19 +198,19 @@ VOCABULARY += ["entry", "name", "node", "", "a", "b"]
 
 @settings(max_examples=500)
 @given(st.lists(st.sampled_from(VOCABULARY), max_size=40).map(lambda texts: words(*texts)) | st.binary())
-def test_nothing_but_a_format_error(rest: bytes) -> None:
+def test_arbitrary_words_raise_only_format_error(rest: bytes) -> None:
     accepted(rest)
     accepted(word(b"nix-archive-1") + rest)
     accepted(words("nix-archive-1", "(", "type") + rest)
 
 
 @given(st.lists(file_names, max_size=4))
-def test_names_are_sorted_and_unique(names: list[bytes]) -> None:
+def test_names_must_be_sorted_and_unique(names: list[bytes]) -> None:
     entries = [(name, FILE) for name in names]
     assert accepted(archive(directory(*entries))) == (names == sorted(set(names)))
 
 
-# The rules, one by one.
+# The rules one by one.
 
 
 def words(*texts: str) -> bytes:
@@ -232,7 +238,7 @@ def nested(depth: int, node: bytes) -> bytes:
 
 FILE = words("(", "type", "regular", "contents", "x", ")")
 
-TAKEN = {
+ACCEPTED = {
     "file": FILE,
     "executable": words("(", "type", "regular", "executable", "", "contents", "", ")"),
     "empty directory": directory(),
@@ -245,7 +251,7 @@ TAKEN = {
     "a before its longer namesakes": directory((b"a", directory((b"z", FILE))), (b"a.b", FILE), (b"ab", FILE)),
     "high bytes are the last": directory((b"~", FILE), (b"\x80", FILE), (b"\xff", FILE)),
 }
-REFUSED = {
+REJECTED = {
     "nothing": (b"", "ends early"),
     "another magic": (words("nix-archive-2") + FILE, "expected b"),
     "only the magic": (archive(b""), "ends early"),
@@ -310,21 +316,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("node", TAKEN.values(), ids=TAKEN.keys())
-def test_what_is_taken(node: bytes) -> None:
+@pytest.mark.parametrize("node", ACCEPTED.values(), ids=ACCEPTED.keys())
+def test_valid_archive_is_accepted(node: bytes) -> None:
     assert accepted(archive(node))
 
 
-@pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_refused(text: bytes, message: str) -> None:
+@pytest.mark.parametrize(("text", "message"), REJECTED.values(), ids=REJECTED.keys())
+def test_invalid_archive_is_rejected_with_the_reason(text: bytes, message: str) -> None:
     for chunks in ([text], [text[start : start + 7] for start in range(0, len(text), 7)]):
         with pytest.raises(FormatError, match=message):
             parsed(chunks)
 
 
 @pytest.mark.parametrize("number", [33, 4096, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8])
-def test_no_memory_on_the_word_of_a_length(number: int) -> None:
-    """All words are aligned: a length is in one of those places, and in the other ones something else is broken."""
+def test_large_length_fields_allocate_no_memory(number: int) -> None:
+    """All words are aligned: each length field is overwritten once; other positions break something else."""
     text = reference(SAMPLE)
     tracemalloc.start()
     try:
@@ -335,10 +341,10 @@ def test_no_memory_on_the_word_of_a_length(number: int) -> None:
         tracemalloc.stop()
 
 
-# On disk.
+# `restore` on disk.
 
 
-def test_as_deep_and_as_long_as_may_be(tmp_path: Path) -> None:
+def test_maximum_depth_and_name_length_are_restored(tmp_path: Path) -> None:
     root = os.fsencode(tmp_path / "root")
     text = archive(directory((b"l", link(b"t" * 4095)), (b"n", nested(MAX_DEPTH - 2, FILE)), (b"o" * 255, FILE)))
     restore(parse([text]), root)
@@ -348,7 +354,7 @@ def test_as_deep_and_as_long_as_may_be(tmp_path: Path) -> None:
 @pytest.mark.nix
 @settings(deadline=None, max_examples=25)
 @given(trees)
-def test_nix_restores_the_same(tree: Tree) -> None:
+def test_restored_tree_equals_that_of_nix_store(tree: Tree) -> None:
     with on_disk(tree) as path:
         text = whole(tree_reader.dump(path))
         restore(parse([text]), path + b" ours")
@@ -359,15 +365,15 @@ def test_nix_restores_the_same(tree: Tree) -> None:
 
 
 @pytest.mark.nix
-@pytest.mark.parametrize("name", TAKEN)
-def test_nix_takes_what_we_take(name: str, tmp_path: Path) -> None:
-    text = archive(TAKEN[name])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_nix_store_accepts_every_accepted_archive(name: str, tmp_path: Path) -> None:
+    text = archive(ACCEPTED[name])
     subprocess.run(["nix-store", "--restore", tmp_path / "root"], input=text, check=True)
     assert whole(tree_reader.dump(os.fsencode(tmp_path / "root"))) == text
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
-def test_modes_are_what_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+def test_restored_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         restore(parse([reference(SAMPLE)]), os.fsencode(tmp_path / "root"))
@@ -387,7 +393,7 @@ def make_dangling_symlink(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [make_file, make_dangling_symlink, Path.mkdir])
 @pytest.mark.parametrize("node", [FILE, link(b"target"), directory((b"a", FILE))], ids=["file", "link", "directory"])
-def test_nothing_is_written_over(tmp_path: Path, node: bytes, make: Callable[[Path], None]) -> None:
+def test_existing_target_is_not_overwritten(tmp_path: Path, node: bytes, make: Callable[[Path], None]) -> None:
     make(tmp_path / "root")
     before = whole(tree_reader.dump(os.fsencode(tmp_path)))
     with pytest.raises(FileExistsError):
@@ -406,8 +412,8 @@ def test_nothing_is_written_over(tmp_path: Path, node: bytes, make: Callable[[Pa
         directory((os.fsencode("/etc/harmonia-was-here"), FILE)),
     ],
 )
-def test_nothing_is_written_outside(tmp_path: Path, node: bytes) -> None:
-    """To follow a symlink it made, `restore` would need its name again. Names are sorted and unique."""
+def test_restore_writes_nothing_outside_its_target(tmp_path: Path, node: bytes) -> None:
+    """Following a symlink that `restore` made needs its name twice, but names are sorted and unique."""
     write_tree({}, os.fsencode(tmp_path / "outside"))
     with pytest.raises(FormatError):
         restore(parse([archive(node)]), os.fsencode(tmp_path / "root"))

@@ -44,7 +44,7 @@ secret_keys = st.builds(SecretKey, st.sampled_from(["a-1", "b-1"]), st.binary(mi
 
 
 def parse(text: str) -> list[tuple[str, str]]:
-    """As Nix reads it: a name up to the colon, one character that it never looks at, a value up to the line's end."""
+    """Parse as Nix does: a name up to the colon, one ignored character, a value up to the end of the line."""
     fields = []
     while text:
         name, _, text = text.partition(":")
@@ -54,7 +54,7 @@ def parse(text: str) -> list[tuple[str, str]]:
     return fields
 
 
-def test_is_what_nix_writes() -> None:
+def test_rendered_narinfo_equals_that_of_nix() -> None:
     nar = NarFile(
         url="nar/1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6.nar", file_hash=NAR_HASH, file_size=5000768
     )
@@ -62,7 +62,7 @@ def test_is_what_nix_writes() -> None:
 
 
 @given(path_infos(), nar_files, st.lists(sigs, max_size=3))
-def test_nix_reads_all_of_it_in_its_own_order(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
+def test_fields_are_complete_and_in_the_order_of_nix(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
     expected = [
         ("StorePath", f"/nix/store/{info.path}"),
         ("URL", nar.url),
@@ -80,8 +80,8 @@ def test_nix_reads_all_of_it_in_its_own_order(info: PathInfo, nar: NarFile, sigs
     assert parse(text) == [field for field in expected if field[1] is not None]
 
 
-def test_no_references_are_a_space() -> None:
-    """Nix takes the next line for the value of a colon that ends its line."""
+def test_empty_references_are_rendered_with_a_space() -> None:
+    """If a colon ended its line, Nix would take the next line for the value."""
     text = narinfo.render(replace(INFO, references=()), STORE_DIR, NarFile("nar/x.nar"), [])
     assert "\nReferences: \nDeriver: " in text
 
@@ -94,7 +94,7 @@ def test_signatures_are_sorted_and_unique(info: PathInfo, ca: str, keys: list[Se
 
 
 @given(path_infos(), st.sampled_from([STORE_DIR, "/gnu/store"]))
-def test_our_signature_is_of_the_fingerprint(info: PathInfo, store_dir: str) -> None:
+def test_our_signature_signs_the_fingerprint(info: PathInfo, store_dir: str) -> None:
     references = ",".join(f"{store_dir}/{reference}" for reference in info.references)
     nar_hash = base32.encode(info.nar_hash)
     signed = f"1;{store_dir}/{info.path};sha256:{nar_hash};{info.nar_size};{references}".encode()
@@ -112,7 +112,7 @@ def test_our_signature_is_of_the_fingerprint(info: PathInfo, store_dir: str) -> 
     ],
     ids=["path", "nar_hash", "nar_size", "references"],
 )
-def test_a_signature_is_of_no_other_path(change: Callable[[PathInfo], PathInfo]) -> None:
+def test_signature_does_not_verify_a_changed_path_info(change: Callable[[PathInfo], PathInfo]) -> None:
     (sig,) = narinfo.signatures(INFO, STORE_DIR, [KEY])
     assert not KEY.public_key.verify(change(INFO).fingerprint(STORE_DIR), sig)
 
@@ -131,19 +131,19 @@ def test_a_signature_is_of_no_other_path(change: Callable[[PathInfo], PathInfo])
         "a-1:" + base64.b64encode(bytes(64)).decode() + "\nStorePath: /nix/store/other",
     ],
 )
-def test_a_malformed_stored_signature_is_left_out(malformed: str) -> None:
+def test_malformed_stored_signature_is_omitted(malformed: str) -> None:
     good = "a-1:" + base64.b64encode(bytes(64)).decode()
     assert narinfo.signatures(replace(INFO, sigs=(malformed, good)), STORE_DIR, []) == [good]
 
 
 @given(path_infos(), nar_files, st.lists(secret_keys, max_size=3))
-def test_what_is_rendered_is_read_back(info: PathInfo, nar: NarFile, keys: list[SecretKey]) -> None:
+def test_parse_is_the_inverse_of_render(info: PathInfo, nar: NarFile, keys: list[SecretKey]) -> None:
     sigs = narinfo.signatures(info, STORE_DIR, keys)
     given = replace(info, sigs=tuple(sigs))
     assert narinfo.parse(narinfo.render(given, STORE_DIR, nar, sigs), STORE_DIR) == (given, nar)
 
 
-def test_the_golden_one_is_read() -> None:
+def test_narinfo_of_nix_is_parsed() -> None:
     info, nar = narinfo.parse(GOLDEN, STORE_DIR)
     assert KEY.public_key.verify(info.fingerprint(STORE_DIR), info.sigs[0])
     assert replace(info, sigs=()) == INFO
@@ -151,29 +151,34 @@ def test_the_golden_one_is_read() -> None:
 
 
 @given(path_infos(), nar_files, st.lists(sigs, max_size=3))
-def test_json_tells_what_the_text_does(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
-    told = json.loads(narinfo.render_json(info, STORE_DIR, nar, sigs))
+def test_json_has_the_same_values_as_the_text(info: PathInfo, nar: NarFile, sigs: list[str]) -> None:
+    rendered = json.loads(narinfo.render_json(info, STORE_DIR, nar, sigs))
 
     def digest(sri: str | None) -> bytes | None:
         assert sri is None or sri.startswith("sha256-")
         return sri and base64.b64decode(sri.removeprefix("sha256-"), validate=True)  # type: ignore[return-value]
 
-    assert told.pop("ca") == (info.ca and {"method": METHODS[info.ca.rpartition(":sha256:")[0]], "hash": ca_hash(info)})
+    assert rendered.pop("ca") == (
+        info.ca and {"method": JSON_METHODS[info.ca.rpartition(":sha256:")[0]], "hash": ca_hash(info)}
+    )
     assert replace(info, ca=None, sigs=()) == PathInfo(
-        path=StorePath(told.pop("path")),
-        nar_hash=digest(told.pop("narHash")) or b"",
-        nar_size=told.pop("narSize"),
-        references=tuple(map(StorePath, told.pop("references"))),
-        deriver=StorePath(deriver) if (deriver := told.pop("deriver")) else None,
+        path=StorePath(rendered.pop("path")),
+        nar_hash=digest(rendered.pop("narHash")) or b"",
+        nar_size=rendered.pop("narSize"),
+        references=tuple(map(StorePath, rendered.pop("references"))),
+        deriver=StorePath(deriver) if (deriver := rendered.pop("deriver")) else None,
     )
     assert nar == NarFile(
-        told.pop("url"), told.pop("compression"), digest(told.pop("downloadHash", None)), told.pop("downloadSize", None)
+        rendered.pop("url"),
+        rendered.pop("compression"),
+        digest(rendered.pop("downloadHash", None)),
+        rendered.pop("downloadSize", None),
     )
-    assert [f"{each['keyName']}:{each['sig']}" for each in told.pop("signatures")] == sigs
-    assert told == {"version": 3, "storeDir": STORE_DIR, "registrationTime": None, "ultimate": False}
+    assert [f"{each['keyName']}:{each['sig']}" for each in rendered.pop("signatures")] == sigs
+    assert rendered == {"version": 3, "storeDir": STORE_DIR, "registrationTime": None, "ultimate": False}
 
 
-METHODS = {"text": "text", "fixed": "flat", "fixed:r": "nar"}
+JSON_METHODS = {"text": "text", "fixed": "flat", "fixed:r": "nar"}
 
 
 def ca_hash(info: PathInfo) -> str:
@@ -190,32 +195,32 @@ def ca_hash(info: PathInfo) -> str:
         ("text:sha256:" + "0" * 64, "text", "sha256-" + "A" * 43 + "="),
     ],
 )
-def test_content_addresses_in_json(ca: str, method: str, value: str) -> None:
-    told = json.loads(narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), []))
-    assert told["ca"] == {"method": method, "hash": value}
+def test_content_address_in_json(ca: str, method: str, value: str) -> None:
+    rendered = json.loads(narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), []))
+    assert rendered["ca"] == {"method": method, "hash": value}
 
 
 @pytest.mark.parametrize(
     "ca", ["x", "text:", "fixed:r", "fixed:r:sha256:x", "fixed:x:sha256:" + "0" * 52, "text:sha0:0"]
 )
-def test_a_malformed_content_address_is_not_rendered_as_json(ca: str) -> None:
+def test_malformed_content_address_is_not_rendered_as_json(ca: str) -> None:
     with pytest.raises(FormatError):
         narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), [])
 
 
 @pytest.mark.parametrize("text", narinfos.TAKEN.values(), ids=narinfos.TAKEN)
-def test_a_narinfo_that_nix_takes_is_taken(text: str) -> None:
+def test_narinfo_accepted_by_nix_is_accepted(text: str) -> None:
     narinfo.parse(text, STORE_DIR)
 
 
 @pytest.mark.parametrize("text", narinfos.REFUSED.values(), ids=narinfos.REFUSED)
-def test_a_narinfo_that_nix_refuses_is_refused(text: str) -> None:
+def test_narinfo_rejected_by_nix_is_rejected(text: str) -> None:
     with pytest.raises(FormatError):
         narinfo.parse(text, STORE_DIR)
 
 
 @pytest.mark.parametrize("text", narinfos.OF_NO_USE.values(), ids=narinfos.OF_NO_USE)
-def test_a_narinfo_of_no_use_is_refused(text: str) -> None:
+def test_unusable_narinfo_is_rejected(text: str) -> None:
     with pytest.raises(FormatError):
         narinfo.parse(text, STORE_DIR)
 
@@ -229,13 +234,13 @@ def test_a_narinfo_of_no_use_is_refused(text: str) -> None:
         base64.b64encode(NAR_HASH).decode(),
     ],
 )
-def test_a_hash_is_the_same_in_every_base(spelling: str) -> None:
+def test_hash_is_equal_in_every_base(spelling: str) -> None:
     for text in (f"sha256:{spelling}", *([f"sha256-{spelling}"] if spelling.endswith("=") else [])):
         assert narinfo.parse(changed("NarHash", f"NarHash: {text}"), STORE_DIR)[0].nar_hash == NAR_HASH
         assert narinfo.parse(changed("FileHash", f"FileHash: {text}"), STORE_DIR)[1].file_hash == NAR_HASH
 
 
-def test_values_of_taken_narinfos() -> None:
+def test_values_of_unusual_accepted_narinfos() -> None:
     def parsed(name: str) -> tuple[PathInfo, NarFile]:
         return narinfo.parse(narinfos.TAKEN[name], STORE_DIR)
 
@@ -254,6 +259,6 @@ def test_values_of_taken_narinfos() -> None:
 
 
 @given(st.text() | st.text(alphabet="SNURLig: \n/ax0").map(GOLDEN.__add__))
-def test_no_text_does_worse(text: str) -> None:
+def test_arbitrary_text_raises_only_format_error(text: str) -> None:
     with suppress(FormatError):
         narinfo.parse(text, STORE_DIR)

@@ -13,7 +13,7 @@ from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey, SecretKey, is_signature
 from support.strategies import key_names, sigs
 
-# Nix made these, for tests only.
+# Made by Nix, for tests only.
 SECRET = "test-1:MwghEDPsIZshZ5bOUvgeBbJhGkkXJGlet7RuVxpOzRguRiFB1/bierBd8R9WouqhpGv3TMOaMTC32vzr2BFaAw=="
 PUBLIC = "test-1:LkYhQdf24nqwXfEfVqLqoaRr90zDmjEwt9r869gRWgM="
 FINGERPRINT = (
@@ -31,7 +31,7 @@ def join(name: str, value: bytes) -> str:
     return f"{name}:{base64.b64encode(value).decode()}"
 
 
-def test_signs_as_nix_does() -> None:
+def test_signature_equals_that_of_nix() -> None:
     key = SecretKey.parse(SECRET)
     assert key.sign(FINGERPRINT) == SIGNATURE
     assert str(key.public_key) == PUBLIC
@@ -39,7 +39,7 @@ def test_signs_as_nix_does() -> None:
 
 
 @pytest.mark.nix
-def test_keys_that_nix_makes(tmp_path: Path) -> None:
+def test_keys_made_by_nix_are_parsed_and_exported_unchanged(tmp_path: Path) -> None:
     secret, public = tmp_path / "secret", tmp_path / "public"
     subprocess.run(["nix-store", "--generate-binary-cache-key", "cache.example.org-1", secret, public], check=True)
     key = SecretKey.parse(secret.read_text())
@@ -49,7 +49,7 @@ def test_keys_that_nix_makes(tmp_path: Path) -> None:
 
 
 @given(secret_keys, st.binary())
-def test_round_trips(key: SecretKey, message: bytes) -> None:
+def test_keys_and_signatures_round_trip(key: SecretKey, message: bytes) -> None:
     assert SecretKey.parse(key.export()) == key
     assert PublicKey.parse(str(key.public_key)) == key.public_key
     signature = key.sign(message)
@@ -58,27 +58,27 @@ def test_round_trips(key: SecretKey, message: bytes) -> None:
 
 
 @given(secret_keys, st.binary(), st.binary())
-def test_other_messages_are_not_what_was_signed(key: SecretKey, message: bytes, other: bytes) -> None:
+def test_signature_does_not_verify_another_message(key: SecretKey, message: bytes, other: bytes) -> None:
     assume(message != other)
     assert not key.public_key.verify(other, key.sign(message))
 
 
 @given(secret_keys, key_names, seeds)
-def test_other_keys_did_not_sign(key: SecretKey, name: str, seed: bytes) -> None:
+def test_signature_does_not_verify_with_another_key_or_key_name(key: SecretKey, name: str, seed: bytes) -> None:
     assume(name != key.name)
     assume(seed != bytes(key.key))
-    namesake, same_by_another_name = SecretKey(key.name, SigningKey(seed)), SecretKey(name, key.key)
-    assert not namesake.public_key.verify(b"message", key.sign(b"message"))
-    assert not same_by_another_name.public_key.verify(b"message", key.sign(b"message"))
+    other_key, renamed_key = SecretKey(key.name, SigningKey(seed)), SecretKey(name, key.key)
+    assert not other_key.public_key.verify(b"message", key.sign(b"message"))
+    assert not renamed_key.public_key.verify(b"message", key.sign(b"message"))
 
 
 @pytest.mark.parametrize("signature", ["", ":", "test-1", "test-1:", "test-1:AAAA", "test-1:!", SIGNATURE[7:]])
-def test_what_is_no_signature_verifies_nothing(signature: str) -> None:
+def test_malformed_signature_verifies_nothing(signature: str) -> None:
     assert not PublicKey.parse(PUBLIC).verify(FINGERPRINT, signature)
 
 
 @given(secret_keys, st.integers(1, 30), st.integers(0, 2))
-def test_line_breaks_and_missing_padding_are_tolerated(key: SecretKey, width: int, padding: int) -> None:
+def test_line_breaks_and_missing_padding_in_keys_are_tolerated(key: SecretKey, width: int, padding: int) -> None:
     name, encoded = key.export().split(":")
     lines = textwrap.wrap(encoded.rstrip("=") + "=" * padding, width)
     assert SecretKey.parse(name + ":" + "\n".join(lines) + "\n") == key
@@ -86,7 +86,7 @@ def test_line_breaks_and_missing_padding_are_tolerated(key: SecretKey, width: in
 
 
 @given(key_names, st.binary(max_size=100))
-def test_other_lengths_are_refused(name: str, value: bytes) -> None:
+def test_wrong_key_and_signature_lengths_are_rejected(name: str, value: bytes) -> None:
     assert is_signature(join(name, value)) == (len(value) == 64)
     if len(value) != 64:
         with pytest.raises(FormatError, match=f"has {len(value)} bytes after its colon instead of 64"):
@@ -97,33 +97,33 @@ def test_other_lengths_are_refused(name: str, value: bytes) -> None:
 
 
 @given(sigs, st.integers(0, 84), st.sampled_from("*-_é\0"))
-def test_other_digits_are_refused(sig: str, position: int, digit: str) -> None:
+def test_signature_with_a_digit_outside_base64_is_rejected(sig: str, position: int, digit: str) -> None:
     name, encoded = sig.split(":")
     assert not is_signature(f"{name}:{encoded[:position]}{digit}{encoded[position + 1 :]}")
 
 
 @given(sigs, st.integers(0), st.sampled_from(["\n", "\r\n", " ", "\t", "\x85", "\u2028"]))
-def test_a_signature_is_one_word(sig: str, position: int, space: str) -> None:
+def test_signature_with_whitespace_is_rejected(sig: str, position: int, space: str) -> None:
     position %= len(sig) + 1
     assert not is_signature(sig[:position] + space + sig[position:])
 
 
 @given(secret_keys, seeds)
-def test_halves_of_different_keys_are_refused(key: SecretKey, other: bytes) -> None:
+def test_secret_key_with_the_public_half_of_another_is_rejected(key: SecretKey, other: bytes) -> None:
     assume(other != bytes(key.key.verify_key))
     with pytest.raises(FormatError, match="do not belong together"):
         SecretKey.parse(join(key.name, bytes(key.key) + other))
 
 
 @given(secret_keys)
-def test_the_secret_is_shown_nowhere(key: SecretKey) -> None:
+def test_secret_is_in_no_repr_and_no_error(key: SecretKey) -> None:
     secret = key.export()
     encoded = secret.partition(":")[2]
     shown = [repr(key), str(key), f"{key}", repr([key])]
     damaged = [
-        encoded,  # the name is missing
+        encoded,  # no name
         ":" + encoded,
-        encoded + ":",  # the name is on the wrong side
+        encoded + ":",  # name on the wrong side
         secret + "AAAA",
         secret[:-9],
         secret.replace(":", ":*"),
@@ -136,6 +136,6 @@ def test_the_secret_is_shown_nowhere(key: SecretKey) -> None:
     assert not [text for text in shown if encoded[:20] in text or repr(bytes(key.key)) in text]
 
 
-def test_a_key_reaches_the_worker_processes() -> None:
+def test_secret_key_survives_pickling() -> None:
     key = SecretKey.generate("test-1")
     assert pickle.loads(pickle.dumps(key)) == key

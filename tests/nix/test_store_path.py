@@ -13,7 +13,7 @@ HASH_PART = "1dvdsyn9d7z6wfrkpxw28nj59kflfxyz"
 
 
 def is_base_name(text: str) -> bool:
-    """The grammar once more, word by word."""
+    """Implement the grammar a second time, independently."""
     hash_part, dash, name = text[:32], text[32:33], text[33:]
     return (
         len(hash_part) == 32
@@ -35,19 +35,19 @@ def accepts(text: str) -> bool:
 
 
 @given(st.one_of(base_names, near_base_names, st.builds("{}-{}".format, hash_parts, st.text(".-a\n", max_size=4))))
-def test_the_grammar(text: str) -> None:
+def test_store_path_accepts_exactly_the_grammar(text: str) -> None:
     assert accepts(text) == is_base_name(text)
 
 
 @given(near_base_names)
-def test_a_near_miss_is_refused_and_shown(text: str) -> None:
+def test_near_miss_is_rejected_and_shown(text: str) -> None:
     with pytest.raises(FormatError) as caught:
         StorePath(text)
     assert excerpt(text) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [".a", "...", "..a", "...-a", ".a-", "-", "--", "a.", "a" * 211, "q?z=1.drv"])
-def test_unusual_names(name: str) -> None:
+def test_unusual_names_are_accepted(name: str) -> None:
     assert StorePath(f"{HASH_PART}-{name}").name == name
 
 
@@ -57,7 +57,7 @@ def test_names_have_1_to_211_characters() -> None:
 
 
 @given(hash_parts, st.text(NAME_CHARACTERS, min_size=1))
-def test_its_parts(hash_part: str, name: str) -> None:
+def test_store_path_has_hash_part_and_name(hash_part: str, name: str) -> None:
     path = StorePath(f"{hash_part}-a{name}"[:244])
     assert path.hash_part == hash_part
     assert f"{path.hash_part}-{path.name}" == path
@@ -65,19 +65,19 @@ def test_its_parts(hash_part: str, name: str) -> None:
 
 
 @given(st.text(NIX32 + "eotuA\n ٣", min_size=31, max_size=33) | hash_parts)
-def test_hash_parts(text: str) -> None:
+def test_is_hash_part_accepts_exactly_32_base32_digits(text: str) -> None:
     assert is_hash_part(text) == (len(text) == 32 and set(text) <= set(NIX32))
 
 
 @given(
     st.lists(store_paths | st.sampled_from(["a", "a-b", "a.b", "a0", "A"]).map(lambda n: StorePath(f"{'0' * 32}-{n}")))
 )
-def test_sorts_by_bytes(paths: list[StorePath]) -> None:
+def test_store_paths_sort_by_bytes(paths: list[StorePath]) -> None:
     assert [path.encode() for path in sorted(paths)] == sorted(path.encode() for path in paths)
 
 
 @given(store_paths, st.sampled_from([STORE_DIR, "/gnu/store", "/tmp/a b"]))
-def test_in_its_directory(path: StorePath, store_dir: str) -> None:
+def test_in_dir_parses_a_full_path(path: StorePath, store_dir: str) -> None:
     assert StorePath.in_dir(store_dir, f"{store_dir}/{path}") == path
 
 
@@ -98,6 +98,6 @@ def test_in_its_directory(path: StorePath, store_dir: str) -> None:
         "",
     ],
 )
-def test_elsewhere_than_in_the_directory(path: str) -> None:
+def test_in_dir_rejects_paths_outside_the_store_directory(path: str) -> None:
     with pytest.raises(FormatError):
         StorePath.in_dir(STORE_DIR, path)

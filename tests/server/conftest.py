@@ -1,4 +1,4 @@
-"""A small store, and a server of it that the tests of one file share."""
+"""A small store, and a server for it that the tests of one file share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> StoreBuilder:
 
 @pytest.fixture(scope="module")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> StoreBuilder:
-    """Read by many tests, changed by none: `tree` refers to `dep`, to itself, and has a deriver and a signature."""
+    """Build a store that many tests read: `tree` refers to `dep` and to itself, and has a deriver and a signature."""
     store = StoreBuilder(tmp_path_factory.mktemp("shared") / "store")
     dep = store.add_source("dep", b"a single file").path
     derivation, output = store.add_derivation("tree", "/bin/sh")

@@ -1,6 +1,4 @@
-"""Promises of a private cache: who has no token learns nothing, who has one gets what it is good for, and no secret
-is ever told again.
-"""
+"""Private caches: without a token every response is alike, each token grants its scopes only, secrets are not shown."""
 
 import base64
 import os
@@ -68,7 +66,7 @@ def scope(row: Row) -> str:
     return "metrics" if row.path == "/metrics" else "read"
 
 
-def refused(answer: Answer) -> bool:
+def is_refusal(answer: Answer) -> bool:
     assert answer.status in (401, 403)
     assert answer.text in ("Unauthorized\n", "Forbidden\n", "")
     assert answer.headers["cache-control"] == "no-store"
@@ -77,12 +75,12 @@ def refused(answer: Answer) -> bool:
     return True
 
 
-WRONG = {
+INVALID_CREDENTIALS = {
     "none": {},
-    "wrong": {"Authorization": "Bearer harmonia_wrong"},
+    "invalid": {"Authorization": "Bearer harmonia_wrong"},
     "the hash": {"Authorization": f"Bearer {TOKENS['all'][1].sha256.hex()}"},
     "no token": {"Authorization": "Bearer"},
-    "wrong basic": basic("all", "wrong"),
+    "invalid basic": basic("all", "invalid"),
     "the token as the user": basic(TOKENS["all"][0], ""),
     "no base64": {"Authorization": "Basic ?"},
     "no UTF-8": {"Authorization": "Basic " + base64.b64encode(b"\xff\xfe").decode()},
@@ -91,21 +89,23 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_without_a_token_every_resource_answers_alike(server: Server, row: Row, wrong: str) -> None:
+@pytest.mark.parametrize("invalid", INVALID_CREDENTIALS)
+def test_without_a_valid_token_every_resource_answers_401(server: Server, row: Row, invalid: str) -> None:
     if row.path in OPEN:
-        assert server.get(row.path, WRONG[wrong]).status == 200
+        assert server.get(row.path, INVALID_CREDENTIALS[invalid]).status == 200
         return
     for method in ("GET", "HEAD", "PUT", "POST"):
-        answer = server.request(method, row.path, WRONG[wrong])
-        assert refused(answer)
+        answer = server.request(method, row.path, INVALID_CREDENTIALS[invalid])
+        assert is_refusal(answer)
         assert (answer.status, answer.body) == (401, b"" if method == "HEAD" else b"Unauthorized\n")
 
 
-def test_what_is_there_and_what_is_not_differ_in_no_byte(server: Server, stocked: tuple[Path, dict[str, str]]) -> None:
-    there = stocked[1]["hash"]
+def test_without_a_token_existing_and_missing_paths_get_identical_responses(
+    server: Server, stocked: tuple[Path, dict[str, str]]
+) -> None:
+    existing = stocked[1]["hash"]
     paths = ["/none", "/nar", "/%00", "/nar/a/b", "/NIX-CACHE-INFO", "/x.narinfo"]
-    for hash_part in (there, "0" * 32):
+    for hash_part in (existing, "0" * 32):
         paths += [f"/{hash_part}.narinfo", f"/{hash_part}.ls", f"/nar/{hash_part}.nar", f"/serve/{hash_part}/"]
         paths += [f"/log/{hash_part}", f"/path/{hash_part}", f"/search?q={hash_part}"]
     for method in ("GET", "HEAD", "PUT"):
@@ -115,30 +115,30 @@ def test_what_is_there_and_what_is_not_differ_in_no_byte(server: Server, stocked
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_a_token_is_good_for_its_scopes_alone(server: Server, row: Row, name: str) -> None:
+def test_token_grants_only_its_scopes(server: Server, row: Row, name: str) -> None:
     for headers in (bearer(name), basic("", TOKENS[name][0]), basic(name, TOKENS[name][0])):
         for method in ("GET", "HEAD"):
             answer = server.request(method, row.path, headers)
             if row.path in OPEN or name in ("all", scope(row)):
                 assert answer.status == row.status
             else:
-                assert refused(answer)
+                assert is_refusal(answer)
                 assert answer.status == 403
 
 
-def test_a_method_that_is_not_there_is_told_to_those_who_got_in(server: Server) -> None:
+def test_405_and_404_need_a_token_with_the_scope(server: Server) -> None:
     assert server.request("PUT", "/nix-cache-info", bearer("read")).status == 405
     assert server.get("/none", bearer("read")).status == 404
     assert server.get("/none", bearer("metrics")).status == 403
 
 
-def test_the_scheme_is_in_any_case(server: Server) -> None:
+def test_authorization_scheme_is_case_insensitive(server: Server) -> None:
     secret = TOKENS["read"][0]
     for scheme in ("bearer", "BEARER", "Bearer "):
         assert server.get("/nix-cache-info", {"Authorization": f"{scheme} {secret}"}).status == 200
 
 
-def test_no_cache_on_the_way_may_keep_it_for_others(server: Server, row: Row) -> None:
+def test_private_responses_are_not_publicly_cacheable(server: Server, row: Row) -> None:
     answer = server.get(row.path, bearer("all"))
     assert row.path in OPEN or "public" not in answer.headers["cache-control"]
     if etag := answer.headers.get("etag"):
@@ -146,8 +146,8 @@ def test_no_cache_on_the_way_may_keep_it_for_others(server: Server, row: Row) ->
         assert (again.status, "public" in again.headers["cache-control"]) == (304, False)
 
 
-def test_secrets_are_nowhere(server: Server) -> None:
-    """Runs when the tests above have made every kind of request, right and wrong."""
+def test_secrets_are_in_no_log_metric_or_process_argument(server: Server) -> None:
+    """Runs after the tests above, which make every kind of valid and invalid request."""
     for name in TOKENS:
         assert server.get("/nix-cache-info", basic("user", TOKENS[name][0])).status in (200, 403)
     server.get("/nix-cache-info", {"Authorization": "Bearer harmonia_wrong"})
@@ -161,25 +161,25 @@ def test_secrets_are_nowhere(server: Server) -> None:
     settings = load(str(server.config), {})
     checked = run("--config", str(server.config), "check-config")
     processes = [server.process.pid, *server.workers]
-    arguments = [Path(f"/proc/{pid}/{what}").read_text() for pid in processes for what in ("cmdline", "environ")]
-    told = "\n".join([*server.log, metrics, repr(settings), checked.stdout, checked.stderr, *arguments])
+    arguments = [Path(f"/proc/{pid}/{message}").read_text() for pid in processes for message in ("cmdline", "environ")]
+    shown = "\n".join([*server.log, metrics, repr(settings), checked.stdout, checked.stderr, *arguments])
     for secret, token in TOKENS.values():
         encoded = basic("user", secret)["Authorization"].removeprefix("Basic ")
         for part in (secret, secret.removeprefix("harmonia_"), token.sha256.hex(), encoded):
-            assert part not in told
-    assert "harmonia_wrong" not in told
+            assert part not in shown
+    assert "harmonia_wrong" not in shown
 
 
 CRASH = """
 import harmonia.server.resources.cache_info as resource
 async def get(cache, request):
-    raise RuntimeError(f"a fault of ours, of {request!r}, {cache!r}")
+    raise RuntimeError(f"an internal error with {request!r}, {cache!r}")
 get.__module__ = resource.__name__
 resource.get = get
 """
 
 
-def test_a_fault_of_ours_tells_no_secret(start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_internal_error_logs_no_secret(start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     key = SecretKey.generate("test-1")
     (tmp_path / "key").write_text(key.export())
     settings = f"tokens_path = '{stocked[0]}/tokens'\nsign_key_paths = ['{tmp_path}/key']\nlog_level = 'debug'"
@@ -188,13 +188,13 @@ def test_a_fault_of_ours_tells_no_secret(start: Start, stocked: tuple[Path, dict
     assert (answer.status, answer.text) == (500, "Internal Server Error\n")
     server.stop()
     log = "".join(server.log)
-    assert "RuntimeError: a fault of ours" in log
+    assert "RuntimeError: an internal error" in log
     for secret in (TOKENS["read"][0], key.export().partition(":")[2]):
         assert secret not in log
 
 
 @pytest.mark.parametrize("anonymous", [["read"], ["read", "browse"], ["metrics"]])
-def test_what_is_open_to_all_needs_no_token(
+def test_anonymous_scopes_need_no_token(
     start: Start, stocked: tuple[Path, dict[str, str]], anonymous: list[str]
 ) -> None:
     directory, hashes = stocked
@@ -205,16 +205,16 @@ def test_what_is_open_to_all_needs_no_token(
         answer = server.get(path)
         if path in OPEN or scope(rows[0]) in anonymous:
             assert answer.status == rows[0].status
-            # A wrong token is none that it needs: a client may send one meant for another.
-            assert server.get(path, {"Authorization": "Bearer wrong"}) == answer or rows[0].live
+            # An invalid token does not matter here: a client may send one meant for another cache.
+            assert server.get(path, {"Authorization": "Bearer invalid"}) == answer or rows[0].live
         else:
-            assert refused(answer)
+            assert is_refusal(answer)
     assert server.get("/none").status == (404 if "read" in anonymous else 401)
     narinfo = server.get(f"/{hashes['hash']}.narinfo", bearer("read"))
     assert narinfo.headers["cache-control"].startswith("public" if "read" in anonymous else "private")
 
 
-def test_what_is_open_to_all_names_no_upstream(
+def test_anonymous_health_does_not_show_upstream_urls(
     start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
     entry = "[[upstream]]\nurl = 'http://127.0.0.1:1/secret-place'\n"
@@ -224,16 +224,14 @@ def test_what_is_open_to_all_names_no_upstream(
     assert server.get("/health?verbose").text == "OK\n"
 
 
-def test_without_tokens_nothing_asks_for_one(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
+def test_server_without_tokens_serves_everyone(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
     directory, hashes = stocked
     server = start(store=directory / "store", settings="browse = true")
     for rows in ROWS.values():
         assert server.get(rows[0].path.format(**hashes)).status == rows[0].status
 
 
-def test_metrics_at_their_own_address_are_for_all_who_reach_it(
-    start: Start, stocked: tuple[Path, dict[str, str]]
-) -> None:
+def test_metrics_bind_needs_no_token(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
     directory, _ = stocked
     settings = f"tokens_path = '{directory}/tokens'\nmetrics_bind = '127.0.0.1:0'"
     server = start(store=directory / "store", settings=settings)
@@ -243,7 +241,9 @@ def test_metrics_at_their_own_address_are_for_all_who_reach_it(
     assert server.get("/metrics").status == 200
 
 
-def test_tokens_are_read_again_on_sighup(start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_sighup_reloads_tokens_and_keeps_them_if_the_file_is_broken(
+    start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text(str(TOKENS["read"][1]))
     server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tokens}'", workers=2)
@@ -263,17 +263,17 @@ def test_tokens_are_read_again_on_sighup(start: Start, stocked: tuple[Path, dict
     assert statuses("all") == {200}
 
 
-def test_the_old_tokens_hold_while_new_ones_are_read(
+def test_old_tokens_are_valid_while_new_ones_are_read(
     start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
-    """A FIFO stands for a file that takes long to read: nothing comes before somebody writes into it."""
+    """A FIFO stands for a slow file: reads block until a process writes into it."""
     tokens = tmp_path / "tokens"
     tokens.write_text(str(TOKENS["read"][1]))
     server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tokens}'")
     tokens.unlink()
     os.mkfifo(tokens)
     server.process.send_signal(signal.SIGHUP)
-    with tokens.open("w") as file:  # which opens when the server reads it
+    with tokens.open("w") as file:  # blocks until the server opens it
         file.write(f"{TOKENS['all'][1]}\n")
         file.flush()
         for name, expected in (("read", 200), ("all", 401)):
@@ -283,24 +283,26 @@ def test_the_old_tokens_hold_while_new_ones_are_read(
         assert server.get("/nix-cache-info", bearer(name)).status == expected
 
 
-def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked: tuple[Path, dict[str, str]]) -> None:
+def test_invalid_tokens_are_rate_limited_and_valid_ones_are_not(
+    start: Start, stocked: tuple[Path, dict[str, str]]
+) -> None:
     settings = f"tokens_path = '{stocked[0]}/tokens'\nmax_failed_auth_rate = 5\ntrusted_proxies = ['127.0.0.1']"
     server = start(store=stocked[0] / "store", settings=settings)
 
     def get(client: str, headers: dict[str, str]) -> Answer:
         return server.get("/nix-cache-info", {**headers, "X-Forwarded-For": client})
 
-    wrong = {"Authorization": "Bearer wrong"}
-    assert [get("10.0.0.1", {}).status for _ in range(20)] == [401] * 20  # that is no try
-    assert [get("10.0.0.1", wrong).status for _ in range(7)] == [401] * 5 + [429] * 2
-    late = get("10.0.0.1", wrong)
+    invalid = {"Authorization": "Bearer invalid"}
+    assert [get("10.0.0.1", {}).status for _ in range(20)] == [401] * 20  # no token, so no failed attempt
+    assert [get("10.0.0.1", invalid).status for _ in range(7)] == [401] * 5 + [429] * 2
+    late = get("10.0.0.1", invalid)
     assert late.text == "Too Many Requests\n"
     assert re.fullmatch("[1-9]|1[0-2]", late.headers["retry-after"])
-    assert get("10.0.0.1", basic("x", "wrong")).status == 429
-    assert server.get("/none", {**wrong, "X-Forwarded-For": "10.0.0.1"}).status == 429
+    assert get("10.0.0.1", basic("x", "invalid")).status == 429
+    assert server.get("/none", {**invalid, "X-Forwarded-For": "10.0.0.1"}).status == 429
     assert [get("10.0.0.1", bearer("read")).status for _ in range(20)] == [200] * 20
     assert get("10.0.0.1", {}).status == 401
-    assert get("10.0.0.2", wrong).status == 401
+    assert get("10.0.0.2", invalid).status == 401
     server.stop()
     assert [line.split(" ", 2)[2] for line in server.log if "invalid tokens" in line] == [
         "WARNING too many invalid tokens from 10.0.0.1: answered with 429; check that client's netrc\n"
@@ -308,7 +310,7 @@ def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "message"),
     [
         ("anonymous_scopes = ['read']", "anonymous_scopes: set without tokens_path; "),
         (
@@ -321,9 +323,9 @@ def test_wrong_tokens_have_a_rate_and_right_ones_have_none(start: Start, stocked
     ],
     ids=lambda _: "setting",
 )
-def test_settings_that_cannot_be_are_refused(tmp_path: Path, settings: str, what: str) -> None:
+def test_contradictory_access_settings_are_rejected(tmp_path: Path, settings: str, message: str) -> None:
     (tmp_path / "harmonia.toml").write_text(settings)
     checked = run("--config", str(tmp_path / "harmonia.toml"), "check-config")
     assert checked.returncode == 2
-    assert what in checked.stderr
+    assert message in checked.stderr
     assert TOKENS["all"][0] not in checked.stderr

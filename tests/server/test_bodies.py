@@ -1,6 +1,6 @@
-"""Promise of every kind of body: however its response ends, and at whichever chunk, nothing of it is left.
+"""Every kind of body releases everything, however and at whichever chunk its response ends.
 
-Left would be: an open file, a lock, a temporary root, an answer of an upstream, a task, or a thread's job.
+That covers open files, locks, temporary roots, responses of upstreams, tasks and jobs of threads.
 """
 
 import asyncio
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
     from harmonia.upstream.client import Client
 
 CONTENT = os.urandom(600_000)
-"""Of several chunks, blocks and frames."""
+"""Content of several chunks, blocks and frames."""
 LOG = CONTENT[:300_000]
 FRAME_BYTES = 250_000
 
 
-class BrokenError(Exception):
-    """What goes wrong, of no kind that any code expects."""
+class UnexpectedError(Exception):
+    """An error of a class that no code expects."""
 
 
 class Way:
-    """A way in which a response ends at its step `at`, unless it has ended before."""
+    """A way in which a response ends at step `at`, unless it has ended before."""
 
     def __init__(self, name: str, at: int) -> None:
         self.name = name
@@ -67,7 +67,7 @@ class Way:
     def happened(self) -> bool:
         return self._left < 0
 
-    def is_now(self, name: str) -> bool:
+    def happens_now(self, name: str) -> bool:
         if self.name != name:
             return False
         self._left -= 1
@@ -78,7 +78,7 @@ WAYS = ["reading fails", "sending fails", "cancelled while reading", "cancelled 
 
 
 class Upstream:
-    """An upstream that sends the content in pieces, and the `Client` of it."""
+    """An upstream that sends the content in pieces, together with its `Client`."""
 
     def __init__(self, way: Way) -> None:
         self._way = way
@@ -88,9 +88,9 @@ class Upstream:
         return cast("Answer", _Answer(self, CONTENT[slice(*part)], whole=part == (0, None)))
 
     async def read_answer(self, answer: "_Answer", most: int) -> bytes:
-        if self._way.is_now("reading fails"):
-            raise BrokenError
-        if self._way.is_now("cancelled while reading"):
+        if self._way.happens_now("reading fails"):
+            raise UnexpectedError
+        if self._way.happens_now("cancelled while reading"):
             self._way.task.cancel()
         await asyncio.sleep(0)
         data, answer.rest = answer.rest[:most], answer.rest[most:]
@@ -120,7 +120,7 @@ class _Answer:
 
 
 class Roots(TempRoots):
-    """Temporary roots that remember their leases."""
+    """Temporary roots that record their leases."""
 
     def __init__(self, socket: Path) -> None:
         super().__init__(str(socket), "/nix/store", expected=False)
@@ -132,7 +132,7 @@ class Roots(TempRoots):
 
 
 class Bench:
-    """All that bodies are made of, and what shows whether anything of it is left."""
+    """The parts that bodies are made of, and a check for leftovers."""
 
     def __init__(self, directory: Path, cache: NarCache) -> None:
         self.directory = directory
@@ -151,7 +151,7 @@ class Bench:
         self.roots = Roots(directory / "socket")
 
     def begin(self, way: Way) -> None:
-        """Forget all responses before."""
+        """Forget all earlier responses."""
         self.way, self.upstream = way, Upstream(way)
         self.roots.leases.clear()
         self.jobs: list[Future[Any]] = []
@@ -163,12 +163,12 @@ class Bench:
         return StoreNar(self.info, self.root, self.layouts, self.roots.acquire(self.info.path))
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "Future[Any]":
-        fails, cancels = self.way.is_now("reading fails"), self.way.is_now("cancelled while reading")
+        fails, cancels = self.way.happens_now("reading fails"), self.way.happens_now("cancelled while reading")
         loop, task = asyncio.get_running_loop(), self.way.task
 
         def job() -> object:
             if fails:
-                raise BrokenError
+                raise UnexpectedError
             if cancels:
                 loop.call_soon_threadsafe(task.cancel)
             return function(*arguments)
@@ -177,7 +177,7 @@ class Bench:
         return self.jobs[-1]
 
     def left(self) -> dict[str, object]:
-        """What there is still of a response that has ended."""
+        """Return the leftovers of a response that has ended."""
         return {
             "jobs": [job for job in self.jobs if not job.done()],
             "temporary roots": [lease.path for lease in self.roots.leases if not lease.is_released],
@@ -228,8 +228,8 @@ def cached(bench: Bench) -> CachedFile:
     return cast("CachedFile", bench.cache.find_file("key"))
 
 
-def given_up(bench: Bench) -> CachedBody:
-    """A NAR of an upstream whose file ends too early."""
+def abandoned(bench: Bench) -> CachedBody:
+    """Return a NAR of an upstream whose cached file ends too early."""
     reader, filler = filling(bench.cache)
     filler.append(CONTENT[:400_000])
     filler.abandon()
@@ -252,37 +252,37 @@ def compressed_without_cache(bench: Bench) -> CompressedNar:
 
 OPENED: dict[str, Make] = {
     "NAR": Bench.nar,
-    "NAR in an encoding of others": lambda bench: CachedNar(cached(bench)),
+    "NAR in the encoding of another server": lambda bench: CachedNar(cached(bench)),
     "file": file,
     "plain log": log("plain"),
     "listing": lambda bench: MadeFile(cached(bench)),
     "cached NAR of an upstream": lambda bench: CachedBody(cached(bench), bench.submit),
 }
-"""Bodies that are open when the response begins."""
+"""Bodies that are already open when the response begins."""
 
 UNSIZED: dict[str, Make] = {
     "compressed NAR": compressed,
     "compressed NAR, without a cache": compressed_without_cache,
     "bz2 log": log("bz2"),
-    "passed on": passed,
-    "passed on after a file": given_up,
+    "passed through": passed,
+    "passed through after a cached file": abandoned,
 }
-"""Bodies behind `Deferred`, of a length that is not known before all of it is made."""
+"""Bodies behind `Deferred`, with a length that is unknown until they are complete."""
 
 DEFERRED: dict[str, Make] = UNSIZED | {
-    "compressed NAR, kept": compressed_before,
+    "compressed NAR, cached": compressed_before,
     "stored NAR": lambda bench: StoredNar(bench.compressor, bench.nar(), bench.compressor.encoder.encoding),
     "file, compressed": lambda bench: Compressed(bench.compressor.encoder, file(bench)),
 }
-"""Bodies that are opened in a thread while the response is made."""
+"""Bodies that a thread opens while the response is made."""
 
 RANGES = ["bytes=1000-", "bytes=1000-1999", "bytes=-1000"]
 
 
 def request(way: Way, method: str = "GET", headers: dict[str, str] | None = None) -> Request:
     async def begin(_: object) -> None:
-        if way.is_now("the head fails"):
-            raise BrokenError
+        if way.happens_now("the head fails"):
+            raise UnexpectedError
         asked.responded = True
 
     asked = SimpleNamespace(
@@ -296,9 +296,9 @@ def request(way: Way, method: str = "GET", headers: dict[str, str] | None = None
 @contextmanager
 def sending(way: Way, sent: bytearray) -> Iterator[None]:
     async def send(_: HTTPResponse, data: bytes) -> None:
-        if way.is_now("sending fails"):
-            raise BrokenError
-        if way.is_now("cancelled while sending"):
+        if way.happens_now("sending fails"):
+            raise UnexpectedError
+        if way.happens_now("cancelled while sending"):
             way.task.cancel()
         await asyncio.sleep(0)
         sent.extend(data)
@@ -308,7 +308,7 @@ def sending(way: Way, sent: bytearray) -> Iterator[None]:
 
 
 async def answer(bench: Bench, kind: str, **asked: Any) -> bytes:
-    """Answer a request with a body; return what was sent."""
+    """Answer a request with a body; return the sent bytes."""
     bench.way.task = cast("asyncio.Task[Any]", asyncio.current_task())
     sent = bytearray()
 
@@ -317,7 +317,7 @@ async def answer(bench: Bench, kind: str, **asked: Any) -> bytes:
 
     body = Deferred(open_body) if kind in DEFERRED else OPENED[kind](bench)
     representation = Representation(content_type="x", body=body, cache_control="x", etag='"x"')
-    with sending(bench.way, sent), patch.object(response, "_LENGTH_WAIT_S", 0), suppress(BrokenError):
+    with sending(bench.way, sent), patch.object(response, "_LENGTH_WAIT_S", 0), suppress(UnexpectedError):
         await response.respond(request(bench.way, **asked), representation, bench.submit)
     return bytes(sent)
 
@@ -329,7 +329,7 @@ async def run(bench: Bench, kind: str, way: Way, **asked: Any) -> bytes:
     bench.begin(way)
     task = asyncio.create_task(answer(bench, kind, **asked))
     await asyncio.wait({task})
-    for _ in range(2000):  # what is made for the cache, or opened for a client that has gone, goes on without it
+    for _ in range(2000):  # filling the cache, or opening for a client that has left, continues in the background
         if bench.left() == NOTHING:
             break
         await asyncio.sleep(0.002)
@@ -339,36 +339,36 @@ async def run(bench: Bench, kind: str, way: Way, **asked: Any) -> bytes:
 
 
 async def end_everywhere(bench: Bench, kind: str, way: str, **asked: Any) -> None:
-    """End a response at its first step, at its second, and so on, until it ends by itself."""
+    """End a response at its first step, at its second, and so on, until it completes."""
     for step in range(1000):
         ends = Way(way, step)
         await run(bench, kind, ends, **asked)
         if not ends.happened:
-            assert step, "it never came to that"
+            assert step, "the response never reached this step"
             return
-    raise AssertionError("it never ended by itself")
+    raise AssertionError("the response never completed")
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
-def test_nothing_is_left_wherever_it_ends(bench: Bench, kind: str, way: str) -> None:
+def test_nothing_is_left_at_whichever_step_the_response_ends(bench: Bench, kind: str, way: str) -> None:
     asyncio.run(end_everywhere(bench, kind, way))
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("wanted", RANGES)
+@pytest.mark.parametrize("byte_range", RANGES)
 @pytest.mark.parametrize("kind", UNSIZED)
-def test_nothing_is_left_wherever_a_range_of_unknown_length_ends(
-    bench: Bench, kind: str, wanted: str, way: str
+def test_nothing_is_left_at_whichever_step_a_range_of_unknown_length_ends(
+    bench: Bench, kind: str, byte_range: str, way: str
 ) -> None:
-    asyncio.run(end_everywhere(bench, kind, way, headers={"range": wanted}))
+    asyncio.run(end_everywhere(bench, kind, way, headers={"range": byte_range}))
 
 
 @pytest.mark.parametrize(
     ("method", "headers"), [("GET", {}), ("HEAD", {}), ("GET", {"if-none-match": "*"}), ("GET", {"if-match": '"y"'})]
 )
 @pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
-def test_nothing_is_left_of_a_body_whether_or_not_it_was_sent(
+def test_nothing_is_left_of_a_sent_or_unsent_body(
     bench: Bench, kind: str, method: str, headers: dict[str, str]
 ) -> None:
     with suppress(SanicException):

@@ -1,4 +1,4 @@
-"""The pages in a real browser, headless Chromium, driven by its DevTools protocol."""
+"""The pages in a real browser: headless Chromium, driven by its DevTools protocol."""
 
 import base64
 import json
@@ -49,7 +49,7 @@ CONTRAST = """(() => {
     .map((node) => [light(getComputedStyle(node).color), light(ground(node))])
     .map(([a, b]) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)).reduce((a, b) => Math.min(a, b));
 })()"""
-"""The least contrast of any text with what is behind it (WCAG 2.1, 1.4.3)."""
+"""The lowest contrast of any text with its background (WCAG 2.1, 1.4.3)."""
 
 
 UNDERLINES = """[...document.querySelectorAll("main a")].map((link) => {
@@ -59,11 +59,11 @@ UNDERLINES = """[...document.querySelectorAll("main a")].map((link) => {
   const underscore = context.measureText("_").actualBoundingBoxDescent;
   return style.textDecorationLine === "none" ? 99 : parseFloat(style.textUnderlineOffset) - underscore;
 })"""
-"""For each link, how far below the underscores of its font it is underlined, in pixels."""
+"""For each link, the distance in pixels between its underline and the underscores of its font."""
 
 
 class Page:
-    """A tab, and all that it asked for and complained of."""
+    """A tab, with its requests and error messages."""
 
     def __init__(self, connection: Connection, session: str, context: str) -> None:
         self.context = context
@@ -109,7 +109,7 @@ class Page:
         wait_until(lambda: self.run(script))
 
     def click(self, selector: str) -> None:
-        """As a mouse does it."""
+        """Click like a mouse."""
         x, y = self.run(
             f"(() => {{ const node = document.querySelector({json.dumps(selector)}); node.scrollIntoView();"
             " const box = node.getBoundingClientRect();"
@@ -118,8 +118,8 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def look(self, size: tuple[int, int], scheme: str = "light") -> None:
-        """See it in a window of that size, with that colour scheme."""
+    def set_view(self, size: tuple[int, int], scheme: str = "light") -> None:
+        """Show the page in a window of that size, with that colour scheme."""
         width, height = size
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=size == PHONE
@@ -136,11 +136,13 @@ class Page:
         return [request["request"]["url"] for request in sent]
 
     @property
-    def complaints(self) -> list[object]:
-        """What the browser logged, and what it did not load."""
+    def errors(self) -> list[object]:
+        """Return what the browser logged and failed to load."""
         noisy = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
-        told = [event["params"] for event in self.events if event["method"] in noisy]
-        return [params for params in told if "favicon.ico" not in str(params)]  # asked for unless a page names another
+        logged = [event["params"] for event in self.events if event["method"] in noisy]
+        return [
+            params for params in logged if "favicon.ico" not in str(params)
+        ]  # requested unless a page names another icon
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +153,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
     command = [str(CHROMIUM), *options.split(), f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        told = profile / "DevToolsActivePort"
+        port_file = profile / "DevToolsActivePort"
         deadline = time.monotonic() + PATIENCE_S
-        while not (told.exists() and "\n" in told.read_text()):
+        while not (port_file.exists() and "\n" in port_file.read_text()):
             assert time.monotonic() < deadline, "chromium does not start"
             assert process.poll() is None
             time.sleep(0.05)
-        port, path = told.read_text().split()
+        port, path = port_file.read_text().split()
         with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
             yield connection
             connection.send(json.dumps({"id": 0, "method": "Browser.close"}))
@@ -180,7 +182,7 @@ def page(chromium: Connection) -> Iterator[Page]:
     target = browser("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
     session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     tab = Page(chromium, session, context)
-    tab.look(DESKTOP)
+    tab.set_view(DESKTOP)
     yield tab
     browser("Target.disposeBrowserContext", browserContextId=context)
 
@@ -202,7 +204,7 @@ ODD_NAMES: Tree = {
     "with space": b"\n",
     "Ünïcödé-☃": b"\n",
 }
-"""Names that need care on their way through URLs and pages."""
+"""Names that need escaping in URLs and pages."""
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +214,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     store = StoreBuilder(directory)
     store.add_source("odd-names", ODD_NAMES)
     store.add_source("latest-manual", Symlink(f"/nix/store/{manual}"), [manual])
-    return demo.make(directory)  # which keeps it, with what was added
+    return demo.make(directory)  # keeps the store, including the added paths
 
 
 @pytest.fixture(scope="module")
 def modern_site(made: Demo) -> str:
-    """A site of the kind that is built today: modules, data that scripts load, fonts."""
+    """Return the hash part of a site as sites are built today: modules, data that scripts load, fonts."""
     script = (
         b"import { name } from './part.js';\n"
         b"const { greeting } = await (await fetch('data.json')).json();\n"
@@ -255,9 +257,9 @@ def urls(server: Server, made: Demo) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("which", ["landing", "search", "path", "listing"])
-def test_each_page_loads_without_complaint_and_alone(page: Page, urls: dict[str, str], which: str) -> None:
+def test_page_loads_without_errors_and_without_other_requests(page: Page, urls: dict[str, str], which: str) -> None:
     page.open(urls[which])
-    assert page.complaints == []
+    assert page.errors == []
     assert [url for url in page.requested if not url.startswith("data:")] == [urls[which]]
     assert page.run("document.querySelectorAll('h1').length") == 1
     assert page.run("document.documentElement.lang") == "en"
@@ -265,12 +267,12 @@ def test_each_page_loads_without_complaint_and_alone(page: Page, urls: dict[str,
 
 
 @pytest.mark.parametrize("which", ["landing", "search", "path", "listing", "error"])
-def test_each_page_can_be_read_by_day_and_night_on_any_screen(page: Page, urls: dict[str, str], which: str) -> None:
+def test_page_is_readable_in_light_and_dark_on_desktop_and_phone(page: Page, urls: dict[str, str], which: str) -> None:
     page.open(urls[which])
     grounds = set()
     for scheme in ("light", "dark"):
         for size in (DESKTOP, PHONE):
-            page.look(size, scheme)
+            page.set_view(size, scheme)
             grounds.add(page.run("getComputedStyle(document.documentElement).backgroundColor"))
             assert page.run(CONTRAST) >= 4.5
             assert page.run("document.documentElement.scrollWidth") <= size[0]
@@ -287,7 +289,7 @@ def test_underlines_of_links_leave_underscores_visible(page: Page, urls: dict[st
     assert min(distances) > 0
 
 
-def test_copying_with_one_click(page: Page, urls: dict[str, str], server: Server, made: Demo) -> None:
+def test_copy_button_copies_the_snippet(page: Page, urls: dict[str, str], server: Server, made: Demo) -> None:
     page.open(urls["landing"])
     may = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"], "browserContextId": page.context}
     page.call("Browser.grantPermissions", origin=server.url, **may)
@@ -302,7 +304,9 @@ def test_copying_with_one_click(page: Page, urls: dict[str, str], server: Server
     page.wait("document.querySelector('.snippet button').textContent === 'Copy'")
 
 
-def test_copying_where_a_page_has_no_clipboard_as_over_http(page: Page, urls: dict[str, str], server: Server) -> None:
+def test_copy_button_works_without_the_clipboard_api_over_http(
+    page: Page, urls: dict[str, str], server: Server
+) -> None:
     page.call(
         "Page.addScriptToEvaluateOnNewDocument",
         source="Object.defineProperty(navigator, 'clipboard', {value: undefined});"
@@ -314,14 +318,14 @@ def test_copying_where_a_page_has_no_clipboard_as_over_http(page: Page, urls: di
     assert page.run("window.copied") == server.url
 
 
-def test_without_scripts_there_is_no_dead_button(page: Page, urls: dict[str, str]) -> None:
+def test_without_scripts_there_is_no_copy_button(page: Page, urls: dict[str, str]) -> None:
     page.call("Emulation.setScriptExecutionDisabled", value=True)
     page.open(urls["landing"])
     document = page.call("DOM.getDocument")["root"]["nodeId"]
     assert page.call("DOM.querySelectorAll", nodeId=document, selector=".snippet button")["nodeIds"] == []
 
 
-def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str], server: Server) -> None:
+def test_links_lead_from_the_search_to_a_file_and_back(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["landing"])
     page.events.clear()
     page.run("document.querySelector('input').value = 'hello-2.13'; document.querySelector('form').requestSubmit()")
@@ -336,11 +340,11 @@ def test_the_way_from_the_search_to_a_file(page: Page, urls: dict[str, str], ser
         page.click(selector)
         page.loaded()
         assert page.run("document.title") == title
-        assert page.complaints == []
+        assert page.errors == []
     assert page.run("location.pathname") == "/"
 
 
-def test_all_of_it_works_under_a_path_of_a_proxy(
+def test_all_links_work_below_a_path_of_a_proxy(
     page: Page, start: Callable[..., Server], made: Demo, tmp_path: Path
 ) -> None:
     server = start(store=Path(made.directory), settings="browse = true\ntrusted_proxies = ['127.0.0.1']")
@@ -370,31 +374,31 @@ def test_all_of_it_works_under_a_path_of_a_proxy(
             page.click(selector)
             page.loaded()
             assert page.run("document.title") == title
-            assert page.complaints == []
+            assert page.errors == []
             asked += page.requested
         asked += page.open(f"{base}/serve/{manual.hash_part}").requested
         assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
     assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
 
 
-def test_from_an_error_there_is_a_way_back(page: Page, urls: dict[str, str], server: Server) -> None:
+def test_error_page_links_to_the_landing_page_and_the_search(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["error"])
     assert page.run("document.querySelector('h1').innerText") == "Not Found"
     assert page.run("document.querySelector('header a').href") == f"{server.url}/"
     assert page.run("document.querySelector('form').action") == f"{server.url}/search"
 
 
-def test_a_log_is_shown_and_not_saved(page: Page, urls: dict[str, str]) -> None:
+def test_build_log_is_displayed_instead_of_downloaded(page: Page, urls: dict[str, str]) -> None:
     page.open(urls["path"])
     page.events.clear()
     page.click("nav a:last-child")
     page.loaded()
     assert page.run("document.contentType") == "text/plain"
     assert page.run("document.body.innerText").startswith("installing hello-2.13.0 as /nix/store/")
-    assert page.complaints == []
+    assert page.errors == []
 
 
-def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
+def test_website_in_the_store_works(page: Page, server: Server, made: Demo) -> None:
     page.open(f"{server.url}/serve/{made.paths['latest-manual'].hash_part}")
     assert page.run("document.title") == "The manual of hello"
     assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
@@ -403,14 +407,14 @@ def test_a_web_site_in_the_store_works(page: Page, server: Server, made: Demo) -
     page.loaded()
     assert page.run("document.title") == "Options of hello"
     assert page.run("getComputedStyle(document.body).maxWidth") == "640px"
-    assert page.complaints == []
+    assert page.errors == []
 
 
-def test_a_modern_web_site_works_but_is_no_part_of_the_cache(page: Page, server: Server, modern_site: str) -> None:
+def test_modern_website_is_sandboxed_from_the_cache(page: Page, server: Server, modern_site: str) -> None:
     page.open(f"{server.url}/serve/{modern_site}/")
     page.wait("document.title !== 'x'")
     assert page.run("document.querySelector('p').textContent") == "from the store"
-    assert page.complaints == []
+    assert page.errors == []
     assert page.run("document.title") == "sandboxed"
     assert page.run("self.origin") == "null"
     reading = "fetch('../../search?q=hello').then(() => 'read', () => 'refused')"
@@ -428,7 +432,7 @@ EVIL = [
 
 
 class Hostile:
-    """A server of a store whose every name and text would like to be a script of ours."""
+    """A server with a store in which every name and text tries to run a script."""
 
     def __init__(self, directory: Path) -> None:
         store = StoreBuilder(directory / "store")
@@ -439,7 +443,9 @@ class Hostile:
         self.path = store.add(output, {**files, **links, "dir": files, "text": page}, deriver=derivation.path)
         store.add_log(derivation.path, page)
         with store.connect() as connection:
-            connection.execute("update ValidPaths set sigs = ?", (" ".join(EVIL),))  # with such a ca, it is no path
+            connection.execute(
+                "update ValidPaths set sigs = ?", (" ".join(EVIL),)
+            )  # with such a ca, the row would be invalid
         settings = "browse = true\ntrusted_proxies = ['127.0.0.1']"
         self.server = Server(directory / "server", directory / "store", settings)
         self.server.start()
@@ -457,7 +463,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hostile]:
 
 
 @pytest.mark.parametrize("forwarded", [None, *EVIL])
-def test_nothing_that_others_wrote_becomes_part_of_a_page(page: Page, hostile: Hostile, forwarded: str | None) -> None:
+def test_foreign_text_never_becomes_markup(page: Page, hostile: Hostile, forwarded: str | None) -> None:
     pages = hostile.pages if forwarded is None else hostile.pages[:2]
     if forwarded is not None:
         names = ("X-Forwarded-Host", "X-Forwarded-Proto", "X-Forwarded-Prefix", "X-Forwarded-For", "User-Agent")
@@ -465,11 +471,11 @@ def test_nothing_that_others_wrote_becomes_part_of_a_page(page: Page, hostile: H
     for path in pages:
         page.open(hostile.server.url + path)
         assert page.run("window.ran") is None, path
-        # It is not the Content-Security-Policy that has to stop it.
-        assert not [told for told in page.complaints if "Content Security Policy" in str(told)], path
+        # Escaping prevents it, not the Content-Security-Policy.
+        assert not [each for each in page.errors if "Content Security Policy" in str(each)], path
         assert page.run("document.querySelectorAll('img, svg, iframe, [onerror], [onload]').length") == 0, path
         assert page.run("[...document.links].every((link) => /^https?:$/.test(link.protocol))"), path
         scripts = page.run("[...document.scripts].map((script) => script.textContent)")
         assert not [script for script in scripts if "window.ran" in script], path
     listing = f"{hostile.server.url}/serve/{hostile.path.path.hash_part}/"
-    assert "onerror" in page.open(listing).run("document.body.innerText")  # it is there, as text
+    assert "onerror" in page.open(listing).run("document.body.innerText")  # shown as text

@@ -1,4 +1,4 @@
-"""`/realisations/…` and `/build-trace-v2/…`: what content-addressed derivations came out as, signed."""
+"""`/realisations/…` and `/build-trace-v2/…`: signed outputs of content-addressed derivations."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ OLD = f"/realisations/{HASH}!out.doi"
 
 
 def signed(value: Any) -> bytes:
-    """The text that Nix signs of a JSON value."""
+    """Return the text of a JSON value that Nix signs."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -42,11 +42,13 @@ def path(store: StoreBuilder) -> StorePath:
 
 
 def verified(public_key: PublicKey, sigs: Sequence[str], *values: Any) -> list[bool]:
-    """Whether each value is signed by one of the signatures."""
+    """Return, for each value, True if one of the signatures signs it."""
     return [any(public_key.verify(signed(value), sig) for sig in sigs) for value in values]
 
 
-def test_a_realisation(serve: Callable[[], Server], store: StoreBuilder, path: StorePath, key: SecretKey) -> None:
+def test_realisation_is_served_with_stored_and_own_signatures(
+    serve: Callable[[], Server], store: StoreBuilder, path: StorePath, key: SecretKey
+) -> None:
     create(store, REALISATIONS)
     value = {"dependentRealisations": {}, "id": f"{HASH}!out", "outPath": path}
     stored = SecretKey.generate("stored-1").sign(signed(value))
@@ -58,10 +60,10 @@ def test_a_realisation(serve: Callable[[], Server], store: StoreBuilder, path: S
     assert answer.body == signed(value | {"signatures": sorted([stored, key.sign(signed(value))])})
 
 
-def test_what_a_realisation_depends_on(
+def test_realisation_with_dependencies_is_signed_for_old_and_new_nix(
     serve: Callable[[], Server], store: StoreBuilder, path: StorePath, key: SecretKey
 ) -> None:
-    """Nix up to 2.26, at least, wants all of it signed, 2.34 all but what it depends on."""
+    """Nix 2.26 and older verify the signature of the whole, Nix 2.34 that of everything except the dependencies."""
     create(store, REALISATIONS)
     others = [store.add_source(name, name.encode()).path for name in ("one", "two")]
     register(store, HASH, "out", path)
@@ -69,19 +71,21 @@ def test_what_a_realisation_depends_on(
         register(store, OTHER, name, other)
     with store.connect() as connection:
         connection.execute("insert into RealisationsRefs values (1, 2), (1, 3), (1, null)")
-    told = json.loads(serve().get(OLD).body)
-    sigs = told.pop("signatures")
+    served = json.loads(serve().get(OLD).body)
+    sigs = served.pop("signatures")
     whole = {
         "dependentRealisations": {f"{OTHER}!bin": others[0], f"{OTHER}!out": others[1]},
         "id": f"{HASH}!out",
         "outPath": path,
     }
-    assert told == whole
+    assert served == whole
     assert len(sigs) == 2
     assert verified(key.public_key, sigs, whole, whole | {"dependentRealisations": {}}) == [True, True]
 
 
-def test_the_build_trace(serve: Callable[[], Server], store: StoreBuilder, path: StorePath, key: SecretKey) -> None:
+def test_build_trace_entry_is_served_with_stored_and_own_signatures(
+    serve: Callable[[], Server], store: StoreBuilder, path: StorePath, key: SecretKey
+) -> None:
     create(store, BUILD_TRACE)
     derivation = f"{store.output_path('top').hash_part}-c++-1.0.drv"
     fingerprint = signed({"key": {"drvPath": derivation, "outputName": "out"}, "value": {"outPath": path}})
@@ -95,27 +99,29 @@ def test_the_build_trace(serve: Callable[[], Server], store: StoreBuilder, path:
         assert answer.headers["content-type"] == "application/json"
 
 
-def test_each_kind_is_served_from_its_own_table(
+def test_each_format_is_served_from_its_own_table(
     serve: Callable[[], Server], store: StoreBuilder, path: StorePath
 ) -> None:
-    """Whichever of them are there, and as soon as they are there."""
+    """Either table may be missing, and may appear while the server runs."""
     new = f"/build-trace-v2/{DRV}/out.doi"
     server = serve()
-    assert [server.get(where).status for where in (OLD, new)] == [404, 404]
+    assert [server.get(path).status for path in (OLD, new)] == [404, 404]
     create(store, REALISATIONS)
-    assert [server.get(where).status for where in (OLD, new)] == [404, 404]
+    assert [server.get(path).status for path in (OLD, new)] == [404, 404]
     register(store, HASH, "out", path)
-    assert [server.get(where).status for where in (OLD, new)] == [200, 404]
+    assert [server.get(path).status for path in (OLD, new)] == [200, 404]
     create(store, BUILD_TRACE)
     trace(store, DRV, "out", path)
-    assert [server.get(where).status for where in (OLD, new)] == [200, 200]
+    assert [server.get(path).status for path in (OLD, new)] == [200, 200]
     create(store, "drop table RealisationsRefs; drop table Realisations;")
-    assert [server.get(where).status for where in (OLD, new)] == [404, 200]
+    assert [server.get(path).status for path in (OLD, new)] == [404, 200]
     store.delete(path)
-    assert [server.get(where).status for where in (OLD, new)] == [404, 404]
+    assert [server.get(path).status for path in (OLD, new)] == [404, 404]
 
 
-def test_both_spellings(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
+def test_percent_encoded_and_plain_ids_get_the_same_response(
+    serve: Callable[[], Server], store: StoreBuilder, path: StorePath
+) -> None:
     create(store, REALISATIONS)
     register(store, HASH, "out", path)
     register(store, HASH, "a+b", path)
@@ -126,7 +132,9 @@ def test_both_spellings(serve: Callable[[], Server], store: StoreBuilder, path: 
     assert json.loads(server.get(other).body)["id"] == f"{HASH}!a+b"
 
 
-def test_new_signatures_are_seen_at_once(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
+def test_new_signature_in_the_database_changes_response_and_etag(
+    serve: Callable[[], Server], store: StoreBuilder, path: StorePath
+) -> None:
     create(store, REALISATIONS)
     register(store, HASH, "out", path)
     server = serve()
@@ -139,7 +147,9 @@ def test_new_signatures_are_seen_at_once(serve: Callable[[], Server], store: Sto
     assert sig in json.loads(answer.body)["signatures"]
 
 
-def test_malformed_signatures_are_left_out(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
+def test_malformed_stored_signatures_are_omitted(
+    serve: Callable[[], Server], store: StoreBuilder, path: StorePath
+) -> None:
     create(store, REALISATIONS)
     good = SecretKey.generate("good-1").sign(b"")
     register(store, HASH, "out", path, f"no-colon short-1:AAAA {good}")
@@ -150,7 +160,7 @@ def test_malformed_signatures_are_left_out(serve: Callable[[], Server], store: S
 
 
 @pytest.mark.parametrize(
-    "where",
+    "path",
     [
         "/realisations/",
         "/realisations/.doi",
@@ -173,8 +183,8 @@ def test_malformed_signatures_are_left_out(serve: Callable[[], Server], store: S
         f"/build-trace-v2/{DRV}%2fout.doi",
     ],
 )
-def test_what_we_do_not_have_is_404(server: Server, traced: None, where: str) -> None:  # noqa: ARG001 (fills the store)
-    assert server.get(where).status == 404
+def test_unknown_or_malformed_id_gets_404(server: Server, traced: None, path: str) -> None:  # noqa: ARG001 (fills the store)
+    assert server.get(path).status == 404
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +195,7 @@ def traced(shared_store: StoreBuilder) -> None:
     trace(shared_store, DRV, "out", path)
 
 
-def test_what_is_in_no_store_is_404(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
+def test_output_outside_the_store_gets_404(serve: Callable[[], Server], store: StoreBuilder, path: StorePath) -> None:
     create(store, BUILD_TRACE)
     trace(store, DRV, "out", path)
     with store.connect() as connection:

@@ -1,4 +1,4 @@
-"""Ranges of every NAR, as RFC 9110 has them: what was missing, and nothing else."""
+"""Byte ranges of every NAR follow RFC 9110."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ Start = Callable[..., Server]
 
 
 def reference(header: str, size: int) -> tuple[int, int] | str:
-    """RFC 9110 section 14 once more, read slowly: the part asked for, else `whole` or `unsatisfiable`."""
+    """Implement RFC 9110 section 14 a second time: return the range, `whole` or `unsatisfiable`."""
     unit, equals, specs = header.strip(" \t").partition("=")
     parts = [spec.strip(" \t") for spec in specs.split(",") if spec.strip(" \t")]
     if not equals or unit.lower() != "bytes" or len(parts) != 1:
@@ -39,7 +39,7 @@ def reference(header: str, size: int) -> tuple[int, int] | str:
     return int(first), min(int(last) + 1 if last else size, size)
 
 
-def requested(header: str, size: int) -> tuple[int, int] | str:
+def interpreted(header: str, size: int) -> tuple[int, int] | str:
     try:
         part = byte_range.requested(header, None, '"etag"')
         return "whole" if part is None else byte_range.bounds(part, size)
@@ -65,11 +65,11 @@ HEADERS = st.one_of(
 @example("bytes=٣-", 10)
 @example("bytes=0-" + "9" * 5000, 10)
 @example("bytes=" + "0" * 5000 + "-", 10)
-def test_every_header_means_what_the_rfc_says(header: str, size: int) -> None:
+def test_range_header_is_interpreted_as_in_rfc_9110(header: str, size: int) -> None:
     if len(header) < 1000:
-        assert requested(header, size) == reference(header, size)
+        assert interpreted(header, size) == reference(header, size)
     else:
-        assert requested(header, size) == (0, size)
+        assert interpreted(header, size) == (0, size)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,15 @@ def test_every_header_means_what_the_rfc_says(header: str, size: int) -> None:
         "bytes=-",
     ],
 )
-def test_on_the_wire(server: Server, shared_store: StoreBuilder, header: str) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
+def test_range_header_gets_206_416_or_200(server: Server, shared_store: StoreBuilder, header: str) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
     whole = dump(shared_store, "tree")
-    answer = server.get(where, {"Range": header, "Accept-Encoding": "zstd"})
+    answer = server.get(nar_path, {"Range": header, "Accept-Encoding": "zstd"})
     match reference(header, len(whole)):
         case "whole":
             assert answer.status == 200
             assert unpacked(answer.body) == whole
-            assert answer.headers == server.get(where, {"Accept-Encoding": "zstd"}).headers
+            assert answer.headers == server.get(nar_path, {"Accept-Encoding": "zstd"}).headers
             assert "content-range" not in answer.headers
         case "unsatisfiable":
             assert answer.status == 416
@@ -110,89 +110,89 @@ def test_on_the_wire(server: Server, shared_store: StoreBuilder, header: str) ->
         case (int(start), int(stop)):
             assert (answer.status, answer.body) == (206, whole[start:stop])
             assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
-            assert answer.headers["etag"] == server.head(where).headers["etag"]
+            assert answer.headers["etag"] == server.head(nar_path).headers["etag"]
             assert answer.headers["accept-ranges"] == "bytes"
             assert "content-encoding" not in answer.headers
-    for encoding in ("zstd", "identity"):  # for HEAD there are no ranges (RFC 9110 section 14.2)
-        head = server.head(where, {"Range": header, "Accept-Encoding": encoding})
-        whole_answer = server.get(where, {"Accept-Encoding": encoding})
+    for encoding in ("zstd", "identity"):  # HEAD ignores ranges (RFC 9110 section 14.2)
+        head = server.head(nar_path, {"Range": header, "Accept-Encoding": encoding})
+        whole_answer = server.get(nar_path, {"Accept-Encoding": encoding})
         assert (head.status, head.headers, head.body) == (200, whole_answer.headers, b"")
 
 
-def test_ranges_are_advertised(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
-    assert server.get(where).headers["accept-ranges"] == "bytes"
+def test_nar_advertises_accept_ranges(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
+    assert server.get(nar_path).headers["accept-ranges"] == "bytes"
 
 
-def test_if_range_continues_only_what_was_begun(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
-    etag = server.head(where).headers["etag"]
-    assert server.get(where, {"Range": "bytes=5-9", "If-Range": etag}).status == 206
+def test_if_range_with_another_etag_gets_the_whole(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
+    etag = server.head(nar_path).headers["etag"]
+    assert server.get(nar_path, {"Range": "bytes=5-9", "If-Range": etag}).status == 206
     for other in ('"other"', f"W/{etag}", "Sun, 06 Nov 1994 08:49:37 GMT", "*", ""):
-        assert server.get(where, {"Range": "bytes=5-9", "If-Range": other}).status == 200
+        assert server.get(nar_path, {"Range": "bytes=5-9", "If-Range": other}).status == 200
 
 
-def test_not_modified_comes_before_a_range(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
-    etag = server.head(where).headers["etag"]
-    assert server.get(where, {"Range": "bytes=5-9", "If-None-Match": etag}).status == 304
+def test_if_none_match_takes_precedence_over_range(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
+    etag = server.head(nar_path).headers["etag"]
+    assert server.get(nar_path, {"Range": "bytes=5-9", "If-None-Match": etag}).status == 304
 
 
-def test_the_older_urls_have_ranges_too(server: Server, shared_store: StoreBuilder) -> None:
+def test_older_nar_urls_support_ranges(server: Server, shared_store: StoreBuilder) -> None:
     whole = dump(shared_store, "tree")
     answer = server.get(f"/nar/{info(shared_store, 'tree').path.hash_part}.nar", {"Range": "bytes=-100"})
     assert (answer.status, answer.body) == (206, whole[-100:])
 
 
 @needs("curl")
-def test_parallel_ranges_make_the_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_parallel_ranges_of_curl_make_the_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     store.add(store.output_path("tree"), {f"{n:04}": bytes([n % 251]) * (n * 7) for n in range(2000)})
     server = start(store=tmp_path / "store", workers=2)
     whole = dump(store, "tree")
-    where = server.url + url(server, info(store, "tree").path.hash_part)
+    nar_path = server.url + url(server, info(store, "tree").path.hash_part)
     step = len(whole) // 16 + 1
     command = ["curl", "--silent", "--show-error", "--parallel", "--parallel-immediate"]
     for number in range(16):
         part = f"{number * step}-{(number + 1) * step - 1}"
-        command += ["--fail", "--range", part, "--output", str(tmp_path / f"{number:02}"), where, "--next"]
+        command += ["--fail", "--range", part, "--output", str(tmp_path / f"{number:02}"), nar_path, "--next"]
     subprocess.run(command[:-1], check=True, timeout=60)
     assert b"".join((tmp_path / f"{number:02}").read_bytes() for number in range(16)) == whole
 
 
 @pytest.mark.parametrize("first", ["nar", "listing"])
-def test_a_range_opens_no_file_before_it(start: Start, store: StoreBuilder, tmp_path: Path, first: str) -> None:
-    """Shown by a file that is gone: a walk would miss it, but the layout is remembered."""
+def test_range_opens_no_file_before_its_start(start: Start, store: StoreBuilder, tmp_path: Path, first: str) -> None:
+    """Proved by a removed file: a walk would fail, but the layout is remembered."""
     path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
+    nar_path = url(server, path.path.hash_part)
     whole = b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
-    assert server.get(where if first == "nar" else f"/{path.path.hash_part}.ls").status == 200
+    assert server.get(nar_path if first == "nar" else f"/{path.path.hash_part}.ls").status == 200
     root = Path(store.real_path(path.path).decode())
     root.chmod(0o700)
     (root / "a").rename(tmp_path / "a")
-    answer = server.get(where, {"Range": "bytes=-600"})
+    answer = server.get(nar_path, {"Range": "bytes=-600"})
     assert (answer.status, answer.body) == (206, whole[-600:])
 
 
-def test_what_changed_on_disk_breaks_a_range_and_is_forgotten(
+def test_file_changed_on_disk_gets_404_and_is_served_again_once_restored(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
-    whole = server.get(where).body
+    nar_path = url(server, path.path.hash_part)
+    whole = server.get(nar_path).body
     file = Path(store.real_path(path.path).decode()) / "b"
     file.chmod(0o600)
     file.write_bytes(b"b" * 999)
-    assert server.get(where, {"Range": "bytes=-600"}).status == 404
+    assert server.get(nar_path, {"Range": "bytes=-600"}).status == 404
     file.write_bytes(b"b" * 1000)
-    assert server.get(where, {"Range": "bytes=-600"}).body == whole[-600:]
+    assert server.get(nar_path, {"Range": "bytes=-600"}).body == whole[-600:]
 
 
-def test_the_end_of_a_large_nar_costs_what_its_beginning_does(
+def test_tail_of_a_huge_nar_is_served_without_reading_the_rest(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
-    """Counted in what is read, not in time: 100 GiB of it would be noticed."""
+    """Measured in bytes read, not in time: the NAR has 100 GiB."""
     path = store.output_path("huge")
     store.add(path, {"a": b"", "z": b"last"})
     file = Path(store.real_path(path).decode()) / "a"
@@ -203,29 +203,29 @@ def test_the_end_of_a_large_nar_costs_what_its_beginning_does(
     with store.connect() as connection:
         connection.execute("update ValidPaths set narSize = ?", (whole,))
     server = start(store=tmp_path / "store")
-    where = url(server, path.hash_part)
+    nar_path = url(server, path.hash_part)
 
     def bytes_read() -> int:
         text = Path(f"/proc/{server.workers[0]}/io").read_text()
         return int(re.search(r"rchar: (\d+)", text)[1])  # type: ignore[index]
 
     before = bytes_read()
-    answer = server.get(where, {"Range": "bytes=-100"})
+    answer = server.get(nar_path, {"Range": "bytes=-100"})
     assert (answer.status, len(answer.body)) == (206, 100)
     assert b"last" in answer.body
     assert bytes_read() - before < 1_000_000
 
 
 def test_ranges_on_one_connection(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
     whole = dump(shared_store, "tree")
     with server.connect() as connection:
         for first in (0, 7, 1000, len(whole) - 1):
-            connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\nRange: bytes={first}-\r\n\r\n".encode())
+            connection.sendall(f"GET {nar_path} HTTP/1.1\r\nHost: x\r\nRange: bytes={first}-\r\n\r\n".encode())
             assert read_answer(connection).body == whole[first:]
 
 
-def test_a_sparse_file_is_sent_from_its_middle(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_range_in_the_middle_of_a_sparse_file(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add(store.output_path("sparse"), {"zeros": Sparse(50_000_000)})
     server = start(store=tmp_path / "store")
     answer = server.get(url(server, path.path.hash_part), {"Range": "bytes=25000000-25000999"})

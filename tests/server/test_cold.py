@@ -1,4 +1,4 @@
-"""A NAR that was never compressed is sent at once, in whatever way it is asked for."""
+"""A NAR that is not compressed yet is sent at once, for every kind of request."""
 
 import http.client
 import os
@@ -23,20 +23,20 @@ MIB = 1 << 20
 
 
 def add_big(store: StoreBuilder, name: str = "big") -> tuple[PathInfo, bytes]:
-    """Add a path with files of all sizes, whose NAR has many blocks and two large frames."""
+    """Add a path with files of many sizes; its NAR has many blocks and two large frames."""
     small = {f"{number}": os.urandom(number) for number in range(300)}
     info = store.add(store.output_path(name), {**small, "large": os.urandom(8 * MIB), "other": bytes(2 * MIB + 1)})
     return info, b"".join(file_reader.read(tree_reader.dump(store.real_path(info.path))))
 
 
 FIRST = MIB // 2
-"""The server compresses what is smaller: the first frame."""
+"""The maximum size of the first frame: the server holds frames of at least this size."""
 
 
 @contextmanager
-def begun(server: Server, path: str, wanted: str | None = None, version: str = "1.1") -> Iterator[HTTPResponse]:
-    """An answer of which the head has come."""
-    fields = f"Range: {wanted}\r\n" if wanted else ""
+def begun(server: Server, path: str, byte_range: str | None = None, version: str = "1.1") -> Iterator[HTTPResponse]:
+    """Send a request, and yield its response as soon as the head has arrived."""
+    fields = f"Range: {byte_range}\r\n" if byte_range else ""
     with server.connect() as connection:
         connection.sendall(f"GET {path} HTTP/{version}\r\nHost: cache\r\nConnection: close\r\n{fields}\r\n".encode())
         with HTTPResponse(connection) as answer:
@@ -52,7 +52,7 @@ def fetched(url: str, path: str, method: str = "GET", **headers: str) -> Answer:
             return Answer(response.status, named, response.read())
 
 
-def test_http_1_0_gets_a_cold_file_before_it_is_compressed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_http_1_0_gets_a_cold_nar_uncompressed_and_at_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     info, plain = add_big(store)
     server = start(store=tmp_path / "store", program=held_by(tmp_path / "held"))
     with nginx(tmp_path / "nginx", f"location / {{ proxy_pass {server.url}; }}") as (url, _):
@@ -64,7 +64,9 @@ def test_http_1_0_gets_a_cold_file_before_it_is_compressed(start: Start, store: 
         assert "etag" not in cold.headers
         assert (head.status, head.headers) == (200, cold.headers)
         (tmp_path / "held").unlink()
-        wait_until(lambda: "etag" in fetched(url, file_url(info), "HEAD").headers)  # compressed by the first request
+        wait_until(
+            lambda: "etag" in fetched(url, file_url(info), "HEAD").headers
+        )  # compressed because of the first request
         warm = fetched(url, file_url(info))
         assert (warm.status, unpacked(warm.body)) == (200, plain)
         assert len(warm.body) < len(cold.body)
@@ -73,7 +75,7 @@ def test_http_1_0_gets_a_cold_file_before_it_is_compressed(start: Start, store: 
         assert (part.status, part.body) == (206, warm.body[1000:])
 
 
-def test_http_1_1_still_gets_the_compressed_file(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_http_1_1_gets_a_cold_nar_compressed_and_resumable(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     info, plain = add_big(store)
     server = start(store=tmp_path / "store")
     answer = server.get(file_url(info))
@@ -82,7 +84,7 @@ def test_http_1_1_still_gets_the_compressed_file(start: Start, store: StoreBuild
     assert answer.headers["accept-ranges"] == "bytes"
 
 
-def test_http_1_0_sees_a_cold_file_that_breaks_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_http_1_0_client_detects_an_interrupted_cold_nar(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     info, _ = add_big(store)
     server = start(store=tmp_path / "store", program=held_by(tmp_path / "held"))
     port = int(server.url.rpartition(":")[2])
@@ -96,7 +98,7 @@ def test_http_1_0_sees_a_cold_file_that_breaks_off(start: Start, store: StoreBui
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
-def test_a_damaged_nar_breaks_off_before_its_last_block(
+def test_damaged_nar_breaks_off_before_its_last_block(
     start: Start, store: StoreBuilder, tmp_path: Path, *, cache: bool
 ) -> None:
     info, _ = add_big(store)
@@ -111,7 +113,7 @@ def test_a_damaged_nar_breaks_off_before_its_last_block(
     assert server.wait_for_log("its NAR hash is")
 
 
-def test_the_first_bytes_come_before_a_large_frame_is_compressed(
+def test_first_bytes_are_sent_before_a_large_frame_is_compressed(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     info, plain = add_big(store)
@@ -125,10 +127,10 @@ def test_the_first_bytes_come_before_a_large_frame_is_compressed(
     assert unpacked(whole) == plain
 
 
-def test_a_resumed_download_goes_on_before_the_rest_is_compressed(
+def test_resumed_download_continues_before_the_rest_is_compressed(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
-    """Its length is unknown, so that the last position is one that no file has (RFC 8673)."""
+    """The length is unknown, so Content-Range has a last position beyond any file (RFC 8673)."""
     info, _ = add_big(store)
     held = tmp_path / "held"
     server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
@@ -149,7 +151,7 @@ def test_a_resumed_download_goes_on_before_the_rest_is_compressed(
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_range_that_ends_in_what_is_there_does_not_wait(
+def test_range_within_the_compressed_part_does_not_wait(
     start: Start, store: StoreBuilder, tmp_path: Path, version: str
 ) -> None:
     info, _ = add_big(store)
@@ -165,24 +167,24 @@ def test_a_range_that_ends_in_what_is_there_does_not_wait(
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize(
-    "wanted", ["bytes=999999999-", "bytes=999999999-1000000000", "bytes=-100", "bytes=100-999999999"]
+    "byte_range", ["bytes=999999999-", "bytes=999999999-1000000000", "bytes=-100", "bytes=100-999999999"]
 )
-def test_a_range_that_needs_the_length_waits_for_it(
-    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, cache: bool
+def test_range_that_needs_the_length_waits_for_it(
+    start: Start, store: StoreBuilder, tmp_path: Path, byte_range: str, *, cache: bool
 ) -> None:
     info, _ = add_big(store)
     slow = patched("from harmonia.server.http import response\nresponse._LENGTH_WAIT_S = 0.0")
     server = start(store=tmp_path / "store", cache_dir=None if cache else NO_CACHE, program=slow)
-    answer = server.get(file_url(info), {"Range": wanted})
+    answer = server.get(file_url(info), {"Range": byte_range})
     whole = server.get(file_url(info)).body
-    if wanted.startswith("bytes=9"):
+    if byte_range.startswith("bytes=9"):
         assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{len(whole)}")
     else:
-        assert (answer.status, answer.body) == (206, whole[-100:] if wanted == "bytes=-100" else whole[100:])
+        assert (answer.status, answer.body) == (206, whole[-100:] if byte_range == "bytes=-100" else whole[100:])
 
 
-def test_an_open_range_over_http_1_0_waits_for_the_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """Without a length, its client could not see that the part breaks off."""
+def test_open_range_over_http_1_0_waits_for_the_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Without a length, an HTTP/1.0 client cannot detect that the connection broke."""
     info, _ = add_big(store)
     server = start(store=tmp_path / "store")
     answer = server.request("GET", file_url(info), {"Range": "bytes=1000-"}, version="1.0")
@@ -191,7 +193,7 @@ def test_an_open_range_over_http_1_0_waits_for_the_length(start: Start, store: S
     assert answer.headers["content-range"] == f"bytes 1000-{len(whole) - 1}/{len(whole)}"
 
 
-def test_the_first_frame_of_one_nar_does_not_wait_for_those_of_others(
+def test_first_frame_of_a_nar_does_not_wait_for_frames_of_other_nars(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     others = [add_big(store, f"other-{number}")[0] for number in range(3)]

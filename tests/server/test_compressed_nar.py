@@ -1,4 +1,4 @@
-"""`/nar/….nar.zst`: compressed once, resumable, whole or visibly broken, whatever becomes of the cache meanwhile."""
+"""`/nar/….nar.zst`: compressed once, resumable, complete or visibly broken, whatever happens to the cache."""
 
 import hashlib
 import http.client
@@ -44,12 +44,12 @@ from support.running import (
 Start = Callable[..., Server]
 
 MEBIBYTE = 1 << 20
-FRAMES = 4  # of the NAR that `big` makes
+FRAMES = 4  # of the NAR of `big`
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 
 def big(store: StoreBuilder, name: str = "big", contents: bytes = b"") -> PathInfo:
-    """A path whose NAR takes several frames, each of a megabyte compressed."""
+    """Add a path whose NAR has several frames of a megabyte each, compressed."""
     return store.add(store.output_path(name), {"file": contents or os.urandom(MEBIBYTE) * 20})
 
 
@@ -58,7 +58,7 @@ def dump(store: StoreBuilder, path: PathInfo) -> bytes:
 
 
 def cached(server: Server) -> list[Path]:
-    """The whole files of its cache."""
+    """Return the complete files in the cache of the server."""
     return [path for path in (server.cache_dir / "nar").iterdir() if path.suffix != ".growing"]
 
 
@@ -68,7 +68,7 @@ def evict(server: Server) -> None:
 
 
 def warm(server: Server, path: PathInfo) -> Answer:
-    """Get it, and wait until it is cached."""
+    """Download the NAR, and wait until it is cached."""
     answer = server.get(file_url(path))
     wait_until(lambda: "content-length" in server.head(file_url(path)).headers and cached(server))
     return answer
@@ -85,13 +85,13 @@ def sha256(content: bytes) -> str:
 
 
 def compressions(server: Server) -> list[int]:
-    """The process that compressed it, for each frame so far. Of servers with a `Gate`."""
+    """Return the compressing process for each frame so far, of a server with a `Gate`."""
     matches = (re.fullmatch(r"compresses in (\d+)\n", line) for line in server.log)
     return [int(match[1]) for match in matches if match]
 
 
 class Gate:
-    """A server's one encoder thread lets only the first frame pass until the gate is open."""
+    """A program whose only encoder thread compresses just the first frame until the gate is open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -121,7 +121,7 @@ def gate(tmp_path: Path) -> Gate:
 
 @contextmanager
 def begun(server: Server, url: str, **options: int) -> Iterator[http.client.HTTPResponse]:
-    """A download of which the head has come."""
+    """Start a download, and yield the response as soon as its head has arrived."""
     with server.connect(60, **options) as connection:
         connection.sendall(f"GET {url} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         response = http.client.HTTPResponse(connection)
@@ -132,7 +132,7 @@ def begun(server: Server, url: str, **options: int) -> Iterator[http.client.HTTP
 
 
 def rest(response: http.client.HTTPResponse) -> bytes | None:
-    """The whole body, or None of one that breaks off."""
+    """Return the whole body, or None if it breaks off."""
     try:
         return response.read()
     except BROKEN:
@@ -140,17 +140,17 @@ def rest(response: http.client.HTTPResponse) -> bytes | None:
 
 
 def finish(downloads: Sequence[http.client.HTTPResponse], between: Callable[[], None]) -> list[bytes | None]:
-    """Read all of them at once, and do something in the midst of it."""
+    """Read all downloads at once; call `between` meanwhile."""
     with ThreadPoolExecutor(len(downloads)) as threads:
         bodies: list[Future[bytes | None]] = [threads.submit(rest, download) for download in downloads]
         between()
         return [body.result() for body in bodies]
 
 
-# What is sent.
+# Responses.
 
 
-def test_cold_and_warm(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_cold_and_cached_responses_are_identical(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     cold = warm(server, path)
@@ -169,8 +169,10 @@ def test_cold_and_warm(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("is_warm", [True, False])
-def test_it_can_be_resumed(start: Start, store: StoreBuilder, tmp_path: Path, *, is_warm: bool) -> None:
-    """Also after it was evicted: the bytes are the same each time."""
+def test_compressed_nar_is_resumable_even_after_eviction(
+    start: Start, store: StoreBuilder, tmp_path: Path, *, is_warm: bool
+) -> None:
+    """The bytes are identical each time."""
     path = big(store)
     server = start(store=tmp_path / "store")
     whole = warm(server, path)
@@ -200,15 +202,16 @@ def test_it_can_be_resumed(start: Start, store: StoreBuilder, tmp_path: Path, *,
             assert "content-encoding" not in answer.headers
 
 
-def test_a_cold_range_is_answered(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """By a server that never sent what came before."""
+def test_cold_range_is_served_by_a_server_that_never_sent_the_beginning(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     path = big(store)
     whole = warm(start(store=tmp_path / "store"), path).body
     answer = start(store=tmp_path / "store").get(file_url(path), {"Range": "bytes=2000000-"})
     assert (answer.status, answer.body) == (206, whole[2000000:])
 
 
-def test_not_modified_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+def test_304_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
     path = big(store)
     server = start(store=tmp_path / "store", program=gate.program)
     etag = server.head(file_url(path)).headers["etag"]
@@ -224,18 +227,18 @@ def test_head_compresses_nothing(start: Start, store: StoreBuilder, tmp_path: Pa
         for version in ("1.0", "1.1"):
             answer = server.request("HEAD", file_url(path), headers, version=version)
             assert answer.status == 200
-            assert ("content-length" in answer.headers) == (version == "1.0")  # of the file without compression
+            assert ("content-length" in answer.headers) == (version == "1.0")  # the length of the uncompressed file
     assert server.head(nar_url(path), {"Accept-Encoding": "zstd"}).headers["content-encoding"] == "zstd"
     assert list((server.cache_dir / "nar").iterdir()) == []
     assert compressions(server) == []
     gate.open()
     size = len(warm(server, path).body)
     assert server.head(file_url(path)).headers["content-length"] == str(size)
-    ranged = server.head(file_url(path), {"Range": "bytes=100-"})  # a Range is for GET (RFC 9110 section 14.2)
+    ranged = server.head(file_url(path), {"Range": "bytes=100-"})  # HEAD ignores ranges (RFC 9110 section 14.2)
     assert (ranged.status, ranged.headers["content-length"]) == (200, str(size))
 
 
-def test_http_1_0_gets_a_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_http_1_0_gets_a_content_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     answer = server.request("GET", file_url(path), version="1.0")
@@ -250,13 +253,13 @@ def old_urls(path: PathInfo) -> list[str]:
 
 
 def check_not_resumable(server: Server, url: str, whole: Answer) -> None:
-    """A URL that does not name the bytes that come for it: only a client that names them gets a part of them."""
+    """Check a URL that does not name the exact bytes: only a request with their ETag gets a range."""
     for method in ("GET", "HEAD"):
         answer = server.request(method, url)
         assert (answer.status, answer.body) == (200, whole.body if method == "GET" else b"")
         assert answer.headers["etag"] == whole.headers["etag"]
         assert answer.headers["accept-ranges"] == "none"
-        assert answer.headers["cache-control"] == "no-store, no-transform"  # no HTTP cache may make ranges of it
+        assert answer.headers["cache-control"] == "no-store, no-transform"  # no HTTP cache may combine its ranges
     assert server.get(url, {"Range": "bytes=100-"}).status == 404
     assert server.head(url, {"Range": "bytes=100-"}).status == 200
     part = server.get(url, {"Range": "bytes=100-", "If-Range": whole.headers["etag"]})
@@ -265,7 +268,7 @@ def check_not_resumable(server: Server, url: str, whole: Answer) -> None:
     assert (another.status, another.body) == (200, whole.body)
 
 
-def test_a_url_without_an_encoding_is_not_resumable(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_url_without_an_encoding_is_not_resumable(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     whole = warm(server, path)
@@ -281,10 +284,10 @@ LEVELS = {"3": "", "9": "zstd.level = 9", "window": "zstd.window_log = 24", "ldm
 
 
 @pytest.mark.parametrize("wanted", LEVELS)
-def test_every_server_has_the_file_of_every_other_encoding(
+def test_nar_in_the_encoding_of_another_server_is_made_and_resumable(
     start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
 ) -> None:
-    """A part of it, too, before it is there, after it was evicted, and after a restart."""
+    """This includes ranges before it is cached, after eviction, and after a restart."""
     path = big(store, contents=random.Random(1).randbytes(100_000) * 200)
     url = f"/{narinfo(start(store=tmp_path / 'store', settings=LEVELS[wanted]), path)['URL']}"
     bodies, etags = set(), set()
@@ -300,22 +303,22 @@ def test_every_server_has_the_file_of_every_other_encoding(
         bodies.add(whole.body)
         etags.add(whole.headers["etag"])
     assert len(bodies) == len(etags) == 1
-    # What the narinfo shows of the file is true of the file that it names.
+    # FileHash is only in the narinfo if it belongs to the file in its URL.
     other = narinfo(server, path)
     assert ("FileHash" in other) == (wanted == "ldm")
 
 
-def test_the_names_of_two_files_differ(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_url_differs_for_each_encoding(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     urls = {narinfo(start(store=tmp_path / "store", settings=each), path)["URL"] for each in LEVELS.values()}
     assert len(urls) == len(LEVELS)
 
 
 @pytest.mark.parametrize("name", ["zstd-1.4.4-3-0", "zstd-{library}-3-27", "zstd-{library}-3-26-ldm"])
-def test_a_file_that_cannot_be_made_here_is_not_resumable(
+def test_nar_in_an_encoding_that_cannot_be_made_here_is_not_resumable(
     start: Start, store: StoreBuilder, tmp_path: Path, name: str
 ) -> None:
-    """Another libzstd may make other bytes. A window of many megabytes is more memory than a stranger may ask for."""
+    """Another libzstd may make other bytes. A window of many megabytes needs more memory than clients may demand."""
     path = big(store)
     server = start(store=tmp_path / "store")
     whole = warm(server, path)
@@ -324,7 +327,7 @@ def test_a_file_that_cannot_be_made_here_is_not_resumable(
     assert [file.name for file in cached(server)] == [f"{base32.encode(path.nar_hash)}.{Encoding.of(Zstd()).name}"]
 
 
-def test_a_file_that_another_libzstd_made_is_resumable_while_the_cache_has_it(
+def test_nar_of_another_libzstd_is_resumable_while_it_is_cached(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     path = big(store)
@@ -349,7 +352,7 @@ def test_a_file_that_another_libzstd_made_is_resumable_while_the_cache_has_it(
     check_not_resumable(server, url, ours)
 
 
-def test_what_we_do_not_have_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_unknown_or_malformed_nar_url_gets_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     warm(server, path)
@@ -372,7 +375,7 @@ def test_what_we_do_not_have_is_404(start: Start, store: StoreBuilder, tmp_path:
         assert server.get(f"/nar/{name}").status == 404
 
 
-def test_what_left_the_store_is_gone_though_it_is_cached(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_deleted_path_gets_404_even_if_cached(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     warm(server, path)
@@ -381,10 +384,10 @@ def test_what_left_the_store_is_gone_though_it_is_cached(start: Start, store: St
     assert server.get(nar_url(path), {"Accept-Encoding": "zstd"}).status == 404
 
 
-# What the narinfo says.
+# Narinfos.
 
 
-def test_file_hash_and_size_are_told_once_known(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_narinfo_has_file_hash_and_size_once_compressed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     before = narinfo(server, path)
@@ -393,16 +396,16 @@ def test_file_hash_and_size_are_told_once_known(start: Start, store: StoreBuilde
     assert "FileSize" not in before
 
     body = warm(server, path).body
-    told = before | {"FileHash": sha256(body), "FileSize": str(len(body))}
-    assert narinfo(server, path) == told
+    expected = before | {"FileHash": sha256(body), "FileSize": str(len(body))}
+    assert narinfo(server, path) == expected
     restarted = start(store=tmp_path / "store", cache_dir=server.cache_dir)
-    assert narinfo(restarted, path) == told
+    assert narinfo(restarted, path) == expected
     evict(server)
-    assert narinfo(server, path) == narinfo(restarted, path) == told
-    assert narinfo(start(store=tmp_path / "store", cache_dir=server.cache_dir), path) == told
+    assert narinfo(server, path) == narinfo(restarted, path) == expected
+    assert narinfo(start(store=tmp_path / "store", cache_dir=server.cache_dir), path) == expected
 
 
-def test_what_another_process_has_compressed_is_told_a_second_later(
+def test_narinfo_has_file_hash_within_a_second_after_another_process_compressed(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     path = big(store)
@@ -415,7 +418,9 @@ def test_what_another_process_has_compressed_is_told_a_second_later(
 
 @pytest.mark.parametrize("wanted", ["auto", "zstd", "none"])
 @pytest.mark.parametrize("writable", [True, False])
-def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, writable: bool) -> None:
+def test_nar_compression_setting_selects_the_offered_url(
+    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str, *, writable: bool
+) -> None:
     path = big(store)
     server = start(
         store=tmp_path / "store",
@@ -423,15 +428,15 @@ def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, 
         workers=2,
         cache_dir=None if writable else NO_CACHE,
     )
-    told = narinfo(server, path)
+    expected = narinfo(server, path)
     offered = "none" if wanted == "none" or (wanted == "auto" and not writable) else "zstd"
-    assert told["Compression"] == offered
+    assert expected["Compression"] == offered
     if offered == "none":
-        assert told["URL"] == nar_url(path)[1:]
-        assert (told["FileHash"], told["FileSize"]) == (told["NarHash"], told["NarSize"])
+        assert expected["URL"] == nar_url(path)[1:]
+        assert (expected["FileHash"], expected["FileSize"]) == (expected["NarHash"], expected["NarSize"])
     warnings = [line for line in server.log if re.search("cannot keep NARs: .*; make cache_dir writable", line)]
     assert len(warnings) == (not writable)
-    # What was once offered is served still.
+    # URLs of the other settings still work.
     for url, headers in ((file_url(path), {}), (nar_url(path), {"Accept-Encoding": "zstd"})):
         for _ in range(2):
             assert unpacked(server.get(url, headers).body) == dump(store, path)
@@ -440,14 +445,16 @@ def test_what_narinfos_offer(start: Start, store: StoreBuilder, tmp_path: Path, 
     old = server.request("GET", file_url(path), version="1.0")
     assert old.headers["content-length"] == str(len(old.body))
     assert unpacked(old.body) == dump(store, path)
-    assert (old.body == whole) == writable  # where nothing is kept, it is a file without compression
+    assert (old.body == whole) == writable  # without a cache, it is the uncompressed file
     assert (server.directory / "cache").exists() == writable
 
 
-# Many at once.
+# Concurrency.
 
 
-def test_fifty_clients_cost_one_compression(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+def test_fifty_concurrent_clients_cause_one_compression(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
+) -> None:
     path = big(store)
     server = start(store=tmp_path / "store", program=gate.program, workers=2)
     with ExitStack() as stack:
@@ -458,12 +465,14 @@ def test_fifty_clients_cost_one_compression(start: Start, store: StoreBuilder, t
     assert unpacked(bodies[0]) == dump(store, path)
     assert len(compressions(server)) == FRAMES
     wait_until(lambda: cached(server))
-    # And those who negotiate get the same, from the same file.
+    # Clients that negotiate get the same bytes, from the same file.
     assert server.get(nar_url(path), {"Accept-Encoding": "zstd"}).body == bodies[0]
     assert len(compressions(server)) == FRAMES
 
 
-def test_two_servers_share_a_directory(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+def test_two_servers_with_one_cache_directory_compress_once(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
+) -> None:
     path = big(store)
     cache_dir = tmp_path / "cache"
     one, other = (start(store=tmp_path / "store", program=gate.program, cache_dir=cache_dir) for _ in range(2))
@@ -476,8 +485,10 @@ def test_two_servers_share_a_directory(start: Start, store: StoreBuilder, tmp_pa
     assert len(cached(one)) == 1
 
 
-def test_a_filler_that_is_killed(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
-    """Its own clients see a broken transfer. All others get everything, of a filler that takes its place."""
+def test_killed_filler_breaks_its_own_downloads_and_another_takes_over(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
+) -> None:
+    """Clients of the killed process see a broken transfer. All others get everything, from another process."""
     path = big(store)
     server = start(store=tmp_path / "store", program=gate.program, workers=2)
     with ExitStack() as stack:
@@ -503,7 +514,9 @@ def test_a_filler_that_is_killed(start: Start, store: StoreBuilder, tmp_path: Pa
     assert len(cached(server)) == 1
 
 
-def test_a_fill_goes_on_without_its_client(start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate) -> None:
+def test_compression_continues_after_its_client_disconnects(
+    start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
+) -> None:
     path = big(store)
     server = start(store=tmp_path / "store", program=gate.program)
     with begun(server, file_url(path)):
@@ -516,7 +529,7 @@ def test_a_fill_goes_on_without_its_client(start: Start, store: StoreBuilder, tm
 
 
 @pytest.mark.parametrize("clients", [0, 2])
-def test_a_fill_does_not_keep_the_server(
+def test_compression_does_not_delay_shutdown(
     start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate, *, clients: int
 ) -> None:
     path = big(store)
@@ -530,7 +543,7 @@ def test_a_fill_does_not_keep_the_server(
     assert cached(server) == []
 
 
-def test_narinfos_stay_fast_while_all_encoders_are_busy(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_narinfos_are_fast_while_all_encoders_are_busy(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     paths = [store.add(store.output_path(f"zeros-{number}"), Sparse(MEBIBYTE << 10)) for number in range(2)]
     small = store.add_text("small", b"small")
     server = start(store=tmp_path / "store", settings="zstd.level = 12")
@@ -550,12 +563,12 @@ def test_narinfos_stay_fast_while_all_encoders_are_busy(start: Start, store: Sto
         for path in paths:
             stack.enter_context(begun(server, file_url(path)))
         busy = median(connection)
-        assert not cached(server)  # they were busy all the time
+        assert not cached(server)  # the encoders were busy all the time
     assert busy < 50 * idle
 
 
-def test_many_cold_downloads_take_bounded_memory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """A few frames for each encoder thread, and a few pieces of 512 KiB for each download: not 20 times 64 MiB."""
+def test_memory_of_many_cold_downloads_is_bounded(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Each encoder thread may hold a few frames, and each download a few pieces of 512 KiB: not 20 times 64 MiB."""
     random = os.urandom(8 * MEBIBYTE)
     paths = [
         store.add(store.output_path(f"path-{number}"), {"a": random, "b": Sparse(56 * MEBIBYTE), "c": b"%d" % number})
@@ -570,14 +583,14 @@ def test_many_cold_downloads_take_bounded_memory(start: Start, store: StoreBuild
     assert peak_bytes(worker) - before < 256 * MEBIBYTE
 
 
-# What goes wrong.
+# Faults.
 
 
 @pytest.mark.parametrize("encoded", [True, False])
-def test_a_corrupt_store_object_is_never_sent_whole(
+def test_nar_of_a_corrupt_store_object_breaks_off(
     start: Start, store: StoreBuilder, tmp_path: Path, *, encoded: bool
 ) -> None:
-    """One byte of it is another than when it was registered. Compressed, it passes through our hands: we look."""
+    """One byte differs from the registered content. Compressed NARs are verified because all bytes pass through us."""
     path = big(store)
     file = Path(os.fsdecode(store.real_path(path.path)), "file")
     file.chmod(0o600)
@@ -593,15 +606,15 @@ def test_a_corrupt_store_object_is_never_sent_whole(
     server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off.*{base32.encode(path.nar_hash)} was registered")
     remedy = rf"ERROR {store.real_dir}/{path.path}: its NAR hash .* was registered; repair it"
     assert sum(bool(re.search(remedy, line)) for line in server.log) == 1
-    assert "\nharmonia_damaged_nars_total 3.0\n" in server.get("/metrics").text  # once while it was to be kept
+    assert "\nharmonia_damaged_nars_total 3.0\n" in server.get("/metrics").text  # once while caching
     assert server.get(file_url(path), {"Range": "bytes=100-"}).status == 404
-    with pytest.raises(BROKEN):  # HTTP/1.0 has been told a length
+    with pytest.raises(BROKEN):  # the head has a Content-Length already
         server.request("GET", file_url(path), version="1.0")
     assert list((server.cache_dir / "nar").iterdir()) == []
     assert "FileHash" not in narinfo(server, path)
 
 
-def test_a_corrupt_store_object_of_one_frame_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_corrupt_store_object_of_one_frame_gets_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add(store.output_path("small"), b"right")
     file = Path(os.fsdecode(store.real_path(path.path)))
     file.chmod(0o600)
@@ -611,7 +624,7 @@ def test_a_corrupt_store_object_of_one_frame_is_404(start: Start, store: StoreBu
     assert list((server.cache_dir / "nar").iterdir()) == []
 
 
-def test_a_truncated_entry_is_made_again(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_truncated_cache_entry_is_compressed_again(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     whole = warm(server, path).body
@@ -623,7 +636,7 @@ def test_a_truncated_entry_is_made_again(start: Start, store: StoreBuilder, tmp_
     assert sum("damaged" in line for line in server.log) == 4
 
 
-def test_a_flipped_byte_is_noticed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_flipped_byte_in_a_cache_entry_is_detected(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store)
     server = start(store=tmp_path / "store")
     whole = warm(server, path).body
@@ -634,14 +647,12 @@ def test_a_flipped_byte_is_noticed(start: Start, store: StoreBuilder, tmp_path: 
         byte = file.read(1)[0]
         file.seek(1000)
         file.write(bytes([byte ^ 1]))
-    server.get(file_url(path))  # which makes the server look at it, while it goes out: the client sees that as well
+    server.get(file_url(path))  # the server verifies while it sends, so this download breaks
     server.wait_for_log("damaged")
     assert server.get(file_url(path)).body == whole
 
 
-def test_an_entry_that_is_cut_short_under_a_download_breaks_it(
-    start: Start, store: StoreBuilder, tmp_path: Path
-) -> None:
+def test_cache_entry_truncated_during_a_download_breaks_it(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store, contents=os.urandom(40 * MEBIBYTE))
     server = start(store=tmp_path / "store")
     warm(server, path)
@@ -650,7 +661,7 @@ def test_an_entry_that_is_cut_short_under_a_download_breaks_it(
         assert rest(download) is None
 
 
-def test_an_entry_may_be_evicted_under_a_slow_download(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_cache_entry_evicted_during_a_download_is_sent_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = big(store, contents=os.urandom(40 * MEBIBYTE))
     server = start(store=tmp_path / "store")
     whole = warm(server, path).body
@@ -659,7 +670,7 @@ def test_an_entry_may_be_evicted_under_a_slow_download(start: Start, store: Stor
         assert download.read() == whole
 
 
-def test_a_growing_entry_may_be_removed_under_its_downloads(
+def test_growing_cache_entry_removed_during_downloads_is_sent_whole(
     start: Start, store: StoreBuilder, tmp_path: Path, gate: Gate
 ) -> None:
     path = big(store)
@@ -672,57 +683,59 @@ def test_a_growing_entry_may_be_removed_under_its_downloads(
     assert unpacked(server.get(file_url(path)).body) == dump(store, path)
 
 
-def complaints(server: Server) -> list[str]:
+def errors(server: Server) -> list[str]:
     return [line for line in server.log if "ERROR" in line]
 
 
-def test_the_directory_may_be_removed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_removed_cache_directory_stops_no_download_and_is_logged_once(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     path, other = big(store), big(store, "other")
     server = start(store=tmp_path / "store")
     warm(server, path)
     (server.cache_dir / "nar").rename(tmp_path / "away")
     for each in (path, other, other):
         assert unpacked(server.get(file_url(each)).body) == dump(store, each)
-    assert len(complaints(server)) == 1
+    assert len(errors(server)) == 1
 
 
-def on_small_disk(directory: Path) -> list[str]:
-    """The program, with its own view of that directory: an empty file system of 4 MiB."""
+def with_small_disk(directory: Path) -> list[str]:
+    """Return the program, started with an empty 4 MiB file system on that directory, which only it sees."""
     directory.mkdir()
     mount = f"mount -t tmpfs -o size=4m tmpfs '{directory}' && exec \"$@\""
     return ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
 
 
-def seen_by(server: Server) -> list[str]:
+def names_in_cache(server: Server) -> list[str]:
     return os.listdir(f"/proc/{server.process.pid}/root{server.cache_dir}/nar")
 
 
 @pytest.mark.root
-def test_a_full_disk(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """It fills up amid a download, which goes on without the cache."""
+def test_full_disk_stops_no_download_and_is_logged_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """The disk becomes full during a download, which continues without the cache."""
     path, little = big(store, contents=os.urandom(MEBIBYTE) * 60), big(store, "little", os.urandom(MEBIBYTE))
     cache_dir = tmp_path / "small"
-    server = start(store=tmp_path / "store", program=on_small_disk(cache_dir), cache_dir=cache_dir)
+    server = start(store=tmp_path / "store", program=with_small_disk(cache_dir), cache_dir=cache_dir)
     server.get(file_url(little))
     wait_until(lambda: "content-length" in server.head(file_url(little)).headers)
     with ThreadPoolExecutor(5) as threads:
         bodies = {answer.body for answer in threads.map(lambda _: server.get(file_url(path)), range(5))}
     (body,) = bodies
     assert unpacked(body) == dump(store, path)
-    assert len(complaints(server)) == 1
-    assert not [name for name in seen_by(server) if name.endswith(".growing")]
+    assert len(errors(server)) == 1
+    assert not [name for name in names_in_cache(server) if name.endswith(".growing")]
     assert unpacked(server.get(file_url(little)).body) == dump(store, little)
 
 
 @pytest.mark.root
-def test_a_disk_that_becomes_read_only(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_read_only_disk_stops_no_download_and_is_logged_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     kept, other = big(store, "kept", os.urandom(MEBIBYTE)), big(store)
     cache_dir = tmp_path / "small"
-    # An index of debug info that is open for writing keeps a disk from becoming read-only.
+    # The index of debug info, open for writing, would keep the file system from becoming read-only.
     server = start(
         store=tmp_path / "store",
         settings="debug_info = false",
-        program=on_small_disk(cache_dir),
+        program=with_small_disk(cache_dir),
         cache_dir=cache_dir,
     )
     server.get(file_url(kept))
@@ -732,5 +745,5 @@ def test_a_disk_that_becomes_read_only(start: Start, store: StoreBuilder, tmp_pa
     for path in (kept, other, kept, other):
         answer = server.get(file_url(path))
         assert unpacked(answer.body) == dump(store, path)
-        assert ("content-length" in answer.headers) == (path is kept)  # what is there can still be read
-    assert len(complaints(server)) == 1
+        assert ("content-length" in answer.headers) == (path is kept)  # cached files can still be read
+    assert len(errors(server)) == 1

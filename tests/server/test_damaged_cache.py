@@ -1,4 +1,4 @@
-"""A file of the cache that changes on the disk after it was checked: its bytes are never sent."""
+"""A cached file that changes on disk after it was verified is never sent."""
 
 import http.client
 import random
@@ -13,7 +13,7 @@ from support.nar_cache import cached_file, flip
 from support.running import Server
 
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
-SIZE = 2 << 20  # bytes, of which none can be compressed
+SIZE = 2 << 20  # bytes, incompressible
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def path(store: StoreBuilder) -> PathInfo:
 
 
 def url_of(server: Server, path: PathInfo) -> str:
-    """Return the URL of the compressed NAR as the narinfo has it."""
+    """Return the URL of the compressed NAR from its narinfo."""
     lines = server.get(f"/{path.path.hash_part}.narinfo").text.splitlines()
     return "/" + dict(line.split(": ", 1) for line in lines)["URL"]
 
 
-def test_a_byte_that_changes_breaks_the_download_and_the_next_one_is_right(server: Server, path: PathInfo) -> None:
+def test_changed_byte_breaks_the_download_and_the_next_download_is_complete(server: Server, path: PathInfo) -> None:
     url = url_of(server, path)
     whole = server.get(url).body
     for position in (SIZE // 2, SIZE - 1):
@@ -51,8 +51,8 @@ def test_a_byte_that_changes_breaks_the_download_and_the_next_one_is_right(serve
     assert "harmonia_cache_corrupt_total 2.0" in server.get("/metrics").text
 
 
-def test_a_byte_that_changes_in_the_first_block_is_503_and_then_mended(server: Server, path: PathInfo) -> None:
-    """Nix tries again after a 503."""
+def test_changed_byte_in_the_first_block_gets_503_and_the_next_request_200(server: Server, path: PathInfo) -> None:
+    """Nix retries after a 503."""
     url = url_of(server, path)
     whole = server.get(url).body
     flip(cached_file(server.cache_dir), 100)
@@ -61,7 +61,7 @@ def test_a_byte_that_changes_in_the_first_block_is_503_and_then_mended(server: S
     assert server.get(url).body == whole
 
 
-def test_a_range_needs_only_the_blocks_that_it_touches(server: Server, path: PathInfo) -> None:
+def test_range_verifies_only_its_own_blocks(server: Server, path: PathInfo) -> None:
     url = url_of(server, path)
     whole = server.get(url).body
     flip(cached_file(server.cache_dir), SIZE // 2)

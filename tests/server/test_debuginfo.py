@@ -35,20 +35,20 @@ def answer_for(info: PathInfo, build_id: str) -> dict[str, str]:
     }
 
 
-def found(server: Server, build_id: str) -> Any:
+def lookup(server: Server, build_id: str) -> Any:
     answer = server.get(f"/debuginfo/{build_id}")
     assert answer.status == 200
     return json.loads(answer.body)
 
 
-def nothing(answer: Answer) -> bool:
+def is_404(answer: Answer) -> bool:
     assert answer.headers["cache-control"] == "no-store"
     return (answer.status, answer.text) == (404, "Not Found\n")
 
 
 @contextmanager
 def index_locked(server: Server) -> Iterator[None]:
-    """As if another process wrote the index."""
+    """Lock the index, as another process does while it writes."""
     wait_until(lambda: list(server.directory.glob("cache/debug-info/*.lock")))
     [lock] = server.directory.glob("cache/debug-info/*.lock")
     with lock.open() as file:
@@ -56,7 +56,7 @@ def index_locked(server: Server) -> Iterator[None]:
         yield
 
 
-def test_what_it_tells(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_build_id_gets_archive_and_member(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     one, two = add(store, "one-debug", ONE, OTHER), add(store, "two-debug", TWO)
     server = start(store=tmp_path / "store")
     for info, build_id in ((one, ONE), (one, OTHER), (two, TWO)):
@@ -97,27 +97,27 @@ def test_what_it_tells(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
         ".debug",
     ],
 )
-def test_what_it_has_not(server: Server, name: str) -> None:
-    assert nothing(server.get(f"/debuginfo/{name}"))
+def test_unknown_or_malformed_build_id_gets_404(server: Server, name: str) -> None:
+    assert is_404(server.get(f"/debuginfo/{name}"))
 
 
-def test_paths_that_come_and_go(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_added_and_deleted_paths_are_noticed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     server = start(store=tmp_path / "store")
     for _ in range(3):
-        assert nothing(server.get(f"/debuginfo/{ONE}"))
+        assert is_404(server.get(f"/debuginfo/{ONE}"))
         one, two = add(store, "one-debug", ONE), add(store, "two-debug", ONE)
-        assert found(server, ONE) in (answer_for(one, ONE), answer_for(two, ONE))
+        assert lookup(server, ONE) in (answer_for(one, ONE), answer_for(two, ONE))
         store.delete(one.path)
-        assert found(server, ONE) == answer_for(two, ONE)
+        assert lookup(server, ONE) == answer_for(two, ONE)
         store.delete(two.path)
-    assert nothing(server.get(f"/debuginfo/{ONE}"))
+    assert is_404(server.get(f"/debuginfo/{ONE}"))
 
 
 @pytest.mark.parametrize(
     ("options", "cache_dir"),
     [({}, "/proc/none"), ({"settings": "enable_compression = false"}, None), ({"workers": 2}, "/proc/none")],
 )
-def test_other_settings(
+def test_build_ids_are_found_without_cache_directory_and_with_several_workers(
     start: Start, store: StoreBuilder, tmp_path: Path, options: dict[str, object], cache_dir: str | None
 ) -> None:
     one = add(store, "one-debug", ONE)
@@ -128,50 +128,50 @@ def test_other_settings(
         server.log.clear()
         server.start()
     for _ in range(10):
-        assert found(server, ONE) == answer_for(one, ONE)
+        assert lookup(server, ONE) == answer_for(one, ONE)
     two = add(store, "two-debug", TWO)
     for _ in range(10):
-        assert found(server, TWO) == answer_for(two, TWO)
+        assert lookup(server, TWO) == answer_for(two, TWO)
     server.stop()
     assert any("keeping it in memory" in line for line in server.log) == bool(cache_dir)
     assert not [line for line in server.log if "Traceback" in line]
 
 
-def test_switched_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_debug_info_false_disables_the_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     add(store, "one-debug", ONE)
     server = start(store=tmp_path / "store", settings="debug_info = false")
-    assert nothing(server.get(f"/debuginfo/{ONE}"))
+    assert is_404(server.get(f"/debuginfo/{ONE}"))
     assert not (server.directory / "cache/debug-info").exists()
 
 
-def test_a_miss_is_no_answer_while_paths_are_looked_at(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """dwarffs would remember for a day that there is none. The server answers others meanwhile."""
+def test_unknown_build_id_gets_503_while_paths_are_indexed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """dwarffs would remember a 404 for a day. The server answers other requests meanwhile."""
     one = add(store, "one-debug", ONE)
     server = start(store=tmp_path / "store", settings="max_query_rate = 0")
-    assert found(server, ONE) == answer_for(one, ONE)
+    assert lookup(server, ONE) == answer_for(one, ONE)
     with ThreadPoolExecutor() as threads, index_locked(server):
         two = add(store, "two-debug", TWO)
         waiting = threads.submit(server.get, f"/debuginfo/{TWO}")
         meanwhile = 0
         while not waiting.done():
-            assert found(server, ONE) == answer_for(one, ONE)
+            assert lookup(server, ONE) == answer_for(one, ONE)
             assert server.get("/version").status == 200
             meanwhile += 1
         answer = waiting.result()
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.headers["cache-control"] == "no-store"
-        assert meanwhile > 2  # each time the last one may have been answered after it
-    assert found(server, TWO) == answer_for(two, TWO)
+        assert meanwhile > 2  # each poll takes a while, so at least three other requests were answered
+    assert lookup(server, TWO) == answer_for(two, TWO)
 
 
-def test_two_workers_share_an_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_two_workers_share_one_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     one = add(store, "one-debug", ONE)
     server = start(store=tmp_path / "store", workers=2)
-    assert found(server, ONE) == answer_for(one, ONE)
+    assert lookup(server, ONE) == answer_for(one, ONE)
     with index_locked(server):
         seen: set[int] = set()
         deadline = time.monotonic() + PATIENCE_S
-        while len(seen) < 2 and time.monotonic() < deadline:  # neither writes, both answer
+        while len(seen) < 2 and time.monotonic() < deadline:  # neither worker can write, both answer
             with server.connect() as connection:
                 connection.sendall(f"GET /debuginfo/{ONE} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
                 assert connection.recv(4096).startswith(b"HTTP/1.1 200")
@@ -182,38 +182,40 @@ def test_two_workers_share_an_index(start: Start, store: StoreBuilder, tmp_path:
 
 
 def _holds(pid: int, port: int) -> bool:
-    """Whether a process has the server's end of the connection from that port."""
+    """Return True if the process has the server's end of the connection from that port."""
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     inodes = {row[9] for row in rows if row[2].endswith(f":{port:04X}")}
     names = open_files(pid)
     return any(f"socket:[{inode}]" in names for inode in inodes)
 
 
-def test_a_server_killed_while_it_looks(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_worker_killed_while_indexing_is_replaced_and_indexing_completes(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     one = add(store, "one-debug", ONE)
     add_rows(store, 20_000)
     two = add(store, "two-debug", TWO)
     server = start(store=tmp_path / "store")
-    assert found(server, ONE) == answer_for(one, ONE)
+    assert lookup(server, ONE) == answer_for(one, ONE)
     workers = server.workers
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: server.workers and server.workers != workers)
 
-    def there() -> bool:
+    def has_two() -> bool:
         try:
             return server.get(f"/debuginfo/{TWO}").status == 200
         except OSError:
             return False
 
-    wait_until(there)
-    assert found(server, TWO) == answer_for(two, TWO)
-    assert found(server, ONE) == answer_for(one, ONE)
+    wait_until(has_two)
+    assert lookup(server, TWO) == answer_for(two, TWO)
+    assert lookup(server, ONE) == answer_for(one, ONE)
 
 
 @needs("gcc", "objcopy")
-def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """From a binary's build id to its debug file, the way dwarffs goes, and by the listing and a range of the NAR."""
+def test_debug_file_of_a_real_binary_is_found_and_fetched(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Start from the build id of a binary, as dwarffs does, and fetch by the whole NAR, and by listing and range."""
     (tmp_path / "main.c").write_text("int main(void) { return 0; }\n")
     program, debug = str(tmp_path / "program"), tmp_path / "program.debug"
     subprocess.run(["gcc", "-g", "-Wl,--build-id", "-o", program, str(tmp_path / "main.c")], check=True)
@@ -227,12 +229,12 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     content = (directory / f"{build_id[2:]}.debug").read_bytes()
 
     server = start(store=tmp_path / "store")
-    told = found(server, build_id)
-    archive = urljoin(f"/debuginfo/{build_id}", told["archive"])
+    response = lookup(server, build_id)
+    archive = urljoin(f"/debuginfo/{build_id}", response["archive"])
     nar = server.get(archive).body
 
     parts = iter(nar_parser.parse([nar]))
-    entry = next(part for part in parts if isinstance(part, Entry) and part.path == f"/{told['member']}".encode())
+    entry = next(part for part in parts if isinstance(part, Entry) and part.path == f"/{response['member']}".encode())
     member = b""
     while len(member) < entry.size:
         piece = next(parts)
@@ -241,7 +243,7 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     assert member == content
 
     node = json.loads(server.get(f"/{info.path.hash_part}.ls").body)["root"]
-    for name in told["member"].split("/"):
+    for name in response["member"].split("/"):
         node = node["entries"][name]
     start_at, size = node["narOffset"], node["size"]
     part = server.get(archive, {"Range": f"bytes={start_at}-{start_at + size - 1}"})
@@ -249,13 +251,13 @@ def test_a_real_binary(start: Start, store: StoreBuilder, tmp_path: Path) -> Non
     assert member[:4] == b"\x7fELF"
 
 
-def test_downloads_do_not_wait_for_the_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_downloads_do_not_wait_for_a_locked_index(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     info = add(store, "debug", ONE)
     server = start(store=tmp_path / "store")
     assert server.get(f"/debuginfo/{ONE}").status == 200
     (path,) = server.cache_dir.rglob("*.sqlite")
     with ThreadPoolExecutor(21) as clients, closing(sqlite3.connect(path, isolation_level=None)) as index:
-        index.execute("begin exclusive")  # another worker commits, and the disk is slow
+        index.execute("begin exclusive")  # as while another worker commits to a slow disk
         waiting = [clients.submit(server.get, f"/debuginfo/{ONE}") for _ in range(20)]
         time.sleep(0.3)
         assert server.get(nar_url(info)).status == 200

@@ -1,4 +1,4 @@
-"""What befalls the store while it is read: what is there is not denied, and no part of a body passes for a whole."""
+"""Faults of the store while it is read: existing paths never get a 404, and no partial body looks complete."""
 
 import errno
 import http.client
@@ -22,19 +22,21 @@ from support.unscathed import unscathed
 Start = Callable[..., Server]
 
 SIZE = 64 << 20
-"""More than any buffer holds."""
+"""More than any buffer can hold."""
 
 
 @contextmanager
 def begun(server: Server, path: str) -> Iterator[socket.socket]:
-    """An answer that has begun, while most of its body waits for the client to read."""
+    """Start a response, and yield its connection while most of the body still waits for the client to read."""
     with server.connect(receive_buffer=4096) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
         assert connection.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 200"
         yield connection
 
 
-def test_a_locked_database_is_503_for_all_that_depends_on_it(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_locked_database_gets_503_for_everything_that_needs_it(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     derivation, output = store.add_derivation("app", "/bin/sh")
     app = store.add(output, {"app": b"app"}, deriver=derivation.path)
     store.add_log(derivation.path, b"built")
@@ -58,7 +60,7 @@ def test_a_locked_database_is_503_for_all_that_depends_on_it(start: Start, store
 
 
 @pytest.mark.parametrize("kept", ["finished", "growing"])
-def test_a_log_that_is_removed_while_it_is_sent_comes_whole(
+def test_log_removed_while_it_is_sent_arrives_whole(
     start: Start, store: StoreBuilder, tmp_path: Path, kept: str
 ) -> None:
     derivation = store.output_path("removed.drv")
@@ -73,21 +75,21 @@ def test_a_log_that_is_removed_while_it_is_sent_comes_whole(
     assert server.get(f"/log/{derivation}").status == 404
 
 
-def test_a_file_whose_path_is_collected_while_it_is_sent_comes_whole(
+def test_file_garbage_collected_while_it_is_sent_arrives_whole(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     info = store.add(store.output_path("collected"), {"big": Sparse(SIZE)})
     server = start(store=tmp_path / "store")
-    where = f"/serve/{info.path.hash_part}/big"
-    with begun(server, where) as connection:
+    url = f"/serve/{info.path.hash_part}/big"
+    with begun(server, url) as connection:
         store.delete(info.path)
         assert read_answer(connection).body == bytes(SIZE)
-    assert server.get(where).status == 404
+    assert server.get(url).status == 404
     assert not [line for line in server.log if "Traceback" in line]
 
 
-LESS = 16 << 20
-"""Still more than buffers of a slow client hold."""
+SMALLER_SIZE = 16 << 20
+"""Still more than the buffers of a slow client hold."""
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 
@@ -100,25 +102,25 @@ def shorten(directory: Path) -> None:
 
 
 def lengthen(directory: Path) -> None:
-    os.truncate(directory / "a", LESS + 1)
+    os.truncate(directory / "a", SMALLER_SIZE + 1)
 
 
-def lead_away(directory: Path) -> None:
+def replace_by_outside_symlink(directory: Path) -> None:
     (directory / "b").unlink()
     (directory / "b").symlink_to("/etc/passwd")
 
 
-def stop_up(directory: Path) -> None:
+def replace_by_fifo(directory: Path) -> None:
     (directory / "b").unlink()
     os.mkfifo(directory / "b")
 
 
-@pytest.mark.parametrize("damage", [remove, shorten, lengthen, lead_away, stop_up])
-def test_what_becomes_of_a_file_under_a_download_breaks_it(
+@pytest.mark.parametrize("damage", [remove, shorten, lengthen, replace_by_outside_symlink, replace_by_fifo])
+def test_file_damaged_during_a_download_breaks_it(
     start: Start, store: StoreBuilder, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     other = store.add_text("other", b"other")
-    info = store.add(store.output_path("damaged"), {"a": Sparse(LESS), "b": b"end"})
+    info = store.add(store.output_path("damaged"), {"a": Sparse(SMALLER_SIZE), "b": b"end"})
     directory = Path(os.fsdecode(store.real_path(info.path)))
     server = start(store=tmp_path / "store")
     directory.chmod(0o755)
@@ -130,27 +132,27 @@ def test_what_becomes_of_a_file_under_a_download_breaks_it(
                 read_answer(connection)
         server.wait_for_log(f"ERROR {nar_url(info)} breaks off")
         assert server.get(nar_url(other)).status == 200
-        os.truncate(directory / "a", LESS)
+        os.truncate(directory / "a", SMALLER_SIZE)
         (directory / "b").unlink(missing_ok=True)
         (directory / "b").write_bytes(b"end")
         os.chmod(directory / "b", 0o444)
 
 
 @pytest.mark.root
-def test_a_disk_that_cannot_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """A file system with a checksum that is wrong, of which the kernel itself says EIO."""
+def test_unreadable_disk_gets_404_or_breaks_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """A squashfs with a wrong checksum makes the kernel report EIO."""
     require("mksquashfs")
     chance = random.Random(1)
     marks = [chance.randbytes(64 << 10) for _ in range(2)]
     early = store.add(store.output_path("early"), {"a": marks[0] + bytes(64 << 10)})
-    late = store.add(store.output_path("late"), {"a": Sparse(LESS), "b": marks[1] + bytes(1 << 20)})
+    late = store.add(store.output_path("late"), {"a": Sparse(SMALLER_SIZE), "b": marks[1] + bytes(1 << 20)})
     whole = store.add(store.output_path("whole"), {"a": b"whole"})
     image = tmp_path / "image"
     subprocess.run(["mksquashfs", store.real_dir, image, "-quiet", "-no-progress"], check=True)
     content = bytearray(image.read_bytes())
     for mark in marks:
-        where = content.index(mark[1000:1064])
-        content[where] ^= 1
+        position = content.index(mark[1000:1064])
+        content[position] ^= 1
     image.write_bytes(content)
     mount = f"mount -t squashfs -o loop,ro '{image}' '{store.real_dir}' && exec \"$@\""
     server = start(store=tmp_path / "store", program=["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA])
@@ -173,7 +175,7 @@ def away(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def cut_short(path: Path) -> Iterator[None]:
+def truncated(path: Path) -> Iterator[None]:
     content = path.read_bytes()
     os.truncate(path, 100)
     yield
@@ -188,8 +190,8 @@ def replaced(path: Path) -> Iterator[None]:
         path.unlink()
 
 
-@pytest.mark.parametrize("fault", [away, cut_short, replaced])
-def test_a_database_that_is_gone_and_comes_back(
+@pytest.mark.parametrize("fault", [away, truncated, replaced])
+def test_missing_or_damaged_database_gets_503_until_restored(
     start: Start, store: StoreBuilder, tmp_path: Path, fault: Callable[[Path], AbstractContextManager[None]]
 ) -> None:
     info = store.add(store.output_path("app"), {"app": b"app"})

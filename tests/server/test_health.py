@@ -1,4 +1,4 @@
-"""Promises to load balancers: `/health` is 200 only where paths can really be served just now."""
+"""`/health` for load balancers: 200 only while store paths can be served."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,9 @@ from support.running import Server
 Start = Callable[..., Server]
 
 
-def test_it_is_healthy_while_database_and_store_can_be_read(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_health_is_503_while_database_or_store_cannot_be_read(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     server = start(store=tmp_path / "store")
     answer = server.get("/health")
     assert (answer.status, answer.body, answer.headers["cache-control"]) == (200, b"OK\n", "no-store")
@@ -25,6 +27,6 @@ def test_it_is_healthy_while_database_and_store_can_be_read(start: Start, store:
         assert server.get("/health").status == 200
 
 
-def test_the_version_is_one_line(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_version_is_one_line(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     store.add_source("path", b"")
     assert start(store=tmp_path / "store").get("/version").text == f"harmonia {__version__}\n"

@@ -1,4 +1,4 @@
-"""What is true of every resource, whatever it is: methods, HEAD, errors, framing."""
+"""Rules for every resource: methods, HEAD, errors, framing."""
 
 import ssl
 
@@ -27,7 +27,7 @@ from support.shared_store import info, url
     ]
 )
 def resource(request: pytest.FixtureRequest, server: Server, shared_store: StoreBuilder) -> str:
-    """The path of each resource, and of some that are not there."""
+    """Return the path of each resource, and of some that do not exist."""
     hash_part = info(shared_store, "tree").path.hash_part
     match request.param:
         case "narinfo":
@@ -45,7 +45,7 @@ def resource(request: pytest.FixtureRequest, server: Server, shared_store: Store
     return str(request.param)
 
 
-def test_head_is_get_without_a_body(server: Server, resource: str) -> None:
+def test_head_equals_get_without_a_body(server: Server, resource: str) -> None:
     get, head = server.get(resource), server.head(resource)
     assert head.status == get.status
     assert head.headers == get.headers
@@ -53,7 +53,7 @@ def test_head_is_get_without_a_body(server: Server, resource: str) -> None:
     assert get.headers["content-length"] == str(len(get.body))
 
 
-def test_after_head_the_connection_goes_on(server: Server, resource: str) -> None:
+def test_connection_is_reusable_after_head(server: Server, resource: str) -> None:
     with server.connect() as connection:
         connection.sendall(f"HEAD {resource} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         read_answer(connection, "HEAD")
@@ -62,7 +62,7 @@ def test_after_head_the_connection_goes_on(server: Server, resource: str) -> Non
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
-def test_other_methods(server: Server, resource: str, method: str) -> None:
+def test_other_methods_get_405(server: Server, resource: str, method: str) -> None:
     answer = server.request(method, resource)
     if server.get(resource).status == 404 and not resource.startswith("/nar/"):
         assert answer.status in (404, 405)
@@ -76,7 +76,7 @@ def test_other_methods(server: Server, resource: str, method: str) -> None:
     "path",
     ["/none", "/nar", "/nar/", "/nar//x", "/nix-cache-info/", "/%00", "/..%2f..%2fetc%2fpasswd", "/%80"],
 )
-def test_unknown_paths(server: Server, path: str) -> None:
+def test_unknown_path_gets_404(server: Server, path: str) -> None:
     answer = server.get(path)
     assert (answer.status, answer.body) == (404, b"Not Found\n")
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -96,7 +96,7 @@ def test_unknown_paths(server: Server, path: str) -> None:
         (b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
     ],
 )
-def test_nonsense_is_the_clients_fault(server: Server, sent: bytes, status: int) -> None:
+def test_malformed_request_gets_4xx_or_505(server: Server, sent: bytes, status: int) -> None:
     with server.connect() as connection:
         connection.sendall(sent)
         answer = read_answer(connection)
@@ -105,7 +105,7 @@ def test_nonsense_is_the_clients_fault(server: Server, sent: bytes, status: int)
     assert len(answer.body) < 100
 
 
-def test_tls_is_told_at_once_that_it_is_not_spoken(server: Server) -> None:
+def test_tls_handshake_on_a_plain_port_fails_at_once(server: Server) -> None:
     context = ssl.create_default_context()
     with server.connect() as connection, pytest.raises(ssl.SSLError, match="WRONG_VERSION_NUMBER"):
         context.wrap_socket(connection, server_hostname="cache")
@@ -123,7 +123,7 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     assert received.index(b"harmonia ") < received.index(b"OK\n")
 
 
-def test_cache_info(server: Server) -> None:
+def test_nix_cache_info(server: Server) -> None:
     answer = server.get("/nix-cache-info")
     assert answer.headers["content-type"] == "text/x-nix-cache-info"
     assert answer.text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"

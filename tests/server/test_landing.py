@@ -1,4 +1,4 @@
-"""`/`, `/search` and `/path/<hash>`: pages for people, of which nothing is anybody's markup but ours."""
+"""`/`, `/search` and `/path/<hash>`: HTML pages in which foreign text never becomes markup."""
 
 import base64
 import html
@@ -34,7 +34,7 @@ def links(answer: Answer) -> list[str]:
 
 
 def with_host(server: Server, host: str, *headers: str, path: str = "/") -> Answer:
-    """What is answered to another Host than `Server.get` sends."""
+    """Return the response to a request with another Host than `Server.get` sends."""
     with server.connect() as connection:
         lines = [f"GET {path} HTTP/1.1", f"Host: {host}", "Connection: close", *headers, "", ""]
         connection.sendall("\r\n".join(lines).encode("latin-1"))
@@ -80,7 +80,7 @@ def server(made: Made, keys: list[SecretKey], tmp_path_factory: pytest.TempPathF
 
 
 class TestLanding:
-    def test_what_to_copy(self, server: Server, keys: list[SecretKey]) -> None:
+    def test_snippets_have_url_and_keys(self, server: Server, keys: list[SecretKey]) -> None:
         url, one, two, nix_conf, nixos, flake, once = snippets(with_host(server, "cache.example.org:5000"))
         public = [str(key.public_key) for key in keys]
         assert url == "http://cache.example.org:5000"
@@ -99,13 +99,13 @@ class TestLanding:
         )
         assert subprocess.run(["sh", "-n", "-c", once], check=False).returncode == 0
 
-    def test_without_a_key(self, start: Start, made: Made) -> None:
+    def test_server_without_a_key_shows_no_key(self, start: Start, made: Made) -> None:
         answer = start(store=made.root).get("/")
         assert "trusted-public-keys" not in answer.text
         assert "This cache does not sign" in answer.text
         assert "search" not in answer.text
 
-    def test_headers(self, server: Server) -> None:
+    def test_headers_of_the_landing_page(self, server: Server) -> None:
         answer = server.get("/")
         assert answer.headers["content-type"] == "text/html; charset=utf-8"
         assert answer.headers["cache-control"] == "no-cache"
@@ -116,14 +116,14 @@ class TestLanding:
         assert "http" not in policy
         assert server.get("/", {"If-None-Match": answer.headers["etag"]}).status == 304
 
-    def test_no_third_party_and_no_absolute_link_of_our_own(self, server: Server) -> None:
+    def test_page_has_no_third_party_and_no_absolute_links(self, server: Server) -> None:
         page = server.get("/").text
         assert not re.search(r'\b(src|action)="?(https?:|/)', page)
         assert {link for link in re.findall(r'href="?([^" >]*)', page) if link.startswith(("http", "/"))} == {
             "https://nixos.org/",
         }
 
-    def test_off(self, start: Start, made: Made) -> None:
+    def test_landing_false_disables_the_page(self, start: Start, made: Made) -> None:
         server = start(store=made.root, settings="landing = false")
         assert server.get("/").status == 404
         assert server.get("/nix-cache-info").status == 200
@@ -132,48 +132,48 @@ class TestLanding:
 
 class TestUrl:
     @pytest.mark.parametrize("host", ["cache.example.org", "cache:5000", "[::1]:5000", "a_b-c.example"])
-    def test_it_is_the_hosts(self, server: Server, host: str) -> None:
+    def test_url_uses_the_host_header(self, server: Server, host: str) -> None:
         assert snippets(with_host(server, host))[0] == f"http://{host}"
 
     @pytest.mark.parametrize("host", ["", "$(reboot)", "x;y", "x:"])
-    def test_what_is_no_url_is_not_repeated(self, server: Server, host: str) -> None:
+    def test_host_that_makes_no_valid_url_is_not_repeated(self, server: Server, host: str) -> None:
         answer = with_host(server, host)
         assert answer.status == 200
         assert snippets(answer)[0] == server.url
 
     @pytest.mark.parametrize("host", [EVIL, "a b", "x/../y", "u@x", '"', "${x}", "\xe9", "x:999999"])
-    def test_what_is_no_host_is_refused(self, server: Server, host: str) -> None:
+    def test_invalid_host_gets_400(self, server: Server, host: str) -> None:
         answer = with_host(server, host)
         assert (answer.status, answer.text) == (400, "Bad Request\n")
 
-    def test_forwarded_by_nobody_we_know(self, server: Server) -> None:
+    def test_forwarded_headers_of_an_untrusted_client_are_ignored(self, server: Server) -> None:
         headers = ("X-Forwarded-Host: evil.example", "X-Forwarded-Proto: https", "X-Forwarded-Prefix: /evil")
         assert snippets(with_host(server, "cache", *headers))[0] == "http://cache"
 
-    def test_forwarded_by_a_trusted_proxy(self, start: Start, made: Made) -> None:
+    def test_forwarded_headers_of_a_trusted_proxy_are_used(self, start: Start, made: Made) -> None:
         server = start(store=made.root, settings="trusted_proxies = ['127.0.0.1']")
 
-        def told(*headers: str) -> str:
+        def shown_url(*headers: str) -> str:
             answer = with_host(server, "inner", *headers)
             assert "alert(1)" not in answer.text
             return snippets(answer)[0]
 
-        assert told() == "http://inner"
-        assert told("X-Forwarded-Proto: https") == "https://inner"
-        assert told("X-Forwarded-Proto: https", "X-Forwarded-Host: cache.example") == "https://cache.example"
-        assert told("X-Forwarded-Host: evil.example, cache.example") == "http://cache.example"
-        assert told("X-Forwarded-Host: evil.example", "X-Forwarded-Host: cache.example") == "http://cache.example"
-        assert told("X-Forwarded-Host: cache.example", "X-Forwarded-Prefix: /nix/") == "http://cache.example/nix"
+        assert shown_url() == "http://inner"
+        assert shown_url("X-Forwarded-Proto: https") == "https://inner"
+        assert shown_url("X-Forwarded-Proto: https", "X-Forwarded-Host: cache.example") == "https://cache.example"
+        assert shown_url("X-Forwarded-Host: evil.example, cache.example") == "http://cache.example"
+        assert shown_url("X-Forwarded-Host: evil.example", "X-Forwarded-Host: cache.example") == "http://cache.example"
+        assert shown_url("X-Forwarded-Host: cache.example", "X-Forwarded-Prefix: /nix/") == "http://cache.example/nix"
         for header in ("Host", "Proto", "Prefix"):
-            assert told(f"X-Forwarded-{header}: {EVIL}") == "http://inner"
-        assert told("X-Forwarded-Proto: javascript") == "http://inner"
+            assert shown_url(f"X-Forwarded-{header}: {EVIL}") == "http://inner"
+        assert shown_url("X-Forwarded-Proto: javascript") == "http://inner"
 
-    def test_on_a_unix_socket(self, start: Start, made: Made, tmp_path: Path) -> None:
+    def test_url_on_a_unix_socket(self, start: Start, made: Made, tmp_path: Path) -> None:
         server = start(store=made.root, bind=f"unix:{tmp_path}/s", settings="trusted_proxies = ['unix']")
         assert snippets(with_host(server, ""))[0] == "http://localhost"
         assert snippets(with_host(server, "x", "X-Forwarded-Proto: https"))[0] == "https://x"
 
-    def test_as_it_is_set(self, start: Start, made: Made) -> None:
+    def test_base_url_takes_precedence(self, start: Start, made: Made) -> None:
         settings = "base_url = 'https://example.org/nix/'\nbrowse = true\ntrusted_proxies = ['127.0.0.1']"
         server = start(store=made.root, settings=settings)
         answer = with_host(server, "inner", "X-Forwarded-Host: other.example")
@@ -191,35 +191,35 @@ class TestSearch:
         return re.findall(r'<a href="?path/(\w+)', answer.text)
 
     @pytest.mark.parametrize("text", ["app", "APP", "pp-2", "app 2.0", "  app   2 "])
-    def test_by_name(self, server: Server, made: Made, text: str) -> None:
+    def test_search_matches_parts_of_the_name(self, server: Server, made: Made, text: str) -> None:
         assert self.found(server, text) == [made.app.path.hash_part, made.derivation.path.hash_part]
 
-    def test_by_the_beginning_of_the_hash(self, server: Server, made: Made) -> None:
+    def test_search_matches_the_beginning_of_the_hash(self, server: Server, made: Made) -> None:
         assert made.lib.path.hash_part in self.found(server, made.lib.path.hash_part[:8])
 
     @pytest.mark.parametrize("form", ["{hash}", "{base}", "/nix/store/{base}", " /nix/store/{base}/x ", "{hash}-x"])
-    def test_a_whole_hash_leads_to_its_page(self, server: Server, made: Made, form: str) -> None:
+    def test_whole_hash_redirects_to_its_page(self, server: Server, made: Made, form: str) -> None:
         text = form.format(hash=made.app.path.hash_part, base=made.app.path)
         answer = server.get(f"/search?q={quote(text)}")
         assert (answer.status, answer.headers["location"]) == (303, f"path/{made.app.path.hash_part}")
 
     @pytest.mark.parametrize("text", ["", "  ", "nothing-like-it", "%", "a%p", "_pp", "\\", "'; drop", "0" * 32])
-    def test_nothing(self, server: Server, text: str) -> None:
+    def test_query_without_matches_finds_nothing(self, server: Server, text: str) -> None:
         assert self.found(server, text) == []
 
-    def test_what_was_asked_is_repeated_as_it_was(self, server: Server) -> None:
+    def test_query_is_shown_unchanged(self, server: Server) -> None:
         assert "1 path for “Odd+NAME”" in server.get(f"/search?q={quote('Odd+NAME')}").text
 
-    def test_wildcards_are_letters(self, server: Server, made: Made) -> None:
+    def test_wildcards_match_literally(self, server: Server, made: Made) -> None:
         assert self.found(server, "a_b") == [made.named.path.hash_part]
         assert self.found(server, "name?=a") == [made.named.path.hash_part]
 
-    def test_it_is_bounded(self, server: Server) -> None:
+    def test_results_are_limited_to_200(self, server: Server) -> None:
         assert len(self.found(server, "many")) == 200
         assert "The first 200 of 250 paths for “many”" in server.get("/search?q=many").text
         assert server.get("/search?q=" + "x" * 5_000).status == 200
 
-    def test_what_was_asked_is_no_markup(self, server: Server) -> None:
+    def test_query_never_becomes_markup(self, server: Server) -> None:
         for text in (EVIL, "</title><script>alert(1)</script>", "\u202e\x00\x1b"):
             page = server.get(f"/search?q={quote(text)}").text
             style = page.index("<style>"), page.index("</style>")
@@ -227,11 +227,11 @@ class TestSearch:
             assert not {"script", "img"} & set(tags)
             assert html.unescape(page).count(text.split()[0]) >= 2
 
-    def test_odd_queries(self, server: Server) -> None:
+    def test_malformed_queries_get_200(self, server: Server) -> None:
         for query in ("", "?", "?q", "?q=%ff%fe", "?q=a&q=b", "?q[]=x", "?x=1", "?q=%"):
             assert server.get(f"/search{query}").status == 200
 
-    def test_the_best_come_first(self, tmp_path: Path) -> None:
+    def test_best_matches_come_first(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         names = ["vim", "vim.drv", "vim-9.1", "vim-plugin-x", "neovim"]
         for name in reversed(names):
@@ -243,7 +243,9 @@ class TestSearch:
         assert [path.name for path in queries.search(store, "vim", 2).shown] == ["vim", "vim-9.1"]
         store.database.close()
 
-    def test_it_looks_at_many_paths_and_stops_in_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_search_stops_at_its_time_limit_and_uses_the_index(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         builder = StoreBuilder(tmp_path)
         with builder.connect() as connection:
             connection.executemany(
@@ -264,7 +266,7 @@ class TestSearch:
         assert "COVERING INDEX" in plan
         store.database.close()
 
-    def test_a_slow_search_keeps_no_narinfo_waiting(self, start: Start, made: Made) -> None:
+    def test_slow_search_delays_no_narinfo(self, start: Start, made: Made) -> None:
         slow = "import time\nfrom harmonia.store import queries\nqueries.search = lambda *_: time.sleep(30)"
         server = start(store=made.root, settings="browse = true", program=patched(slow))
         with server.connect() as connection:
@@ -281,7 +283,9 @@ class TestPath:
         assert answer.status == 200
         return answer
 
-    def test_what_it_tells(self, server: Server, made: Made, keys: list[SecretKey]) -> None:
+    def test_page_shows_size_closure_signatures_and_links(
+        self, server: Server, made: Made, keys: list[SecretKey]
+    ) -> None:
         page = self.page(server, made.app)
         full, command = snippets(page)
         assert full == f"/nix/store/{made.app.path}"
@@ -298,14 +302,14 @@ class TestPath:
         ):  # fmt: skip
             assert link in links(page)
 
-    def test_every_link_of_it_that_is_here_works(self, server: Server, made: Made) -> None:
+    def test_internal_links_work(self, server: Server, made: Made) -> None:
         for path in (made.app, made.derivation, made.lib):
             for link in links(self.page(server, path)):
                 if not link.startswith("http"):
                     where = link.removeprefix("..") if link.startswith("../") else f"/path/{link.removeprefix('./')}"
                     assert server.head(where).status in (200, 301), link
 
-    def test_its_signatures_are_those_of_its_narinfo(self, server: Server, made: Made) -> None:
+    def test_signatures_equal_those_of_the_narinfo(self, server: Server, made: Made) -> None:
         for path in (made.app, made.lib, made.orphan):
             text = server.get(f"/{path.path.hash_part}.narinfo").text
             sigs = re.findall(r"^Sig: (.*)$", text, re.MULTILINE)
@@ -313,7 +317,7 @@ class TestPath:
             shown = self.page(server, path).text.partition("Signatures")[2]
             assert [html.unescape(sig) for sig in re.findall(r"<code>([^<]+)</code>", shown)][: len(sigs)] == sigs
 
-    def test_a_log_that_is_not_here_has_no_link(self, start: Start, tmp_path: Path) -> None:
+    def test_missing_log_has_no_link(self, start: Start, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path / "store")
         derivation, output = builder.add_derivation("app", "/bin/sh")
         app = builder.add(output, b"app", deriver=derivation.path)
@@ -324,21 +328,23 @@ class TestPath:
         for path in (app, derivation):
             assert f"../log/{derivation.path}" in links(self.page(server, path))
 
-    def test_referrers_are_bounded_and_without_itself(self, server: Server, made: Made) -> None:
+    def test_referrers_are_limited_and_exclude_the_path_itself(self, server: Server, made: Made) -> None:
         page = self.page(server, made.lib)
         assert "200 of 251" in page.text
         referrers = self.page(server, made.app).text.partition("Referrers")[2]
         assert made.top.path.hash_part in referrers
         assert made.app.path.hash_part not in referrers
 
-    def test_what_others_wrote_is_no_markup(self, server: Server, made: Made) -> None:
+    def test_foreign_text_never_becomes_markup(self, server: Server, made: Made) -> None:
         page = self.page(server, made.orphan).text
         assert "<script>alert" not in page
         assert "<img" not in page
         assert "(not in this cache)" in page
         assert EVIL_KEY in html.unescape(page)
 
-    def test_of_others_a_row_of_no_use_is_no_matter(self, start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    def test_unusable_row_of_the_deriver_does_not_matter(
+        self, start: Start, store: StoreBuilder, tmp_path: Path
+    ) -> None:
         deriver = store.add_text("damaged.drv", b"")
         path = store.add(store.output_path("path"), b"", deriver=deriver.path)
         with store.connect() as database:
@@ -347,7 +353,7 @@ class TestPath:
         assert "(not in this cache)" in self.page(server, path).text
         assert server.get(f"/search?q={deriver.path.hash_part}").status == 200
 
-    def test_a_closure_too_large_to_count(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_closure_too_large_to_count_is_marked_incomplete(self, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
         store = Store("/nix/store", made.store.real_dir, made.store.db_path)
         assert queries.closure_size(store, made.top.path) == (
             3, made.top.nar_size + made.app.nar_size + made.lib.nar_size, True
@@ -356,7 +362,7 @@ class TestPath:
         assert queries.closure_size(store, made.top.path).complete is False
         store.database.close()
 
-    def test_a_size_that_is_not_known_is_not_taken_for_none(self, tmp_path: Path) -> None:
+    def test_unknown_nar_size_is_marked_incomplete(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
         old = builder.add(builder.output_path("old"), b"", known_size=False)
         new = builder.add_source("new", b"", [old.path])
@@ -365,11 +371,11 @@ class TestPath:
         store.database.close()
 
     @pytest.mark.parametrize("hash_part", ["0" * 32, "e" * 32, "x"])
-    def test_unknown(self, server: Server, hash_part: str) -> None:
+    def test_unknown_hash_part_gets_404(self, server: Server, hash_part: str) -> None:
         assert server.get(f"/path/{hash_part}").status == 404
 
 
-def test_without_browse_nothing_can_be_found_out(start: Start, made: Made) -> None:
+def test_without_browse_search_and_path_pages_get_404(start: Start, made: Made) -> None:
     server = start(store=made.root)
     assert server.get("/search?q=app").status == 404
     assert server.get(f"/search?q={made.app.path.hash_part}").status == 404

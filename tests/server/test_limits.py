@@ -1,4 +1,4 @@
-"""Promises of the limits that are settings: each holds, and who keeps to it notices nothing."""
+"""Configurable limits: each is enforced, and clients below it are not affected."""
 
 import select
 import socket
@@ -20,18 +20,20 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 @pytest.mark.parametrize(
     ("settings", "limit"), [("", 8192), ("max_header_size = 1024", 1024), ("max_header_size = 16384", 16384)]
 )
-def test_the_size_of_a_head(start: Start, sample: Sample, settings: str, limit: int) -> None:
+def test_head_larger_than_max_header_size_gets_431_or_414(
+    start: Start, sample: Sample, settings: str, limit: int
+) -> None:
     server = start(store=sample.root, settings=settings)
     assert server.get("/version", {"X": "x" * (limit - 100)}).status == 200
     assert server.get("/version", {"X": "x" * limit}).status == 431
     assert server.get(f"/version?{'x' * limit}").status == 414
 
 
-def test_the_time_for_a_head(start: Start, sample: Sample) -> None:
+def test_header_timeout_covers_the_whole_head(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 1")
     began, sent = time.monotonic(), 0
     with server.connect() as dripped:
-        # Each byte on its own does not begin the time anew.
+        # A further byte does not restart the timeout.
         dripped.settimeout(0.2)
         answer = b""
         for byte in b"GET /version HTTP/1.1\r\n" + b"X: y\r\n" * 100:
@@ -45,11 +47,11 @@ def test_the_time_for_a_head(start: Start, sample: Sample) -> None:
             except OSError:
                 break
     assert time.monotonic() - began > 0.9
-    assert sent < 25  # bytes at 0.2 s each: 5 s if nothing else took time
+    assert sent < 25  # bytes, one each 0.2 s: 5 s without other delays
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408 ")
 
 
-def test_the_time_between_two_requests(start: Start, sample: Sample) -> None:
+def test_keep_alive_timeout_closes_an_idle_connection(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="keep_alive_timeout = 1")
     with server.connect() as connection:
         for _ in range(2):
@@ -58,7 +60,7 @@ def test_the_time_between_two_requests(start: Start, sample: Sample) -> None:
             time.sleep(0.3)
         began = time.monotonic()
         assert connection.recv(1) == b""
-        assert time.monotonic() - began < 60  # by default it would be 120
+        assert time.monotonic() - began < 60  # the default is 120
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def limited(start: Start, sample: Sample) -> Callable[[str, str], Answer]:
     return lambda path, client: server.get(path, {"X-Forwarded-For": client})
 
 
-def test_the_rate_of_what_is_expensive(limited: Callable[[str, str], Answer], sample: Sample) -> None:
+def test_max_query_rate_limits_expensive_requests(limited: Callable[[str, str], Answer], sample: Sample) -> None:
     paths = ["/search?q=a", f"/path/{sample.small.path.hash_part}", "/debuginfo/0123456789", "/search", "/search"]
     assert [limited(path, "10.0.0.1").status for path in paths] == [200, 200, 404, 200, 200]
     for path in paths:
@@ -78,7 +80,7 @@ def test_the_rate_of_what_is_expensive(limited: Callable[[str, str], Answer], sa
     assert limited("/search", "10.0.0.2").status == 200
 
 
-def test_what_nix_asks_for_has_no_rate(limited: Callable[[str, str], Answer], sample: Sample) -> None:
+def test_max_query_rate_does_not_limit_requests_of_nix(limited: Callable[[str, str], Answer], sample: Sample) -> None:
     hash_part = sample.small.path.hash_part
     paths = [
         f"/{hash_part}.narinfo",
@@ -91,12 +93,12 @@ def test_what_nix_asks_for_has_no_rate(limited: Callable[[str, str], Answer], sa
         assert {limited(path, "10.0.0.1").status for _ in range(8)} == {200}
 
 
-def test_no_rate_is_no_rate(start: Start, sample: Sample) -> None:
+def test_max_query_rate_0_disables_the_limit(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="browse = true\nmax_query_rate = 0")
     assert {server.get("/search").status for _ in range(20)} == {200}
 
 
-def test_a_slow_head_keeps_nobody_else_waiting(start: Start, sample: Sample) -> None:
+def test_slow_heads_delay_no_other_client(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 5")
     slow: list[socket.socket] = []
     try:
@@ -106,7 +108,7 @@ def test_a_slow_head_keeps_nobody_else_waiting(start: Start, sample: Sample) -> 
             each.sendall(b"GET /version HTTP/1.1\r\nX: ")
             slow.append(each)
         assert server.get("/version").status == 200
-        assert select.select(slow, [], [], 0)[0] != slow  # it did not wait for their end
+        assert select.select(slow, [], [], 0)[0] != slow  # the answer came before the slow heads timed out
         for each in slow:
             each.settimeout(PATIENCE_S)
             assert each.recv(4096)[:12] in (b"", b"HTTP/1.1 408")

@@ -1,4 +1,4 @@
-"""`/log/…`: the whole log, whatever form it was kept in, and whether there will be more of it."""
+"""`/log/…`: the whole build log in any stored form, marked immutable once it is complete."""
 
 import bz2
 import http.client
@@ -24,7 +24,7 @@ IMMUTABLE = "public, max-age=31536000, immutable"
 
 
 def bytes_read(server: Server) -> int:
-    """Return how many bytes its one worker has read so far."""
+    """Return how many bytes the only worker has read so far."""
     (worker,) = server.workers
     return int(re.findall(r"rchar: (\d+)", Path(f"/proc/{worker}/io").read_text())[0])
 
@@ -45,7 +45,7 @@ def server(logs: StoreBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.mark.parametrize("flat", [False, True], ids=["split", "flat"])
 @pytest.mark.parametrize("suffix", FORMS)
-def test_every_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
+def test_log_is_served_from_every_stored_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
     derivation = collected(logs, f"form-{flat}-{suffix}")
     add_log(logs, derivation, suffix=suffix, flat=flat)
     answer = server.get(f"/log/{derivation}")
@@ -59,7 +59,7 @@ def test_every_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool)
 
 
 @pytest.mark.parametrize("suffix", FORMS)
-def test_encoded(server: Server, logs: StoreBuilder, suffix: str) -> None:
+def test_log_is_compressed_for_clients_that_accept_zstd(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"encoded-{suffix}")
     add_log(logs, derivation, suffix=suffix)
     where = f"/log/{derivation}"
@@ -72,7 +72,7 @@ def test_encoded(server: Server, logs: StoreBuilder, suffix: str) -> None:
     assert answer.headers == server.head(where, {"Accept-Encoding": "zstd"}).headers
 
 
-def test_a_small_log_stays_as_it_is(server: Server, logs: StoreBuilder) -> None:
+def test_small_log_is_not_compressed(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "small")
     add_log(logs, derivation, b"small\n", "")
     answer = server.get(f"/log/{derivation}", {"Accept-Encoding": "zstd"})
@@ -80,7 +80,7 @@ def test_a_small_log_stays_as_it_is(server: Server, logs: StoreBuilder) -> None:
     assert "content-encoding" not in answer.headers
 
 
-def test_nothing_is_encoded_without_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_enable_compression_false_sends_logs_uncompressed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     derivation = collected(store, "plain")
     add_log(store, derivation)
     server = start(store=tmp_path / "store", settings="enable_compression = false")
@@ -94,19 +94,19 @@ def test_nothing_is_encoded_without_compression(start: Start, store: StoreBuilde
     ("asked", "part"),
     [("100-199", slice(100, 200)), ("1000000-", slice(1_000_000, len(TEXT))), ("-7", slice(len(TEXT) - 7, len(TEXT)))],
 )
-def test_ranges(server: Server, logs: StoreBuilder, suffix: str, asked: str, part: slice) -> None:
+def test_ranges_of_every_stored_form(server: Server, logs: StoreBuilder, suffix: str, asked: str, part: slice) -> None:
     derivation = collected(logs, f"range-{suffix}")
     add_log(logs, derivation, suffix=suffix)
     headers = {"Range": f"bytes={asked}"}
     answer = server.get(f"/log/{derivation}", headers)
     assert (answer.status, answer.body) == (206, TEXT[part])
     assert answer.headers["content-range"] == f"bytes {part.start}-{part.stop - 1}/{len(TEXT)}"
-    head = server.head(f"/log/{derivation}", headers)  # for which there are no ranges (RFC 9110 section 14.2)
+    head = server.head(f"/log/{derivation}", headers)  # HEAD ignores ranges (RFC 9110 section 14.2)
     assert (head.status, head.headers) == (200, server.get(f"/log/{derivation}").headers)
 
 
 @pytest.mark.parametrize("suffix", FORMS)
-def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
+def test_http_1_0_gets_a_content_length(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"old-{suffix}")
     add_log(logs, derivation, suffix=suffix)
     with server.connect() as connection:
@@ -120,7 +120,7 @@ def test_http_1_0_gets_a_sized_body(server: Server, logs: StoreBuilder, suffix: 
 
 
 @pytest.mark.parametrize("suffix", FORMS)
-def test_conditions(server: Server, logs: StoreBuilder, suffix: str) -> None:
+def test_etag_changes_with_the_file(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"condition-{suffix}")
     path = add_log(logs, derivation, suffix=suffix)
     where = f"/log/{derivation}"
@@ -132,18 +132,18 @@ def test_conditions(server: Server, logs: StoreBuilder, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", FORMS)
-def test_head_is_get_without_a_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
+def test_head_equals_get_without_a_body(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"head-{suffix}")
     add_log(logs, derivation, suffix=suffix)
     get, head = server.get(f"/log/{derivation}"), server.head(f"/log/{derivation}")
     assert (head.status, head.headers, head.body) == (200, get.headers, b"")
 
 
-# How a log is found
+# Lookup
 
 
 @pytest.mark.parametrize("asked", ["derivation", "stem", "output", "hash part", "hash part of output"])
-def test_what_stands_for_a_derivation(server: Server, logs: StoreBuilder, asked: str) -> None:
+def test_log_is_found_by_derivation_output_or_hash_part(server: Server, logs: StoreBuilder, asked: str) -> None:
     derivation, output = logs.add_derivation(f"{asked.replace(' ', '-')}-1.0", "/bin/sh")
     logs.add(output, b"out", deriver=derivation.path)
     logs.add_log(derivation.path, asked.encode())
@@ -160,7 +160,9 @@ def test_what_stands_for_a_derivation(server: Server, logs: StoreBuilder, asked:
 
 @pytest.mark.parametrize("flat", [False, True], ids=["split", "flat"])
 @pytest.mark.parametrize("suffix", FORMS)
-def test_the_hash_part_of_what_was_collected(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
+def test_log_of_a_collected_derivation_is_found_by_hash_part(
+    server: Server, logs: StoreBuilder, suffix: str, *, flat: bool
+) -> None:
     derivation = collected(logs, f"hash-{flat}-{suffix}")
     beside = f"{derivation[:2]}{'0' * 30}-other.drv"  # in the same directory
     for each in (derivation, beside):
@@ -169,14 +171,14 @@ def test_the_hash_part_of_what_was_collected(server: Server, logs: StoreBuilder,
     assert server.get(f"/log/{derivation[:2]}{'1' * 30}").status == 404
 
 
-def test_the_hash_part_of_what_lost_its_derivation(server: Server, logs: StoreBuilder) -> None:
+def test_log_is_found_by_the_output_of_a_collected_derivation(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "lost")
     output = logs.add(logs.output_path("lost"), b"out", deriver=StorePath(derivation))
     add_log(logs, derivation)
     assert server.get(f"/log/{output.path.hash_part}").body == TEXT
 
 
-def test_a_hash_part_finds_nothing_but_logs(server: Server, logs: StoreBuilder) -> None:
+def test_files_that_are_no_logs_are_not_found(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "no-log")
     for rest in ("no-log", "no-log.drv.gz", "no log.drv", "x" * 215 + ".drv"):
         name = f"{derivation[2:32]}-{rest}"
@@ -185,7 +187,7 @@ def test_a_hash_part_finds_nothing_but_logs(server: Server, logs: StoreBuilder) 
     assert server.get(f"/log/{derivation[:32]}").status == 404
 
 
-def test_a_stem_of_what_was_collected(server: Server, logs: StoreBuilder) -> None:
+def test_log_of_a_collected_derivation_is_found_without_the_drv_suffix(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "stem")
     add_log(logs, derivation)
     assert server.get(f"/log/{derivation.removesuffix('.drv')}").body == TEXT
@@ -196,7 +198,9 @@ NAMES = ["plain-1.0", "c++-1.0", "q?z=1", "a?b?c=d", "ends?", "x=y", "_._"]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("suffix", [".drv", ""], ids=["derivation", "output"])
-def test_odd_names(server: Server, logs: StoreBuilder, name: str, suffix: str) -> None:
+def test_names_with_special_characters_work_in_every_encoding(
+    server: Server, logs: StoreBuilder, name: str, suffix: str
+) -> None:
     path = StorePath(f"{logs.output_path(name).hash_part}-{name}")
     add_log(logs, f"{path}.drv", name.encode())
     asked = f"{path}{suffix}"
@@ -204,7 +208,7 @@ def test_odd_names(server: Server, logs: StoreBuilder, name: str, suffix: str) -
         assert server.get(f"/log/{spelling}").body == name.encode()
 
 
-def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilder) -> None:
+def test_doubly_encoded_name_gets_404(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "c++")
     add_log(logs, derivation)
     assert server.get(f"/log/{quote(quote(derivation))}").status == 404
@@ -234,8 +238,8 @@ def test_what_is_encoded_twice_is_another_name(server: Server, logs: StoreBuilde
         "{hash}-" + "n" * 211,
     ],
 )
-def test_no_name_leads_elsewhere(server: Server, logs: StoreBuilder, asked: str) -> None:
-    derivation = collected(logs, "there")
+def test_malformed_name_or_traversal_gets_404(server: Server, logs: StoreBuilder, asked: str) -> None:
+    derivation = collected(logs, "existing")
     add_log(logs, derivation)
     Path(logs.log_dir, "..", "secret").write_bytes(b"secret")
     name = asked.format(derivation=derivation, hash=derivation[:32], split=f"{derivation[:2]}%2f{derivation[2:]}")
@@ -243,7 +247,7 @@ def test_no_name_leads_elsewhere(server: Server, logs: StoreBuilder, asked: str)
     assert (answer.status, answer.body) == (404, b"Not Found\n")
 
 
-def test_only_files_are_logs(server: Server, logs: StoreBuilder) -> None:
+def test_symlinks_fifos_and_directories_are_not_served(server: Server, logs: StoreBuilder) -> None:
     for name, make in (
         ("link", lambda path: os.symlink("/etc/passwd", path)),
         ("fifo", os.mkfifo),
@@ -255,7 +259,7 @@ def test_only_files_are_logs(server: Server, logs: StoreBuilder) -> None:
         assert server.get(f"/log/{derivation}").status == 404
 
 
-def test_without_a_log_directory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_missing_log_directory_gets_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     os.rmdir(store.log_dir)
     server = start(store=tmp_path / "store")
     assert server.get(f"/log/{collected(store, 'none')}").status == 404
@@ -263,7 +267,7 @@ def test_without_a_log_directory(start: Start, store: StoreBuilder, tmp_path: Pa
 
 
 @pytest.mark.parametrize("setting", ["log_dir", "NIX_LOG_DIR"])
-def test_a_log_directory_of_ones_own(start: Start, store: StoreBuilder, tmp_path: Path, setting: str) -> None:
+def test_log_dir_and_nix_log_dir_are_used(start: Start, store: StoreBuilder, tmp_path: Path, setting: str) -> None:
     derivation = collected(store, "elsewhere")
     add_log(store, derivation)
     elsewhere = tmp_path / "logs"
@@ -278,8 +282,8 @@ def test_a_log_directory_of_ones_own(start: Start, store: StoreBuilder, tmp_path
     assert server.get(f"/log/{derivation}").body == TEXT
 
 
-def test_the_database_need_not_answer(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    derivation = collected(store, "there")
+def test_log_by_derivation_needs_no_database(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    derivation = collected(store, "existing")
     add_log(store, derivation)
     server = start(store=tmp_path / "store")
     os.rename(store.db_path, tmp_path / "away")
@@ -287,7 +291,7 @@ def test_the_database_need_not_answer(start: Start, store: StoreBuilder, tmp_pat
     assert server.get(f"/log/{derivation[:32]}").status == 503
 
 
-def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
+def test_stored_forms_are_tried_in_the_order_of_nix(tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     derivation = StorePath(collected(store, "all"))
     log_dir = os.path.dirname(store.log_dir)
@@ -300,10 +304,10 @@ def test_nix_looks_for_plain_logs_first(tmp_path: Path) -> None:
         assert b"".join(chunk or b"" for chunk in found.read(0, None)) == text
 
 
-# Logs that still grow, and damaged ones
+# Growing and damaged logs
 
 
-def test_a_growing_plain_log(server: Server, logs: StoreBuilder) -> None:
+def test_growing_plain_log_is_not_immutable(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "growing")
     path = add_log(logs, derivation, TEXT, "")
     where = f"/log/{derivation}"
@@ -315,14 +319,16 @@ def test_a_growing_plain_log(server: Server, logs: StoreBuilder) -> None:
     grown = server.get(where, {"If-None-Match": answer.headers["etag"]})
     assert (grown.status, grown.body) == (200, TEXT + b"more\n")
     part = server.get(where, {"Range": f"bytes={len(TEXT)}-", "If-Range": answer.headers["etag"]})
-    assert part.status == 200  # it is another one now
+    assert part.status == 200  # the log has changed
     age(path, 25 * 60 * 60)
     assert server.get(where).headers["cache-control"] == IMMUTABLE
 
 
 @pytest.mark.parametrize("kept", [0, 3, 10, 100, -1, -12])
-def test_a_growing_compressed_log(server: Server, logs: StoreBuilder, kept: int) -> None:
-    """Nix compresses on the way, block by block. What can be decoded is told, and that it is not the end."""
+def test_growing_compressed_log_is_sent_up_to_its_last_block_and_not_immutable(
+    server: Server, logs: StoreBuilder, kept: int
+) -> None:
+    """Nix compresses block by block while it builds."""
     derivation = collected(logs, f"growing-{kept}")
     path = add_log(logs, derivation)
     whole = Path(path).read_bytes()
@@ -340,7 +346,7 @@ def test_a_growing_compressed_log(server: Server, logs: StoreBuilder, kept: int)
 
 
 @pytest.mark.parametrize("length", range(0, 3000, 97))
-def test_the_end_of_a_compressed_log_is_seen_at_any_bit(tmp_path: Path, length: int) -> None:
+def test_end_of_a_bz2_log_is_detected_at_any_bit_offset(tmp_path: Path, length: int) -> None:
     store = StoreBuilder(tmp_path / "store")
     derivation = StorePath(collected(store, "length"))
     path = add_log(store, derivation, os.urandom(length))
@@ -363,7 +369,7 @@ def cut_zst(path: Path) -> None:
 
 
 def cut_amid_bz2(path: Path) -> None:
-    """Its end is there, but what was before it is not."""
+    """Cut the middle out, but keep the end."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] + data[-20:])
 
@@ -373,7 +379,7 @@ def cut_amid_bz2(path: Path) -> None:
     [(".bz2", damage_middle), (".zst", damage_middle), (".zst", cut_zst), (".bz2", cut_amid_bz2)],
 )
 @pytest.mark.parametrize("encoding", ["identity", "zstd"])
-def test_damage_breaks_the_transfer(
+def test_damaged_log_breaks_the_transfer(
     server: Server, logs: StoreBuilder, suffix: str, damage: Callable[[Path], None], encoding: str
 ) -> None:
     derivation = collected(logs, f"{damage.__name__}-{encoding}-{suffix}")
@@ -385,7 +391,7 @@ def test_damage_breaks_the_transfer(
 
 
 @pytest.mark.parametrize("suffix", [".bz2", ".zst"])
-def test_what_was_never_a_log_is_404(server: Server, logs: StoreBuilder, suffix: str) -> None:
+def test_file_that_is_not_compressed_gets_404(server: Server, logs: StoreBuilder, suffix: str) -> None:
     derivation = collected(logs, f"nonsense{suffix}")
     path = Path(add_log(logs, derivation, suffix=suffix))
     path.write_bytes(b"nonsense" * 10_000)
@@ -393,7 +399,7 @@ def test_what_was_never_a_log_is_404(server: Server, logs: StoreBuilder, suffix:
     assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)}: 404")
 
 
-def test_a_log_cut_while_it_is_sent_breaks_the_transfer(server: Server, logs: StoreBuilder) -> None:
+def test_log_truncated_while_it_is_sent_breaks_the_transfer(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "cut")
     path = add_log(logs, derivation, b"", "")
     os.truncate(path, 1 << 30)
@@ -409,7 +415,7 @@ def test_a_log_cut_while_it_is_sent_breaks_the_transfer(server: Server, logs: St
     assert server.wait_for_log(rf"ERROR .*{re.escape(derivation)} breaks off.*cut short")
 
 
-# Large ones
+# Large logs
 
 
 BOMBS = {
@@ -420,7 +426,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("suffix", BOMBS)
 @pytest.mark.parametrize("encoding", ["identity", "zstd"])
-def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path, suffix: str, encoding: str) -> None:
+def test_decompression_bomb_takes_little_memory(
+    start: Start, store: StoreBuilder, tmp_path: Path, suffix: str, encoding: str
+) -> None:
     derivation = collected(store, "bomb")
     Path(add_log(store, derivation, suffix=suffix)).write_bytes(BOMBS[suffix])
     server = start(store=tmp_path / "store")
@@ -433,7 +441,7 @@ def test_bombs_take_no_memory(start: Start, store: StoreBuilder, tmp_path: Path,
     assert peak_bytes(worker) - before < 48 << 20
 
 
-def test_a_range_of_a_large_log_costs_no_more(server: Server, logs: StoreBuilder) -> None:
+def test_range_of_a_large_log_reads_only_the_range(server: Server, logs: StoreBuilder) -> None:
     derivation = collected(logs, "large")
     path = add_log(logs, derivation, b"", "")
     os.truncate(path, 2 << 30)
@@ -447,7 +455,7 @@ def test_a_range_of_a_large_log_costs_no_more(server: Server, logs: StoreBuilder
     assert bytes_read(server) - read < 1 << 20
 
 
-def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> None:
+def test_too_large_zstd_window_gets_404(server: Server, logs: StoreBuilder) -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, write_content_size=False)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     derivation = collected(logs, "window")
@@ -457,7 +465,7 @@ def test_a_window_too_large_is_refused(server: Server, logs: StoreBuilder) -> No
     assert server.wait_for_log("ERROR .*-window.drv: 404, .*too much memory")
 
 
-def test_a_row_of_no_use_hides_no_log(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_unusable_database_row_hides_no_log(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     drv = store.add_text("damaged.drv", b"")
     output = store.add(store.output_path("other"), b"")
     add_log(store, drv.path)

@@ -1,4 +1,4 @@
-"""Promises to whoever watches: metrics are those of all workers, none is lost when one ends, and they have bounds."""
+"""Metrics cover all workers, survive the end of a worker, and have a bounded number of labels."""
 
 import json
 import math
@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Scrape(dict[str, float]):
-    """The samples by their name and the values of their labels, such as `harmonia_requests_total nar 200`."""
+    """The samples by name and label values, such as `harmonia_requests_total nar 200`."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 @contextmanager
 def stalled(server: Server, path: str) -> Iterator[socket.socket]:
-    """A download whose client has stopped reading."""
+    """Start a download, and stop reading."""
     with server.connect(receive_buffer=4096) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
         assert connection.recv(12) == b"HTTP/1.1 200"
         yield connection
 
 
-def test_any_worker_tells_what_all_have_done(start: Start, sample: Sample) -> None:
+def test_every_worker_reports_the_totals_of_all(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=3)
     sent = sum(len(server.get("/nix-cache-info").body) for _ in range(20))
     for _ in range(10):
@@ -72,12 +72,10 @@ def test_any_worker_tells_what_all_have_done(start: Start, sample: Sample) -> No
     assert found["harmonia_worker_restarts_total"] == 0
 
 
-def test_a_worker_that_ends_leaves_what_it_counted_and_takes_with_it_what_it_was_doing(
-    start: Start, sample: Sample, tmp_path: Path
-) -> None:
+def test_killed_worker_keeps_its_counters_and_loses_its_gauges(start: Start, sample: Sample, tmp_path: Path) -> None:
     with ServiceManager(f"{tmp_path}/notify") as manager:
         server = start(store=sample.root, workers=2, environment=manager.environment)
-        assert manager.receive() == "READY=1"  # both of them: who never served is not replaced at once
+        assert manager.receive() == "READY=1"  # of both workers: one that never served is not replaced at once
     for _ in range(20):
         server.get("/nix-cache-info")
     with ExitStack() as stack:
@@ -95,7 +93,7 @@ def test_a_worker_that_ends_leaves_what_it_counted_and_takes_with_it_what_it_was
     assert found["harmonia_requests_total cache_info 200"] == 20
 
 
-def test_what_is_counted_of_a_download(start: Start, sample: Sample) -> None:
+def test_downloads_are_counted(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     with stalled(server, nar_url(sample.big)):
         assert scrape(server)["harmonia_requests_in_flight nar"] == 1
@@ -113,7 +111,7 @@ def test_what_is_counted_of_a_download(start: Start, sample: Sample) -> None:
     assert found["harmonia_database_seconds_count"] == 2
 
 
-def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: Sample) -> None:
+def test_cache_and_compression_are_counted(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="cache_size = '1G'", workers=2)
     size = len(server.get(nar_url(sample.big) + ".zst").body)
     wait_until(lambda: scrape(server)["harmonia_cache_fills_total"] == 1)
@@ -123,7 +121,7 @@ def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: S
     assert found["harmonia_cache_misses_total"] == 1
     assert found["harmonia_cache_filled_bytes_total"] == size
     assert found["harmonia_cache_limit_bytes"] == 1 << 30
-    assert size <= found["harmonia_cache_used_bytes"] < size + 64 * 1024  # in blocks of the disk
+    assert size <= found["harmonia_cache_used_bytes"] < size + 64 * 1024  # in disk blocks
     shutil.rmtree(server.directory / "cache")
     assert math.isnan(scrape(server)["harmonia_cache_used_bytes"])
     assert found["harmonia_encoder_seconds_total"] > 0
@@ -135,7 +133,7 @@ def test_what_is_counted_of_the_cache_and_of_compression(start: Start, sample: S
     assert scrape(server)["harmonia_cache_fills_total"] == 1
 
 
-def test_bodies_are_broken_off_by_us_or_by_clients(start: Start, tmp_path: Path) -> None:
+def test_only_bodies_broken_off_by_the_server_are_counted(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     big = store.add(store.output_path("big"), Sparse(64 << 20))
     server = start(store=tmp_path / "store")
@@ -158,7 +156,7 @@ def test_bodies_are_broken_off_by_us_or_by_clients(start: Start, tmp_path: Path)
     assert found["harmonia_requests_total nar 200"] == 2
 
 
-def test_connections_that_are_refused(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_refused_connections_are_counted(start: Start, sample: Sample, tmp_path: Path) -> None:
     server = start(store=sample.root, settings=f"metrics_bind = 'unix:{tmp_path}/metrics'\nmax_connections = 1")
     server.settle()
     with stalled(server, nar_url(sample.big)):
@@ -167,7 +165,7 @@ def test_connections_that_are_refused(start: Start, sample: Sample, tmp_path: Pa
         assert scrape(server)["harmonia_refused_connections_total"] == 3
 
 
-def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
+def test_requests_cannot_create_labels(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     before = set(scrape(server))
     for path in ("/a", "/b", "/nar/c", "/%ff", f"/{'0' * 32}.narinfo"):
@@ -190,7 +188,7 @@ def test_no_request_makes_a_label(start: Start, sample: Sample) -> None:
     }
 
 
-def test_metrics_can_have_an_address_of_their_own(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_metrics_bind_moves_metrics_to_its_own_address(start: Start, sample: Sample, tmp_path: Path) -> None:
     server = start(store=sample.root, settings=f"metrics_bind = 'unix:{tmp_path}/metrics'\nmax_connections = 1")
     assert server.get("/metrics").status == 404
     public = server.url
@@ -203,31 +201,31 @@ def test_metrics_can_have_an_address_of_their_own(start: Start, sample: Sample, 
     assert not (tmp_path / "metrics").exists()
 
 
-def test_metrics_at_an_address_of_their_own_are_without_tls(start: Start, sample: Sample) -> None:
+def test_metrics_bind_to_an_ip_address(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="metrics_bind = '127.0.0.1:0'")
     server.url = server.wait_for_log("metrics are at (http://.*)/metrics")[1]
     assert scrape(server)["harmonia_worker_restarts_total"] == 0
 
 
-def test_metrics_can_be_switched_off(start: Start, sample: Sample) -> None:
+def test_metrics_false_disables_metrics(start: Start, sample: Sample) -> None:
     assert start(store=sample.root, settings="metrics = false").get("/metrics").status == 404
 
 
 @pytest.mark.parametrize(
     ("seconds", "bucket"), [(0.0, 0), (BOUNDS[0], 0), (0.0002, 1), (BOUNDS[-1], len(BOUNDS) - 1), (1e9, len(BOUNDS))]
 )
-def test_a_bucket_has_its_upper_end(seconds: float, bucket: int) -> None:
+def test_bucket_includes_its_upper_bound(seconds: float, bucket: int) -> None:
     cells = memoryview(bytearray(8 * Histogram.size)).cast("d")
     Histogram(cells).observe(seconds)
     assert list(cells).index(1) == bucket
     assert cells[-1] == seconds
 
 
-# What others read
+# Consumers of the metrics
 
 
 def promtool(*arguments: str, text: str = "") -> None:
-    """Fails where Prometheus' own tool has anything to say."""
+    """Fail if the tool of Prometheus reports an error or warning."""
     require("promtool")
     checked = subprocess.run(
         ["promtool", "check", *arguments], input=text, capture_output=True, text=True, timeout=30, check=False
@@ -235,20 +233,22 @@ def promtool(*arguments: str, text: str = "") -> None:
     assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
 
 
-def test_prometheus_finds_nothing_to_complain_of(start: Start, sample: Sample) -> None:
+def test_promtool_accepts_the_metrics(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     server.get(nar_url(sample.small) + ".zst")
     promtool("metrics", text=server.get("/metrics").text)
 
 
-def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
-    asked = [each.replace("$__rate_interval", "5m") for each in expressions()]
-    rules = [{"record": f"rule:{number}", "expr": each} for number, each in enumerate(asked)]
-    (tmp_path / "rules").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # it is YAML, too
+def test_promtool_accepts_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
+    expressions_used = [each.replace("$__rate_interval", "5m") for each in expressions()]
+    rules = [{"record": f"rule:{number}", "expr": each} for number, each in enumerate(expressions_used)]
+    (tmp_path / "rules").write_text(
+        json.dumps({"groups": [{"name": "dashboard", "rules": rules}]})
+    )  # YAML includes JSON
     promtool("rules", str(tmp_path / "rules"))
 
 
-# So that there is every metric: those of upstreams are left out if there is none.
+# Metrics of pushes and upstreams exist only with these settings.
 WITH_ALL = """
 tokens_path = '/dev/null'
 anonymous_scopes = ['read', 'metrics']
@@ -260,14 +260,14 @@ url = 'http://127.0.0.1:1'
 """
 
 
-def test_the_manual_tells_every_metric(start: Start, sample: Sample) -> None:
+def test_reference_documents_every_metric(start: Start, sample: Sample) -> None:
     manual = (DOCS / "reference/metrics.md").read_text()
     server = start(store=sample.root, settings=WITH_ALL)
     exported = {name_in_use(family) for family in scrape(server).families.values()}
     assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
 
 
-def test_the_guide_translates_metrics_of_the_rust_harmonia(start: Start, sample: Sample) -> None:
+def test_migration_guide_translates_metrics_of_the_rust_harmonia(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     server.get("/health")
     families = scrape(server).families.values()
@@ -293,21 +293,23 @@ def name_in_use(family: object) -> str:
 
 
 def expressions() -> list[str]:
-    """What the dashboard asks for."""
+    """Return the queries of the dashboard."""
     dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
 
 
-def test_the_dashboard_has_a_panel_for_every_metric_and_for_no_other(start: Start, sample: Sample) -> None:
+def test_dashboard_has_a_panel_for_every_metric(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=WITH_ALL)
     server.get(nar_url(sample.small))
     found = scrape(server)
     families = found.families.values()
     names = {sample.name for family in families for sample in family.samples}
     labels = {label for family in families for sample in family.samples for label in sample.labels}
-    asked = {name for each in expressions() for name in re.findall(r"harmonia_\w+", each)}
-    assert asked <= names
-    assert {re.sub("_(bucket|sum|count)$", "", name) for name in asked} == {name_in_use(family) for family in families}
+    expressions_used = {name for each in expressions() for name in re.findall(r"harmonia_\w+", each)}
+    assert expressions_used <= names
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in expressions_used} == {
+        name_in_use(family) for family in families
+    }
     grouped = {
         label for each in expressions() for by in re.findall(r"by \(([^)]*)\)", each) for label in by.split(", ")
     }

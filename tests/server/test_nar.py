@@ -1,4 +1,4 @@
-"""`/nar/…`: the whole NAR or a broken transfer, never anything in between."""
+"""`/nar/…`: a whole NAR or a broken transfer, never a truncated NAR that looks complete."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ Start = Callable[..., Server]
 
 
 @pytest.mark.parametrize("name", ["tree", "dep", "tree.drv"])
-def test_the_whole_nar(server: Server, shared_store: StoreBuilder, name: str) -> None:
+def test_nar_equals_the_registered_one(server: Server, shared_store: StoreBuilder, name: str) -> None:
     path = info(shared_store, name)
     answer = server.get(url(server, path.path.hash_part))
     assert answer.status == 200
@@ -30,7 +30,7 @@ def test_the_whole_nar(server: Server, shared_store: StoreBuilder, name: str) ->
     assert hashlib.sha256(answer.body).digest() == path.nar_hash
 
 
-def test_the_older_urls_work_too(server: Server, shared_store: StoreBuilder) -> None:
+def test_older_nar_urls_work(server: Server, shared_store: StoreBuilder) -> None:
     path = info(shared_store, "tree")
     nar_hash, hash_part = base32.encode(path.nar_hash), path.path.hash_part
     whole = server.get(f"/nar/{hash_part}-{nar_hash}.nar")
@@ -56,7 +56,7 @@ def test_the_older_urls_work_too(server: Server, shared_store: StoreBuilder) -> 
         "%80.nar",
     ],
 )
-def test_what_we_do_not_have_is_404(server: Server, shared_store: StoreBuilder, shape: str) -> None:
+def test_unknown_or_malformed_nar_url_gets_404(server: Server, shared_store: StoreBuilder, shape: str) -> None:
     path = info(shared_store, "tree")
     name = shape.format(
         hash_part=path.path.hash_part, nar_hash=base32.encode(path.nar_hash), wrong="0" * 52, missing="0" * 32
@@ -65,50 +65,50 @@ def test_what_we_do_not_have_is_404(server: Server, shared_store: StoreBuilder, 
     assert (answer.status, answer.body) == (404, b"Not Found\n")
 
 
-def test_not_modified(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
-    answer = server.get(where, {"If-None-Match": server.head(where).headers["etag"]})
+def test_if_none_match_gets_304(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
+    answer = server.get(nar_path, {"If-None-Match": server.head(nar_path).headers["etag"]})
     assert (answer.status, answer.body) == (304, b"")
 
 
-def test_many_on_one_connection(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
+def test_many_nars_on_one_connection(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
     expected = dump(shared_store, "tree")
     with server.connect() as connection:
         for _ in range(3):
-            connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.sendall(f"GET {nar_path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             assert read_answer(connection).body == expected
 
 
-def test_http_1_0_gets_a_sized_body(server: Server, shared_store: StoreBuilder) -> None:
-    where = url(server, info(shared_store, "tree").path.hash_part)
+def test_http_1_0_gets_a_content_length(server: Server, shared_store: StoreBuilder) -> None:
+    nar_path = url(server, info(shared_store, "tree").path.hash_part)
     with server.connect() as connection:
-        connection.sendall(f"GET {where} HTTP/1.0\r\n\r\n".encode())
+        connection.sendall(f"GET {nar_path} HTTP/1.0\r\n\r\n".encode())
         answer = read_answer(connection)
         assert connection.recv(1) == b""
     assert answer.body == dump(shared_store, "tree")
     assert "transfer-encoding" not in answer.headers
 
 
-def test_head_reads_nothing(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_head_does_not_read_the_store_object(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add(store.output_path("gone"), {"file": b"contents"})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
-    os.chmod(store.real_path(path.path), 0o755)  # or else nobody but root can move it
+    nar_path = url(server, path.path.hash_part)
+    os.chmod(store.real_path(path.path), 0o755)  # otherwise only root could move it
     os.rename(store.real_path(path.path), tmp_path / "away")
-    assert server.head(where).headers["content-length"] == str(path.nar_size)
+    assert server.head(nar_path).headers["content-length"] == str(path.nar_size)
 
 
-def test_gone_before_the_first_byte_is_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_missing_store_object_gets_404_until_restored(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add(store.output_path("gone"), {"file": b"contents"})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
-    os.chmod(store.real_path(path.path), 0o755)  # or else nobody but root can move it
+    nar_path = url(server, path.path.hash_part)
+    os.chmod(store.real_path(path.path), 0o755)  # otherwise only root could move it
     os.rename(store.real_path(path.path), tmp_path / "away")
-    assert server.get(where).status == 404
+    assert server.get(nar_path).status == 404
     assert server.wait_for_log(rf"ERROR .*{path.path}")
     os.rename(tmp_path / "away", store.real_path(path.path))
-    assert server.get(where).status == 200
+    assert server.get(nar_path).status == 200
 
 
 def _truncate(root: bytes) -> None:
@@ -138,31 +138,31 @@ def _replace_by_link(root: bytes) -> None:
 
 
 @pytest.mark.parametrize("change", [_truncate, _grow, _remove, _add, _replace_by_link])
-def test_what_changed_on_disk_before_the_walk_is_404(
+def test_store_object_changed_before_the_request_gets_404(
     start: Start, store: StoreBuilder, tmp_path: Path, change: Callable[[bytes], None]
 ) -> None:
     path = store.add(store.output_path("changed"), {"0": b"x" * 10_000_000, "1": b"y" * 1000})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
+    nar_path = url(server, path.path.hash_part)
     root = store.real_path(path.path)
     if change in (_truncate, _grow):
         os.chmod(root + b"/1", 0o600)
     change(root)
-    assert server.get(where).status == 404
+    assert server.get(nar_path).status == 404
     assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}")
     assert server.get("/health").status == 200
 
 
 @pytest.mark.parametrize("change", [_truncate, _grow, _remove, _replace_by_link])
-def test_what_changes_during_the_transfer_breaks_it(
+def test_store_object_changed_during_the_transfer_breaks_it(
     start: Start, store: StoreBuilder, tmp_path: Path, change: Callable[[bytes], None]
 ) -> None:
     path = store.add(store.output_path("changed"), {"0": Sparse(64 << 20), "1": b"y" * 1000})
     server = start(store=tmp_path / "store")
-    where = url(server, path.path.hash_part)
+    nar_path = url(server, path.path.hash_part)
     root = store.real_path(path.path)
     with server.connect() as connection:
-        connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {nar_path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         connection.recv(1000)
         if change in (_truncate, _grow):
             os.chmod(root + b"/1", 0o600)
@@ -175,7 +175,7 @@ def test_what_changes_during_the_transfer_breaks_it(
     assert server.wait_for_log(rf"ERROR .*{path.path.hash_part}.*breaks off")
 
 
-def test_an_unreadable_file_is_an_answer_not_a_crash(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_special_file_in_a_store_object_gets_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add(store.output_path("fifo"), {"file": b"contents"})
     root = store.real_path(path.path)
     os.chmod(root, 0o700)
@@ -185,8 +185,8 @@ def test_an_unreadable_file_is_an_answer_not_a_crash(start: Start, store: StoreB
     assert server.wait_for_log("ERROR .*is not a regular file")
 
 
-def test_size_of_a_nar_beyond_4_gib(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """Of a path registered with a size: its first bytes are the archive's, and HEAD tells its length."""
+def test_nar_larger_than_4_gib_has_its_size(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """The file was enlarged after registration, so only the head and the first bytes are checked."""
     path = store.output_path("huge")
     store.add(path, b"small")
     real = os.fsdecode(store.real_path(path))
@@ -196,10 +196,10 @@ def test_size_of_a_nar_beyond_4_gib(start: Start, store: StoreBuilder, tmp_path:
     with store.connect() as connection:
         connection.execute("update ValidPaths set narSize = ?", (size,))
     server = start(store=tmp_path / "store")
-    where = url(server, path.hash_part)
-    assert server.head(where).headers["content-length"] == str(size)
+    nar_path = url(server, path.hash_part)
+    assert server.head(nar_path).headers["content-length"] == str(size)
     with server.connect() as connection:
-        connection.sendall(f"GET {where} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET {nar_path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
         assert f"content-length: {size}".encode() in head
         assert body.startswith(b"\x0d\0\0\0\0\0\0\0nix-archive-1")

@@ -1,4 +1,4 @@
-"""`/<hash>.narinfo`: exact bytes, all signatures, and true at every moment."""
+"""`/<hash>.narinfo`: exact bytes, all signatures, never outdated."""
 
 import json
 import sqlite3
@@ -18,7 +18,7 @@ from support.shared_store import info
 Start = Callable[..., Server]
 
 
-def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
+def test_narinfo_is_exact(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
     tree = info(shared_store, "tree")
     nar_hash = base32.encode(tree.nar_hash)
     signatures = sorted([*tree.sigs, *(key.sign(tree.fingerprint("/nix/store")) for key in keys)])
@@ -37,7 +37,7 @@ def test_exact_bytes(server: Server, shared_store: StoreBuilder, keys: list[Secr
     )
 
 
-def test_exact_bytes_without_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_narinfo_without_compression_is_exact(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents")
     server = start(store=tmp_path / "store", settings="nar_compression = 'none'")
     nar_hash = base32.encode(path.nar_hash)
@@ -55,24 +55,22 @@ def test_exact_bytes_without_compression(start: Start, store: StoreBuilder, tmp_
 
 
 @pytest.mark.parametrize("query", ["json", "json=1", "json=&x"])
-def test_json(server: Server, shared_store: StoreBuilder, query: str) -> None:
+def test_json_has_the_same_values_as_the_text(server: Server, shared_store: StoreBuilder, query: str) -> None:
     path = info(shared_store, "tree")
     text = server.get(f"/{path.path.hash_part}.narinfo")
     answer = server.get(f"/{path.path.hash_part}.narinfo?{query}")
     assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
     assert answer.headers["cache-control"] == text.headers["cache-control"]
     assert answer.headers["etag"] != text.headers["etag"]
-    told = json.loads(answer.body)
-    assert (told["version"], told["path"], told["narSize"]) == (3, path.path, path.nar_size)
-    assert f"\nURL: {told['url']}\n" in text.text
-    for sig in told["signatures"]:
+    rendered = json.loads(answer.body)
+    assert (rendered["version"], rendered["path"], rendered["narSize"]) == (3, path.path, path.nar_size)
+    assert f"\nURL: {rendered['url']}\n" in text.text
+    for sig in rendered["signatures"]:
         assert f"\nSig: {sig['keyName']}:{sig['sig']}\n" in text.text
 
 
-def test_a_path_with_a_malformed_content_address_is_404_and_logged(
-    start: Start, store: StoreBuilder, tmp_path: Path
-) -> None:
-    """In a narinfo it would stop every Nix for good."""
+def test_malformed_content_address_gets_404_and_is_logged(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    """Nix would fail to parse a narinfo with it."""
     path = store.add_source("path", b"contents")
     with store.connect() as connection:
         connection.execute("update ValidPaths set ca = 'fixed:nonsense'")
@@ -84,7 +82,7 @@ def test_a_path_with_a_malformed_content_address_is_404_and_logged(
         )
 
 
-def test_content_address_and_empty_references(server: Server, shared_store: StoreBuilder) -> None:
+def test_narinfo_has_content_address_and_empty_references(server: Server, shared_store: StoreBuilder) -> None:
     dep = info(shared_store, "dep")
     text = server.get(f"/{dep.path.hash_part}.narinfo").text
     assert "\nReferences: \n" in text
@@ -92,7 +90,7 @@ def test_content_address_and_empty_references(server: Server, shared_store: Stor
     assert "Deriver" not in text
 
 
-def test_each_key_signs(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
+def test_every_key_signs(server: Server, shared_store: StoreBuilder, keys: list[SecretKey]) -> None:
     tree = info(shared_store, "tree")
     text = server.get(f"/{tree.path.hash_part}.narinfo").text
     signatures = [line.removeprefix("Sig: ") for line in text.splitlines() if line.startswith("Sig: ")]
@@ -103,13 +101,13 @@ def test_each_key_signs(server: Server, shared_store: StoreBuilder, keys: list[S
 @pytest.mark.parametrize(
     "hash_part", ["0" * 32, "z" * 32, "0" * 31, "0" * 33, "e" * 32, "%2e" * 32, "A" * 32], ids=lambda text: text[:4]
 )
-def test_what_we_do_not_have_is_404(server: Server, hash_part: str) -> None:
+def test_unknown_or_malformed_hash_part_gets_404(server: Server, hash_part: str) -> None:
     answer = server.get(f"/{hash_part}.narinfo")
     assert (answer.status, answer.body) == (404, b"Not Found\n")
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_not_modified(server: Server, shared_store: StoreBuilder) -> None:
+def test_if_none_match_gets_304(server: Server, shared_store: StoreBuilder) -> None:
     url = f"/{info(shared_store, 'tree').path.hash_part}.narinfo"
     whole = server.get(url)
     for condition in (whole.headers["etag"], "*", f'"other", W/{whole.headers["etag"]}'):
@@ -120,7 +118,9 @@ def test_not_modified(server: Server, shared_store: StoreBuilder) -> None:
     assert server.get(url, {"If-None-Match": '"other"'}).body == whole.body
 
 
-def test_other_paths_and_signatures_are_seen_at_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_new_path_new_signature_and_deletion_take_effect_at_once(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
     store.add_source("first", b"first")
     server = start(store=tmp_path / "store")
     path = store.output_path("late")
@@ -137,7 +137,7 @@ def test_other_paths_and_signatures_are_seen_at_once(start: Start, store: StoreB
     assert server.head(url).status == 404
 
 
-def test_unaffected_narinfos_stay_what_they_were(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_narinfo_is_unchanged_after_unrelated_additions(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     server = start(store=tmp_path / "store")
     before = server.get(f"/{path.hash_part}.narinfo")
@@ -145,7 +145,7 @@ def test_unaffected_narinfos_stay_what_they_were(start: Start, store: StoreBuild
     assert server.get(f"/{path.hash_part}.narinfo") == before
 
 
-def test_malformed_stored_signatures_are_left_out(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_malformed_stored_signatures_are_omitted(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     good = SecretKey.generate("good-1").sign(b"")
     path = store.output_path("signed")
     store.add(path, b"contents", sigs=["no-colon", "short:AAAA", "bad:%%%", good])
@@ -156,7 +156,9 @@ def test_malformed_stored_signatures_are_left_out(start: Start, store: StoreBuil
 
 
 @pytest.mark.parametrize("column", ["narSize = null", "narSize = 0", "hash = 'sha256:none'", "hash = 'md5:00'"])
-def test_a_row_of_no_use_is_404_and_logged(start: Start, store: StoreBuilder, tmp_path: Path, column: str) -> None:
+def test_unusable_database_row_gets_404_and_is_logged(
+    start: Start, store: StoreBuilder, tmp_path: Path, column: str
+) -> None:
     path = store.add_source("odd", b"contents").path
     with store.connect() as connection:
         connection.execute(f"update ValidPaths set {column}")
@@ -165,7 +167,7 @@ def test_a_row_of_no_use_is_404_and_logged(start: Start, store: StoreBuilder, tm
     assert server.wait_for_log(rf"ERROR .*{path}")
 
 
-def test_a_locked_database_is_503_never_404(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_locked_database_gets_503(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     with sqlite3.connect(store.db_path) as connection:
         connection.execute("pragma journal_mode = delete")
@@ -182,7 +184,7 @@ def test_a_locked_database_is_503_never_404(start: Start, store: StoreBuilder, t
     assert server.get("/health").status == 200
 
 
-def test_a_lost_database_is_503_until_it_is_back(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_missing_database_gets_503_until_restored(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     server = start(store=tmp_path / "store")
     url = f"/{path.hash_part}.narinfo"
@@ -195,7 +197,7 @@ def test_a_lost_database_is_503_until_it_is_back(start: Start, store: StoreBuild
     assert server.get(url).status == 200
 
 
-def test_many_waiting_for_a_locked_database_wait_no_longer_than_one(
+def test_concurrent_requests_to_a_locked_database_wait_no_longer_than_one(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     store.add_source("path", b"contents")
@@ -214,20 +216,22 @@ def test_many_waiting_for_a_locked_database_wait_no_longer_than_one(
             connection_.sendall(f"GET /{str(number) * 32}.narinfo HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         for connection_ in (one, two, three, four):
             assert connection_.recv(100).startswith(b"HTTP/1.1 503 ")
-        assert sum("a lookup begins" in line for line in server.log) < 4  # some never had their turn
-        # Others are answered meanwhile.
+        assert (
+            sum("a lookup begins" in line for line in server.log) < 4
+        )  # some requests gave up before their lookup began
+        # Requests without a lookup are answered meanwhile.
         assert server.get("/version").status == 200
     locking.close()
 
 
-def test_priority_and_age_are_settings(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_priority_and_narinfo_max_age_are_used(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     server = start(store=tmp_path / "store", settings="priority = 7\nnarinfo_max_age = 60")
     assert server.get("/nix-cache-info").text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 7\n"
     assert server.get(f"/{path.hash_part}.narinfo").headers["cache-control"] == "public, max-age=60"
 
 
-def test_another_logical_store_directory(start: Start, tmp_path: Path) -> None:
+def test_virtual_nix_store_is_used(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store", store_dir="/custom/store")
     path = store.add_source("path", b"contents").path
     server = start(store=tmp_path / "store", settings="virtual_nix_store = '/custom/store'")
@@ -235,7 +239,7 @@ def test_another_logical_store_directory(start: Start, tmp_path: Path) -> None:
     assert server.get(f"/{path.hash_part}.narinfo").text.startswith(f"StorePath: /custom/store/{path}\n")
 
 
-def test_the_etag_is_of_the_content(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_etag_changes_with_the_content(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     server = start(store=tmp_path / "store")
     first = server.get(f"/{path.hash_part}.narinfo")

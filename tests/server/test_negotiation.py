@@ -1,4 +1,4 @@
-"""Accept-Encoding, on everything that can be sent in zstd, and Accept, on errors: who wants it gets it, nobody else."""
+"""Content negotiation: Accept-Encoding for everything that can be compressed, Accept for errors."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ from support.running import Answer, Server, file_url, nar_url, read_answer, unpa
 Start = Callable[..., Server]
 Weights = list[tuple[str, str | None]]
 
-OLD_NIX = "zstd, br, gzip, deflate, bzip2, xz"  # 2.14 to 2.33
-NEW_NIX = "deflate, gzip, br, zstd"  # from 2.34 on, and curl --compressed
+OLD_NIX = "zstd, br, gzip, deflate, bzip2, xz"  # Nix 2.14 to 2.33
+NEW_NIX = "deflate, gzip, br, zstd"  # Nix 2.34 and newer, and curl --compressed
 
 
 def reference(header: Weights) -> str:
-    """What to send, by the sentences of RFC 9110 section 12.5.3: "zstd", "identity" or "406"."""
+    """Return "zstd", "identity" or "406", following the sentences of RFC 9110 section 12.5.3 one by one."""
     named = {coding.lower(): float(weight or "1") for coding, weight in header}
     # "If the representation's content coding is one of the content codings listed in the Accept-Encoding field value,
     # then it is acceptable unless it is accompanied by a qvalue of 0." "*" "matches any available content coding not
@@ -38,7 +38,7 @@ def reference(header: Weights) -> str:
         return "zstd" if zstd else "406"
     if not zstd:
         return "identity"
-    # "the acceptable content coding with the highest non-zero qvalue is preferred". Among equals, we choose.
+    # "the acceptable content coding with the highest non-zero qvalue is preferred". Among equals, the server chooses.
     preferred = named.get("identity", named.get("*", 0))
     return "identity" if preferred > zstd else "zstd"
 
@@ -72,7 +72,7 @@ MALFORMED = [
 
 @st.composite
 def headers(draw: st.DrawFn) -> tuple[str, Weights]:
-    """An Accept-Encoding field with some noise, and what in it can be understood."""
+    """Draw an Accept-Encoding field with malformed elements, and its valid elements."""
     weights: Weights = draw(
         st.lists(st.tuples(CODING, st.none() | QVALUE), max_size=5, unique_by=lambda each: each[0].lower())
     )
@@ -88,17 +88,17 @@ def headers(draw: st.DrawFn) -> tuple[str, Weights]:
 
 @given(headers())
 @example(("zstd;q=0,identity;q=0,*", [("zstd", "0"), ("identity", "0"), ("*", None)]))
-def test_every_header_means_what_the_rfc_says(header: tuple[str, Weights]) -> None:
+def test_accept_encoding_is_interpreted_as_in_rfc_9110(header: tuple[str, Weights]) -> None:
     text, weights = header
     assert chosen(text) == reference(weights)
-    # What is not worth it is only sent to those who refuse everything else.
+    # Small content is only compressed for clients that refuse everything else.
     without = [each for each in weights if each[0].lower() != "zstd"]
     refused = reference([*without, ("zstd", "0")]) == "406"
     assert chosen(text, worthwhile=False) == (reference(weights) if refused else "identity")
 
 
 @given(st.text(max_size=50))
-def test_no_header_is_too_odd(header: str) -> None:
+def test_arbitrary_accept_encoding_is_handled(header: str) -> None:
     assert chosen(header) in ("zstd", "identity", "406")
 
 
@@ -107,7 +107,7 @@ class Served:
     server: Server
     path: PathInfo
     plain: bytes
-    """Its NAR."""
+    """The NAR of `path`."""
     listing: str
     tiny: PathInfo
 
@@ -117,7 +117,7 @@ class Served:
 
 
 def big(store: StoreBuilder, name: str = "big") -> tuple[PathInfo, bytes]:
-    """A path whose listing is worth compressing, and whose NAR takes several frames and more than sockets hold."""
+    """Add a path with a listing large enough to compress; its NAR has several frames and exceeds socket buffers."""
     files = {f"file-{number}": os.urandom(1000) * 100 for number in range(100)}
     path = store.add(store.output_path(name), {**files, "random": os.urandom(2 << 20)})
     return path, b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
@@ -144,7 +144,7 @@ def accepting(encodings: str | None, **others: str) -> dict[str, str]:
 
 
 def coding(answer: Answer) -> str:
-    """How it is encoded. Older Nix dies of a Content-Encoding that says identity."""
+    """Return the encoding. The value `identity` is never sent, because older Nix aborts on it."""
     assert answer.headers.get("content-encoding", "zstd") == "zstd"
     assert answer.status in (200, 406)
     return "406" if answer.status == 406 else answer.headers.get("content-encoding", "identity")
@@ -184,7 +184,7 @@ def coding(answer: Answer) -> str:
         ("zstd/1.0; ;;,=", "identity"),
     ],
 )
-def test_on_the_wire(served: Served, header: str | None, expected: str) -> None:
+def test_response_has_the_negotiated_encoding(served: Served, header: str | None, expected: str) -> None:
     for url in (served.nar, served.listing):
         answer, head = (served.server.request(method, url, accepting(header)) for method in ("GET", "HEAD"))
         assert coding(answer) == expected
@@ -199,7 +199,7 @@ def test_on_the_wire(served: Served, header: str | None, expected: str) -> None:
         assert ("accept-ranges" in answer.headers) == (expected == "identity")
 
 
-def test_several_lines_are_one_list(served: Served) -> None:
+def test_several_accept_encoding_lines_are_one_list(served: Served) -> None:
     with served.server.connect() as connection:
         for second, expected in (("zstd", "zstd"), ("zstd;q=0", "identity"), ("identity;q=0", "406")):
             lines = [f"GET {served.nar} HTTP/1.1", "Host: x", "Accept-Encoding: gzip", f"accept-encoding: {second}"]
@@ -207,14 +207,14 @@ def test_several_lines_are_one_list(served: Served) -> None:
             assert coding(read_answer(connection)) == expected
 
 
-def test_each_representation_has_an_etag_of_its_own(served: Served) -> None:
-    """So that no cache and no resumed download mixes the two."""
+def test_every_representation_has_its_own_etag(served: Served) -> None:
+    """Otherwise a cache or a resumed download could mix two encodings."""
     urls = (served.nar, served.listing)
     answers = [(url, header, served.server.get(url, accepting(header))) for url in urls for header in (None, "zstd")]
     file = served.server.get(served.nar + ".zst")
     etags = [answer.headers["etag"] for _, _, answer in answers] + [file.headers["etag"]]
     assert len(set(etags)) == len(etags)
-    assert all(etag[0] == etag[-1] == '"' for etag in etags)  # a weak one would begin with W/
+    assert all(etag[0] == etag[-1] == '"' for etag in etags)  # not weak
     for url, header, answer in answers:
         for etag in etags:
             again = served.server.get(url, accepting(header, If_None_Match=f'"other", {etag}'))
@@ -226,10 +226,10 @@ def test_each_representation_has_an_etag_of_its_own(served: Served) -> None:
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("suffix", [".nar", ".nar.zst", ".ls"])
-def test_head_is_get_without_a_body(
+def test_head_equals_get_without_a_body(
     start: Start, store: StoreBuilder, tmp_path: Path, *, version: str, suffix: str
 ) -> None:
-    """Also where the length is not known yet, which Sanic would call 0."""
+    """This includes responses of unknown length, for which Sanic would send Content-Length: 0."""
     server = start(store=tmp_path / "store")
     for accepted in (None, NEW_NIX):
         path, _ = big(store, f"accepts-{accepted is not None}")
@@ -238,13 +238,13 @@ def test_head_is_get_without_a_body(
         head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
         assert (head.status, head.body) == (get.status, b"")
         if version == "1.0" and suffix == ".nar.zst":
-            # The file is not compressed in the first answer: a cold file's length is not known.
+            # A cold NAR is sent uncompressed, because its compressed length is unknown.
             assert unpacked(cached.body) == unpacked(get.body)
         else:
             assert cached.body == get.body
         if version == "1.0":
-            # HTTP/1.0 has no chunks, and the end of a connection does not tell whether a body is whole. But HEAD
-            # compresses nothing to find a length.
+            # HTTP/1.0 has no chunks, and a closed connection does not prove that the body is complete. HEAD, however,
+            # compresses nothing to find the length.
             assert "transfer-encoding" not in head.headers.keys() | get.headers.keys()
             assert get.headers["content-length"] == str(len(get.body))
             assert {**head.headers, "content-length": str(len(get.body))} == get.headers
@@ -254,7 +254,7 @@ def test_head_is_get_without_a_body(
         wait_until(lambda ask=ask: ask("HEAD").headers == ask("GET").headers)  # type: ignore[misc]
 
 
-def test_after_head_of_unknown_length_the_connection_goes_on(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_connection_is_reusable_after_head_of_unknown_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path, plain = big(store)
     server = start(store=tmp_path / "store")
     with server.connect() as connection:
@@ -265,7 +265,7 @@ def test_after_head_of_unknown_length_the_connection_goes_on(start: Start, store
             assert unpacked(answer.body) == (plain if method == "GET" else b"")
 
 
-def test_http_1_0_is_sent_plain(served: Served) -> None:
+def test_http_1_0_gets_the_uncompressed_body(served: Served) -> None:
     for url in (served.nar, served.listing):
         answer = served.server.request("GET", url, accepting(NEW_NIX), version="1.0")
         assert coding(answer) == "identity"
@@ -273,8 +273,8 @@ def test_http_1_0_is_sent_plain(served: Served) -> None:
         assert answer.headers["vary"] == "Accept-Encoding"
 
 
-def test_http_1_0_that_refuses_plain(served: Served) -> None:
-    """A listing has no length before it was compressed: then there is nothing that could be sent."""
+def test_http_1_0_that_refuses_identity_gets_406_or_a_known_length(served: Served) -> None:
+    """The length of a compressed listing is unknown in advance, so no valid response is possible."""
     assert served.server.request("GET", served.listing, accepting("zstd, identity;q=0"), version="1.0").status == 406
     answer = served.server.request("GET", served.nar, accepting("zstd, identity;q=0"), version="1.0")
     assert answer.headers["content-length"] == str(len(answer.body))
@@ -282,8 +282,8 @@ def test_http_1_0_that_refuses_plain(served: Served) -> None:
 
 
 @pytest.mark.parametrize("header", [NEW_NIX, OLD_NIX, "zstd", "*"])
-def test_a_part_is_never_encoded(served: Served, header: str) -> None:
-    """Nix counts the bytes of the plain NAR, and repeats its Accept-Encoding when it asks for the rest of one."""
+def test_range_is_never_compressed(served: Served, header: str) -> None:
+    """Nix counts bytes of the uncompressed NAR, and repeats its Accept-Encoding when it resumes."""
     for url in (served.nar, served.listing):
         plain = served.server.get(url)
         part = served.server.get(url, accepting(header, Range="bytes=100-"))
@@ -297,13 +297,13 @@ def test_a_part_is_never_encoded(served: Served, header: str) -> None:
         assert (coding(whole), whole.body) == ("identity", plain.body)
 
 
-def test_who_refuses_plain_gets_no_part(served: Served) -> None:
+def test_client_that_refuses_identity_gets_the_whole_instead_of_a_range(served: Served) -> None:
     answer = served.server.get(served.nar, accepting("zstd, identity;q=0", Range="bytes=100-"))
     assert coding(answer) == "zstd"
     assert unpacked(answer.body) == served.plain
 
 
-def test_what_fits_a_packet_stays_as_it_is(served: Served) -> None:
+def test_body_that_fits_a_packet_is_not_compressed(served: Served) -> None:
     for url in (nar_url(served.tiny), f"/{served.tiny.path.hash_part}.ls"):
         answer = served.server.get(url, accepting("zstd"))
         assert len(answer.body) < 1400
@@ -314,14 +314,14 @@ def test_what_fits_a_packet_stays_as_it_is(served: Served) -> None:
         assert unpacked(insisting.body) == answer.body
 
 
-def test_files_that_are_compressed_are_not_encoded_again(served: Served) -> None:
+def test_compressed_nars_are_not_compressed_again(served: Served) -> None:
     answer = served.server.get(served.nar + ".zst", accepting(NEW_NIX))
     assert coding(answer) == "identity"
     assert unpacked(answer.body) == served.plain
     assert "vary" not in answer.headers
 
 
-def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+def test_enable_compression_false_disables_all_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path, plain = big(store)
     server = start(store=tmp_path / "store", settings="enable_compression = false")
     assert "\nCompression: none\n" in server.get(f"/{path.path.hash_part}.narinfo").text
@@ -330,7 +330,7 @@ def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Pat
         assert coding(answer) == "identity"
         assert "vary" not in answer.headers
     assert server.get(nar_url(path), accepting("zstd")).body == plain
-    # Clients remember for 30 days where they were once sent.
+    # Clients remember the URL for 30 days.
     assert unpacked(server.get(nar_url(path) + ".zst").body) == plain
     assert not (server.directory / "cache" / "nar").exists()
 
@@ -340,7 +340,7 @@ def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Pat
     [
         ("", False),
         ("*/*", False),
-        ("text/html, application/xhtml+xml, image/jxr, */*", False),  # it takes either as well
+        ("text/html, application/xhtml+xml, image/jxr, */*", False),  # accepts both equally
         ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", True),
         (
             "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8,application/signed-exchange;v=b3;q=0.7",
@@ -356,5 +356,5 @@ def test_it_can_be_switched_off(start: Start, store: StoreBuilder, tmp_path: Pat
         ("application/json", False),
     ],
 )
-def test_who_prefers_a_page_to_plain_text(header: str, *, html: bool) -> None:
+def test_html_is_sent_only_to_clients_that_prefer_it(header: str, *, html: bool) -> None:
     assert prefers_html(header) == html

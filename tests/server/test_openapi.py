@@ -1,4 +1,4 @@
-"""Promises to programs that read docs/openapi.json: it tells every resource, and the server keeps to it."""
+"""docs/openapi.json documents every resource, and the server conforms to it."""
 
 import json
 import re
@@ -23,13 +23,13 @@ EXAMPLE = "6jg9f0rfvvdnpi5hyvjxgjlx7ps3l1m4"
 
 
 def pattern(uri: str) -> str:
-    """What Sanic makes of a route."""
+    """Return the regular expression that Sanic makes of a route."""
     kinds = {"str": "[^/]+", "path": ".+"}
     return re.sub(r"<\w+:(.*?)>(?=/|$)", lambda parameter: kinds.get(parameter[1], parameter[1]), uri)
 
 
 def examples(path: str, item: dict[str, Any], parameters: dict[str, Any]) -> str:
-    """The path with an example of each of its parameters."""
+    """Return the path with an example for each parameter."""
     for given in item.get("parameters", ()):
         parameter = parameters[given["$ref"].rpartition("/")[2]] if "$ref" in given else given
         example = (
@@ -39,25 +39,25 @@ def examples(path: str, item: dict[str, Any], parameters: dict[str, Any]) -> str
     return path
 
 
-def test_it_tells_every_route_and_no_other() -> None:
+def test_document_has_exactly_the_routes_of_the_server() -> None:
     document = json.loads(DOCUMENT.read_text())
-    told = [examples(path, item, document["components"]["parameters"]) for path, item in document["paths"].items()]
+    paths = [examples(path, item, document["components"]["parameters"]) for path, item in document["paths"].items()]
     routes = ROUTES + METRICS_ROUTES + PUSH_ROUTES
     uris = [route.uri for route in routes]
-    reached = [[uri for uri in uris if re.fullmatch(pattern(uri), path)] for path in told]
-    assert all(len(uris) == 1 for uris in reached)
-    assert sorted(uri for found in reached for uri in found) == sorted(uris)
+    matches = [[uri for uri in uris if re.fullmatch(pattern(uri), path)] for path in paths]
+    assert all(len(uris) == 1 for uris in matches)
+    assert sorted(uri for found in matches for uri in found) == sorted(uris)
     put = {route.uri for route in routes if route.put is not None}
-    for [uri], item in zip(reached, document["paths"].values(), strict=True):
+    for [uri], item in zip(matches, document["paths"].values(), strict=True):
         assert {"get", "head", *(["put"] if uri in put else [])} == item.keys() - {"parameters"}
 
 
 @pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis, which makes the requests")
 @pytest.mark.parametrize("phases", ["examples,fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
-def test_no_request_makes_the_server_break_it(
+def test_schemathesis_finds_no_response_that_violates_the_document(
     start: Callable[..., Server], store: StoreBuilder, tmp_path: Path, phases: str
 ) -> None:
-    """schemathesis makes requests of the document, right and wrong ones, also in methods that are not there."""
+    """It makes valid and invalid requests from the document, including methods that do not exist."""
     info = store.add(store.output_path("tree"), {"big": BIG, "directory": {"file": b"text"}})
     add_log(store, f"{info.path}.drv")
     create(store, REALISATIONS + BUILD_TRACE)

@@ -1,4 +1,4 @@
-"""Promises about the publish policy: each resource answers a path that is not published like a missing one."""
+"""Publish policy: each resource answers a path that is not published like a missing one."""
 
 import re
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from support.running import Server, nar_url, patched, run, wait_until
 Start = Callable[..., Server]
 
 KEY = SecretKey.generate("trusted-1")
-NEVER = SecretKey.generate("never-1")
+UNUSED_KEY = SecretKey.generate("never-1")
 
 
 @pytest.fixture(scope="module")
 def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A store with something of every kind, signed by nobody, and an empty directory for roots."""
+    """Build a store with objects of every kind, without signatures, and an empty directory for GC roots."""
     directory = tmp_path_factory.mktemp("release")
     (directory / "roots").mkdir()
     return directory, stock(directory / "store")
@@ -32,7 +32,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
 RULES = {
     "denied": 'deny = ["tree", "plain", "packed"]',
     "not allowed": 'allow = ["hello*"]',
-    "not signed": f'signed_by = ["{NEVER.public_key}"]',
+    "not signed": f'signed_by = ["{UNUSED_KEY.public_key}"]',
     "not needed": 'gc_roots = ["{directory}/roots"]',
 }
 ALLOWING = {
@@ -44,7 +44,7 @@ ALLOWING = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_every_resource_answers_as_if_it_were_not_there(
+def test_unpublished_path_is_answered_like_a_missing_one(
     start: Start, stocked: tuple[Path, dict[str, str]], rule: str
 ) -> None:
     directory, hashes = stocked
@@ -55,11 +55,11 @@ def test_every_resource_answers_as_if_it_were_not_there(
     for row in ABOUT_PATHS:
         for method in ("GET", "HEAD"):
             for headers in ({}, {"Range": "bytes=0-0"}, {"If-None-Match": "*"}, {"Accept-Encoding": "zstd"}):
-                kept_back = server.request(method, filled(row, hashes), headers)
-                assert kept_back.status == 404, (method, row.path)
+                hidden = server.request(method, filled(row, hashes), headers)
+                assert hidden.status == 404, (method, row.path)
                 if "{" in row.path:
-                    assert kept_back == server.request(method, filled(row, none), headers)
-    # Nor is it there for those who look for it.
+                    assert hidden == server.request(method, filled(row, none), headers)
+    # The search does not find it either.
     for query in ("tree", "e", hashes["hash"], hashes["hash"][:10]):
         found = server.get(f"/search?q={query}")
         assert found.status == 200
@@ -69,18 +69,18 @@ def test_every_resource_answers_as_if_it_were_not_there(
 
 
 @pytest.mark.parametrize("rule", ALLOWING)
-def test_what_the_rules_permit_is_served(start: Start, stocked: tuple[Path, dict[str, str]], rule: str) -> None:
+def test_published_path_is_served(start: Start, stocked: tuple[Path, dict[str, str]], rule: str) -> None:
     directory, hashes = stocked
     rules = ALLOWING[rule].format(**hashes)
     server = start(store=directory / "store", settings=f"browse = true\n[publish]\n{rules}")
     for row in ABOUT_PATHS:
         if rule == "needed" and row.path.startswith("/log/"):
-            continue  # it was not built here
+            continue  # it was built elsewhere, so it has no log here
         assert server.get(filled(row, hashes)).status == row.status, row.path
     assert "1 path for" in server.get("/search?q=tree").text
 
 
-def test_our_own_signature_lets_nothing_out(start: Start, tmp_path: Path) -> None:
+def test_signature_of_our_own_key_does_not_publish(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     plain = store.add(store.output_path("plain"), b"")
     signed = store.add(store.output_path("signed"), b"", keys=[KEY])
@@ -90,7 +90,7 @@ def test_our_own_signature_lets_nothing_out(start: Start, tmp_path: Path) -> Non
     server = start(store=tmp_path / "store", settings=rules)
     assert server.get(f"/{signed.path.hash_part}.narinfo").status == 200
     assert server.get(f"/{plain.path.hash_part}.narinfo").status == 404
-    # Signed later, it is served at once; no longer signed, no longer.
+    # A new or removed signature takes effect at once.
     sig = KEY.sign(plain.fingerprint("/nix/store"))
     for sigs, status in ((sig, 200), (None, 404), ("trusted-1:AAAA", 404), (f"x:y {sig}", 200)):
         with store.connect() as connection:
@@ -101,19 +101,19 @@ def test_our_own_signature_lets_nothing_out(start: Start, tmp_path: Path) -> Non
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[StoreBuilder, PathInfo, PathInfo]:
-    """A path, and a secret one that it refers to."""
+    """Build a store with a path that refers to a secret path."""
     store = StoreBuilder(tmp_path / "store")
     secret = store.add(store.output_path("secret"), {"file": b"secret"})
     tree = {"link": Symlink(f"/nix/store/{secret.path}/file")}
     return store, store.add(store.output_path("user"), tree, references=[secret.path]), secret
 
 
-def test_pages_tell_of_what_is_kept_back_no_more_than_the_narinfo(
+def test_pages_show_no_more_of_an_unpublished_reference_than_the_narinfo(
     start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
 ) -> None:
     _, user, secret = pair
     server = start(store=tmp_path / "store", settings="browse = true\n[publish]\ndeny = ['secret']")
-    # The reference is signed, and the narinfo would be none without it.
+    # The narinfo must list the reference: it is part of the signed fingerprint.
     assert str(secret.path) in server.get(f"/{user.path.hash_part}.narinfo").text
     page = server.get(f"/path/{user.path.hash_part}").text
     assert secret.path.hash_part in page
@@ -125,7 +125,7 @@ def test_pages_tell_of_what_is_kept_back_no_more_than_the_narinfo(
     assert "1 path for" in both
 
 
-def test_referrers_that_are_kept_back_are_not_told(
+def test_unpublished_referrers_are_not_shown(
     start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
 ) -> None:
     _, user, secret = pair
@@ -135,7 +135,7 @@ def test_referrers_that_are_kept_back_are_not_told(
     assert "None" in page.split("Referrers")[1]
 
 
-def test_a_root_that_is_new_is_served_within_seconds_and_one_that_is_gone_is_not(
+def test_added_and_removed_gc_roots_take_effect_within_seconds(
     start: Start, pair: tuple[StoreBuilder, PathInfo, PathInfo], tmp_path: Path
 ) -> None:
     _, user, secret = pair
@@ -155,18 +155,18 @@ def test_a_root_that_is_new_is_served_within_seconds_and_one_that_is_gone_is_not
     wait_until(lambda: statuses() == [404, 200])
 
 
-def test_a_page_leads_to_no_log_that_is_kept_back(start: Start, tmp_path: Path) -> None:
+def test_path_page_links_to_no_unpublished_log(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     derivation, output = store.add_derivation("tree", "/bin/sh")
     store.add(output, b"", deriver=derivation.path)
     store.add_log(derivation.path, b"log\n")
-    for rules, told in (("", True), ("[publish]\ndeny = ['*.drv']", False)):
+    for rules, published in (("", True), ("[publish]\ndeny = ['*.drv']", False)):
         server = start(store=tmp_path / "store", settings=f"browse = true\n{rules}")
-        assert (server.get(f"/log/{derivation.path}").status == 200) is told
-        assert ("Build log" in server.get(f"/path/{output.hash_part}").text) is told
+        assert (server.get(f"/log/{derivation.path}").status == 200) is published
+        assert ("Build log" in server.get(f"/path/{output.hash_part}").text) is published
 
 
-def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None:
+def test_log_is_published_together_with_its_output(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     drvs = [StorePath(f"{number}{'0' * 31}-{name}.drv") for number, name in ((1, "good"), (2, "bad"), (3, "lost"))]
     outputs = [store.output_path(name) for name in ("good", "bad")]
@@ -180,7 +180,7 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("rules", "what"),
+    ("rules", "message"),
     [
         ("signed_by = ['x']", "publish.signed_by: a public key has the form name:base64, as in nix.conf"),
         pytest.param(
@@ -199,16 +199,16 @@ def test_a_log_goes_out_with_what_was_made(start: Start, tmp_path: Path) -> None
         ("deny = 'a'", "publish.deny: expected an array of strings, found string 'a'"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(tmp_path: Path, rules: str, what: str) -> None:
+def test_invalid_publish_rules_are_rejected(tmp_path: Path, rules: str, message: str) -> None:
     StoreBuilder(tmp_path / "store")
     (tmp_path / "harmonia.toml").write_text(f"real_nix_store = '{tmp_path}/store/nix/store'\n[publish]\n{rules}")
     checked = run("--config", str(tmp_path / "harmonia.toml"), "check-config")
     assert checked.returncode == 2
-    assert f":3: {what}" in checked.stderr
+    assert f":3: {message}" in checked.stderr
     assert KEY.export()[-20:] not in checked.stderr
 
 
-def test_a_search_ends_in_time_however_many_paths_are_kept_back(start: Start, tmp_path: Path) -> None:
+def test_search_ends_at_its_time_limit_with_many_unpublished_paths(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     signed = store.add(store.output_path("lib-signed"), b"", keys=[KEY])
     with store.connect() as connection:

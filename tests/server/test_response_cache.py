@@ -1,4 +1,4 @@
-"""An answer that is given again is the same, counted, and never one that is no longer true."""
+"""A cached response is identical to the first, is counted and logged, and is used only while it is valid."""
 
 import re
 import signal
@@ -17,26 +17,26 @@ from support.running import Answer, Server, nar_url, patched, read_answer, wait_
 Start = Callable[..., Server]
 
 LIMIT = 20_000
-# The index of debug info opens the database in its own thread. Meanwhile, SQLite may report the database as busy, and
-# then the server does not remember its next answer.
+# The index of debug info opens the database in its own thread. Meanwhile, SQLite may report the database as busy, so
+# the server does not cache its next response.
 SETTINGS = "nar_compression = 'none'\ndebug_info = false"
-TELL = f"""
+COUNT_HITS = f"""
 import os, sys
 from harmonia.server.http.response_cache import ResponseCache
 find, ResponseCache.__init__.__defaults__ = ResponseCache.cached_response, ({LIMIT},)
-def telling(self, head):
+def counting(self, head):
     answer = find(self, head)
     if answer is not None:
         with open(os.path.join(os.path.dirname(sys.argv[-1]), "again"), "a") as file:
             file.write("again")
     return answer
-ResponseCache.cached_response = telling
+ResponseCache.cached_response = counting
 """
-TELLING = patched(TELL)
+COUNTING = patched(COUNT_HITS)
 
 
 class Client:
-    """One connection that is kept."""
+    """One persistent connection."""
 
     def __init__(self, connection: socket.socket, server: Server) -> None:
         self._connection = connection
@@ -45,7 +45,7 @@ class Client:
     def ask(self, *packets: str, method: str = "GET") -> Answer:
         for packet in packets:
             self._connection.sendall(packet.encode())
-            self._server.settle()  # so that they come one by one
+            self._server.settle()  # so that packets arrive one by one
         return read_answer(self._connection, method)
 
 
@@ -55,44 +55,44 @@ def info(store: StoreBuilder) -> PathInfo:
 
 
 @pytest.fixture
-def server(start: Start, info: PathInfo, tmp_path: Path) -> Server:  # noqa: ARG001 (the store is to have it)
-    # Whether a NAR was compressed by another process is looked up again after a second.
-    return start(store=tmp_path / "store", settings=SETTINGS, program=TELLING)
+def server(start: Start, info: PathInfo, tmp_path: Path) -> Server:  # noqa: ARG001 (adds the path)
+    # A lookup of compressed NARs by other processes is valid for a second only, so nar_compression is none.
+    return start(store=tmp_path / "store", settings=SETTINGS, program=COUNTING)
 
 
 def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
     return "\r\n".join([f"{method} /{info.path.hash_part}.narinfo HTTP/1.1", "Host: cache", *fields, "", ""])
 
 
-def repeated(server: Server) -> int:
-    """How often an answer was given again up to now."""
-    told = server.directory / "again"
-    return told.read_text().count("again") if told.exists() else 0
+def hits(server: Server) -> int:
+    """Return how many responses came from the cache so far."""
+    marker = server.directory / "again"
+    return marker.read_text().count("again") if marker.exists() else 0
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(
     "field", ["Accept-Encoding: zstd", "If-None-Match: *", "Range: bytes=0-3", "via: 1.1 harmonia"]
 )
-def test_the_same_words_get_the_same_answer(server: Server, info: PathInfo, method: str, field: str) -> None:
+def test_identical_request_gets_the_cached_response(server: Server, info: PathInfo, method: str, field: str) -> None:
     with server.connect() as connection:
         client = Client(connection, server)
         first = client.ask(head(info, field, method=method), method=method)
         assert first.status == (304 if "If-None" in field else 200)
 
-        def is_repeated() -> bool:
-            """Ask again. The first of these requests may come before the server has done with the one before."""
+        def is_cached() -> bool:
+            """Send the request again. The first of these may arrive before the response is cached."""
             assert client.ask(head(info, field, method=method), method=method) == first
-            return repeated(server) >= 3
+            return hits(server) >= 3
 
-        wait_until(is_repeated)
+        wait_until(is_cached)
     assert server.request(method, f"/{info.path.hash_part}.narinfo", dict([field.split(": ")])).headers == {
         **first.headers,
         "connection": "close",
     }
 
 
-def test_its_date_is_of_now(server: Server, info: PathInfo) -> None:
+def test_date_of_a_cached_response_is_current(server: Server, info: PathInfo) -> None:
     dates = set()
     with server.connect() as connection:
 
@@ -105,10 +105,10 @@ def test_its_date_is_of_now(server: Server, info: PathInfo) -> None:
         length = {len(date()) for _ in range(3)}
         wait_until(lambda: date() and len(dates) > 1)
         assert length == {len(date())}
-    assert repeated(server) > 3
+    assert hits(server) > 3
 
 
-def test_each_is_counted(server: Server, info: PathInfo) -> None:
+def test_cached_responses_are_counted(server: Server, info: PathInfo) -> None:
     with server.connect() as connection:
         client = Client(connection, server)
         sent = sum(len(client.ask(head(info)).body) for _ in range(5))
@@ -118,22 +118,22 @@ def test_each_is_counted(server: Server, info: PathInfo) -> None:
     assert 'harmonia_head_seconds_count{route="narinfo"} 5.0\n' in metrics
 
 
-def test_each_is_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
-    server = start(store=tmp_path / "store", settings="access_log = true", program=TELLING)
+def test_cached_responses_are_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store", settings="access_log = true", program=COUNTING)
     with server.connect() as connection:
         for _ in range(3):
             Client(connection, server).ask(head(info))
     wait_until(lambda: sum(info.path.hash_part in line for line in server.log) == 3)
 
 
-def test_what_has_changed_is_told_at_once(start: Start, store: StoreBuilder, info: PathInfo, tmp_path: Path) -> None:
-    server = start(store=tmp_path / "store", program=TELLING)
+def test_changed_narinfo_is_sent_at_once(start: Start, store: StoreBuilder, info: PathInfo, tmp_path: Path) -> None:
+    server = start(store=tmp_path / "store", program=COUNTING)
     signature = SecretKey.generate("late-1").sign(b"")
     with server.connect() as connection:
         client = Client(connection, server)
 
         def text() -> str:
-            """Told twice, lest it comes from memory only the second time."""
+            """Return the text of two responses, of which the second may come from the cache."""
             first, second = client.ask(head(info)), client.ask(head(info))
             assert first == second
             return first.text
@@ -148,11 +148,11 @@ def test_what_has_changed_is_told_at_once(start: Start, store: StoreBuilder, inf
         assert text() == "Not Found\n"
         store.add(info.path, b"contents" * 1000)
         assert "FileHash" in text()
-    assert repeated(server) >= 1
+    assert hits(server) >= 1
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_what_is_not_there_is_told_again_until_it_is(
+def test_cached_404_is_used_until_the_path_exists(
     server: Server, store: StoreBuilder, info: PathInfo, method: str
 ) -> None:
     store.delete(info.path)
@@ -162,14 +162,14 @@ def test_what_is_not_there_is_told_again_until_it_is(
         first = client.ask(asked, method=method)
         assert (first.status, first.headers["cache-control"]) == (404, "no-store")
         assert [client.ask(asked, method=method) for _ in range(3)] == [first] * 3
-        assert repeated(server) == 3
+        assert hits(server) == 3
         store.add(info.path, b"contents" * 1000)
         assert client.ask(asked, method=method).status == 200
     assert 'harmonia_requests_total{route="narinfo",status="404"} 4.0\n' in server.get("/metrics").text
 
 
-def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, info: PathInfo, tmp_path: Path) -> None:
-    program = patched(f"{TELL}\nfrom harmonia.server import path_lookup; path_lookup._MAX_PATHS = 1")
+def test_cached_404s_evict_no_other_responses(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    program = patched(f"{COUNT_HITS}\nfrom harmonia.server import path_lookup; path_lookup._MAX_PATHS = 1")
     server = start(store=tmp_path / "store", settings=SETTINGS, program=program)
     with server.connect() as connection:
         client = Client(connection, server)
@@ -177,11 +177,11 @@ def test_what_is_not_there_pushes_out_no_more_than_is_known_of_it(start: Start, 
         for number in range(100):
             assert client.ask(head(info).replace(info.path.hash_part, f"{number:032}")).status == 404
         client.ask(head(info))
-    assert repeated(server) == 1
+    assert hits(server) == 1
 
 
 @pytest.mark.parametrize("body", ["", "\r\n"])
-def test_the_body_of_a_request_is_no_request(server: Server, info: PathInfo, body: str) -> None:
+def test_request_with_a_body_is_not_cached(server: Server, info: PathInfo, body: str) -> None:
     request = head(info, f"Content-Length: {len(body)}")
     for _ in range(3):
         with server.connect() as connection:
@@ -191,11 +191,11 @@ def test_the_body_of_a_request_is_no_request(server: Server, info: PathInfo, bod
                 assert connection.recv(1) == b""
             else:
                 assert client.ask(request).status == 200
-    assert repeated(server) == 0
+    assert hits(server) == 0
 
 
 @pytest.mark.parametrize("field", ["Connection: close", None])
-def test_a_connection_that_is_to_close_closes(server: Server, info: PathInfo, field: str | None) -> None:
+def test_connection_close_is_respected(server: Server, info: PathInfo, field: str | None) -> None:
     request = head(info, field) if field else head(info).replace("HTTP/1.1", "HTTP/1.0")
     for _ in range(3):
         with server.connect() as connection:
@@ -203,17 +203,17 @@ def test_a_connection_that_is_to_close_closes(server: Server, info: PathInfo, fi
             Client(connection, server).ask(head(info))
             assert Client(connection, server).ask(request).status == 200
             assert connection.recv(1) == b""
-    assert repeated(server) >= 3
+    assert hits(server) >= 3
 
 
-def test_requests_in_pieces_and_several_at_once(server: Server, info: PathInfo) -> None:
+def test_split_and_pipelined_requests_get_correct_responses(server: Server, info: PathInfo) -> None:
     request = head(info).encode()
     with server.connect() as connection:
 
         def ask(*packets: bytes) -> bytes:
             for packet in packets:
                 connection.sendall(packet)
-                server.settle()  # so that they come one by one
+                server.settle()  # so that packets arrive one by one
             return received(b"".join(packets).count(b"\r\n\r\n"))
 
         def received(answers: int) -> bytes:
@@ -230,14 +230,14 @@ def test_requests_in_pieces_and_several_at_once(server: Server, info: PathInfo) 
         assert ask(request[:-2], request[-2:] + request[:10], request[10:]) == 2 * answer
         assert ask(3 * request) == 3 * answer
         assert ask(request, request, request) == 3 * answer
-    assert repeated(server) == 4
+    assert hits(server) == 4
 
 
-def test_who_is_no_longer_let_in_hears_nothing(start: Start, info: PathInfo, tmp_path: Path) -> None:
+def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathInfo, tmp_path: Path) -> None:
     secret, token = new("reader", ["read"])
     tokens = tmp_path / "tokens"
     tokens.write_text(str(token))
-    server = start(store=tmp_path / "store", settings=f"tokens_path = '{tokens}'", program=TELLING)
+    server = start(store=tmp_path / "store", settings=f"tokens_path = '{tokens}'", program=COUNTING)
     with server.connect() as connection:
         client = Client(connection, server)
         asked = head(info, f"Authorization: Bearer {secret}")
@@ -248,16 +248,16 @@ def test_who_is_no_longer_let_in_hears_nothing(start: Start, info: PathInfo, tmp
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("tokens reloaded")
         assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
-    assert repeated(server) == 0
+    assert hits(server) == 0
 
 
-def test_memory_is_bounded(server: Server, info: PathInfo) -> None:
+def test_size_of_the_cache_is_bounded(server: Server, info: PathInfo) -> None:
     with server.connect() as connection:
         client = Client(connection, server)
         for number in range(100):
             client.ask(head(info, f"X-Number: {number:03}"))
         assert client.ask(head(info, "X-Number: 099")).status == 200
-        assert repeated(server) == 1
+        assert hits(server) == 1
         for number in reversed(range(100)):
             client.ask(head(info, f"X-Number: {number:03}"))
-        assert 10 < repeated(server) < 1 + LIMIT / 500
+        assert 10 < hits(server) < 1 + LIMIT / 500

@@ -1,6 +1,6 @@
-"""Private parts of Sanic and uvloop that `server/http/sanic_adapter.py` and `request_head.py` rely on are there.
+"""The private parts of Sanic and uvloop that `server/http/sanic_adapter.py` and `request_head.py` use exist.
 
-If an upgrade takes one away, the test of that name fails, before anything fails in a way that is hard to understand.
+If an upgrade removes one, the test of that name fails, before anything fails in a way that is hard to understand.
 """
 
 import asyncio
@@ -60,17 +60,17 @@ def names(kind: type) -> set[str]:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip
-def test_sanic_has(kind: type, name: str) -> None:
+def test_sanic_has_the_attribute(kind: type, name: str) -> None:
     assert name in names(kind)
 
 
 @pytest.mark.parametrize("name", ["connect_accepted_socket", "add_reader", "add_signal_handler"])
-def test_uvloop_has(name: str) -> None:
+def test_uvloop_has_the_method(name: str) -> None:
     assert hasattr(uvloop.Loop, name)
 
 
-def test_a_transport_of_uvloop_shows_its_socket() -> None:
-    """Its descriptor tells how many bytes the client has not taken yet (TIOCOUTQ)."""
+def test_transport_of_uvloop_exposes_its_socket() -> None:
+    """The descriptor shows how many bytes the client has not taken yet (TIOCOUTQ)."""
 
     async def descriptor() -> int:
         ours, theirs = socket.socketpair()
@@ -84,9 +84,9 @@ def test_a_transport_of_uvloop_shows_its_socket() -> None:
         assert runner.run(descriptor()) >= 0
 
 
-def test_routes_are_added_with_the_options_that_we_use() -> None:
-    wanted = {"handler", "uri", "methods", "name", "strict_slashes"}
-    assert wanted <= inspect.signature(Sanic.add_route).parameters.keys()
+def test_sanic_accepts_the_options_we_use() -> None:
+    options = {"handler", "uri", "methods", "name", "strict_slashes"}
+    assert options <= inspect.signature(Sanic.add_route).parameters.keys()
     assert {"sock", "protocol", "backlog", "asyncio_server_kwargs"} <= inspect.signature(
         Sanic.create_server
     ).parameters.keys()

@@ -1,4 +1,4 @@
-"""`/serve/<hash>/<path>`: files and directories for browsers, and nothing outside of the store path asked for."""
+"""`/serve/<hash>/<path>`: files and directories for browsers, confined to valid store paths."""
 
 import html
 import os
@@ -51,7 +51,7 @@ FILES: dict[str, Tree] = {
 
 
 class Made:
-    """A store with everything that a browser may come across."""
+    """A store with all kinds of files, names and symlinks."""
 
     def __init__(self, root: Path) -> None:
         self.store = store = StoreBuilder(root)
@@ -59,7 +59,7 @@ class Made:
         (root / "secret").write_bytes(SECRET)
         outside = os.path.join(root, "secret")
         self.other = store.add_source("other", {"file": b"other\n", "dir": {"deep": b"deep\n"}})
-        self.stray = store.output_path("stray")  # lies in the store directory, but is not valid
+        self.stray = store.output_path("stray")  # in the store directory, but not valid
         Path(os.fsdecode(store.real_path(self.stray))).write_bytes(SECRET)
         Path(store.real_dir, ".lock").mkdir()
         Path(store.real_dir, ".lock", "x").write_bytes(SECRET)
@@ -159,7 +159,7 @@ def url(path: PathInfo, inner: str = "") -> str:
 
 
 def rows(page: str) -> list[tuple[str, str, str, str]]:
-    """The link, name, kind and size of each row of a listing."""
+    """Return link, name, kind and size of each row of a listing."""
     found = re.findall(
         r'<tr><td[^>]*><a href="([^"]*)"[^>]*>(.*?)</a>(?:<span.*?</span>)?<td.*?>(.*?)<td.*?>([^<]*)', page
     )
@@ -193,7 +193,9 @@ class TestFiles:
             ("empty", "text/plain; charset=utf-8"),
         ],
     )
-    def test_types(self, server: Server, made: Made, name: str, content_type: str) -> None:
+    def test_content_type_follows_name_and_content(
+        self, server: Server, made: Made, name: str, content_type: str
+    ) -> None:
         answer = server.get(url(made.files, f"/{name}"))
         assert answer.status == 200
         assert answer.headers["content-type"] == content_type
@@ -202,7 +204,7 @@ class TestFiles:
         content = FILES[name]
         assert answer.body == (content.contents if isinstance(content, Executable) else content)
 
-    def test_headers(self, server: Server, made: Made) -> None:
+    def test_headers_and_head(self, server: Server, made: Made) -> None:
         get, head = server.get(url(made.files, "/big")), server.head(url(made.files, "/big"))
         assert head.headers == get.headers
         assert head.body == b""
@@ -221,15 +223,15 @@ class TestFiles:
         assert server.get(where, {"Range": f"bytes={len(BIG)}-"}).status == 416
         assert server.get(where, {"If-None-Match": etag}).status == 304
 
-    def test_each_file_of_each_path_has_its_own_etag(self, server: Server, made: Made) -> None:
+    def test_every_file_has_its_own_etag_by_any_link(self, server: Server, made: Made) -> None:
         paths = [url(made.files, f"/{name}") for name in ("README", "big")]
         paths += [url(made.links, "/real/file"), url(made.single), url(made.other, "/file")]
         assert len({server.head(path).headers["etag"] for path in paths}) == len(paths)
-        # The same file, by whatever link, is the same.
+        # One file has one ETag, by whatever symlink.
         same = [url(made.links, "/via"), url(made.links, "/relative"), url(made.latest, "/real/file"), paths[2]]
         assert len({server.head(path).headers["etag"] for path in same}) == 1
 
-    def test_compression_where_it_is_worth_it(self, server: Server, made: Made) -> None:
+    def test_large_text_is_compressed_and_other_files_are_not(self, server: Server, made: Made) -> None:
         accepted = {"Accept-Encoding": "zstd"}
         plain, packed = server.get(url(made.files, "/text")), server.get(url(made.files, "/text"), accepted)
         assert packed.headers["content-encoding"] == "zstd"
@@ -241,13 +243,13 @@ class TestFiles:
             assert "content-encoding" not in server.get(url(made.files, f"/{name}"), accepted).headers
         assert "content-encoding" not in server.get(url(made.files, "/text"), accepted | {"Range": "bytes=0-9"}).headers
 
-    def test_a_store_path_that_is_a_file(self, server: Server, made: Made) -> None:
+    def test_store_path_that_is_a_file(self, server: Server, made: Made) -> None:
         answer = server.get(url(made.single))
         assert (answer.body, answer.headers["content-type"]) == (b"one file\n", "text/plain; charset=utf-8")
         assert server.get(url(made.single, "/")).status == 404
         assert server.get(url(made.single, "/x")).status == 404
 
-    def test_a_huge_file_is_not_held_in_memory(self, start: Start, tmp_path: Path) -> None:
+    def test_huge_file_takes_little_memory(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         huge = store.add(store.output_path("huge"), Sparse(256 << 20))
         server = start(store=tmp_path / "store")
@@ -264,24 +266,24 @@ class TestFiles:
 
 
 class TestSandbox:
-    """A script in the store must not act as this cache; yet a built web site works (tests/server/test_browser.py)."""
+    """Scripts in the store cannot act for the cache, but built websites work (tests/server/test_browser.py)."""
 
     @pytest.mark.parametrize("name", ["page.html", "logo.svg", "feed.xml", "README", "binary"])
-    def test_what_may_run_scripts_has_no_origin(self, server: Server, made: Made, name: str) -> None:
+    def test_files_that_may_run_scripts_are_sandboxed(self, server: Server, made: Made, name: str) -> None:
         policy = server.head(url(made.files, f"/{name}")).headers["content-security-policy"]
         assert policy.startswith("sandbox ")
         assert "allow-scripts" in policy
         assert "allow-same-origin" not in policy
 
-    def test_its_parts_may_be_read_by_a_page_without_origin(self, server: Server, made: Made) -> None:
+    def test_files_are_readable_by_sandboxed_pages(self, server: Server, made: Made) -> None:
         headers = server.head(url(made.files, "/app.js")).headers
         assert headers["access-control-allow-origin"] == "*"
         assert "access-control-allow-credentials" not in headers
 
-    def test_pdf_is_shown(self, server: Server, made: Made) -> None:
+    def test_pdf_is_not_sandboxed(self, server: Server, made: Made) -> None:
         assert "content-security-policy" not in server.head(url(made.files, "/paper.pdf")).headers
 
-    def test_listings_run_no_script_and_are_read_by_nobody_else(self, server: Server, made: Made) -> None:
+    def test_listings_run_no_script_and_are_not_readable_by_other_origins(self, server: Server, made: Made) -> None:
         headers = server.head(url(made.files, "/")).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "script-src" not in headers["content-security-policy"]
@@ -302,22 +304,22 @@ class TestTraversal:
             "/real" * 900, "//..", "/..;/secret", "/%2e%2e%2fsecret", "/%", "/%zz", "/real/sub/..%00/",
         ],
     )  # fmt: skip
-    def test_what_is_not_there_is_404(self, server: Server, made: Made, inner: str) -> None:
+    def test_traversal_or_missing_file_gets_404(self, server: Server, made: Made, inner: str) -> None:
         lines = len(server.log)
         for method in ("GET", "HEAD"):
             answer = server.request(method, url(made.links, inner))
             assert answer.status == 404
             assert SECRET not in answer.body
             assert answer.headers["cache-control"] == "no-store"
-        assert len(server.log) == lines, "the client's own mistake is none of ours"
+        assert len(server.log) == lines, "requests for missing files must not be logged"
 
     @pytest.mark.parametrize(
         "path", ["", "/", "/x", "/x/", "//", f"/{'0' * 32}", f"/{'0' * 32}/", f"/{'e' * 32}/", "/.."]
     )
-    def test_no_store_path(self, server: Server, path: str) -> None:
+    def test_malformed_or_unknown_hash_part_gets_404(self, server: Server, path: str) -> None:
         assert server.get(f"/serve{path}").status == 404
 
-    def test_only_the_hash_part_is_a_name(self, server: Server, made: Made) -> None:
+    def test_only_valid_hash_parts_are_accepted(self, server: Server, made: Made) -> None:
         assert server.get(f"/serve/{made.single.path}").status == 404
         assert server.get(f"/serve/{made.stray.hash_part}").status == 404
 
@@ -330,7 +332,9 @@ class TestTraversal:
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("suffix", ["", "/", "/x"])
-    def test_symlinks_that_lead_nowhere_we_serve(self, server: Server, made: Made, name: str, suffix: str) -> None:
+    def test_symlink_to_anything_but_a_valid_path_gets_404(
+        self, server: Server, made: Made, name: str, suffix: str
+    ) -> None:
         answer = server.get(url(made.links, f"/{name}{suffix}"))
         assert (answer.status, answer.body) == (404, b"Not Found\n")
 
@@ -342,18 +346,18 @@ class TestTraversal:
             ("/other-odd/deep", b"deep\n"), ("/chain-39", b"the end\n"), ("/real/up", b"target\n"),
         ],
     )  # fmt: skip
-    def test_symlinks_that_lead_to_what_is_valid(self, server: Server, made: Made, inner: str, body: bytes) -> None:
+    def test_symlink_within_valid_paths_is_followed(self, server: Server, made: Made, inner: str, body: bytes) -> None:
         for path in (made.links, made.latest):
             answer = server.get(url(path, inner))
             assert (answer.status, answer.body) == (200, body)
 
-    def test_a_store_path_that_is_a_symlink(self, server: Server, made: Made) -> None:
+    def test_store_path_that_is_a_symlink_is_followed(self, server: Server, made: Made) -> None:
         assert server.get(url(made.latest)).headers["location"] == f"./{made.latest.path.hash_part}/"
         assert server.get(url(made.latest, "/target")).body == b"target\n"
         for inner in ("", "/", "/x"):
             assert server.get(url(made.escape, inner)).status == 404
 
-    def test_no_longer_valid_is_no_longer_served(self, start: Start, tmp_path: Path) -> None:
+    def test_symlink_target_that_is_no_longer_valid_gets_404(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         target = store.add_source("target", b"target\n")
         link = store.add_source("link", {"to": Symlink(f"/nix/store/{target.path}")})
@@ -366,9 +370,9 @@ class TestTraversal:
 
 
 class TestRaces:
-    """What root, or a bug, may do to a store meanwhile: it must not make a name lead out of it."""
+    """Changes of the store by root or a bug during a request never lead out of the store."""
 
-    def test_a_directory_that_becomes_a_symlink_and_back(self, start: Start, tmp_path: Path) -> None:
+    def test_directory_swapped_for_a_symlink_is_never_followed_outside(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         outside = tmp_path / "outside"
         outside.mkdir()
@@ -397,7 +401,7 @@ class TestRaces:
             for _ in range(300):
                 try:
                     answer = server.get(url(path, "/dir/file"))
-                except OSError:  # it broke off, as it must
+                except OSError:  # the transfer broke off, as it must
                     continue
                 statuses.add(answer.status)
                 assert SECRET not in answer.body
@@ -408,7 +412,7 @@ class TestRaces:
             thread.join()
         assert swapped > 20
 
-    def test_a_file_that_is_another_when_it_is_read(self, start: Start, tmp_path: Path) -> None:
+    def test_file_truncated_during_the_transfer_breaks_it(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add(store.output_path("big"), {"big": Sparse(64 << 20)})
         top = Path(os.fsdecode(store.real_path(path.path)))
@@ -427,7 +431,7 @@ class TestRaces:
         assert received < 64 << 20
         assert server.wait_for_log("breaks off")
 
-    def test_what_no_store_holds(self, start: Start, tmp_path: Path) -> None:
+    def test_special_files_get_404(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add(store.output_path("special"), {})
         top = Path(os.fsdecode(store.real_path(path.path)))
@@ -439,7 +443,7 @@ class TestRaces:
         assert server.get(url(path, "/socket")).status == 404
         assert server.get(url(path, "/")).status == 200
 
-    def test_a_path_that_is_valid_but_gone_is_told_to_the_log(self, start: Start, tmp_path: Path) -> None:
+    def test_missing_store_object_gets_404_and_is_logged(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add_text("gone", b"")
         os.unlink(store.real_path(path.path))
@@ -447,7 +451,7 @@ class TestRaces:
         assert server.get(url(path)).status == 404
         assert server.wait_for_log("No such file")
 
-    def test_off(self, start: Start, made: Made) -> None:
+    def test_serve_files_false_disables_files_and_links(self, start: Start, made: Made) -> None:
         server = start(store=made.root, settings="serve_files = false\nbrowse = true")
         hash_part = made.files.path.hash_part
         for path in ("", "/", "/README", "/none"):
@@ -474,22 +478,22 @@ class TestRaces:
 
 class TestDirectories:
     @pytest.mark.parametrize("inner", ["", "/real", "/real/sub", "/directory", "/other-relative"])
-    def test_redirect_to_the_final_slash(self, server: Server, made: Made, inner: str) -> None:
+    def test_directory_redirects_to_its_final_slash(self, server: Server, made: Made, inner: str) -> None:
         for method in ("GET", "HEAD"):
             answer = server.request(method, url(made.links, inner) + "?x=//evil.example")
             assert answer.status == 301
-            # Relative, so that it is right behind a proxy that has us under some path.
+            # Relative, because a proxy may add a prefix.
             location = urljoin(f"https://example.org/nix{url(made.links, inner)}", answer.headers["location"])
             assert location == f"https://example.org/nix{url(made.links, inner)}/"
         assert server.get(url(made.links, inner) + "/").status == 200
 
     @pytest.mark.parametrize("name", ["dir:1", "javascript:x", "ü", "50%"])
-    def test_redirect_of_odd_names(self, server: Server, made: Made, name: str) -> None:
+    def test_redirect_escapes_special_names(self, server: Server, made: Made, name: str) -> None:
         where = url(made.odd_directories, f"/{quote(name, safe='')}")
         location = urljoin(f"http://cache{where}", server.get(where).headers["location"])
         assert server.get(location.removeprefix("http://cache")).status == 200
 
-    def test_listing(self, server: Server, made: Made) -> None:
+    def test_listing_shows_names_kinds_and_sizes(self, server: Server, made: Made) -> None:
         page = server.get(url(made.files, "/"))
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         listed = rows(page.text)
@@ -500,7 +504,7 @@ class TestDirectories:
         assert found["empty"] == ("file", "0 bytes")
         assert found["run"] == ("executable", "10 bytes")
 
-    def test_parent_link(self, server: Server, made: Made) -> None:
+    def test_listing_has_a_parent_link(self, server: Server, made: Made) -> None:
         assert "../" not in [href for href, *_ in rows(server.get(url(made.links, "/")).text)]
         [parent, *rest] = rows(server.get(url(made.links, "/real/")).text)
         assert parent[:3] == ("../", "..", "directory")
@@ -511,7 +515,7 @@ class TestDirectories:
         ]
         assert len(rows(server.get(url(made.links, "/empty/")).text)) == 1
 
-    def test_every_link_leads_to_what_it_names(self, server: Server, made: Made) -> None:
+    def test_every_link_in_a_listing_works(self, server: Server, made: Made) -> None:
         where = url(made.names, "/")
         listed = rows(server.get(where).text)
         assert len(listed) == 18
@@ -519,7 +523,7 @@ class TestDirectories:
             answer = server.get(urljoin(f"http://cache{where}", href).removeprefix("http://cache"))
             assert answer.status == (404 if kind == "symlink" else 200), (href, name)
 
-    def test_names_are_shown_as_what_they_are(self, server: Server, made: Made) -> None:
+    def test_names_are_escaped_and_sorted(self, server: Server, made: Made) -> None:
         page = server.get(url(made.names, "/")).text
         assert "<script" not in page.lower()
         assert "<img" not in page
@@ -541,18 +545,18 @@ class TestDirectories:
          ("/&amp;", b"ampersand\n"), ("/with%20space%3f%23", b"space\n"), ("/a:b/colon", b"colon\n"),
          ("/...", b"dots\n")],
     )  # fmt: skip
-    def test_raw_names(self, server: Server, made: Made, inner: str, body: bytes) -> None:
+    def test_encoded_names_are_decoded_once(self, server: Server, made: Made, inner: str, body: bytes) -> None:
         assert server.get(url(made.names, inner)).body == body
 
-    def test_index(self, server: Server, made: Made) -> None:
+    def test_index_html_is_served_if_it_is_a_file_of_the_store(self, server: Server, made: Made) -> None:
         assert server.get(url(made.site, "/")).body == b"<h1>Home</h1>"
         assert server.get(url(made.site, "/linked/")).body == b"<h1>Home</h1>"
         assert server.get(url(made.site, "/linked/")).headers["content-security-policy"].startswith("sandbox")
         for inner, names in (("/lost/", ["..", "file", "index.html"]), ("/odd/", ["..", "index.html"])):
-            # An index that leads elsewhere, or is no file.
+            # the index is a symlink out of the store, or a directory
             assert [name for _, name, _, _ in rows(server.get(url(made.site, inner)).text)] == names
 
-    def test_a_large_one_is_bounded(self, start: Start, tmp_path: Path) -> None:
+    def test_large_directory_is_cut_off(self, start: Start, tmp_path: Path) -> None:
         store = StoreBuilder(tmp_path / "store")
         path = store.add_source("large", {f"{n:02}": b"" for n in range(51)})
         few = patched("from harmonia.server.resources import directory\ndirectory._MAX_ENTRIES = 50")
@@ -563,7 +567,7 @@ class TestDirectories:
         assert names == [f"{n:02}" for n in range(50)]
         assert server.get(url(path, "/50")).status == 200
 
-    def test_a_page_is_asked_for_again_only_if_it_changed(self, server: Server, made: Made) -> None:
+    def test_listing_has_an_etag_and_is_compressed(self, server: Server, made: Made) -> None:
         answer = server.get(url(made.names, "/"))
         assert answer.headers["cache-control"] == "no-cache"
         assert server.get(url(made.names, "/"), {"If-None-Match": answer.headers["etag"]}).status == 304
@@ -571,7 +575,7 @@ class TestDirectories:
         assert zstandard.ZstdDecompressor().decompressobj().decompress(packed.body) == answer.body
 
 
-def test_the_page_of_a_directory_is_made_once_and_has_a_rate_for_each_client(
+def test_listing_is_rendered_once_and_max_query_rate_limits_it(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     counted = """
@@ -579,7 +583,7 @@ import logging
 from harmonia.server.resources import directory
 list_directory = directory.list_directory
 def counted(*arguments):
-    logging.getLogger("harmonia").warning("a directory is read")
+    logging.getLogger("harmonia").warning("a directory is listed")
     return list_directory(*arguments)
 directory.list_directory = counted
 """
@@ -590,10 +594,10 @@ directory.list_directory = counted
     answers = [server.get(where) for _ in range(5)]
     assert [answer.status for answer in answers] == [200] * 3 + [429] * 2
     assert len({answer.body for answer in answers[:3]}) == 1
-    assert len([line for line in server.log if "a directory is read" in line]) == 1
+    assert len([line for line in server.log if "a directory is listed" in line]) == 1
     other = {"X-Forwarded-For": "192.0.2.1"}
     assert b"other" in server.get(f"{where}inner/", other).body
-    assert server.get(f"{where}file").status == 200  # a file has no rate
+    assert server.get(f"{where}file").status == 200  # files have no rate limit
     real = Path(store.real_path(path).decode())
     real.chmod(0o700)
     (real / "added").touch()

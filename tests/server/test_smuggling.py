@@ -1,6 +1,6 @@
-"""Promises about bytes that two readers could take for different requests: nobody's request is answered to another.
+"""Request smuggling: bytes that two parsers could read as different requests never get another client's response.
 
-What is not plain is refused, and nothing after it is read. Judged by two other readers, h11 and nginx.
+Ambiguous requests are rejected, and nothing after them is read. h11 and nginx serve as the other parsers.
 """
 
 import re
@@ -18,7 +18,7 @@ from support.raw_http import exchange, raw_response
 from support.running import Server, wait_until
 
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
-"""What an attacker would have us read as a request of its own, or a proxy sends for somebody else."""
+"""The request that an attacker smuggles, or that a proxy sends for another client."""
 REFUSALS = {400, 408, 411, 413, 414, 417, 431, 501, 505}
 BODIES = {"/version": f"harmonia {__version__}\n", "/health": "OK\n", "/nix-cache-info": "StoreDir: "}
 
@@ -29,9 +29,12 @@ def request(line: str = "GET /version HTTP/1.1", *headers: str, body: bytes = b"
 
 CHUNKED = b"4\r\nWiki\r\n0\r\n\r\n"
 
-REFUSED = {
+REJECTED = {
     "both framing headers": (request("POST /version HTTP/1.1", "Content-Length: 4", "Transfer-Encoding: chunked"), 400),
-    "the other way round": (request("POST /version HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 4"), 400),
+    "both framing headers in reverse order": (
+        request("POST /version HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 4"),
+        400,
+    ),
     "chunked": (request("PUT /version HTTP/1.1", "Transfer-Encoding: chunked", body=CHUNKED), 411),
     "chunked GET": (request("GET /version HTTP/1.1", "Transfer-Encoding: chunked", body=CHUNKED), 411),
     "chunked 1.0": (request("GET /version HTTP/1.0", "Transfer-Encoding: chunked", "Connection: keep-alive"), 411),
@@ -77,7 +80,7 @@ REFUSED = {
     "a name with a letter of another script": (request("GET /version HTTP/1.1", "Content-L\xebngth: 68"), 400),
     "no Host": (b"GET /version HTTP/1.1\r\n\r\n", 400),
     "two Hosts": (request("GET /version HTTP/1.1", "Host: other"), 400),
-    "a Host that is none": (request().replace(b"Host: cache", b"Host: a/b"), 400),
+    "an invalid Host": (request().replace(b"Host: cache", b"Host: a/b"), 400),
     "a Host with a space": (request().replace(b"Host: cache", b"Host: a b"), 400),
     "HTTP/0.9": (b"GET /version\r\n\r\n", 400),
     "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
@@ -95,15 +98,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("attack", REFUSED)
-def test_what_is_not_plain_is_refused_and_ends_the_connection(server: Server, attack: str) -> None:
-    payload, status = REFUSED[attack]
+@pytest.mark.parametrize("attack", REJECTED)
+def test_ambiguous_request_is_rejected_and_closes_the_connection(server: Server, attack: str) -> None:
+    payload, status = REJECTED[attack]
     (seen,) = exchange(server.url, payload + NEXT * 3)
     assert seen == (status, seen.body, True)
     assert re.fullmatch("[A-Z][A-Za-z ]+\n", seen.body)
 
 
-ANSWERED = {
+ACCEPTED = {
     "pipelining": (request() + request("GET /health HTTP/1.1"), [200, 200], True),
     "absolute-form": (request("GET http://other/version HTTP/1.1"), [200], True),
     "absolute-form without a path": (request("GET http://other HTTP/1.1"), [200], True),
@@ -134,9 +137,9 @@ ANSWERED = {
 }
 
 
-@pytest.mark.parametrize("name", ANSWERED)
-def test_what_is_plain_is_answered_and_its_body_is_no_request(server: Server, name: str) -> None:
-    payload, statuses, goes_on = ANSWERED[name]
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_unambiguous_request_is_answered_and_its_body_is_not_a_request(server: Server, name: str) -> None:
+    payload, statuses, goes_on = ACCEPTED[name]
     seen = exchange(server.url, payload + NEXT)
     assert [answer.status for answer in seen] == [*statuses, *([200] if goes_on else [])]
     assert [answer.closes for answer in seen] == [*([False] * (len(seen) - 1)), True]
@@ -144,13 +147,13 @@ def test_what_is_plain_is_answered_and_its_body_is_no_request(server: Server, na
         assert seen[-1].body.startswith("StoreDir: ")
 
 
-# Requests put together from parts that parsers disagree about.
+# Random requests from parts that parsers disagree about.
 LINES = [
     "GET /version HTTP/1.1",
     "GET /health HTTP/1.1",
     "PUT /version HTTP/1.1",
     "POST /health HTTP/1.1",
-]  # h11 keeps no connection of HTTP/1.0
+]  # without HTTP/1.0, because h11 does not keep its connections alive
 FIELDS = [
     *("Content-Length: 4", "content-length:4", "Content-Length: 04", "Content-Length: +4", "Content-Length : 4"),
     *("Content-Length: 4, 4", "Content-Length: 0", "Content-Length: 62", "Content-Length: 4\x0b", " Content-Length: 4"),
@@ -181,7 +184,7 @@ requests = st.builds(
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A few requests on one connection, perhaps with some bytes changed, and at last one that ends it."""
+    """Draw a few requests on one connection, with a few changed bytes, and a last request that closes it."""
     payload = b"".join(draw(st.lists(requests, min_size=1, max_size=3)))
     for _ in range(draw(st.integers(0, 2))):
         at = draw(st.integers(0, len(payload) - 1))
@@ -192,11 +195,13 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 def h11_reads(payload: bytes) -> list[tuple[str, str]]:
-    """The requests that another strict reader sees, until it ends the connection."""
+    """Return the requests that h11 reads until the connection ends."""
     found: list[tuple[str, str]] = []
     try:
         while payload := payload.lstrip(b"\r\n") if payload.startswith(b"\r\n") else payload:
-            connection = h11.Connection(h11.SERVER)  # a new one for each, because h11 skips no empty line before it
+            connection = h11.Connection(
+                h11.SERVER
+            )  # a new connection for each request, because h11 does not skip the empty line before a request
             connection.receive_data(payload)
             event = connection.next_event()
             if not isinstance(event, h11.Request):
@@ -217,7 +222,7 @@ def h11_reads(payload: bytes) -> list[tuple[str, str]]:
 
 
 def expected(method: str, target: str) -> tuple[int, str]:
-    """The status and the beginning of the body."""
+    """Return the status and the beginning of the body."""
     if target not in BODIES:
         return 404, "Not Found"
     return (200, BODIES[target][:9]) if method == "GET" else (405, "Method No")
@@ -225,7 +230,7 @@ def expected(method: str, target: str) -> tuple[int, str]:
 
 @given(mutated())
 @settings(max_examples=250)
-def test_we_see_no_request_that_another_reader_does_not(server: Server, payload: bytes) -> None:
+def test_server_reads_no_request_that_h11_does_not(server: Server, payload: bytes) -> None:
     *before, last = exchange(server.url, payload)
     assert last.closes
     assert not any(answer.closes for answer in before)
@@ -236,7 +241,7 @@ def test_we_see_no_request_that_another_reader_does_not(server: Server, payload:
 
 @pytest.fixture(scope="module")
 def behind(shared_store: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str, Path]]:
-    """A server behind nginx, which has one connection to it for all its clients, and passes bodies on as they come."""
+    """Start a server behind nginx, which shares one connection for all its clients, and streams request bodies."""
     directory = tmp_path_factory.mktemp("behind")
     store = Path(shared_store.real_dir).parents[1]  # type: ignore[attr-defined]
     server = Server(directory / "server", store, "access_log = true")
@@ -260,16 +265,16 @@ def behind(shared_store: object, tmp_path_factory: pytest.TempPathFactory) -> It
     assert not [line for line in server.log if "Traceback" in line]
 
 
-def asked(server: Server) -> list[str]:
-    """The requests that we saw, with their statuses, but for those that could not be parsed."""
+def logged_requests(server: Server) -> list[str]:
+    """Return the logged requests with their statuses, without malformed ones."""
     found = (re.search(r"'([A-Z]+ \S+)' ([0-9]{3}) ", line) for line in list(server.log))
     return [f"{match[1]} {match[2]}" for match in found if match and "/version?settled" not in match[1]]
 
 
-def test_nobody_gets_the_answer_to_the_request_of_another(behind: tuple[Server, str, Path]) -> None:
-    """Each attack goes through nginx, and then somebody else's request, on the same connection to us if it is left."""
+def test_attack_through_nginx_never_changes_the_next_clients_response(behind: tuple[Server, str, Path]) -> None:
+    """After each attack, another client sends a request through nginx, which may use the same connection."""
     _, url, _ = behind
-    payloads = [payload for payload, _ in REFUSED.values()] + [payload for payload, _, _ in ANSWERED.values()]
+    payloads = [payload for payload, _ in REJECTED.values()] + [payload for payload, _, _ in ACCEPTED.values()]
     for payload in payloads:
         raw_response(url, payload + NEXT * 3)
         for path, body in BODIES.items():
@@ -279,15 +284,17 @@ def test_nobody_gets_the_answer_to_the_request_of_another(behind: tuple[Server, 
 
 @given(mutated())
 @settings(max_examples=100)
-def test_nginx_sees_what_we_see(behind: tuple[Server, str, Path], payload: bytes) -> None:
+def test_server_logs_the_same_requests_as_nginx(behind: tuple[Server, str, Path], payload: bytes) -> None:
     server, url, log = behind
-    mine, theirs = len(asked(server)), len(log.read_text().splitlines()) if log.exists() else 0
+    mine, theirs = len(logged_requests(server)), len(log.read_text().splitlines()) if log.exists() else 0
     raw_response(url, payload)
     raw_response(url, NEXT)
 
     def settled() -> bool:
         lines = log.read_text().splitlines()[theirs:]
         passed = [line for line in lines if not line.endswith(" -")]
-        return passed != [] and passed[-1].startswith("GET /nix-cache-info") and asked(server)[mine:] == passed
+        return (
+            passed != [] and passed[-1].startswith("GET /nix-cache-info") and logged_requests(server)[mine:] == passed
+        )
 
     wait_until(settled)

@@ -1,4 +1,4 @@
-"""Upstreams are asked through the proxies that the environment or the settings name, as Nix would ask them."""
+"""Requests to upstreams go through the proxy of the settings or the environment, like those of Nix."""
 
 import hashlib
 import lzma
@@ -20,7 +20,7 @@ from support.upstream_server import UpstreamServer, file_url, status
 Start = Callable[..., Server]
 
 KEY = SecretKey.generate("upstream-1")
-CACHE = "cache.test"  # a name that no DNS has (RFC 6761)
+CACHE = "cache.test"  # a reserved name that DNS does not have (RFC 6761)
 FILE = lzma.compress(
     b"".join(
         len(word).to_bytes(8, "little") + word + bytes(-len(word) % 8)
@@ -45,7 +45,7 @@ def proxy(upstream: UpstreamServer) -> Iterator[ProxyServer]:
 
 @pytest.fixture
 def narinfo(upstream: UpstreamServer, tmp_path: Path) -> str:
-    """The URL of what only the upstream has."""
+    """Add a path to the upstream, and return the URL of its narinfo."""
     far = StoreBuilder(tmp_path / "far")
     info = far.add_text("far", b"far\n")
     upstream.add(info, FILE, NAR, keys=(KEY,))
@@ -74,7 +74,7 @@ def nar_of(server: Server, narinfo: str) -> bytes:
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "ALL_PROXY"])
-def test_the_environment_names_the_proxy(
+def test_proxy_variables_for_http_are_used(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, variable: str
 ) -> None:
     server = begin(**{variable: proxy.url})
@@ -84,34 +84,34 @@ def test_the_environment_names_the_proxy(
     assert all(headers["Host"] == CACHE for headers in upstream.headers)
 
 
-@pytest.mark.parametrize("without", ["HTTP_PROXY", "https_proxy"])
-def test_a_variable_that_curl_ignores_for_http_is_ignored(
-    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, without: str
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy"])
+def test_variables_that_curl_ignores_for_http_are_ignored(
+    begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, variable: str
 ) -> None:
-    assert nar_of(begin(upstream.url, **{without: proxy.url}), narinfo) == FILE
+    assert nar_of(begin(upstream.url, **{variable: proxy.url}), narinfo) == FILE
     assert not proxy.asked
 
 
 @pytest.mark.parametrize("no_proxy", ["127.0.0.1", "other,127.0.0.0/8", "*"])
-def test_no_proxy_excepts_an_upstream(
+def test_no_proxy_excludes_an_upstream(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, no_proxy: str
 ) -> None:
     assert nar_of(begin(upstream.url, http_proxy=proxy.url, no_proxy=no_proxy), narinfo) == FILE
     assert not proxy.asked
 
 
-def test_the_setting_of_an_upstream_counts_before_the_environment(
+def test_proxy_setting_takes_precedence_over_the_environment(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
 ) -> None:
-    named = begin(more=f"proxy = '{proxy.url}'", http_proxy="http://127.0.0.1:1", no_proxy="*")
-    assert nar_of(named, narinfo) == FILE
+    server = begin(more=f"proxy = '{proxy.url}'", http_proxy="http://127.0.0.1:1", no_proxy="*")
+    assert nar_of(server, narinfo) == FILE
     asked = len(proxy.asked)
     assert asked
     assert nar_of(begin(upstream.url, more='proxy = ""', http_proxy=proxy.url), narinfo) == FILE
     assert len(proxy.asked) == asked
 
 
-def test_a_proxy_gets_its_password_and_nobody_else_does(
+def test_proxy_password_is_sent_only_to_the_proxy(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
 ) -> None:
     proxy.user_and_password = "me@work:ses:ame"
@@ -121,9 +121,7 @@ def test_a_proxy_gets_its_password_and_nobody_else_does(
     assert "ses" not in "".join(server.log)
 
 
-def test_a_proxy_that_refuses_is_named_in_the_log_without_its_password(
-    begin: Start, proxy: ProxyServer, narinfo: str
-) -> None:
+def test_proxy_error_is_logged_without_the_password(begin: Start, proxy: ProxyServer, narinfo: str) -> None:
     proxy.user_and_password = "me:sesame"
     server = begin(more=f"proxy = 'http://me:wrong-password@{proxy.host}'")
     server.wait_for_log(f"upstream http://{CACHE} cannot be used: status 407 from the proxy")
@@ -133,7 +131,7 @@ def test_a_proxy_that_refuses_is_named_in_the_log_without_its_password(
     assert "wrong-password" not in checked.stdout + checked.stderr + "".join(server.log)
 
 
-def test_a_proxy_that_is_dead_counts_against_the_upstream(begin: Start, narinfo: str) -> None:
+def test_dead_proxy_marks_the_upstream_as_down(begin: Start, narinfo: str) -> None:
     with ProxyServer() as dead:
         pass
     server = begin(http_proxy=dead.url)
@@ -143,10 +141,10 @@ def test_a_proxy_that_is_dead_counts_against_the_upstream(begin: Start, narinfo:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
-def test_https_goes_through_the_proxy_unread(
+def test_https_is_tunneled_through_the_proxy(
     begin: Start, start: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
-    """The upstream of the upstream has the path."""
+    """The upstream is a Harmonia with TLS, which fetches the path from its own upstream."""
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=cache -keyout key.pem"
         f" -out cert.pem -addext subjectAltName=DNS:{CACHE}"
@@ -158,7 +156,7 @@ def test_https_goes_through_the_proxy_unread(
     )
     proxy.user_and_password = "me:sesame"
     proxy.places[f"{CACHE}:443"] = ("127.0.0.1", int(secured.url.rpartition(":")[2]))
-    environment = {"HTTPS_PROXY": f"me:sesame@{proxy.host}"}  # without a scheme, as curl takes it
+    environment = {"HTTPS_PROXY": f"me:sesame@{proxy.host}"}  # variable a scheme, which curl accepts
     server = begin(f"https://{CACHE}", f"ca_file = '{tmp_path}/cert.pem'", **environment)
     assert nar_of(server, narinfo) == FILE
     assert set(proxy.asked) == {f"CONNECT {CACHE}:443"}
@@ -166,27 +164,27 @@ def test_https_goes_through_the_proxy_unread(
     wrong.wait_for_log("cannot be used: status 407 from the proxy")
 
 
-INSIDE = ["127.0.0.1:80", "10.0.0.1", "[::1]:8080", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1"]
-INSIDE += ["localhost", "intranet", "db.internal"]
+PRIVATE_HOSTS = ["127.0.0.1:80", "10.0.0.1", "[::1]:8080", "[::ffff:10.0.0.1]", "2130706433", "0x7f.1"]
+PRIVATE_HOSTS += ["localhost", "intranet", "db.internal"]
 
 
-def test_an_upstream_outside_leads_to_nothing_inside_through_the_proxy(
+def test_redirect_from_a_public_upstream_to_a_private_address_is_refused(
     begin: Start, proxy: ProxyServer, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     server = begin(http_proxy=proxy.url)
     far = StoreBuilder(tmp_path / "far")
-    for inside in INSIDE:
-        proxy.places[inside] = ("127.0.0.1", upstream.server_port)
-        info = far.add_text("far", inside.encode())
+    for host in PRIVATE_HOSTS:
+        proxy.places[host] = ("127.0.0.1", upstream.server_port)
+        info = far.add_text("far", host.encode())
         upstream.add(info, FILE, NAR, keys=(KEY,))
-        upstream.behaviours["^/nar/"] = status(302, Location=f"http://{inside}/{NAR.url}")
+        upstream.behaviours["^/nar/"] = status(302, Location=f"http://{host}/{NAR.url}")
         assert nar_of(server, f"/{info.path.hash_part}.narinfo") == b"Not Found\n"
     assert not [asked for asked in proxy.asked if CACHE not in asked]
     assert f"GET http://{CACHE}/{NAR.url}" in proxy.asked
     server.wait_for_log("public upstream leads to a private address")
 
 
-def test_an_upstream_outside_may_lead_to_another_host_outside_through_the_proxy(
+def test_redirect_from_a_public_upstream_to_another_public_host_is_followed(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
 ) -> None:
     with UpstreamServer() as bucket:
@@ -197,7 +195,7 @@ def test_an_upstream_outside_may_lead_to_another_host_outside_through_the_proxy(
     assert f"GET http://bucket.test/{NAR.url}" in proxy.asked
 
 
-def test_an_upstream_inside_may_lead_to_another_host_inside_through_the_proxy(
+def test_redirect_from_a_private_upstream_to_another_private_host_is_followed(
     begin: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer
 ) -> None:
     proxy.places["cache.internal"] = proxy.places["10.0.0.1"] = ("127.0.0.1", upstream.server_port)
@@ -210,7 +208,7 @@ def test_an_upstream_inside_may_lead_to_another_host_inside_through_the_proxy(
 
 
 @pytest.mark.parametrize(
-    ("more", "environment", "told"),
+    ("more", "environment", "message"),
     [
         ("proxy = 'socks5://me:sesame@x:1080'", {}, "[[upstream]] 1: proxy: SOCKS proxies are not supported"),
         ("proxy = 'http://me:sesame@x:99999'", {}, "[[upstream]] 1: proxy: not the URL of a proxy"),
@@ -219,21 +217,21 @@ def test_an_upstream_inside_may_lead_to_another_host_inside_through_the_proxy(
         ("", {"all_proxy": "socks5h://me:sesame@x"}, "proxy: environment variable all_proxy: SOCKS proxies are not"),
     ],
 )
-def test_a_proxy_that_cannot_be_used_stops_the_start(
-    tmp_path: Path, more: str, environment: dict[str, str], told: str
+def test_unsupported_proxy_prevents_the_start(
+    tmp_path: Path, more: str, environment: dict[str, str], message: str
 ) -> None:
     StoreBuilder(tmp_path)
     config = tmp_path / "harmonia.toml"
     config.write_text(
         f"real_nix_store = '{tmp_path}/nix/store'\nbind = '127.0.0.1:0'\n[[upstream]]\nurl = 'http://{CACHE}'\n{more}\n"
     )
-    ended = run("--config", str(config), "serve", environment=environment)
-    assert ended.returncode != 0
-    assert told in ended.stderr
-    assert "sesame" not in ended.stderr
+    result = run("--config", str(config), "serve", environment=environment)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "sesame" not in result.stderr
 
 
-def test_doctor_and_top_ask_through_the_proxy(
+def test_doctor_and_top_use_the_proxy(
     start: Start, proxy: ProxyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     StoreBuilder(tmp_path / "store").add_text("here", b"here\n")

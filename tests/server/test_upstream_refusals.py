@@ -1,4 +1,4 @@
-"""An answer of an upstream that is not taken is a 404, a count, and one line in the log that names the remedy."""
+"""A refused response of an upstream is a 404, a count, and one log message with cause and remedy."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ from support.upstream_server import Behaviour, Handler, UpstreamServer, file_url
 Start = Callable[..., Server]
 
 KEY = SecretKey.generate("upstream-1")
-CACHE = "cache.test"  # a name that no DNS has (RFC 6761)
+CACHE = "cache.test"  # a reserved name that DNS does not have (RFC 6761)
 DOCS = Path(__file__).parents[2] / "docs"
 TIMES = 3
 ALWAYS_LOGGED = patched("from harmonia.upstream import refusals; refusals._LOG_INTERVAL_S = 0.0")
@@ -59,7 +59,7 @@ def upstream() -> Iterator[UpstreamServer]:
 
 @pytest.fixture
 def paths(upstream: UpstreamServer, tmp_path: Path) -> list[Far]:
-    """Some paths of the upstream, because an answer of each is remembered."""
+    """Add many paths to the upstream, because each response is cached."""
     far = StoreBuilder(tmp_path / "far")
     made = []
     for number in range(30):
@@ -70,12 +70,12 @@ def paths(upstream: UpstreamServer, tmp_path: Path) -> list[Far]:
         digest = hashlib.sha256(file).digest()
         info = far.add_text(f"far-{number}", content)
         made.append(Far(info, NarFile(file_url(digest, ".xz"), "xz", digest, len(file)), file))
-        put(upstream, made[-1])
+        add_to(upstream, made[-1])
     return made
 
 
-def put(upstream: UpstreamServer, path: Far, *keys: SecretKey, **changed: object) -> None:
-    """Let the upstream have the path, with a narinfo that is changed so."""
+def add_to(upstream: UpstreamServer, path: Far, *keys: SecretKey, **changed: object) -> None:
+    """Add the path to the upstream, with a changed narinfo."""
     upstream.add(path.info, path.file, replace(path.nar, **changed), keys=keys or (KEY,))  # type: ignore[arg-type]
 
 
@@ -83,11 +83,11 @@ def put(upstream: UpstreamServer, path: Far, *keys: SecretKey, **changed: object
 def begin(start: Start, tmp_path: Path) -> Start:
     StoreBuilder(tmp_path / "store").add_text("here", b"here\n")
 
-    def begin(url: str, *more: str, up: bool = True, signed: bool = True, **options: object) -> Server:
+    def begin(url: str, *more: str, wait_until_up: bool = True, signed: bool = True, **options: object) -> Server:
         keys = [f"public_keys = ['{KEY.public_key}']"] if signed else []
         settings = "\n".join(("upstream_timeout = 20.0", "[[upstream]]", f"url = '{url}'", *keys, *more))
         server = start(store=tmp_path / "store", settings=settings, workers=1, **options)
-        if up:
+        if wait_until_up:
             wait_until(lambda: f"upstream {url}: up" in server.get("/health?verbose").text)
         return server
 
@@ -109,7 +109,7 @@ def lines(server: Server, reason: Reason) -> list[str]:
 
 
 def assert_noted(server: Server, reason: Reason, times: int, cause: str) -> None:
-    """See that the refusal was counted so often, and logged once, with its cause and the remedy."""
+    """Check that the refusal was counted, and logged once, with cause and remedy."""
     wait_until(lambda: count(server, reason) == times)
     server.wait_for_log(re.escape(f"({reason})"))
     (line,) = lines(server, reason)
@@ -120,7 +120,7 @@ def assert_noted(server: Server, reason: Reason, times: int, cause: str) -> None
 
 
 def assert_last_noted(server: Server, reason: Reason, times: int, cause: str) -> None:
-    """See that a refusal was counted, and logged by a server that logs all."""
+    """Check that a refusal was counted and logged, by a server that logs every refusal."""
     server.wait_for_log(f"{cause}.*; {re.escape(f'{reason.remedy} ({reason})')}", 30)
     wait_until(lambda: count(server, reason) == times, 30)
 
@@ -137,7 +137,7 @@ def redirect(location: str) -> Behaviour:
 
 
 def changed(old: bytes, new: bytes) -> Behaviour:
-    """Answer with the file, changed in one place."""
+    """Answer with the file, with one replacement."""
     return lambda handler: handler.answer(200, handler.server.files[handler.path].replace(old, new))
 
 
@@ -184,7 +184,7 @@ NARINFOS: dict[str, tuple[Reason, Behaviour, str]] = {
 }
 
 
-def test_a_narinfo_that_is_refused_is_404_with_a_cause_and_a_remedy(
+def test_refused_narinfo_gets_404_and_is_logged_with_cause_and_remedy(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     server = begin(upstream.url, program=ALWAYS_LOGGED)
@@ -197,7 +197,7 @@ def test_a_narinfo_that_is_refused_is_404_with_a_cause_and_a_remedy(
     assert "secret" not in "".join(server.log)
 
 
-def test_a_reason_is_logged_once_and_counted_each_time(
+def test_refusals_are_logged_once_for_each_reason_and_counted_each_time(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     server = begin(upstream.url)
@@ -209,7 +209,7 @@ def test_a_reason_is_logged_once_and_counted_each_time(
         assert_noted(server, reason, TIMES, cause)
 
 
-def test_a_url_elsewhere_of_an_upstream_without_keys_is_refused(
+def test_nar_url_on_another_host_is_refused_without_public_keys(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     upstream.behaviours["narinfo"] = changed(b"URL: nar/", b"URL: http://other.test/nar/")
@@ -220,11 +220,13 @@ def test_a_url_elsewhere_of_an_upstream_without_keys_is_refused(
 
 
 @pytest.mark.parametrize("case", ["another host", "a page"])
-def test_the_next_upstream_is_asked(begin: Start, upstream: UpstreamServer, paths: list[Far], case: str) -> None:
+def test_next_upstream_is_used_after_a_refusal(
+    begin: Start, upstream: UpstreamServer, paths: list[Far], case: str
+) -> None:
     reason, behaviour, _ = NARINFOS[case]
     with UpstreamServer() as other:
         for path in paths:
-            put(other, path)
+            add_to(other, path)
         upstream.behaviours["narinfo"] = behaviour
         second = f"priority = 1\n[[upstream]]\nurl = '{other.url}'\npublic_keys = ['{KEY.public_key}']\npriority = 2"
         server = begin(upstream.url, second)
@@ -235,7 +237,7 @@ def test_the_next_upstream_is_asked(begin: Start, upstream: UpstreamServer, path
     assert len(lines(server, reason)) == 1
 
 
-def test_questions_beyond_those_asked_at_once_are_counted(
+def test_requests_beyond_the_concurrency_limit_are_counted(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     upstream.behaviours["narinfo"] = hang
@@ -263,14 +265,14 @@ NARS: dict[str, tuple[Reason, Behaviour, str]] = {
 }
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_nar_that_is_refused_is_noted_with_a_cause_and_a_remedy(
-    begin: Start, upstream: UpstreamServer, paths: list[Far], *, kept: bool
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_refused_nar_is_logged_with_cause_and_remedy(
+    begin: Start, upstream: UpstreamServer, paths: list[Far], *, with_cache: bool
 ) -> None:
-    server = begin(upstream.url, program=ALWAYS_LOGGED, cache_dir=None if kept else NO_CACHE)
+    server = begin(upstream.url, program=ALWAYS_LOGGED, cache_dir=None if with_cache else NO_CACHE)
     times = Counter[Reason]()
     for path, (reason, behaviour, cause) in zip(paths, NARS.values(), strict=False):
-        put(upstream, path, file_hash=None)
+        add_to(upstream, path, file_hash=None)
         url = nar_url(server, path)
         upstream.behaviours[path.nar.url] = behaviour
         assert is_refused(server, url)
@@ -293,11 +295,11 @@ def nar_url(server: Server, path: Far) -> str:
     return f"/{url[1]}"
 
 
-def test_a_nar_with_too_large_a_window_is_refused(begin: Start, upstream: UpstreamServer, paths: list[Far]) -> None:
+def test_nar_with_too_large_a_window_is_refused(begin: Start, upstream: UpstreamServer, paths: list[Far]) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 24}]
     file = lzma.compress(b"other", filters=filters)
     for path in paths[:TIMES]:
-        put(upstream, path, file_hash=None)
+        add_to(upstream, path, file_hash=None)
     small = patched("from harmonia.process import threads\nthreads.MEMORY_BYTES = threads.LARGE_MEMORY_BYTES = 1 << 20")
     server = begin(upstream.url, program=small)
     urls = [nar_url(server, path) for path in paths[:TIMES]]
@@ -307,7 +309,7 @@ def test_a_nar_with_too_large_a_window_is_refused(begin: Start, upstream: Upstre
     assert_noted(server, Reason.COMPRESSION, TIMES, "a window of this xz file is too large")
 
 
-def test_a_nar_with_a_large_window_that_cannot_be_kept_is_checked(
+def test_nar_with_a_large_window_is_verified_without_a_cache_directory(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 24}]
@@ -315,16 +317,16 @@ def test_a_nar_with_a_large_window_that_cannot_be_kept_is_checked(
         "from harmonia.upstream import nar_verifier\nnar_verifier.ContentCheck.__init__.__defaults__ = (1 << 20,)"
     )
     server = begin(upstream.url, program=small, cache_dir=NO_CACHE)
-    for path in paths[:2]:  # the second one after the first one has given its memory back
+    for path in paths[:2]:  # the second NAR needs the memory that the first released
         file = lzma.compress(lzma.decompress(path.file), filters=filters)
-        put(upstream, replace(path, file=file), file_hash=hashlib.sha256(file).digest(), file_size=len(file))
+        add_to(upstream, replace(path, file=file), file_hash=hashlib.sha256(file).digest(), file_size=len(file))
         assert server.get(nar_url(server, path)).body == file
 
 
-def test_a_nar_that_leads_from_outside_to_an_address_inside_is_refused(
+def test_redirect_of_a_nar_from_a_public_upstream_to_a_private_address_is_refused(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
-    """127.0.0.1 is on the Internet here."""
+    """127.0.0.1 counts as public here."""
     outside = patched(
         "from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '127.0.0.2'"
     )
@@ -339,11 +341,9 @@ def test_a_nar_that_leads_from_outside_to_an_address_inside_is_refused(
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_refuses_a_host_is_noted(
-    begin: Start, upstream: UpstreamServer, paths: list[Far], scheme: str
-) -> None:
+def test_error_of_the_proxy_is_logged(begin: Start, upstream: UpstreamServer, paths: list[Far], scheme: str) -> None:
     def password_needed(handler: Handler) -> None:
-        upstream.files["/nix-cache-info"] = b""  # so that it is not asked again: the probe would be counted, too
+        upstream.files["/nix-cache-info"] = b""  # /nix-cache-info works, so that the probe is not counted
         status(407, Proxy_Authenticate="Basic")(handler)
 
     with ProxyServer() as proxy:
@@ -366,7 +366,7 @@ NO_JSON = [b"", b"no JSON", b"[]", b"{}", b"null", b'{"outPath":1,"archive":[1],
 
 
 @pytest.mark.parametrize("resource", ["realisations/sha256:{}!out.doi", "build-trace-v2/{}/out.doi", "debuginfo/{}"])
-def test_what_is_not_the_right_json_is_refused(begin: Start, upstream: UpstreamServer, resource: str) -> None:
+def test_malformed_json_is_refused(begin: Start, upstream: UpstreamServer, resource: str) -> None:
     server = begin(upstream.url)
     bodies = NO_JSON[1:] if "debuginfo" in resource else NO_JSON
     for times, content in enumerate(bodies, 1):
@@ -380,7 +380,7 @@ def test_what_is_not_the_right_json_is_refused(begin: Start, upstream: UpstreamS
     assert_noted(server, Reason.TOO_LONG, 1, "longer than 262144 bytes")
 
 
-def test_debug_info_that_leads_elsewhere_is_refused(begin: Start, upstream: UpstreamServer) -> None:
+def test_debug_info_with_a_url_on_another_host_is_refused(begin: Start, upstream: UpstreamServer) -> None:
     server = begin(upstream.url)
     for archive in ("http://other.test/nar/x", "../secret", "../nar/../x"):
         upstream.behaviours["^/debug"] = body(b'{"archive": "%s", "member": "m"}' % archive.encode())
@@ -388,12 +388,12 @@ def test_debug_info_that_leads_elsewhere_is_refused(begin: Start, upstream: Upst
     assert_noted(server, Reason.URL_ELSEWHERE, 3, "leads to 'http://other.test/nar/x'")
 
 
-# From http to https, and back
+# Redirects between http and https
 
 
 @pytest.fixture
 def secured(tmp_path: Path) -> Iterator[UpstreamServer]:
-    """The same site with TLS, for whoever trusts ca.pem."""
+    """Start the same site with TLS, for clients that trust ca.pem."""
     authority(tmp_path, "ca")
     certificate = issue(tmp_path, "ca", CACHE)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -405,7 +405,7 @@ def secured(tmp_path: Path) -> Iterator[UpstreamServer]:
 
 @pytest.fixture
 def proxy(upstream: UpstreamServer, secured: UpstreamServer) -> Iterator[ProxyServer]:
-    """Through it, the site has the default ports of http and https."""
+    """Start a proxy that gives the site the default ports of http and https."""
     with ProxyServer() as proxy:
         proxy.places[CACHE] = ("127.0.0.1", upstream.server_port)
         proxy.places[f"{CACHE}:443"] = ("127.0.0.1", secured.server_port)
@@ -413,7 +413,7 @@ def proxy(upstream: UpstreamServer, secured: UpstreamServer) -> Iterator[ProxySe
 
 
 def moved(handler: Handler) -> None:
-    """Serve what the plain site redirects to."""
+    """Serve the target of the plain site's redirects."""
     assert handler.path.startswith("/moved/")
     assert handler.path.endswith("?to=https")
     handler.path = handler.path.removeprefix("/moved").removesuffix("?to=https")
@@ -421,7 +421,7 @@ def moved(handler: Handler) -> None:
 
 
 @needs("openssl")
-def test_https_of_the_same_host_is_followed_with_the_password(
+def test_redirect_to_https_on_the_same_host_is_followed_with_the_password(
     begin: Start,
     upstream: UpstreamServer,
     secured: UpstreamServer,
@@ -444,17 +444,17 @@ def test_https_of_the_same_host_is_followed_with_the_password(
 
 
 @needs("openssl")
-def test_https_that_nobody_vouches_for_gets_no_password(
+def test_redirect_to_https_with_an_untrusted_certificate_gets_no_password(
     begin: Start, upstream: UpstreamServer, secured: UpstreamServer, proxy: ProxyServer
 ) -> None:
     upstream.behaviours["."] = lambda handler: redirect(f"https://{CACHE}{handler.path}")(handler)
-    server = begin(f"http://{CACHE}", f"proxy = '{proxy.url}'", up=False)
+    server = begin(f"http://{CACHE}", f"proxy = '{proxy.url}'", wait_until_up=False)
     server.wait_for_log("cannot be used: its TLS certificate is not trusted")
     assert not secured.headers
 
 
 @needs("openssl")
-def test_http_is_not_followed_from_https(
+def test_redirect_from_https_to_http_is_refused(
     begin: Start,
     upstream: UpstreamServer,
     secured: UpstreamServer,
@@ -472,17 +472,17 @@ def test_http_is_not_followed_from_https(
     assert not upstream.headers
 
 
-# All of them
+# Documentation and log interval
 
 
-def test_the_manual_has_every_reason() -> None:
+def test_how_to_documents_every_reason() -> None:
     page = (
         (DOCS / "how-to/upstream.md").read_text().partition("\n## Answers that are refused\n")[2].partition("\n## ")[0]
     )
     assert re.findall("(?m)^\\| `([a-z_]+)` \\|", page) == list(Reason)
 
 
-def test_a_reason_is_logged_again_after_an_hour(
+def test_reason_is_logged_again_after_an_hour(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = "http://cache.test"

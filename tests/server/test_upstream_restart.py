@@ -1,4 +1,4 @@
-"""What came from an upstream is served after a restart, when the upstream is gone."""
+"""Cached paths of an upstream are served after a restart, even if the upstream is unreachable."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from support.upstream_server import UpstreamServer, hang, reset, status
 Start = Callable[..., Server]
 Site = Callable[..., Server]
 
-IMPATIENT = "upstream_timeout = 0.5"
+SHORT_TIMEOUT = "upstream_timeout = 0.5"
 OTHER_KEY = SecretKey.generate("other-1")
 
 
@@ -33,7 +33,7 @@ def upstream() -> Iterator[UpstreamServer]:
 
 
 @pytest.fixture
-def there(tmp_path: Path, upstream: UpstreamServer) -> Remote:
+def remote(tmp_path: Path, upstream: UpstreamServer) -> Remote:
     path = make_path(tmp_path / "elsewhere")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     return path
@@ -41,11 +41,11 @@ def there(tmp_path: Path, upstream: UpstreamServer) -> Remote:
 
 @pytest.fixture
 def site(start: Start, tmp_path: Path, upstream: UpstreamServer) -> Site:
-    """Start a server of one site, again and again with the same cache directory."""
+    """Start a server, repeatedly with the same cache directory."""
     StoreBuilder(tmp_path / "store").add_text("here", b"here\n")
 
     def site(settings: str = "", *, up: bool = True, entries: str = "", **options: object) -> Server:
-        patience = "upstream_timeout = 20.0" if up else IMPATIENT
+        patience = "upstream_timeout = 20.0" if up else SHORT_TIMEOUT
         server = start(
             store=tmp_path / "store",
             settings=f"{patience}\n{settings}\n{entries or entry(upstream)}",
@@ -58,17 +58,17 @@ def site(start: Start, tmp_path: Path, upstream: UpstreamServer) -> Site:
     return site
 
 
-def kept(server: Server) -> list[str]:
+def kept_narinfos(server: Server) -> list[str]:
     return sorted(path.name for path in (server.cache_dir / "narinfo").iterdir())
 
 
 def fetch(server: Server, *paths: Remote) -> list[str]:
-    """Have the NARs of these paths in the cache, and return their URLs."""
+    """Download the NARs of these paths into the cache, and return their URLs."""
     urls = []
     for path in paths:
         urls.append("/" + fields(server.get(narinfo_path(path)))["URL"])
         assert server.get(urls[-1]).body == path.file
-    wait_until(lambda: {path.info.path.hash_part for path in paths} <= set(kept(server)))
+    wait_until(lambda: {path.info.path.hash_part for path in paths} <= set(kept_narinfos(server)))
     return urls
 
 
@@ -82,10 +82,10 @@ def listing_of(path: Remote, directory: Path) -> bytes:
 
 
 @pytest.mark.parametrize("compression", PACK)
-def test_a_path_is_served_after_a_restart_without_its_upstream(
+def test_cached_path_is_served_after_a_restart_without_its_upstream(
     site: Site, upstream: UpstreamServer, tmp_path: Path, compression: str
 ) -> None:
-    path = make_path(tmp_path / "there", compression=compression)
+    path = make_path(tmp_path / "remote", compression=compression)
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     first = site()
     (url,) = fetch(first, path)
@@ -93,7 +93,7 @@ def test_a_path_is_served_after_a_restart_without_its_upstream(
     first.stop()
     upstream.behaviours["."] = reset
     again = site(up=False, workers=2)
-    for _ in range(4):  # by either worker
+    for _ in range(4):  # by both workers
         after = again.get(narinfo_path(path))
         assert (after.status, after.body) == (200, before.body)
     assert again.head(narinfo_path(path)).headers == after.headers
@@ -106,7 +106,7 @@ def test_a_path_is_served_after_a_restart_without_its_upstream(
     old = again.request("GET", url, version="1.0")
     assert (old.status, old.body) == (200, path.file)
     ls = again.get(f"/{path.info.path.hash_part}.ls")
-    assert (ls.status, ls.body) == (200, listing_of(path, tmp_path / "there"))
+    assert (ls.status, ls.body) == (200, listing_of(path, tmp_path / "remote"))
     assert again.head(f"/{path.info.path.hash_part}.ls").headers == ls.headers
     assert again.get(f"/{path.info.path.hash_part}.ls", {"Range": "bytes=0-10"}).body == ls.body[:11]
     assert again.request("GET", f"/{path.info.path.hash_part}.ls", version="1.0").body == ls.body
@@ -115,68 +115,70 @@ def test_a_path_is_served_after_a_restart_without_its_upstream(
 
 
 @pytest.mark.parametrize("fault", [hang, reset, status(500), status(404)], ids=["hang", "reset", "500", "404"])
-def test_it_does_not_matter_in_which_way_the_upstream_fails(
-    site: Site, upstream: UpstreamServer, there: Remote, fault: Callable[..., None]
+def test_cached_path_is_served_after_a_restart_despite_any_upstream_failure(
+    site: Site, upstream: UpstreamServer, remote: Remote, fault: Callable[..., None]
 ) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     upstream.behaviours[r"narinfo|\.ls|nar/"] = fault
     again = site(up=False)
     wait_until(lambda: ": up\n" in again.get("/health?verbose").text)
-    assert again.get(narinfo_path(there)).status == 200
-    assert again.get(f"/{there.info.path.hash_part}.ls").status == 200
+    assert again.get(narinfo_path(remote)).status == 200
+    assert again.get(f"/{remote.info.path.hash_part}.ls").status == 200
 
 
-def test_an_upstream_that_answers_is_asked_first(site: Site, upstream: UpstreamServer, there: Remote) -> None:
+def test_reachable_upstream_takes_precedence_over_the_cache(
+    site: Site, upstream: UpstreamServer, remote: Remote
+) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
-    upstream.add(there.info, there.file, there.nar, keys=(KEY, OTHER_KEY))
+    upstream.add(remote.info, remote.file, remote.nar, keys=(KEY, OTHER_KEY))
     again = site()
-    new = again.get(narinfo_path(there))
+    new = again.get(narinfo_path(remote))
     assert new.text.count("Sig: ") == 2
-    record = again.cache_dir / "narinfo" / there.info.path.hash_part
+    record = again.cache_dir / "narinfo" / remote.info.path.hash_part
     wait_until(lambda: b"other-1:" in (record.read_bytes() if record.exists() else b""))
     again.stop()
     upstream.behaviours["."] = reset
-    assert site(up=False).get(narinfo_path(there)).body == new.body
+    assert site(up=False).get(narinfo_path(remote)).body == new.body
 
 
-def test_a_nar_that_was_kept_before_gets_its_narinfo(site: Site, there: Remote) -> None:
-    """From an older Harmonia, or where a narinfo was lost."""
+def test_cached_nar_without_a_narinfo_gets_one(site: Site, remote: Remote) -> None:
+    """An older Harmonia kept_narinfos no narinfos, and a narinfo can be lost."""
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
-    (server.cache_dir / "narinfo" / there.info.path.hash_part).unlink()
+    (server.cache_dir / "narinfo" / remote.info.path.hash_part).unlink()
     again = site()
-    again.get(narinfo_path(there))
-    wait_until(lambda: kept(again) == [there.info.path.hash_part])
+    again.get(narinfo_path(remote))
+    wait_until(lambda: kept_narinfos(again) == [remote.info.path.hash_part])
 
 
-def test_two_paths_of_the_same_content_are_both_kept(
-    site: Site, upstream: UpstreamServer, there: Remote, tmp_path: Path
+def test_two_paths_with_the_same_content_share_one_nar(
+    site: Site, upstream: UpstreamServer, remote: Remote, tmp_path: Path
 ) -> None:
-    """The narinfos come first, as Nix asks, and only one NAR is fetched."""
+    """Both narinfos are requested first, as Nix does, and only one NAR is fetched."""
     path = StoreBuilder(tmp_path / "twin").output_path("twin-of-it")
-    twin = replace(there, info=replace(there.info, path=path))
+    twin = replace(remote, info=replace(remote.info, path=path))
     upstream.add(twin.info, twin.file, twin.nar, keys=(KEY,))
     server = site()
-    urls = ["/" + fields(server.get(narinfo_path(path)))["URL"] for path in (there, twin)]
+    urls = ["/" + fields(server.get(narinfo_path(path)))["URL"] for path in (remote, twin)]
     for url in urls:
-        assert server.get(url).body == there.file
-    wait_until(lambda: kept(server) == sorted(path.info.path.hash_part for path in (there, twin)))
-    assert upstream.asked[f"GET /{there.nar.url}"] == 1
+        assert server.get(url).body == remote.file
+    wait_until(lambda: kept_narinfos(server) == sorted(path.info.path.hash_part for path in (remote, twin)))
+    assert upstream.asked[f"GET /{remote.nar.url}"] == 1
     server.stop()
     upstream.behaviours["."] = reset
     again = site(up=False)
-    assert {again.get(narinfo_path(path)).status for path in (there, twin)} == {200}
+    assert {again.get(narinfo_path(path)).status for path in (remote, twin)} == {200}
 
 
-def test_the_narinfo_of_a_nar_that_another_worker_fetches_is_kept_too(site: Site, there: Remote) -> None:
-    """The other worker is this test, which holds the right to fill the file."""
+def test_narinfo_is_kept_if_another_process_fetches_the_nar(site: Site, remote: Remote) -> None:
+    """The test plays the other process: it holds the writer lock of the file."""
     server = site()
-    url = fields(server.get(narinfo_path(there)))["URL"]
+    url = fields(server.get(narinfo_path(remote)))["URL"]
     opened = NarCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
     assert opened
     reader, filler = opened
@@ -184,48 +186,48 @@ def test_the_narinfo_of_a_nar_that_another_worker_fetches_is_kept_too(site: Site
     with ThreadPoolExecutor(1) as threads, closing(reader):
         download = threads.submit(server.get, f"/{url}")
         wait_until(lambda: any(name.endswith(".growing") for name in open_files(server.workers[0])))
-        filler.append(there.file)
+        filler.append(remote.file)
         filler.commit()
-        assert download.result().body == there.file
-    wait_until(lambda: kept(server) == [there.info.path.hash_part])
+        assert download.result().body == remote.file
+    wait_until(lambda: kept_narinfos(server) == [remote.info.path.hash_part])
 
 
 def sign_ours(key: Path) -> str:
     return f"sign_key_paths = ['{key}']"
 
 
-def test_what_the_settings_say_of_keys_today_counts(
-    site: Site, upstream: UpstreamServer, there: Remote, tmp_path: Path
+def test_changed_keys_apply_to_cached_narinfos(
+    site: Site, upstream: UpstreamServer, remote: Remote, tmp_path: Path
 ) -> None:
     ours = SecretKey.generate("ours-1")
     (tmp_path / "key").write_text(ours.export())
     (tmp_path / "key").chmod(0o600)
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     upstream.behaviours["."] = reset
     unsigned = site(up=False, entries=entry(upstream, verify=False))
-    assert unsigned.get(narinfo_path(there)).status == 200
+    assert unsigned.get(narinfo_path(remote)).status == 200
     unsigned.stop()
     other = f"[[upstream]]\nurl = '{upstream.url}'\npublic_keys = ['{OTHER_KEY.public_key}']\n"
     refusing = site(up=False, entries=other)
     for _ in range(3):
-        assert refusing.get(narinfo_path(there)).status == 404
-        assert refusing.get(f"/{there.info.path.hash_part}.ls").status == 404
+        assert refusing.get(narinfo_path(remote)).status == 404
+        assert refusing.get(f"/{remote.info.path.hash_part}.ls").status == 404
     assert len([line for line in refusing.log if "no signature by any of public_keys" in line]) == 1
     refusing.stop()
     signing = site(sign_ours(tmp_path / "key"), up=False, entries=entry(upstream, sign=True))
-    sigs = [line[5:] for line in signing.get(narinfo_path(there)).text.splitlines() if line.startswith("Sig: ")]
-    fingerprint = there.info.fingerprint("/nix/store")
+    sigs = [line[5:] for line in signing.get(narinfo_path(remote)).text.splitlines() if line.startswith("Sig: ")]
+    fingerprint = remote.info.fingerprint("/nix/store")
     assert [any(PublicKey.parse(str(key.public_key)).verify(fingerprint, sig) for sig in sigs) for key in (KEY, ours)]
 
 
 @pytest.mark.parametrize("change", ["other upstream", "redirect", "other store"])
-def test_an_upstream_that_is_not_in_the_settings_any_longer_vouches_for_nothing(
-    site: Site, upstream: UpstreamServer, there: Remote, change: str
+def test_cached_narinfo_of_an_upstream_removed_from_the_settings_gets_404(
+    site: Site, upstream: UpstreamServer, remote: Remote, change: str
 ) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     upstream.behaviours["."] = reset
     changed = {
@@ -234,20 +236,20 @@ def test_an_upstream_that_is_not_in_the_settings_any_longer_vouches_for_nothing(
         "other store": {"settings": "virtual_nix_store = '/other/store'"},
     }[change]
     again = site(up=False, **changed)
-    assert again.get(narinfo_path(there)).status == 404
-    assert again.get(f"/{there.info.path.hash_part}.ls").status == 404
+    assert again.get(narinfo_path(remote)).status == 404
+    assert again.get(f"/{remote.info.path.hash_part}.ls").status == 404
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "garbage", "empty", "other path", "symlink", "directory"])
-def test_a_damaged_narinfo_is_ignored(
-    site: Site, upstream: UpstreamServer, there: Remote, tmp_path: Path, damage: str
+def test_damaged_narinfo_file_is_ignored_and_replaced(
+    site: Site, upstream: UpstreamServer, remote: Remote, tmp_path: Path, damage: str
 ) -> None:
     other = make_path(tmp_path / "other")
     upstream.add(other.info, other.file, other.nar, keys=(KEY,))
     server = site()
-    fetch(server, there, other)
+    fetch(server, remote, other)
     server.stop()
-    file = server.cache_dir / "narinfo" / there.info.path.hash_part
+    file = server.cache_dir / "narinfo" / remote.info.path.hash_part
     content = file.read_bytes()
     file.unlink()
     match damage:
@@ -268,21 +270,20 @@ def test_a_damaged_narinfo_is_ignored(
             file.mkdir()
     behaviours, upstream.behaviours = upstream.behaviours, {".": reset}
     again = site(up=False)
-    assert again.get(narinfo_path(there)).status == 404
+    assert again.get(narinfo_path(remote)).status == 404
     assert again.get(narinfo_path(other)).status == 200
     again.stop()
     assert not [line for line in again.log if "Traceback" in line]
     upstream.behaviours = behaviours
-    if damage != "directory":  # which only its owner can have made
-        mended = site()
-        fetch(mended, there)
-        mended.stop()
+    if damage != "directory":  # only the owner can have made a directory
+        repaired = site()
+        fetch(repaired, remote)
+        repaired.stop()
         upstream.behaviours = {".": reset}
-        assert site(up=False).get(narinfo_path(there)).status == 200
+        assert site(up=False).get(narinfo_path(remote)).status == 200
 
 
-def test_a_narinfo_goes_with_its_nar(site: Site, upstream: UpstreamServer, tmp_path: Path) -> None:
-    """When the cache is full: no narinfo is left of a NAR that was evicted."""
+def test_narinfo_is_evicted_with_its_nar(site: Site, upstream: UpstreamServer, tmp_path: Path) -> None:
     paths = [make_path(tmp_path / str(number), 2 << 20, "none") for number in range(4)]
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
@@ -292,8 +293,8 @@ def test_a_narinfo_goes_with_its_nar(site: Site, upstream: UpstreamServer, tmp_p
         assert server.get(url).body == path.file
 
     def is_clean() -> bool:
-        there = [path for path in paths if any(base32.encode(path.info.nar_hash) in nar.name for nar in nars(server))]
-        return len(nars(server)) == 2 and kept(server) == sorted(path.info.path.hash_part for path in there)
+        remote = [path for path in paths if any(base32.encode(path.info.nar_hash) in nar.name for nar in nars(server))]
+        return len(nars(server)) == 2 and kept_narinfos(server) == sorted(path.info.path.hash_part for path in remote)
 
     wait_until(is_clean)
     server.stop()
@@ -303,38 +304,38 @@ def test_a_narinfo_goes_with_its_nar(site: Site, upstream: UpstreamServer, tmp_p
 
 
 @pytest.mark.parametrize("is_running", [False, True])
-def test_a_narinfo_is_404_when_its_nar_was_removed(
-    site: Site, upstream: UpstreamServer, there: Remote, *, is_running: bool
+def test_narinfo_whose_nar_was_removed_gets_404(
+    site: Site, upstream: UpstreamServer, remote: Remote, *, is_running: bool
 ) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     upstream.behaviours["."] = reset
     if is_running:
         server = site(up=False)
-        assert server.get(narinfo_path(there)).status == 200
+        assert server.get(narinfo_path(remote)).status == 200
     for file in nars(server):
         file.unlink()
     again = server if is_running else site(up=False)
-    assert again.get(narinfo_path(there)).status == 404
-    assert again.get(f"/{there.info.path.hash_part}.ls").status == 404
-    wait_until(lambda: kept(again) == [])
+    assert again.get(narinfo_path(remote)).status == 404
+    assert again.get(f"/{remote.info.path.hash_part}.ls").status == 404
+    wait_until(lambda: kept_narinfos(again) == [])
 
 
-def test_a_start_removes_what_a_killed_process_left(site: Site, there: Remote) -> None:
+def test_start_removes_leftovers_of_a_killed_process(site: Site, remote: Remote) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     for file in nars(server):
         file.unlink()
     (server.cache_dir / "narinfo" / f"{'0' * 32}.growing").write_bytes(b"half")
     again = site()
-    wait_until(lambda: kept(again) == [])
+    wait_until(lambda: kept_narinfos(again) == [])
 
 
-def test_a_damaged_nar_takes_its_narinfo_with_it(site: Site, upstream: UpstreamServer, there: Remote) -> None:
+def test_damaged_nar_is_removed_with_its_narinfo(site: Site, upstream: UpstreamServer, remote: Remote) -> None:
     server = site()
-    (url,) = fetch(server, there)
+    (url,) = fetch(server, remote)
     server.stop()
     (file,) = nars(server)
     content = bytearray(file.read_bytes())
@@ -342,42 +343,44 @@ def test_a_damaged_nar_takes_its_narinfo_with_it(site: Site, upstream: UpstreamS
     file.write_bytes(content)
     upstream.behaviours["."] = reset
     again = site(up=False)
-    assert again.get(f"/{there.info.path.hash_part}.ls").status == 404
-    assert again.get(narinfo_path(there)).status == 404
-    wait_until(lambda: not kept(again) and not nars(again))
+    assert again.get(f"/{remote.info.path.hash_part}.ls").status == 404
+    assert again.get(narinfo_path(remote)).status == 404
+    wait_until(lambda: not kept_narinfos(again) and not nars(again))
     assert again.get(url).status == 404
 
 
-def test_narinfos_are_private(site: Site, there: Remote) -> None:
+def test_narinfo_files_are_private(site: Site, remote: Remote) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     directory = server.cache_dir / "narinfo"
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
 
 
-def test_nothing_is_kept_that_was_never_fetched(site: Site, upstream: UpstreamServer, there: Remote) -> None:
+def test_narinfo_without_a_fetched_nar_is_not_kept(site: Site, upstream: UpstreamServer, remote: Remote) -> None:
     server = site()
-    assert server.get(narinfo_path(there)).status == 200
+    assert server.get(narinfo_path(remote)).status == 200
     server.stop()
     upstream.behaviours["."] = reset
     again = site(up=False)
-    assert again.get(narinfo_path(there)).status == 404
-    assert kept(again) == []
+    assert again.get(narinfo_path(remote)).status == 404
+    assert kept_narinfos(again) == []
 
 
-def test_without_a_place_for_narinfos_all_else_works(site: Site, there: Remote, tmp_path: Path) -> None:
+def test_unusable_narinfo_directory_is_logged_and_nars_are_served(site: Site, remote: Remote, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "narinfo").write_text("in the way")
     server = site()
-    url = "/" + fields(server.get(narinfo_path(there)))["URL"]
-    assert server.get(url).body == there.file
+    url = "/" + fields(server.get(narinfo_path(remote)))["URL"]
+    assert server.get(url).body == remote.file
     server.wait_for_log("cannot keep narinfos of upstreams: .*narinfo: ")
 
 
-def test_a_listing_needs_no_place_on_disk(site: Site, upstream: UpstreamServer, there: Remote, tmp_path: Path) -> None:
+def test_listing_of_a_cached_nar_needs_no_layouts_directory(
+    site: Site, upstream: UpstreamServer, remote: Remote, tmp_path: Path
+) -> None:
     server = site()
-    fetch(server, there)
+    fetch(server, remote)
     server.stop()
     upstream.behaviours["."] = reset
     without_layouts = (
@@ -385,6 +388,6 @@ def test_a_listing_needs_no_place_on_disk(site: Site, upstream: UpstreamServer, 
         "context.open_cache = lambda *how, **more: None if how[1] == 'layouts' else opened(*how, **more)"
     )
     again = site(up=False, program=patched(without_layouts))
-    ls = listing_of(there, tmp_path / "elsewhere")
-    assert again.get(f"/{there.info.path.hash_part}.ls").body == ls
-    assert again.get(f"/{there.info.path.hash_part}.ls", {"Range": "bytes=5-9"}).body == ls[5:10]
+    ls = listing_of(remote, tmp_path / "elsewhere")
+    assert again.get(f"/{remote.info.path.hash_part}.ls").body == ls
+    assert again.get(f"/{remote.info.path.hash_part}.ls", {"Range": "bytes=5-9"}).body == ls[5:10]

@@ -1,4 +1,4 @@
-"""A store path is walked once for all who ask where things are in its NAR, and nobody else waits for that."""
+"""A store path is walked once for all concurrent and later requests, and other requests do not wait for the walk."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,12 +11,12 @@ from support.running import Server, nar_url, patched, read_answer
 
 Start = Callable[..., Server]
 
-MANY = 20  # more than there are threads that read
+MANY = 20  # more than there are I/O threads
 
 
-@pytest.mark.parametrize("wanted", ["listing", "range"])
-def test_a_walk_is_for_all_and_for_who_comes_back(
-    start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
+@pytest.mark.parametrize("resource", ["listing", "range"])
+def test_one_walk_serves_all_concurrent_requests_and_survives_disconnects(
+    start: Start, store: StoreBuilder, tmp_path: Path, resource: str
 ) -> None:
     info = store.add(store.output_path("tree"), {f"{number:04}": b"" for number in range(3000)})
     other = store.add(store.output_path("other"), {"file": b""})
@@ -33,9 +33,9 @@ def waiting(root):
 tree_reader.walk = waiting
 """
     server = start(store=tmp_path / "store", program=patched(walking))
-    asked = f"/{info.path.hash_part}.ls" if wanted == "listing" else nar_url(info)
-    headers = {"Range": "bytes=-99"} if wanted == "range" else {}
-    lines = [f"GET {asked} HTTP/1.1", "Host: cache", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    target = f"/{info.path.hash_part}.ls" if resource == "listing" else nar_url(info)
+    headers = {"Range": "bytes=-99"} if resource == "range" else {}
+    lines = [f"GET {target} HTTP/1.1", "Host: cache", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     request = "\r\n".join(lines).encode()
     with ExitStack() as stack:
         waiting = [stack.enter_context(server.connect()) for _ in range(MANY)]
@@ -47,5 +47,5 @@ tree_reader.walk = waiting
         assert server.get(nar_url(other)).status == 200
         (tmp_path / "go").touch()
         bodies = {read_answer(connection).body for connection in waiting}
-    assert bodies == {server.get(asked, headers).body}
+    assert bodies == {server.get(target, headers).body}
     assert len([line for line in server.log if "a walk begins" in line]) == 1
