@@ -218,7 +218,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: 
 def test_closure_is_not_recomputed_without_changes(
     store: StoreBuilder, chain: list[StorePath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = counted(monkeypatch, Closure, "_find")
+    found = counted(monkeypatch, Closure, "_needed_hash_parts")
     closure = Closure(opened(store), [f"/nix/store/{chain[-1]}"])
     for number in range(5):
         refresh_now(closure)
