@@ -8,13 +8,13 @@ SECONDS ?= 60
 
 # Address to listen on, like :8080 or 127.0.0.1:8080. Default: port 5000 on all addresses.
 BIND ?=
-SERVE = serve $(if $(BIND),--bind '$(BIND)')
+AT = $(if $(BIND),--bind '$(BIND)')
 serve: .venv/ready  ## Serve /nix/store, or a demo store if there is none, at BIND=:5000
-	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia $(SERVE); else exec $(MAKE) --no-print-directory demo; fi
+	@if [ -e /nix/var/nix/db/db.sqlite ]; then exec $(BIN)/harmonia serve $(AT); else exec $(MAKE) --no-print-directory demo; fi
 
 demo: .venv/ready  ## Serve a demo store, at BIND=:5000
-	@$(BIN)/harmonia demo demo-store && echo "Serving it now; Ctrl-C stops the server." && \
-	exec $(BIN)/harmonia --config demo-store/harmonia.toml $(SERVE)
+	@$(BIN)/harmonia demo $(AT) demo-store && echo "Serving it now; Ctrl-C stops the server." && \
+	exec $(BIN)/harmonia --config demo-store/harmonia.toml serve $(AT)
 
 test: check  ## Check the code, then run all tests that this machine supports
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -198,6 +199,30 @@ def test_demo_says_what_to_do(tmp_path: Path) -> None:
         assert line in answer.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [
+        (["demo", "--bind", ":8080"], "http://localhost:8080"),
+        (["--bind", "127.0.0.2:8080", "demo"], "http://127.0.0.2:8080"),
+        (["demo", "--bind", "[::1]:8080"], "http://[::1]:8080"),
+    ],
+)
+def test_demo_names_the_address_that_it_was_given(tmp_path: Path, arguments: list[str], url: str) -> None:
+    told = run(*arguments, str(tmp_path / "demo")).stdout
+    bind = shlex.quote(next(each for each in arguments if "80" in each))
+    assert f"{tmp_path}/demo/harmonia.toml serve --bind {bind}\n" in told
+    assert set(re.findall(r"http://[^/ ]+", told)) == {url}
+
+
+def test_demo_rejects_a_unix_socket_before_it_makes_anything(tmp_path: Path) -> None:
+    answer = run("demo", "--bind", "unix:/run/demo", str(tmp_path / "demo"))
+    assert (answer.returncode, answer.stderr) == (
+        2,
+        "harmonia: --bind: the demo needs a TCP address, like :8080; see harmonia demo --help\n",
+    )
+    assert not (tmp_path / "demo").exists()
+
+
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     answer = run("demo", str(tmp_path))
@@ -270,7 +295,7 @@ class TestKeygen:
         (["top", "--port", "80"], "No such option '--port'; see harmonia top --help"),
         (["serve", "--priority=50"], "No such option '--priority'; priority is a setting: put it into .*"),
         (["--cache-size", "5G"], "No such option '--cache-size'; cache_size is a setting: put it into .*"),
-        (["--bind", ":80", "top"], "--bind applies to serve, not to top; omit it; see harmonia --help"),
+        (["--bind", ":80", "top"], "--bind applies to serve and demo, not to top; omit it; see harmonia --help"),
         (["--bind", "x:y"], "--bind: expected \"host:port\", .*, found 'x:y'"),
         (["ls"], "Missing argument 'PATH'; see harmonia ls --help"),
         (["verify"], "give PATHs or --all, not both; see harmonia verify --help"),

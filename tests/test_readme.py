@@ -106,7 +106,7 @@ def test_make_announces_the_download(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("given", "options"), [([], ""), (["BIND=:8080"], " --bind :8080")])
 def test_make_serves_at_bind(tmp_path: Path, given: list[str], options: str) -> None:
     demo = in_copy_of_make(tmp_path, "demo", *given).splitlines()
-    assert "harmonia demo demo-store" in demo
+    assert f"harmonia demo{options} demo-store" in demo
     assert demo[-1] == f"harmonia --config demo-store/harmonia.toml serve{options}"
     if Path("/nix/var/nix/db/db.sqlite").exists():
         assert in_copy_of_make(tmp_path, "serve", *given).splitlines()[-1] == f"harmonia serve{options}"

@@ -39,7 +39,7 @@ bind_option = click.option(
     metavar="ADDRESS",
     help='Address to listen on, like ":8080" or "127.0.0.1:8080". Default: the setting `bind` (port 5000).',
 )
-"""The option of `serve`, and of `harmonia` without a command."""
+"""The option of `serve`, of `demo`, and of `harmonia` without a command."""
 
 # Names of this option in other servers.
 _LIKE_BIND = re.compile("-[abHlp]|--(bind-)?addr(ess)?|--host(name)?|--http|--interface|--listen(-addr(ess)?)?|--port")
@@ -260,7 +260,7 @@ def main(context: click.Context, config_file: str | None, bind: str | None) -> N
         serve = main.get_command(context, "serve")
         assert serve is not None  # noqa: S101 (_SECTIONS has it)
         context.invoke(serve, bind=bind)
-    elif context.invoked_subcommand == "serve":
-        context.default_map = {"serve": {"bind": bind}}
+    elif context.invoked_subcommand in ("serve", "demo"):
+        context.default_map = {context.invoked_subcommand: {"bind": bind}}
     elif bind is not None:
-        raise click.UsageError(f"--bind applies to serve, not to {context.invoked_subcommand}; omit it")
+        raise click.UsageError(f"--bind applies to serve and demo, not to {context.invoked_subcommand}; omit it")

@@ -41,9 +41,10 @@ def _serve(settings: Settings) -> int:
         work = partial(worker.run, worker.prepare(settings, keys), for_metrics)
         supervisor = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace)
         for each in listening:
-            _log.info("serving %s at %s", settings.real_store, sockets.url(each, tls=bool(settings.tls_cert_path)))
+            url = sockets.url(each.getsockname(), tls=bool(settings.tls_cert_path))
+            _log.info("serving %s at %s", settings.real_store, url)
         for each in for_metrics:
-            _log.info("metrics are at %s/metrics", sockets.url(each, tls=False))
+            _log.info("metrics are at %s/metrics", sockets.url(each.getsockname(), tls=False))
         if (admitted := sockets.connection_limit(settings.max_connections)) < settings.max_connections:
             what = "max_connections: the open-file limit allows only %d per worker; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 
 from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.value_types import HostAndPort
 from harmonia.untrusted import integer
 
 BACKLOG = 4096
@@ -102,11 +103,11 @@ def connection_limit(most: int) -> int:
     return min(most or possible, possible)
 
 
-def url(listening: socket.socket, *, tls: bool) -> str:
-    """Return the URL by which a client on this machine reaches a listening socket."""
-    if listening.family == socket.AF_UNIX:
-        return f"unix:{listening.getsockname()}"
-    host, port = listening.getsockname()[:2]
+def url(address: HostAndPort | str, *, tls: bool) -> str:
+    """Return the URL by which a client on this machine reaches an address to listen on."""
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]  # followed by flow and scope if it is the name of an IPv6 socket
     host = {"::": "localhost", "0.0.0.0": "localhost"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 (a comparison, not a bind)
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
