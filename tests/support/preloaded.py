@@ -30,13 +30,14 @@ from sanic.touchup import TouchUp
 from sanic.touchup.schemes import base
 
 import harmonia
+from harmonia.config import credentials
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 PATCHED = [sys.executable, "-c"]
 """What is followed by a program that changes Harmonia, then runs it."""
 NOT_PRELOADED = ["env", *HARMONIA]
 """The same in a process that imports all for itself."""
-_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_")
+_AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_", "SSL_CERT_")
 """Prefixes of environment variables that are read once, before a program begins or when it imports."""
 _MESSAGE_MAX_BYTES = 1 << 18
 _PR_SET_CHILD_SUBREAPER = 36
@@ -132,6 +133,7 @@ def _serve(connection: socket.socket) -> list[str] | None:
         if module.name != "harmonia.__main__":
             import_module(module.name)
     _remember_sources()
+    credentials.system_tls()
     assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
     gc.collect()
     gc.freeze()  # else each fork copies and frees all of this memory when it ends
