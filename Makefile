@@ -4,6 +4,9 @@ BIN := .venv/bin
 # Duration of `make fuzz`, for each target.
 SECONDS ?= 60
 
+# A container may forbid Python to keep compiled modules. Then each process that a test starts compiles all of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: serve demo test test-slow quick check format test-versions docs fuzz audit bench soak attack vm-test clean help
 
 # Address to listen on, like :8080 or 127.0.0.1:8080. Default: port 5000 on all addresses.
