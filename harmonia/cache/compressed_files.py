@@ -108,6 +108,19 @@ class CompressedFiles:
         with closing(file):
             return file.size
 
+    def read_file(self, sha256: bytes, encoding: Encoding) -> bytes | None:
+        """Return the content of a complete file that fits into memory, or None if the cache does not have it.
+
+        Raises CacheFileError if the file is damaged.
+        """
+        file = self.use_cached_file(sha256, encoding)
+        if file is None:
+            return None
+        with closing(file):
+            if encoding == self._encoding:
+                self.remember(sha256, file)
+            return file.content()
+
 
 def file_key(sha256: bytes, encoding: Encoding) -> str:
     """Return the key of a compressed NAR in the cache."""

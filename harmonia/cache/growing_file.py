@@ -295,15 +295,17 @@ class Filler:
         self._write(self._digests + _TRAILER.pack(summary, xxhash.xxh3_64_digest(summary), _MAGIC))
         self._finished = True
 
-    def commit(self) -> None:
+    def commit(self, *, flush: bool = True) -> None:
         """Add the complete file to the cache, and flush it to the disk.
 
+        A small file need not be flushed: if the machine crashes before, the digests show that the file is incomplete.
         Raises OSError if the disk fails.
         """
         if not self._finished:
             self.finish()
         try:
-            os.fdatasync(self._descriptor)
+            if flush:
+                os.fdatasync(self._descriptor)
             os.rename(self._path + GROWING, self._path)
         except OSError as error:
             self._failed(error)

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import Future
+from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -22,11 +23,13 @@ from harmonia.cache.zstd_frames import Frame, FrameEncoder, Source, check
 from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.ownership import closed_on_error
+from harmonia.process.fair_executor import FairExecutor
 from harmonia.store.file_reader import OpenSlice, Step
 
 _MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; each has an open file
 _MAX_FOREIGN_FILLS = 16  # of the fills, for encodings other than our own
 _MAX_DAMAGED = 65536  # remembered damaged NARs
+_SMALL_NAR_THREADS = 2
 
 _log = logging.getLogger("harmonia")
 
@@ -40,12 +43,21 @@ class NarSource(Source, Protocol):
     def close(self) -> None: ...
 
 
+class SmallNar(NarSource, Protocol):
+    """A NAR that fits into memory."""
+
+    def read_whole(self) -> bytes:
+        """Return all bytes. Raises StoreObjectError if the NAR does not have its registered size and hash."""
+
+
 class Compressor:
     """The compressor of NARs, with an optional cache."""
 
     def __init__(self, settings: Zstd, cache: NarCache | None, indexes: NarCache | None = None) -> None:
         """Compress into `cache`, if given. `indexes` is the cache of frame indexes, which stay if files are evicted."""
         self.encoder = FrameEncoder(settings)
+        self.small_nars = FairExecutor(_SMALL_NAR_THREADS, _SMALL_NAR_THREADS, "zstd-small")
+        """Threads for small NARs, for which clients wait. They have the normal priority."""
         self.cache = cache
         self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
         self.damaged_nars = 0
@@ -75,6 +87,39 @@ class Compressor:
         if filler is not None:
             _Fill(self, source.share(), encoding, filler).start()
         return file
+
+    def compress_small(self, source: SmallNar) -> bytes | None:
+        """Compress a NAR that fits into memory in this thread, add it to the cache, and return the compressed bytes.
+
+        Returns None if another thread or process compresses it. Raises StoreObjectError if the NAR is damaged.
+        """
+        assert source.sha256 is not None  # noqa: S101 (only NARs are compressed here)
+        opened = self.cache.open_file(file_key(source.sha256, self.encoder.encoding)) if self.cache else None
+        if opened is None:
+            return self._compress_small(source)
+        file, filler = opened
+        with closing(file):
+            if filler is None:
+                return None
+            try:
+                compressed = self._compress_small(source)
+                with suppress(OSError):  # the cache logs it
+                    filler.append(compressed)
+                    filler.commit(flush=False)
+                    file.refresh()
+                    self.files.remember(source.sha256, file)
+                return compressed
+            finally:
+                filler.abandon()  # no effect after a commit
+
+    def _compress_small(self, source: SmallNar) -> bytes:
+        try:
+            content = source.read_whole()
+        except StoreObjectError as error:
+            self.mark_damaged(source, error)
+            raise
+        self.mark_intact(source)
+        return self.encoder.compress(content)
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
         """Add to the number of NARs in compression into the cache."""

@@ -143,7 +143,7 @@ def _endpoint(
             raise
         finally:
             route.end()
-        if still_valid is not None and not context.settings.access_log:
+        if still_valid is not None and response is not None and not context.settings.access_log:
             request.ctx.still_valid = still_valid, route
         return _done(context, route, request, response)
 

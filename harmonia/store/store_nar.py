@@ -1,5 +1,6 @@
 """NAR of a valid store path, read from the store object on disk."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Generator, Hashable, Iterator
@@ -10,9 +11,9 @@ from typing import Protocol
 
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
-from harmonia.nix.nar import Segment
+from harmonia.nix.nar import Segment, segments, serialize
 from harmonia.nix.path_info import PathInfo
-from harmonia.store import file_reader
+from harmonia.store import file_reader, tree_reader
 from harmonia.store.file_reader import Step
 from harmonia.store.nar_layout import Layout
 from harmonia.store.temp_roots import TempRootLease
@@ -96,6 +97,27 @@ class StoreNar:
         except (OSError, StoreObjectError, CacheFileError):
             self.layouts.forget(self.key)
             raise
+
+    def read_whole(self) -> bytes:
+        """Return all bytes. Only for a NAR that fits into memory.
+
+        Raises StoreObjectError if the NAR does not have its registered size and hash.
+        """
+        parts: list[bytes] = []
+        size = 0
+        for part in file_reader.read(segments(serialize(tree_reader.walk(self.root)))):
+            parts.append(part)
+            size += len(part)
+            if size > self.size:
+                break
+        nar = b"".join(parts)
+        if size != self.size:
+            raise StoreObjectError(f"{self}: its NAR does not have its registered {self.size} bytes")
+        nar = b"".join(parts)
+        if (sha256 := hashlib.sha256(nar).digest()) != self.sha256:
+            actual, registered = map(base32.encode, (sha256, self.sha256))
+            raise StoreObjectError(f"{self}: its NAR hash is sha256:{actual}, but sha256:{registered} was registered")
+        return nar
 
     def _segments(self, start: int, stop: int) -> Iterator[Segment | Future[bytes]]:
         layout = self.layout()

@@ -1,5 +1,6 @@
 """A cached response is identical to the first, is counted and logged, and is used only while it is valid."""
 
+import os
 import re
 import signal
 import socket
@@ -23,7 +24,7 @@ SETTINGS = "nar_compression = 'none'\ndebug_info = false"
 COUNT_HITS = f"""
 import os, sys
 from harmonia.server.http.response_cache import ResponseCache
-find, ResponseCache.__init__.__defaults__ = ResponseCache.cached_response, ({LIMIT},)
+find, ResponseCache.__init__.__defaults__ = ResponseCache.cached_response, ({LIMIT}, {LIMIT})
 def counting(self, head):
     answer = find(self, head)
     if answer is not None:
@@ -249,6 +250,43 @@ def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathIn
         server.wait_for_log("tokens reloaded")
         assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
     assert hits(server) == 0
+
+
+def nar_head(info: PathInfo, *fields: str, suffix: str = "") -> str:
+    return "\r\n".join([f"GET {nar_url(info)}{suffix} HTTP/1.1", "Host: cache", *fields, "", ""])
+
+
+@pytest.mark.parametrize(("suffix", "field"), [("", "A: b"), ("", "Accept-Encoding: zstd"), (".zst", "A: b")])
+def test_small_nar_is_replayed_until_the_path_is_deleted(
+    server: Server, store: StoreBuilder, info: PathInfo, suffix: str, field: str
+) -> None:
+    asked = nar_head(info, field, suffix=suffix)
+    with server.connect() as connection:
+        client = Client(connection, server)
+        first = client.ask(asked)
+        assert first.status == 200
+        assert [client.ask(asked) for _ in range(3)] == [first] * 3
+        assert hits(server) == 3
+        metrics = server.get("/metrics").text
+        assert 'harmonia_requests_total{route="nar",status="200"} 4.0\n' in metrics
+        assert f'harmonia_sent_bytes_total{{route="nar"}} {float(4 * len(first.body))}\n' in metrics
+        store.delete(info.path)
+        assert client.ask(asked).status == 404
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_damaged_small_nar_gets_404_before_its_first_byte(
+    server: Server, store: StoreBuilder, info: PathInfo, suffix: str
+) -> None:
+    file = Path(os.fsdecode(store.real_path(info.path)))
+    intact = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(intact[::-1])
+    with server.connect() as connection:
+        client = Client(connection, server)
+        assert client.ask(nar_head(info, suffix=suffix)).status == 404
+        file.write_bytes(intact)
+        assert client.ask(nar_head(info, suffix=suffix)).status == 200
 
 
 def test_size_of_the_cache_is_bounded(server: Server, info: PathInfo) -> None:

@@ -1,4 +1,4 @@
-"""NARs built directly from the grammar, for comparison with ours."""
+"""NARs made straight from the grammar, to compare ours with."""
 
 import os
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def reference_node(tree: Tree) -> bytes:
 
 
 def reference(tree: Tree) -> bytes:
-    """Return the NAR, following the grammar literally."""
+    """The grammar, and nothing clever."""
     return word(b"nix-archive-1") + reference_node(tree)
 
 

@@ -1,4 +1,4 @@
-"""Compressors for every compression that we accept."""
+"""Content in each compression that we take."""
 
 import bz2
 import gzip

@@ -32,7 +32,8 @@ UNNAMED = "no-store, no-transform"
 """For a URL that does not determine the bytes: an HTTP cache could combine ranges of two files."""
 
 _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
-_PACKET_BYTES = 1400  # up to which a body is not compressed: it fits into one packet
+PACKET_BYTES = 1400
+"""Size up to which a body is not compressed: it fits into one packet."""
 _LENGTH_WAIT_S = 0.25  # for which a range waits for the length of a body that is still being generated
 _log = logging.getLogger("harmonia")
 
@@ -56,7 +57,7 @@ class Body(Protocol):
         """Release files, connections and locks. Call it after the last read."""
 
 
-Open = Callable[[Request], Awaitable[Body]]
+Open = Callable[[Request], Awaitable[Body | bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,19 +142,19 @@ async def _respond(request: Request, representation: Representation, submit: Sub
     if representation.status == HTTPStatus.OK and _is_unmodified(request, etag):
         without_content = {name: value for name, value in headers.items() if not name.startswith("content-")}
         return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=without_content)
-    if isinstance(body, bytes):
-        headers["content-length"] = str(len(body))
-        return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
-    if "content-encoding" not in headers:
+    if not isinstance(body, bytes) and "content-encoding" not in headers:
         headers["accept-ranges"] = "bytes" if representation.resumable else "none"
         if not representation.resumable and wants_part(request) and "if-range" not in request.headers:
             raise NotFound
-    if not isinstance(body, Deferred):
+    if isinstance(body, Deferred):
+        if request.method == "HEAD" and body.size_for_head is not None:
+            return _head(request, await body.size_for_head(request), headers)
+        body = await body.open(request)
+    if isinstance(body, bytes):
+        headers["content-length"] = str(len(body))
+        return HTTPResponse(None if request.method == "HEAD" else body, representation.status, headers)
+    with closing(body):
         return await _respond_with(request, body, headers, submit)
-    if request.method == "HEAD" and body.size_for_head is not None:
-        return _head(request, await body.size_for_head(request), headers)
-    with closing(await body.open(request)) as opened:
-        return await _respond_with(request, opened, headers, submit)
 
 
 async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
@@ -246,7 +247,7 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
     """
     plain = representation.body
     size = len(plain) if isinstance(plain, bytes) else None if isinstance(plain, Deferred) else plain.size
-    worthwhile = representation.worthwhile and (size is None or size > _PACKET_BYTES)
+    worthwhile = representation.worthwhile and (size is None or size > PACKET_BYTES)
     sendable = not wants_part(request) and request.version != "1.0"
     return prefers_zstd(_field(request, "accept-encoding"), worthwhile=worthwhile and sendable)
 

@@ -11,14 +11,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from operator import attrgetter
 
-from cachetools import FIFOCache
+from cachetools import FIFOCache, RRCache
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.server.http.sanic_adapter import date, reader_of
 
-_MAX_BYTES = 8 * 1024 * 1024  # some 5,000 narinfos
+_MAX_SHORT_BYTES = 8 * 1024 * 1024  # for short responses, some 5,000 narinfos
+_MAX_LONG_BYTES = 32 * 1024 * 1024  # for long responses, such as small NARs; they do not evict short ones
+_LONG_BYTES = 16 * 1024  # length from which on a response is long
 
 StillValid = Callable[[], bool]
 """Returns, without blocking, whether the same request would get the same response now."""
@@ -38,10 +40,11 @@ class _CachedResponse:
     before: bytes
     """All bytes before the value of Date."""
     after: bytes
+    """The bytes of the head after Date."""
+    body: bytes
     still_valid: StillValid
     route: RouteCounters
     status: int
-    sent: int
     memory_bytes: int
     """Bytes of the response and of the request head."""
 
@@ -49,21 +52,27 @@ class _CachedResponse:
 class ResponseCache:
     """Cached responses of a worker."""
 
-    def __init__(self, limit: int = _MAX_BYTES) -> None:
-        """Create a cache of at most `limit` bytes. The oldest entry is evicted first."""
-        self._responses: MutableMapping[bytes, _CachedResponse] = FIFOCache(limit, getsizeof=attrgetter("memory_bytes"))
+    def __init__(self, short_limit: int = _MAX_SHORT_BYTES, long_limit: int = _MAX_LONG_BYTES) -> None:
+        """Create a cache of at most so many bytes. The oldest short response, or a random long one, is evicted first.
 
-    def cached_response(self, head: bytes) -> bytes | None:
-        """Return the cached response to a request with this head, and count the request. None if there is none."""
+        Clients download closures in the same order. If those exceed the limit, the oldest response is always the next.
+        """
+        size = attrgetter("memory_bytes")
+        self._short: MutableMapping[bytes, _CachedResponse] = FIFOCache(short_limit, getsizeof=size)
+        self._long: MutableMapping[bytes, _CachedResponse] = RRCache(long_limit, getsizeof=size)
+
+    def cached_response(self, head: bytes) -> list[bytes] | None:
+        """Return the parts of the cached response to this request head, and count the request, or return None."""
         began = time.perf_counter()
-        cached = self._responses.get(head)
+        cached = self._short.get(head) or self._long.get(head)
         if cached is None:
             return None
         if not cached.still_valid():
-            del self._responses[head]
+            self._short.pop(head, None)
+            self._long.pop(head, None)
             return None
-        cached.route.count(cached.status, cached.sent, time.perf_counter() - began, None)
-        return b"%b%b%b" % (cached.before, date().encode(), cached.after)
+        cached.route.count(cached.status, len(cached.body), time.perf_counter() - began, None)
+        return [b"%b%b%b" % (cached.before, date().encode(), cached.after), cached.body]
 
     def remember(self, request: Request, sent: bytes) -> None:
         """Cache the bytes that were sent for a request, if its handler has set `still_valid`."""
@@ -73,11 +82,12 @@ class ResponseCache:
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         if validity is None or has_body or not http.keep_alive or not validity[0]():
             return
-        before, separator, after = sent.partition(b"\r\ndate: ")
-        size = 0 if request.method == "HEAD" else len(http.response.body or b"")
+        body = b"" if request.method == "HEAD" else http.response.body or b""
+        before, separator, after = sent[: len(sent) - len(body)].partition(b"\r\ndate: ")
         head = request.head + b"\r\n\r\n"
         memory = len(head) + len(sent)
-        status = http.response.status
-        cached = _CachedResponse(before + separator, after[len(date()) :], *validity, status, size, memory)
+        cached = _CachedResponse(
+            before + separator, after[len(date()) :], body, *validity, http.response.status, memory
+        )
         with suppress(ValueError):  # larger than the whole cache
-            self._responses[head] = cached
+            (self._long if memory >= _LONG_BYTES else self._short)[head] = cached

@@ -160,7 +160,7 @@ class Connection(HttpProtocol):
     def data_received(self, data: bytes) -> None:
         http = getattr(self, "_http", None)  # set when the connection's task starts
         if http is not None and self._is_idle(http) and (response := self.app.ctx.response_cache.cached_response(data)):
-            cast("asyncio.WriteTransport", self.transport).write(response)
+            cast("asyncio.WriteTransport", self.transport).writelines(response)
             self._time = time.monotonic()
             return
         began = self._time

@@ -14,7 +14,10 @@ unknown until the NAR was compressed once. Until then, HTTP/1.0 gets a zstd file
 
 import asyncio
 import re
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -29,6 +32,7 @@ from harmonia.ownership import closed_on_error
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import (
     IMMUTABLE_NAR,
+    PACKET_BYTES,
     UNNAMED,
     Body,
     Deferred,
@@ -37,10 +41,13 @@ from harmonia.server.http.response import (
     exhaust,
     wants_part,
 )
-from harmonia.server.http.response_cache import AbsentError
+from harmonia.server.http.response_cache import AbsentError, StillValid
 from harmonia.server.path_lookup import SignedPath
 from harmonia.store.nar_layout import Layout
 from harmonia.store.store_nar import StoreNar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
@@ -53,6 +60,8 @@ _NAMES = [
 ]
 
 _CONTENT_TYPE = "application/x-nix-nar"
+_SMALL_NAR_BYTES = 256 * 1024
+"""Size up to which a NAR is read and verified before its first byte is sent, and then kept in memory."""
 
 
 def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
@@ -73,11 +82,16 @@ async def whole_layout(nar: StoreNar) -> Layout:
     return layout
 
 
-def require_info(path: SignedPath | None) -> PathInfo:
-    """Return the info of a path that was looked up. Raises AbsentError if the lookup returned None."""
+def require_path(path: SignedPath | None) -> SignedPath:
+    """Return a path that was looked up. Raises AbsentError if the lookup returned None."""
     if path is None:
         raise AbsentError
-    return path.info
+    return path
+
+
+def require_info(path: SignedPath | None) -> PathInfo:
+    """Return the info of a path that was looked up. Raises AbsentError if the lookup returned None."""
+    return require_path(path).info
 
 
 async def get(context: ServerContext, request: Request, name: str) -> Representation:
@@ -86,27 +100,53 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     hash_part = fields.get("hash_part", request.args.get("hash", ""))
     if not (match and is_hash_part(hash_part)):
         raise NotFound
-    info = require_info(await context.paths.lookup_path(hash_part))
+    path = require_path(await context.paths.lookup_path(hash_part))
+    info = path.info
+    still_valid: StillValid | None = partial(context.paths.is_current, path)
     if context.push is not None:
         context.push.renew(info.path)
+        still_valid = None  # each request renews
     nar_hash = base32.encode(info.nar_hash)
     if fields.get("nar_hash", nar_hash) != nar_hash:
         raise NotFound
     if fields["compression"]:
-        return await _file(context, request, info, fields.get("encoding"))
+        representation = await _file(context, request, info, fields.get("encoding"))
+        return replace(representation, still_valid=still_valid)
     compressor = context.compressor
     own = compressor.encoder.encoding
-    with closed_on_error(open_nar(context, request, info)) as body:
-        if wants_part(request):
-            await whole_layout(body)
+    worthwhile = not compressor.encoder.saturated or compressor.files.known_file_info(info.nar_hash) is not None
     return Representation(
         content_type=_CONTENT_TYPE,
-        body=body,
+        body=_plain(context, info),
         cache_control=IMMUTABLE_NAR,
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, info, own)) if context.settings.enable_compression else None,
-        worthwhile=not compressor.encoder.saturated or compressor.files.known_file_info(info.nar_hash) is not None,
+        worthwhile=worthwhile and info.nar_size > PACKET_BYTES,
+        still_valid=still_valid if worthwhile else None,
     )
+
+
+def _is_small(request: Request, info: PathInfo) -> bool:
+    """Return whether to send a NAR from memory: a small one, and all of it."""
+    return info.nar_size <= _SMALL_NAR_BYTES and not wants_part(request)
+
+
+def _plain(context: ServerContext, info: PathInfo) -> Deferred:
+    """Return the plain NAR, which is opened when it is sent."""
+
+    async def open_plain(request: Request) -> Body | bytes:
+        with closed_on_error(open_nar(context, request, info)) as nar:
+            if _is_small(request, info):
+                with closing(nar):
+                    return await asyncio.wrap_future(context.submitter(request)(nar.read_whole))
+            if wants_part(request):
+                await whole_layout(nar)
+        return nar
+
+    async def size(_: Request) -> int:
+        return info.nar_size
+
+    return Deferred(open_plain, size)
 
 
 async def _file(context: ServerContext, request: Request, info: PathInfo, name: str | None) -> Representation:
@@ -129,7 +169,9 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
             encoding, body = own, _compressed(context, info, own)
         else:
             body = CachedNar(cached)
-    if request.version == "1.0" and not wants_part(request) and not isinstance(body, CachedNar):
+    if request.version == "1.0" and not (
+        wants_part(request) or _is_small(request, info) or isinstance(body, CachedNar)
+    ):
         size = await context.threads.run_io(partial(compressor.files.file_size, info.nar_hash, encoding))
         if size is None:
             return _stored(context, info, encoding)
@@ -162,8 +204,11 @@ def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Repre
 
 def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> Deferred:
     """Return the compressed NAR, which is opened when it is sent."""
+    compressor = context.compressor
 
-    async def open_compressed(request: Request) -> Body:
+    async def open_compressed(request: Request) -> Body | bytes:
+        if _is_small(request, info) and (content := await read_small(request)) is not None:
+            return content
         body = await context.threads.run_open(
             lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
         )
@@ -171,6 +216,16 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
             if wants_part(request) and body.is_damaged:
                 await exhaust(body, context.submitter(request))  # fails, so that Nix asks its next cache
         return body
+
+    async def read_small(request: Request) -> bytes | None:
+        reading: Future[bytes | None] = context.submitter(request)(compressor.files.read_file, info.nar_hash, encoding)
+        cached = await asyncio.wrap_future(reading)
+        if cached is not None or encoding != compressor.encoder.encoding:
+            return cached
+        with closing(open_nar(context, request, info)) as nar:
+            return await asyncio.wrap_future(
+                compressor.small_nars.submit(context.client(request), compressor.compress_small, nar)
+            )
 
     async def size(_: Request) -> int | None:
         return await context.threads.run_io(partial(context.compressor.files.file_size, info.nar_hash, encoding))

@@ -1,4 +1,4 @@
-"""A NAR, in any chunks, is accepted only if our serialization of its content is identical."""
+"""An archive is what we would write of it, in whatever chunks it comes."""
 
 from harmonia.errors import FormatError
 from harmonia.nix import nar
@@ -16,7 +16,7 @@ WORDS += [b"\xff" * 8, b"\0" * 7 + b"\x80"]
 
 
 def parsed(chunks: list[bytes]) -> list[tuple[Entry, bytes]] | None:
-    """Return the entries with their contents, or None if it is not a NAR."""
+    """The entries, each with its contents, or None where it is no archive."""
     found: list[tuple[Entry, bytes]] = []
     try:
         for part in parse(chunks):
@@ -31,7 +31,7 @@ def parsed(chunks: list[bytes]) -> list[tuple[Entry, bytes]] | None:
 
 
 def check(data: bytes) -> bool:
-    """Return True if `data` is a NAR. Check that chunking does not matter, and that our serialization is identical."""
+    """Whether `data` is an archive: in any chunks or in none, and then to the letter what we write of it."""
     parts = parsed([data])
     assert parsed([data[start : start + 5] for start in range(0, len(data), 5)]) == parts
     if parts is None:

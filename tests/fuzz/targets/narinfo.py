@@ -1,4 +1,4 @@
-"""Narinfos of other caches: an accepted narinfo can be rendered, and parsing the result gives the same."""
+"""A narinfo, as another cache may say it: what is taken can be said again, and then says the same."""
 
 from dataclasses import replace
 
