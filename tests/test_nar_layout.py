@@ -27,7 +27,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import file_reader, nar_layout, tree_reader
 from harmonia.store.nar_layout import Layout
 from harmonia.store.store_nar import StoreNar
-from support.nars import reference, whole
+from support.nars import open_files, reference, whole
 from support.running import wait_until
 from support.strategies import Tree, on_disk, small_trees, trees, write_tree
 
@@ -48,6 +48,8 @@ class Memory:
 
     def read(self, start: int, stop: int) -> bytes:
         return bytes(self.content[start:stop])
+
+    def close(self) -> None: ...
 
 
 def parts(layout: Layout, start: int, stop: int) -> list[Segment]:
@@ -489,6 +491,25 @@ class TestOnDisk:
         assert filling is not None
         with closing(filling[0]):
             assert opened(self.layouts(tmp_path), "key", root).size == len(whole(tree_reader.dump(root)))
+
+    def test_the_file_is_open_until_the_last_owner_closes_the_layout(self, root: bytes, tmp_path: Path) -> None:
+        expected = whole(tree_reader.dump(root))
+        before = open_files()
+        layout = opened(self.layouts(tmp_path), "key", root)  # the cache has no room, so it is not an owner
+        reader = layout.share()
+        layout.close()
+        assert whole(reader.window(0, len(expected))) == expected
+        reader.close()
+        assert open_files() == before
+
+    def test_the_cache_closes_what_it_evicts_or_forgets(self, root: bytes, tmp_path: Path) -> None:
+        before = open_files()
+        layouts = Layouts(400 << 10, NarCache(str(tmp_path / "cache"), 1 << 30))  # room for one file
+        opened(layouts, "key", root).close()
+        opened(layouts, "other", root).close()
+        assert open_files() == before + 1
+        layouts.forget("other")
+        assert open_files() == before
 
     def test_failed_walk_leaves_no_file(self, root: bytes, tmp_path: Path) -> None:
         os.mkfifo(root + b"/fifo")

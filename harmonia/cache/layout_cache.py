@@ -5,7 +5,7 @@ disconnect.
 """
 
 import threading
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import ParamSpec
 
@@ -14,6 +14,7 @@ from cachetools import LRUCache
 from harmonia.cache.disk_cache import NarCache
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.errors import CacheFileError
+from harmonia.ownership import closed_on_error
 from harmonia.process.fair_executor import FairExecutor
 from harmonia.store import tree_reader
 from harmonia.store.nar_layout import Layout
@@ -26,10 +27,7 @@ _P = ParamSpec("_P")
 
 
 class _File:
-    """A file of the cache for the blocks of a layout.
-
-    A layout has no one owner: it is evicted while others follow it. Its file is closed when the last has let it go.
-    """
+    """A file of the cache for the blocks of a layout."""
 
     def __init__(self, reader: CachedFile, filler: Filler | None) -> None:
         self._reader = reader
@@ -53,8 +51,20 @@ class _File:
             self._filler.abandon()
             self._filler = None
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         self._reader.close()
+
+
+class _RecentLayouts(LRUCache[str, Layout]):
+    """The cache's own layouts. Each is closed when it is evicted."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit, getsizeof=_cost)
+
+    def popitem(self) -> tuple[str, Layout]:
+        key, layout = super().popitem()
+        layout.close()
+        return key, layout
 
 
 class Layouts:
@@ -62,21 +72,22 @@ class Layouts:
 
     def __init__(self, limit: int, files: NarCache | None = None) -> None:
         self.files = files
-        self._known: MutableMapping[str, Layout] = LRUCache(limit, getsizeof=_cost)
+        self._recent = _RecentLayouts(limit)
         self._growing: dict[str, Layout] = {}
         self._lock = threading.Lock()
         self._walkers = FairExecutor(_WALKER_THREADS, _WALKER_THREADS_PER_CLIENT, "walk")
 
     def open_layout(self, key: str, root: bytes, client: Hashable = None) -> Layout:
-        """Return the layout of the tree at `root`, which may still grow. Does not block.
+        """Return the layout of the tree at `root`, which may still grow. The caller closes it. Does not block.
 
         Raises RuntimeError if no thread can be started.
         """
         with self._lock:
-            layout = self._growing.get(key) or self._known.get(key)
+            layout = self._growing.get(key) or self._recent.get(key)
             if layout is not None:
-                return layout
+                return layout.share()
             layout = self._growing[key] = Layout(root)
+            layout.share()  # for the thread that makes it
         try:
             self._walkers.submit(client, self._make_layout, key, layout, root)
         except RuntimeError:  # no thread can be started
@@ -89,7 +100,9 @@ class Layouts:
         """Drop a layout that is no longer valid. Its readers can go on."""
         with self._lock:
             self._growing.pop(key, None)
-            self._known.pop(key, None)
+            layout = self._recent.pop(key, None)
+        if layout is not None:
+            layout.close()
         if self.files is not None:
             self.files.remove(key)
 
@@ -104,17 +117,21 @@ class Layouts:
                 del self._growing[key]
                 if layout.error is None:
                     with suppress(ValueError):  # larger than the limit of the cache
-                        self._known[key] = layout
+                        self._recent[key] = layout
+                        return
+        layout.close()
 
     def _load(self, key: str, layout: Layout) -> bool:
         """Load the layout from its file. Return False if there is none, or if it is damaged."""
         if self.files is None or (file := self.files.use_file(key)) is None:
             return False
-        try:
-            layout.load(_File(file, None), file.size)
-        except (CacheFileError, OSError):
-            self.files.discard(self.files.path(key), file)
-            return False
+        with closed_on_error(file):
+            try:
+                layout.load(_File(file, None), file.size)
+            except (CacheFileError, OSError):
+                self.files.discard(self.files.path(key), file)
+                file.close()
+                return False
         return True
 
     def _walk(self, key: str, layout: Layout, root: bytes) -> None:
@@ -136,8 +153,11 @@ class Layouts:
         opened = self.files.open_file(key) if self.files is not None else None
         if opened is None:
             return None
-        file = _File(*opened)
-        return None if opened[1] is None else file
+        reader, filler = opened
+        if filler is None:
+            reader.close()
+            return None
+        return _File(reader, filler)
 
 
 def _done(write: Callable[_P, None], *arguments: _P.args, **named: _P.kwargs) -> bool:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from copy import copy
-from typing import Protocol
+from typing import Protocol, Self
 
 import msgspec
 
@@ -40,7 +40,7 @@ _INDEX_SIZE_BYTES = 8
 
 
 class BlockFile(Protocol):
-    """File for the blocks of a layout. Its methods raise OSError if the disk fails."""
+    """File for the blocks of a layout. Its methods raise OSError if the disk fails. The layout closes it."""
 
     def append(self, data: bytes) -> None:
         """Append a block or the index."""
@@ -48,11 +48,14 @@ class BlockFile(Protocol):
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` to `stop` of the appended data."""
 
+    def close(self) -> None: ...
+
 
 class Layout:
-    """The layout of the archive of the tree at `root`, complete or still growing."""
+    """The layout of the archive of the tree at `root`, complete or still growing. Each of its owners closes it."""
 
     def __init__(self, root: bytes) -> None:
+        """Create an empty layout with one owner."""
         self._root = root
         self.size: int | None = None
         """The length of the archive in bytes, or None until the layout is complete."""
@@ -67,7 +70,8 @@ class Layout:
         self._memory: dict[int, bytes] = {}  # blocks in memory, by number
         self._memory_bytes = 0
         self._file: BlockFile | None = None
-        self._lock = threading.Lock()  # for _waiting, and for the step to a complete layout
+        self._owners = 1
+        self._lock = threading.Lock()  # for _waiting, for _owners, and for the step to a complete layout
         self._waiting: list[tuple[int, int | None, Future[bytes]]] = []
 
     @classmethod
@@ -77,6 +81,20 @@ class Layout:
         for _ in layout.record(tree_reader.walk(root)):
             pass
         return layout
+
+    def share(self) -> Self:
+        """Return the same layout for another owner, who closes it as well."""
+        with self._lock:
+            self._owners += 1
+        return self
+
+    def close(self) -> None:
+        """Close the file, if this was the last owner."""
+        with self._lock:
+            self._owners -= 1
+            is_last = not self._owners
+        if is_last and self._file is not None:
+            self._file.close()
 
     @property
     def memory(self) -> int:
@@ -124,13 +142,13 @@ class Layout:
         self._wake()
 
     def spill(self, file: BlockFile) -> None:
-        """Move the blocks in memory to a file. Later calls must pass the same file.
+        """Move the blocks in memory to a file, which this layout then closes. Later calls must pass the same file.
 
         Raises OSError if the disk fails.
         """
+        self._file = file  # set before a block is deleted, because readers look in memory first
         for number, block in list(self._memory.items()):
             file.append(block)
-            self._file = file  # set before the block is deleted, because readers look in memory first
             del self._memory[number]
             self._memory_bytes -= len(block)
 
@@ -145,7 +163,7 @@ class Layout:
         file.append(index + len(index).to_bytes(_INDEX_SIZE_BYTES, "little"))
 
     def load(self, file: BlockFile, size: int) -> None:
-        """Load the complete layout from a file of `size` bytes that `seal` has written.
+        """Load the complete layout from a file of `size` bytes that `seal` has written. Take over the file on success.
 
         Raises CacheFileError if the index is damaged, and OSError if the disk fails.
         """

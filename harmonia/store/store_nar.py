@@ -3,8 +3,9 @@
 import hashlib
 import os
 import sys
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Generator, Hashable
 from concurrent.futures import Future
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -23,7 +24,7 @@ class LayoutSource(Protocol):
     """A cache of layouts."""
 
     def open_layout(self, key: str, root: bytes, client: Hashable) -> Layout:
-        """Return the layout with this key, which may still grow. Do not block."""
+        """Return the layout with this key, which may still grow. The caller closes it. Do not block."""
 
     def forget(self, key: str) -> None:
         """Drop a layout that is no longer valid."""
@@ -71,7 +72,7 @@ class StoreNar:
             self.temp_root.release()
 
     def layout(self) -> Layout:
-        """Return the layout, which may still grow."""
+        """Return the layout, which may still grow. The caller closes it."""
         return self.layouts.open_layout(self.key, self.root, self.client)
 
     def check_layout(self, layout: Layout) -> None:
@@ -84,7 +85,8 @@ class StoreNar:
 
     def wait_covered(self, stop: int) -> Future[bytes] | None:
         """Return a future that completes when the bytes up to `stop` are readable, or None if they are now."""
-        return self.layout().wait_covered(stop)
+        with closing(self.layout()) as layout:
+            return layout.wait_covered(stop)
 
     def read(self, start: int, stop: int | None) -> Generator[Step]:
         """Yield the bytes from `start` to `stop` or to the end. Yield a future if the caller has to wait for the walk.
@@ -93,7 +95,11 @@ class StoreNar:
         with one block of entries is checked before the first byte.
         """
         try:
-            yield from file_reader.chunks(self._segments(start, self.size if stop is None else stop))
+            with (
+                closing(self.layout()) as layout,
+                closing(self._segments(layout, start, self.size if stop is None else stop)) as segments,
+            ):
+                yield from file_reader.chunks(segments)
         except (OSError, StoreObjectError, CacheFileError):
             self.layouts.forget(self.key)
             raise
@@ -110,7 +116,6 @@ class StoreNar:
             size += len(part)
             if size > self.size:
                 break
-        nar = b"".join(parts)
         if size != self.size:
             raise StoreObjectError(f"{self}: its NAR does not have its registered {self.size} bytes")
         nar = b"".join(parts)
@@ -119,8 +124,7 @@ class StoreNar:
             raise StoreObjectError(f"{self}: its NAR hash is sha256:{actual}, but sha256:{registered} was registered")
         return nar
 
-    def _segments(self, start: int, stop: int) -> Iterator[Segment | Future[bytes]]:
-        layout = self.layout()
+    def _segments(self, layout: Layout, start: int, stop: int) -> Generator[Segment | Future[bytes]]:
         self.check_layout(layout)
         # Read beyond `stop` if the NAR is longer than registered, so that the reader does not accept it as complete.
         window = layout.window(start, sys.maxsize if stop == self.size else stop)

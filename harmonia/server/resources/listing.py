@@ -31,13 +31,15 @@ _SHORT_MAX_ENTRIES = 2000  # up to which a listing is cached in memory, and `max
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
     info = require_info(await context.paths.lookup_path(hash_part))
-    with closing(open_nar(context, request, info)) as archive:
-        layout = await whole_layout(archive)
+    with closing(open_nar(context, request, info)) as archive, closing(await whole_layout(archive)) as whole:
+        is_short = whole.entries <= _SHORT_MAX_ENTRIES
 
     def render() -> Iterator[bytes]:
-        return listing.render(layout.located())
+        with closing(archive.layout()) as layout:
+            if (waiting := layout.wait_whole()) is not None:  # it was evicted meanwhile
+                waiting.result()
+            yield from listing.render(layout.located())
 
-    is_short = layout.entries <= _SHORT_MAX_ENTRIES
     return representation(info, *await (_short if is_short else long)(context, request, archive.key, render))
 
 

@@ -71,15 +71,15 @@ def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreN
 
 
 async def whole_layout(nar: StoreNar) -> Layout:
-    """Wait for the complete layout of a NAR, and return it.
+    """Wait for the complete layout of a NAR, and return it. The caller closes it.
 
     Raises OSError if the path cannot be read, StoreObjectError if the layout differs from the registered size.
     """
-    layout = nar.layout()
-    if (waiting := layout.wait_whole()) is not None:
-        await asyncio.wrap_future(waiting)
-    nar.check_layout(layout)
-    return layout
+    with closed_on_error(nar.layout()) as layout:
+        if (waiting := layout.wait_whole()) is not None:
+            await asyncio.wrap_future(waiting)
+        nar.check_layout(layout)
+        return layout
 
 
 def require_path(path: SignedPath | None) -> SignedPath:
@@ -140,7 +140,7 @@ def _plain(context: ServerContext, info: PathInfo) -> Deferred:
                 with closing(nar):
                     return await asyncio.wrap_future(context.submitter(request)(nar.read_whole))
             if wants_part(request):
-                await whole_layout(nar)
+                (await whole_layout(nar)).close()
         return nar
 
     async def size(_: Request) -> int:
