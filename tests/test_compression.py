@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from harmonia.cache import zstd
 from harmonia.cache.compressed_files import CompressedFile
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import Filler
 from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
@@ -46,7 +46,7 @@ from support.compression import (
     reference,
     wait_until,
 )
-from support.nar_cache import at, fill, filling, messages, mounted, no_leak, without
+from support.disk_cache import at, fill, filling, messages, mounted, no_leak, without
 from support.programs import needs
 
 MIB = 1 << 20
@@ -593,7 +593,7 @@ def test_number_of_fills_without_clients_is_bounded(tmp_path: Path) -> None:
 
 def test_other_encodings_use_one_thread_and_few_fills(tmp_path: Path) -> None:
     """Requests in the encoding of another server do not delay those in our own."""
-    cache = NarCache(str(tmp_path), 1 << 30)
+    cache = DiskCache(str(tmp_path), 1 << 30)
     gate = threading.Event()
     other = Encoding.of(Zstd(level=9))
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex
 from harmonia.cache.nar_compressor import CompressedNar
 from harmonia.errors import StoreObjectError
 from support.compression import FRAME, Memory, compressing, everything, nar, read, reading, wait_until
-from support.nar_cache import at, no_leak
+from support.disk_cache import at, no_leak
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,12 @@ def _no_leak() -> Iterator[None]:
 
 
 @pytest.fixture
-def indexes(tmp_path: Path) -> Iterator[NarCache]:
+def indexes(tmp_path: Path) -> Iterator[DiskCache]:
     with at(tmp_path / "frames") as cache:
         yield cache
 
 
-def compressed_once(tmp_path: Path, indexes: NarCache, source: Memory) -> bytes:
+def compressed_once(tmp_path: Path, indexes: DiskCache, source: Memory) -> bytes:
     """Compress a NAR into a cache, and evict it, but keep its index."""
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
         whole = read(compressor, source)
@@ -37,7 +37,7 @@ def compressed_once(tmp_path: Path, indexes: NarCache, source: Memory) -> bytes:
     return whole
 
 
-def test_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: NarCache) -> None:
+def test_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: DiskCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     with compressing(indexes=indexes) as compressor:
@@ -50,7 +50,7 @@ def test_range_reads_nothing_before_its_frame(tmp_path: Path, indexes: NarCache)
                 assert source.reads == [10 * FRAME]
 
 
-def test_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: NarCache) -> None:
+def test_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: DiskCache) -> None:
     """The fill is blocked until the range has arrived."""
     released = threading.Event()
     timed_out = threading.Event()
@@ -72,7 +72,7 @@ def test_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: NarCache) -> 
         assert read(compressor, source) == whole
 
 
-def test_size_and_hash_survive_eviction_and_restart(tmp_path: Path, indexes: NarCache) -> None:
+def test_size_and_hash_survive_eviction_and_restart(tmp_path: Path, indexes: DiskCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
@@ -82,7 +82,7 @@ def test_size_and_hash_survive_eviction_and_restart(tmp_path: Path, indexes: Nar
         assert not compressor.files.has_file(source.sha256 or b"")
 
 
-def test_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:
+def test_damaged_index_is_ignored(tmp_path: Path, indexes: DiskCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     [file] = (tmp_path / "frames").iterdir()
@@ -96,7 +96,7 @@ def test_damaged_index_is_ignored(tmp_path: Path, indexes: NarCache) -> None:
     assert indexes.counters.corrupt == 1
 
 
-def test_range_of_a_changed_nar_breaks_off(tmp_path: Path, indexes: NarCache) -> None:
+def test_range_of_a_changed_nar_breaks_off(tmp_path: Path, indexes: DiskCache) -> None:
     source = nar(10 * FRAME + 1)
     whole = compressed_once(tmp_path, indexes, source)
     source.content = source.content[:-1] + b"x"
@@ -106,7 +106,7 @@ def test_range_of_a_changed_nar_breaks_off(tmp_path: Path, indexes: NarCache) ->
             everything(chunks)
 
 
-def test_file_of_one_frame_has_no_index(tmp_path: Path, indexes: NarCache) -> None:
+def test_file_of_one_frame_has_no_index(tmp_path: Path, indexes: DiskCache) -> None:
     with at(tmp_path / "nar") as cache, compressing(cache, indexes=indexes) as compressor:
         read(compressor, nar(FRAME))
         wait_until(lambda: cache.counters.fills)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harmonia.cache import layout_cache
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.layout_cache import Layouts
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import nar
@@ -410,7 +410,7 @@ class TestOnDisk:
         monkeypatch.setattr(nar_layout, "_BLOCK_MAX_ENTRIES", 2)
 
     def layouts(self, tmp_path: Path, limit: int = 1 << 30) -> Layouts:
-        return Layouts(0, NarCache(str(tmp_path / "cache"), limit))
+        return Layouts(0, DiskCache(str(tmp_path / "cache"), limit))
 
     def test_large_layout_is_kept_for_the_next_process(self, root: bytes, tmp_path: Path, walks: list[bytes]) -> None:
         expected = whole(tree_reader.dump(root))
@@ -455,7 +455,7 @@ class TestOnDisk:
     def test_damage_found_by_a_reader_causes_a_new_walk(self, root: bytes, tmp_path: Path, walks: list[bytes]) -> None:
         expected = whole(tree_reader.dump(root))
         del walks[:]
-        layouts = Layouts(1 << 20, NarCache(str(tmp_path / "cache"), 1 << 30))
+        layouts = Layouts(1 << 20, DiskCache(str(tmp_path / "cache"), 1 << 30))
         path = StoreNar(PathInfo(StorePath("0" * 32 + "-name"), bytes(32), len(expected)), root, layouts)
         opened(layouts, path.key, root)
         [file] = (tmp_path / "cache").iterdir()
@@ -486,7 +486,7 @@ class TestOnDisk:
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_file_that_another_process_fills_is_not_waited_for(self, root: bytes, tmp_path: Path) -> None:
-        other = NarCache(str(tmp_path / "cache"), 1 << 30)
+        other = DiskCache(str(tmp_path / "cache"), 1 << 30)
         filling = other.open_file("key")
         assert filling is not None
         with closing(filling[0]):
@@ -504,7 +504,7 @@ class TestOnDisk:
 
     def test_the_cache_closes_what_it_evicts_or_forgets(self, root: bytes, tmp_path: Path) -> None:
         before = open_files()
-        layouts = Layouts(400 << 10, NarCache(str(tmp_path / "cache"), 1 << 30))  # room for one file
+        layouts = Layouts(400 << 10, DiskCache(str(tmp_path / "cache"), 1 << 30))  # room for one file
         opened(layouts, "key", root).close()
         opened(layouts, "other", root).close()
         assert open_files() == before + 1

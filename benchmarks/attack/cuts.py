@@ -22,7 +22,7 @@ from benchmarks.connection import BrokenError, Connection, unpacking
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
-from support.nar_cache import flip
+from support.disk_cache import flip
 from support.running import HARMONIA, Server, file_url, nar_url
 
 _SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes of one file in each path

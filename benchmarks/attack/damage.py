@@ -5,7 +5,7 @@ import random
 from hashlib import sha256
 
 from benchmarks.attack.arena import Arena
-from support.nar_cache import cached_file, flip
+from support.disk_cache import cached_file, flip
 from support.running import file_url, unpacked
 
 _DOWNLOADS = 80

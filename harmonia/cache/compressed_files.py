@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cachetools import TTLCache
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.zstd import Encoding
@@ -31,7 +31,7 @@ class CompressedFile(NamedTuple):
 class CompressedFiles:
     """The compressed files of NARs, in the cache or remembered. NARs are named by their hash."""
 
-    def __init__(self, encoding: Encoding, cache: NarCache | None, indexes: NarCache | None) -> None:
+    def __init__(self, encoding: Encoding, cache: DiskCache | None, indexes: DiskCache | None) -> None:
         """Look files up in `cache`, if given. `encoding` is our own encoding. `indexes` has the frame indexes."""
         self._encoding = encoding
         self._cache = cache

@@ -43,7 +43,7 @@ class Counters:
     corrupt: int = 0
 
 
-class NarCache:
+class DiskCache:
     """The files in `directory`, by key. Thread-safe."""
 
     removed: Callable[[], object]
@@ -314,14 +314,14 @@ def _nothing() -> None:
 
 def open_cache(
     settings: Settings, name: str, what: str, max_bytes: int | None = None, level: int = logging.DEBUG
-) -> NarCache | None:
+) -> DiskCache | None:
     """Return the cache in the folder `name` of `cache_dir`, or None if the folder cannot be written.
 
     In that case, log at this `level` that `what` cannot be kept.
     """
     limits = [limit for limit in (settings.cache_bytes, max_bytes) if limit is not None]
     try:
-        return NarCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None))
+        return DiskCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None))
     except OSError as error:
         _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
         return None

@@ -11,7 +11,7 @@ from typing import Self
 
 import xxhash
 
-from harmonia.cache.disk_cache import NarCache, open_cache
+from harmonia.cache.disk_cache import DiskCache, open_cache
 from harmonia.config.settings import Settings
 from harmonia.errors import StoreObjectError
 
@@ -59,6 +59,6 @@ def frame_entry(frame: bytes) -> tuple[int, bytes]:
     return len(frame), xxhash.xxh3_64_digest(frame)
 
 
-def index_files(settings: Settings) -> NarCache | None:
+def index_files(settings: Settings) -> DiskCache | None:
     """Return the cache of index files in `cache_dir`, or None if the directory is not writable."""
     return open_cache(settings, "frames", "frame indexes of compressed NARs", _FILES_BYTES)

@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 from cachetools import LRUCache
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.errors import CacheFileError
 from harmonia.ownership import closed_on_error
@@ -70,7 +70,7 @@ class _RecentLayouts(LRUCache[str, Layout]):
 class Layouts:
     """The layouts of recently used NARs, in at most `limit` bytes of memory. Thread-safe."""
 
-    def __init__(self, limit: int, files: NarCache | None = None) -> None:
+    def __init__(self, limit: int, files: DiskCache | None = None) -> None:
         self.files = files
         self._recent = _RecentLayouts(limit)
         self._growing: dict[str, Layout] = {}

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from harmonia.cache.compressed_files import CompressedFiles, file_key
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
@@ -53,7 +53,7 @@ class SmallNar(NarSource, Protocol):
 class Compressor:
     """The compressor of NARs, with an optional cache."""
 
-    def __init__(self, settings: Zstd, cache: NarCache | None, indexes: NarCache | None = None) -> None:
+    def __init__(self, settings: Zstd, cache: DiskCache | None, indexes: DiskCache | None = None) -> None:
         """Compress into `cache`, if given. `indexes` is the cache of frame indexes, which stay if files are evicted."""
         self.encoder = FrameEncoder(settings)
         self.small_nars = FairExecutor(_SMALL_NAR_THREADS, _SMALL_NAR_THREADS, "zstd-small")

@@ -11,7 +11,7 @@ from typing import Protocol
 from sanic import Request
 
 from harmonia.cache import zstd
-from harmonia.cache.disk_cache import NarCache, open_cache
+from harmonia.cache.disk_cache import DiskCache, open_cache
 from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
@@ -80,7 +80,7 @@ class _Streamed(ReadOnly):
         return zstd.stream(self.source.read(start, stop))
 
 
-def _nar_cache(settings: Settings) -> NarCache | None:
+def _nar_cache(settings: Settings) -> DiskCache | None:
     if not (settings.enable_compression or settings.upstream):
         return None
     return open_cache(settings, "nar", "NARs", level=logging.WARNING)

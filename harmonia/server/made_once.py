@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from cachetools import LRUCache
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.errors import CacheFileError
 from harmonia.ownership import hand_over
@@ -58,7 +58,7 @@ class MadeFile:
 class MadeOnce:
     """Cache for one event loop."""
 
-    def __init__(self, limit: int, files: NarCache | None) -> None:
+    def __init__(self, limit: int, files: DiskCache | None) -> None:
         """Create a cache with at most `limit` bytes of values in memory. `files` is None if no disk is writable."""
         self._files = files
         self._values: MutableMapping[Hashable, _Made[Any]] = LRUCache(limit, getsizeof=attrgetter("size"))
@@ -101,6 +101,6 @@ class MadeOnce:
         return value
 
 
-def _open_file(files: NarCache, key: str) -> MadeFile | None:
+def _open_file(files: DiskCache, key: str) -> MadeFile | None:
     file = files.find_file(key)
     return None if file is None else MadeFile(file)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Self
 
 import msgspec
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import index_files
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
@@ -109,7 +109,7 @@ def warm(
     """
     directory = os.path.join(str(settings.cache_dir), "nar")
     try:
-        cache = NarCache(directory, settings.cache_bytes)
+        cache = DiskCache(directory, settings.cache_bytes)
     except OSError as error:
         what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root or as the user of the server"
         raise ConfigError(what) from None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.nix.narinfo import NarFile
 from harmonia.ownership import closed_on_error, hand_over
 from harmonia.process.thread_reader import Submit
@@ -33,7 +33,7 @@ class NarFetcher:
     """All running transfers of NARs into the cache."""
 
     def __init__(
-        self, cache: NarCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: Threads
+        self, cache: DiskCache | None, narinfos: NarinfoCache | None, failed: FailedNars, threads: Threads
     ) -> None:
         self._cache = cache
         self._narinfos = narinfos

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 
-from harmonia.cache.disk_cache import NarCache, open_cache
+from harmonia.cache.disk_cache import DiskCache, open_cache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.config.settings import Settings
 from harmonia.errors import CacheFileError
@@ -32,7 +32,7 @@ _Record = tuple[str, str, bytes]
 
 
 class NarinfoCache:
-    def __init__(self, files: NarCache, nars: NarCache, clients: Sequence[Client], threads: Threads) -> None:
+    def __init__(self, files: DiskCache, nars: DiskCache, clients: Sequence[Client], threads: Threads) -> None:
         self._files = files
         self._nars = nars
         self._by_id = {client.id: client for client in clients}
@@ -116,7 +116,7 @@ class NarinfoCache:
 
 
 def open_narinfo_cache(
-    settings: Settings, nars: NarCache, clients: Sequence[Client], threads: Threads
+    settings: Settings, nars: DiskCache, clients: Sequence[Client], threads: Threads
 ) -> NarinfoCache | None:
     """Open the cache in `cache_dir`. Return None if it cannot be written, which is logged."""
     max_bytes = min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE)

@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 from sanic import HTTPResponse, Request
 from sanic.exceptions import SanicException
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import CachedNar, CompressedNar, Compressor
@@ -40,7 +40,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from support.compression import compressing
-from support.nar_cache import at, fill, filling
+from support.disk_cache import at, fill, filling
 
 if TYPE_CHECKING:
     from harmonia.upstream.client import Client
@@ -134,7 +134,7 @@ class Roots(TempRoots):
 class Bench:
     """The parts that bodies are made of, and a check for leftovers."""
 
-    def __init__(self, directory: Path, cache: NarCache) -> None:
+    def __init__(self, directory: Path, cache: DiskCache) -> None:
         self.directory = directory
         self.cache = cache
         self._threads = ThreadPoolExecutor(2)

@@ -9,7 +9,7 @@ import pytest
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.nar_cache import cached_file, flip
+from support.disk_cache import cached_file, flip
 from support.running import Server
 
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.config import tokens
 from harmonia.nix import base32
 from harmonia.nix.narinfo import NarFile
@@ -370,7 +370,7 @@ def test_what_another_worker_took_back_is_not_passed_on_unchecked(
     upstream.add(there.info, bytes(len(there.file)), there.nar, keys=(KEY,))
     server = begin(entry(upstream), cache_dir=tmp_path / "cache")
     url = fields(server.get(narinfo_path(there)))["URL"]
-    opened = NarCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
+    opened = DiskCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
     assert opened
     _, filler = opened
     assert filler

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.nix import base32, listing, nar
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.store import tree_reader
@@ -179,7 +179,7 @@ def test_narinfo_is_kept_if_another_process_fetches_the_nar(site: Site, remote: 
     """The test plays the other process: it holds the writer lock of the file."""
     server = site()
     url = fields(server.get(narinfo_path(remote)))["URL"]
-    opened = NarCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
+    opened = DiskCache(str(server.cache_dir / "nar")).open_file(NarName.parse(url.removeprefix("upstream/")).key)
     assert opened
     reader, filler = opened
     assert filler

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from unittest.mock import patch
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
@@ -63,9 +63,9 @@ def nar(size: int = 10 * FRAME + 1, seed: int = 0, **options: object) -> Memory:
 
 @contextmanager
 def compressing(
-    cache: NarCache | None = None,
+    cache: DiskCache | None = None,
     *,
-    indexes: NarCache | None = None,
+    indexes: DiskCache | None = None,
     threads: int = 3,
     frame_size: int = FRAME,
     **options: int,

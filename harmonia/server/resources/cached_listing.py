@@ -6,7 +6,7 @@ from contextlib import closing
 from sanic import Request
 from sanic.exceptions import NotFound
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.errors import CacheFileError, FormatError
 from harmonia.nix import base32, nar, nar_parser
 from harmonia.nix import listing as nix_listing
@@ -38,7 +38,7 @@ async def get(context: ServerContext, request: Request, path: RemotePath) -> Rep
         raise NotFound from None
 
 
-def _entries(nars: NarCache, key: str, compression: str, memory_bytes: int) -> Iterator[Entry]:
+def _entries(nars: DiskCache, key: str, compression: str, memory_bytes: int) -> Iterator[Entry]:
     """Yield the entries of a cached NAR. Raises CacheFileError if it was evicted, FormatError if it is malformed."""
     file = nars.find_file(key)
     if file is None:

@@ -22,11 +22,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from harmonia.cache import disk_cache
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content_size
 from harmonia.errors import CacheFileError
 from harmonia.store.file_reader import OpenSlice
-from support.nar_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
+from support.disk_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
 
 TRAILER = 72
 """Bytes after the content of a file of one block, including its digest."""
@@ -34,9 +34,9 @@ KIB = 1024
 
 PROCESS = """
 import sys
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 
-file, filler = NarCache(sys.argv[1]).open_file("key")
+file, filler = DiskCache(sys.argv[1]).open_file("key")
 print("filler" if filler else "follower", flush=True)
 for line in sys.stdin:
     what, _, data = line.strip().partition(" ")
@@ -51,10 +51,10 @@ for line in sys.stdin:
 
 STRESS = """
 import random, sys
-from support.nar_cache import stress
-from harmonia.cache.disk_cache import NarCache
+from support.disk_cache import stress
+from harmonia.cache.disk_cache import DiskCache
 
-stress(NarCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
+stress(DiskCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
 """
 
 
@@ -95,7 +95,7 @@ def process(tmp_path: Path) -> Iterator[Callable[[], Process]]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[NarCache]:
+def cache(tmp_path: Path) -> Iterator[DiskCache]:
     with at(tmp_path) as cache:
         yield cache
 
@@ -115,12 +115,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def settle(cache: NarCache) -> None:
+def settle(cache: DiskCache) -> None:
     """Wait for the housekeeping thread."""
     cache.housekeeping.submit(int).result()
 
 
-def content_of(cache: NarCache, key: str = "key") -> bytes | None:
+def content_of(cache: DiskCache, key: str = "key") -> bytes | None:
     """Return the content of a key, or None if it is not complete."""
     if (file := cache.find_file(key)) is None:
         return None
@@ -158,7 +158,7 @@ def test_follower_sees_only_content_and_all_of_it_after_commit(pieces: list[byte
         assert content_of(other) == content
 
 
-def test_slow_reader_of_an_abandoned_file_blocks_nobody(cache: NarCache) -> None:
+def test_slow_reader_of_an_abandoned_file_blocks_nobody(cache: DiskCache) -> None:
     filler = os.open(f"{cache.path('key')}.growing", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(filler, fcntl.LOCK_EX)
     os.write(filler, bytes(2 * TRAILER))
@@ -176,7 +176,7 @@ def test_slow_reader_of_an_abandoned_file_blocks_nobody(cache: NarCache) -> None
     file.close()
 
 
-def test_partly_written_trailer_is_not_content(cache: NarCache) -> None:
+def test_partly_written_trailer_is_not_content(cache: DiskCache) -> None:
     """The write of the trailer may be split at any byte."""
     path = Path(fill(cache, content=b"x" * 100))
     data = path.read_bytes()
@@ -191,7 +191,7 @@ def test_partly_written_trailer_is_not_content(cache: NarCache) -> None:
     file.close()
 
 
-def test_one_of_many_threads_fills(cache: NarCache) -> None:
+def test_one_of_many_threads_fills(cache: DiskCache) -> None:
     found: list[tuple[CachedFile, Filler | None]] = []
     threads = [threading.Thread(target=lambda: found.append(opened(cache))) for _ in range(30)]
     for thread in threads:
@@ -207,7 +207,7 @@ def test_one_of_many_threads_fills(cache: NarCache) -> None:
     assert (cache.counters.misses, cache.counters.fills, cache.counters.filled_bytes) == (30, 1, 7)
 
 
-def test_one_of_many_processes_fills(cache: NarCache, process: Callable[[], Process]) -> None:
+def test_one_of_many_processes_fills(cache: DiskCache, process: Callable[[], Process]) -> None:
     processes = [process() for _ in range(4)]
     assert [each.role for each in processes] == ["filler", "follower", "follower", "follower"]
     processes[0]("append " + "a" * 100)
@@ -217,7 +217,7 @@ def test_one_of_many_processes_fills(cache: NarCache, process: Callable[[], Proc
     assert content_of(cache) == b"a" * 100
 
 
-def test_another_process_takes_over_from_a_killed_filler(cache: NarCache, process: Callable[[], Process]) -> None:
+def test_another_process_takes_over_from_a_killed_filler(cache: DiskCache, process: Callable[[], Process]) -> None:
     killed = process()
     killed("append " + "a" * 100)
     follower = process()
@@ -238,7 +238,7 @@ def test_another_process_takes_over_from_a_killed_filler(cache: NarCache, proces
     file.close()
 
 
-def test_complete_file_without_its_final_name_is_filled_again_beside_its_readers(cache: NarCache) -> None:
+def test_complete_file_without_its_final_name_is_filled_again_beside_its_readers(cache: DiskCache) -> None:
     """The filler died before it renamed the file."""
     path = fill(cache)
     os.rename(path, path + ".growing")
@@ -253,7 +253,7 @@ def test_complete_file_without_its_final_name_is_filled_again_beside_its_readers
         each.close()
 
 
-def test_only_leftovers_are_truncated(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_leftovers_are_truncated(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     """ext4 writes a truncated file to disk at close, which would delay the last chunk."""
     truncated: list[int] = []
     monkeypatch.setattr(os, "ftruncate", lambda descriptor, _: truncated.append(descriptor))
@@ -268,7 +268,7 @@ def test_only_leftovers_are_truncated(cache: NarCache, monkeypatch: pytest.Monke
     file.close()
 
 
-def test_abandoned_file_is_removed_and_can_be_filled_again(cache: NarCache, tmp_path: Path) -> None:
+def test_abandoned_file_is_removed_and_can_be_filled_again(cache: DiskCache, tmp_path: Path) -> None:
     file, filler = filling(cache)
     filler.append(b"a" * 100)
     filler.abandon()
@@ -280,7 +280,7 @@ def test_abandoned_file_is_removed_and_can_be_filled_again(cache: NarCache, tmp_
     assert content_of(cache) == b"content"
 
 
-def test_committed_file_cannot_be_abandoned(cache: NarCache) -> None:
+def test_committed_file_cannot_be_abandoned(cache: DiskCache) -> None:
     file, filler = filling(cache)
     filler.commit()
     stranger = os.open("/dev/null", os.O_RDONLY)  # reuses the descriptor
@@ -291,7 +291,7 @@ def test_committed_file_cannot_be_abandoned(cache: NarCache) -> None:
 
 
 def test_file_replaced_before_it_is_locked_is_followed(
-    cache: NarCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock = CachedFile.lock
     others: list[tuple[CachedFile, Filler]] = []
@@ -325,7 +325,7 @@ def test_files_survive_a_restart(tmp_path: Path) -> None:
         assert cache.counters.corrupt == 0
 
 
-def test_filling_many_files_leaves_no_descriptors_open(cache: NarCache) -> None:
+def test_filling_many_files_leaves_no_descriptors_open(cache: DiskCache) -> None:
     """This holds even if the housekeeping thread is busy."""
     busy = threading.Event()
     cache.housekeeping.submit(busy.wait)
@@ -426,7 +426,7 @@ def test_flipped_bit_is_never_read(size: int, choice: st.DataObject) -> None:
         assert cache.counters.corrupt == 1
 
 
-def test_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCache) -> None:
+def test_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: DiskCache) -> None:
     path = fill(cache)
     file = cache.find_file("key")
     assert file is not None
@@ -440,7 +440,7 @@ def test_damaged_file_that_was_replaced_leaves_its_successor_alone(cache: NarCac
     assert content_of(cache) == b"content"
 
 
-def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_logged_once(cache: DiskCache, caplog: pytest.LogCaptureFixture) -> None:
     path = fill(cache)
     os.truncate(path, 3)
     assert cache.find_file("key") is None
@@ -449,7 +449,7 @@ def test_damage_is_logged_once(cache: NarCache, caplog: pytest.LogCaptureFixture
     ]
 
 
-def test_unreadable_file_is_removed(cache: NarCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_file_is_removed(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fill(cache)
     file, _ = opened(cache)
 
@@ -478,7 +478,7 @@ def test_symlinks_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "cache").symlink_to("real")
     with pytest.raises(OSError, match=r"Not a directory|symbolic links"):
-        NarCache(str(tmp_path / "cache"))
+        DiskCache(str(tmp_path / "cache"))
     with at(tmp_path / "real") as cache:
         path = fill(cache)
         os.rename(path, tmp_path / "elsewhere")
@@ -583,7 +583,7 @@ def test_space_used_by_the_cache_counts_as_free(tmp_path: Path, monkeypatch: pyt
 
 
 def test_leftovers_without_a_filler_are_removed_independent_of_the_clock(
-    cache: NarCache, tmp_path: Path, clock: SimpleNamespace
+    cache: DiskCache, tmp_path: Path, clock: SimpleNamespace
 ) -> None:
     fill(cache, "whole")
     (tmp_path / "left.growing").write_bytes(b"part")
@@ -678,7 +678,7 @@ def test_read_only_disk_is_logged_once_and_cached_files_are_served(
         file.close()
         assert cache.find_file("damaged") is None
         with pytest.raises(PermissionError):
-            NarCache(str(small_disk))
+            DiskCache(str(small_disk))
 
 
 def test_removed_directory_is_logged_once_and_recovers(
@@ -706,11 +706,11 @@ def test_removed_directory_is_logged_once_and_recovers(
 def test_unusable_directory_raises(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        NarCache(str(tmp_path / "file" / "cache"))
+        DiskCache(str(tmp_path / "file" / "cache"))
 
 
 def test_permission_error_is_logged_once(
-    cache: NarCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = fill(cache)
     real_open = os.open

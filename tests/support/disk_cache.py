@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.cache.disk_cache import NarCache
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import CachedFile, Filler
 from support.running import wait_until
 
 
 @contextmanager
-def at(directory: object, limit: int | None = None) -> Iterator[NarCache]:
-    cache = NarCache(str(directory), limit)
+def at(directory: object, limit: int | None = None) -> Iterator[DiskCache]:
+    cache = DiskCache(str(directory), limit)
     yield cache
     cache.housekeeping.shutdown()
 
@@ -38,19 +38,19 @@ def no_leak() -> Iterator[None]:
     assert all(now <= then for now, then in zip(count(), before, strict=True))
 
 
-def opened(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
+def opened(cache: DiskCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
     found = cache.open_file(key)
     assert found is not None
     return found
 
 
-def filling(cache: NarCache, key: str = "key") -> tuple[CachedFile, Filler]:
+def filling(cache: DiskCache, key: str = "key") -> tuple[CachedFile, Filler]:
     file, filler = opened(cache, key)
     assert filler is not None
     return file, filler
 
 
-def fill(cache: NarCache, key: str = "key", content: bytes = b"content") -> str:
+def fill(cache: DiskCache, key: str = "key", content: bytes = b"content") -> str:
     """The path of a file that is whole now."""
     file, filler = filling(cache, key)
     filler.append(content)
@@ -101,7 +101,7 @@ def without(directory: object, why: int) -> str:
     return f"cannot write to the cache {directory}: {os.strerror(why)}; serving without it"
 
 
-def stress(cache: NarCache, chance: random.Random, filled_now: set[str]) -> None:
+def stress(cache: DiskCache, chance: random.Random, filled_now: set[str]) -> None:
     """Do with a few keys what may be done with them, and look whether what is seen is right."""
     for _ in range(100):
         key = chance.choice("abc")
