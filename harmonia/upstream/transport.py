@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import urljoin
 
 import aiohttp
 from yarl import URL
@@ -17,17 +16,17 @@ from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import UpstreamCounters
-from harmonia.untrusted import excerpt
+from harmonia.upstream import redirects
 from harmonia.upstream.address_filter import AddressFilter, PrivateAddressError
 from harmonia.upstream.header_fields import content_range_start, retry_after_s
 from harmonia.upstream.loop_guard import VIA, Via
+from harmonia.upstream.redirects import RedirectError
 from harmonia.upstream.refusals import Reason, Refusals
 
 _MAX_REDIRECTS = 5
 _REDIRECT = {301, 302, 303, 307, 308}
 _WHOLE_BODY = {200, 201, 226}  # as in Nix
 _MISSING = {403, 404, 410, 416}  # S3 sends 403 for a missing object; 416 is for a range beyond the end
-_HTTPS_PORT = 443
 BUFFER_BYTES = 256 * 1024  # of a body that wait to be read
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
@@ -131,7 +130,10 @@ class Transport:
             response.close()
             status = response.status
             if status in _REDIRECT and (location := response.headers.get("Location")):
-                url = self._redirected(requested_url, url, location, anywhere=anywhere)
+                try:
+                    url = redirects.target(url, location, None if anywhere else self.base)
+                except RedirectError as error:
+                    raise self.refusals.refuse(requested_url, error.reason, str(error)) from None
             elif status in _MISSING:
                 return None
             else:
@@ -152,17 +154,8 @@ class Transport:
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
 
     def is_here(self, url: str) -> bool:
-        """Return whether a URL belongs to the upstream itself: the same scheme, host and port.
-
-        If the upstream's URL is http, https on the same host counts, too, with the same port or 443: sites redirect so.
-        """
-        with suppress(ValueError):
-            base, target = URL(self.base), URL(url, encoded=True)
-            if (base.scheme, base.host, base.port) == (target.scheme, target.host, target.port):
-                return True
-            is_upgrade = (base.scheme, target.scheme) == ("http", "https")
-            return is_upgrade and base.host == target.host and target.port in {base.port, _HTTPS_PORT}
-        return False
+        """Return whether a URL belongs to the upstream itself."""
+        return redirects.is_same_site(self.base, url)
 
     async def _request(
         self,
@@ -205,15 +198,15 @@ class Transport:
             cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
             if isinstance(cause, PrivateAddressError):
                 raise self.refusals.refuse(
-                    requested_url, Reason.PRIVATE_ADDRESS, f"{_origin(target)}: {cause}"
+                    requested_url, Reason.PRIVATE_ADDRESS, f"{redirects.origin(target)}: {cause}"
                 ) from None
             if isinstance(error, aiohttp.ClientHttpProxyError):
-                self.refusals.note(requested_url, Reason.PROXY, f"{_origin(target)}: {_phrase(error)}")
+                self.refusals.note(requested_url, Reason.PROXY, f"{redirects.origin(target)}: {_phrase(error)}")
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
         if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             response.close()
             why = f"status {response.status} from the proxy"
-            self.refusals.note(requested_url, Reason.PROXY, f"{_origin(target)}: {why}")
+            self.refusals.note(requested_url, Reason.PROXY, f"{redirects.origin(target)}: {why}")
             raise UpstreamUnavailableError(self.base, why)
         if here:
             self.identity = next(iter(Via.parse(response.headers.get(VIA, "")).through), self.identity)
@@ -224,31 +217,6 @@ class Transport:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._connect_timeout):
                 await self._address_filter.through_proxy(target.host or "", here=here)
-
-    def _redirected(self, requested_url: str, url: str, location: str, *, anywhere: bool) -> str:
-        """Return the target of a redirect. Raises UpstreamMismatchError if the redirect is malformed or not allowed."""
-        try:
-            target = urljoin(url, location)
-            parts = URL(target, encoded=True)
-            is_http = parts.scheme in {"http", "https"} and bool(parts.host)
-        except ValueError:
-            is_http = False
-        if not is_http:
-            raise self.refusals.refuse(
-                requested_url, Reason.REDIRECT_MALFORMED, f"malformed redirect to {excerpt(location)}"
-            )
-        if url.startswith("https:") and parts.scheme == "http":
-            why = f"redirect from https to {_origin(parts)}"
-            raise self.refusals.refuse(requested_url, Reason.REDIRECT_TO_HTTP, why)
-        if not anywhere and not self.is_here(target):
-            why = f"redirect to another host, {_origin(parts)}"
-            raise self.refusals.refuse(requested_url, Reason.REDIRECT_ELSEWHERE, why)
-        return target
-
-
-def _origin(url: URL) -> str:
-    """Return scheme, host and port of a URL, for the log. The rest may be secret, as in the signed URLs of S3."""
-    return excerpt(f"{url.scheme}://{url.host}:{url.port}")
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int) -> bool:
