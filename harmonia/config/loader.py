@@ -16,8 +16,9 @@ from typing import Any, Self
 
 import msgspec
 
-from harmonia.config import rust_log
+from harmonia.config import setting_places
 from harmonia.config.settings import (
+    TABLES,
     PublishRules,
     Push,
     Settings,
@@ -27,7 +28,7 @@ from harmonia.config.settings import (
     default_cache_dir,
     default_state_dir,
 )
-from harmonia.config.value_types import Level, expected, plain
+from harmonia.config.value_types import expected, plain
 from harmonia.errors import ConfigError
 
 SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
@@ -37,7 +38,6 @@ _log = logging.getLogger("harmonia")
 
 _SECRET = {"netrc", "credentials_file", "signed_by", "url", "proxy", "upstream"}  # a URL may contain a password
 _NO_EFFECT = {"max_connection_rate"}
-_CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # the first of these variables that is set counts
 _GUESSES = dict.fromkeys(("address", "host", "listen", "port"), "bind")  # the names of `bind` in other servers
 
 
@@ -74,16 +74,16 @@ class Source:
 
         Keys are like `zstd.level`, and in an array of tables like `upstream.0.url`.
         """
-        return _origins(self.text, self.name, self.environ)
+        return setting_places.origins(self.text, self.name, self.environ)
 
     def located(self, error: WrongSettingError) -> ConfigError:
         """Return the error with the place of its setting: the option, the environment variable, or file and line."""
-        return _placed(error, self.text, self.name, self.environ, self.bind)
+        return setting_places.located(error, self.text, self.name, self.environ, self.bind)
 
     def ignored_log_level(self) -> str | None:
         """Return why RUST_LOG has no effect, or None if it is not set or has an effect."""
         given = tomllib.loads(self.text)
-        if not self.environ.get("RUST_LOG") or _rust_log_level(given, self.environ) is not None:
+        if not self.environ.get("RUST_LOG") or setting_places.rust_log_level(given, self.environ) is not None:
             return None
         return "the file sets log_level" if "log_level" in given else "it sets no level for Harmonia"
 
@@ -94,30 +94,6 @@ def read(path: str | None, environ: Mapping[str, str]) -> Settings:
     Raises ConfigError if the file cannot be read, or a setting is wrong.
     """
     return Source.read(path, environ).settings()
-
-
-def _origins(text: str, name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    given = tomllib.loads(text)
-    keys: list[tuple[str, ...]] = [(field.name,) for field in msgspec.structs.fields(Settings)]
-    keys += [(table, field.name) for table, struct in _TABLES.items() for field in msgspec.structs.fields(struct)]
-    for key, values in given.items():
-        tables = [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
-        keys += [(key, str(number), each) for number, table in enumerate(tables) for each in table]
-    lines = {".".join(key): _line(text, _as_written(key, given)) for key in keys}
-    places = {key: f"{name}:{line}" if line else "default" for key, line in lines.items()}
-    variables = {"virtual_nix_store": ["NIX_STORE_DIR"], "log_dir": ["NIX_LOG_DIR"]}
-    if "cache_dir" not in given:
-        variables["cache_dir"] = _CACHE_DIR
-    if _rust_log_level(given, environ):
-        variables["log_level"] = ["RUST_LOG"]
-    for key, names in variables.items():
-        if variable := next(filter(environ.get, names), None):
-            places[key] = f"environment variable {variable}"
-    if named := dict.fromkeys(_key_files(given, environ).values()):
-        places["sign_key_paths"] = ", ".join(
-            f"environment variable {key[1:]}" if key.startswith("$") else places[key] for key in named
-        )
-    return places
 
 
 def _file(path: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
@@ -157,7 +133,7 @@ def parse(text: str, name: str, environ: Mapping[str, str], bind: str | None = N
         values = _effective(given, text, name, environ)
         return Settings(**(values if bind is None else values | {"bind": bind}))
     except WrongSettingError as error:
-        raise _placed(error, text, name, environ, bind) from None
+        raise setting_places.located(error, text, name, environ, bind) from None
 
 
 def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -165,14 +141,16 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
     if "release" in given:
         if "publish" in given:
             raise WrongSettingError("the old name of publish, which is set, too; keep only publish", "release")
-        _log.warning("%s:%s: release: deprecated; use publish", name, _line(text, ("release",)))
+        _log.warning("%s:%s: release: deprecated; use publish", name, setting_places.line_of(text, ("release",)))
         given = {"publish" if key == "release" else key: value for key, value in given.items()}
     values = _values(Settings, given)
-    values["sign_key_paths"] = tuple(_key_files(values, environ))
+    values["sign_key_paths"] = tuple(setting_places.key_files(values, environ))
     for key in sorted(values.keys() & _NO_EFFECT):
-        _log.warning("%s:%s: %s: has no effect in this Harmonia; remove it", name, _line(text, (key,)), key)
+        _log.warning(
+            "%s:%s: %s: has no effect in this Harmonia; remove it", name, setting_places.line_of(text, (key,)), key
+        )
     if values.pop("sign_key_path", None) is not None:
-        line = _line(text, ("sign_key_path",))
+        line = setting_places.line_of(text, ("sign_key_path",))
         _log.warning("%s:%s: sign_key_path: deprecated; use sign_key_paths", name, line)
     if environ.get("SIGN_KEY_PATH"):
         _log.warning("environment variable SIGN_KEY_PATH is deprecated; use SIGN_KEY_PATHS")
@@ -183,7 +161,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
         values["virtual_nix_store"] = os.path.normpath(store)  # with a final slash, store paths would have two slashes
     if log_dir := environ.get("NIX_LOG_DIR"):
         values["log_dir"] = log_dir
-    if level := _rust_log_level(values, environ):
+    if level := setting_places.rust_log_level(values, environ):
         values["log_level"] = level
     return values
 
@@ -205,8 +183,8 @@ def _values(
             )
             raise WrongSettingError(f"unknown key; {remedy}", *table, key)
         part = value
-        if key in _TABLES and isinstance(value, dict):
-            part = _TABLES[key](**_values(_TABLES[key], value, key))
+        if key in TABLES and isinstance(value, dict):
+            part = TABLES[key](**_values(TABLES[key], value, key))
         elif key == "upstream" and isinstance(value, list) and all(isinstance(each, dict) for each in value):
             part = tuple(_upstream(each, str(number)) for number, each in enumerate(value))
         try:
@@ -228,80 +206,7 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
     return Upstream(**values)
 
 
-_TABLES: dict[str, type[Zstd | PublishRules | Push]] = {"zstd": Zstd, "publish": PublishRules, "push": Push}
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
-_KEYS |= {
-    field.name: f"{name}.{field.name}" for name, part in _TABLES.items() for field in msgspec.structs.fields(part)
-}
+_KEYS |= {field.name: f"{name}.{field.name}" for name, part in TABLES.items() for field in msgspec.structs.fields(part)}
 _KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
-
-
-def _rust_log_level(given: Mapping[str, Any], environ: Mapping[str, str]) -> Level | None:
-    """Return the level that RUST_LOG sets, or None if it sets no level, or if the file sets `log_level`."""
-    return None if "log_level" in given else rust_log.level(environ.get("RUST_LOG", ""))
-
-
-def _key_files(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
-    """Return each key file once, with the setting or variable that names it.
-
-    The order is that of upstream Harmonia, because it is the order of signatures that clients see.
-    """
-    named = [(path, "sign_key_paths") for path in given.get("sign_key_paths", ())]
-    named += [(path, "sign_key_path") for path in [given.get("sign_key_path")] if path is not None]
-    named += [(path, "$SIGN_KEY_PATH") for path in [environ.get("SIGN_KEY_PATH")] if path]
-    named += [(path, "$SIGN_KEY_PATHS") for path in environ.get("SIGN_KEY_PATHS", "").split()]
-    return dict(named)
-
-
-def _placed(
-    error: WrongSettingError, text: str, name: str, environ: Mapping[str, str], bind: str | None = None
-) -> ConfigError:
-    """Return the error with the place of its setting: the option, the environment variable, or the file and line."""
-    given = tomllib.loads(text)
-    key = _as_written(error.key, given)
-    if key == ("bind",) and bind is not None:
-        return ConfigError(f"--{error}")
-    if key == ("sign_key_paths",) and error.key_file is not None:
-        key = (_key_files(given, environ)[error.key_file],)
-    elif key == ("virtual_nix_store",) and environ.get("NIX_STORE_DIR"):
-        key = ("$NIX_STORE_DIR",)
-    elif key == ("log_dir",) and environ.get("NIX_LOG_DIR"):
-        key = ("$NIX_LOG_DIR",)
-    elif key == ("cache_dir",) and "cache_dir" not in given:
-        key = (f"${next(filter(environ.get, _CACHE_DIR), 'HOME')}",)
-    if key != error.key and key[0].startswith("$"):
-        place = f"environment variable {key[0][1:]}"
-    else:
-        line = _line(text, key) or (_line(text, key[:-1]) if key[1:] else None)  # of its table, if the key is missing
-        place = f"{name}:{line}" if line else name
-    return ConfigError(f"{place}: {error}")
-
-
-def _as_written(key: tuple[str, ...], given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the key as the file spells it: the table `publish` may have its old name `release`."""
-    return ("release", *key[1:]) if key[0] == "publish" and "publish" not in given else key
-
-
-def _line(text: str, key: tuple[str, ...]) -> int | None:
-    """Return the first line of the statement that first sets `key`, or None if the file does not set it.
-
-    tomllib does not report lines. So we parse the first lines, one more each time: they parse if they end with a
-    complete statement. The first such part of the file that has the key ends with the wanted statement.
-    """
-    lines = text.replace("\r\n", "\n").split("\n")
-    start = 1
-    for count in range(1, len(lines) + 1):
-        try:
-            table: Any = tomllib.loads("\n".join(lines[:count]))
-        except (ValueError, RecursionError):
-            continue  # inside an array or string of several lines
-        for part in key:
-            if isinstance(table, list):
-                table = table[int(part)] if int(part) < len(table) else None
-            else:
-                table = table.get(part) if isinstance(table, dict) else None
-        if table is not None:
-            return start
-        start = count + 1
-    return None

@@ -552,3 +552,7 @@ def default_cache_dir(environ: Mapping[str, str]) -> str:
     """Return the first directory in systemd's `$CACHE_DIRECTORY`, or `harmonia` in the user's cache directory."""
     home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
+
+
+TABLES: dict[str, type[Zstd | PublishRules | Push]] = {"zstd": Zstd, "publish": PublishRules, "push": Push}
+"""The settings that are tables of other settings."""
