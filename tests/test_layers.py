@@ -1,7 +1,8 @@
-"""Imports between the packages of `harmonia` point one way."""
+"""Imports between the packages of `harmonia` point one way, and those between its modules never in a circle."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def violations(source: str, module: str) -> list[str]:
 def test_imports_point_one_way(path: Path) -> None:
     module = ".".join(("harmonia", *path.relative_to(PACKAGE).with_suffix("").parts))
     assert not violations(path.read_text(), module)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    modules = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+    def imported_modules(module: str, path: Path) -> set[str]:
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        names = imports(path.read_text(), package)
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        return (found & modules.keys()) - {module}
+
+    graph = {module: imported_modules(module, path) for module, path in modules.items()}
+    assert graph["harmonia.server.app"] > {"harmonia.server.context", "harmonia.server.http.auth"}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names a cycle
 
 
 @pytest.mark.parametrize(

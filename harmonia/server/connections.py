@@ -6,14 +6,20 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from harmonia.errors import SHORTAGES
 from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.server.http import access_log
 from harmonia.server.http.rate_limit import network
+from harmonia.server.http.sanic_adapter import Connection
 
 _MAX_ACCEPTS = 64  # per turn of the event loop
 _SHORTAGE_DELAY_S = 0.1
+_FULL = (  # without a body, because the request may be HEAD
+    b"HTTP/1.1 503 Service Unavailable\r\ncache-control: no-store\r\nretry-after: 1\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 _log = logging.getLogger("harmonia")
 
@@ -53,6 +59,25 @@ class ConnectionLimiter:
         self._clients[client] -= 1
         if not self._clients[client]:
             del self._clients[client]
+
+
+def limited_connection(limiter: ConnectionLimiter) -> type[Connection]:
+    """Return a protocol whose connections the limiter counts. TLS connections are counted before their handshake."""
+
+    class LimitedConnection(Connection):
+        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (untyped in Sanic)
+            if self in limiter or limiter.admit(self, transport.get_extra_info("peername")):
+                super().connection_made(transport)  # type: ignore[no-untyped-call]
+            else:
+                transport.write(_FULL)
+                transport.close()
+
+        def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
+            if self in limiter:
+                limiter.release(self)
+                super().connection_lost(exc)  # type: ignore[no-untyped-call]
+
+    return LimitedConnection
 
 
 class TlsListener:

@@ -24,10 +24,10 @@ from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
 from harmonia.server.app import count_with, create_app, create_metrics_app
-from harmonia.server.connections import ConnectionLimiter, TlsListener
+from harmonia.server.connections import ConnectionLimiter, TlsListener, limited_connection
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
-from harmonia.server.http.sanic_adapter import Connection, limited_connection
+from harmonia.server.http.sanic_adapter import Connection
 from harmonia.server.resources import metrics
 
 # A computing thread releases the GIL after this time; Python's default is 0.005 s. The event loop acquires it again

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from sanic.models.server_types import ConnInfo
     from sanic.response import BaseHTTPResponse
 
-    from harmonia.server.connections import ConnectionLimiter
-
 _CLOSE_POLL_S = 0.05
-_FULL = (  # without a body, because the request may be HEAD
-    b"HTTP/1.1 503 Service Unavailable\r\ncache-control: no-store\r\nretry-after: 1\r\n"
-    b"content-length: 0\r\nconnection: close\r\n\r\n"
-)
 
 _BEFORE_PATH = re.compile(rb"\A(?:https?://[^/?]+)?/*", re.IGNORECASE)
 """Scheme, host and leading slashes: Nix 2.8 requests `//nix-cache-info` if the cache's URL ends in a slash."""
@@ -208,22 +202,3 @@ class Connection(HttpProtocol):
         if self._http.request is not None:
             self.app.ctx.response_cache.remember(self._http.request, data)
         await self._can_write.wait()
-
-
-def limited_connection(limiter: "ConnectionLimiter") -> type[Connection]:
-    """Return a protocol whose connections the limiter counts. TLS connections are counted before their handshake."""
-
-    class LimitedConnection(Connection):
-        def connection_made(self, transport: Any) -> None:  # noqa: ANN401 (untyped in Sanic)
-            if self in limiter or limiter.admit(self, transport.get_extra_info("peername")):
-                super().connection_made(transport)  # type: ignore[no-untyped-call]
-            else:
-                transport.write(_FULL)
-                transport.close()
-
-        def connection_lost(self, exc: Any) -> None:  # noqa: ANN401
-            if self in limiter:
-                limiter.release(self)
-                super().connection_lost(exc)  # type: ignore[no-untyped-call]
-
-    return LimitedConnection

@@ -14,10 +14,9 @@ from sanic import Sanic
 from harmonia.config import loader
 from harmonia.nix import base32
 from harmonia.server.app import count_with, create_app
-from harmonia.server.connections import ConnectionLimiter
+from harmonia.server.connections import ConnectionLimiter, limited_connection
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
-from harmonia.server.http.sanic_adapter import limited_connection
 from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
 
