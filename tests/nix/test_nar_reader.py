@@ -4,7 +4,7 @@ import os
 import stat
 import subprocess
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,33 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonia.errors import FormatError
-from harmonia.nix import nar
-from harmonia.nix.nar import Entry, FileSlice
+from harmonia.nix.nar import Entry
 from harmonia.nix.nar_parser import MAX_DEPTH, parse, restore
 from harmonia.store import file_reader, tree_reader
-from support.nars import open_files, reference, whole, word
+from support.nars import open_files, parsed, reference, whole, word, written
 from support.strategies import Regular, Symlink, Tree, file_names, on_disk, small_trees, trees, write_tree
-
-Parts = list[tuple[Entry, bytes]]
-
-
-def parsed(chunks: Iterable[bytes]) -> Parts:
-    """Return each entry with its whole contents."""
-    found: Parts = []
-    for part in parse(chunks):
-        if isinstance(part, Entry):
-            found.append((part, b""))
-        else:
-            entry, contents = found.pop()
-            found.append((entry, contents + part))
-    return found
-
-
-def written(parts: Parts) -> bytes:
-    """Return our serialization of the parsed entries."""
-    contents = {entry.path: contents for entry, contents in parts}
-    archive = nar.segments(nar.serialize(entry for entry, _ in parts))
-    return b"".join(contents[segment.path] if isinstance(segment, FileSlice) else segment for segment in archive)
 
 
 def accepted(archive: bytes) -> bool:

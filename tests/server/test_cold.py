@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -42,6 +43,27 @@ def begun(server: Server, path: str, byte_range: str | None = None, version: str
         with HTTPResponse(connection) as answer:
             answer.begin()
             yield answer
+
+
+class Held(NamedTuple):
+    """A download of a NAR of which only the first frame is compressed until `release` is called."""
+
+    info: PathInfo
+    plain: bytes
+    server: Server
+    answer: HTTPResponse
+    release: Callable[[], None]
+
+
+@contextmanager
+def held_download(
+    start: Start, store: StoreBuilder, directory: Path, wanted: str | None = None, version: str = "1.1"
+) -> Iterator[Held]:
+    info, plain = add_big(store)
+    gate = directory / "held"
+    server = start(store=directory / "store", program=held_by(gate, least=FIRST))
+    with begun(server, file_url(info), wanted, version) as answer:
+        yield Held(info, plain, server, answer, gate.unlink)
 
 
 def fetched(url: str, path: str, method: str = "GET", **headers: str) -> Answer:
@@ -116,36 +138,31 @@ def test_damaged_nar_breaks_off_before_its_last_block(
 def test_first_bytes_are_sent_before_a_large_frame_is_compressed(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
-    info, plain = add_big(store)
-    held = tmp_path / "held"
-    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
-    with begun(server, file_url(info)) as answer:
-        first = answer.read(1000)
+    with held_download(start, store, tmp_path) as held:
+        first = held.answer.read(1000)
         assert len(first) == 1000
-        held.unlink()
-        whole = first + answer.read()
-    assert unpacked(whole) == plain
+        held.release()
+        whole = first + held.answer.read()
+    assert unpacked(whole) == held.plain
 
 
 def test_resumed_download_continues_before_the_rest_is_compressed(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
     """The length is unknown, so Content-Range has a last position beyond any file (RFC 8673)."""
-    info, _ = add_big(store)
-    held = tmp_path / "held"
-    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
-    with begun(server, file_url(info), "bytes=1000-") as answer:
+    with held_download(start, store, tmp_path, "bytes=1000-") as held:
+        answer = held.answer
         assert (answer.status, answer.headers["Content-Range"]) == (206, "bytes 1000-9007199254740991/*")
         assert answer.headers["Accept-Ranges"] == "bytes"
         assert answer.headers["Cache-Control"] == "no-store, no-transform"
         assert answer.headers["Transfer-Encoding"] == "chunked"
         first = answer.read(1000)
         assert len(first) == 1000
-        held.unlink()
+        held.release()
         rest = first + answer.read()
-    whole = server.get(file_url(info))
+    whole = held.server.get(file_url(held.info))
     assert rest == whole.body[1000:]
-    known = server.get(file_url(info), {"Range": "bytes=1000-"})
+    known = held.server.get(file_url(held.info), {"Range": "bytes=1000-"})
     assert (known.status, known.body) == (206, rest)
     assert known.headers["content-range"] == f"bytes 1000-{len(whole.body) - 1}/{len(whole.body)}"
 
@@ -154,15 +171,12 @@ def test_resumed_download_continues_before_the_rest_is_compressed(
 def test_range_within_the_compressed_part_does_not_wait(
     start: Start, store: StoreBuilder, tmp_path: Path, version: str
 ) -> None:
-    info, _ = add_big(store)
-    held = tmp_path / "held"
-    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST))
-    with begun(server, file_url(info), "bytes=100-199", version) as answer:
-        assert (answer.status, answer.headers["Content-Range"]) == (206, "bytes 100-199/*")
-        assert answer.headers["Content-Length"] == "100"
-        part = answer.read()
-    held.unlink()
-    assert part == server.get(file_url(info)).body[100:200]
+    with held_download(start, store, tmp_path, "bytes=100-199", version) as held:
+        assert (held.answer.status, held.answer.headers["Content-Range"]) == (206, "bytes 100-199/*")
+        assert held.answer.headers["Content-Length"] == "100"
+        part = held.answer.read()
+    held.release()
+    assert part == held.server.get(file_url(held.info)).body[100:200]
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])

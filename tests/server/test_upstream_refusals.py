@@ -133,7 +133,8 @@ def body(content: bytes, **headers: str) -> Behaviour:
 
 
 def redirect(location: str) -> Behaviour:
-    return status(302, Location=location)
+    """Redirect to a URL, in which {path} stands for the path of the request."""
+    return lambda handler: status(302, Location=location.format(path=handler.path))(handler)
 
 
 def changed(old: bytes, new: bytes) -> Behaviour:
@@ -157,7 +158,7 @@ NARINFOS: dict[str, tuple[Reason, Behaviour, str]] = {
     "ftp": (Reason.REDIRECT_MALFORMED, redirect("ftp://127.0.0.1/x"), "malformed redirect to 'ftp://127.0.0.1/x'"),
     "no URL": (Reason.REDIRECT_MALFORMED, redirect("http://[x/"), "malformed redirect to "),
     "no port": (Reason.REDIRECT_MALFORMED, redirect("http://127.0.0.1:99999/"), "malformed redirect to "),
-    "a circle": (Reason.TOO_MANY_REDIRECTS, lambda handler: redirect(handler.path)(handler), "more than 5 redirects"),
+    "a circle": (Reason.TOO_MANY_REDIRECTS, redirect("{path}"), "more than 5 redirects"),
     "too long": (Reason.TOO_LONG, body(bytes((2 << 20) + 1)), "longer than 2097152 bytes"),
     "too long decoded": (
         Reason.TOO_LONG,
@@ -259,7 +260,7 @@ NARS: dict[str, tuple[Reason, Behaviour, str]] = {
     "bomb": (Reason.WRONG_NAR, body(lzma.compress(bytes(1 << 20))), "longer than its NarSize"),
     "cut": (Reason.WRONG_NAR, body(lzma.compress(b"other")[:-4]), "truncated"),
     "redirect": (Reason.REDIRECT_MALFORMED, redirect("ftp://127.0.0.1/x"), "malformed redirect to 'ftp:"),
-    "a circle": (Reason.TOO_MANY_REDIRECTS, lambda handler: redirect(handler.path)(handler), "more than 5 redirects"),
+    "a circle": (Reason.TOO_MANY_REDIRECTS, redirect("{path}"), "more than 5 redirects"),
     "coding": (Reason.ENCODING, body(b"x", Content_Encoding="rot13"), "'rot13' is unknown"),
     "wrong coding": (Reason.ENCODING, body(b"x" * 99, Content_Encoding="br"), "invalid Content-Encoding"),
 }
@@ -431,7 +432,7 @@ def test_redirect_to_https_on_the_same_host_is_followed_with_the_password(
 ) -> None:
     (tmp_path / "password").write_text("me:sesame\n")
     (tmp_path / "password").chmod(0o600)
-    upstream.behaviours["."] = lambda handler: redirect(f"https://{CACHE}/moved{handler.path}?to=https")(handler)
+    upstream.behaviours["."] = redirect(f"https://{CACHE}/moved{{path}}?to=https")
     secured.files |= upstream.files
     secured.files[f"/log/{DRV}"] = b"built"
     secured.behaviours["."] = moved
@@ -447,7 +448,7 @@ def test_redirect_to_https_on_the_same_host_is_followed_with_the_password(
 def test_redirect_to_https_with_an_untrusted_certificate_gets_no_password(
     begin: Start, upstream: UpstreamServer, secured: UpstreamServer, proxy: ProxyServer
 ) -> None:
-    upstream.behaviours["."] = lambda handler: redirect(f"https://{CACHE}{handler.path}")(handler)
+    upstream.behaviours["."] = redirect(f"https://{CACHE}{{path}}")
     server = begin(f"http://{CACHE}", f"proxy = '{proxy.url}'", wait_until_up=False)
     server.wait_for_log("cannot be used: its TLS certificate is not trusted")
     assert not secured.headers
@@ -465,7 +466,7 @@ def test_redirect_from_https_to_http_is_refused(
     secured.files |= upstream.files
     server = begin(f"https://{CACHE}", f"ca_file = '{tmp_path}/ca.pem'", f"proxy = '{proxy.url}'")
     urls = [nar_url(server, path) for path in paths[:1]]
-    secured.behaviours["."] = lambda handler: redirect(f"http://{CACHE}{handler.path}")(handler)
+    secured.behaviours["."] = redirect(f"http://{CACHE}{{path}}")
     for url in [*urls, *(path.narinfo for path in paths[1:TIMES])]:
         assert server.get(url).status == 404
     assert_noted(server, Reason.REDIRECT_TO_HTTP, TIMES, f"from https to 'http://{CACHE}:80'")

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import Future
 
-from harmonia.nix.nar import Segment
+from harmonia.nix import nar, nar_parser
+from harmonia.nix.nar import Entry, FileSlice, Segment
 from harmonia.store import file_reader
 from support.strategies import Regular, Symlink, Tree
 
@@ -38,3 +39,25 @@ def whole(archive: Iterable[Segment | Future[bytes]]) -> bytes:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+Parts = list[tuple[Entry, bytes]]
+
+
+def parsed(chunks: Iterable[bytes]) -> Parts:
+    """Return each entry with its whole contents."""
+    parts: Parts = []
+    for part in nar_parser.parse(chunks):
+        if isinstance(part, Entry):
+            parts.append((part, b""))
+        else:
+            entry, contents = parts.pop()
+            parts.append((entry, contents + part))
+    return parts
+
+
+def written(parts: Parts) -> bytes:
+    """Return our serialization of the parsed entries."""
+    contents = {entry.path: contents for entry, contents in parts}
+    archive = nar.segments(nar.serialize(entry for entry, _ in parts))
+    return b"".join(contents[segment.path] if isinstance(segment, FileSlice) else segment for segment in archive)

@@ -2,8 +2,7 @@
 
 from harmonia.errors import FormatError
 from harmonia.nix import nar
-from harmonia.nix.nar import Entry, FileSlice
-from harmonia.nix.nar_parser import parse
+from support.nars import Parts, parsed, written
 
 WORDS = [
     nar.encode(word)
@@ -15,28 +14,19 @@ WORDS = [
 WORDS += [b"\xff" * 8, b"\0" * 7 + b"\x80"]
 
 
-def parsed(chunks: list[bytes]) -> list[tuple[Entry, bytes]] | None:
+def parts_of(chunks: list[bytes]) -> Parts | None:
     """The entries, each with its contents, or None where it is no archive."""
-    found: list[tuple[Entry, bytes]] = []
     try:
-        for part in parse(chunks):
-            if isinstance(part, Entry):
-                found.append((part, b""))
-            else:
-                entry, contents = found.pop()
-                found.append((entry, contents + part))
+        return parsed(chunks)
     except FormatError:
         return None
-    return found
 
 
 def check(data: bytes) -> bool:
     """Whether `data` is an archive: in any chunks or in none, and then to the letter what we write of it."""
-    parts = parsed([data])
-    assert parsed([data[start : start + 5] for start in range(0, len(data), 5)]) == parts
+    parts = parts_of([data])
+    assert parts_of([data[start : start + 5] for start in range(0, len(data), 5)]) == parts
     if parts is None:
         return False
-    contents = {entry.path: text for entry, text in parts}
-    archive = nar.segments(nar.serialize(entry for entry, _ in parts))
-    assert data == b"".join(contents[part.path] if isinstance(part, FileSlice) else part for part in archive)
+    assert data == written(parts)
     return True
