@@ -1,4 +1,4 @@
-"""What tests of the running server share: a real process, on a real socket, over a store made for the test."""
+"""Fixtures and hooks for all tests. Tests of the server use a real process, a real socket, and a store of their own."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=1
 settings.load_profile("default")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A script has what it starts in the background ignore Ctrl-C, and so would all that is started here.
+    # A shell script starts background commands with SIGINT ignored, and all our child processes would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as processors: most tests wait, for servers that start and for clients that pause."""
+    """Use half as many workers again as CPUs, because most tests wait for servers or clients."""
     return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
 
 
@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test if what its marker says that it needs is missing."""
+    """Skip the test if something that its marker needs is missing."""
     if not item.config.getoption("slow") and any(map(item.get_closest_marker, ("slow", "newer_nix"))):
         pytest.skip("slow or with a newer Nix: make test-slow")
     if item.get_closest_marker("nix"):
@@ -44,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Sum up the skipped tests in one line."""
+    """Count the skipped tests in one line."""
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
         reasons = Counter(str(each.longrepr[2]).removeprefix("Skipped: ") for each in skipped)
@@ -53,7 +53,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Start servers; each is stopped, and looked at for what it left behind, when the test ends."""
+    """Return a function that starts servers, and stop them at the end of the test."""
     started: list[Server] = []
 
     def start(**options: object) -> Server:
@@ -76,7 +76,7 @@ def _signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's own gets into a test."""
+    """Remove settings of the developer's environment."""
     prefixes = ("NIX_", "SIGN_KEY", "CONFIG_FILE", "LISTEN_", "NOTIFY_")
     for name in [name for name in os.environ if name.startswith(prefixes) or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)

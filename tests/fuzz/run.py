@@ -1,7 +1,7 @@
-"""Lets atheris look for bytes that break one of the targets, or all of them in turn: `make fuzz`.
+"""Fuzz all targets, or the given ones, with atheris: `make fuzz`.
 
-A target is a module in `targets`, whose `check` says whether it takes some bytes, and fails where it does not as it
-should. What atheris finds goes to `.fuzz`. Once it is mended it belongs in the target's corpus, which the tests replay.
+A target is a module in `targets`. Its `check` returns True if it accepts the bytes, and fails if the parser misbehaves.
+Findings are written to `.fuzz`. Add each fixed finding to the corpus of the target, which the tests replay.
 """
 
 import os
@@ -20,17 +20,17 @@ _LONGEST = 4096
 
 
 def corpus(target: str) -> list[Path]:
-    """What the target is tried with in any case. It has to take what has no name that ends in `.bad`."""
+    """Return the corpus of a target. Every file whose name does not end in `.bad` must be accepted."""
     return sorted((HERE / "corpus" / target).iterdir())
 
 
 def longest(module: ModuleType) -> int:
-    """So many bytes have to be enough to find anything."""
+    """Return the maximum length of the inputs for a target."""
     return getattr(module, "LONGEST", _LONGEST)
 
 
 def fuzz_all(seconds: str, seed: str, *targets: str) -> bool:
-    """As many at a time as there are processors. Whether nothing was found."""
+    """Fuzz as many targets at a time as there are CPUs. Return True if all passed."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return all(list(pool.map(partial(_fuzz, seconds, seed), targets or TARGETS)))
 
@@ -38,14 +38,14 @@ def fuzz_all(seconds: str, seed: str, *targets: str) -> bool:
 def _fuzz(seconds: str, seed: str, target: str) -> bool:
     command = [sys.executable, "-m", "fuzz.run", "--one", target, seconds, seed]
     done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    tried = re.search(r"executed_units: ([0-9]+)", done.stdout)
-    well = done.returncode == 0 and tried is not None
-    print(f"{target}: {int(tried[1]):,} tries, all well" if well and tried else f"{done.stdout}\n{target}: FAILED")
-    return well
+    runs = re.search(r"executed_units: ([0-9]+)", done.stdout)
+    passed = done.returncode == 0 and runs is not None
+    print(f"{target}: {int(runs[1]):,} runs, no failure" if passed and runs else f"{done.stdout}\n{target}: FAILED")
+    return passed
 
 
 def fuzz_one(target: str, seconds: str, seed: str) -> None:
-    import atheris  # noqa: PLC0415 (the tests of the corpora have none)
+    import atheris  # noqa: PLC0415 (tests of the corpus run without atheris)
 
     with atheris.instrument_imports(include=["harmonia", "sanic.http", "sanic.request", "sanic.headers"]):
         module = import_module(f"fuzz.targets.{target}")

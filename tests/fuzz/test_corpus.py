@@ -1,4 +1,4 @@
-"""What the fuzzer starts from, what it once found, and what is near that, is taken as it should be."""
+"""The fuzz targets accept and reject their corpus correctly, and survive mutations of it."""
 
 import logging
 import random
@@ -15,7 +15,7 @@ FILES = [pytest.param(target, path, id=f"{target}-{path.name}") for target in TA
 TRIES = 150
 
 
-@pytest.fixture(scope="session", autouse=True)  # a module may end several times, if tests are passed between processes
+@pytest.fixture(scope="session", autouse=True)  # a module may be torn down several times if xdist moves tests
 def _servers_end() -> Iterator[None]:
     yield
     for server in http.running:
@@ -23,11 +23,11 @@ def _servers_end() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("target", "path"), FILES)
-def test_the_corpus(target: str, path: Path) -> None:
+def test_corpus_file_is_accepted_unless_named_bad(target: str, path: Path) -> None:
     assert import_module(f"fuzz.targets.{target}").check(path.read_bytes()) == (path.suffix != ".bad")
 
 
-def test_fuzzed_servers_leave_the_logs_of_other_tests_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_fuzzed_servers_do_not_affect_logs_of_other_tests(caplog: pytest.LogCaptureFixture) -> None:
     assert http.check(corpus("http")[0].read_bytes())
     logging.getLogger("harmonia").error("of another test", exc_info=KeyError())
     assert caplog.messages == ["of another test"]
@@ -35,8 +35,8 @@ def test_fuzzed_servers_leave_the_logs_of_other_tests_alone(caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_near_the_corpus(target: str) -> None:
-    """A few of those changes that a fuzzer makes, the same in each run."""
+def test_mutations_of_the_corpus_do_not_fail(target: str) -> None:
+    """The mutations are like those of a fuzzer, and the same in each run."""
     module = import_module(f"fuzz.targets.{target}")
     chance = random.Random(target)
     texts = [path.read_bytes() for path in corpus(target)]

@@ -1,4 +1,4 @@
-"""Build logs where Nix leaves them."""
+"""Build logs at the places of Nix."""
 
 import bz2
 import os
@@ -11,7 +11,7 @@ import zstandard
 from harmonia.tools.store_builder import StoreBuilder
 
 TEXT = b"".join(b"compiling file %d of \xc3\xa4 build\n" % number for number in range(40_000))
-"""More than one chunk, and than one block of bzip2."""
+"""A text longer than a chunk, and than a block of bzip2."""
 
 
 DAY = 24 * 60 * 60
@@ -27,7 +27,7 @@ def plain(text: bytes) -> bytes:
 
 
 def zst(text: bytes) -> bytes:
-    """Two frames, the first of which does not tell its length."""
+    """Compress into two frames, of which the first does not have its length."""
     compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     rest = zstandard.ZstdCompressor(write_checksum=True).compress(text[1000:])
     return compressor.compress(text[:1000]) + compressor.flush() + rest
@@ -39,7 +39,7 @@ FORMS: dict[str, Callable[[bytes], bytes]] = {"": plain, ".bz2": bz2.compress, "
 def add_log(
     store: StoreBuilder, derivation: str, text: bytes = TEXT, suffix: str = ".bz2", *, flat: bool = False
 ) -> str:
-    """Leave a log where Nix does, finished if anything tells that it is."""
+    """Write a log where Nix writes it, with an age that marks it as finished."""
     name = derivation if flat else f"{derivation[:2]}/{derivation[2:]}"
     path = f"{store.log_dir}/{name}{suffix}"
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -49,5 +49,5 @@ def add_log(
 
 
 def collected(store: StoreBuilder, name: str) -> str:
-    """A derivation that was built once, of which only the log is left."""
+    """Return the name of a derivation of which only the log is left."""
     return str(store.output_path(name)) + ".drv"

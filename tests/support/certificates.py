@@ -9,13 +9,13 @@ def openssl(directory: Path, command: str) -> None:
 
 
 def authority(directory: Path, name: str) -> None:
-    """Put an authority into `directory`: `<name>.pem` and `<name>.key`."""
+    """Create a CA in `directory`: `<name>.pem` and `<name>.key`."""
     made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     openssl(directory, f"{made} -subj /CN={name} -keyout {name}.key -out {name}.pem")
 
 
 def issue(directory: Path, by: str, name: str, days: int = 2) -> Path:
-    """What the authority certifies, in one file with its key."""
+    """Issue a certificate; return a file with the certificate and its key."""
     request = f"req -new -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN={name} -keyout {name}.key"
     openssl(directory, f"{request} -out {name}.csr")
     openssl(

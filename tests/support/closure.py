@@ -1,4 +1,4 @@
-"""A realistic closure in a real store, for a server to serve and clients to fetch."""
+"""A realistic closure in a real store, which a server serves and clients fetch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ _NAME_AT = len("/nix/store/") + 32 + len("-")
 
 @dataclass(frozen=True)
 class Closure:
-    """What closure.nix built, and two paths added by their content, in the store of `server`.
+    """The paths that closure.nix builds, and two content-addressed paths, in the store of `server`.
 
-    `paths` maps a store path's name to the path. Nothing is signed; `key` is there to sign with. Tests share it:
-    read only.
+    `paths` maps the name of a store path to the path. Nothing is signed; `key` is for signing. Tests share the
+    closure, and must not change it.
     """
 
     server: Client
@@ -22,7 +22,7 @@ class Closure:
 
     @property
     def top(self) -> str:
-        """Refers, directly or not, to everything but the content-addressed paths."""
+        """Return the path that refers, directly or indirectly, to everything except the content-addressed paths."""
         return self.paths["top-1.0"]
 
 
@@ -42,13 +42,13 @@ def make_closure(server: Client) -> Closure:
 
 
 def build_one(server: Client, name: str, script: str, *, timeout: float = 120) -> str:
-    """Really build one store path, by a shell script that makes $out. It refers to nothing."""
+    """Build one store path without references, by a shell script that creates $out."""
     (path,) = server.build(_derivation(name, script), timeout=timeout)
     return path
 
 
 def instantiate(server: Client, name: str, script: str) -> str:
-    """The same to be built: its .drv."""
+    """Return the .drv of a path like those of `build_one`, without building it."""
     expression = server.directory / f"{name}.nix"
     expression.write_text(_derivation(name, script))
     return server.run("nix-instantiate", expression).text
@@ -67,7 +67,7 @@ def _derivation(name: str, script: str) -> str:
 
 
 def make_sparse(server: Client) -> str:
-    """A store path with a file of 5 GiB that takes no room on disk, but all the time that reading zeros takes."""
+    """Build a store path with a sparse file of 5 GiB, which takes no disk space, but all the time to read its zeros."""
     return build_one(server, "sparse-1.0", "mkdir $out; truncate --size 5G $out/zeros", timeout=600)
 
 

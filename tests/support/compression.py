@@ -1,4 +1,4 @@
-"""Sources in memory that are compressed in small frames, and what comes out."""
+"""In-memory sources that are compressed in small frames, and the expected results."""
 
 import hashlib
 import os
@@ -27,12 +27,12 @@ def nothing(_start: int) -> None:
 
 @dataclass
 class Memory:
-    """A source that remembers where it was read."""
+    """A source that records where it was read."""
 
     content: bytes
     sha256: bytes | None = None
     before: Callable[[int], None] = nothing
-    """Is called before a part is read."""
+    """Called before each read."""
     reads: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Memory:
 
 
 def nar(size: int = 10 * FRAME + 1, seed: int = 0, **options: object) -> Memory:
-    """Half of it can be compressed."""
+    """Return a source of which half is compressible."""
     part = random.Random(seed).randbytes(size // 2)
     content = part + bytes(size - len(part))
     return Memory(content, hashlib.sha256(content).digest(), **options)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def everything(chunks: Iterable[bytes | None]) -> bytes:
 
 
 def plain(steps: Generator[Step | None]) -> Generator[bytes | None]:
-    """The bytes that steps stand for, and None for each wait."""
+    """Yield the bytes of the steps, and None for each wait."""
     with closing(steps):
         for step in steps:
             if isinstance(step, OpenSlice):
@@ -117,7 +117,7 @@ def read(compressor: Compressor, source: Memory, start: int = 0, stop: int | Non
 
 
 def reference(source: Memory, frame_size: int = FRAME) -> bytes:
-    """What is to come out: each piece by itself, of which the first is small if there is more than 1 MiB."""
+    """Return the expected bytes: each piece in its own frame, with a small first frame if there is more than 1 MiB."""
     starts = [*range(0, source.size or 1, frame_size)]
     if source.size > 1 << 20:
         starts.insert(1, 1 << 16)

@@ -1,4 +1,4 @@
-"""The table of all resources, with requests for each, and a store that answers them."""
+"""The table of all resources with their requests, and a store that answers them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +20,14 @@ _BUILD_ID = "1234567890abcdef1234567890abcdef12345678"
 class Row(NamedTuple):
     path: str
     negotiable: bool = False
-    """Whether it is there in zstd, too."""
+    """True if the resource is also available in zstd."""
     ranges: bool = False
     named: bool = True
-    """Whether its URL names the bytes. Otherwise a part is 404: it could be one of other bytes."""
+    """True if the URL names exact bytes. Otherwise ranges get 404, because they could belong to other bytes."""
     etag: bool = True
     status: int = 200
     live: bool = False
-    """Whether it says something else each time."""
+    """True if each response differs."""
 
 
 ROWS: dict[str, list[Row]] = {
@@ -91,16 +91,16 @@ ABOUT_PATHS = [row for rows in ROWS.values() for row in rows if row.status != 40
 ABOUT_PATHS += [
     row for rows in ROWS.values() for row in rows if row.path.startswith(("/realisations/sha", "/debuginfo/1"))
 ]
-"""Requests for something that a store path has."""
+"""Requests for resources of a store path."""
 
 
 def filled(row: Row, hashes: dict[str, str]) -> str:
-    """Return the path of a request, with the names of the store that `stock` made."""
+    """Return the path of a request, with names from the store of `stock`."""
     return row.path.format(**hashes)
 
 
 def stock(root: Path) -> dict[str, str]:
-    """A store that has something for each row of the table. Returns what the rows leave open."""
+    """Build a store that has a resource for each row of the table. Return the values for its placeholders."""
     store = StoreBuilder(root)
     debug = {".build-id": {_BUILD_ID[:2]: {f"{_BUILD_ID[2:]}.debug": b"\x7fELF"}}}
     info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})

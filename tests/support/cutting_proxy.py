@@ -1,4 +1,4 @@
-"""A bad network: a TCP proxy that cuts each connection after a random number of bytes of answers."""
+"""A bad network: a TCP proxy that cuts each connection after a random number of response bytes."""
 
 import random
 import socket
@@ -9,15 +9,14 @@ from contextlib import suppress
 
 from support.serving import ThreadServer
 
-_BUFFER = 64 * 1024  # small, so that few bytes are under way when a connection is cut
+_BUFFER = 64 * 1024  # small, so that few bytes are in flight when a connection is cut
 
 
 class CuttingProxy(ThreadServer):
-    """Passes connections on to `port` of this machine; each gets from `least` to `most` bytes back, and is then cut.
+    """Forwards connections to `port` of this machine, and cuts each after between `least` and `most` response bytes.
 
-    `on_cut` is called before the client can notice; it may lead the next connections to another `port`. `cuts` counts
-    them. Every run cuts at the same places.
-    `with` serves until its end, and waits for all connections.
+    `on_cut` is called before the client notices, and may set another `port` for the next connections. `cuts` counts the
+    cuts, which are at the same places in every run. At the end of its `with`, it waits for all connections.
     """
 
     daemon_threads = False
@@ -47,20 +46,20 @@ class _Connection(socketserver.BaseRequestHandler):
             origin.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             try:
                 origin.connect(("127.0.0.1", self.server.port))
-            except ConnectionRefusedError:  # the server is being restarted
+            except ConnectionRefusedError:  # the server is restarting
                 return
-            questions = threading.Thread(target=_copy, args=(self.request, origin))
-            questions.start()
+            requests = threading.Thread(target=_copy, args=(self.request, origin))
+            requests.start()
             if _copy(origin, self.request, self.server.limit()):
                 self.server.cut()
             for end in (self.request, origin):
                 with suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)  # wakes the other thread
-            questions.join()
+            requests.join()
 
 
 def _copy(source: socket.socket, target: socket.socket, limit: int = 1 << 62) -> bool:
-    """Copy until the source ends, or `limit` bytes were copied: then True."""
+    """Copy until the source ends, or until `limit` bytes are copied, and then return True."""
     with suppress(OSError):
         while limit and (data := source.recv(min(limit, _BUFFER))):
             target.sendall(data)

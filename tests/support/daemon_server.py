@@ -1,4 +1,4 @@
-"""A Nix daemon in all that a client of it can see: it says what it is told to, and notes what it is asked for."""
+"""A fake Nix daemon that sends given replies and records the requests."""
 
 import socket
 import struct
@@ -18,9 +18,9 @@ def number(*values: int) -> bytes:
 
 
 class DaemonServer:
-    """Listens at `path` as one of that `version`, for as long as `with` lasts. `answer` is what comes after a question.
+    """Listens at `path` as a daemon of that `version`, until the end of its `with`.
 
-    `greet`, where given, says something else in place of all of it, and then nothing more.
+    `answer` is its reply to each request. `greet`, if given, replaces the whole conversation.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class DaemonServer:
         self.path = str(path)
         self.roots: list[str] = []
         self.open: list[list[str]] = []
-        """The roots of each connection that is open."""
+        """The roots of each open connection."""
         self._version = version
         self.answer = answer
         self._greet = greet
@@ -49,7 +49,7 @@ class DaemonServer:
 
     def __exit__(self, *_: object) -> None:
         self._listening.shutdown(socket.SHUT_RDWR)
-        self._threads[0].join()  # what it accepts until then is to be closed as well, or nothing would end it
+        self._threads[0].join()  # connections accepted until then must be closed, too
         for connection in self._connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -92,7 +92,7 @@ class DaemonServer:
         magic, theirs = _numbers(connection, 2)
         assert magic == 0x6E697863
         version = min(theirs, self._version)
-        assert version < 0x126, "features would have to be exchanged"
+        assert version < 0x126, "the exchange of features is not implemented"
         assert _numbers(connection, 2) == (0, 0)
         greeting = nar.encode(b"2.34") if version >= 0x121 else b""
         connection.sendall(greeting + (number(2) if version >= 0x123 else b"") + number(LAST))

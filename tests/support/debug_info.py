@@ -19,7 +19,7 @@ def add(builder: StoreBuilder, name: str, *ids: str) -> PathInfo:
 
 
 def add_rows(builder: StoreBuilder, count: int) -> None:
-    """Register paths that are not even there."""
+    """Register paths that do not exist on disk."""
     rows = ((f"/nix/store/{number:032}-path", "sha256:00") for number in range(count))
     with builder.connect() as connection:
         connection.executemany("insert into ValidPaths (path, hash, registrationTime) values (?, ?, 1)", rows)

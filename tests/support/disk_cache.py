@@ -1,4 +1,4 @@
-"""The NAR cache on disk, as its tests use it."""
+"""Helpers for tests of the NAR cache on disk."""
 
 import gc
 import hashlib
@@ -26,7 +26,7 @@ def at(directory: object, limit: int | None = None) -> Iterator[DiskCache]:
 
 @contextmanager
 def no_leak() -> Iterator[None]:
-    """Fail if there are more descriptors or threads than before: fewer are left of an earlier test."""
+    """Fail if there are more descriptors or threads than before. Fewer are fine: an earlier test may have left some."""
 
     def count() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -35,7 +35,7 @@ def no_leak() -> Iterator[None]:
     yield
     if count() != before:
         gc.collect()
-    assert all(now <= then for now, then in zip(count(), before, strict=True))
+    assert all(now <= earlier for now, earlier in zip(count(), before, strict=True))
 
 
 def opened(cache: DiskCache, key: str = "key") -> tuple[CachedFile, Filler | None]:
@@ -51,7 +51,7 @@ def filling(cache: DiskCache, key: str = "key") -> tuple[CachedFile, Filler]:
 
 
 def fill(cache: DiskCache, key: str = "key", content: bytes = b"content") -> str:
-    """The path of a file that is whole now."""
+    """Fill a key; return the path of the complete file."""
     file, filler = filling(cache, key)
     filler.append(content)
     filler.commit()
@@ -65,14 +65,14 @@ def read(file: CachedFile) -> bytes:
 
 
 def cached_file(cache_dir: Path) -> Path:
-    """Return the one file of a server's cache, when it is whole."""
+    """Return the only file of a server's cache when it is complete."""
     wait_until(lambda: [file for file in (cache_dir / "nar").iterdir() if file.suffix != ".growing"])
     (file,) = (cache_dir / "nar").iterdir()
     return file
 
 
 def flip(file: Path, position: int) -> None:
-    """Change a byte behind everybody's back: size and times stay as they are."""
+    """Change a byte without changing size and times."""
     times = os.stat(file)
     with file.open("r+b") as content:
         content.seek(position)
@@ -84,7 +84,7 @@ def flip(file: Path, position: int) -> None:
 
 @contextmanager
 def mounted(path: Path) -> Iterator[Path]:
-    """A disk of 2 MiB."""
+    """Mount a disk of 2 MiB."""
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], check=True)
     try:
@@ -102,7 +102,7 @@ def without(directory: object, why: int) -> str:
 
 
 def stress(cache: DiskCache, chance: random.Random, filled_now: set[str]) -> None:
-    """Do with a few keys what may be done with them, and look whether what is seen is right."""
+    """Open, fill, abandon and evict a few random keys, and check every content that is read."""
     for _ in range(100):
         key = chance.choice("abc")
         content = random.Random(key).randbytes(70_000)

@@ -20,7 +20,7 @@ from support.speed_chart import speed_chart
 
 
 def one_a_line(paragraph: str) -> str:
-    """Return the paragraph with each sentence on a line of its own."""
+    """Return the paragraph with one sentence per line."""
     return "\n".join(sentences(paragraph))
 
 
@@ -42,7 +42,7 @@ def _command_reference() -> Iterator[str]:
             yield f"```text\n{paragraph}\n```\n" if literal else one_a_line(paragraph) + "\n"
         if rows := options(context):
             yield "| option | does |\n|---|---|"
-            yield from (f"| `{what}` | {does.replace('|', '/')} |" for what, does in rows)
+            yield from (f"| `{option}` | {does.replace('|', '/')} |" for option, does in rows)
             yield ""
     for _, paragraph in paragraphs(cli.main.epilog):
         title, _, lines = paragraph.partition(":\n")
@@ -54,7 +54,7 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
         if item.name in {"zstd", "upstream", "publish", "push"}:
-            continue  # has a table of its own
+            continue  # has its own table
         if item.required:
             rows.append(f"| `{item.name}` | {expected(item.type)} | | {schema['description']} |")
             continue
@@ -79,18 +79,18 @@ def module_keys(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _module_key(item: Any, info: Any) -> dict[str, Any]:
-    """What module.nix needs to know of one setting."""
-    told: dict[str, Any] = {"description": info.type.extra_json_schema["description"]}
+    """Return the description of one setting for module.nix."""
+    key: dict[str, Any] = {"description": info.type.extra_json_schema["description"]}
     if item.default_factory is msgspec.NODEFAULT and item.default is not msgspec.NODEFAULT:
-        told["default"] = "none" if item.default is None else f"`{msgspec.json.encode(item.default).decode()}`"
-    told |= {name: text for name, text in (info.type.extra or {}).items() if name == "default"}
+        key["default"] = "none" if item.default is None else f"`{msgspec.json.encode(item.default).decode()}`"
+    key |= {name: text for name, text in (info.type.extra or {}).items() if name == "default"}
     kind = info.type
     is_file = False
     while isinstance(kind, msgspec.inspect.Metadata | msgspec.inspect.UnionType):
         if isinstance(kind, msgspec.inspect.Metadata):
             is_file = is_file or "file" in (kind.extra or {})
             kind = kind.type
-        else:  # with None: not set
+        else:  # an optional setting: unwrap the union with None
             [kind] = [each for each in kind.types if not isinstance(each, msgspec.inspect.NoneType)]
     more: dict[str, Any]
     match kind:
@@ -106,7 +106,7 @@ def _module_key(item: Any, info: Any) -> dict[str, Any]:
             more = {"type": "table", "keys": module_keys(struct)}
         case _:
             more = {"type": "file" if is_file else _SIMPLE[type(kind)]}
-    return told | more
+    return key | more
 
 
 def nixos_options() -> str:
@@ -205,7 +205,7 @@ EVALUATED: dict[str, Callable[[], str]] = {
     "docs/systemd/harmonia.service": service,
     "docs/systemd/harmonia.socket": socket,
 }
-"""Documents that only Nix can make. They depend on nix/module-settings.json."""
+"""Documents that need Nix. They depend on nix/module-settings.json."""
 
 
 def main() -> None:
@@ -214,7 +214,7 @@ def main() -> None:
     if shutil.which("nix-instantiate"):
         documents |= EVALUATED
     else:
-        print(f"not made without Nix (apt-get install nix-bin): {', '.join(EVALUATED)}", file=sys.stderr)
+        print(f"skipped without Nix (apt-get install nix-bin): {', '.join(EVALUATED)}", file=sys.stderr)
     for name, make in documents.items():
         text = make()
         if (ROOT / name).read_text() != text:

@@ -1,4 +1,4 @@
-"""A server that compresses nothing, or no more than a first frame, as long as a file exists."""
+"""A server that compresses nothing, or only a first frame, while a file exists."""
 
 from pathlib import Path
 

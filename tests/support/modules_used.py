@@ -1,8 +1,8 @@
-"""Modules that one request takes: each module of Harmonia of which a function runs, in any thread of the worker.
+"""The modules of Harmonia that one request uses: each module with a function that runs in a thread of the worker.
 
-`PYTHONPATH=tests .venv/bin/python -m support.modules_used` prints them. Each request comes on a connection of its own,
-to a worker that has answered `/version` and probed its upstream. `sys.setprofile` sees each call from the first byte of
-the connection to the last byte of the answer. The periodic tasks of the worker are left out.
+`PYTHONPATH=tests .venv/bin/python -m support.modules_used` prints them. Each request has its own connection to a worker
+that has answered `/version` and probed its upstream. `sys.setprofile` records each call from the first byte of the
+connection to the last byte of the response. Periodic tasks of the worker are left out.
 """
 
 import os
@@ -29,7 +29,7 @@ _PERIODIC = {worker._heartbeat.__code__, worker._trim_heap.__code__}  # noqa: SL
 
 
 class Recorder:
-    """Names of the modules of which a function was called."""
+    """Names of the modules with called functions."""
 
     def __init__(self) -> None:
         self.modules: set[str] = set()
@@ -41,7 +41,7 @@ class Recorder:
 
 
 def _requests(local: PathInfo, remote: PathInfo) -> Iterator[tuple[str, str]]:
-    """Return a name and a path for each request. A narinfo's URL is known once that is answered."""
+    """Yield a name and a path for each request. The narinfo response gives the URL of the second."""
     yield "narinfo", f"/{local.path.hash_part}.narinfo"
     yield "cold .nar.zst", "/{URL}"
     yield "narinfo of an upstream", f"/{remote.path.hash_part}.narinfo"
@@ -80,7 +80,7 @@ def modules_used() -> dict[str, list[str]]:
 
         def client() -> None:
             try:
-                while not upstream.asked["GET /nix-cache-info"]:  # which the worker asks at its start
+                while not upstream.asked["GET /nix-cache-info"]:  # requested by the worker when it starts
                     time.sleep(0.05)
                 time.sleep(0.5)
                 _ask(port, "/version")

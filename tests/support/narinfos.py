@@ -1,8 +1,8 @@
-"""Narinfos that every Nix takes, and that every Nix refuses: the tests of Nix itself see that this is so."""
+"""Narinfos that every Nix accepts, and narinfos that every Nix rejects. Tests with real Nix check this."""
 
 from harmonia.nix import base32
 
-# What Nix 2.8 writes into a cache. Its key is for tests only.
+# Written by Nix 2.8. The key is for tests only.
 GOLDEN = """\
 StorePath: /nix/store/1dvdsyn9d7z6wfrkpxw28nj59kflfxyz-top-1.0
 URL: nar/1mx17j51kwn7kb7rf1fgm5cr9sk8lyrl69f9brqa4d02bn2gjaj6.nar
@@ -21,7 +21,7 @@ _DEP = "pays67jzjqfi6vmvngybskaiqsww24a0-dep-1.0"
 
 
 def changed(name: str, *lines: str) -> str:
-    """Return the golden narinfo with these lines in place of the one with that name."""
+    """Return the golden narinfo with these lines instead of the line with that name."""
     return "".join(
         "".join(f"{new}\n" for new in lines) if line.startswith(f"{name}:") else f"{line}\n"
         for line in GOLDEN.splitlines()
@@ -71,7 +71,7 @@ TAKEN = {
     "CA recursive base 16": added("CA: fixed:r:sha512:" + "0" * 128),
     "CA recursive base 64": added("CA: fixed:r:sha256:" + "A" * 43 + "="),
 }
-"""By what is peculiar to them."""
+"""Accepted narinfos by their peculiarity."""
 
 REFUSED = {
     "empty": "",
@@ -130,4 +130,4 @@ OF_NO_USE = {
     "URL endless": changed("URL", "URL: " + "x" * 70_000),
     "CA text with sha1": added("CA: text:sha1:" + "0" * 32),
 }
-"""Narinfos that some Nix takes, but whose NAR it cannot have, or not by any version."""
+"""Narinfos that some versions of Nix accept, but whose NAR they cannot use."""

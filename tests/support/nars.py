@@ -1,4 +1,4 @@
-"""NARs made straight from the grammar, to compare ours with."""
+"""NARs built directly from the grammar, for comparison with ours."""
 
 import os
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def reference_node(tree: Tree) -> bytes:
 
 
 def reference(tree: Tree) -> bytes:
-    """The grammar, and nothing clever."""
+    """Return the NAR, following the grammar literally."""
     return word(b"nix-archive-1") + reference_node(tree)
 
 

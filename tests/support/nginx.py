@@ -1,4 +1,4 @@
-"""A real nginx, in front of a server or on its own."""
+"""A real nginx, as a proxy or a file server."""
 
 import shutil
 import socket
@@ -14,7 +14,7 @@ from support.running import wait_until
 
 @contextmanager
 def nginx(directory: Path, server: str, http: str = "") -> Iterator[tuple[str, Path]]:
-    """One with these lines in its one `server`, and those around it: its URL and its access log."""
+    """Run nginx with these lines in its only `server`, and `http` around it; yield its URL and its access log."""
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     if not Path(program).exists():
         pytest.skip("no nginx on this machine: apt-get install nginx-light")

@@ -1,12 +1,11 @@
-"""Real Nix clients, each on a small machine of its own.
+"""Real Nix clients, each on its own small machine.
 
-A `Client` is a directory that looks like the root of a machine: its own /nix, /root, /etc and /tmp, and /usr borrowed
-from wherever its `Nix` lives (this machine, or a root made by newer-nix-roots.sh). A command runs in there by chroot,
-in private mount and PID namespaces. So the store dir is the real /nix/store, as signatures demand; nothing touches
-the host's /nix; two clients share nothing; and when a command ends or is killed, its mounts and processes are gone.
+A `Client` is a directory that looks like the root of a machine: its own /nix, /root, /etc and /tmp, and /usr from the
+root of its `Nix` (this machine, or a root made by newer-nix-roots.sh). Commands run there by chroot, in private mount
+and PID namespaces. So the store directory is the real /nix/store, which signatures need. Nothing touches the host's
+/nix, and clients share nothing. When a command ends or is killed, its mounts and processes are gone.
 
-What a client stored is to be seen from outside in `Client.store_dir` and `Client.db_path`, where a server under test
-can serve it.
+The server under test can serve the store of a client: `Client.store_dir` and `Client.db_path` are its paths outside.
 """
 
 import os
@@ -30,13 +29,13 @@ ROOTS = Path(
 )
 MAKE_ROOTS = "tests/e2e/newer-nix-roots.sh"
 
-# The directories that hold programs: symlinks into usr where / and /usr are merged.
+# Directories with programs: symlinks into usr if / and /usr are merged.
 _PROGRAM_DIRS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 _NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 
-# Arguments: the machine, where its programs come from, a directory to be seen at its own path, and the command.
-# The shell stays as process 1: it reaps what the command leaves behind, and lets signals work on the command.
+# Arguments: the machine, the root of its programs, a directory to mount at its own path, and the command.
+# The shell stays as process 1: it reaps orphans, and forwards signals to the command.
 _ENTER = f"""
 machine=$1 programs=$2 shared=$3; shift 3
 for dir in {" ".join(_PROGRAM_DIRS)}; do
@@ -48,7 +47,7 @@ chroot "$machine" "$@"
 exit $?
 """
 
-# A machine where only root lives, and which finds itself without asking a name server.
+# A machine with only the user root, which resolves its own name without DNS.
 _ETC = {
     "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
     "group": "root:x:0:\nnogroup:x:65534:\n",
@@ -60,7 +59,7 @@ _SETTINGS = {
     "require-sigs": "true",
     "substituters": "",
     "trusted-public-keys": "",
-    # There are no build users, and no nested namespaces to count on.
+    # Build users do not exist, and nested namespaces may be forbidden.
     "build-users-group": "",
     "sandbox": "false",
 }
@@ -68,14 +67,14 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Nix:
-    """A Nix to test with: `name` for humans, and the root directory whose usr/bin holds its programs."""
+    """A version of Nix to test: `name` for messages, and the root directory with its programs in usr/bin."""
 
     name: str
     root: Path
 
     @property
     def missing(self) -> str | None:
-        """Why this Nix cannot be used here, or None when it can."""
+        """Return the reason why this Nix cannot be used here, or None if it can."""
         if os.geteuid() != 0:
             return NOT_ROOT
         if error := _namespace_error():
@@ -106,7 +105,7 @@ NIXES = tuple(
 
 @dataclass(frozen=True)
 class Result:
-    """What a command gave back. stdout is bytes, for it may be a NAR; `text` and `lines` are for all else."""
+    """The result of a command. stdout is bytes because it may be a NAR; `text` and `lines` are decoded."""
 
     returncode: int
     stdout: bytes
@@ -123,7 +122,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Key:
-    """A signing key pair: the file that holds the secret, and the public half as trusted-public-keys has it."""
+    """A signing key pair: the file of the secret key, and the public key as in trusted-public-keys."""
 
     secret_file: Path
     public: str
@@ -132,14 +131,14 @@ class Key:
 class Client:
     """A fresh machine in `directory` with an empty store.
 
-    The parent of `directory` is seen at the same path by its commands, so files there can be passed by name.
+    Its commands see the parent of `directory` at the same path, so files there can be passed by name.
     """
 
     def __init__(self, nix: Nix, directory: Path) -> None:
         self.nix = nix
         self.directory = directory
         self.shared = directory.parent
-        self.settings = dict(_SETTINGS)  # nix.conf's; a test may change them between two commands
+        self.settings = dict(_SETTINGS)  # of nix.conf; a test may change them between two commands
         self.store_dir = directory / "nix/store"
         self.db_path = directory / "nix/var/nix/db/db.sqlite"
         self.log_dir = directory / "nix/var/log/nix"
@@ -157,7 +156,7 @@ class Client:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The whole environment of a command; nothing comes from ours."""
+        """Return the whole environment of a command; nothing is inherited."""
         return {
             "HOME": "/root",
             "LC_ALL": "C.UTF-8",
@@ -166,9 +165,9 @@ class Client:
         }
 
     def command(self, *command: str | Path) -> list[str]:
-        """The command line that runs `command` on this machine, for subprocess.Popen with our `environment`.
+        """Return the command line that runs `command` on this machine, for subprocess.Popen with `environment`.
 
-        End it with kill(): unshare does not pass SIGTERM on, but takes everything with it when it dies.
+        End it with kill(): unshare does not forward SIGTERM, but kills all its processes when it dies.
         """
         enter = (*_NAMESPACES, "sh", "-c", _ENTER, "sh", self.directory, self.nix.root, self.shared)
         return [os.fspath(word) for word in (*enter, *command)]
@@ -181,11 +180,11 @@ class Client:
         timeout: float = 120,
         environment: Mapping[str, str] | None = None,
     ) -> Result:
-        """Run `command` on this machine. A failure raises with all of its stderr, unless `check` is off.
+        """Run `command` on this machine. Raises an error with stderr if it fails, unless `check` is False.
 
-        `environment` is added to the client's own. After `timeout` seconds the command and its children are killed.
+        `environment` is added to the client's own. After `timeout` seconds, the command and its children are killed.
         """
-        what = f"{shlex.join(map(str, command))} on {self.nix.name}'s Nix"
+        action = f"{shlex.join(map(str, command))} on {self.nix.name}'s Nix"
         try:
             done = subprocess.run(
                 self.command(*command),
@@ -196,15 +195,15 @@ class Client:
                 env={**self.environment, **(environment or {})},
             )
         except subprocess.TimeoutExpired as late:
-            raise TimeoutError(f"{what}: not done after {timeout} s:\n{_readable(late.stderr or b'')}") from None
+            raise TimeoutError(f"{action}: not done after {timeout} s:\n{_readable(late.stderr or b'')}") from None
         result = Result(done.returncode, done.stdout, _readable(done.stderr))
         if check and result.returncode != 0:
-            raise AssertionError(f"{what}: exit status {result.returncode}:\n{result.stderr}")
+            raise AssertionError(f"{action}: exit status {result.returncode}:\n{result.stderr}")
         return result
 
     @contextmanager
     def running(self, *command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
-        """A command that runs on this machine until it ends, or is killed with all that it started."""
+        """Run a command on this machine until the end of the `with`, which kills it and its children."""
         with subprocess.Popen(self.command(*command), env=self.environment) as process:
             try:
                 yield process
@@ -213,7 +212,7 @@ class Client:
 
     @contextmanager
     def daemon(self) -> Iterator[None]:
-        """Its Nix daemon runs, and its commands use that."""
+        """Run the Nix daemon of this client, and use it for all commands."""
         socket = self.directory / "nix/var/nix/daemon-socket/socket"
         socket.unlink(missing_ok=True)
         with self.running("nix-daemon") as process:
@@ -229,17 +228,17 @@ class Client:
                 del self.settings["store"]
 
     def build(self, expression: str, *, timeout: float = 120) -> list[str]:
-        """Really build a Nix expression, without a sandbox; the outputs' store paths."""
+        """Build a Nix expression, without a sandbox; return the store paths of the outputs."""
         return self.run("nix-build", "--no-out-link", "-", stdin=expression.encode(), timeout=timeout).lines
 
     def generate_key(self, name: str) -> Key:
-        """Make a signing key in this client's directory, which other clients in the same `shared` can read."""
+        """Create a signing key in this client's directory, where other clients with the same `shared` can read it."""
         secret, public = self.directory / f"{name}.secret", self.directory / f"{name}.public"
         self.run("nix-store", "--generate-binary-cache-key", name, secret, public)
         return Key(secret, public.read_text())
 
     def real_path(self, store_path: str) -> Path:
-        """Where a store path of this client's lies, seen from outside."""
+        """Return the path of a store path of this client outside of its machine."""
         return self._inside(Path(store_path))
 
     def _inside(self, path: Path) -> Path:

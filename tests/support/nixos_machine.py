@@ -1,7 +1,6 @@
 """NixOS machines with our module, evaluated by the Nix on this machine.
 
-They are configured through our own small NixOS in nixos-tests/eval, or through the real one if $NIXPKGS names a nixpkgs
-tree.
+The configuration uses our own small NixOS in nixos-tests/eval, or the real one if $NIXPKGS names a nixpkgs tree.
 """
 
 import json
@@ -19,7 +18,7 @@ Machine = Mapping[str, Any]
 
 
 def nix(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of Nix with this environment."""
+    """Run a command of Nix with these variables added to a minimal environment."""
     inherited = {name: os.environ[name] for name in ("PATH", "NIXPKGS", "HOME") if name in os.environ}
     return subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=300, env={**inherited, **environment}
@@ -28,7 +27,7 @@ def nix(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def evaluate(expression: str) -> Any:
     """Return the value of a Nix expression."""
-    # The dummy store keeps nothing: no daemon and no right to write are needed.
+    # The dummy store keeps nothing, so neither a daemon nor write access is needed.
     found = nix(
         "nix-instantiate", "--eval", "--strict", "--json", "--show-trace", "--expr", expression, NIX_REMOTE="dummy://"
     )
@@ -39,9 +38,9 @@ def evaluate(expression: str) -> Any:
 def configured(
     configuration: str, *, beside: str = "", module: str = "{ }", read: str = "null", arguments: str = ""
 ) -> Machine:
-    """Return what a machine has of us with `configuration`, with what is `beside` services.harmonia, and a module.
+    """Return our part of a machine with `configuration`, with options `beside` services.harmonia, and a module.
 
-    `read` is a Nix expression of what another module reads in `config`, `arguments` are those of nixos-tests/eval.
+    `read` is a Nix expression that may read `config`, `arguments` are those of nixos-tests/eval.
     """
     machine: Machine = evaluate(f"""
       let

@@ -1,4 +1,4 @@
-"""Content in each compression that we take."""
+"""Compressors for every compression that we accept."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""The documents: their blocks of code, their sentences."""
+"""The documents: their blocks of code and their sentences."""
 
 import re
 import textwrap
@@ -35,7 +35,7 @@ _LIST_MARK = re.compile(r" *(?:[-*]|\d+\.) ")
 
 
 def without_fences(page: Path) -> str:
-    """Return the text of a page with each fenced block as an empty line, so that line numbers stay right."""
+    """Return the text of a page with empty lines instead of fenced blocks, so that line numbers stay right."""
     return _FENCE.sub(lambda fence: "\n" * fence[0].count("\n"), page.read_text())
 
 

@@ -1,8 +1,8 @@
-"""A fork server: Harmonia in a fork of a process that has imported it, which saves most of the CPU time of a start.
+"""A fork server: forks Harmonia from a process that has imported it, which saves most of the CPU time of a start.
 
-The result is a process like that of `python -m harmonia`: a child of ours, with the same arguments, environment,
-working directory, descriptors, signals and exit status. Only `/proc` shows the command line and the environment of the
-fork server. Run as a program, this module is the fork server.
+The result is a process like that of `python -m harmonia`: our child, with the same arguments, environment, working
+directory, descriptors, signals and exit status. Only `/proc` shows the command line and environment of the fork server.
+As a program, this module is the fork server.
 """
 
 import atexit
@@ -34,17 +34,17 @@ from harmonia.config import credentials
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 PATCHED = [sys.executable, "-c"]
-"""What is followed by a program that changes Harmonia, then runs it."""
+"""The beginning of a command that changes Harmonia, then runs it."""
 NOT_PRELOADED = ["env", *HARMONIA]
-"""The same in a process that imports all for itself."""
+"""Harmonia in a new process that does its own imports."""
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_", "SSL_CERT_")
-"""Prefixes of environment variables that are read once, before a program begins or when it imports."""
+"""Prefixes of environment variables that are read only once, before a program begins or when it imports."""
 _MESSAGE_MAX_BYTES = 1 << 18
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def popen(command: Sequence[str], *, env: Mapping[str, str], **options: object) -> subprocess.Popen[Any]:
-    """Start a command: by the fork server if the command is Harmonia and no option needs a new program."""
+    """Start a command. Use the fork server if the command is Harmonia and no option needs a new program."""
     simple = options.keys() <= {"cwd", "start_new_session", "stdin", "stdout", "stderr", "text"}
     ours = list(command[:3]) == HARMONIA or list(command[:2]) == PATCHED
     if simple and ours and _at_start(env) == _at_start(_ENVIRONMENT):
@@ -60,7 +60,7 @@ _ENVIRONMENT = dict(os.environ)
 
 
 class _ForkServer:
-    """Our end of the fork server: one for each process of pytest, started when it is first needed."""
+    """Our end of the fork server: one for each pytest process, started on first use."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,7 +69,7 @@ class _ForkServer:
             number = theirs.fileno()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.preloaded", str(number)],
-                cwd=Path(__file__).parents[2],  # whose harmonia the tests import, too
+                cwd=Path(__file__).parents[2],  # the tests import harmonia from here, too
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_ENVIRONMENT,
@@ -83,10 +83,10 @@ class _ForkServer:
         self._process.wait()
 
     def fork(self, request: Mapping[str, object], descriptors: Sequence[int]) -> int:
-        """Return the process id of a child of ours that does what the request says."""
+        """Return the process id of a child of ours that executes the request."""
         message = json.dumps(request).encode()
         with self._lock:
-            # Its parent ends at once, so it becomes a child of the nearest process above that adopts orphans.
+            # Its parent ends at once, so it becomes a child of the nearest ancestor that adopts orphans.
             _adopt_orphans(yes=True)
             try:
                 socket.send_fds(self._socket, [message], list(descriptors))
@@ -108,23 +108,23 @@ def _adopt_orphans(*, yes: bool) -> None:
 
 
 class _Forked(subprocess.Popen[Any]):
-    """A process that the fork server starts; the pipes and the waiting are those of `subprocess`."""
+    """A process that the fork server starts, with the pipes and `wait` of `subprocess`."""
 
     def _execute_child(self, *arguments: object) -> None:
         execute = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
-        given = execute.bind(self, *arguments).arguments
+        bound = execute.bind(self, *arguments).arguments
         request = {
-            "program": given["args"][1:3],
-            "arguments": given["args"][3:],
-            "environment": dict(given["env"]),
-            "directory": str(given["cwd"] or os.getcwd()),
-            "session": given["start_new_session"],
+            "program": bound["args"][1:3],
+            "arguments": bound["args"][3:],
+            "environment": dict(bound["env"]),
+            "directory": str(bound["cwd"] or os.getcwd()),
+            "session": bound["start_new_session"],
         }
-        ends = [given["p2cread"], given["c2pwrite"], given["errwrite"]]
+        ends = [bound["p2cread"], bound["c2pwrite"], bound["errwrite"]]
         self.pid = _fork_server().fork(request, [own if end == -1 else end for own, end in enumerate(ends)])
         self._child_created = True
         pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-        self._close_pipe_fds(*[given[name] for name in pipes])  # type: ignore[attr-defined]
+        self._close_pipe_fds(*[bound[name] for name in pipes])  # type: ignore[attr-defined]
 
 
 def _serve(connection: socket.socket) -> list[str] | None:
@@ -136,8 +136,8 @@ def _serve(connection: socket.socket) -> list[str] | None:
     credentials.system_tls()
     assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
     gc.collect()
-    gc.freeze()  # else each fork copies and frees all of this memory when it ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends us
+    gc.freeze()  # otherwise each fork copies and frees all of this memory when it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends this process
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_MAX_BYTES, 3)
         if not message:
@@ -156,13 +156,13 @@ def _serve(connection: socket.socket) -> list[str] | None:
         os.close(writing)
         os.waitpid(parent, 0)
         with open(reading, "rb") as pipe:
-            connection.send(pipe.read())  # to its end, which is when the fork has become a new process
+            connection.send(pipe.read())  # the pipe ends when the fork has become a new process
         for descriptor in descriptors:
             os.close(descriptor)
 
 
 def _remember_sources() -> None:
-    """Read the functions that Sanic compiles again at each start, so that no fork has to read them."""
+    """Read the functions that Sanic compiles at each start, so that no fork has to read them."""
     source = cache(inspect.getsource)
     patch.object(base, "getsource", source).start()
     for target, name in TouchUp._registry:  # noqa: SLF001
@@ -170,7 +170,7 @@ def _remember_sources() -> None:
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
-    """Make this process what a new one with the request's arguments would be."""
+    """Turn this process into a new process with the arguments of the request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
@@ -199,8 +199,8 @@ def _run(program: Sequence[str]) -> None:
         status = end.code or 0
     else:
         status = 0
-    # What Python does at the end, but to free memory: that takes most of the time of a short program, because the
-    # memory is shared with the fork server, and is copied before it is freed.
+    # Do what Python does at its end, except freeing memory: that would take most of the time of a short program,
+    # because memory shared with the fork server is copied before it is freed.
     threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
     atexit._run_exitfuncs()  # noqa: SLF001
     sys.stdout.flush()

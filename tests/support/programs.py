@@ -1,4 +1,4 @@
-"""Programs that some tests need: a test is skipped without its program, and its reason names the remedy."""
+"""External programs of tests: a test is skipped without its program, and the reason names the remedy."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _PACKAGES = {
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
 }
-"""Debian packages whose names are not those of their programs."""
+"""Debian packages whose names differ from those of their programs."""
 
 
 def missing(*programs: str) -> str | None:
@@ -46,7 +46,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason=NOT_ROOT)
 
 
 def skips(reasons: Counter[str]) -> str:
-    """Return one line that counts the skipped tests by cause and names what to do about them."""
+    """Return one line that counts the skipped tests by cause, and names remedies."""
     causes: Counter[str] = Counter()
     packages, remedies = set(), set()
     for reason, count in reasons.items():
@@ -56,9 +56,9 @@ def skips(reasons: Counter[str]) -> str:
             packages.add(found[1])
         elif remedy:
             remedies.add(remedy)
-    told = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
+    listed = ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
     if packages:
         remedies.add(f"apt-get install {' '.join(sorted(packages))}")
     number = causes.total()
-    line = f"{number} {'test' if number == 1 else 'tests'} skipped: {told}"
+    line = f"{number} {'test' if number == 1 else 'tests'} skipped: {listed}"
     return f"{line}; to run them: {'; '.join(sorted(remedies))}" if remedies else line

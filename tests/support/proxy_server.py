@@ -1,4 +1,4 @@
-"""A forward proxy for HTTP and, by CONNECT, for https. It knows no names but those that a test gives it."""
+"""A forward proxy for HTTP and, by CONNECT, for https, which resolves only the names that a test sets."""
 
 import base64
 import http.client
@@ -13,7 +13,7 @@ class _Handler(QuietHandler):
     wbufsize = -1
     server: "ProxyServer"
 
-    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
+    def do_GET(self) -> None:  # noqa: N802 (name from http.server)
         if not self._is_allowed():
             return
         parts = urlsplit(self.path)
@@ -28,9 +28,9 @@ class _Handler(QuietHandler):
         self._answer(answer.status, dict(answer.getheaders()), answer.read())
         connection.close()
 
-    do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
+    do_HEAD = do_GET  # noqa: N815 (name from http.server)
 
-    def do_CONNECT(self) -> None:  # noqa: N802 (as http.server wants it)
+    def do_CONNECT(self) -> None:  # noqa: N802 (name from http.server)
         self.close_connection = True
         if not self._is_allowed():
             return
@@ -51,11 +51,11 @@ class _Handler(QuietHandler):
 
     def _is_allowed(self) -> bool:
         self.server.asked.append(f"{self.command} {self.path}")
-        wanted = self.server.user_and_password
-        if wanted is None:
+        expected = self.server.user_and_password
+        if expected is None:
             return True
         given = self.headers.get("Proxy-Authorization", "")
-        if given == "Basic " + base64.b64encode(wanted.encode()).decode():
+        if given == "Basic " + base64.b64encode(expected.encode()).decode():
             return True
         self._answer(407, {"Proxy-Authenticate": "Basic"}, b"")
         return False
@@ -74,7 +74,7 @@ class _Handler(QuietHandler):
 
 
 class ProxyServer(ThreadServer):
-    """`places` are the addresses of the hosts (with ports) that it knows, `asked` all that it was asked for."""
+    """`places` maps host and port to an address, `asked` lists the requests."""
 
     def __init__(self, user_and_password: str | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -1,4 +1,4 @@
-"""Pushes as raw HTTP: what `nix copy --to` sends, and what it would never send."""
+"""Pushes as raw HTTP: the requests of `nix copy --to`, and requests that Nix would never send."""
 
 import hashlib
 import http.client
@@ -20,7 +20,7 @@ STORE_DIR = "/nix/store"
 
 @dataclass(frozen=True)
 class Pushed:
-    """A path to push: its narinfo, and its NAR as it is sent."""
+    """A path to push, with its narinfo and the body of its NAR."""
 
     info: PathInfo
     body: bytes
@@ -30,7 +30,7 @@ class Pushed:
     def make(
         cls, name: str, content: bytes, key: SecretKey | None = None, references: tuple[StorePath, ...] = ()
     ) -> "Pushed":
-        """A file. Its store path is made up from its content, as an input-addressed one may be."""
+        """Make a file with an input-addressed store path, which depends on name and content."""
         body = file_nar(content)
         hash_part = base32.encode(hashlib.sha256(name.encode() + content).digest()[:20])
         info = PathInfo(StorePath(f"{hash_part}-{name}"), hashlib.sha256(body).digest(), len(body), references)
@@ -59,7 +59,7 @@ def signed(info: PathInfo, key: SecretKey) -> PathInfo:
 
 
 class Pusher:
-    """Sends requests with a token, each on a connection of its own, except in `connected`."""
+    """Sends requests with a token, each on its own connection, except in `connected`."""
 
     def __init__(self, server: Server, token: str) -> None:
         self._address = urlsplit(server.url).netloc
@@ -90,7 +90,7 @@ class Pusher:
         return self.request("PUT", f"{path.info.path.hash_part}.narinfo", path.narinfo)
 
     def push(self, path: Pushed) -> Answer:
-        """Send both, and return the last response."""
+        """Send NAR and narinfo; return the last response."""
         answer = self.put_nar(path)
         return self.put_narinfo(path) if answer.status == 200 else answer
 

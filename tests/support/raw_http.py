@@ -1,4 +1,4 @@
-"""Bytes sent as they are on a connection, and all that is answered until it ends."""
+"""Raw bytes on a connection, and all responses until it ends."""
 
 import socket
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ class Seen(NamedTuple):
 
 
 def exchange(url: str, payload: bytes) -> list[Seen]:
-    """All that is answered until the connection ends. Each answer has to be whole."""
+    """Send bytes; return all responses until the connection ends. Every response must be complete."""
     return list(answers(raw_response(url, payload)))
 
 
@@ -26,12 +26,12 @@ def raw_response(url: str, payload: bytes) -> bytes:
             while data := connection.recv(1 << 16):
                 received += data
         except ConnectionResetError:
-            pass  # it closed before it had read all
+            pass  # the server closed before it read everything
     return received
 
 
 class _Bytes:
-    """What `HTTPResponse` reads from, in place of a socket."""
+    """A replacement for the socket that `HTTPResponse` reads."""
 
     def __init__(self, data: bytes) -> None:
         self.left = data

@@ -1,4 +1,4 @@
-"""What a store has from the first use of content-addressed derivations on: tables, and rows for them."""
+"""Tables and rows of a store with content-addressed derivations."""
 
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder

@@ -1,4 +1,4 @@
-"""A Harmonia that runs: the real process, its log, and a client that sees what is really on the wire."""
+"""A running Harmonia: the real process, its log, and a client for raw HTTP."""
 
 import ast
 import http.client
@@ -28,19 +28,19 @@ from harmonia.tools.store_builder import StoreBuilder
 from support import preloaded
 
 PATIENCE_S = 120.0
-"""How long anything is waited for that comes at once on an idle machine: a bound against hangs only."""
+"""Timeout in seconds for anything that happens at once on an idle machine: only a bound against hangs."""
 LONG_GRACE = "shutdown_grace = 600"
-"""The setting of a server whose end comes only after PATIENCE_S if it waits for its grace."""
+"""The setting of a server that would stop only after PATIENCE_S if it waited for its grace period."""
 HARMONIA = preloaded.HARMONIA
 NO_CACHE = Path("/proc/none")
-"""A directory that nobody can make, root neither."""
+"""A directory that nobody can create, not even root."""
 
 
 @dataclass(frozen=True)
 class Answer:
     status: int
     headers: Mapping[str, str]
-    """By lower-case name, without Date. A header that came twice fails the test."""
+    """Fields by lower-case name, without Date. A repeated field fails the test."""
     body: bytes
 
     @property
@@ -49,7 +49,7 @@ class Answer:
 
 
 class Server:
-    """A server of the store below `store` (as `nix/store` and `nix/var/nix/db/db.sqlite`), with further `settings`."""
+    """A server for the store in `store` (`nix/store` and `nix/var/nix/db/db.sqlite`), with additional `settings`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Server:
         directory.mkdir()
         self._program = program
         self.client_certificate = client_certificate
-        """What its clients present, a file with the certificate and the key."""
+        """A file with certificate and key that the clients of this server present."""
         self.directory = directory
         self.cache_dir = cache_dir or directory / "cache"
         self.config = directory / "harmonia.toml"
@@ -90,7 +90,7 @@ class Server:
             time.sleep(0.01)
 
     def launch(self) -> None:
-        """Start it, whatever comes of it."""
+        """Start the process, without waiting for success."""
         command = [*self._program, "--config", str(self.config)]
         self.process = preloaded.popen(
             command, env=self.environment, stderr=subprocess.PIPE, text=True, **self._options
@@ -110,7 +110,7 @@ class Server:
         self.log.extend(iter(stderr.readline, ""))
 
     def wait_for_log(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
-        """The first line of the log that matches, waited for."""
+        """Wait for a log line that matches; return the match."""
         deadline = time.monotonic() + seconds
         while True:
             for line in list(self.log):
@@ -121,13 +121,13 @@ class Server:
             time.sleep(0.01)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = PATIENCE_S) -> int:
-        """Signal it, wait for its end, and return its exit status."""
+        """Send a signal, wait for the end, and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.wait(seconds)
 
     def wait(self, seconds: float = PATIENCE_S) -> int:
-        """Wait for its end, and return its exit status. Kill it, and fail, if it does not end in time."""
+        """Wait for the end, and return the exit status. Kill the process, and fail, if it does not end in time."""
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -142,7 +142,7 @@ class Server:
         return status
 
     def settle(self) -> None:
-        """Wait until its one worker has seen the end of each connection that was closed before."""
+        """Wait until the only worker has noticed the end of each connection that was closed before."""
         with self.connect() as connection:
             connection.sendall(b"GET /version HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n")
             while connection.recv(4096):
@@ -150,13 +150,13 @@ class Server:
 
     @property
     def workers(self) -> list[int]:
-        """The process ids of its workers."""
+        """Return the process ids of the workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     @contextmanager
     def connect(self, timeout: float = PATIENCE_S, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
-        """A plain connection to it. `receive_buffer` bounds the bytes that arrive before anybody reads them."""
+        """Open a connection. `receive_buffer` limits the bytes that arrive before they are read."""
         target: str | tuple[str, int]
         if self.url.startswith("unix:"):
             connection, target = socket.socket(socket.AF_UNIX), self.url.removeprefix("unix:")
@@ -185,7 +185,7 @@ class Server:
     def request(
         self, method: str, path: str, headers: Mapping[str, str] | None = None, *, version: str = "1.1"
     ) -> Answer:
-        """One request on a connection of its own, its head sent to the letter."""
+        """Send one request on its own connection, with exactly this head."""
         lines = [f"{method} {path} HTTP/{version}", "Host: cache", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         with self.connect() as connection:
@@ -201,7 +201,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Sample:
-    """A store for tests of the process: it has something small and something that no buffer holds."""
+    """A store with a small path, and a path larger than any buffer."""
 
     root: Path
     small: PathInfo
@@ -215,10 +215,10 @@ class Sample:
 
 
 class ServiceManager:
-    """What systemd is to a service: it gives it the address to notify, and reads what comes there."""
+    """A fake service manager: provides the notify socket, and receives the notifications."""
 
     def __init__(self, address: str) -> None:
-        """`address` is a path, or an abstract socket's name after an @."""
+        """Bind to `address`: a path, or the name of an abstract socket after an @."""
         self.environment = {"NOTIFY_SOCKET": address}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + address[1:] if address.startswith("@") else address)
@@ -230,20 +230,20 @@ class ServiceManager:
         self._socket.close()
 
     def drain(self) -> None:
-        """Forget the datagrams that have come."""
+        """Drop the received datagrams."""
         self._socket.setblocking(False)
         with suppress(BlockingIOError):
             while True:
                 self._socket.recv(4096)
 
     def receive(self, seconds: float = PATIENCE_S) -> str:
-        """The next datagram. TimeoutError where none comes."""
+        """Return the next datagram. Raises TimeoutError if none arrives."""
         self._socket.settimeout(seconds)
         return self._socket.recv(4096).decode()
 
 
 def unpacked(encoded: bytes) -> bytes:
-    """What zstd frames hold. Fails where they are damaged, or the last one is not whole."""
+    """Return the content of zstd frames. Fails if a frame is damaged or truncated."""
     content = bytearray()
     while encoded:
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -267,26 +267,26 @@ class _Existing(ast.NodeTransformer):
 
 
 def existing(statements: str) -> str:
-    """Return the statements so that they raise AttributeError if they patch what does not exist."""
+    """Return the statements, changed to raise AttributeError if they patch a missing name."""
     return ast.unparse(_Existing().visit(ast.parse(statements)))
 
 
 def patched(statements: str) -> list[str]:
     """Return a command that changes the program by `statements`, then runs it.
 
-    It patches what no setting changes: constants of minutes, failures that never come when called.
+    It is for changes without a setting: constants of minutes, and failures that cannot be caused from outside.
     """
     return [*preloaded.PATCHED, f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
 
 
 def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
-    """Where the NAR is as a zstd file in an encoding: that of the settings' defaults, or the one of that name."""
+    """Return the URL path of the NAR in a zstd encoding: by default, that of the default settings."""
     return f"{nar_url(info).removesuffix('.nar')}-{name}.nar.zst"
 
 
 @contextmanager
 def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPResponse]:
-    """A response whose head has come, while most of its body waits for the client to read."""
+    """Yield a response whose head has arrived, while most of the body waits for the client to read."""
     with server.connect(receive_buffer=8192) as connection:
         connection.sendall(f"GET {nar_url(info)} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
         with http.client.HTTPResponse(connection) as response:
@@ -295,7 +295,7 @@ def download(server: Server, info: PathInfo) -> Iterator[http.client.HTTPRespons
 
 
 def open_files(pid: int) -> list[str]:
-    """What a process has open just now. It may close any of it while we look."""
+    """Return the names of the open files of a process, which may close some meanwhile."""
     names = []
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -304,7 +304,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def peak_bytes(pid: int) -> int:
-    """Return the most memory that a process ever had."""
+    """Return the peak memory of a process."""
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(peak[1]) * 1024 if peak else 0
 
@@ -317,24 +317,24 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> 
 
 
 def read_answer(connection: socket.socket, method: str = "GET") -> Answer:
-    """One response off a connection; http.client.IncompleteRead where its body breaks off."""
+    """Read one response from a connection. Raises http.client.IncompleteRead if its body breaks off."""
     response = http.client.HTTPResponse(connection, method=method)
     response.begin()
     headers: dict[str, str] = {}
     for name, value in response.getheaders():
-        assert name.lower() not in headers, f"{name} came twice"
+        assert name.lower() not in headers, f"repeated field {name}"
         headers[name.lower()] = value
-    headers.pop("date", None)  # it is another one a second later
+    headers.pop("date", None)  # changes every second
     return Answer(response.status, headers, response.read())
 
 
 def run(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command line, run to its end."""
+    """Run a command of Harmonia to its end."""
     return _run(arguments, environment, text=True)
 
 
 def run_binary(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """The same, with bytes for its input and its output."""
+    """Run a command of Harmonia to its end, with bytes as input and output."""
     return _run(arguments, stdin=subprocess.PIPE, input_=stdin)
 
 

@@ -1,4 +1,4 @@
-"""Base classes of test servers, which run in a thread from the beginning of a `with` to its end."""
+"""Base classes of test servers, which run in a thread during their `with`."""
 
 import socketserver
 import threading
@@ -10,7 +10,7 @@ _POLL_S = 0.02
 
 
 class ThreadServer(socketserver.ThreadingTCPServer):
-    """Serves each connection in a thread, which ends with the connection, even if that is after the `with`."""
+    """Serves each connection in a thread, which ends with the connection, even after the `with`."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -32,7 +32,7 @@ class ThreadServer(socketserver.ThreadingTCPServer):
 
 
 class QuietHandler(BaseHTTPRequestHandler):
-    """Logs nothing, even if the client leaves."""
+    """Logs nothing, even if the client disconnects."""
 
     protocol_version = "HTTP/1.1"
 

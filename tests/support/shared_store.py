@@ -1,4 +1,4 @@
-"""The store that the tests of the server share, and what they read of it."""
+"""The store that the server tests share, and functions to read it."""
 
 import re
 
@@ -10,7 +10,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.running import Server
 
 BIG = bytes(range(256)) * 4096 * 3
-"""More than the sockets' buffers take: 3 MiB."""
+"""Content larger than socket buffers: 3 MiB."""
 
 
 TREE: Tree = {
@@ -23,7 +23,7 @@ TREE: Tree = {
 
 
 def info(store: StoreBuilder, name: str) -> PathInfo:
-    """What the database knows of the path of that name, read with SQL of our own."""
+    """Return the database entry of the path with that name, found by our own SQL."""
     with store.connect() as connection:
         [(path,)] = connection.execute("select path from ValidPaths where path like ?", (f"%-{name}",))
     found = Store(store.store_dir, store.real_dir, store.db_path).path_info(path.removeprefix("/nix/store/")[:32])
@@ -32,7 +32,7 @@ def info(store: StoreBuilder, name: str) -> PathInfo:
 
 
 def url(server: Server, hash_part: str) -> str:
-    """Where the plain NAR is, beside the one that the narinfo tells of."""
+    """Return the URL path of the plain NAR, derived from the one in the narinfo."""
     for line in server.get(f"/{hash_part}.narinfo").text.splitlines():
         if line.startswith("URL: "):
             return re.sub(r"-zstd-.*", ".nar", "/" + line.removeprefix("URL: "))

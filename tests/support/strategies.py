@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what Harmonia deals with, and `on_disk`, which makes a tree of files real."""
+"""Hypothesis strategies for the data that Harmonia handles, and `on_disk`, which writes a tree of files to disk."""
 
 import base64
 import os
@@ -31,7 +31,7 @@ names = st.one_of(
     st.text(".-a", min_size=1, max_size=6),
     st.text(NAME_CHARACTERS, min_size=1, max_size=5).map(lambda text: (text * 211)[:211]),
 ).filter(lambda name: name.split("-")[0] not in {".", ".."})
-"""The names that follow the dash, long ones and ones with a leading dot among them."""
+"""Names after the dash, including long names and names with a leading dot."""
 
 base_names = st.builds("{}-{}".format, hash_parts, names)
 
@@ -48,7 +48,7 @@ def _with_a_foreign_character(draw: st.DrawFn) -> str:
 @st.composite
 def _with_another_character_in_the_hash_part(draw: st.DrawFn) -> str:
     text = draw(base_names)
-    position = draw(st.integers(0, 32))  # the last of them is the dash
+    position = draw(st.integers(0, 32))  # position 32 is the dash
     return text[:position] + draw(st.sampled_from("eotuAZ._")) + text[position + 1 :]
 
 
@@ -58,7 +58,7 @@ near_base_names = st.one_of(
     base_names.map(lambda text: text[1:]),
     st.builds("{}-{}".format, hash_parts, st.sampled_from(["", ".", "..", ".-a", "..-a", ".-", "a" * 212])),
 )
-"""What is almost the base name of a store path, and is none."""
+"""Near misses: texts that are almost, but not quite, base names of store paths."""
 
 store_paths = base_names.map(StorePath)
 derivation_paths = st.builds("{}-{}.drv".format, hash_parts, st.text(string.ascii_letters, min_size=1)).map(StorePath)
@@ -114,7 +114,7 @@ Tree: TypeAlias = "Regular | Symlink | Directory"
 Directory: TypeAlias = dict[bytes, Tree]
 
 file_names = st.one_of(
-    # Prefixes of one another, and characters on both sides of `.` and `/`: sorted by the whole name, as bytes.
+    # Prefixes of one another, and characters on both sides of `.` and `/`, because whole names are sorted as bytes.
     st.sampled_from([b"a", b"a.b", b"a-b", b"a0", b"a b", b"A", b"aa", b"...", b"-", b"a~nix~case~hack~1"]),
     st.sampled_from(["é", "e\u0301", "\u65e5", "\U0001f600"]).map(str.encode),
     st.sampled_from([b"\xff", b"\xc3", b"\x01\n", b"a" * 7, b"a" * 8, b"a" * 9, b"a" * 255, b"\xff" * 255]),
@@ -138,14 +138,14 @@ def _trees_of(leaves: st.SearchStrategy[Tree]) -> st.SearchStrategy[Tree]:
 
 
 trees = _trees_of(regular_files | symlinks)
-"""File system objects of any kind. No path of one gets near PATH_MAX."""
+"""File system objects of any kind. No path inside comes near PATH_MAX."""
 small_trees = _trees_of(st.builds(Regular, st.integers(0, 17), _modes) | st.just(Symlink(b"../a")))
-"""Those whose archives are so short that any part of it matters."""
+"""Trees with short NARs, in which every byte matters."""
 directories: st.SearchStrategy[Directory] = st.dictionaries(file_names, trees, max_size=6)
 
 
 def write_tree(tree: Tree, path: bytes) -> None:
-    """Make the file system object at `path`, where nothing is yet."""
+    """Create the file system object at `path`, which must not exist."""
     if isinstance(tree, Regular):
         with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
             file.write(tree.contents)
@@ -160,7 +160,7 @@ def write_tree(tree: Tree, path: bytes) -> None:
 
 @contextmanager
 def on_disk(tree: Tree) -> Iterator[bytes]:
-    """The path of the tree, for as long as it takes: one test function has many examples, and only one `tmp_path`."""
+    """Yield the path of the tree on disk. (A test function has many examples, but only one `tmp_path`.)"""
     with tempfile.TemporaryDirectory() as directory:
         path = os.fsencode(directory) + b"/root"
         write_tree(tree, path)

@@ -1,4 +1,4 @@
-"""Whether a server is as before, whatever befell it: nothing is left behind, and what it answers next is right."""
+"""Check that a server is unharmed after a fault: nothing leaks, and the next responses are right."""
 
 import re
 import resource
@@ -14,18 +14,18 @@ from harmonia.nix.path_info import PathInfo
 from support.running import Server, nar_url, open_files, unpacked, wait_until
 
 THREADS = 48
-"""More than a worker's pools have at most (`harmonia/process/threads.py`), fewer than one for each of `MANY`."""
+"""More than the pools of a worker have at most (`harmonia/process/threads.py`), fewer than one for each of `MANY`."""
 CONNECTIONS = 6
-"""To a database: one for each thread that asks it, opened when it first does."""
+"""Database connections: one for each thread that uses the database."""
 MEMORY = 48 << 20
-"""Bytes that the malloc of a worker may keep for the next time, of 16 threads that read and 8 that compress."""
+"""Bytes that the malloc of a worker may keep for reuse, for 16 reading and 8 compressing threads."""
 MANY = 200
-"""Clients. Each that left a connection, a file, a thread, or its share of `MEMORY`, would be noticed."""
+"""Number of clients: enough that a leaked connection, file, thread, or share of `MEMORY` of each would be noticed."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a server's workers have."""
+    """The resources of a server's workers."""
 
     descriptors: Counter[str]
     threads: int
@@ -36,10 +36,10 @@ class Held:
     @classmethod
     def by(cls, server: Server) -> "Held":
         names = [re.sub(r":\[\d+\]", "", name) for worker in server.workers for name in open_files(worker)]
-        # Layouts are remembered: each large one has a whole file open, once.
+        # Layouts are cached: each large one keeps one complete file open.
         layouts = {name for name in names if "/cache/layouts/" in name and Path(name).exists()}
         names = [name for name in names if name not in layouts or name.endswith(GROWING)]
-        # libuv's spare one, for when there is no other, is another file after it was of use.
+        # libuv's spare descriptor, for a shortage of descriptors, is another file after it was used.
         names = ["/dev/null" if name == "/" else name for name in names]
         resident = [int(Path(f"/proc/{worker}/statm").read_text().split()[1]) for worker in server.workers]
         return cls(
@@ -51,7 +51,7 @@ class Held:
         )
 
     def beyond(self, before: "Held") -> list[object]:
-        """What there is of it that was not there before."""
+        """Return the resources that exceed those before."""
         more = (self.descriptors - before.descriptors).items()
         return [
             *[(name, count) for name, count in more if "sqlite" not in name or self.descriptors[name] > CONNECTIONS],
@@ -67,11 +67,11 @@ def threads(pid: int) -> int:
 
 @contextmanager
 def unscathed(server: Server, *paths: PathInfo, seconds: float = 20) -> Iterator[None]:
-    """What happens meanwhile leaves nothing behind after `seconds`; before and after it, all of `paths` is served."""
+    """Check that the block leaks nothing after `seconds`, and that all of `paths` are served before and after it."""
     for _ in range(2):
         serves(server, *paths)
     server.settle()
-    wait_until(lambda: all(threads(worker) > 1 for worker in server.workers))  # one that serves has begun some
+    wait_until(lambda: all(threads(worker) > 1 for worker in server.workers))  # serving starts threads
     before = Held.by(server)
     yield
     left: list[object] = []
@@ -88,7 +88,7 @@ def unscathed(server: Server, *paths: PathInfo, seconds: float = 20) -> Iterator
 
 
 def serves(server: Server, *paths: PathInfo) -> None:
-    """Whether what it answers of those paths is right."""
+    """Check that the server serves these paths correctly."""
     for info in paths:
         narinfo = server.get(f"/{info.path.hash_part}.narinfo")
         assert narinfo.status == 200, narinfo

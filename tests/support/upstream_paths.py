@@ -1,4 +1,4 @@
-"""Paths that only an upstream has, and settings that name it."""
+"""Paths that only an upstream has, and settings that name the upstream."""
 
 import bz2
 import gzip
@@ -50,7 +50,7 @@ _numbers = count()
 
 
 def make_path(directory: Path, size: int = 1 << 18, compression: str = "xz") -> Remote:
-    """Another one each time, for the server remembers what it was told of the last."""
+    """Make a new path each time, because the server caches responses of upstreams."""
     store = StoreBuilder(directory)
     name = f"there-{next(_numbers)}"
     half = random.Random(name).randbytes(size // 2)

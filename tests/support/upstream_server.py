@@ -1,4 +1,4 @@
-"""A static binary cache to be an upstream, which can be told to do wrong in every way."""
+"""An upstream: a static binary cache that can misbehave in every way."""
 
 import re
 import socket
@@ -16,13 +16,13 @@ from harmonia.nix.signing import SecretKey
 from support.serving import QuietHandler, ThreadServer
 
 Behaviour = Callable[["Handler"], None]
-"""What is done in place of an answer."""
+"""A function that responds instead of the server."""
 
 
 class Handler(QuietHandler):
     server: "UpstreamServer"
 
-    def do_GET(self) -> None:  # noqa: N802 (as http.server wants it)
+    def do_GET(self) -> None:  # noqa: N802 (name from http.server)
         self.server.asked[f"{self.command} {self.path}"] += 1
         self.server.headers.append(dict(self.headers.items()))
         for pattern, behaviour in self.server.behaviours.items():
@@ -31,10 +31,10 @@ class Handler(QuietHandler):
                 return
         self.serve()
 
-    do_HEAD = do_GET  # noqa: N815 (as http.server wants it)
+    do_HEAD = do_GET  # noqa: N815 (name from http.server)
 
     def serve(self) -> None:
-        """The file, as a plain web server gives it."""
+        """Send the file, like a plain web server."""
         content = self.server.files.get(self.path)
         if content is None:
             self.answer(404, b"")
@@ -58,7 +58,7 @@ class Handler(QuietHandler):
 
 
 class UpstreamServer(ThreadServer):
-    """`files` by their paths, and what to do otherwise for paths that match a pattern. `asked` counts the requests."""
+    """`files` maps paths to contents, `behaviours` maps patterns of paths to misbehaviour, `asked` counts requests."""
 
     def __init__(self, address: str = "127.0.0.1") -> None:
         super().__init__((address, 0), Handler)
@@ -68,7 +68,7 @@ class UpstreamServer(ThreadServer):
         self._connections: set[socket.socket] = set()
 
     def reset(self) -> None:
-        """Be an empty cache that does nothing wrong, and was never asked."""
+        """Become an empty cache without misbehaviour or requests."""
         self.files: dict[str, bytes] = {"/nix-cache-info": b"StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 40\n"}
         self.behaviours: dict[str, Behaviour] = {}
         self.asked: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class UpstreamServer(ThreadServer):
         super().shutdown_request(request)
 
     def disconnect(self) -> None:
-        """End all connections, idle ones too."""
+        """End all connections, including idle ones."""
         for connection in list(self._connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -100,13 +100,13 @@ class UpstreamServer(ThreadServer):
 
 
 def hang(handler: Handler) -> None:
-    """Say nothing."""
+    """Never respond."""
     handler.server.stop.wait()
     handler.close_connection = True
 
 
 def reset(handler: Handler) -> None:
-    """Break the connection."""
+    """Reset the connection."""
     handler.close_connection = True
     handler.connection.close()
 
@@ -116,7 +116,7 @@ def status(number: int, **headers: str) -> Behaviour:
 
 
 def cut(*after: int) -> Behaviour:
-    """Break off after so many bytes of body: of the first answer, of the second, …; then give all."""
+    """Break off after these numbers of body bytes: one for each response, then send whole responses."""
     limits = list(after)
 
     def behave(handler: Handler) -> None:
@@ -149,7 +149,7 @@ def cut(*after: int) -> Behaviour:
 
 
 def chunked(handler: Handler) -> None:
-    """The file, whose length is told nowhere."""
+    """Send the file without its length."""
     content = handler.server.files[handler.path]
     handler.send_response(200)
     handler.send_header("Transfer-Encoding", "chunked")
@@ -161,7 +161,7 @@ def chunked(handler: Handler) -> None:
 
 
 def drip(size: int, pause: float) -> Behaviour:
-    """The file, a few bytes at a time."""
+    """Send the file, a few bytes at a time."""
 
     def behave(handler: Handler) -> None:
         content = handler.server.files[handler.path]

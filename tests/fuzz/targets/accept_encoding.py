@@ -1,4 +1,4 @@
-"""Accept-Encoding: any says what we may send, and of what is not about us nothing depends."""
+"""Accept-Encoding: any text is handled, and elements about other codings change nothing."""
 
 from harmonia.server.http.negotiation import NotAcceptable, prefers_zstd, weights
 

@@ -1,4 +1,4 @@
-"""A build log in any form: a part of it is a part of the whole, and damage is told after all that is before it."""
+"""Build logs in any stored form: ranges are slices of the whole, and damage is reported after the bytes before it."""
 
 import os
 import tempfile
@@ -9,11 +9,11 @@ from harmonia.store.build_log import BuildLog
 WORDS = [b"BZh91AY&SY", b"\x17rE8P\x90", b"\x28\xb5\x2f\xfd", b"1", b"2", b"\x50\x2a\x4d\x18"]
 
 _DIRECTORY = tempfile.mkdtemp()
-_MOST = 1 << 22  # bytes that one input may unpack to, or the fuzzer looks at nothing else
+_MOST = 1 << 22  # bytes that one input may decompress to; otherwise the fuzzer would only find bombs
 
 
 def check(data: bytes) -> bool:
-    """The first byte tells the form, the rest is the file."""
+    """Take the first byte as the form, and the rest as the file."""
     suffix = {b"1": ".bz2", b"2": ".zst"}.get(data[:1], "")
     path = os.path.join(_DIRECTORY, f"log{suffix}")
     with open(path, "wb") as file:

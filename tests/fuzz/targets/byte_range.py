@@ -1,4 +1,4 @@
-"""Range and If-Range, with a size in front: what is given lies in what there is."""
+"""Range and If-Range, preceded by a size: bounds are always within the size."""
 
 from harmonia.server.http import byte_range
 from harmonia.server.http.byte_range import UnsatisfiableError
@@ -7,18 +7,18 @@ WORDS = [b"bytes=", b"BYTES=", b"-", b",", b" ", b"\t", b"0", b"9999999999999999
 
 
 def check(data: bytes) -> bool:
-    """The first line is what there is, the second Range, the third If-Range."""
+    """Take the first line's length as the size, the second line as Range, and the third as If-Range."""
     lines: list[str | None] = [*data.decode("utf-8", "surrogateescape").split("\n")]
     whole, header, if_range, *_ = [*lines, None, None]
     size = len(whole or "")
-    wanted = byte_range.requested(header or "", if_range, '"etag"')
-    if wanted is None:
+    range_ = byte_range.requested(header or "", if_range, '"etag"')
+    if range_ is None:
         return False
     try:
-        start, stop = byte_range.bounds(wanted, size)
+        start, stop = byte_range.bounds(range_, size)
     except UnsatisfiableError:
         return False
     assert 0 <= start < stop <= size
-    # The same range, said in the one way that there is for all.
+    # The same range in its canonical form.
     assert byte_range.requested(f"bytes={start}-{stop - 1}", None, None) == (start, stop - 1)
     return True

@@ -1,4 +1,4 @@
-"""A configuration file: one line tells what is wrong, or the settings can be told as a file that gives the same."""
+"""Configuration files: either a one-line error, or settings that `check-config` prints as an equivalent file."""
 
 from collections import defaultdict
 
@@ -44,5 +44,5 @@ def check(data: bytes) -> bool:
 
 
 def _found(settings: Settings) -> Settings:
-    """What is found by default is told like what is given."""
+    """Return the settings with explicit values for found defaults."""
     return loader.parse("\n".join(explained(settings, defaultdict(str))), "found", _ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""A netrc(5), or a file with user and password: an Authorization comes of it, or a complaint that quotes neither."""
+"""A netrc(5), or a file with user and password: gives an Authorization, or an error that quotes neither."""
 
 import base64
 import os
@@ -16,20 +16,22 @@ _FILE = os.path.join(_DIRECTORY, "file")
 def check(data: bytes) -> bool:
     with open(_FILE, "wb") as file:
         file.write(data)
-    taken = False
+    accepted = False
     for key in ("netrc", "credentials_file"):
         text = f"[[upstream]]\nurl = 'https://cache.example.org'\n{key} = '{_FILE}'\n"
         settings = loader.parse(text, "file", {"HOME": "/home"})
         try:
-            told = credentials.authorization(settings, 0)
+            authorization = credentials.authorization(settings, 0)
         except ConfigError as error:
             assert str(error).isprintable()
             assert all(word not in str(error) for word in data.decode("utf-8", "replace").split() if len(word) > 11)
             continue
-        if told is None:
-            assert key == "netrc"  # which has none for this host
+        if authorization is None:
+            assert key == "netrc"  # the netrc has no entry for this host
             continue
-        user, _, password = base64.b64decode(told.removeprefix("Basic ")).decode(errors="replace").partition(":")
+        user, _, password = (
+            base64.b64decode(authorization.removeprefix("Basic ")).decode(errors="replace").partition(":")
+        )
         assert user or password
-        taken = True
-    return taken
+        accepted = True
+    return accepted

@@ -1,4 +1,4 @@
-"""The database, damaged in any way: what it says can be used, or is an error that tells so."""
+"""A database with any damage: its values are usable, or raise an error of ours."""
 
 import os
 import tempfile

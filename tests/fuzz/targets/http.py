@@ -1,4 +1,4 @@
-"""Requests on a real socket, to a server in this process: whatever they are, each is answered, and none fails here."""
+"""Requests on a real socket, to a server in this process: each is answered, and none fails inside the server."""
 
 import asyncio
 import logging
@@ -73,12 +73,12 @@ WORDS += [
 ]
 
 _END = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-_SECONDS = 20  # for all answers: that is for ever
+_SECONDS = 20  # for all responses, even on a busy machine
 _STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
 
 
-class _Troubles(logging.Handler):
-    """What the server, which never runs in the main thread, logged that no request may cause."""
+class _Problems(logging.Handler):
+    """Collect what the server's threads log and no request may cause. The server never runs in the main thread."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -94,10 +94,10 @@ running: "list[FuzzedServer]" = []
 
 
 class FuzzedServer:
-    """In a thread of its own."""
+    """A server in its own thread."""
 
     def __init__(self, more: str = "") -> None:
-        """With these settings besides."""
+        """Start it with additional settings."""
         directory = tempfile.mkdtemp()
         builder = StoreBuilder(directory)
         derivation, output = builder.add_derivation("name", "/bin/sh")
@@ -113,9 +113,9 @@ class FuzzedServer:
             b"{narhash}": base32.encode(info.nar_hash).encode(),
             b"{drv}": derivation.path.encode(),
         }
-        self._troubles = _Troubles()
+        self._problems = _Problems()
         for name in ("harmonia", "sanic.root", "sanic.error", "asyncio"):
-            logging.getLogger(name).addHandler(self._troubles)
+            logging.getLogger(name).addHandler(self._problems)
         self._settings = loader.parse(
             f"real_nix_store = '{builder.real_dir}'\ncache_dir = '{directory}/cache'\nbrowse = true\nworkers = 1\n"
             f"max_query_rate = 0\ntrusted_proxies = ['127.0.0.1']\naccess_log = true\nheader_timeout = 5\n{more}",
@@ -141,8 +141,8 @@ class FuzzedServer:
         guard = Guard(self._settings) if self._settings.tokens_path else None
         protocol = limited_connection(ConnectionLimiter(100, self._context.metrics.own))
         app = create_app(self._context, guard)
-        Sanic.unregister_app(app)  # its name is free for the next
-        app.state.primary = not running  # what Sanic does to its own code at the start, it can do only once
+        Sanic.unregister_app(app)  # frees the name for the next server
+        app.state.primary = not running  # Sanic can modify its own code only once in a process
         server = await app.create_server(
             sock=self._socket, protocol=protocol, asyncio_server_kwargs={"start_serving": False}
         )
@@ -162,7 +162,7 @@ class FuzzedServer:
         self._socket.close()
 
     def answers(self, data: bytes) -> tuple[list[int], bytes]:
-        """All that comes back, until the connection ends, and the statuses in it."""
+        """Send data; return the statuses of all responses, and all received bytes."""
         for name, value in self.names.items():
             data = data.replace(name, value)
         received = bytearray()
@@ -172,12 +172,12 @@ class FuzzedServer:
                 while part := connection.recv(1 << 16):
                     received += part
             except ConnectionError:
-                pass  # it was closed before all was read
+                pass  # the server closed before it read everything
         statuses = [int(status) for status in _STATUS.findall(received)]
         assert not received or received.startswith(b"HTTP/1.1 ")
         assert not [status for status in statuses if not 200 <= status < 500 and status not in {501, 505}]
         assert b"Traceback" not in received
-        assert not self._troubles.found, self._troubles.found
+        assert not self._problems.found, self._problems.found
         return statuses, bytes(received)
 
 
@@ -185,6 +185,6 @@ _server = cache(FuzzedServer)
 
 
 def check(data: bytes) -> bool:
-    """`{hash}`, `{narhash}` and `{drv}` stand for those of a path that is there."""
+    """Replace `{hash}`, `{narhash}` and `{drv}` by those of an existing path."""
     statuses, _ = _server().answers(data)
     return statuses[0] < 400 if statuses else False

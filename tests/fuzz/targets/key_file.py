@@ -1,4 +1,4 @@
-"""A key, secret or public, or a signature: what is taken is exported as the same, and no message quotes what is not."""
+"""Public and secret keys and signatures: accepted ones are exported unchanged, and no error quotes a rejected one."""
 
 from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey, SecretKey, is_signature
@@ -8,7 +8,7 @@ WORDS = [b"cache.example.org-1:", b"=", b"==", b"\n", b" ", b"AAAAAAAAAAAAAAAAAA
 
 def check(data: bytes) -> bool:
     text = data.decode("utf-8", "surrogateescape")
-    taken = False
+    accepted = False
     for kind in (PublicKey, SecretKey):
         try:
             key = kind.parse(text)
@@ -16,7 +16,7 @@ def check(data: bytes) -> bool:
             hidden = text.partition(":")[2].strip()
             assert len(hidden) < 12 or hidden not in str(error)
             continue
-        taken = True
+        accepted = True
         if isinstance(key, SecretKey):
             exported = key.export()
             assert key.public_key.verify(b"message", key.sign(b"message"))
@@ -25,6 +25,6 @@ def check(data: bytes) -> bool:
             exported = str(key)
         assert kind.parse(exported) == key
     if is_signature(text):
-        taken = True
+        accepted = True
         assert not PublicKey.parse("a:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=").verify(b"", text)
-    return taken
+    return accepted

@@ -1,4 +1,4 @@
-"""An archive is what we would write of it, in whatever chunks it comes."""
+"""A NAR, in any chunks, is accepted only if our serialization of its content is identical."""
 
 from harmonia.errors import FormatError
 from harmonia.nix import nar
@@ -15,7 +15,7 @@ WORDS += [b"\xff" * 8, b"\0" * 7 + b"\x80"]
 
 
 def parts_of(chunks: list[bytes]) -> Parts | None:
-    """The entries, each with its contents, or None where it is no archive."""
+    """Return the entries with their contents, or None if it is not a NAR."""
     try:
         return parsed(chunks)
     except FormatError:
@@ -23,7 +23,7 @@ def parts_of(chunks: list[bytes]) -> Parts | None:
 
 
 def check(data: bytes) -> bool:
-    """Whether `data` is an archive: in any chunks or in none, and then to the letter what we write of it."""
+    """Return True if `data` is a NAR. Check that chunking does not matter, and that our serialization is identical."""
     parts = parts_of([data])
     assert parts_of([data[start : start + 5] for start in range(0, len(data), 5)]) == parts
     if parts is None:

@@ -1,4 +1,4 @@
-"""A narinfo, as another cache may say it: what is taken can be said again, and then says the same."""
+"""Narinfos of other caches: an accepted narinfo can be rendered, and parsing the result gives the same."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The base name of a store path, as Nix's own `checkName` sees it (`src/libstore/path.cc`)."""
+"""Base names of store paths, compared with `checkName` of Nix (`src/libstore/path.cc`)."""
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32
@@ -9,7 +9,7 @@ WORDS = [b"0123456789abcdfghijklmnpqrsvwxyz", b"-.", b"-..", b"..-", b".-", b".d
 _LETTERS = set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-._?=")
 
 
-def _is_right(data: bytes) -> bool:
+def _is_valid(data: bytes) -> bool:
     digest, dash, name = data[:32], data[32:33], data[33:]
     first = name.split(b"-")[0]
     return (
@@ -27,9 +27,9 @@ def check(data: bytes) -> bool:
     try:
         path = StorePath(text)
     except FormatError:
-        assert not _is_right(data)
+        assert not _is_valid(data)
         return False
-    assert _is_right(data)
+    assert _is_valid(data)
     assert is_hash_part(path.hash_part)
     assert base32.encode(base32.decode(path.hash_part)) == path.hash_part
     assert StorePath.in_dir("/nix/store", f"/nix/store/{text}") == path == f"{path.hash_part}-{path.name}"

@@ -1,4 +1,4 @@
-"""The file of tokens, and what a request presents: no complaint quotes a line, and nothing finds a token but itself."""
+"""Token files and Authorization headers: no error quotes a line, and only the secret itself finds its token."""
 
 import re
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ WORDS = [b" read ", b" browse,metrics ", b"sha256:", b"0123456789abcdef" * 4, b"
 
 
 def check(data: bytes) -> bool:
-    """The last line is an Authorization, all before are the file."""
+    """Take the last line as Authorization, and all lines before as the file."""
     file, _, authorization = data.decode("utf-8", "surrogateescape").rpartition("\n")
     secret = presented(SimpleNamespace(headers={"authorization": authorization}))  # type: ignore[arg-type]
     try:

@@ -1,4 +1,4 @@
-"""A NAR, or a small body, as another cache sends it: in any chunks, all that may come of it is an error of its own."""
+"""NARs and small bodies of upstreams: in any chunks, bad content raises only errors of ours."""
 
 import hashlib
 from dataclasses import replace
@@ -28,21 +28,21 @@ _INFO = PathInfo(StorePath("0123456789abcdfghijklmnpqrsvwxyz-name"), bytes(32), 
 
 
 def check(data: bytes) -> bool:
-    """The first byte tells the compression, the rest is what was sent."""
+    """Take the first byte as the compression, and the rest as the sent bytes."""
     kind, body = _KINDS[(data[:1] or b"0")[0] % 48 % len(_KINDS)], data[1:]
     content = _decoded(body, kind, len(body) or 1)
-    assert kind in {"xz", "zstd", "br"} or _decoded(body, kind, 7) == content  # which may find garbage sooner or later
+    assert kind in {"xz", "zstd", "br"} or _decoded(body, kind, 7) == content  # these may find garbage sooner or later
     if content is None or len(content) > _LIMIT:
         return False
     info = replace(_INFO, nar_size=len(content), nar_hash=hashlib.sha256(content).digest())
-    # Nothing is a right end of some codings, and of no NAR. libzstd takes an empty frame with anything for its blocks.
+    # An empty body is valid in some codings, but is no NAR. libzstd accepts any blocks in an empty frame.
     assert kind == "deflate" or not content or _passes(body, kind, info)
     assert not _passes(body, kind, replace(info, nar_size=len(content) + 1))
     return True
 
 
 def _decoded(body: bytes, kind: str, step: int) -> bytes | None:
-    """Return what is in the body, up to a limit, or None if it is not what it says."""
+    """Return the decoded body up to a limit, or None if it is malformed."""
     inner = decoder([kind])
     if inner is None:
         return body
@@ -59,7 +59,7 @@ def _decoded(body: bytes, kind: str, step: int) -> bytes | None:
 
 
 def _passes(body: bytes, kind: str, info: PathInfo) -> bool:
-    if kind == "deflate":  # which is no compression of NARs
+    if kind == "deflate":  # not a compression of NARs
         return False
     try:
         check_content(info, NarFile("nar/x", kind), (body[start : start + 7] for start in range(0, len(body), 7)))

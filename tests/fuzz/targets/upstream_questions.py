@@ -1,4 +1,4 @@
-"""Via of a question: of any length, it is sent on within bounds and reads the same."""
+"""Via of requests: a field of any length is forwarded within bounds, and parses to the same."""
 
 from harmonia.upstream.loop_guard import VIA, Via
 
