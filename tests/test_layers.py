@@ -40,10 +40,13 @@ def violations(source: str, module: str) -> list[str]:
     return [imported for imported in imports(source, module.rpartition(".")[0]) if forbidden(imported)]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path: Path) -> None:
-    module = ".".join(("harmonia", *path.relative_to(PACKAGE).with_suffix("").parts))
-    assert not violations(path.read_text(), module)
+def test_imports_point_one_way() -> None:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(("harmonia", *path.relative_to(PACKAGE).with_suffix("").parts))
+        found[module] = violations(path.read_text(), module)
+    assert len(found) > 100
+    assert not {module: imported for module, imported in found.items() if imported}
 
 
 def module_of(path: Path) -> str:

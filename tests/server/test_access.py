@@ -14,7 +14,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.process.preflight import load
 from support.contract import ROWS, Row, stock
 from support.preloaded import NOT_PRELOADED
-from support.running import Answer, Server, patched, run, wait_until
+from support.running import Answer, Server, Session, case, patched, run, wait_until
 
 Start = Callable[..., Server]
 
@@ -54,6 +54,12 @@ def server(stocked: tuple[Path, dict[str, str]]) -> Iterator[Server]:
     assert not [line for line in server.log if "Traceback" in line]
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[Session]:
+    with Session(server) as session:
+        yield session
+
+
 @pytest.fixture(params=[row for rows in ROWS.values() for row in rows], ids=lambda row: row.path)
 def row(request: pytest.FixtureRequest, stocked: tuple[Path, dict[str, str]]) -> Row:
     asked: Row = request.param
@@ -89,15 +95,16 @@ INVALID_CREDENTIALS = {
 }
 
 
-@pytest.mark.parametrize("invalid", INVALID_CREDENTIALS)
-def test_without_a_valid_token_every_resource_answers_401(server: Server, row: Row, invalid: str) -> None:
-    if row.path in OPEN:
-        assert server.get(row.path, INVALID_CREDENTIALS[invalid]).status == 200
-        return
-    for method in ("GET", "HEAD", "PUT", "POST"):
-        answer = server.request(method, row.path, INVALID_CREDENTIALS[invalid])
-        assert is_refusal(answer)
-        assert (answer.status, answer.body) == (401, b"" if method == "HEAD" else b"Unauthorized\n")
+def test_without_a_valid_token_every_resource_answers_401(client: Session, row: Row) -> None:
+    for invalid, headers in INVALID_CREDENTIALS.items():
+        if row.path in OPEN:
+            assert client.get(row.path, headers).status == 200
+            continue
+        for method in ("GET", "HEAD", "PUT", "POST"):
+            with case(invalid, method):
+                answer = client.request(method, row.path, headers)
+                assert is_refusal(answer)
+                assert (answer.status, answer.body) == (401, b"" if method == "HEAD" else b"Unauthorized\n")
 
 
 def test_without_a_token_existing_and_missing_paths_get_identical_responses(
@@ -114,16 +121,17 @@ def test_without_a_token_existing_and_missing_paths_get_identical_responses(
         assert answers[0].status == 401
 
 
-@pytest.mark.parametrize("name", TOKENS)
-def test_token_grants_only_its_scopes(server: Server, row: Row, name: str) -> None:
-    for headers in (bearer(name), basic("", TOKENS[name][0]), basic(name, TOKENS[name][0])):
-        for method in ("GET", "HEAD"):
-            answer = server.request(method, row.path, headers)
-            if row.path in OPEN or name in ("all", scope(row)):
-                assert answer.status == row.status
-            else:
-                assert is_refusal(answer)
-                assert answer.status == 403
+def test_token_grants_only_its_scopes(client: Session, row: Row) -> None:
+    for name in TOKENS:
+        for headers in (bearer(name), basic("", TOKENS[name][0]), basic(name, TOKENS[name][0])):
+            for method in ("GET", "HEAD"):
+                with case(name, method, headers):
+                    answer = client.request(method, row.path, headers)
+                    if row.path in OPEN or name in ("all", scope(row)):
+                        assert answer.status == row.status
+                    else:
+                        assert is_refusal(answer)
+                        assert answer.status == 403
 
 
 def test_405_and_404_need_a_token_with_the_scope(server: Server) -> None:

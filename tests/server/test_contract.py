@@ -15,7 +15,7 @@ import zstandard
 
 from harmonia.server.routes import METRICS_ROUTES, ROUTES
 from support.contract import ROWS, Row, stock
-from support.running import Answer, Server, wait_until
+from support.running import Answer, Server, Session, case, wait_until
 
 METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "QUERY"]
 ENCODINGS = [
@@ -68,15 +68,16 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, di
     assert not [line for line in server.log if "Traceback" in line]
 
 
-@pytest.fixture(params=[(uri, row) for uri, rows in ROWS.items() for row in rows], ids=lambda item: item[1].path)
+@pytest.fixture(params=[row for rows in ROWS.values() for row in rows], ids=lambda row: row.path)
 def row(request: pytest.FixtureRequest, named: tuple[Server, dict[str, str]]) -> Row:
-    asked: Row = request.param[1]
+    asked: Row = request.param
     return asked._replace(path=asked.path.format(**named[1]))
 
 
 @pytest.fixture
-def server(named: tuple[Server, dict[str, str]]) -> Server:
-    return named[0]
+def client(named: tuple[Server, dict[str, str]]) -> Iterator[Session]:
+    with Session(named[0]) as session:
+        yield session
 
 
 def decoded(answer: Answer) -> bytes:
@@ -106,22 +107,23 @@ def check_part(answer: Answer, wanted: str, whole: bytes) -> None:
         assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
 
 
-@pytest.mark.parametrize("accepted", ENCODINGS)
-def test_get_and_head(server: Server, row: Row, accepted: str | None) -> None:
-    plain = server.get(row.path)
+def test_get_and_head(client: Session, row: Row) -> None:
+    plain = client.get(row.path)
     assert plain.status == row.status
-    for wanted in RANGES:
-        headers = {"Accept-Encoding": accepted, "Range": wanted}
-        given = {key: value for key, value in headers.items() if value is not None}
-        answer, head = server.get(row.path, given), server.head(row.path, given)
-        unranged = server.get(row.path, {name: value for name, value in given.items() if name != "Range"})
-        assert head.body == b""
-        assert head.status == unranged.status
-        if not row.live:
-            assert head.headers == unranged.headers
-        if "transfer-encoding" not in answer.headers:
-            assert answer.headers["content-length"] == str(len(answer.body))
-        check_answer(row, given, plain, answer)
+    for accepted in ENCODINGS:
+        encoded = {} if accepted is None else {"Accept-Encoding": accepted}
+        unranged = client.get(row.path, encoded)
+        for wanted in RANGES:
+            given = encoded if wanted is None else {**encoded, "Range": wanted}
+            with case(given):
+                answer, head = client.get(row.path, given), client.head(row.path, given)
+                assert head.body == b""
+                assert head.status == unranged.status
+                if not row.live:
+                    assert head.headers == unranged.headers
+                if "transfer-encoding" not in answer.headers:
+                    assert answer.headers["content-length"] == str(len(answer.body))
+                check_answer(row, given, plain, answer)
 
 
 def check_answer(row: Row, given: Mapping[str, str], plain: Answer, answer: Answer) -> None:
@@ -158,8 +160,8 @@ def check_answer(row: Row, given: Mapping[str, str], plain: Answer, answer: Answ
         assert encoding == "zstd"
 
 
-def test_etags(server: Server, row: Row) -> None:
-    plain, encoded = server.get(row.path), server.get(row.path, {"Accept-Encoding": "zstd, identity;q=0"})
+def test_etags(client: Session, row: Row) -> None:
+    plain, encoded = client.get(row.path), client.get(row.path, {"Accept-Encoding": "zstd, identity;q=0"})
     if row.status != 200 or not row.etag:
         assert "etag" not in plain.headers
         return
@@ -170,19 +172,25 @@ def test_etags(server: Server, row: Row) -> None:
         etag = answer.headers["etag"]
         for condition in (etag, f"W/{etag}", f'"other", {etag}', "*"):
             for method in ("GET", "HEAD"):
-                same = server.request(method, row.path, {"If-None-Match": condition, "Accept-Encoding": accepted})
+                same = client.request(method, row.path, {"If-None-Match": condition, "Accept-Encoding": accepted})
                 assert (same.status, same.body) == (304, b"")
                 for kept in ("etag", "cache-control", "vary"):
                     assert same.headers.get(kept) == answer.headers.get(kept)
                 assert not {"content-type", "content-length", "content-encoding"} & same.headers.keys()
-        assert server.get(row.path, {"If-None-Match": '"other"', "Accept-Encoding": accepted}).status == 200
+        assert client.get(row.path, {"If-None-Match": '"other"', "Accept-Encoding": accepted}).status == 200
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT"])
-@pytest.mark.parametrize("wanted", [{}, {"Accept-Encoding": "*;q=0"}, {"Range": "bytes=9999999999-"}])
-def test_an_error_is_a_page_for_a_browser(server: Server, row: Row, method: str, wanted: dict[str, str]) -> None:
-    plain = server.request(method, row.path, wanted)
-    answer = server.request(method, row.path, {**wanted, "Accept": BROWSER})
+def test_an_error_is_a_page_for_a_browser(client: Session, row: Row) -> None:
+    wanted: dict[str, str]
+    for wanted in ({}, {"Accept-Encoding": "*;q=0"}, {"Range": "bytes=9999999999-"}):
+        for method in ("GET", "PUT"):
+            with case(method, wanted):
+                check_page(client, row, method, wanted)
+
+
+def check_page(client: Session, row: Row, method: str, wanted: Mapping[str, str]) -> None:
+    plain = client.request(method, row.path, wanted)
+    answer = client.request(method, row.path, {**wanted, "Accept": BROWSER})
     assert answer.status == plain.status
     if plain.status < 400:
         assert row.live or answer == plain
@@ -197,24 +205,25 @@ def test_an_error_is_a_page_for_a_browser(server: Server, row: Row, method: str,
     [top] = re.findall(r'<header><a href="([./]+)">', answer.text)
     assert urljoin(row.path, top) == "/"
     if method == "GET" and "Range" not in wanted:
-        head = server.head(row.path, {**wanted, "Accept": BROWSER})
+        head = client.head(row.path, {**wanted, "Accept": BROWSER})
         assert (head.status, head.headers, head.body) == (answer.status, answer.headers, b"")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods(server: Server, row: Row, method: str) -> None:
-    answer = server.request(method, row.path)
-    assert answer.status == 405
-    assert answer.headers["allow"] == "GET, HEAD"
-    check_error(answer)
+def test_other_methods(client: Session, row: Row) -> None:
+    for method in METHODS:
+        with case(method):
+            answer = client.request(method, row.path)
+            assert answer.status == 405
+            assert answer.headers["allow"] == "GET, HEAD"
+            check_error(answer)
 
 
 @pytest.mark.parametrize(
     "path", ["/none", "/nar", "/nar/", "/NIX-CACHE-INFO", "/{hash}.narinfo/", "/{hash}", "/%00", "/nar/a/b"]
 )
-def test_what_is_no_resource(server: Server, named: tuple[Server, dict[str, str]], path: str) -> None:
+def test_what_is_no_resource(client: Session, named: tuple[Server, dict[str, str]], path: str) -> None:
     for method in ("GET", *METHODS):
-        answer = server.request(method, path.format(**named[1]))
+        answer = client.request(method, path.format(**named[1]))
         assert answer.status == 404
         check_error(answer)
 
