@@ -22,7 +22,7 @@ from nacl.signing import SigningKey
 
 from harmonia.config.credentials import authorization, secret_keys, tls_context
 from harmonia.config.loader import Source, parse, read
-from harmonia.config.settings import PublishRules, Settings, Upstream, Zstd
+from harmonia.config.settings import PublishRules, Push, Settings, Upstream, Zstd
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process import preflight
@@ -941,7 +941,9 @@ ZSTD = {
     "window_log": st.just(0) | st.integers(10, 27),
     "max_ldm_encoders_per_worker": st.integers(0),
 }
-KEYS = [item.name for struct in (Settings, Zstd, Upstream, PublishRules) for item in msgspec.structs.fields(struct)]
+KEYS = [
+    item.name for struct in (Settings, Zstd, Upstream, PublishRules, Push) for item in msgspec.structs.fields(struct)
+]
 
 
 def toml(table: Mapping[str, Any]) -> list[str]:
@@ -990,6 +992,40 @@ def test_arbitrary_text_raises_only_a_one_line_config_error(text: str) -> None:
         settings(text)
     except ConfigError as error:
         assert re.fullmatch(r"h\.toml(:[0-9]+)?: .+", str(error))  # noqa: PT017  (no error is fine as well)
+
+
+PUSH = "[push]\nenable = true\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (PUSH, "h.toml:2: push.enable: set without tokens_path; "),
+        (f"tokens_path = '/t'\n{PUSH}", "h.toml:3: push.enable: tokens would be sent without TLS; "),
+        (f"tokens_path = '/t'\nbind = 'unix:/s'\ndaemon_socket = ''\n{PUSH}", "h.toml:5: push.enable: daemon_socket "),
+        ("tokens_path = '/t'\nanonymous_scopes = ['push']", 'h.toml:2: anonymous_scopes: "push" would let everyone'),
+        ("[push]\nclient_certificates = ['ci']", "h.toml:2: push.client_certificates: set without tls_client_ca_path"),
+        ("[push]\nmax_nar_size = '64G'", "h.toml:2: push.max_nar_size: more than spool_size"),
+        ("[push]\nspool_size = 'much'", "h.toml:2: push.spool_size: expected a size "),
+        ("[push]\nkeep = 5", "h.toml:2: push.keep: expected seconds, 60 or more"),
+        ("[push]\nsign_names = ['/x']", "h.toml:2: push.sign_names: "),
+        ("[push]\nsign_key_path = ''", "h.toml:2: push.sign_key_path: expected a path"),
+    ],
+)
+def test_a_wrong_setting_of_push_is_told_with_the_remedy(text: str, what: str) -> None:
+    assert error_of(text).startswith(what)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"tokens_path = '/t'\nbind = 'unix:/s'\n{PUSH}",
+        f"tokens_path = '/t'\n{PUSH}allow_without_tls = true",
+        f"tokens_path = '/t'\ntls_cert_path = '/c'\ntls_key_path = '/k'\n{PUSH}keep = '90d'",
+    ],
+)
+def test_tokens_for_pushes_are_only_sent_where_nobody_reads_them(text: str) -> None:
+    assert settings(text).push.enable
 
 
 def test_publish_and_upstream_together_are_rejected() -> None:

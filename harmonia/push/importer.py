@@ -19,11 +19,11 @@ from harmonia.nix.decompress import COMPRESSIONS, decompressor
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.push.connections import DaemonConnections
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.store.nix_daemon import Daemon
 
-_DAEMON_TIMEOUT_S = 60.0
 _READ_BYTES = 256 * 1024
 _SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
@@ -57,23 +57,21 @@ class Importer:
     """Imports paths. Thread-safe; each import blocks its thread."""
 
     def __init__(
-        self, daemon: str, store_dir: str, locks: PathLocks, roots: PushRoots, signer: Signer | None, max_nar_bytes: int
+        self,
+        connections: DaemonConnections,
+        store_dir: str,
+        locks: PathLocks,
+        roots: PushRoots,
+        signer: Signer | None,
+        max_nar_bytes: int,
     ) -> None:
-        self._daemon = daemon
+        self._connections = connections
         self._store_dir = store_dir
         self._locks = locks
         self._roots = roots
         self._signer = signer
         self._max_nar_bytes = max_nar_bytes
         self._is_stopping = False
-
-    def connect(self) -> Daemon:
-        """Connect to the Nix daemon. Raises PushRefusedError if it does not answer."""
-        try:
-            return Daemon(self._daemon, _DAEMON_TIMEOUT_S)
-        except (OSError, RemoteError) as error:
-            _log.error("cannot import pushed paths: Nix daemon at %s: %s; start it", self._daemon, error)
-            raise PushRefusedError(409, "the server's Nix daemon does not answer; push again later") from None
 
     def run(self, upload: Upload, *, may_sign: bool) -> bool:
         """Import a path and make a GC root for it. Return False if it was valid already.
@@ -87,7 +85,7 @@ class Importer:
             raise PushRefusedError(413, f"{what}; raise the setting")
         info = self._signed(info, may_sign=may_sign)
         try:
-            with self._locks.locked(info.path, self._check_stop), self.connect() as daemon:
+            with self._locks.locked(info.path, self._check_stop), self._connections.borrowed() as daemon:
                 others = [path for path in info.references if path != info.path]
                 for path in (info.path, *others):  # from here to the GC root, nothing of it is collected
                     daemon.add_temp_root(full(path))
@@ -118,7 +116,7 @@ class Importer:
             _log.warning(what, realisation_id)
             return
         try:
-            with self.connect() as daemon:
+            with self._connections.borrowed() as daemon:
                 if not daemon.query_valid_paths([self._full(realisation.out_path)]):
                     raise PushRefusedError(409, f"{realisation.out_path} is not in the store; push it first")
                 daemon.register_realisation(render_realisation(realisation_id, realisation, signers).decode())

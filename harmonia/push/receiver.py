@@ -20,6 +20,7 @@ from harmonia.nix.decompress import Decoder
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
+from harmonia.push.connections import HOLD_S, DaemonConnections
 from harmonia.push.importer import Importer, Signer, Upload
 from harmonia.push.log_store import LogStore
 from harmonia.push.path_locks import PathLocks
@@ -66,9 +67,10 @@ class PushReceiver:
         self.logs = LogStore(os.path.join(str(rules.state_dir), "push-logs"), rules.keep)
         locks = PathLocks(os.path.join(directory, ".path-locks"))
         key = credentials.push_key(settings)
+        self._connections = DaemonConnections(str(settings.daemon))
         permits = compile_patterns(rules.sign_names or ("*",)).fullmatch
         self.importer = Importer(
-            str(settings.daemon),
+            self._connections,
             settings.virtual_nix_store,
             locks,
             self.roots,
@@ -138,13 +140,18 @@ class PushReceiver:
             self._spooling.submit(self.roots.renew, path)
 
     async def keep_house(self) -> None:
-        """Sweep the spool and the roots, now and then."""
+        """Sweep the spool and the roots, and close connections to the daemon, now and then."""
+        loop = asyncio.get_running_loop()
+        next_sweep = loop.time()
         while True:
             try:
-                await self._in_spool(self._sweep)
+                await self._in_spool(self._connections.close_unused)
+                if loop.time() >= next_sweep:
+                    next_sweep += _SWEEP_INTERVAL_S
+                    await self._in_spool(self._sweep)
             except OSError as error:
                 _log.error("cannot clean up after pushes: %s; trying again", error)
-            await asyncio.sleep(_SWEEP_INTERVAL_S)
+            await asyncio.sleep(HOLD_S / 2)
 
     def close(self) -> None:
         """Let running imports fail soon. Waits for nothing."""
@@ -156,7 +163,7 @@ class PushReceiver:
         for path in self.roots.expire():
             _log.info("%s: not pushed or downloaded for push.keep; Nix may collect it", path)
         if self.roots.find_all():
-            with suppress(PushRefusedError), self.importer.connect() as daemon:
+            with suppress(PushRefusedError), self._connections.borrowed() as daemon:
                 self.roots.register(daemon)
 
     async def _in_spool(self, job: Callable[[], _T]) -> _T:

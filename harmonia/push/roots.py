@@ -15,7 +15,10 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.nix_daemon import Daemon
 
 _SAME_PUSH_S = 60 * 60.0
-"""Age up to which the root of a reference counts as part of the same push, and is replaced by its referrer's root."""
+"""Age up to which the root of a reference counts as part of the same push, and ends soon: its referrer has a root.
+
+It does not end at once, because a garbage collection that reads the roots meanwhile could find neither.
+"""
 _PIN = ".pin"
 
 
@@ -36,7 +39,7 @@ class PushRoots:
         self._keep_s = keep_s
 
     def add(self, daemon: Daemon, path: StorePath, references: Iterable[StorePath] = ()) -> None:
-        """Make a root of a valid path, or renew it. It replaces the roots of references that were just pushed.
+        """Make a root of a valid path, or renew it. The roots of references that were just pushed end in an hour.
 
         Until this returns, a temporary root must protect the path.
         """
@@ -48,7 +51,7 @@ class PushRoots:
         daemon.add_indirect_root(link)
         for reference in references:
             if reference != path:
-                self._replace(reference)
+                self._end_soon(reference)
 
     def renew(self, path: StorePath) -> None:
         """Let the root of a path last for `push.keep` from now on. Does nothing if it has no root."""
@@ -96,11 +99,13 @@ class PushRoots:
         for root in self.find_all():
             daemon.add_indirect_root(self._link(root.path))
 
-    def _replace(self, path: StorePath) -> None:
+    def _end_soon(self, path: StorePath) -> None:
         link = self._link(path)
+        now = time.time()
         with suppress(FileNotFoundError):
-            if not os.path.lexists(link + _PIN) and time.time() - os.lstat(link).st_mtime < _SAME_PUSH_S:
-                os.unlink(link)
+            if self._keep_s > _SAME_PUSH_S and now - os.lstat(link).st_mtime < _SAME_PUSH_S:
+                as_if_used = now - self._keep_s + _SAME_PUSH_S
+                os.utime(link, (as_if_used, as_if_used), follow_symlinks=False)
 
     def _link(self, path: StorePath) -> str:
         return os.path.join(self._directory, path)

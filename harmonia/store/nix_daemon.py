@@ -43,13 +43,14 @@ class Daemon:
     """A connection to the daemon at a unix socket. Not thread-safe.
 
     The constructor and each request raise OSError if the connection fails or takes longer than `timeout` seconds, and
-    RemoteError if the daemon reports an error or violates the protocol. After an error, the connection can only be
-    closed.
+    RemoteError if the daemon reports an error or violates the protocol. After an error other than DaemonError, the
+    connection can only be closed.
     """
 
     def __init__(self, path: str, timeout: float) -> None:
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
+        self._is_sending = False
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(timeout)
@@ -106,6 +107,7 @@ class Daemon:
         head += _number.pack(0) + _number.pack(info.nar_size) + _number.pack(0)  # registration time now; not ultimate
         head += _texts(info.sigs) + _text(info.ca or "") + _number.pack(0) + _number.pack(0)  # no repair; check sigs
         self._deadline = time.monotonic() + self._timeout
+        self._is_sending = True  # until the end, even if `chunks` raises an error
         self._send(_number.pack(_ADD_TO_STORE_NAR) + head)
         frame = bytearray()
         for chunk in chunks:
@@ -116,6 +118,7 @@ class Daemon:
         if frame:
             self._send_frame(frame)
         self._send(_number.pack(0))
+        self._is_sending = False
         self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
         self._read_log(self._version)
 
@@ -127,7 +130,9 @@ class Daemon:
 
     @property
     def lost(self) -> bool:
-        """True if the connection is closed, or the daemon has sent data without a request."""
+        """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
+        if self._is_sending:
+            return True
         try:
             self._socket.setblocking(False)
             self._socket.recv(1, socket.MSG_PEEK)
@@ -199,7 +204,12 @@ class Daemon:
         self._receive_text()
         self._receive_number()
         self._receive_text()
-        return self._receive_text()  # stack traces follow; the caller closes the connection
+        message = self._receive_text()
+        self._receive_number()  # whether a position follows: never
+        for _ in range(self._receive_number(_MAX_ITEMS)):  # traces
+            self._receive_number()
+            self._receive_text()
+        return message
 
     def _skip_fields(self) -> None:
         for _ in range(self._receive_number(_MAX_FIELDS)):

@@ -7,6 +7,8 @@ import pytest
 
 from support.closure import Closure, make_closure, make_sparse
 from support.nix_client import NIXES, Client, Nix
+from support.push_target import Target
+from support.running import Server
 
 _HOST, *_NEWER = NIXES
 
@@ -49,3 +51,19 @@ def closure(tmp_path_factory: pytest.TempPathFactory) -> Closure:
 def sparse_path(closure: Closure) -> str:
     """A path of 5 GiB in the closure's store, only made for tests that ask: hashing takes ten seconds or more."""
     return make_sparse(closure.server)
+
+
+@pytest.fixture
+def target(make_client: Callable[[str], Client], start: Callable[..., Server]) -> Target:
+    client = make_client("store")
+    client.run("nix-store", "--init")
+    key = make_client("keys").generate_key("pusher-1")
+    client.settings |= {"trusted-users": "nobody-at-all", "trusted-public-keys": key.public}
+    return Target(client, key, start)
+
+
+@pytest.fixture
+def pusher(make_client: Callable[[str], Client]) -> Client:
+    pusher = make_client("pusher")
+    pusher.settings["netrc-file"] = str(pusher.shared / "netrc")
+    return pusher

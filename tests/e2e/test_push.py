@@ -2,17 +2,17 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harmonia.config.tokens import Scope, new
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from support.closure import build_one, make_closure, requisites
-from support.nix_client import Client, Key
-from support.pusher import Pushed, Pusher, signed
+from support.nix_client import Client
+from support.push_target import Target, push, spooled
+from support.pusher import Pushed, signed
 from support.running import Server, wait_until
 
 Start = Callable[..., Server]
@@ -24,63 +24,6 @@ def tmp_path() -> Iterator[Path]:
     """A short name: those of sockets have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A machine that is pushed to, with a key that its daemon trusts. The daemon trusts no user, not even root."""
-
-    client: Client
-    key: Key
-    start: Start
-
-    def serve(self, settings: str = "", scopes: tuple[Scope, ...] = ("push", "read"), **options: object) -> Server:
-        """Serve the store with push. Clients in the same directory find the token in /etc/netrc of that directory."""
-        shared = self.client.shared
-        token, record = new("ci", scopes)
-        (shared / "tokens").write_text(str(record))
-        (shared / "token").write_text(token)
-        (shared / "netrc").write_text(f"machine 127.0.0.1 login ci password {token}\n")
-        return self.start(
-            store=self.client.directory,
-            settings=f"tokens_path = '{shared}/tokens'\naccess_log = true\n[push]\nenable = true\n"
-            f"allow_without_tls = true\nstate_dir = '{shared}/state'\n{settings}",
-            environment={"NIX_CONFIG": f"trusted-public-keys = {self.key.public}"},
-            **options,
-        )
-
-    def pusher(self, server: Server) -> Pusher:
-        return Pusher(server, (self.client.shared / "token").read_text())
-
-    @property
-    def secret(self) -> SecretKey:
-        return SecretKey.parse(self.key.secret_file.read_text())
-
-
-@pytest.fixture
-def target(make_client: MakeClient, start: Start) -> Target:
-    client = make_client("store")
-    client.run("nix-store", "--init")
-    key = make_client("keys").generate_key("pusher-1")
-    client.settings |= {"trusted-users": "nobody-at-all", "trusted-public-keys": key.public}
-    return Target(client, key, start)
-
-
-@pytest.fixture
-def pusher(make_client: MakeClient) -> Client:
-    pusher = make_client("pusher")
-    pusher.settings["netrc-file"] = str(pusher.shared / "netrc")
-    return pusher
-
-
-def push(pusher: Client, server: Server, *paths: str, query: str = "", check: bool = True) -> str:
-    return pusher.run("nix", "copy", "--to", f"{server.url}/push?{query}", *paths, check=check).stderr
-
-
-def spooled(server: Server) -> list[str]:
-    """Return the files that wait in the spool."""
-    names = (path.name for path in (server.cache_dir / "push").iterdir())
-    return sorted(name for name in names if not name.startswith(".") and not name.endswith(".imported"))
 
 
 def test_a_closure_is_pushed_and_substituted(target: Target, pusher: Client, make_client: MakeClient) -> None:

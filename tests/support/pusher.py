@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -82,6 +83,24 @@ class Pusher:
             return _answer(self._connection, method, path, body, headers)
         with closing(http.client.HTTPConnection(self._address, timeout=PATIENCE_S)) as connection:
             return _answer(connection, method, path, body, headers)
+
+    def head(self, method: str, path: str, size: int, *fields: str) -> bytes:
+        """Return the head of a request, for `raw`."""
+        lines = [f"{method} /push/{path} HTTP/1.1", "Host: cache", f"Content-Length: {size}"]
+        lines += [f"{name}: {value}" for name, value in self._headers.items()]
+        return "\r\n".join([*lines, *fields, "", ""]).encode()
+
+    @contextmanager
+    def raw(self) -> Iterator[socket.socket]:
+        """Connect, and disconnect at the end, whatever was sent."""
+        host, port = self._address.split(":")
+        with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+            yield connection
+
+    def send(self, method: str, path: str, body: bytes, size: int) -> None:
+        """Send a request whose head announces `size` bytes, and disconnect without reading the response."""
+        with self.raw() as connection:
+            connection.sendall(self.head(method, path, size) + body)
 
     def put_nar(self, path: Pushed) -> Answer:
         return self.request("PUT", path.nar_url, path.body)

@@ -36,6 +36,9 @@ async def get(context: ServerContext, request: Request) -> Representation:
             with document.dl:
                 document.dt("Store directory").dd.code(settings.virtual_nix_store)
                 document.dt("Priority").dd(f"{settings.priority} (Nix asks the cache with the lowest number first)")
+                if settings.push.enable:
+                    push_to = f"nix copy --to '{url}/push?secret-key=FILE' PATH"
+                    document.dt("Push").dd("With a token of the scope push: ").code(push_to)
                 document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
     return page.end(context, document, script=True)
 

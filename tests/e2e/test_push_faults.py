@@ -1,0 +1,268 @@
+"""Broken pushes: nothing wrong becomes valid, nothing of them stays behind, and the next push succeeds."""
+
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from harmonia.nix.signing import SecretKey
+from support.closure import make_closure, requisites
+from support.nix_client import Client
+from support.push_target import Target, push, spooled
+from support.pusher import Pushed, Pusher, signed
+from support.running import Server, peak_bytes, read_answer, run, wait_until
+
+BROKEN_PUSHES = int(os.environ.get("HARMONIA_BROKEN_PUSHES", "60"))
+"""Number of broken pushes in one run of the test."""
+SEED = int(os.environ.get("HARMONIA_SEED", "1"))
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short name: those of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
+
+
+def flipped(data: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+
+
+def broken_push(pusher: Pusher, good: Pushed, other: Pushed, key: SecretKey, chance: random.Random) -> None:
+    """Push a path in one of many wrong ways. Most of them are refused; some are harmless."""
+    info = good.info
+    match chance.randrange(9):
+        case 0:  # another NAR under the right narinfo
+            pusher.push(replace(good, body=flipped(good.body, chance)))
+        case 1:  # the body is not that of its name
+            pusher.request("PUT", good.nar_url, flipped(good.body, chance))
+            pusher.put_narinfo(good)
+        case 2:
+            pusher.put_nar(good)
+            name = f"{info.path.hash_part}.narinfo"
+            pusher.request("PUT", name, flipped(good.narinfo, chance))
+        case 3:
+            pusher.put_nar(good)
+            pusher.request("PUT", f"{info.path.hash_part}.narinfo", good.narinfo[: chance.randrange(len(good.narinfo))])
+        case 4:  # a signature of another path, or by another key
+            sigs = chance.choice([other.info.sigs, (), signed(info, SecretKey.generate(key.name)).sigs])
+            pusher.push(replace(good, info=replace(info, sigs=sigs)))
+        case 5:  # signed, but the NAR is that of another path
+            pusher.put_nar(other)
+            pusher.put_narinfo(replace(other, info=info))
+        case 6:  # a compressed file that is damaged, or cut short
+            packed = zstandard.compress(good.body)
+            wrong = chance.choice([flipped(packed, chance), packed[: chance.randrange(1, len(packed))]])
+            pusher.push(replace(good, body=wrong, compression="zstd"))
+        case 7:
+            pusher.push(replace(good, info=signed(replace(info, nar_size=info.nar_size + 8), key)))
+        case _:
+            pusher.put_nar(good)
+            cut = good.body[: chance.randrange(len(good.body))]
+            pusher.send("PUT", *chance.choice([(good.nar_url, cut, len(good.body)), narinfo_of(good)]))
+
+
+def narinfo_of(path: Pushed) -> tuple[str, bytes, int]:
+    return f"{path.info.path.hash_part}.narinfo", path.narinfo, len(path.narinfo)
+
+
+def test_nothing_wrong_becomes_valid(target: Target) -> None:
+    """Random broken pushes, of which the store keeps nothing but what is right in every byte."""
+    chance = random.Random(SEED)
+    server = target.serve("max_nar_size = '1M'\nspool_size = '16M'\n")
+    pusher, key = target.pusher(server), target.secret
+    right: dict[str, str] = {}
+    with target.client.daemon():
+        for number in range(BROKEN_PUSHES):
+            good, other = (
+                Pushed.make(f"{name}-{number}", chance.randbytes(chance.randrange(2000)), key)
+                for name in ("one", "other")
+            )
+            right |= {f"/nix/store/{path.info.path}": path.info.nar_hash.hex() for path in (good, other)}
+            with suppress(ConnectionError, HTTPException):
+                broken_push(pusher, good, other, key, chance)
+            if chance.randrange(10) == 0:
+                assert pusher.push(good).status == 200
+        valid = registered(target.client)
+        assert 0 < len(valid) < len(right)
+        assert valid.items() <= right.items()
+        target.client.run("nix-store", "--verify", "--check-contents")
+        assert registered(target.client) == valid
+    assert not [line for line in server.log if "Traceback" in line], server.log
+
+
+def registered(client: Client) -> dict[str, str]:
+    """Return the NAR hashes of all valid paths."""
+    lines = client.run("nix-store", "--dump-db").lines
+    return {
+        path: lines[at + 1]
+        for at, path in enumerate(lines)
+        if path.startswith("/nix/store/") and lines[at + 1 : at + 2]
+    }
+
+
+def test_two_pushers_of_one_path(target: Target) -> None:
+    server = target.serve()
+    path = Pushed.make("twice", random.Random(SEED).randbytes(1 << 20), target.secret)
+    with target.client.daemon(), ThreadPoolExecutor(8) as threads:
+        pushers = [target.pusher(server) for _ in range(8)]
+        assert {answer.status for answer in threads.map(lambda pusher: pusher.push(path), pushers)} == {200}
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def test_without_the_daemon_the_pusher_is_told_to_try_again(target: Target) -> None:
+    server = target.serve()
+    pusher, path = target.pusher(server), Pushed.make("good", b"content", target.secret)
+    answer = pusher.push(path)
+    assert (answer.status, b"push again later" in answer.body) == (409, True)
+    with target.client.daemon():
+        assert pusher.put_narinfo(path).status == 200  # the NAR is still in the spool
+
+
+def test_a_killed_worker_leaves_nothing_and_nobody_waits_for_it(target: Target) -> None:
+    server = target.serve()
+    path = Pushed.make("good", random.Random(SEED).randbytes(32 << 20), target.secret)
+    pusher = target.pusher(server)
+    with target.client.daemon():
+        with pusher.raw() as connection:
+            connection.sendall(pusher.head("PUT", path.nar_url, len(path.body)) + path.body[: 1 << 20])
+            wait_until(lambda: spooled(server))
+            kill_worker(server)
+        wait_until(lambda: not spooled(server))
+        assert pusher.put_nar(path).status == 200
+        with pusher.raw() as connection:
+            connection.sendall(
+                pusher.head("PUT", f"{path.info.path.hash_part}.narinfo", len(path.narinfo)) + path.narinfo
+            )
+            wait_until(lambda: target.client.real_path(f"/nix/store/{path.info.path}").exists())
+            kill_worker(server)
+        assert pusher.put_narinfo(path).status == 200
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def kill_worker(server: Server) -> None:
+    """Kill the only worker, and wait for the one that replaces it."""
+    (worker,) = server.workers
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: server.workers and worker not in server.workers)
+    wait_until(lambda: server.get("/version").status == 200)
+
+
+def test_a_bomb_is_refused_in_little_memory(target: Target) -> None:
+    server = target.serve("max_nar_size = '64M'\n")
+    pusher = target.pusher(server)
+    bomb = Pushed.make("bomb", b"", target.secret)
+    packed = zstandard.compress(bytes(1 << 30), 19)
+    with target.client.daemon():
+        assert pusher.push(replace(bomb, body=packed, compression="zstd")).status == 400
+        before = peak_bytes(server.workers[0])
+        large = signed(replace(bomb.info, nar_size=1 << 30), target.secret)
+        assert pusher.push(replace(bomb, info=large, body=packed, compression="zstd")).status == 413
+        assert pusher.request("PUT", bomb.nar_url, headers={"Content-Length": str(1 << 30)}).status == 413
+    assert peak_bytes(server.workers[0]) < before + (8 << 20)
+    assert not target.client.real_path(f"/nix/store/{bomb.info.path}").exists()
+
+
+def test_the_spool_is_bounded(target: Target) -> None:
+    server = target.serve("max_nar_size = '1M'\nspool_size = '2M'\n")
+    pusher, chance = target.pusher(server), random.Random(SEED)
+    paths = [Pushed.make(f"path-{number}", chance.randbytes(900_000), target.secret) for number in range(3)]
+    with target.client.daemon():
+        assert [pusher.put_nar(path).status for path in paths] == [200, 200, 413]
+        assert pusher.put_narinfo(paths[0]).status == 200
+        assert pusher.push(paths[2]).status == 200  # in the room of the first
+
+
+@pytest.mark.root
+def test_a_full_disk_is_told_to_the_pusher(target: Target, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk") as disk:
+        server = target.serve(cache_dir=disk / "cache")
+        pusher = target.pusher(server)
+        chance = random.Random(SEED)
+        large, small = (Pushed.make(f"of-{size}", chance.randbytes(size), target.secret) for size in (8 << 20, 1 << 20))
+        with target.client.daemon():
+            with pusher.raw() as connection:
+                connection.sendall(pusher.head("PUT", large.nar_url, len(large.body), "Expect: 100-continue"))
+                answer = read_answer(connection)
+            assert (answer.status, b"full" in answer.body) == (413, True)
+            assert pusher.push(small).status == 200
+        server.stop()
+
+
+@contextmanager
+def mounted(directory: Path) -> Iterator[Path]:
+    """Mount a disk of 4 MiB."""
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def test_garbage_is_collected_meanwhile(target: Target, pusher: Client) -> None:
+    closure = make_closure(pusher)
+    server = target.serve()
+    stop = threading.Event()
+
+    def collect() -> None:
+        while not stop.is_set():
+            target.client.run("nix-store", "--gc")
+
+    with target.client.daemon(), ThreadPoolExecutor(1) as threads:
+        collecting = threads.submit(collect)
+        try:
+            push(pusher, server, closure.top, query=f"secret-key={target.key.secret_file}&compression=none")
+        finally:
+            stop.set()
+        collecting.result()
+        target.client.run("nix-store", "--gc")
+    target.client.run("nix-store", "--verify-path", *requisites(pusher, closure.top))
+
+
+def test_roots_last_for_the_time_set_and_are_listed_pinned_and_dropped(target: Target) -> None:
+    server = target.serve("keep = '1h'\n")
+    old, used, pinned, dropped = (
+        Pushed.make(name, name.encode(), target.secret) for name in ("old", "used", "pinned", "dropped")
+    )
+    pusher = target.pusher(server)
+    roots = target.client.shared / "state/push-roots"
+    with target.client.daemon():
+        for path in (old, used, pinned, dropped):
+            assert pusher.push(path).status == 200
+        target.client.run("nix-store", "--gc")
+        assert len(roots_command(server, "list").splitlines()) == 4
+        roots_command(server, "pin", f"/nix/store/{pinned.info.path}")
+        roots_command(server, "drop", f"/nix/store/{dropped.info.path}")
+        for path in (old, used, pinned):
+            os.utime(roots / path.info.path, (0, 0), follow_symlinks=False)
+        token = (target.client.shared / "token").read_text()
+        assert server.get(f"/nar/{used.info.path.hash_part}.nar", {"Authorization": f"Bearer {token}"}).status == 200
+        wait_until(lambda: os.lstat(roots / used.info.path).st_mtime > 0)
+        kill_worker(server)  # the next one sweeps
+        wait_until(lambda: not os.path.lexists(roots / old.info.path))
+        target.client.run("nix-store", "--gc")
+    kept = {
+        path
+        for path in (old, used, pinned, dropped)
+        if target.client.real_path(f"/nix/store/{path.info.path}").exists()
+    }
+    assert kept == {used, pinned}
+
+
+def roots_command(server: Server, *arguments: str) -> str:
+    done = run("--config", str(server.config), "roots", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
