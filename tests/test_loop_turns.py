@@ -1,4 +1,4 @@
-"""Pieces of all bodies share a number of turns in each iteration of the event loop."""
+"""Requests and pieces of bodies share a number of turns in each iteration of the event loop."""
 
 import asyncio
 import contextlib
@@ -6,10 +6,14 @@ from collections import Counter
 
 import pytest
 
-from harmonia.process.loop_turns import PIECES_PER_ITERATION, LoopTurns
+from harmonia.process.loop_turns import TURNS_PER_ITERATION, LoopTurns
 
 BODIES = 50
 PIECES = 20
+
+
+def client() -> str:
+    return "192.0.2.1"
 
 
 def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() -> None:
@@ -18,7 +22,7 @@ def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() 
 
     async def send(turns: LoopTurns, body: int) -> None:
         for _ in range(PIECES):
-            await turns.take(body)
+            await turns.send(body, client)
             taken[iteration] += 1
             await asyncio.sleep(0)  # as it takes to read the next piece
 
@@ -34,34 +38,49 @@ def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() 
     asyncio.run(check())
     assert taken.total() == BODIES * PIECES
     # A turn that was given at the end of one iteration is used in the next, beside those of that one.
-    assert max(taken.values()) <= 2 * PIECES_PER_ITERATION
+    assert max(taken.values()) <= 2 * TURNS_PER_ITERATION
 
 
-def test_turns_are_first_come_first_served() -> None:
+def test_turns_of_a_client_are_first_come_first_served() -> None:
     order: list[int] = []
 
-    async def send(turns: LoopTurns, body: int) -> None:
-        await turns.take(body)
-        order.append(body)
+    async def ask(turns: LoopTurns, number: int) -> None:
+        await turns.start(client)
+        order.append(number)
 
     async def check() -> None:
         turns = LoopTurns()
-        await asyncio.gather(*(send(turns, body) for body in range(BODIES)))
+        await asyncio.gather(*(ask(turns, number) for number in range(BODIES)))
 
     asyncio.run(check())
     assert order == list(range(BODIES))
 
 
-def test_a_cancelled_body_takes_no_turn() -> None:
+def test_a_request_of_another_client_starts_before_the_many_of_one() -> None:
+    started: list[str] = []
+
+    async def ask(turns: LoopTurns, name: str) -> None:
+        await turns.start(lambda: name)
+        started.append(name)
+
     async def check() -> None:
         turns = LoopTurns()
-        bodies = [asyncio.create_task(turns.take(body)) for body in range(2 * PIECES_PER_ITERATION + 1)]
+        await asyncio.gather(*(ask(turns, name) for name in ["busy"] * BODIES + ["other"]))
+
+    asyncio.run(check())
+    assert started.index("other") <= 2 * TURNS_PER_ITERATION
+
+
+def test_a_cancelled_request_takes_no_turn() -> None:
+    async def check() -> None:
+        turns = LoopTurns()
+        requests = [asyncio.create_task(turns.start(client)) for _ in range(2 * TURNS_PER_ITERATION + 1)]
         await asyncio.sleep(0)
-        for body in bodies[PIECES_PER_ITERATION:-1]:
-            body.cancel()
+        for request in requests[TURNS_PER_ITERATION:-1]:
+            request.cancel()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert bodies[-1].done()
+        assert requests[-1].done()
 
     asyncio.run(check())
 
@@ -69,8 +88,8 @@ def test_a_cancelled_body_takes_no_turn() -> None:
 def test_a_body_that_sends_alone_does_not_wait() -> None:
     async def check() -> None:
         turns = LoopTurns()
-        for _ in range(PIECES * PIECES_PER_ITERATION):
-            with contextlib.closing(turns.take(1)) as taking, pytest.raises(StopIteration):
+        for _ in range(PIECES * TURNS_PER_ITERATION):
+            with contextlib.closing(turns.send(1, client)) as taking, pytest.raises(StopIteration):
                 taking.send(None)
 
     asyncio.run(check())

@@ -1,48 +1,65 @@
-"""Limit of the pieces that all bodies together send in one iteration of the event loop.
+"""Limit of the work that one iteration of the event loop does for requests, shared fairly between clients.
 
-An iteration reads from and writes to every connection that is ready. Without the limit, an iteration takes longer the
-more downloads run, and every small response waits for it: 30 ms with 16 clients that read as fast as they can.
+An iteration goes on with every connection that is ready. Without a limit, an iteration takes longer the more requests
+and downloads run, and each small response waits for several iterations: 30 ms each with 16 clients that read as fast as
+they can.
 """
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable
 
-PIECES_PER_ITERATION = 4
+TURNS_PER_ITERATION = 4
 """Some 3 ms with pieces of 256 KiB from an upstream. Fewer would not make small responses faster."""
 
 
 class LoopTurns:
-    """The turns of one event loop, first come, first served. A body that sends alone needs none."""
+    """The turns of one event loop: the start of a request, or a further piece of a body. Clients take turns."""
 
     def __init__(self) -> None:
         self._last: int | None = None
-        self._left = PIECES_PER_ITERATION
+        self._left = TURNS_PER_ITERATION
         self._renews = False
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: OrderedDict[Hashable, deque[asyncio.Future[None]]] = OrderedDict()
 
-    async def take(self, body: int) -> None:
-        """Wait until the body with this number may send one more piece."""
-        if body == self._last:
-            return
-        self._last = body
-        loop = asyncio.get_running_loop()
+    async def start(self, client: Callable[[], Hashable]) -> None:
+        """Wait until a request may start. `client` returns its client; it is called only if the request must wait."""
+        if not self._take():
+            await self._wait(client())
+
+    async def send(self, body: int, client: Callable[[], Hashable]) -> None:
+        """Wait until the body with this number may send one more piece. A body that sends alone needs no turn."""
+        if body != self._last:
+            self._last = body
+            await self.start(client)
+
+    def _take(self) -> bool:
+        """Take a turn, and return True, if one is left."""
         if not self._renews:
             self._renews = True
-            loop.call_soon(self._renew, loop)
-        if self._left:
-            self._left -= 1
-            return
-        turn = loop.create_future()
-        self._waiting.append(turn)
+            asyncio.get_running_loop().call_soon(self._renew)
+        if not self._left:
+            return False
+        self._left -= 1
+        return True
+
+    async def _wait(self, client: Hashable) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
         await turn
 
-    def _renew(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = PIECES_PER_ITERATION
+    def _renew(self) -> None:
+        self._left = TURNS_PER_ITERATION
         while self._waiting and self._left:
-            turn = self._waiting.popleft()
+            client, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            if turns:
+                self._waiting.move_to_end(client)
+            else:
+                del self._waiting[client]
             if not turn.done():  # cancelled
                 turn.set_result(None)
                 self._left -= 1
         self._renews = bool(self._waiting)
         if self._renews:
-            loop.call_soon(self._renew, loop)
+            asyncio.get_running_loop().call_soon(self._renew)

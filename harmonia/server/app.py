@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +11,6 @@ from sanic.config import Config
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
-from harmonia.process.loop_turns import LoopTurns
 from harmonia.server.context import Fallback, ServerContext
 from harmonia.server.http import access_log, error_response, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
@@ -73,7 +73,7 @@ def _app(
     )
     app.ctx.identity = context.identity
     app.ctx.response_cache = ResponseCache()
-    app.ctx.loop_turns = LoopTurns()
+    app.ctx.loop_turns, app.ctx.client = context.loop_turns, context.client
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
@@ -131,6 +131,7 @@ def _endpoint(
     context: ServerContext, handler: Handler, route: RouteCounters
 ) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
+        await context.loop_turns.start(partial(context.client, request))
         route.begin()
         try:
             response, still_valid = await _answer(context, handler, request, parameters)

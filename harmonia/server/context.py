@@ -20,6 +20,7 @@ from harmonia.config.settings import PublishRules, Settings, WrongSettingError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.process.loop_turns import LoopTurns
 from harmonia.process.thread_reader import Submit
 from harmonia.process.threads import Threads
 from harmonia.push.receiver import PushReceiver
@@ -108,6 +109,7 @@ class ServerContext:
         self.metrics = metrics
         self.store = Store.of(settings)
         self.threads = Threads(Store.of(settings), metrics)
+        self.loop_turns = LoopTurns()
         policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
         layout_files = open_cache(settings, "layouts", "large layouts of NARs", _LAYOUT_FILES_BYTES)

@@ -287,7 +287,7 @@ def request(way: Way, method: str = "GET", headers: dict[str, str] | None = None
 
     asked = SimpleNamespace(
         method=method, version="1.1", path="/", headers=CIMultiDict(headers or {}), ctx=SimpleNamespace(),
-        app=SimpleNamespace(ctx=SimpleNamespace(loop_turns=LoopTurns())),
+        app=SimpleNamespace(ctx=SimpleNamespace(loop_turns=LoopTurns(), client=lambda _: "")),
         responded=False, respond=begin, transport=SimpleNamespace(abort=lambda: None),
     )  # fmt: skip
     return cast("Request", asked)

@@ -23,8 +23,7 @@ def client(request: Request, trusted: Sequence[str]) -> str:
     address = _peer(request)
     is_proxy = _is_proxy(address, trusted)
     for hop in reversed(",".join(request.headers.getall("x-forwarded-for", [])).split(",")):
-        forwarded = _ip(hop)
-        if not is_proxy or forwarded is None:
+        if not is_proxy or (forwarded := _ip(hop)) is None:
             break
         address = forwarded
         is_proxy = _is_proxy(address, trusted)

@@ -11,6 +11,7 @@ import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from time import perf_counter
 from typing import Protocol, Self, cast
@@ -314,7 +315,7 @@ async def _send(
                 if size is not None and sent + len(piece) > size:
                     raise StoreObjectError(f"the body is longer than {size} bytes")
                 if sent:
-                    await request.app.ctx.loop_turns.take(id(request))
+                    await request.app.ctx.loop_turns.send(id(request), partial(request.app.ctx.client, request))
                 await response.send(cast("bytes", piece))
                 sent = request.ctx.sent = sent + len(piece)
                 piece = await anext(pieces, b"")
