@@ -1,8 +1,10 @@
-"""The modules of Harmonia that one request uses: each module with a function that runs in a thread of the worker.
+"""The modules of Harmonia that one request uses, and those of them that a reader has to open to understand it.
 
 `PYTHONPATH=tests .venv/bin/python -m support.modules_used` prints them. Each request has its own connection to a worker
 that has answered `/version` and probed its upstream. `sys.setprofile` records each call from the first byte of the
 connection to the last byte of the response. Periodic tasks of the worker are left out.
+
+A module is vocabulary, not one to open, if its name and signatures are enough to understand a call of it.
 """
 
 import os
@@ -25,6 +27,16 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.upstream_paths import KEY, entry, make_path
 from support.upstream_server import UpstreamServer
 
+VOCABULARY = {
+    *("ownership", "untrusted", "metrics.shared_counters", "config.proxy"),
+    *("nix.base32", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing", "nix.store_path"),
+    *("process.fair_executor", "process.loop_turns", "process.single_flight", "process.threads"),
+    *("store.confined", "store.nix_daemon"),
+    *("server.connections", "server.routes"),
+    *("server.http.access_log", "server.http.byte_range", "server.http.negotiation", "server.http.rate_limit"),
+    *("upstream.failed_nars", "upstream.header_fields", "upstream.tasks"),
+}
+"""Modules whose calls are understood without their code: `base32.encode`, `threads.run_db`, `limiter.admit`."""
 _PERIODIC = {worker._heartbeat.__code__, worker._trim_heap.__code__}  # noqa: SLF001
 
 
@@ -41,10 +53,10 @@ class Recorder:
 
 
 def _requests(local: PathInfo, remote: PathInfo) -> Iterator[tuple[str, str]]:
-    """Yield a name and a path for each request. The narinfo response gives the URL of the second."""
+    """Yield a name and a path for each request. The narinfo response gives the URL of the last."""
     yield "narinfo", f"/{local.path.hash_part}.narinfo"
-    yield "cold .nar.zst", "/{URL}"
     yield "narinfo of an upstream", f"/{remote.path.hash_part}.narinfo"
+    yield "cold .nar.zst", "/{URL}"  # last, because the compression goes on after the response
 
 
 def _ask(port: int, path: str) -> Mapping[str, str]:
@@ -87,7 +99,7 @@ def modules_used() -> dict[str, list[str]]:
                 fields: Mapping[str, str] = {}
                 for name, path in _requests(local, remote.info):
                     recorder.modules = set()
-                    fields = _ask(port, path.format_map(fields)) or fields
+                    fields = {**_ask(port, path.format_map(fields)), **fields}  # the URL of the first
                     used[name] = sorted(recorder.modules)
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -108,6 +120,15 @@ def modules_used() -> dict[str, list[str]]:
     return used
 
 
+def main() -> None:
+    used = {name: set(modules) for name, modules in modules_used().items()}
+    common = set.intersection(*used.values()) - VOCABULARY
+    print(f"read once for all requests: {len(common)}: {', '.join(sorted(common))}")  # noqa: T201
+    for name, modules in used.items():
+        own = modules - VOCABULARY - common
+        print(f"{name}: {len(modules)} run, {len(own | common)} to read, of these its own {len(own)}:")  # noqa: T201
+        print(f"  {', '.join(sorted(own))}")  # noqa: T201
+
+
 if __name__ == "__main__":
-    for name, modules in modules_used().items():
-        print(f"{name}: {len(modules)} modules: {', '.join(modules)}")  # noqa: T201
+    main()
