@@ -14,12 +14,13 @@ from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError
 from harmonia.ownership import Closeable, hand_over
-from harmonia.process.fair_executor import FairExecutor
+from harmonia.process.fair_executor import FairExecutor, start_threads
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
 _READER_THREADS = 16  # for short reads from the disk
 _BODY_THREADS = 16  # for bodies; a thread is busy only while it reads a chunk, not while the chunk is sent
 _BODY_THREADS_PER_CLIENT = 2
+_FIRST_THREADS = 4  # of these two, started with the worker; each thread that has read a body keeps some memory
 _WRITER_THREADS = 4
 _SYNC_THREADS = 4
 _NICENESS = 10  # other threads run first, so that a busy machine still responds at once
@@ -49,6 +50,12 @@ class Threads:
         """Lock for unpacking with LARGE_MEMORY_BYTES: one file at a time."""
         self._browsed = browsed
         self._metrics = metrics
+
+    def start(self) -> None:
+        """Start the threads that most requests need."""
+        self.bodies.start(_FIRST_THREADS)
+        start_threads(self.readers, _FIRST_THREADS)
+        start_threads(self._database, 1)
 
     async def run_io(self, ask: Callable[[], _T]) -> _T:
         """Run a function that reads from the disk, in one of many threads."""

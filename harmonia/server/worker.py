@@ -74,6 +74,7 @@ async def _serve(
 ) -> None:
     settings = context.settings
     loop = asyncio.get_running_loop()
+    context.threads.start()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # Before the certificate and the tokens are read the first time, so that no change is missed.
