@@ -1,4 +1,4 @@
-"""The command line: what it prints, and with which status it ends."""
+"""The command line: output and exit status."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ from support.running import HARMONIA, PATIENCE_S, open_files, patched, run, wait
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A file with settings that work."""
+    """Create a file with valid settings."""
     store = StoreBuilder(tmp_path)
     store.add_text("text", b"text")
     file = tmp_path / "harmonia.toml"
@@ -48,19 +48,19 @@ def test_help_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("path", [context.command_path for context in commands(cli.main)])
-def test_each_command_has_its_help(path: str) -> None:
+def test_every_command_has_help(path: str) -> None:
     answer = CliRunner().invoke(cli.main, [*path.split()[1:], "--help"], prog_name="harmonia")
     assert (answer.exit_code, answer.stderr) == (0, "")
     assert answer.stdout.startswith(f"Usage: {path} ")
 
 
-def test_check_config_of_what_works(config: Path) -> None:
+def test_check_config_accepts_valid_settings(config: Path) -> None:
     answer = run("--config", str(config), "check-config")
     assert (answer.returncode, answer.stderr) == (0, "")
     assert "# The configuration is valid." in answer.stdout
 
 
-def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp_path: Path) -> None:
+def test_check_config_prints_each_value_and_its_origin(config: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         assert run("keygen", name, str(tmp_path)).returncode == 0
     with config.open("a") as file:
@@ -85,13 +85,13 @@ def test_check_config_tells_each_value_and_where_it_comes_from(config: Path, tmp
     assert "secret:" not in text
 
 
-def test_check_config_reads_a_file_that_can_be_read_but_once(config: Path) -> None:
+def test_check_config_reads_the_file_once(config: Path) -> None:
     command = [*HARMONIA, "--config", "/dev/stdin", "check-config"]
     done = subprocess.run(command, input=config.read_text(), capture_output=True, text=True, check=True, timeout=60)
     assert re.search(r"(?m)^bind = \S+ +# /dev/stdin:1$", done.stdout)
 
 
-def test_what_check_config_prints_is_a_configuration_of_the_same_meaning(config: Path, tmp_path: Path) -> None:
+def test_output_of_check_config_is_an_equivalent_configuration(config: Path, tmp_path: Path) -> None:
     with config.open("a") as file:
         file.write("trusted_proxies = ['unix', '10.0.0.0/8']\nbase_url = 'https://example.org'\n[zstd]\nlevel = -1\n")
     once = run("--config", str(config), "check-config").stdout
@@ -106,7 +106,7 @@ def test_what_check_config_prints_is_a_configuration_of_the_same_meaning(config:
 
 @pytest.mark.parametrize("command", [["check-config"], ["serve"], []])
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ("workers = 0", r"harmonia\.toml:4: workers: "),
         ("worker = 2", r"harmonia\.toml:4: worker: unknown key; did you mean workers\?"),
@@ -116,16 +116,16 @@ def test_what_check_config_prints_is_a_configuration_of_the_same_meaning(config:
         ("= 1", r"harmonia\.toml:4: not valid TOML"),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_status_2(config: Path, command: list[str], setting: str, said: str) -> None:
+def test_invalid_setting_is_one_line_and_status_2(config: Path, command: list[str], setting: str, message: str) -> None:
     with config.open("a") as file:
         file.write(setting + "\n")
     answer = run("--config", str(config), *command)
     assert answer.returncode == 2
-    assert re.fullmatch(f"harmonia: .*{said}.*\n", answer.stderr)
+    assert re.fullmatch(f"harmonia: .*{message}.*\n", answer.stderr)
     assert answer.stdout == ""
 
 
-def test_settings_for_another_machine_are_checked_without_its_files(tmp_path: Path) -> None:
+def test_text_only_checks_settings_without_files(tmp_path: Path) -> None:
     file = tmp_path / "harmonia.toml"
     file.write_text("real_nix_store = '/elsewhere/nix/store'\nsign_key_paths = ['/elsewhere/key']\n")
     assert run("--config", str(file), "check-config").returncode == 2
@@ -136,7 +136,7 @@ def test_settings_for_another_machine_are_checked_without_its_files(tmp_path: Pa
     assert "did you mean workers?" in answer.stderr
 
 
-def test_the_file_is_taken_from_the_environment(config: Path) -> None:
+def test_config_file_variable_names_the_file(config: Path) -> None:
     assert run("check-config", environment={"CONFIG_FILE": str(config)}).returncode == 0
     answer = run("check-config", environment={"CONFIG_FILE": "/none"})
     assert answer.returncode == 2
@@ -146,7 +146,7 @@ def test_the_file_is_taken_from_the_environment(config: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--bind", "ADDRESS"], ["serve", "--bind", "ADDRESS"], ["--bind", "ADDRESS", "serve"]]
 )
-def test_bind_takes_the_place_of_the_setting(config: Path, arguments: list[str]) -> None:
+def test_bind_option_overrides_the_setting(config: Path, arguments: list[str]) -> None:
     config.write_text(config.read_text().replace("bind = '127.0.0.1:0'", "bind = 'unix:/nonexistent/socket'"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -158,7 +158,7 @@ def test_bind_takes_the_place_of_the_setting(config: Path, arguments: list[str])
 
 @pytest.mark.parametrize("before", [[], ["--config", "/none"]])
 @pytest.mark.parametrize("command", [["serve"], ["check-config"], ["ls", "path"]])
-def test_the_file_may_be_named_after_the_command(tmp_path: Path, before: list[str], command: list[str]) -> None:
+def test_config_option_may_follow_the_command(tmp_path: Path, before: list[str], command: list[str]) -> None:
     file = tmp_path / "harmonia.toml"
     file.write_text("workers = 0\n")
     answer = run(*before, *command, "--config", str(file))
@@ -166,8 +166,8 @@ def test_the_file_may_be_named_after_the_command(tmp_path: Path, before: list[st
     assert answer.stderr.startswith(f"harmonia: {file}:1: workers: ")
 
 
-def test_no_configuration_at_all_means_the_store_of_this_machine() -> None:
-    """With none here it says so; with one it works, which tests/e2e shows where there is Nix."""
+def test_default_is_the_store_of_this_machine() -> None:
+    """Without a store, this is an error. tests/e2e/test_defaults.py tests a machine with a store."""
     answer = run("check-config")
     if Path("/nix/var/nix/db/db.sqlite").exists():
         assert answer.returncode == 0
@@ -176,7 +176,7 @@ def test_no_configuration_at_all_means_the_store_of_this_machine() -> None:
         assert "/nix/store" in answer.stderr
 
 
-def test_a_warning_is_one_line(config: Path) -> None:
+def test_warning_is_one_line(config: Path) -> None:
     with config.open("a") as file:
         file.write("max_connection_rate = 10\n")
     answer = run("--config", str(config), "check-config")
@@ -184,7 +184,7 @@ def test_a_warning_is_one_line(config: Path) -> None:
     assert re.fullmatch(r".* WARNING .*max_connection_rate.*\n", answer.stderr)
 
 
-def test_demo_says_what_to_do(tmp_path: Path) -> None:
+def test_demo_prints_the_next_commands(tmp_path: Path) -> None:
     answer = run("demo", str(tmp_path / "demo"))
     assert answer.returncode == 0
     match = re.search(r"harmonia --config (\S+)", answer.stdout)
@@ -223,7 +223,7 @@ def test_demo_rejects_a_unix_socket_before_it_makes_anything(tmp_path: Path) -> 
     assert not (tmp_path / "demo").exists()
 
 
-def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
+def test_demo_does_not_change_other_directories(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     answer = run("demo", str(tmp_path))
     assert answer.returncode == 2
@@ -232,7 +232,7 @@ def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
 
 
 class TestKeygen:
-    def test_makes_a_pair_that_fits_and_says_what_to_do(self, tmp_path: Path) -> None:
+    def test_keys_match_and_the_next_steps_are_printed(self, tmp_path: Path) -> None:
         answer = run("keygen", "cache.example.org-1", str(tmp_path))
         assert answer.returncode == 0
         secret = (tmp_path / "cache.example.org-1.secret").read_text()
@@ -242,12 +242,12 @@ class TestKeygen:
         assert f"extra-trusted-public-keys = {public}" in answer.stdout
         assert secret not in answer.stdout
 
-    def test_keeps_the_secret_from_others(self, tmp_path: Path) -> None:
+    def test_secret_key_is_readable_only_by_its_owner(self, tmp_path: Path) -> None:
         run("keygen", "a", str(tmp_path))
         assert (tmp_path / "a.secret").stat().st_mode & 0o777 == 0o600
 
     @pytest.mark.parametrize("kind", ["secret", "public"])
-    def test_overwrites_nothing(self, tmp_path: Path, kind: str) -> None:
+    def test_existing_file_is_not_overwritten(self, tmp_path: Path, kind: str) -> None:
         (tmp_path / f"a.{kind}").write_text("mine")
         answer = run("keygen", "a", str(tmp_path))
         assert (answer.returncode, answer.stdout) == (2, "")
@@ -255,13 +255,13 @@ class TestKeygen:
         assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
     @pytest.mark.parametrize("name", ["", "a b", "a:b", "../a", "a/b", ".a", "-a", "ä"])
-    def test_takes_names_that_a_key_can_have(self, tmp_path: Path, name: str) -> None:
+    def test_invalid_key_name_is_rejected(self, tmp_path: Path, name: str) -> None:
         assert run("keygen", "--", name, str(tmp_path)).returncode == 2
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.nix
     @needs("nix")
-    def test_its_keys_are_nixs(self, tmp_path: Path) -> None:
+    def test_keys_have_the_format_of_nix(self, tmp_path: Path) -> None:
         run("keygen", "cache.example.org-1", str(tmp_path))
         secret, public = (tmp_path / f"cache.example.org-1.{kind}" for kind in ("secret", "public"))
         command = ["nix", "--extra-experimental-features", "nix-command", "key", "convert-secret-to-public"]
@@ -280,7 +280,7 @@ class TestKeygen:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["serv"], r"No such command 'serv'\. Did you mean 'serve'\? See harmonia --help"),
         (["sevre"], r"No such command 'sevre'\. Did you mean 'serve'\? See harmonia --help"),
@@ -309,14 +309,14 @@ class TestKeygen:
         (["warm"], "give PATHs or --gc-roots; see harmonia warm --help"),
     ],
 )
-def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments: list[str], said: str) -> None:
+def test_usage_error_is_one_line_with_help_and_status_2(arguments: list[str], message: str) -> None:
     answer = run(*arguments)
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert re.fullmatch(f"harmonia: {said}\n", answer.stderr)
+    assert re.fullmatch(f"harmonia: {message}\n", answer.stderr)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["ls", "/nix/store/none"],
@@ -327,14 +327,14 @@ def test_a_wrong_word_is_one_line_that_says_where_to_look_and_status_2(arguments
         (["top"], "bind has no fixed port; give the URL of the server"),
     ],
 )
-def test_a_failure_is_one_line_and_status_1(config: Path, arguments: list[str], said: str) -> None:
+def test_failure_is_one_line_and_status_1(config: Path, arguments: list[str], message: str) -> None:
     answer = run("--config", str(config), *arguments)
     assert (answer.returncode, answer.stdout) == (1, "")
-    assert re.fullmatch(f"harmonia: {said}\n", answer.stderr)
+    assert re.fullmatch(f"harmonia: {message}\n", answer.stderr)
 
 
 def interrupted(*command: str, begun: Callable[[int], object]) -> subprocess.CompletedProcess[str]:
-    """What comes of a command that hears of Ctrl-C once it has begun."""
+    """Run a command, interrupt it once it has begun, and return the result."""
     with (
         open(os.devnull, "wb") as nothing,
         subprocess.Popen(command, stdout=nothing, stderr=subprocess.PIPE, text=True) as process,
@@ -356,7 +356,7 @@ def test_ctrl_c_ends_a_dump_with_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (130, "harmonia: interrupted\n")
 
 
-def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_warm_while_threads_compress(config: Path, tmp_path: Path) -> None:
     with config.open("a") as file:
         file.write(f"cache_dir = '{tmp_path}/cache'\n")
     info = StoreBuilder(tmp_path / "another").add_text("text", b"")
@@ -369,21 +369,21 @@ def test_ctrl_c_ends_warm_though_threads_compress(config: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arguments", [["man"], ["check-config"], ["nar", "dump", __file__]])
-def test_a_full_disk_is_one_line_and_status_1(config: Path, arguments: list[str]) -> None:
+def test_full_disk_is_one_line_and_status_1(config: Path, arguments: list[str]) -> None:
     command = [*HARMONIA, "--config", str(config), *arguments]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (1, "harmonia: cannot write: No space left on device\n")
 
 
-def test_commands_that_serve_nothing_do_not_load_a_web_server() -> None:
+def test_other_commands_do_not_import_the_web_server() -> None:
     modules = ", ".join(f"harmonia.cli.{name}" for name in ("demo", "doctor", "ls", "nar", "top", "verify", "warm"))
     program = f"import sys, {modules}; print('sanic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 
-def test_a_store_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_store_is_reported_with_a_remedy(tmp_path: Path) -> None:
     file = tmp_path / "harmonia.toml"
     file.write_text(f"real_nix_store = '{tmp_path}/none'\n")
     answer = run("--config", str(file), "ls", f"/nix/store/{'0' * 32}-name")
@@ -393,7 +393,7 @@ def test_a_store_that_is_not_there_is_told_with_what_to_do(tmp_path: Path) -> No
 
 @pytest.fixture
 def program(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `harmonia` is the program's name, and $HOME is empty but for `archive.nar`."""
+    """Return an environment in which `harmonia` is a program, and $HOME has only `archive.nar`."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/harmonia").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harmonia "$@"\n')
     (tmp_path / "bin/harmonia").chmod(0o755)
@@ -403,7 +403,7 @@ def program(tmp_path: Path) -> dict[str, str]:
 
 
 def start_up(shell: str) -> str:
-    """The line that the help gives for that shell's start-up file."""
+    """Return the line from the help for the start-up file of that shell."""
     found = re.search(rf"(?m)^ +{shell} +(.*_HARMONIA_COMPLETE.*)$", run("--help").stdout)
     assert found
     return found[1]
@@ -427,7 +427,7 @@ COMPLETED = [
         pytest.param("zsh -f -i", "autoload -Uz compinit && compinit -u -D; ", id="zsh"),
     ],
 )
-def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, program: dict[str, str]) -> None:
+def test_shell_completes_typed_words(shell: str, prepare: str, program: dict[str, str]) -> None:
     name, *options = shell.split()
     require(name)
     keyboard, terminal = pty.openpty()
@@ -442,7 +442,7 @@ def test_what_is_typed_into_a_shell_is_completed(shell: str, prepare: str, progr
             for typed, completed in COMPLETED:
                 os.write(keyboard, f"{typed}\t".encode())
                 read_until(keyboard, typed.rpartition(" ")[0] + " " + completed)
-                os.write(keyboard, b"\x15")  # Ctrl-U: begin the line anew
+                os.write(keyboard, b"\x15")  # Ctrl-U: clear the line
         finally:
             process.kill()
     os.close(keyboard)
@@ -457,7 +457,7 @@ def read_until(terminal: int, text: str) -> None:
 
 
 @needs("fish")
-def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str, str]) -> None:
+def test_fish_completes_and_shows_whole_descriptions(program: dict[str, str]) -> None:
     script = "\n".join([start_up("fish"), *(f"complete -C '{typed}'" for typed, _ in COMPLETED)])
     command = ["fish", "--no-config", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=program, cwd=program["HOME"], check=True)
@@ -467,7 +467,7 @@ def test_fish_completes_likewise_and_shows_whole_descriptions(program: dict[str,
 
 
 @needs("groff")
-def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path: Path) -> None:
+def test_manual_page_is_complete_and_groff_reports_nothing(tmp_path: Path) -> None:
     page = tmp_path / "harmonia.1"
     page.write_text(run("man").stdout)
     command = ["groff", "-man", "-ww", "-Tutf8", "-P-c", str(page)]
@@ -488,7 +488,7 @@ def test_the_manual_page_is_whole_and_groff_has_nothing_to_complain_of(tmp_path:
 
 
 @needs("mandoc")
-def test_mandoc_finds_nothing_in_the_manual_page_but_that_it_has_no_date(tmp_path: Path) -> None:
+def test_mandoc_reports_only_the_missing_date_of_the_manual_page(tmp_path: Path) -> None:
     (tmp_path / "harmonia.1").write_text(run("man").stdout)
     command = ["mandoc", "-T", "lint", "-W", "warning", str(tmp_path / "harmonia.1")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -998,7 +998,7 @@ PUSH = "[push]\nenable = true\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "message"),
     [
         (PUSH, "h.toml:2: push.enable: set without tokens_path; "),
         (f"tokens_path = '/t'\n{PUSH}", "h.toml:3: push.enable: tokens would be sent without TLS; "),
@@ -1012,8 +1012,8 @@ PUSH = "[push]\nenable = true\n"
         ("[push]\nsign_key_path = ''", "h.toml:2: push.sign_key_path: expected a path"),
     ],
 )
-def test_a_wrong_setting_of_push_is_told_with_the_remedy(text: str, what: str) -> None:
-    assert error_of(text).startswith(what)
+def test_invalid_push_setting_is_an_error_with_its_remedy(text: str, message: str) -> None:
+    assert error_of(text).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -1024,7 +1024,7 @@ def test_a_wrong_setting_of_push_is_told_with_the_remedy(text: str, what: str) -
         f"tokens_path = '/t'\ntls_cert_path = '/c'\ntls_key_path = '/k'\n{PUSH}keep = '90d'",
     ],
 )
-def test_tokens_for_pushes_are_only_sent_where_nobody_reads_them(text: str) -> None:
+def test_push_is_allowed_on_a_socket_or_with_tls_or_explicitly_without(text: str) -> None:
     assert settings(text).push.enable
 
 

@@ -326,7 +326,7 @@ def test_files_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_filling_many_files_leaves_no_descriptors_open(cache: DiskCache) -> None:
-    """This holds even if the housekeeping thread is busy."""
+    """The housekeeping thread may be busy meanwhile."""
     busy = threading.Event()
     cache.housekeeping.submit(busy.wait)
     before = len(os.listdir("/proc/self/fd"))

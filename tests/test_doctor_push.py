@@ -1,4 +1,4 @@
-"""The doctor finds what makes every push fail."""
+"""The doctor finds reasons why every push would fail."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(tokens_path=str(tmp_path / "tokens"), daemon_socket=str(tmp_path / "daemon"), push=enabled)
 
 
-def test_a_daemon_that_does_not_answer_is_an_error(settings: Settings) -> None:
+def test_unreachable_daemon_is_an_error(settings: Settings) -> None:
     [finding] = push.check(settings, [KEY.public_key])
     assert (finding.level, "start it" in finding.remedy) == ("error", True)
 
 
-def test_a_key_that_nix_does_not_trust_is_a_warning(settings: Settings) -> None:
+def test_key_that_nix_does_not_trust_is_a_warning(settings: Settings) -> None:
     with DaemonServer(Path(str(settings.daemon))):
         assert [finding.level for finding in push.check(settings, [KEY.public_key])] == ["ok"]
         _, warning = push.check(settings, [SecretKey.generate("push-1").public_key])
@@ -33,5 +33,5 @@ def test_a_key_that_nix_does_not_trust_is_a_warning(settings: Settings) -> None:
     assert str(KEY.public_key) in warning.remedy
 
 
-def test_nothing_is_checked_without_pushes(settings: Settings) -> None:
+def test_disabled_push_is_not_checked(settings: Settings) -> None:
     assert not list(push.check(msgspec.structs.replace(settings, push=Push()), []))

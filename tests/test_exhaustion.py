@@ -1,4 +1,4 @@
-"""When something runs out (descriptors, memory, time, room), a server says so, or lets go, and goes on afterwards."""
+"""Exhausted resources (descriptors, memory, disk space, time): the server logs an error, recovers and continues."""
 
 import http.client
 import os
@@ -57,7 +57,7 @@ def limited(descriptors: int) -> list[str]:
     return ["prlimit", f"--nofile=64:{descriptors}", *HARMONIA]
 
 
-def test_the_limit_of_open_files_is_raised_and_kept_to(start: Start, sample: Sample) -> None:
+def test_limit_of_open_files_is_raised_and_respected(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, program=limited(560))
     server.wait_for_log("WARNING max_connections: the open-file limit allows only 24 per worker; raise LimitNOFILE= ")
     (worker,) = server.workers
@@ -66,13 +66,13 @@ def test_the_limit_of_open_files_is_raised_and_kept_to(start: Start, sample: Sam
         for _ in range(24):
             stack.enter_context(download(server, sample.big))
         for _ in range(MANY):
-            with suppress(ConnectionResetError):  # it may be told before it has asked
+            with suppress(ConnectionResetError):  # the server may refuse it before the request is sent
                 assert server.get("/version").status == 503
     assert not [line for line in server.log if "ERROR" in line]
 
 
-def test_no_descriptor_is_left(start: Start, sample: Sample) -> None:
-    """More was taken than anybody reckoned with."""
+def test_shortage_of_descriptors_leaves_the_server_unharmed(start: Start, sample: Sample) -> None:
+    """The process runs out of descriptors, beyond its own limits."""
     server = start(store=sample.root)
     (worker,) = server.workers
     limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
@@ -100,7 +100,7 @@ def test_no_descriptor_is_left(start: Start, sample: Sample) -> None:
 
 @contextmanager
 def memory_cgroup(limit: int) -> Iterator[Path]:
-    """A control group of that many bytes, of version 1 or 2, whichever has the controller here."""
+    """Create a cgroup with a memory limit, of version 1 or 2, depending on the controller."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     first = next((where for _, where, kind, options, *_ in mounts if kind == "cgroup" and "memory" in options), None)
     second = next((where for _, where, kind, *_ in mounts if kind == "cgroup2"), None)
@@ -120,7 +120,7 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
 
 
 @pytest.mark.root
-def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(start: Start, tmp_path: Path) -> None:
+def test_worker_killed_for_its_memory_is_replaced(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("big"), {"file": os.urandom(1 << 20) * 16})
     server = start(store=tmp_path / "store")
@@ -134,8 +134,7 @@ def test_a_worker_that_the_kernel_kills_for_its_memory_is_replaced(start: Start,
         wait_until(lambda: server.workers not in ([], [worker]))
 
 
-def test_memory_that_is_refused(start: Start, tmp_path: Path) -> None:
-    """What was asked for fails, the worker does not."""
+def test_failed_allocation_gets_503_and_the_worker_survives(start: Start, tmp_path: Path) -> None:
     sample = Sample.make(tmp_path / "store", 64 << 20)
     server = start(store=sample.root, settings="zstd.window_log = 26")  # frames of 64 MiB
     (worker,) = server.workers
@@ -151,10 +150,10 @@ def test_memory_that_is_refused(start: Start, tmp_path: Path) -> None:
     assert server.workers == [worker]
 
 
-# Room
+# Disk space
 
 
-def test_files_that_may_not_grow(start: Start, tmp_path: Path) -> None:
+def test_file_size_limit_stops_no_download_and_is_logged_once(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("big"), {"file": os.urandom(12 << 20)})
     little = store.add(store.output_path("little"), {"file": os.urandom(1 << 20)})
@@ -172,15 +171,15 @@ LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @pytest.mark.skipif(LIBRARY is None, reason="no faketime on this machine: apt-get install faketime")
-def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
-    """The wall clock alone: no limit of time and no cache lifetime hangs on it."""
+def test_clock_jumps_change_no_timeout(start: Start, tmp_path: Path) -> None:
+    """Only the wall clock jumps: timeouts and cache lifetimes do not depend on it."""
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("big"), {"file": os.urandom(1 << 20) * 12})
     clock = tmp_path / "clock"
     clock.write_text("+0")
     server = start(
         store=tmp_path / "store",
-        settings="debug_info = false",  # its thread sleeps, by a call that libfaketime fails
+        settings="debug_info = false",  # its thread would sleep by a call that fails under libfaketime
         environment={
             "LD_PRELOAD": str(LIBRARY),
             "FAKETIME_TIMESTAMP_FILE": str(clock),
@@ -190,7 +189,7 @@ def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
         },
     )
 
-    def told() -> float:
+    def response_time() -> float:
         with server.connect() as connection:
             connection.sendall(REQUEST)
             response = http.client.HTTPResponse(connection)
@@ -203,7 +202,7 @@ def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
             digest = sha256(response.read(100_000))
             clock.write_text(jump)
             expected = time.time() + 86400 * int(jump.removesuffix("d"))
-            assert abs(told() - expected) < 5
+            assert abs(response_time() - expected) < 5
             digest.update(response.read())
             assert digest.digest() == info.nar_hash
             serves(server, info)
@@ -217,7 +216,7 @@ def test_a_clock_that_jumps(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_amid_everything_leaves_nothing(start: Start, tmp_path: Path, number: int) -> None:
+def test_killed_worker_leaves_nothing_behind(start: Start, tmp_path: Path, number: int) -> None:
     store = StoreBuilder(tmp_path / "store")
     infos: list[PathInfo] = [
         store.add(store.output_path(f"big-{size}"), {"file": os.urandom(1 << 20) * size}) for size in (16, 60, 61)
@@ -235,11 +234,11 @@ def test_a_worker_that_dies_amid_everything_leaves_nothing(start: Start, tmp_pat
                 filling.recv(1)
                 assert list(server.cache_dir.glob("nar/*.growing"))
                 os.kill(worker, number)
-                wait_until(lambda: server.workers not in ([], [worker]))  # noqa: B023 (it is called at once)
+                wait_until(lambda: server.workers not in ([], [worker]))  # noqa: B023 (called at once)
     serves(server, *infos)
 
 
-def test_a_main_process_without_descriptors_goes_on(start: Start, sample: Sample, tmp_path: Path) -> None:
+def test_main_process_survives_a_shortage_of_descriptors(start: Start, sample: Sample, tmp_path: Path) -> None:
     with ServiceManager(str(tmp_path / "notify")) as manager:
         server = start(store=sample.root, workers=2, environment={**manager.environment, "WATCHDOG_USEC": "1000000"})
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
@@ -254,7 +253,7 @@ def test_a_main_process_without_descriptors_goes_on(start: Start, sample: Sample
         assert server.get(nar_url(sample.small)).status == 200
 
 
-def test_a_download_has_one_file_open(start: Start, tmp_path: Path) -> None:
+def test_download_has_one_open_file(start: Start, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("both"), {"a": b"small", "b": Sparse(64 << 20)})
     server = start(store=tmp_path / "store")

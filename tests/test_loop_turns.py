@@ -16,7 +16,7 @@ def client() -> str:
     return "192.0.2.1"
 
 
-def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() -> None:
+def test_number_of_turns_in_an_iteration_is_bounded_and_all_bodies_finish() -> None:
     iteration = 0
     taken: Counter[int] = Counter()
 
@@ -24,7 +24,7 @@ def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() 
         for _ in range(PIECES):
             await turns.send(body, client)
             taken[iteration] += 1
-            await asyncio.sleep(0)  # as it takes to read the next piece
+            await asyncio.sleep(0)  # stands for reading the next piece
 
     async def check() -> None:
         nonlocal iteration
@@ -37,7 +37,7 @@ def test_an_iteration_has_a_bounded_number_of_turns_and_all_bodies_get_theirs() 
 
     asyncio.run(check())
     assert taken.total() == BODIES * PIECES
-    # A turn that was given at the end of one iteration is used in the next, beside those of that one.
+    # A turn granted at the end of one iteration is used in the next, in addition to the turns of that iteration.
     assert max(taken.values()) <= 2 * TURNS_PER_ITERATION
 
 
@@ -56,7 +56,7 @@ def test_turns_of_a_client_are_first_come_first_served() -> None:
     assert order == list(range(BODIES))
 
 
-def test_a_request_of_another_client_starts_before_the_many_of_one() -> None:
+def test_request_starts_before_most_requests_of_a_busier_client() -> None:
     started: list[str] = []
 
     async def ask(turns: LoopTurns, name: str) -> None:
@@ -71,7 +71,7 @@ def test_a_request_of_another_client_starts_before_the_many_of_one() -> None:
     assert started.index("other") <= 2 * TURNS_PER_ITERATION
 
 
-def test_a_cancelled_request_takes_no_turn() -> None:
+def test_cancelled_request_takes_no_turn() -> None:
     async def check() -> None:
         turns = LoopTurns()
         requests = [asyncio.create_task(turns.start(client)) for _ in range(2 * TURNS_PER_ITERATION + 1)]
@@ -85,7 +85,7 @@ def test_a_cancelled_request_takes_no_turn() -> None:
     asyncio.run(check())
 
 
-def test_a_body_that_sends_alone_does_not_wait() -> None:
+def test_only_body_does_not_wait() -> None:
     async def check() -> None:
         turns = LoopTurns()
         for _ in range(PIECES * TURNS_PER_ITERATION):

@@ -1,4 +1,4 @@
-"""Fixtures with real Nix clients. A Nix that is not to be had here skips its tests, with the reason."""
+"""Fixtures with real Nix clients. Tests with a missing version of Nix are skipped, with the reason."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ _HOST, *_NEWER = NIXES
     ]
 )
 def nix(request: pytest.FixtureRequest) -> Nix:
-    """Each Nix in turn."""
+    """Yield each version of Nix in turn."""
     chosen: Nix = request.param
     if chosen.missing is not None:
         pytest.skip(chosen.missing)
@@ -29,7 +29,7 @@ def nix(request: pytest.FixtureRequest) -> Nix:
 
 @pytest.fixture
 def make_client(nix: Nix, tmp_path: Path) -> Callable[[str], Client]:
-    """Makes a fresh client of this test's Nix in tmp_path / name; its commands see all of tmp_path."""
+    """Return a function that makes a fresh client in tmp_path / name; its commands see all of tmp_path."""
     return lambda name: Client(nix, tmp_path / name)
 
 
@@ -40,7 +40,7 @@ def client(make_client: Callable[[str], Client]) -> Client:
 
 @pytest.fixture(scope="session")
 def closure(tmp_path_factory: pytest.TempPathFactory) -> Closure:
-    """A realistic closure, built once by the first Nix to be had: copy from it, never change it."""
+    """Build a realistic closure, once, with the first available Nix. Tests copy from it and never change it."""
     usable = next((nix for nix in NIXES if nix.missing is None), None)
     if usable is None:
         pytest.skip(str(NIXES[0].missing))
@@ -49,7 +49,7 @@ def closure(tmp_path_factory: pytest.TempPathFactory) -> Closure:
 
 @pytest.fixture(scope="session")
 def sparse_path(closure: Closure) -> str:
-    """A path of 5 GiB in the closure's store, only made for tests that ask: hashing takes ten seconds or more."""
+    """Build a path of 5 GiB in the closure's store. Only for tests that need it: hashing takes ten seconds or more."""
     return make_sparse(closure.server)
 
 

@@ -1,4 +1,4 @@
-"""Promises of a private cache to real Nix clients: with a token all works, without one the refusal is clean."""
+"""Private caches and real Nix clients: everything works with a token, and fails quickly without one."""
 
 import re
 from collections import Counter
@@ -47,11 +47,11 @@ def answers(server: Server) -> Counter[tuple[str, str]]:
 
 
 def statuses(server: Server) -> set[str]:
-    """Of all that Nix asked."""
+    """Return the statuses of all responses to Nix."""
     return {status for _, status in answers(server)}
 
 
-def test_a_closure_is_substituted_with_a_token(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+def test_closure_is_substituted_with_a_token(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
     server = serve(start, closure, tmp_path)
     trust(client, server.url, closure, SECRET)
     client.run("nix-store", "--realise", closure.top)
@@ -64,13 +64,13 @@ def test_a_closure_is_substituted_with_a_token(start: Start, client: Client, clo
 
 
 @pytest.mark.parametrize("password", [None, "wrong"])
-def test_a_refusal_is_clean_and_quick(
+def test_refused_client_fails_quickly(
     start: Start, client: Client, closure: Closure, tmp_path: Path, password: str | None
 ) -> None:
     server = serve(start, closure, tmp_path)
     trust(client, server.url, closure, password)
     copied = client.run("nix", "copy", "--from", server.url, closure.top, check=False)
-    # As a substituter it is left out, and there is nothing else to have the path from.
+    # Nix ignores the substituter, and has no other source of the path.
     realised = client.run("nix-store", "--realise", closure.top, check=False)
     assert (copied.returncode, realised.returncode) == (1, 1)
     clear = "Unauthorized" if client.nix.version >= (2, 26) else "does not appear to be a binary cache"
@@ -78,13 +78,11 @@ def test_a_refusal_is_clean_and_quick(
     assert not client.real_path(closure.top).exists()
     asked = answers(server)
     assert {status for _, status in asked} == {"401"}
-    assert max(asked.values()) <= 2  # once by each command: nothing is tried again
+    assert max(asked.values()) <= 2  # once by each command, without retries
 
 
-def test_a_token_that_is_no_longer_good_does_not_make_nix_wait(
-    start: Start, client: Client, closure: Closure, tmp_path: Path
-) -> None:
-    """Nix remembers for a week that the cache is one, and goes on to ask for what it does not know."""
+def test_revoked_token_does_not_delay_nix(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+    """Nix caches /nix-cache-info for a week, and continues to request unknown paths."""
     server = serve(start, closure, tmp_path)
     trust(client, server.url, closure, SECRET)
     client.run("nix-store", "--realise", closure.paths["dep-1.0"])
@@ -92,10 +90,10 @@ def test_a_token_that_is_no_longer_good_does_not_make_nix_wait(
     assert client.run("nix-store", "--realise", closure.top, check=False).returncode != 0
     asked = answers(server)
     assert "429" not in {status for _, status in asked}
-    assert max(times for (_, status), times in asked.items() if status == "401") == 1  # nothing is tried again
+    assert max(times for (_, status), times in asked.items() if status == "401") == 1  # without retries
 
 
-def test_a_second_cache_is_asked_where_one_refuses(
+def test_second_cache_is_used_if_the_first_refuses(
     start: Start, client: Client, closure: Closure, tmp_path: Path
 ) -> None:
     refusing = serve(start, closure, tmp_path)
@@ -107,7 +105,9 @@ def test_a_second_cache_is_asked_where_one_refuses(
     assert client.real_path(closure.top).exists()
 
 
-def test_a_released_closure_is_all_that_is_had(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+def test_only_the_published_closure_is_substituted(
+    start: Start, client: Client, closure: Closure, tmp_path: Path
+) -> None:
     roots = tmp_path / "roots"
     roots.mkdir()
     (roots / "dep").symlink_to(closure.paths["dep-1.0"])
@@ -121,7 +121,7 @@ def test_a_released_closure_is_all_that_is_had(start: Start, client: Client, clo
     assert statuses(server) == {"200", "404"}, server.log
 
 
-def test_a_client_certificate_is_presented(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+def test_client_certificate_is_presented(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
     if client.nix.version < (2, 34):
         pytest.skip("Nix presents certificates from 2.34 on")
     keys = tmp_path / "keys"

@@ -1,4 +1,4 @@
-"""The small tools give the answers of each Nix, of what that Nix has put into its own store."""
+"""`harmonia ls`, `cat`, `nar`, `keygen` and `verify` agree with every version of Nix about its own store."""
 
 import json
 import subprocess
@@ -36,7 +36,7 @@ def harmonia(client: Client, *arguments: str, stdin: bytes = b"") -> bytes:
     return done.stdout
 
 
-def test_ls_and_cat(client: Client, tree: str) -> None:
+def test_ls_and_cat_print_what_nix_prints(client: Client, tree: str) -> None:
     for words in ([], ["-l"], ["-lR"], ["-d"]):
         assert harmonia(client, "ls", *words, tree) == client.run("nix", "store", "ls", *words, tree).stdout
     for words in (["--json", "-R", tree], ["--json", tree], ["--json", f"{tree}/text"], ["--json", f"{tree}/bin/link"]):
@@ -45,7 +45,7 @@ def test_ls_and_cat(client: Client, tree: str) -> None:
     assert harmonia(client, "cat", path) == client.run("nix", "store", "cat", path).stdout == b"text\n"
 
 
-def test_nar(client: Client, tree: str) -> None:
+def test_nar_dump_ls_and_restore_equal_those_of_nix(client: Client, tree: str) -> None:
     dumped = client.run("nix-store", "--dump", tree).stdout
     assert harmonia(client, "nar", "dump", str(client.real_path(tree))) == dumped
     archive = client.shared / "tree.nar"
@@ -61,7 +61,7 @@ def test_nar(client: Client, tree: str) -> None:
 
 
 def same_json(client: Client, ours: bytes, theirs: bytes) -> None:
-    """Byte for byte, but that Nix up to 2.34 leaves out that a file is not executable, and 2.8 has another order."""
+    """Compare listings. Nix 2.34 and older omit `"executable": false`, and Nix 2.8 has another order."""
     if client.nix.version < (2, 35):
         ours = ours.replace(b'"executable":false,', b"")
     if client.nix.version < (2, 26):
@@ -70,14 +70,14 @@ def same_json(client: Client, ours: bytes, theirs: bytes) -> None:
         assert ours == theirs
 
 
-def test_keygen(client: Client) -> None:
+def test_nix_signs_with_a_key_of_keygen(client: Client) -> None:
     subprocess.run([*HARMONIA, "keygen", "cache-1", str(client.shared)], check=True, capture_output=True)
     secret = (client.shared / "cache-1.secret").read_bytes()
     public = client.run("nix", "key", "convert-secret-to-public", stdin=secret).text
     assert public == (client.shared / "cache-1.public").read_text()
 
 
-def test_verify_of_a_store_that_nix_made(client: Client, tree: str) -> None:
+def test_verify_accepts_a_store_made_by_nix(client: Client, tree: str) -> None:
     arguments = ["verify", "--all", "--quiet", "--journal", str(client.shared / "journal")]
     assert harmonia(client, *arguments) == b""
     text = client.real_path(f"{tree}/text")

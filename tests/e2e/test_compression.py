@@ -1,4 +1,4 @@
-"""A stock Nix client gets NARs compressed: as files that it can resume, or encoded on the wire if it asks."""
+"""Nix clients get compressed NARs: as resumable files, or by Content-Encoding if they accept it."""
 
 import re
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from support.running import Server, wait_until
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
 
-SIZE = 12_000_000  # of a file that cannot be compressed: it takes two frames
+SIZE = 12_000_000  # of an incompressible file, which takes two frames
 
 
 def fetch(client: Client, url: str, path: str, public_key: str) -> None:
-    """Substitute a closure, and check what came."""
+    """Substitute a closure, and check it."""
     client.settings |= {"substituters": url, "trusted-public-keys": public_key}
     client.run("nix-store", "--realise", path)
     client.run("nix-store", "--verify-path", *requisites(client, path))
@@ -26,7 +26,7 @@ def fetch(client: Client, url: str, path: str, public_key: str) -> None:
 
 
 def sent(server: Server) -> list[tuple[str, int]]:
-    """The NARs that were sent: for each its URL and the bytes of its body on the wire."""
+    """Return the URLs of the sent NARs, each with the number of sent bytes."""
     lines = (re.search(r"'GET (/nar/\S+)' 20[06] (\d+) ", line) for line in server.log)
     return [(line[1], int(line[2])) for line in lines if line]
 
@@ -37,7 +37,9 @@ def is_cached(server: Server, number: int = 1) -> bool:
 
 
 @pytest.mark.parametrize("offered", ["zstd", "none"])
-def test_a_closure_is_substituted(start: Start, make_client: MakeClient, closure: Closure, offered: str) -> None:
+def test_closure_is_substituted_compressed(
+    start: Start, make_client: MakeClient, closure: Closure, offered: str
+) -> None:
     settings = f"nar_compression = '{offered}'\nsign_key_paths = ['{closure.key.secret_file}']\naccess_log = true"
     server = start(store=closure.server.directory, settings=settings)
     paths = requisites(closure.server, closure.top)
@@ -53,15 +55,15 @@ def test_a_closure_is_substituted(start: Start, make_client: MakeClient, closure
         if offered == "zstd":
             wait_until(lambda: is_cached(server, different))
             assert on_the_wire < plain / 3
-        elif client.nix.version >= (2, 14):  # since when it sends Accept-Encoding
+        elif client.nix.version >= (2, 14):  # newer versions send Accept-Encoding
             assert on_the_wire < plain / 3
         else:
             assert on_the_wire == plain
 
 
 @pytest.mark.parametrize("is_warm", [True, False])
-def test_a_download_survives_a_bad_network(start: Start, make_client: MakeClient, *, is_warm: bool) -> None:
-    """It is resumed until it is whole; also where what it began with was evicted before, and is compressed again."""
+def test_download_survives_a_bad_network(start: Start, make_client: MakeClient, *, is_warm: bool) -> None:
+    """Nix resumes until the NAR is complete, even if the file is evicted and compressed again."""
     store, client = make_client("store"), make_client("client")
     path = build_one(store, "random-1.0", f"head -c {SIZE} /dev/urandom > $out")
     key = store.generate_key("random-1")
@@ -76,7 +78,7 @@ def test_a_download_survives_a_bad_network(start: Start, make_client: MakeClient
     if is_warm:
         fetch(make_client("first"), server.url, path, key.public)
         wait_until(lambda: is_cached(server))
-    # Nix tries five times, and waits longer each time.
+    # Nix tries five times, with increasing delays.
     with CuttingProxy(port, SIZE // 4, SIZE // 2, (lambda: None) if is_warm else evict) as proxy:
         fetch(client, proxy.url, path, key.public)
     assert 2 <= proxy.cuts <= 4

@@ -1,4 +1,4 @@
-"""What a derivation came out as on the server need not be built again elsewhere, and only who is trusted tells that."""
+"""Realisations of content-addressed derivations: clients need not build them again, and check their signatures."""
 
 import sqlite3
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from support.running import Server
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
 
-# None refers to itself: of such paths, Nix 2.8 computes another hash than later ones.
+# No path refers to itself, because Nix 2.8 computes another hash of such paths than newer versions.
 EXPRESSION = """
 let
   build = name: outputs: inputs: script: derivation (inputs // {
@@ -42,7 +42,7 @@ def expression(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(make_client: MakeClient) -> Client:
-    """The one whose store is served."""
+    """Return the client whose store is served."""
     return make_client("store")
 
 
@@ -60,8 +60,10 @@ def trust(client: Client, server: Server, *keys: Key) -> None:
     client.settings |= {"substituters": server.url, "trusted-public-keys": " ".join(key.public for key in keys)}
 
 
-def test_nothing_is_built_again(start: Start, make_client: MakeClient, store: Client, expression: Path) -> None:
-    """Content tells of itself that it is right: the client trusts nobody, and has no leave to build."""
+def test_outputs_are_substituted_instead_of_built(
+    start: Start, make_client: MakeClient, store: Client, expression: Path
+) -> None:
+    """Content-addressed paths need no signatures: the client trusts no key, and must not build."""
     built = build(store, expression)
     server = start(store=store.directory, settings="access_log = true")
     client = make_client("client")
@@ -75,17 +77,19 @@ def test_nothing_is_built_again(start: Start, make_client: MakeClient, store: Cl
     server.wait_for_log(rf"'GET /realisations/sha256:[0-9a-f]{{64}}{asked}bin\.doi' 200 ")
 
 
-def test_our_signature_is_accepted(start: Start, make_client: MakeClient, store: Client, expression: Path) -> None:
-    """`nix copy` checks the signatures of realisations, as substitution does not."""
+def test_signature_of_a_realisation_is_accepted(
+    start: Start, make_client: MakeClient, store: Client, expression: Path
+) -> None:
+    """`nix copy` checks the signatures of realisations; substitution does not."""
     build(store, expression)
     check_signatures(start, make_client, store, expression)
 
 
 @pytest.mark.newer_nix
-def test_our_signature_is_accepted_of_what_an_older_nix_built(
+def test_signature_of_a_realisation_by_an_older_nix_is_accepted(
     start: Start, make_client: MakeClient, expression: Path, tmp_path: Path
 ) -> None:
-    """That one knows what a realisation depends on. Nix 2.34 does not, and so signs another text."""
+    """The older Nix stores the dependencies of a realisation. Nix 2.34 does not, so it signs another text."""
     if OLDER.missing is not None:
         pytest.skip(OLDER.missing)
     store = Client(OLDER, tmp_path / "store")
@@ -96,7 +100,7 @@ def test_our_signature_is_accepted_of_what_an_older_nix_built(
 
 
 def check_signatures(start: Start, make_client: MakeClient, store: Client, expression: Path) -> None:
-    """Through a copy of the cache on disk: Nix 2.34 would write to the cache that it copies from."""
+    """Check the signatures with a copy of the cache on disk, because Nix 2.34 writes to its source."""
     own, other = store.generate_key("own-1"), store.generate_key("other-1")
     server = start(store=store.directory, settings=f"sign_key_paths = ['{own.secret_file}']")
     cache = expression.parent / "cache"

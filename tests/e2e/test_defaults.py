@@ -1,4 +1,4 @@
-"""With no configuration at all, the store of the machine is served."""
+"""Without any configuration, the store of the machine is served."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from support.closure import Closure
 from support.running import HARMONIA
 
-# A machine of its own as far as it matters: its /nix, and port 5000 of its loopback.
+# A minimal machine: its own /nix, and port 5000 on its own loopback interface.
 _SCRIPT = """
 mkdir -p /nix && mount --bind "$1" /nix && ip link set lo up
 shift
@@ -24,7 +24,7 @@ kill $! && wait $!
 
 @pytest.mark.nix
 @pytest.mark.root
-def test_no_configuration_at_all(closure: Closure, tmp_path: Path) -> None:
+def test_store_of_the_machine_is_served_without_configuration(closure: Closure, tmp_path: Path) -> None:
     nix = str(closure.server.directory / "nix")
     command = ["unshare", "--mount", "--net", "sh", "-c", _SCRIPT, "sh", nix, *HARMONIA]
     environment = {

@@ -15,7 +15,9 @@ Start = Callable[..., Server]
 _DOWNLOAD = re.compile(r"\(([\d.]+) [KM]iB download, ")
 
 
-def test_a_download_has_a_size_after_warm(start: Start, make_client: Callable[[str], Client], tmp_path: Path) -> None:
+def test_dry_run_shows_the_download_size_after_warm(
+    start: Start, make_client: Callable[[str], Client], tmp_path: Path
+) -> None:
     store = StoreBuilder(tmp_path / "store")
     key = SecretKey.generate("dry-run-1")
     info = store.add(store.output_path("large"), os.urandom(3 << 20), keys=[key])
@@ -23,13 +25,13 @@ def test_a_download_has_a_size_after_warm(start: Start, make_client: Callable[[s
     server = start(store=tmp_path / "store")
 
     def shown(name: str) -> str:
-        """What a client that never asked before shows."""
+        """Return the size that a fresh client shows."""
         client = make_client(name)
         client.settings |= {"substituters": server.url, "trusted-public-keys": str(key.public_key)}
         stderr = client.run("nix-store", "--realise", "--dry-run", path).stderr
-        told = _DOWNLOAD.search(stderr)
-        assert told, stderr
-        return told[1]
+        match = _DOWNLOAD.search(stderr)
+        assert match, stderr
+        return match[1]
 
     assert shown("before") in {"0.00", "0.0"}
     assert run("--config", str(server.config), "warm", path).returncode == 0

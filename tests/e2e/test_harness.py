@@ -1,4 +1,4 @@
-"""The harness itself: clients are real, strict about signatures, apart from each other, and leave nothing behind."""
+"""The test harness: Nix clients are real, check signatures, share nothing, and leave nothing behind."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def holds(client: Client, path: str) -> bool:
     return client.run("nix-store", "--check-validity", path, check=False).returncode == 0
 
 
-def test_only_signed_paths_are_accepted(make_client: MakeClient, tmp_path: Path) -> None:
+def test_client_accepts_only_signed_paths(make_client: MakeClient, tmp_path: Path) -> None:
     server, client = make_client("server"), make_client("client")
     made = make_closure(server)
     cache = f"file://{tmp_path}/cache?compression=none"
@@ -45,7 +45,7 @@ def test_only_signed_paths_are_accepted(make_client: MakeClient, tmp_path: Path)
     assert stranger.run("nix-store", "--realise", made.top, check=False).returncode != 0
 
 
-def test_copied_nars_are_the_same(make_client: MakeClient, tmp_path: Path) -> None:
+def test_copied_nars_are_identical(make_client: MakeClient, tmp_path: Path) -> None:
     server, client = make_client("server"), make_client("client")
     made = make_closure(server)
     cache = f"file://{tmp_path}/cache?compression=none"
@@ -72,7 +72,7 @@ def test_clients_share_nothing(make_client: MakeClient) -> None:
     assert not Path(path).exists()
 
 
-def test_paths_can_be_deleted(client: Client) -> None:
+def test_client_can_delete_paths(client: Client) -> None:
     path = client.run("nix-store", "--add", "/etc/passwd").text
     client.run("nix-store", "--delete", path)
     assert not client.real_path(path).exists()
@@ -81,19 +81,19 @@ def test_paths_can_be_deleted(client: Client) -> None:
     assert not client.real_path(path).exists()
 
 
-def test_build_logs_are_kept(client: Client) -> None:
+def test_client_keeps_build_logs(client: Client) -> None:
     made = make_closure(client)
     assert client.run("nix", "log", made.paths["tree-1.0"]).text == "building tree-1.0"
     assert any(client.log_dir.glob("drvs/??/*-tree-1.0.drv.bz2"))
 
 
-def test_failure_tells_all(client: Client) -> None:
+def test_failure_shows_command_status_and_stderr(client: Client) -> None:
     with pytest.raises(AssertionError, match=r"exit status 3:\nbecause"):
         client.run("sh", "-c", "echo because >&2; exit 3")
 
 
 def test_timeout_leaves_nothing_behind(client: Client, tmp_path: Path) -> None:
-    mark = f"8765.{os.getpid()}"  # seconds, and nobody else's
+    mark = f"8765.{os.getpid()}"  # a unique number of seconds
     with pytest.raises(TimeoutError, match=r"not done after 0.5 s:\nstarted"):
         client.run("sh", "-c", f"echo started >&2; setsid sleep {mark} & sleep {mark}", timeout=0.5)
     wait_until(lambda: not [line for line in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in read(line)])
@@ -103,11 +103,11 @@ def test_timeout_leaves_nothing_behind(client: Client, tmp_path: Path) -> None:
 def read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except (FileNotFoundError, ProcessLookupError):  # the process ended in the meantime
+    except (FileNotFoundError, ProcessLookupError):  # the process has ended
         return b""
 
 
-def test_version_is_known(nix: Nix) -> None:
+def test_version_is_parsed(nix: Nix) -> None:
     assert nix.version >= (2, 3)
 
 

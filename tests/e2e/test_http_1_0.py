@@ -1,4 +1,4 @@
-"""Nix behind a proxy that asks in HTTP/1.0, as nginx does without `proxy_http_version`."""
+"""Nix behind a proxy with HTTP/1.0, like nginx without `proxy_http_version`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +15,10 @@ from support.running import Server
 MIB = 1 << 20
 
 
-def test_a_cold_nar_is_substituted_before_it_is_compressed(
+def test_cold_nar_is_substituted_before_it_is_compressed(
     start: Callable[..., Server], client: Client, tmp_path: Path
 ) -> None:
-    """A transfer that breaks off is an error for Nix, a whole one is accepted, and its signature too."""
+    """Nix rejects a transfer that breaks off, and accepts a complete one with its signature."""
     store = StoreBuilder(tmp_path / "store")
     key = SecretKey.generate("cold-1")
     info = store.add(store.output_path("big"), {"big": Random(1).randbytes(9 * MIB)}, keys=[key])

@@ -1,4 +1,4 @@
-"""A store changes while it is served: what is said of it is true at that moment, and nobody gets half of anything."""
+"""A store that changes while it is served: responses are current, and partial NARs never look complete."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from support.running import HARMONIA, PATIENCE_S, Server, open_files
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
 
-# Another user than root. The right to read all is there only to reach this Python, which may be root's own.
+# An unprivileged user. CAP_DAC_READ_SEARCH is only needed to reach this Python, which may belong to root.
 NOBODY = (
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
@@ -27,12 +27,12 @@ NOBODY = (
 
 
 PLAIN = "enable_compression = false"
-"""So that a NAR comes right from the store object, with nothing between. tests/e2e/test_compression.py has the rest."""
+"""NARs come directly from the store object. tests/e2e/test_compression.py tests compressed NARs."""
 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A directory that every user can reach, as pytest's own is not."""
+    """Create a directory that every user can reach, unlike that of pytest."""
     with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
         os.chmod(directory, 0o755)
         yield Path(directory)
@@ -40,14 +40,14 @@ def tmp_path() -> Iterator[Path]:
 
 @pytest.fixture(params=["root", "nobody"])
 def start_as(request: pytest.FixtureRequest, start: Start) -> Start:
-    """Starts servers as root, and as somebody who can write nothing in the store."""
+    """Return a function that starts servers, as root or as a user who cannot write to the store."""
     program = [*NOBODY, *HARMONIA] if request.param == "nobody" else HARMONIA
     return lambda **options: start(program=program, settings=PLAIN, **options)
 
 
 @pytest.fixture
 def store(make_client: MakeClient) -> Client:
-    """The one whose store is served."""
+    """Return the client whose store is served."""
     return make_client("store")
 
 
@@ -65,7 +65,7 @@ def holds(client: Client, path: str) -> bool:
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    """Wait for something that can only come while `process` runs."""
+    """Wait for a condition that can become true only while `process` runs."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert process.poll() is None
@@ -73,10 +73,10 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
         time.sleep(0.001)
 
 
-def test_every_change_is_seen_at_once(start_as: Start, store: Client, client: Client) -> None:
+def test_added_and_deleted_paths_are_noticed_at_once(start_as: Start, store: Client, client: Client) -> None:
     path = build_one(store, "changing-1.0", "echo changing > $out")
     store.run("nix-store", "--delete", path)
-    # What Nix leaves beside its database decides how somebody without a right to write there can read it.
+    # The files that Nix leaves beside its database decide how an unprivileged user can read it.
     assert store.db_path.with_name("db.sqlite-shm").exists() == (store.nix.version >= (2, 22))
     server = start_as(store=store.directory)
     assert server.get(narinfo(path)).status == 404
@@ -100,8 +100,8 @@ def test_every_change_is_seen_at_once(start_as: Start, store: Client, client: Cl
     assert server.get(narinfo(path)).status == server.get(url).status == 404
 
 
-def test_a_daemon_that_writes_hides_nothing(start_as: Start, store: Client, tmp_path: Path) -> None:
-    """While a build runs, its process holds the database open, and what is new is in the log beside it alone."""
+def test_paths_in_the_wal_of_a_running_daemon_are_served(start_as: Start, store: Client, tmp_path: Path) -> None:
+    """While a build runs, its process keeps the database open, and new paths are only in the WAL."""
     go, waiting, added = tmp_path / "go", tmp_path / "waiting", tmp_path / "added"
     added.touch()
     with store.daemon():
@@ -122,18 +122,18 @@ def test_a_daemon_that_writes_hides_nothing(start_as: Start, store: Client, tmp_
     assert server.get(narinfo(built)).status == 200
 
 
-# What comes while a client downloads. The store object has two files; the server is halted amid the first.
+# Changes during a download. The store object has two files; the server is halted within the first.
 
 
 @pytest.fixture
 def big(store: Client) -> str:
-    """A path with a file that no buffer swallows, and another after it."""
+    """Build a path with a file larger than all buffers, and another file after it."""
     return build_one(store, "big-1.0", "mkdir $out; truncate --size 128M $out/a; echo end > $out/b")
 
 
 @contextmanager
 def halfway(server: Server, store: Client, client: Client, path: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A client that copies the path; the server's worker is halted as long as this lasts."""
+    """Start a client that copies the path, and halt the server's worker during the `with`."""
     (worker,) = server.workers
     file = str(store.real_path(path) / "a")
 
@@ -166,7 +166,7 @@ def lengthen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [remove, shorten, lengthen])
-def test_damage_to_a_path_breaks_its_download(
+def test_path_damaged_during_a_download_breaks_it(
     start: Start, store: Client, client: Client, big: str, damage: Callable[[Path], None]
 ) -> None:
     server = start(store=store.directory, settings=PLAIN)
@@ -180,7 +180,7 @@ def test_damage_to_a_path_breaks_its_download(
 
 
 def restart(server: Server) -> None:
-    """What a crash and a new start are to clients: no request is answered to its end, and the address is the same."""
+    """Restart the server as after a crash: running responses break off, and the address stays the same."""
     server.config.write_text(server.config.read_text().replace("127.0.0.1:0", server.url.removeprefix("http://")))
     workers = server.workers
     server.process.kill()
@@ -190,7 +190,7 @@ def restart(server: Server) -> None:
     server.start()
 
 
-def test_a_restart_amid_a_download_leaves_nothing_wrong(start: Start, store: Client, client: Client, big: str) -> None:
+def test_download_is_resumed_after_a_restart(start: Start, store: Client, client: Client, big: str) -> None:
     server = start(store=store.directory, settings=PLAIN)
     with halfway(server, store, client, big) as copy:
         restart(server)
@@ -200,7 +200,7 @@ def test_a_restart_amid_a_download_leaves_nothing_wrong(start: Start, store: Cli
     client.run("nix-store", "--verify-path", big)
 
 
-def test_a_restart_amid_a_request_is_not_noticed(start: Start, client: Client, closure: Closure) -> None:
+def test_request_is_repeated_after_a_restart(start: Start, client: Client, closure: Closure) -> None:
     server = start(store=closure.server.directory, settings=PLAIN)
     (worker,) = server.workers
     os.kill(worker, signal.SIGSTOP)
@@ -218,7 +218,7 @@ def has_connection(port: int) -> bool:
     return any(local.endswith(f":{port:04X}") and state == "01" for _, local, _, state, *_ in entries)
 
 
-def test_a_path_that_is_gone_from_disk_comes_from_the_next_cache(
+def test_path_missing_on_disk_is_substituted_from_the_next_cache(
     start: Start, store: Client, client: Client, tmp_path: Path
 ) -> None:
     path = build_one(store, "gone-1.0", "mkdir $out; echo gone > $out/file")

@@ -1,4 +1,4 @@
-"""`nix log` tells what the builder said on the machine that built, however that keeps its logs."""
+"""`nix log` shows the output of the builder, from every stored form."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ODD = "c++-q?z=1"
 
 @pytest.fixture
 def store(make_client: MakeClient) -> Client:
-    """The one whose store is served."""
+    """Return the client whose store is served."""
     return make_client("store")
 
 
@@ -31,7 +31,7 @@ def derivation(store: Client, path: str) -> str:
 
 @contextmanager
 def building(store: Client, built: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A build that runs until it ends, or is killed."""
+    """Start a build that runs until it ends or is killed."""
     command = store.command("nix-store", "--realise", built)
     with subprocess.Popen(
         command, env=store.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -47,14 +47,16 @@ def url(path: str) -> str:
 
 
 def log(client: Client, server: Server, path: str) -> str:
-    """What `nix log` shows; what it complains of where it cannot."""
+    """Return the output of `nix log`, or its error messages if it fails."""
     result = client.run("nix", "log", "--store", server.url, path, check=False)
     return result.text if result.returncode == 0 else result.stderr
 
 
 @pytest.mark.parametrize("compressed", ["true", "false"])
 @pytest.mark.parametrize("name", ["said-1.0", ODD])
-def test_what_the_builder_said(start: Start, store: Client, client: Client, compressed: str, name: str) -> None:
+def test_nix_log_shows_the_output_of_the_builder(
+    start: Start, store: Client, client: Client, compressed: str, name: str
+) -> None:
     store.settings["compress-build-log"] = compressed
     path = build_one(store, name, "seq 100000; echo said > $out")
     server = start(store=store.directory)
@@ -63,8 +65,8 @@ def test_what_the_builder_said(start: Start, store: Client, client: Client, comp
     assert log(client, server, derivation(store, path)) == said
 
 
-def test_the_log_outlives_the_derivation(start: Start, store: Client, client: Client) -> None:
-    """`nix log` up to 2.8 first asks for the derivation, and gives up without it."""
+def test_nix_log_works_after_the_derivation_is_collected(start: Start, store: Client, client: Client) -> None:
+    """`nix log` up to 2.8 first requests the derivation, and fails without it."""
     path = build_one(store, "collected-1.0", "echo collected; echo > $out")
     built = derivation(store, path)
     store.run("nix-collect-garbage")
@@ -74,7 +76,7 @@ def test_the_log_outlives_the_derivation(start: Start, store: Client, client: Cl
         assert log(client, server, built) == "collected"
 
 
-def test_what_was_not_built_here_has_no_log(start: Start, store: Client, client: Client) -> None:
+def test_substituted_path_has_no_log(start: Start, store: Client, client: Client) -> None:
     path = store.run("nix-store", "--add", "/etc/passwd").text
     server = start(store=store.directory)
     assert "is not available" in log(client, server, path)
@@ -82,8 +84,10 @@ def test_what_was_not_built_here_has_no_log(start: Start, store: Client, client:
 
 
 @pytest.mark.parametrize("compressed", ["true", "false"])
-def test_the_log_of_a_build_that_runs(start: Start, store: Client, tmp_path: Path, compressed: str) -> None:
-    """It is there from the beginning, may not be kept by anybody, and gets longer."""
+def test_log_of_a_running_build_is_served_and_grows(
+    start: Start, store: Client, tmp_path: Path, compressed: str
+) -> None:
+    """It is served from the beginning, and must not be cached."""
     store.settings["compress-build-log"] = compressed
     go, said = tmp_path / "go", tmp_path / "said"
     script = f"seq 500000; touch {said}; until [ -e {go} ]; do sleep 0.05; done; echo done; echo > $out"
@@ -105,7 +109,7 @@ def test_the_log_of_a_build_that_runs(start: Start, store: Client, tmp_path: Pat
     assert finished.headers["cache-control"] == (IMMUTABLE if compressed == "true" else "no-cache")
 
 
-def test_a_build_that_is_killed_leaves_a_log_nobody_keeps(start: Start, store: Client) -> None:
+def test_log_of_a_killed_build_must_not_be_cached(start: Start, store: Client) -> None:
     built = instantiate(store, "killed-1.0", "seq 500000; exec sleep 1000")
     server = start(store=store.directory)
     with building(store, built):

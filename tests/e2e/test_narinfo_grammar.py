@@ -1,4 +1,4 @@
-"""Nix itself is the judge of the narinfos that our parser is tested with."""
+"""Nix accepts and rejects the narinfos with which our parser is tested."""
 
 from support import narinfos
 from support.nix_client import Client
@@ -10,9 +10,9 @@ done
 """
 
 
-def test_nix_takes_and_refuses_the_narinfos_of_our_tests(client: Client) -> None:
-    """Each URL has its own entry in the cache of Nix. All commands are run at once, because a machine costs much."""
-    texts = narinfos.TAKEN | narinfos.REFUSED
+def test_nix_accepts_and_rejects_the_narinfos_of_our_tests(client: Client) -> None:
+    """Each URL has its own entry in the cache of Nix. All commands run on one machine to save time."""
+    texts = narinfos.ACCEPTED | narinfos.REJECTED
     for number, text in enumerate(texts.values()):
         cache = client.directory / f"tmp/caches/{number:03}"
         cache.mkdir(parents=True)
@@ -20,5 +20,5 @@ def test_nix_takes_and_refuses_the_narinfos_of_our_tests(client: Client) -> None
         (cache / "1dvdsyn9d7z6wfrkpxw28nj59kflfxyz.narinfo").write_bytes(text.encode())
     statuses = [int(line.split()[1]) for line in client.run("sh", "-c", _STATUSES, narinfos.PATH).lines]
     taken = {name for name, status in zip(texts, statuses, strict=True) if status == 0}
-    assert taken == narinfos.TAKEN.keys()
-    assert set(statuses) == {0, 1, 134}  # some end Nix by SIGABRT, because it expects no such error
+    assert taken == narinfos.ACCEPTED.keys()
+    assert set(statuses) == {0, 1, 134}  # some abort Nix by an unexpected exception

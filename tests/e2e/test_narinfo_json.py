@@ -1,4 +1,4 @@
-"""`/<hash>.narinfo?json` is what Nix itself makes of the narinfo."""
+"""`/<hash>.narinfo?json` equals the JSON that Nix makes of the narinfo."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def told_by(client: Client, server: Server, path: str, *options: str) -> Any:
 
 
 def as_version_1(told: dict[str, Any]) -> dict[str, Any]:
-    """Of what a path in a binary cache has: full paths, and signatures in one word."""
+    """Convert our JSON to that of `nix path-info`: full paths, and signatures as single words."""
     full = f"{told['storeDir']}/".__add__
     return told | {
         "version": 1,
@@ -27,15 +27,15 @@ def as_version_1(told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_nix_says_the_same(start: Start, client: Client, closure: Closure) -> None:
+def test_json_equals_that_of_nix_path_info(start: Start, client: Client, closure: Closure) -> None:
     server = start(store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']")
     newest = client.nix.version >= (2, 33)
     for path in (closure.paths[name] for name in ("top-1.0", "added-1.0", "flat-1.0")):
         hash_part = path.removeprefix("/nix/store/")[:32]
-        assert server.get(f"/nar/{hash_part}.nar.zst").status == 200  # its size is told from now on
+        assert server.get(f"/nar/{hash_part}.nar.zst").status == 200  # from now on, the narinfo has its size
         ours = json.loads(server.get(f"/{hash_part}.narinfo?json").body)
         theirs = told_by(client, server, path, *(["--json-format", "1"] if newest else []))
-        # Up to 2.18 it is a list, without what is not there.
+        # Up to Nix 2.18, it is a list without missing paths.
         theirs = theirs[0] if isinstance(theirs, list) else {"path": path, **theirs[path]}
         ca = theirs.pop("ca", None)
         assert (ca is None) == (ours["ca"] is None)

@@ -1,4 +1,4 @@
-"""Promises to pushers: `nix copy --to` brings paths into the store of a machine whose Nix daemon trusts no user."""
+"""Pushes: `nix copy --to` adds paths to the store of a machine whose Nix daemon trusts no user."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,17 +21,17 @@ MakeClient = Callable[[str], Client]
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A short name: those of sockets have at most 107 bytes."""
+    """Return a short path, because paths of sockets have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
-def test_a_closure_is_pushed_and_substituted(target: Target, pusher: Client, make_client: MakeClient) -> None:
+def test_closure_is_pushed_and_substituted(target: Target, pusher: Client, make_client: MakeClient) -> None:
     closure = make_closure(pusher)
     server = target.serve()
     with target.client.daemon():
         push(pusher, server, *closure.paths.values(), query=f"secret-key={target.key.secret_file}")
-        target.client.run("nix-store", "--gc")  # the roots keep it
+        target.client.run("nix-store", "--gc")  # the closure is kept by GC roots
     for path in (*closure.paths.values(), *requisites(pusher, closure.top)):
         target.client.run("nix-store", "--verify-path", path)
     assert "pusher-1:" in target.client.run("nix", "path-info", "--sigs", closure.top).text
@@ -55,7 +55,7 @@ def test_a_closure_is_pushed_and_substituted(target: Target, pusher: Client, mak
         "compression=br",
     ],
 )
-def test_every_option_of_nix_works(target: Target, pusher: Client, query: str) -> None:
+def test_options_of_the_store_url_work(target: Target, pusher: Client, query: str) -> None:
     path = build_one(
         pusher, "one-1.0", "mkdir -p $out/lib/debug/.build-id/ab; echo one > $out/lib/debug/.build-id/ab/c.debug"
     )
@@ -65,7 +65,7 @@ def test_every_option_of_nix_works(target: Target, pusher: Client, query: str) -
     target.client.run("nix-store", "--verify-path", path)
 
 
-def test_what_needs_no_key_is_content_addressed(target: Target, pusher: Client) -> None:
+def test_content_addressed_path_needs_no_key(target: Target, pusher: Client) -> None:
     file = pusher.directory / "file"
     file.write_text("content")
     path = pusher.run("nix-store", "--add", file).text
@@ -75,7 +75,7 @@ def test_what_needs_no_key_is_content_addressed(target: Target, pusher: Client) 
     target.client.run("nix-store", "--verify-path", path)
 
 
-def test_unsigned_is_refused_and_signed_by_the_server_only_with_the_scope(target: Target, pusher: Client) -> None:
+def test_unsigned_path_is_refused_unless_the_server_may_sign(target: Target, pusher: Client) -> None:
     path = build_one(pusher, "one-1.0", "echo one > $out")
     other = build_one(pusher, "other-1.0", "echo other > $out")
     server = target.serve()
@@ -91,7 +91,7 @@ def test_unsigned_is_refused_and_signed_by_the_server_only_with_the_scope(target
     assert not target.client.real_path(other).exists()
 
 
-def test_realisations_are_registered_if_they_are_signed(target: Target, pusher: Client, tmp_path: Path) -> None:
+def test_signed_realisations_are_registered(target: Target, pusher: Client, tmp_path: Path) -> None:
     expression = tmp_path / "expression.nix"
     expression.write_text("""
         derivation {
@@ -101,7 +101,7 @@ def test_realisations_are_registered_if_they_are_signed(target: Target, pusher: 
     server = target.serve()
 
     def is_known() -> bool:
-        """Return whether the target has nothing to build."""
+        """Return True if the target has nothing to build."""
         target.client.settings["max-jobs"] = "0"
         return target.client.run("nix-build", "--no-out-link", expression, check=False).returncode == 0
 
@@ -114,7 +114,7 @@ def test_realisations_are_registered_if_they_are_signed(target: Target, pusher: 
             assert is_known() == bool(keys)
 
 
-def test_a_log_is_kept_and_served(target: Target) -> None:
+def test_pushed_log_is_kept_and_served(target: Target) -> None:
     server = target.serve()
     name = f"{'0' * 32}-top-1.0.drv"
     log = b"line\n" * 1000
@@ -130,8 +130,8 @@ def test_a_log_is_kept_and_served(target: Target) -> None:
 OTHER = SecretKey.generate("other-1")
 
 
-def test_each_refusal_is_one_line_and_leaves_nothing(target: Target) -> None:
-    """None of it becomes valid, and the next push of the same path succeeds."""
+def test_refusal_is_one_line_and_leaves_nothing(target: Target) -> None:
+    """Refused paths do not become valid, and the next push of the same path succeeds."""
     server = target.serve("max_nar_size = '64M'\n")
     pusher, secret = target.pusher(server), target.secret
     good = Pushed.make("good", b"content" * 1000, secret)
@@ -174,8 +174,8 @@ def test_each_refusal_is_one_line_and_leaves_nothing(target: Target) -> None:
     target.client.run("nix-store", "--verify-path", f"/nix/store/{info.path}")
 
 
-def test_a_token_without_the_scope_sends_nothing(target: Target) -> None:
-    """Expect: 100-continue is answered by the refusal, before the body."""
+def test_token_without_the_scope_is_refused_before_the_body(target: Target) -> None:
+    """The refusal comes instead of 100 Continue."""
     server = target.serve(scopes=("read",))
     token = (target.client.shared / "token").read_text()
     path = Pushed.make("good", b"content", target.secret)
@@ -187,7 +187,7 @@ def test_a_token_without_the_scope_sends_nothing(target: Target) -> None:
     assert not spooled(server)
 
 
-def test_a_broken_off_body_leaves_nothing(target: Target) -> None:
+def test_truncated_body_leaves_nothing(target: Target) -> None:
     server = target.serve()
     token = (target.client.shared / "token").read_text()
     path = Pushed.make("good", b"content" * 1_000_000, target.secret)
@@ -201,8 +201,7 @@ def test_a_broken_off_body_leaves_nothing(target: Target) -> None:
     assert target.pusher(server).request("HEAD", path.nar_url).status == 404
 
 
-def test_many_puts_on_one_connection(target: Target) -> None:
-    """The connection stays open after a body, as after any other request."""
+def test_connection_stays_open_after_each_put(target: Target) -> None:
     server = target.serve()
     paths = [Pushed.make(f"path-{number}", b"%d" % number, target.secret) for number in range(20)]
     with target.client.daemon(), target.pusher(server).connected() as pusher:

@@ -1,4 +1,4 @@
-"""Broken pushes: nothing wrong becomes valid, nothing of them stays behind, and the next push succeeds."""
+"""Faulty pushes: no wrong path becomes valid, no file stays in the spool, and the next push succeeds."""
 
 import os
 import random
@@ -23,14 +23,14 @@ from support.push_target import Target, push, spooled
 from support.pusher import Pushed, Pusher, signed
 from support.running import Server, peak_bytes, read_answer, run, wait_until
 
-BROKEN_PUSHES = int(os.environ.get("HARMONIA_BROKEN_PUSHES", "60"))
-"""Number of broken pushes in one run of the test."""
+FAULTY_PUSHES = int(os.environ.get("HARMONIA_FAULTY_PUSHES", "60"))
+"""Number of faulty pushes in one run of the test."""
 SEED = int(os.environ.get("HARMONIA_SEED", "1"))
 
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A short name: those of sockets have at most 107 bytes."""
+    """Return a short path, because paths of sockets have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
@@ -40,13 +40,13 @@ def flipped(data: bytes, chance: random.Random) -> bytes:
     return data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
 
 
-def broken_push(pusher: Pusher, good: Pushed, other: Pushed, key: SecretKey, chance: random.Random) -> None:
-    """Push a path in one of many wrong ways. Most of them are refused; some are harmless."""
+def faulty_push(pusher: Pusher, good: Pushed, other: Pushed, key: SecretKey, chance: random.Random) -> None:
+    """Push a path with one of many faults. Most of them are refused; some are harmless."""
     info = good.info
     match chance.randrange(9):
-        case 0:  # another NAR under the right narinfo
+        case 0:  # another NAR with the correct narinfo
             pusher.push(replace(good, body=flipped(good.body, chance)))
-        case 1:  # the body is not that of its name
+        case 1:  # a body whose hash is not that of its name
             pusher.request("PUT", good.nar_url, flipped(good.body, chance))
             pusher.put_narinfo(good)
         case 2:
@@ -59,10 +59,10 @@ def broken_push(pusher: Pusher, good: Pushed, other: Pushed, key: SecretKey, cha
         case 4:  # a signature of another path, or by another key
             sigs = chance.choice([other.info.sigs, (), signed(info, SecretKey.generate(key.name)).sigs])
             pusher.push(replace(good, info=replace(info, sigs=sigs)))
-        case 5:  # signed, but the NAR is that of another path
+        case 5:  # signed, but with the NAR of another path
             pusher.put_nar(other)
             pusher.put_narinfo(replace(other, info=info))
-        case 6:  # a compressed file that is damaged, or cut short
+        case 6:  # a compressed file that is damaged or truncated
             packed = zstandard.compress(good.body)
             wrong = chance.choice([flipped(packed, chance), packed[: chance.randrange(1, len(packed))]])
             pusher.push(replace(good, body=wrong, compression="zstd"))
@@ -78,21 +78,20 @@ def narinfo_of(path: Pushed) -> tuple[str, bytes, int]:
     return f"{path.info.path.hash_part}.narinfo", path.narinfo, len(path.narinfo)
 
 
-def test_nothing_wrong_becomes_valid(target: Target) -> None:
-    """Random broken pushes, of which the store keeps nothing but what is right in every byte."""
+def test_no_wrong_path_of_random_faulty_pushes_becomes_valid(target: Target) -> None:
     chance = random.Random(SEED)
     server = target.serve("max_nar_size = '1M'\nspool_size = '16M'\n")
     pusher, key = target.pusher(server), target.secret
     right: dict[str, str] = {}
     with target.client.daemon():
-        for number in range(BROKEN_PUSHES):
+        for number in range(FAULTY_PUSHES):
             good, other = (
                 Pushed.make(f"{name}-{number}", chance.randbytes(chance.randrange(2000)), key)
                 for name in ("one", "other")
             )
             right |= {f"/nix/store/{path.info.path}": path.info.nar_hash.hex() for path in (good, other)}
             with suppress(ConnectionError, HTTPException):
-                broken_push(pusher, good, other, key, chance)
+                faulty_push(pusher, good, other, key, chance)
             if chance.randrange(10) == 0:
                 assert pusher.push(good).status == 200
         valid = registered(target.client)
@@ -113,7 +112,7 @@ def registered(client: Client) -> dict[str, str]:
     }
 
 
-def test_two_pushers_of_one_path(target: Target) -> None:
+def test_parallel_pushes_of_one_path_all_succeed(target: Target) -> None:
     server = target.serve()
     path = Pushed.make("twice", random.Random(SEED).randbytes(1 << 20), target.secret)
     with target.client.daemon(), ThreadPoolExecutor(8) as threads:
@@ -122,7 +121,7 @@ def test_two_pushers_of_one_path(target: Target) -> None:
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
 
 
-def test_without_the_daemon_the_pusher_is_told_to_try_again(target: Target) -> None:
+def test_push_without_a_daemon_gets_409_and_succeeds_later(target: Target) -> None:
     server = target.serve()
     pusher, path = target.pusher(server), Pushed.make("good", b"content", target.secret)
     answer = pusher.push(path)
@@ -131,7 +130,7 @@ def test_without_the_daemon_the_pusher_is_told_to_try_again(target: Target) -> N
         assert pusher.put_narinfo(path).status == 200  # the NAR is still in the spool
 
 
-def test_a_killed_worker_leaves_nothing_and_nobody_waits_for_it(target: Target) -> None:
+def test_push_succeeds_after_a_worker_was_killed_during_one(target: Target) -> None:
     server = target.serve()
     path = Pushed.make("good", random.Random(SEED).randbytes(32 << 20), target.secret)
     pusher = target.pusher(server)
@@ -160,7 +159,7 @@ def kill_worker(server: Server) -> None:
     wait_until(lambda: server.get("/version").status == 200)
 
 
-def test_a_bomb_is_refused_in_little_memory(target: Target) -> None:
+def test_decompression_bomb_is_refused_in_little_memory(target: Target) -> None:
     server = target.serve("max_nar_size = '64M'\n")
     pusher = target.pusher(server)
     bomb = Pushed.make("bomb", b"", target.secret)
@@ -175,18 +174,18 @@ def test_a_bomb_is_refused_in_little_memory(target: Target) -> None:
     assert not target.client.real_path(f"/nix/store/{bomb.info.path}").exists()
 
 
-def test_the_spool_is_bounded(target: Target) -> None:
+def test_push_beyond_the_spool_size_gets_413(target: Target) -> None:
     server = target.serve("max_nar_size = '1M'\nspool_size = '2M'\n")
     pusher, chance = target.pusher(server), random.Random(SEED)
     paths = [Pushed.make(f"path-{number}", chance.randbytes(900_000), target.secret) for number in range(3)]
     with target.client.daemon():
         assert [pusher.put_nar(path).status for path in paths] == [200, 200, 413]
         assert pusher.put_narinfo(paths[0]).status == 200
-        assert pusher.push(paths[2]).status == 200  # in the room of the first
+        assert pusher.push(paths[2]).status == 200  # in the space of the first
 
 
 @pytest.mark.root
-def test_a_full_disk_is_told_to_the_pusher(target: Target, tmp_path: Path) -> None:
+def test_push_to_a_full_disk_gets_413(target: Target, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk") as disk:
         server = target.serve(cache_dir=disk / "cache")
         pusher = target.pusher(server)
@@ -212,7 +211,7 @@ def mounted(directory: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", directory], check=True)
 
 
-def test_garbage_is_collected_meanwhile(target: Target, pusher: Client) -> None:
+def test_garbage_collections_during_a_push_keep_its_closure(target: Target, pusher: Client) -> None:
     closure = make_closure(pusher)
     server = target.serve()
     stop = threading.Event()
@@ -232,7 +231,7 @@ def test_garbage_is_collected_meanwhile(target: Target, pusher: Client) -> None:
     target.client.run("nix-store", "--verify-path", *requisites(pusher, closure.top))
 
 
-def test_roots_last_for_the_time_set_and_are_listed_pinned_and_dropped(target: Target) -> None:
+def test_unused_and_dropped_roots_end_and_used_and_pinned_ones_stay(target: Target) -> None:
     server = target.serve("keep = '1h'\n")
     old, used, pinned, dropped = (
         Pushed.make(name, name.encode(), target.secret) for name in ("old", "used", "pinned", "dropped")
@@ -251,7 +250,7 @@ def test_roots_last_for_the_time_set_and_are_listed_pinned_and_dropped(target: T
         token = (target.client.shared / "token").read_text()
         assert server.get(f"/nar/{used.info.path.hash_part}.nar", {"Authorization": f"Bearer {token}"}).status == 200
         wait_until(lambda: os.lstat(roots / used.info.path).st_mtime > 0)
-        kill_worker(server)  # the next one sweeps
+        kill_worker(server)  # the next one removes expired roots
         wait_until(lambda: not os.path.lexists(roots / old.info.path))
         target.client.run("nix-store", "--gc")
     kept = {

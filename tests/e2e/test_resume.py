@@ -1,4 +1,4 @@
-"""A download that breaks off goes on where it was: it gets done over any network, and costs what was missing."""
+"""Interrupted downloads resume where they stopped, over any network, and transfer only the missing bytes."""
 
 import itertools
 import random
@@ -20,14 +20,14 @@ Start = Callable[..., Server]
 MEBIBYTE = 1 << 20
 LIMIT = 16 * MEBIBYTE
 CUTS = 4  # a client tries five times
-FIRST_CUT = 20_000  # bytes on the wire, less than half of what comes of a first frame
+FIRST_CUT = 20_000  # bytes on the wire, less than half of the first frame
 CUTS_IN_FIRST_FRAME = 2
 LEVELS = itertools.cycle(("zstd.level = 9", "zstd.level = 1", "zstd.long_distance_matching = true"))
-# What is sent in vain when a connection is cut: what the server's socket may hold, and a chunk.
+# Bytes that a cut connection may lose: the socket buffer of the server, and a chunk.
 UNDER_WAY = int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]) + MEBIBYTE
 
 
-def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: Client, tmp_path: Path) -> None:
+def test_download_with_repeated_cuts_completes(start: Start, client: Client, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     key = SecretKey.generate("resume-1")
     contents = random.Random(1).randbytes(58 * MEBIBYTE)
@@ -51,7 +51,7 @@ def test_a_download_that_is_cut_again_and_again_gets_done(start: Start, client: 
 
 
 def add_big(store: StoreBuilder, key: SecretKey) -> str:
-    """A path whose compressed NAR takes more than two cuts, and has other bytes at each level."""
+    """Add a path whose compressed NAR is longer than two cuts, and has other bytes at each level."""
     words = random.Random(1).randbytes(4 * MEBIBYTE)
     tree = {f"{part}": words + bytes([part]) * MEBIBYTE for part in range(7)}
     info = store.add(store.output_path("big"), tree, keys=[key])
@@ -59,7 +59,7 @@ def add_big(store: StoreBuilder, key: SecretKey) -> str:
 
 
 def statuses(server: Server) -> list[int]:
-    """The statuses of its answers for NARs, from its access log."""
+    """Return the statuses of NAR responses in the access log."""
     found = [re.search(r"'GET /nar/\S+' (\d+) ", line) for line in server.log]
     return [int(line[1]) for line in found if line]
 
@@ -70,14 +70,14 @@ def port(server: Server) -> int:
     return found
 
 
-def test_a_download_goes_on_at_a_server_of_another_level(start: Start, client: Client, tmp_path: Path) -> None:
-    """A proxy that cuts, and leads each new connection to the next of two servers, one of which then restarts."""
+def test_download_continues_at_a_server_with_another_level(start: Start, client: Client, tmp_path: Path) -> None:
+    """A proxy cuts connections, and alternates between two servers, which restart with other settings."""
     key = SecretKey.generate("resume-1")
     path = add_big(StoreBuilder(tmp_path / "store"), key)
     servers = [start(store=tmp_path / "store", settings=f"access_log = true\nzstd.level = {level}") for level in (3, 9)]
 
     def go_on_elsewhere() -> None:
-        """Restart the server that was cut with another encoding, and lead to the other one."""
+        """Restart the current server with another encoding, and switch to the other server."""
         cut = servers.pop(0)
         cut.stop(signal.SIGKILL)
         servers.append(
@@ -94,8 +94,8 @@ def test_a_download_goes_on_at_a_server_of_another_level(start: Start, client: C
     assert any(re.search(r"'GET /nar/\S+' 206 ", line) for line in servers[0].log), servers[0].log
 
 
-def test_a_download_goes_on_while_the_rest_is_being_compressed(start: Start, client: Client, tmp_path: Path) -> None:
-    """Nothing but the first frame is there until the second cut."""
+def test_download_continues_while_the_rest_is_compressed(start: Start, client: Client, tmp_path: Path) -> None:
+    """Only the first frame is compressed until the second cut."""
     key = SecretKey.generate("resume-1")
     path = add_big(StoreBuilder(tmp_path / "store"), key)
     held = tmp_path / "held"
@@ -115,7 +115,7 @@ def test_a_download_goes_on_while_the_rest_is_being_compressed(start: Start, cli
     assert statuses(server) == [200] + [206] * CUTS_IN_FIRST_FRAME
 
 
-def test_a_download_goes_on_when_its_file_is_evicted(start: Start, client: Client, tmp_path: Path) -> None:
+def test_download_continues_after_eviction(start: Start, client: Client, tmp_path: Path) -> None:
     key = SecretKey.generate("resume-1")
     path = add_big(StoreBuilder(tmp_path / "store"), key)
     server = start(store=tmp_path / "store", settings="access_log = true")
@@ -137,8 +137,8 @@ def test_a_download_goes_on_when_its_file_is_evicted(start: Start, client: Clien
     assert statuses(server)[:3] == [200, 200, 206], server.log
 
 
-def test_a_url_that_names_no_encoding_is_whole_or_nothing(start: Start, client: Client, tmp_path: Path) -> None:
-    """A client remembers such a URL for 30 days. It gets the NAR, or an error: never a mix of two files."""
+def test_url_without_an_encoding_gives_the_whole_nar_or_an_error(start: Start, client: Client, tmp_path: Path) -> None:
+    """Clients remember such a URL for 30 days. They never get a mix of two files."""
     key = SecretKey.generate("resume-1")
     path = add_big(StoreBuilder(tmp_path / "store"), key)
     older = patched(
@@ -148,7 +148,7 @@ def test_a_url_that_names_no_encoding_is_whole_or_nothing(start: Start, client: 
     server = start(store=tmp_path / "store", program=older)
     with CuttingProxy(port(server), 8 * MEBIBYTE, 10 * MEBIBYTE) as network:
         client.settings |= {"substituters": network.url, "trusted-public-keys": str(key.public_key)}
-        client.run("nix-store", "--realise", "--dry-run", path)  # from now on, it knows the URL
+        client.run("nix-store", "--realise", "--dry-run", path)  # from now on, the client knows the URL
         network.port = port(start(store=tmp_path / "store", settings="zstd.level = 9"))
         broken = client.run("nix-store", "--realise", path, check=False)
         assert broken.returncode != 0

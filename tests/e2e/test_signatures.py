@@ -1,4 +1,4 @@
-"""A client accepts what is signed by a key it trusts, whoever signed it, and else only what proves itself."""
+"""Clients accept paths signed by a trusted key, and content-addressed paths without a signature."""
 
 import sqlite3
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def key_setting(*keys: Key) -> str:
 
 
 def fetch(client: Client, server: Server, path: str, *trusted: Key) -> str:
-    """Substitute `path`; what Nix says of the signatures when it refuses, else nothing."""
+    """Substitute `path`; return the message of Nix about signatures if it refuses, otherwise an empty string."""
     client.settings |= {
         "substituters": server.url,
         "trusted-public-keys": " ".join(key.public for key in trusted),
@@ -41,10 +41,10 @@ def signers(server: Server, path: str) -> list[str]:
     return [line.split(":")[1].strip() for line in lines if line.startswith("Sig: ")]
 
 
-def test_each_of_two_keys_suffices(start: Start, make_client: MakeClient, closure: Closure) -> None:
+def test_either_of_two_keys_suffices(start: Start, make_client: MakeClient, closure: Closure) -> None:
     one, other, wrong = (make_client(name) for name in ("one", "other", "wrong"))
     first, second = one.generate_key("first-1"), other.generate_key("second-1")
-    impostor = wrong.generate_key("first-1")  # by name, it is the first
+    impostor = wrong.generate_key("first-1")  # has the name of the first key
     server = start(store=closure.server.directory, settings=key_setting(first, second))
     path = closure.paths["file-1.0"]
 
@@ -57,7 +57,7 @@ def test_each_of_two_keys_suffices(start: Start, make_client: MakeClient, closur
 
 
 @pytest.mark.nix
-def test_keys_come_from_the_environment(start: Start, closure: Closure, tmp_path: Path) -> None:
+def test_sign_key_paths_variable_is_used(start: Start, closure: Closure, tmp_path: Path) -> None:
     for name in ("first-1", "second-1"):
         (tmp_path / name).write_text(SecretKey.generate(name).export())
     keys = f"{tmp_path}/first-1 {tmp_path}/second-1"
@@ -73,13 +73,13 @@ def test_without_a_key_only_content_addressed_paths_are_accepted(
     assert UNTRUSTED in fetch(client, server, closure.paths["dep-1.0"], trusted)
     names = {"added-1.0", "flat-1.0"}
     if client.nix is closure.server.nix:
-        names.add("floating-1.0")  # Nix 2.8 and later Nixes hash what refers to itself differently
+        names.add("floating-1.0")  # Nix 2.8 hashes self-references differently
     for name in names:
         assert signers(server, closure.paths[name]) == []
         assert fetch(client, server, closure.paths[name], trusted) == ""
 
 
-def test_stored_signatures_are_passed_on(start: Start, make_client: MakeClient) -> None:
+def test_stored_signatures_are_served(start: Start, make_client: MakeClient) -> None:
     store, client = make_client("store"), make_client("client")
     own, stored, trusted = (store.generate_key(f"{name}-1") for name in ("own", "stored", "trusted"))
     path = build_one(store, "signed-1.0", "echo signed > $out")
@@ -91,7 +91,7 @@ def test_stored_signatures_are_passed_on(start: Start, make_client: MakeClient) 
     assert fetch(client, server, path, trusted) == ""
 
 
-def test_malformed_stored_signatures_stop_nobody(start: Start, make_client: MakeClient) -> None:
+def test_malformed_stored_signatures_affect_no_client(start: Start, make_client: MakeClient) -> None:
     store, client = make_client("store"), make_client("client")
     key = store.generate_key("good-1")
     path = build_one(store, "signed-1.0", "echo signed > $out")

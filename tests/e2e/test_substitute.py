@@ -1,4 +1,4 @@
-"""A stock Nix client gets from the server what the server's own Nix has: all of it, checked, and nothing else."""
+"""Nix clients substitute paths from the server, verified, with no request too many."""
 
 import re
 from collections import defaultdict
@@ -35,7 +35,7 @@ def hash_part(path: str) -> str:
 
 
 def requests(server: Server) -> list[tuple[str, int]]:
-    """Everything that was asked and the status it got, sorted. The server is stopped, so that the log is complete."""
+    """Return all requests with their statuses, sorted. Stops the server, so that the log is complete."""
     server.stop()
     lines = (re.search(r"'(\w+ /\S*)' (\d{3}) ", line) for line in server.log)
     return sorted((line[1], int(line[2])) for line in lines if line and line[1] != "GET /version")
@@ -49,7 +49,7 @@ def nar_requests(closure: Closure, paths: list[str]) -> list[str]:
     ]
 
 
-def test_a_cache_may_be_under_a_path_of_a_proxy(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+def test_cache_below_a_path_of_a_proxy(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
     server = serve(start, closure)
     with nginx(tmp_path / "nginx", f"location /a/cache/ {{ proxy_pass {server.url}/; }}") as (url, _):
         client.settings |= {"substituters": f"{url}/a/cache", "trusted-public-keys": closure.key.public}
@@ -57,7 +57,7 @@ def test_a_cache_may_be_under_a_path_of_a_proxy(start: Start, client: Client, cl
     assert requisites(client, closure.top) == requisites(closure.server, closure.top)
 
 
-def test_a_closure_is_substituted(start: Start, client: Client, closure: Closure) -> None:
+def test_closure_is_substituted(start: Start, client: Client, closure: Closure) -> None:
     server = serve(start, closure)
     trust(client, server, closure)
     paths = requisites(closure.server, closure.top)
@@ -66,16 +66,16 @@ def test_a_closure_is_substituted(start: Start, client: Client, closure: Closure
     assert requisites(client, closure.top) == paths
     client.run("nix-store", "--verify-path", *paths)
     client.run("nix", "store", "verify", "--recursive", closure.top)
-    # One request for each thing that is needed, none for anything else, and no error among them.
+    # One request for each needed resource, and no other.
     narinfos = [f"GET /{hash_part(path)}.narinfo" for path in paths]
     asked = ["GET /nix-cache-info", *narinfos, *nar_requests(closure, paths)]
     assert requests(server) == sorted((request, 200) for request in asked)
 
 
-def test_everything_is_copied(start: Start, client: Client, closure: Closure) -> None:
+def test_all_paths_are_copied(start: Start, client: Client, closure: Closure) -> None:
     server = serve(start, closure)
     trust(client, server, closure)
-    # Nix 2.8 and later Nixes disagree on the content address of a path that refers to itself.
+    # Nix 2.8 and newer versions disagree on the content address of a path that refers to itself.
     alike = client.nix is closure.server.nix
     paths = [path for name, path in closure.paths.items() if alike or name != "floating-1.0"]
     client.run("nix", "copy", "--from", server.url, *paths)
@@ -87,12 +87,12 @@ def test_everything_is_copied(start: Start, client: Client, closure: Closure) ->
     narinfos = {f"{method} /{hash_part(path)}.narinfo" for path in paths for method in ("GET", "HEAD")}
     assert {request for request, _ in answered} <= {"GET /nix-cache-info", *narinfos, *nar_requests(closure, paths)}
     assert {status for _, status in answered} == {200}
-    # Nix 2.8 and later ask twice or more whether a path is there, but fetch everything once.
+    # Nix requests narinfos more than once, but each NAR once.
     fetched = [request for request, _ in answered if request.startswith("GET")]
     assert len(fetched) == len(set(fetched)) == 1 + 2 * len(paths)
 
 
-def test_a_remote_closure_is_queried_and_verified(start: Start, client: Client, closure: Closure) -> None:
+def test_remote_closure_is_queried_and_verified(start: Start, client: Client, closure: Closure) -> None:
     server = serve(start, closure)
     trust(client, server, closure)
     listed = client.run("nix", "path-info", "--recursive", "--store", server.url, closure.top).lines
@@ -100,7 +100,7 @@ def test_a_remote_closure_is_queried_and_verified(start: Start, client: Client, 
     client.run("nix", "store", "verify", "--store", server.url, "--recursive", closure.top)
 
 
-def test_two_clients_copy_at_once(start: Start, make_client: MakeClient, closure: Closure) -> None:
+def test_two_clients_copy_concurrently(start: Start, make_client: MakeClient, closure: Closure) -> None:
     server = serve(start, closure)
     clients = [make_client("one"), make_client("other")]
 
@@ -113,7 +113,7 @@ def test_two_clients_copy_at_once(start: Start, make_client: MakeClient, closure
         list(threads.map(fetch, clients))
 
 
-def test_a_path_that_is_not_there_is_a_plain_miss(start: Start, client: Client, closure: Closure) -> None:
+def test_missing_path_is_a_miss(start: Start, client: Client, closure: Closure) -> None:
     server = serve(start, closure)
     trust(client, server, closure)
     missing = "/nix/store/00000000000000000000000000000000-missing"
@@ -125,10 +125,10 @@ def test_a_path_that_is_not_there_is_a_plain_miss(start: Start, client: Client, 
 
 
 @pytest.mark.nix
-def test_nars_are_what_nix_dumps(start: Start, closure: Closure) -> None:
+def test_nars_equal_those_of_nix_store_dump(start: Start, closure: Closure) -> None:
     server = serve(start, closure)
     everything = closure.server.run("nix", "path-info", "--all").lines
-    assert set(closure.paths.values()) < set(everything)  # the derivations are served as well
+    assert set(closure.paths.values()) < set(everything)  # derivations are served, too
     nars = [server.get(request.removeprefix("GET ")) for request in nar_requests(closure, everything)]
     assert all(nar.headers["content-length"] == str(len(nar.body)) for nar in nars)
     dumps = closure.server.run("sh", "-c", 'for path; do nix-store --dump "$path"; done', "sh", *everything)
@@ -136,7 +136,7 @@ def test_nars_are_what_nix_dumps(start: Start, closure: Closure) -> None:
 
 
 @pytest.mark.nix
-def test_narinfos_are_what_nix_writes(start: Start, closure: Closure) -> None:
+def test_narinfos_equal_those_of_nix_copy(start: Start, closure: Closure) -> None:
     server = serve(start, closure)
     static = closure.server.shared / "static"
     cache = f"file://{static}?compression=none&secret-key={closure.key.secret_file}"
@@ -156,11 +156,9 @@ def fields(narinfo: str) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.slow  # test_size_of_a_nar_beyond_4_gib and test_slow_downloads_take_little_memory_each check parts of it
+@pytest.mark.slow  # other tests check a size beyond 4 GiB, and memory
 @pytest.mark.parametrize("nix", [pytest.param(NIXES[0], id="host", marks=pytest.mark.nix)], indirect=True)
-def test_five_gibibytes_pass_through_little_memory(
-    start: Start, client: Client, closure: Closure, sparse_path: str
-) -> None:
+def test_nar_of_5_gib_takes_little_memory(start: Start, client: Client, closure: Closure, sparse_path: str) -> None:
     server = serve(start, closure)
     trust(client, server, closure)
     client.run("nix", "copy", "--from", server.url, closure.paths["dep-1.0"])
@@ -170,7 +168,7 @@ def test_five_gibibytes_pass_through_little_memory(
         client.run("nix", "copy", "--from", server.url, sparse_path, timeout=600)
         assert (client.real_path(sparse_path) / "zeros").stat().st_size == 5 * 1024 * MEBIBYTE
     finally:
-        (client.real_path(sparse_path) / "zeros").unlink(missing_ok=True)  # here, it does take room on disk
+        (client.real_path(sparse_path) / "zeros").unlink(missing_ok=True)  # takes disk space here
     assert peak_bytes(worker) - before < 16 * MEBIBYTE
 
 
@@ -183,7 +181,7 @@ def test_five_gibibytes_pass_through_little_memory(
         "real_nix_store = '{link}'\nnix_db_path = '{store}/nix/var/nix/db/db.sqlite'",
     ],
 )
-def test_a_chroot_store_is_found(tmp_path: Path, closure: Closure, settings: str) -> None:
+def test_chroot_store_is_found(tmp_path: Path, closure: Closure, settings: str) -> None:
     link = tmp_path / "link"
     link.symlink_to(closure.server.store_dir)
     server = Server(tmp_path / "server", tmp_path)

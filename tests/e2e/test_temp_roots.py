@@ -1,4 +1,4 @@
-"""What is being sent is not collected, where there is a Nix daemon: garbage collection by real Nix, amid downloads."""
+"""With a Nix daemon, paths are not garbage-collected while they are sent. Real Nix tries to delete them."""
 
 import fcntl
 import hashlib
@@ -22,26 +22,26 @@ PLAIN, COMPRESSED = "enable_compression = false", "enable_compression = true"
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """A short name: those of sockets have at most 107 bytes."""
+    """Return a short path, because paths of sockets have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
 
 
 @pytest.fixture
 def store(make_client: MakeClient) -> Client:
-    """The one whose store is served."""
+    """Return the client whose store is served."""
     return make_client("store")
 
 
 @pytest.fixture
 def path(store: Client) -> str:
-    """One that nothing needs, with a file that no buffer swallows, even compressed, and another after it."""
+    """Build an unreferenced path with a file larger than all buffers, even compressed, and another file after it."""
     return build_one(store, "big-1.0", "mkdir $out; head -c 16M /dev/urandom > $out/a; echo end > $out/b")
 
 
 @contextmanager
 def begun(server: Server, path: str) -> Iterator[http.client.HTTPResponse]:
-    """A download of its NAR as its narinfo says, whose client does not read on yet."""
+    """Start a download of the NAR, and stop reading."""
     info = server.get(f"/{Path(path).name[:32]}.narinfo").text
     (url,) = (line.removeprefix("URL: ") for line in info.splitlines() if line.startswith("URL: "))
     with server.connect(60, receive_buffer=8192) as connection:
@@ -53,7 +53,7 @@ def begun(server: Server, path: str) -> Iterator[http.client.HTTPResponse]:
 
 
 def is_rooted(store: Client, path: str) -> bool:
-    """Whether a process has a temporary root of it (Nix `src/libstore/gc.cc`: it has a file, and a lock on that)."""
+    """Return True if a process has a temporary root for the path, in a locked file (Nix `src/libstore/gc.cc`)."""
     for file in (store.directory / "nix/var/nix/temproots").iterdir():
         with suppress(FileNotFoundError), file.open("rb") as roots:
             try:
@@ -65,12 +65,12 @@ def is_rooted(store: Client, path: str) -> bool:
 
 
 def delete(store: Client, path: str) -> bool:
-    """Whether Nix could delete it, for nothing needed it."""
+    """Try to delete the path. Return True if Nix deleted it."""
     return store.run("nix-store", "--delete", path, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("settings", [PLAIN, COMPRESSED], ids=["plain", "compressed"])
-def test_a_path_is_collected_after_its_download_and_not_before(
+def test_path_is_deletable_after_its_download_and_not_before(
     start: Start, store: Client, path: str, settings: str
 ) -> None:
     nar_hash = hashlib.sha256(store.run("nix-store", "--dump", path).stdout).digest()
@@ -87,7 +87,7 @@ def test_a_path_is_collected_after_its_download_and_not_before(
     assert len(server.log) == 1, server.log
 
 
-def test_a_path_is_collected_after_a_client_has_left(start: Start, store: Client, path: str) -> None:
+def test_path_is_deletable_after_its_client_disconnects(start: Start, store: Client, path: str) -> None:
     server = start(store=store.directory, settings=PLAIN)
     with store.daemon():
         with begun(server, path):
@@ -95,7 +95,7 @@ def test_a_path_is_collected_after_a_client_has_left(start: Start, store: Client
         wait_until(lambda: delete(store, path))
 
 
-def test_a_daemon_that_is_started_anew_keeps_it_too(start: Start, store: Client, path: str) -> None:
+def test_root_is_registered_again_after_a_restart_of_the_daemon(start: Start, store: Client, path: str) -> None:
     server = start(store=store.directory, settings=PLAIN)
     with begun(server, path) as response:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What docs/how-to/troubleshoot.md quotes is what real Nixes, and the server, say."""
+"""The messages in docs/how-to/troubleshoot.md are those of real Nix and of the server."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ Start = Callable[..., Server]
 
 
 def quoted() -> Mapping[str, list[str]]:
-    """The lines in the blocks of each section, by its heading."""
+    """Return the quoted lines of each section, by heading."""
     found = {}
     for heading, section in re.findall(r"(?ms)^### ([^\n]*)$(.*?)(?=^##|\Z)", PAGE):
         if lines := [line for block in re.findall(r"(?s)```text\n(.*?)```", section) for line in block.splitlines()]:
@@ -38,13 +38,13 @@ QUOTED = quoted()
 
 
 def pattern(line: str) -> str:
-    """A quoted line as a regular expression: dots stand for anything, and the cache is where it is in this test."""
+    """Return a regular expression for a quoted line: `…` matches anything, and the cache has the URL of the test."""
     return re.escape(line).replace("…", ".*").replace("cache:5000", r"127\.0\.0\.1:\d+")
 
 
 @dataclass
 class World:
-    """A store that is served, and Nixes that ask."""
+    """A served store, and clients with one version of Nix."""
 
     directory: Path
     start: Start
@@ -54,7 +54,7 @@ class World:
     nix: Nix
     clients: int = 0
     said: list[str] = field(default_factory=list)
-    """All that the clients printed."""
+    """The output of all clients."""
 
     @property
     def path(self) -> str:
@@ -74,7 +74,7 @@ class World:
         return client
 
     def run(self, client: Client, *command: str, **environment: str) -> None:
-        """A command that fails. What it says is kept, without its colours."""
+        """Run a command that fails, and append its output, without colours."""
         done = client.run(*command, check=False, environment=environment)
         assert done.returncode != 0, command
         self.said.append(re.sub(r"\x1b\[[\d;]*m", "", done.stderr))
@@ -88,7 +88,7 @@ class World:
 
 @pytest.fixture
 def worlds(tmp_path: Path, start: Start) -> Iterator[World]:
-    """A world for each Nix that there is."""
+    """Yield a world for each available Nix."""
     key = SecretKey.generate("cache-1")
     (tmp_path / "key").write_text(key.export())
     (tmp_path / "key").chmod(0o600)
@@ -134,7 +134,7 @@ def http_to_https(world: World) -> None:
 
 
 def https_to_http(world: World) -> None:
-    _certificates(world)  # newer Nixes look at what they trust first
+    _certificates(world)  # newer versions of Nix read the trusted certificates first
     client = world.client(world.serve().url.replace("http:", "https:"))
     world.run(client, "nix-store", "--realise", world.path, NIX_SSL_CERT_FILE=str(world.directory / "other.pem"))
 
@@ -202,7 +202,7 @@ def _data(world: World) -> Path:
 def broken_off(world: World) -> None:
     server = world.serve("enable_compression = false")
     client = world.client(server.url, download_attempts="2")
-    server.get(nar_url(world.info))  # the server now knows how long each file is, and begins to send
+    server.get(nar_url(world.info))  # from now on, the server knows the lengths, and sends at once
     _data(world).write_bytes(_data(world).read_bytes()[:-100])
     world.realise(client)
     assert server.wait_for_log(r"ERROR .* breaks off after \d+ bytes: .*hello")
@@ -243,7 +243,7 @@ SYMPTOMS = {
 @pytest.mark.nix
 @pytest.mark.newer_nix
 @pytest.mark.parametrize("symptom", SYMPTOMS)
-def test_what_nix_says_is_what_is_quoted(symptom: str, worlds: Iterator[World]) -> None:
+def test_quoted_messages_are_printed_by_nix(symptom: str, worlds: Iterator[World]) -> None:
     lines = dict.fromkeys(QUOTED[symptom], False)
     asked = 0
     for world in worlds:
@@ -256,7 +256,7 @@ def test_what_nix_says_is_what_is_quoted(symptom: str, worlds: Iterator[World]) 
     if asked == 0:
         pytest.skip(str(NIXES[0].missing))
     if asked == len(NIXES):
-        assert all(lines.values()), f"nobody says {[line for line, spoken in lines.items() if not spoken]}"
+        assert all(lines.values()), f"no version of Nix prints {[line for line, spoken in lines.items() if not spoken]}"
 
 
 COMPLAINTS = {
@@ -270,7 +270,7 @@ COMPLAINTS = {
 
 
 @pytest.mark.parametrize("symptom", COMPLAINTS)
-def test_what_the_server_says_is_what_is_quoted(symptom: str, tmp_path: Path) -> None:
+def test_quoted_messages_are_printed_by_the_server(symptom: str, tmp_path: Path) -> None:
     store = StoreBuilder(tmp_path / "store")
     (tmp_path / "open").write_text(SecretKey.generate("cache-1").export())
     (tmp_path / "open").chmod(0o644)
@@ -297,5 +297,5 @@ def test_what_the_server_says_is_what_is_quoted(symptom: str, tmp_path: Path) ->
     assert any(re.search(wanted, each) for each in said), said
 
 
-def test_each_section_that_quotes_is_tried() -> None:
+def test_every_quoting_section_is_tested() -> None:
     assert set(QUOTED) == {*SYMPTOMS, *COMPLAINTS}

@@ -1,4 +1,4 @@
-"""A stock client gets through us what a static cache or another Harmonia has, with require-sigs, and once."""
+"""Nix clients substitute through the server from a static cache or another Harmonia, with verified signatures."""
 
 import hashlib
 import shutil
@@ -25,7 +25,7 @@ MEBIBYTE = 1 << 20
 
 @pytest.fixture(scope="session")
 def static(closure: Closure, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a static cache of the closure in a compression, made once: read it, never change it."""
+    """Return a function that makes a static cache of the closure, once for each compression. Tests never change it."""
 
     @cache
     def make(compression: str) -> Path:
@@ -37,16 +37,16 @@ def static(closure: Closure, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 def push(closure: Closure, path: str, compression: str, directory: Path) -> None:
-    """What `nix copy --to file://` makes of a closure: a static cache, signed."""
+    """Make a signed static cache of a closure with `nix copy --to file://`."""
     server = closure.server
-    inside = f"/tmp/{directory.name}"  # in the client's own root
+    inside = f"/tmp/{directory.name}"  # inside the machine of the client
     url = f"file://{inside}?compression={compression}&secret-key={closure.key.secret_file}&write-nar-listing=true"
     server.run("nix", "copy", "--to", url, path)
     shutil.move(server.directory / inside[1:], directory)
 
 
 def serve(start: Start, tmp_path: Path, url: str, public_key: str, settings: str = "") -> Server:
-    """A server with an empty store, and that upstream."""
+    """Start a server with an empty store and this upstream."""
     if not (tmp_path / "empty").exists():
         StoreBuilder(tmp_path / "empty").add_text("here", b"here\n")
     entry = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{public_key}']\n{settings}"
@@ -64,7 +64,7 @@ def fetch(client: Client, url: str, public_key: str, path: str) -> None:
 
 @pytest.mark.parametrize("mode", ["proxy", "redirect"])
 @pytest.mark.parametrize("compression", ["xz", "zstd", "none"])
-def test_a_static_cache_behind_us(
+def test_closure_is_substituted_from_a_static_cache(
     start: Start,
     make_client: Callable[[str], Client],
     closure: Closure,
@@ -82,11 +82,11 @@ def test_a_static_cache_behind_us(
         assert server.get(listing).body == (static(compression) / listing[1:]).read_bytes()
         asked = [line.split('"')[1] for line in log.read_text().splitlines()]
     nars = [line for line in asked if line.startswith("GET /nar/")]
-    # Once for both clients, and for paths that are alike.
+    # Once for both clients, and for identical NARs.
     assert (len(nars) == len(set(nars))) is (mode == "proxy")
 
 
-def test_a_closure_is_substituted_after_a_restart_without_the_upstream(
+def test_closure_is_substituted_after_a_restart_without_the_upstream(
     start: Start, make_client: Callable[[str], Client], closure: Closure, static: Static, tmp_path: Path
 ) -> None:
     key = closure.key.public.strip()
@@ -101,7 +101,7 @@ def test_a_closure_is_substituted_after_a_restart_without_the_upstream(
     fetch(make_client("two"), again.url, closure.key.public, closure.top)
 
 
-def test_a_bad_network_to_the_upstream_goes_unnoticed(
+def test_bad_network_to_the_upstream_does_not_affect_clients(
     start: Start, client: Client, closure: Closure, tmp_path: Path
 ) -> None:
     path = build_one(closure.server, "noise-1.0", "mkdir $out; head -c 24000000 /dev/urandom > $out/noise")
@@ -112,10 +112,10 @@ def test_a_bad_network_to_the_upstream_goes_unnoticed(
             server = serve(start, tmp_path, network.url, closure.key.public.strip())
             fetch(client, server.url, closure.key.public, path)
             assert network.cuts >= 3
-            server.stop()  # the network waits for its connections
+            server.stop()  # the proxy waits for its connections
 
 
-def test_a_chain_of_harmonias(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
+def test_chain_of_servers(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
     third = start(store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']")
     second = serve(start, tmp_path, third.url, closure.key.public.strip())
     first = serve(start, tmp_path, second.url, closure.key.public.strip())
@@ -123,7 +123,7 @@ def test_a_chain_of_harmonias(start: Start, client: Client, closure: Closure, tm
     assert client.run("nix", "log", "--store", first.url, closure.top).text
 
 
-def test_what_the_upstream_did_not_sign_is_refused(
+def test_unsigned_path_of_the_upstream_is_refused(
     start: Start, make_client: Callable[[str], Client], closure: Closure, tmp_path: Path
 ) -> None:
     other, victim = make_client("other").generate_key("closure-1"), make_client("victim")
@@ -134,42 +134,42 @@ def test_what_the_upstream_did_not_sign_is_refused(
     first.wait_for_log("no signature by any of public_keys")
 
 
-def test_what_is_not_what_was_signed_is_neither_taken_nor_kept(
+def test_swapped_nar_is_neither_accepted_nor_cached(
     start: Start, client: Client, closure: Closure, tmp_path: Path
 ) -> None:
-    """The upstream swaps a file, and tells its FileHash, which nobody signs."""
+    """The upstream swaps a file together with its FileHash, which is not signed."""
     push(closure, closure.top, "zstd", tmp_path / "static")
     name = closure.top.removeprefix("/nix/store/")
     narinfo = tmp_path / "static" / f"{name[:32]}.narinfo"
-    told = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
-    evil = zstandard.ZstdCompressor().compress(bytes(int(told["NarSize"])))
-    (tmp_path / "static" / told["URL"]).write_bytes(evil)
-    told |= {"FileHash": f"sha256:{base32.encode(hashlib.sha256(evil).digest())}", "FileSize": str(len(evil))}
-    narinfo.write_text("".join(f"{key}: {value}\n" for key, value in told.items()))
+    fields = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
+    evil = zstandard.ZstdCompressor().compress(bytes(int(fields["NarSize"])))
+    (tmp_path / "static" / fields["URL"]).write_bytes(evil)
+    fields |= {"FileHash": f"sha256:{base32.encode(hashlib.sha256(evil).digest())}", "FileSize": str(len(evil))}
+    narinfo.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
     with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
         server = serve(start, tmp_path, url, closure.key.public.strip())
         client.settings |= {"substituters": server.url, "trusted-public-keys": closure.key.public}
         assert client.run("nix-store", "--realise", closure.top, check=False).returncode != 0
         server.wait_for_log("the unpacked NAR has another NarHash")
     assert not (client.store_dir / name).exists()
-    nar_hash = told["NarHash"].removeprefix("sha256:")
+    nar_hash = fields["NarHash"].removeprefix("sha256:")
     wait_until(lambda: not [file for file in (server.cache_dir / "nar").iterdir() if nar_hash in file.name])
 
 
-@pytest.mark.parametrize("via", [False, True], ids=["direct", "via us"])
-def test_a_stale_file_hash_or_size_ends_no_build(
+@pytest.mark.parametrize("via", [False, True], ids=["direct", "via the server"])
+def test_stale_file_hash_or_size_fails_no_build(
     start: Start, client: Client, closure: Closure, tmp_path: Path, *, via: bool
 ) -> None:
-    """Nobody signs them: caches that name files by NarHash pack the same NAR anew."""
+    """They are not signed: caches that name files by NarHash may compress the same NAR again."""
     push(closure, closure.top, "zstd", tmp_path / "static")
     for number, narinfo in enumerate((tmp_path / "static").glob("*.narinfo")):
-        told = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
-        file = tmp_path / "static" / told["URL"]
+        fields = dict(line.split(": ", 1) for line in narinfo.read_text().splitlines())
+        file = tmp_path / "static" / fields["URL"]
         content = zstandard.ZstdDecompressor().decompressobj().decompress(file.read_bytes())
         file.write_bytes(zstandard.ZstdCompressor(1, write_content_size=False).compress(content))
-        told["FileSize"] = ("0", "1", told["FileSize"], "123456789")[number % 4]
-        told["FileHash"] = f"sha256:{'0' * 52}"
-        narinfo.write_text("".join(f"{key}: {value}\n" for key, value in told.items()))
+        fields["FileSize"] = ("0", "1", fields["FileSize"], "123456789")[number % 4]
+        fields["FileHash"] = f"sha256:{'0' * 52}"
+        narinfo.write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
     with nginx(tmp_path / "nginx", f"root {tmp_path}/static;") as (url, _):
         server = serve(start, tmp_path, url, closure.key.public.strip())
         fetch(client, server.url if via else url, closure.key.public, closure.top)

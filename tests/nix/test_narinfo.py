@@ -208,18 +208,18 @@ def test_malformed_content_address_is_not_rendered_as_json(ca: str) -> None:
         narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), [])
 
 
-@pytest.mark.parametrize("text", narinfos.TAKEN.values(), ids=narinfos.TAKEN)
+@pytest.mark.parametrize("text", narinfos.ACCEPTED.values(), ids=narinfos.ACCEPTED)
 def test_narinfo_accepted_by_nix_is_accepted(text: str) -> None:
     narinfo.parse(text, STORE_DIR)
 
 
-@pytest.mark.parametrize("text", narinfos.REFUSED.values(), ids=narinfos.REFUSED)
+@pytest.mark.parametrize("text", narinfos.REJECTED.values(), ids=narinfos.REJECTED)
 def test_narinfo_rejected_by_nix_is_rejected(text: str) -> None:
     with pytest.raises(FormatError):
         narinfo.parse(text, STORE_DIR)
 
 
-@pytest.mark.parametrize("text", narinfos.OF_NO_USE.values(), ids=narinfos.OF_NO_USE)
+@pytest.mark.parametrize("text", narinfos.UNUSABLE.values(), ids=narinfos.UNUSABLE)
 def test_unusable_narinfo_is_rejected(text: str) -> None:
     with pytest.raises(FormatError):
         narinfo.parse(text, STORE_DIR)
@@ -242,7 +242,7 @@ def test_hash_is_equal_in_every_base(spelling: str) -> None:
 
 def test_values_of_unusual_accepted_narinfos() -> None:
     def parsed(name: str) -> tuple[PathInfo, NarFile]:
-        return narinfo.parse(narinfos.TAKEN[name], STORE_DIR)
+        return narinfo.parse(narinfos.ACCEPTED[name], STORE_DIR)
 
     assert parsed("deriver unknown")[0].deriver is None
     assert parsed("deriver absent")[0].deriver is None

@@ -287,7 +287,7 @@ LEVELS = {"3": "", "9": "zstd.level = 9", "window": "zstd.window_log = 24", "ldm
 def test_nar_in_the_encoding_of_another_server_is_made_and_resumable(
     start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
 ) -> None:
-    """This includes ranges before it is cached, after eviction, and after a restart."""
+    """Every server sends it whole and in ranges: before it is cached, after eviction, and after a restart."""
     path = big(store, contents=random.Random(1).randbytes(100_000) * 200)
     url = f"/{narinfo(start(store=tmp_path / 'store', settings=LEVELS[wanted]), path)['URL']}"
     bodies, etags = set(), set()

@@ -1,6 +1,6 @@
-"""Promises that hold for every resource, asked in every way: each route, method, Accept-Encoding and Range.
+"""Rules for every resource in every kind of request: each route, method, Accept-Encoding and Range.
 
-A route that is not in the table below fails. What each resource says is told by the test file of its own name.
+Every route must be in the table. The test file of each resource checks the content of its responses.
 """
 
 import re
@@ -44,7 +44,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
 
 
 def name(uri: str) -> str:
-    """A pattern with nothing but an extension is known by that."""
+    """Return the name of a pattern in the table: its extension if it has nothing else."""
     found = re.fullmatch(r"/(?:path/)?<hash_part:.*?\{32\}\)(?:\\\.(?P<extension>\w+))?>", uri)
     return (found["extension"] or "path") if found else uri
 
@@ -55,7 +55,7 @@ def test_every_route_is_in_the_table() -> None:
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, str]]]:
-    """A server, and the hashes of a path that it has."""
+    """Start a server, and yield it with the hashes of a path."""
     directory = tmp_path_factory.mktemp("contract")
     hashes = stock(directory / "store")
     server = Server(directory / "server", directory / "store", "browse = true\nmax_query_rate = 0")
@@ -70,8 +70,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, di
 
 @pytest.fixture(params=[row for rows in ROWS.values() for row in rows], ids=lambda row: row.path)
 def row(request: pytest.FixtureRequest, named: tuple[Server, dict[str, str]]) -> Row:
-    asked: Row = request.param
-    return asked._replace(path=asked.path.format(**named[1]))
+    parameter: Row = request.param
+    return parameter._replace(path=parameter.path.format(**named[1]))
 
 
 @pytest.fixture
@@ -80,34 +80,34 @@ def client(named: tuple[Server, dict[str, str]]) -> Iterator[Session]:
         yield session
 
 
-def decoded(answer: Answer) -> bytes:
-    if answer.headers.get("content-encoding") is None:
-        return answer.body
-    return zstandard.ZstdDecompressor().stream_reader(answer.body, read_across_frames=True).read()
+def decoded(response: Answer) -> bytes:
+    if response.headers.get("content-encoding") is None:
+        return response.body
+    return zstandard.ZstdDecompressor().stream_reader(response.body, read_across_frames=True).read()
 
 
-def check_error(answer: Answer) -> None:
-    assert answer.text == f"{HTTPStatus(answer.status).phrase}\n"
-    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
-    assert answer.headers["cache-control"] == "no-store"
-    assert answer.headers["vary"] == "Accept"
-    assert not {"etag", "content-encoding", "last-modified"} & answer.headers.keys()
+def check_error(response: Answer) -> None:
+    assert response.text == f"{HTTPStatus(response.status).phrase}\n"
+    assert response.headers["content-type"] == "text/plain; charset=utf-8"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["vary"] == "Accept"
+    assert not {"etag", "content-encoding", "last-modified"} & response.headers.keys()
 
 
-def check_part(answer: Answer, wanted: str, whole: bytes) -> None:
-    """A 206 or 416 to a range that has one part."""
+def check_part(response: Answer, wanted: str, whole: bytes) -> None:
+    """Check a 206 or 416 for a Range with one range."""
     first, _, last = wanted.removeprefix("bytes=").partition("-")
     start = int(first) if first else max(len(whole) - int(last), 0)
     stop = min(int(last) + 1, len(whole)) if first and last else len(whole)
     if start >= len(whole):
-        assert (answer.status, answer.headers["content-range"]) == (416, f"bytes */{len(whole)}")
-        check_error(answer)
+        assert (response.status, response.headers["content-range"]) == (416, f"bytes */{len(whole)}")
+        check_error(response)
     else:
-        assert (answer.status, answer.body) == (206, whole[start:stop])
-        assert answer.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
+        assert (response.status, response.body) == (206, whole[start:stop])
+        assert response.headers["content-range"] == f"bytes {start}-{stop - 1}/{len(whole)}"
 
 
-def test_get_and_head(client: Session, row: Row) -> None:
+def test_get_and_head_in_every_encoding_and_range(client: Session, row: Row) -> None:
     plain = client.get(row.path)
     assert plain.status == row.status
     for accepted in ENCODINGS:
@@ -116,71 +116,71 @@ def test_get_and_head(client: Session, row: Row) -> None:
         for wanted in RANGES:
             given = encoded if wanted is None else {**encoded, "Range": wanted}
             with case(given):
-                answer, head = client.get(row.path, given), client.head(row.path, given)
+                response, head = client.get(row.path, given), client.head(row.path, given)
                 assert head.body == b""
                 assert head.status == unranged.status
                 if not row.live:
                     assert head.headers == unranged.headers
-                if "transfer-encoding" not in answer.headers:
-                    assert answer.headers["content-length"] == str(len(answer.body))
-                check_answer(row, given, plain, answer)
+                if "transfer-encoding" not in response.headers:
+                    assert response.headers["content-length"] == str(len(response.body))
+                check_response(row, given, plain, response)
 
 
-def check_answer(row: Row, given: Mapping[str, str], plain: Answer, answer: Answer) -> None:
+def check_response(row: Row, given: Mapping[str, str], plain: Answer, response: Answer) -> None:
     accepted, wanted = given.get("Accept-Encoding", ""), given.get("Range", "")
-    encoding = answer.headers.get("content-encoding")
+    encoding = response.headers.get("content-encoding")
     if row.status == 404:
-        assert answer.status == 404
-        check_error(answer)
+        assert response.status == 404
+        check_error(response)
         return
     if not row.named and re.fullmatch(r"bytes=\d*-\d*", wanted) and wanted != "bytes=5-2":
-        assert answer.status == 404
-        check_error(answer)
+        assert response.status == 404
+        check_error(response)
         return
     if row.negotiable and accepted == "*;q=0":
-        assert answer.status == 406
-        check_error(answer)
+        assert response.status == 406
+        check_error(response)
         return
-    if answer.status != 416:
-        assert answer.headers.get("vary") == ("Accept-Encoding" if row.negotiable else None)
+    if response.status != 416:
+        assert response.headers.get("vary") == ("Accept-Encoding" if row.negotiable else None)
     if encoding is not None:
         assert encoding == "zstd"
         assert row.negotiable
-        assert answer.status == 200
+        assert response.status == 200
         assert accepted in ("ZSTD", "gzip, zstd;q=0.5", "*", "zstd, identity;q=0")
-        assert decoded(answer) == plain.body
-        assert "accept-ranges" not in answer.headers
+        assert decoded(response) == plain.body
+        assert "accept-ranges" not in response.headers
     elif row.ranges and re.fullmatch(r"bytes=\d*-\d*", wanted) and wanted != "bytes=5-2":
-        assert answer.headers.get("accept-ranges", "bytes") == "bytes"
-        check_part(answer, wanted, plain.body)
+        assert response.headers.get("accept-ranges", "bytes") == "bytes"
+        check_part(response, wanted, plain.body)
     else:
-        assert answer.status == row.status
-        assert row.live or answer.body == plain.body
+        assert response.status == row.status
+        assert row.live or response.body == plain.body
     if row.negotiable and accepted == "zstd, identity;q=0":
         assert encoding == "zstd"
 
 
-def test_etags(client: Session, row: Row) -> None:
+def test_every_encoding_has_its_own_strong_etag(client: Session, row: Row) -> None:
     plain, encoded = client.get(row.path), client.get(row.path, {"Accept-Encoding": "zstd, identity;q=0"})
     if row.status != 200 or not row.etag:
         assert "etag" not in plain.headers
         return
-    etags = [answer.headers["etag"] for answer in (plain, encoded)]
+    etags = [response.headers["etag"] for response in (plain, encoded)]
     assert all(re.fullmatch(r'"[!#-~]+"', etag) for etag in etags)
     assert (etags[0] != etags[1]) == row.negotiable
-    for answer, accepted in ((plain, "identity"), (encoded, "zstd, identity;q=0")):
-        etag = answer.headers["etag"]
+    for response, accepted in ((plain, "identity"), (encoded, "zstd, identity;q=0")):
+        etag = response.headers["etag"]
         for condition in (etag, f"W/{etag}", f'"other", {etag}', "*"):
             for method in ("GET", "HEAD"):
                 same = client.request(method, row.path, {"If-None-Match": condition, "Accept-Encoding": accepted})
                 assert (same.status, same.body) == (304, b"")
-                for kept in ("etag", "cache-control", "vary"):
-                    assert same.headers.get(kept) == answer.headers.get(kept)
+                for field in ("etag", "cache-control", "vary"):
+                    assert same.headers.get(field) == response.headers.get(field)
                 assert not {"content-type", "content-length", "content-encoding"} & same.headers.keys()
         assert client.get(row.path, {"If-None-Match": '"other"', "Accept-Encoding": accepted}).status == 200
 
 
-def test_an_error_is_a_page_for_a_browser(client: Session, row: Row) -> None:
+def test_error_is_an_html_page_for_browsers(client: Session, row: Row) -> None:
     wanted: dict[str, str]
     for wanted in ({}, {"Accept-Encoding": "*;q=0"}, {"Range": "bytes=9999999999-"}):
         for method in ("GET", "PUT"):
@@ -190,46 +190,46 @@ def test_an_error_is_a_page_for_a_browser(client: Session, row: Row) -> None:
 
 def check_page(client: Session, row: Row, method: str, wanted: Mapping[str, str]) -> None:
     plain = client.request(method, row.path, wanted)
-    answer = client.request(method, row.path, {**wanted, "Accept": BROWSER})
-    assert answer.status == plain.status
+    response = client.request(method, row.path, {**wanted, "Accept": BROWSER})
+    assert response.status == plain.status
     if plain.status < 400:
-        assert row.live or answer == plain
+        assert row.live or response == plain
         return
     check_error(plain)
     phrase = HTTPStatus(plain.status).phrase
-    assert f"<title>{phrase}</title>" in answer.text
-    assert f"<main><h1>{phrase}</h1><p>" in answer.text
-    changed = {"content-type": "text/html; charset=utf-8", "content-length": str(len(answer.body))}
-    theirs = {name: answer.headers[name] for name in ("content-security-policy", "x-content-type-options")}
-    assert answer.headers == {**plain.headers, **changed, **theirs}
-    [top] = re.findall(r'<header><a href="([./]+)">', answer.text)
+    assert f"<title>{phrase}</title>" in response.text
+    assert f"<main><h1>{phrase}</h1><p>" in response.text
+    changed = {"content-type": "text/html; charset=utf-8", "content-length": str(len(response.body))}
+    theirs = {name: response.headers[name] for name in ("content-security-policy", "x-content-type-options")}
+    assert response.headers == {**plain.headers, **changed, **theirs}
+    [top] = re.findall(r'<header><a href="([./]+)">', response.text)
     assert urljoin(row.path, top) == "/"
     if method == "GET" and "Range" not in wanted:
         head = client.head(row.path, {**wanted, "Accept": BROWSER})
-        assert (head.status, head.headers, head.body) == (answer.status, answer.headers, b"")
+        assert (head.status, head.headers, head.body) == (response.status, response.headers, b"")
 
 
-def test_other_methods(client: Session, row: Row) -> None:
+def test_other_methods_get_405(client: Session, row: Row) -> None:
     for method in METHODS:
         with case(method):
-            answer = client.request(method, row.path)
-            assert answer.status == 405
-            assert answer.headers["allow"] == "GET, HEAD"
-            check_error(answer)
+            response = client.request(method, row.path)
+            assert response.status == 405
+            assert response.headers["allow"] == "GET, HEAD"
+            check_error(response)
 
 
 @pytest.mark.parametrize(
     "path", ["/none", "/nar", "/nar/", "/NIX-CACHE-INFO", "/{hash}.narinfo/", "/{hash}", "/%00", "/nar/a/b"]
 )
-def test_what_is_no_resource(client: Session, named: tuple[Server, dict[str, str]], path: str) -> None:
+def test_unknown_path_gets_404(client: Session, named: tuple[Server, dict[str, str]], path: str) -> None:
     for method in ("GET", *METHODS):
-        answer = client.request(method, path.format(**named[1]))
-        assert answer.status == 404
-        check_error(answer)
+        response = client.request(method, path.format(**named[1]))
+        assert response.status == 404
+        check_error(response)
 
 
 @pytest.mark.parametrize("path", ["/version", "/none", "/{hash}.narinfo", "/nar/{hash}.nar", "/serve/{hash}"])
-def test_every_answer_tells_when_it_was_made(named: tuple[Server, dict[str, str]], path: str) -> None:
+def test_every_response_has_a_date(named: tuple[Server, dict[str, str]], path: str) -> None:
     server, hashes = named
     for method in ("GET", "HEAD", "POST"):
         with server.connect() as connection:

@@ -145,7 +145,7 @@ def test_debug_info_false_disables_the_index(start: Start, store: StoreBuilder, 
 
 
 def test_unknown_build_id_gets_503_while_paths_are_indexed(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    """dwarffs would remember a 404 for a day. The server answers other requests meanwhile."""
+    """The client dwarffs would remember a 404 for a day. The server answers other requests meanwhile."""
     one = add(store, "one-debug", ONE)
     server = start(store=tmp_path / "store", settings="max_query_rate = 0")
     assert lookup(server, ONE) == answer_for(one, ONE)

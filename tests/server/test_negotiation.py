@@ -229,7 +229,7 @@ def test_every_representation_has_its_own_etag(served: Served) -> None:
 def test_head_equals_get_without_a_body(
     start: Start, store: StoreBuilder, tmp_path: Path, *, version: str, suffix: str
 ) -> None:
-    """This includes responses of unknown length, for which Sanic would send Content-Length: 0."""
+    """For responses of unknown length, Sanic would send Content-Length: 0."""
     server = start(store=tmp_path / "store")
     for accepted in (None, NEW_NIX):
         path, _ = big(store, f"accepts-{accepted is not None}")

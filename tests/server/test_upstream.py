@@ -1,4 +1,4 @@
-"""What is not in the store comes from other caches: whole, checked, once; and none of them ever does any harm."""
+"""Upstreams: missing paths come from other caches, complete, verified and fetched once; no upstream can do harm."""
 
 import gzip
 import hashlib
@@ -39,22 +39,24 @@ from support.upstream_server import UpstreamServer, chunked, cut, drip, hang, re
 
 Start = Callable[..., Server]
 
-PATIENT = "upstream_timeout = 20.0"  # so that a busy machine makes nothing a miss
-IMPATIENT = "upstream_timeout = 0.5"
-PROBING = patched("from harmonia.upstream import breaker; breaker.LONGEST_DELAY = 0.2")  # those that are not there yet
+LONG_TIMEOUT = "upstream_timeout = 20.0"  # so that a busy machine causes no timeout
+SHORT_TIMEOUT = "upstream_timeout = 0.5"
+PROBING = patched("from harmonia.upstream import breaker; breaker.LONGEST_DELAY = 0.2")  # probes soon again
 SLOW: dict[str, Any] = {"timeout": 600.0, "connect_timeout": 600.0}
-"""An upstream whose questions end by nothing but `upstream_timeout`: a client that waits for them fails its test."""
+"""An upstream whose requests end only by `upstream_timeout`: a client that waits longer fails its test."""
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[UpstreamServer, Server]]:
-    """An upstream, and a server that has it, for all tests that want no more."""
+    """Start an upstream, and a server with it, for all tests that need no other settings."""
     directory = tmp_path_factory.mktemp("shared-upstream")
     StoreBuilder(directory / "store").add_text("here", b"here\n")
     with UpstreamServer() as upstream:
-        # What one test has logged, the next one may wait for.
+        # A message of one test must not suppress that of the next.
         unbounded = patched("from harmonia.upstream import refusals; refusals._LOG_INTERVAL_S = 0.0")
-        server = Server(directory / "server", directory / "store", f"{PATIENT}\n{entry(upstream)}", program=unbounded)
+        server = Server(
+            directory / "server", directory / "store", f"{LONG_TIMEOUT}\n{entry(upstream)}", program=unbounded
+        )
         server.start()
         yield upstream, server
         assert server.stop() == 0
@@ -74,13 +76,13 @@ def there(tmp_path: Path) -> Remote:
 
 @pytest.fixture
 def begin(start: Start, shared: tuple[UpstreamServer, Server], store: StoreBuilder, tmp_path: Path) -> Start:
-    """A server with these upstreams, of a store that has something else; the one that is shared where that will do.
+    """Return a function that starts a server with upstreams, or returns the shared server if its settings suffice.
 
-    It does not for an upstream that misbehaves: what becomes of that would come to pass in the next test.
+    It does not suffice for an upstream that misbehaves, because the effects would last into the next test.
     """
 
-    def begin(*entries: str, settings: str = PATIENT, up: bool = True, **options: object) -> Server:
-        plain = entries == (entry(shared[0]),) and up and (settings, options) == (PATIENT, {})
+    def begin(*entries: str, settings: str = LONG_TIMEOUT, up: bool = True, **options: object) -> Server:
+        plain = entries == (entry(shared[0]),) and up and (settings, options) == (LONG_TIMEOUT, {})
         if plain and not shared[0].behaviours:
             server = shared[1]
             server.log.clear()
@@ -105,23 +107,23 @@ def is_kept(server: Server, path: Remote) -> bool:
     return bool(names := cached(server, path)) and not names[0].endswith(".growing")
 
 
-# What is there
+# Hits
 
 
 @pytest.mark.parametrize("compression", PACK)
-def test_a_path_comes_as_the_upstream_has_it(
+def test_path_of_an_upstream_is_served_unchanged(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str
 ) -> None:
     path = make_path(tmp_path / "elsewhere", compression=compression)
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     server = begin(entry(upstream))
-    said = server.get(narinfo_path(path))
-    assert said.status == 200
-    told = fields(Answer(200, {}, upstream.files[narinfo_path(path)]))
-    url = fields(said)["URL"]
-    assert fields(said) == told | {"URL": url}
+    served = server.get(narinfo_path(path))
+    assert served.status == 200
+    original = fields(Answer(200, {}, upstream.files[narinfo_path(path)]))
+    url = fields(served)["URL"]
+    assert fields(served) == original | {"URL": url}
     assert url.startswith("upstream/")
-    assert server.head(narinfo_path(path)).headers == said.headers
+    assert server.head(narinfo_path(path)).headers == served.headers
 
     for _ in range(2):
         answer = server.get(f"/{url}")
@@ -136,14 +138,14 @@ def test_a_path_comes_as_the_upstream_has_it(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_is_not_compressed_has_the_size_of_its_nar(
+def test_uncompressed_nar_has_its_nar_size_as_length(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
 ) -> None:
-    """Also where the upstream tells of no size but that, as nix-serve does."""
+    """The upstream may send no other size, like nix-serve."""
     path = make_path(tmp_path / "elsewhere", compression="none")
     upstream.add(path.info, path.file, NarFile(path.nar.url, "none"), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
-    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '{'1G' if kept else '1K'}'")
+    server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '{'1G' if kept else '1K'}'")
     url = "/" + fields(server.get(narinfo_path(path)))["URL"]
     assert server.head(url).headers["content-length"] == str(len(path.file))
     assert upstream.asked[f"HEAD /{path.nar.url}"] == 0
@@ -153,17 +155,17 @@ def test_what_is_not_compressed_has_the_size_of_its_nar(
     assert (answer.body, answer.headers["content-length"]) == (path.file, str(len(path.file)))
 
 
-def test_json_too(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_json_narinfo_of_an_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream))
     text, answer = server.get(narinfo_path(there)), server.get(f"{narinfo_path(there)}?json")
     assert answer.headers["cache-control"] == text.headers["cache-control"]
-    told = json.loads(answer.body)
-    assert (told["path"], told["url"]) == (there.info.path, fields(text)["URL"])
-    assert told["downloadSize"] == there.nar.file_size
+    rendered = json.loads(answer.body)
+    assert (rendered["path"], rendered["url"]) == (there.info.path, fields(text)["URL"])
+    assert rendered["downloadSize"] == there.nar.file_size
 
 
-def test_a_local_path_asks_nobody(begin: Start, upstream: UpstreamServer, store: StoreBuilder) -> None:
+def test_local_path_causes_no_request_to_upstreams(begin: Start, upstream: UpstreamServer, store: StoreBuilder) -> None:
     info = store.add_text("local", b"local\n")
     upstream.behaviours[r"narinfo|\.ls|nar"] = hang
     server = begin(entry(upstream), workers=1)
@@ -172,7 +174,7 @@ def test_a_local_path_asks_nobody(begin: Start, upstream: UpstreamServer, store:
     assert set(upstream.asked) == {"GET /nix-cache-info"}
 
 
-def test_the_url_holds_after_a_restart_and_without_the_upstream(
+def test_nar_url_works_after_a_restart_and_without_the_upstream(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
@@ -188,14 +190,14 @@ def test_the_url_holds_after_a_restart_and_without_the_upstream(
     assert third.get(f"/{url}").body == there.file
 
 
-def test_in_redirect_mode_the_url_leads_to_the_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_redirect_mode_names_the_url_of_the_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream, mode="redirect"))
     assert fields(server.get(narinfo_path(there)))["URL"] == f"{upstream.url}/{there.nar.url}"
 
 
 @pytest.mark.parametrize("sign", [False, True])
-def test_our_key_is_added_where_that_is_wanted(
+def test_our_key_signs_if_sign_is_set(
     begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path, *, sign: bool
 ) -> None:
     ours = SecretKey.generate("ours-1")
@@ -204,7 +206,7 @@ def test_our_key_is_added_where_that_is_wanted(
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(
         entry(upstream, sign=sign) if sign else entry(upstream),
-        settings=f"{PATIENT}\nsign_key_paths = ['{tmp_path}/key']",
+        settings=f"{LONG_TIMEOUT}\nsign_key_paths = ['{tmp_path}/key']",
     )
     text = server.get(narinfo_path(there)).text
     sigs = {line.removeprefix("Sig: ") for line in text.splitlines() if line.startswith("Sig: ")}
@@ -216,23 +218,23 @@ def test_our_key_is_added_where_that_is_wanted(
 
 
 @pytest.mark.parametrize("keys", [(), (SecretKey.generate("upstream-1"),), (SecretKey.generate("other-1"),)])
-def test_what_is_not_signed_by_a_known_key_is_not_passed_on(
+def test_narinfo_without_a_known_signature_is_refused(
     begin: Start, upstream: UpstreamServer, there: Remote, keys: tuple[SecretKey, ...]
 ) -> None:
     upstream.add(there.info, there.file, there.nar, keys=keys)
     server = begin(entry(upstream))
     assert server.get(narinfo_path(there)).status == server.head(narinfo_path(there)).status == 404
     server.wait_for_log("no signature by any of public_keys")
-    assert upstream.asked[f"GET {narinfo_path(there)}"] == 1  # a no is remembered, too
+    assert upstream.asked[f"GET {narinfo_path(there)}"] == 1  # misses are cached, too
 
 
-def test_without_public_keys_all_is_passed_on(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_without_public_keys_every_narinfo_is_accepted(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar)
     server = begin(entry(upstream, verify=False))
     assert server.get(narinfo_path(there)).status == 200
 
 
-def test_a_narinfo_of_another_path_is_none(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_narinfo_of_another_path_is_refused(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     other = "/" + "9" * 32 + ".narinfo"
     upstream.files[other] = upstream.files[narinfo_path(there)]
@@ -252,7 +254,7 @@ def test_a_narinfo_of_another_path_is_none(begin: Start, upstream: UpstreamServe
         ("../x", 200),
     ],
 )
-def test_a_url_of_another_kind_is_not_followed(
+def test_nar_url_of_an_unsupported_kind_is_refused(
     begin: Start, upstream: UpstreamServer, there: Remote, url: str, status: int
 ) -> None:
     upstream.add(there.info, there.file, NarFile(url, "xz"), keys=(KEY,))
@@ -260,7 +262,7 @@ def test_a_url_of_another_kind_is_not_followed(
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_only_what_is_signed_leads_to_another_host(
+def test_nar_url_on_another_host_is_followed_only_if_signed(
     begin: Start, upstream: UpstreamServer, there: Remote, *, verify: bool
 ) -> None:
     with UpstreamServer() as other:
@@ -278,7 +280,7 @@ def test_only_what_is_signed_leads_to_another_host(
     "name",
     ["nix-cache-info", "..%2fnix-cache-info", "x/../../secret", "nar/%2e%2e/secret", "http://h/", "nar/..", "nar/."],
 )
-def test_nothing_else_of_the_upstream_can_be_had(
+def test_other_files_of_the_upstream_are_not_accessible(
     begin: Start, upstream: UpstreamServer, there: Remote, name: str
 ) -> None:
     upstream.files |= {"/secret": b"secret", "/nar/../secret": b"secret"}
@@ -290,10 +292,10 @@ def test_nothing_else_of_the_upstream_can_be_had(
     assert sum(upstream.asked.values()) == before
 
 
-# One question, one fetch
+# Single flight
 
 
-def test_a_hundred_clients_of_a_cold_nar_are_one_fetch(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+def test_hundred_clients_of_a_cold_nar_cause_one_fetch(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="zstd")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     server = begin(entry(upstream), workers=2)
@@ -305,11 +307,11 @@ def test_a_hundred_clients_of_a_cold_nar_are_one_fetch(begin: Start, upstream: U
         bodies = list(threads.map(fetch, range(100)))
     assert all(body == path.file for body in bodies)
     assert upstream.asked[f"GET /{path.nar.url}"] == 1
-    # Once for each worker, and once more for a NAR whose narinfo the other worker gave.
+    # Once for each worker, and once more if one worker gets a NAR request whose narinfo the other worker sent.
     assert upstream.asked[f"GET {narinfo_path(path)}"] <= 4
 
 
-def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_concurrent_lookups_cause_one_request(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
 
     def slow(handler: upstream_server.Handler) -> None:
@@ -323,7 +325,7 @@ def test_concurrent_questions_are_one(begin: Start, upstream: UpstreamServer, th
     assert upstream.asked[f"GET {narinfo_path(there)}"] == 1
 
 
-def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_hits_and_misses_are_cached_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     brief = "from harmonia.upstream import lookup\nlookup._NEGATIVE_TTL_S = lookup.POSITIVE_TTL_S = 1.0"
     server = begin(entry(upstream), program=patched(brief))
     where = narinfo_path(there)
@@ -337,7 +339,7 @@ def test_answers_are_remembered_for_a_while(begin: Start, upstream: UpstreamServ
     assert upstream.asked[f"GET {where}"] == 3
 
 
-def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_upstreams_work_without_a_cache_directory(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream), cache_dir=NO_CACHE)
     url = fields(server.get(narinfo_path(there)))["URL"]
@@ -352,7 +354,7 @@ def test_the_cache_is_not_needed(begin: Start, upstream: UpstreamServer, there: 
 
 
 @pytest.mark.parametrize("compression", ["none", "xz"])
-def test_a_wrong_nar_never_ends_even_without_the_cache(
+def test_wrong_nar_never_completes_without_a_cache_directory(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str
 ) -> None:
     path = make_path(tmp_path / "elsewhere", compression=compression)
@@ -363,10 +365,10 @@ def test_a_wrong_nar_never_ends_even_without_the_cache(
     assert aborted(server, "/" + fields(server.get(narinfo_path(path)))["URL"])
 
 
-def test_what_another_worker_took_back_is_not_passed_on_unchecked(
+def test_nar_withdrawn_by_another_worker_breaks_off(
     begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
 ) -> None:
-    """The other worker is ourselves here, with the right to fill the file."""
+    """The test plays the other worker: it holds the writer lock of the file."""
     upstream.add(there.info, bytes(len(there.file)), there.nar, keys=(KEY,))
     server = begin(entry(upstream), cache_dir=tmp_path / "cache")
     url = fields(server.get(narinfo_path(there)))["URL"]
@@ -382,10 +384,10 @@ def test_what_another_worker_took_back_is_not_passed_on_unchecked(
 
 
 @pytest.mark.parametrize("file_hash", ["right", "stale", None])
-def test_a_whole_nar_comes_from_another_host_and_a_part_that_nothing_can_check_does_not(
+def test_redirect_to_another_host_is_followed_for_whole_nars_but_not_for_ranges(
     begin: Start, upstream: UpstreamServer, there: Remote, file_hash: str | None
 ) -> None:
-    """An upstream could have us fetch a part from our own network. A whole NAR is checked by its NarHash."""
+    """A range cannot be verified, so an upstream could make us fetch it from our own network."""
     hashes = {"right": there.nar.file_hash, "stale": bytes(32), None: None}
     upstream.add(there.info, there.file, replace(there.nar, file_hash=hashes[file_hash]), keys=(KEY,))
     with UpstreamServer() as other:
@@ -401,10 +403,10 @@ def test_a_whole_nar_comes_from_another_host_and_a_part_that_nothing_can_check_d
         assert aborted(server, url)
 
 
-def test_a_part_of_an_encoded_nar_comes_from_no_other_host(
+def test_range_of_an_encoded_nar_is_not_fetched_from_another_host(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
-    """A part of encoded bytes is of no use, so the whole is asked for: but only a part of it is passed on."""
+    """For encoded bytes, the whole NAR is requested instead, but only a range of it would be sent on."""
 
     def behave(handler: upstream_server.Handler) -> None:
         if "Range" in handler.headers:
@@ -424,13 +426,13 @@ def test_a_part_of_an_encoded_nar_comes_from_no_other_host(
 
 
 @pytest.mark.parametrize("cache_size", ["1G", "1K"])
-def test_a_nar_that_nothing_can_check_is_not_fetched(
+def test_nar_in_an_unknown_compression_is_not_fetched(
     begin: Start, upstream: UpstreamServer, there: Remote, cache_size: str
 ) -> None:
-    """With mode = "redirect", clients fetch it from the upstream. A name that they make up for it here is 404."""
+    """With mode = "redirect", clients fetch it from the upstream. A made-up URL here gets 404."""
     nar = replace(there.nar, compression="lz4")
     upstream.add(there.info, there.file, nar, keys=(KEY,))
-    server = begin(entry(upstream, mode="redirect"), settings=f"{PATIENT}\ncache_size = '{cache_size}'")
+    server = begin(entry(upstream, mode="redirect"), settings=f"{LONG_TIMEOUT}\ncache_size = '{cache_size}'")
     assert fields(server.get(narinfo_path(there)))["URL"] == f"{upstream.url}/{nar.url}"
     hashes = (base32.encode(each) for each in (there.info.nar_hash, there.nar.file_hash or b""))
     name = f"{there.info.path.hash_part}-{'-'.join(hashes)}.nar"
@@ -438,7 +440,7 @@ def test_a_nar_that_nothing_can_check_is_not_fetched(
     assert not upstream.asked[f"GET /{nar.url}"]
 
 
-def test_a_part_that_nobody_asked_for_is_not_passed_on(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_response_with_another_range_is_refused(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     def another(handler: upstream_server.Handler) -> None:
         content_range = {"Content-Range": f"bytes 0-9/{len(there.file)}"}
         handler.answer(206, there.file[:10], content_range if "Range" in handler.headers else {})
@@ -453,7 +455,7 @@ def test_a_part_that_nobody_asked_for_is_not_passed_on(begin: Start, upstream: U
     assert server.get(url, {"Range": "bytes=5-14"}).status == 404
 
 
-def test_a_slow_client_slows_the_upstream_where_nothing_is_kept(
+def test_slow_client_slows_the_upstream_without_a_cache_directory(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     path = make_path(tmp_path / "elsewhere", size=32 << 20, compression="none")
@@ -482,38 +484,38 @@ def test_a_slow_client_slows_the_upstream_where_nothing_is_kept(
         assert sent < 24 << 20
 
 
-def test_what_is_too_large_to_keep_goes_on_without_the_cache(
+def test_nar_larger_than_the_cache_is_sent_on_without_it(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
-    """In its midst: nobody said before how large it is."""
+    """Its size is unknown in advance, so the cache is full in the middle of the transfer."""
     path = make_path(tmp_path / "elsewhere", size=2 << 20)
     upstream.add(path.info, path.file, NarFile(path.nar.url, "xz"), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
-    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '256K'")
+    server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '256K'")
     assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
     assert cached(server, path) == []
 
 
 @pytest.mark.parametrize(("version", "headers"), [("1.0", {}), ("1.1", {"Range": "bytes=10-"})])
-def test_what_is_too_large_to_keep_is_measured_for_who_must_know_its_length(
+def test_nar_larger_than_the_cache_is_measured_for_requests_that_need_its_length(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, version: str, headers: dict[str, str]
 ) -> None:
     path = make_path(tmp_path / "elsewhere", size=2 << 20)
     upstream.add(path.info, path.file, replace(path.nar, file_size=None), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
-    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '256K'")
+    server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '256K'")
     url = fields(server.get(narinfo_path(path)))["URL"]
     answer = server.request("GET", f"/{url}", headers, version=version)
     assert answer.body == path.file[10 if headers else 0 :]
 
 
-def test_a_url_that_names_no_file_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
-    """The upstream may compress the NAR anew: a part of that could not go on with what the client has."""
+def test_nar_url_without_a_file_hash_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    """The upstream may compress the NAR again, and the new bytes would not fit to those that the client has."""
     path = make_path(tmp_path / "elsewhere")
     upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
     server = begin(entry(upstream))
     url = "/" + fields(server.get(narinfo_path(path)))["URL"]
-    for _ in range(2):  # on its way, and kept
+    for _ in range(2):  # during the fetch, and from the cache
         whole = server.get(url)
         assert (whole.status, whole.body) == (200, path.file)
         assert whole.headers["accept-ranges"] == "none"
@@ -521,7 +523,7 @@ def test_a_url_that_names_no_file_is_not_resumable(begin: Start, upstream: Upstr
         assert server.get(url, {"Range": "bytes=10-"}).status == 404
 
 
-def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+def test_number_of_concurrent_fetches_is_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     paths = [make_path(tmp_path / f"elsewhere-{n}", size=64 << 10, compression="none") for n in range(6)]
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
@@ -535,12 +537,12 @@ def test_fetches_are_bounded(begin: Start, upstream: UpstreamServer, tmp_path: P
             connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
     assert sum(bool(cached(server, path)) for path in paths) == 2
-    assert server.get(f"/{urls[0]}").body == paths[0].file  # with those who fetch it already
+    assert server.get(f"/{urls[0]}").body == paths[0].file  # joins the running fetch
     assert server.get(f"/{urls[-1]}").body == paths[-1].file
 
 
 @pytest.mark.parametrize("name", ["x" * 8100, "\x01", f"harmonia-{'0' * 8000}"])
-def test_what_an_upstream_calls_itself_harms_no_other(
+def test_malformed_via_of_an_upstream_does_not_affect_other_upstreams(
     begin: Start, start: Start, upstream: UpstreamServer, tmp_path: Path, name: str
 ) -> None:
     path = StoreBuilder(tmp_path / "other").add_text("other", b"other\n")
@@ -556,9 +558,7 @@ def test_what_an_upstream_calls_itself_harms_no_other(
     assert server.get(f"/{path.path.hash_part}.narinfo").status == 200
 
 
-def test_a_worker_that_dies_takes_no_other_download_with_it(
-    begin: Start, upstream: UpstreamServer, tmp_path: Path
-) -> None:
+def test_killed_worker_breaks_only_its_own_downloads(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     path = make_path(tmp_path / "elsewhere", size=8 << 20, compression="none")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = drip(1 << 18, 0.2)
@@ -590,10 +590,10 @@ def test_a_worker_that_dies_takes_no_other_download_with_it(
     assert server.get(url).body == path.file
 
 
-def test_a_connection_that_was_idle_for_long_serves_again(
+def test_idle_connection_to_an_upstream_is_reused_or_replaced(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
-    """Longer than an answer may take: nobody has asked anything meanwhile."""
+    """The connection is idle for longer than the timeout of a response."""
     server = begin(entry(upstream, timeout=0.3))
     for number in range(3):
         path = make_path(tmp_path / str(number))
@@ -602,7 +602,7 @@ def test_a_connection_that_was_idle_for_long_serves_again(
         time.sleep(0.5)
 
 
-def test_two_paths_of_the_same_content_are_one_fetch(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_two_paths_with_the_same_content_cause_one_fetch(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     alike = replace(there.info, path=StorePath("9" + there.info.path[1:]))
     for info in (there.info, alike):
         upstream.add(info, there.file, there.nar, keys=(KEY,))
@@ -613,7 +613,7 @@ def test_two_paths_of_the_same_content_are_one_fetch(begin: Start, upstream: Ups
     assert upstream.asked[f"GET /{there.nar.url}"] == 1
 
 
-# Upstreams that do wrong
+# Misbehaviour
 
 
 def aborted(server: Server, url: str) -> bool:
@@ -625,7 +625,7 @@ def aborted(server: Server, url: str) -> bool:
 
 @pytest.mark.parametrize("compression", ["xz", "none"])
 @pytest.mark.parametrize("with_hash", [True, False])
-def test_wrong_bytes_never_arrive_whole_nor_stay(
+def test_wrong_bytes_never_complete_and_are_not_cached(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, compression: str, *, with_hash: bool
 ) -> None:
     path = make_path(tmp_path / "elsewhere", compression=compression)
@@ -641,8 +641,8 @@ def test_wrong_bytes_never_arrive_whole_nor_stay(
     assert server.get(url).body == path.file
 
 
-def test_a_right_file_hash_hides_no_wrong_nar_hash(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """Only the NarHash is signed. The first client gets what the upstream has, and refuses it; nobody else gets it."""
+def test_wrong_nar_with_a_matching_file_hash_is_removed(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """Only the NarHash is signed. The first client gets the wrong NAR and refuses it; no other client gets it."""
     evil = lzma.compress(bytes(len(there.content)))
     nar = NarFile("nar/evil.nar.xz", "xz", hashlib.sha256(evil).digest(), len(evil))
     upstream.add(there.info, evil, nar, keys=(KEY,))
@@ -652,7 +652,7 @@ def test_a_right_file_hash_hides_no_wrong_nar_hash(begin: Start, upstream: Upstr
     wait_until(lambda: cached(server, there) == [])
 
 
-def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
+def test_nar_with_a_matching_file_hash_is_sent_before_it_is_verified(
     begin: Start, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
     slow = (
@@ -671,7 +671,7 @@ def test_nobody_waits_for_the_check_of_what_the_file_hash_vouches_for(
 
 
 @pytest.mark.parametrize("compression", ["xz", "zstd", "gzip", "bzip2"])
-def test_a_bomb_is_defused(begin: Start, upstream: UpstreamServer, there: Remote, compression: str) -> None:
+def test_decompression_bomb_is_refused(begin: Start, upstream: UpstreamServer, there: Remote, compression: str) -> None:
     bomb = PACK[compression][1](bytes(16 << 20))
     upstream.add(there.info, bomb, NarFile("nar/bomb", compression), keys=(KEY,))
     server = begin(entry(upstream))
@@ -693,30 +693,32 @@ def test_a_bomb_is_defused(begin: Start, upstream: UpstreamServer, there: Remote
     ],
     ids=str,
 )
-def test_a_stale_file_hash_or_size_does_not_matter(
+def test_stale_file_hash_or_size_does_not_matter(
     begin: Start, upstream: UpstreamServer, there: Remote, stale: dict[str, Any], *, kept: bool, workers: int
 ) -> None:
-    """Only the NarHash and the NarSize are signed: caches that name files by NarHash pack them anew."""
+    """Only NarHash and NarSize are signed: caches that name files by NarHash may compress them again."""
     upstream.add(there.info, there.file, replace(there.nar, **stale), keys=(KEY,))
-    server = begin(entry(upstream), workers=workers, settings=f"{PATIENT}\ncache_size = '{'1G' if kept else '1K'}'")
+    server = begin(
+        entry(upstream), workers=workers, settings=f"{LONG_TIMEOUT}\ncache_size = '{'1G' if kept else '1K'}'"
+    )
     url = "/" + fields(server.get(narinfo_path(there)))["URL"]
     head = server.head(url)
     assert (head.status, head.headers["content-length"]) == (200, str(len(there.file)))
     for _ in range(2 * workers):
         answer = server.get(url)
         assert (answer.status, answer.body) == (200, there.file)
-        # A worker does not know the length of what another one is still fetching.
+        # A worker does not know the length of a file that another worker is fetching.
         assert answer.headers.get("content-length", str(len(there.file))) == str(len(there.file))
     part = server.get(url, {"Range": f"bytes=1000-{len(there.file) - 1}"})
-    # Without a FileHash, the URL does not name the bytes that a part would be of.
+    # Without a FileHash, the URL does not name exact bytes, so ranges get 404.
     names_bytes = stale.get("file_hash", there.nar.file_hash) is not None
     assert (part.status, part.body) == ((206, there.file[1000:]) if names_bytes else (404, b"Not Found\n"))
     assert server.get(url).body == there.file
     assert server.get(narinfo_path(there)).status == 200
 
 
-def test_a_narinfo_tells_of_the_file_that_is_kept(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """What has proved stale is not passed on, though the URL stays the same."""
+def test_narinfo_describes_the_cached_file(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """Stale values are replaced, but the URL stays the same."""
     upstream.add(there.info, there.file, replace(there.nar, file_hash=bytes(32), file_size=7), keys=(KEY,))
     server = begin(entry(upstream), workers=2)
     before = fields(server.get(narinfo_path(there)))
@@ -731,10 +733,10 @@ def test_a_narinfo_tells_of_the_file_that_is_kept(begin: Start, upstream: Upstre
 
 
 @pytest.mark.parametrize("fault", ["missing", "other content", "garbage"])
-def test_a_narinfo_is_404_after_its_nar_could_not_be_had(
+def test_narinfo_gets_404_after_its_nar_could_not_be_fetched(
     begin: Start, upstream: UpstreamServer, there: Remote, fault: str
 ) -> None:
-    """In all workers, so that clients ask other caches; and 200 again once it could."""
+    """All workers answer 404, so that clients use other caches, until the NAR is fetched."""
     file = {"missing": b"", "other content": lzma.compress(b"other"), "garbage": b"garbage"}[fault]
     upstream.add(there.info, file, replace(there.nar, file_hash=None), keys=(KEY,))
     if fault == "missing":
@@ -748,7 +750,7 @@ def test_a_narinfo_is_404_after_its_nar_could_not_be_had(
     assert server.get(url).body == there.file
 
 
-def test_another_upstream_tells_of_a_path_whose_nar_one_has_lost(
+def test_narinfo_of_another_upstream_is_used_after_one_lost_the_nar(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     with UpstreamServer() as mirror:
@@ -764,7 +766,7 @@ def test_another_upstream_tells_of_a_path_whose_nar_one_has_lost(
 
 
 @pytest.mark.parametrize("compression", ["lz4", "lzop", "compress"])
-def test_a_nar_that_cannot_be_checked_has_no_narinfo(
+def test_narinfo_with_an_unknown_compression_is_refused(
     begin: Start, upstream: UpstreamServer, there: Remote, compression: str
 ) -> None:
     upstream.add(there.info, there.file, replace(there.nar, compression=compression), keys=(KEY,))
@@ -776,7 +778,7 @@ def test_a_nar_that_cannot_be_checked_has_no_narinfo(
 
 
 def encoded(*codings: str, name: str = "Content-Encoding") -> upstream_server.Behaviour:
-    """The file in these content codings, as a static cache has stored it."""
+    """Send the file in these content codings, as a static cache has stored it."""
 
     def behave(handler: upstream_server.Handler) -> None:
         body = handler.server.files[handler.path]
@@ -799,13 +801,13 @@ CODINGS: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize(
     "codings", [["br"], ["GZIP"], ["x-gzip"], ["deflate"], ["zstd"], ["xz"], ["gzip", "br"]], ids=str
 )
-def test_answers_come_in_any_content_coding(
+def test_responses_in_every_content_coding_are_decoded(
     begin: Start, upstream: UpstreamServer, there: Remote, codings: list[str], *, kept: bool
 ) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.files[f"/{there.info.path.hash_part}.ls"] = b'{"version":1}'
     upstream.behaviours["^/(nar/.*|.*narinfo|.*ls)$"] = encoded(*codings)
-    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '{'1G' if kept else '1K'}'")
+    server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '{'1G' if kept else '1K'}'")
     url = "/" + fields(server.get(narinfo_path(there)))["URL"]
     assert server.head(url).status == 200
     for _ in range(2):
@@ -819,7 +821,7 @@ def test_answers_come_in_any_content_coding(
 
 
 @pytest.mark.parametrize("status_", [201, 206, 226])
-def test_a_status_that_nix_takes_for_200_is_taken(
+def test_status_that_nix_treats_like_200_is_accepted(
     begin: Start, upstream: UpstreamServer, there: Remote, status_: int
 ) -> None:
     def behave(handler: upstream_server.Handler) -> None:
@@ -835,23 +837,21 @@ def test_a_status_that_nix_takes_for_200_is_taken(
 
 
 @pytest.mark.parametrize("where", ["narinfo", "^/nar/"])
-def test_an_unknown_content_coding_is_no_answer(
-    begin: Start, upstream: UpstreamServer, there: Remote, where: str
-) -> None:
+def test_unknown_content_coding_is_refused(begin: Start, upstream: UpstreamServer, there: Remote, where: str) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours[where] = lambda handler: handler.answer(
         200, handler.server.files[handler.path], {"Content-Encoding": "rot13"}
     )
     server = begin(entry(upstream))
-    said = server.get(narinfo_path(there))
-    if said.status == 200:
-        assert server.get(f"/{fields(said)['URL']}").status == 404
+    answer = server.get(narinfo_path(there))
+    if answer.status == 200:
+        assert server.get(f"/{fields(answer)['URL']}").status == 404
         server.wait_for_log("its Content-Encoding 'rot13' is unknown")
-        said = server.get(narinfo_path(there))
-    assert said.status == 404
+        answer = server.get(narinfo_path(there))
+    assert answer.status == 404
 
 
-def test_a_length_of_the_answer_that_is_wrong_breaks_off(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_truncated_response_breaks_off(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["^/nar/"] = lambda handler: handler.answer(200, handler.server.files[handler.path][:-1])
     server = begin(entry(upstream))
@@ -860,9 +860,7 @@ def test_a_length_of_the_answer_that_is_wrong_breaks_off(begin: Start, upstream:
 
 
 @pytest.mark.parametrize("status_", [404, 500, 503])
-def test_a_nar_that_is_not_there_is_a_plain_miss(
-    begin: Start, upstream: UpstreamServer, there: Remote, status_: int
-) -> None:
+def test_missing_nar_gets_404(begin: Start, upstream: UpstreamServer, there: Remote, status_: int) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = status(status_)
     server = begin(entry(upstream))
@@ -872,18 +870,16 @@ def test_a_nar_that_is_not_there_is_a_plain_miss(
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", "loop", "nowhere"])
-def test_a_nar_that_does_not_come_is_a_plain_miss(
-    begin: Start, upstream: UpstreamServer, there: Remote, fault: str
-) -> None:
+def test_nar_that_cannot_be_fetched_gets_404(begin: Start, upstream: UpstreamServer, there: Remote, fault: str) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = FAULTS[fault]
-    # Bounds other than 1 s and 1 s + 1 s, such as those of the defaults, never end.
+    # Only timeouts of 1 s and 1 s + 1 s work; others, such as the defaults, never end.
     bounded = patched("import asyncio as a\nof = a.timeout\na.timeout = lambda s: of(s if s in (1, 2) else None)")
     server = begin(entry(upstream, timeout=1.0, connect_timeout=1.0), program=bounded)
     assert server.get("/" + fields(server.get(narinfo_path(there)))["URL"]).status == 404
 
 
-def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_error_of_ours(
+def test_failed_fetch_after_the_client_left_is_not_an_error(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     def slow_reset(handler: upstream_server.Handler) -> None:
@@ -902,8 +898,8 @@ def test_a_nar_that_does_not_come_when_nobody_waits_for_it_any_longer_is_no_erro
     assert not [line for line in server.log if "never retrieved" in line]
 
 
-def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
-    """It takes longer than an answer may; only no pause does."""
+def test_slow_nar_is_served_if_it_does_not_stall(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+    """It takes longer than the timeout in total, but no pause does."""
     path = make_path(tmp_path / "elsewhere", size=2000)
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = drip(len(path.file) // 10, 0.2)
@@ -911,9 +907,7 @@ def test_a_nar_that_drips_comes_nevertheless(begin: Start, upstream: UpstreamSer
     assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
 
 
-def test_a_disk_that_is_slow_to_sync_keeps_nobody_waiting(
-    begin: Start, upstream: UpstreamServer, tmp_path: Path
-) -> None:
+def test_slow_sync_to_disk_delays_no_client(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     paths = [make_path(tmp_path / str(n), size=64 << 10, compression="none" if n % 2 else "xz") for n in range(9)]
     for n, path in enumerate(paths):
         nar = replace(path.nar, file_hash=None) if n % 3 else path.nar
@@ -932,21 +926,21 @@ def test_a_disk_that_is_slow_to_sync_keeps_nobody_waiting(
 
 
 @pytest.mark.root
-def test_a_disk_that_fills_up_stops_no_download(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
+def test_full_disk_stops_no_download_and_is_logged_once(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     path = make_path(tmp_path / "elsewhere", size=16 << 20, compression="none")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     cache_dir = tmp_path / "small"
     cache_dir.mkdir()
     mount = f"mount -t tmpfs -o size=4m tmpfs '{cache_dir}' && exec \"$@\""
     program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
-    server = begin(entry(upstream), settings=f"{PATIENT}\ncache_size = '1G'", cache_dir=cache_dir, program=program)
+    server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '1G'", cache_dir=cache_dir, program=program)
     for _ in range(2):
         assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file
     assert len([line for line in server.log if "cannot write to the cache" in line]) == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_nar_that_breaks_off_is_resumed(begin: Start, upstream: UpstreamServer, tmp_path: Path, seed: int) -> None:
+def test_interrupted_fetch_is_resumed(begin: Start, upstream: UpstreamServer, tmp_path: Path, seed: int) -> None:
     there = make_path(tmp_path / "elsewhere", size=4 << 20, compression="zstd")
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     at = [random.Random(seed).randrange(1, len(there.file) // 4) for _ in range(3)]
@@ -958,11 +952,13 @@ def test_a_nar_that_breaks_off_is_resumed(begin: Start, upstream: UpstreamServer
     positions = [int(each.removeprefix("bytes=").removesuffix("-")) for each in ranges]
     reached = 0
     for sent, position in zip(at, positions, strict=True):
-        assert 0 <= reached + sent - position <= 2 * 256 * 1024  # of what had arrived, a buffer may not be taken yet
+        assert 0 <= reached + sent - position <= 2 * 256 * 1024  # a buffer of the arrived bytes may not be read yet
         reached = position
 
 
-def test_one_that_cannot_be_resumed_breaks_our_transfer(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_interrupted_fetch_without_ranges_breaks_the_download(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
     upstream.ranges = False
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["/nar/"] = cut(len(there.file) // 2)
@@ -986,10 +982,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_miss_is_answered_within_the_bound(begin: Start, upstream: UpstreamServer, there: Remote, fault: str) -> None:
+def test_miss_is_answered_within_the_timeout(begin: Start, upstream: UpstreamServer, there: Remote, fault: str) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.behaviours["narinfo"] = FAULTS[fault]
-    server = begin(entry(upstream, **SLOW), settings=IMPATIENT)
+    server = begin(entry(upstream, **SLOW), settings=SHORT_TIMEOUT)
     for method in ("GET", "HEAD"):
         answer = server.request(method, narinfo_path(there))
         assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
@@ -1000,7 +996,7 @@ def test_dead_upstreams_delay_neither_start_nor_misses(begin: Start, store: Stor
     dead = ["[[upstream]]\nurl = 'http://127.0.0.1:1'\n"]
     with UpstreamServer() as silent:
         silent.behaviours["."] = hang
-        server = begin(*dead, entry(silent, **SLOW), settings=IMPATIENT, up=False)
+        server = begin(*dead, entry(silent, **SLOW), settings=SHORT_TIMEOUT, up=False)
         for number in range(3):
             assert server.get(f"/{number:032}.narinfo").status == 404
         assert server.get(f"/{here.path.hash_part}.narinfo").status == 200
@@ -1008,7 +1004,9 @@ def test_dead_upstreams_delay_neither_start_nor_misses(begin: Start, store: Stor
         assert server.get("/health?verbose").text.count(": down\n") == 2
 
 
-def test_one_that_fails_is_left_alone_and_found_again(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_failing_upstream_is_not_asked_until_it_works_again(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream), workers=1)
     upstream.behaviours["."] = status(500)
@@ -1035,12 +1033,12 @@ def late(handler: upstream_server.Handler) -> None:
     ("what", "fault"),
     [("narinfo", hang), ("narinfo", late), ("narinfo", drip(1, 0.02)), ("/log/", hang), ("/log/", late)],
 )
-def test_one_that_is_slow_keeps_nobody_waiting_for_long(
+def test_slow_upstream_is_down_after_three_late_responses(
     begin: Start, upstream: UpstreamServer, what: str, fault: upstream_server.Behaviour
 ) -> None:
     names = [f"/{number:032}.narinfo" if what == "narinfo" else f"/log/{number:032}-x.drv" for number in range(4)]
     upstream.files |= dict.fromkeys(names, b"x" * 1000)
-    server = begin(entry(upstream), settings=IMPATIENT)
+    server = begin(entry(upstream), settings=SHORT_TIMEOUT)
     upstream.behaviours = {what: fault, "cache-info": hang}
     with ThreadPoolExecutor(3) as threads:
         assert {answer.status for answer in threads.map(server.get, names[:3])} == {404}
@@ -1050,12 +1048,12 @@ def test_one_that_is_slow_keeps_nobody_waiting_for_long(
     assert not upstream.asked[f"GET {names[3]}"]
 
 
-def test_one_that_is_late_and_then_fails_has_failed_once(begin: Start, upstream: UpstreamServer) -> None:
+def test_late_and_failed_response_counts_as_one_failure(begin: Start, upstream: UpstreamServer) -> None:
     def late_and_gone(handler: upstream_server.Handler) -> None:
         time.sleep(0.8)
         reset(handler)
 
-    server = begin(entry(upstream), settings=IMPATIENT, workers=1)
+    server = begin(entry(upstream), settings=SHORT_TIMEOUT, workers=1)
     upstream.behaviours["narinfo"] = late_and_gone
     for number in range(2):
         assert server.get(f"/{number:032}.narinfo").status == 404
@@ -1064,8 +1062,8 @@ def test_one_that_is_late_and_then_fails_has_failed_once(begin: Start, upstream:
     assert all_up(server, 1)
 
 
-def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: UpstreamServer) -> None:
-    """Questions wait for their turn, longer than an answer may take."""
+def test_upstream_with_many_pending_requests_is_not_down(begin: Start, upstream: UpstreamServer) -> None:
+    """Requests wait for a free connection, longer than the timeout of a response."""
     upstream.behaviours["narinfo"] = late
     one_at_a_time = patched("from harmonia.upstream import client; client._MAX_SMALL_REQUESTS = 1")
     server = begin(entry(upstream), settings="upstream_timeout = 2.0", program=one_at_a_time)
@@ -1076,7 +1074,7 @@ def test_who_has_much_to_answer_is_not_taken_for_slow(begin: Start, upstream: Up
     assert "left alone" not in "".join(server.log)
 
 
-def test_long_answers_are_in_memory_a_few_at_a_time(begin: Start, upstream: UpstreamServer) -> None:
+def test_long_small_responses_take_bounded_memory(begin: Start, upstream: UpstreamServer) -> None:
     questions = 40
 
     def pausing(handler: upstream_server.Handler) -> None:
@@ -1095,7 +1093,7 @@ def test_long_answers_are_in_memory_a_few_at_a_time(begin: Start, upstream: Upst
     assert peak_bytes(server.workers[0]) - before < 40 << 20
 
 
-def test_questions_that_nobody_waits_for_hold_up_no_other(
+def test_requests_of_clients_that_left_delay_no_other_request(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     def answer(handler: upstream_server.Handler) -> None:
@@ -1113,7 +1111,7 @@ def test_questions_that_nobody_waits_for_hold_up_no_other(
     assert "left alone" not in "".join(server.log)
 
 
-def wrong(handler: upstream_server.Handler) -> None:
+def flip_a_bit(handler: upstream_server.Handler) -> None:
     content = bytearray(handler.server.files[handler.path])
     content[len(content) // 2] ^= 1
     handler.answer(200, bytes(content), {"Accept-Ranges": "bytes"})
@@ -1124,14 +1122,14 @@ def short(handler: upstream_server.Handler) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_whatever_an_upstream_does_no_whole_nar_is_wrong(
+def test_no_misbehaviour_of_an_upstream_leads_to_a_complete_wrong_nar(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
 ) -> None:
     chance = random.Random(1)
 
     def misbehave(handler: upstream_server.Handler) -> None:
         size = len(handler.server.files[handler.path])
-        faults = [late, wrong, short, chunked, status(500), status(302, Location=handler.path)]
+        faults = [late, flip_a_bit, short, chunked, status(500), status(302, Location=handler.path)]
         chance.choice([*faults, *[cut(chance.randrange(1, size))] * 3, *[upstream_server.Handler.serve] * 6])(handler)
 
     paths = [make_path(tmp_path / str(n), size=20_000 << n, compression=name) for n, name in enumerate(PACK)]
@@ -1166,11 +1164,13 @@ def test_whatever_an_upstream_does_no_whole_nar_is_wrong(
     with ThreadPoolExecutor(2 * len(paths)) as threads:
         assert sum(threads.map(ask, range(2 * len(paths)))) > 0
     upstream.behaviours.clear()
-    for which in range(len(paths)):  # once is enough: the other worker may pause the upstream for longer
+    for which in range(len(paths)):  # one success is enough: the breaker of the other worker may stay open for longer
         wait_until(partial(arrives, which))
 
 
-def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_upstream_for_another_store_directory_is_not_used(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     upstream.files["/nix-cache-info"] = b"StoreDir: /gnu/store\n"
     server = begin(entry(upstream), up=False)
@@ -1181,7 +1181,9 @@ def test_a_cache_of_another_store_is_not_asked(begin: Start, upstream: UpstreamS
 # Several upstreams
 
 
-def test_the_lowest_priority_is_asked_first(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_upstream_with_the_lowest_priority_is_asked_first(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
     with UpstreamServer() as later:
         for each in (upstream, later):
             each.add(there.info, there.file, there.nar, keys=(KEY,))
@@ -1194,7 +1196,7 @@ def test_the_lowest_priority_is_asked_first(begin: Start, upstream: UpstreamServ
         assert upstream.asked[f"GET {other}"] == later.asked[f"GET {other}"] == 1
 
 
-def test_of_equal_ones_the_fastest_wins(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_fastest_upstream_of_equal_priority_wins(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     with UpstreamServer() as slow:
         for each in (upstream, slow):
             each.add(there.info, there.file, there.nar, keys=(KEY,))
@@ -1203,7 +1205,7 @@ def test_of_equal_ones_the_fastest_wins(begin: Start, upstream: UpstreamServer, 
         assert server.get(narinfo_path(there)).status == 200
 
 
-def test_a_slow_one_does_not_hold_up_the_next(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_slow_upstream_does_not_delay_the_next(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     with UpstreamServer() as slow:
         upstream.add(there.info, there.file, there.nar, keys=(KEY,))
         slow.behaviours["narinfo"] = hang
@@ -1211,7 +1213,7 @@ def test_a_slow_one_does_not_hold_up_the_next(begin: Start, upstream: UpstreamSe
         assert server.get(narinfo_path(there)).status == 200
 
 
-def test_another_upstream_steps_in_for_one_that_has_lost_a_nar(
+def test_nar_lost_by_one_upstream_is_fetched_from_another(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     with UpstreamServer() as mirror:
@@ -1224,7 +1226,7 @@ def test_another_upstream_steps_in_for_one_that_has_lost_a_nar(
         assert mirror.asked[f"GET /{there.nar.url}"] == 1
 
 
-def test_a_nar_that_does_not_come_leaves_no_file_open(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_failed_fetch_leaves_no_file_open(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     def late_and_gone(handler: upstream_server.Handler) -> None:
         time.sleep(0.5)
         handler.answer(404, b"")
@@ -1238,8 +1240,8 @@ def test_a_nar_that_does_not_come_leaves_no_file_open(begin: Start, upstream: Up
     assert not [name for name in open_files(server.workers[0]) if ".growing" in name]
 
 
-def test_a_nar_is_the_same_whichever_upstream_has_it(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """Also of one that is gone from the settings: its clients remember the URL for a month."""
+def test_nar_url_is_independent_of_the_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+    """It works even if the upstream is removed from the settings: clients remember the URL for a month."""
     with UpstreamServer() as mirror:
         for each in (upstream, mirror):
             each.add(there.info, there.file, there.nar, keys=(KEY,))
@@ -1256,8 +1258,10 @@ def test_a_nar_is_the_same_whichever_upstream_has_it(begin: Start, upstream: Ups
         assert elsewhere.get(url).body == there.file
 
 
-def test_without_a_file_hash_no_other_upstream_steps_in(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    """Its file may have other bytes, with which a download that is resumed must not go on."""
+def test_nar_without_a_file_hash_is_not_fetched_from_another_upstream(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    """The other file may have other bytes, which do not fit to a partial download."""
     with UpstreamServer() as mirror:
         for each in (upstream, mirror):
             each.add(there.info, there.file, NarFile(there.nar.url, "xz"), keys=(KEY,))
@@ -1272,7 +1276,7 @@ def test_without_a_file_hash_no_other_upstream_steps_in(begin: Start, upstream: 
 
 
 @pytest.mark.parametrize("kind", ["netrc", "credentials_file"])
-def test_credentials_go_to_the_upstream_and_nowhere_else(
+def test_credentials_are_sent_only_to_the_upstream(
     begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path, kind: str
 ) -> None:
     secret = tmp_path / "secret"
@@ -1290,25 +1294,30 @@ def test_credentials_go_to_the_upstream_and_nowhere_else(
     assert not [line for line in server.log if "sesame" in line or "bWU6c2VzYW1l" in line]
 
 
-def test_what_a_client_says_of_itself_goes_no_further(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_headers_of_clients_are_not_forwarded(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
     server = begin(entry(upstream))
-    said = {"Authorization": "Bearer sesame", "Cookie": "sesame", "X-Forwarded-For": "sesame", "User-Agent": "sesame"}
-    url = fields(server.get(narinfo_path(there), said))["URL"]
+    private = {
+        "Authorization": "Bearer sesame",
+        "Cookie": "sesame",
+        "X-Forwarded-For": "sesame",
+        "User-Agent": "sesame",
+    }
+    url = fields(server.get(narinfo_path(there), private))["URL"]
     for path in (f"/{url}", f"/{'1' * 32}.ls", f"/log/{'1' * 32}-x.drv"):
-        server.get(path, said)
+        server.get(path, private)
     assert len(upstream.headers) >= 4
     assert "sesame" not in str(upstream.headers)
 
 
-def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
+def test_redirect_to_another_host_is_followed_for_nars_only(
     begin: Start, upstream: UpstreamServer, there: Remote
 ) -> None:
     with UpstreamServer() as other:
         other.add(there.info, there.file, there.nar, keys=(KEY,))
         drv = "8" * 32 + "-there.drv"
         other.files[f"/log/{drv}"] = b"secret"
-        # The NAR that a debuginfo file leads to is checked by nobody.
+        # The NAR of a debuginfo response cannot be verified.
         debug = "ab" * 20
         upstream.files[f"/debuginfo/{debug}.debug"] = b'{"archive":"../nar/debug.nar","member":"m"}'
         other.files["/nar/debug.nar"] = b"secret"
@@ -1322,10 +1331,10 @@ def test_only_a_nar_is_fetched_from_where_an_upstream_redirects(
         assert not other.asked
 
 
-def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_inside(
+def test_redirect_of_a_nar_from_a_public_to_a_private_address_is_refused(
     tmp_path: Path, begin: Start, upstream: UpstreamServer
 ) -> None:
-    """127.0.0.1 is in our network, unless we say that it is not."""
+    """127.0.0.1 is a private address, unless the patch says otherwise."""
     outside = patched(
         "from harmonia.upstream import address_filter as filter; filter.is_public = lambda host: host != '127.0.0.2'"
     )
@@ -1344,10 +1353,12 @@ def test_a_nar_comes_from_where_an_upstream_redirects_but_not_from_outside_to_in
             assert any("leads to a private address" in line for line in server.log) != arrives
 
 
-# The other resources
+# Other resources
 
 
-def test_logs_listings_and_the_like_fall_through(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_logs_listings_and_realisations_come_from_upstreams(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
     drv = "0" * 32 + "-there.drv"
     realisation = "sha256:" + "0" * 64 + "!out.doi"
     doi = b'{"outPath":"%s"}' % there.info.path.encode()
@@ -1384,7 +1395,7 @@ def test_logs_listings_and_the_like_fall_through(begin: Start, upstream: Upstrea
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"no JSON", b"[]", b"{}", b'{"outPath":5,"archive":5,"member":5}'])
-def test_what_is_not_what_they_should_say_is_not_passed_on(begin: Start, upstream: UpstreamServer, text: bytes) -> None:
+def test_malformed_json_of_an_upstream_gets_404(begin: Start, upstream: UpstreamServer, text: bytes) -> None:
     realisation, build_id = "sha256:" + "0" * 64 + "!out.doi", "ab" * 20
     upstream.files |= {f"/realisations/{realisation}": text, f"/debuginfo/{build_id}.debug": text}
     server = begin(entry(upstream))
@@ -1393,7 +1404,7 @@ def test_what_is_not_what_they_should_say_is_not_passed_on(begin: Start, upstrea
     assert not [line for line in server.log if "Traceback" in line]
 
 
-def test_a_log_of_unknown_length_is_measured_for_who_must_know_it(begin: Start, upstream: UpstreamServer) -> None:
+def test_log_of_unknown_length_is_measured_for_requests_that_need_it(begin: Start, upstream: UpstreamServer) -> None:
     log = b"built\n" * 100_000
     where = "/log/" + "0" * 32 + "-there.drv"
     upstream.files[where] = log
@@ -1405,7 +1416,7 @@ def test_a_log_of_unknown_length_is_measured_for_who_must_know_it(begin: Start, 
     assert server.get(where, {"Range": "bytes=6-11"}).body == b"built\n"
 
 
-def test_debug_info_comes_through_a_chain(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
+def test_debug_info_comes_through_a_chain_of_servers(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     build_id = "cd" * 20
     upstream.files |= {
         f"/debuginfo/{build_id}": b'{"archive":"../nar/y.nar.xz","member":"m"}',
@@ -1420,15 +1431,15 @@ def test_debug_info_comes_through_a_chain(begin: Start, upstream: UpstreamServer
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", "500", "elsewhere"])
-def test_their_upstreams_are_bounded_too(begin: Start, upstream: UpstreamServer, fault: str) -> None:
-    server = begin(entry(upstream, **SLOW), settings=IMPATIENT)
+def test_requests_for_other_resources_end_by_the_timeout(begin: Start, upstream: UpstreamServer, fault: str) -> None:
+    server = begin(entry(upstream, **SLOW), settings=SHORT_TIMEOUT)
     upstream.behaviours["."] = FAULTS[fault]
     drv = "0" * 32 + "-there.drv"
     for path in (f"/log/{drv}", f"/{'0' * 32}.ls", f"/build-trace-v2/{drv}/out.doi", f"/debuginfo/{'0' * 40}"):
         assert server.get(path).status == 404
 
 
-# Harmonias among themselves
+# Several servers of Harmonia
 
 
 def free_ports(count: int) -> list[int]:
@@ -1437,7 +1448,7 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def test_a_chain_of_three(begin: Start, start: Start, tmp_path: Path) -> None:
+def test_chain_of_three_servers(begin: Start, start: Start, tmp_path: Path) -> None:
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": random.Random(1).randbytes(1 << 20)}, keys=[KEY])
     third = start(store=tmp_path / "far", settings="access_log = true")
@@ -1453,7 +1464,7 @@ def test_a_chain_of_three(begin: Start, start: Start, tmp_path: Path) -> None:
     assert len([line for line in third.log if "GET /nar/" in line]) == 1
 
 
-def test_a_private_harmonia_is_asked_with_its_token(begin: Start, start: Start, tmp_path: Path) -> None:
+def test_private_upstream_gets_its_token(begin: Start, start: Start, tmp_path: Path) -> None:
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
     secret, token = tokens.new("site", ["read"])
@@ -1474,10 +1485,8 @@ def all_up(server: Server, count: int) -> bool:
 
 
 @pytest.mark.parametrize(("size", "upstreams"), [(2, 1), (3, 1), (3, 2), (4, 3)])
-def test_a_question_does_not_go_round_in_circles(
-    start: Start, store: StoreBuilder, tmp_path: Path, size: int, upstreams: int
-) -> None:
-    """Each has the next ones for upstreams: one in a ring, all others in a mesh."""
+def test_requests_do_not_loop(start: Start, store: StoreBuilder, tmp_path: Path, size: int, upstreams: int) -> None:
+    """Each server has the next servers as upstreams: one in a ring, all others in a mesh."""
     store.add_text("here", b"here\n")
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
@@ -1506,9 +1515,7 @@ def test_a_question_does_not_go_round_in_circles(
 
 
 @needs("openssl")
-def test_only_an_upstream_with_a_certificate_that_is_vouched_for_is_used(
-    begin: Start, start: Start, tmp_path: Path
-) -> None:
+def test_upstream_with_an_untrusted_certificate_is_not_used(begin: Start, start: Start, tmp_path: Path) -> None:
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
     command = (

@@ -32,7 +32,7 @@ def added(*lines: str) -> str:
     return GOLDEN + "".join(f"{line}\n" for line in lines)
 
 
-TAKEN = {
+ACCEPTED = {
     "golden": GOLDEN,
     "unknown fields": added("Unknown: x", "System: x86_64-linux", "Nix-Link: a:b: c", ": ", "X: "),
     "line without a colon": changed("Deriver", "no colon here", "swallowed: yes"),
@@ -73,7 +73,7 @@ TAKEN = {
 }
 """Accepted narinfos by their peculiarity."""
 
-REFUSED = {
+REJECTED = {
     "empty": "",
     "no newline at the end": GOLDEN[:-1],
     "CRLF": GOLDEN.replace("\n", "\r\n"),
@@ -123,7 +123,7 @@ REFUSED = {
     "CA twice": added(*["CA: fixed:sha1:" + "0" * 32] * 2),
 }
 
-OF_NO_USE = {
+UNUSABLE = {
     "Compression unknown": changed("Compression", "Compression: rot13"),
     "NarHash sha1": changed("NarHash", "NarHash: sha1:" + "0" * 32),
     "URL with control characters": changed("URL", "URL: a\x01b"),

@@ -1,4 +1,4 @@
-"""A machine that is pushed to, and what a pusher does."""
+"""The target of pushes: a store with a daemon and a server, and the commands of a pusher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from support.running import Server
 
 @dataclass(frozen=True)
 class Target:
-    """A machine that is pushed to, with a key that its daemon trusts. The daemon trusts no user, not even root."""
+    """The target of pushes. Its daemon trusts one key, and no user, not even root."""
 
     client: Client
     key: Key

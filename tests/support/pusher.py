@@ -92,7 +92,7 @@ class Pusher:
 
     @contextmanager
     def raw(self) -> Iterator[socket.socket]:
-        """Connect, and disconnect at the end, whatever was sent."""
+        """Open a connection, and close it at the end, even after an incomplete request."""
         host, port = self._address.split(":")
         with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
             yield connection
