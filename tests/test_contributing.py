@@ -33,7 +33,7 @@ def test_example_resource_works(tmp_path: Path) -> None:
     (copy / "harmonia/server/resources/references.py").write_text(block("references.py"))
     (copy / "tests/server/test_references.py").write_text(block("test_references.py"))
     routes = copy / "harmonia/server/routes.py"
-    text = routes.read_text().replace("    narinfo,\n", "    narinfo,\n    references,\n", 1)
+    text = routes.read_text().replace("    push,\n", "    push,\n    references,\n", 1)
     before = '    Route(uri="/version"'
     routes.write_text(text.replace(before, f"{block('route')}{before}", 1))
 
