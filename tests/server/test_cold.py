@@ -207,6 +207,23 @@ def test_open_range_over_http_1_0_waits_for_the_length(start: Start, store: Stor
     assert answer.headers["content-range"] == f"bytes 1000-{len(whole) - 1}/{len(whole)}"
 
 
+def test_open_range_over_http_1_0_that_waits_too_long_is_503_until_the_length_is_known(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    """A proxy that waits longer would answer 504, and leave the server out for a while."""
+    info, _ = add_big(store)
+    held = tmp_path / "held"
+    impatient = "from harmonia.server.http import response\nresponse._HTTP_1_0_WAIT_S = 0.1"
+    server = start(store=tmp_path / "store", program=held_by(held, least=FIRST, patch=impatient))
+    early = server.request("GET", file_url(info), {"Range": "bytes=1000-"}, version="1.0")
+    assert (early.status, early.headers["retry-after"]) == (503, "1")
+    server.wait_for_log("503, the length of the body is not known yet")
+    held.unlink()
+    wait_until(lambda: "etag" in server.request("HEAD", file_url(info), version="1.0").headers)
+    late = server.request("GET", file_url(info), {"Range": "bytes=1000-"}, version="1.0")
+    assert (late.status, late.body) == (206, server.get(file_url(info)).body[1000:])
+
+
 def test_first_frame_of_a_nar_does_not_wait_for_frames_of_other_nars(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:

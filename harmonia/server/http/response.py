@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Protocol, Self, cast
 
 from sanic import HTTPResponse, Request
-from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException
+from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException, ServiceUnavailable
 
 from harmonia.errors import StoreObjectError
 from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
@@ -36,6 +36,11 @@ _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
 PACKET_BYTES = 1400
 """Size up to which a body is not compressed: it fits into one packet."""
 _LENGTH_WAIT_S = 0.25  # for which a range waits for the length of a body that is still being generated
+_HTTP_1_0_WAIT_S = 50.0
+"""Seconds for which a response to HTTP/1.0 waits for the length of its body, which grows in the cache meanwhile.
+
+After 60 s, nginx would answer 504, and send no requests to this server for 10 s.
+"""
 _log = logging.getLogger("harmonia")
 
 
@@ -164,7 +169,11 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
     part = _requested_range(request, headers)
     begun = None
     if body.size is None and (part is not None or request.version == "1.0"):
-        begun = await _reached(body, part, submit, needs_length=request.version == "1.0")
+        try:
+            async with asyncio.timeout(_HTTP_1_0_WAIT_S if request.version == "1.0" else None):
+                begun = await _reached(body, part, submit, needs_length=request.version == "1.0")
+        except TimeoutError:
+            raise ServiceUnavailable("the length of the body is not known yet; the client may retry") from None
     status = HTTPStatus.OK
     start, stop = 0, body.size
     if part is not None:
