@@ -1,4 +1,4 @@
-"""Exceptions of Harmonia. `server/http/error_response.py` maps each of them to an HTTP status.
+"""Exceptions of Harmonia. `server/error_response.py` maps each of them to an HTTP status.
 
 Only subclasses of HarmoniaError are raised, never HarmoniaError itself.
 """

@@ -13,8 +13,19 @@ ORDER = (
     "cli > tools > server > push upstream > cache > process > store > config > nix > metrics errors ownership untrusted"
 )
 """Each unit imports only from itself and from units to the right. Units between two `>` do not import each other."""
-LAYERS = {unit: depth for depth, level in enumerate(ORDER.split(" > ")) for unit in level.split()}
-LAYERS |= {"__main__": -1, "__version__": len(LAYERS)}
+SERVER_ORDER = (
+    "worker > app > routes error_response > resources > page connections > context > made_once path_lookup > http"
+)
+
+
+def layers(order: str) -> dict[str, int]:
+    return {unit: depth for depth, level in enumerate(order.split(" > ")) for unit in level.split()}
+
+
+LAYERS = {
+    "harmonia": layers(ORDER) | {"__main__": -1, "__version__": 99, "__init__": 99},
+    "harmonia.server": layers(SERVER_ORDER) | {"__init__": 99},
+}
 
 
 def imports(source: str, package: str) -> Iterator[str]:
@@ -30,12 +41,16 @@ def violations(source: str, module: str) -> list[str]:
     """Return the imports of a module such as `harmonia.nix.nar` that point against the order."""
     unit = module.split(".")[1]
 
+    def points_back(package: str, imported: str) -> bool:
+        if not (module.startswith(f"{package}.") and imported.startswith(f"{package}.")):
+            return False
+        own, other = (name.removeprefix(f"{package}.").partition(".")[0] for name in (module, imported))
+        return other != own and LAYERS[package][other] <= LAYERS[package][own]
+
     def forbidden(imported: str) -> bool:
-        top, _, rest = imported.partition(".")
-        if top == "harmonia":
-            other = rest.partition(".")[0]
-            return other != unit and LAYERS[other] <= LAYERS[unit]
-        return (top == "sanic" and unit != "server") or (top == "asyncio" and unit == "nix")
+        top = imported.partition(".")[0]
+        foreign = (top == "sanic" and unit != "server") or (top == "asyncio" and unit == "nix")
+        return foreign or any(points_back(package, imported) for package in LAYERS)
 
     return [imported for imported in imports(source, module.rpartition(".")[0]) if forbidden(imported)]
 
@@ -88,6 +103,8 @@ def test_no_module_imports_itself_through_others() -> None:
         ("tools.warm", "from sanic import Sanic"),
         ("server.app", "import harmonia.cli"),
         ("server.app", "import harmonia.tools.warm"),
+        ("server.http.auth", "from harmonia.server.context import ServerContext"),
+        ("server.context", "from harmonia.server.resources import narinfo"),
     ],
 )
 def test_import_against_the_order_is_found(module: str, source: str) -> None:
@@ -100,7 +117,10 @@ def test_import_against_the_order_is_found(module: str, source: str) -> None:
         ("nix.nar", "import os\nfrom harmonia.errors import FormatError\nfrom . import base32"),
         ("config.settings", "from harmonia.nix.signing import SecretKey"),
         ("upstream.client", "import asyncio\nfrom harmonia import __version__, config, process, store"),
-        ("server.app", "import sanic\nfrom harmonia.upstream import client"),
+        (
+            "server.app",
+            "import sanic\nfrom harmonia.upstream import client\nfrom .error_response import response",
+        ),
         ("__main__", "from harmonia.cli import main"),
     ],
 )

@@ -11,8 +11,9 @@ from sanic.config import Config
 
 from harmonia.config.settings import Settings
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
+from harmonia.server import error_response
 from harmonia.server.context import Fallback, ServerContext
-from harmonia.server.http import access_log, error_response, sanic_adapter
+from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.response import Handler, Representation, respond
 from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
