@@ -1,6 +1,7 @@
 """A job runs once for all callers that want its result at the same time."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix import narinfo
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.process import loop_reads
+from harmonia.process.loop_reads import LoopReads
 from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
 from harmonia.server.path_lookup import Paths, SignedPath
@@ -158,6 +161,7 @@ def test_clients_of_one_absent_path_cause_one_lookup(tmp_path: Path, monkeypatch
 def test_path_registered_during_a_lookup_is_found_by_the_next_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(LoopReads, "allowed", False)  # look paths up in a thread
     lookups = Lookups(tmp_path, monkeypatch)
     builder = lookups.builder
     late = builder.output_path("late")
@@ -166,8 +170,8 @@ def test_path_registered_during_a_lookup_is_found_by_the_next_request(
         busy = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def lookup(hash_part: str, known: SignedPath | None) -> SignedPath | None:
-            found = look_up(hash_part, known)  # before the path is registered
+        def lookup(store: Store, hash_part: str, known: SignedPath | None) -> SignedPath | None:
+            found = look_up(store, hash_part, known)  # before the path is registered
             loop.call_soon_threadsafe(busy.set)
             asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
             return found
@@ -186,5 +190,35 @@ def test_path_registered_during_a_lookup_is_found_by_the_next_request(
         assert found is not None
         assert found.info.path == late
         assert await early is None
+
+    lookups.run(check)
+
+
+def test_lookup_goes_to_a_thread_for_a_second_after_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups = Lookups(tmp_path, monkeypatch)
+    hash_parts = [lookups.builder.add_source(f"path-{number}", b"").path.hash_part for number in range(5)]
+    threads: list[str] = []
+    seconds = 100.0
+    took = 0.0
+    path_info = Store.path_info
+
+    def slow_path_info(store: Store, hash_part: str) -> object:
+        nonlocal seconds
+        seconds += took
+        threads.append(threading.current_thread().name)
+        return path_info(store, hash_part)
+
+    monkeypatch.setattr(Store, "path_info", slow_path_info)
+    monkeypatch.setattr(loop_reads, "monotonic", lambda: seconds)
+
+    async def check(paths: Paths) -> None:
+        nonlocal took, seconds
+        steps = ((0.0, 0), (0.01, 0), (0.01, 0.5), (0.0, 0.6), (0.0, 0))
+        for hash_part, (slowness, pause) in zip(hash_parts, steps, strict=True):
+            took = slowness
+            assert await paths.lookup_path(hash_part) is not None
+            seconds += pause
+        main = threading.main_thread().name
+        assert [name == main for name in threads] == [True, True, False, False, True]
 
     lookups.run(check)

@@ -15,6 +15,7 @@ from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError
 from harmonia.ownership import Closeable, hand_over
 from harmonia.process.fair_executor import FairExecutor, start_threads
+from harmonia.process.loop_reads import LoopReads
 from harmonia.store.store import BUSY_TIMEOUT_S, Store
 
 _READER_THREADS = 16  # for short reads from the disk
@@ -48,6 +49,9 @@ class Threads:
         self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
         self.much_memory = asyncio.Lock()
         """Lock for unpacking with LARGE_MEMORY_BYTES: one file at a time."""
+        self.loop_db = LoopReads(lambda seconds: metrics.own.database.observe(seconds))  # noqa: PLW0108 (`own` changes)
+        """Short queries on the event loop, with a connection of its own."""
+        self._loop_io = LoopReads()
         self._browsed = browsed
         self._metrics = metrics
 
@@ -60,6 +64,10 @@ class Threads:
     async def run_io(self, ask: Callable[[], _T]) -> _T:
         """Run a function that reads from the disk, in one of many threads."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
+
+    async def run_short_io(self, ask: Callable[[], _T]) -> _T:
+        """Run a function that reads little from the disk: on the event loop, if such reads come from memory."""
+        return self._loop_io.run(ask) if self._loop_io.allowed else await self.run_io(ask)
 
     async def run_open(self, ask: Callable[[], _C]) -> _C:
         """Run a function that opens a file, in one of many threads. The file is closed if the caller is cancelled."""

@@ -4,8 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cachetools import LRUCache
 
@@ -18,7 +19,7 @@ from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
 from harmonia.store import queries
 from harmonia.store.publish_policy import PublishPolicy
-from harmonia.store.store import Database, Store
+from harmonia.store.store import Store
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -28,6 +29,13 @@ _CLOSURE_FRESH_S = 1.0  # age up to which the closure of the policy's roots is n
 _CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served before the closure is refreshed
 
 _log = logging.getLogger("harmonia")
+
+
+class _Unknown(Enum):
+    UNKNOWN = 0
+
+
+_UNKNOWN: Final = _Unknown.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +57,8 @@ class Paths:
         self._store = store
         self._keys = keys
         self._threads = threads
-        # For the event loop: it only reads whether the database changed, without disk access and without waiting.
-        self._watch = Database(database, timeout=0)
+        # For the event loop, which never waits for a lock of the database.
+        self._loop_store = Store(store.store_dir, store.real_dir, database, timeout=0)
         self._this_turn: Hashable = None
         self._cache: MutableMapping[str, tuple[Hashable, SignedPath]] = LRUCache(_MAX_PATHS)
         self._lookups = SingleFlight()
@@ -66,6 +74,18 @@ class Paths:
         Every resource must look paths up here. Raises StoreObjectError if the path's row in the database is malformed,
         StoreUnavailableError if the database does not answer in time.
         """
+        path = self._lookup_now(hash_part)
+        if isinstance(path, _Unknown):
+            generation = self._generation()
+            # A lookup that began before the last change of the database may have missed it: start a new one.
+            path = await self._lookups.run((hash_part, generation), partial(self._query, hash_part, generation))
+        return path if path is None or self._closure is None or await self._is_needed(path.info.path) else None
+
+    def _lookup_now(self, hash_part: str) -> SignedPath | _Unknown | None:
+        """Return the path, from memory or looked up on the event loop. Return _UNKNOWN if a thread has to look it up.
+
+        The publish policy's closure is not asked.
+        """
         generation = self._generation()
         if self._absent_as_of != generation:
             self._absent_as_of = generation
@@ -74,22 +94,32 @@ class Paths:
             return None
         cached_generation, cached = self._cache.get(hash_part, (None, None))
         if cached is not None and cached_generation == generation:
-            return cached if self._closure is None or await self._is_needed(cached.info.path) else None
-        # A lookup that began before the last change of the database may have missed it: start a new one.
-        query = partial(self._query, hash_part, generation, cached)
-        path = await self._lookups.run((hash_part, generation), query)
-        return path if path is None or self._closure is None or await self._is_needed(path.info.path) else None
+            return cached
+        if not self._threads.loop_db.allowed:
+            return _UNKNOWN
+        try:
+            path = self._threads.loop_db.run(partial(self._look_up, self._loop_store, hash_part, cached))
+        except StoreUnavailableError:  # perhaps only busy: a thread waits
+            return _UNKNOWN
+        return self._keep(hash_part, generation, path)
 
-    async def _query(self, hash_part: str, generation: Hashable, cached: SignedPath | None) -> SignedPath | None:
-        """Look the path up in the database, and cache the result as of `generation`."""
-        path = await self._threads.run_db(partial(self._look_up, hash_part, cached))
+    async def _query(self, hash_part: str, generation: Hashable) -> SignedPath | None:
+        """Look the path up in a thread, and cache the result as of `generation`."""
+        _, cached = self._cache.get(hash_part, (None, None))
+        path = await self._threads.run_db(partial(self._look_up, self._store, hash_part, cached))
+        return self._keep(hash_part, generation, path)
+
+    def _keep(self, hash_part: str, generation: Hashable, path: SignedPath | None) -> SignedPath | None:
+        """Cache the result of a lookup. Return it.
+
+        `generation` was read before the path: after a change in between, the next request looks the path up again.
+        """
         if path is None:
             self._cache.pop(hash_part, None)
             if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
                 self._absent.add(hash_part)
-            return None
-        # The generation was read before the path: after a change in between, the next request looks the path up again.
-        self._cache[hash_part] = generation, path
+        else:
+            self._cache[hash_part] = generation, path
         return path
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:
@@ -100,19 +130,26 @@ class Paths:
             return None
 
     def is_current(self, path: SignedPath) -> bool:
-        """Return whether `lookup_path` would return the same path now. Return False if only a query can tell."""
-        cached = self._cache.get(path.info.path.hash_part)
-        return self._closure is None and cached is not None and cached == (self._generation(), path)
+        """Return whether `lookup_path` would return the same path now. Return False if only a thread can tell."""
+        if self._closure is not None:
+            return False
+        try:
+            return self._lookup_now(path.info.path.hash_part) == path
+        except StoreObjectError:
+            return False
 
     def is_absent(self, hash_part: str) -> bool:
-        """Return whether no path has this hash part now. Return False if only a query can tell."""
-        return self._absent_as_of == self._generation() and hash_part in self._absent
+        """Return whether no path is known to have this hash part now. Return False if only a thread can tell."""
+        try:
+            return self._lookup_now(hash_part) is None and hash_part in self._absent
+        except StoreObjectError:
+            return False
 
     def _generation(self) -> Hashable:
         """Return the generation of the database, read once for each turn of the event loop."""
         if self._this_turn is None:
             try:
-                self._this_turn = self._watch.generation()
+                self._this_turn = self._loop_store.database.generation()
             except StoreUnavailableError:
                 self._this_turn = object()  # unequal to all others, so the next lookup queries the database
             asyncio.get_running_loop().call_soon(self._end_turn)
@@ -173,8 +210,9 @@ class Paths:
         await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _CLOSURE_FRESH_S))
         return path in closure
 
-    def _look_up(self, hash_part: str, cached: SignedPath | None) -> SignedPath | None:
-        info = self._store.path_info(hash_part)
+    def _look_up(self, store: Store, hash_part: str, cached: SignedPath | None) -> SignedPath | None:
+        """Look the path up in `store`. Return `cached` itself if its row has not changed."""
+        info = store.path_info(hash_part)
         if info is None or (cached is not None and cached.info == info):
             return cached if info else None
         if self.policy is not None and not self.policy.permits(info):

@@ -32,7 +32,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, files = path.info, context.compressor.files
     if context.offers_zstd and not files.is_certain(info.nar_hash):
-        await context.threads.run_io(lambda: files.find_file_info(info.nar_hash))
+        await context.threads.run_short_io(lambda: files.find_file_info(info.nar_hash))
     compressed = files.known_file_info(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
