@@ -49,7 +49,7 @@ class DaemonError(RemoteError):
 
 
 class PushRefusedError(HarmoniaError):
-    """A push is refused. The message is one line that says what the pusher can do; the client sees it.
+    """A push is refused. The message is one line, with the reason and its remedy; the client sees it.
 
     The status is never 5xx: Nix up to 2.32 repeats such a request with an empty body.
     """

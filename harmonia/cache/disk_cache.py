@@ -88,7 +88,7 @@ class DiskCache:
         return os.path.lexists(self.path(key) + GROWING)
 
     def remove(self, key: str) -> None:
-        """Remove the file, if it exists. Its readers can go on."""
+        """Remove the file, if it exists. Its readers can continue."""
         with suppress(OSError):
             os.unlink(self.path(key))
 

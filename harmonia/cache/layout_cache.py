@@ -46,7 +46,7 @@ class _File:
             self._filler.commit()
 
     def abandon(self) -> None:
-        """Remove the file from the cache, unless it was committed. Readers can go on."""
+        """Remove the file from the cache, unless it was committed. Readers can continue."""
         if self._filler is not None:
             self._filler.abandon()
             self._filler = None
@@ -97,7 +97,7 @@ class Layouts:
         return layout
 
     def forget(self, key: str) -> None:
-        """Drop a layout that is no longer valid. Its readers can go on."""
+        """Drop a layout that is no longer valid. Its readers can continue."""
         with self._lock:
             self._growing.pop(key, None)
             layout = self._recent.pop(key, None)

@@ -60,6 +60,6 @@ def _each(store: Store, paths: Sequence[str], change: Callable[[StorePath], bool
     """Change the root of each path. Exit with an error if one has none."""
     absent = [path for path in paths if not change(path_arguments.resolve(store, path)[0].path)]
     for path in absent:
-        click.echo(f"harmonia: {path} has no root; harmonia roots list shows those that there are", err=True)
+        click.echo(f"harmonia: {path} has no root; `harmonia roots list` lists the paths that have one", err=True)
     if absent:
         sys.exit(1)

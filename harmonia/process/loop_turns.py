@@ -1,6 +1,6 @@
 """Limit of the work that one iteration of the event loop does for requests, shared fairly between clients.
 
-An iteration goes on with every connection that is ready. Without a limit, an iteration takes longer the more requests
+An iteration handles every connection that is ready. Without a limit, an iteration takes longer the more requests
 and downloads run, and each small response waits for several iterations: 30 ms each with 16 clients that read as fast as
 they can.
 """

@@ -40,7 +40,7 @@ class DaemonConnections:
 
     @contextmanager
     def borrowed(self) -> Iterator[Daemon]:
-        """Lend a connection for one import. Raises PushRefusedError if the daemon does not answer."""
+        """Yield a connection for one import. Raises PushRefusedError if the daemon does not answer."""
         connection = self._take() or _Connection(self._connect())
         try:
             yield connection.daemon

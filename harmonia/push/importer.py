@@ -1,7 +1,7 @@
 """Import of pushed paths into the store by the Nix daemon, and the checks before that.
 
-The daemon decides: it accepts what a key of its `trusted-public-keys` has signed, and what is content-addressed. The
-checks here refuse earlier and explain more, and leave no half of a path in the store.
+The daemon decides: it accepts paths that are signed by a key of its `trusted-public-keys`, and content-addressed paths.
+The checks here refuse earlier, with better messages, and leave no incomplete path in the store.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _log = logging.getLogger("harmonia")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A path to import: what its narinfo says, and the file of its NAR."""
+    """A path to import: its information and compression from its narinfo, and the file of its NAR."""
 
     info: PathInfo
     compression: str

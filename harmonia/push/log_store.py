@@ -1,4 +1,4 @@
-"""Build logs that were pushed, in a directory of Nix's layout, compressed with zstd."""
+"""Pushed build logs, compressed with zstd, in a directory with the layout of Nix's log directory."""
 
 import os
 import tempfile
@@ -42,7 +42,7 @@ class IncomingLog:
             raise PushRefusedError(400, f"cannot decode the log: {error}") from None
 
     def keep(self) -> None:
-        """Replace the log by this one."""
+        """Move the complete log to its place, over an older one. Raises PushRefusedError if the body is truncated."""
         if self._decoder is not None and not self._decoder.whole:
             raise PushRefusedError(400, "the encoded log ends early; push it again")
         self._file.write(self._compressor.flush())
@@ -63,12 +63,12 @@ class LogStore:
         self._keep_s = keep_s
 
     def receive(self, derivation: StorePath, decoder: Decoder | None) -> IncomingLog:
-        """Return the log of a derivation, to be written."""
+        """Return a file to which the log of a derivation is written."""
         prefix, rest = derivation[:_PREFIX_LENGTH], derivation[_PREFIX_LENGTH:]
         return IncomingLog(os.path.join(self.directory, "drvs", prefix, f"{rest}.zst"), decoder)
 
     def expire(self) -> None:
-        """Remove logs that were pushed longer ago than `push.keep`, and what dead workers have left."""
+        """Remove logs that were pushed longer ago than `push.keep`, and partial files of that age."""
         oldest = time.time() - self._keep_s
         for folder, _, names in os.walk(os.path.join(self.directory, "drvs")):
             for path in (os.path.join(folder, name) for name in names):

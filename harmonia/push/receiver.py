@@ -1,4 +1,4 @@
-"""Receiver of pushes in one worker: the spool, the imports and the GC roots, with the threads that they block."""
+"""Receiver of pushes in one worker: the spool, the imports and the GC roots, and the threads for them."""
 
 import asyncio
 import logging
@@ -82,7 +82,7 @@ class PushReceiver:
         self._renewed: MutableMapping[StorePath, bool] = TTLCache(_MAX_RENEWED, _RENEWAL_INTERVAL_S)
 
     async def receive(self, file_hash: str, size: int, chunks: AsyncIterator[bytes]) -> None:
-        """Store a NAR file in the spool. Raises PushRefusedError if that is impossible, or its hash is another one."""
+        """Store a NAR file in the spool. Raises PushRefusedError without space, or if its hash is not `file_hash`."""
         incoming = await hand_over(self._spooling.submit(self.spool.receive, size))
         try:
             async for chunk in chunks:
@@ -108,13 +108,13 @@ class PushReceiver:
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
     async def has(self, file_hash: str) -> bool:
-        """Return whether a NAR file is in the spool."""
+        """Return True if a NAR file is in the spool."""
         return await self._in_spool(partial(self.spool.find, file_hash))
 
     def start_import(
         self, info: PathInfo, file_hash: str, compression: str, *, may_sign: bool
     ) -> "asyncio.Future[bool]":
-        """Import a path whose NAR file is in the spool. The import goes on if the client disconnects.
+        """Import a path whose NAR file is in the spool. The import continues if the client disconnects.
 
         The result is False if the path was valid already; the error is PushRefusedError.
         """
@@ -134,13 +134,13 @@ class PushReceiver:
             self.counters.pushed_paths += 1
 
     def renew(self, path: StorePath) -> None:
-        """Let the GC root of a path, if it has one, last for `push.keep` after this download. Waits for nothing."""
+        """Let the GC root of a path, if it has one, last for `push.keep` after this download. Does not block."""
         if path not in self._renewed:
             self._renewed[path] = True
             self._spooling.submit(self.roots.renew, path)
 
-    async def keep_house(self) -> None:
-        """Sweep the spool and the roots, and close connections to the daemon, now and then."""
+    async def run_maintenance(self) -> None:
+        """Remove expired files and roots, and close unused connections to the daemon, at intervals until cancelled."""
         loop = asyncio.get_running_loop()
         next_sweep = loop.time()
         while True:
@@ -154,7 +154,7 @@ class PushReceiver:
             await asyncio.sleep(HOLD_S / 2)
 
     def close(self) -> None:
-        """Let running imports fail soon. Waits for nothing."""
+        """Let running imports fail soon. Does not block."""
         self.importer.stop()
 
     def _sweep(self) -> None:

@@ -1,7 +1,7 @@
 """Persistent GC roots of pushed paths: symlinks, which the Nix daemon knows as indirect roots.
 
-A root lasts for `push.keep` after the last push or download of its path. Its symlink's modification time is the time of
-that. A pinned root lasts until it is dropped. The Nix daemon forgets a root whose symlink is gone.
+A root lasts for `push.keep` after the last push or download of its path, which is the modification time of its symlink.
+A pinned root lasts until it is dropped. The Nix daemon forgets a root whose symlink is gone.
 """
 
 import os
@@ -76,7 +76,7 @@ class PushRoots:
         return True
 
     def find_all(self) -> list[Root]:
-        """Return all roots, those first that were used last."""
+        """Return all roots, the most recently used first."""
         roots = []
         with suppress(FileNotFoundError), os.scandir(self._directory) as entries:
             for entry in entries:
@@ -95,7 +95,7 @@ class PushRoots:
         return expired
 
     def register(self, daemon: Daemon) -> None:
-        """Register all roots with the daemon again, in case that a worker died before it did, or Nix lost some."""
+        """Register all roots again: a worker may have died before it registered one, or Nix may have lost one."""
         for root in self.find_all():
             daemon.add_indirect_root(self._link(root.path))
 

@@ -1,4 +1,4 @@
-"""Spool: NAR files that were pushed, until the narinfo that names them arrives.
+"""Spool: pushed NAR files that wait for the narinfo that names them.
 
 A file is stored as it was sent, under the base-32 SHA-256 of its bytes. All workers share the directory. A body that
 breaks off leaves nothing: its file has another name, and a lock that the kernel releases if the worker dies.
@@ -19,13 +19,13 @@ from harmonia.errors import PushRefusedError
 from harmonia.nix import base32
 
 _UNCLAIMED_MAX_AGE_S = 6 * 60 * 60  # Nix 2.35 sends all NARs of a closure before the first narinfo
-_IMPORTED_MAX_AGE_S = 10 * 60  # another path may have the same NAR, and its client has been told that it is here
+_IMPORTED_MAX_AGE_S = 10 * 60  # a client that got 200 to HEAD for another path with the same NAR does not send it
 _PART, _IMPORTED = ".part", ".imported"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Incoming:
-    """A NAR file that is being received. Thread-safe. After `close`, nothing of it is left unless it was kept."""
+    """A NAR file that is being received. Thread-safe. `close` removes it unless `keep` was called."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 (`close` closes it)
@@ -80,7 +80,7 @@ class Spool:
             raise PushRefusedError(413, what)
 
     def receive(self, size: int) -> Incoming:
-        """Reserve room for a file of `size` bytes, and return it.
+        """Reserve space for a file of `size` bytes, and create it.
 
         Raises PushRefusedError if the file is too large, or the spool or the disk is full.
         """
@@ -108,7 +108,7 @@ class Spool:
             return incoming
 
     def find(self, file_hash: str) -> bool:
-        """Return whether the file is here. If so, it stays for a while."""
+        """Return True if the file is in the spool, and restart the time for which it waits there."""
         for name in (file_hash, file_hash + _IMPORTED):
             with suppress(FileNotFoundError):
                 os.utime(os.path.join(self._directory, name))
@@ -116,21 +116,21 @@ class Spool:
         return False
 
     def open(self, file_hash: str) -> BinaryIO | None:
-        """Return the file, or None if it is not here."""
+        """Open the file. Returns None if it is not in the spool."""
         for name in (file_hash, file_hash + _IMPORTED):
             with suppress(FileNotFoundError):
                 return open(os.path.join(self._directory, name), "rb")
         return None
 
     def mark_imported(self, file_hash: str) -> None:
-        """Let the file be removed soon, or at once if its room is needed."""
+        """Let the file be removed in ten minutes, or at once if its space is needed."""
         path = os.path.join(self._directory, file_hash)
         with suppress(FileNotFoundError):
             os.utime(path)
             os.rename(path, path + _IMPORTED)
 
     def sweep(self) -> None:
-        """Remove what nobody claims any more, and what dead workers have left."""
+        """Remove files that have waited too long, and partial files of workers that died."""
         with self._exclusively():
             self._sweep(_IMPORTED_MAX_AGE_S)
 
@@ -157,7 +157,7 @@ class Spool:
 
     @contextmanager
     def _exclusively(self) -> Iterator[None]:
-        """Let no other thread or worker reserve room or sweep meanwhile."""
+        """Lock the spool, so that no other thread or worker reserves space or sweeps meanwhile."""
         with open(os.path.join(self._directory, ".lock"), "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -25,8 +25,8 @@ from harmonia.upstream.refusals import Reason
 _CONFIG: dict[str, Any] = {
     # Sanic's stall timer: Nix stops reading for minutes while it unpacks. Keepalive finds dead clients (sockets.py).
     "RESPONSE_TIMEOUT": 3600,
-    "GRACEFUL_TCP_CLOSE_TIMEOUT": 3600,  # the same, for the last bytes of a connection that closes
-    "REQUEST_MAX_SIZE": 64 * 1024,  # there are no uploads
+    "GRACEFUL_TCP_CLOSE_TIMEOUT": 3600,  # stall timer for the last bytes of a connection that closes
+    "REQUEST_MAX_SIZE": 64 * 1024,  # of other routes than pushes, which read their bodies as streams
     "ACCESS_LOG": False,
     "MOTD": False,
 }

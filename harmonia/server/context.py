@@ -156,7 +156,7 @@ class ServerContext:
         return self._temp_roots.acquire(info.path) if self._temp_roots and is_worthwhile else None
 
     def close(self) -> None:
-        """Release all temporary roots, and let running imports fail soon. Waits for nothing."""
+        """Release all temporary roots, and let running imports fail soon. Does not block."""
         if self.push is not None:
             self.push.close()
         if self._temp_roots is not None:

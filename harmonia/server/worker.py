@@ -102,7 +102,7 @@ async def _serve(
     reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
     running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
     if context.push is not None:
-        running.append(context.push.keep_house())
+        running.append(context.push.run_maintenance())
     chores = [asyncio.create_task(chore) for chore in running]
     await stop.wait()
     for listener in tls_listeners.values():

@@ -148,7 +148,7 @@ class DebugInfo:
         return checked
 
     def _remove_gone(self) -> None:
-        """Remove invalid paths from the index: those that lookups have found, and once an hour all others."""
+        """Remove invalid paths from the index: those found by lookups at each call, and all others once an hour."""
         if time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_INTERVAL_S
             last: int | None = -1

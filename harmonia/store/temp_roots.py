@@ -37,7 +37,7 @@ class TempRootLease:
         self._roots = roots
 
     def share(self) -> "TempRootLease":
-        """Return another one of the same path, to be released as well."""
+        """Return another lease for the same path. Each lease must be released."""
         return self._roots.acquire(self.path)
 
     def release(self) -> None:
@@ -82,7 +82,7 @@ class TempRoots:
         return lease
 
     def close(self) -> None:
-        """Give up all roots and end the thread, as soon as the daemon has answered. Waits for nothing."""
+        """Release all roots and end the thread, as soon as the daemon has answered. Does not block."""
         self._asked.put(None)
 
     def _run(self) -> None:
@@ -99,7 +99,7 @@ class TempRoots:
             connection.daemon.close()
 
     def _listen(self) -> bool:
-        """Wait for something to do, and gather what there is. Return False once this is closed."""
+        """Wait for leases to register, and gather them. Return False once this is closed."""
         with suppress(Empty):
             lease = self._asked.get(timeout=_CHECK_INTERVAL_S if self._waiting or self._connections else None)
             while lease is not None:

@@ -74,7 +74,7 @@ class NarFetcher:
 
         Raises UpstreamError if the upstream fails.
         """
-        # If the client disconnects, the fetch goes on: otherwise, an incomplete file would stay locked.
+        # If the client disconnects, the fetch continues: otherwise, an incomplete file would stay locked.
         return await hand_over(self._tasks.spawn_shared(self._open_nar(path, headers, submit)))
 
     async def _open_nar(

@@ -24,7 +24,7 @@ from harmonia.upstream.remote_path import RemotePath, parse
 _MAX_BYTES = 256 << 20  # on disk: 64,000 narinfos
 _NAR_CACHE_SHARE = 8  # at most one eighth of the NAR cache's limit, if that is less
 _RECORD_MAX_BYTES = 4 << 20
-_CHECK_INTERVAL_S = 0.5  # between two looks at whether another worker has fetched a NAR
+_CHECK_INTERVAL_S = 0.5  # between two checks whether another worker has fetched a NAR
 _MAX_WAIT_S = 3600.0  # for another worker to fetch a NAR: it may have died
 
 _Record = tuple[str, str, bytes]
@@ -58,7 +58,7 @@ class NarinfoCache:
         return path if path.name.key == key else None
 
     async def has_narinfo(self, hash_part: str) -> bool:
-        """Return whether there is a narinfo for this hash part, valid or not."""
+        """Return True if there is a narinfo for this hash part, valid or not."""
         return await self._threads.write(self._files.has, hash_part)
 
     async def keep(self, path: RemotePath) -> None:

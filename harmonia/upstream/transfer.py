@@ -93,7 +93,7 @@ class Transfer:
         self._given_up = True
 
     def abandon(self) -> None:
-        """Give up the file of a transfer that never ran."""
+        """Release the file of a transfer that never ran, for another process to write."""
         self._filler.abandon()
 
     def _written(self) -> Iterator[bytes]:

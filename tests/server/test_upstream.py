@@ -510,7 +510,7 @@ def test_nar_larger_than_the_cache_is_measured_for_requests_that_need_its_length
 
 
 def test_nar_url_without_a_file_hash_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
-    """The upstream may compress the NAR again, and the new bytes would not fit to those that the client has."""
+    """The upstream may compress the NAR again, and the new bytes may differ from the bytes that the client has."""
     path = make_path(tmp_path / "elsewhere")
     upstream.add(path.info, path.file, replace(path.nar, file_size=None, file_hash=None), keys=(KEY,))
     server = begin(entry(upstream))

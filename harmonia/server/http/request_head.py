@@ -41,7 +41,7 @@ class Http(SanicHttp):
     _is_persistent: bool
 
     def accept_body(self) -> None:
-        """Let the handler read the body. The client is asked for it if it expects that (RFC 9110 section 10.1.1)."""
+        """Let the handler read the body. A client that expects it gets 100 Continue (RFC 9110 section 10.1.1)."""
         self.expecting_continue, self.is_awaited = self.is_awaited, False
         self.keep_alive = self._is_persistent
 

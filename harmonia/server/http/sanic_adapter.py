@@ -57,7 +57,7 @@ class AdaptedRequest(Request):
         """Add Date, and Via if a Harmonia sent the request. Every response passes through this method."""
         if response is not None:
             response.headers["date"] = date()
-            if any("harmonia" in via for via in self.headers.getall("via", ())):  # so that it learns our pseudonym
+            if any("harmonia" in via for via in self.headers.getall("via", ())):  # it learns our pseudonym
                 response.headers["via"] = f"1.1 {self.app.ctx.identity}"
         return await super().respond(response, **rest)
 

@@ -1,7 +1,7 @@
 """`/nar/…`: the NAR of a store path, as it is on disk now.
 
 Our narinfos name `/nar/<hash>-<narhash>.nar`, as those of nix-serve do. The Rust Harmonia's narinfos name
-`/nar/<narhash>.nar?hash=<hash>`, those of old nix-serves `/nar/<hash>.nar`: clients cache both for 30 days.
+`/nar/<narhash>.nar?hash=<hash>`, those of older nix-serves `/nar/<hash>.nar`: clients cache both for 30 days.
 
 A zstd file has the URL `/nar/<hash>-<narhash>-<encoding>.nar.zst`. Nix resumes a download without If-Range, perhaps at
 another server or after a restart. Therefore the URL has all that determines the bytes, and a range is answered from

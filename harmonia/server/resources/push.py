@@ -1,11 +1,11 @@
-"""`/push`: the store URL for uploads with `nix copy --to`. Only the local store answers here, never an upstream.
+"""`/push`: the store URL for uploads with `nix copy --to`. It never uses an upstream.
 
 Nix asks for a narinfo, sends the NAR under the hash of its file, and then the narinfo, references first. The NAR waits
-in the spool for its narinfo; the response to the narinfo is 200 once the Nix daemon has the path valid. What the server
-makes itself, such as listings, is accepted and dropped.
+in the spool for its narinfo; the response to the narinfo is 200 once the path is valid in the store. Resources that the
+server makes itself, such as listings, are accepted and dropped.
 
-Refusals are 4xx with a line that says what the pusher can do. Nix up to 2.32 repeats a request after 5xx with an empty
-body, and gives up a request after 300 s without a byte.
+Refusals are 4xx with one line: the reason, and its remedy. Nix up to 2.32 repeats a request after 5xx with an empty
+body, and aborts a request after 300 s without a byte.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(
 _MAX_BODY_BYTES = (1 << 63) - 1
 _MAX_NARINFO_BYTES = 1 << 20
 _MAX_REALISATION_BYTES = 256 << 10
-_MAX_DROPPED_BYTES = 1 << 20  # that a client may send in vain before it reads the refusal
+_MAX_DROPPED_BYTES = 1 << 20  # that a client may send before it reads the refusal
 _CHUNK_BYTES = 256 * 1024
 _STALL_S = 60.0  # without a byte of the body
 _SILENCE_S = 60.0  # until the first byte of a response, and between two bytes of it
@@ -64,7 +64,7 @@ class _Progress:
 
 
 async def get_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    """Answer for every valid path, even if the publish policy forbids it: otherwise, it would be pushed again."""
+    """Return the narinfo of any valid path, even if the publish policy forbids it: Nix would push it again."""
     info = await context.threads.run_db(partial(context.store.path_info, hash_part))
     if info is None:
         raise NotFound
@@ -73,7 +73,7 @@ async def get_narinfo(context: ServerContext, request: Request, hash_part: str) 
 
 
 async def get_nar(context: ServerContext, request: Request, name: str) -> Representation:
-    """Answer for the NARs of the store, and to HEAD for those in the spool, which Nix does not send again."""
+    """Return a NAR of the store. HEAD also finds NARs in the spool, so that Nix does not send them again."""
     match = _SPOOLED.fullmatch(name)
     if match and request.method == "HEAD" and await _receiver(context).has(match["file_hash"]):
         return _done()
@@ -98,7 +98,7 @@ async def put_narinfo(context: ServerContext, request: Request, hash_part: str) 
     if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
         raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
     importing = receiver.start_import(info, file_hash, nar_file.compression, may_sign=_may_sign(request))
-    await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import goes on
+    await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import continues
     if not importing.done() and request.version != "1.0":
         return _done(_Progress(importing))
     await importing
@@ -132,7 +132,7 @@ async def put_realisation(context: ServerContext, request: Request, name: str) -
 
 
 async def drop(context: ServerContext, request: Request, **_: str) -> Representation:
-    """Accept what the server makes itself."""
+    """Read and drop an upload of a resource that the server makes itself."""
     _receiver(context).spool.check_size(_content_length(request))
     async for _data in sanic_adapter.body_of(request, _STALL_S):
         pass
@@ -172,7 +172,7 @@ def _receiver(context: ServerContext) -> PushReceiver:
 
 
 def _may_sign(request: Request) -> bool:
-    """Return whether the server may sign for this pusher."""
+    """Return True if the server may sign paths of this pusher."""
     token = getattr(request.ctx, "token", None)
     return token is not None and "sign" in token.scopes
 
