@@ -21,6 +21,7 @@ from harmonia.store.nar_layout import Layout
 
 _WALKER_THREADS = 4  # each may hold the sorted names of one huge directory in memory
 _WALKER_THREADS_PER_CLIENT = 2
+_MEMORY_BYTES = 16 * 1024 * 1024  # some 400,000 files
 _FILE_BYTES = 256 * 1024  # memory that an open file counts as, to limit the number of open files
 
 _P = ParamSpec("_P")
@@ -70,7 +71,7 @@ class _RecentLayouts(LRUCache[str, Layout]):
 class Layouts:
     """The layouts of recently used NARs, in at most `limit` bytes of memory. Thread-safe."""
 
-    def __init__(self, limit: int, files: DiskCache | None = None) -> None:
+    def __init__(self, limit: int = _MEMORY_BYTES, files: DiskCache | None = None) -> None:
         self.files = files
         self._recent = _RecentLayouts(limit)
         self._growing: dict[str, Layout] = {}

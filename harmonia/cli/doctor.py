@@ -193,7 +193,7 @@ def _print(findings: Iterable[Finding], *, quiet: bool) -> bool:
 
 
 def _print_json(client: Client, findings: Iterable[Finding]) -> bool:
-    found = [finding._asdict() for finding in findings]
-    failed = any(finding["level"] == "error" for finding in found)
-    click.echo(json.dumps({"url": client.url, "ok": not failed, "findings": found}, ensure_ascii=False, indent=2))
+    rows = [finding._asdict() for finding in findings]
+    failed = any(finding["level"] == "error" for finding in rows)
+    click.echo(json.dumps({"url": client.url, "ok": not failed, "findings": rows}, ensure_ascii=False, indent=2))
     return failed

@@ -66,18 +66,18 @@ def _kind(mode: int) -> bytes:
 
 
 def _json(nodes: Iterable[Node], *, recursive: bool) -> dict[str, Any]:
-    found: dict[bytes, dict[str, Any]] = {}
+    by_path: dict[bytes, dict[str, Any]] = {}
     for path, entry, offset in nodes:
         if not recursive and path.count(b"/") > 1:
             continue
         node: dict[str, Any] = {}
         if recursive or not path:
             node = _object(entry, offset)
-        found[path] = node
+        by_path[path] = node
         if path:
             parent, _, name = path.rpartition(b"/")
-            found[parent]["entries"][os.fsdecode(name)] = node
-    return found[b""]
+            by_path[parent]["entries"][os.fsdecode(name)] = node
+    return by_path[b""]
 
 
 def _object(entry: Entry, offset: int | None) -> dict[str, Any]:

@@ -93,10 +93,10 @@ def _name_file_in_errors(file: BinaryIO) -> Iterator[None]:
 
 
 def _below(root: bytes, nodes: Iterable[Node]) -> Iterator[Node]:
-    found = False
+    is_found = False
     for node in nodes:
         if node.path == root or node.path.startswith(root + b"/"):
-            found = True
+            is_found = True
             yield node._replace(path=node.path[len(root) :])
-    if not found:
+    if not is_found:
         raise InvalidPathError(f"{os.fsdecode(root)!r} is not in the NAR; list the whole NAR with -R and no PATH")

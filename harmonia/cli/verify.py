@@ -100,10 +100,10 @@ def command(
             sys.exit(cli.EXIT_INTERRUPTED)
     if wrong or not quiet:
         counts = {state: sum(result.state == state for result in wrong) for state in _ORDER}
-        found = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "all good"
+        summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "all good"
         skipped = len(chosen) - done
         skipped_text = f", {skipped} skipped" if skipped else ""
-        click.echo(f"{done} paths verified in {time.monotonic() - began:.1f} s{skipped_text}: {found}", err=True)
+        click.echo(f"{done} paths verified in {time.monotonic() - began:.1f} s{skipped_text}: {summary}", err=True)
     if wrong:
         click.echo("Repair them with: nix-store --repair-path PATH", err=True)
         sys.exit(cli.EXIT_FOUND)

@@ -38,7 +38,6 @@ from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import new_pseudonym
 
-_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024  # for the layouts of recently used NARs: some 400,000 files
 _LAYOUT_FILES_BYTES = 1 << 30  # on disk, for layouts with many files, and their listings
 _MADE_MEMORY_BYTES = 8 * 1024 * 1024  # for pages of directories and short listings
 _TEMP_ROOT_MIN_BYTES = 1 << 20
@@ -113,7 +112,7 @@ class ServerContext:
         policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
         layout_files = open_cache(settings, "layouts", "large layouts of NARs", _LAYOUT_FILES_BYTES)
-        self.layouts = Layouts(_LAYOUT_MEMORY_BYTES, layout_files)
+        self.layouts = Layouts(files=layout_files)
         self.made = MadeOnce(_MADE_MEMORY_BYTES, layout_files)
         self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
         self._temp_roots = _temp_roots(settings)

@@ -240,13 +240,13 @@ def _authorization(host: str) -> str | None:
     for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else map(os.path.expanduser, _NETRC):
         try:
             with open(path, "rb") as file:
-                found = netrc.authorization(file.read(netrc.MAX_BYTES + 1), host)
+                authorization = netrc.authorization(file.read(netrc.MAX_BYTES + 1), host)
         except OSError:
             continue  # not readable to this user
         except FormatError as error:
             raise RemoteError(f"cannot read {path}: {error}; correct it, or name another file in $NETRC") from None
-        if found:
-            return found
+        if authorization:
+            return authorization
     return None
 
 

@@ -22,8 +22,8 @@ class Snapshot:
 
     def total(self, name: str, **labels: str) -> float:
         """Return the sum of the metric's samples that have these labels."""
-        wanted = set(labels.items())
-        return sum(value for key, value in self.samples.get(name, {}).items() if wanted <= set(key))
+        required = set(labels.items())
+        return sum(value for key, value in self.samples.get(name, {}).items() if required <= set(key))
 
     def values(self, name: str, label: str) -> list[str]:
         """Return the values of a label of the metric, sorted."""
@@ -75,7 +75,7 @@ class RouteActivity:
 def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]:
     """Return the counters of each route, the busiest first."""
     seconds = max(now.at - before.at, 1e-9)
-    found = []
+    activities = []
     for route in now.values("harmonia_requests_in_flight", "route"):
         requests, sent = (
             now.total(name, route=route) for name in ("harmonia_requests_total", "harmonia_sent_bytes_total")
@@ -84,7 +84,7 @@ def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]
         failed = sum(
             now.total("harmonia_requests_total", route=route, status=status) for status in statuses if status[0] == "5"
         )
-        found.append(
+        activities.append(
             RouteActivity(
                 route,
                 requests,
@@ -95,7 +95,7 @@ def route_activities(before: Snapshot, now: Snapshot) -> Iterator[RouteActivity]
                 failed,
             )
         )
-    return iter(sorted(found, key=lambda activity: (-activity.requests, activity.route)))
+    return iter(sorted(activities, key=lambda activity: (-activity.requests, activity.route)))
 
 
 def hit_ratio(snapshot: Snapshot) -> float | None:

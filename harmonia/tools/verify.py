@@ -162,6 +162,6 @@ def _check(store: Store, info: PathInfo, progress: Callable[[int], None], stop: 
     if size != info.nar_size:
         return Result(path, "corrupt", f"the NAR has {size} bytes, but {info.nar_size} are registered")
     if sha256.digest() != info.nar_hash:
-        found, wanted = base32.encode(sha256.digest()), base32.encode(info.nar_hash)
-        return Result(path, "corrupt", f"the NAR hash is sha256:{found}, but sha256:{wanted} is registered")
+        actual, registered = base32.encode(sha256.digest()), base32.encode(info.nar_hash)
+        return Result(path, "corrupt", f"the NAR hash is sha256:{actual}, but sha256:{registered} is registered")
     return Result(path, "good")

@@ -26,7 +26,6 @@ from harmonia.store.store_nar import StoreNar
 _MAX_FILLS = 8  # NARs compressed at the same time, so that small ones do not wait for each other's disk access
 _POLL_S = 0.005
 _CHECK_INTERVAL_S = 5.0  # how often to measure the free space of the cache, which the server fills too
-_LAYOUT_MEMORY_BYTES = 16 * 1024 * 1024
 
 State = Literal["compressed", "there", "too large", "failed"]
 
@@ -114,7 +113,7 @@ def warm(
         what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root or as the user of the server"
         raise ConfigError(what) from None
     compressor = Compressor(settings.zstd, cache, index_files(settings))
-    layouts = Layouts(_LAYOUT_MEMORY_BYTES)
+    layouts = Layouts()
     filling: dict[StorePath, tuple[CachedFile, _TrackedNar]] = {}
     room, checked_at = 0, float("-inf")
     for path in paths:

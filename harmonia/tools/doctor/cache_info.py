@@ -29,9 +29,9 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
     elif answer.body.lstrip().startswith(b"<"):
         what = "nix-cache-info is a web page: of another site, or of a login in front of the cache"
         remedy = "check the URL; a login page must not intercept requests of Nix clients"
-    elif (found := _fields(answer).get("StoreDir", store_dir)) != store_dir:
-        what = f"the cache is for the store {found}, not {store_dir}"
-        remedy = f"set StoreDir to {store_dir}, or test as a client of that store with --store-dir {found}"
+    elif (stated_dir := _fields(answer).get("StoreDir", store_dir)) != store_dir:
+        what = f"the cache is for the store {stated_dir}, not {store_dir}"
+        remedy = f"set StoreDir to {store_dir}, or test as a client of that store with --store-dir {stated_dir}"
     else:
         return None
     return Finding("cache info", "error", what, remedy)
@@ -50,8 +50,8 @@ def _remedy(client: Client, status: int) -> str:
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     fields = _fields(answer)
-    found = fields.get("StoreDir")
-    if found is None:
+    stated_dir = fields.get("StoreDir")
+    if stated_dir is None:
         yield Finding(
             "cache info",
             "warning",
@@ -66,7 +66,7 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
         what = "WantMassQuery is not 1: commands like `nix-env -qas` do not ask this cache"
         yield Finding("cache info", "warning", what, "add the line `WantMassQuery: 1`")
     priority = fields.get("Priority", "0, asked before all others")
-    yield Finding("cache info", "ok", f"a binary cache for {found or 'any store'}, priority {priority}")
+    yield Finding("cache info", "ok", f"a binary cache for {stated_dir or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
 
 

@@ -50,9 +50,9 @@ def check(client: Client, info: PathInfo, file: NarFile, largest: int) -> Findin
 
 def _content(info: PathInfo, file: NarFile, body: bytes) -> Finding:
     """Check a NAR against its narinfo. Of several problems, return the one closest to the cause."""
-    known = file.compression in UNPACK
+    can_unpack = file.compression in UNPACK
     try:
-        wrong = _difference(info, UNPACK[file.compression](body)) if known else None
+        wrong = _difference(info, UNPACK[file.compression](body)) if can_unpack else None
     except FormatError as error:
         wrong = f"{file.url} is not a NAR: {error}"
     except DAMAGED as error:
@@ -63,7 +63,7 @@ def _content(info: PathInfo, file: NarFile, body: bytes) -> Finding:
         wrong = f"{file.url} does not match the FileHash of its narinfo"
     if wrong:
         return Finding("NAR", "error", wrong, _AGAIN)
-    if not known:
+    if not can_unpack:
         return Finding("NAR", "skipped", f"{file.url}: this doctor cannot decompress {file.compression}")
     return Finding("NAR", "ok", f"{info.path}: hash and size of the NAR are right")
 
