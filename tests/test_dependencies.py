@@ -54,3 +54,12 @@ def test_version_in_nixpkgs_satisfies_the_requirement(requirement: Requirement) 
     lines = (ROOT / ".ci/nixpkgs-versions.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert requirement.specifier.contains(versions[requirement.name])
+
+
+def test_tests_of_other_versions_exist() -> None:
+    script = (ROOT / ".ci/test-versions").read_text()
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::test_\{([\w,]+)\})?", script)
+    assert any(tests for _, tests in named)
+    for file, tests in named:
+        text = (ROOT / file).read_text()
+        assert all(f"def test_{test}(" in text for test in filter(None, tests.split(",")))
