@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from support.programs import NOT_ROOT, require, skips
+from support.programs import NOT_ROOT, namespaces_forbidden, require, skips
 from support.running import Server
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
@@ -39,8 +39,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         require("nix-store")
     if item.get_closest_marker("root"):
         require("mount")
-        if os.geteuid() != 0:
-            pytest.skip(NOT_ROOT)
+        if reason := NOT_ROOT if os.geteuid() != 0 else namespaces_forbidden():
+            pytest.skip(reason)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

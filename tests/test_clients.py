@@ -17,7 +17,7 @@ from typing import BinaryIO
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from support.programs import require
+from support.programs import PRIVILEGED, require
 from support.running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
 from support.unscathed import MANY, serves, unscathed
 
@@ -133,7 +133,7 @@ def network(name: str) -> Iterator[None]:
 
 def _enter(namespace: BinaryIO) -> None:
     if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) != 0:
-        pytest.skip(f"cannot enter a network namespace: {os.strerror(ctypes.get_errno())}")
+        pytest.skip(f"no network namespaces here ({os.strerror(ctypes.get_errno())}): {PRIVILEGED}")
 
 
 def ip(*command: str) -> None:

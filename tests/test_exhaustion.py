@@ -16,6 +16,7 @@ import pytest
 
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import PRIVILEGED
 from support.running import (
     HARMONIA,
     Sample,
@@ -111,7 +112,7 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
     except OSError as error:
         with suppress(OSError):
             group.rmdir()
-        pytest.skip(f"no control group with a limit of memory can be made: {error}")
+        pytest.skip(f"no cgroup with a memory limit can be made ({error.strerror}): {PRIVILEGED}")
     try:
         yield group
     finally:

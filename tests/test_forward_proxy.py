@@ -1,13 +1,13 @@
 """Forward proxies: requests use the same proxy as those of curl."""
 
 import random
-import shutil
 import subprocess
 
 import pytest
 
 from harmonia.config.proxy import Proxy, ProxyRules, is_excepted, without_password
 from harmonia.errors import FormatError
+from support.programs import needs
 from support.serving import QuietHandler, ThreadServer
 
 
@@ -168,7 +168,7 @@ def some_exception(chance: random.Random) -> tuple[str, str]:
     return host, chance.choice([",", ", ", " ,", ",,"]).join(parts)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+@needs("curl")
 def test_no_proxy_excludes_the_same_hosts_as_curl() -> None:
     chance = random.Random(3)
     cases = [*EXCEPTIONS, *(some_exception(chance) for _ in range(300))]

@@ -3,7 +3,6 @@
 import hashlib
 import lzma
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.programs import needs
 from support.proxy_server import ProxyServer
 from support.running import Server, run
 from support.upstream_server import UpstreamServer, file_url, status
@@ -140,7 +140,7 @@ def test_dead_proxy_marks_the_upstream_as_down(begin: Start, narinfo: str) -> No
     assert f"upstream http://{CACHE}: down" in server.get("/health?verbose").text
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program for certificates")
+@needs("openssl")
 def test_https_is_tunneled_through_the_proxy(
     begin: Start, start: Start, proxy: ProxyServer, narinfo: str, upstream: UpstreamServer, tmp_path: Path
 ) -> None:

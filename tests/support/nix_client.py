@@ -18,10 +18,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
-from support.programs import NOT_ROOT, missing
+from support.programs import NAMESPACES, NOT_ROOT, missing, namespaces_forbidden
 
 ROOTS = Path(
     os.environ.get("HARMONIA_NIX_ROOTS")
@@ -31,8 +31,6 @@ MAKE_ROOTS = "tests/e2e/newer-nix-roots.sh"
 
 # Directories with programs: symlinks into usr if / and /usr are merged.
 _PROGRAM_DIRS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
-
-_NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
 
 # Arguments: the machine, the root of its programs, a directory to mount at its own path, and the command.
 # The shell stays as process 1: it reaps orphans, and forwards signals to the command.
@@ -77,8 +75,8 @@ class Nix:
         """Return the reason why this Nix cannot be used here, or None if it can."""
         if os.geteuid() != 0:
             return NOT_ROOT
-        if error := _namespace_error():
-            return f"cannot make private namespaces: {error}"
+        if reason := namespaces_forbidden():
+            return reason
         if self.root != Path("/"):
             return None if self.root.is_dir() else f"no Nix of Debian {self.name} on this machine: {MAKE_ROOTS}"
         program = shutil.which("nix-store")
@@ -169,7 +167,7 @@ class Client:
 
         End it with kill(): unshare does not forward SIGTERM, but kills all its processes when it dies.
         """
-        enter = (*_NAMESPACES, "sh", "-c", _ENTER, "sh", self.directory, self.nix.root, self.shared)
+        enter = (*NAMESPACES, "sh", "-c", _ENTER, "sh", self.directory, self.nix.root, self.shared)
         return [os.fspath(word) for word in (*enter, *command)]
 
     def run(
@@ -247,11 +245,3 @@ class Client:
 
 def _readable(output: bytes) -> str:
     return output.decode(errors="backslashreplace")
-
-
-@cache
-def _namespace_error() -> str:
-    if shutil.which("unshare") is None:
-        return "no unshare on PATH"
-    tried = subprocess.run([*_NAMESPACES, "true"], check=False, capture_output=True, text=True, timeout=30)
-    return tried.stderr.strip() if tried.returncode else ""

@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import subprocess
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -17,6 +19,7 @@ _PACKAGES = {
     "objcopy": "binutils",
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
+    "unshare": "util-linux",
 }
 """Debian packages whose names differ from those of their programs."""
 
@@ -42,6 +45,22 @@ def require(*programs: str) -> None:
 
 
 NOT_ROOT = "not root: run make test as root"
+PRIVILEGED = "run make test in a container with CAP_SYS_ADMIN"
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+"""How a command gets mounts and processes of its own."""
+
+
+@cache
+def namespaces_forbidden() -> str | None:
+    """Return a reason to skip tests that mount, or None if root may do that here: in containers it often may not."""
+    if reason := missing("unshare"):
+        return reason
+    tried = subprocess.run([*NAMESPACES, "true"], check=False, capture_output=True, text=True, timeout=30)
+    if tried.returncode == 0:
+        return None
+    return f"no private namespaces here ({tried.stderr.strip().replace(': ', ', ')}): {PRIVILEGED}"
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason=NOT_ROOT)
 
 
