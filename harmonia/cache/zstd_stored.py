@@ -5,7 +5,7 @@ The length of the file is known from the length of the NAR, as HTTP/1.0 requires
 
 import hashlib
 import struct
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
@@ -42,26 +42,49 @@ def store(chunks: Iterable[bytes | Future[Any]], size: int) -> Generator[bytes |
     The last block follows the end of `chunks`, so that an error at the end leaves the file incomplete.
     Raises StoreObjectError if the chunks do not have `size` bytes.
     """
-    checksum = xxhash.xxh64()
-    received = 0
-    block = bytearray()
-    yield _HEADER.pack(_MAGIC, _DESCRIPTOR, _WINDOW, size)
+    writer = StoredWriter(size)
+    yield writer.head
     for chunk in chunks:
         if isinstance(chunk, Future):
             yield chunk
-            continue
-        checksum.update(chunk)
-        received += len(chunk)
-        block += chunk
-        while len(block) > BLOCK_BYTES and received <= size:
-            yield _block_header(BLOCK_BYTES) + block[:BLOCK_BYTES]
-            del block[:BLOCK_BYTES]
-        if received > size:
-            break
-    if received != size:
-        bound = "at least" if received > size else "only"
-        raise StoreObjectError(f"a NAR has {bound} {received} bytes instead of {size}")
-    yield _block_header(len(block), last=True) + block + checksum.intdigest().to_bytes(8, "little")[:_CHECKSUM_BYTES]
+        else:
+            yield from writer.blocks(chunk)
+    yield writer.end()
+
+
+class StoredWriter:
+    """The writer of the file for content of `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.head = _HEADER.pack(_MAGIC, _DESCRIPTOR, _WINDOW, size)
+        self._size = size
+        self._received = 0
+        self._checksum = xxhash.xxh64()
+        self._block = bytearray()
+
+    def blocks(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield the blocks that the next chunk of the content completes, except the last of the file.
+
+        Raises StoreObjectError if the content is longer than `size`.
+        """
+        self._checksum.update(chunk)
+        self._received += len(chunk)
+        if self._received > self._size:
+            raise StoreObjectError(f"a NAR has at least {self._received} bytes instead of {self._size}")
+        self._block += chunk
+        while len(self._block) > BLOCK_BYTES:
+            yield _block_header(BLOCK_BYTES) + self._block[:BLOCK_BYTES]
+            del self._block[:BLOCK_BYTES]
+
+    def end(self) -> bytes:
+        """Return the last block and the checksum.
+
+        Raises StoreObjectError if the content is shorter than `size`.
+        """
+        if self._received != self._size:
+            raise StoreObjectError(f"a NAR has only {self._received} bytes instead of {self._size}")
+        checksum = self._checksum.intdigest().to_bytes(8, "little")[:_CHECKSUM_BYTES]
+        return _block_header(len(self._block), last=True) + self._block + checksum
 
 
 def _block_header(size: int, *, last: bool = False) -> bytes:

@@ -1,14 +1,18 @@
 """Bodies of upstreams: from a file of the cache, complete or growing, or passed through at the client's speed."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
 from contextlib import aclosing, closing
 from functools import partial
 from http import HTTPStatus
+from itertools import islice
 from typing import Protocol
 
 from harmonia.cache.growing_file import CachedFile
+from harmonia.cache.zstd_stored import BLOCK_BYTES, StoredWriter, stored_size
 from harmonia.errors import StoreObjectError
-from harmonia.process.thread_reader import Submit, read_in_threads
+from harmonia.nix.decompress import decompressor
+from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
+from harmonia.process.threads import Threads
 from harmonia.store.file_reader import END, Chunk, OpenSlice
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.client import Client
@@ -167,3 +171,41 @@ class CachedBody:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+
+
+class StoredBody:
+    """A NAR of an upstream as a zstd file without compression, whose length follows from NarSize. It has no ranges.
+
+    For HTTP/1.0, which needs a length, if the upstream sends a zstd file without one.
+    """
+
+    def __init__(self, file: CachedBody | PassthroughBody, nar_size: int, submit: Submit, threads: Threads) -> None:
+        """Take over the body of the zstd file, which is verified while it is read."""
+        self.size = stored_size(nar_size)
+        self._file = file
+        self._nar_size = nar_size
+        self._submit = submit
+        self._threads = threads
+
+    def close(self) -> None:
+        self._file.close()
+
+    async def read(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
+        if start or stop not in {None, self.size}:
+            raise NotImplementedError
+        writer, unpacker = StoredWriter(self._nar_size), decompressor("zstd")
+        head = writer.head  # sent with the first block, so that an error before that has a status
+        async with aclosing(read_bytes(self._file.read(0, None), self._submit)) as pieces:
+            async for piece in pieces:
+                blocks = (block for data in unpacker.feed(bytes(piece)) for block in writer.blocks(data))
+                while joined := await self._threads.unpack(_join, blocks):
+                    yield head + joined
+                    head = b""
+        if not unpacker.whole:
+            raise StoreObjectError("the NAR from the upstream is truncated")
+        yield head + writer.end()
+
+
+def _join(blocks: Iterator[bytes]) -> bytes:
+    """Return the next blocks, joined to a piece; empty at the end."""
+    return b"".join(islice(blocks, _PIECE_BYTES // BLOCK_BYTES))

@@ -17,7 +17,7 @@ from harmonia.ownership import closed_on_error, hand_over
 from harmonia.process.thread_reader import Submit
 from harmonia.process.threads import Threads
 from harmonia.upstream.answer import Answer
-from harmonia.upstream.bodies import CachedBody, PassthroughBody
+from harmonia.upstream.bodies import CachedBody, PassthroughBody, StoredBody
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.nar_verifier import StreamCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
@@ -105,6 +105,10 @@ class NarFetcher:
             if running.error is not None:
                 raise running.error
             return CachedBody(reader, submit, running.size, running, self._passthrough_body(path, headers))
+
+    def stored_body(self, file: CachedBody | PassthroughBody, path: RemotePath, submit: Submit) -> StoredBody:
+        """Return the NAR in a zstd file as a zstd file whose length is known."""
+        return StoredBody(file, path.info.nar_size, submit, self._threads)
 
     async def _run(self, key: str, transfer: Transfer) -> None:
         try:

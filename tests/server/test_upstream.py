@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -507,6 +508,53 @@ def test_nar_larger_than_the_cache_is_measured_for_requests_that_need_its_length
     url = fields(server.get(narinfo_path(path)))["URL"]
     answer = server.request("GET", f"/{url}", headers, version=version)
     assert answer.body == path.file[10 if headers else 0 :]
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_http_1_0_gets_a_zstd_nar_of_unknown_length_uncompressed_and_at_once(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path, *, cache: bool
+) -> None:
+    path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="zstd")
+    received = Event()
+
+    def hold_the_end(handler: upstream_server.Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        if handler.command == "GET":
+            for part in (path.file[: 3 << 19], path.file[3 << 19 :]):
+                handler.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                received.wait()
+            handler.wfile.write(b"0\r\n\r\n")
+
+    upstream.add(path.info, path.file, replace(path.nar, file_size=None), keys=(KEY,))
+    upstream.behaviours["^/nar/"] = hold_the_end
+    server = begin(entry(upstream), cache_dir=None if cache else NO_CACHE)
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    head = server.request("HEAD", url, version="1.0")
+    with server.connect() as connection:
+        connection.sendall(f"GET {url} HTTP/1.0\r\n\r\n".encode())
+        with http.client.HTTPResponse(connection) as answer:
+            answer.begin()
+            begun = answer.read(1000)
+            received.set()
+            assert unpacked(begun + answer.read()) == path.content
+    headers = {name.lower(): value for name, value in answer.getheaders() if name != "date"}
+    assert headers == head.headers
+    assert (headers["accept-ranges"], headers["cache-control"]) == ("none", "no-store, no-transform")
+    assert server.get(url).body == path.file
+
+
+def test_http_1_0_client_detects_a_zstd_nar_of_unknown_length_that_breaks_off(
+    begin: Start, upstream: UpstreamServer, tmp_path: Path
+) -> None:
+    path = make_path(tmp_path / "elsewhere", size=4 << 20, compression="zstd")
+    upstream.add(path.info, path.file[:-100], replace(path.nar, file_size=None), keys=(KEY,))
+    upstream.behaviours["^/nar/"] = chunked
+    server = begin(entry(upstream))
+    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        server.request("GET", url, version="1.0")
 
 
 def test_nar_url_without_a_file_hash_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:

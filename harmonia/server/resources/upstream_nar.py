@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.cache.zstd_stored import stored_size
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.process.thread_reader import Submit
-from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation
+from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation, wants_part
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.client import Client
@@ -51,6 +53,10 @@ class Nars:
         if path is None:
             raise NotFound
 
+        needs_length = request.version == "1.0" and not wants_part(request)
+        if needs_length and path.nar.compression == "zstd" and not await self._has_length(path, via):
+            return self._stored_nar(path, via)
+
         async def open_nar(request: Request) -> Body:
             return await self._open_nar(path, via, self._submitter(request))
 
@@ -60,6 +66,28 @@ class Nars:
             return await unread_size(path, self._headers(path.client, via))
 
         return _nar(path.name, Deferred(open_nar, size))
+
+    async def _has_length(self, path: RemotePath, via: Via) -> bool:
+        """Return whether the upstream sends the length of a NAR."""
+        with suppress(UpstreamError):  # to open the NAR fails, too, or finds another upstream
+            return await unread_size(path, self._headers(path.client, via)) is not None
+        return False
+
+    def _stored_nar(self, path: RemotePath, via: Via) -> Representation:
+        """Return a zstd file of unknown length as one without compression, whose length is known.
+
+        Both have the same URL. Therefore no cache may store it, and Nix must not resume it.
+        """
+
+        async def open_stored(request: Request) -> Body:
+            submit = self._submitter(request)
+            return self._fetcher.stored_body(await self._open_nar(path, via, submit), path, submit)
+
+        async def size(_: Request) -> int:
+            return stored_size(path.info.nar_size)
+
+        body = Deferred(open_stored, size)
+        return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 
     async def _open_nar(self, path: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
         """Open a NAR from its upstream, or from the next upstream with the same file if that fails.
