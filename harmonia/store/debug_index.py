@@ -21,6 +21,8 @@ from harmonia.store.index_file import FAILURES, IndexFile
 from harmonia.store.store import Store
 
 _BATCH_PATHS = 4000  # paths that are scanned between two transactions
+_WORK_S = 0.001  # for which the background scan works, before it rests: each system call of the event loop waits for it
+_REST_S = 0.01
 _POLL_S = 10.0  # between two scans for new paths in the background
 _SWEEP_INTERVAL_S = 3600.0  # between two searches for paths in the index that are no longer valid
 _SWEEP_BATCH_PATHS = 500  # paths of the index that are compared with the database while lookups wait for the lock
@@ -184,24 +186,27 @@ class DebugInfo:
 
         Returns the highest scanned number, or None if there was nothing to scan.
         """
-        began = time.monotonic()
         with self._lock:
             newest = self._newest()
             rows = self._store.database.query(_NEW, checked, newest, _BATCH_PATHS)
         if checked == newest:
             return None
         scanned: list[tuple[int, StorePath, list[str]]] = []
+        began = time.monotonic()
         for number, text in rows:
+            if time.monotonic() - began > _WORK_S:
+                self._wanted.wait(_REST_S)
+                began = time.monotonic()
+            name = os.path.basename(text)
             with suppress(FormatError):
-                path = StorePath.in_dir(self._store.store_dir, text)
                 try:
-                    if ids := list(build_ids(self._store.real_path(path))):
-                        scanned.append((number, path, ids))
+                    if ids := list(build_ids(os.fsencode(f"{self._store.real_dir}/{name}"))):
+                        scanned.append((number, StorePath.in_dir(self._store.store_dir, text), ids))
                 except OSError as error:
                     if error.errno in SHORTAGES:  # a temporary problem: scan the path again later
-                        raise StoreUnavailableError(f"cannot read {path}: {error.strerror}") from error
+                        raise StoreUnavailableError(f"cannot read {name}: {error.strerror}") from error
                     _log.warning(
-                        "cannot scan %s for debug info: %s; its debug info is not served", path, error.strerror
+                        "cannot scan %s for debug info: %s; its debug info is not served", name, error.strerror
                     )
         checked = rows[-1][0] if len(rows) == _BATCH_PATHS else newest
         with self._lock, self._index.transaction() as index:
@@ -209,8 +214,6 @@ class DebugInfo:
             files = ((build_id, number) for number, _, ids in scanned for build_id in ids)
             index.executemany("insert or replace into Files values (?, ?)", files)
             index.execute("update State set checked = ?", (checked,))
-        if not self._wanted.is_set():
-            time.sleep(time.monotonic() - began)  # in the background, use at most half of one processor
         return checked
 
     def _newest(self) -> int:
