@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -91,6 +92,7 @@ async def _serve(
         context.upstreams = Answers(context)
     for server in {server.app: server for server in servers}.values():
         await server.startup()  # type: ignore[no-untyped-call]
+    gc.freeze()  # otherwise, a full garbage collection visits all modules, and no request is served for 30 ms
     for server in servers:
         if server in tls_listeners:
             tls_listeners[server].start()
