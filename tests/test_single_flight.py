@@ -213,7 +213,7 @@ def test_lookup_goes_to_a_thread_for_a_second_after_a_slow_one(tmp_path: Path, m
 
     async def check(paths: Paths) -> None:
         nonlocal took, seconds
-        steps = ((0.0, 0), (0.01, 0), (0.01, 0.5), (0.0, 0.6), (0.0, 0))
+        steps = ((0.01, 0), (0.03, 0), (0.01, 0.5), (0.0, 0.6), (0.0, 0))
         for hash_part, (slowness, pause) in zip(hash_parts, steps, strict=True):
             took = slowness
             assert await paths.lookup_path(hash_part) is not None
