@@ -143,6 +143,22 @@ def test_roots_are_registered_again_when_the_daemon_returns(
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "WARNING", "INFO", "WARNING"]
 
 
+def test_released_lease_is_no_sign_that_the_daemon_returned(
+    roots: TempRoots, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "harmonia")
+    monkeypatch.setattr(temp_roots, "_CHECK_INTERVAL_S", 60)  # in which released leases stay in the queue
+    monkeypatch.setattr(temp_roots, "_RETRY_S", 0)
+    lease = roots.acquire(ONE)
+    wait_until(lambda: caplog.messages)
+    lease.release()
+    roots._asked.put(lease)  # noqa: SLF001 (a lease that is released before the thread sees it)
+    wait_until(lambda: not roots._waiting and roots._asked.empty())  # noqa: SLF001
+    roots.close()
+    wait_until(lambda: "temp-roots" not in {thread.name for thread in threading.enumerate()})
+    assert [message.partition(" GC roots")[0] for message in caplog.messages] == ["cannot register temporary"]
+
+
 def test_close_releases_every_root_and_ends_the_thread(socket_path: Path, roots: TempRoots) -> None:
     with DaemonServer(socket_path) as daemon:
         roots.acquire(ONE)

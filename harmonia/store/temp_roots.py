@@ -134,10 +134,10 @@ class TempRoots:
                         raise
                     connection.paths.add(lease.path)
                 connection.leases.append(lease)
+                if self._failing:
+                    _log.info("registered temporary GC roots with the Nix daemon at %s again", self._socket)
+                    self._failing = False
             self._waiting.pop()
-        if self._failing:
-            _log.info("registered temporary GC roots with the Nix daemon at %s again", self._socket)
-            self._failing = False
 
     def _connection(self) -> _Connection:
         usable = [connection for connection in self._connections if not connection.daemon.lost]
