@@ -1,6 +1,7 @@
 """Report of known vulnerabilities in the dependencies, from the output of `pip-audit --format json`.
 
-Reports packages that could not be checked. pip-audit itself exits with success then.
+Fails only if there is a vulnerability. Counts the packages that could not be checked, for example because the
+database cannot be reached; pip-audit itself exits with success then.
 """
 
 import json
@@ -13,6 +14,6 @@ for each, flaw in vulnerable:
     print(f"{each['name']} {each['version']}: {flaw['id']}; fixed in {', '.join(flaw['fix_versions']) or 'none'}")
 if unknown:
     print(f"SKIPPED: {len(unknown)} of {len(found)} packages could not be checked; see .audit/log")
-if not vulnerable:
-    print(f"{len(found) - len(unknown)} packages have no known vulnerability")
+if not vulnerable and len(unknown) < len(found):
+    print(f"{len(found) - len(unknown)} packages checked: no known vulnerability")
 sys.exit(bool(vulnerable))
