@@ -33,6 +33,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         authority(directory, name)
     (directory / "server.key").chmod(0o600)
     issue(directory, "ours", "client")
+    issue(directory, "ours", "reader")
     issue(directory, "theirs", "stranger")
     issue(directory, "ours", "late", days=0)
     return directory
@@ -48,6 +49,15 @@ def settings(keys: Path) -> str:
 @pytest.fixture
 def server(start: Start, sample: Sample, keys: Path) -> Server:
     return start(store=sample.root, settings=settings(keys), client_certificate=keys / "client.both")
+
+
+def test_a_named_certificate_may_push_without_a_token(start: Start, sample: Sample, keys: Path) -> None:
+    push = "\n[push]\nenable = true\nclient_certificates = ['client']\n"
+    server = start(store=sample.root, settings=settings(keys) + push, client_certificate=keys / "client.both")
+    for name, status in (("client", 200), ("reader", 401)):
+        server.client_certificate = keys / f"{name}.both"
+        assert server.get("/push/nix-cache-info").status == status
+        assert server.get("/nix-cache-info").status == 200
 
 
 def attempt(server: Server, certificate: Path | None) -> bool:

@@ -28,6 +28,7 @@ _TOTALS = {
     "pushed_paths": "Store paths imported from pushes.",
     "pushed_bytes": "Bytes of NARs received from pushes, as sent.",
     "push_refusals": "Uploads that were refused.",
+    "push_found_after_miss": "Narinfos found within an hour after a 404 for the same path.",
 }
 
 _UPSTREAMS = {

@@ -41,8 +41,8 @@ class Upload:
 
     info: PathInfo
     compression: str
-    open: Callable[[], BinaryIO | None]
-    """Opens the file, or returns None if it was not sent."""
+    open: Callable[[], BinaryIO | None] | None
+    """Opens the file, or returns None if it was not sent. None if the narinfo names no file that could be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,7 @@ class Importer:
         try:
             with self._locks.locked(info.path, self._check_stop), self._connections.borrowed() as daemon:
                 others = [path for path in info.references if path != info.path]
-                for path in (info.path, *others):  # from here to the GC root, nothing of it is collected
-                    daemon.add_temp_root(full(path))
+                daemon.add_temp_roots(map(full, (info.path, *others)))  # until long after there is a GC root
                 missing = {full(path) for path in others} - daemon.query_valid_paths(map(full, others))
                 if missing:
                     named = ", ".join(sorted(missing)[:_MAX_NAMED])
@@ -160,13 +159,15 @@ class Importer:
         """Import the path unless it is valid. Return False if it is."""
         path = self._full(info.path)
         valid = daemon.query_nar_hash(path)
-        file = upload.open()
         if valid is not None:
-            if file is not None:
-                file.close()
             if valid != info.nar_hash:
-                raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; it cannot be replaced")
+                raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; keep that one")
+            if upload.open is None:  # `nix store sign` or `nix store copy-sigs`
+                raise PushRefusedError(
+                    409, f"{info.path} is in the store; only a trusted user of Nix can sign it there"
+                )
             return False
+        file = upload.open and upload.open()
         if file is None:
             raise PushRefusedError(409, "its NAR was not sent, or too long ago; push the path again")
         with file:

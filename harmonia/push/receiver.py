@@ -30,9 +30,12 @@ from harmonia.store.publish_policy import compile_patterns
 
 _SPOOL_THREADS = 4
 _IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
+_SMALL_FILE_BYTES = 256 * 1024
 _SWEEP_INTERVAL_S = 10 * 60.0
 _RENEWAL_INTERVAL_S = 60 * 60.0  # between two renewals of one root
 _MAX_RENEWED = 4096
+_MISS_TTL_S = 3600.0  # Nix's `narinfo-cache-negative-ttl`
+_MAX_MISSED = 4096
 
 _T = TypeVar("_T")
 _log = logging.getLogger("harmonia")
@@ -45,6 +48,7 @@ class Counters:
     pushed_paths: int = 0
     pushed_bytes: int = 0
     push_refusals: int = 0
+    push_found_after_miss: int = 0
 
 
 def open_roots(settings: Settings) -> PushRoots:
@@ -79,17 +83,22 @@ class PushReceiver:
         )
         self._spooling = ThreadPoolExecutor(_SPOOL_THREADS, thread_name_prefix="spool")
         self._importing = ThreadPoolExecutor(_IMPORT_THREADS, thread_name_prefix="import")
+        self._missed: MutableMapping[str, bool] = TTLCache(_MAX_MISSED, _MISS_TTL_S)
         self._renewed: MutableMapping[StorePath, bool] = TTLCache(_MAX_RENEWED, _RENEWAL_INTERVAL_S)
 
     async def receive(self, file_hash: str, size: int, chunks: AsyncIterator[bytes]) -> None:
         """Store a NAR file in the spool. Raises PushRefusedError without space, or if its hash is not `file_hash`."""
-        incoming = await hand_over(self._spooling.submit(self.spool.receive, size))
-        try:
-            async for chunk in chunks:
-                await self._in_spool(partial(incoming.write, chunk))
-            await self._in_spool(partial(incoming.keep, file_hash))
-        finally:
-            self._spooling.submit(incoming.close)
+        if size <= _SMALL_FILE_BYTES:  # wakes one thread instead of four
+            data = b"".join([chunk async for chunk in chunks])
+            await self._in_spool(partial(self.spool.store, file_hash, data))
+        else:
+            incoming = await hand_over(self._spooling.submit(self.spool.receive, size))
+            try:
+                async for chunk in chunks:
+                    await self._in_spool(partial(incoming.write, chunk))
+                await self._in_spool(partial(incoming.keep, file_hash))
+            finally:
+                self._spooling.submit(incoming.close)
         self.counters.pushed_bytes += size
 
     async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
@@ -112,17 +121,19 @@ class PushReceiver:
         return await self._in_spool(partial(self.spool.find, file_hash))
 
     def start_import(
-        self, info: PathInfo, file_hash: str, compression: str, *, may_sign: bool
+        self, info: PathInfo, file_hash: str | None, compression: str, *, may_sign: bool
     ) -> "asyncio.Future[bool]":
         """Import a path whose NAR file is in the spool. The import continues if the client disconnects.
 
-        The result is False if the path was valid already; the error is PushRefusedError.
+        `file_hash` is None if the narinfo names no file of the spool. The result is False if the path was valid
+        already; the error is PushRefusedError.
         """
-        upload = Upload(info, compression, partial(self.spool.open, file_hash))
+        upload = Upload(info, compression, partial(self.spool.open, file_hash) if file_hash else None)
 
         def run() -> bool:
             is_new = self.importer.run(upload, may_sign=may_sign)
-            self.spool.mark_imported(file_hash)
+            if file_hash is not None:
+                self.spool.mark_imported(file_hash)
             return is_new
 
         importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
@@ -132,6 +143,13 @@ class PushReceiver:
     def _count(self, importing: "asyncio.Future[bool]") -> None:
         if not importing.cancelled() and importing.exception() is None and importing.result():
             self.counters.pushed_paths += 1
+
+    def note_answer(self, hash_part: str, *, found: bool) -> None:
+        """Count a narinfo that is found after a 404 of this worker: the clients before keep the 404 for an hour."""
+        if not found:
+            self._missed[hash_part] = True
+        elif self._missed.pop(hash_part, False):
+            self.counters.push_found_after_miss += 1
 
     def renew(self, path: StorePath) -> None:
         """Let the GC root of a path, if it has one, last for `push.keep` after this download. Does not block."""

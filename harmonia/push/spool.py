@@ -7,12 +7,13 @@ breaks off leaves nothing: its file has another name, and a lock that the kernel
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import BinaryIO
 
 from harmonia.errors import PushRefusedError
@@ -20,6 +21,8 @@ from harmonia.nix import base32
 
 _UNCLAIMED_MAX_AGE_S = 6 * 60 * 60  # Nix 2.35 sends all NARs of a closure before the first narinfo
 _IMPORTED_MAX_AGE_S = 10 * 60  # a client that got 200 to HEAD for another path with the same NAR does not send it
+_COUNT_INTERVAL_S = 5.0
+_NEARLY_FULL = 0.9
 _PART, _IMPORTED = ".part", ".imported"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -72,6 +75,8 @@ class Spool:
         self._directory = directory
         self._max_bytes = max_bytes
         self._max_file_bytes = max_file_bytes
+        self._used_bytes = 0
+        self._counted_at = -math.inf
 
     def check_size(self, size: int) -> None:
         """Raise PushRefusedError if a file of `size` bytes is larger than the spool may hold."""
@@ -86,11 +91,7 @@ class Spool:
         """
         self.check_size(size)
         with self._exclusively():
-            if self._used() + size > self._max_bytes:
-                self._sweep(imported_max_age=0)
-            if (used := self._used()) + size > self._max_bytes:
-                what = f"the spool is full: {used} of {self._max_bytes} bytes; push later, or raise push.spool_size"
-                raise PushRefusedError(413, what)
+            self._reserve(size)
             disk = os.statvfs(self._directory)
             if size > disk.f_bavail * disk.f_frsize:
                 raise PushRefusedError(413, "the disk of the server's spool is full; free space there, then push again")
@@ -106,6 +107,12 @@ class Spool:
                 incoming.close()
                 raise
             return incoming
+
+    def store(self, file_hash: str, data: bytes) -> None:
+        """Store a small file. Raises PushRefusedError like `receive` and `Incoming.keep`."""
+        with closing(self.receive(len(data))) as incoming:
+            incoming.write(data)
+            incoming.keep(file_hash)
 
     def find(self, file_hash: str) -> bool:
         """Return True if the file is in the spool, and restart the time for which it waits there."""
@@ -144,12 +151,30 @@ class Spool:
                 elif age >= (imported_max_age if entry.name.endswith(_IMPORTED) else _UNCLAIMED_MAX_AGE_S):
                     os.unlink(entry.path)
 
-    def _used(self) -> int:
+    def _reserve(self, size: int) -> None:
+        """Count a file of `size` bytes. Raises PushRefusedError if there is no room for it.
+
+        The files are counted every few seconds, and always if the spool is nearly full. Meanwhile, files of other
+        workers are not counted.
+        """
+        is_recent = time.monotonic() - self._counted_at < _COUNT_INTERVAL_S
+        if not is_recent or self._used_bytes + size > self._max_bytes * _NEARLY_FULL:
+            self._count()
+            if self._used_bytes + size > self._max_bytes:
+                self._sweep(imported_max_age=0)
+                self._count()
+        if self._used_bytes + size > self._max_bytes:
+            what = f"the spool is full: {self._used_bytes} of {self._max_bytes} bytes"
+            raise PushRefusedError(413, f"{what}; push later, or raise push.spool_size")
+        self._used_bytes += size
+
+    def _count(self) -> None:
         used = 0
         for entry in self._entries():
             with suppress(FileNotFoundError):
                 used += entry.stat(follow_symlinks=False).st_size
-        return used
+        self._used_bytes = used
+        self._counted_at = time.monotonic()
 
     def _entries(self) -> list["os.DirEntry[str]"]:
         with os.scandir(self._directory) as entries:

@@ -32,6 +32,7 @@ _START_ACTIVITY, _STOP_ACTIVITY, _RESULT = 0x53545254, 0x53544F50, 0x52534C54
 _MAX_TEXT_BYTES = 64 * 1024
 _MAX_FIELDS = 1024  # of a log message
 _MAX_ITEMS = 1 << 20  # of a list
+_MAX_PIPELINED = 64  # requests, so that the daemon can write all responses before the first is read
 _FRAME_BYTES = 64 * 1024  # minimum, except for the last frame
 _IMPORT_TIMEOUT_S = 3600.0
 """Timeout for the daemon to take the next frame, and to register the path: it may wait for its lock or the disk."""
@@ -50,7 +51,8 @@ class Daemon:
     def __init__(self, path: str, timeout: float) -> None:
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
-        self._is_sending = False
+        self._is_out_of_step = False
+        self._temp_roots: set[str] = set()
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(timeout)
@@ -59,6 +61,20 @@ class Daemon:
         except BaseException:
             self.close()
             raise
+
+    def add_temp_roots(self, paths: Iterable[str]) -> None:
+        """Call `add_temp_root` for each path that has no root of this connection, several in one round trip."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
+        for start in range(0, len(new), _MAX_PIPELINED):
+            part = new[start : start + _MAX_PIPELINED]
+            self._deadline = time.monotonic() + self._timeout
+            self._is_out_of_step = True  # until the last response, even after an error
+            self._send(b"".join(_number.pack(_ADD_TEMP_ROOT) + _text(path) for path in part))
+            for _ in part:
+                self._read_log(self._version)
+                self._receive_number()
+            self._is_out_of_step = False
+            self._temp_roots.update(part)
 
     def add_temp_root(self, path: str) -> None:
         """Protect a path and its closure from garbage collection until this connection is closed, or the daemon ends.
@@ -107,7 +123,7 @@ class Daemon:
         head += _number.pack(0) + _number.pack(info.nar_size) + _number.pack(0)  # registration time now; not ultimate
         head += _texts(info.sigs) + _text(info.ca or "") + _number.pack(0) + _number.pack(0)  # no repair; check sigs
         self._deadline = time.monotonic() + self._timeout
-        self._is_sending = True  # until the end, even if `chunks` raises an error
+        self._is_out_of_step = True  # until the end, even if `chunks` raises an error
         self._send(_number.pack(_ADD_TO_STORE_NAR) + head)
         frame = bytearray()
         for chunk in chunks:
@@ -118,7 +134,7 @@ class Daemon:
         if frame:
             self._send_frame(frame)
         self._send(_number.pack(0))
-        self._is_sending = False
+        self._is_out_of_step = False
         self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
         self._read_log(self._version)
 
@@ -131,7 +147,7 @@ class Daemon:
     @property
     def lost(self) -> bool:
         """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
-        if self._is_sending:
+        if self._is_out_of_step:
             return True
         try:
             self._socket.setblocking(False)

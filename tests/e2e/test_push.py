@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.closure import build_one, make_closure, requisites
 from support.nix_client import Client
 from support.push_target import Target, push, spooled
 from support.pusher import Pushed, signed
-from support.running import Server, wait_until
+from support.running import Server, patched, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -112,6 +113,50 @@ def test_signed_realisations_are_registered(target: Target, pusher: Client, tmp_
             pusher.run("nix-build", "--no-out-link", expression)
             pusher.run("nix", "copy", "--to", f"{server.url}/push", "--file", expression, "")
             assert is_known() == bool(keys)
+
+
+def test_signatures_of_a_valid_path_are_not_changed(target: Target, pusher: Client) -> None:
+    """Only a trusted user of the daemon may; the pusher is told so."""
+    path = build_one(pusher, "one-1.0", "echo one > $out")
+    server = target.serve()
+    other = pusher.generate_key("other-1")
+    with target.client.daemon():
+        push(pusher, server, path, query=f"secret-key={target.key.secret_file}")
+        pusher.run("rm", "-rf", "/root/.cache")  # the narinfo as it was pushed
+        command = ("nix", "store", "sign", "--store", f"{server.url}/push", "--key-file", other.secret_file, path)
+        signed = pusher.run(*command, check=False)
+    assert (signed.returncode, "trusted user" in signed.stderr) == (1, True)
+    assert "other-1" not in target.client.run("nix", "path-info", "--sigs", path).text
+
+
+def test_a_long_import_sends_bytes_until_it_ends(target: Target) -> None:
+    """Nix gives up a request after 300 s without a byte."""
+    quick = "from harmonia.server.resources import push; push._SILENCE_S = 0.001"
+    server = target.serve(program=patched(quick))
+    path = Pushed.make("large", bytes(32 << 20), target.secret)
+    wrong = replace(path, info=signed(replace(path.info, nar_hash=bytes(32)), target.secret))
+    pusher = target.pusher(server)
+    with target.client.daemon():
+        assert pusher.put_nar(path).status == 200
+        with pytest.raises(IncompleteRead):
+            pusher.put_narinfo(wrong)
+        answer = pusher.put_narinfo(path)
+    assert (answer.status, set(answer.body)) == (200, set(b".\n"))
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def test_what_was_missing_is_served_at_once_and_counted(target: Target) -> None:
+    server = target.serve("[[upstream]]\nurl = 'http://127.0.0.1:1'\n", ("push", "read", "metrics"))
+    path = Pushed.make("late", b"content", target.secret)
+    authorized = {"Authorization": f"Bearer {(target.client.shared / 'token').read_text()}"}
+    narinfo = f"/{path.info.path.hash_part}.narinfo"
+    with target.client.daemon():
+        assert server.get(narinfo, authorized).status == 404
+        assert target.pusher(server).push(path).status == 200
+        assert server.get(narinfo, authorized).status == 200
+    counted = server.get("/metrics", authorized).text
+    assert "harmonia_push_found_after_miss_total 1.0" in counted
+    assert "harmonia_pushed_paths_total 1.0" in counted
 
 
 def test_pushed_log_is_kept_and_served(target: Target) -> None:

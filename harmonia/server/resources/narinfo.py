@@ -28,6 +28,8 @@ def file_url(info: PathInfo, encoding: Encoding) -> str:
 
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
     path = await context.paths.lookup_path(hash_part)
+    if context.push is not None:
+        context.push.note_answer(hash_part, found=path is not None)
     if path is None:
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, files = path.info, context.compressor.files

@@ -39,6 +39,7 @@ _MAX_REALISATION_BYTES = 256 << 10
 _MAX_DROPPED_BYTES = 1 << 20  # that a client may send before it reads the refusal
 _CHUNK_BYTES = 256 * 1024
 _STALL_S = 60.0  # without a byte of the body
+_DROP_STALL_S = 5.0  # for the rest of a refused body
 _SILENCE_S = 60.0  # until the first byte of a response, and between two bytes of it
 
 _log = logging.getLogger("harmonia")
@@ -94,7 +95,7 @@ async def put_narinfo(context: ServerContext, request: Request, hash_part: str) 
     receiver = _receiver(context)
     info, nar_file = _parse(context, hash_part, await _read_small(request, _MAX_NARINFO_BYTES))
     match = _SPOOLED.fullmatch(nar_file.url)
-    file_hash = match["file_hash"] if match else ""
+    file_hash = match["file_hash"] if match else None
     if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
         raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
     importing = receiver.start_import(info, file_hash, nar_file.compression, may_sign=_may_sign(request))
@@ -147,7 +148,7 @@ def receiving(handler: Handler) -> Handler:
         try:
             return await handler(context, request, **parameters)
         except Exception as error:
-            await sanic_adapter.drop_body(request, _MAX_DROPPED_BYTES, _STALL_S)
+            await sanic_adapter.drop_body(request, _MAX_DROPPED_BYTES, _DROP_STALL_S)
             if context.push is not None:
                 context.push.counters.push_refusals += 1
             raise _refusal(request, error) from error

@@ -1,0 +1,124 @@
+"""Push of a closure of 500 paths, against other ways into the same Nix daemon: `python -m benchmarks.push`.
+
+The other ways are `nix copy --from` a binary cache of files, and `nix copy --to ssh-ng://` without encryption: `ssh` is
+a script that connects to the daemon. Each run starts with an empty store. Prints the seconds of each run, and the peak
+memory of the server's worker. Needs root, Nix, and `PYTHONPATH=tests`.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.nix_client import NIXES, Client, Key
+from support.push_target import Target
+from support.running import Server, peak_bytes
+
+PATHS = 500
+_FILE_BYTES = 100_000
+
+_CLOSURE = f"""
+let
+  needs = number:
+    if number == {PATHS - 1} then builtins.genList (other: other) number
+    else if number == 0 then [ ]
+    else [ (number / 2) (number / 3) ];
+  make = number: derivation {{
+    name = "path-${{toString number}}";
+    system = builtins.currentSystem;
+    builder = "/bin/sh";
+    PATH = "/usr/bin:/bin";
+    args = [ "-c" ''
+      mkdir $out; head -c {_FILE_BYTES} /dev/urandom >$out/data; seq 20000 >$out/text; echo $references >$out/references
+      exit
+    '' ];
+    references = map (builtins.elemAt paths) (needs number);
+  }};
+  paths = builtins.genList make {PATHS};
+in builtins.elemAt paths {PATHS - 1}
+"""
+
+
+@contextmanager
+def target(directory: Path, nix: int, key: Key) -> Iterator[tuple[Target, list[Server]]]:
+    """Make a machine with an empty store, whose daemon trusts no user."""
+    client = Client(NIXES[nix], directory)
+    client.run("nix-store", "--init")
+    client.settings |= {"trusted-users": "nobody-at-all", "trusted-public-keys": key.public}
+    servers: list[Server] = []
+
+    def start(**options: object) -> Server:
+        server = Server(directory.with_name(f"{directory.name}-server"), **options)  # type: ignore[arg-type]
+        servers.append(server)
+        server.start()
+        return server
+
+    try:
+        with client.daemon():
+            yield Target(client, key, start), servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+_SSH = """\
+#!/usr/bin/python3
+import os, socket, threading
+daemon = socket.socket(socket.AF_UNIX)
+daemon.connect("SOCKET")
+def send():
+    while data := os.read(0, 65536):
+        daemon.sendall(data)
+    daemon.shutdown(socket.SHUT_WR)
+threading.Thread(target=send, daemon=True).start()
+while data := daemon.recv(65536):
+    while data:
+        data = data[os.write(1, data):]
+"""
+
+
+def main() -> None:
+    runs, nix = int(sys.argv[1]) if sys.argv[1:] else 3, int(sys.argv[2]) if sys.argv[2:] else 0
+    took: dict[str, list[float]] = {}
+    memory = 0
+    with tempfile.TemporaryDirectory(prefix="push-", ignore_cleanup_errors=True) as name:
+        root = Path(name)
+        source = Client(NIXES[nix], root / "source")
+        source.settings["netrc-file"] = str(root / "netrc")
+        key = source.generate_key("pusher-1")
+        (top,) = source.build(_CLOSURE, timeout=1200)
+        source.run("nix", "store", "sign", "--recursive", "--key-file", key.secret_file, top, timeout=600)
+        count = len(source.run("nix-store", "--query", "--requisites", top).lines)
+        source.run("nix", "copy", "--to", f"file://{root}/cache?compression=none", top, timeout=600)
+        ssh = root / "ssh"
+
+        def timed(way: str, client: Client, *command: str) -> None:
+            began = time.monotonic()
+            client.run(*command, timeout=600)
+            took.setdefault(way, []).append(time.monotonic() - began)
+
+        for run in range(runs):
+            for compression in ("none", "zstd"):
+                with target(root / f"{compression}{run}", nix, key) as (machine, servers):
+                    url = f"{machine.serve().url}/push?compression={compression}"
+                    timed(f"push, {compression}", source, "nix", "copy", "--to", url, top)
+                    memory = max(memory, *map(peak_bytes, servers[0].workers))
+            with target(root / f"ssh{run}", nix, key) as (machine, _):
+                socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"
+                ssh.write_text(_SSH.replace("SOCKET", str(socket)))
+                ssh.chmod(0o755)
+                copy = f"PATH={root}:$PATH exec nix copy --to ssh-ng://target {top}"
+                timed("ssh-ng, no encryption", source, "sh", "-c", copy)
+            with target(root / f"file{run}", nix, key) as (machine, _):
+                timed("from file://", machine.client, "nix", "copy", "--from", f"file://{root}/cache", top)
+    print(f"{count} paths, Nix {'.'.join(map(str, NIXES[nix].version))}, {runs} runs")
+    for way, seconds in took.items():
+        print(f"{way:24} {statistics.median(seconds):6.2f} s  {[round(each, 2) for each in seconds]}")
+    print(f"memory of the worker: {memory >> 20} MiB at most")
+
+
+if __name__ == "__main__":
+    main()
