@@ -92,7 +92,7 @@ class Arena:
         """Serve the store of `root` (default: the arena's) during the `with` block, which attacks it."""
         # A fork of a process with all modules would have other memory, and /proc would not show its arguments.
         command = ["env", *program]
-        with self.outcome(name, memory_bound_mib) as outcome, tempfile.TemporaryDirectory(prefix="harmonia-") as temp:
+        with tempfile.TemporaryDirectory(prefix="harmonia-") as temp:
             server = Server(
                 Path(temp, "server"),
                 root or self.store.root,
@@ -100,12 +100,13 @@ class Arena:
                 program=command,
                 **options,  # type: ignore[arg-type]
             )
-            server.start()
-            try:
-                yield server, outcome
-            finally:
-                server.stop()
-            require_nothing_left(server, outcome)
+            server.start()  # a server that does not start ends the run: that is no outcome of an attack
+            with self.outcome(name, memory_bound_mib) as outcome:
+                try:
+                    yield server, outcome
+                finally:
+                    server.stop()
+                require_nothing_left(server, outcome)
 
     @contextmanager
     def attacked(
