@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import zstandard
 
 from harmonia.config.settings import Zstd
-from harmonia.process.threads import step_back
+from harmonia.process.threads import lower_priority
 from harmonia.untrusted import integer
 
 _MIN_FRAME_LOG = 23
@@ -143,12 +143,12 @@ def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
     """Return the number of threads for compression, and their pool for all downloads."""
     most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0
     threads = min(len(os.sched_getaffinity(0)), most or _MAX_THREADS, _MAX_THREADS)
-    return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=step_back)
+    return threads, ThreadPoolExecutor(threads, thread_name_prefix="zstd", initializer=lower_priority)
 
 
 def foreign_encoder() -> ThreadPoolExecutor:
     """Return the one thread for encodings of other servers, which may cost far more than ours."""
-    return ThreadPoolExecutor(1, thread_name_prefix="zstd-foreign", initializer=step_back)
+    return ThreadPoolExecutor(1, thread_name_prefix="zstd-foreign", initializer=lower_priority)
 
 
 def first_encoder() -> ThreadPoolExecutor:

@@ -28,7 +28,10 @@ def command() -> None:
 @command.command("list")
 @click.pass_obj
 def list_roots(config_file: str | None) -> None:
-    """Print the roots: the time of the last push or download, the days that are left or `pinned`, and the path."""
+    """List the roots.
+
+    Prints the time of the last push or download (UTC), the days that are left or `pinned`, and the path.
+    """
     settings = loader.read(config_file, os.environ)
     now = time.time()
     for root in open_roots(settings).find_all():

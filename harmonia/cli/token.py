@@ -15,7 +15,8 @@ from harmonia.errors import FormatError
     type=click.Choice(SCOPES),
     multiple=True,
     default=("read",),
-    help="What the token allows. Repeatable. Default: read.",
+    help="What the token allows: `read` to download, `browse` to search, `metrics` to read /metrics, `push` to upload, "
+    "`sign` to let the server sign uploads. Repeatable. Default: read.",
 )
 def command(name: str, scopes: tuple[Scope, ...]) -> None:
     """Create an access token for a client.

@@ -46,8 +46,8 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
-    own_settings = warm.take_owner(settings)
-    warm.give_way()
+    own_settings = warm.become_owner(settings)
+    warm.lower_priority()
     if not quiet:
         click.echo(f"Filling the cache in {settings.cache_dir}", err=True)
     began = time.monotonic()

@@ -46,7 +46,7 @@ class Threads:
         self._syncers = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="sync")
         processors = len(os.sched_getaffinity(0))
         # Few, because unpacking takes long, and much memory for each NAR.
-        self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=step_back)
+        self._unpackers = ThreadPoolExecutor(processors, thread_name_prefix="unpack", initializer=lower_priority)
         self.much_memory = asyncio.Lock()
         """Lock for unpacking with LARGE_MEMORY_BYTES: one file at a time."""
         self.loop_db = LoopReads(lambda seconds: metrics.own.database.observe(seconds))  # noqa: PLW0108 (`own` changes)
@@ -61,41 +61,41 @@ class Threads:
         start_threads(self.readers, _FIRST_THREADS)
         start_threads(self._database, 1)
 
-    async def run_io(self, ask: Callable[[], _T]) -> _T:
+    async def run_io(self, function: Callable[[], _T]) -> _T:
         """Run a function that reads from the disk, in one of many threads."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, ask)
+        return await asyncio.get_running_loop().run_in_executor(self.readers, function)
 
-    async def run_short_io(self, ask: Callable[[], _T]) -> _T:
+    async def run_short_io(self, function: Callable[[], _T]) -> _T:
         """Run a function that reads little from the disk: on the event loop, if such reads come from memory."""
-        return self._loop_io.run(ask) if self._loop_io.allowed else await self.run_io(ask)
+        return self._loop_io.run(function) if self._loop_io.allowed else await self.run_io(function)
 
-    async def run_open(self, ask: Callable[[], _C]) -> _C:
+    async def run_open(self, function: Callable[[], _C]) -> _C:
         """Run a function that opens a file, in one of many threads. The file is closed if the caller is cancelled."""
-        return await hand_over(self.readers.submit(ask))
+        return await hand_over(self.readers.submit(function))
 
-    async def run_db(self, ask: Callable[[], _T]) -> _T:
+    async def run_db(self, function: Callable[[], _T]) -> _T:
         """Run a short query in the database thread, and count its time.
 
         Raises StoreUnavailableError if the query takes longer than the database's timeout.
         """
         began = perf_counter()
         try:
-            return await self.run_with_timeout(self._database, ask)
+            return await self.run_with_timeout(self._database, function)
         finally:
             self._metrics.own.database.observe(perf_counter() - began)
 
-    async def run_slow_db(self, ask: Callable[[Store], _T]) -> _T:
+    async def run_slow_db(self, function: Callable[[Store], _T]) -> _T:
         """Run a slow query in the thread for slow queries.
 
         Raises StoreUnavailableError if the query takes longer than the database's timeout.
         """
-        return await self.run_with_timeout(self._browsing, partial(ask, self._browsed))
+        return await self.run_with_timeout(self._browsing, partial(function, self._browsed))
 
-    async def run_with_timeout(self, thread: ThreadPoolExecutor, ask: Callable[[], _T]) -> _T:
+    async def run_with_timeout(self, thread: ThreadPoolExecutor, function: Callable[[], _T]) -> _T:
         """Run a query in a thread. Raises StoreUnavailableError if it takes longer than the database's timeout."""
         try:
             async with asyncio.timeout(BUSY_TIMEOUT_S + 1):
-                return await asyncio.get_running_loop().run_in_executor(thread, ask)
+                return await asyncio.get_running_loop().run_in_executor(thread, function)
         except TimeoutError:
             raise StoreUnavailableError("the database does not answer") from None
 
@@ -135,7 +135,7 @@ async def _finished(
         raise
 
 
-def step_back() -> None:
+def lower_priority() -> None:
     """Raise the niceness of the calling thread, so that other threads run first."""
     thread = threading.get_native_id()
     with suppress(OSError):  # a service's system call filter may forbid it

@@ -21,8 +21,8 @@ class PathLocks:
         self._path = path
 
     @contextmanager
-    def locked(self, store_path: str, go_on: Callable[[], None]) -> Iterator[None]:
-        """Hold the lock of a path. While another holds it, call `go_on` repeatedly, which may raise an error."""
+    def locked(self, store_path: str, check: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock of a path. While waiting for it, call `check` repeatedly; an error of `check` ends the wait."""
         # Locks of open file descriptions also exclude other threads of this process (fcntl(2)).
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -34,7 +34,7 @@ class PathLocks:
                 except OSError as error:
                     if error.errno not in _BUSY:
                         raise
-                go_on()
+                check()
                 time.sleep(_POLL_S)
             yield
         finally:

@@ -79,7 +79,7 @@ class Spool:
         self._counted_at = -math.inf
 
     def check_size(self, size: int) -> None:
-        """Raise PushRefusedError if a file of `size` bytes is larger than the spool may hold."""
+        """Raise PushRefusedError if a file of `size` bytes is larger than one NAR may be."""
         if size > self._max_file_bytes:
             what = f"the NAR has {size} bytes, more than push.max_nar_size, {self._max_file_bytes}; raise the setting"
             raise PushRefusedError(413, what)

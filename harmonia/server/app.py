@@ -97,7 +97,7 @@ def _app(
     unknown = context.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
-        error = guard.instead(request, error) if guard else error
+        error = guard.error_to_send(request, error) if guard else error
         return _done(context, unknown, request, error_response.response(context, request, error))
 
     app.error_handler.add(Exception, failed)

@@ -87,9 +87,9 @@ async def _serve(
     guard = Guard(settings) if settings.tokens_path is not None or settings.push.enable else None
     servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
     if settings.upstream:
-        from harmonia.server.resources.upstream_fallback import Answers  # noqa: PLC0415 (takes 0.5 s)
+        from harmonia.server.resources.upstream_fallback import UpstreamHandlers  # noqa: PLC0415 (takes 0.5 s)
 
-        context.upstreams = Answers(context)
+        context.upstreams = UpstreamHandlers(context)
     for server in {server.app: server for server in servers}.values():
         await server.startup()  # type: ignore[no-untyped-call]
     gc.freeze()  # otherwise, a full garbage collection visits all modules, and no request is served for 30 ms

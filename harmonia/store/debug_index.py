@@ -69,7 +69,7 @@ class DebugInfo:
         """Start a daemon thread that keeps the index up to date."""
         threading.Thread(target=self._run, name="debug-info", daemon=True).start()
 
-    def hurry(self) -> None:
+    def scan_soon(self) -> None:
         """Make the thread scan new paths at once, because a request waits for them."""
         self._wanted.set()
 
@@ -108,7 +108,7 @@ class DebugInfo:
             )
             with self._lock:
                 if self._index.move_to_memory():
-                    self.hurry()
+                    self.scan_soon()
 
     def _run(self) -> None:
         while True:
@@ -131,7 +131,7 @@ class DebugInfo:
             _log.warning("cannot use the index of debug info: %s; rebuilding it", error)
             with self._lock:
                 self._index.start_over()
-            self.hurry()
+            self.scan_soon()
 
     def _prepare(self) -> int:
         """Create the tables, reset an index of another database, and return the highest scanned number."""

@@ -110,7 +110,7 @@ class Client:
         return urlsplit(self._base).hostname or ""
 
     @property
-    def brings_token(self) -> bool:
+    def has_credentials(self) -> bool:
         """True if the netrc file has credentials for the server."""
         return bool(self._own_headers)
 

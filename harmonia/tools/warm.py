@@ -69,13 +69,13 @@ class _TrackedNar:
         self._progress(self.size - sum(self._read))
 
 
-def give_way() -> None:
+def lower_priority() -> None:
     """Set this process to the lowest priority. Disk access gets the idle class with it (ioprio_set(2))."""
     with suppress(OSError):  # a service's system call filter may forbid it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def take_owner(settings: Settings) -> Settings:
+def become_owner(settings: Settings) -> Settings:
     """Switch from root to the owner of the cache directory, so that the server can read the new files.
 
     Return settings with a path to the directory that the new user can open. Raises ConfigError if the server does not

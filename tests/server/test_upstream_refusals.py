@@ -478,7 +478,10 @@ def test_redirect_from_https_to_http_is_refused(
 
 def test_how_to_documents_every_reason() -> None:
     page = (
-        (DOCS / "how-to/upstream.md").read_text().partition("\n## Answers that are refused\n")[2].partition("\n## ")[0]
+        (DOCS / "how-to/upstream.md")
+        .read_text()
+        .partition("\n## Responses that are refused\n")[2]
+        .partition("\n## ")[0]
     )
     assert re.findall("(?m)^\\| `([a-z_]+)` \\|", page) == list(Reason)
 

@@ -96,7 +96,7 @@ class Guard:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
 
-    def instead(self, request: Request, error: Exception) -> Exception:
+    def error_to_send(self, request: Request, error: Exception) -> Exception:
         """Return the error to send: for a request that may not read, 401, 403 or 429 instead of 404 or 405."""
         if isinstance(error, NotFound | MethodNotAllowed) and "read" not in self._anonymous_scopes:
             try:
@@ -120,18 +120,18 @@ class Guard:
             raise too_many(wait)
 
 
-def hold_to_rate(context: _Context, request: Request) -> None:
+def check_rate(context: _Context, request: Request) -> None:
     """Raise SanicException 429 if the client exceeds `max_query_rate`. Otherwise, count the request."""
     if context.query_rate is not None and (wait := context.query_rate.wait(context.client(request))):
         raise too_many(wait)
 
 
 def limited(handler: Handler) -> Handler:
-    """Return a handler that first calls `hold_to_rate`."""
+    """Return a handler that first calls `check_rate`."""
 
     @wraps(handler)
     async def get(context: _Context, request: Request, **parameters: str) -> Representation:
-        hold_to_rate(context, request)
+        check_rate(context, request)
         return await handler(context, request, **parameters)
 
     return get

@@ -63,5 +63,5 @@ async def _lookup_path(context: ServerContext, build_id: str) -> PathInfo | None
             return None
         if loop.time() > deadline:
             raise StoreUnavailableError("the index of debug info is not complete yet")
-        index.hurry()
+        index.scan_soon()
         await asyncio.sleep(_POLL_S)

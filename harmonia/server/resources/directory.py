@@ -12,7 +12,7 @@ from sanic import Request
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import ServerContext
-from harmonia.server.http.auth import hold_to_rate
+from harmonia.server.http.auth import check_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import DirectoryEntry, Entry, list_directory
 
@@ -50,7 +50,7 @@ async def representation(
                         _row(document, each)
         return page.end(context, document)
 
-    hold_to_rate(context, request)
+    check_rate(context, request)
     # The page depends only on the values in its key. The times in `place` change with the directory.
     status = entry.status
     place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)

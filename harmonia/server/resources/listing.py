@@ -16,7 +16,7 @@ from harmonia.nix import base32, listing, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import ServerContext
-from harmonia.server.http.auth import hold_to_rate
+from harmonia.server.http.auth import check_rate
 from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
 from harmonia.server.resources.nar import open_nar, require_info, whole_layout
@@ -59,7 +59,7 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
 
     Raises 429 if the client exceeds `max_query_rate`.
     """
-    hold_to_rate(context, request)
+    check_rate(context, request)
     plain = await context.made.file(f"{key}.ls", context.client(request), render)
     if plain is None:
         streamed = _Streamed(render)

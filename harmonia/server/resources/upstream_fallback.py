@@ -45,7 +45,7 @@ _MAX_JSON_BYTES = 256 << 10
 _T = TypeVar("_T")
 
 
-class Answers:
+class UpstreamHandlers:
     """Implementation of `context.Fallback`. Create it on the event loop that serves."""
 
     def __init__(self, context: ServerContext) -> None:

@@ -33,7 +33,7 @@ def caching(client: Client, path: str, answer: Answer, least: int) -> Findings:
     """Check Cache-Control and the validators. `least`: the shortest acceptable max-age, in seconds."""
     control = answer.headers.get("cache-control")
     unwanted, wanted, keepers = ["no-store", "no-cache", "private"], "public", "proxies and CDNs"
-    if client.brings_token:  # a private response must not be stored by shared caches
+    if client.has_credentials:  # a private response must not be stored by shared caches
         unwanted, wanted, keepers = ["no-store", "no-cache"], "private", "clients"
     wanted += ", max-age=31536000, immutable" if least else ", max-age=86400"
     if control is None or any(word in control for word in unwanted):

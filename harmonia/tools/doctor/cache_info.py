@@ -40,7 +40,7 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
 def _remedy(client: Client, status: int) -> str:
     if status == _BAD_REQUEST and (remedy := secure(client)):
         return remedy
-    if status == _UNAUTHORIZED and client.brings_token:
+    if status == _UNAUTHORIZED and client.has_credentials:
         return f"replace the token for {client.host} in the netrc: the server rejects it; `harmonia token` creates one"
     if status == _UNAUTHORIZED:
         line = f"machine {client.host} login x password TOKEN"
