@@ -308,7 +308,7 @@ class TestRepeatedRun:
 
 @pytest.mark.root
 @needs_root
-def test_another_user_can_remove_it_as_documented(made: Demo) -> None:
+def test_another_user_can_remove_the_demo_store_as_documented(made: Demo) -> None:
     directory = tempfile.mkdtemp()  # tmp_path is in a directory that only root can enter
     os.chown(directory, NOBODY, NOBODY)
     shutil.move(made.directory, f"{directory}/demo")

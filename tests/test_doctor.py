@@ -778,7 +778,7 @@ def test_url_without_a_scheme_is_completed(given: str, url: str) -> None:
     assert Client(given).url == url
 
 
-def test_path_of_a_socket_is_a_url(tmp_path: Path) -> None:
+def test_path_of_a_socket_is_accepted_as_url(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"{tmp_path}/socket")
         assert Client(f"{tmp_path}/socket").url == f"unix:{tmp_path}/socket"

@@ -151,7 +151,7 @@ class CompressedNar:
     """The body of a compressed NAR, from the cache, or compressed while it is sent."""
 
     def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding | None = None) -> None:
-        """Start to fill the cache, if it does not have the file. Block for a moment. By default, use our encoding.
+        """Start to fill the cache, if it does not have the file. Blocks for a moment. By default, use our encoding.
 
         Closing this body closes `source`.
         """

@@ -95,7 +95,7 @@ class StoredNar:
     """The body of a zstd file without compression, whose length is known before the NAR is read. It has no ranges."""
 
     def __init__(self, compressor: Compressor, source: NarSource, encoding: Encoding) -> None:
-        """Start to fill the cache with the compressed file for later requests. Block for a moment.
+        """Start to fill the cache with the compressed file for later requests. Blocks for a moment.
 
         Closing this body closes `source`.
         """

@@ -1,4 +1,4 @@
-"""Locks of store paths, shared by all threads of all workers. The kernel releases those of a process that dies."""
+"""Locks of store paths, shared by all threads of all workers. The kernel releases the locks of a process that dies."""
 
 import errno
 import fcntl

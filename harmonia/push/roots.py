@@ -31,7 +31,7 @@ class Root:
 
 
 class PushRoots:
-    """The roots in a directory."""
+    """The persistent GC roots of pushed paths, in a directory."""
 
     def __init__(self, directory: str, store_dir: str, keep_s: float) -> None:
         self._directory = directory

@@ -128,7 +128,7 @@ def _joined(parts: list[bytes]) -> bytes:
 
 
 def flatten(chunks: Generator[Step], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
-    """Yield the bytes of chunks, those of open slices in pieces of at most `chunk_size`. Block for futures."""
+    """Yield the bytes of chunks, those of open slices in pieces of at most `chunk_size`. Waits for futures."""
     with closing(chunks):  # closes its file at once; otherwise, the traceback of an error would keep the file open
         for chunk in chunks:
             if isinstance(chunk, OpenSlice):
@@ -141,7 +141,7 @@ def flatten(chunks: Generator[Step], chunk_size: int = CHUNK_BYTES) -> Generator
 
 
 def read_into(buffer: memoryview, chunks: Generator[Step]) -> bool:
-    """Fill a buffer with the bytes of chunks. Return whether they have exactly its length. Block for futures."""
+    """Fill a buffer with the bytes of chunks. Return True if they have exactly its length. Waits for futures."""
     filled = 0
     with closing(chunks):
         for chunk in chunks:
@@ -158,7 +158,7 @@ def read_into(buffer: memoryview, chunks: Generator[Step]) -> bool:
 
 
 def read(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[bytes]:
-    """Yield the bytes of segments in chunks of less than twice `chunk_size`. Block for futures."""
+    """Yield the bytes of segments in chunks of less than twice `chunk_size`. Waits for futures."""
     return flatten(chunks(archive, chunk_size), chunk_size)
 
 

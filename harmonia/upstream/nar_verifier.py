@@ -1,7 +1,7 @@
 """Verification of downloaded NARs: the unpacked NAR must have the NarHash and NarSize that the signature covers.
 
 FileHash and FileSize are only hints. Caches that name files by NarHash may compress a NAR again without an update of
-the narinfo. A matching FileHash saves time: it shows before unpacking that the file is the one that the narinfo means.
+the narinfo. A matching FileHash saves time: it shows, without unpacking, that the file is the one of the narinfo.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
 
 
 def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: int = MEMORY_BYTES) -> None:
-    """Raise FormatError if a file does not have the NAR, WindowError if unpacking takes more than `memory` bytes."""
+    """Raise FormatError if a file does not contain the NAR, WindowError if unpacking takes more than `memory` bytes."""
     check = ContentCheck(info, nar, memory)
     for data in file:
         check.update(data)

@@ -234,7 +234,7 @@ def test_unusable_narinfo_is_rejected(text: str) -> None:
         base64.b64encode(NAR_HASH).decode(),
     ],
 )
-def test_hash_is_equal_in_every_base(spelling: str) -> None:
+def test_hash_in_every_base_is_parsed(spelling: str) -> None:
     for text in (f"sha256:{spelling}", *([f"sha256-{spelling}"] if spelling.endswith("=") else [])):
         assert narinfo.parse(changed("NarHash", f"NarHash: {text}"), STORE_DIR)[0].nar_hash == NAR_HASH
         assert narinfo.parse(changed("FileHash", f"FileHash: {text}"), STORE_DIR)[1].file_hash == NAR_HASH

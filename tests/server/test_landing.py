@@ -214,7 +214,7 @@ class TestSearch:
         assert self.found(server, "a_b") == [made.named.path.hash_part]
         assert self.found(server, "name?=a") == [made.named.path.hash_part]
 
-    def test_results_are_limited_to_200(self, server: Server) -> None:
+    def test_search_results_are_limited_to_200(self, server: Server) -> None:
         assert len(self.found(server, "many")) == 200
         assert "The first 200 of 250 paths for “many”" in server.get("/search?q=many").text
         assert server.get("/search?q=" + "x" * 5_000).status == 200

@@ -57,7 +57,10 @@ class Body(Protocol):
         """Number of bytes, or None while it is unknown."""
 
     def read(self, start: int, stop: int | None) -> _Chunks:
-        """Yield the bytes from `start` to `stop`, or to the end, in chunks. From END, end when the size is known."""
+        """Yield the bytes from `start` to `stop`, or to the end, in chunks.
+
+        If `start` is END, yield nothing, and end when the size is known.
+        """
 
     def close(self) -> None:
         """Release files, connections and locks. Call it after the last read."""
