@@ -30,7 +30,7 @@ from support.upstream_server import UpstreamServer
 VOCABULARY = {
     *("ownership", "untrusted", "metrics.shared_counters", "config.proxy"),
     *("nix.base32", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing", "nix.store_path"),
-    *("process.fair_executor", "process.loop_turns", "process.single_flight", "process.threads"),
+    *("process.fair_executor", "process.loop_reads", "process.loop_turns", "process.single_flight", "process.threads"),
     *("store.confined", "store.nix_daemon"),
     *("server.connections", "server.routes"),
     *("server.http.access_log", "server.http.byte_range", "server.http.negotiation", "server.http.rate_limit"),
