@@ -303,6 +303,21 @@ in
       description = "Whether to open the port of the cache in the firewall, or ports 80 and 443 with `nginx.enable`.";
     };
 
+    push = {
+      enable = lib.mkEnableOption ''
+        pushes with `nix copy --to` at `/push`, the same as `settings.push.enable`. They need `settings.tokens_path`, and
+        TLS or `nginx.enable`'';
+      publicKeys = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "ci-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M=" ];
+        description = ''
+          Public keys of the pushers. The Nix of this machine trusts them, for all purposes (`trusted-public-keys`): it
+          accepts only paths that a trusted key signed.
+        '';
+      };
+    };
+
     nginx = {
       enable = lib.mkEnableOption ''
         a virtual host of nginx in front of the cache, with TLS and HTTP/2. The cache then listens on a unix socket that
@@ -385,6 +400,7 @@ in
 
       services.harmonia.settings = lib.mkMerge [
         (lib.mkIf (cfg.cacheSize != null) { cache_size = cfg.cacheSize; })
+        (lib.mkIf cfg.push.enable { push.enable = true; })
         (lib.mkIf cfg.nginx.enable {
           trusted_proxies =
             if onUnixSocket then
@@ -404,6 +420,7 @@ in
       );
 
       # The service's user registers temporary roots with the Nix daemon.
+      nix.settings.trusted-public-keys = lib.mkIf cfg.push.enable cfg.push.publicKeys;
       nix.settings.extra-allowed-users = lib.mkIf (cfg.settings.daemon_socket != "") [ "harmonia" ];
 
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (

@@ -10,11 +10,13 @@ in
 
   nodes.server = {
     imports = [ ./lab/server.nix ];
-    nix.settings.trusted-public-keys = lib.mkForce [ keys.two.public ];
+    services.harmonia.push = {
+      enable = true;
+      publicKeys = [ keys.two.public ];
+    };
     services.harmonia.settings = {
       tokens_path = "/var/lib/tokens";
       anonymous_scopes = [ "read" ];
-      push.enable = true;
     };
     services.harmonia.nginx = {
       enable = true;

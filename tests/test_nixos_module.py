@@ -201,6 +201,28 @@ class TestModule:
         for line in ("proxy_buffering off;", "proxy_http_version 1.1;", "X-Forwarded-Proto $scheme;"):
             assert line in place["extraConfig"]
 
+    def test_push_option_sets_up_keys_state_and_proxy(self) -> None:
+        machine = configured("""
+          enable = true;
+          push = { enable = true; publicKeys = [ "ci-1:key" ]; };
+          nginx = { enable = true; hostName = "c.org"; };
+          settings = { tokens_path = "/secrets/tokens"; push.sign_key_path = "/secrets/push"; };
+        """)
+        assert machine["failed"] == []
+        at = "/run/credentials/harmonia.service"
+        assert machine["settings"]["push"] == {"enable": True, "sign_key_path": f"{at}/push-sign_key_path"}
+        assert machine["system_file"]["push"] == {
+            "enable": True,
+            "sign_key_path": "/secrets/push",
+            "state_dir": "/var/lib/harmonia",
+        }
+        credentials = directives(machine["service"], "LoadCredential")
+        assert credentials == ["tokens_path:/secrets/tokens", "push-sign_key_path:/secrets/push"]
+        assert directives(machine["service"], "StateDirectory") == ["harmonia"]
+        assert "ci-1:key" in machine["nix"]["trusted-public-keys"]
+        for line in ("client_max_body_size 0;", "proxy_request_buffering off;"):
+            assert line in machine["hosts"]["c.org"]["place"]["extraConfig"]
+
     @pytest.mark.parametrize(
         ("bind", "upstream"),
         [("127.0.0.1:5000", "127.0.0.1:5000"), ("[::]:5001", "127.0.0.1:5001"), ("localhost:80", "127.0.0.1:80")],
