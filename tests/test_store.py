@@ -431,7 +431,9 @@ class TestWithoutPrivileges:
             builder.delete(info.path)
             assert reader.look_up(info) is None
 
-    def test_writer_comes_and_goes(self, builder: StoreBuilder, read: Callable[..., Reader]) -> None:
+    def test_reader_sees_changes_while_and_after_a_writer_is_open(
+        self, builder: StoreBuilder, read: Callable[..., Reader]
+    ) -> None:
         reader = read()
         first = builder.add_source("first", b"")
         assert reader.look_up(first) == first

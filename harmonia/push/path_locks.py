@@ -15,7 +15,7 @@ _BUSY = {errno.EAGAIN, errno.EACCES}
 
 
 class PathLocks:
-    """Locks in one file: a byte for each path. Paths that share a byte only wait for each other."""
+    """Locks in one file: a byte for each path. Two paths that share a byte wait for each other."""
 
     def __init__(self, path: str) -> None:
         self._path = path

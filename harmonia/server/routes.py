@@ -49,7 +49,7 @@ class Route:
 
 
 async def _absent(*_: object, **__: str) -> Representation:
-    """Answer for a resource that only upstreams have."""
+    """Raise AbsentError, because only upstreams have the resource."""
     raise AbsentError
 
 

@@ -140,7 +140,7 @@ class Client:
             fetchable = False
         if not fetchable:
             raise self.refusals.refuse(narinfo_path, Reason.URL_MALFORMED, f"malformed URL {excerpt(relative)}")
-        if not self._transport.is_here(url) and not self.keys:
+        if not self._transport.is_own_site(url) and not self.keys:
             why = "the URL leads to another host, and no public_keys are set"
             raise self.refusals.refuse(narinfo_path, Reason.URL_ELSEWHERE, why)
         return url

@@ -43,7 +43,7 @@ def target(url: str, location: str, base: str | None) -> str:
 def is_same_site(base: str, url: str) -> bool:
     """Return whether a URL has the scheme, host and port of the upstream at `base`.
 
-    If `base` is http, https on the same host counts, too, with the same port or 443: sites redirect so.
+    If `base` is http, https on the same host counts, too, with the same port or 443: sites redirect that way.
     """
     with suppress(ValueError):
         ours, other = URL(base), URL(url, encoded=True)

@@ -153,7 +153,7 @@ class Transport:
         except _FAILURES as error:
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
 
-    def is_here(self, url: str) -> bool:
+    def is_own_site(self, url: str) -> bool:
         """Return whether a URL belongs to the upstream itself."""
         return redirects.is_same_site(self.base, url)
 
@@ -166,7 +166,7 @@ class Transport:
         requested_url: str,
         buffer_bytes: int,
     ) -> aiohttp.ClientResponse:
-        here = self.is_here(url)
+        here = self.is_own_site(url)
         # Credentials and Via go to the upstream only: a redirect may lead to any host.
         sent = {k: v for k, v in headers.items() if here or k != VIA} | dict(ranged)
         if here and self._authorization:

@@ -195,7 +195,7 @@ def ca_hash(info: PathInfo) -> str:
         ("text:sha256:" + "0" * 64, "text", "sha256-" + "A" * 43 + "="),
     ],
 )
-def test_content_address_in_json(ca: str, method: str, value: str) -> None:
+def test_json_has_the_content_address(ca: str, method: str, value: str) -> None:
     rendered = json.loads(narinfo.render_json(replace(INFO, ca=ca), STORE_DIR, NarFile("nar/x.nar"), []))
     assert rendered["ca"] == {"method": method, "hash": value}
 
