@@ -33,6 +33,7 @@ from support.running import Server
 from support.unscathed import unscathed
 
 CONNECTIONS, DOWNLOADS = 1000, 200
+OPEN_FILES = 2 * CONNECTIONS
 WORKERS = 2
 ROWS = 12  # about so many rows in the table of memory
 
@@ -284,6 +285,9 @@ def main(minutes: float) -> int:
         print(f"SKIPPED: the soak test: {nix.missing}", file=sys.stderr)
         return 0
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < OPEN_FILES:  # -1 is no limit
+        print(f"SKIPPED: the soak test: it needs {OPEN_FILES} open files; raise ulimit -Hn {hard}", file=sys.stderr)
+        return 0
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     chance = random.Random(1)
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:

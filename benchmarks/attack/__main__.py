@@ -41,7 +41,9 @@ def main() -> int:
     arena = Arena(form, Path(cache, "harmonia", "attack"))
     with _priority():
         _run(arena, arguments.attacks or [*_ATTACKS], time.monotonic() + arguments.minutes * 60)
-    return 1 if any(outcome.broken for outcome in arena.outcomes) else 0
+    broken = [f"BROKEN: {outcome.name}: {'; '.join(outcome.broken)}" for outcome in arena.outcomes if outcome.broken]
+    print(*broken, sep="\n", end="\n" if broken else "", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def _run(arena: Arena, attacks: Sequence[str], until: float) -> None:

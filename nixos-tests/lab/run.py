@@ -68,7 +68,10 @@ def cgroup() -> Iterator[Path]:
     if tree is None:
         sys.exit("no cgroups of version 2 are mounted; mount them at /sys/fs/cgroup")
     path = tree / f"harmonia-{os.getpid()}"
-    path.mkdir()
+    try:
+        path.mkdir()
+    except OSError as error:
+        sys.exit(f"cannot create the cgroup {path}: {error.strerror}; mount the cgroups writable")
     try:
         yield path
     finally:
@@ -158,7 +161,7 @@ def main() -> int:
         sys.exit(f"not installed: {', '.join(missing)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
-    failed = 0
+    failed = []
     with tempfile.TemporaryDirectory(prefix="harmonia-machines-") as scratch, cgroup() as group:
         out = Path(scratch)
         begin = time.monotonic()
@@ -181,10 +184,11 @@ def main() -> int:
             log.parent.mkdir(parents=True, exist_ok=True)
             passed = run(each, roots, out, group, log)
             if not passed:
-                failed += 1
+                failed.append(each.name)
                 show(log.read_text(errors="replace"))
             show(f"{each.name:34} {'passed' if passed else 'FAILED':7} {time.monotonic() - begin:6.1f} s")
-    return 1 if failed else 0
+    show(f"FAILED: {', '.join(failed)}" if failed else "all passed")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

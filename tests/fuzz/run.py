@@ -31,8 +31,12 @@ def longest(module: ModuleType) -> int:
 
 def fuzz_all(seconds: str, seed: str, *targets: str) -> bool:
     """Fuzz as many targets at a time as there are CPUs. Return True if all passed."""
+    names = targets or tuple(TARGETS)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return all(list(pool.map(partial(_fuzz, seconds, seed), targets or TARGETS)))
+        passed = list(pool.map(partial(_fuzz, seconds, seed), names))
+    if failed := [name for name, each in zip(names, passed, strict=True) if not each]:
+        print(f"FAILED: {', '.join(failed)}")
+    return not failed
 
 
 def _fuzz(seconds: str, seed: str, target: str) -> bool:
