@@ -29,7 +29,8 @@ test-slow: .venv/ready  ## Run what `make test` skips: slow tests, and tests wit
 QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \
   address_filter benchmarks config layers publish_policy rate single_flight support))
 quick: .venv/ready  ## Run the fast tests: formats, settings, HTTP
-	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'not nix and not newer_nix and not root and not browser' $(QUICK)
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --hypothesis-profile=few \
+	  -m 'not nix and not newer_nix and not root and not browser' $(QUICK)
 
 # treefmt.toml lists the tools. All except nixfmt are in .venv.
 TREEFMT := PATH="$(CURDIR)/$(BIN):$$PATH" treefmt --allow-missing-formatter

@@ -162,7 +162,8 @@ def test_parallel_ranges_of_curl_make_the_whole(start: Start, store: StoreBuilde
 @pytest.mark.parametrize("first", ["nar", "listing"])
 def test_range_opens_no_file_before_its_start(start: Start, store: StoreBuilder, tmp_path: Path, first: str) -> None:
     """Proved by a removed file: a walk would fail, but the layout is remembered."""
-    path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000, "c": b"c" * 1000})
+    tree = {name: name.encode() * 100_000 for name in "abc"}  # larger than a NAR that is sent in one piece
+    path = store.add(store.output_path("tree"), tree)
     server = start(store=tmp_path / "store")
     nar_path = url(server, path.path.hash_part)
     whole = b"".join(file_reader.read(tree_reader.dump(store.real_path(path.path))))
@@ -177,15 +178,16 @@ def test_range_opens_no_file_before_its_start(start: Start, store: StoreBuilder,
 def test_file_changed_on_disk_gets_404_and_is_served_again_once_restored(
     start: Start, store: StoreBuilder, tmp_path: Path
 ) -> None:
-    path = store.add(store.output_path("tree"), {"a": b"a" * 1000, "b": b"b" * 1000})
+    size = 150_000  # two such files are larger than a NAR that is kept in memory
+    path = store.add(store.output_path("tree"), {"a": b"a" * size, "b": b"b" * size})
     server = start(store=tmp_path / "store")
     nar_path = url(server, path.path.hash_part)
     whole = server.get(nar_path).body
     file = Path(store.real_path(path.path).decode()) / "b"
     file.chmod(0o600)
-    file.write_bytes(b"b" * 999)
+    file.write_bytes(b"b" * (size - 1))
     assert server.get(nar_path, {"Range": "bytes=-600"}).status == 404
-    file.write_bytes(b"b" * 1000)
+    file.write_bytes(b"b" * size)
     assert server.get(nar_path, {"Range": "bytes=-600"}).body == whole[-600:]
 
 
