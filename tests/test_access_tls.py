@@ -51,7 +51,7 @@ def server(start: Start, sample: Sample, keys: Path) -> Server:
     return start(store=sample.root, settings=settings(keys), client_certificate=keys / "client.both")
 
 
-def test_a_named_certificate_may_push_without_a_token(start: Start, sample: Sample, keys: Path) -> None:
+def test_listed_certificate_may_push_without_a_token(start: Start, sample: Sample, keys: Path) -> None:
     push = "\n[push]\nenable = true\nclient_certificates = ['client']\n"
     server = start(store=sample.root, settings=settings(keys) + push, client_certificate=keys / "client.both")
     for name, status in (("client", 200), ("reader", 401)):

@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_version() -> None:
+def test_version_option_prints_the_version() -> None:
     assert run("--version").stdout == f"harmonia {__version__}\n"
 
 

@@ -118,12 +118,12 @@ class TestSameOutputAsNix:
 
     @pytest.mark.parametrize("inside", ["/", "/bin", "/bin/run", "/bin/link", "/empty-dir"])
     @pytest.mark.parametrize("options", ["", "-l", "-R", "-lR", "-d"])
-    def test_ls_of_a_nar(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
+    def test_nar_ls_prints_the_same_as_nix(self, archive: Path, nix: Nix, options: str, inside: str) -> None:
         words = ["nar", "ls", *options.split(), str(archive), inside]
         assert harmonia(*words) == nix("nix", *words)
 
     @pytest.mark.parametrize("name", ["large", "empty", "bin/run"])
-    def test_cat(self, tree: PathInfo, config: str, nix_store: Nix, name: str) -> None:
+    def test_cat_prints_the_same_as_nix(self, tree: PathInfo, config: str, nix_store: Nix, name: str) -> None:
         path = f"/nix/store/{tree.path}/{name}"
         assert harmonia("cat", path, config=config) == nix_store("cat", path)
 

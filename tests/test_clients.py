@@ -53,7 +53,7 @@ def half_close(connection: socket.socket) -> None:
 @pytest.mark.parametrize(
     "stage", ["connected", "within the head", "before the response", "within the body", "kept alive"]
 )
-def test_vanished_clients_leave_nothing(start: Start, sample: Sample, stage: str) -> None:
+def test_vanished_clients_leak_nothing(start: Start, sample: Sample, stage: str) -> None:
     server = start(store=sample.root)
     sent = {
         "connected": b"",

@@ -158,7 +158,7 @@ def test_follower_sees_only_content_and_all_of_it_after_commit(pieces: list[byte
         assert content_of(other) == content
 
 
-def test_slow_reader_of_an_abandoned_file_blocks_nobody(cache: DiskCache) -> None:
+def test_slow_reader_of_an_abandoned_file_blocks_no_other(cache: DiskCache) -> None:
     filler = os.open(f"{cache.path('key')}.growing", os.O_WRONLY | os.O_CREAT)
     fcntl.flock(filler, fcntl.LOCK_EX)
     os.write(filler, bytes(2 * TRAILER))

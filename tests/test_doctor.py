@@ -660,7 +660,7 @@ class TestUnusableCacheIsOneFinding:
         assert what.startswith("nix-cache-info returns 502")
         assert remedy.startswith("check that the server behind the proxy runs")
 
-    def test_login_page(self, tmp_path: Path) -> None:
+    def test_login_page_instead_of_nix_cache_info_is_an_error(self, tmp_path: Path) -> None:
         page = "<!doctype html><title>Log in</title>"
         with nginx(tmp_path / "nginx", f"default_type text/html; location / {{ return 200 '{page}'; }}") as (url, _):
             [(what, remedy)] = reported(url)

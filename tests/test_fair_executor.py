@@ -63,7 +63,7 @@ def test_started_threads_run_jobs_without_the_start_of_another_thread() -> None:
             assert runs_together(pool, 3)
 
 
-def test_a_pool_whose_threads_cannot_all_start_runs_jobs() -> None:
+def test_pool_whose_threads_cannot_all_start_runs_jobs() -> None:
     with ThreadPoolExecutor(3) as pool:
         with threads_that_can_start(2):
             start_threads(pool, 3)

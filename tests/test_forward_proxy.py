@@ -23,7 +23,7 @@ from support.serving import QuietHandler, ThreadServer
         ("http://me@proxy:1", "http://proxy:1", "me", ""),
     ],
 )
-def test_proxy_forms(text: str, url: str, user: str | None, password: str) -> None:
+def test_every_form_of_a_proxy_is_parsed(text: str, url: str, user: str | None, password: str) -> None:
     proxy = Proxy.parse(text)
     assert (proxy.url, proxy.user, proxy.password) == (url, user, password)
     assert not password or password not in repr(proxy)

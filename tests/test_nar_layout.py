@@ -492,7 +492,7 @@ class TestOnDisk:
         with closing(filling[0]):
             assert opened(self.layouts(tmp_path), "key", root).size == len(whole(tree_reader.dump(root)))
 
-    def test_the_file_is_open_until_the_last_owner_closes_the_layout(self, root: bytes, tmp_path: Path) -> None:
+    def test_file_is_open_until_the_last_owner_closes_the_layout(self, root: bytes, tmp_path: Path) -> None:
         expected = whole(tree_reader.dump(root))
         before = open_files()
         layout = opened(self.layouts(tmp_path), "key", root)  # the cache has no room, so it is not an owner
@@ -502,7 +502,7 @@ class TestOnDisk:
         reader.close()
         assert open_files() == before
 
-    def test_the_cache_closes_what_it_evicts_or_forgets(self, root: bytes, tmp_path: Path) -> None:
+    def test_cache_closes_evicted_and_forgotten_layouts(self, root: bytes, tmp_path: Path) -> None:
         before = open_files()
         layouts = Layouts(400 << 10, DiskCache(str(tmp_path / "cache"), 1 << 30))  # room for one file
         opened(layouts, "key", root).close()

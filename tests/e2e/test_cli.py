@@ -36,7 +36,7 @@ def harmonia(client: Client, *arguments: str, stdin: bytes = b"") -> bytes:
     return done.stdout
 
 
-def test_ls_and_cat_print_what_nix_prints(client: Client, tree: str) -> None:
+def test_ls_and_cat_print_the_same_as_nix(client: Client, tree: str) -> None:
     for words in ([], ["-l"], ["-lR"], ["-d"]):
         assert harmonia(client, "ls", *words, tree) == client.run("nix", "store", "ls", *words, tree).stdout
     for words in (["--json", "-R", tree], ["--json", tree], ["--json", f"{tree}/text"], ["--json", f"{tree}/bin/link"]):

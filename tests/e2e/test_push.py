@@ -129,8 +129,8 @@ def test_signatures_of_a_valid_path_are_not_changed(target: Target, pusher: Clie
     assert "other-1" not in target.client.run("nix", "path-info", "--sigs", path).text
 
 
-def test_a_long_import_sends_bytes_until_it_ends(target: Target) -> None:
-    """Nix gives up a request after 300 s without a byte."""
+def test_long_import_sends_bytes_until_it_ends(target: Target) -> None:
+    """Nix aborts a request after 300 s without a byte."""
     quick = "from harmonia.server.resources import push; push._SILENCE_S = 0.001"
     server = target.serve(program=patched(quick))
     path = Pushed.make("large", bytes(32 << 20), target.secret)
@@ -145,7 +145,7 @@ def test_a_long_import_sends_bytes_until_it_ends(target: Target) -> None:
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
 
 
-def test_what_was_missing_is_served_at_once_and_counted(target: Target) -> None:
+def test_pushed_path_that_was_missing_is_served_at_once_and_counted(target: Target) -> None:
     server = target.serve("[[upstream]]\nurl = 'http://127.0.0.1:1'\n", ("push", "read", "metrics"))
     path = Pushed.make("late", b"content", target.secret)
     authorized = {"Authorization": f"Bearer {(target.client.shared / 'token').read_text()}"}

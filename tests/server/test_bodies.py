@@ -351,14 +351,14 @@ async def end_everywhere(bench: Bench, kind: str, way: str, **asked: Any) -> Non
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
-def test_nothing_is_left_at_whichever_step_the_response_ends(bench: Bench, kind: str, way: str) -> None:
+def test_response_that_ends_at_any_step_leaks_nothing(bench: Bench, kind: str, way: str) -> None:
     asyncio.run(end_everywhere(bench, kind, way))
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("byte_range", RANGES)
 @pytest.mark.parametrize("kind", UNSIZED)
-def test_nothing_is_left_at_whichever_step_a_range_of_unknown_length_ends(
+def test_range_of_unknown_length_that_ends_at_any_step_leaks_nothing(
     bench: Bench, kind: str, byte_range: str, way: str
 ) -> None:
     asyncio.run(end_everywhere(bench, kind, way, headers={"range": byte_range}))
@@ -368,9 +368,7 @@ def test_nothing_is_left_at_whichever_step_a_range_of_unknown_length_ends(
     ("method", "headers"), [("GET", {}), ("HEAD", {}), ("GET", {"if-none-match": "*"}), ("GET", {"if-match": '"y"'})]
 )
 @pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
-def test_nothing_is_left_of_a_sent_or_unsent_body(
-    bench: Bench, kind: str, method: str, headers: dict[str, str]
-) -> None:
+def test_sent_or_unsent_body_leaks_nothing(bench: Bench, kind: str, method: str, headers: dict[str, str]) -> None:
     with suppress(SanicException):
         sent = asyncio.run(run(bench, kind, Way("", 0), method=method, headers=headers))
         assert bool(sent) == (method == "GET" and not headers)

@@ -1,4 +1,4 @@
-"""A NAR that is not compressed yet is sent at once, for every kind of request."""
+"""A NAR that is not compressed yet is sent at once to every kind of request."""
 
 import http.client
 import os
