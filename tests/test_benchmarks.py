@@ -20,7 +20,7 @@ def figure(ours: list[float], theirs: list[float], **target: float) -> Figure:
         ([], False),
     ],
 )
-def test_figure_collapses_only_if_it_does_in_every_round(ours: list[float], collapsed: bool) -> None:  # noqa: FBT001
+def test_figure_collapses_only_if_it_does_in_every_round(ours: list[float], collapsed: bool) -> None:  # noqa: FBT001 (a parameter of pytest)
     theirs = [100.0] * len(ours)
     assert figure(ours, theirs, at_least=0.8).collapsed(0.25) is collapsed
     assert figure(theirs, ours, at_most=1.25).collapsed(0.25) is collapsed

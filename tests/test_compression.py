@@ -392,7 +392,7 @@ def test_damaged_nar_is_logged_once_until_it_is_repaired(tmp_path: Path, caplog:
             assert read(compressor, source) == reference(source)
             assert cache.counters.fills == times - 1
             assert read(compressor, source) == reference(source)
-            wait_until(lambda: cache.counters.fills == times)  # noqa: B023
+            wait_until(lambda: cache.counters.fills == times)  # noqa: B023 (called in the same iteration)
             for name in os.listdir(tmp_path):
                 os.unlink(tmp_path / name)
 

@@ -459,8 +459,8 @@ def test_sweep_runs_in_batches_and_lookups_run_in_between(
     monkeypatch.setattr(index, "_next_sweep", 0)
     monkeypatch.setattr(index, "_gone", {0})  # so that a sweep is due
     index.update()
-    assert len([statement for statement in queries if statement == debug_index._VALID_BATCH]) == 3  # noqa: SLF001
-    assert debug_index._VALID not in queries  # noqa: SLF001
+    assert len([statement for statement in queries if statement == debug_index._VALID_BATCH]) == 3  # noqa: SLF001 (a private part is tested)
+    assert debug_index._VALID not in queries  # noqa: SLF001 (a private part is tested)
     assert len(set(taken)) == 3  # the lock was free between the batches
     assert [index.look_up(f"{number:040}")[0] for number in range(4)] == [[path.path] for path in kept]
     assert index.look_up(f"{9:040}")[0] == []

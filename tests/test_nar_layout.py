@@ -305,7 +305,7 @@ def opened(layouts: Layouts, key: str, root: bytes, client: str = "") -> Layout:
     layout = layouts.open_layout(key, root, client)
     if waiting := layout.wait_whole():
         waiting.result(10)
-    wait_until(lambda: key not in layouts._growing)  # noqa: SLF001
+    wait_until(lambda: key not in layouts._growing)  # noqa: SLF001 (a private part is tested)
     return layout
 
 
@@ -471,7 +471,7 @@ class TestOnDisk:
         self, root: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         expected = whole(tree_reader.dump(root))
-        append, times = layout_cache._File.append, []  # noqa: SLF001
+        append, times = layout_cache._File.append, []  # noqa: SLF001 (a private part is tested)
 
         def failing(file: layout_cache._File, data: bytes) -> None:
             times.append(file)
@@ -479,7 +479,7 @@ class TestOnDisk:
                 raise OSError(28, "No space left on device")
             append(file, data)
 
-        monkeypatch.setattr(layout_cache._File, "append", failing)  # noqa: SLF001
+        monkeypatch.setattr(layout_cache._File, "append", failing)  # noqa: SLF001 (a private part is tested)
         layout = opened(self.layouts(tmp_path), "key", root)
         assert whole(layout.window(0, len(expected))) == expected
         assert len(times) <= 4

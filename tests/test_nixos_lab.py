@@ -25,9 +25,9 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contai
 
 
 def test_process_1_is_found_behind_short_lived_processes(starting: Container) -> None:
-    while not starting._is_process_1_systemd():  # noqa: SLF001
+    while not starting._is_process_1_systemd():  # noqa: SLF001 (a private part is tested)
         pass
-    assert Path(f"/proc/{starting._init}/comm").read_text() == "systemd\n"  # noqa: SLF001
+    assert Path(f"/proc/{starting._init}/comm").read_text() == "systemd\n"  # noqa: SLF001 (a private part is tested)
 
 
 class Scripted(Machine):

@@ -97,7 +97,7 @@ def chain(store: StoreBuilder) -> list[StorePath]:
 
 def refresh_now(closure: Closure) -> None:
     """Refresh the closure without waiting for its interval."""
-    closure._not_before = 0  # noqa: SLF001
+    closure._not_before = 0  # noqa: SLF001 (a private part is tested)
     closure.refresh()
 
 

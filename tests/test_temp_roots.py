@@ -153,7 +153,7 @@ def test_released_lease_is_no_sign_that_the_daemon_returned(
     wait_until(lambda: caplog.messages)
     lease.release()
     roots._asked.put(lease)  # noqa: SLF001 (a lease that is released before the thread sees it)
-    wait_until(lambda: not roots._waiting and roots._asked.empty())  # noqa: SLF001
+    wait_until(lambda: not roots._waiting and roots._asked.empty())  # noqa: SLF001 (a private part is tested)
     roots.close()
     wait_until(lambda: "temp-roots" not in {thread.name for thread in threading.enumerate()})
     assert [message.partition(" GC roots")[0] for message in caplog.messages] == ["cannot register temporary"]

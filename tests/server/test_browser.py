@@ -236,7 +236,7 @@ def modern_site(made: Demo) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(made: Demo, modern_site: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001
+def server(made: Demo, modern_site: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:  # noqa: ARG001 (needs the site)
     settings = f"browse = true\nsign_key_paths = ['{made.directory}/secret-key']"
     running = Server(tmp_path_factory.mktemp("browser-server") / "running", Path(made.directory), settings)
     running.start()

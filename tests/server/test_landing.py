@@ -262,7 +262,7 @@ class TestSearch:
         many = queries.search(store, "n", 9)
         assert (len(many.shown), many.complete) == (9, False)
         assert many.total >= 5000
-        plan = " ".join(row[3] for row in store.database.query("explain query plan " + queries._MATCHES, *[""] * 6))  # noqa: SLF001
+        plan = " ".join(row[3] for row in store.database.query("explain query plan " + queries._MATCHES, *[""] * 6))  # noqa: SLF001 (a private part is tested)
         assert "COVERING INDEX" in plan
         store.database.close()
 

@@ -45,7 +45,7 @@ def server(logs: StoreBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.mark.parametrize("flat", [False, True], ids=["split", "flat"])
 @pytest.mark.parametrize("suffix", FORMS)
-def test_log_is_served_from_every_stored_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001
+def test_log_is_served_from_every_stored_form(server: Server, logs: StoreBuilder, suffix: str, flat: bool) -> None:  # noqa: FBT001 (a parameter of pytest)
     derivation = collected(logs, f"form-{flat}-{suffix}")
     add_log(logs, derivation, suffix=suffix, flat=flat)
     answer = server.get(f"/log/{derivation}")

@@ -115,7 +115,7 @@ class _Forked(subprocess.Popen[Any]):
     """A process that the fork server starts, with the pipes and `wait` of `subprocess`."""
 
     def _execute_child(self, *arguments: object) -> None:
-        execute = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001
+        execute = inspect.signature(subprocess.Popen._execute_child)  # type: ignore[attr-defined]  # noqa: SLF001 (a private part is tested)
         bound = execute.bind(self, *arguments).arguments
         request = {
             "program": bound["args"][1:3],
@@ -188,7 +188,7 @@ def _compile_for_sanic() -> None:
         app.signalize()
 
     asyncio.run(finalize())
-    for target, name in TouchUp._registry:  # noqa: SLF001
+    for target, name in TouchUp._registry:  # noqa: SLF001 (a private part is tested)
         build_once(getattr(target, name), dict(inspect.getmembers(inspect.getmodule(target))), app)
     Sanic.unregister_app(app)
 
@@ -225,8 +225,8 @@ def _run(program: Sequence[str]) -> None:
         status = 0
     # Do what Python does at its end, except freeing memory: that would take most of the time of a short program,
     # because memory shared with the fork server is copied before it is freed.
-    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
-    atexit._run_exitfuncs()  # noqa: SLF001
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 (a private part is tested)
+    atexit._run_exitfuncs()  # noqa: SLF001 (a private part is tested)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
