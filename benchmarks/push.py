@@ -106,12 +106,13 @@ def main() -> None:
                     url = f"{machine.serve().url}/push?compression={compression}"
                     timed(f"push, {compression}", source, "nix", "copy", "--to", url, top)
                     memory = max(memory, *map(peak_bytes, servers[0].workers))
-            with target(root / f"ssh{run}", nix, key) as (machine, _):
-                socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"
-                ssh.write_text(_SSH.replace("SOCKET", str(socket)))
-                ssh.chmod(0o755)
-                copy = f"PATH={root}:$PATH exec nix copy --to ssh-ng://target {top}"
-                timed("ssh-ng, no encryption", source, "sh", "-c", copy)
+            if (NIXES[nix].root / "usr/bin/python3").exists():  # runs the script
+                with target(root / f"ssh{run}", nix, key) as (machine, _):
+                    socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"
+                    ssh.write_text(_SSH.replace("SOCKET", str(socket)))
+                    ssh.chmod(0o755)
+                    copy = f"PATH={root}:$PATH exec nix copy --to ssh-ng://target {top}"
+                    timed("ssh-ng, no encryption", source, "sh", "-c", copy)
             with target(root / f"file{run}", nix, key) as (machine, _):
                 timed("from file://", machine.client, "nix", "copy", "--from", f"file://{root}/cache", top)
     print(f"{count} paths, Nix {'.'.join(map(str, NIXES[nix].version))}, {runs} runs")
