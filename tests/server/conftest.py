@@ -7,7 +7,7 @@ import pytest
 
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server
+from support.running import KNOWN_LENGTHS, Server
 from support.shared_store import TREE
 
 
@@ -43,6 +43,7 @@ def server(
         directory / "running",
         Path(shared_store.real_dir).parents[1],
         f"sign_key_paths = {[str(directory / key.name) for key in keys]}",
+        program=KNOWN_LENGTHS,
     )
     running.start()
     yield running

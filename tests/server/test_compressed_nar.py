@@ -28,6 +28,7 @@ from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import (
     HARMONIA,
+    KNOWN_LENGTHS,
     NO_CACHE,
     Answer,
     Server,
@@ -174,7 +175,7 @@ def test_compressed_nar_is_resumable_even_after_eviction(
 ) -> None:
     """The bytes are identical each time."""
     path = big(store)
-    server = start(store=tmp_path / "store")
+    server = start(store=tmp_path / "store", program=KNOWN_LENGTHS)
     whole = warm(server, path)
     size = len(whole.body)
     etag = whole.headers["etag"]

@@ -15,7 +15,7 @@ import zstandard
 
 from harmonia.server.routes import METRICS_ROUTES, ROUTES
 from support.contract import ROWS, Row, stock
-from support.running import Answer, Server, Session, case, wait_until
+from support.running import KNOWN_LENGTHS, Answer, Server, Session, case, wait_until
 
 METHODS = ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "QUERY"]
 ENCODINGS = [
@@ -58,7 +58,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, di
     """Start a server, and yield it with the hashes of a path."""
     directory = tmp_path_factory.mktemp("contract")
     hashes = stock(directory / "store")
-    server = Server(directory / "server", directory / "store", "browse = true\nmax_query_rate = 0")
+    settings = "browse = true\nmax_query_rate = 0"
+    server = Server(directory / "server", directory / "store", settings, program=KNOWN_LENGTHS)
     server.start()
     compressed = "/nar/{hash}-{narhash}-{encoding}.nar.zst".format(**hashes)
     server.get(compressed)

@@ -11,7 +11,7 @@ import zstandard
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import NO_CACHE, Server, patched
+from support.running import KNOWN_LENGTHS, NO_CACHE, Server, patched
 from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
@@ -109,7 +109,8 @@ def large(store: StoreBuilder) -> PathInfo:
 def test_large_listing_is_identical_in_all_encodings_and_protocols(
     start: Start, large: PathInfo, tmp_path: Path, cache_dir: Path | None
 ) -> None:
-    server, path_of_listing = start(store=tmp_path / "store", cache_dir=cache_dir), f"/{large.path.hash_part}.ls"
+    server = start(store=tmp_path / "store", cache_dir=cache_dir, program=KNOWN_LENGTHS)
+    path_of_listing = f"/{large.path.hash_part}.ls"
     streamed = server.get(path_of_listing)
     assert server.head(path_of_listing).headers == streamed.headers
     assert len(json.loads(streamed.body)["root"]["entries"]) == 9000

@@ -16,7 +16,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store.build_log import find_log
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import DAY, FORMS, TEXT, add_log, age, collected
-from support.running import Server, peak_bytes, read_answer
+from support.running import KNOWN_LENGTHS, Server, peak_bytes, read_answer
 
 Start = Callable[..., Server]
 
@@ -36,7 +36,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> StoreBuilder:
 
 @pytest.fixture(scope="module")
 def server(logs: StoreBuilder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server") / "running", Path(logs.real_dir).parents[1])
+    running = Server(
+        tmp_path_factory.mktemp("server") / "running", Path(logs.real_dir).parents[1], program=KNOWN_LENGTHS
+    )
     running.start()
     yield running
     assert running.stop() == 0

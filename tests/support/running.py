@@ -329,6 +329,10 @@ def patched(statements: str) -> list[str]:
     return [*preloaded.PATCHED, f"{existing(statements)}\nfrom harmonia.cli import main\nmain()"]
 
 
+KNOWN_LENGTHS = patched("from harmonia.server.http import response; response._LENGTH_WAIT_S = 600.0")
+"""A server whose ranges wait for the length of a body. By default, they wait 0.25 s, too short on a busy machine."""
+
+
 def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
     """Return the URL path of the NAR in a zstd encoding: by default, that of the default settings."""
     return f"{nar_url(info).removesuffix('.nar')}-{name}.nar.zst"
