@@ -69,7 +69,6 @@ audit: .venv/ready  ## Check the dependencies for known vulnerabilities
 # Options and measurements of `make bench`; default: all. `--short` takes two minutes, `--docs` writes into docs.
 BENCH ?=
 bench: .venv/ready  ## Compare the speed with nginx and Nix, if installed (docs/explanation/benchmarks.md)
-	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
 
 soak: MINUTES ?= 5

@@ -1,4 +1,4 @@
-"""Benchmarks with a table, JSON and a plot: `make bench`, or python -m benchmarks [--short] [--docs] [QUESTION…].
+"""Benchmarks with a table and JSON: `make bench`, or python -m benchmarks [--short] [--docs] [QUESTION…].
 
 The store is created once and kept in $XDG_CACHE_HOME/harmonia/bench or ~/.cache/harmonia/bench. The short form takes
 two minutes, and fails if a ratio has collapsed. QUESTION is the name of a function in measure.py.
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--short", action="store_true", help="use a small store, and fail if a ratio has collapsed")
     parser.add_argument("--docs", action="store_true", help="write to docs/explanation instead of bench-results")
+    parser.add_argument("--keep", action="store_true", help="keep earlier figures that are not measured now")
     parser.add_argument("questions", nargs="*", choices=[*questions, []], metavar="QUESTION")
     arguments = parser.parse_args()
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -29,10 +30,11 @@ def main() -> None:
     if missing:
         print(f"not installed, so measurements with these are skipped: {', '.join(missing)}")
     figures: list[Figure] = []
+    directory = Path("docs/explanation" if arguments.docs else "bench-results")
     for name in arguments.questions or questions:
         print(f"{name}:", flush=True)
         figures += questions[name](store)
-    report.write(Path("docs/explanation" if arguments.docs else "bench-results"), store, figures)
+        report.write(directory, store, figures, keep=arguments.keep)
     collapsed = [figure.what for figure in figures if figure.collapsed(_COLLAPSED)]
     if arguments.short and collapsed:
         sys.exit(f"collapsed: {'; '.join(collapsed)}")

@@ -105,7 +105,8 @@ class Rate:
 
 
 _WRK = """
-local paths = {%s}
+local paths = {}
+for line in io.lines(%s) do paths[#paths + 1] = line end
 local headers = {%s}
 local number = 0
 request = function()
@@ -133,9 +134,11 @@ def ask(
 
     If they are `numbered`, no request is in the same words as another.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script, tempfile.NamedTemporaryFile("w") as lines:
+        lines.write("\n".join(paths))
+        lines.flush()
         fields = ", ".join(f"[{json.dumps(name)}]={json.dumps(value)}" for name, value in (headers or {}).items())
-        script.write(_WRK % (", ".join(map(json.dumps, paths)), fields, "number" if numbered else "nil"))
+        script.write(_WRK % (json.dumps(lines.name), fields, "number" if numbered else "nil"))
         script.flush()
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "-s", script.name, "http://{}:{}".format(*address)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

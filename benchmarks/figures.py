@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 
 from benchmarks.servers import HARMONIA
 
-Measure = Callable[[], Sequence[float]]
+TIMES = {"s", "ms", "µs"}
+"""Units of which less is better."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement of a contender."""
+
+    values: Sequence[float]
+    """A value for each figure."""
+    cpu: float | None = None
+    """Seconds of processor time of the server for each unit of work (`Figure.work`)."""
+
+
+Measure = Callable[[], Sequence[float] | Sample]
 
 
 @dataclass
@@ -19,11 +33,24 @@ class Figure:
     at_least: float | None = None
     """Target for the ratio. If there is no reference, the target is for the value itself."""
     at_most: float | None = None
+    other_at_least: float | None = None
+    """Target for the speed compared with the server of BENCH_OTHER: 2 is twice as fast."""
+    work: str = ""
+    """Unit of work of the processor time, such as GiB."""
     values: dict[str, list[float]] = field(default_factory=dict)
     """Values of each contender, one per round."""
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of processor time of each contender for a unit of work, one per round."""
 
     def median(self, contender: str) -> float:
         return statistics.median(self.values[contender])
+
+    def speed(self, other: str) -> float | None:
+        """Return how many times as fast as another contender we are, or None if it was not measured."""
+        if HARMONIA not in self.values or other not in self.values:
+            return None
+        pairs = zip(self.values[HARMONIA], self.values[other], strict=True)
+        return statistics.median([theirs / ours if self.unit in TIMES else ours / theirs for ours, theirs in pairs])
 
     @property
     def ratios(self) -> Sequence[float]:
@@ -62,8 +89,12 @@ def compare(figures: Sequence[Figure], contenders: Mapping[str, Measure], rounds
     """
     for _ in range(rounds):
         for name in random.sample(list(contenders), len(contenders)):
-            for figure, value in zip(figures, contenders[name](), strict=True):
+            measured = contenders[name]()
+            sample = measured if isinstance(measured, Sample) else Sample(measured)
+            for figure, value in zip(figures, sample.values, strict=True):
                 figure.values.setdefault(name, []).append(value)
+            if sample.cpu is not None:
+                figures[0].cpu.setdefault(name, []).append(sample.cpu)
     for figure in figures:
         medians = ", ".join(f"{name} {figure.median(name):.4g}" for name in figure.values)
         print(f"  {figure.what}: {medians} {figure.unit}", flush=True)

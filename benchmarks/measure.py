@@ -4,18 +4,22 @@ Measurements that need a program that is not installed are skipped.
 """
 
 import os
+import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from benchmarks import servers
 from benchmarks.client import Downloads, ask
-from benchmarks.figures import Figure, Measure, compare
+from benchmarks.commits import PER_SECOND
+from benchmarks.figures import Figure, Measure, Sample, compare
 from benchmarks.servers import HARMONIA, Server
 from benchmarks.store import MIB, BenchStore
 from harmonia.metrics.shared_counters import Metrics
@@ -25,6 +29,9 @@ from harmonia.tools.store_builder import StoreBuilder
 
 HAVE = {program: shutil.which(program) is not None for program in ("nginx", "wrk", "nix-store", "zstd")}
 
+GIB = 1 << 30
+_REQUESTS = "1,000 requests"
+_ZSTD = {"Accept-Encoding": "zstd"}
 _LEVEL = 3  # zstd level, our default
 _SLOW = 64  # slow downloads during the requests for narinfos
 _CONCURRENT = 200  # concurrent downloads during the measurement of memory
@@ -32,19 +39,30 @@ _WORKERS = 2  # worker processes during that measurement
 
 
 @contextmanager
-def side_by_side(store: BenchStore, suffix: str = "") -> Iterator[dict[str, Server]]:
+def side_by_side(
+    store: BenchStore, suffix: str = "", *, workers: int = 1, database: Path | None = None
+) -> Iterator[dict[str, Server]]:
     """Start Harmonia with NARs of this suffix, nginx with copies of its responses, and the server of BENCH_OTHER."""
     with ExitStack() as stack:
-        compression = "zstd" if suffix else "none"
-        running = {HARMONIA: stack.enter_context(servers.harmonia(store, f"nar_compression = '{compression}'"))}
+        settings = f"nar_compression = '{'zstd' if suffix else 'none'}'"
+        ours = servers.harmonia(store, settings, database=database, workers=workers)
+        running = {HARMONIA: stack.enter_context(ours)}
         if HAVE["nginx"]:
-            running["nginx"] = stack.enter_context(servers.nginx(servers.copied(store, suffix)))
+            running["nginx"] = stack.enter_context(servers.nginx(servers.copied(store, suffix), workers))
         if servers.OTHER:
-            running["other"] = stack.enter_context(servers.other(store))
+            other = servers.other(store, database=database, workers=workers)
+            running[servers.OTHER_NAME] = stack.enter_context(other)
         yield running
 
 
-def each(running: Mapping[str, Server], measure: Callable[[Server], Sequence[float]]) -> dict[str, Measure]:
+def metered(server: Server, work: float, measure: Callable[[], Sequence[float]]) -> Sample:
+    """Return a measurement with the processor time of the server for each unit of `work`."""
+    began = server.seconds
+    values = measure()
+    return Sample(values, (server.seconds - began) / work)
+
+
+def each(running: Mapping[str, Server], measure: Callable[[Server], Sequence[float] | Sample]) -> dict[str, Measure]:
     """Return the same measurement for each of the servers."""
     return {name: lambda server=server: measure(server) for name, server in running.items()}  # type: ignore[misc]
 
@@ -52,73 +70,199 @@ def each(running: Mapping[str, Server], measure: Callable[[Server], Sequence[flo
 def narinfos(store: BenchStore) -> Iterator[Figure]:
     paths = [servers.narinfo(info) for info in store.closure]
 
-    def once(server: Server) -> Sequence[float]:
-        return [Downloads(server.address, paths).run()[0] / len(paths) * 1e6]
+    def once(server: Server) -> Sample:
+        return metered(
+            server, len(paths) / 1000, lambda: [Downloads(server.address, paths).run()[0] / len(paths) * 1e6]
+        )
 
-    def cold() -> Sequence[float]:
+    def cold() -> Sample:
         with servers.harmonia(store) as server:
             return once(server)
 
     with side_by_side(store, ".zst") as running:
-        figure = Figure("narinfo, the first time, one after the other", "µs", "nginx")
+        figure = Figure("narinfo, the first time, one after the other", "µs", "nginx", other_at_least=1, work=_REQUESTS)
         yield from compare([figure], each(running, once) | {HARMONIA: cold}, store.form.rounds)
         if not HAVE["wrk"]:
             return
         absent = [f"/{base32.encode(number.to_bytes(20, 'little'))}.narinfo" for number in range(500)]
         for name, asked, connections in (("narinfo", paths, 1), ("narinfo", paths, 25), ("narinfo, 404", absent, 25)):
 
-            def often(server: Server) -> Sequence[float]:
-                rate = ask(server.address, asked, connections, store.form.seconds)  # noqa: B023 (called in the same iteration)
-                return [rate.per_second, rate.p50 * 1e6, rate.p99 * 1e6]
+            def often(server: Server) -> Sample:
+                return _asked(server, asked, connections, store.form.seconds)  # noqa: B023 (called in the same iteration)
 
             alone = connections == 1
             what = f"{name}, {'one after the other' if alone else f'{connections} connections'}"
             figures = [
-                Figure(what, "requests/s", "nginx", at_least=0.5 if asked is paths and not alone else None),
+                Figure(
+                    what, "requests/s", "nginx", at_least=0.5 if asked is paths and not alone else None, work=_REQUESTS
+                ),
                 Figure(f"{what}, median", "µs", "nginx", at_most=2 if alone else None),
-                Figure(f"{what}, 99th percentile", "µs", "nginx"),
+                Figure(f"{what}, 99th percentile", "µs", "nginx", at_most=None if alone else 2),
             ]
             yield from compare(figures, each(running, often), store.form.rounds)
 
 
+def _asked(server: Server, paths: Sequence[str], connections: int, seconds: int) -> Sample:
+    """Request the paths again and again. Return the rate, the median and the 99th percentile in µs."""
+    began = server.seconds
+    rate = ask(server.address, paths, connections, seconds)
+    cpu = (server.seconds - began) / (rate.per_second * seconds / 1000)
+    return Sample([rate.per_second, rate.p50 * 1e6, rate.p99 * 1e6], cpu)
+
+
+def commits(store: BenchStore) -> Iterator[Figure]:
+    """Measure narinfos and 404s while another process commits to the database, as on a machine that builds."""
+    if not HAVE["wrk"]:
+        return
+    paths = [servers.narinfo(info) for info in store.closure]
+    absent = [f"/{base32.encode(number.to_bytes(20, 'little'))}.narinfo" for number in range(500)]
+    with tempfile.TemporaryDirectory(dir=store.root.parent) as directory:
+        database = Path(directory, "db.sqlite")
+        shutil.copy(store.database, database)
+        with side_by_side(store, ".zst", database=database) as running:
+            for name, asked in (("narinfo", paths), ("narinfo, 404", absent)):
+                what = f"{name}, 25 connections, {PER_SECOND} commits a second"
+                figures = [
+                    Figure(what, "requests/s", "nginx", other_at_least=2, work=_REQUESTS),
+                    Figure(f"{what}, median", "µs", "nginx"),
+                    Figure(f"{what}, 99th percentile", "µs", "nginx"),
+                ]
+                with subprocess.Popen([sys.executable, "-m", "benchmarks.commits", str(database)]) as writer:
+                    try:
+                        measure = partial(_asked, paths=asked, connections=25, seconds=store.form.seconds)
+                        yield from compare(figures, each(running, measure), store.form.rounds)
+                    finally:
+                        writer.terminate()
+
+
+def many_paths(store: BenchStore) -> Iterator[Figure]:
+    """Measure narinfos of paths that each are requested for the first time, of a large database."""
+    if not HAVE["wrk"]:
+        return
+    database, _ = _large_database(store)
+    asked = [f"/{base32.encode(number.to_bytes(20, 'little'))}.narinfo" for number in range(10, 100_000)]
+    random.shuffle(asked)
+
+    def cold(start: Callable[[], AbstractContextManager[Server]]) -> Measure:
+        def measure() -> Sample:
+            with start() as server:
+                return _asked(server, asked, 25, store.form.seconds)
+
+        return measure
+
+    contenders = {HARMONIA: cold(lambda: servers.harmonia(store, database=database))}
+    if servers.OTHER:
+        contenders[servers.OTHER_NAME] = cold(lambda: servers.other(store, database=database))
+    what = "narinfo of a different path each time, 25 connections"
+    figures = [
+        Figure(what, "requests/s", other_at_least=1, work=_REQUESTS),
+        Figure(f"{what}, median", "µs"),
+        Figure(f"{what}, 99th percentile", "µs"),
+    ]
+    yield from compare(figures, contenders, store.form.rounds)
+
+
+def mixed(store: BenchStore) -> Iterator[Figure]:
+    """Measure narinfos and NARs of the closure together, each once, over 25 connections."""
+
+    def measure(server: Server) -> Sample:
+        ours = server.name != servers.OTHER_NAME
+        nars = [servers.nar(info) + ".zst" if ours else server.nar(info) for info in store.closure]
+        paths = [path for info, nar in zip(store.closure, nars, strict=True) for path in (servers.narinfo(info), nar)]
+        headers = {} if ours else _ZSTD
+        work = store.closure_size / GIB
+
+        def rate() -> Sequence[float]:
+            return [store.closure_size / MIB / Downloads(server.address, paths, 25, headers).run()[0]]
+
+        return metered(server, work, rate)
+
+    with side_by_side(store, ".zst") as running:
+        measure(running[HARMONIA])
+        figure = Figure("narinfos and NARs of the closure, zstd, 25 connections", "MiB/s of NARs", "nginx", work="GiB")
+        yield from compare([figure], each(running, measure), store.form.rounds)
+
+
+def two_workers(store: BenchStore) -> Iterator[Figure]:
+    """Measure two serving processes of each server."""
+    narinfos, nars = ([make(info) for info in store.closure] for make in (servers.narinfo, servers.nar))
+    with side_by_side(store, workers=2) as running:
+        if HAVE["wrk"]:
+            figure = Figure("2 workers: narinfo, 25 connections", "requests/s", "nginx", work=_REQUESTS)
+
+            def often(server: Server) -> Sample:
+                sample = _asked(server, narinfos, 25, store.form.seconds)
+                return Sample(sample.values[:1], sample.cpu)
+
+            yield from compare([figure], each(running, often), store.form.rounds)
+
+        def closure(server: Server) -> Sample:
+            paths = [server.nar(info) for info in store.closure] if server.name == servers.OTHER_NAME else nars
+            work = store.closure_size / GIB
+            return metered(
+                server,
+                work,
+                lambda: [store.closure_size / MIB / Downloads(server.address, paths, 16).run()[0]],
+            )
+
+        figure = Figure("2 workers: closure, identity, 16 connections", "MiB/s of NARs", "nginx", work="GiB")
+        yield from compare([figure], each(running, closure), store.form.rounds)
+
+
 def closures(store: BenchStore) -> Iterator[Figure]:
-    """Measure downloads of the NARs of the closure, over 1, 4 and 16 connections."""
-    plain = [servers.nar(info) for info in store.closure]
-    compressed = [f"{path}.zst" for path in plain]
+    """Measure downloads of the plain NARs of the closure, over 1, 4 and 16 connections."""
+    yield from _closures(store, "identity", "", "", {})
 
-    def rate(server: Server, connections: int, paths: Sequence[str], headers: Mapping[str, str]) -> Sequence[float]:
-        if server.name == "other":
-            paths = [server.nar(info) for info in store.closure]
-        seconds, _ = Downloads(server.address, paths, connections, headers).run()
-        return [store.closure_size / MIB / seconds]
 
-    def kind(what: str, suffix: str, paths: Sequence[str], headers: Mapping[str, str]) -> Iterator[Figure]:
-        with side_by_side(store, suffix) as running:
-            Downloads(running[HARMONIA].address, paths, 4, headers).run()
-            for connections in (1, 4, 16):
-                copies = compressed if suffix else plain
+def closures_negotiated(store: BenchStore) -> Iterator[Figure]:
+    """Measure the same by a client that accepts zstd."""
+    yield from _closures(store, "zstd negotiated", ".zst", "", _ZSTD)
 
-                def measure(server: Server) -> Sequence[float]:
-                    ours = server.name == HARMONIA
-                    return rate(server, connections, paths if ours else copies, headers if ours else {})  # noqa: B023
 
-                def cold() -> Sequence[float]:
-                    with servers.harmonia(store) as server:
-                        return measure(server)
+def closures_compressed(store: BenchStore) -> Iterator[Figure]:
+    """Measure downloads of the files that our narinfos name."""
+    yield from _closures(store, ".nar.zst", ".zst", ".zst", {})
 
-                called = f"closure, {what}, {connections} connections" if connections > 1 else f"closure, {what}"
-                if suffix:
-                    yield from compare(
-                        [Figure(f"{called}, cold", "MiB/s of NARs")], {HARMONIA: cold}, store.form.few_rounds
-                    )
-                    called += ", warm"
-                yield from compare(
-                    [Figure(called, "MiB/s of NARs", "nginx")], each(running, measure), store.form.rounds
-                )
 
-    yield from kind("identity", "", plain, {})
-    yield from kind("zstd negotiated", ".zst", plain, {"Accept-Encoding": "zstd"})
-    yield from kind(".nar.zst", ".zst", compressed, {})
+def _closures(store: BenchStore, what: str, suffix: str, ending: str, headers: Mapping[str, str]) -> Iterator[Figure]:
+    """Measure downloads of the closure from Harmonia with this `ending` and these headers.
+
+    nginx serves copies with `suffix`, and the other server plain NARs, as zstd if `suffix` is not empty.
+    """
+    paths = [servers.nar(info) + ending for info in store.closure]
+    copies = [servers.nar(info) + suffix for info in store.closure]
+
+    def rate(server: Server, connections: int, paths: Sequence[str], headers: Mapping[str, str]) -> Sample:
+        def measure() -> Sequence[float]:
+            return [store.closure_size / MIB / Downloads(server.address, paths, connections, headers).run()[0]]
+
+        return metered(server, store.closure_size / GIB, measure)
+
+    with side_by_side(store, suffix) as running:
+        Downloads(running[HARMONIA].address, paths, 4, headers).run()
+        if servers.OTHER:
+            named = [running[servers.OTHER_NAME].nar(info) for info in store.closure]
+        for connections in (1, 4, 16):
+
+            def measure(server: Server) -> Sample:
+                if server.name == servers.OTHER_NAME:  # zstd against zstd
+                    return rate(server, connections, named, _ZSTD if suffix else {})  # noqa: B023
+                ours = server.name == HARMONIA
+                return rate(server, connections, paths if ours else copies, headers if ours else {})  # noqa: B023
+
+            def cold() -> Sample:
+                with servers.harmonia(store) as server:
+                    return measure(server)
+
+            called = f"closure, {what}, {connections} connections" if connections > 1 else f"closure, {what}"
+            if suffix:
+                figure = Figure(f"{called}, cold", "MiB/s of NARs", other_at_least=1, work="GiB")
+                others = {name: server for name, server in running.items() if name == servers.OTHER_NAME}
+                yield from compare([figure], {HARMONIA: cold, **each(others, measure)}, store.form.few_rounds)
+                called += ", warm"
+            figure = Figure(called, "MiB/s of NARs", "nginx", other_at_least=1, work="GiB")
+            figure.at_least = 0.8 if suffix else None
+            yield from compare([figure], each(running, measure), store.form.rounds)
 
 
 def large_file(store: BenchStore) -> Iterator[Figure]:
@@ -126,18 +270,18 @@ def large_file(store: BenchStore) -> Iterator[Figure]:
     path, real_path = servers.nar(store.large), store.real_path(store.large)
     size = store.large.nar_size / MIB
 
-    def rate(server: Server, path: str) -> float:
-        return size / Downloads(server.address, [path]).run()[0]
+    def rate(server: Server, path: str) -> Sample:
+        return metered(server, size / 1024, lambda: [size / Downloads(server.address, [path]).run()[0]])
 
     with ExitStack() as stack:
         running = stack.enter_context(side_by_side(store))
         running["plain socket"] = stack.enter_context(servers.plain_socket(real_path))
-        contenders = each(running, lambda server: [rate(server, path)])
+        contenders = each(running, lambda server: rate(server, path))
         if servers.OTHER:
-            contenders["other"] = lambda: [rate(running["other"], running["other"].nar(store.large))]
-        yield from compare(
-            [Figure("large file, identity", "MiB/s", "nginx", at_least=0.8)], contenders, store.form.rounds
-        )
+            other = running[servers.OTHER_NAME]
+            contenders[servers.OTHER_NAME] = lambda: rate(other, other.nar(store.large))
+        figure = Figure("large file, identity", "MiB/s", "nginx", at_least=0.8, other_at_least=1, work="GiB")
+        yield from compare([figure], contenders, store.form.rounds)
 
         server = running[HARMONIA]
         last, first = [
@@ -150,9 +294,9 @@ def large_file(store: BenchStore) -> Iterator[Figure]:
             store.form.rounds,
         )
 
-    def cold() -> Sequence[float]:
+    def cold() -> Sample:
         with servers.harmonia(store) as server:
-            return [rate(server, f"{path}.zst")]
+            return rate(server, f"{path}.zst")
 
     def piped() -> Sequence[float]:
         return [
@@ -164,10 +308,10 @@ def large_file(store: BenchStore) -> Iterator[Figure]:
     yield from compare([figure], {HARMONIA: cold, **pipe}, store.form.few_rounds)
 
     with side_by_side(store, ".zst") as running:
-        running.pop("other", None)
+        running.pop(servers.OTHER_NAME, None)
         rate(running[HARMONIA], f"{path}.zst")
-        figure = Figure("large file, .nar.zst, warm", "MiB/s of NAR", "nginx", at_least=0.8)
-        yield from compare([figure], each(running, lambda server: [rate(server, f"{path}.zst")]), store.form.rounds)
+        figure = Figure("large file, .nar.zst, warm", "MiB/s of NAR", "nginx", at_least=0.8, work="GiB")
+        yield from compare([figure], each(running, lambda server: rate(server, f"{path}.zst")), store.form.rounds)
 
 
 def many_files(store: BenchStore) -> Iterator[Figure]:
@@ -190,7 +334,7 @@ def many_files(store: BenchStore) -> Iterator[Figure]:
     figures = [
         Figure(f"many small files, {what}", "s", "nix-store --dump", at_most=at_most)
         for what, at_most in (
-            ("cold", 1 / 0.7),
+            ("cold", 1.4),
             ("remembered", 1 / 0.7),
             ("listing, cold", None),
             ("listing, remembered", None),
@@ -215,7 +359,7 @@ def nix_copy(store: BenchStore) -> Iterator[Figure]:
             Downloads(running[HARMONIA].address, [servers.nar(info) + suffix for info in store.closure]).run()
             figures = [
                 Figure(f"nix copy of the closure, {what}", "s", "nginx"),
-                Figure(f"nix copy of the closure, {what}, processor time of the server", "s", "nginx"),
+                Figure(f"nix copy of the closure, {what}, processor time of the server", "s", "nginx", at_most=2),
             ]
             yield from compare(figures, each(running, measure), store.form.few_rounds)
 
@@ -240,7 +384,7 @@ def load(store: BenchStore) -> Iterator[Figure]:
         paths = [servers.narinfo(info) for info in store.closure]
 
         def beside(server: Server) -> Sequence[float]:
-            nars = [server.nar(store.large) if server.name == "other" else path] * _SLOW
+            nars = [server.nar(store.large) if server.name == servers.OTHER_NAME else path] * _SLOW
             with Downloads(server.address, nars, _SLOW).going_on_slowly():
                 return [ask(server.address, paths, 1, store.form.seconds).p99 * 1e3]
 
@@ -355,4 +499,19 @@ def _seconds(command: str | Sequence[str], environment: Mapping[str, str] | None
     return time.perf_counter() - began
 
 
-ALL = (narinfos, closures, large_file, many_files, nix_copy, load, start, prices)
+ALL = (
+    narinfos,
+    commits,
+    many_paths,
+    closures,
+    closures_negotiated,
+    closures_compressed,
+    mixed,
+    two_workers,
+    large_file,
+    many_files,
+    nix_copy,
+    load,
+    start,
+    prices,
+)

@@ -1,44 +1,58 @@
-"""Report of the benchmarks: a table, JSON, and a plot of the ratios."""
+"""Report of the benchmarks: a table and JSON."""
 
 import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.figures import Figure
-from benchmarks.servers import HARMONIA
+from benchmarks.servers import HARMONIA, OTHER_NAME
 from benchmarks.store import MIB, BenchStore
 
 _BEGIN, _END = "<!-- benchmarks begin -->\n", "<!-- benchmarks end -->\n"
 _NAME = "benchmarks"
 
 
-def write(directory: Path, store: BenchStore, figures: Sequence[Figure]) -> None:
-    """Write `benchmarks.md` (between its marks, if it has them), `benchmarks.json` and `benchmarks.png`."""
+def write(directory: Path, store: BenchStore, figures: Sequence[Figure], *, keep: bool = False) -> None:
+    """Write `benchmarks.md` (between its marks, if it has them) and `benchmarks.json`.
+
+    With `keep`, earlier figures of `benchmarks.json` that were not measured now stay.
+    """
     directory.mkdir(exist_ok=True)
+    if keep:
+        figures = _with_earlier(directory / f"{_NAME}.json", figures)
     circumstances = _circumstances(store)
     table = "\n".join([*(f"- {name}: {value}" for name, value in circumstances.items()), "", *_table(figures), ""])
     print(f"\n{table}")
     text = directory / f"{_NAME}.md"
     before, _, rest = (text.read_text() if text.exists() else _BEGIN + _END).partition(_BEGIN)
     text.write_text(f"{before}{_BEGIN}{table}{_END}{rest.partition(_END)[2]}")
-    document = circumstances | {"figures": [asdict(figure) | {"ratio": figure.ratio} for figure in figures]}
+    document = circumstances | {"figures": [asdict(figure) | _derived(figure) for figure in figures]}
     (directory / f"{_NAME}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    try:
-        _plot(directory / f"{_NAME}.png", figures)
-    except ImportError:
-        print("matplotlib is not installed, so no plot was written: pip install -e '.[bench]'")
+
+
+def _derived(figure: Figure) -> dict[str, object]:
+    return {"ratio": figure.ratio, "speeds": {name: figure.speed(name) for name in figure.values if name != HARMONIA}}
+
+
+def _with_earlier(path: Path, figures: Sequence[Figure]) -> Sequence[Figure]:
+    names = {each.name for each in fields(Figure)}
+    earlier = json.loads(path.read_text())["figures"] if path.exists() else []
+    kept = [Figure(**{name: each[name] for name in names & each.keys()}) for each in earlier]
+    measured = {figure.what for figure in figures}
+    return [*(figure for figure in kept if figure.what not in measured), *figures]
 
 
 def _table(figures: Sequence[Figure]) -> list[str]:
     rows = [[figure.what, *_cells(figure)] for figure in figures]
-    header = ["", HARMONIA, "compared with", "ratio", "target"]
+    header = ["", HARMONIA, "compared with", "ratio", "target", f"speed : {OTHER_NAME}", "target", "processor time"]
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
@@ -50,7 +64,25 @@ def _cells(figure: Figure) -> list[str]:
     target = "" if bound is None else f"{sign} {bound:.3g}{'' if figure.reference else f' {figure.unit}'}"
     if figure.reached is not None:
         target += " ✓" if figure.reached >= 1 else " ✗"
-    return [f"{_number(figure.median(HARMONIA))} {figure.unit}", others, ratio, target]
+    return [f"{_number(figure.median(HARMONIA))} {figure.unit}", others, ratio, target, *_other(figure), _cpu(figure)]
+
+
+def _other(figure: Figure) -> list[str]:
+    """Return the cells for the speed compared with the server of BENCH_OTHER."""
+    speed = figure.speed(OTHER_NAME)
+    if speed is None:
+        return ["", ""]
+    least = figure.other_at_least
+    return [f"{speed:.2f}", "" if least is None else f"≥ {least:g} {'✓' if speed >= least else '✗'}"]
+
+
+def _cpu(figure: Figure) -> str:
+    """Return the medians of the processor time, ours first."""
+    names = sorted(figure.cpu, key=lambda name: name != HARMONIA)
+    medians = ", ".join(
+        f"{'' if name == HARMONIA else f'{name} '}{statistics.median(figure.cpu[name]):.3g}" for name in names
+    )
+    return f"{medians} s/{figure.work}" if medians else ""
 
 
 def _number(value: float) -> str:
@@ -82,33 +114,3 @@ def _version(*command: str) -> str:
         return ""
     number = re.search(r"\d+\.\d+(\.\d+)?", done.stdout + done.stderr)
     return f"{command[0]} {number[0]}" if number else command[0]
-
-
-def _plot(path: Path, figures: Sequence[Figure]) -> None:
-    """Plot a bar for each ratio, longer is better, with a mark at its target."""
-    import matplotlib as mpl  # noqa: PLC0415 (optional dependency)
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    compared = [(figure, _speed(figure, figure.ratio)) for figure in reversed(figures) if figure.ratio is not None]
-    if not compared:
-        return
-    plot, axes = plt.subplots(figsize=(10, 1 + 0.3 * len(compared)), layout="constrained")
-    labels = [f"{figure.what} : {figure.reference}" for figure, _ in compared]
-    bars = axes.barh(labels, [speed for _, speed in compared], color="#5277c3")
-    axes.bar_label(bars, fmt=" %.2f", fontsize=8)
-    for number, (figure, _) in enumerate(compared):
-        target = figure.at_least if figure.at_least is not None else figure.at_most
-        if target is not None:
-            axes.plot([_speed(figure, target)] * 2, [number - 0.4, number + 0.4], color="#d04020")
-    axes.axvline(1, color="black", linewidth=0.5)
-    axes.set_xscale("log")
-    axes.set_title("Speed, compared with others (red: the target)")
-    axes.tick_params(labelsize=8)
-    plot.savefig(path, dpi=110)
-
-
-def _speed(figure: Figure, ratio: float) -> float:
-    """Return the speed-up for a ratio. A ratio of times is inverted, so that more is faster."""
-    return 1 / ratio if figure.unit in {"s", "ms", "µs"} else ratio

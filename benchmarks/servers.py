@@ -1,7 +1,8 @@
 """Servers to compare: they serve the same store, or copies of its NARs.
 
-Each has one serving process. `BENCH_OTHER` is the command of one more server. In it, {root} stands for the directory
-with `nix/store` and `nix/var`, {store} and {database} for the store and database in it, and {port} for the port.
+`BENCH_OTHER` is the command of one more server, and `BENCH_OTHER_NAME` its name. In the command, {root} stands for the
+directory with `nix/store` and `nix/var`, {store} and {database} for the store and database in it, {port} for the port,
+and {config} for a TOML file with all of these, which Rust Harmonia reads as well.
 """
 
 import os
@@ -25,6 +26,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.server.resources.narinfo import nar_url
 
 OTHER = os.environ.get("BENCH_OTHER")
+OTHER_NAME = os.environ.get("BENCH_OTHER_NAME", "other")
 HARMONIA = "Harmonia"
 _PATIENCE = 60  # seconds until a server answers
 
@@ -88,25 +90,29 @@ def harmonia(
     """Start a new Harmonia with an empty cache."""
     port = _free_port()
     with tempfile.TemporaryDirectory(dir=store.root.parent) as directory:
-        config = Path(directory, "harmonia.toml")
-        config.write_text(
-            f"bind = '127.0.0.1:{port}'\nworkers = {workers}\ncache_dir = '{directory}'\n"
-            f"real_nix_store = '{store.real_dir}'\nnix_db_path = '{database or store.database}'\n"
-            f"sign_key_paths = ['{store.key_file}']\n{settings}\n"
-        )
+        config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
         with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
             yield server
 
 
+def _config(directory: str, store: BenchStore, port: int, database: Path | None, workers: int, rest: str = "") -> Path:
+    config = Path(directory, "harmonia.toml")
+    config.write_text(
+        f"bind = '127.0.0.1:{port}'\nworkers = {workers}\nreal_nix_store = '{store.real_dir}'\n"
+        f"nix_db_path = '{database or store.database}'\nsign_key_paths = ['{store.key_file}']\n{rest}"
+    )
+    return config
+
+
 @contextmanager
-def nginx(files: Path) -> Iterator[Server]:
+def nginx(files: Path, workers: int = 1) -> Iterator[Server]:
     """Start nginx with a static cache, as `nix copy --to file://` creates it."""
     port = _free_port()
     with tempfile.TemporaryDirectory() as directory:
         temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         config = Path(directory, "nginx.conf")
         config.write_text(
-            f"daemon off; worker_processes 1; pid {directory}/pid; error_log {directory}/error.log;\n"
+            f"daemon off; worker_processes {workers}; pid {directory}/pid; error_log {directory}/error.log;\n"
             "events { worker_connections 1024; }\n"
             "http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000000;\n"
             f"{' '.join(f'{each}_temp_path {directory}/{each};' for each in temporary)}\n"
@@ -119,12 +125,15 @@ def nginx(files: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def other(store: BenchStore) -> Iterator[Server]:
+def other(store: BenchStore, *, database: Path | None = None, workers: int = 1) -> Iterator[Server]:
     assert OTHER
     port = _free_port()
-    words = {"root": store.root, "store": store.real_dir, "database": store.database, "port": port}
-    with _running("other", [word.format(**words) for word in shlex.split(OTHER)], port) as server:
-        yield server
+    with tempfile.TemporaryDirectory() as directory:
+        config = _config(directory, store, port, database, workers)
+        words = {"root": store.root, "store": store.real_dir, "port": port, "config": config}
+        words["database"] = database or store.database
+        with _running(OTHER_NAME, [word.format(**words) for word in shlex.split(OTHER)], port) as server:
+            yield server
 
 
 @contextmanager
