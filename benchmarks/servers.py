@@ -180,7 +180,7 @@ def copied(store: BenchStore, suffix: str) -> Path:
 
     The copies are created once and kept, because the bytes are always the same.
     """
-    files = store.root / f"copied{suffix or '-plain'}"
+    files = store.root / f"copies{suffix or '-plain'}"
     if files.exists():
         return files
     print(f"copying NARs to {files}", flush=True)
@@ -192,6 +192,8 @@ def copied(store: BenchStore, suffix: str) -> Path:
             # Download the NAR first, because its narinfo has FileSize only afterwards.
             urllib.request.urlretrieve(server.url + nar(info) + suffix, f"{unfinished}{nar(info)}{suffix}")
             (unfinished / narinfo(info)[1:]).write_bytes(server.get(narinfo(info)))
+            if (named := server.nar(info)) != nar(info) + suffix:  # the URL of the narinfo names the encoding
+                os.link(f"{unfinished}{nar(info)}{suffix}", f"{unfinished}{named}")
         (unfinished / "nix-cache-info").write_bytes(server.get("/nix-cache-info"))
     unfinished.rename(files)
     return files

@@ -1,94 +1,80 @@
-"""The chart of README.md: speed compared with nginx, drawn from docs/explanation/benchmarks.json."""
+"""The chart of README.md: speed compared with Rust Harmonia and nginx, drawn from docs/explanation/benchmarks.json."""
 
 import json
-import statistics
-from typing import Any
+import math
+from collections.abc import Iterator
 
 from support.pages import ROOT
 
 _MEASURED = ROOT / "docs/explanation/benchmarks.json"
-_ROWS = {
-    "narinfo, 25 connections": "path info (narinfo), 25 connections",
-    "narinfo, 404, 25 connections": "missing path (404), 25 connections",
-    "large file, .nar.zst, warm": "4 GiB file, compressed",
-    "large file, identity": "4 GiB file, plain",
-    "nix copy of the closure, .nar.zst, warm": "nix copy of 749 paths, compressed",
-    "closure, .nar.zst, warm": "749 NARs, compressed",
-    "closure, identity": "749 NARs, plain",
+_GROUPS = {
+    "Ask for path info": {
+        "narinfo, the first time, one after the other": "the first time",
+        "narinfo of a different path each time, 25 connections": "a different path each time, 25 connections",
+        "narinfo, 25 connections, 20 commits a second": "while builds commit, 25 connections",
+        "narinfo, 25 connections": "again, 25 connections",
+        "narinfo, 404, 25 connections": "missing paths (404), 25 connections",
+    },
+    "Download a closure": {
+        "closure, identity": "plain, 1 connection",
+        "closure, identity, 16 connections": "plain, 16 connections",
+        "closure, .nar.zst, 16 connections, cold": "compressed the first time, 16 connections",
+        "closure, .nar.zst, warm": "compressed, 1 connection",
+        "closure, .nar.zst, 16 connections, warm": "compressed, 16 connections",
+        "narinfos and NARs of the closure, zstd, 25 connections": "with path infos, compressed, 25 connections",
+    },
+    "Download one large file": {"large file, identity": "plain", "large file, .nar.zst, warm": "compressed"},
 }
-_OURS, _RUST, _NGINX = "Harmonia", "Rust Harmonia", "nginx"
-_TIMES = {"s", "ms", "µs"}
-_LEFT_PX, _TOP_PX, _ROW_PX = 270, 34, 32
-_THIN_PX = 8
-_LONGEST_PX = 440
-"""Length of the longest bar. The numbers are to the right of it."""
-_STYLE = """\
-    text { font: 14px sans-serif; fill: #24292f; }
-    .number { font-weight: bold; }
-    .rust { font-size: 11px; font-weight: normal; }
-    rect { fill: #5277c3; }
-    rect.rust { fill: #b7410e; }
-    path { stroke: #57606a; stroke-width: 2; stroke-dasharray: 4 3; }
-    @media (prefers-color-scheme: dark) {
-      text { fill: #e6edf3; }
-      rect { fill: #6f93dd; }
-      rect.rust { fill: #e0784a; }
-      path { stroke: #9198a1; }
-    }"""
+_OTHERS = {"Rust Harmonia": "rust", "nginx": "nginx"}
+_LEFT_PX, _EVEN_PX, _DOUBLE_PX = 330, 620, 45
+"""Right edge of the labels, the line of equal speed, and the length of a bar for twice the speed."""
+_MAX_DOUBLINGS = 5
+_BAR_PX, _ROW_PX, _TITLE_PX = 11, 30, 30
+
+
+def _bars(speeds: dict[str, float], top: int) -> Iterator[str]:
+    for number, (name, style) in enumerate((name, style) for name, style in _OTHERS.items() if speeds.get(name)):
+        speed = speeds[name]
+        length = round(min(abs(math.log2(speed)), _MAX_DOUBLINGS) * _DOUBLE_PX)
+        left = _EVEN_PX if speed >= 1 else _EVEN_PX - length
+        y = top + number * (_BAR_PX + 1)
+        yield f'  <rect class="{style}" x="{left}" y="{y}" width="{max(length, 1)}" height="{_BAR_PX}"/>'
+        at, anchor = (_EVEN_PX + length + 5, "start") if speed >= 1 else (_EVEN_PX - length - 5, "end")
+        yield f'  <text class="number" x="{at}" y="{y + 10}" text-anchor="{anchor}">{speed:.2g}</text>'
 
 
 def speed_chart() -> str:
-    """Return an SVG with bars for each chosen figure, and a line at the speed of nginx."""
+    """Return an SVG with two bars for each chosen figure: to the right of the line, Harmonia is faster."""
     figures = {figure["what"]: figure for figure in json.loads(_MEASURED.read_text())["figures"]}
-    rows = {label: (_speed(figures[what], _OURS), _speed(figures[what], _RUST)) for what, label in _ROWS.items()}
-    longest = max(speed for row in rows.values() for speed in (*row, 1.0) if speed is not None)
-    nginx_px = _LONGEST_PX / longest
-    lines = []
-    for number, (label, (ours, rust)) in enumerate(rows.items()):
-        top = _TOP_PX + number * _ROW_PX
-        lines += [f'  <text x="{_LEFT_PX - 10}" y="{top + 13}" text-anchor="end">{label}</text>']
-        lines += _bar(ours, nginx_px, top, 16, "ours")
-        lines += _bar(rust, nginx_px, top + 17, _THIN_PX, "rust")
-    bottom = _TOP_PX + len(rows) * _ROW_PX
-    line = _LEFT_PX + round(nginx_px)
+    rows = []
+    top = 44
+    for title, labels in _GROUPS.items():
+        rows.append(f'  <text class="title" x="10" y="{top + 18}">{title}</text>')
+        top += _TITLE_PX
+        for what, label in labels.items():
+            rows.append(f'  <text x="{_LEFT_PX}" y="{top + 15}" text-anchor="end">{label}</text>')
+            rows.extend(_bars(figures[what]["speeds"], top))
+            top += _ROW_PX
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {bottom}" width="780" height="{bottom}">',
-            f"  <style>\n{_STYLE}\n  </style>",
-            *(_legend() if any(rust is not None for _, rust in rows.values()) else []),
-            *lines,
-            f'  <path d="M{line} 26V{bottom - 4}"/>',
-            f'  <text x="{line}" y="18" text-anchor="middle">nginx, the same content as static files = 1</text>',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 840 {top + 8}" width="840" height="{top + 8}">',
+            "  <style>",
+            "    text { font: 14px sans-serif; fill: #24292f; }",
+            "    .number { font-size: 11px; }",
+            "    .title { font-weight: bold; }",
+            "    .rust { fill: #5277c3; }",
+            "    .nginx { fill: #9aa5b1; }",
+            "    path { stroke: #d04020; stroke-width: 2; }",
+            "    @media (prefers-color-scheme: dark) { text { fill: #e6edf3; } }",
+            "  </style>",
+            '  <rect class="rust" x="10" y="10" width="12" height="12"/>',
+            '  <text x="28" y="21">compared with Rust Harmonia</text>',
+            '  <rect class="nginx" x="250" y="10" width="12" height="12"/>',
+            '  <text x="268" y="21">with nginx, which serves finished files</text>',
+            f'  <text x="{_EVEN_PX - 8}" y="38" text-anchor="end">slower ←</text>',
+            f'  <text x="{_EVEN_PX + 8}" y="38">→ faster</text>',
+            *rows,
+            f'  <path d="M{_EVEN_PX} 28V{top}"/>',
             "</svg>\n",
         ]
     )
-
-
-def _speed(figure: dict[str, Any], server: str) -> float | None:
-    """Return the speed of a server compared with nginx, from the median of the rounds, or None if not measured."""
-    values = figure["values"]
-    if server not in values:
-        return None
-    ratio: float = statistics.median([own / nginx for own, nginx in zip(values[server], values[_NGINX], strict=True)])
-    return 1 / ratio if figure["unit"] in _TIMES else ratio
-
-
-def _bar(speed: float | None, nginx_px: float, top: int, height: int, style: str) -> list[str]:
-    if speed is None:
-        return []
-    length, baseline = round(speed * nginx_px), top + (13 if height > _THIN_PX else 9)
-    return [
-        f'  <rect class="{style}" x="{_LEFT_PX}" y="{top}" width="{length}" height="{height}" rx="2"/>',
-        f'  <text class="number {style}" x="775" y="{baseline}" text-anchor="end">{speed:.2f}</text>',
-    ]
-
-
-def _legend() -> list[str]:
-    lines = []
-    for number, (style, name) in enumerate([("ours", _OURS), ("rust", _RUST)]):
-        left = 10 + number * 100
-        lines += [
-            f'  <rect class="{style}" x="{left}" y="8" width="12" height="12" rx="2"/>',
-            f'  <text x="{left + 18}" y="18">{name}</text>',
-        ]
-    return lines
