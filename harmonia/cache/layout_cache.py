@@ -56,7 +56,7 @@ class _File:
         self._reader.close()
 
 
-class _RecentLayouts(LRUCache[str, Layout]):
+class _RecentLayouts(LRUCache[str, Layout]):  # type: ignore[misc,unused-ignore]  # cachetools has types from 8 on
     """The cache's own layouts. Each is closed when it is evicted."""
 
     def __init__(self, limit: int) -> None:
