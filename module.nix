@@ -243,7 +243,7 @@ in
       type = types.package;
       default = ownPackage;
       defaultText = lib.literalExpression "pkgs.callPackage ./package.nix { }";
-      description = "Package to run. nixpkgs' `pkgs.harmonia` is the Harmonia written in Rust, and does not work here.";
+      description = "Package to run. nixpkgs' `pkgs.harmonia` is the Harmonia written in Rust: it is ignored, with a warning.";
     };
 
     signKeyPaths = mkOption {
@@ -270,7 +270,9 @@ in
         }
       '';
       description = ''
-        Settings of docs/reference/configuration.md. They are checked when the system is built. Key files named here can
+        Settings of docs/reference/configuration.md. They are checked when the system is built.
+        The module does not accept `cache_dir`, `push.state_dir`, a unix socket in `metrics_bind`, or a host name
+        other than `localhost` in `bind`. Key files named here can
         be readable only to root, like `signKeyPaths`.
       '';
     };

@@ -33,6 +33,7 @@ The token, for the client:
   {secret}
 
 Its hash, for the server: add this line to the file at tokens_path, and send the server SIGHUP.
+If systemd passes the file to the server, as on NixOS, restart the server instead.
 
   {token}
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 from harmonia.errors import FormatError
 
-SIZE = '"500M", "20G" or "20GiB" (of 1024), "20 GB" (of 1000)'
+SIZE = '"500M", "20G" or "20GiB" (powers of 1024), "20GB" (powers of 1000)'
 DURATION = '"30s", "5m" or "1h 30min"'
 
 _MAX_INTEGER = (1 << 63) - 1  # the largest integer in TOML and SQLite

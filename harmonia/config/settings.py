@@ -276,7 +276,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 1024
     max_connection_rate: Annotated[
-        Count, Meta(description="No effect (upstream: TLS handshakes at once). Accepted with a warning.")
+        Count, Meta(description="No effect (in the Rust Harmonia: TLS handshakes at once). Accepted with a warning.")
     ] = 256
     max_header_size: Annotated[
         Bytes, Meta(ge=1024, le=16384, description="Maximum size of the head of a request, in bytes.")
@@ -291,15 +291,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_query_rate: Annotated[
         Count,
         Meta(
-            description="Maximum per minute, client address and worker of searches, pages of paths and directories,"
-            " listings of more than 2000 entries, and lookups of debug info. Requests beyond it get 429. 0 is no limit."
+            description="Maximum number of expensive requests in a minute, for each client address and each worker."
+            " These are searches, pages of paths and directories, listings of more than 2000 entries, and lookups of"
+            " debug info. Further ones get 429. 0 is no limit."
         ),
     ] = 1200
     max_failed_auth_rate: Annotated[
         Count,
         Meta(
-            description="Maximum of invalid tokens per minute, client address and worker. Further ones get 429 instead"
-            " of 401. 0 is no limit. Valid tokens are always accepted."
+            description="Maximum number of wrong tokens in a minute, for each client address and each worker. Further"
+            " ones get 429 instead of 401. 0 is no limit. Valid tokens are always accepted."
         ),
     ] = 120
     shutdown_grace: Annotated[
@@ -363,7 +364,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Meta(
             ge=0,
             le=2**31 - 1,
-            description="Priority in `/nix-cache-info`. Clients ask the cache with the lowest number first.",
+            description="Priority in `/nix-cache-info`. Clients ask the cache with the lowest number first;"
+            " cache.nixos.org has 40.",
         ),
     ] = 30
     narinfo_max_age: Annotated[
@@ -444,7 +446,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "TLS needs TCP, not a unix socket; bind to host:port or remove this", "tls_cert_path"
             )
         _check(value_types.check_size, [self.cache_size], "cache_size")
-        _check(value_types.check_proxy, self.trusted_proxies, "trusted_proxies")
+        _check(value_types.check_trusted_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.publish)
         _check_push(self)
 
