@@ -28,7 +28,7 @@ def closed_on_error(opened: _C) -> Generator[_C]:
 async def hand_over(opening: "asyncio.Future[_C] | Future[_C]") -> _C:
     """Wait for `opening`, and return its result. If the caller is cancelled meanwhile, close the result.
 
-    A job for a thread that has not begun is then cancelled.
+    If `opening` is a thread's job that has not begun, the job is cancelled instead.
     """
     waiting = asyncio.wrap_future(opening) if isinstance(opening, Future) else asyncio.shield(opening)
     try:

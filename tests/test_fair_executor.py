@@ -50,7 +50,7 @@ def threads_that_can_start(most: int) -> Iterator[None]:
 
 
 def runs_together(pool: ThreadPoolExecutor, threads: int) -> bool:
-    """Return whether the pool runs this many jobs at a time."""
+    """Return True if the pool runs this many jobs at a time."""
     barrier = threading.Barrier(threads)
     jobs: list[Callable[[], int]] = [pool.submit(barrier.wait, 20).result for _ in range(threads)]
     return sorted(job() for job in jobs) == list(range(threads))

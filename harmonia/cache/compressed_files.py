@@ -44,8 +44,11 @@ class CompressedFiles:
         """Return the remembered hash and size of the compressed NAR, or None. They stay valid after an eviction."""
         return self._known_files.get(sha256)
 
-    def is_certain(self, sha256: bytes) -> bool:
-        """Return whether `known_file_info` is current: the file is known, or a lookup in the last second missed it."""
+    def needs_no_lookup(self, sha256: bytes) -> bool:
+        """Return True if `known_file_info` is up to date, so that `find_file_info` is not needed.
+
+        That is: the file is known, or a lookup in the last second did not find it.
+        """
         return sha256 in self._known_files or sha256 in self._recent_misses
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
@@ -75,7 +78,7 @@ class CompressedFiles:
                 del self._known_files[next(iter(self._known_files))]
 
     def has_file(self, sha256: bytes) -> bool:
-        """Return whether the cache has the complete file."""
+        """Return True if the cache has the complete file."""
         return self._cache is not None and self._cache.has(file_key(sha256, self._encoding))
 
     def load_frame_index(self, sha256: bytes, encoding: Encoding) -> FrameIndex | None:

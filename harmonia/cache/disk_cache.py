@@ -78,13 +78,13 @@ class DiskCache:
         return [os.path.basename(path) for _, _, path in self._files()]
 
     def has(self, key: str) -> bool:
-        """Return whether the cache has the complete file."""
+        """Return True if the cache has the complete file."""
         if file := self.find_file(key):
             file.close()
         return file is not None
 
     def is_growing(self, key: str) -> bool:
-        """Return whether a process fills the file of a key, or died while it did."""
+        """Return True if a process fills the file of a key, or died while it did."""
         return os.path.lexists(self.path(key) + GROWING)
 
     def remove(self, key: str) -> None:

@@ -66,7 +66,7 @@ class CachedFile:
 
     @property
     def whole(self) -> bool:
-        """Return whether the file was complete at the last `refresh`."""
+        """Return True if the file was complete at the last `refresh`."""
         return self.sha256 is not None
 
     def refresh(self) -> None:
@@ -134,7 +134,7 @@ class CachedFile:
         return True
 
     def is_at(self, path: str) -> bool:
-        """Return whether `path` is still the path of this file. It stays so while the file is locked.
+        """Return True if `path` is still the path of this file. It stays so while the file is locked.
 
         Raises OSError if `path` does not exist.
         """

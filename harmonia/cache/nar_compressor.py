@@ -71,7 +71,8 @@ class Compressor:
         """Return the compressed NAR, complete or growing. The caller closes it.
 
         It grows even if no client reads it, and even after `source` is closed. Returns None if the cache is not
-        writable, if the source has no hash, if it was damaged at the last read, or if too many NARs are in compression.
+        writable or the source has no hash. If the NAR was damaged at the last read, or too many NARs are in
+        compression, returns the complete file if the cache has it, otherwise None.
         """
         if not self.cache or not source.sha256:
             return None
@@ -91,7 +92,8 @@ class Compressor:
     def compress_small(self, source: SmallNar) -> bytes | None:
         """Compress a NAR that fits into memory in this thread, add it to the cache, and return the compressed bytes.
 
-        Returns None if another thread or process compresses it. Raises StoreObjectError if the NAR is damaged.
+        Returns None if the cache has the file already, or if another thread or process compresses it.
+        Raises StoreObjectError if the NAR is damaged.
         """
         assert source.sha256 is not None  # noqa: S101 (only NARs are compressed here)
         opened = self.cache.open_file(file_key(source.sha256, self.encoder.encoding)) if self.cache else None
@@ -122,7 +124,7 @@ class Compressor:
         return self.encoder.compress(content)
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
-        """Add to the number of NARs in compression into the cache."""
+        """Add `difference` to the number of NARs now compressed into the cache, in our encoding or in others."""
         with self._lock:
             self._fills[encoding == self.encoder.encoding] += difference
 
@@ -138,7 +140,7 @@ class Compressor:
             _log.error("%s; repair it with nix-store --repair-path, and find others with harmonia verify --all", error)
 
     def is_damaged(self, source: Source) -> bool:
-        """Return whether a NAR did not have its registered hash or size at the last read."""
+        """Return True if a NAR did not have its registered hash or size at the last read."""
         return str(source) in self._damaged
 
     def mark_intact(self, source: Source) -> None:
@@ -179,7 +181,7 @@ class CompressedNar:
 
     @property
     def is_damaged(self) -> bool:
-        """Return whether the NAR did not have its registered hash or size at the last read."""
+        """Return True if the NAR did not have its registered hash or size at the last read."""
         return self._compressor.is_damaged(self._source)
 
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:

@@ -86,7 +86,7 @@ class Encoding:
         return f"zstd-{self.library}-{self.level}-{self.window_log}{ldm}{quick}"
 
     def can_make(self, other: "Encoding") -> bool:
-        """Return whether a server with this encoding can also compress with another one, in bounded memory."""
+        """Return True if a server with this encoding can also compress with another one, in bounded memory."""
         largest = max(_MAX_FOREIGN_WINDOW_LOG, self.window_log)
         return (
             other.library == _LIBRARY

@@ -92,7 +92,7 @@ class FrameEncoder:
     ) -> Generator[bytes | Future[Any], None, int]:
         """Yield the compressed bytes from `start` to `stop` or to the end, without the cache. Return the end position.
 
-        Yields None while the next frame is in compression. Frames before `start` are compressed, too, unless `index`
+        Yields a future to wait for before each frame. Frames before `start` are compressed, too, unless `index`
         has their sizes. Raises StoreObjectError if a frame differs from `index`, or if the content does not have its
         hash.
         """

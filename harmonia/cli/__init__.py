@@ -229,7 +229,7 @@ def chunks(file: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def in_a_pipe() -> None:
+def end_on_sigpipe() -> None:
     """Let SIGPIPE end this process silently when the reader of the pipe exits, like other Unix programs."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 

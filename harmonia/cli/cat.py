@@ -21,7 +21,7 @@ def command(config_file: str | None, paths: tuple[str, ...]) -> None:
 
     Each PATH is a regular file in a valid store path, or a symlink to one. The output is that of `nix store cat`.
     """
-    cli.in_a_pipe()
+    cli.end_on_sigpipe()
     store = Store.of(loader.read(config_file, os.environ))
     for path in paths:
         _, real_path = path_arguments.resolve(store, path)

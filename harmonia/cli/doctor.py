@@ -163,7 +163,7 @@ def _random_paths(settings: Settings, count: int) -> list[str]:
     store = Store.of(settings)
     try:
         paths, _ = store.valid_paths()
-        need_signature = store.need_signatures()
+        need_signature = store.paths_needing_signatures()
     except StoreUnavailableError:
         return []
     chosen = [path for path in paths if not path.endswith(".drv")]

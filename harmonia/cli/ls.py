@@ -27,7 +27,7 @@ def command(config_file: str | None, /, path: str, *, recursive: bool, **how: bo
     The files of a build:  harmonia ls -lR ./result
     The .ls file of one:   harmonia ls --json -R ./result
     """  # noqa: D301 (click keeps the line breaks after \b)
-    cli.in_a_pipe()
+    cli.end_on_sigpipe()
     _, real_path = path_arguments.resolve(Store.of(loader.read(config_file, os.environ)), path)
     real_path = confined.resolved(real_path)
     nodes = _nodes(real_path, recursive=recursive)

@@ -37,7 +37,7 @@ def dump(path: str) -> None:
 
     Archives the file, directory or symlink at PATH, as `nix-store --dump` does.
     """
-    cli.in_a_pipe()
+    cli.end_on_sigpipe()
     if sys.stdout.isatty():
         raise click.UsageError("refusing to write a NAR (binary data) to the terminal; redirect it to a file or a pipe")
     if not os.path.lexists(path):
@@ -57,7 +57,7 @@ def list_(file: BinaryIO, path: str, **how: bool) -> None:
     Lists the NAR in FILE, or the file or directory at PATH in it, as `nix nar ls` does. Reads and checks the whole NAR
     without keeping file contents in memory.
     """
-    cli.in_a_pipe()
+    cli.end_on_sigpipe()
     root = os.fsencode(path).rstrip(b"/")
     root = root if root.startswith(b"/") or not root else b"/" + root
     with _name_file_in_errors(file):

@@ -101,7 +101,7 @@ def without_password(text: str) -> str:
 
 
 def is_excepted(host: str, no_proxy: str) -> bool:
-    """Return whether `no_proxy` lists a host, by its name, a parent domain, its IP address or a network around it."""
+    """Return True if `no_proxy` lists a host, by its name, a parent domain, its IP address or a network around it."""
     if no_proxy == "*":
         return True
     family = _family(host)

@@ -127,7 +127,7 @@ def plain(value: object, kind: object) -> object:
 
 
 def check_size(text: str) -> None:
-    """Raise FormatError if `text` is not a size, or a small number without a unit."""
+    """Raise FormatError if `text` is not a size, or if it is a small number, other than 0, without a unit."""
     if amounts.size(text) < _SIZE_MIN_BYTES and re.fullmatch("[0-9.]*[1-9][0-9.]*", text):
         raise FormatError(f"expected {_SIZE}, found {text}, less than one NAR needs; add a unit")
 
@@ -163,7 +163,7 @@ def check_public_key(text: str) -> None:
         raise FormatError(f"{error}, as in nix.conf") from None
 
 
-def check_proxy(text: str) -> None:
+def check_trusted_proxy(text: str) -> None:
     """Raise FormatError if `text` is not `unix`, an IP address or a network."""
     try:
         text == "unix" or ipaddress.ip_network(text)
@@ -172,7 +172,7 @@ def check_proxy(text: str) -> None:
 
 
 def check_window_log(number: int) -> None:
-    """Raise FormatError if the number is below libzstd's minimum, and not 0."""
+    """Raise FormatError if the number is below libzstd's minimum. 0 is allowed."""
     if 0 < number < _WINDOW_LOG_MIN:
         raise FormatError(f"expected {_WINDOW_LOG}, found integer {number}")
 

@@ -21,7 +21,7 @@ _SUFFIX = ".debug"
 
 
 def is_build_id(text: str) -> bool:
-    """Return whether `text` has the form of a build ID, in lower case."""
+    """Return True if `text` has the form of a build ID, in lower case."""
     return _BUILD_ID.fullmatch(text) is not None
 
 

@@ -38,7 +38,7 @@ def parse_realisation(text: bytes) -> tuple[str, Realisation]:
 
 
 def is_signed(realisation_id: str, realisation: Realisation, keys: Iterable[PublicKey]) -> bool:
-    """Return whether one of the keys signed a realisation, as any version of Nix up to 2.34 signs it."""
+    """Return True if one of the keys signed a realisation, as any version of Nix up to 2.34 signs it."""
     messages = list(map(_json, _signed(realisation_id, realisation)))
     return any(key.verify(message, sig) for key in keys for sig in realisation.sigs for message in messages)
 

@@ -37,7 +37,7 @@ def _join(name: str, value: bytes) -> str:
 
 
 def is_signature(text: str) -> bool:
-    """Return whether `text` is well-formed. Nix ≥ 2.34 refuses a whole narinfo because of one malformed signature."""
+    """Return True if `text` is well-formed. Nix ≥ 2.34 refuses a whole narinfo because of one malformed signature."""
     try:
         _split(text, SIGNATURE_BYTES, "signature")
     except FormatError:
@@ -63,7 +63,7 @@ class PublicKey:
         return _join(self.name, bytes(self.key))
 
     def verify(self, message: bytes, signature: str) -> bool:
-        """Return whether this key made `signature` for `message`. The name of the key must match, too."""
+        """Return True if this key made `signature` for `message`. The name of the key must match, too."""
         if not signature.startswith(f"{self.name}:"):  # saves the 0.1 ms that a verification takes
             return False
         try:

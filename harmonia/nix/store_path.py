@@ -14,7 +14,7 @@ _BASE_NAME = re.compile(rf"{_HASH_PART.pattern}-(?!\.\.?(?:-|$))[0-9A-Za-z+\-._?
 
 
 def is_hash_part(text: str) -> bool:
-    """Return whether `text` has the form of a hash part: 32 digits of Nix's base-32."""
+    """Return True if `text` has the form of a hash part: 32 digits of Nix's base-32."""
     return _HASH_PART.fullmatch(text) is not None
 
 

@@ -45,7 +45,7 @@ def to_stderr(settings: Settings | None = None) -> None:
 
 
 def _is_journal() -> bool:
-    """Return whether systemd has connected stderr to its journal (systemd.exec(5)).
+    """Return True if systemd has connected stderr to its journal (systemd.exec(5)).
 
     The variable alone does not show it, because a program in a terminal may inherit it.
     """

@@ -28,7 +28,10 @@ class LoopTurns:
             await self._wait(client())
 
     async def send(self, body: int, client: Callable[[], Hashable]) -> None:
-        """Wait until the body with this number may send one more piece. A body that sends alone needs no turn."""
+        """Wait until a body may send one more piece. The body that was the last to send does not wait.
+
+        `body` is a number that identifies the body. `client` is called as in `start`.
+        """
         if body != self._last:
             self._last = body
             await self.start(client)

@@ -162,7 +162,7 @@ def _addresses(settings: Settings, environ: Mapping[str, str]) -> None:
 
 
 def _overlap(one: HostAndPort | str | None, other: HostAndPort | str | None) -> bool:
-    """Return whether the addresses exclude each other, as far as their names show it."""
+    """Return True if the addresses exclude each other, as far as their names show it."""
     if not isinstance(one, tuple) or not isinstance(other, tuple):
         return one == other
     hosts = {one[0], other[0]}

@@ -93,7 +93,8 @@ def enable_keepalive(listening: socket.socket) -> None:
 def connection_limit(most: int) -> int:
     """Return the maximum of open connections of a worker: `most`, or fewer if there are not enough descriptors.
 
-    0 for `most` is no limit. Sets the soft limit of open files to the hard limit, if that is allowed.
+    If `most` is 0, the descriptors alone set the limit; the result is never 0.
+    Sets the soft limit of open files to the hard limit, if that is allowed.
     """
     limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # a sandbox may forbid it

@@ -14,7 +14,7 @@ _MAX_INTERVAL_US = 1 << 63
 
 
 def has_sockets(environ: Mapping[str, str]) -> bool:
-    """Return whether systemd has passed sockets to this process."""
+    """Return True if systemd has passed sockets to this process."""
     return environ.get("LISTEN_PID") == str(os.getpid()) and environ.get("LISTEN_FDS", "0") != "0"
 
 

@@ -100,7 +100,7 @@ class Threads:
             raise StoreUnavailableError("the database does not answer") from None
 
     async def write(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
-        """Run a function that reads or writes a fetched file. If the caller is cancelled, first wait for its end."""
+        """Run a function that reads or writes a fetched file. A cancelled caller waits for its end."""
         return await _finished(self._writers, function, *arguments, **named)
 
     async def sync(self, function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:

@@ -112,12 +112,15 @@ class PushReceiver:
             self._spooling.submit(incoming.close)
 
     async def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
-        """Register a realisation with the Nix daemon. Raises PushRefusedError if it is not signed, or refused."""
+        """Register a realisation like `Importer.register`, which drops one without a trusted signature.
+
+        Raises PushRefusedError if it cannot be registered.
+        """
         register = partial(self.importer.register, realisation_id, realisation, may_sign=may_sign)
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
     async def has(self, file_hash: str) -> bool:
-        """Return True if a NAR file is in the spool."""
+        """Return True if a NAR file is in the spool, and restart the time for which it waits there."""
         return await self._in_spool(partial(self.spool.find, file_hash))
 
     def start_import(
@@ -145,7 +148,10 @@ class PushReceiver:
             self.counters.pushed_paths += 1
 
     def note_answer(self, hash_part: str, *, found: bool) -> None:
-        """Count a narinfo that is found after a 404 of this worker: the clients before keep the 404 for an hour."""
+        """Note if a narinfo was found. Count one that is found after this worker answered 404 for it.
+
+        Clients that got the 404 keep it for an hour.
+        """
         if not found:
             self._missed[hash_part] = True
         elif self._missed.pop(hash_part, False):

@@ -39,9 +39,9 @@ class PushRoots:
         self._keep_s = keep_s
 
     def add(self, daemon: Daemon, path: StorePath, references: Iterable[StorePath] = ()) -> None:
-        """Make a root of a valid path, or renew it. The roots of references that were just pushed end in an hour.
+        """Make a root of a valid path, or renew it. Let the roots of references just pushed end in an hour.
 
-        Until this returns, a temporary root must protect the path.
+        The caller must hold a temporary root of the path until this returns.
         """
         os.makedirs(self._directory, 0o700, exist_ok=True)
         link = self._link(path)

@@ -32,7 +32,7 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def count_with(settings: Settings) -> Metrics:
+def create_metrics(settings: Settings) -> Metrics:
     """Create the shared counters of all workers. Call it before the fork."""
     names = [route.metric for route in routes(settings) + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.upstream]

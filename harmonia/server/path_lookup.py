@@ -130,7 +130,10 @@ class Paths:
             return None
 
     def is_current(self, path: SignedPath) -> bool:
-        """Return whether `lookup_path` would return the same path now. Return False if only a thread can tell."""
+        """Return True if `lookup_path` would certainly return the same path now. Does not block.
+
+        Returns False if a thread must look it up, if the policy has gc_roots, or if the row is malformed.
+        """
         if self._closure is not None:
             return False
         try:
@@ -139,7 +142,7 @@ class Paths:
             return False
 
     def is_absent(self, hash_part: str) -> bool:
-        """Return whether no path is known to have this hash part now. Return False if only a thread can tell."""
+        """Return True if it is certain that no path has this hash part now. Return False if a thread must look."""
         try:
             return self._lookup_now(hash_part) is None and hash_part in self._absent
         except StoreObjectError:
@@ -159,14 +162,17 @@ class Paths:
         self._this_turn = None
 
     async def is_published(self, path: StorePath) -> bool:
-        """Return whether a path is valid and the publish policy allows it. Without a policy, return True."""
+        """Return True if a path is valid and the publish policy allows it.
+
+        Without a policy, returns True for every path, valid or not.
+        """
         if self.policy is None:
             return True
         signed = await self.lookup_usable_path(path.hash_part)
         return signed is not None and signed.info.path == path
 
     async def is_log_published(self, derivation: StorePath) -> bool:
-        """Return whether the log of a derivation may be served: if the derivation or one of its outputs may be."""
+        """Return True if the log of a derivation may be served: if the derivation or one of its outputs may be."""
         if self.policy is None:
             return True
         if self.policy.by_name_alone or not self.policy.permits_name(derivation):
@@ -199,7 +205,7 @@ class Paths:
         return is_published
 
     async def _is_needed(self, path: StorePath) -> bool:
-        """Return whether the path is in the closure of the policy's roots."""
+        """Return True if the path is in the closure of the policy's roots."""
         closure = self._closure
         assert closure is not None  # noqa: S101 (callers check this)
         if path in closure and closure.age < _CLOSURE_MAX_AGE_S:

@@ -24,7 +24,7 @@ from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
-from harmonia.server.app import count_with, create_app, create_metrics_app
+from harmonia.server.app import create_app, create_metrics, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener, limited_connection
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
@@ -44,7 +44,7 @@ def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
     """Create what all workers share. Call it before the fork."""
     if settings.upstream:  # takes half a second and 9 MiB: only if needed
         importlib.import_module("harmonia.server.resources.upstream_fallback")
-    return ServerContext(settings, keys, count_with(settings))
+    return ServerContext(settings, keys, create_metrics(settings))
 
 
 def run(

@@ -80,7 +80,7 @@ class IndexFile:
                 os.unlink(path)
 
     def move_to_memory(self) -> bool:
-        """Use an index in memory from now on. Return whether it was in a file before."""
+        """Use an index in memory from now on. Return True if it was in a file before."""
         self.close()
         moved, self._path = self._path is not None, None
         return moved

@@ -142,9 +142,9 @@ class Layout:
         self._wake()
 
     def spill(self, file: BlockFile) -> None:
-        """Move the blocks in memory to a file, which this layout then closes. Later calls must pass the same file.
+        """Move the blocks in memory to a file. Later calls must pass the same file.
 
-        Raises OSError if the disk fails.
+        The layout takes over the file: the last owner's `close` closes it. Raises OSError if the disk fails.
         """
         self._file = file  # set before a block is deleted, because readers look in memory first
         for number, block in list(self._memory.items()):

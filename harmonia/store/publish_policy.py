@@ -39,18 +39,18 @@ class PublishPolicy:
         self.closure = Closure(store, rules.gc_roots) if rules.gc_roots else None
 
     def permits_name(self, path: StorePath) -> bool:
-        """Return whether the rules for names allow a path. A derivation is also matched without its suffix .drv."""
+        """Return True if the rules for names allow a path. A derivation is also matched without its suffix .drv."""
         names = {path.name, path.name.removesuffix(".drv")}
         if self._deny is not None and any(map(self._deny.fullmatch, names)):
             return False
         return self._allow is None or any(map(self._allow.fullmatch, names))
 
     def permits(self, info: PathInfo) -> bool:
-        """Return whether all rules except gc_roots allow a path."""
+        """Return True if all rules except gc_roots allow a path."""
         return self.permits_name(info.path) and (not self._keys or self._is_signed(info))
 
     def _is_signed(self, info: PathInfo) -> bool:
-        """Return whether a signature in the database is by one of the keys. Our own signatures are not in it."""
+        """Return True if a signature in the database is by one of the keys. Our own signatures are not in it."""
         fingerprint = info.fingerprint(self._store_dir)
         return any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs)
 
@@ -77,8 +77,9 @@ class Closure:
         return time.monotonic() - self._looked_at
 
     def refresh(self, age: float = 0.0) -> None:
-        """Compute the closure again if the roots have changed. Do nothing if the last refresh is less than `age` s ago.
+        """Compute the closure again if the roots have changed and the last refresh is over `age` seconds ago.
 
+        Also does nothing for some time after a refresh, longer if that was slow.
         Raises StoreUnavailableError if the database cannot be read; the closure then stays as it was.
         """
         with self._lock:

@@ -205,7 +205,7 @@ class Store:
         rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
         return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
 
-    def need_signatures(self) -> set[str]:
+    def paths_needing_signatures(self) -> set[str]:
         """Return the full valid paths that are not content-addressed, which clients accept only with a signature."""
         return {row[0] for row in self.database.query(_NEED_SIGNATURES)}
 

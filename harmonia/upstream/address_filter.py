@@ -48,9 +48,9 @@ class AddressFilter:
     async def through_proxy(self, host: str, *, here: bool) -> None:
         """Check a host that a proxy connects to, by its name and the addresses that our own DNS has for it.
 
-        Behind a proxy, DNS may know no address. An upstream without an address counts as public, unless its name is
-        local. With `here`, the host is the upstream itself and is allowed. Otherwise, raises PrivateAddressError like
-        `connect_redirected`.
+        If `here`, the host is the upstream itself: it is allowed, and decides whether the upstream counts as public.
+        Behind a proxy, DNS may know no address: then the upstream counts as public, unless its name is local.
+        If not `here`, raises PrivateAddressError like `connect_redirected`.
         """
         if here and self._judged:
             return
@@ -72,14 +72,14 @@ async def _addresses(host: str) -> list[str]:
 
 
 def is_local(host: str) -> bool:
-    """Return whether a host name is local: each network gives it its own meaning."""
+    """Return True if a host name is local: each network gives it its own meaning."""
     name = host.lower().rstrip(".")
     is_address = ":" in name
     return not is_address and ("." not in name or f".{name}".endswith(tuple(f".{each}" for each in _LOCAL_DOMAINS)))
 
 
 def is_public(address: str) -> bool:
-    """Return whether an address belongs to the Internet, not to a private network."""
+    """Return True if an address belongs to the Internet, not to a private network."""
     ip: IPv4Address | IPv6Address = ip_address(address)
     if isinstance(ip, IPv6Address):
         nat64 = IPv4Address(ip.packed[-4:]) if ip in _NAT64 else None

@@ -74,10 +74,10 @@ class Answer:
                     return b""
                 self._pieces = self._decoder.feed(data)
 
-    async def read_whole(self, most: int, before_long: Callable[[], Awaitable[object]]) -> bytes:
+    async def read_whole(self, most: int, reserve_memory: Callable[[], Awaitable[object]]) -> bytes:
         """Return all bytes of a small response.
 
-        `before_long` is awaited before the response takes more than 64 KiB of memory, or is decoded. Raises
+        `reserve_memory` is awaited at most once: before the body exceeds 64 KiB, or before it is decoded. Raises
         UpstreamMismatchError if the bytes sent, or the decoded bytes, are more than `most`, or if the content coding is
         invalid; UpstreamUnavailableError if the transfer fails.
         """
@@ -89,11 +89,11 @@ class Answer:
                 raise self._refuse(Reason.TOO_LONG, f"longer than {most} bytes")
             if not is_long and len(body) >= _LONG_BYTES:
                 is_long = True
-                await before_long()
+                await reserve_memory()
         if self._decoder is None:
             return bytes(body)
         if not is_long:
-            await before_long()
+            await reserve_memory()
         try:
             return await self._transport.in_thread(self._decoder.decode, bytes(body), most)
         except SizeError as error:

@@ -12,7 +12,7 @@ _log = logging.getLogger("harmonia")
 
 
 class Breaker:
-    """Circuit breaker of one upstream, on one event loop. It is closed while the upstream is used."""
+    """Circuit breaker of one upstream, on one event loop. Closed: requests are sent. Open: only probes are."""
 
     def __init__(self, probe: Callable[[], Awaitable[bool]], changed: Callable[[str | None], None]) -> None:
         """Create a breaker, which `start` starts.
@@ -40,6 +40,7 @@ class Breaker:
             await asyncio.gather(self._probing, return_exceptions=True)
 
     async def usable(self) -> bool:
+        """Return True if the breaker is closed. Wait for the first probe, at most for `patience` of `start`."""
         await self._probed.wait()
         return self.closed
 
@@ -48,9 +49,9 @@ class Breaker:
         self._delay = FIRST_DELAY
 
     def failed(self, why: str, retry_after: float = 0) -> None:
-        """Count a failure with its cause. Open after MAX_FAILURES, or at once if the upstream sent `retry_after`.
+        """Count a failure with its cause. The breaker opens after MAX_FAILURES, or at once with `retry_after`.
 
-        The next probe comes after `retry_after` seconds at the earliest, but LONGEST_DELAY counts if that is shorter.
+        The next probe comes after at least `retry_after` seconds, or LONGEST_DELAY if that is less.
         """
         self._failures += 1
         self._retry_after = min(max(retry_after, self._retry_after), LONGEST_DELAY)

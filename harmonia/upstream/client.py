@@ -236,7 +236,7 @@ class Client:
             _log.log(level, "upstream %s %s", self.base, state)
 
     async def _probe(self) -> bool:
-        """Return whether the upstream answers and is a cache for our store directory."""
+        """Return True if the upstream answers and is a cache for our store directory."""
         try:
             with self._counting():
                 async with self._answering(), AsyncExitStack() as memory:

@@ -107,7 +107,7 @@ class NarFetcher:
             return CachedBody(reader, submit, running.size, running, self._passthrough_body(path, headers))
 
     def stored_body(self, file: CachedBody | PassthroughBody, path: RemotePath, submit: Submit) -> StoredBody:
-        """Return the NAR in a zstd file as a zstd file whose length is known."""
+        """Convert the zstd file of a NAR to one without compression, whose length is known. Take over `file`."""
         return StoredBody(file, path.info.nar_size, submit, self._threads)
 
     async def _run(self, key: str, transfer: Transfer) -> None:
@@ -143,7 +143,10 @@ class NarFetcher:
         )
 
 
-async def unread_size(path: RemotePath, headers: Mapping[str, str]) -> int | None:
-    """Request the size of a NAR file in bytes, or None if unknown. Raises UpstreamError if the request fails."""
+async def request_size(path: RemotePath, headers: Mapping[str, str]) -> int | None:
+    """Return the size of a NAR file in bytes, from a HEAD request, or None if the upstream does not send it.
+
+    Raises UpstreamError if the request fails.
+    """
     async with await path.request_nar(headers, WHOLE, "HEAD") as answer:
         return answer.content_length

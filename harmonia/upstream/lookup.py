@@ -67,10 +67,10 @@ class UpstreamPool:
             await client.close()
 
     async def lookup_path(self, hash_part: str, via: Via) -> RemotePath | None:
-        """Return the path with this hash part, or None if no upstream has it or none answers within `bound` seconds.
+        """Return the path with this hash part from an upstream, or else from the cache, or None if neither has it.
 
-        A late response is cached for the next lookup. If no upstream has the path, or none answers, return it from the
-        cache if both its narinfo and its NAR are there.
+        An upstream must answer within `bound` seconds; a later response is cached for the next lookup.
+        The cache has a path if both its narinfo and its NAR are there. Returns None for a request in a loop.
         """
         if via.is_loop(self.identity):
             return None
@@ -117,18 +117,18 @@ class UpstreamPool:
         return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
 
     def mark_failed(self, path: RemotePath) -> None:
-        """Remember that the NAR of a path cannot be downloaded: for 30 s, its upstream counts as without the path."""
+        """Remember that the NAR of a path cannot be downloaded: for 30 s, lookups of it skip its upstream."""
         self._lookup_cache.forget((path.info.path.hash_part, Via()))
         self._failed.add(path.client.id, path.name.key)
 
     def _is_useless(self, path: RemotePath, via: Via) -> bool:
-        """Return whether the request came from the path's upstream, or the NAR's download failed recently."""
+        """Return True if the request came from the path's upstream, or the NAR's download failed recently."""
         return path.client.identity in via.through or self._failed.has(path.client.id, path.name.key)
 
     async def first_answer(self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None) -> _T | None:
-        """Return the first result other than None of all upstreams, or None if there is none within the bound.
+        """Return the first result of `ask` other than None, or None if there is none within `bound` seconds.
 
-        `discard` is called with each further or later result.
+        `ask` requests the resource from one upstream. `discard` is called with each other result, even a late one.
         """
         if via.is_loop(self.identity):
             return None

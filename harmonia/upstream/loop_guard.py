@@ -48,7 +48,7 @@ class Via:
         return cls(tuple(through[:_MAX_HOPS]), frozenset(asked[:_MAX_ASKED]))
 
     def is_loop(self, identity: str) -> bool:
-        """Return whether a request came through the server `identity` before, or through _MAX_HOPS Harmonias."""
+        """Return True if a request came through the server `identity` before, or through _MAX_HOPS Harmonias."""
         return identity in self.through or len(self.through) >= _MAX_HOPS
 
     def headers(self, identity: str, asked: Iterable[str | None] = ()) -> dict[str, str]:

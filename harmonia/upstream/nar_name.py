@@ -41,12 +41,12 @@ class NarName:
         return f"{self.nar_hash}-{self.file}.nar.{self.compression}"
 
     @property
-    def names_bytes(self) -> bool:
-        """Return whether the name determines the bytes. Without a FileHash, the upstream may compress the NAR again."""
+    def determines_bytes(self) -> bool:
+        """Return True if the name determines the bytes. Without a FileHash, the upstream may compress the NAR again."""
         return self.compression == "none" or len(self.file) == _FILE_HASH_LENGTH
 
     def may_be_at(self, upstream: str) -> bool:
-        """Return whether the upstream with this id may have the file. Without a FileHash, only one upstream may."""
+        """Return True if the upstream with this id may have the file. Without a FileHash, only one upstream may."""
         return self.file == upstream or len(self.file) == _FILE_HASH_LENGTH
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ class ContentCheck:
 
 
 def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
-    """Return whether the SHA-256 of a file is the one that its narinfo names."""
+    """Return True if the SHA-256 of a file is the one that its narinfo names."""
     return sha256 == (info.nar_hash if nar.compression == "none" else nar.file_hash)
 
 
@@ -65,8 +65,8 @@ def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: i
 class StreamCheck:
     """A ContentCheck of a file that is passed through, in threads.
 
-    A file with a large window is unpacked again with more memory, unless another file holds that memory. It does not
-    wait for it, because the client of the other file may be slow.
+    A file with a large window is unpacked again with more memory. If another file holds that memory, the check
+    fails at once: it does not wait, because the client of the other file may be slow.
     """
 
     def __init__(self, path: RemotePath, threads: Threads, note: Callable[..., None]) -> None:

@@ -62,7 +62,11 @@ class NarinfoCache:
         return await self._threads.write(self._files.has, hash_part)
 
     async def keep(self, path: RemotePath) -> None:
-        """Write the narinfo of a path if its NAR is in the cache, or as soon as another worker has fetched it."""
+        """Write the narinfo of a path if its NAR is in the cache, or as soon as another worker has fetched it.
+
+        Does nothing if no worker fetches the NAR, or if the mode of the upstream is not `proxy`.
+        Raises TimeoutError after _MAX_WAIT_S.
+        """
         hash_part = path.info.path.hash_part
         if path.client.settings.mode != "proxy" or hash_part in self._awaiting_nars:
             return

@@ -41,7 +41,7 @@ def target(url: str, location: str, base: str | None) -> str:
 
 
 def is_same_site(base: str, url: str) -> bool:
-    """Return whether a URL has the scheme, host and port of the upstream at `base`.
+    """Return True if a URL has the scheme, host and port of the upstream at `base`.
 
     If `base` is http, https on the same host counts, too, with the same port or 443: sites redirect that way.
     """

@@ -40,7 +40,10 @@ WHOLE: Part = (0, None)
 
 
 class UpstreamRejectedError(UpstreamError):
-    """An upstream does not answer, or its circuit breaker is open. Does not count as a failure."""
+    """The circuit breaker of an upstream is open; the subclass: the upstream does not answer.
+
+    Only the subclass counts as a failure.
+    """
 
     def __init__(self, base: str, why: str) -> None:
         super().__init__(f"{base}: {why}")
@@ -154,7 +157,7 @@ class Transport:
             raise UpstreamUnavailableError(self.base, _phrase(error)) from None
 
     def is_own_site(self, url: str) -> bool:
-        """Return whether a URL belongs to the upstream itself."""
+        """Return True if a URL belongs to the upstream itself."""
         return redirects.is_same_site(self.base, url)
 
     async def _request(
@@ -220,7 +223,7 @@ class Transport:
 
 
 def _has_it(response: aiohttp.ClientResponse, start: int) -> bool:
-    """Return whether a response has the requested bytes: the whole body, or the part that begins at `start`.
+    """Return True if a response has the requested bytes: the whole body, or the part that begins at `start`.
 
     A part from 0 may answer a request for the whole body; its reader verifies it.
     """

@@ -31,7 +31,7 @@ def client(request: Request, trusted: Sequence[str]) -> str:
 
 
 def from_proxy(request: Request, trusted: Sequence[str]) -> bool:
-    """Return whether the peer of the request's connection is a trusted proxy."""
+    """Return True if the peer of the request's connection is a trusted proxy."""
     return _is_proxy(_peer(request), trusted)
 
 

@@ -97,7 +97,7 @@ class Guard:
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
 
     def error_to_send(self, request: Request, error: Exception) -> Exception:
-        """Return the error to send: for a request that may not read, 401, 403 or 429 instead of 404 or 405."""
+        """Return `error`, or 401, 403 or 429 in place of 404 or 405 if the request may not read."""
         if isinstance(error, NotFound | MethodNotAllowed) and "read" not in self._anonymous_scopes:
             try:
                 self.admit(request, "read")

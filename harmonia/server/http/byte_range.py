@@ -21,7 +21,7 @@ class ByteRange(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Return whether the range goes from its first position to the end."""
+        """Return True if the range goes from its first position to the end."""
         return self.first is not None and (self.last is None or self.last >= UNKNOWN_LAST)
 
 
@@ -30,7 +30,7 @@ class UnsatisfiableError(Exception):
 
 
 def is_single(header: str) -> bool:
-    """Return whether a Range header has exactly one range of bytes. Others are ignored, which RFC 9110 allows."""
+    """Return True if a Range header has exactly one range of bytes. Others are ignored, which RFC 9110 allows."""
     return _parse(header) is not None
 
 

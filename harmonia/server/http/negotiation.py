@@ -21,7 +21,7 @@ def weights(header: str) -> dict[str, float]:
 
 
 def prefers_zstd(header: str, *, worthwhile: bool = True) -> bool:
-    """Return whether to send zstd. Raises NotAcceptable if the client accepts neither zstd nor identity.
+    """Return True if the response should be zstd. Raises NotAcceptable if the client accepts neither zstd nor identity.
 
     `worthwhile` is False for tiny or incompressible bodies: then only a client that refuses identity gets zstd.
     """
@@ -38,7 +38,7 @@ def prefers_zstd(header: str, *, worthwhile: bool = True) -> bool:
 
 
 def prefers_html(header: str) -> bool:
-    """Return whether an Accept header prefers HTML to plain text, as browsers do for pages."""
+    """Return True if an Accept header prefers HTML to plain text, as browsers do for pages."""
     wanted = weights(header)
     others = wanted.get("text/*", wanted.get("*/*", 0.0))
     return wanted.get("text/html", others) > wanted.get("text/plain", others)

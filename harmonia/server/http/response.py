@@ -215,7 +215,7 @@ async def _reached(
     if part is not None and part.first is not None and not (part.is_open and needs_length):
         with suppress(TimeoutError):
             async with asyncio.timeout(_LENGTH_WAIT_S):
-                await exhaust(body, submit)
+                await generate_to_end(body, submit)
         if body.size is not None:
             return None
         start = part.first if part.is_open else part.last or 0
@@ -229,7 +229,7 @@ async def _reached(
         if first:
             return (pieces, first) if part.is_open else None
     if body.size is None:
-        await exhaust(body, submit)
+        await generate_to_end(body, submit)
     return None
 
 
@@ -254,7 +254,7 @@ class _HeadOfUnknownLength(HTTPResponse):
 
 
 def _is_encoded(request: Request, representation: Representation) -> bool:
-    """Return whether to send the zstd coding.
+    """Return True if the response should have the zstd coding.
 
     Never for ranges, because Nix counts the plain bytes of a range. Never for HTTP/1.0, which needs a length.
     """
@@ -266,7 +266,7 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
 
 
 def wants_part(request: Request) -> bool:
-    """Return whether the request has a valid Range, which only counts for GET (RFC 9110 section 14.2)."""
+    """Return True if the request has a valid Range, which only counts for GET (RFC 9110 section 14.2)."""
     return request.method == "GET" and byte_range.is_single(_field(request, "range"))
 
 
@@ -283,7 +283,7 @@ def _requested_range(request: Request, headers: Mapping[str, str]) -> byte_range
 
 
 def _is_unmodified(request: Request, etag: str | None) -> bool:
-    """Return whether If-None-Match has the ETag. Raises 412 if If-Match does not (RFC 9110 section 13.2.2).
+    """Return True if If-None-Match has the ETag. Raises 412 if If-Match does not (RFC 9110 section 13.2.2).
 
     Conditions on dates are ignored, because no resource has Last-Modified (sections 13.1.3 and 13.1.4).
     """
@@ -293,13 +293,13 @@ def _is_unmodified(request: Request, etag: str | None) -> bool:
 
 
 def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:
-    """Return whether a condition has this ETag. `*` matches any ETag, and also none."""
+    """Return True if a condition has this ETag. `*` matches any ETag, and also none."""
     tags = _TAG.findall(condition)
     return condition.strip(" \t") == "*" or etag in tags or (weakly and f"W/{etag}" in tags)
 
 
-async def exhaust(body: Body, submit: Submit) -> None:
-    """Wait until a body is generated to its end, and its size is known."""
+async def generate_to_end(body: Body, submit: Submit) -> None:
+    """Generate a body to its end without sending it, so that its size becomes known."""
     async with aclosing(_pieces(body, END, None, submit)) as nothing:
         async for _ in nothing:
             pass

@@ -55,7 +55,8 @@ class ResponseCache:
     def __init__(self, short_limit: int = _MAX_SHORT_BYTES, long_limit: int = _MAX_LONG_BYTES) -> None:
         """Create a cache of at most so many bytes. The oldest short response, or a random long one, is evicted first.
 
-        Clients download closures in the same order. If those exceed the limit, the oldest response is always the next.
+        Why random: clients download closures in the same order. If a closure exceeds the limit, the oldest response
+        is always the next one to be requested.
         """
         size = attrgetter("memory_bytes")
         self._short: MutableMapping[bytes, _CachedResponse] = FIFOCache(short_limit, getsizeof=size)

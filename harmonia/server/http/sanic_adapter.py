@@ -107,7 +107,7 @@ async def body_of(request: Request, stall_s: float) -> AsyncGenerator[bytes]:
 
 
 async def drop_body(request: Request, most: int, stall_s: float) -> None:
-    """Read and drop the rest of a body before an error response, because a client reads none while it sends.
+    """Read and drop the rest of a body before an error response: clients read no response while they send.
 
     Does nothing if the client waits for a response before it sends (Expect), or would send more than `most` bytes.
     """
@@ -163,7 +163,7 @@ class Connection(HttpProtocol):
             self._time = began
 
     def _is_idle(self, http: Http) -> bool:
-        """Return whether a request can be answered at once: no other is pending, and the client reads."""
+        """Return True if a request can be answered at once: no other is pending, and the client reads."""
         return (
             http.stage is Stage.IDLE
             and http.keep_alive
@@ -189,7 +189,7 @@ class Connection(HttpProtocol):
         self.close()
 
     def _is_unsent(self) -> bool:
-        """Return whether the kernel has unsent bytes of a TLS connection. Only then may uvloop have more."""
+        """Return True if the kernel has unsent bytes of a TLS connection. Only then may uvloop have more."""
         transport = self.transport
         if transport is None or transport.is_closing() or transport.get_extra_info("ssl_object") is None:
             return False

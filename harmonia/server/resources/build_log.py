@@ -12,7 +12,7 @@ from sanic.exceptions import NotFound
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
-from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Representation, exhaust
+from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Representation, generate_to_end
 from harmonia.server.http.response_cache import AbsentError
 from harmonia.store import build_log
 from harmonia.store.build_log import BuildLog
@@ -32,7 +32,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
 
     async def size(request: Request) -> int | None:
         if request.version == "1.0":  # GET sends the length, and HEAD must send the same one
-            await exhaust(log, context.submitter(request))
+            await generate_to_end(log, context.submitter(request))
         return log.size
 
     return Representation(

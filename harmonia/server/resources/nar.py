@@ -38,7 +38,7 @@ from harmonia.server.http.response import (
     Deferred,
     Encoded,
     Representation,
-    exhaust,
+    generate_to_end,
     wants_part,
 )
 from harmonia.server.http.response_cache import AbsentError, StillValid
@@ -127,7 +127,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
 
 
 def _is_small(request: Request, info: PathInfo) -> bool:
-    """Return whether to send a NAR from memory: a small one, and all of it."""
+    """Return True if a NAR is sent from memory: a small one, and all of it."""
     return info.nar_size <= _SMALL_NAR_BYTES and not wants_part(request)
 
 
@@ -161,10 +161,10 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
     if encoding is None:
         raise NotFound
     body: Body | Deferred = _compressed(context, info, encoding)
-    names_bytes = name is not None
+    determines_bytes = name is not None
     if not own.can_make(encoding):
         cached = await context.threads.run_open(partial(compressor.files.use_cached_file, info.nar_hash, encoding))
-        names_bytes = cached is not None
+        determines_bytes = cached is not None
         if cached is None:
             encoding, body = own, _compressed(context, info, own)
         else:
@@ -178,9 +178,9 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
     return Representation(
         content_type=_CONTENT_TYPE,
         body=body,
-        cache_control=IMMUTABLE_NAR if names_bytes else UNNAMED,
+        cache_control=IMMUTABLE_NAR if determines_bytes else UNNAMED,
         etag=f'"{base32.encode(info.nar_hash)}-{encoding.name}"',
-        resumable=names_bytes,
+        resumable=determines_bytes,
     )
 
 
@@ -214,7 +214,7 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
         )
         with closed_on_error(body):
             if wants_part(request) and body.is_damaged:
-                await exhaust(body, context.submitter(request))  # fails, so that Nix asks its next cache
+                await generate_to_end(body, context.submitter(request))  # fails, so that Nix asks its next cache
         return body
 
     async def read_small(request: Request) -> bytes | None:

@@ -33,14 +33,14 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     if path is None:
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, files = path.info, context.compressor.files
-    if context.offers_zstd and not files.is_certain(info.nar_hash):
+    if context.offers_zstd and not files.needs_no_lookup(info.nar_hash):
         await context.threads.run_short_io(lambda: files.find_file_info(info.nar_hash))
     compressed = files.known_file_info(info.nar_hash)
     nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
 
     def still_valid() -> bool:
-        is_certain = not context.offers_zstd or files.is_certain(info.nar_hash)
-        return is_certain and files.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
+        needs_no_lookup = not context.offers_zstd or files.needs_no_lookup(info.nar_hash)
+        return needs_no_lookup and files.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
 
     return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), still_valid=still_valid)
 

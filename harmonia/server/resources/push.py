@@ -65,7 +65,7 @@ class _Progress:
 
 
 async def get_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    """Return the narinfo of any valid path, even if the publish policy forbids it: Nix would push it again."""
+    """Return the narinfo of any valid path, published or not, so that Nix does not push it again."""
     info = await context.threads.run_db(partial(context.store.path_info, hash_part))
     if info is None:
         raise NotFound
@@ -141,7 +141,7 @@ async def drop(context: ServerContext, request: Request, **_: str) -> Representa
 
 
 def receiving(handler: Handler) -> Handler:
-    """Return a handler for PUT whose refusals reach the client: all are 4xx, after the client has sent the body."""
+    """Return a handler for PUT that answers each error with 4xx, after it has dropped the rest of the body."""
 
     @wraps(handler)
     async def put(context: ServerContext, request: Request, **parameters: str) -> Representation:

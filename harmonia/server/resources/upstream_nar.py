@@ -15,7 +15,7 @@ from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.client import Client
-from harmonia.upstream.fetch import NarFetcher, unread_size
+from harmonia.upstream.fetch import NarFetcher, request_size
 from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
@@ -63,14 +63,14 @@ class Nars:
         async def size(_: Request) -> int | None:
             if path.file_size is not None:
                 return path.file_size
-            return await unread_size(path, self._headers(path.client, via))
+            return await request_size(path, self._headers(path.client, via))
 
         return _nar(path.name, Deferred(open_nar, size))
 
     async def _has_length(self, path: RemotePath, via: Via) -> bool:
-        """Return whether the upstream sends the length of a NAR."""
+        """Return True if the upstream sends the length of a NAR."""
         with suppress(UpstreamError):  # to open the NAR fails, too, or finds another upstream
-            return await unread_size(path, self._headers(path.client, via)) is not None
+            return await request_size(path, self._headers(path.client, via)) is not None
         return False
 
     def _stored_nar(self, path: RemotePath, via: Via) -> Representation:
@@ -128,7 +128,7 @@ class Nars:
 
 
 def _nar(name: NarName, body: Body | Deferred) -> Representation:
-    if name.names_bytes:
+    if name.determines_bytes:
         return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE_NAR, etag=f'"{name.key}"')
     return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 

@@ -30,7 +30,7 @@ def head(client: Client, path: str) -> Findings:
 
 
 def caching(client: Client, path: str, answer: Answer, least: int) -> Findings:
-    """Check Cache-Control and the validators. `least`: the shortest acceptable max-age, in seconds."""
+    """Check Cache-Control, ETag and Last-Modified. `least` is the shortest acceptable max-age in seconds."""
     control = answer.headers.get("cache-control")
     unwanted, wanted, keepers = ["no-store", "no-cache", "private"], "public", "proxies and CDNs"
     if client.has_credentials:  # a private response must not be stored by shared caches

@@ -1,7 +1,7 @@
 """Checks of `nix-cache-info`, and of the response for a missing path."""
 
 from harmonia.tools.doctor.answer import head, max_age
-from harmonia.tools.doctor.connection import secure
+from harmonia.tools.doctor.connection import https_remedy
 from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Answer, Client
 from harmonia.untrusted import excerpt, integer
@@ -38,7 +38,7 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
 
 
 def _remedy(client: Client, status: int) -> str:
-    if status == _BAD_REQUEST and (remedy := secure(client)):
+    if status == _BAD_REQUEST and (remedy := https_remedy(client)):
         return remedy
     if status == _UNAUTHORIZED and client.has_credentials:
         return f"replace the token for {client.host} in the netrc: the server rejects it; `harmonia token` creates one"

@@ -40,11 +40,11 @@ _REMEDIES = (
 def unreachable(client: Client, error: RemoteError) -> Finding:
     """Return the finding for a server that cannot be reached."""
     what = str(error)
-    remedy = secure(client) or next((remedy for words, remedy in _REMEDIES if words in what), _NOBODY)
+    remedy = https_remedy(client) or next((remedy for words, remedy in _REMEDIES if words in what), _NOBODY)
     return Finding("connection", "error", what, remedy)
 
 
-def secure(client: Client) -> str | None:
+def https_remedy(client: Client) -> str | None:
     """Return a remedy if the URL is http:// and the server uses TLS, otherwise None.
 
     Asks by https://, because servers report the mistake in different ways.

@@ -13,7 +13,7 @@ from sanic import Sanic
 
 from harmonia.config import loader
 from harmonia.nix import base32
-from harmonia.server.app import count_with, create_app
+from harmonia.server.app import create_app, create_metrics
 from harmonia.server.connections import ConnectionLimiter, limited_connection
 from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
@@ -123,7 +123,7 @@ class FuzzedServer:
             {},
         )
         self._socket = socket.create_server(("127.0.0.1", 0))
-        metrics = count_with(self._settings)
+        metrics = create_metrics(self._settings)
         metrics.adopt_slot(0)
         self._context = ServerContext(self._settings, [], metrics)
         ready = threading.Event()
