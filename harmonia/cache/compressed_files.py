@@ -16,7 +16,7 @@ from harmonia.nix import base32
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-_MISS_TTL_S = 1.0  # until the next check whether another process has compressed a NAR
+_MISS_TTL_S = 5.0  # until the next check whether another process has compressed a NAR
 _MAX_KNOWN_FILES = 65536  # remembered hashes and sizes of compressed files, some 200 bytes each
 
 
@@ -47,7 +47,7 @@ class CompressedFiles:
     def needs_no_lookup(self, sha256: bytes) -> bool:
         """Return True if `known_file_info` is up to date, so that `find_file_info` is not needed.
 
-        That is: the file is known, or a lookup in the last second did not find it.
+        That is: the file is known, or a lookup in the last seconds did not find it.
         """
         return sha256 in self._known_files or sha256 in self._recent_misses
 
