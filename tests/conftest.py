@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Use half as many workers again as CPUs, because most tests wait for servers or clients."""
+    """Use half as many workers again as CPUs, because many tests wait for servers or clients."""
     return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
 
 

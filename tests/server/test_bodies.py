@@ -329,7 +329,8 @@ async def run(bench: Bench, kind: str, way: Way, **asked: Any) -> bytes:
     bench.begin(way)
     task = asyncio.create_task(answer(bench, kind, **asked))
     await asyncio.wait({task})
-    for _ in range(2000):  # filling the cache, or opening for a client that has left, continues in the background
+    # Filling the cache, or opening for a client that has left, continues in threads, some of which have a low priority.
+    for _ in range(30_000):
         if bench.left() == NOTHING:
             break
         await asyncio.sleep(0.002)
