@@ -157,6 +157,7 @@ def networks() -> Iterator[tuple[str, str]]:
         yield names
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_clients_on_an_unreachable_machine_are_dropped(start: Start, sample: Sample, networks: tuple[str, str]) -> None:
     """No packet comes from there, not even a reset."""

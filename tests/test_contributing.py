@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.pages import ROOT
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
@@ -23,6 +25,7 @@ def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_example_resource_works(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for name in ("harmonia", "tests/server", "tests/e2e", "tests/support"):

@@ -186,6 +186,7 @@ def test_check_config_creates_no_cache_directory(start: Start, tmp_path: Path) -
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_locked_database_gives_a_warning_only(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     with closing(sqlite3.connect(store.db_path, isolation_level=None)) as nix:
         nix.execute("pragma journal_mode = delete")

@@ -134,6 +134,7 @@ def test_download_over_tls_is_complete(start: Start, sample: Sample, tmp_path: P
     assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended", ["by Connection: close", "by SIGTERM"])
 def test_last_download_of_a_connection_is_complete(start: Start, sample: Sample, tmp_path: Path, ended: str) -> None:
     """Bodies have many lengths: at some, uvloop still holds bytes that the kernel does not take yet."""

@@ -159,6 +159,7 @@ def kill_worker(server: Server) -> None:
     wait_until(lambda: server.get("/version").status == 200)
 
 
+@pytest.mark.slow
 def test_decompression_bomb_is_refused_in_little_memory(target: Target) -> None:
     server = target.serve("max_nar_size = '64M'\n")
     pusher = target.pusher(server)

@@ -122,6 +122,7 @@ SAMPLE: Tree = {
 }
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_rejected_or_canonical() -> None:
     archive = reference(SAMPLE)
     for position, byte in enumerate(archive):
@@ -130,6 +131,7 @@ def test_every_changed_byte_is_rejected_or_canonical() -> None:
             accepted(archive[:position] + bytes([other]) + archive[position + 1 :])
 
 
+@pytest.mark.slow
 def test_every_deletion_and_repetition_is_rejected_or_canonical() -> None:
     archive = reference({b"a": Regular(3, 0o555), b"b": Symlink(b"a")})
     for start in range(len(archive)):

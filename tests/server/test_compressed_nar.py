@@ -544,6 +544,7 @@ def test_compression_does_not_delay_shutdown(
     assert cached(server) == []
 
 
+@pytest.mark.slow
 def test_narinfos_are_fast_while_all_encoders_are_busy(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     paths = [store.add(store.output_path(f"zeros-{number}"), Sparse(MEBIBYTE << 10)) for number in range(2)]
     small = store.add_text("small", b"small")
@@ -568,6 +569,7 @@ def test_narinfos_are_fast_while_all_encoders_are_busy(start: Start, store: Stor
     assert busy < 50 * idle
 
 
+@pytest.mark.slow
 def test_memory_of_many_cold_downloads_is_bounded(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """Each encoder thread may hold a few frames, and each download a few pieces of 512 KiB: not 20 times 64 MiB."""
     random = os.urandom(8 * MEBIBYTE)

@@ -98,6 +98,7 @@ def test_max_query_rate_0_disables_the_limit(start: Start, sample: Sample) -> No
     assert {server.get("/search").status for _ in range(20)} == {200}
 
 
+@pytest.mark.slow
 def test_slow_heads_delay_no_other_client(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 5")
     slow: list[socket.socket] = []

@@ -167,6 +167,7 @@ def test_unusable_database_row_gets_404_and_is_logged(
     assert server.wait_for_log(rf"ERROR .*{path}")
 
 
+@pytest.mark.slow
 def test_locked_database_gets_503(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     path = store.add_source("path", b"contents").path
     with sqlite3.connect(store.db_path) as connection:

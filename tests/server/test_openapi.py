@@ -53,7 +53,8 @@ def test_document_has_exactly_the_routes_of_the_server() -> None:
 
 
 @pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis, which makes the requests")
-@pytest.mark.parametrize("phases", ["examples,fuzzing", pytest.param("coverage", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phases", ["examples,fuzzing", "coverage"])
 def test_schemathesis_finds_no_response_that_violates_the_document(
     start: Callable[..., Server], store: StoreBuilder, tmp_path: Path, phases: str
 ) -> None:

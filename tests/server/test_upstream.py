@@ -759,8 +759,8 @@ def test_stale_file_hash_or_size_does_not_matter(
         assert answer.headers.get("content-length", str(len(there.file))) == str(len(there.file))
     part = server.get(url, {"Range": f"bytes=1000-{len(there.file) - 1}"})
     # Without a FileHash, the URL does not name exact bytes, so ranges get 404.
-    names_bytes = stale.get("file_hash", there.nar.file_hash) is not None
-    assert (part.status, part.body) == ((206, there.file[1000:]) if names_bytes else (404, b"Not Found\n"))
+    determines_bytes = stale.get("file_hash", there.nar.file_hash) is not None
+    assert (part.status, part.body) == ((206, there.file[1000:]) if determines_bytes else (404, b"Not Found\n"))
     assert server.get(url).body == there.file
     assert server.get(narinfo_path(there)).status == 200
 
@@ -1115,6 +1115,7 @@ def test_late_and_failed_response_counts_as_one_failure(begin: Start, upstream: 
     assert all_up(server, 1)
 
 
+@pytest.mark.slow
 def test_upstream_with_many_pending_requests_is_not_down(begin: Start, upstream: UpstreamServer) -> None:
     """Requests wait for a free connection, longer than the timeout of a response."""
     upstream.behaviours["narinfo"] = late
@@ -1174,7 +1175,7 @@ def short(handler: upstream_server.Handler) -> None:
     handler.answer(200, handler.server.files[handler.path][:-1])
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_no_misbehaviour_of_an_upstream_leads_to_a_complete_wrong_nar(
     begin: Start, upstream: UpstreamServer, tmp_path: Path, *, kept: bool
 ) -> None:
@@ -1195,7 +1196,7 @@ def test_no_misbehaviour_of_an_upstream_leads_to_a_complete_wrong_nar(
     end = time.monotonic() + 3
 
     def arrives(which: int) -> bool:
-        """Return whether the NAR arrives complete."""
+        """Return True if the NAR arrives complete."""
         try:
             answer = server.get(urls[which])
         except (http.client.IncompleteRead, ConnectionError):
@@ -1258,6 +1259,7 @@ def test_fastest_upstream_of_equal_priority_wins(begin: Start, upstream: Upstrea
         assert server.get(narinfo_path(there)).status == 200
 
 
+@pytest.mark.slow
 def test_slow_upstream_does_not_delay_the_next(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     with UpstreamServer() as slow:
         upstream.add(there.info, there.file, there.nar, keys=(KEY,))
