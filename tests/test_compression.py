@@ -46,8 +46,9 @@ from support.compression import (
     reference,
     wait_until,
 )
-from support.disk_cache import at, fill, filling, messages, mounted, no_leak, without
+from support.disk_cache import at, fill, filling, messages, no_leak, without
 from support.programs import needs
+from support.small_disk import mounted
 
 MIB = 1 << 20
 

@@ -26,7 +26,8 @@ from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content_size
 from harmonia.errors import CacheFileError
 from harmonia.store.file_reader import OpenSlice
-from support.disk_cache import at, fill, filling, messages, mounted, no_leak, opened, read, stress, without
+from support.disk_cache import at, fill, filling, messages, no_leak, opened, read, stress, without
+from support.small_disk import mounted
 
 TRAILER = 72
 """Bytes after the content of a file of one block, including its digest."""

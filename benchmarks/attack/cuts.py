@@ -23,7 +23,8 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
 from support.cutting_proxy import CuttingProxy
 from support.disk_cache import flip
-from support.running import HARMONIA, Server, file_url, nar_url
+from support.running import Server, file_url, nar_url
+from support.small_disk import with_small_disk
 
 _SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes of one file in each path
 _CLIENTS = 32
@@ -275,8 +276,7 @@ def full_disk_cuts(arena: Arena) -> None:
         print("SKIPPED: cuts with a full disk: not root")
         return
     with tempfile.TemporaryDirectory(prefix="harmonia-") as directory:
-        mount = f"mount -t tmpfs -o size={_SMALL_DISK} tmpfs '{directory}' && exec \"$@\""
-        program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
+        program = with_small_disk(Path(directory), _SMALL_DISK)
         name = f"with a full disk of {_SMALL_DISK} for the cache, and the network"
         _attack(arena, name, _leave_alone, part=0.15, program=program, cache_dir=Path(directory))
 

@@ -3,12 +3,11 @@
 import os
 import random
 import signal
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -22,6 +21,7 @@ from support.nix_client import Client
 from support.push_target import Target, push, spooled
 from support.pusher import Pushed, Pusher, signed
 from support.running import Server, peak_bytes, read_answer, run, wait_until
+from support.small_disk import mounted
 
 FAULTY_PUSHES = int(os.environ.get("HARMONIA_FAULTY_PUSHES", "60"))
 """Number of faulty pushes in one run of the test."""
@@ -187,7 +187,7 @@ def test_push_beyond_the_spool_size_gets_413(target: Target) -> None:
 
 @pytest.mark.root
 def test_push_to_a_full_disk_gets_413(target: Target, tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk") as disk:
+    with mounted(tmp_path / "disk", "4m") as disk:
         server = target.serve(cache_dir=disk / "cache")
         pusher = target.pusher(server)
         chance = random.Random(SEED)
@@ -199,17 +199,6 @@ def test_push_to_a_full_disk_gets_413(target: Target, tmp_path: Path) -> None:
             assert (answer.status, b"full" in answer.body) == (413, True)
             assert pusher.push(small).status == 200
         server.stop()
-
-
-@contextmanager
-def mounted(directory: Path) -> Iterator[Path]:
-    """Mount a disk of 4 MiB."""
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", directory], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 def test_garbage_collections_during_a_push_keep_its_closure(target: Target, pusher: Client) -> None:

@@ -27,7 +27,6 @@ from harmonia.store import file_reader, tree_reader
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import (
-    HARMONIA,
     KNOWN_LENGTHS,
     NO_CACHE,
     Answer,
@@ -41,6 +40,7 @@ from support.running import (
     unpacked,
     wait_until,
 )
+from support.small_disk import with_small_disk
 
 Start = Callable[..., Server]
 
@@ -700,13 +700,6 @@ def test_removed_cache_directory_stops_no_download_and_is_logged_once(
     for each in (path, other, other):
         assert unpacked(server.get(file_url(each)).body) == dump(store, each)
     assert len(errors(server)) == 1
-
-
-def with_small_disk(directory: Path) -> list[str]:
-    """Return the program, started with an empty 4 MiB file system on that directory, which only it sees."""
-    directory.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs '{directory}' && exec \"$@\""
-    return ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
 
 
 def names_in_cache(server: Server) -> list[str]:

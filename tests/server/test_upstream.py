@@ -35,6 +35,7 @@ from harmonia.upstream.nar_name import NarName
 from support import upstream_server
 from support.programs import needs
 from support.running import HARMONIA, NO_CACHE, Answer, Server, open_files, patched, peak_bytes, unpacked, wait_until
+from support.small_disk import with_small_disk
 from support.upstream_paths import KEY, PACK, Remote, entry, fields, make_path, narinfo_path
 from support.upstream_server import UpstreamServer, chunked, cut, drip, hang, reset, status
 
@@ -978,9 +979,7 @@ def test_full_disk_stops_no_download_and_is_logged_once(begin: Start, upstream: 
     path = make_path(tmp_path / "elsewhere", size=16 << 20, compression="none")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     cache_dir = tmp_path / "small"
-    cache_dir.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs '{cache_dir}' && exec \"$@\""
-    program = ["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA]
+    program = with_small_disk(cache_dir)
     server = begin(entry(upstream), settings=f"{LONG_TIMEOUT}\ncache_size = '1G'", cache_dir=cache_dir, program=program)
     for _ in range(2):
         assert server.get("/" + fields(server.get(narinfo_path(path)))["URL"]).body == path.file

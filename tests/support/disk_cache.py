@@ -4,7 +4,6 @@ import gc
 import hashlib
 import os
 import random
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,17 +79,6 @@ def flip(file: Path, position: int) -> None:
         content.seek(position)
         content.write(bytes([byte ^ 1]))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-@contextmanager
-def mounted(path: Path) -> Iterator[Path]:
-    """Mount a disk of 2 MiB."""
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
