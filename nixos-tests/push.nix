@@ -1,15 +1,14 @@
 # A builder pushes through nginx with TLS into the store of the server, whose Nix daemon checks the signatures. A third
 # machine substitutes what was pushed, and the server keeps it until its root is dropped.
-{ pkgs, lib, ... }:
+{ lib, ... }:
 let
   keys = import ./lab/keys.nix;
-  certificate = import ./lab/certificate.nix { inherit pkgs; };
 in
 {
   name = "harmonia-push";
 
   nodes.server = {
-    imports = [ ./lab/server.nix ];
+    imports = [ ./lab/nginx-server.nix ];
     services.harmonia.push = {
       enable = true;
       publicKeys = [ keys.two.public ];
@@ -17,15 +16,6 @@ in
     services.harmonia.settings = {
       tokens_path = "/var/lib/tokens";
       anonymous_scopes = [ "read" ];
-    };
-    services.harmonia.nginx = {
-      enable = true;
-      hostName = "server";
-    };
-    services.nginx.virtualHosts.server = {
-      enableACME = false;
-      sslCertificate = "${certificate}/cert.pem";
-      sslCertificateKey = "${certificate}/key.pem";
     };
     # Start only after there is a token.
     systemd.services.harmonia.wantedBy = lib.mkForce [ ];

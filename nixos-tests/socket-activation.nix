@@ -1,22 +1,10 @@
 # systemd starts Harmonia at the first connection, which comes through nginx with TLS and a unix socket.
-{ pkgs, lib, ... }:
-let
-  certificate = import ./lab/certificate.nix { inherit pkgs; };
-in
+{ lib, ... }:
 {
   name = "harmonia-socket-activation";
 
   nodes.server = {
-    imports = [ ./lab/server.nix ];
-    services.harmonia.nginx = {
-      enable = true;
-      hostName = "server";
-    };
-    services.nginx.virtualHosts.server = {
-      enableACME = false;
-      sslCertificate = "${certificate}/cert.pem";
-      sslCertificateKey = "${certificate}/key.pem";
-    };
+    imports = [ ./lab/nginx-server.nix ];
     # Only the socket starts the service.
     systemd.services.harmonia.wantedBy = lib.mkForce [ ];
   };
