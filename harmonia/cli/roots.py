@@ -12,6 +12,7 @@ from harmonia import cli
 from harmonia.config import loader
 from harmonia.nix.store_path import StorePath
 from harmonia.push.receiver import open_roots
+from harmonia.push.roots import PushRoots
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
 
@@ -46,8 +47,7 @@ def list_roots(config_file: str | None) -> None:
 @click.pass_obj
 def pin(config_file: str | None, paths: Sequence[str]) -> None:
     """Keep the roots of PATHs until they are dropped."""
-    settings = loader.read(config_file, os.environ)
-    _each(Store.of(settings), paths, open_roots(settings).pin)
+    _change_each(config_file, paths, PushRoots.pin)
 
 
 @command.command()
@@ -55,13 +55,14 @@ def pin(config_file: str | None, paths: Sequence[str]) -> None:
 @click.pass_obj
 def drop(config_file: str | None, paths: Sequence[str]) -> None:
     """Remove the roots of PATHs. The next garbage collection may take the paths."""
-    settings = loader.read(config_file, os.environ)
-    _each(Store.of(settings), paths, open_roots(settings).drop)
+    _change_each(config_file, paths, PushRoots.drop)
 
 
-def _each(store: Store, paths: Sequence[str], change: Callable[[StorePath], bool]) -> None:
+def _change_each(config_file: str | None, paths: Sequence[str], change: Callable[[PushRoots, StorePath], bool]) -> None:
     """Change the root of each path. Exit with an error if one has none."""
-    absent = [path for path in paths if not change(path_arguments.resolve(store, path)[0].path)]
+    settings = loader.read(config_file, os.environ)
+    store, roots = Store.of(settings), open_roots(settings)
+    absent = [path for path in paths if not change(roots, path_arguments.resolve(store, path)[0].path)]
     for path in absent:
         click.echo(f"harmonia: {path} has no root; `harmonia roots list` lists the paths that have one", err=True)
     if absent:

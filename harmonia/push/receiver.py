@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,10 @@ from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.push.connections import HOLD_S, DaemonConnections
 from harmonia.push.importer import Importer, Signer, Upload
-from harmonia.push.log_store import LogStore
+from harmonia.push.log_store import IncomingLog, LogStore
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
-from harmonia.push.spool import Spool
+from harmonia.push.spool import Incoming, Spool
 from harmonia.store.publish_policy import compile_patterns
 
 _SPOOL_THREADS = 4
@@ -38,6 +38,7 @@ _MISS_TTL_S = 3600.0  # Nix's `narinfo-cache-negative-ttl`
 _MAX_MISSED = 4096
 
 _T = TypeVar("_T")
+_I = TypeVar("_I", Incoming, IncomingLog)
 _log = logging.getLogger("harmonia")
 
 
@@ -92,24 +93,12 @@ class PushReceiver:
             data = b"".join([chunk async for chunk in chunks])
             await self._in_spool(partial(self.spool.store, file_hash, data))
         else:
-            incoming = await hand_over(self._spooling.submit(self.spool.receive, size))
-            try:
-                async for chunk in chunks:
-                    await self._in_spool(partial(incoming.write, chunk))
-                await self._in_spool(partial(incoming.keep, file_hash))
-            finally:
-                self._spooling.submit(incoming.close)
+            await self._write(self._spooling.submit(self.spool.receive, size), chunks, lambda nar: nar.keep(file_hash))
         self.counters.pushed_bytes += size
 
     async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
         """Store a build log. Raises PushRefusedError if it is malformed or too long."""
-        incoming = await hand_over(self._spooling.submit(self.logs.receive, derivation, decoder))
-        try:
-            async for chunk in chunks:
-                await self._in_spool(partial(incoming.write, chunk))
-            await self._in_spool(incoming.keep)
-        finally:
-            self._spooling.submit(incoming.close)
+        await self._write(self._spooling.submit(self.logs.receive, derivation, decoder), chunks, IncomingLog.keep)
 
     async def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
         """Register a realisation like `Importer.register`, which drops one without a trusted signature.
@@ -189,6 +178,16 @@ class PushReceiver:
         if self.roots.find_all():
             with suppress(PushRefusedError), self._connections.borrowed() as daemon:
                 self.roots.register(daemon)
+
+    async def _write(self, opening: "Future[_I]", chunks: AsyncIterator[bytes], keep: Callable[[_I], None]) -> None:
+        """Write chunks to a file that a thread is opening, and keep the file if all of them arrive."""
+        incoming = await hand_over(opening)
+        try:
+            async for chunk in chunks:
+                await self._in_spool(partial(incoming.write, chunk))
+            await self._in_spool(partial(keep, incoming))
+        finally:
+            self._spooling.submit(incoming.close)
 
     async def _in_spool(self, job: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._spooling, job)
