@@ -111,7 +111,7 @@ class StoredNar:
 
     def read(self, start: int, stop: int | None) -> Generator[bytes | Future[Any]]:
         if start or stop not in {None, self.size}:
-            raise NotImplementedError
+            raise NotImplementedError  # never asked for: without an ETag and not resumable
         try:
             yield from store(self._content(), self._source.size)
         except StoreObjectError as error:

@@ -219,8 +219,10 @@ class Paths:
     def _look_up(self, store: Store, hash_part: str, cached: SignedPath | None) -> SignedPath | None:
         """Look the path up in `store`. Return `cached` itself if its row has not changed."""
         info = store.path_info(hash_part)
-        if info is None or (cached is not None and cached.info == info):
-            return cached if info else None
+        if info is None:
+            return None
+        if cached is not None and cached.info == info:
+            return cached
         if self.policy is not None and not self.policy.permits(info):
             return None
         for sig in info.sigs:

@@ -192,7 +192,7 @@ class StoredBody:
 
     async def read(self, start: int, stop: int | None) -> AsyncGenerator[bytes]:
         if start or stop not in {None, self.size}:
-            raise NotImplementedError
+            raise NotImplementedError  # never asked for: without an ETag and not resumable
         writer, unpacker = StoredWriter(self._nar_size), decompressor("zstd")
         head = writer.head  # sent with the first block, so that an error before that has a status
         async with aclosing(read_bytes(self._file.read(0, None), self._submit)) as pieces:

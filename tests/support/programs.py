@@ -47,7 +47,7 @@ def require(*programs: str) -> None:
 NOT_ROOT = "not root: run make test as root"
 PRIVILEGED = "run make test in a container with CAP_SYS_ADMIN"
 NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-"""How a command gets mounts and processes of its own."""
+"""Prefix of a command that gets mounts and processes of its own."""
 
 
 @cache

@@ -11,7 +11,7 @@ class Finding(NamedTuple):
     level: Level
     what: str
     remedy: str = ""
-    """How to fix a warning or an error. Empty for other levels."""
+    """Steps that fix a warning or an error. Empty for other levels."""
 
 
 Findings = Iterator[Finding]
