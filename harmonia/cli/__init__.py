@@ -49,7 +49,7 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _SECTIONS = {
     "Serve": ("serve", "check-config", "keygen", "token", "demo"),
-    "Maintain a cache": ("doctor", "verify", "warm", "top", "roots"),
+    "Maintain a cache": ("doctor", "why", "verify", "warm", "top", "roots"),
     "Inspect store paths and NARs": ("ls", "cat", "nar"),
 }
 _HIDDEN = ("man",)
@@ -60,13 +60,13 @@ Exit status:
   0  success; `doctor` found at most warnings
   1  failure, with one line on stderr
   2  invalid setting or argument
-  3  `doctor` found errors, or `verify` found bad paths
+  3  `doctor` found errors, `verify` found bad paths, or `why` found no source of the path
   130  interrupted by Ctrl-C
 
 \b
 Environment:
   CONFIG_FILE  settings file, if --config is not given
-  NETRC        file with tokens for `doctor` and `top` (default: /etc/nix/netrc, then ~/.netrc)
+  NETRC        file with tokens for `doctor`, `why` and `top` (default: /etc/nix/netrc, then ~/.netrc)
   NO_COLOR     if set, no colours
 
 \b

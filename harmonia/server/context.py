@@ -31,6 +31,7 @@ from harmonia.server.http.response import Body, Deferred, Encoded, Representatio
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.store.debug_index import DebugInfo
+from harmonia.store.explain import Reason
 from harmonia.store.file_reader import ReadOnly
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
@@ -57,6 +58,9 @@ class Fallback(Protocol):
     async def get_realisation(self, request: Request, name: str) -> Representation: ...
     async def get_build_trace(self, request: Request, derivation: str, name: str) -> Representation: ...
     async def get_debuginfo(self, request: Request, name: str) -> Representation: ...
+    async def explain(self, request: Request, hash_part: str) -> list[Reason]:
+        """Return what each upstream answers for a path now."""
+
     def state(self) -> str:
         """Return a line for each upstream: whether it is up or down."""
 

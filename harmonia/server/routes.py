@@ -14,6 +14,7 @@ from harmonia.server.resources import (
     build_trace,
     cache_info,
     debuginfo,
+    explain,
     files,
     health,
     landing,
@@ -98,6 +99,13 @@ ROUTES = (
     Route(uri="/serve/<where:path>", handler=files.get, metric="serve"),
     Route(uri="/search", handler=browse.search, metric="search", scope="browse", rate_limited=True),
     Route(uri=f"/path/<hash_part:{_HASH_PART}>", handler=browse.path, metric="path", scope="browse", rate_limited=True),
+    Route(
+        uri=f"/explain/<hash_part:{_HASH_PART}>",
+        handler=explain.get,
+        metric="explain",
+        scope="browse",
+        rate_limited=True,
+    ),
     Route(uri="/version", handler=health.get_version, metric="version", scope=None),
     Route(uri="/health", handler=health.get, metric="health", scope=None),
 )

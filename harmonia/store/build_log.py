@@ -55,6 +55,7 @@ class BuildLog(ReadOnly):
         self._suffix = suffix
         with self._open() as file:
             status = os.fstat(file.fileno())
+            self.modified_at = status.st_mtime
             self.version = _version(status)
             """A string that changes with the content of the file."""
             self.finished = self._is_finished(file, status)

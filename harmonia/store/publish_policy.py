@@ -49,6 +49,18 @@ class PublishPolicy:
         """Return True if all rules except gc_roots allow a path."""
         return self.permits_name(info.path) and (not self._keys or self._is_signed(info))
 
+    def denial(self, info: PathInfo) -> str | None:
+        """Return the rule that forbids a path, in words, or None if all rules allow it. Refreshes the closure."""
+        if not self.permits_name(info.path):
+            return "the rules publish.deny and publish.allow forbid its name"
+        if self._keys and not self._is_signed(info):
+            return "publish.signed_by requires a signature that it does not have in the database"
+        if self.closure is not None:
+            self.closure.refresh()
+            if info.path not in self.closure:
+                return "no GC root of publish.gc_roots needs it"
+        return None
+
     def _is_signed(self, info: PathInfo) -> bool:
         """Return True if a signature in the database is by one of the keys. Our own signatures are not in it."""
         fingerprint = info.fingerprint(self._store_dir)

@@ -18,7 +18,7 @@ from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.remote_path import RemotePath, fetch_narinfo
+from harmonia.upstream.remote_path import RemotePath, fetch_narinfo, request_narinfo
 from harmonia.upstream.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -115,6 +115,21 @@ class UpstreamPool:
         if path and path.name == name and path.client not in failed and not self._is_useless(path, Via()):
             return path
         return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
+
+    async def ask_each(self, hash_part: str, via: Via) -> list[tuple[Client, RemotePath | UpstreamError | None]]:
+        """Ask all upstreams for a path now, past the cache. Return each with its path, or an error, or None."""
+
+        async def ask(client: Client) -> RemotePath | UpstreamError | None:
+            try:
+                async with asyncio.timeout(self._bound):
+                    return await request_narinfo(client, hash_part, via.headers(self.identity))
+            except TimeoutError:
+                return UpstreamError(f"no answer within {self._bound:g} s")
+            except UpstreamError as error:
+                return error.with_traceback(None)
+
+        clients = [] if via.is_loop(self.identity) else self.clients
+        return list(zip(clients, await asyncio.gather(*map(ask, clients)), strict=True))
 
     def mark_failed(self, path: RemotePath) -> None:
         """Remember that the NAR of a path cannot be downloaded: for 30 s, lookups of it skip its upstream."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 from harmonia.errors import FormatError
 from harmonia.nix import base32, narinfo
@@ -63,18 +62,25 @@ async def fetch_narinfo(client: Client, hash_part: str, headers: Mapping[str, st
 
     Raises UpstreamError if the request fails.
     """
-
-    def parse(text: bytes) -> RemotePath | Literal[False]:
-        try:
-            return _parse(client, hash_part, text)
-        except UpstreamMismatchError:  # the traceback of the error would keep the text in memory
-            return False
-
-    path = await client.request_small(_narinfo_path(hash_part), headers, parse)
-    if path is False:
+    path = await request_narinfo(client, hash_part, headers)
+    if isinstance(path, UpstreamMismatchError):
         return None
     client.counters.add("hits" if path else "misses")
     return path
+
+
+async def request_narinfo(
+    client: Client, hash_part: str, headers: Mapping[str, str]
+) -> RemotePath | UpstreamMismatchError | None:
+    """Like `fetch_narinfo`, but return the refusal if the narinfo is refused, and count no hit or miss."""
+
+    def parse(text: bytes) -> RemotePath | UpstreamMismatchError:
+        try:
+            return _parse(client, hash_part, text)
+        except UpstreamMismatchError as error:
+            return error.with_traceback(None)  # the traceback would keep the text in memory
+
+    return await client.request_small(_narinfo_path(hash_part), headers, parse)
 
 
 async def parse(client: Client, hash_part: str, text: bytes) -> RemotePath:

@@ -83,6 +83,7 @@ ROWS: dict[str, list[Row]] = {
     ],
     "/search": [Row("/search?q=tree", negotiable=True)],
     "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
+    "explain": [Row(f"/explain/{_NONE}", etag=False), Row(f"/explain/{_NONE}?json", etag=False)],
     "/version": [Row("/version", etag=False)],
     "/health": [Row("/health", etag=False), Row("/health?verbose", etag=False)],
     "/metrics": [Row("/metrics", etag=False, live=True)],

@@ -17,13 +17,14 @@ from sanic.exceptions import NotFound
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
-from harmonia.errors import FormatError
+from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.narinfo import signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar
+from harmonia.store import explain
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import PassthroughBody
@@ -81,6 +82,10 @@ class UpstreamHandlers:
         """Return a line for each upstream: whether it is up or down."""
         clients = self._upstreams.clients
         return "".join(f"upstream {client.base}: {'up' if client.breaker.closed else 'down'}\n" for client in clients)
+
+    async def explain(self, request: Request, hash_part: str) -> list[explain.Reason]:
+        answers = await self._upstreams.ask_each(hash_part, _via(request))
+        return [_reason(client.base, answer) for client, answer in answers]
 
     @property
     def _max_age(self) -> int:
@@ -212,6 +217,16 @@ def _present(response: RemoteAnswer | None) -> RemoteAnswer:
     if response is None:
         raise NotFound
     return response
+
+
+def _reason(base: str, answer: RemotePath | UpstreamError | None) -> explain.Reason:
+    """Return what an upstream answers for a path, in words."""
+    if isinstance(answer, UpstreamError):
+        return explain.Reason(explain.Code.UPSTREAM_LACKS, f"the upstream {base} is asked in vain: {answer}")
+    if answer is None:
+        return explain.Reason(explain.Code.UPSTREAM_LACKS, f"the upstream {base} does not have it")
+    signers = ", ".join(dict.fromkeys(sig.partition(":")[0] for sig in answer.info.sigs)) or "nobody"
+    return explain.Reason(explain.Code.UPSTREAM_HAS, f"the upstream {base} has it, signed by {signers}")
 
 
 def _via(request: Request) -> Via:

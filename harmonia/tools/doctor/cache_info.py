@@ -29,7 +29,7 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
     elif answer.body.lstrip().startswith(b"<"):
         what = "nix-cache-info is a web page: of another site, or of a login in front of the cache"
         remedy = "check the URL; a login page must not intercept requests of Nix clients"
-    elif (stated_dir := _fields(answer).get("StoreDir", store_dir)) != store_dir:
+    elif (stated_dir := fields(answer).get("StoreDir", store_dir)) != store_dir:
         what = f"the cache is for the store {stated_dir}, not {store_dir}"
         remedy = f"set StoreDir to {store_dir}, or test as a client of that store with --store-dir {stated_dir}"
     else:
@@ -49,8 +49,8 @@ def _remedy(client: Client, status: int) -> str:
 
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
-    fields = _fields(answer)
-    stated_dir = fields.get("StoreDir")
+    stated = fields(answer)
+    stated_dir = stated.get("StoreDir")
     if stated_dir is None:
         yield Finding(
             "cache info",
@@ -58,19 +58,20 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
             "no StoreDir: clients of any store use this cache",
             f"add the line `StoreDir: {store_dir}`",
         )
-    if integer(fields.get("Priority", "0"), _MAX_PRIORITY) is None:
-        what = f"Priority {excerpt(fields['Priority'])} is not a number: clients fail with `stoi`"
+    if integer(stated.get("Priority", "0"), _MAX_PRIORITY) is None:
+        what = f"Priority {excerpt(stated['Priority'])} is not a number: clients fail with `stoi`"
         remedy = "use a number: cache.nixos.org has 40, and caches with lower numbers are asked first"
         yield Finding("cache info", "error", what, remedy)
-    if fields.get("WantMassQuery") != "1":
+    if stated.get("WantMassQuery") != "1":
         what = "WantMassQuery is not 1: commands like `nix-env -qas` do not ask this cache"
         yield Finding("cache info", "warning", what, "add the line `WantMassQuery: 1`")
-    priority = fields.get("Priority", "0, asked before all others")
+    priority = stated.get("Priority", "0, asked before all others")
     yield Finding("cache info", "ok", f"a binary cache for {stated_dir or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
 
 
-def _fields(answer: Answer) -> dict[str, str]:
+def fields(answer: Answer) -> dict[str, str]:
+    """Return the values of `nix-cache-info` by their names."""
     lines = answer.body.decode(errors="replace").splitlines()
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 

@@ -1,0 +1,174 @@
+"""`harmonia why`."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+from rich.text import Text
+
+from harmonia import cli
+from harmonia.cli import progress
+from harmonia.cli.arguments import parse_url
+from harmonia.config import credentials, loader
+from harmonia.config.settings import PublishRules, Settings
+from harmonia.errors import ConfigError, FormatError, InvalidPathError, StoreUnavailableError
+from harmonia.nix.nix_conf import NixConf
+from harmonia.nix.signing import PublicKey
+from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
+from harmonia.store import path_arguments, queries
+from harmonia.store.explain import Explainer, decisive
+from harmonia.store.publish_policy import PublishPolicy
+from harmonia.store.store import Store
+from harmonia.tools.http_client import Client
+from harmonia.tools.why import NixClient, Verdict
+
+
+@click.command("why")
+@click.argument("path", type=cli.PATH)
+@click.option(
+    "--cache",
+    "caches",
+    type=parse_url,
+    metavar="URL",
+    multiple=True,
+    help="Binary cache to ask, as a client does, instead of the local server. Repeatable.",
+)
+@click.option("--substituters", is_flag=True, help="Ask the substituters of nix.conf.")
+@click.option(
+    "--nix-conf",
+    "conf_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Settings of the client: trusted keys and substituters. Default: the files that Nix reads here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: path, available, and the reasons of each source.")
+@click.pass_obj
+def command(
+    config_file: str | None,
+    path: str,
+    *,
+    caches: tuple[Client, ...],
+    substituters: bool,
+    conf_file: str | None,
+    as_json: bool,
+) -> None:
+    """Explain why a path is not substituted.
+
+    PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12.
+
+    Without --cache and --substituters, explains whether the local server serves the path: not valid, built before, kept
+    back by a publish rule, files missing, not signed, or its closure is incomplete. Its upstreams are asked, too.
+
+    With them, asks those caches as Nix does: reachability, store directory, priority, what Nix on this machine
+    remembers, narinfo, signature and trusted keys, NAR, and closure.
+
+    Exits with status 3 if the path is not available.
+
+    \b
+    On the server:  harmonia why /nix/store/…
+    On a client:    harmonia why --substituters /nix/store/…
+    For one cache:  harmonia why --cache https://cache.example.org /nix/store/…
+    """  # noqa: D301 (click keeps the line breaks after \b)
+    settings = loader.read(config_file, os.environ)
+    conf = NixConf(os.environ, conf_file)
+    sample = _sample(settings, path)
+    client = NixClient.of(conf, settings.virtual_nix_store, _valid(settings))
+    chosen = [*caches, *(_substituters(conf) if substituters else [])]
+    if chosen:
+        verdicts = client.ask(chosen, sample)
+    else:
+        verdicts = [_local(settings, sample), *_upstreams(settings, client, sample)]
+    available = any(decisive(verdict.reasons) is None for verdict in verdicts)
+    (_print_json if as_json else _print)(sample, verdicts)
+    sys.exit(0 if available else cli.EXIT_FOUND)
+
+
+def _sample(settings: Settings, text: str) -> str:
+    """Return the base name or hash part of the path that `text` names."""
+    store = Store.of(settings)
+    try:
+        return path_arguments.resolve(store, text)[0].path
+    except (InvalidPathError, StoreUnavailableError):
+        base_name = (store.relative(text) or text).partition("/")[0]
+    if is_hash_part(base_name):
+        return base_name
+    try:
+        return StorePath(base_name)
+    except FormatError:
+        pass
+    named = [path for path in queries.search(store, text, 1).shown if path.name == text]
+    if not named:
+        what = f"PATH {text!r}: expected a store path like {store.store_dir}/<hash>-<name>, its hash part or its name"
+        raise click.UsageError(what)
+    return named[0]
+
+
+def _valid(settings: Settings) -> frozenset[str]:
+    """Return the hash parts of the valid paths of the local store, which a client need not download."""
+    store = Store.of(settings)
+    try:
+        return frozenset(path[len(store.store_dir) + 1 :][:HASH_PART_LENGTH] for path in store.valid_paths()[0])
+    except StoreUnavailableError:
+        return frozenset()
+
+
+def _substituters(conf: NixConf) -> list[Client]:
+    found = [Client(url.partition("?")[0]) for url in conf.words("substituters") if url.startswith("http")]
+    if not found:
+        raise click.UsageError("nix.conf has no substituter with an http or https URL; use --cache URL")
+    return found
+
+
+def _local(settings: Settings, sample: str) -> Verdict:
+    store = Store.of(settings)
+    policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
+    try:
+        keys = [key.public_key for key in credentials.secret_keys(settings)]
+    except ConfigError:  # only some users may read the keys
+        keys = []
+    reasons = list(Explainer(store, policy, keys, settings.logs).explain(sample[:32]))
+    return Verdict("this server", settings.priority, reasons)
+
+
+def _upstreams(settings: Settings, client: NixClient, sample: str) -> Iterable[Verdict]:
+    for upstream in settings.upstream:
+        keys = [PublicKey.parse(key) for key in upstream.public_keys]
+        [verdict] = client.trusting(keys).ask([Client(upstream.url)], sample)
+        yield verdict._replace(url=f"upstream {upstream.url}")
+
+
+def _print(sample: str, verdicts: Sequence[Verdict]) -> None:
+    console = progress.console()
+    console.print(Text(_summary(sample, verdicts)), style="bold")
+    for verdict in verdicts:
+        console.print(Text(verdict.url))
+        for reason in verdict.reasons:
+            mark, style = ("✗", "red") if reason.decides else ("·", "")
+            console.print(Text(f"  {mark} {reason.text}"), style=style)
+            if reason.remedy:
+                console.print(Text(f"      → {reason.remedy}"))
+
+
+def _summary(sample: str, verdicts: Sequence[Verdict]) -> str:
+    """Return one sentence: the source of the path, or why there is none."""
+    for verdict in verdicts:
+        if decisive(verdict.reasons) is None:
+            return f"{sample} is available from {verdict.url}."
+    causes = [f"{verdict.url}: {reason.text}" for verdict in verdicts if (reason := decisive(verdict.reasons))]
+    return f"{sample} is not available: {causes[0] if len(causes) == 1 else f'{len(causes)} sources lack it'}."
+
+
+def _print_json(sample: str, verdicts: Sequence[Verdict]) -> None:
+    sources = [
+        {
+            "source": verdict.url,
+            "priority": verdict.priority,
+            "available": decisive(verdict.reasons) is None,
+            "reasons": [reason._asdict() for reason in verdict.reasons],
+        }
+        for verdict in verdicts
+    ]
+    value = {"path": sample, "summary": _summary(sample, verdicts), "sources": sources}
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,0 +1,51 @@
+"""`/explain/<hash>`: why this server serves a path or does not. With `?json`, in JSON. Only if `browse` is set.
+
+Paths that the publish policy forbids look like missing ones, except to a request with a token: the scope `browse` alone
+may be public.
+"""
+
+import json
+
+from sanic import Request
+from sanic.exceptions import NotFound
+
+from harmonia.server.context import ServerContext
+from harmonia.server.http.response import Representation
+from harmonia.store.explain import Code, Explainer, Reason, decisive
+from harmonia.store.store import Store
+
+
+async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
+    if not context.settings.browse:
+        raise NotFound
+    reasons = await _reasons(context, request, hash_part)
+    if decisive(reasons) is not None and context.upstreams is not None:
+        reasons += await context.upstreams.explain(request, hash_part)
+    cause = decisive(reasons)
+    from_upstream = next((reason for reason in reasons if reason.code == Code.UPSTREAM_HAS), None)
+    available = cause is None or from_upstream is not None
+    summary = from_upstream.text if cause and from_upstream else cause.text if cause else "this server has the path"
+    if "json" in request.get_args(keep_blank_values=True):
+        rows = [reason._asdict() for reason in reasons]
+        value = {"hash": hash_part, "available": available, "summary": summary, "reasons": rows}
+        content_type, text = "application/json", json.dumps(value, ensure_ascii=False, indent=2)
+    else:
+        lines = [f"{'yes' if available else 'no'}: {summary}", "", *map(_line, reasons)]
+        content_type, text = "text/plain; charset=utf-8", "\n".join(lines)
+    return Representation(content_type=content_type, body=f"{text}\n".encode(), cache_control="no-store")
+
+
+async def _reasons(context: ServerContext, request: Request, hash_part: str) -> list[Reason]:
+    policy = context.paths.policy
+    if policy is not None and not hasattr(request.ctx, "token") and not await context.paths.lookup_path(hash_part):
+        return [Reason(Code.NOT_VALID, f"this server serves no path with the hash {hash_part}", decides=True)]
+    keys = [key.public_key for key in context.keys]
+
+    def explain(store: Store) -> list[Reason]:
+        return list(Explainer(store, policy, keys, context.settings.logs).explain(hash_part))
+
+    return await context.threads.run_slow_db(explain)
+
+
+def _line(reason: Reason) -> str:
+    return f"- {reason.text}" + (f"; {reason.remedy}" if reason.remedy else "")

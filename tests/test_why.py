@@ -1,0 +1,160 @@
+"""`harmonia why` names the cause why a path is not substituted, as the client and as the server see it."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harmonia.cli import EXIT_FOUND
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.signing import SecretKey
+from harmonia.tools.fixture_tree import remove_tree
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.tools.why import remembered_until
+from support.running import Server, run
+
+Start = Callable[..., Server]
+
+KEY = SecretKey.generate("site-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    return StoreBuilder(tmp_path / "store")
+
+
+def signed(store: StoreBuilder, name: str, *references: PathInfo) -> PathInfo:
+    return store.add(store.output_path(name), name.encode(), references=[each.path for each in references], keys=[KEY])
+
+
+class Asking:
+    """A client machine with an empty store, whose nix.conf trusts `keys`."""
+
+    def __init__(self, directory: Path, *keys: SecretKey) -> None:
+        directory.mkdir()
+        StoreBuilder(directory / "empty")
+        self.home = directory
+        self.conf = directory / "nix.conf"
+        self.conf.write_text(f"trusted-public-keys = {' '.join(str(key.public_key) for key in keys)}\n")
+        self.config = directory / "harmonia.toml"
+        self.config.write_text(f"real_nix_store = '{directory}/empty/nix/store'\n")
+
+    def why(self, path: str, *arguments: str, status: int = EXIT_FOUND) -> dict[str, Any]:
+        options = ("--config", str(self.config), "why", "--json", "--nix-conf", str(self.conf))
+        done = run(*options, *arguments, path, environment={"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home)})
+        assert done.returncode == status, done.stderr + done.stdout
+        value: dict[str, Any] = json.loads(done.stdout)
+        return value
+
+    def cause(self, path: str, server: Server) -> str:
+        """Return why a path cannot be had from the server: the check, and the reason."""
+        [source] = self.why(path, "--cache", server.url)["sources"]
+        decisive = next(reason for reason in source["reasons"] if reason["decides"])
+        assert decisive["remedy"]
+        return f"{decisive['code']}: {decisive['text']}"
+
+
+def test_available_path_names_its_cache(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    library = signed(store, "library")
+    program = signed(store, "program", library)
+    server = start(store=tmp_path / "store")
+    value = Asking(tmp_path / "client", KEY).why(program.path, "--cache", server.url, status=0)
+    assert value["summary"] == f"{program.path} is available from {server.url}."
+    assert value["sources"][0]["reasons"][-1]["text"].endswith("all in the cache: 2")
+
+
+def test_cause_at_a_cache_is_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    library = signed(store, "library")
+    program = signed(store, "program", library)
+    unsigned = store.add(store.output_path("unsigned"), b"")
+    gone = signed(store, "gone")
+    remove_tree(store.real_path(gone.path))
+    server = start(store=tmp_path / "store", settings='[publish]\ndeny = ["library"]')
+    client = Asking(tmp_path / "client", KEY)
+    assert client.cause("0" * 32, server) == f"narinfo: {'0' * 32}.narinfo is 404: it does not have the path"
+    assert client.cause(unsigned.path, server).startswith("signatures: ")
+    assert client.cause(program.path, server).startswith(f"closure: of its closure, {library.path} cannot")
+    assert client.cause(gone.path, server).startswith("NAR: its NAR nar/")
+    stranger = Asking(tmp_path / "stranger")
+    assert "signed by site-1, whose public key is unknown here" in stranger.cause(program.path, server)
+
+
+def test_cache_that_no_client_accepts_is_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program").path
+    client = Asking(tmp_path / "client", KEY)
+    elsewhere = start(store=tmp_path / "store", settings="virtual_nix_store = '/other/store'")
+    assert "is for the store /other/store, not /nix/store" in client.cause(path, elsewhere)
+    elsewhere.stop()
+    assert client.cause(path, elsewhere).startswith("connection: ")
+
+
+def test_caches_are_asked_by_priority(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program").path
+    StoreBuilder(tmp_path / "bare")
+    late, early = start(store=tmp_path / "store"), start(store=tmp_path / "bare", settings="priority = 10")
+    client = Asking(tmp_path / "client", KEY)
+    value = client.why(path, "--cache", late.url, "--cache", early.url, status=0)
+    assert [source["source"] for source in value["sources"]] == [early.url, late.url]
+    assert [source["available"] for source in value["sources"]] == [False, True]
+    client.conf.write_text(f"substituters = {late.url}?trusted=0 daemon\nextra-substituters = {early.url}\n")
+    value = client.why(path, "--substituters")
+    assert [source["source"] for source in value["sources"]] == [early.url, late.url]
+
+
+def test_memory_of_the_client_is_named_until_it_expires(tmp_path: Path) -> None:
+    (tmp_path / "nix").mkdir()
+    with closing(sqlite3.connect(tmp_path / "nix/binary-cache-v6.sqlite")) as database, database:
+        database.execute("create table BinaryCaches (id integer primary key, url text)")
+        database.execute("create table NARs (cache integer, hashPart text, timestamp integer, present integer)")
+        database.execute("insert into BinaryCaches values (1, 'http://cache/')")
+        now = int(time.time())
+        database.executemany(
+            "insert into NARs values (1, ?, ?, ?)", [("new", now, 0), ("old", now - 60, 0), ("there", now, 1)]
+        )
+    environ = {"XDG_CACHE_HOME": str(tmp_path)}
+
+    def until(hash_part: str, url: str = "http://cache") -> float | None:
+        found = remembered_until(url, hash_part, 50, environ)
+        return found and found.timestamp()
+
+    assert until("new") == now + 50
+    assert until("old") is until("there") is until("none") is until("new", "http://other") is None
+
+
+def test_server_explains_its_own_store_and_its_upstreams(start: Start, tmp_path: Path) -> None:
+    remote = StoreBuilder(tmp_path / "remote")
+    path = signed(remote, "program").path
+    upstream = start(store=tmp_path / "remote")
+    local = Asking(tmp_path / "server", KEY)
+    assert local.why(path)["summary"].endswith("is valid in the store of this server.")
+    with local.config.open("a") as file:
+        file.write(f"[[upstream]]\nurl = '{upstream.url}'\npublic_keys = ['{KEY.public_key}']\n")
+    value = local.why(path, status=0)
+    assert [source["source"] for source in value["sources"]] == ["this server", f"upstream {upstream.url}"]
+
+
+def test_name_of_a_valid_path_is_enough(store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program-1.0").path
+    local = Asking(tmp_path / "server", KEY)
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    assert local.why("program-1.0", status=0)["path"] == path
+    done = run("--config", str(local.config), "why", "program-2.0")
+    assert done.returncode == 2
+    assert "expected a store path like /nix/store/<hash>-<name>" in done.stderr
+
+
+def test_text_begins_with_one_sentence(store: StoreBuilder, tmp_path: Path) -> None:
+    signed(store, "program")
+    local = Asking(tmp_path / "server", KEY)
+    done = run("--config", str(local.config), "why", "0" * 32)
+    assert done.returncode == EXIT_FOUND
+    first, _, rest = done.stdout.partition("\n")
+    cause = f"no path with the hash {'0' * 32} is valid in the store of this server"
+    assert first == f"{'0' * 32} is not available: this server: {cause}."
+    assert "  ✗ no path" in rest
+    assert "      → build it" in rest
