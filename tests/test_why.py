@@ -120,7 +120,7 @@ def test_memory_of_the_client_is_named_until_it_expires(tmp_path: Path) -> None:
 
     def until(hash_part: str, url: str = "http://cache") -> float | None:
         found = remembered_until(url, hash_part, 50, environ)
-        return found and found.timestamp()
+        return None if found is None else found.timestamp()
 
     assert until("new") == now + 50
     assert until("old") is until("there") is until("none") is until("new", "http://other") is None
