@@ -48,15 +48,16 @@ class DaemonError(RemoteError):
     """The Nix daemon reports an error. The message may contain colour codes."""
 
 
-class PushRefusedError(HarmoniaError):
-    """A push is refused. The message is one line, with the reason and its remedy; the client sees it.
-
-    The status is never 5xx: Nix up to 2.32 repeats such a request with an empty body.
-    """
+class RequestRefusedError(HarmoniaError):
+    """A request is refused. The message is one line, with the reason and its remedy; the client sees it."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class PushRefusedError(RequestRefusedError):
+    """A push is refused. The status is never 5xx: Nix up to 2.32 repeats such a request with an empty body."""
 
 
 class UpstreamError(HarmoniaError):

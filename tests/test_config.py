@@ -1006,6 +1006,7 @@ PUSH = "[push]\nenable = true\n"
         ("tokens_path = '/t'\nanonymous_scopes = ['push']", 'h.toml:2: anonymous_scopes: "push" would let everyone'),
         ("[push]\nclient_certificates = ['ci']", "h.toml:2: push.client_certificates: set without tls_client_ca_path"),
         ("[push]\nmax_nar_size = '64G'", "h.toml:2: push.max_nar_size: more than spool_size"),
+        ("max_bulk_rate = 9999", "h.toml:1: max_bulk_rate: less than one request, which may have 10000 paths"),
         ("[push]\nspool_size = 'much'", "h.toml:2: push.spool_size: expected a size "),
         ("[push]\nkeep = 5", "h.toml:2: push.keep: expected seconds, 60 or more"),
         ("[push]\nsign_names = ['/x']", "h.toml:2: push.sign_names: "),

@@ -32,6 +32,16 @@ def test_one_minute_of_requests_is_allowed_at_once(per_minute: int) -> None:
     assert [rate.wait("a") for _ in range(per_minute)] == [0] * per_minute
 
 
+def test_several_events_count_as_so_many_single_ones_or_not_at_all() -> None:
+    clock = Clock()
+    rate = Rate(10, clock)
+    assert rate.wait("a", 11) > 0
+    assert rate.wait("a", 7) == 0
+    assert rate.wait("a", 4) == pytest.approx(6)
+    assert [rate.wait("a") for _ in range(3)] == [0, 0, 0]
+    assert rate.wait("a") > 0
+
+
 @given(st.integers(1, 20), st.lists(st.floats(0, 30)))
 def test_no_minute_exceeds_twice_the_rate_and_waiting_always_suffices(per_minute: int, pauses: list[float]) -> None:
     clock = Clock()

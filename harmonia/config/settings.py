@@ -42,6 +42,8 @@ _PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cach
 _FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
 _PORT = 5000
 _PUSH_SCOPES = {"push", "sign"}
+MAX_BULK_PATHS = 10_000
+"""Paths for which one bulk request may ask (DeterminateSystems/nix-src#523)."""
 _NEEDS = (
     ("tls_cert_path", "tls_key_path", "TLS needs both; set both or none"),
     ("tls_key_path", "tls_cert_path", "TLS needs both; set both or none"),
@@ -296,6 +298,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             " debug info. Further ones get 429. 0 is no limit."
         ),
     ] = 1200
+    max_bulk_rate: Annotated[
+        Count,
+        Meta(
+            description="Maximum number of paths in a minute, for each client address and each worker, for which bulk"
+            " requests ask. Further requests get 429. 0 is no limit."
+        ),
+    ] = 120_000
     max_failed_auth_rate: Annotated[
         Count,
         Meta(
@@ -438,6 +447,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise WrongSettingError(f"set without {needed}; {remedy}", given)
         if self.address("metrics_bind") and not self.metrics:
             raise WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
+        if 0 < self.max_bulk_rate < MAX_BULK_PATHS:
+            what = f"less than one request, which may have {MAX_BULK_PATHS} paths; set it to that or more, or to 0"
+            raise WrongSettingError(what, "max_bulk_rate")
         if self.nar_compression == "zstd" and not self.enable_compression:
             what = 'enable_compression = false disables compression; set that to true, or this to "none"'
             raise WrongSettingError(what, "nar_compression")

@@ -15,6 +15,7 @@ from harmonia.server import error_response
 from harmonia.server.context import Fallback, ServerContext
 from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
+from harmonia.server.http.request_body import dropping
 from harmonia.server.http.response import Handler, Representation, respond
 from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
 from harmonia.server.resources import metrics
@@ -84,8 +85,9 @@ def _app(
         app.add_route(
             endpoint,
             route.uri,
-            methods=("GET", "HEAD"),
+            methods=route.methods,
             name=route.metric,
+            stream="POST" in route.methods,
             strict_slashes=strict,
             error_format="text",  # of no use, because `failed` answers; Sanic would parse our source to guess one
         )
@@ -111,7 +113,7 @@ def _handler(route: Route, guard: Guard | None) -> Handler:
         handler = limited(handler)
     if guard is not None and route.scope is not None:
         handler = guard.guarded(handler, route.scope)
-    return handler
+    return dropping(handler, lambda _, error: error) if "POST" in route.methods else handler
 
 
 def _with_fallback(local: Handler, select: Callable[[Fallback], Handler]) -> Handler:

@@ -52,6 +52,9 @@ class Fallback(Protocol):
     """
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation: ...
+    async def narinfo_text(self, request: Request, hash_part: str) -> str | None:
+        """Return the narinfo of a path, or None if no upstream has it."""
+
     async def get_listing(self, request: Request, hash_part: str) -> Representation: ...
     async def get_nar(self, request: Request, name: str) -> Representation: ...
     async def get_log(self, request: Request, name: str) -> Representation: ...
@@ -119,6 +122,7 @@ class ServerContext:
         self.layouts = Layouts(files=layout_files)
         self.made = MadeOnce(_MADE_MEMORY_BYTES, layout_files)
         self.query_rate = Rate(settings.max_query_rate) if settings.max_query_rate else None
+        self.bulk_rate = Rate(settings.max_bulk_rate) if settings.max_bulk_rate else None
         self._temp_roots = _temp_roots(settings)
         nar_cache = _nar_cache(settings)
         self.compressor = Compressor(settings.zstd, nar_cache, index_files(settings) if nar_cache else None)

@@ -10,7 +10,7 @@ from sanic.exceptions import SanicException
 from harmonia.errors import (
     SHORTAGES,
     CacheFileError,
-    PushRefusedError,
+    RequestRefusedError,
     StoreObjectError,
     StoreUnavailableError,
     UpstreamError,
@@ -40,7 +40,7 @@ _log = logging.getLogger("harmonia")
 def response(context: ServerContext, request: Request, error: Exception) -> HTTPResponse:
     """Return the response for an error, as HTML or plain text. Logs the error, unless the client caused it."""
     headers = {"cache-control": "no-store", "vary": "Accept"}
-    if isinstance(error, PushRefusedError):  # `nix copy` shows up to 1 KiB of the text
+    if isinstance(error, RequestRefusedError):  # `nix copy` shows up to 1 KiB of the text
         text = f"{' '.join(str(error).split())[:_MAX_REFUSAL_CHARS]}\n"
         return HTTPResponse(text, error.status, headers, content_type="text/plain; charset=utf-8")
     status = _status(error)

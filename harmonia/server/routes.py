@@ -12,6 +12,7 @@ from harmonia.server.resources import (
     browse,
     build_log,
     build_trace,
+    bulk_narinfo,
     cache_info,
     debuginfo,
     explain,
@@ -25,6 +26,7 @@ from harmonia.server.resources import (
     push,
 )
 
+BULK_URI = "/get-narinfos-v1"
 _HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
 
 
@@ -37,6 +39,8 @@ class Route:
     handler: Handler
     metric: str
     """Value of the label `route` in the metrics."""
+    methods: tuple[str, ...] = ("GET", "HEAD")
+    """Methods of the handler. With POST, it reads the body itself, without a limit."""
     scope: Scope | None = "read"
     """Scope that a token needs, or None if the resource never needs a token."""
     rate_limited: bool = False
@@ -63,6 +67,7 @@ ROUTES = (
         metric="narinfo",
         fallback=lambda upstreams: upstreams.get_narinfo,
     ),
+    Route(uri=BULK_URI, handler=bulk_narinfo.post, metric="get_narinfos", methods=("POST",)),
     Route(
         uri=rf"/<hash_part:{_HASH_PART}\.ls>",
         handler=listing.get,
@@ -111,17 +116,26 @@ ROUTES = (
 )
 METRICS_ROUTES = (Route(uri="/metrics", handler=metrics.get, metric="metrics", scope="metrics"),)
 """Served with the other routes, or alone at `metrics_bind`."""
-PUSH_ROUTES = tuple(
-    Route(uri=f"/push{uri}", handler=get, put=put, metric=f"push_{metric}", scope="push")
-    for uri, metric, get, put in (
-        ("/nix-cache-info", "cache_info", cache_info.get, push.drop),
-        (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
-        (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
-        ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),
-        ("/log/<name:str>", "log", build_log.get, push.put_log),
-        ("/realisations/<name:str>", "realisation", build_trace.get_realisation, push.put_realisation),
-        ("/build-trace-v2/<derivation:str>/<name:str>", "build_trace", build_trace.get, push.drop),
-        ("/debuginfo/<name:str>", "debuginfo", debuginfo.get, push.drop),
-    )
+PUSH_ROUTES = (
+    *(
+        Route(uri=f"/push{uri}", handler=get, put=put, metric=f"push_{metric}", scope="push")
+        for uri, metric, get, put in (
+            ("/nix-cache-info", "cache_info", cache_info.get, push.drop),
+            (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
+            (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
+            ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),
+            ("/log/<name:str>", "log", build_log.get, push.put_log),
+            ("/realisations/<name:str>", "realisation", build_trace.get_realisation, push.put_realisation),
+            ("/build-trace-v2/<derivation:str>/<name:str>", "build_trace", build_trace.get, push.drop),
+            ("/debuginfo/<name:str>", "debuginfo", debuginfo.get, push.drop),
+        )
+    ),
+    Route(
+        uri=f"/push{BULK_URI}",
+        handler=bulk_narinfo.post_valid,
+        metric="push_get_narinfos",
+        methods=("POST",),
+        scope="push",
+    ),
 )
 """The store URL for uploads. Only the local store answers there, never an upstream."""

@@ -200,6 +200,13 @@ class Store:
         except FormatError as error:
             raise StoreObjectError(f"cannot use the database's row for {excerpt(path)}: {error}") from error
 
+    def usable_path_info(self, hash_part: str) -> PathInfo | None:
+        """Like `path_info`, but return None if the row is malformed."""
+        try:
+            return self.path_info(hash_part)
+        except StoreObjectError:
+            return None
+
     def valid_paths(self) -> tuple[list[str], int]:
         """Return all valid paths in full, sorted, even those with malformed rows, and the sum of their NAR sizes."""
         rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")

@@ -50,7 +50,16 @@ def name(uri: str) -> str:
 
 
 def test_every_route_is_in_the_table() -> None:
-    assert [name(route.uri) for route in ROUTES + METRICS_ROUTES] == list(ROWS)
+    uris = [route.uri for route in ROUTES + METRICS_ROUTES if route.methods == ("GET", "HEAD")]
+    assert [name(uri) for uri in uris] == list(ROWS)
+
+
+def test_resource_for_post_allows_only_post(client: Session) -> None:
+    posted = [route.uri for route in ROUTES if "POST" in route.methods]
+    assert posted == ["/get-narinfos-v1"]
+    for method in ("GET", "HEAD", *METHODS[1:]):
+        response = client.request(method, posted[0])
+        assert (response.status, response.headers["allow"]) == (405, "POST")
 
 
 @pytest.fixture(scope="module")

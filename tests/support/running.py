@@ -196,6 +196,13 @@ class Server:
             connection.sendall(_head(method, path, {"Connection": "close", **(headers or {})}, version))
             return read_answer(connection, method)
 
+    def post(self, path: str, body: bytes, headers: Mapping[str, str] | None = None, *, version: str = "1.1") -> Answer:
+        """Send one request with a body on its own connection."""
+        sent = {"Connection": "close", "Content-Length": str(len(body)), **(headers or {})}
+        with self.connect() as connection:
+            connection.sendall(_head("POST", path, sent, version) + body)
+            return read_answer(connection, "POST")
+
     def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         return self.request("GET", path, headers)
 

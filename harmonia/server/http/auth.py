@@ -38,6 +38,9 @@ class _Context(Protocol):
     @property
     def query_rate(self) -> Rate | None: ...
 
+    @property
+    def bulk_rate(self) -> Rate | None: ...
+
     def client(self, request: Request) -> str: ...
 
 
@@ -123,6 +126,12 @@ class Guard:
 def check_rate(context: _Context, request: Request) -> None:
     """Raise SanicException 429 if the client exceeds `max_query_rate`. Otherwise, count the request."""
     if context.query_rate is not None and (wait := context.query_rate.wait(context.client(request))):
+        raise too_many(wait)
+
+
+def check_bulk_rate(context: _Context, request: Request, paths: int) -> None:
+    """Raise SanicException 429 if the client exceeds `max_bulk_rate`. Otherwise, count the paths of a request."""
+    if context.bulk_rate is not None and (wait := context.bulk_rate.wait(context.client(request), paths)):
         raise too_many(wait)
 
 

@@ -24,15 +24,18 @@ class Rate:
         self._clock = clock
         self._empty_at: MutableMapping[str, float] = LRUCache(_MAX_CLIENTS)
 
-    def wait(self, client: str) -> float:
-        """Return 0 and count the event if it is allowed now. Otherwise, return the seconds until it is allowed."""
+    def wait(self, client: str, events: int = 1) -> float:
+        """Return 0 and count the events if they are allowed now. Otherwise, return the seconds until they are allowed.
+
+        More events than the limit of a minute are never allowed.
+        """
         client = network(client)
         now = self._clock()
-        empty_at = max(self._empty_at.get(client, now), now) + self._interval
+        empty_at = max(self._empty_at.get(client, now), now) + events * self._interval
         wait = empty_at - now - _MINUTE_S
         # Rounding errors add up: an excess of less than a hundredth of an interval is allowed.
         allowed = wait < self._interval / 100
-        self._empty_at[client] = empty_at if allowed else empty_at - self._interval
+        self._empty_at[client] = empty_at if allowed else empty_at - events * self._interval
         return 0.0 if allowed else wait
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from sanic import Request
 
-from harmonia.cache.compressed_files import CompressedFile
 from harmonia.cache.zstd import Encoding
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
@@ -36,7 +35,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     if context.offers_zstd and not files.needs_no_lookup(info.nar_hash):
         await context.threads.run_short_io(lambda: files.find_file_info(info.nar_hash))
     compressed = files.known_file_info(info.nar_hash)
-    nar, max_age = _nar_file(context, info, compressed), context.settings.narinfo_max_age
+    nar, max_age = nar_file(context, info), context.settings.narinfo_max_age
 
     def still_valid() -> bool:
         needs_no_lookup = not context.offers_zstd or files.needs_no_lookup(info.nar_hash)
@@ -58,8 +57,12 @@ def representation(
     return Representation.of_metadata(content_type, text.encode(), max_age)
 
 
-def _nar_file(context: ServerContext, info: PathInfo, compressed: CompressedFile | None) -> NarFile:
-    """Return URL, compression, hash and size of the NAR file. Nix caches the URL for 30 days: it must stay valid."""
+def nar_file(context: ServerContext, info: PathInfo) -> NarFile:
+    """Return URL, compression, and hash and size as far as remembered, of the NAR file.
+
+    Nix caches the URL for 30 days: it must stay valid.
+    """
+    compressed = context.compressor.files.known_file_info(info.nar_hash)
     if not context.offers_zstd:
         return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
     url = file_url(info, context.compressor.encoder.encoding)

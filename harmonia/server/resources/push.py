@@ -12,34 +12,29 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from functools import partial, wraps
+from functools import partial
 
 from sanic import Request
 from sanic.exceptions import NotFound, SanicException
 
-from harmonia.errors import FormatError, PushRefusedError
+from harmonia.errors import FormatError, PushRefusedError, RequestRefusedError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.build_trace import parse_realisation
-from harmonia.nix.decompress import Decoder, decoder
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StoreDirError, StorePath
 from harmonia.push.receiver import PushReceiver
 from harmonia.server.context import ServerContext
 from harmonia.server.http import sanic_adapter
+from harmonia.server.http.request_body import STALL_S, content_length, decoder_of, dropping, read_small
 from harmonia.server.http.response import Handler, Representation
 from harmonia.server.resources import build_log, build_trace, nar
 from harmonia.server.resources.narinfo import nar_url, representation
-from harmonia.untrusted import integer
 
 _SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?")
-_MAX_BODY_BYTES = (1 << 63) - 1
 _MAX_NARINFO_BYTES = 1 << 20
 _MAX_REALISATION_BYTES = 256 << 10
-_MAX_DROPPED_BYTES = 1 << 20  # that a client may send before it reads the refusal
 _CHUNK_BYTES = 256 * 1024
-_STALL_S = 60.0  # without a byte of the body
-_DROP_STALL_S = 5.0  # for the rest of a refused body
 _SILENCE_S = 60.0  # until the first byte of a response, and between two bytes of it
 
 _log = logging.getLogger("harmonia")
@@ -85,15 +80,15 @@ async def put_nar(context: ServerContext, request: Request, name: str) -> Repres
     match = _SPOOLED.fullmatch(name)
     if match is None:
         raise PushRefusedError(400, "the name of a NAR is its base-32 SHA-256 and .nar; push with `nix copy`")
-    size = _content_length(request)
-    chunks = _gathered(sanic_adapter.body_of(request, _STALL_S))
+    size = content_length(request)
+    chunks = _gathered(sanic_adapter.body_of(request, STALL_S))
     await _receiver(context).receive(match["file_hash"], size, chunks)
     return _done()
 
 
 async def put_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
     receiver = _receiver(context)
-    info, nar_file = _parse(context, hash_part, await _read_small(request, _MAX_NARINFO_BYTES))
+    info, nar_file = _parse(context, hash_part, await read_small(request, _MAX_NARINFO_BYTES))
     match = _SPOOLED.fullmatch(nar_file.url)
     file_hash = match["file_hash"] if match else None
     if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
@@ -111,17 +106,17 @@ async def put_log(context: ServerContext, request: Request, name: str) -> Repres
         derivation = StorePath(build_log.decoded(request, name))
         if not derivation.is_derivation:
             raise FormatError(f"{derivation} is not a derivation")
-        codings = _decoder(request)
+        codings = decoder_of(request)
     except FormatError as error:
         raise PushRefusedError(400, f"cannot keep the log: {error}; push it with `nix copy`") from None
-    chunks = _gathered(sanic_adapter.body_of(request, _STALL_S))
+    chunks = _gathered(sanic_adapter.body_of(request, STALL_S))
     await _receiver(context).receive_log(derivation, codings, chunks)
     return _done()
 
 
 async def put_realisation(context: ServerContext, request: Request, name: str) -> Representation:
     derivation_hash, output = build_trace.parse_realisation_id(name)
-    body = await _read_small(request, _MAX_REALISATION_BYTES)
+    body = await read_small(request, _MAX_REALISATION_BYTES)
     try:
         realisation_id, realisation = parse_realisation(body)
     except FormatError as error:
@@ -134,8 +129,8 @@ async def put_realisation(context: ServerContext, request: Request, name: str) -
 
 async def drop(context: ServerContext, request: Request, **_: str) -> Representation:
     """Read and drop an upload of a resource that the server makes itself."""
-    _receiver(context).spool.check_size(_content_length(request))
-    async for _data in sanic_adapter.body_of(request, _STALL_S):
+    _receiver(context).spool.check_size(content_length(request))
+    async for _data in sanic_adapter.body_of(request, STALL_S):
         pass
     return _done()
 
@@ -143,25 +138,23 @@ async def drop(context: ServerContext, request: Request, **_: str) -> Representa
 def receiving(handler: Handler) -> Handler:
     """Return a handler for PUT that answers each error with 4xx, after it has dropped the rest of the body."""
 
-    @wraps(handler)
     async def put(context: ServerContext, request: Request, **parameters: str) -> Representation:
         try:
             return await handler(context, request, **parameters)
-        except Exception as error:
-            await sanic_adapter.drop_body(request, _MAX_DROPPED_BYTES, _DROP_STALL_S)
+        except Exception:
             if context.push is not None:
                 context.push.counters.push_refusals += 1
-            raise _refusal(request, error) from error
+            raise
 
-    return put
+    return dropping(put, _refusal)
 
 
 def _refusal(request: Request, error: Exception) -> Exception:
     match error:
-        case PushRefusedError() | SanicException(status_code=400 | 401 | 403 | 404 | 405 | 411 | 413 | 429):
+        case RequestRefusedError() | SanicException(status_code=400 | 401 | 403 | 404 | 405 | 411 | 413 | 429):
             return error
         case TimeoutError():
-            return PushRefusedError(400, f"no byte of the body arrived for {_STALL_S:.0f} s; push again")
+            return PushRefusedError(400, f"no byte of the body arrived for {STALL_S:.0f} s; push again")
     _log.error("%s %s: push failed: %s", request.method, request.path, error, exc_info=error)
     return PushRefusedError(409, "the server failed; push again, or see the server's log")
 
@@ -182,13 +175,6 @@ def _done(body: bytes | _Progress = b"") -> Representation:
     return Representation(content_type="text/plain; charset=utf-8", body=body, cache_control="no-store")
 
 
-def _content_length(request: Request) -> int:
-    size = integer(request.headers.get("content-length", "").strip(), _MAX_BODY_BYTES)
-    if size is None:
-        raise SanicException(status_code=411)
-    return size
-
-
 async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
     """Yield the bytes in chunks of at least 256 KiB: to wake a thread takes longer than to copy them."""
     chunk = bytearray()
@@ -199,24 +185,6 @@ async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
             chunk.clear()
     if chunk:
         yield bytes(chunk)
-
-
-async def _read_small(request: Request, most: int) -> bytes:
-    """Return a body that fits into memory, decoded. Raises PushRefusedError if it is longer or malformed."""
-    if _content_length(request) > most:
-        raise PushRefusedError(413, f"the body has more than {most} bytes")
-    body = b"".join([data async for data in sanic_adapter.body_of(request, _STALL_S)])
-    try:
-        decoding = _decoder(request)
-        return decoding.decode(body, most) if decoding else body
-    except FormatError as error:
-        raise PushRefusedError(400, f"cannot decode the body: {error}; push it without compression") from None
-
-
-def _decoder(request: Request) -> Decoder | None:
-    """Return the decoder of the body, or None if it is not encoded. Raises FormatError if a coding is unknown."""
-    codings = ",".join(request.headers.getall("content-encoding", [])).split(",")
-    return decoder(coding.strip() for coding in codings)
 
 
 def _parse(context: ServerContext, hash_part: str, body: bytes) -> tuple[PathInfo, NarFile]:

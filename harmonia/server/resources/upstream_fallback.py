@@ -18,7 +18,7 @@ from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
-from harmonia.nix.narinfo import signatures
+from harmonia.nix.narinfo import NarFile, render, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Representation
@@ -93,12 +93,23 @@ class UpstreamHandlers:
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         path = await self._lookup_path(request, hash_part)
-        info, settings = path.info, path.client.settings
+        nar, sigs = await self._described(path)
+        return narinfo.representation(self._context, request, path.info, nar, sigs, max_age=self._max_age)
+
+    async def narinfo_text(self, request: Request, hash_part: str) -> str | None:
+        path = await self._upstreams.lookup_path(hash_part, _via(request))
+        if path is None:
+            return None
+        nar, sigs = await self._described(path)
+        return render(path.info, self._context.settings.virtual_nix_store, nar, sigs)
+
+    async def _described(self, path: RemotePath) -> tuple[NarFile, list[str]]:
+        """Return the NAR file as our clients see it, and the signatures, for the narinfo of a path."""
+        settings = path.client.settings
         url = path.url if settings.mode == "redirect" else f"upstream/{path.name}"
         nar = replace(await self._fetcher.file_info(path), url=url)
         keys = self._context.keys if settings.sign and path.verified else ()
-        sigs = signatures(info, self._context.settings.virtual_nix_store, keys)
-        return narinfo.representation(self._context, request, info, nar, sigs, max_age=self._max_age)
+        return nar, signatures(path.info, self._context.settings.virtual_nix_store, keys)
 
     async def get_nar(self, request: Request, name: str) -> Representation:
         return await self._nars.get(request, name, _via(request))
