@@ -7,7 +7,7 @@ SECONDS ?= 60
 # A container may forbid Python to keep compiled modules. Then each process that a test starts compiles all of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve demo test test-slow quick check format test-versions docs fuzz audit bench soak attack vm-test clean help
+.PHONY: serve demo test test-slow quick check format test-versions docs fuzz audit bench soak attack vm-test seaweedfs clean help
 
 # Address to listen on, like :8080 or 127.0.0.1:8080. Default: port 5000 on all addresses.
 BIND ?=
@@ -48,6 +48,9 @@ VERSIONS ?= lowest nixpkgs
 test-versions: .venv/ready  ## Test with the lowest supported versions of all dependencies, and with those in nixpkgs
 	$(BIN)/pip install --quiet uv
 	.ci/test-versions $(BIN)/uv '$(VERSIONS)' $(QUICK)
+
+seaweedfs: .venv/ready  ## Install SeaweedFS, an S3 service, for the tests with the marker `s3`
+	$(BIN)/pip install --quiet --editable '.[s3-engine]'
 
 docs: .venv/ready  ## Generate the documents that are derived from the code
 	PYTHONPATH=tests $(BIN)/python -m support.generated

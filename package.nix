@@ -3,6 +3,8 @@
   python3Packages,
   stdenv,
   installShellFiles,
+  # Support for a mirror in an S3 bucket.
+  withS3 ? false,
   # For the tests: programs to compare with, and openssl for certificates.
   nix,
   openssl,
@@ -71,6 +73,7 @@ let
   testDependencies = [
     python3Packages.h11
     python3Packages.hypothesis
+    python3Packages.obstore
     python3Packages.pytest
     python3Packages.pytest-timeout
     python3Packages.pytest-xdist
@@ -78,6 +81,8 @@ let
   ]
   # In nixpkgs since the middle of 2026.
   ++ lib.optional (python3Packages ? schemathesis) python3Packages.schemathesis;
+
+  optional-dependencies.s3 = [ python3Packages.obstore ];
 
   harmonia = python3Packages.buildPythonApplication {
     pname = "harmonia";
@@ -105,7 +110,9 @@ let
       python3Packages.xxhash
       python3Packages.yarl
       python3Packages.zstandard
-    ];
+    ]
+    ++ lib.optionals withS3 optional-dependencies.s3;
+    inherit optional-dependencies;
 
     nativeBuildInputs = [ installShellFiles ];
     postInstall = lib.optionalString (stdenv.buildPlatform.canExecute stdenv.hostPlatform) ''

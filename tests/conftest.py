@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from support.programs import NOT_ROOT, namespaces_forbidden, require, skips
 from support.running import Server
+from support.s3_service import Folder, S3Service
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)
@@ -65,6 +66,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     yield start
     for server in started:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+    """Run SeaweedFS for all tests of this process."""
+    service = S3Service(tmp_path_factory.mktemp("s3"))
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def folder(s3_service: S3Service, tmp_path: Path) -> Folder:
+    """Return an empty folder in a bucket that anyone may read."""
+    return s3_service.folder(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = {each.name: each for each in map(Requirement, PROJECT["dependencies"])}
-DEV = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["dev"])}
+OPTIONAL = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["s3"])}
+DEV = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["dev"]) if each.name != "harmonia"}
 PACKAGE = (ROOT / "package.nix").read_text()
 
 
@@ -36,20 +37,23 @@ def imported(folder: Path) -> Iterator[str]:
 
 
 def test_every_import_is_declared() -> None:
-    assert set(imported(ROOT / "harmonia")) == set(RUNTIME)
+    assert set(imported(ROOT / "harmonia")) == set(RUNTIME) | set(OPTIONAL)
 
 
 def test_nix_package_has_the_same_dependencies() -> None:
-    listed = re.search(r"\n +dependencies = \[(.*?)\];", PACKAGE, re.DOTALL)
+    listed = re.search(r"\n +dependencies = \[(.*?)\]", PACKAGE, re.DOTALL)
     assert listed
     assert [name.removeprefix("python3Packages.") for name in listed[1].split()] == sorted(RUNTIME)
+    optional = re.search(r"optional-dependencies\.s3 = \[ (.*?) \];", PACKAGE)
+    assert optional
+    assert optional[1].split() == [f"python3Packages.{name}" for name in sorted(OPTIONAL)]
 
 
 def test_sanic_has_an_upper_bound() -> None:
     assert "<26" in str(RUNTIME["sanic"].specifier)
 
 
-@pytest.mark.parametrize("requirement", [*RUNTIME.values(), *DEV.values()], ids=str)
+@pytest.mark.parametrize("requirement", [*RUNTIME.values(), *OPTIONAL.values(), *DEV.values()], ids=str)
 def test_version_in_nixpkgs_satisfies_the_requirement(requirement: Requirement) -> None:
     lines = (ROOT / ".ci/nixpkgs-versions.txt").read_text().splitlines()
     versions = dict(line.split("==") for line in lines if not line.startswith("#"))

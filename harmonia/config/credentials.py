@@ -159,6 +159,19 @@ def _credentials(content: bytes) -> str:
     return netrc.basic(user, password)
 
 
+def mirror_keys(settings: Settings) -> tuple[str, str] | None:
+    """Return the access key ID and the secret access key for the mirror's bucket, or None without a file with them."""
+    path = settings.mirror.credentials_file
+    if path is None:
+        return None
+    with open_file(("mirror", "credentials_file"), path, "name a readable file") as file:
+        access, _, secret = file.read(netrc.MAX_BYTES).decode(errors="replace").strip().partition(":")
+    if not (re.fullmatch(r"[!-~]+", access) and re.fullmatch(r"[!-~]+", secret)):
+        what = f"{path!r}: expected ACCESS_KEY_ID:SECRET_ACCESS_KEY; give one such line"
+        raise WrongSettingError(what, "mirror", "credentials_file", key_file=path)
+    return access, secret
+
+
 def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
     """Return the TLS context that verifies the certificate of the upstream with the index `number`, from 0."""
     path = settings.upstream[number].ca_file

@@ -19,6 +19,7 @@ import msgspec
 from harmonia.config import setting_places
 from harmonia.config.settings import (
     TABLES,
+    Mirror,
     PublishRules,
     Push,
     Settings,
@@ -167,7 +168,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 
 
 def _values(
-    struct: type[Settings | Zstd | PublishRules | Push | Upstream], given: Mapping[str, Any], *table: str
+    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Upstream], given: Mapping[str, Any], *table: str
 ) -> dict[str, Any]:
     """Return the arguments for `struct` from a TOML table.
 

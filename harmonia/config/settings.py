@@ -253,6 +253,44 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
             _check(value_types.check_path, [getattr(self, key)], "push", key)
 
 
+class Mirror(msgspec.Struct, frozen=True, kw_only=True):
+    """A bucket of an S3 service that has a plain Nix binary cache, shared by several servers."""
+
+    bucket: Annotated[
+        str | None,
+        Meta(
+            description="Name of the bucket. `harmonia mirror` writes store paths to it. Needs `endpoint`, and the"
+            " Python package obstore (`harmonia[s3]`)."
+        ),
+    ] = None
+    endpoint: Annotated[
+        Url | None,
+        Meta(description="URL of the S3 service. The bucket's name follows it as the first part of the path."),
+    ] = None
+    region: Annotated[str, Meta(description="Region of the S3 service, for signatures.")] = "us-east-1"
+    prefix: Annotated[str, Meta(description="Folder of the cache in the bucket. Default: the whole bucket.")] = ""
+    credentials_file: Annotated[
+        File | None,
+        Meta(
+            description="File with `ACCESS_KEY_ID:SECRET_ACCESS_KEY`. Without it, requests are anonymous, enough to"
+            " read a public bucket."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        _check(value_types.check_bucket, [self.bucket], "mirror", "bucket")
+        _check(value_types.check_prefix, [self.prefix or None], "mirror", "prefix")
+        _check(value_types.check_path, [self.credentials_file], "mirror", "credentials_file")
+        for given, needed in (("bucket", "endpoint"), ("endpoint", "bucket")):
+            if getattr(self, given) is not None and getattr(self, needed) is None:
+                raise WrongSettingError(f"set without {needed}; set both or none", "mirror", given)
+
+    @property
+    def url(self) -> str:
+        """Return the URL of the cache in the bucket."""
+        return "/".join(filter(None, ((self.endpoint or "").rstrip("/"), self.bucket, self.prefix)))
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind: Annotated[
         Address, Meta(description="Address to listen at. Port 0 is any free port. Sockets from systemd override it.")
@@ -439,6 +477,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ()
     publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
     push: Annotated[Push, Meta(description="Uploads of store paths.")] = Push()
+    mirror: Annotated[Mirror, Meta(description="A bucket of an S3 service as a shared cache.")] = Mirror()
 
     def __post_init__(self) -> None:
         _check_paths(self)
@@ -568,5 +607,10 @@ def default_cache_dir(environ: Mapping[str, str]) -> str:
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
-TABLES: dict[str, type[Zstd | PublishRules | Push]] = {"zstd": Zstd, "publish": PublishRules, "push": Push}
+TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror]] = {
+    "zstd": Zstd,
+    "publish": PublishRules,
+    "push": Push,
+    "mirror": Mirror,
+}
 """The settings that are tables of other settings."""

@@ -45,6 +45,8 @@ BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
 _NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
 # Characters of names, wildcards and sets. For fnmatch, a `[` without `]` does not begin a set.
 _PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*)(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")  # needs no escapes in URLs
 
 Count = Annotated[int, Meta(ge=0)]
 # A reader is a type in TOML, and the function that converts it to the type of the field.
@@ -153,6 +155,18 @@ def check_pattern(text: str) -> None:
     if not _PATTERN.fullmatch(text) or (is_hash_part(text[:32]) and text[32:33] == "-"):
         what = f"{reprlib.repr(text)} cannot match any name; a name is a store path without its directory and hash"
         raise FormatError(f"{what}, and consists of letters, digits and +-._?=")
+
+
+def check_bucket(text: str) -> None:
+    """Raise FormatError if `text` is not the name of an S3 bucket."""
+    if not _BUCKET.fullmatch(text):
+        raise FormatError(f"expected 3 to 63 lower-case letters, digits, dots and hyphens, found {reprlib.repr(text)}")
+
+
+def check_prefix(text: str) -> None:
+    """Raise FormatError if `text` is not a folder like `nix` or `caches/nix`."""
+    if not _PREFIX.fullmatch(text):
+        raise FormatError(f'expected a folder like "caches/nix", found {reprlib.repr(text)}')
 
 
 def check_public_key(text: str) -> None:

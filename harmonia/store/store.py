@@ -48,6 +48,10 @@ select cast(path as text), cast(signatures as text), null
 from BuildTraceV3 as found join ValidPaths on path = outputPath
 where drvPath = ? and outputName = ? order by found.id limit 1
 """
+_REALISATION_IDS = """
+select drvPath, outputName from Realisations join ValidPaths on ValidPaths.id = outputPath where path = ?
+"""
+_BUILD_TRACE_KEYS = "select drvPath, outputName from BuildTraceV3 where outputPath = ?"
 
 _NO_SHM = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
@@ -230,9 +234,25 @@ class Store:
         """
         return self._realisation(("BuildTraceV3", "BuildTraceV3"), _BUILD_TRACE, derivation, output)
 
+    def realisation_ids(self, path: StorePath) -> list[tuple[str, str]]:
+        """Return the hash of the derivation and the output of each realisation of this path. For Nix up to 2.34."""
+        return self._keys_of(("Realisations", "RealisationsRefs"), _REALISATION_IDS, path)
+
+    def build_trace_keys(self, path: StorePath) -> list[tuple[str, str]]:
+        """Return the derivation and the output of each realisation of this path. For Nix newer than 2.34."""
+        return self._keys_of(("BuildTraceV3", "BuildTraceV3"), _BUILD_TRACE_KEYS, path)
+
+    def _keys_of(self, tables: tuple[str, str], statement: str, path: StorePath) -> list[tuple[str, str]]:
+        if not self._has_tables(tables):
+            return []
+        return [(str(drv), str(name)) for drv, name in self.database.query(statement, f"{self.store_dir}/{path}")]
+
+    def _has_tables(self, tables: tuple[str, str]) -> bool:
+        found: int = self.database.query(_TABLES, *tables)[0][0]
+        return found == len(set(tables))
+
     def _realisation(self, tables: tuple[str, str], statement: str, derivation: str, output: str) -> Realisation | None:
-        have_tables = self.database.query(_TABLES, *tables)[0][0] == len(set(tables))
-        rows = self.database.query(statement, derivation, output) if have_tables else []
+        rows = self.database.query(statement, derivation, output) if self._has_tables(tables) else []
         if not rows:
             return None
         path, sigs, dependent = rows[0]

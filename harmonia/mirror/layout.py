@@ -1,0 +1,51 @@
+"""Keys of a plain Nix binary cache in a bucket, and the text of its small objects (Nix `binary-cache-store.cc`)."""
+
+from harmonia.cache.zstd import Encoding
+from harmonia.nix import base32
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
+
+CACHE_INFO = "nix-cache-info"
+CACHE_INFO_TYPE = "text/x-nix-cache-info"
+NAR_TYPE = "application/x-nix-nar"
+JSON_TYPE = "application/json"
+LOG_TYPE = "text/plain; charset=utf-8"
+
+
+def cache_info(store_dir: str, priority: int) -> bytes:
+    return f"StoreDir: {store_dir}\nWantMassQuery: 1\nPriority: {priority}\n".encode()
+
+
+def store_dir(text: bytes) -> str | None:
+    """Return the store directory in the text of a `nix-cache-info`, or None if it names none."""
+    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+    return next((value.strip() for name, _, value in lines if name == "StoreDir"), None)
+
+
+def narinfo_key(path: StorePath) -> str:
+    return f"{path.hash_part}.narinfo"
+
+
+def nar_key(info: PathInfo, encoding: Encoding) -> str:
+    """Return the key of a compressed NAR. It names all that determines the bytes, so paths may share the object."""
+    return f"nar/{base32.encode(info.nar_hash)}-{encoding.name}.nar.zst"
+
+
+def listing_key(path: StorePath) -> str:
+    return f"{path.hash_part}.ls"
+
+
+def log_key(derivation: StorePath) -> str:
+    return f"log/{derivation}"
+
+
+def debuginfo_key(build_id: str) -> str:
+    return f"debuginfo/{build_id}.debug"
+
+
+def realisation_key(derivation_hash: str, output: str) -> str:
+    return f"realisations/{derivation_hash}!{output}.doi"
+
+
+def build_trace_key(derivation: str, output: str) -> str:
+    return f"build-trace-v2/{derivation}/{output}.doi"

@@ -1,0 +1,184 @@
+"""A real S3 service: one SeaweedFS process for all tests of a session, each with a folder of its own in a bucket."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import obstore
+import pytest
+from obstore.store import S3Store
+
+from harmonia.nix import narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.nix.path_info import PathInfo
+
+_ACCESS, _SECRET = "testtest", "testtestsecret"
+_READER = "readonly", "readonlysecret"
+_IDENTITIES = {
+    "identities": [
+        {
+            "name": "writer",
+            "credentials": [{"accessKey": _ACCESS, "secretKey": _SECRET}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": _READER[0], "secretKey": _READER[1]}],
+            "actions": ["Read", "List"],
+        },
+        {"name": "anonymous", "actions": ["Read:public"]},
+    ]
+}
+_GRPC_OFFSET = 10_000  # SeaweedFS also listens at each of its ports plus this
+_PATIENCE_S = 120.0
+
+
+class S3Service:
+    """SeaweedFS with the buckets `public`, which anyone may read, and `private`."""
+
+    def __init__(self, directory: Path) -> None:
+        environments = (Path(sys.prefix), Path(__file__).parents[2] / ".venv")
+        programs = [path for path in (environment / "bin/weed" for environment in environments) if path.exists()]
+        if not programs:
+            pytest.skip("no SeaweedFS in .venv: make seaweedfs")
+        self._program = programs[0]
+        self._directory = directory
+        (directory / "data").mkdir()
+        (directory / "s3.json").write_text(json.dumps(_IDENTITIES))
+        self.process: subprocess.Popen[bytes]
+        self._ports = _free_ports(4)
+        self.url = f"http://127.0.0.1:{self._ports[3]}"
+
+    def start(self) -> None:
+        master, volume, filer, s3 = self._ports
+        with (self._directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(self._program, "server", f"-dir={self._directory}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+                    *("-master.telemetry=false", f"-master.port={master}", f"-volume.port={volume}", "-volume.max=0"),
+                    *("-master.volumeSizeLimitMB=64", "-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}"),
+                    *(f"-s3.config={self._directory}/s3.json", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+                ],
+                stdout=log,
+                stderr=log,
+                cwd=self._directory,
+            )
+        deadline = time.monotonic() + _PATIENCE_S
+        while not self._is_ready():
+            assert time.monotonic() < deadline, (self._directory / "log").read_text()[-2000:]
+            assert self.process.poll() is None, (self._directory / "log").read_text()[-2000:]
+            time.sleep(0.1)
+        for bucket in ("public", "private"):
+            obstore.put(self.store(bucket), ".bucket", b"")  # SeaweedFS creates a bucket at its first object
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        self.process.wait(_PATIENCE_S)
+
+    def store(self, bucket: str) -> S3Store:
+        return S3Store(
+            bucket,
+            endpoint=self.url,
+            access_key_id=_ACCESS,
+            secret_access_key=_SECRET,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+
+    def folder(self, directory: Path, bucket: str = "public") -> "Folder":
+        """Return an empty folder in a bucket. Its credentials are files in `directory`."""
+        return Folder(self, directory, bucket, hashlib.sha256(os.fsencode(directory)).hexdigest()[:16])
+
+
+@dataclass
+class Folder:
+    """A folder of a bucket, in which a test has its mirror."""
+
+    service: S3Service
+    directory: Path
+    bucket: str
+    prefix: str
+    endpoint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.endpoint = self.service.url
+        for name, pair in (("writer", (_ACCESS, _SECRET)), ("reader", _READER), ("wrong", (_ACCESS, "s3cr3t"))):
+            file = self.directory / f"{name}.s3"
+            file.write_text(":".join(pair) + "\n")
+            file.chmod(0o600)
+
+    def settings(self, more: str = "", *, who: str | None = "writer") -> str:
+        """Return the table [mirror], with the credentials of `who`: writer, reader, wrong or None."""
+        lines = [f"bucket = '{self.bucket}'", f"prefix = '{self.prefix}'", f"endpoint = '{self.endpoint}'"]
+        if who is not None:
+            lines.append(f"credentials_file = '{self.directory}/{who}.s3'")
+        return "\n".join(("[mirror]", *lines, more, ""))
+
+    @property
+    def url(self) -> str:
+        return f"{self.service.url}/{self.bucket}/{self.prefix}"
+
+    @property
+    def store(self) -> S3Store:
+        return self.service.store(self.bucket)
+
+    def objects(self) -> dict[str, int]:
+        """Return the size of each object by its key."""
+        listed = obstore.list(self.store, f"{self.prefix}/").collect()
+        return {each["path"][len(self.prefix) + 1 :]: each["size"] for each in listed}
+
+    def get(self, key: str) -> bytes:
+        return bytes(obstore.get(self.store, f"{self.prefix}/{key}").bytes())
+
+    def put(self, key: str, content: bytes) -> None:
+        obstore.put(self.store, f"{self.prefix}/{key}", content)
+
+    def delete(self, key: str) -> None:
+        obstore.delete(self.store, f"{self.prefix}/{key}")
+
+    def paths(self) -> dict[str, tuple[PathInfo, NarFile]]:
+        """Return the parsed narinfos by hash part."""
+        found = {}
+        for key in self.objects():
+            if key.endswith(".narinfo"):
+                found[key.removesuffix(".narinfo")] = narinfo.parse(self.get(key).decode(), "/nix/store")
+        return found
+
+    def check_closed(self) -> None:
+        """Fail unless each narinfo has its NAR, with the right size, and the narinfos of its references."""
+        objects, paths = self.objects(), self.paths()
+        for info, nar in paths.values():
+            assert objects.get(nar.url) == nar.file_size, info.path
+            assert {reference.hash_part for reference in info.references} <= paths.keys(), info.path
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that are free together with the ports of gRPC."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # below the ports of clients on Linux
+        try:
+            for each in (port, port + _GRPC_OFFSET):
+                with socket.create_server(("127.0.0.1", each)):
+                    pass
+        except OSError:
+            continue
+        if port not in chosen:
+            chosen.append(port)
+    return chosen
