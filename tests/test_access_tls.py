@@ -119,6 +119,17 @@ def test_sighup_keeps_requiring_certificates(server: Server, keys: Path) -> None
     assert attempt(server, keys / "client.both")
 
 
+def test_sighup_replaces_the_authority(start: Start, sample: Sample, keys: Path, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_bytes((keys / "ours.pem").read_bytes())
+    changed = settings(keys).replace(f"{keys}/ours.pem", f"{tmp_path}/ca.pem")
+    server = start(store=sample.root, settings=changed, client_certificate=keys / "client.both")
+    (tmp_path / "ca.pem").write_bytes((keys / "theirs.pem").read_bytes())
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("INFO TLS certificate reloaded")
+    assert attempt(server, keys / "stranger.both")
+    assert not attempt(server, keys / "client.both")
+
+
 @needs("curl")
 def test_curl_with_and_without_a_certificate(server: Server, keys: Path) -> None:
     command = ["curl", "--silent", "--insecure", "--max-time", "20", f"{server.url}/version"]

@@ -4,6 +4,7 @@ import netrc
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -168,6 +169,7 @@ def test_systemd_accepts_the_unit(block: Block, tmp_path: Path) -> None:
 @needs("promtool")
 def test_promtool_accepts_the_configuration(block: Block, tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(block.text)
+    shutil.copy(ROOT / "docs/alerts.yml", tmp_path)
     kind = "rules" if block.text.startswith("groups:") else "config"
     command = ["promtool", "check", kind, str(tmp_path / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

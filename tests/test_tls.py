@@ -85,6 +85,14 @@ def test_new_connections_get_the_renewed_certificate(start: Start, sample: Sampl
         assert read_answer(old).status == 200
 
 
+def test_no_handshake_fails_during_a_reload(start: Start, sample: Sample, tmp_path: Path) -> None:
+    renew(tmp_path)
+    server = start(store=sample.root, settings=secured(tmp_path))
+    for _ in range(40):
+        server.process.send_signal(signal.SIGHUP)
+        assert presented(server)
+
+
 @pytest.mark.parametrize("broken", ["cert.pem", "key.pem", "mismatch", "missing"])
 def test_broken_new_certificate_keeps_the_old_one(start: Start, sample: Sample, tmp_path: Path, broken: str) -> None:
     before = renew(tmp_path)

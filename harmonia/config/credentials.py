@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from harmonia.config import netrc, tokens
 from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.config.tokens import Token
-from harmonia.errors import FormatError
+from harmonia.errors import FormatError, HarmoniaError
 from harmonia.nix.signing import SecretKey
 
 _NOT_A_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
@@ -55,6 +55,10 @@ def load_tokens(settings: Settings) -> tuple[Token, ...]:
         except FormatError as error:
             why = str(error)
     raise WrongSettingError(f"{settings.tokens_path!r}: {why}; harmonia token prints a valid line", "tokens_path")
+
+
+class CertificateError(HarmoniaError):
+    """Clients refuse the server's certificate. The message is OpenSSL's reason."""
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
@@ -103,10 +107,11 @@ def _load_certificates(context: ssl.SSLContext, key: str, path: str) -> None:
         raise WrongSettingError(what, key) from None
 
 
-def certificate_error(settings: Settings, context: ssl.SSLContext) -> str | None:
-    """Return why clients that trust the issuer refuse the certificate served with `context`, or None if they accept it.
+def certificate_end(settings: Settings, context: ssl.SSLContext) -> float:
+    """Return the end of the certificate served with `context`, in seconds since 1970.
 
-    For example, the certificate has expired. The host name is not checked.
+    Raises CertificateError if clients that trust the issuer refuse the certificate, for example because it has expired.
+    The host name is not checked.
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
@@ -121,8 +126,8 @@ def certificate_error(settings: Settings, context: ssl.SSLContext) -> str | None
         except ssl.SSLWantReadError:
             continue
         except ssl.SSLError as error:
-            return str(getattr(error, "verify_message", error.reason))
-    return None
+            raise CertificateError(str(getattr(error, "verify_message", error.reason))) from None
+    return ssl.cert_time_to_seconds(str((client_end.getpeercert() or {})["notAfter"]))
 
 
 def authorization(settings: Settings, number: int) -> str | None:

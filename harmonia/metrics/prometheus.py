@@ -1,9 +1,12 @@
 """Metrics in the text format of Prometheus. docs/reference/metrics.md explains each of them."""
 
+import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from prometheus_client import generate_latest
+from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -31,6 +34,9 @@ _TOTALS = {
     "push_found_after_miss": "Narinfos found within an hour after a 404 for the same path.",
 }
 
+_COMBINE: dict[str, Callable[[Iterable[float]], float]] = {"process_start_time_seconds": min, "process_max_fds": max}
+"""How a metric of several processes is combined, if not by a sum."""
+
 _UPSTREAMS = {
     "hits": "Lookups of paths that the upstream had.",
     "misses": "Lookups of paths that the upstream did not have.",
@@ -40,23 +46,38 @@ _UPSTREAMS = {
 }
 
 
-def render(metrics: Metrics, *, encoder_threads: int, cache_limit: int, cache_used: float) -> bytes:
-    """Return the sums over all workers in the text format.
+@dataclass(frozen=True, slots=True)
+class State:
+    """State of the server at the time of a scrape."""
 
-    `encoder_threads` is the number in each worker. `cache_limit` and `cache_used` are bytes of the shared cache.
-    """
-    return generate_latest(_Families(metrics, encoder_threads, cache_limit, cache_used))
+    encoder_threads: int
+    """The number in each worker."""
+    cache_limit: int
+    """In bytes; 0 without a cache."""
+    cache_used: float
+    """In bytes."""
+    cache_oldest_use: float
+    """In seconds since 1970; 0 if the cache is empty."""
+    store_paths: float
+    """NaN if the database cannot be read, like the next."""
+    store_size: float
+    """Sum of the NAR sizes in bytes."""
+    keys: Sequence[str]
+    """Names of the signing keys."""
+
+
+def render(metrics: Metrics, state: State) -> bytes:
+    """Return the sums over all workers in the text format."""
+    return generate_latest(_Families(metrics, state))
 
 
 class _Families(Collector):
-    def __init__(self, metrics: Metrics, encoder_threads: int, cache_limit: int, cache_used: float) -> None:
+    def __init__(self, metrics: Metrics, state: State) -> None:
+        self._state = state
         self._rows = metrics.rows
         self._totals = metrics.totals
         self._upstream_rows = metrics.upstreams
         self._reasons = metrics.reasons
-        self._encoder_threads = encoder_threads
-        self._cache_limit = cache_limit
-        self._cache_used = cache_used
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
@@ -66,6 +87,8 @@ class _Families(Collector):
         )
         yield from self._requests()
         yield from self._workers()
+        yield from self._server()
+        yield from _processes({os.getppid(), *(int(row.pid) for row in self._rows if row.pid)})
         if self._upstream_rows:
             yield from self._upstreams()
 
@@ -106,12 +129,12 @@ class _Families(Collector):
         for name, total in zip(self._totals, _sum(row.totals for row in self._rows), strict=True):
             yield CounterMetricFamily(f"harmonia_{name}", _TOTALS[name], total)
         yield GaugeMetricFamily(
-            "harmonia_cache_limit_bytes", "Maximum size of the cache; 0 without a cache.", self._cache_limit
+            "harmonia_cache_limit_bytes", "Maximum size of the cache; 0 without a cache.", self._state.cache_limit
         )
-        yield GaugeMetricFamily("harmonia_cache_used_bytes", "Size of the cache.", self._cache_used)
+        yield GaugeMetricFamily("harmonia_cache_used_bytes", "Size of the cache.", self._state.cache_used)
         waiting = sum(row.waiting for row in self._rows)
         yield GaugeMetricFamily("harmonia_encoder_waiting", "Pieces in compression, or waiting for a thread.", waiting)
-        threads = self._encoder_threads * len(self._rows)
+        threads = self._state.encoder_threads * len(self._rows)
         yield GaugeMetricFamily("harmonia_encoder_threads", "Threads for compression.", threads)
         refused = sum(row.refused for row in self._rows)
         yield CounterMetricFamily("harmonia_refused_connections", "Connections refused because of a limit.", refused)
@@ -119,6 +142,36 @@ class _Families(Collector):
         yield CounterMetricFamily(
             "harmonia_worker_restarts", "Workers started to replace one that had ended.", restarts
         )
+
+    def _server(self) -> Iterator[Metric]:
+        state, rows = self._state, self._rows
+        yield GaugeMetricFamily(
+            "harmonia_cache_oldest_use_timestamp_seconds",
+            "Least recent use of a NAR in the cache, in seconds since 1970; 0 if the cache is empty.",
+            state.cache_oldest_use,
+        )
+        yield GaugeMetricFamily("harmonia_store_paths", "Valid paths of the store.", state.store_paths)
+        yield GaugeMetricFamily("harmonia_store_nar_bytes", "Sum of the NAR sizes of the store.", state.store_size)
+        keys = GaugeMetricFamily("harmonia_signing_key", "Signing keys; always 1.", labels=["name"])
+        for name in state.keys:
+            keys.add_metric([name], 1)
+        yield keys
+        yield GaugeMetricFamily(
+            "harmonia_last_reload_successful",
+            "1 if the last reload of tokens and certificate succeeded in all workers.",
+            float(not any(row.reload_failed for row in rows)),
+        )
+        yield GaugeMetricFamily(
+            "harmonia_last_reload_success_timestamp_seconds",
+            "Last start or successful reload of the worker for which it is longest ago, in seconds since 1970.",
+            min((row.loaded_at for row in rows if row.loaded_at), default=0),
+        )
+        if any(row.certificate_expires_at for row in rows):
+            yield GaugeMetricFamily(
+                "harmonia_certificate_expiry_timestamp_seconds",
+                "End of the TLS certificate, in seconds since 1970; 0 if it is not valid.",
+                min(row.certificate_expires_at for row in rows if row.loaded_at),
+            )
 
     def _upstreams(self) -> Iterator[Metric]:
         totals = {url: _sum(row.cells for row in rows) for url, rows in self._upstream_rows.items()}
@@ -140,6 +193,22 @@ class _Families(Collector):
             for reason, count in zip(self._reasons, total[len(UpstreamCounters.names) :], strict=True):
                 refused.add_metric([url, reason], count)
         yield refused
+
+
+def _processes(pids: Iterable[int]) -> Iterator[Metric]:
+    """Yield the usual metrics of processes, as sums over our processes: the start of the oldest, and the limit of one.
+
+    A process that has ended is left out.
+    """
+    families: dict[str, Metric] = {}
+    for pid in sorted(pids):
+        collector: Collector = ProcessCollector(pid=partial(int, pid), registry=None)
+        for family in collector.collect():
+            if (total := families.setdefault(family.name, family)) is not family:
+                [ours], [other] = total.samples, family.samples
+                combine = _COMBINE.get(family.name, sum)
+                total.samples = [ours._replace(value=combine((ours.value, other.value)))]
+    yield from families.values()
 
 
 def _is_streamed(route: RouteCounters) -> bool:

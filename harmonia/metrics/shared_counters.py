@@ -6,6 +6,7 @@ it needs no lock.
 """
 
 import mmap
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from threading import Lock
@@ -90,8 +91,29 @@ class RouteCounters:
             self.body.observe(body)
 
 
+def _cell(index: int, meaning: str) -> property:
+    """Return a property for one cell of `_rest`."""
+
+    def get(self: "WorkerCounters") -> float:
+        return self._rest[index]
+
+    def set_(self: "WorkerCounters", value: float) -> None:
+        self._rest[index] = value
+
+    return property(get, set_, doc=meaning)
+
+
 class WorkerCounters:
     """The row of counters of a worker's slot."""
+
+    starts = _cell(0, "The number of processes that had this slot.")
+    waiting = _cell(1, "The number of pieces in compression or waiting for it.")
+    refused = _cell(2, "The number of connections that were refused because of a limit.")
+    pid = _cell(3, "The process that has this slot, or 0.")
+    loaded_at = _cell(4, "The time of the last successful start or reload, in seconds since 1970.")
+    reload_failed = _cell(5, "1 if the last reload failed, otherwise 0.")
+    certificate_expires_at = _cell(6, "The end of the TLS certificate, in seconds since 1970; 0 if it is not valid.")
+    cells = 7
 
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
@@ -99,30 +121,17 @@ class WorkerCounters:
         self.database = Histogram(database)
         self._before = list(self.totals)
 
-    @property
-    def starts(self) -> float:
-        """Return the number of processes that had this slot."""
-        return self._rest[0]
-
-    @property
-    def waiting(self) -> float:
-        """Return the number of pieces in compression or waiting for it."""
-        return self._rest[1]
-
-    @property
-    def refused(self) -> float:
-        """Return the number of connections that were refused because of a limit."""
-        return self._rest[2]
-
     def refuse(self) -> None:
         """Count a refused connection."""
-        self._rest[2] += 1
+        self.refused += 1
 
     def adopt_slot(self) -> None:
         """Continue the counts of the process that had this slot before."""
         self._before = list(self.totals)
-        self._rest[0] += 1
-        self._rest[1] = 0
+        self.starts += 1
+        self.waiting = 0
+        self.pid = os.getpid()
+        self.reload_failed = 0
         for route in self.routes.values():
             route.forget()
 
@@ -130,7 +139,7 @@ class WorkerCounters:
         """Store the totals of other objects, counted since the start of this process, and the waiting pieces."""
         for index, total in enumerate(totals):
             self.totals[index] = self._before[index] + total
-        self._rest[1] = waiting
+        self.waiting = waiting
 
 
 class UpstreamCounters:
@@ -206,7 +215,7 @@ def _upstream(workers: int, reasons: Sequence[str]) -> list[UpstreamCounters]:
 
 
 def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:
-    return [*[RouteCounters.size] * len(routes), Histogram.size, len(totals), 3]
+    return [*[RouteCounters.size] * len(routes), Histogram.size, len(totals), WorkerCounters.cells]
 
 
 def _cut(cells: "memoryview[float]", *sizes: int) -> "list[memoryview[float]]":

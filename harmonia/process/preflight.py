@@ -125,8 +125,12 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
     credentials.secret_keys(settings)
     credentials.push_key(settings)
     credentials.load_tokens(settings)
-    if (tls := credentials.tls_context(settings)) and (wrong := credentials.certificate_error(settings, tls)):
-        yield WrongSettingError(f"clients will refuse {settings.tls_cert_path!r}: {wrong}; replace it", "tls_cert_path")
+    if tls := credentials.tls_context(settings):
+        try:
+            credentials.certificate_end(settings, tls)
+        except credentials.CertificateError as error:
+            what = f"clients will refuse {settings.tls_cert_path!r}: {error}; replace it"
+            yield WrongSettingError(what, "tls_cert_path")
     files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
     files[settings.tls_key_path] = ("tls_key_path",)
     files[settings.push.sign_key_path] = ("push", "sign_key_path")

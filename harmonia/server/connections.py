@@ -93,7 +93,8 @@ class TlsListener:
     ) -> None:
         self._listening = listening.dup()
         self._protocol = protocol
-        self._tls = tls
+        self.tls = tls
+        """Context of new connections. It may be replaced in any thread."""
         self._limiter = limiter
         self._handshake_timeout = handshake_timeout
         self._loop = asyncio.get_running_loop()
@@ -139,7 +140,7 @@ class TlsListener:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
-                lambda: protocol, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_timeout
+                lambda: protocol, connection, ssl=self.tls, ssl_handshake_timeout=self._handshake_timeout
             )
         except OSError:  # the client's handshake is invalid, or too late
             self._give_up(connection, protocol)

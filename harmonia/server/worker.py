@@ -10,7 +10,8 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -22,6 +23,7 @@ from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
+from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
 from harmonia.server.app import create_app, create_metrics, create_metrics_app
@@ -82,6 +84,7 @@ async def _serve(
     reload_wanted = asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
     tls = credentials.tls_context(settings)
+    _note_loaded(context.metrics.own, settings, tls)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
     guard = Guard(settings) if settings.tokens_path is not None or settings.push.enable else None
@@ -101,7 +104,7 @@ async def _serve(
     if context.debug_info is not None:
         context.debug_info.start()
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
-    reloading = _reload_when(reload_wanted, lambda: _reload(settings, tls, guard))
+    reloading = _reload_when(reload_wanted, lambda: _reload(context, tls_listeners.values(), guard))
     running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
     if context.push is not None:
         running.append(context.push.run_maintenance())
@@ -197,23 +200,39 @@ async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> Non
         await asyncio.to_thread(reload)
 
 
-def _reload(settings: Settings, tls: ssl.SSLContext | None, guard: Guard | None) -> None:
-    """Reload the TLS certificate, for new connections, and the tokens. If a file is invalid, keep the old content.
-
-    The CA certificates for clients are not reloaded: OpenSSL can add some to a context, but cannot remove any.
-    """
-    if tls is not None:
+def _reload(context: ServerContext, listeners: Collection[TlsListener], guard: Guard | None) -> None:
+    """Reload the certificates for new connections, and the tokens. If a file is invalid, keep the old content."""
+    settings, failed = context.settings, False
+    tls: ssl.SSLContext | None = None
+    if settings.tls_cert_path is not None:
         try:
-            credentials.tls_context(settings)  # first into a separate context: a partial reload must not change ours
-            tls.load_cert_chain(str(settings.tls_cert_path), settings.tls_key_path)
+            # A new context, because a handshake fails while another thread replaces certificate and key of its context.
+            tls = credentials.tls_context(settings)
         except (ConfigError, OSError) as error:
+            failed = True
             _log.error("TLS reload failed, still using the old certificate: %s", error)
         else:
+            for listener in listeners:
+                listener.tls = tls or listener.tls
             _log.info("TLS certificate reloaded")
     if guard is not None:
         try:
             guard.load_tokens()
         except ConfigError as error:
+            failed = True
             _log.error("token reload failed, still using the old tokens: %s", error)
         else:
             _log.info("tokens reloaded")
+    context.metrics.own.reload_failed = failed
+    if not failed:
+        _note_loaded(context.metrics.own, settings, tls)
+
+
+def _note_loaded(counters: WorkerCounters, settings: Settings, tls: ssl.SSLContext | None) -> None:
+    """Store the time of a successful start or reload, and the end of the certificate."""
+    counters.loaded_at = time.time()
+    if tls is not None:
+        try:
+            counters.certificate_expires_at = credentials.certificate_end(settings, tls)
+        except credentials.CertificateError:  # a warning of the start, or of `harmonia check-config`
+            counters.certificate_expires_at = 0

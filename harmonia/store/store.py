@@ -216,6 +216,11 @@ class Store:
         rows = self.database.query("select cast(path as text), cast(narSize as integer) from ValidPaths order by path")
         return [path for path, _ in rows], sum(max(size or 0, 0) for _, size in rows)
 
+    def size(self) -> tuple[int, int]:
+        """Return the number of valid paths, and the sum of their NAR sizes in bytes. Reads the whole table."""
+        [row] = self.database.query("select count(*), cast(coalesce(sum(narSize), 0) as integer) from ValidPaths")
+        return row[0], row[1]
+
     def paths_needing_signatures(self) -> set[str]:
         """Return the full valid paths that are not content-addressed, which clients accept only with a signature."""
         return {row[0] for row in self.database.query(_NEED_SIGNATURES)}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harmonia.metrics.shared_counters import BOUNDS, Histogram
+from harmonia.nix.signing import SecretKey
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
+from support.certificates import authority, issue
 from support.programs import require
 from support.running import Sample, Server, ServiceManager, nar_url, wait_until
 
@@ -239,6 +242,24 @@ def test_promtool_accepts_the_metrics(start: Start, sample: Sample) -> None:
     promtool("metrics", text=server.get("/metrics").text)
 
 
+def test_alerts_fire_for_their_conditions(tmp_path: Path) -> None:
+    rules, tests = DOCS / "alerts.yml", Path(__file__).parents[1] / "alerts.yml"
+    promtool("rules", str(rules))
+    shutil.copy(rules, tmp_path)
+    (tmp_path / "tests.yml").write_text(tests.read_text())
+    done = subprocess.run(["promtool", "test", "rules", "tests.yml"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    alerts = re.findall(r"alert: (\w+)", rules.read_text())
+    assert set(alerts) == set(re.findall(r"alertname: (\w+)", tests.read_text()))
+    assert alerts == re.findall(r"^\| `(\w+)`", (DOCS / "how-to/monitor.md").read_text(), re.MULTILINE)
+
+
+def test_alerts_use_metrics_that_exist(start: Start, sample: Sample, with_all: str) -> None:
+    families = scrape(start(store=sample.root, settings=with_all)).families.values()
+    names = {name_in_use(family) for family in families}
+    assert set(re.findall(r"\bharmonia_\w+", (DOCS / "alerts.yml").read_text())) <= names
+
+
 def test_promtool_accepts_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
     expressions_used = [each.replace("$__rate_interval", "5m") for each in expressions()]
     rules = [{"record": f"rule:{number}", "expr": each} for number, each in enumerate(expressions_used)]
@@ -248,23 +269,82 @@ def test_promtool_accepts_the_expressions_of_the_dashboard(tmp_path: Path) -> No
     promtool("rules", str(tmp_path / "rules"))
 
 
-# Metrics of pushes and upstreams exist only with these settings.
+def test_processes_of_all_workers_are_summed(start: Start, sample: Sample) -> None:
+    one, three = (scrape(start(store=sample.root, workers=workers)) for workers in (1, 3))
+    for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"):
+        assert three[name] > 1.5 * one[name] > 0
+    assert three["process_max_fds"] == one["process_max_fds"]
+    assert abs(three["process_start_time_seconds"] - time.time()) < 3600
+    assert three["process_cpu_seconds_total"] > 0
+
+
+def test_store_and_keys_are_shown(start: Start, sample: Sample, with_all: str) -> None:
+    found = scrape(start(store=sample.root, settings=with_all))
+    paths = [sample.small, sample.big]
+    assert found["harmonia_store_paths"] == len(paths)
+    assert found["harmonia_store_nar_bytes"] == sum(path.nar_size for path in paths)
+    assert found["harmonia_signing_key metrics-1"] == 1
+    assert found["harmonia_cache_oldest_use_timestamp_seconds"] == 0
+
+
+def test_reload_and_certificate_are_shown(start: Start, sample: Sample, tmp_path: Path) -> None:
+    require("openssl")
+    authority(tmp_path, "ca")
+    both = issue(tmp_path, "ca", "cache", days=2)
+    both.chmod(0o600)
+    server = start(store=sample.root, settings=f"tls_cert_path = '{both}'\ntls_key_path = '{both}'", workers=2)
+    found = scrape(server)
+    assert 0 < found["harmonia_certificate_expiry_timestamp_seconds"] - time.time() < 2 * 86400
+    assert found["harmonia_last_reload_successful"] == 1
+    started = found["harmonia_last_reload_success_timestamp_seconds"]
+    issue(tmp_path, "ca", "cache", days=9)
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: scrape(server)["harmonia_certificate_expiry_timestamp_seconds"] > time.time() + 8 * 86400)
+    reloaded = scrape(server)["harmonia_last_reload_success_timestamp_seconds"]
+    assert reloaded > started
+    both.write_text("nothing")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: scrape(server)["harmonia_last_reload_successful"] == 0)
+    found = scrape(server)
+    assert found["harmonia_last_reload_success_timestamp_seconds"] == reloaded
+    assert found["harmonia_certificate_expiry_timestamp_seconds"] > time.time() + 8 * 86400
+
+
+# Metrics of TLS, pushes and upstreams exist only with these settings.
 WITH_ALL = """
+tls_cert_path = '{0}/cache.both'
+tls_key_path = '{0}/cache.both'
+sign_key_paths = ['{0}/key']
 tokens_path = '/dev/null'
 anonymous_scopes = ['read', 'metrics']
 [push]
 enable = true
-allow_without_tls = true
 [[upstream]]
 url = 'http://127.0.0.1:1'
 """
 
 
-def test_reference_documents_every_metric(start: Start, sample: Sample) -> None:
+@pytest.fixture(scope="module")
+def with_all(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return settings with which all metrics exist."""
+    require("openssl")
+    directory = tmp_path_factory.mktemp("secrets")
+    authority(directory, "ca")
+    issue(directory, "ca", "cache")
+    (directory / "key").write_text(SecretKey.generate("metrics-1").export())
+    for secret in ("key", "cache.both"):
+        (directory / secret).chmod(0o600)
+    return WITH_ALL.format(directory)
+
+
+def test_reference_documents_every_metric(start: Start, sample: Sample, with_all: str) -> None:
     manual = (DOCS / "reference/metrics.md").read_text()
-    server = start(store=sample.root, settings=WITH_ALL)
+    server = start(store=sample.root, settings=with_all)
     exported = {name_in_use(family) for family in scrape(server).families.values()}
-    assert set(re.findall(r"^\| `(harmonia_\w+)", manual, re.MULTILINE)) == exported
+    documented = {
+        name for row in re.findall(r"^\| (`.*?) \|", manual, re.MULTILINE) for name in re.findall("`(.*?)`", row)
+    }
+    assert documented == exported
 
 
 def test_migration_guide_translates_metrics_of_the_rust_harmonia(start: Start, sample: Sample) -> None:
@@ -298,14 +378,14 @@ def expressions() -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
 
 
-def test_dashboard_has_a_panel_for_every_metric(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, settings=WITH_ALL)
+def test_dashboard_has_a_panel_for_every_metric(start: Start, sample: Sample, with_all: str) -> None:
+    server = start(store=sample.root, settings=with_all)
     server.get(nar_url(sample.small), {"Range": "bytes=0-9"})  # streamed
     found = scrape(server)
     families = found.families.values()
     names = {sample.name for family in families for sample in family.samples}
     labels = {label for family in families for sample in family.samples for label in sample.labels}
-    expressions_used = {name for each in expressions() for name in re.findall(r"harmonia_\w+", each)}
+    expressions_used = {name for each in expressions() for name in re.findall(r"(?:harmonia|process)_\w+", each)}
     assert expressions_used <= names
     assert {re.sub("_(bucket|sum|count)$", "", name) for name in expressions_used} == {
         name_in_use(family) for family in families
@@ -313,4 +393,4 @@ def test_dashboard_has_a_panel_for_every_metric(start: Start, sample: Sample) ->
     grouped = {
         label for each in expressions() for by in re.findall(r"by \(([^)]*)\)", each) for label in by.split(", ")
     }
-    assert grouped <= labels
+    assert grouped <= labels | {"instance"}

@@ -1,14 +1,18 @@
 """`/metrics`: sums of the counters of all workers, in the Prometheus text format."""
 
 import math
+import time
+from contextlib import closing, suppress
 from dataclasses import astuple, fields
 
 from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
+from harmonia.errors import StoreUnavailableError
 from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
+from harmonia.store.store import Store
 
 TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
 PUSH_TOTALS = tuple(counter.name for counter in fields(PushCounters))
@@ -27,24 +31,38 @@ def sample(context: ServerContext) -> None:
 
 async def get(context: ServerContext, _: Request) -> Representation:
     sample(context)
+    paths, size = await _store_size(context)
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
-        body=await context.threads.run_io(lambda: _render(context)),
+        body=await context.threads.run_io(lambda: _render(context, paths, size)),
         cache_control="no-store",
     )
 
 
-def _render(context: ServerContext) -> bytes:
+async def _store_size(context: ServerContext) -> tuple[float, float]:
+    """Return the number of valid paths and the sum of their NAR sizes, counted once a minute; NaN on errors."""
+
+    def count() -> tuple[float, float]:
+        store = Store.of(context.settings)
+        with closing(store.database), suppress(StoreUnavailableError):
+            return store.size()
+        return math.nan, math.nan
+
+    minute = int(time.monotonic() // 60)
+    return await context.made.value(("store size", minute), None, count, lambda _: 200)
+
+
+def _render(context: ServerContext, store_paths: float, store_size: float) -> bytes:
     from harmonia.metrics import prometheus  # noqa: PLC0415 (the import takes 0.1 s, only in workers that are scraped)
 
     compressor = context.compressor
-    limit, used = 0, 0.0
+    limit, used, oldest = 0, 0.0, 0.0
     if compressor.cache is not None:
         limit = compressor.cache.limit
         try:
-            used = compressor.cache.used()
+            used, oldest = compressor.cache.used(), compressor.cache.oldest_use()
         except OSError:  # logged when the cache is next written
-            used = math.nan
-    return prometheus.render(
-        context.metrics, encoder_threads=compressor.encoder.threads, cache_limit=limit, cache_used=used
-    )
+            used = oldest = math.nan
+    keys = [key.name for key in context.keys]
+    state = prometheus.State(compressor.encoder.threads, limit, used, oldest, store_paths, store_size, keys)
+    return prometheus.render(context.metrics, state)
