@@ -65,6 +65,7 @@ class Cache:
     sigs: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     url: str = ""
+    closure: bytes | None = None
 
     def __post_init__(self) -> None:
         self.sigs = (KEY.sign(self.info.fingerprint("/nix/store")),)
@@ -96,6 +97,9 @@ class Cache:
             f"{self.info.path.hash_part}.narinfo": self.narinfo(),
             NAR: self.file,
         }
+        if self.closure is not None:
+            bodies["nix-cache-info"] += b"ClosureV1: .closure\n"
+            bodies[f"{self.info.path.hash_part}.closure"] = self.closure
         body = bodies.get(question.path)
         if body is None:
             return Reply(404, {"cache-control": "no-store"}, b"not found\n")
@@ -356,6 +360,25 @@ def test_each_fault_is_found_with_its_check_and_a_remedy(cache: Cache, name: str
     assert all(finding.remedy for finding in found)
     matching = [finding for finding in found if (finding.check, finding.level) == (check, level)]
     assert any(said in finding.what for finding in matching), found
+
+
+def test_closure_is_checked_if_it_is_announced(cache: Cache) -> None:
+    cache.closure = cache.narinfo()
+    found = [finding for finding in examined(cache) if finding.check == "closure"]
+    assert [finding.level for finding in found] == ["ok"]
+    assert "all 1 narinfos" in found[0].what
+    other = cache.narinfo().replace(b"References: ", f"References: {'1' * 32}-other ".encode())
+    for closure, level, what in (
+        (other, "warning", "1-other is missing in its closure"),
+        (b"", "error", "does not end with the narinfo of"),
+        (b"nonsense", "error", "narinfo"),
+    ):
+        cache.closure = closure
+        assert [(finding.level, what in finding.what) for finding in problems(examined(cache))] == [(level, True)]
+    cache.faults = [on(".closure", status=500)]
+    assert "ClosureV1 announces it" in problems(examined(cache))[0].what
+    cache.faults = [on(".closure", status=404)]
+    assert problems(examined(cache)) == []
 
 
 @pytest.mark.parametrize("control", ["", "no-store", "max-age=60"])

@@ -94,7 +94,7 @@ def test_team_gets_a_private_cache(tmp_path: Path) -> None:
     with team.served():
         assert (
             team.run("harmonia --config harmonia.toml doctor").splitlines()[-1]
-            == "0 errors, 0 warnings, 14 checks passed"
+            == "0 errors, 0 warnings, 15 checks passed"
         )
         key = (tmp_path / "cache.example.org-1.public").read_text()
         trusting = f"substituters = {team.url}\ntrusted-public-keys = {key}\nnarinfo-cache-negative-ttl = 0\n"

@@ -147,6 +147,24 @@ async def stream_async(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
     yield compressor.flush()
 
 
+class Packer:
+    """Compresses text that arrives in pieces into one frame in memory."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Bytes of the text."""
+        self._compressor = zstandard.ZstdCompressor(level=_STREAM_LEVEL, write_checksum=True).compressobj()
+        self._packed = bytearray()
+
+    def add(self, text: bytes) -> None:
+        self.size += len(text)
+        self._packed += self._compressor.compress(text)
+
+    def finish(self) -> bytes:
+        """Return the frame. Call it once."""
+        return bytes(self._packed) + self._compressor.flush()
+
+
 def encoders(settings: Zstd) -> tuple[int, ThreadPoolExecutor]:
     """Return the number of threads for compression, and their pool for all downloads."""
     most = settings.max_ldm_encoders_per_worker if settings.long_distance_matching else 0

@@ -340,7 +340,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count,
         Meta(
             description="Maximum number of paths in a minute, for each client address and each worker, for which bulk"
-            " requests ask. Further requests get 429. 0 is no limit."
+            " requests and requests for closures ask. Further requests get 429. 0 is no limit."
         ),
     ] = 120_000
     max_failed_auth_rate: Annotated[

@@ -152,6 +152,11 @@ def parse(text: str, store_dir: str) -> tuple[PathInfo, NarFile]:
     return info, NarFile(fields["URL"], compression, file_hash if algorithm == "sha256" else None, file_size or None)
 
 
+def split(text: str) -> list[str]:
+    """Return the narinfos in a text that separates them by empty lines."""
+    return [f"{part}\n" for part in text.removesuffix("\n").split("\n\n")] if text else []
+
+
 def _fields(text: str) -> tuple[dict[str, str], list[str]]:
     """Return the values of the fields by name, the last value of repeated ones, and the signatures.
 

@@ -14,6 +14,7 @@ from harmonia.server.resources import (
     build_trace,
     bulk_narinfo,
     cache_info,
+    closure,
     debuginfo,
     explain,
     files,
@@ -74,6 +75,7 @@ ROUTES = (
         metric="listing",
         fallback=lambda upstreams: upstreams.get_listing,
     ),
+    Route(uri=rf"/<hash_part:{_HASH_PART}\.closure>", handler=closure.get, metric="closure"),
     Route(uri="/nar/<name:str>", handler=nar.get, metric="nar"),
     Route(
         uri="/upstream/<name:path>",
@@ -120,7 +122,7 @@ PUSH_ROUTES = (
     *(
         Route(uri=f"/push{uri}", handler=get, put=put, metric=f"push_{metric}", scope="push")
         for uri, metric, get, put in (
-            ("/nix-cache-info", "cache_info", cache_info.get, push.drop),
+            ("/nix-cache-info", "cache_info", cache_info.get_for_push, push.drop),
             (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
             (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
             ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),

@@ -126,4 +126,6 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
 def test_nix_cache_info(server: Server) -> None:
     answer = server.get("/nix-cache-info")
     assert answer.headers["content-type"] == "text/x-nix-cache-info"
-    assert answer.text == ("StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\nGetNarInfosV1: get-narinfos-v1\n")
+    assert answer.text == (
+        "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\nGetNarInfosV1: get-narinfos-v1\nClosureV1: .closure\n"
+    )

@@ -40,6 +40,7 @@ ROWS: dict[str, list[Row]] = {
         Row(f"/{_NONE}.narinfo?json", status=404),
     ],
     "ls": [Row("/{hash}.ls", negotiable=True, ranges=True), Row(f"/{_NONE}.ls", status=404)],
+    "closure": [Row("/{hash}.closure", negotiable=True, ranges=True), Row(f"/{_NONE}.closure", status=404)],
     "/nar/<name:str>": [
         Row("/nar/{hash}-{narhash}.nar", negotiable=True, ranges=True),
         Row("/nar/{hash}-{narhash}-{encoding}.nar.zst", ranges=True),

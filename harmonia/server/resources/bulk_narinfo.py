@@ -22,11 +22,12 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import check_bulk_rate
 from harmonia.server.http.request_body import read_small
 from harmonia.server.http.response import Deferred, Encoded, Representation
+from harmonia.server.path_lookup import SignedPath
 from harmonia.server.resources.narinfo import nar_file, nar_url
 from harmonia.untrusted import excerpt
 
 _MAX_BODY_BYTES = MAX_BULK_PATHS * (HASH_PART_LENGTH + 2)
-_BATCH_PATHS = 32
+BATCH_PATHS = 32
 """Paths of one chunk: some 3 ms of the event loop if none is cached."""
 _HTTP_1_0_MAX_BYTES = 64 << 20
 """Maximum length of a response to HTTP/1.0, which needs the length before the first byte."""
@@ -52,22 +53,25 @@ async def _find_published(context: ServerContext, request: Request, hash_parts: 
     if context.push is not None:
         for hash_part, path in zip(hash_parts, paths, strict=True):
             context.push.note_answer(hash_part, found=path is not None)
-    files = context.compressor.files
-    hashes = [path.info.nar_hash for path in paths if path and not files.needs_no_lookup(path.info.nar_hash)]
-    if context.offers_zstd and hashes:
-        await context.threads.run_io(lambda: [files.find_file_info(nar_hash) for nar_hash in hashes])
-    store_dir, upstreams = context.settings.virtual_nix_store, context.upstreams
+    upstreams = context.upstreams
 
     async def text(hash_part: str) -> str | None:
         return await upstreams.narinfo_text(request, hash_part) if upstreams else None
 
     missing = [hash_part for hash_part, path in zip(hash_parts, paths, strict=True) if path is None]
-    remote = dict(zip(missing, await asyncio.gather(*map(text, missing)), strict=True))
-    texts = (
-        narinfo.render(path.info, store_dir, nar_file(context, path.info), path.sigs) if path else remote[hash_part]
-        for hash_part, path in zip(hash_parts, paths, strict=True)
-    )
+    remote = iter(await asyncio.gather(*map(text, missing)))
+    local = iter(await render(context, [path for path in paths if path]))
+    texts = [next(local if path else remote) for path in paths]
     return [text for text in texts if text]
+
+
+async def render(context: ServerContext, paths: Sequence[SignedPath]) -> list[str]:
+    """Return the narinfos of local paths, as in `/<hash>.narinfo`."""
+    files, store_dir = context.compressor.files, context.settings.virtual_nix_store
+    hashes = [path.info.nar_hash for path in paths if not files.needs_no_lookup(path.info.nar_hash)]
+    if context.offers_zstd and hashes:
+        await context.threads.run_io(lambda: [files.find_file_info(nar_hash) for nar_hash in hashes])
+    return [narinfo.render(path.info, store_dir, nar_file(context, path.info), path.sigs) for path in paths]
 
 
 async def _find_valid(context: ServerContext, hash_parts: Sequence[str]) -> list[str]:
@@ -130,8 +134,8 @@ def _parse(body: bytes) -> list[str]:
 
 async def _generate(hash_parts: Sequence[str], find: Find) -> AsyncGenerator[bytes]:
     separator = ""
-    for start in range(0, len(hash_parts), _BATCH_PATHS):
-        if found := await find(hash_parts[start : start + _BATCH_PATHS]):
+    for start in range(0, len(hash_parts), BATCH_PATHS):
+        if found := await find(hash_parts[start : start + BATCH_PATHS]):
             yield (separator + "\n".join(found)).encode()
             separator = "\n"
         await asyncio.sleep(0)  # other requests take their turn

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from harmonia.errors import RemoteError
 from harmonia.nix.signing import PublicKey
-from harmonia.tools.doctor import cache_info, connection, nar, narinfo
+from harmonia.tools.doctor import cache_info, closure, connection, nar, narinfo
 from harmonia.tools.doctor.answer import head
 from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Client
@@ -46,6 +46,7 @@ def examine(
     yield from connection.clock(answer)
     yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
     yield from _guarded("missing paths", cache_info.missing(client))
+    suffix = cache_info.fields(answer).get("ClosureV1")
     tested = missed = 0
     for sample in samples:
         if tested >= count:
@@ -56,7 +57,7 @@ def examine(
             exists = True  # _sample reports the error
         if exists:
             tested += 1
-            yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest))
+            yield from _guarded("narinfo", _sample(client, sample, keys, store_dir, largest, suffix))
         elif demanded:
             missed += 1
             yield Finding("narinfo", "error", f"{sample} is not in the cache", _ABSENT)
@@ -76,7 +77,9 @@ def _guarded(check: str, findings: Findings) -> Findings:
         yield Finding(check, "error", str(error), LOG)
 
 
-def _sample(client: Client, sample: str, keys: Sequence[PublicKey], store_dir: str, largest: int) -> Findings:
+def _sample(
+    client: Client, sample: str, keys: Sequence[PublicKey], store_dir: str, largest: int, suffix: str | None
+) -> Findings:
     parsed = yield from narinfo.fetch(client, sample, store_dir)
     if parsed is None:
         return
@@ -84,3 +87,5 @@ def _sample(client: Client, sample: str, keys: Sequence[PublicKey], store_dir: s
     yield narinfo.signatures(info, keys, store_dir)
     yield from head(client, f"{info.path.hash_part}.narinfo")
     yield from _guarded("NAR", nar.check(client, info, file, largest))
+    if suffix is not None:
+        yield from _guarded("closure", closure.check(client, info, suffix, store_dir))
