@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "harmonia"
 ORDER = (
-    "cli > tools > server > mirror > push upload upstream > cache > process > store > config > nix"
+    "cli > tools > server > mirror > upload > push upstream > cache > process > store > config > nix"
     " > metrics errors ownership untrusted"
 )
 """Each unit imports only from itself and from units to the right. Units between two `>` do not import each other."""

@@ -6,6 +6,7 @@ message quotes the content of a file.
 
 import re
 import ssl
+from collections.abc import Mapping
 from functools import cache
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from harmonia.config import netrc, tokens
 from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.config.tokens import Token
-from harmonia.errors import FormatError, HarmoniaError
+from harmonia.errors import ConfigError, FormatError, HarmoniaError
 from harmonia.nix.signing import SecretKey
 
 _NOT_A_PAIR = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
@@ -28,6 +29,17 @@ def push_key(settings: Settings) -> SecretKey | None:
     """Return the key that signs pushed paths, or None without `push.sign_key_path`."""
     path = settings.push.sign_key_path
     return None if path is None else _secret_key(path, "push", "sign_key_path")
+
+
+def load_secret_key(path: str) -> SecretKey:
+    """Return the key in a file that an argument of a command names."""
+    try:
+        with open(path, "rb") as file:
+            return SecretKey.parse(file.read().decode())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path!r}: {error.strerror}; name a file with a secret key") from None
+    except (FormatError, UnicodeDecodeError):  # the parser's message may quote the file
+        raise ConfigError(f"no secret key in {path!r}; make one with harmonia keygen") from None
 
 
 def _secret_key(path: str, *key: str) -> SecretKey:
@@ -197,6 +209,20 @@ def system_tls() -> ssl.SSLContext:
     One for all upstreams and for all workers, which inherit it: to load the certificates takes 35 ms.
     """
     return ssl.create_default_context()
+
+
+def client_tls(environ: Mapping[str, str]) -> ssl.SSLContext:
+    """Return the TLS context of commands, which trusts the certificates in $NIX_SSL_CERT_FILE or those of the system.
+
+    Raises ConfigError if the file cannot be read.
+    """
+    path = environ.get("NIX_SSL_CERT_FILE") or None
+    try:
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        why = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else error.strerror
+        remedy = "name a file with certificates, or unset it"
+        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: cannot read {path!r}: {why}; {remedy}") from None
 
 
 def open_file(key: str | tuple[str, ...], path: str, remedy: str) -> BinaryIO:

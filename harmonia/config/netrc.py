@@ -6,17 +6,37 @@ not support quotes. Some from 8.11 on (and Debian's 7.88) do not find a password
 """
 
 import base64
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from harmonia.errors import FormatError
+from harmonia.errors import FormatError, RemoteError
 
 MAX_BYTES = 128 << 10
 """The maximum size of a file, as in curl."""
+_FILES = ("/etc/nix/netrc", "~/.netrc")  # the first file with the host counts; $NETRC replaces both
 
 _WORD = re.compile(rb'"((?:[^"\\]|\\.)*)"|([^\s"]\S*)|(")', re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 _CONTROLS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def find_authorization(host: str, environ: Mapping[str, str]) -> str | None:
+    """Return the value of Authorization for a host from the user's netrc file, or None if it has no entry for the host.
+
+    Skips files that this user cannot read. Raises RemoteError if curl rejects the file.
+    """
+    for path in [environ["NETRC"]] if environ.get("NETRC") else map(os.path.expanduser, _FILES):
+        try:
+            with open(path, "rb") as file:
+                found = authorization(file.read(MAX_BYTES + 1), host)
+        except OSError:
+            continue
+        except FormatError as error:
+            raise RemoteError(f"cannot read {path}: {error}; correct it, or name another file in $NETRC") from None
+        if found:
+            return found
+    return None
 
 
 def authorization(content: bytes, host: str) -> str | None:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from harmonia.config import netrc, value_types
+from harmonia.config import credentials, netrc, value_types
 from harmonia.config.proxy import Proxy, ProxyRules
 from harmonia.config.settings import Settings
-from harmonia.errors import ConfigError, FormatError, RemoteError
+from harmonia.errors import FormatError, RemoteError
 
 MAX_BODY_BYTES = 256 << 20
 """Longest body that is read."""
-_NETRC = ("/etc/nix/netrc", "~/.netrc")  # the first file with the host counts; $NETRC replaces both
 _TIMEOUT_S = 20.0  # for each step: connect, send, receive
 _MAX_REDIRECTS = 5
 _PIECE_BYTES = 1 << 18
@@ -101,7 +100,7 @@ class Client:
             )
         elif host and port:
             self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
-        authorization = _authorization(self.host)
+        authorization = netrc.find_authorization(self.host, os.environ)
         self._own_headers = {"Authorization": authorization} if authorization else {}
 
     @property
@@ -151,9 +150,10 @@ class Client:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         target = quote(target, safe=_ASCII, errors="surrogateescape")
         is_ours = _origin(url) == _origin(self._base)
+        tls = credentials.client_tls(os.environ) if parts.scheme == "https" else None
         try:
             proxy = self._proxies.proxy_for(url)
-            connection = _Connection(parts.netloc, _tls(parts.scheme), self._place if is_ours else None, proxy)
+            connection = _Connection(parts.netloc, tls, self._place if is_ours else None, proxy)
         except (http.client.InvalidURL, FormatError) as error:
             raise RemoteError(f"{url}: {error}") from None
         own = dict(self._own_headers) if is_ours else {}
@@ -215,18 +215,6 @@ def _proxy_headers(proxy: Proxy) -> dict[str, str]:
     return {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
 
 
-def _tls(scheme: str) -> ssl.SSLContext | None:
-    if scheme != "https":
-        return None
-    path = os.environ.get("NIX_SSL_CERT_FILE") or None
-    try:
-        return ssl.create_default_context(cafile=path)
-    except OSError as error:
-        why = "no certificates in PEM form" if isinstance(error, ssl.SSLError) else error.strerror
-        remedy = "name a file with certificates, or unset it"
-        raise ConfigError(f"environment variable NIX_SSL_CERT_FILE: cannot read {path!r}: {why}; {remedy}") from None
-
-
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -234,20 +222,6 @@ def _in_url(host: str) -> str:
 def _origin(url: str) -> tuple[str, str]:
     parts = urlsplit(url)
     return parts.scheme, parts.netloc
-
-
-def _authorization(host: str) -> str | None:
-    for path in [os.environ["NETRC"]] if os.environ.get("NETRC") else map(os.path.expanduser, _NETRC):
-        try:
-            with open(path, "rb") as file:
-                authorization = netrc.authorization(file.read(netrc.MAX_BYTES + 1), host)
-        except OSError:
-            continue  # not readable to this user
-        except FormatError as error:
-            raise RemoteError(f"cannot read {path}: {error}; correct it, or name another file in $NETRC") from None
-        if authorization:
-            return authorization
-    return None
 
 
 def _joined(base: str, url: str) -> str:

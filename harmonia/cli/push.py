@@ -1,0 +1,138 @@
+"""`harmonia push`."""
+
+import asyncio
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing
+
+import click
+
+from harmonia import cli
+from harmonia.cli import progress
+from harmonia.config import credentials, loader
+from harmonia.errors import FormatError
+from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
+from harmonia.upload.http_target import HttpTarget, check_url
+from harmonia.upload.nar_files import NarFiles
+from harmonia.upload.target import TargetUnavailableError
+from harmonia.upload.uploader import Outcome, ReferenceFailedError, Uploader
+
+_MAX_REPORTED = 10  # paths that failed
+DEFAULT_JOBS = 8
+
+
+def _check_url(_: click.Context, __: click.Parameter, url: str) -> str:
+    try:
+        check_url(url)
+    except FormatError as error:
+        raise click.BadParameter(str(error)) from error
+    return url
+
+
+@click.command("push")
+@click.argument("url", callback=_check_url)
+@click.argument("paths", type=cli.PATH, metavar="PATH...", nargs=-1, required=True)
+@click.option(
+    "--key",
+    "key_files",
+    type=cli.PATH,
+    metavar="FILE",
+    multiple=True,
+    help="File with a secret key, which signs the pushed paths. Repeatable.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    default=DEFAULT_JOBS,
+    show_default=True,
+    help="Number of NARs to upload at a time.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
+@click.pass_obj
+def command(
+    config_file: str | None,
+    url: str,
+    paths: tuple[str, ...],
+    *,
+    key_files: tuple[str, ...],
+    jobs: int,
+    quiet: bool,
+) -> None:
+    """Upload store paths and their closures to a binary cache.
+
+    URL is any HTTP binary cache that takes PUT, such as the /push of a Harmonia. PATHs are store paths, or symlinks to
+    them such as ./result; `-` reads them from standard input, one a line.
+
+    Asks for all missing paths at once, and uploads their NARs in parallel, references first. Run the same command again
+    after an interruption: what the cache has is not sent again. Credentials come from netrc(5) ($NETRC).
+
+    \b
+    After a build:  harmonia push https://cache.example.org/push ./result --key /etc/nix/ci.secret
+    In a pipe:      nix-build | harmonia push https://cache.example.org/push -
+    """  # noqa: D301 (click keeps the line breaks after \b)
+    settings = loader.read(config_file, os.environ)
+    keys = [credentials.load_secret_key(path) for path in key_files]
+    store = Store.of(settings)
+    named = [name for path in paths for name in (sys.stdin.read().split() if path == "-" else [path])]
+    chosen = [path_arguments.resolve(store, name)[0].path for name in named]
+    with closing(NarFiles(settings, store.real_dir)) as nars:
+        try:
+            counts = asyncio.run(_push(store, nars, url, chosen, keys, jobs))
+        except KeyboardInterrupt:
+            click.echo("harmonia: interrupted; the same command continues", err=True)
+            logging.disable()  # threads still compress NARs into the directory that is removed now
+            nars.close()
+            os._exit(cli.EXIT_INTERRUPTED)
+    failed = sum(counts.values()) - counts["pushed"] - counts["there"]
+    if failed or not quiet:
+        rest = f", {failed} failed" if failed else ""
+        click.echo(f"{counts['pushed']} pushed, {counts['there']} already there{rest}", err=True)
+    if failed:
+        sys.exit(1)
+
+
+async def _push(
+    store: Store,
+    nars: NarFiles,
+    url: str,
+    paths: Sequence[StorePath],
+    keys: Sequence[SecretKey],
+    jobs: int,
+) -> Counter[str]:
+    """Upload the closure of the paths. Return the numbers of paths by outcome: `pushed`, `there` or `failed`.
+
+    Raises TargetError if the target does not answer any more.
+    """
+    counts: Counter[str] = Counter()
+    async with AsyncExitStack() as stack:
+        target = HttpTarget(url, store.store_dir)
+        stack.push_async_callback(target.close)
+        uploader = stack.enter_context(closing(Uploader(store, target, nars, jobs=jobs, keys=keys)))
+        await target.check()
+        infos, counts["there"] = await uploader.plan(paths)
+        advance = stack.enter_context(progress.bar("pushing", sum(info.nar_size for info in infos)))
+        unavailable: list[TargetUnavailableError] = []
+
+        def finished(path: StorePath, outcome: Outcome) -> None:
+            counts["failed" if outcome else "pushed"] += 1
+            if isinstance(outcome, TargetUnavailableError):
+                unavailable.append(outcome)
+                uploading.cancel()
+            elif outcome and not isinstance(outcome, ReferenceFailedError) and counts["failed"] <= _MAX_REPORTED:
+                click.echo(f"failed: {store.store_dir}/{path}: {outcome}", err=True)
+
+        uploading = asyncio.create_task(uploader.upload(infos, finished, advance))
+        try:
+            await uploading
+        except asyncio.CancelledError:
+            if unavailable:
+                raise TargetUnavailableError(f"{unavailable[0]}; run the same command again to continue") from None
+            raise
+    return counts
