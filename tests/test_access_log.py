@@ -1,23 +1,27 @@
 """The access log: each line is true, and no client can forge one."""
 
 import http.client
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from harmonia.config.tokens import new
+from support.pages import ROOT
 from support.running import HARMONIA, Sample, Server, download, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 
 ON = "access_log = true"
 LINE = re.compile(
-    r"\S+ \S+ INFO (?P<client>\S+) '(?P<request>\S+ \S+)' (?P<status>\d{3}) (?P<sent>\d+) (?P<time>\d+\.\d)ms "
-    r"(?P<agent>'.*'|\".*\")\n"
+    r"\S+ INFO (?P<client>\S+) '(?P<request>\S+ \S+)' (?P<status>\d{3}) (?P<sent>\d+) (?P<time>\d+\.\d)ms "
+    r"(?P<agent>'.*'|\".*\") route=(?P<route>\w+) first_byte=\d+\.\dms(?P<left> client_left)?\n"
 )
 
 
@@ -72,7 +76,7 @@ def test_access_log_is_off_by_default(start: Start, sample: Sample) -> None:
     server = start(store=sample.root)
     assert server.get("/nix-cache-info").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # overview, start and stop
 
 
 @pytest.mark.parametrize("url", ["/nix-cache-info", "/none?a=%20b", "/%e2%98%83/../x", "//etc//passwd"])
@@ -203,9 +207,9 @@ def test_client_cannot_forge_a_log_line(proxied: Server, request_head: bytes) ->
         connection.sendall(request_head)
         connection.recv(4096)
     client(proxied, {})  # earlier lines are in the log now
-    today = proxied.log[0].split()[0]
+    today = proxied.log[0].partition("T")[0]
     assert all(line[:-1].isprintable() for line in proxied.log), proxied.log
-    assert all(line.startswith(f"{today} ") for line in proxied.log), proxied.log
+    assert all(line.startswith(f"{today}T") for line in proxied.log), proxied.log
 
 
 def in_the_journal(program: Sequence[str]) -> list[str]:
@@ -223,7 +227,7 @@ def test_journal_lines_have_priorities(start: Start, sample: Sample) -> None:
 
 def test_journal_stream_of_another_file_is_ignored(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings=ON, environment={"JOURNAL_STREAM": "8:1"})
-    assert re.match(r"\d{4}-\d\d-\d\d \S+ INFO serving ", server.log[0])
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d INFO serving ", server.log[0])
 
 
 def test_traceback_is_one_journal_entry(sample: Sample, tmp_path: Path) -> None:
@@ -231,5 +235,31 @@ def test_traceback_is_one_journal_entry(sample: Sample, tmp_path: Path) -> None:
     server = Server(tmp_path / "server", sample.root, program=in_the_journal(patched(fail)))
     server.launch()
     assert server.wait() == 1
-    assert [line[:3] for line in server.log] == ["<6>", "<2>", "<3>", "<2>"], server.log
-    assert "RuntimeError: no | luck" in server.log[1]
+    assert [line[:3] for line in server.log] == ["<6>", "<6>", "<2>", "<3>", "<2>"], server.log
+    assert "RuntimeError: no | luck" in server.log[2]
+
+
+def test_json_lines_have_documented_fields(start: Start, sample: Sample, tmp_path: Path) -> None:
+    secret, token = new("ci", ("read",))
+    (tmp_path / "tokens").write_text(f"{token}\n")
+    server = start(store=sample.root, settings=f"{ON}\nlog_format = 'json'\ntokens_path = '{tmp_path}/tokens'")
+    url = f"{nar_url(sample.small)}?json"
+    server.get(url, {"Authorization": f"Bearer {secret}", "User-Agent": 'a"\u00e9'})
+    wait_until(lambda: any("?json" in line for line in server.log))
+    events = [json.loads(line) for line in server.log]
+    assert all(list(event)[:3] == ["time", "level", "logger"] for event in events)
+    assert all(datetime.fromisoformat(event["time"]).tzinfo for event in events)
+    [event] = [event for event in events if "?json" in event.get("url", "")]
+    assert (event["client"], event["method"], event["route"], event["status"]) == ("127.0.0.1", "GET", "nar", 200)
+    assert (event["sent"], event["token"]) == (sample.small.nar_size, "ci")
+    assert 0 < event["first_byte_seconds"] <= event["seconds"] < 60
+    page = (ROOT / "docs/reference/service.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("### Fields")[2].partition("\n#")[0], re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert documented == set(event) | {"message", "client_left"}
+
+
+def test_start_line_names_what_is_served(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="[[upstream]]\nurl = 'https://far.example'\npriority = 1", workers=2)
+    assert "2 workers; signs nothing; cache " in server.log[1]
+    assert "; upstreams https://far.example; everyone may read" in server.log[1]

@@ -20,6 +20,7 @@ OWN_NUMBERS = {
     "host != '::'",
     "newest",  # an integer from SQLite
     "row[0]",
+    "row.pid",  # a process of ours, as a double
     "descriptor",  # from a system call
     "part",  # the index of a table in the configuration file
     "key[1]",

@@ -3,16 +3,18 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import click
 
-from harmonia import cli
+from harmonia import __version__, cli
 from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
 from harmonia.config.loader import Source
 from harmonia.config.settings import Settings
+from harmonia.nix.signing import SecretKey
 from harmonia.process import log_setup, preflight, sockets, systemd
 from harmonia.process.supervisor import Supervisor
 from harmonia.server import worker
@@ -30,6 +32,17 @@ def command(config_file: str | None, bind: str | None) -> None:
     sys.exit(status)
 
 
+def _overview(settings: Settings, keys: Sequence[SecretKey]) -> Iterator[str]:
+    """Yield what an operator asks first: workers, keys, cache, upstreams, and who may read."""
+    yield f"{settings.workers} worker{'s' if settings.workers != 1 else ''}"
+    yield f"signs with {', '.join(key.name for key in keys)}" if keys else "signs nothing"
+    size = "half of the free space, at most 20 GiB" if settings.cache_size is None else settings.cache_size
+    yield f"cache {settings.cache_dir} ({size})"
+    if settings.upstream:
+        yield f"upstreams {', '.join(upstream.url for upstream in settings.upstream)}"
+    yield "readers need a token" if settings.tokens_path else "everyone may read"
+
+
 def _serve(settings: Settings) -> int:
     keys = credentials.secret_keys(settings)
     log_setup.to_stderr(settings)
@@ -45,6 +58,7 @@ def _serve(settings: Settings) -> int:
             _log.info("serving %s at %s", settings.real_store, url)
         for each in for_metrics:
             _log.info("metrics are at %s/metrics", sockets.url(each.getsockname(), tls=False))
+        _log.info("Harmonia %s: %s", __version__, "; ".join(_overview(settings, keys)))
         if (admitted := sockets.connection_limit(settings.max_connections)) < settings.max_connections:
             what = "max_connections: the open-file limit allows only %d per worker; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)

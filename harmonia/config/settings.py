@@ -467,6 +467,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     access_log: Annotated[bool, Meta(description="Log one line for each request.")] = False
     log_level: Annotated[Level, Meta(description="Log messages of this severity and above.")] = "info"
+    log_format: Annotated[
+        Literal["text", "json"], Meta(description="Format of the log: lines of text, or a JSON object on each line.")
+    ] = "text"
     upstream_timeout: Annotated[
         Seconds,
         Meta(description="Maximum wait of a client for all upstreams, before a path counts as missing."),

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.metrics_core import (
@@ -202,13 +201,17 @@ def _processes(pids: Iterable[int]) -> Iterator[Metric]:
     """
     families: dict[str, Metric] = {}
     for pid in sorted(pids):
-        collector: Collector = ProcessCollector(pid=partial(int, pid), registry=None)
-        for family in collector.collect():
+        for family in _process(pid):
             if (total := families.setdefault(family.name, family)) is not family:
                 [ours], [other] = total.samples, family.samples
                 combine = _COMBINE.get(family.name, sum)
                 total.samples = [ours._replace(value=combine((ours.value, other.value)))]
     yield from families.values()
+
+
+def _process(pid: int) -> Iterable[Metric]:
+    collector: Collector = ProcessCollector(pid=lambda: pid, registry=None)
+    return collector.collect()
 
 
 def _is_streamed(route: RouteCounters) -> bool:

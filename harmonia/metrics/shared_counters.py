@@ -41,7 +41,9 @@ class RouteCounters:
 
     size = STATUSES + 2 * Histogram.size + 3
 
-    def __init__(self, cells: "memoryview[float]") -> None:
+    def __init__(self, name: str, cells: "memoryview[float]") -> None:
+        self.name = name
+        """The value of the label `route`."""
         self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 3)
         self.head = Histogram(head)
         """Seconds from the request to the first byte of the response."""
@@ -117,7 +119,7 @@ class WorkerCounters:
 
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
-        self.routes = dict(zip(routes, map(RouteCounters, each), strict=True))
+        self.routes = dict(zip(routes, map(RouteCounters, routes, each), strict=True))
         self.database = Histogram(database)
         self._before = list(self.totals)
 

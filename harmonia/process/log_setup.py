@@ -1,9 +1,11 @@
-"""Logging to stderr, one line for each event."""
+"""Logging to stderr, one line for each event, as text or as JSON."""
 
+import json
 import logging
 import os
 import sys
 from contextlib import suppress
+from datetime import datetime
 
 from harmonia.config.settings import Settings
 
@@ -12,7 +14,7 @@ _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, loggin
 
 
 class _LineFormatter(logging.Formatter):
-    """Formatter that makes one line of each event.
+    """Formatter that makes one line of each event: its time in the form of ISO 8601, its level and its message.
 
     For the journal, a line has no time and starts with its priority (sd-daemon(3)).
     """
@@ -21,19 +23,48 @@ class _LineFormatter(logging.Formatter):
         super().__init__("%(levelname)s %(message)s" if journal else "%(asctime)s %(levelname)s %(message)s")
         self._journal = journal
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: ARG002, N802 (logging's)
+        return _iso_time(record)
+
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record).replace("\n", " | ")
-        if len(line) > _MAX_LINE_CHARS:
-            line = f"{line[:_MAX_LINE_CHARS]}… ({len(line)} characters)"
+        line = _cut(super().format(record).replace("\n", " | "))
         if not line.isprintable():  # text from clients must not forge log lines or control the terminal
             line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
         return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line
 
 
+class _JsonFormatter(logging.Formatter):
+    """Formatter that makes one JSON object of each event, with the `fields` of the event if it has some.
+
+    All characters are ASCII. For the journal, the line starts with its priority.
+    """
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = {"time": _iso_time(record), "level": record.levelname.lower(), "logger": record.name}
+        fields = getattr(record, "fields", None)
+        event |= {"message": _cut(super().format(record))} if fields is None else fields
+        line = json.dumps(event)
+        return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line
+
+
+def _iso_time(record: logging.LogRecord) -> str:
+    """Return the local time of an event with its UTC offset, like 2026-11-29T17:32:25.123+01:00."""
+    return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
+def _cut(line: str) -> str:
+    return f"{line[:_MAX_LINE_CHARS]}… ({len(line)} characters)" if len(line) > _MAX_LINE_CHARS else line
+
+
 def to_stderr(settings: Settings | None = None) -> None:
-    """Configure logging by `settings`, or with the level `info` if `settings` is None."""
+    """Configure logging by `settings`, or as text with the level `info` if `settings` is None."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_LineFormatter(journal=_is_journal()))
+    formatter = _JsonFormatter if settings and settings.log_format == "json" else _LineFormatter
+    handler.setFormatter(formatter(journal=_is_journal()))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("harmonia").setLevel((settings.log_level if settings else "info").upper())
     logging.getLogger("harmonia.access").setLevel(

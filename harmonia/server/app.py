@@ -143,6 +143,7 @@ def _endpoint(
             still_valid = error.still_valid if isinstance(error, AbsentError) else None
         except asyncio.CancelledError:  # the client has disconnected, or the worker stops
             if request.responded:
+                request.ctx.left = True
                 _done(context, route, request, None)
             raise
         finally:
@@ -168,7 +169,7 @@ def _done(
     final = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(final.body or b""))
     _count(route, request, final.status, sent)
-    access_log.log(request, final.status, sent, context.settings.trusted_proxies)
+    access_log.log(request, route.name, final.status, sent, context.settings.trusted_proxies)
     return response
 
 

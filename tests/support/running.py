@@ -89,7 +89,7 @@ class Server:
 
     def start(self) -> None:
         self.launch()
-        self.url = self.wait_for_log(r"serving .* at (\S+)")[1]
+        self.url = self.wait_for_log(r"serving .* at ([^\s\"]+)")[1]
         deadline = time.monotonic() + PATIENCE_S
         while not self._answers():
             assert time.monotonic() < deadline, self.log

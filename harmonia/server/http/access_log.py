@@ -64,21 +64,44 @@ def _ip(text: str) -> _Ip | None:
     return getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
 
 
-def log(request: Request, status: int, sent: int, trusted: Sequence[str]) -> None:
-    """Log a request: status, bytes of body sent, milliseconds since its head was read, and the name of its token."""
+def log(request: Request, route: str, status: int, sent: int, trusted: Sequence[str]) -> None:
+    """Log a request: status, bytes of body sent, seconds since its head was read, and what else is known of it.
+
+    `route` is its label in the metrics.
+    """
     if not _log.isEnabledFor(logging.INFO):
         return
-    milliseconds = (perf_counter() - (sanic_adapter.began_at(request) or perf_counter())) * 1000
-    agent = request.headers.get("user-agent", "-")
-    # Text from the client is quoted, so that a client cannot forge log lines.
+    now = perf_counter()
+    began = sanic_adapter.began_at(request) or now
+    first_byte_at = getattr(request.ctx, "head_at", None)
     token = getattr(request.ctx, "token", None)
+    fields = {
+        "client": client(request, trusted),
+        "method": request.method,
+        "url": sanic_adapter.reader_of(request).url,
+        "route": route,
+        "status": status,
+        "sent": sent,
+        "seconds": round(now - began, 6),
+        "first_byte_seconds": round((first_byte_at or now) - began, 6),
+        "agent": request.headers.get("user-agent", "-"),
+    }
+    if token is not None:
+        fields["token"] = token.name
+    if getattr(request.ctx, "left", False):
+        fields["client_left"] = True
+    # Text from the client is quoted, so that a client cannot forge log lines.
     _log.info(
-        "%s %r %d %d %.1fms %r%s",
-        client(request, trusted),
-        f"{request.method} {sanic_adapter.reader_of(request).url}",
+        "%s %r %d %d %.1fms %r route=%s first_byte=%.1fms%s%s",
+        fields["client"],
+        f"{fields['method']} {fields['url']}",
         status,
         sent,
-        milliseconds,
-        agent,
-        f" token={token.name}" if token is not None else "",
+        1000 * (now - began),
+        fields["agent"],
+        route,
+        1000 * ((first_byte_at or now) - began),
+        "" if token is None else f" token={token.name}",
+        " client_left" if "client_left" in fields else "",
+        extra={"fields": fields},
     )

@@ -48,7 +48,7 @@ async def _store_size(context: ServerContext) -> tuple[float, float]:
             return store.size()
         return math.nan, math.nan
 
-    minute = int(time.monotonic() // 60)
+    minute = time.monotonic() // 60
     return await context.made.value(("store size", minute), None, count, lambda _: 200)
 
 
