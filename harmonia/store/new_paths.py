@@ -22,7 +22,7 @@ POLL_S = 1.0
 """The longest delay of `DatabaseChanges.wait` if the kernel reports no change, as in a network file system."""
 
 # sqlite_sequence has the highest number ever used, even if its path was garbage-collected.
-_NEWEST = "select coalesce(max(seq), 0) from sqlite_sequence where name = 'ValidPaths'"
+_NEWEST = "select coalesce(max(cast(seq as integer)), 0) from sqlite_sequence where name = 'ValidPaths'"
 _PAGE = "select id, cast(path as text) from ValidPaths where id > ? order by id limit ?"
 
 _IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100  # inotify(7)
@@ -68,7 +68,7 @@ class NewPaths:
         """Return a cursor after all paths that are or were valid."""
         database = self._identity()
         [(number,)] = self._store.database.query(_NEWEST)
-        return Cursor(database, int(number))
+        return Cursor(database, number)
 
     def page(self, after: Cursor | None, limit: int = PAGE_PATHS) -> Page:
         """Return at most `limit` valid paths with a higher number than `after`.
