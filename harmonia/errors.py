@@ -36,6 +36,10 @@ class CacheFileError(HarmoniaError):
     """A file of our own cache is damaged. It is removed at once; the next request remakes it."""
 
 
+class EventLogError(HarmoniaError):
+    """The log of events cannot be read or written, because its directory or its disk fails."""
+
+
 class InvalidPathError(HarmoniaError):
     """A path that must be a valid path of the store is not valid."""
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from functools import partial
@@ -60,6 +60,8 @@ class Compressor:
         """Threads for small NARs, for which clients wait. They have the normal priority."""
         self.cache = cache
         self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
+        self.compressed: Callable[[Source, int], object] = lambda source, size: None  # noqa: ARG005 (names for readers)
+        """Callback after a NAR was added to the cache, with the bytes of its file. It must return quickly."""
         self.damaged_nars = 0
         """The number of times that a NAR did not have its registered hash or size."""
         self._fills: Counter[bool] = Counter()
@@ -110,6 +112,7 @@ class Compressor:
                     filler.commit(flush=False)
                     file.refresh()
                     self.files.remember(source.sha256, file)
+                    self.compressed(source, len(compressed))
                 return compressed
             finally:
                 filler.abandon()  # no effect after a commit
@@ -325,6 +328,7 @@ class _Fill:
             assert self._source.sha256 is not None  # noqa: S101 (the key of the file contains it)
             index = FrameIndex(self._filler.sha256, self._entries)
             self._compressor.files.keep_frame_index(self._source.sha256, self._encoding, index)
+            self._compressor.compressed(self._source, self._filler.size)
             self._end()
 
     def _give_up(self, error: BaseException) -> None:

@@ -27,6 +27,8 @@ _TOTALS = {
     "cache_corrupt": "Damaged NARs removed from the cache.",
     "encoder_seconds": "CPU time of compression, in seconds.",
     "damaged_nars": "Compressions that failed because a NAR differed from its record in the database.",
+    "events": "Events recorded for clients of /events.",
+    "events_disconnected": "Clients of /events that were disconnected because they did not read.",
     "pushed_paths": "Store paths imported from pushes.",
     "pushed_bytes": "Bytes of NARs received from pushes, as sent.",
     "push_refusals": "Uploads that were refused.",

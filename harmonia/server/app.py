@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
+from http import HTTPStatus
 from time import perf_counter
 from typing import Any
 
@@ -169,6 +170,9 @@ def _done(
     final = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(final.body or b""))
     _count(route, request, final.status, sent)
+    served = getattr(request.ctx, "served", None)
+    if served is not None and sent and final.status < HTTPStatus.MULTIPLE_CHOICES:
+        served(sent, complete=not (hasattr(request.ctx, "left") or hasattr(request.ctx, "broken")))
     access_log.log(request, route.name, final.status, sent, context.settings.trusted_proxies)
     return response
 

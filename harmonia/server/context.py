@@ -24,6 +24,7 @@ from harmonia.process.loop_turns import LoopTurns
 from harmonia.process.thread_reader import Submit
 from harmonia.process.threads import Threads
 from harmonia.push.receiver import PushReceiver
+from harmonia.server.events import Events
 from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
@@ -118,6 +119,7 @@ class ServerContext:
         self.loop_turns = LoopTurns()
         policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
+        self.events = Events(settings, self.paths)
         layout_files = open_cache(settings, "layouts", "large layouts of NARs", _LAYOUT_FILES_BYTES)
         self.layouts = Layouts(files=layout_files)
         self.made = MadeOnce(_MADE_MEMORY_BYTES, layout_files)
@@ -129,6 +131,7 @@ class ServerContext:
         prefers_zstd = settings.nar_compression == "zstd" or (
             settings.nar_compression == "auto" and nar_cache is not None
         )
+        self.compressor.compressed = self.events.compressed
         self.offers_zstd = settings.enable_compression and prefers_zstd
         """True if narinfos name compressed NARs."""
         directory = os.path.join(str(settings.cache_dir), "debug-info")

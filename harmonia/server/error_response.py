@@ -10,6 +10,7 @@ from sanic.exceptions import SanicException
 from harmonia.errors import (
     SHORTAGES,
     CacheFileError,
+    EventLogError,
     RequestRefusedError,
     StoreObjectError,
     StoreUnavailableError,
@@ -66,7 +67,7 @@ def _status(error: Exception) -> HTTPStatus:
     match error:
         case SanicException():
             return HTTPStatus(error.status_code)
-        case StoreUnavailableError() | CacheFileError() | MemoryError():
+        case StoreUnavailableError() | CacheFileError() | EventLogError() | MemoryError():
             return HTTPStatus.SERVICE_UNAVAILABLE
         case OSError() if error.errno in SHORTAGES:
             return HTTPStatus.SERVICE_UNAVAILABLE

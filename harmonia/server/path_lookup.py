@@ -18,14 +18,13 @@ from harmonia.nix.store_path import StorePath
 from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
 from harmonia.store import queries
-from harmonia.store.publish_policy import PublishPolicy
+from harmonia.store.publish_policy import CLOSURE_FRESH_S, PublishPolicy
 from harmonia.store.store import Store
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _MAX_PATHS = 8192  # cached paths, about 2 KiB each
-_CLOSURE_FRESH_S = 1.0  # age up to which the closure of the policy's roots is not refreshed
 _CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served before the closure is refreshed
 
 _log = logging.getLogger("harmonia")
@@ -187,33 +186,18 @@ class Paths:
 
         Both block, and must run in the thread of `store`.
         """
-        policy = self.policy
-        if policy is None:
-            return None
-        if self._closure is not None:
-            self._closure.refresh(_CLOSURE_FRESH_S)
-
-        def is_published(path: StorePath) -> bool:
-            if not policy.permits_name(path) or not (self._closure is None or path in self._closure):
-                return False
-            try:
-                info = store.path_info(path.hash_part)
-            except StoreObjectError:
-                return False
-            return info is not None and policy.permits(info)
-
-        return is_published
+        return self.policy.published_filter(store) if self.policy is not None else None
 
     async def _is_needed(self, path: StorePath) -> bool:
         """Return True if the path is in the closure of the policy's roots."""
         closure = self._closure
         assert closure is not None  # noqa: S101 (callers check this)
         if path in closure and closure.age < _CLOSURE_MAX_AGE_S:
-            if closure.age > _CLOSURE_FRESH_S and (self._refreshing is None or self._refreshing.done()):
-                self._refreshing = self._threads.closure.submit(closure.refresh, _CLOSURE_FRESH_S)
+            if closure.age > CLOSURE_FRESH_S and (self._refreshing is None or self._refreshing.done()):
+                self._refreshing = self._threads.closure.submit(closure.refresh, CLOSURE_FRESH_S)
             return True
         # The path may be new. Nix caches a 404 for an hour, so refresh the closure first.
-        await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, _CLOSURE_FRESH_S))
+        await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, CLOSURE_FRESH_S))
         return path in closure
 
     def _look_up(self, store: Store, hash_part: str, cached: SignedPath | None) -> SignedPath | None:

@@ -16,6 +16,7 @@ from harmonia.server.resources import (
     cache_info,
     closure,
     debuginfo,
+    events,
     explain,
     files,
     health,
@@ -113,6 +114,7 @@ ROUTES = (
         scope="browse",
         rate_limited=True,
     ),
+    Route(uri="/events", handler=events.get, metric="events", scope="browse", rate_limited=True),
     Route(uri="/version", handler=health.get_version, metric="version", scope=None),
     Route(uri="/health", handler=health.get, metric="health", scope=None),
 )

@@ -104,7 +104,8 @@ async def _serve(
     if context.debug_info is not None:
         context.debug_info.start()
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
-    reloading = _reload_when(reload_wanted, lambda: _reload(context, tls_listeners.values(), guard))
+    reload = partial(_reload, context, tls_listeners.values(), guard)
+    reloading = _reload_when(reload_wanted, reload, context.events.end_streams)
     running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
     if context.push is not None:
         running.append(context.push.run_maintenance())
@@ -112,6 +113,7 @@ async def _serve(
     await stop.wait()
     for listener in tls_listeners.values():
         listener.close()
+    context.events.close()
     await _drain(servers, settings.shutdown_grace)
     for chore in chores:
         chore.cancel()
@@ -192,12 +194,16 @@ async def _drain(servers: Sequence[AsyncioServer], grace: float) -> None:
         await asyncio.sleep(_DRAIN_POLL_S)
 
 
-async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None]) -> None:
-    """Reload in a thread whenever `wanted` is set. Signals that arrive before a reload begins are merged into it."""
+async def _reload_when(wanted: asyncio.Event, reload: Callable[[], None], end_streams: Callable[[], None]) -> None:
+    """Reload in a thread whenever `wanted` is set. Signals that arrive before a reload begins are merged into it.
+
+    Then end the streams of events, so that their clients present a token that is still valid.
+    """
     while True:
         await wanted.wait()
         wanted.clear()
         await asyncio.to_thread(reload)
+        end_streams()
 
 
 def _reload(context: ServerContext, listeners: Collection[TlsListener], guard: Guard | None) -> None:

@@ -10,14 +10,17 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from harmonia.config.settings import PublishRules
+from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import gc_roots, queries
 from harmonia.store.store import Store
 
+CLOSURE_FRESH_S = 1.0
+"""Age in seconds up to which the closure of the roots is not refreshed."""
 _CLOSURE_MAX_PATHS = 1_000_000  # some 120 bytes of memory each
 _REFRESH_COST_FACTOR = 10  # minimum pause after a refresh, in multiples of the refresh's duration
 
@@ -60,6 +63,26 @@ class PublishPolicy:
             if info.path not in self.closure:
                 return "no GC root of publish.gc_roots needs it"
         return None
+
+    def published_filter(self, store: Store) -> Callable[[StorePath], bool]:
+        """Return a function that returns whether a valid path is published now.
+
+        Both block, and must run in the thread of `store`. Raises StoreUnavailableError if a database cannot be read.
+        """
+        closure = self.closure
+        if closure is not None:
+            closure.refresh(CLOSURE_FRESH_S)
+
+        def is_published(path: StorePath) -> bool:
+            if not self.permits_name(path) or not (closure is None or path in closure):
+                return False
+            try:
+                info = store.path_info(path.hash_part)
+            except StoreObjectError:
+                return False
+            return info is not None and self.permits(info)
+
+        return is_published
 
     def _is_signed(self, info: PathInfo) -> bool:
         """Return True if a signature in the database is by one of the keys. Our own signatures are not in it."""

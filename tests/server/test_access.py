@@ -60,14 +60,14 @@ def client(server: Server) -> Iterator[Session]:
         yield session
 
 
-@pytest.fixture(params=[row for rows in ROWS.values() for row in rows], ids=lambda row: row.path)
+@pytest.fixture(params=[row for rows in ROWS.values() for row in rows if not row.endless], ids=lambda row: row.path)
 def row(request: pytest.FixtureRequest, stocked: tuple[Path, dict[str, str]]) -> Row:
     asked: Row = request.param
     return asked._replace(path=asked.path.format(**stocked[1]))
 
 
 def scope(row: Row) -> str:
-    if row.path.startswith(("/search", "/path/", "/explain/")):
+    if row.path.startswith(("/search", "/path/", "/explain/", "/events")):
         return "browse"
     return "metrics" if row.path == "/metrics" else "read"
 

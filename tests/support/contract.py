@@ -28,6 +28,8 @@ class Row(NamedTuple):
     status: int = 200
     live: bool = False
     """True if each response differs."""
+    endless: bool = False
+    """True if the response to GET does not end."""
 
 
 ROWS: dict[str, list[Row]] = {
@@ -85,6 +87,7 @@ ROWS: dict[str, list[Row]] = {
     "/search": [Row("/search?q=tree", negotiable=True)],
     "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
     "explain": [Row(f"/explain/{_NONE}", etag=False), Row(f"/explain/{_NONE}?json", etag=False)],
+    "/events": [Row("/events?event=none", status=400), Row("/events", endless=True)],
     "/version": [Row("/version", etag=False)],
     "/health": [Row("/health", etag=False), Row("/health?verbose", etag=False)],
     "/metrics": [Row("/metrics", etag=False, live=True)],

@@ -42,3 +42,10 @@ def prefers_html(header: str) -> bool:
     wanted = weights(header)
     others = wanted.get("text/*", wanted.get("*/*", 0.0))
     return wanted.get("text/html", others) > wanted.get("text/plain", others)
+
+
+def accepts(header: str, media_type: str) -> bool:
+    """Return True if an Accept header allows a media type. Without the header, every type is allowed."""
+    wanted = weights(header)
+    names = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+    return not header or next((wanted[name] for name in names if name in wanted), 0.0) > 0

@@ -47,6 +47,8 @@ class _CachedResponse:
     status: int
     memory_bytes: int
     """Bytes of the response and of the request head."""
+    served: Callable[[int], None] | None
+    """Callback after a body was sent, with its length, or None."""
 
 
 class ResponseCache:
@@ -73,6 +75,8 @@ class ResponseCache:
             self._long.pop(head, None)
             return None
         cached.route.count(cached.status, len(cached.body), time.perf_counter() - began, None)
+        if cached.served is not None and cached.body:
+            cached.served(len(cached.body))
         return [b"%b%b%b" % (cached.before, date().encode(), cached.after), cached.body]
 
     def remember(self, request: Request, sent: bytes) -> None:
@@ -87,8 +91,9 @@ class ResponseCache:
         before, separator, after = sent[: len(sent) - len(body)].partition(b"\r\ndate: ")
         head = request.head + b"\r\n\r\n"
         memory = len(head) + len(sent)
+        served = getattr(request.ctx, "served", None)
         cached = _CachedResponse(
-            before + separator, after[len(date()) :], body, *validity, http.response.status, memory
+            before + separator, after[len(date()) :], body, *validity, http.response.status, memory, served
         )
         with suppress(ValueError):  # larger than the whole cache
             (self._long if memory >= _LONG_BYTES else self._short)[head] = cached

@@ -14,7 +14,13 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.store.store import Store
 
-TOTALS = (*(f"cache_{counter.name}" for counter in fields(Counters)), "encoder_seconds", "damaged_nars")
+TOTALS = (
+    *(f"cache_{counter.name}" for counter in fields(Counters)),
+    "encoder_seconds",
+    "damaged_nars",
+    "events",
+    "events_disconnected",
+)
 PUSH_TOTALS = tuple(counter.name for counter in fields(PushCounters))
 """Names of the values that `sample` copies; those of `PUSH_TOTALS` only if pushes are enabled."""
 
@@ -24,8 +30,10 @@ def sample(context: ServerContext) -> None:
     compressor = context.compressor
     counters = compressor.cache.counters if compressor.cache else Counters()
     pushed = astuple(context.push.counters) if context.push else ()
+    events = (context.events.recorder.recorded, context.events.disconnected)
     context.metrics.own.sample(
-        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *pushed), compressor.encoder.waiting
+        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *events, *pushed),
+        compressor.encoder.waiting,
     )
 
 
