@@ -26,6 +26,7 @@ from support.running import (
     read_answer,
     run,
     wait_until,
+    wait_until_refused,
 )
 
 Start = Callable[..., Server]
@@ -49,19 +50,6 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
 
 def arrives_whole(response: http.client.HTTPResponse, info: PathInfo) -> bool:
     return sha256(response.read()).digest() == info.nar_hash
-
-
-def wait_until_refused(server: Server) -> None:
-    def refused() -> bool:
-        try:
-            server.get("/version")
-        except ConnectionResetError:
-            return False
-        except ConnectionRefusedError:
-            return True
-        return False
-
-    wait_until(refused)  # each process closes its own copy of the listening socket
 
 
 def is_alive(pid: int) -> bool:
@@ -133,7 +121,12 @@ def test_sighup_does_not_end_a_starting_worker(start: Start, sample: Sample) -> 
         "def slow(*a):\n"
         "  while not os.path.exists(os.environ['GO']): time.sleep(0.01)\n"
         "  serve(*a)\n"
-        "worker.run = slow"
+        "worker.run = slow\n"
+        "from harmonia.process.supervisor import Supervisor\nsignal_all = Supervisor._signal_all\n"
+        "def forward(self, number):\n"
+        "  signal_all(self, number)\n"
+        "  open(os.environ['GO'], 'x')\n"
+        "Supervisor._signal_all = forward"
     )
     go = sample.root / "go"
     go.touch()
@@ -144,8 +137,7 @@ def test_sighup_does_not_end_a_starting_worker(start: Start, sample: Sample) -> 
     wait_until(lambda: server.workers not in ([], [killed]))
     (starting,) = server.workers
     server.process.send_signal(signal.SIGHUP)
-    time.sleep(0.2)
-    go.touch()
+    wait_until(go.exists)
     assert server.get("/version").status == 200
     assert server.workers == [starting]
 
@@ -174,6 +166,26 @@ def test_sigterm_to_the_whole_group_stops_without_errors(start: Start, sample: S
         os.kill(pid, signal.SIGTERM)
     assert server.wait() == 0
     assert [line.split()[1:4] for line in server.log[2:]] == [["INFO", "SIGTERM:", "stopping;"]]
+
+
+def test_main_process_sleeps_until_an_ending_worker_has_ended(start: Start, sample: Sample) -> None:
+    spy = patched(
+        "import logging, time\n"
+        "from harmonia.process.supervisor import Supervisor\nfrom harmonia.server import worker\n"
+        "log, serve, listen = logging.getLogger('harmonia'), worker.run, Supervisor._listen\n"
+        "def run(*arguments):\n"
+        "  serve(*arguments)\n"
+        "  arguments[-2].close()\n"
+        "  time.sleep(0.5)\n"
+        "def logged(*arguments):\n"
+        "  log.info('heard')\n"
+        "  listen(*arguments)\n"
+        "worker.run, Supervisor._listen = run, logged"
+    )
+    server = start(store=sample.root, program=spy)
+    before = len(server.log)
+    assert server.stop() == 0
+    assert len(server.log) - before < 20, server.log[-1]  # heartbeats, the end of the lifeline, and the stop
 
 
 def test_running_download_completes_after_sigterm(start: Start, sample: Sample) -> None:

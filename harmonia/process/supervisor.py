@@ -147,7 +147,8 @@ class Supervisor:
     def _listen(self, worker: _Worker) -> None:
         try:
             if not worker.lifeline.recv(64):
-                return  # the worker is ending; SIGCHLD follows
+                self._close_lifeline(worker)  # the worker is ending; SIGCHLD follows
+                return
         except (BlockingIOError, ConnectionError):
             return
         worker.beat = time.monotonic()
@@ -158,6 +159,11 @@ class Supervisor:
                 systemd.notify("READY=1")
             if self._watchdog and self._announced:  # the watchdog starts with READY=1
                 systemd.notify("WATCHDOG=1")
+
+    def _close_lifeline(self, worker: _Worker) -> None:
+        if worker.lifeline.fileno() != -1:
+            self._selector.unregister(worker.lifeline)
+            worker.lifeline.close()
 
     def _handle(self, numbers: Sequence[int]) -> None:
         for number in numbers:
@@ -191,8 +197,7 @@ class Supervisor:
             worker = self._workers.pop(pid, None)
             if worker is None:
                 continue
-            self._selector.unregister(worker.lifeline)
-            worker.lifeline.close()
+            self._close_lifeline(worker)
             with suppress(BlockingIOError):  # the signal that ended the worker may have been sent to us, too
                 self._handle(self._signals.recv(64))
             if self._stop_at is not None:
