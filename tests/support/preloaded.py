@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FunctionType
 from typing import Any
 from unittest.mock import patch
@@ -31,10 +32,13 @@ from unittest.mock import patch
 from sanic import Sanic
 from sanic.touchup import TouchUp
 from sanic.touchup.schemes import BaseScheme
+from sanic_routing import BaseRouter
 
 import harmonia
 from harmonia.config import credentials
-from harmonia.server.http import sanic_adapter
+from harmonia.config.settings import Settings
+from harmonia.server.app import create_app, create_metrics
+from harmonia.server.context import ServerContext
 
 HARMONIA = [sys.executable, "-m", "harmonia"]
 PATCHED = [sys.executable, "-c"]
@@ -166,7 +170,25 @@ def _serve(connection: socket.socket) -> list[str] | None:
 
 
 def _compile_for_sanic() -> None:
-    """Compile the methods that Sanic compiles at each start, so that no fork has to: that is a quarter of a start."""
+    """Compile what Sanic compiles at each start, so that no fork has to: that is half of a start."""
+    build = _compile_methods_once()
+    _compile_routes_once()
+    with TemporaryDirectory() as directory:
+        settings = Settings(cache_dir=directory, real_nix_store=directory, nix_db_path=f"{directory}/none")
+        app = create_app(ServerContext(settings, [], create_metrics(settings)))
+
+        async def finalize() -> None:
+            app.signalize()
+            app.finalize()
+
+        asyncio.run(finalize())
+        for target, name in TouchUp._registry:  # noqa: SLF001 (a private part is tested)
+            build(getattr(target, name), dict(inspect.getmembers(inspect.getmodule(target))), app)
+    Sanic.unregister_app(app)
+
+
+def _compile_methods_once() -> Callable[..., FunctionType]:
+    """Let Sanic change a method only once for apps with the same signals. Return the function that changes it."""
     compiled: dict[tuple[object, ...], FunctionType] = {}
     build: Callable[..., FunctionType] = BaseScheme.build
 
@@ -181,16 +203,21 @@ def _compile_for_sanic() -> None:
         return copy
 
     patch.object(BaseScheme, "build", staticmethod(build_once)).start()
-    app = Sanic("preloaded", configure_logging=False)
-    sanic_adapter.prepare(app, primary=True)
+    return build_once
 
-    async def finalize() -> None:
-        app.signalize()
 
-    asyncio.run(finalize())
-    for target, name in TouchUp._registry:  # noqa: SLF001 (a private part is tested)
-        build_once(getattr(target, name), dict(inspect.getmembers(inspect.getmodule(target))), app)
-    Sanic.unregister_app(app)
+def _compile_routes_once() -> None:
+    """Let the router compile the same source only once, and without a copy for people to read."""
+    render: Any = BaseRouter._render  # noqa: SLF001 (a private part is tested)
+    compile_once = cache(lambda source: compile(source, "", "exec"))
+
+    def render_once(router: BaseRouter, *_: bool) -> None:
+        render(router, do_compile=False)
+        made: dict[str, Any] = {}
+        exec(compile_once(router.find_route_src), render.__globals__, made)
+        router._find_route, router._matchers = made["find_route"], made.get("matchers")  # noqa: SLF001 (a private part is tested)
+
+    patch.object(BaseRouter, "_render", render_once).start()
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
