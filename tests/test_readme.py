@@ -18,7 +18,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.nixos_machine import evaluate, needs_nix
 from support.pages import BLOCKS, ROOT
 from support.programs import needs
-from support.running import wait_until
+from support.running import PATIENCE_S, wait_until
 
 
 def block(language: str, *, after: str) -> str:
@@ -56,12 +56,12 @@ def test_key_is_created_and_used(tmp_path: Path, environment: dict[str, str]) ->
     try:
         url = re.search(r" at (http://\S+)", server.stderr.readline())
         assert url
-        wait_until(lambda: urllib.request.urlopen(f"{url[1]}/health", timeout=20).status == 200)
-        with urllib.request.urlopen(f"{url[1]}/{info.path.hash_part}.narinfo", timeout=20) as answer:
+        wait_until(lambda: urllib.request.urlopen(f"{url[1]}/health", timeout=PATIENCE_S).status == 200)
+        with urllib.request.urlopen(f"{url[1]}/{info.path.hash_part}.narinfo", timeout=PATIENCE_S) as answer:
             served, _ = narinfo.parse(answer.read().decode(), "/nix/store")
     finally:
         server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=20)
+        server.communicate(timeout=PATIENCE_S)
     public = (tmp_path / "cache.example.org-1.public").read_text()
     assert [PublicKey.parse(public).verify(served.fingerprint("/nix/store"), sig) for sig in served.sigs] == [True]
     # nix.conf names that key.
@@ -115,7 +115,7 @@ def test_make_serves_at_bind(tmp_path: Path, given: list[str], options: str) -> 
 
 
 @needs("git")
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no Git repository here: run make test in a clone")
 def test_files_created_in_a_clone_are_ignored_by_git() -> None:
     made = ["harmonia.toml", "cache.example.org-1.secret", "cache.example.org-1.public"]
     ignored = subprocess.run(["git", "check-ignore", *made], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import pytest
 from harmonia.config.tokens import new
 from support.certificates import authority, issue, openssl
 from support.closure import Closure
-from support.nix_client import Client
+from support.nix_client import NIXES, Client
 from support.running import Server
 
 Start = Callable[..., Server]
@@ -121,9 +121,10 @@ def test_only_the_published_closure_is_substituted(
     assert statuses(server) == {"200", "404"}, server.log
 
 
+@pytest.mark.newer_nix
+@pytest.mark.parametrize("nix", NIXES[-1:], ids=lambda nix: nix.name, indirect=True)
 def test_client_certificate_is_presented(start: Start, client: Client, closure: Closure, tmp_path: Path) -> None:
-    if client.nix.version < (2, 34):
-        pytest.skip("Nix presents certificates from 2.34 on")
+    """Nix has options for that from 2.34 on."""
     keys = tmp_path / "keys"
     keys.mkdir()
     authority(keys, "ours")

@@ -15,7 +15,7 @@ from harmonia.server.routes import METRICS_ROUTES, PUSH_ROUTES, ROUTES
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import add_log
 from support.realisations import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
-from support.running import Server
+from support.running import PATIENCE_S, Server
 from support.shared_store import BIG
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.json"
@@ -53,7 +53,7 @@ def test_document_has_exactly_the_routes_of_the_server() -> None:
         assert methods[uri] | ({"put"} if uri in put else set()) == item.keys() - {"parameters"}
 
 
-@pytest.mark.skipif(find_spec("schemathesis") is None, reason="needs schemathesis, which makes the requests")
+@pytest.mark.skipif(find_spec("schemathesis") is None, reason="no schemathesis here: pip install schemathesis")
 @pytest.mark.slow
 @pytest.mark.parametrize("phases", ["examples,fuzzing", "coverage"])
 def test_schemathesis_finds_no_response_that_violates_the_document(
@@ -73,7 +73,7 @@ def test_schemathesis_finds_no_response_that_violates_the_document(
     command += ["--exclude-path-regex", "^/(push/|events$)", "--phases", phases]
     command += ["--generation-deterministic", "--max-examples", "3"]
     command += ["--checks", checks, "--no-color"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     assert server.get("/health").status == 200
     assert not [line for line in server.log if "Traceback" in line]
