@@ -87,7 +87,9 @@ def test_check_config_prints_each_value_and_its_origin(config: Path, tmp_path: P
 
 def test_check_config_reads_the_file_once(config: Path) -> None:
     command = [*HARMONIA, "--config", "/dev/stdin", "check-config"]
-    done = subprocess.run(command, input=config.read_text(), capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command, input=config.read_text(), capture_output=True, text=True, check=True, timeout=PATIENCE_S
+    )
     assert re.search(r"(?m)^bind = \S+ +# /dev/stdin:1$", done.stdout)
 
 
@@ -372,7 +374,7 @@ def test_ctrl_c_ends_warm_while_threads_compress(config: Path, tmp_path: Path) -
 def test_full_disk_is_one_line_and_status_1(config: Path, arguments: list[str]) -> None:
     command = [*HARMONIA, "--config", str(config), *arguments]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (1, "harmonia: cannot write: No space left on device\n")
 
 

@@ -16,7 +16,7 @@ from harmonia.store import file_reader, tree_reader
 from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import HARMONIA, run, run_binary
+from support.running import HARMONIA, PATIENCE_S, run, run_binary
 
 TREE: Tree = {
     "bin": {"run": Executable(b"#!/bin/sh\n"), "link": Symlink("run")},
@@ -73,7 +73,7 @@ def nix(tmp_path: Path) -> Nix:
         "NIX_CONFIG": "experimental-features = nix-command",
     }
     return lambda *arguments: (
-        subprocess.run(arguments, capture_output=True, timeout=60, env=environment, check=True).stdout
+        subprocess.run(arguments, capture_output=True, timeout=PATIENCE_S, env=environment, check=True).stdout
     )
 
 
@@ -178,7 +178,7 @@ def test_names_that_are_not_utf8_are_printed_unchanged(tmp_path: Path) -> None:
 def test_nars_are_piped(archive: Path) -> None:
     command = " ".join(HARMONIA)
     shell = f"{command} nar dump {archive} | {command} nar ls -l - && {command} nar ls -d - < {archive}"
-    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=60, check=True)
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == f"-r--r--r-- {archive.stat().st_size:20} \n.\n".encode()
 
 
@@ -199,7 +199,7 @@ def test_closed_output_ends_silently_by_sigpipe(arguments: tuple[str, ...], tmp_
         assert process.stderr is not None
         process.stdout.read(10)
         process.stdout.close()
-        assert process.wait(20) == -signal.SIGPIPE
+        assert process.wait(PATIENCE_S) == -signal.SIGPIPE
         assert process.stderr.read() == b""
 
 

@@ -35,7 +35,6 @@ from harmonia.nix import base32
 from harmonia.store.file_reader import END
 from support.compression import (
     FRAME,
-    PATIENCE,
     Memory,
     compressing,
     everything,
@@ -48,6 +47,7 @@ from support.compression import (
 )
 from support.disk_cache import at, fill, filling, messages, no_leak, without
 from support.programs import needs
+from support.running import PATIENCE_S
 from support.small_disk import mounted
 
 MIB = 1 << 20
@@ -496,7 +496,7 @@ def test_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
     begin = threading.Event()
 
     def huge_read(_: int) -> None:
-        begin.wait(PATIENCE)
+        begin.wait(PATIENCE_S)
         order.append("huge")
 
     huge = nar(100 * FRAME, before=huge_read)
@@ -512,7 +512,7 @@ def test_small_nar_does_not_wait_for_a_huge_one(tmp_path: Path) -> None:
 
 def test_encoder_is_saturated_while_many_frames_wait(tmp_path: Path) -> None:
     begin = threading.Event()
-    sources = [nar(seed=seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in range(20)]
+    sources = [nar(seed=seed, before=lambda _: begin.wait(PATIENCE_S) and None) for seed in range(20)]
     with at(tmp_path) as cache, compressing(cache, threads=1) as compressor:
         saturated = []
         for source in sources:
@@ -527,7 +527,7 @@ def test_encoder_is_saturated_while_many_frames_wait(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cached", [True, False])
 def test_few_frames_wait_for_a_slow_frame(tmp_path: Path, *, cached: bool) -> None:
     begin = threading.Event()
-    source = nar(before=lambda start: begin.wait(PATIENCE) and None if start == 0 else None)
+    source = nar(before=lambda start: begin.wait(PATIENCE_S) and None if start == 0 else None)
     with at(tmp_path) as cache, compressing(cache if cached else None, threads=4) as compressor:
         chunks = reading(CompressedNar(compressor, source))
         assert next(chunks) is None
@@ -568,7 +568,7 @@ def test_compression_completes_when_the_client_leaves(tmp_path: Path) -> None:
 
 def test_number_of_fills_without_clients_is_bounded(tmp_path: Path) -> None:
     begin = threading.Event()
-    slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE) and None) for seed in (1, 2)]
+    slow = [nar(100, seed, before=lambda _: begin.wait(PATIENCE_S) and None) for seed in (1, 2)]
     another = nar(seed=3)
     with (
         patch("harmonia.cache.nar_compressor._MAX_FILLS", 2),
@@ -615,7 +615,7 @@ def test_other_encodings_use_one_thread_and_few_fills(tmp_path: Path) -> None:
 
 def test_abandoned_body_without_a_cache_is_not_compressed() -> None:
     begin = threading.Event()
-    first, second = nar(before=lambda _: begin.wait(PATIENCE) and None), nar()
+    first, second = nar(before=lambda _: begin.wait(PATIENCE_S) and None), nar()
     with compressing(threads=1) as compressor:
         chunks = reading(CompressedNar(compressor, first))
         assert next(chunks) is None  # the only thread is busy with this source

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.pages import ROOT
+from support.running import PATIENCE_S
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 
@@ -21,7 +22,7 @@ def block(name: str) -> str:
 
 def run(copy: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", *command], cwd=copy, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-m", *command], cwd=copy, capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
 
 

@@ -27,7 +27,7 @@ from harmonia.tools.demo import Demo
 from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree, remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs, needs_root
-from support.running import Server, run
+from support.running import PATIENCE_S, Server, run
 
 NOBODY = 65534
 
@@ -48,7 +48,7 @@ def nix(tmp_path: Path) -> Nix:
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONFIG": config}
 
     def run(*command: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
     return run
 

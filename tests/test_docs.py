@@ -19,6 +19,7 @@ from harmonia.nix.signing import SecretKey
 from support.generated import targets
 from support.pages import BLOCKS, PAGES, ROOT, Block, paragraphs, sentences, without_fences
 from support.programs import needs
+from support.running import PATIENCE_S
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -148,7 +149,7 @@ def test_nix_conf_blocks_have_settings_of_nix(block: Block, tmp_path: Path) -> N
     (tmp_path / "nix.conf").write_text(f"experimental-features = nix-command\n{with_keys(block.text)}")
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "NIX_CONF_DIR": str(tmp_path)}
     done = subprocess.run(
-        ["nix", "show-config"], capture_output=True, text=True, env=environment, check=True, timeout=60
+        ["nix", "show-config"], capture_output=True, text=True, env=environment, check=True, timeout=PATIENCE_S
     )
     assert "unknown setting" not in done.stderr
     for name in re.findall(r"(?m)^(?:extra-)?([a-z-]+) =", block.text):
@@ -160,7 +161,9 @@ def test_nix_conf_blocks_have_settings_of_nix(block: Block, tmp_path: Path) -> N
 def test_systemd_accepts_the_unit(block: Block, tmp_path: Path) -> None:
     unit = tmp_path / "harmonia.service"
     unit.write_text(block.text.replace("/path/to/harmonia", "/bin/true"))
-    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
     messages = [line for line in done.stderr.splitlines() if str(unit) in line or line.startswith("harmonia.service")]
     assert messages == []
 

@@ -12,6 +12,7 @@ from harmonia.cache.nar_compressor import CompressedNar
 from harmonia.errors import StoreObjectError
 from support.compression import FRAME, Memory, compressing, everything, nar, read, reading, wait_until
 from support.disk_cache import at, no_leak
+from support.running import PATIENCE_S
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_range_does_not_wait_for_the_fill(tmp_path: Path, indexes: DiskCache) ->
     whole = compressed_once(tmp_path, indexes, source)
 
     def before(start: int) -> None:
-        if start == 0 and not released.wait(10):
+        if start == 0 and not released.wait(PATIENCE_S):
             timed_out.set()
 
     source.before = before

@@ -28,7 +28,7 @@ from harmonia.store import file_reader, nar_layout, tree_reader
 from harmonia.store.nar_layout import Layout
 from harmonia.store.store_nar import StoreNar
 from support.nars import open_files, reference, whole
-from support.running import wait_until
+from support.running import PATIENCE_S, wait_until
 from support.strategies import Tree, on_disk, small_trees, trees, write_tree
 
 
@@ -304,7 +304,7 @@ def opened(layouts: Layouts, key: str, root: bytes, client: str = "") -> Layout:
     """Return the layout when it is complete."""
     layout = layouts.open_layout(key, root, client)
     if waiting := layout.wait_whole():
-        waiting.result(10)
+        waiting.result(PATIENCE_S)
     wait_until(lambda: key not in layouts._growing)  # noqa: SLF001 (a private part is tested)
     return layout
 
@@ -368,7 +368,7 @@ class Gate:
             _, at_root, below = root.partition(b"/root")
             if at_root and below.startswith(name):
                 self.begun += 1
-                assert self.opened.wait(20)
+                assert self.opened.wait(PATIENCE_S)
             return walk(root)
 
         monkeypatch.setattr(tree_reader, "walk", waiting)

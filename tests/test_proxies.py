@@ -17,7 +17,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import openssl
 from support.pages import BLOCKS
 from support.programs import needs, require
-from support.running import Server, nar_url, run, unpacked, wait_until
+from support.running import PATIENCE_S, Server, nar_url, run, unpacked, wait_until
 
 Start = Callable[..., Server]
 
@@ -117,7 +117,7 @@ def test_cache_behind_a_proxy(
         def get(path: str, **headers: str) -> tuple[int, Mapping[str, str], bytes]:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             request = urllib.request.Request(url + path, headers=named)
-            with urllib.request.urlopen(request, context=certificate, timeout=20) as answer:
+            with urllib.request.urlopen(request, context=certificate, timeout=PATIENCE_S) as answer:
                 return answer.status, answer.headers, answer.read()
 
         _, headers, whole = get(nar_url(info))

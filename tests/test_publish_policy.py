@@ -266,9 +266,9 @@ def test_closure_of_100_000_paths_takes_little_time(store: StoreBuilder) -> None
         )
         connection.executemany("insert into Refs values (?, ?)", ((n + 1, n) for n in range(1, 100_000)))
     closure = Closure(opened(store), [f"/nix/store/{hashes[-1]}-p"])
-    began = time.monotonic()
+    began = time.process_time()
     closure.refresh()
-    assert time.monotonic() - began < 60  # one query for each path would take longer
+    assert time.process_time() - began < 60  # one query for each path would take longer
     assert StorePath(f"{hashes[0]}-p") in closure
 
 

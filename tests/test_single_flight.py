@@ -18,6 +18,7 @@ from harmonia.process.threads import Threads
 from harmonia.server.path_lookup import Paths, SignedPath
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
+from support.running import PATIENCE_S
 
 CALLERS = 50
 
@@ -173,7 +174,7 @@ def test_path_registered_during_a_lookup_is_found_by_the_next_request(
         def lookup(store: Store, hash_part: str, known: SignedPath | None) -> SignedPath | None:
             found = look_up(store, hash_part, known)  # before the path is registered
             loop.call_soon_threadsafe(busy.set)
-            asyncio.run_coroutine_threadsafe(go.wait(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(go.wait(), loop).result(PATIENCE_S)
             return found
 
         go = asyncio.Event()

@@ -1,5 +1,6 @@
 """TLS: only current versions, renewal without a restart, and truncation is always visible."""
 
+import fcntl
 import http.client
 import os
 import re
@@ -7,8 +8,10 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
+import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import cast
@@ -17,7 +20,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import LONG_GRACE, Sample, Server, nar_url, read_answer, wait_until
+from support.running import LONG_GRACE, PATIENCE_S, Sample, Server, nar_url, read_answer, wait_until, wait_until_refused
 
 Start = Callable[..., Server]
 
@@ -56,7 +59,7 @@ def handshake(server: Server, version: str) -> subprocess.CompletedProcess[str]:
     """Connect with a client that supports only this version, including weak ciphers."""
     address = server.url.removeprefix("https://")
     command = ["openssl", "s_client", "-connect", address, f"-{version}", "-cipher", "ALL:@SECLEVEL=0"]
-    return subprocess.run(command, input="", capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,12 @@ def test_download_over_tls_is_complete(start: Start, sample: Sample, tmp_path: P
     assert len(server.get(nar_url(sample.big)).body) == sample.big.nar_size
 
 
+def unread(connections: Iterable[socket.socket]) -> list[int]:
+    """Return the number of bytes that wait in each connection to be read."""
+    counts = [fcntl.ioctl(connection, termios.FIONREAD, bytes(4)) for connection in connections]
+    return [int.from_bytes(count, sys.byteorder) for count in counts]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ended", ["by Connection: close", "by SIGTERM"])
 def test_last_download_of_a_connection_is_complete(start: Start, sample: Sample, tmp_path: Path, ended: str) -> None:
@@ -155,10 +164,13 @@ def test_last_download_of_a_connection_is_complete(start: Start, sample: Sample,
         for connection, length in zip(connections, lengths, strict=True):
             head = f"GET {nar_url(sample.big)} HTTP/1.1\r\nHost: cache\r\n{field}Range: bytes=0-{length - 1}\r\n\r\n"
             connection.sendall(head.encode())
-        time.sleep(1)  # until the buffers are full
+        before: list[int] = []
+        while 0 in before or unread(connections) != before:  # until the buffers are full
+            before = unread(connections)
+            time.sleep(0.3)
         if not field:
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
+            wait_until_refused(server)
         assert [len(read_answer(connection).body) for connection in connections] == list(lengths)
 
 

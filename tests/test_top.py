@@ -12,7 +12,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.top import Snapshot, hit_ratio, route_activities
-from support.running import HARMONIA, Sample, Server, download, nar_url, run, wait_until
+from support.running import HARMONIA, PATIENCE_S, Sample, Server, download, nar_url, run, wait_until
 
 Start = Callable[..., Server]
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -92,7 +92,7 @@ def test_views_are_appended_without_a_terminal(tmp_path: Path, start: Start) -> 
         reader.start()
         wait_until(lambda: sum(line.startswith("harmonia at") for line in seen) > 2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
         reader.join()
         assert process.stderr is not None
         assert process.stderr.read() == ""
@@ -115,7 +115,7 @@ def test_unreachable_server_is_waited_for(tmp_path: Path, start: Start) -> None:
         server.start()
         wait_until(lambda: any(line.startswith("harmonia at") for line in seen))
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
         reader.join()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from support.pages import BLOCKS
 from support.programs import needs
-from support.running import wait_until
+from support.running import PATIENCE_S, wait_until
 
 pytestmark = [pytest.mark.nix, needs("nix-store"), needs("curl")]
 
@@ -78,7 +78,7 @@ class Team:
             yield
         finally:
             server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=30)
+            server.communicate(timeout=PATIENCE_S)
 
 
 def test_team_gets_a_private_cache(tmp_path: Path) -> None:

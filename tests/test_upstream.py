@@ -32,6 +32,7 @@ from harmonia.upstream.nar_verifier import has_file_hash
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK
+from support.running import PATIENCE_S
 
 PATH = StorePath(f"{'0' * 32}-x")
 CONTENT = b"content" * 100_000
@@ -101,7 +102,7 @@ class ProbedUpstream:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 (no event to wait for)
             await asyncio.sleep(0.001)
 
@@ -130,7 +131,7 @@ def test_hanging_first_probe_is_not_waited_for() -> None:
     async def run() -> None:
         breaker_ = Breaker(asyncio.Event().wait, lambda _: None)
         breaker_.start(0.01)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert not await breaker_.usable()
         await breaker_.stop()
 
@@ -309,7 +310,7 @@ def test_cancelled_caller_leaves_no_task_and_no_error() -> None:
         await asyncio.sleep(0.01)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(reading, 10)
+            await asyncio.wait_for(reading, PATIENCE_S)
         assert cancelled.is_set()
         gc.collect()
         assert not errors

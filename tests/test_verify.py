@@ -19,7 +19,7 @@ from harmonia.store.store import Store
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.verify import Journal, Result, verify
-from support.running import HARMONIA, patched, run, wait_until
+from support.running import HARMONIA, PATIENCE_S, patched, run, wait_until
 
 Verify = Callable[..., list[Result]]
 
@@ -211,7 +211,7 @@ class TestCommand:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 2)
             process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=20)
+            _, stderr = process.communicate(timeout=PATIENCE_S)
         printed = re.fullmatch(r"harmonia: interrupted; to continue, add --max-age (\d+m)\n", stderr)
         assert process.returncode == 130
         assert printed

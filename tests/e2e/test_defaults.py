@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.closure import Closure
-from support.running import HARMONIA
+from support.running import HARMONIA, PATIENCE_S
 
 # A minimal machine: its own /nix, and port 5000 on its own loopback interface.
 _SCRIPT = """
@@ -33,6 +33,8 @@ def test_store_of_the_machine_is_served_without_configuration(closure: Closure, 
         "LOG": str(tmp_path / "log"),
         "HASH": closure.top.removeprefix("/nix/store/")[:32],
     }
-    answer = subprocess.run(command, env=environment, cwd=Path.cwd(), capture_output=True, timeout=60, check=False)
+    answer = subprocess.run(
+        command, env=environment, cwd=Path.cwd(), capture_output=True, timeout=PATIENCE_S, check=False
+    )
     assert answer.returncode == 0, (tmp_path / "log").read_text()
     assert f"StorePath: {closure.top}\n" in answer.stdout.decode()

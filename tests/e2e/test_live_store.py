@@ -116,7 +116,7 @@ def test_paths_in_the_wal_of_a_running_daemon_are_served(start_as: Start, store:
             store.run("nix-store", "--delete", path)
             assert server.get(narinfo(path)).status == 404
             go.touch()
-            assert build.wait(60) == 0
+            assert build.wait(PATIENCE_S) == 0
         built = store.run("nix-store", "--query", "--outputs", slow).text
         assert server.get(nar(server, built)).body == store.run("nix-store", "--dump", built).stdout
     assert server.get(narinfo(built)).status == 200
@@ -146,7 +146,7 @@ def halfway(server: Server, store: Client, client: Client, path: str) -> Iterato
         yield copy
         if worker in server.workers:
             os.kill(worker, signal.SIGCONT)
-        copy.wait(120)
+        copy.wait(PATIENCE_S)
 
 
 def copying(server: Server, path: str) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def test_request_is_repeated_after_a_restart(start: Start, client: Client, closu
         # Linux Documentation/networking/proc_net_tcp.rst: the local address in hexadecimal, and 01 is "established".
         wait_until(lambda: has_connection(port), copy)
         restart(server)
-        assert copy.wait(120) == 0
+        assert copy.wait(PATIENCE_S) == 0
     client.run("nix-store", "--verify-path", *client.run("nix-store", "--query", "--requisites", closure.top).lines)
 
 

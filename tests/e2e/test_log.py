@@ -10,7 +10,7 @@ import pytest
 
 from support.closure import build_one, instantiate
 from support.nix_client import Client
-from support.running import Server, wait_until
+from support.running import PATIENCE_S, Server, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -100,7 +100,7 @@ def test_log_of_a_running_build_is_served_and_grows(
         wait_until(lambda: server.get(url(built)).body)
         running = server.get(url(built))
         go.touch()
-        assert build.wait(60) == 0
+        assert build.wait(PATIENCE_S) == 0
     assert running.headers["cache-control"] == "no-cache"
     assert running.text != text
     assert text.startswith(running.text)

@@ -163,7 +163,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
         with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
             yield connection
             connection.send(json.dumps({"id": 0, "method": "Browser.close"}))
-            process.wait(20)
+            process.wait(PATIENCE_S)
     finally:
         process.kill()
         process.wait()

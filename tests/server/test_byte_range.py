@@ -14,7 +14,7 @@ from harmonia.store import file_reader, tree_reader
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import Server, read_answer, unpacked
+from support.running import PATIENCE_S, Server, read_answer, unpacked
 from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
@@ -155,7 +155,7 @@ def test_parallel_ranges_of_curl_make_the_whole(start: Start, store: StoreBuilde
     for number in range(16):
         part = f"{number * step}-{(number + 1) * step - 1}"
         command += ["--fail", "--range", part, "--output", str(tmp_path / f"{number:02}"), nar_path, "--next"]
-    subprocess.run(command[:-1], check=True, timeout=60)
+    subprocess.run(command[:-1], check=True, timeout=PATIENCE_S)
     assert b"".join((tmp_path / f"{number:02}").read_bytes() for number in range(16)) == whole
 
 

@@ -22,7 +22,7 @@ from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import authority, issue
 from support.programs import require
-from support.running import Sample, Server, ServiceManager, nar_url, wait_until
+from support.running import PATIENCE_S, Sample, Server, ServiceManager, nar_url, wait_until
 
 Start = Callable[..., Server]
 DOCS = Path(__file__).parents[2] / "docs"
@@ -231,7 +231,7 @@ def promtool(*arguments: str, text: str = "") -> None:
     """Fail if the tool of Prometheus reports an error or warning."""
     require("promtool")
     checked = subprocess.run(
-        ["promtool", "check", *arguments], input=text, capture_output=True, text=True, timeout=30, check=False
+        ["promtool", "check", *arguments], input=text, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
 

@@ -16,9 +16,9 @@ from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
 from harmonia.store.file_reader import OpenSlice, Step
+from support.running import PATIENCE_S
 
 FRAME = 1000
-PATIENCE = 20.0  # seconds
 
 
 def nothing(_start: int) -> None:
@@ -126,7 +126,7 @@ def reference(source: Memory, frame_size: int = FRAME) -> bytes:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -6,6 +6,7 @@ import select
 import socket
 from urllib.parse import urlsplit
 
+from support.running import PATIENCE_S
 from support.serving import QuietHandler, ThreadServer
 
 
@@ -21,7 +22,7 @@ class _Handler(QuietHandler):
         if place is None:
             self._answer(502, {}, b"")
             return
-        connection = http.client.HTTPConnection(*place, timeout=20)
+        connection = http.client.HTTPConnection(*place, timeout=PATIENCE_S)
         headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
         connection.request(self.command, f"{parts.path}?{parts.query}".rstrip("?"), headers=headers)
         answer = connection.getresponse()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from http.client import HTTPResponse
 from typing import NamedTuple
 
+from support.running import PATIENCE_S
+
 
 class Seen(NamedTuple):
     status: int
@@ -19,7 +21,7 @@ def exchange(url: str, payload: bytes) -> list[Seen]:
 
 def raw_response(url: str, payload: bytes) -> bytes:
     host, _, port = url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(payload)
         received = b""
         try:

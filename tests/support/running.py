@@ -377,6 +377,21 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> 
         time.sleep(0.02)
 
 
+def wait_until_refused(server: Server) -> None:
+    """Wait until no process of the server accepts connections: each closes its own copy of the listening socket."""
+
+    def refused() -> bool:
+        try:
+            server.get("/version")
+        except ConnectionResetError:
+            return False
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    wait_until(refused)
+
+
 def read_answer(connection: socket.socket, method: str = "GET") -> Answer:
     """Read one response from a connection. Raises http.client.IncompleteRead if its body breaks off."""
     response = http.client.HTTPResponse(connection, method=method)

@@ -130,7 +130,7 @@ class FuzzedServer:
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), daemon=True)
         self._thread.start()
-        assert ready.wait(20)
+        assert ready.wait(120)
         running.append(self)
 
     def _run(self, ready: threading.Event) -> None:
@@ -158,7 +158,7 @@ class FuzzedServer:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(20)
+        self._thread.join(120)
         self._socket.close()
 
     def answers(self, data: bytes) -> tuple[list[int], bytes]:
