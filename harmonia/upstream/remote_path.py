@@ -78,7 +78,8 @@ async def request_narinfo(
         try:
             return _parse(client, hash_part, text)
         except UpstreamMismatchError as error:
-            return error.with_traceback(None)  # the traceback would keep the text in memory
+            error.__context__ = None  # its traceback and that of the error would keep the text in memory
+            return error.with_traceback(None)
 
     return await client.request_small(_narinfo_path(hash_part), headers, parse)
 
