@@ -145,9 +145,9 @@ def certificate_end(settings: Settings, context: ssl.SSLContext) -> float:
 def authorization(settings: Settings, number: int) -> str | None:
     """Return the value of Authorization for an upstream, or None without credentials for its host.
 
-    `number` is the index of the upstream in the settings, from 0.
+    `number` is the index of the upstream in `Settings.sources`.
     """
-    upstream = settings.upstream[number]
+    upstream = settings.sources[number]
     key = "netrc" if upstream.netrc is not None else "credentials_file"
     path = getattr(upstream, key)
     if path is None:
@@ -190,8 +190,8 @@ def mirror_keys(settings: Settings) -> tuple[str, str] | None:
 
 
 def upstream_tls(settings: Settings, number: int) -> ssl.SSLContext:
-    """Return the TLS context that verifies the certificate of the upstream with the index `number`, from 0."""
-    path = settings.upstream[number].ca_file
+    """Return the TLS context that verifies the certificate of an upstream, by its index in `Settings.sources`."""
+    path = settings.sources[number].ca_file
     if path is None:
         return system_tls()
     try:

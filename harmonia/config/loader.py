@@ -209,5 +209,6 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
 
 _KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _KEYS |= {field.name: f"{name}.{field.name}" for name, part in TABLES.items() for field in msgspec.structs.fields(part)}
-_KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)} | _KEYS
+_UPSTREAM_KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)}
+_KEYS = _KEYS | _UPSTREAM_KEYS | {field.name: field.name for field in msgspec.structs.fields(Settings)}
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}

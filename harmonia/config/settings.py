@@ -35,6 +35,8 @@ from harmonia.config.value_types import (
 from harmonia.errors import ConfigError, FormatError
 from harmonia.nix.signing import PublicKey
 
+NO_DATABASE = ":memory:"
+"""The path of the database if there is no local store."""
 _DATABASE = "var/nix/db/db.sqlite"  # relative to the parent of the store directory, in Nix's layout
 _LOGS = "../../log/nix"  # relative to the directory of the database, as is _DAEMON
 _DAEMON = "../daemon-socket/socket"
@@ -276,14 +278,57 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
             " read a public bucket."
         ),
     ] = None
+    read: Annotated[
+        bool,
+        Meta(description="Serve paths of the bucket that the store does not have. The bucket precedes `upstream`."),
+    ] = True
+    redirect: Annotated[
+        bool,
+        Meta(
+            description="Send clients to the bucket for NARs, with a URL that is signed for 15 minutes, instead of"
+            " fetching NARs through this server."
+        ),
+    ] = False
+    public_keys: Annotated[
+        tuple[str, ...],
+        Meta(
+            extra={"default": "those of `sign_key_paths`"},
+            description="Public keys like `name:base64`. Only paths of the bucket that are signed by one of them are"
+            " served; without any keys, all paths.",
+        ),
+    ] = ()
+    connect_timeout: Annotated[Seconds, Meta(description="Timeout for a connection to the S3 service, to read.")] = 2.0
+    timeout: Annotated[
+        Seconds, Meta(description="Timeout for the first byte of a response, and for each pause between its bytes.")
+    ] = 10.0
 
     def __post_init__(self) -> None:
         _check(value_types.check_bucket, [self.bucket], "mirror", "bucket")
+        _check(value_types.check_public_key, self.public_keys, "mirror", "public_keys")
         _check(value_types.check_prefix, [self.prefix or None], "mirror", "prefix")
         _check(value_types.check_path, [self.credentials_file], "mirror", "credentials_file")
         for given, needed in (("bucket", "endpoint"), ("endpoint", "bucket")):
             if getattr(self, given) is not None and getattr(self, needed) is None:
                 raise WrongSettingError(f"set without {needed}; set both or none", "mirror", given)
+        if self.redirect and self.credentials_file is None:
+            what = "set without credentials_file, whose key signs the URLs; set both, or use the bucket as [[upstream]]"
+            raise WrongSettingError(what, "mirror", "redirect")
+
+    @property
+    def is_read(self) -> bool:
+        """Return True if paths of the bucket are served."""
+        return self.read and self.bucket is not None
+
+    @property
+    def source(self) -> Upstream:
+        """Return the bucket as an upstream, which is asked before all others."""
+        return Upstream(
+            url=self.url,
+            public_keys=self.public_keys,
+            priority=-1,
+            connect_timeout=self.connect_timeout,
+            timeout=self.timeout,
+        )
 
     @property
     def url(self) -> str:
@@ -376,6 +421,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     virtual_nix_store: Annotated[
         AbsolutePath, Meta(description="The store directory in the store paths that clients see.")
     ] = "/nix/store"
+    local_store: Annotated[
+        bool,
+        Meta(
+            description="Serve the store of this machine. `false` is a gate that has no state: it serves the bucket of"
+            " `mirror` and the paths of `upstream` only, and needs no Nix."
+        ),
+    ] = True
     real_nix_store: Annotated[
         str | None,
         Meta(
@@ -503,6 +555,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _check(value_types.check_trusted_proxy, self.trusted_proxies, "trusted_proxies")
         _check_upstreams(self.upstream, self.publish)
         _check_push(self)
+        _check_sources(self)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
         """Return the setting's host and port, or its path of a unix socket, or None if it is not set.
@@ -514,6 +567,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return None if given is None else value_types.address(given, _PORT if key == "bind" else None)
         except FormatError as error:
             raise WrongSettingError(str(error), key) from None
+
+    @property
+    def sources(self) -> tuple[Upstream, ...]:
+        """Return the caches that are asked for paths that the store lacks: `upstream`, and last the mirror's bucket."""
+        return (*self.upstream, self.mirror.source) if self.mirror.is_read else self.upstream
 
     @property
     def cache_bytes(self) -> int | None:
@@ -530,8 +588,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return the path of Nix's database.
 
         The default is beside the store directory. If that is a symlink and there is no database beside it, the default
-        is beside the target.
+        is beside the target. Without a local store, it is an empty database in memory.
         """
+        if not self.local_store:
+            return NO_DATABASE
         named = os.path.abspath(self.real_nix_store or self.virtual_nix_store)
         beside = [os.path.join(os.path.dirname(store), _DATABASE) for store in (named, self.real_store)]
         return self.nix_db_path or next(filter(os.path.exists, beside), beside[0])
@@ -539,11 +599,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def logs(self) -> str:
         """Return the path of the directory of build logs."""
+        if not self.local_store:
+            return os.devnull
         return self.log_dir or self._beside_database(_LOGS)
 
     @property
     def daemon(self) -> str | None:
-        """Return the path of the Nix daemon's socket, or None if the daemon is disabled."""
+        """Return the path of the Nix daemon's socket, or None if the daemon is disabled or there is no local store."""
+        if not self.local_store:
+            return None
         return self._beside_database(_DAEMON) if self.daemon_socket is None else self.daemon_socket or None
 
     def _beside_database(self, path: str) -> str:
@@ -596,6 +660,17 @@ def _check_push(settings: Settings) -> None:
     if isinstance(settings.address("bind"), tuple) and not (settings.tls_cert_path or push.allow_without_tls):
         what = "tokens would be sent without TLS; set tls_cert_path, or bind to a unix socket behind a proxy with TLS,"
         raise WrongSettingError(f"{what} or set push.allow_without_tls = true", "push", "enable")
+
+
+def _check_sources(settings: Settings) -> None:
+    if settings.mirror.is_read and settings.publish != PublishRules():
+        what = "publish rules do not apply to paths from the bucket of [mirror]; set mirror.read = false, or no rules"
+        raise WrongSettingError(what, "publish")
+    if not settings.local_store and not settings.sources:
+        what = "false without a [mirror] to read and without any [[upstream]], so nothing could be served; set one"
+        raise WrongSettingError(what, "local_store")
+    if not settings.local_store and settings.push.enable:
+        raise WrongSettingError("set together with local_store = false; remove one of them", "push", "enable")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from harmonia.config import credentials
 from harmonia.config.loader import Source
+from harmonia.config.optional_packages import require_obstore
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
 from harmonia.config.value_types import HostAndPort
@@ -62,7 +63,8 @@ def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingEr
 
     Raises WrongSettingError if a setting cannot work.
     """
-    doubts = [*_store(settings), *_directories(settings, environ), *_secrets(settings, environ)]
+    store = _store(settings) if settings.local_store else ()
+    doubts = [*store, *_directories(settings, environ), *_secrets(settings, environ)]
     _addresses(settings, environ)
     return doubts
 
@@ -125,6 +127,9 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
     credentials.secret_keys(settings)
     credentials.push_key(settings)
     credentials.load_tokens(settings)
+    credentials.mirror_keys(settings)
+    if settings.mirror.bucket is not None:
+        require_obstore()
     if tls := credentials.tls_context(settings):
         try:
             credentials.certificate_end(settings, tls)
@@ -134,6 +139,7 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
     files: dict[str | None, tuple[str, ...]] = dict.fromkeys(settings.sign_key_paths, ("sign_key_paths",))
     files[settings.tls_key_path] = ("tls_key_path",)
     files[settings.push.sign_key_path] = ("push", "sign_key_path")
+    files[settings.mirror.credentials_file] = ("mirror", "credentials_file")
     for number, upstream in enumerate(settings.upstream):
         if credentials.authorization(settings, number) is None and upstream.netrc is not None:
             host = urlsplit(upstream.url).hostname

@@ -37,7 +37,7 @@ _CONFIG: dict[str, Any] = {
 def create_metrics(settings: Settings) -> Metrics:
     """Create the shared counters of all workers. Call it before the fork."""
     names = [route.metric for route in routes(settings) + METRICS_ROUTES]
-    upstreams = [upstream.url for upstream in settings.upstream]
+    upstreams = [upstream.url for upstream in settings.sources]
     totals = metrics.TOTALS + metrics.PUSH_TOTALS if settings.push.enable else metrics.TOTALS
     return Metrics(names, totals, settings.workers, upstreams, list(Reason))
 

@@ -89,7 +89,7 @@ class _Streamed(ReadOnly):
 
 
 def _nar_cache(settings: Settings) -> DiskCache | None:
-    if not (settings.enable_compression or settings.upstream):
+    if not (settings.enable_compression or settings.sources):
         return None
     return open_cache(settings, "nar", "NARs", level=logging.WARNING)
 
@@ -97,6 +97,12 @@ def _nar_cache(settings: Settings) -> DiskCache | None:
 def _temp_roots(settings: Settings) -> TempRoots | None:
     expected = settings.daemon_socket is not None
     return TempRoots(settings.daemon, settings.virtual_nix_store, expected=expected) if settings.daemon else None
+
+
+def _debug_info(settings: Settings) -> DebugInfo | None:
+    if not (settings.debug_info and settings.local_store):
+        return None
+    return DebugInfo(Store.of(settings), settings.database, os.path.join(str(settings.cache_dir), "debug-info"))
 
 
 def _push_receiver(settings: Settings) -> PushReceiver:
@@ -134,8 +140,7 @@ class ServerContext:
         self.compressor.compressed = self.events.compressed
         self.offers_zstd = settings.enable_compression and prefers_zstd
         """True if narinfos name compressed NARs."""
-        directory = os.path.join(str(settings.cache_dir), "debug-info")
-        self.debug_info = DebugInfo(Store.of(settings), settings.database, directory) if settings.debug_info else None
+        self.debug_info = _debug_info(settings)
         self.push = _push_receiver(settings) if settings.push.enable else None
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
@@ -146,7 +151,7 @@ class ServerContext:
     @property
     def trusted_keys(self) -> list[str]:
         """Public keys that clients must trust: ours, and those of upstreams whose paths we do not sign."""
-        upstream_keys = (each.public_keys for each in self.settings.upstream if not (each.sign and self.keys))
+        upstream_keys = (each.public_keys for each in self.settings.sources if not (each.sign and self.keys))
         return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(upstream_keys)]))
 
     def client(self, request: Request) -> str:

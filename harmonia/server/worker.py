@@ -24,6 +24,7 @@ from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
 from harmonia.metrics.shared_counters import WorkerCounters
+from harmonia.mirror.connection import open_presigner
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
 from harmonia.server.app import create_app, create_metrics, create_metrics_app
@@ -44,7 +45,9 @@ _log = logging.getLogger("harmonia")
 
 def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
     """Create what all workers share. Call it before the fork."""
-    if settings.upstream:  # takes half a second and 9 MiB: only if needed
+    if settings.mirror.is_read:
+        open_presigner(settings)  # to stop the start if it fails; the workers open their own
+    if settings.sources:  # takes half a second and 9 MiB: only if needed
         importlib.import_module("harmonia.server.resources.upstream_fallback")
     return ServerContext(settings, keys, create_metrics(settings))
 
@@ -89,7 +92,7 @@ async def _serve(
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
     guard = Guard(settings) if settings.tokens_path is not None or settings.push.enable else None
     servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
-    if settings.upstream:
+    if settings.sources:
         from harmonia.server.resources.upstream_fallback import UpstreamHandlers  # noqa: PLC0415 (takes 0.5 s)
 
         context.upstreams = UpstreamHandlers(context)

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from typing import Any
 from urllib.parse import quote
 
-from harmonia.config.settings import Settings
+from harmonia.config.settings import NO_DATABASE, Settings
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
 from harmonia.nix import content_address
 from harmonia.nix.build_trace import Realisation
@@ -52,6 +52,13 @@ _REALISATION_IDS = """
 select drvPath, outputName from Realisations join ValidPaths on ValidPaths.id = outputPath where path = ?
 """
 _BUILD_TRACE_KEYS = "select drvPath, outputName from BuildTraceV3 where outputPath = ?"
+
+_EMPTY = """
+create table ValidPaths (id integer primary key autoincrement, path text unique, hash text, registrationTime integer,
+  deriver text, narSize integer, ultimate integer, sigs text, ca text);
+create table Refs (referrer integer, reference integer);
+"""
+"""The tables that we read, for a server without a local store."""
 
 _NO_SHM = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
@@ -107,6 +114,8 @@ class Database:
 
     def _state(self) -> Hashable:
         """Return the state in which the connection is usable: the file, and also its content if it is immutable."""
+        if self._path == NO_DATABASE:
+            return None
         signature = _signature(self._path)
         if signature is None:
             raise FileNotFoundError("the file does not exist")
@@ -115,7 +124,10 @@ class Database:
     def _connected(self) -> sqlite3.Connection:
         if self._connection is not None and self._opened != self._state():
             self.close()
-        if self._connection is None:
+        if self._connection is None and self._path == NO_DATABASE:
+            self._connection = sqlite3.connect(NO_DATABASE, isolation_level=None, check_same_thread=False)
+            self._connection.executescript(_EMPTY)
+        elif self._connection is None:
             try:
                 self._connection = self._open("mode=ro", immutable=False)
             except sqlite3.OperationalError as error:
@@ -124,6 +136,7 @@ class Database:
                 if error.sqlite_errorcode & 0xFF not in _NO_SHM:
                     raise
                 self._connection = self._open("immutable=1", immutable=True)
+        assert self._connection is not None  # noqa: S101 (opened above)
         return self._connection
 
     def _open(self, mode: str, *, immutable: bool) -> sqlite3.Connection:
@@ -160,6 +173,7 @@ class Store:
         self.store_dir = store_dir
         self.real_dir = real_dir
         self.database = Database(db_path, timeout)
+        self._is_local = db_path != NO_DATABASE
 
     @classmethod
     def of(cls, settings: Settings) -> "Store":
@@ -277,6 +291,8 @@ class Store:
     def check(self) -> None:
         """Raise StoreUnavailableError if the database or the store directory cannot be read now."""
         self.database.query("select 1 from ValidPaths limit 1")
+        if not self._is_local:
+            return
         try:
             with os.scandir(self.real_dir) as entries:
                 next(entries, None)

@@ -18,7 +18,7 @@ from harmonia.upstream.answer import Answer
 from harmonia.upstream.breaker import Breaker
 from harmonia.upstream.loop_guard import PROBE
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
-from harmonia.upstream.transport import WHOLE, Part, Transport, UpstreamRejectedError, UpstreamUnavailableError
+from harmonia.upstream.transport import WHOLE, Part, Sign, Transport, UpstreamRejectedError, UpstreamUnavailableError
 
 _MAX_SMALL_REQUESTS = 100  # at once; requests for NARs are not limited, so that no small request waits behind a NAR
 _LONG_ANSWERS = 4  # whole long responses in memory at once; others wait for their turn
@@ -37,10 +37,20 @@ class Client:
     """Client of one upstream. Create it on the event loop that uses it."""
 
     def __init__(
-        self, settings: Upstream, transport: Transport, counters: UpstreamCounters, store_dir: str, patience: float
+        self,
+        settings: Upstream,
+        transport: Transport,
+        counters: UpstreamCounters,
+        store_dir: str,
+        patience: float,
+        redirect: Sign | None = None,
     ) -> None:
-        """Create a client. A response that takes longer than `patience` seconds counts as a failure."""
+        """Create a client. A response that takes longer than `patience` seconds counts as a failure.
+
+        With `redirect`, our clients are sent to the URLs that it returns, instead of getting NARs through this server.
+        """
         self.settings = settings
+        self.redirect = redirect
         self.counters = counters
         self.keys = [PublicKey.parse(key) for key in settings.public_keys]
         self.breaker = Breaker(self._probe, self._changed)

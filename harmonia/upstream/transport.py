@@ -1,6 +1,7 @@
 """HTTP transport to one upstream and the hosts that it redirects to. `client.py` decides what follows from errors."""
 
 import asyncio
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,9 @@ _WHOLE_BODY = {200, 201, 226}  # as in Nix
 _MISSING = {403, 404, 410, 416}  # S3 sends 403 for a missing object; 416 is for a range beyond the end
 BUFFER_BYTES = 256 * 1024  # of a body that wait to be read
 
+_CODE = re.compile(rb"<Code>([A-Za-z]{1,64})</Code>")
+_ERROR_BYTES = 2048  # of the response of an S3 service that have its code
+
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 """Errors of aiohttp for a failed connection or an invalid response."""
 
@@ -37,6 +41,9 @@ _T = TypeVar("_T")
 Part = tuple[int, int | None]
 """Range of bytes: the first position and the position after the last, or None for the end."""
 WHOLE: Part = (0, None)
+
+Sign = Callable[[str, str], str]
+"""Returns a URL with a signature for a request, from its method and its URL."""
 
 
 class UpstreamRejectedError(UpstreamError):
@@ -71,8 +78,11 @@ class Transport:
         tls: ssl.SSLContext,
         proxies: ProxyRules,
         counters: UpstreamCounters,
+        sign: Sign | None = None,
     ) -> None:
+        """Create a transport. `sign` returns the URL to request instead, for URLs of the upstream itself."""
         self.base = settings.url.rstrip("/")
+        self._sign = sign
         self.refusals = Refusals(self.base, counters)
         self.identity: str | None = None
         """Pseudonym of the upstream in Via, or None if it is not a Harmonia."""
@@ -130,6 +140,7 @@ class Transport:
             response = await self._request(method, url, headers, ranged, requested_url, buffer_bytes)
             if _has_it(response, start):
                 return response
+            code = "" if self._sign is None else await self._error_code(response)
             response.close()
             status = response.status
             if status in _REDIRECT and (location := response.headers.get("Location")):
@@ -137,11 +148,18 @@ class Transport:
                     url = redirects.target(url, location, None if anywhere else self.base)
                 except RedirectError as error:
                     raise self.refusals.refuse(requested_url, error.reason, str(error)) from None
-            elif status in _MISSING:
+            elif status in _MISSING and not (self._sign is not None and status == HTTPStatus.FORBIDDEN):
                 return None
             else:
-                raise UpstreamUnavailableError(self.base, f"status {status}", retry_after_s(response.headers))
+                raise UpstreamUnavailableError(self.base, f"status {status}{code}", retry_after_s(response.headers))
         raise self.refusals.refuse(requested_url, Reason.TOO_MANY_REDIRECTS, f"more than {_MAX_REDIRECTS} redirects")
+
+    async def _error_code(self, response: aiohttp.ClientResponse) -> str:
+        """Return the code in an error of an S3 service, such as ` (RequestTimeTooSkewed)`. Empty if there is none."""
+        with suppress(UpstreamUnavailableError):
+            if found := _CODE.search(await self.read_response(response, _ERROR_BYTES)):
+                return f" ({found[1].decode()})"
+        return ""
 
     async def read_response(self, response: aiohttp.ClientResponse, most: int) -> bytes:
         """Return the next bytes of a response, `most` at most; empty at the end.
@@ -174,7 +192,7 @@ class Transport:
         sent = {k: v for k, v in headers.items() if here or k != VIA} | dict(ranged)
         if here and self._authorization:
             sent["Authorization"] = self._authorization
-        target = URL(url, encoded=True)
+        target = URL(self._sign(method, url) if here and self._sign is not None else url, encoded=True)
         try:
             proxy = self._proxies.proxy_for(url)
             async with asyncio.timeout(self._connect_timeout + self._timeout):

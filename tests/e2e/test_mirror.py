@@ -7,8 +7,8 @@ import pytest
 
 from support.closure import Closure, requisites
 from support.nix_client import Client
-from support.running import run
-from support.s3_service import Folder
+from support.running import Server, run
+from support.s3_service import Folder, S3Service
 
 pytestmark = pytest.mark.s3
 
@@ -49,3 +49,24 @@ def test_closure_is_copied_from_the_bucket(
     client.settings["trusted-public-keys"] = closure.key.public
     client.run("nix", "copy", "--from", folder.url, *paths)
     client.run("nix-store", "--verify-path", *requisites(client, closure.top))
+
+
+@pytest.mark.parametrize("more", ["", "redirect = true"], ids=["proxied", "redirected"])
+def test_closure_is_substituted_through_a_gate_without_a_store(
+    client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path, *, more: str
+) -> None:
+    folder = s3_service.folder(tmp_path, "private")
+    mirror(closure, folder, tmp_path, closure.top)
+    gate = Server(tmp_path / "gate", tmp_path / "nothing")
+    mirrored = folder.settings(f"public_keys = ['{closure.key.public.strip()}']\n{more}", who="reader")
+    gate.config.write_text(
+        f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{tmp_path}/gate-cache'\nworkers = 2\n{mirrored}"
+    )
+    gate.start()
+    try:
+        client.settings |= {"substituters": gate.url, "trusted-public-keys": closure.key.public}
+        client.run("nix-store", "--realise", closure.top)
+        client.run("nix-store", "--verify-path", *requisites(client, closure.top))
+        assert client.run("nix", "log", "--store", gate.url, closure.top).text
+    finally:
+        gate.stop()

@@ -1,7 +1,8 @@
 """`/health`: 200 only if the store can be read now. `/version`: the version of the server.
 
-`/health?verbose` also shows the state of each upstream in the worker that answers. A failed upstream does not make this
-server unhealthy. On a server with tokens, the state is not shown, because `/health` itself needs no token.
+`/health?verbose` also shows the state of the mirror's bucket and of each upstream in the worker that answers. If one of
+them fails, this server is still healthy. On a server with tokens, the state is not shown, because `/health` itself
+needs no token.
 """
 
 from sanic import Request

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urljoin
 
+import msgspec
 from sanic import Request
 from sanic.exceptions import NotFound
 
@@ -18,6 +19,7 @@ from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
+from harmonia.mirror.connection import open_presigner
 from harmonia.nix.narinfo import NarFile, render, signatures
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.server.context import ServerContext
@@ -52,7 +54,7 @@ class UpstreamHandlers:
     def __init__(self, context: ServerContext) -> None:
         settings = context.settings
         self._context = context
-        clients = [self._client(number, each) for number, each in enumerate(settings.upstream)]
+        clients = [self._client(number, each) for number, each in enumerate(settings.sources)]
         nars = context.compressor.cache
         narinfos = None if nars is None else open_narinfo_cache(settings, nars, clients, context.threads)
         self._upstreams = UpstreamPool(
@@ -65,23 +67,34 @@ class UpstreamHandlers:
     def _client(self, number: int, upstream: Upstream) -> Client:
         settings = self._context.settings
         counters = self._context.metrics.own_upstream(upstream.url)
+        presign = None
+        if upstream == settings.mirror.source and settings.mirror.is_read:
+            presign = open_presigner(settings)
+            own_keys = tuple(str(key.public_key) for key in self._context.keys)
+            upstream = msgspec.structs.replace(upstream, public_keys=upstream.public_keys or own_keys)
         transport = Transport(
             upstream,
             credentials.authorization(settings, number),
             credentials.upstream_tls(settings, number),
             ProxyRules(os.environ, upstream.proxy),
             counters,
+            presign,
         )
-        return Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout)
+        redirect = presign if settings.mirror.redirect else None
+        return Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout, redirect)
 
     async def close(self) -> None:
         await self._fetcher.close()
         await self._upstreams.close()
 
     def state(self) -> str:
-        """Return a line for each upstream: whether it is up or down."""
-        clients = self._upstreams.clients
-        return "".join(f"upstream {client.base}: {'up' if client.breaker.closed else 'down'}\n" for client in clients)
+        """Return a line for the mirror's bucket and for each upstream: whether it is up or down."""
+        mirror = self._context.settings.mirror
+        lines = []
+        for client in self._upstreams.clients:
+            kind = "mirror" if mirror.is_read and client.base == mirror.url else "upstream"
+            lines.append(f"{kind} {client.base}: {'up' if client.breaker.closed else 'down'}\n")
+        return "".join(lines)
 
     async def explain(self, request: Request, hash_part: str) -> list[explain.Reason]:
         answers = await self._upstreams.ask_each(hash_part, _via(request))

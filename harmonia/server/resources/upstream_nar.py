@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -52,7 +53,11 @@ class Nars:
         path = await self._upstreams.lookup_nar(nar_name, via)
         if path is None:
             raise NotFound
+        if path.client.redirect is not None and path.name == nar_name:
+            return _redirect(path.client.redirect(request.method, path.url))
+        return await self._remote_nar(request, path, via)
 
+    async def _remote_nar(self, request: Request, path: RemotePath, via: Via) -> Representation:
         needs_length = request.version == "1.0" and not wants_part(request)
         if needs_length and path.nar.compression == "zstd" and not await self._has_length(path, via):
             return self._stored_nar(path, via)
@@ -125,6 +130,17 @@ class Nars:
 
     def _headers(self, client: Client, via: Via) -> dict[str, str]:
         return via.headers(self._upstreams.identity, [client.identity])
+
+
+def _redirect(url: str) -> Representation:
+    """Return a redirect, which no cache may keep, because the signature in the URL expires."""
+    return Representation(
+        content_type=_TYPE,
+        body=b"",
+        cache_control=UNNAMED,
+        status=HTTPStatus.TEMPORARY_REDIRECT,
+        headers={"location": url},
+    )
 
 
 def _nar(name: NarName, body: Body | Deferred) -> Representation:
