@@ -142,6 +142,13 @@ class Upstream(msgspec.Struct, frozen=True, kw_only=True):
             ' `""` is a direct connection.',
         ),
     ] = None
+    fetch_ahead: Annotated[
+        Size,
+        Meta(
+            description="Maximum size of the NARs that are fetched before a client requests them, if the upstream is"
+            " also a Harmonia and `mode` is `proxy`; 0 fetches none ahead."
+        ),
+    ] = "256M"
     netrc: Annotated[
         File | None,
         Meta(description="netrc(5) file with user and password for the upstream's host, parsed as by curl."),
@@ -633,6 +640,7 @@ def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> No
             _check(value_types.check_path, [getattr(upstream, key)], *table, key)
         _check(value_types.check_public_key, upstream.public_keys, *table, "public_keys")
         _check(Proxy.parse, [upstream.proxy or None], *table, "proxy")
+        _check(value_types.check_size, [upstream.fetch_ahead], *table, "fetch_ahead")
         if upstream.sign and not upstream.public_keys:
             what = "set without public_keys; only paths that they signed are signed again, so set them or remove this"
             raise WrongSettingError(what, *table, "sign")

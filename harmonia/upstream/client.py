@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import re
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
@@ -27,6 +28,8 @@ _BUFFER_BYTES = 16 << 10  # of each response that waits for its turn
 _PARSED_AT_ONCE = 4 << 10  # bytes of a response that are parsed on the event loop; signatures take 0.1 ms each
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))  # left as they are: the URL in a narinfo is encoded already
+
+_CLOSURE_SUFFIX = re.compile(r"\.[a-z0-9.-]{1,32}")
 
 _T = TypeVar("_T")
 
@@ -60,6 +63,8 @@ class Client:
         self.id = base32.encode(hashlib.sha256(self.base.encode()).digest()[:10])
         """Hash of the URL, in base 32: part of the names of some NARs, so it must not change while the URL stays."""
         self.store_dir = store_dir
+        self.closure_suffix: str | None = None
+        """What follows a hash part in the URL of its closure, or None if the upstream has no closures."""
         self._patience = patience
         self._logged_state: str | None = None
         self._turns = asyncio.Semaphore(_MAX_SMALL_REQUESTS)
@@ -97,6 +102,16 @@ class Client:
         """
         async with self._turn(path), AsyncExitStack() as memory:
             async with self._timed():
+                text = await self._small(path, headers, memory, most)
+            return None if text is None else await self.parse(parse, text)
+
+    async def request_long(
+        self, path: str, headers: Mapping[str, str], parse: Callable[[bytes], _T], most: int
+    ) -> _T | None:
+        """Like `request_small`, for a long response that is only an optimization: a failure does not count."""
+        await self._require_usable()
+        async with AsyncExitStack() as memory:
+            async with self._answering():
                 text = await self._small(path, headers, memory, most)
             return None if text is None else await self.parse(parse, text)
 
@@ -264,4 +279,6 @@ class Client:
                 f"cannot be used: its store directory is {excerpt(fields['StoreDir'])}, not {self.store_dir}"
             )
             return False
+        suffix = fields.get("ClosureV1", "")
+        self.closure_suffix = suffix if _CLOSURE_SUFFIX.fullmatch(suffix) else None
         return True

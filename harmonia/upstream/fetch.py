@@ -7,7 +7,7 @@ store a NAR, it is passed through.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
 
+_MAX_FETCHES_AHEAD = 50  # transfers from which on no NAR is fetched ahead
 _MAX_FETCHES = 100  # NARs that are fetched at once; each has a connection and an open file
 
 
@@ -105,6 +106,31 @@ class NarFetcher:
             if running.error is not None:
                 raise running.error
             return CachedBody(reader, submit, running.size, running, self._passthrough_body(path, headers))
+
+    async def fetch_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> bool:
+        """Fetch a NAR into the cache, and wait for the end. Return False if it was there, or could not be fetched."""
+        cache, key = self._cache, path.name.key
+        if cache is None or (path.nar.file_size or 0) > cache.limit:
+            return False
+        async with self._opening:
+            if key in self._running or len(self._running) >= _MAX_FETCHES_AHEAD:
+                return False
+            opened = await self._threads.write(cache.open_file, key)
+            if opened is None:
+                return False
+            opened[0].close()
+            if opened[1] is None:
+                return False
+            transfer = self._running[key] = Transfer(path, headers, opened[1], cache.limit, self._threads)
+            running = self._tasks.spawn_shared(self._run(key, transfer))
+        await asyncio.wait({running})
+        return transfer.error is None
+
+    async def drop(self, keys: Sequence[str]) -> None:
+        """Remove NARs from the cache."""
+        if (cache := self._cache) is not None:
+            for key in keys:
+                await self._threads.write(cache.remove, key)
 
     def stored_body(self, file: CachedBody | PassthroughBody, path: RemotePath, submit: Submit) -> StoredBody:
         """Convert the zstd file of a NAR to one without compression, whose length is known. Take over `file`."""

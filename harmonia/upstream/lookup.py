@@ -18,6 +18,7 @@ from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
+from harmonia.upstream.plans import Plans
 from harmonia.upstream.remote_path import RemotePath, fetch_narinfo, request_narinfo
 from harmonia.upstream.tasks import Tasks
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 POSITIVE_TTL_S = 3600.0  # a narinfo stays true, unless a signature is withdrawn
 _NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
 _LOOKUPS_MAX_BYTES = 32 << 20  # about: some 20,000 paths, or 60,000 misses
+
+_PLAN_SHARE = 0.4  # of the bound that a lookup waits for the plan of its path, so that its own answer is not late
 
 LookupKey = tuple[str, Via]
 """A hash part, and the Via of the request for it."""
@@ -53,9 +56,10 @@ class UpstreamPool:
         self._bound = bound
         self._failed = failed
         self._narinfos = narinfos
+        self._tasks = Tasks()
+        self.plans = {client: Plans(client, self._tasks.spawn_shared) for client in clients}
         self._lookup_cache = LookupCache()
         self._running_lookups = SingleFlight()
-        self._tasks = Tasks()
 
     def start(self) -> None:
         for client in self.clients:
@@ -195,7 +199,7 @@ class UpstreamPool:
 
     async def _ask_for_path(self, hash_part: str, via: Via) -> RemotePath | None:
         async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
-            path = await fetch_narinfo(client, hash_part, headers)
+            path = await self._fetch_narinfo(client, hash_part, headers)
             return None if path and self._failed.has(client.id, path.name.key) else path
 
         path, sure = await self._first(ask, via)
@@ -203,6 +207,16 @@ class UpstreamPool:
             self._lookup_cache.remember((hash_part, Via() if path else via), path)
         if path and self._narinfos is not None:
             self._tasks.spawn_shared(self._narinfos.keep(path))  # the narinfo may have changed
+        return path
+
+    async def _fetch_narinfo(self, client: Client, hash_part: str, headers: dict[str, str]) -> RemotePath | None:
+        """Return a path from a plan of the upstream, or fetch its narinfo and then its plan."""
+        plans = self.plans[client]
+        path = plans.find(hash_part)
+        if path is None and not plans.is_missing(hash_part):
+            path = await fetch_narinfo(client, hash_part, headers)
+            if path is not None:
+                await plans.prepare(path, headers, self._bound * _PLAN_SHARE)
         return path
 
     async def _ask_for_nar(self, name: NarName, via: Via, failed: Collection[Client]) -> RemotePath | None:

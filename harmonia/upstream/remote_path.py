@@ -76,7 +76,7 @@ async def request_narinfo(
 
     def parse(text: bytes) -> RemotePath | UpstreamMismatchError:
         try:
-            return _parse(client, hash_part, text)
+            return parse_now(client, hash_part, text)
         except UpstreamMismatchError as error:
             error.__context__ = None  # its traceback and that of the error would keep the text in memory
             return error.with_traceback(None)
@@ -86,10 +86,10 @@ async def request_narinfo(
 
 async def parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
     """Parse and check a narinfo of an upstream. Raises UpstreamMismatchError if it is refused."""
-    return await client.parse(partial(_parse, client, hash_part), text)
+    return await client.parse(partial(parse_now, client, hash_part), text)
 
 
-def _parse(client: Client, hash_part: str, text: bytes) -> RemotePath:
+def parse_now(client: Client, hash_part: str, text: bytes) -> RemotePath:
     """Parse and check a narinfo, in any thread. Raises UpstreamMismatchError if it is refused."""
     refuse = partial(client.refusals.refuse, _narinfo_path(hash_part))
     try:

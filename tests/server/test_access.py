@@ -67,7 +67,7 @@ def row(request: pytest.FixtureRequest, stocked: tuple[Path, dict[str, str]]) ->
 
 
 def scope(row: Row) -> str:
-    if row.path.startswith(("/search", "/path/", "/diff/", "/sbom/", "/explain/", "/events")):
+    if row.path.startswith(("/search", "/path/", "/explain/", "/events")):
         return "browse"
     return "metrics" if row.path == "/metrics" else "read"
 
@@ -312,7 +312,7 @@ def test_invalid_tokens_are_rate_limited_and_valid_ones_are_not(
     assert get("10.0.0.1", {}).status == 401
     assert get("10.0.0.2", invalid).status == 401
     server.stop()
-    assert [line.split(" ", 1)[1] for line in server.log if "invalid tokens" in line] == [
+    assert [line.split(" ", 2)[2] for line in server.log if "invalid tokens" in line] == [
         "WARNING too many invalid tokens from 10.0.0.1: answered with 429; check that client's netrc\n"
     ]
 

@@ -21,7 +21,7 @@ from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.mirror.connection import open_presigner
 from harmonia.nix.narinfo import NarFile, render, signatures
-from harmonia.nix.store_path import StorePath, is_hash_part
+from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
@@ -32,11 +32,13 @@ from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
+from harmonia.upstream.fetch_ahead import FetchAhead
 from harmonia.upstream.lookup import POSITIVE_TTL_S, UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.refusals import Reason
 from harmonia.upstream.remote_path import RemotePath
+from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transport import Part, Transport
 
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
@@ -62,6 +64,8 @@ class UpstreamHandlers:
         )
         self._upstreams.start()
         self._fetcher = NarFetcher(nars, narinfos, context.failed_nars, context.threads)
+        self._tasks = Tasks()
+        self._ahead = {client: self._fetch_ahead(client) for client in clients}
         self._nars = Nars(self._upstreams, self._fetcher, context.submitter)
 
     def _client(self, number: int, upstream: Upstream) -> Client:
@@ -83,7 +87,14 @@ class UpstreamHandlers:
         redirect = presign if settings.mirror.redirect else None
         return Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout, redirect)
 
+    def _fetch_ahead(self, client: Client) -> FetchAhead:
+        def headers() -> dict[str, str]:
+            return Via().headers(self._upstreams.identity, [client.identity])
+
+        return FetchAhead(client, self._upstreams.plans[client], self._fetcher, self._tasks, headers)
+
     async def close(self) -> None:
+        await self._tasks.stop()
         await self._fetcher.close()
         await self._upstreams.close()
 
@@ -106,6 +117,7 @@ class UpstreamHandlers:
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         path = await self._lookup_path(request, hash_part)
+        self._ahead[path.client].wanted(path)
         nar, sigs = await self._described(path)
         return narinfo.representation(self._context, request, path.info, nar, sigs, max_age=self._max_age)
 
@@ -125,6 +137,8 @@ class UpstreamHandlers:
         return nar, signatures(path.info, self._context.settings.virtual_nix_store, keys)
 
     async def get_nar(self, request: Request, name: str) -> Representation:
+        for ahead in self._ahead.values():
+            ahead.requested(name[:HASH_PART_LENGTH])
         return await self._nars.get(request, name, _via(request))
 
     async def get_listing(self, request: Request, hash_part: str) -> Representation:

@@ -1,0 +1,146 @@
+"""Plans: closures of an upstream, remembered so that the narinfos that a client wants next need no request.
+
+Nix asks for the narinfos of a closure one after the other, each after a round trip. A Harmonia has all of them in one
+response (`/<hash>.closure`), which `nix-cache-info` announces. Each narinfo in it is checked like any other. If a plan
+lacks a reference of its paths, the upstream does not have that path.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from cachetools import TLRUCache, TTLCache
+
+from harmonia.errors import UpstreamError
+from harmonia.nix import narinfo
+from harmonia.nix.store_path import HASH_PART_LENGTH
+from harmonia.upstream.client import Client
+from harmonia.upstream.refusals import UpstreamMismatchError
+from harmonia.upstream.remote_path import RemotePath, parse_now
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+_HIT_TTL_S = 3600.0  # like narinfos of single requests
+_MISS_TTL_S = 30.0
+_MAX_BYTES = 32 << 20  # about: 8,000 paths
+_MAX_MISSES = 20_000
+_MAX_TEXT_BYTES = 32 << 20  # of a plan: 10,000 narinfos
+_MAX_HAVE = 32  # earlier plans that a request names, so that their paths are not sent again
+_PAUSE_S = 30.0  # after a plan that failed
+_MAX_WITHOUT_PLAN = 1000  # remembered paths for which the upstream has no plan, because it would be too long
+
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+class _Known:
+    """A path of a plan, and its position in the order of all plans, references first."""
+
+    __slots__ = ("path", "position", "size")
+
+    def __init__(self, path: RemotePath, position: int) -> None:
+        self.path = path
+        self.position = position
+        self.size = 1000 + 3 * path.narinfo_size  # about: Python objects take more memory than the text
+
+
+class Plans:
+    """The plans of one upstream, on one event loop."""
+
+    def __init__(self, client: Client, spawn: Spawn) -> None:
+        """Create an empty memory. `spawn` starts a task that outlives the request."""
+        self._client = client
+        self._spawn = spawn
+        self._known: MutableMapping[str, _Known] = TLRUCache(
+            _MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size")
+        )
+        self._missing: MutableMapping[str, bool] = TTLCache(_MAX_MISSES, _MISS_TTL_S)
+        self._roots: deque[str] = deque(maxlen=_MAX_HAVE)
+        self._without_plan: MutableMapping[str, bool] = TTLCache(_MAX_WITHOUT_PLAN, _HIT_TTL_S)
+        self._positions = 0
+        self._running: asyncio.Task[None] | None = None
+        self._not_before = 0.0
+
+    def find(self, hash_part: str) -> RemotePath | None:
+        """Return the path with this hash part if a plan has it."""
+        known = self._known.get(hash_part)
+        return None if known is None else known.path
+
+    def position(self, hash_part: str) -> int | None:
+        """Return the position of a path in the order of all plans, in which references come first."""
+        known = self._known.get(hash_part)
+        return None if known is None else known.position
+
+    def is_missing(self, hash_part: str) -> bool:
+        """Return True if a recent plan shows that the upstream does not have the path."""
+        return hash_part in self._missing
+
+    async def prepare(self, path: RemotePath, headers: Mapping[str, str], patience: float) -> None:
+        """Fetch the plan of a path that a client has asked for, if its references are not known yet.
+
+        Waits at most `patience` seconds; a later plan is remembered, too. One plan is fetched at a time, because the
+        next one may be a part of it.
+        """
+        if self._client.closure_suffix is None:
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        while self._is_needed(path) and loop.time() < deadline:
+            is_ours = self._running is None or self._running.done()
+            if is_ours:
+                self._running = self._spawn(self._fetch(path, headers))
+            assert self._running is not None  # noqa: S101 (set above)
+            await asyncio.wait({self._running}, timeout=deadline - loop.time())
+            if is_ours:
+                break
+        if path.info.path.hash_part not in self._known:  # its references are known, or there is no plan
+            self._remember(path)
+
+    def _remember(self, path: RemotePath) -> None:
+        self._positions += 1
+        self._known[path.info.path.hash_part] = _Known(path, self._positions)
+        self._missing.pop(path.info.path.hash_part, None)
+
+    def _is_needed(self, path: RemotePath) -> bool:
+        own = path.info.path.hash_part
+        if own in self._without_plan or asyncio.get_running_loop().time() < self._not_before:
+            return False
+        hash_parts = {reference.hash_part for reference in path.info.references} - {own}
+        return any(each not in self._known and each not in self._missing for each in hash_parts)
+
+    async def _fetch(self, path: RemotePath, headers: Mapping[str, str]) -> None:
+        root = path.info.path.hash_part
+        have = [each for each in self._roots if each in self._known]
+        url = f"{root}{self._client.closure_suffix}" + (f"?have={','.join(have)}" if have else "")
+        sent = {**headers, "Accept-Encoding": "zstd"}
+        try:
+            paths = await self._client.request_long(url, sent, partial(_parse_all, self._client), _MAX_TEXT_BYTES)
+        except UpstreamError:
+            self._not_before = asyncio.get_running_loop().time() + _PAUSE_S
+            return
+        if paths is None:
+            self._without_plan[root] = True
+            return
+        for each in paths:
+            self._remember(each)
+        self._roots.append(root)
+        if not have:  # otherwise, a path that is not there may be known from an earlier plan, and be evicted
+            found = {each.info.path.hash_part for each in paths}
+            named = {reference.hash_part for each in paths for reference in each.info.references}
+            self._missing.update(dict.fromkeys(named - found, True))
+
+
+def _parse_all(client: Client, text: bytes) -> list[RemotePath]:
+    """Return the paths of a closure whose narinfos are accepted, in any thread. The others are logged and counted."""
+    paths = []
+    start = f"StorePath: {client.store_dir}/"
+    for each in narinfo.split(text.decode(errors="surrogateescape")):
+        hash_part = each.removeprefix(start)[:HASH_PART_LENGTH]
+        try:
+            paths.append(parse_now(client, hash_part, each.encode(errors="surrogateescape")))
+        except UpstreamMismatchError:  # logged
+            continue
+    return paths
