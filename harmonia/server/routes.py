@@ -16,6 +16,7 @@ from harmonia.server.resources import (
     cache_info,
     closure,
     debuginfo,
+    diff,
     events,
     explain,
     files,
@@ -26,10 +27,18 @@ from harmonia.server.resources import (
     nar,
     narinfo,
     push,
+    sbom,
 )
 
 BULK_URI = "/get-narinfos-v1"
-_HASH_PART = f"(?P<hash_part>[{ALPHABET}]{{32}})"
+
+
+def _hash_part(parameter: str) -> str:
+    """Return the pattern of a hash part, for the parameter with this name."""
+    return f"(?P<{parameter}>[{ALPHABET}]{{32}})"
+
+
+_HASH_PART = _hash_part("hash_part")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +116,14 @@ ROUTES = (
     Route(uri="/serve/<where:path>", handler=files.get, metric="serve"),
     Route(uri="/search", handler=browse.search, metric="search", scope="browse", rate_limited=True),
     Route(uri=f"/path/<hash_part:{_HASH_PART}>", handler=browse.path, metric="path", scope="browse", rate_limited=True),
+    Route(
+        uri=rf"/diff/<before:{_hash_part('before')}>/<after:{_hash_part('after')}>",
+        handler=diff.get,
+        metric="diff",
+        scope="browse",
+        rate_limited=True,
+    ),
+    Route(uri=f"/sbom/<hash_part:{_HASH_PART}>", handler=sbom.get, metric="sbom", scope="browse", rate_limited=True),
     Route(
         uri=f"/explain/<hash_part:{_HASH_PART}>",
         handler=explain.get,

@@ -44,6 +44,13 @@ select {} from closure join ValidPaths using (id)
 """
 _NO_LIMIT = -1
 
+_REFERENCES_IN_CLOSURE = """
+with recursive closure(id) as (
+  select id from ValidPaths where path = ?
+  union select reference from Refs join closure on referrer = closure.id limit ?)
+select referrer, reference from closure join Refs on referrer = closure.id where referrer != reference
+"""
+
 # No index covers this query. It runs only if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MAX_OUTPUTS = 100
@@ -152,6 +159,17 @@ def closure_hash_parts(store: Store, paths: Iterable[StorePath], limit: int) -> 
     start = len(store.store_dir) + 2
     rows = _of_closure(store, "substr(path, ?, ?)", paths, limit, start, HASH_PART_LENGTH)
     return frozenset(hash_part for (hash_part,) in rows)
+
+
+def closure_rows(store: Store, path: StorePath, limit: int) -> list[tuple[int, str, str, int | None]]:
+    """Return number, base name, hash and NAR size of at most `limit` paths in the closure of a valid path."""
+    columns = "id, substr(cast(path as text), ?), cast(hash as text), cast(narSize as integer)"
+    return _of_closure(store, columns, [path], limit, len(store.store_dir) + 2)
+
+
+def closure_references(store: Store, path: StorePath, limit: int) -> list[tuple[int, int]]:
+    """Return the numbers of referrer and reference for each reference in a closure of at most `limit` paths."""
+    return store.database.query(_REFERENCES_IN_CLOSURE, f"{store.store_dir}/{path}", limit)
 
 
 def _of_closure(

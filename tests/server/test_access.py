@@ -67,7 +67,7 @@ def row(request: pytest.FixtureRequest, stocked: tuple[Path, dict[str, str]]) ->
 
 
 def scope(row: Row) -> str:
-    if row.path.startswith(("/search", "/path/", "/explain/", "/events")):
+    if row.path.startswith(("/search", "/path/", "/diff/", "/sbom/", "/explain/", "/events")):
         return "browse"
     return "metrics" if row.path == "/metrics" else "read"
 

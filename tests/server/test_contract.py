@@ -46,7 +46,9 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
 
 def name(uri: str) -> str:
     """Return the name of a pattern in the table: the extension or the directory of a hash part, or the pattern."""
-    found = re.fullmatch(r"/(?:(?P<directory>\w+)/)?<hash_part:.*?\{32\}\)(?:\\\.(?P<extension>\w+))?>", uri)
+    found = re.fullmatch(
+        r"/(?:(?P<directory>\w+)/)?<(?:hash_part|before):.*?\{32\}\)(?:\\\.(?P<extension>\w+))?>.*", uri
+    )
     return (found["extension"] or found["directory"]) if found else uri
 
 

@@ -86,6 +86,12 @@ ROWS: dict[str, list[Row]] = {
     ],
     "/search": [Row("/search?q=tree", negotiable=True)],
     "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
+    "diff": [
+        Row("/diff/{hash}/{hash}", negotiable=True),
+        Row("/diff/{hash}/{hash}?json", etag=False),
+        Row(f"/diff/{{hash}}/{_NONE}", status=404),
+    ],
+    "sbom": [Row("/sbom/{hash}", negotiable=True), Row(f"/sbom/{_NONE}", status=404)],
     "explain": [Row(f"/explain/{_NONE}", etag=False), Row(f"/explain/{_NONE}?json", etag=False)],
     "/events": [Row("/events?event=none", status=400), Row("/events", endless=True)],
     "/version": [Row("/version", etag=False)],

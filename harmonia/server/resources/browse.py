@@ -15,6 +15,7 @@ from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.nix import base32
+from harmonia.nix.package_name import PackageName
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.server import page
@@ -26,6 +27,7 @@ from harmonia.server.resources import landing
 from harmonia.store import build_log, queries
 
 _MAX_SHOWN = 200  # paths on one page
+_MAX_VERSIONS = 10  # to compare with
 _MAX_QUERY_CHARS = 300  # more than a store path has
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
 
@@ -75,6 +77,15 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
         if context.paths.policy
         else await context.threads.run_slow_db(lambda store: queries.closure_size(store, info.path))
     )
+    package = PackageName.parse(info.path.name).name
+    similar = await context.threads.run_slow_db(
+        lambda store: queries.search(store, package, _MAX_SHOWN, context.paths.publish_filter(store))
+    )
+    versions = [
+        path
+        for path in similar.shown
+        if path != info.path and not path.is_derivation and PackageName.parse(path.name).name == package
+    ][:_MAX_VERSIONS]
     deriver_is_here = (
         info.deriver is not None and await context.paths.lookup_usable_path(info.deriver.hash_part) is not None
     )
@@ -97,6 +108,10 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
             page.snippet(
                 document, landing.command(command, origin.base_url(request, context.settings), keys), "Command"
             )
+        if versions:
+            with document.section:
+                document.h2("Compare with")
+                page.paths(document, versions, f"../diff/{info.path.hash_part}/")
         _paths(document, "References", queries.Paths(references[:_MAX_SHOWN], len(references)), unpublished)
         _paths(document, "Referrers", referrers)
     return page.end(context, document, script=True)
@@ -119,6 +134,7 @@ def _links(context: ServerContext, document: Builder, info: PathInfo, logged: St
             document.a("Files", href=f"../serve/{info.path.hash_part}")
         document.a("NAR", href=f"../nar/{info.path.hash_part}-{base32.encode(info.nar_hash)}.nar")
         document.a("NAR listing", href=f"../{info.path.hash_part}.ls")
+        document.a("SBOM", href=f"../sbom/{info.path.hash_part}")
         document.a("narinfo", href=f"../{info.path.hash_part}.narinfo")
         if logged:
             document.a("Build log", href=f"../log/{quote(logged)}")
