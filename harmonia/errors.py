@@ -64,9 +64,5 @@ class PushRefusedError(RequestRefusedError):
     """A push is refused. The status is never 5xx: Nix up to 2.32 repeats such a request with an empty body."""
 
 
-class MirrorError(HarmoniaError):
-    """The mirror's bucket does not respond, refuses a request, or has a wrong object. The message has the remedy."""
-
-
 class UpstreamError(HarmoniaError):
     """An upstream cache does not respond, or its response is wrong."""

@@ -1,29 +1,31 @@
 """`harmonia mirror`."""
 
 import asyncio
+import logging
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 
 import click
 
 from harmonia import cli
-from harmonia.cache.disk_cache import DiskCache
-from harmonia.cache.frame_index import index_files
-from harmonia.cache.nar_compressor import Compressor
-from harmonia.cli import progress
+from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
-from harmonia.errors import ConfigError, InvalidPathError
+from harmonia.errors import InvalidPathError
 from harmonia.mirror.connection import open_bucket
-from harmonia.mirror.writer import MirrorWriter
-from harmonia.nix.path_info import PathInfo
+from harmonia.mirror.target import BucketTarget
+from harmonia.nix.store_path import StorePath
 from harmonia.store import path_arguments
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.tools import warm
+from harmonia.upload.nar_files import NarFiles
+
+_JOBS = 4  # NARs at once: 16 MiB of memory for each
 
 
 class _MirrorGroup(click.Group):
@@ -57,68 +59,46 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
 
     PATHs are store paths, or symlinks to them such as ./result. Paths that the bucket has are skipped, so the same
     command continues after an interruption. Each NAR is verified before it is written. Use the server's --config and
-    environment: NARs are compressed into the server's cache, at the lowest CPU and disk priority.
+    environment: NARs in the server's cache are not compressed again. Runs at the lowest CPU and disk priority.
     """
     if not (paths or gc_roots):
         raise click.UsageError("give PATHs or --gc-roots")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
-    infos = _closure(settings, store, paths, gc_roots=gc_roots)
+    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
+    if gc_roots:
+        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    _check_published(settings, store, chosen)
     keys = credentials.secret_keys(settings)
     bucket = open_bucket(settings)
-    own_settings = warm.become_owner(settings)
     warm.lower_priority()
-    writer = MirrorWriter(own_settings, bucket, store, keys, _compressor(own_settings))
     began = time.monotonic()
-    counts: Counter[str] = Counter()
-
-    async def run() -> None:
-        sizes = {info.path: info.nar_size for info in infos}
-        with progress.bar("writing", sum(sizes.values())) as advance:
-            async for result in writer.write(infos):
-                advance(sizes[result.path])
-                counts[result.state] += 1
-                if result.state == "failed":
-                    click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)
-
-    try:
-        asyncio.run(run())
-    except KeyboardInterrupt:
-        click.echo("harmonia: interrupted; the same command continues", err=True)
-        os._exit(cli.EXIT_INTERRUPTED)  # do not wait for threads that compress
+    with closing(NarFiles(settings, store.real_dir)) as nars:
+        try:
+            target = partial(BucketTarget, settings, bucket)
+            counts = asyncio.run(upload_closure(store, nars, target, chosen, keys, _JOBS, "writing"))
+        except KeyboardInterrupt:
+            click.echo("harmonia: interrupted; the same command continues", err=True)
+            logging.disable()  # threads still compress NARs into the directory that is removed now
+            nars.close()
+            os._exit(cli.EXIT_INTERRUPTED)
     if counts["failed"] or not quiet:
-        took = time.monotonic() - began
         click.echo(
-            f"{counts['written']} written to {bucket.url} in {took:.1f} s, {counts['there']} already there,"
-            f" {counts['failed']} failed",
+            f"{counts['uploaded']} written to {bucket.url} in {time.monotonic() - began:.1f} s,"
+            f" {counts['there']} already there, {counts['failed']} failed",
             err=True,
         )
     if counts["failed"]:
         sys.exit(1)
 
 
-def _closure(settings: Settings, store: Store, paths: Sequence[str], *, gc_roots: bool) -> list[PathInfo]:
-    """Return the closure of the named paths. Raises InvalidPathError if the publish rules forbid one of its paths."""
-    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
-    if gc_roots:
-        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
-    found = (store.path_info(path.hash_part) for path in path_arguments.closure(store, chosen))
-    infos = [info for info in found if info is not None]
+def _check_published(settings: Settings, store: Store, paths: Sequence[StorePath]) -> None:
+    """Raise InvalidPathError if the publish rules forbid a path of the closure."""
     policy = PublishPolicy(settings.publish, Store.of(settings))
     if policy.closure is not None:
         policy.closure.refresh()
-    for info in infos:
-        if not policy.permits(info) or (policy.closure is not None and info.path not in policy.closure):
-            what = f"{store.store_dir}/{info.path} may not be served, by the rules in [publish]"
+    for path in path_arguments.closure(store, paths):
+        info = store.path_info(path.hash_part)
+        if info and not (policy.permits(info) and (policy.closure is None or path in policy.closure)):
+            what = f"{store.store_dir}/{path} may not be served, by the rules in [publish]"
             raise InvalidPathError(f"{what}; name paths whose closures may be")
-    return infos
-
-
-def _compressor(settings: Settings) -> Compressor:
-    directory = os.path.join(str(settings.cache_dir), "nar")
-    try:
-        cache = DiskCache(directory, settings.cache_bytes)
-    except OSError as error:
-        what = f"cache_dir: cannot write {directory!r}: {error.strerror}; run this as root or as the user of the server"
-        raise ConfigError(what) from None
-    return Compressor(settings.zstd, cache, index_files(settings))

@@ -4,26 +4,20 @@ import asyncio
 import logging
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
+from functools import partial
 
 import click
 
 from harmonia import cli
-from harmonia.cli import progress
+from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.errors import FormatError
-from harmonia.nix.signing import SecretKey
-from harmonia.nix.store_path import StorePath
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
 from harmonia.upload.http_target import HttpTarget, check_url
 from harmonia.upload.nar_files import NarFiles
-from harmonia.upload.target import TargetUnavailableError
-from harmonia.upload.uploader import Outcome, ReferenceFailedError, Uploader
 
-_MAX_REPORTED = 10  # paths that failed
 DEFAULT_JOBS = 8
 
 
@@ -84,55 +78,16 @@ def command(
     chosen = [path_arguments.resolve(store, name)[0].path for name in named]
     with closing(NarFiles(settings, store.real_dir)) as nars:
         try:
-            counts = asyncio.run(_push(store, nars, url, chosen, keys, jobs))
+            target = partial(HttpTarget, url, store.store_dir)
+            counts = asyncio.run(upload_closure(store, nars, target, chosen, keys, jobs, "pushing"))
         except KeyboardInterrupt:
             click.echo("harmonia: interrupted; the same command continues", err=True)
             logging.disable()  # threads still compress NARs into the directory that is removed now
             nars.close()
             os._exit(cli.EXIT_INTERRUPTED)
-    failed = sum(counts.values()) - counts["pushed"] - counts["there"]
+    failed = counts["failed"]
     if failed or not quiet:
         rest = f", {failed} failed" if failed else ""
-        click.echo(f"{counts['pushed']} pushed, {counts['there']} already there{rest}", err=True)
+        click.echo(f"{counts['uploaded']} pushed, {counts['there']} already there{rest}", err=True)
     if failed:
         sys.exit(1)
-
-
-async def _push(
-    store: Store,
-    nars: NarFiles,
-    url: str,
-    paths: Sequence[StorePath],
-    keys: Sequence[SecretKey],
-    jobs: int,
-) -> Counter[str]:
-    """Upload the closure of the paths. Return the numbers of paths by outcome: `pushed`, `there` or `failed`.
-
-    Raises TargetError if the target does not answer any more.
-    """
-    counts: Counter[str] = Counter()
-    async with AsyncExitStack() as stack:
-        target = HttpTarget(url, store.store_dir)
-        stack.push_async_callback(target.close)
-        uploader = stack.enter_context(closing(Uploader(store, target, nars, jobs=jobs, keys=keys)))
-        await target.check()
-        infos, counts["there"] = await uploader.plan(paths)
-        advance = stack.enter_context(progress.bar("pushing", sum(info.nar_size for info in infos)))
-        unavailable: list[TargetUnavailableError] = []
-
-        def finished(path: StorePath, outcome: Outcome) -> None:
-            counts["failed" if outcome else "pushed"] += 1
-            if isinstance(outcome, TargetUnavailableError):
-                unavailable.append(outcome)
-                uploading.cancel()
-            elif outcome and not isinstance(outcome, ReferenceFailedError) and counts["failed"] <= _MAX_REPORTED:
-                click.echo(f"failed: {store.store_dir}/{path}: {outcome}", err=True)
-
-        uploading = asyncio.create_task(uploader.upload(infos, finished, advance))
-        try:
-            await uploading
-        except asyncio.CancelledError:
-            if unavailable:
-                raise TargetUnavailableError(f"{unavailable[0]}; run the same command again to continue") from None
-            raise
-    return counts

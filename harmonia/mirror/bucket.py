@@ -14,13 +14,11 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from harmonia.config.settings import Mirror
-from harmonia.errors import MirrorError
+from harmonia.upload.target import TargetError, TargetRefusedError, TargetUnavailableError
 
 _PART_BYTES = 8 << 20  # in memory at once: _PARTS_AT_ONCE of them for each upload
 _PARTS_AT_ONCE = 2
 _MAX_PARTS = 10_000  # of one object, in all S3 services
-SINGLE_MAX_BYTES = 16 << 20
-"""Size up to which an object is written by one conditional request. Only these can be conditional in obstore."""
 _RETRIES_MAX = 10
 _RETRY_MAX = timedelta(seconds=60)
 
@@ -49,9 +47,9 @@ class Object(NamedTuple):
 
 
 class Bucket:
-    """The objects below the mirror's prefix. Each method raises MirrorError if the service does not do as asked.
+    """The objects below the mirror's prefix. Methods raise TargetRefusedError or TargetUnavailableError.
 
-    Requests that fail for a moment are repeated for at most a minute.
+    Requests that fail for a moment are repeated, for at most a minute.
     """
 
     def __init__(self, settings: Mirror, keys: tuple[str, str] | None) -> None:
@@ -105,7 +103,9 @@ class Bucket:
                 return False
             return True
 
-    async def replace(self, key: str, content: bytes | Iterator[bytes], content_type: str, size: int = 0) -> None:
+    async def replace(
+        self, key: str, content: bytes | Iterator[bytes] | AsyncIterator[bytes], content_type: str, size: int = 0
+    ) -> None:
         """Write an object, whether or not it exists. Pieces are written part by part, for `size` bytes in all.
 
         No part of the object is visible before the last piece. An error of the iterator leaves no object.
@@ -141,17 +141,19 @@ class Bucket:
 
     @contextmanager
     def _errors(self, key: str) -> Generator[None]:
-        """Raise MirrorError for an error of obstore, with its cause and remedy in one line."""
+        """Raise TargetError for an error of obstore, with its cause and remedy in one line."""
         try:
             yield
         except BaseError as error:
-            raise MirrorError(f"{self.url}/{key}: {_cause(str(error))}") from None
+            raise _error(f"{self.url}/{key}", str(error)) from None
 
 
-def _cause(message: str) -> str:
+def _error(url: str, message: str) -> TargetError:
     code, status = _CODE.search(message), _STATUS.search(message)
     if status is None:
-        return "the S3 service does not answer; check mirror.endpoint, and that the service runs"
+        what = "the S3 service does not answer; check mirror.endpoint, and that the service runs"
+        return TargetUnavailableError(f"{url}: {what}")
     cause = f"status {status[1]}{f' ({code[1]})' if code else ''}"
     remedy = (code and _REMEDIES.get(code[1])) or _REMEDY_BY_STATUS.get(status[1])
-    return f"{cause}; {remedy}" if remedy else cause
+    kind = TargetRefusedError if status[1].startswith("4") else TargetUnavailableError
+    return kind(f"{url}: {cause}; {remedy}" if remedy else f"{url}: {cause}")
