@@ -55,23 +55,24 @@ class CompressedFiles:
         """Return the hash and size of the compressed NAR, looked up in the cache if necessary, or None."""
         if (info := self.known_file_info(sha256)) is None and self._cache:
             if file := self._cache.find_file(file_key(sha256, self._encoding)):
-                self.remember(sha256, file)
+                self.remember_file(sha256, file)
                 file.close()
                 info = self.known_file_info(sha256)
             elif index := self.load_frame_index(sha256, self._encoding):
                 info = CompressedFile(index.sha256, index.size)
-                self._remember(sha256, info)
+                self.remember(sha256, info)
             else:
                 with self._lock:
                     self._recent_misses[sha256] = None
         return info
 
-    def remember(self, sha256: bytes, file: CachedFile) -> None:
+    def remember_file(self, sha256: bytes, file: CachedFile) -> None:
         """Remember the hash and size of the compressed NAR, if its file is complete."""
         if file.sha256 is not None:
-            self._remember(sha256, CompressedFile(file.sha256, file.size))
+            self.remember(sha256, CompressedFile(file.sha256, file.size))
 
-    def _remember(self, sha256: bytes, info: CompressedFile) -> None:
+    def remember(self, sha256: bytes, info: CompressedFile) -> None:
+        """Remember the hash and size of the compressed NAR."""
         with self._lock:
             self._known_files[sha256] = info
             if len(self._known_files) > _MAX_KNOWN_FILES:
@@ -121,7 +122,7 @@ class CompressedFiles:
             return None
         with closing(file):
             if encoding == self._encoding:
-                self.remember(sha256, file)
+                self.remember_file(sha256, file)
             return file.content()
 
 

@@ -52,6 +52,17 @@ def _digests_size(size: int) -> int:
     return -(-size // BLOCK_BYTES) * _DIGEST_BYTES
 
 
+def _trailer(sha256: bytes, size: int) -> bytes:
+    summary = _SUMMARY.pack(sha256, size)
+    return _TRAILER.pack(summary, xxhash.xxh3_64_digest(summary), _MAGIC)
+
+
+def ending(content: bytes, sha256: bytes) -> bytes:
+    """Return the digests and the trailer of a complete file with this content."""
+    blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
+    return b"".join(map(xxhash.xxh3_64_digest, blocks)) + _trailer(sha256, len(content))
+
+
 class CachedFile:
     """A file of the cache, complete or growing. It can be read until it is closed, even if it was evicted."""
 
@@ -291,21 +302,18 @@ class Filler:
         """
         if self.size % BLOCK_BYTES:
             self._end_block()
-        summary = _SUMMARY.pack(self.sha256, self.size)
-        self._write(self._digests + _TRAILER.pack(summary, xxhash.xxh3_64_digest(summary), _MAGIC))
+        self._write(self._digests + _trailer(self.sha256, self.size))
         self._finished = True
 
-    def commit(self, *, flush: bool = True) -> None:
+    def commit(self) -> None:
         """Add the complete file to the cache, and flush it to the disk.
 
-        A small file need not be flushed: if the machine crashes before, the digests show that the file is incomplete.
         Raises OSError if the disk fails.
         """
         if not self._finished:
             self.finish()
         try:
-            if flush:
-                os.fdatasync(self._descriptor)
+            os.fdatasync(self._descriptor)
             os.rename(self._path + GROWING, self._path)
         except OSError as error:
             self._failed(error)

@@ -9,12 +9,11 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from contextlib import closing, suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-from harmonia.cache.compressed_files import CompressedFiles, file_key
+from harmonia.cache.compressed_files import CompressedFile, CompressedFiles, file_key
 from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
@@ -24,6 +23,7 @@ from harmonia.config.settings import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.ownership import closed_on_error
 from harmonia.process.fair_executor import FairExecutor
+from harmonia.process.loop_reads import finish
 from harmonia.store.file_reader import OpenSlice, Step
 
 _MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; each has an open file
@@ -46,8 +46,11 @@ class NarSource(Source, Protocol):
 class SmallNar(NarSource, Protocol):
     """A NAR that fits into memory."""
 
-    def read_whole(self) -> bytes:
-        """Return all bytes. Raises StoreObjectError if the NAR does not have its registered size and hash."""
+    def read_whole(self) -> Generator[None, None, bytes]:
+        """Return all bytes. Yields often, so that the caller can do other work.
+
+        Raises StoreObjectError if the NAR does not have its registered size and hash.
+        """
 
 
 class Compressor:
@@ -91,40 +94,30 @@ class Compressor:
             _Fill(self, source.share(), encoding, filler).start()
         return file
 
-    def compress_small(self, source: SmallNar) -> bytes | None:
-        """Compress a NAR that fits into memory in this thread, add it to the cache, and return the compressed bytes.
-
-        Returns None if the cache has the file already, or if another thread or process compresses it.
-        Raises StoreObjectError if the NAR is damaged.
-        """
-        assert source.sha256 is not None  # noqa: S101 (only NARs are compressed here)
-        opened = self.cache.open_file(file_key(source.sha256, self.encoder.encoding)) if self.cache else None
-        if opened is None:
-            return self._compress_small(source)
-        file, filler = opened
-        with closing(file):
-            if filler is None:
-                return None
-            try:
-                compressed = self._compress_small(source)
-                with suppress(OSError):  # the cache logs it
-                    filler.append(compressed)
-                    filler.commit(flush=False)
-                    file.refresh()
-                    self.files.remember(source.sha256, file)
-                    self.compressed(source, len(compressed))
-                return compressed
-            finally:
-                filler.abandon()  # no effect after a commit
-
-    def _compress_small(self, source: SmallNar) -> bytes:
+    def read_small(self, source: SmallNar) -> Generator[None, None, bytes]:
+        """Return all bytes of a NAR that fits into memory. Raises StoreObjectError if it is damaged."""
         try:
-            content = source.read_whole()
+            content = yield from source.read_whole()
         except StoreObjectError as error:
             self.mark_damaged(source, error)
             raise
         self.mark_intact(source)
-        return self.encoder.compress(content)
+        return content
+
+    def compress_small(self, source: SmallNar, content: bytes | None) -> bytes:
+        """Compress a NAR that fits into memory, and return the compressed bytes. Read its content if it is None.
+
+        The second time, add them to the cache. To create a file takes longer than to compress a small NAR, and most
+        that are requested again soon are in memory. If two processes add the same file, both write the same bytes.
+        """
+        sha256 = source.sha256
+        assert sha256 is not None  # noqa: S101 (only NARs are compressed here)
+        compressed = self.encoder.compress(finish(self.read_small(source)) if content is None else content)
+        if self.cache and self.files.known_file_info(sha256):
+            self.cache.add(file_key(sha256, self.encoder.encoding), compressed)
+        self.files.remember(sha256, CompressedFile(hashlib.sha256(compressed).digest(), len(compressed)))
+        self.compressed(source, len(compressed))
+        return compressed
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
         """Add `difference` to the number of NARs now compressed into the cache, in our encoding or in others."""
@@ -243,7 +236,7 @@ class CompressedNar:
         if file.whole and self._source.sha256:
             self.size = file.size
             if self._is_ours:
-                self._compressor.files.remember(self._source.sha256, file)
+                self._compressor.files.remember_file(self._source.sha256, file)
 
 
 class CachedNar:

@@ -4,14 +4,16 @@ A read that waits for the disk blocks the loop. After one, or after an error, th
 at most one such wait in each second.
 """
 
-from collections.abc import Callable
-from resource import RUSAGE_THREAD, getrusage
-from time import monotonic
-from typing import TypeVar
+from collections.abc import Callable, Generator
+from resource import RUSAGE_THREAD, getrusage, struct_rusage
+from time import monotonic, perf_counter
+from typing import TypeVar, cast
 
 _SLOW_DISK_S = 0.002  # from which on a read from the disk counts as a wait
-_SLOW_S = 0.02  # from which on any other read does; a busy machine delays some by several milliseconds
-_PAUSE_S = 1.0
+_SLOW_S = 0.02  # from which on any other read does; unless the thread had to wait for a processor
+_PAUSE_FACTOR = 50  # after a wait, until the next read: the loop waits for at most a fiftieth of the time
+_MAX_PAUSE_S = 1.0
+_STEPS_S = 0.001  # for which a generator runs before other tasks do
 
 _T = TypeVar("_T")
 
@@ -30,19 +32,38 @@ class LoopReads:
 
     def run(self, read: Callable[[], _T]) -> _T:
         """Run a read, and return its result."""
-        began, blocks = monotonic(), _disk_reads()
-        longest = 0.0
+        began, before = monotonic(), getrusage(RUSAGE_THREAD)
         try:
-            result = read()
-            longest = _SLOW_S if _disk_reads() == blocks else _SLOW_DISK_S
-            return result
+            return read()
         finally:
-            ended = monotonic()
-            self._observe(ended - began)
-            if ended - began > longest:
-                self._resumes = ended + _PAUSE_S
+            seconds = monotonic() - began
+            self._observe(seconds)
+            if seconds > _SLOW_DISK_S and _has_waited(seconds, before, getrusage(RUSAGE_THREAD)):
+                self._resumes = monotonic() + min(_PAUSE_FACTOR * seconds, _MAX_PAUSE_S)
 
 
-def _disk_reads() -> int:
-    """Return the number of blocks that the kernel has read from a disk for this thread."""
-    return getrusage(RUSAGE_THREAD).ru_inblock
+def advance(steps: Generator[None, None, _T]) -> tuple[_T] | None:
+    """Run a generator for a millisecond. Return its result if it has ended, otherwise None."""
+    until = perf_counter() + _STEPS_S
+    try:
+        while perf_counter() < until:
+            next(steps)
+    except StopIteration as ended:
+        return (ended.value,)
+    return None
+
+
+def finish(steps: Generator[None, None, _T]) -> _T:
+    """Run a generator to its end, and return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return cast("_T", ended.value)
+
+
+def _has_waited(seconds: float, before: struct_rusage, after: struct_rusage) -> bool:
+    """Return True if a read of `seconds` waited for something else than a processor."""
+    from_disk = after.ru_inblock > before.ru_inblock
+    was_preempted = after.ru_nivcsw > before.ru_nivcsw
+    return from_disk or (seconds > _SLOW_S and not was_preempted)

@@ -14,6 +14,10 @@ class SingleFlight:
     def __init__(self) -> None:
         self._running: dict[Hashable, asyncio.Future[Any]] = {}
 
+    def __len__(self) -> int:
+        """Return the number of runs."""
+        return len(self._running)
+
     def start(
         self, key: Hashable, begin: Callable[[], "asyncio.Future[_T] | Coroutine[Any, Any, _T]"]
     ) -> "asyncio.Future[_T]":

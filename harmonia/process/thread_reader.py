@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from harmonia.store.file_reader import CHUNK_BYTES, Chunk, OpenSlice, Step
 
@@ -19,6 +19,8 @@ _MIN_POLL_S = 0.001  # until the next try after a generator has yielded None; do
 _MAX_POLL_S = 0.02
 
 _END = object()
+
+_T = TypeVar("_T")
 
 Submit = Callable[..., "Future[Any]"]
 """A function that runs another function in a thread."""
@@ -75,16 +77,16 @@ async def read_bytes(chunks: AsyncGenerator[Chunk], submit: Submit) -> AsyncGene
                 data: bytes | bytearray | None = chunk.read_cached()
                 if data is not None:
                     await asyncio.sleep(0)  # let other tasks run
-                elif not (data := await _run(chunk.read, submit)):
+                elif not (data := await run_in_thread(chunk.read, submit)):
                     break
                 yield data
 
 
-async def _run(function: Callable[[], bytes], submit: Submit) -> bytes:
+async def run_in_thread(function: Callable[[], _T], submit: Submit) -> _T:
     """Run a function in a thread, and return its result. If cancelled, wait until the thread has ended it."""
     running = submit(function)
     try:
-        return await asyncio.wrap_future(running)
+        return cast("_T", await asyncio.wrap_future(running))
     finally:
         await _stopped(running)
 

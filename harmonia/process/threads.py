@@ -51,7 +51,8 @@ class Threads:
         """Lock for unpacking with LARGE_MEMORY_BYTES: one file at a time."""
         self.loop_db = LoopReads(lambda seconds: metrics.own.database.observe(seconds))  # noqa: PLW0108 (`own` changes)
         """Short queries on the event loop, with a connection of its own."""
-        self._loop_io = LoopReads()
+        self.loop_io = LoopReads()
+        """Short reads of files on the event loop."""
         self._browsed = browsed
         self._metrics = metrics
 
@@ -67,7 +68,7 @@ class Threads:
 
     async def run_short_io(self, function: Callable[[], _T]) -> _T:
         """Run a function that reads little from the disk: on the event loop, if such reads come from memory."""
-        return self._loop_io.run(function) if self._loop_io.allowed else await self.run_io(function)
+        return self.loop_io.run(function) if self.loop_io.allowed else await self.run_io(function)
 
     async def run_open(self, function: Callable[[], _C]) -> _C:
         """Run a function that opens a file, in one of many threads. The file is closed if the caller is cancelled."""

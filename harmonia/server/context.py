@@ -1,12 +1,14 @@
 """Server context: the settings, store, caches, threads and counters that all resources share."""
 
+import asyncio
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sanic import Request
 
@@ -20,8 +22,10 @@ from harmonia.config.settings import PublishRules, Settings, WrongSettingError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.process.loop_reads import advance, finish
 from harmonia.process.loop_turns import LoopTurns
-from harmonia.process.thread_reader import Submit
+from harmonia.process.single_flight import SingleFlight
+from harmonia.process.thread_reader import Submit, run_in_thread
 from harmonia.process.threads import Threads
 from harmonia.push.receiver import PushReceiver
 from harmonia.server.events import Events
@@ -44,6 +48,8 @@ _LAYOUT_FILES_BYTES = 1 << 30  # on disk, for layouts with many files, and their
 _MADE_MEMORY_BYTES = 8 * 1024 * 1024  # for pages of directories and short listings
 _TEMP_ROOT_MIN_BYTES = 1 << 20
 """Size of a NAR from which on its path gets a temporary root while it is sent. Shorter NARs are read at once."""
+
+_T = TypeVar("_T")
 
 
 class Fallback(Protocol):
@@ -142,6 +148,8 @@ class ServerContext:
         """True if narinfos name compressed NARs."""
         self.debug_info = _debug_info(settings)
         self.push = _push_receiver(settings) if settings.push.enable else None
+        self.small_nars = SingleFlight()
+        """Small NARs that are being compressed."""
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
         """Handlers for upstreams. Set by a worker when it starts."""
@@ -161,6 +169,21 @@ class ServerContext:
     def submitter(self, request: Request) -> Submit:
         """Return a function that runs a function in a thread for bodies, fairly between clients."""
         return partial(self.threads.bodies.submit, self.client(request))
+
+    async def run_in_steps(self, client: Hashable, steps: Generator[None, None, _T]) -> _T:
+        """Run a generator that reads from the disk, and return its result.
+
+        It runs on the event loop, a millisecond at a time, as long as its reads come from memory: a thread would
+        compete for the interpreter at each system call, which takes longer than the reads. After a read that waited for
+        the disk, a thread runs the rest.
+        """
+        with closing(steps):
+            while self.threads.loop_io.allowed:
+                if (result := self.threads.loop_io.run(partial(advance, steps))) is not None:
+                    return result[0]
+                await asyncio.sleep(0)  # let other tasks run
+                await self.loop_turns.start(lambda: client)
+            return await run_in_thread(partial(finish, steps), partial(self.threads.bodies.submit, client))
 
     def acquire_temp_root(self, info: PathInfo) -> TempRootLease | None:
         """Protect a path from garbage collection, and return the lease to release.

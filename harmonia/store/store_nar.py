@@ -12,7 +12,7 @@ from typing import Protocol
 
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
-from harmonia.nix.nar import Segment, segments, serialize
+from harmonia.nix.nar import Segment
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
 from harmonia.store.file_reader import Step
@@ -104,21 +104,14 @@ class StoreNar:
             self.layouts.forget(self.key)
             raise
 
-    def read_whole(self) -> bytes:
-        """Return all bytes. Only for a NAR that fits into memory.
+    def read_whole(self) -> Generator[None, None, bytes]:
+        """Return all bytes. Only for a NAR that fits into memory. Yields often, so that the caller can do other work.
 
         Raises StoreObjectError if the NAR does not have its registered size and hash.
         """
-        parts: list[bytes] = []
-        size = 0
-        for part in file_reader.read(segments(serialize(tree_reader.walk(self.root)))):
-            parts.append(part)
-            size += len(part)
-            if size > self.size:
-                break
-        if size != self.size:
+        nar = yield from tree_reader.read_small(self.root, self.size)
+        if len(nar) != self.size:
             raise StoreObjectError(f"{self}: its NAR does not have its registered {self.size} bytes")
-        nar = b"".join(parts)
         if (sha256 := hashlib.sha256(nar).digest()) != self.sha256:
             actual, registered = map(base32.encode, (sha256, self.sha256))
             raise StoreObjectError(f"{self}: its NAR hash is sha256:{actual}, but sha256:{registered} was registered")

@@ -22,6 +22,7 @@ from harmonia.nix import base32
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.ownership import closed_on_error
+from harmonia.process.loop_reads import finish
 from harmonia.store.file_reader import CHUNK_BYTES
 from harmonia.store.store_nar import StoreNar
 
@@ -103,7 +104,7 @@ class NarFiles:
         return CompressedBody(file)
 
     def _compress_small(self, nar: StoreNar) -> bytes:
-        return self._compressor.encoder.compress(nar.read_whole())
+        return self._compressor.encoder.compress(finish(nar.read_whole()))
 
     async def _completed(self, nar: StoreNar, file: CachedFile) -> None:
         """Wait until a growing file is complete."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from harmonia.errors import StoreObjectError
 from harmonia.nix import nar
 from harmonia.nix.nar import Entry, FileSlice
+from harmonia.process.loop_reads import finish
 from harmonia.store import file_reader, tree_reader
 from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 from support.nars import open_files, reference, whole, word
@@ -27,6 +28,32 @@ def test_dump_follows_the_grammar(tree: Tree) -> None:
     with on_disk(tree) as path:
         assert whole(tree_reader.dump(path)) == reference(tree)
         assert sum(map(len, tree_reader.dump(path))) == len(reference(tree))
+
+
+@settings(deadline=None)
+@given(trees, st.data())
+def test_read_small_returns_the_dump_or_refuses_more_than_the_limit(tree: Tree, data: st.DataObject) -> None:
+    nar = reference(tree)
+    with on_disk(tree) as path:
+        assert finish(tree_reader.read_small(path, len(nar))) == nar
+        limit = data.draw(st.integers(0, len(nar)))
+        try:
+            assert finish(tree_reader.read_small(path, limit)) == nar
+        except StoreObjectError as error:
+            assert "is larger than the registered NAR" in str(error)  # noqa: PT017 (may also return)
+
+
+def test_read_small_closes_all_files_when_it_fails_or_is_abandoned(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "zz")
+    for number in range(40):
+        (tmp_path / f"{number:02}").write_bytes(b"a")
+    before = open_files()
+    with pytest.raises(StoreObjectError, match="is not a regular file"):
+        finish(tree_reader.read_small(os.fsencode(tmp_path), 100_000))
+    steps = tree_reader.read_small(os.fsencode(tmp_path), 100_000)
+    next(steps)
+    steps.close()
+    assert open_files() == before
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import re
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -46,9 +45,6 @@ from harmonia.server.path_lookup import SignedPath
 from harmonia.store.nar_layout import Layout
 from harmonia.store.store_nar import StoreNar
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
 _HASH_PART = f"(?P<hash_part>[{base32.ALPHABET}]{{32}})"
 _NAR_HASH = f"(?P<nar_hash>[{base32.ALPHABET}]{{52}})"
 _NAMES = [
@@ -60,8 +56,13 @@ _NAMES = [
 ]
 
 _CONTENT_TYPE = "application/x-nix-nar"
-_SMALL_NAR_BYTES = 256 * 1024
-"""Size up to which a NAR is read and verified before its first byte is sent, and then kept in memory."""
+_SMALL_NAR_BYTES = 512 * 1024
+"""Size up to which a NAR is read and verified before its first byte is sent."""
+_REMEMBERED_NAR_BYTES = 256 * 1024
+"""Size up to which a plain NAR is then kept in memory: the smaller it is, the more time that saves for each byte."""
+
+_MAX_READ_NARS = 16
+"""Number of small NARs that may wait in memory for their compression."""
 
 
 def open_nar(context: ServerContext, request: Request, info: PathInfo) -> StoreNar:
@@ -123,7 +124,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, info, own)) if context.settings.enable_compression else None,
         worthwhile=worthwhile and info.nar_size > PACKET_BYTES,
-        still_valid=still_valid if worthwhile else None,
+        still_valid=still_valid if worthwhile and info.nar_size <= _REMEMBERED_NAR_BYTES else None,
     )
 
 
@@ -139,7 +140,7 @@ def _plain(context: ServerContext, info: PathInfo) -> Deferred:
         with closed_on_error(open_nar(context, request, info)) as nar:
             if _is_small(request, info):
                 with closing(nar):
-                    return await asyncio.wrap_future(context.submitter(request)(nar.read_whole))
+                    return await context.run_in_steps(context.client(request), nar.read_whole())
             if wants_part(request):
                 (await whole_layout(nar)).close()
         return nar
@@ -208,8 +209,12 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
     compressor = context.compressor
 
     async def open_compressed(request: Request) -> Body | bytes:
-        if _is_small(request, info) and (content := await read_small(request)) is not None:
-            return content
+        if _is_small(request, info):
+            cached = await context.threads.run_short_io(partial(compressor.files.read_file, info.nar_hash, encoding))
+            if cached is not None:
+                return cached
+            if encoding == compressor.encoder.encoding:
+                return await context.small_nars.run(info.nar_hash, partial(_compress_small, context, request, info))
         body = await context.threads.run_open(
             lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
         )
@@ -218,17 +223,19 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
                 await generate_to_end(body, context.submitter(request))  # fails, so that Nix asks its next cache
         return body
 
-    async def read_small(request: Request) -> bytes | None:
-        reading: Future[bytes | None] = context.submitter(request)(compressor.files.read_file, info.nar_hash, encoding)
-        cached = await asyncio.wrap_future(reading)
-        if cached is not None or encoding != compressor.encoder.encoding:
-            return cached
-        with closing(open_nar(context, request, info)) as nar:
-            return await asyncio.wrap_future(
-                compressor.small_nars.submit(context.client(request), compressor.compress_small, nar)
-            )
-
     async def size(_: Request) -> int | None:
         return await context.threads.run_io(partial(context.compressor.files.file_size, info.nar_hash, encoding))
 
     return Deferred(open_compressed, size)
+
+
+async def _compress_small(context: ServerContext, request: Request, info: PathInfo) -> bytes:
+    """Return a small NAR compressed, and add it to the cache."""
+    client, compressor = context.client(request), context.compressor
+    with closing(open_nar(context, request, info)) as nar:
+        content: bytes | None = None  # the thread that compresses it reads it
+        if len(context.small_nars) <= _MAX_READ_NARS:
+            content = await context.run_in_steps(client, compressor.read_small(nar))
+        compressing = compressor.small_nars.submit(client, compressor.compress_small, nar, content)
+        del content
+        return await asyncio.wrap_future(compressing)

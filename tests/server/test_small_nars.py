@@ -1,0 +1,162 @@
+"""A NAR that fits into memory is read on the event loop, compressed once at a time, and kept if requested again."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from harmonia.process import loop_reads
+from harmonia.process.fair_executor import FairExecutor
+from harmonia.process.loop_reads import LoopReads
+from harmonia.process.loop_turns import LoopTurns
+from harmonia.server.context import ServerContext
+from harmonia.tools.store_builder import StoreBuilder
+from support.nars import reference
+from support.running import Server, file_url, nar_url, patched, unpacked
+from support.strategies import Regular, Tree, write_tree
+
+Start = Callable[..., Server]
+
+
+def run_in_steps(steps: Generator[None, None, str], loop_io: LoopReads) -> str:
+    threads = SimpleNamespace(loop_io=loop_io, bodies=FairExecutor(1, 1, "body"))
+    context = cast("ServerContext", SimpleNamespace(threads=threads, loop_turns=LoopTurns()))
+    return asyncio.run(ServerContext.run_in_steps(context, "client", steps))
+
+
+def threads_of_steps(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run steps that take so many seconds each. Return the name of the thread of each step."""
+    names: list[str] = []
+    now = 100.0
+    monkeypatch.setattr(loop_reads, "monotonic", lambda: now)
+    monkeypatch.setattr(loop_reads, "perf_counter", lambda: now)
+
+    def steps() -> Generator[None, None, str]:
+        nonlocal now
+        for step in seconds:
+            now += step
+            names.append(threading.current_thread().name.partition("_")[0])
+            yield
+        return "result"
+
+    assert run_in_steps(steps(), LoopReads()) == "result"
+    return names
+
+
+def test_reads_from_memory_run_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_of_steps([0.0004] * 10, monkeypatch) == ["MainThread"] * 10
+
+
+def test_reads_continue_in_a_thread_after_one_that_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads_of_steps([0.0004, 0.03, 0.0004, 0.0004], monkeypatch) == ["MainThread"] * 2 + ["body"] * 2
+
+
+def test_other_tasks_run_between_the_steps() -> None:
+    order: list[str] = []
+
+    def steps(name: str) -> Generator[None, None, str]:
+        for _ in range(3):
+            order.append(name)
+            until = time.perf_counter() + 0.002
+            while time.perf_counter() < until:
+                pass
+            yield
+        return name
+
+    async def both() -> None:
+        context = cast(
+            "ServerContext", SimpleNamespace(threads=SimpleNamespace(loop_io=LoopReads()), loop_turns=LoopTurns())
+        )
+        await asyncio.gather(*(ServerContext.run_in_steps(context, name, steps(name)) for name in "ab"))
+
+    asyncio.run(both())
+    assert order != sorted(order)
+
+
+def test_requests_at_the_same_time_compress_a_small_nar_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("path"), b"content" * 1000)
+    program = patched(
+        """
+import logging, time
+from harmonia.cache.nar_compressor import Compressor
+compress_small = Compressor.compress_small
+def slow(*arguments):
+    logging.getLogger("harmonia").error("compresses")
+    time.sleep(0.5)
+    return compress_small(*arguments)
+Compressor.compress_small = slow
+"""
+    )
+    server = start(store=tmp_path / "store", program=program)
+    with ThreadPoolExecutor(10) as clients:
+        bodies = [answer.body for answer in clients.map(lambda _: server.get(file_url(path)), range(10))]
+    assert len(set(bodies)) == 1
+    server.wait_for_log("compresses")
+    assert sum("compresses" in line for line in server.log) == 1
+
+
+def test_small_nar_is_written_to_the_cache_when_it_is_compressed_again(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    tree: Tree = {b"a": Regular(70_000), b"b": {b"c": Regular(70_000)}}
+    write_tree(tree, bytes(tmp_path / "tree"))
+    path = store.add(store.output_path("path"), tmp_path / "tree")
+    server = start(store=tmp_path / "store")
+    cache = server.cache_dir / "nar"
+    answers = []
+    for number, files in enumerate((0, 1, 1)):  # other words each time, so that no response is repeated from memory
+        answers.append(server.get(file_url(path), {"X-Number": str(number)}))
+        assert len(list(cache.iterdir())) == files
+    assert [unpacked(answer.body) for answer in answers] == [reference(tree)] * 3
+    assert len({answer.body for answer in answers}) == 1
+    metrics = server.get("/metrics").text
+    assert "harmonia_cache_fills_total 1.0\n" in metrics
+    assert "harmonia_cache_hits_total 1.0\n" in metrics
+
+
+def test_narinfo_has_the_file_size_after_the_first_download(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("path"), b"content" * 1000)
+    server = start(store=tmp_path / "store")
+    size = len(server.get(file_url(path)).body)
+    assert f"FileSize: {size}\n" in server.get(f"/{path.path.hash_part}.narinfo").text
+
+
+@pytest.mark.parametrize("url", [nar_url, file_url])
+def test_small_nar_that_grew_gets_404(
+    start: Start, store: StoreBuilder, tmp_path: Path, url: Callable[..., str]
+) -> None:
+    path = store.add(store.output_path("path"), {"file": b"content"})
+    file = Path(store.real_dir, str(path.path), "file")
+    file.chmod(0o644)
+    file.write_bytes(bytes(10_000_000))
+    server = start(store=tmp_path / "store")
+    assert server.get(url(path)).status == 404
+    server.wait_for_log("is larger than the registered NAR")
+
+
+def test_few_nars_wait_in_memory_for_their_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    paths = [store.add(store.output_path(f"path-{number}"), b"content" * number) for number in range(30)]
+    program = patched(
+        """
+import logging, time
+from harmonia.cache.nar_compressor import Compressor
+compress_small = Compressor.compress_small
+def slow(self, source, content):
+    logging.getLogger("harmonia").error("read by %s", "a thread" if content is None else "the loop")
+    time.sleep(0.1)
+    return compress_small(self, source, content)
+Compressor.compress_small = slow
+"""
+    )
+    server = start(store=tmp_path / "store", program=program)
+    with ThreadPoolExecutor(len(paths)) as clients:
+        answers = list(clients.map(lambda path: server.get(file_url(path)), paths))
+    assert all(len(unpacked(answer.body)) == path.nar_size for answer, path in zip(answers, paths, strict=True))
+    server.wait_for_log("read by a thread")
+    server.wait_for_log("read by the loop")
