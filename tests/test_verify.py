@@ -203,8 +203,8 @@ class TestCommand:
         for number in range(count):
             store.add_text(f"text-{number}", b"")
         slow = patched(
-            "import time, harmonia.tools.verify as v\ncheck = v._check\n"
-            "v._check = lambda *of: (time.sleep(0.1), check(*of))[1]"
+            "import time, harmonia.tools.verify as v\ncheck = v.check\n"
+            "v.check = lambda *of: (time.sleep(0.1), check(*of))[1]"
         )
         journal = tmp_path / "cache/verified"
         command = [*slow, "--config", config, "verify", "--all", "--jobs", "1"]

@@ -1,6 +1,7 @@
 """`harmonia why` names the cause why a path is not substituted, as the client and as the server see it."""
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -136,6 +137,19 @@ def test_server_explains_its_own_store_and_its_upstreams(start: Start, tmp_path:
         file.write(f"[[upstream]]\nurl = '{upstream.url}'\npublic_keys = ['{KEY.public_key}']\n")
     value = local.why(path, status=0)
     assert [source["source"] for source in value["sources"]] == ["this server", f"upstream {upstream.url}"]
+
+
+def test_damaged_files_are_named(store: StoreBuilder, tmp_path: Path) -> None:
+    info = signed(store, "program")
+    local = Asking(tmp_path / "server", KEY)
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    local.why(info.path, status=0)
+    file = Path(os.fsdecode(store.real_path(info.path)))
+    file.chmod(0o600)
+    file.write_bytes(b"PROGRAM")
+    value = local.why(info.path)
+    assert "its files are corrupt: the NAR hash is" in value["summary"]
+    assert value["sources"][0]["reasons"][-1]["remedy"] == f"nix-store --repair-path /nix/store/{info.path}"
 
 
 def test_name_of_a_valid_path_is_enough(store: StoreBuilder, tmp_path: Path) -> None:

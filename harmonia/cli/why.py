@@ -18,9 +18,10 @@ from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.store import path_arguments, queries
-from harmonia.store.explain import Explainer, decisive
+from harmonia.store.explain import Code, Explainer, Reason, decisive
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
+from harmonia.tools import verify
 from harmonia.tools.http_client import Client
 from harmonia.tools.why import NixClient, Verdict
 
@@ -59,7 +60,7 @@ def command(
     PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12.
 
     Without --cache and --substituters, explains whether the local server serves the path: not valid, built before, kept
-    back by a publish rule, files missing, not signed, or its closure is incomplete. Its upstreams are asked, too.
+    back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams.
 
     With them, asks those caches as Nix does: reachability, store directory, priority, what Nix on this machine
     remembers, narinfo, signature and trusted keys, NAR, and closure.
@@ -129,6 +130,11 @@ def _local(settings: Settings, sample: str) -> Verdict:
     except ConfigError:  # only some users may read the keys
         keys = []
     reasons = list(Explainer(store, policy, keys, settings.logs).explain(sample[:32]))
+    if decisive(reasons) is None and (info := store.path_info(sample[:32])) is not None:
+        result = verify.check(store, info)
+        if result.state != "good":
+            remedy = f"nix-store --repair-path {result.path}"
+            reasons.append(Reason(Code.DAMAGED, f"its files are {result.state}: {result.what}", True, remedy))
     return Verdict("this server", settings.priority, reasons)
 
 

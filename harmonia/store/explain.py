@@ -39,6 +39,7 @@ class Code(StrEnum):
     BUILT_BEFORE = "built_before"
     MALFORMED = "malformed"
     FILES_MISSING = "files_missing"
+    DAMAGED = "damaged"
     NOT_PUBLISHED = "not_published"
     CLOSURE_INCOMPLETE = "closure_incomplete"
     SIGNED = "signed"

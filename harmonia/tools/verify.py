@@ -131,7 +131,7 @@ def verify(
                 progress(info.nar_size)
                 continue
             yield from finished(2 * threads)
-            running[pool.submit(_check, store, info, progress, stop)] = info
+            running[pool.submit(check, store, info, progress, stop)] = info
         yield from finished(0)
     finally:
         stop.set()
@@ -143,12 +143,15 @@ def _look_up(store: Store, path: str) -> PathInfo | None:
     return info if info is not None and f"{store.store_dir}/{info.path}" == path else None
 
 
-def _check(store: Store, info: PathInfo, progress: Callable[[int], None], stop: Event) -> Result:
+def check(
+    store: Store, info: PathInfo, progress: Callable[[int], None] = lambda _: None, stop: Event | None = None
+) -> Result:
+    """Hash the files of a valid path, until `stop` is set. Calls `progress` with the number of bytes hashed since."""
     path, root = f"{store.store_dir}/{info.path}", store.real_path(info.path)
     sha256, size = hashlib.sha256(), 0
     try:
         for chunk in file_reader.read(tree_reader.dump(root)):
-            if stop.is_set():
+            if stop is not None and stop.is_set():
                 break
             sha256.update(chunk)
             size += len(chunk)
