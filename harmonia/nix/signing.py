@@ -42,7 +42,7 @@ def is_signature(text: str) -> bool:
         _split(text, SIGNATURE_BYTES, "signature")
     except FormatError:
         return False
-    return not any(character.isspace() for character in text)
+    return text.split() == [text]  # no white space
 
 
 @dataclass(frozen=True, slots=True)
