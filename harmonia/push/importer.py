@@ -4,24 +4,25 @@ The daemon decides: it accepts paths that are signed by a key of its `trusted-pu
 The checks here refuse earlier, with better messages, and leave no incomplete path in the store.
 """
 
-import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from harmonia.errors import DaemonError, FormatError, PushRefusedError, RemoteError
-from harmonia.nix import nix_conf
+from harmonia.nix import base32, nix_conf
 from harmonia.nix.build_trace import Realisation, is_signed, render_realisation
 from harmonia.nix.decompress import COMPRESSIONS, decompressor
+from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.push.connections import DaemonConnections
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
+from harmonia.push.spool import Spool
 from harmonia.store.nix_daemon import Daemon
 
 _READ_BYTES = 256 * 1024
@@ -41,8 +42,8 @@ class Upload:
 
     info: PathInfo
     compression: str
-    open: Callable[[], BinaryIO | None] | None
-    """Opens the file, or returns None if it was not sent. None if the narinfo names no file that could be sent."""
+    file_hash: str | None
+    """Base-32 SHA-256 of the file in the spool. None if the narinfo names no file that could be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Importer:
         store_dir: str,
         locks: PathLocks,
         roots: PushRoots,
+        spool: Spool,
         signer: Signer | None,
         max_nar_bytes: int,
     ) -> None:
@@ -69,6 +71,7 @@ class Importer:
         self._store_dir = store_dir
         self._locks = locks
         self._roots = roots
+        self._spool = spool
         self._signer = signer
         self._max_nar_bytes = max_nar_bytes
         self._is_stopping = False
@@ -79,27 +82,30 @@ class Importer:
         Raises PushRefusedError if it cannot be imported.
         """
         info = upload.info
-        full = self._full
         if info.nar_size > self._max_nar_bytes:
             what = f"the NAR has {info.nar_size} bytes, more than push.max_nar_size, {self._max_nar_bytes}"
             raise PushRefusedError(413, f"{what}; raise the setting")
         info = self._signed(info, may_sign=may_sign)
         try:
             with self._locks.locked(info.path, self._check_stop), self._connections.borrowed() as daemon:
-                others = [path for path in info.references if path != info.path]
-                daemon.add_temp_roots(map(full, (info.path, *others)))  # until long after there is a GC root
-                missing = {full(path) for path in others} - daemon.query_valid_paths(map(full, others))
-                if missing:
+                others = [self._full(path) for path in info.references if path != info.path]
+                valid_hash, valid = daemon.protect_and_query(self._full(info.path), others)  # until long after the root
+                if missing := set(others) - valid:
                     named = ", ".join(sorted(missing)[:_MAX_NAMED])
                     raise PushRefusedError(409, f"its references are not in the store: {named}; push them first")
-                is_new = self._add(daemon, info, upload)
-                self._roots.add(daemon, info.path, info.references)
+                if valid_hash is None:
+                    self._add(daemon, info, upload)
+                else:
+                    self._renew(daemon, info, upload, valid_hash)
+                self._roots.end_soon(path for path in info.references if path != info.path)
+            if upload.file_hash is not None:
+                self._spool.mark_imported(upload.file_hash)
         except DaemonError as error:
             raise _refused(info.path, error) from None
         except (OSError, RemoteError) as error:
             _log.error("%s: import failed: %s; the client has to push it again", info.path, error)
             raise PushRefusedError(409, "the import failed; push again, or see the server's log") from None
-        return is_new
+        return valid_hash is None
 
     def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
         """Register a realisation with the Nix daemon, which does not check its signatures itself.
@@ -155,57 +161,51 @@ class Importer:
             raise PushRefusedError(403, f"the signature of {info.path} is wrong; sign it again")
         return info  # only the daemon knows
 
-    def _add(self, daemon: Daemon, info: PathInfo, upload: Upload) -> bool:
-        """Import the path unless it is valid. Return False if it is."""
-        path = self._full(info.path)
-        valid = daemon.query_nar_hash(path)
-        if valid is not None:
-            if valid != info.nar_hash:
-                raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; keep that one")
-            if upload.open is None:  # `nix store sign` or `nix store copy-sigs`
-                raise PushRefusedError(
-                    409, f"{info.path} is in the store; only a trusted user of Nix can sign it there"
-                )
-            return False
-        file = upload.open and upload.open()
-        if file is None:
+    def _renew(self, daemon: Daemon, info: PathInfo, upload: Upload, valid_hash: bytes) -> None:
+        """Renew the root of a path that was valid before, with the NAR hash `valid_hash`, or make one."""
+        if valid_hash != info.nar_hash:
+            raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; keep that one")
+        if upload.file_hash is None:  # `nix store sign` or `nix store copy-sigs`
+            raise PushRefusedError(409, f"{info.path} is in the store; only a trusted user of Nix can sign it there")
+        daemon.add_indirect_roots([self._roots.make(info.path)])
+
+    def _add(self, daemon: Daemon, info: PathInfo, upload: Upload) -> None:
+        """Import a path and make its root."""
+        if upload.file_hash is None or (file := self._spool.open(upload.file_hash)) is None:
             raise PushRefusedError(409, "its NAR was not sent, or too long ago; push the path again")
         with file:
-            small = self._check(file, info, upload.compression)
+            small = self._check(file, info, upload)
             file.seek(0)
-            daemon.add_to_store(info, self._store_dir, small or self._unpacked(file, upload.compression))
-        if daemon.query_nar_hash(path) != info.nar_hash:
-            raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
-        return True
+            link = self._roots.make(info.path)  # does nothing until the path is valid
+            try:
+                chunks = small or self._unpacked(file, decompressor(upload.compression).feed)
+                if daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
+                    raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
+            except BaseException:
+                self._roots.drop(info.path)
+                raise
 
-    def _check(self, file: BinaryIO, info: PathInfo, compression: str) -> list[bytes]:
+    def _check(self, file: BinaryIO, info: PathInfo, upload: Upload) -> list[bytes]:
         """Raise PushRefusedError unless the file unpacks to the NAR. Return the chunks of a small NAR, or nothing."""
-        size, digest = 0, hashlib.sha256()
-        chunks: list[bytes] | None = [] if info.nar_size <= _SMALL_NAR_BYTES else None
-        for chunk in self._unpacked(file, compression):
-            size += len(chunk)
-            if size > info.nar_size:
-                raise PushRefusedError(400, f"the NAR is longer than its NarSize, {info.nar_size}; push the path again")
-            digest.update(chunk)
-            if chunks is not None and chunk:
-                chunks.append(chunk)
-        if size != info.nar_size or digest.digest() != info.nar_hash:
-            raise PushRefusedError(400, f"the NAR of {info.path} does not have its NarHash and NarSize; push it again")
-        return chunks or []
-
-    def _unpacked(self, file: BinaryIO, compression: str) -> Iterator[bytes]:
-        if compression not in COMPRESSIONS:
+        if upload.compression not in COMPRESSIONS:
             known = ", ".join(sorted(COMPRESSIONS))
-            raise PushRefusedError(400, f"cannot unpack {compression}; push with ?compression= one of {known}")
-        unpacking = decompressor(compression)
+            raise PushRefusedError(400, f"cannot unpack {upload.compression}; push with ?compression= one of {known}")
+        as_named = upload.compression == "none" and upload.file_hash == base32.encode(info.nar_hash)
+        if as_named and os.fstat(file.fileno()).st_size == info.nar_size:  # the spool has checked the hash
+            return []
+        check = NarCheck(info, upload.compression)
+        is_small = info.nar_size <= _SMALL_NAR_BYTES
         try:
-            while data := file.read(_READ_BYTES):
-                self._check_stop()
-                yield from unpacking.feed(data)
+            small = [piece for piece in self._unpacked(file, check.feed) if is_small and piece]
+            check.finish()
         except FormatError as error:
-            raise PushRefusedError(400, f"cannot unpack the NAR: {error}; push the path again") from None
-        if not unpacking.whole:
-            raise PushRefusedError(400, f"the {compression} file of the NAR ends early; push the path again")
+            raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push it again") from None
+        return small
+
+    def _unpacked(self, file: BinaryIO, unpack: Callable[[bytes], Iterable[bytes]]) -> Iterator[bytes]:
+        while data := file.read(_READ_BYTES):
+            self._check_stop()
+            yield from unpack(data)
 
 
 def trusted_keys() -> list[PublicKey]:

@@ -79,6 +79,7 @@ class PushReceiver:
             settings.virtual_nix_store,
             locks,
             self.roots,
+            self.spool,
             Signer(key, permits) if key else None,
             max_nar_bytes,
         )
@@ -108,10 +109,6 @@ class PushReceiver:
         register = partial(self.importer.register, realisation_id, realisation, may_sign=may_sign)
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
-    async def has(self, file_hash: str) -> bool:
-        """Return True if a NAR file is in the spool, and restart the time for which it waits there."""
-        return await self._in_spool(partial(self.spool.find, file_hash))
-
     def start_import(
         self, info: PathInfo, file_hash: str | None, compression: str, *, may_sign: bool
     ) -> "asyncio.Future[bool]":
@@ -120,14 +117,8 @@ class PushReceiver:
         `file_hash` is None if the narinfo names no file of the spool. The result is False if the path was valid
         already; the error is PushRefusedError.
         """
-        upload = Upload(info, compression, partial(self.spool.open, file_hash) if file_hash else None)
-
-        def run() -> bool:
-            is_new = self.importer.run(upload, may_sign=may_sign)
-            if file_hash is not None:
-                self.spool.mark_imported(file_hash)
-            return is_new
-
+        upload = Upload(info, compression, file_hash)
+        run = partial(self.importer.run, upload, may_sign=may_sign)
         importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
         importing.add_done_callback(self._count)
         return importing

@@ -38,25 +38,34 @@ class PushRoots:
         self._store_dir = store_dir
         self._keep_s = keep_s
 
-    def add(self, daemon: Daemon, path: StorePath, references: Iterable[StorePath] = ()) -> None:
-        """Make a root of a valid path, or renew it. Let the roots of references just pushed end in an hour.
+    def make(self, path: StorePath) -> str:
+        """Make the symlink of a root, or renew it, and return it. The daemon must learn it, and the path be valid.
 
-        The caller must hold a temporary root of the path until this returns.
+        The caller must hold a temporary root of the path until then.
         """
         os.makedirs(self._directory, 0o700, exist_ok=True)
         link = self._link(path)
-        with suppress(FileExistsError):
+        try:
             os.symlink(f"{self._store_dir}/{path}", link)
-        self.renew(path)
-        daemon.add_indirect_root(link)
-        for reference in references:
-            if reference != path:
-                self._end_soon(reference)
+        except FileExistsError:
+            self.renew(path)
+        return link
 
     def renew(self, path: StorePath) -> None:
         """Let the root of a path last for `push.keep` from now on. Does nothing if it has no root."""
         with suppress(FileNotFoundError):
             os.utime(self._link(path), follow_symlinks=False)
+
+    def end_soon(self, references: Iterable[StorePath]) -> None:
+        """Let the roots of references that were just pushed end in an hour, because their referrer has one."""
+        if self._keep_s <= _SAME_PUSH_S:
+            return
+        now = time.time()
+        as_if_used = now - self._keep_s + _SAME_PUSH_S
+        for link in map(self._link, references):
+            with suppress(FileNotFoundError):
+                if now - os.lstat(link).st_mtime < _SAME_PUSH_S:
+                    os.utime(link, (as_if_used, as_if_used), follow_symlinks=False)
 
     def pin(self, path: StorePath) -> bool:
         """Let a root last until it is dropped. Return False if the path has no root."""
@@ -96,16 +105,7 @@ class PushRoots:
 
     def register(self, daemon: Daemon) -> None:
         """Register all roots again: a worker may have died before it registered one, or Nix may have lost one."""
-        for root in self.find_all():
-            daemon.add_indirect_root(self._link(root.path))
-
-    def _end_soon(self, path: StorePath) -> None:
-        link = self._link(path)
-        now = time.time()
-        with suppress(FileNotFoundError):
-            if self._keep_s > _SAME_PUSH_S and now - os.lstat(link).st_mtime < _SAME_PUSH_S:
-                as_if_used = now - self._keep_s + _SAME_PUSH_S
-                os.utime(link, (as_if_used, as_if_used), follow_symlinks=False)
+        daemon.add_indirect_roots(self._link(root.path) for root in self.find_all())
 
     def _link(self, path: StorePath) -> str:
         return os.path.join(self._directory, path)

@@ -114,32 +114,39 @@ class Spool:
             incoming.write(data)
             incoming.keep(file_hash)
 
-    def find(self, file_hash: str) -> bool:
-        """Return True if the file is in the spool, and restart the time for which it waits there."""
-        for name in (file_hash, file_hash + _IMPORTED):
+    def has(self, file_hash: str) -> bool:
+        """Return True if the file is in the spool."""
+        return any(map(os.path.exists, self._paths(file_hash)))
+
+    def renew(self, file_hash: str) -> None:
+        """Restart the time for which a file waits in the spool."""
+        for path in self._paths(file_hash):
             with suppress(FileNotFoundError):
-                os.utime(os.path.join(self._directory, name))
-                return True
-        return False
+                os.utime(path)
 
     def open(self, file_hash: str) -> BinaryIO | None:
         """Open the file. Returns None if it is not in the spool."""
-        for name in (file_hash, file_hash + _IMPORTED):
+        for path in self._paths(file_hash):
             with suppress(FileNotFoundError):
-                return open(os.path.join(self._directory, name), "rb")
+                return open(path, "rb")
         return None
 
     def mark_imported(self, file_hash: str) -> None:
         """Let the file be removed in ten minutes, or at once if its space is needed."""
-        path = os.path.join(self._directory, file_hash)
+        path, imported = self._paths(file_hash)
         with suppress(FileNotFoundError):
             os.utime(path)
-            os.rename(path, path + _IMPORTED)
+            os.rename(path, imported)
 
     def sweep(self) -> None:
         """Remove files that have waited too long, and partial files of workers that died."""
         with self._exclusively():
             self._sweep(_IMPORTED_MAX_AGE_S)
+
+    def _paths(self, file_hash: str) -> tuple[str, str]:
+        """Return where a file is before and after its import."""
+        path = os.path.join(self._directory, file_hash)
+        return path, path + _IMPORTED
 
     def _sweep(self, imported_max_age: float) -> None:
         now = time.time()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -127,6 +128,13 @@ class Paths:
             return await self.lookup_path(hash_part)
         except StoreObjectError:
             return None
+
+    async def lookup_valid_path(self, hash_part: str) -> PathInfo | None:
+        """Like `lookup_path`, but even of a path that the publish policy forbids: only for pushers."""
+        if self._threads.loop_db.allowed:
+            with suppress(StoreUnavailableError):  # perhaps only busy: a thread waits
+                return self._threads.loop_db.run(partial(self._loop_store.path_info, hash_part))
+        return await self._threads.run_db(partial(self._store.path_info, hash_part))
 
     def is_current(self, path: SignedPath) -> bool:
         """Return True if `lookup_path` would certainly return the same path now. Does not block.

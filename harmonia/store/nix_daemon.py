@@ -9,8 +9,9 @@ Nothing here needs a trusted user: the daemon itself checks the signatures of wh
 import socket
 import struct
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from harmonia.errors import DaemonError, RemoteError
 from harmonia.nix import nar
@@ -34,10 +35,18 @@ _MAX_FIELDS = 1024  # of a log message
 _MAX_ITEMS = 1 << 20  # of a list
 _MAX_PIPELINED = 64  # requests, so that the daemon can write all responses before the first is read
 _FRAME_BYTES = 64 * 1024  # minimum, except for the last frame
+_SEND_BYTES = 256 * 1024  # minimum, so that a small NAR wakes the daemon once
+_RECEIVE_BYTES = 64 * 1024
 _IMPORT_TIMEOUT_S = 3600.0
 """Timeout for the daemon to take the next frame, and to register the path: it may wait for its lock or the disk."""
 
 _number = struct.Struct("<Q")
+
+
+class _Request(NamedTuple):
+    message: bytes
+    receive: "Callable[[], Any]"
+    """Receives the result, after the log messages."""
 
 
 class Daemon:
@@ -53,6 +62,7 @@ class Daemon:
         self._deadline = time.monotonic() + timeout
         self._is_out_of_step = False
         self._temp_roots: set[str] = set()
+        self._received = bytearray()
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(timeout)
@@ -63,91 +73,69 @@ class Daemon:
             raise
 
     def add_temp_roots(self, paths: Iterable[str]) -> None:
-        """Call `add_temp_root` for each path that has no root of this connection, several in one round trip."""
-        new = [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
-        for start in range(0, len(new), _MAX_PIPELINED):
-            part = new[start : start + _MAX_PIPELINED]
-            self._deadline = time.monotonic() + self._timeout
-            self._is_out_of_step = True  # until the last response, even after an error
-            self._send(b"".join(_number.pack(_ADD_TEMP_ROOT) + _text(path) for path in part))
-            for _ in part:
-                self._read_log(self._version)
-                self._receive_number()
-            self._is_out_of_step = False
-            self._temp_roots.update(part)
+        """Protect paths and their closures from garbage collection until this connection is closed, or the daemon ends.
 
-    def add_temp_root(self, path: str) -> None:
-        """Protect a path and its closure from garbage collection until this connection is closed, or the daemon ends.
-
-        If the path is not valid, the protection begins when it becomes valid.
+        The protection of a path that is not valid begins when it becomes valid.
         """
-        self._ask(_ADD_TEMP_ROOT, _text(path))
-        self._receive_number()
+        self._ask(self._temp_root_requests(paths))
 
-    def add_indirect_root(self, link: str) -> None:
-        """Protect the store path that the symlink `link` points to, and its closure, as long as the link exists."""
-        self._ask(_ADD_INDIRECT_ROOT, _text(link))
-        self._receive_number()
+    def add_indirect_roots(self, links: Iterable[str]) -> None:
+        """Protect the store paths that symlinks point to, and their closures, as long as the links exist."""
+        self._ask(map(self._indirect_root_request, links))
 
-    def query_valid_paths(self, paths: Iterable[str]) -> set[str]:
+    def protect_and_query(self, path: str, references: Sequence[str]) -> tuple[bytes | None, set[str]]:
+        """Return the SHA-256 of the NAR of a path, or None if it is not valid, and those references that are valid.
+
+        All of them get temporary roots first. With less than 60 references, this is one round trip.
+        """
+        roots = self._temp_root_requests((path, *references))
+        *_, nar_hash, valid = self._ask([*roots, self._nar_hash_request(path), self._valid_paths_request(references)])
+        return nar_hash, set(valid)
+
+    def query_valid_paths(self, paths: Sequence[str]) -> set[str]:
         """Return those of the paths that are valid."""
-        self._ask(_QUERY_VALID_PATHS, _texts(paths) + _number.pack(0))  # without substitution
-        return set(self._receive_texts())
+        (valid,) = self._ask([self._valid_paths_request(paths)])
+        return set(valid)
 
-    def query_nar_hash(self, path: str) -> bytes | None:
-        """Return the SHA-256 of the NAR of a path, or None if the path is not valid."""
-        self._ask(_QUERY_PATH_INFO, _text(path))
-        if not self._receive_number(1):
-            return None
-        self._receive_text()  # deriver
-        digest = self._receive_text()
-        self._receive_texts()  # references
-        for _ in ("registration time", "size", "ultimate"):
-            self._receive_number()
-        self._receive_texts()  # signatures
-        self._receive_text()  # content address
-        try:
-            return bytes.fromhex(digest)
-        except ValueError:
-            raise RemoteError("the Nix daemon sent a malformed hash") from None
+    def add_to_store(self, info: PathInfo, store_dir: str, chunks: Iterable[bytes], link: str) -> bytes | None:
+        """Import a path with its NAR, and protect it as long as the symlink `link`, which points to it, exists.
 
-    def add_to_store(self, info: PathInfo, store_dir: str, chunks: Iterable[bytes]) -> None:
-        """Import a path with its NAR. The daemon checks the hash, the size, and the signatures or the content address.
-
+        The daemon checks the hash, the size, and the signatures or the content address. It does not change a path that
+        is valid already. Return the SHA-256 of the NAR of the valid path.
         Raises DaemonError if the daemon refuses the path.
         """
         if self._version < _TAKES_FRAMES:
             raise RemoteError("the Nix daemon is older than that of Nix 2.4, and cannot import paths from a push")
-        head = _text(f"{store_dir}/{info.path}") + _text(f"{store_dir}/{info.deriver}" if info.deriver else "")
+        path = f"{store_dir}/{info.path}"
+        head = _text(path) + _text(f"{store_dir}/{info.deriver}" if info.deriver else "")
         head += _text(info.nar_hash.hex()) + _texts(f"{store_dir}/{reference}" for reference in info.references)
         head += _number.pack(0) + _number.pack(info.nar_size) + _number.pack(0)  # registration time now; not ultimate
         head += _texts(info.sigs) + _text(info.ca or "") + _number.pack(0) + _number.pack(0)  # no repair; check sigs
-        self._deadline = time.monotonic() + self._timeout
-        self._is_out_of_step = True  # until the end, even if `chunks` raises an error
-        self._send(_number.pack(_ADD_TO_STORE_NAR) + head)
-        frame = bytearray()
-        for chunk in chunks:
-            frame += chunk
-            if len(frame) >= _FRAME_BYTES:
-                self._send_frame(frame)
-                frame.clear()
-        if frame:
-            self._send_frame(frame)
-        self._send(_number.pack(0))
-        self._is_out_of_step = False
-        self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
-        self._read_log(self._version)
+        self._is_out_of_step = True  # until the last response, even if `chunks` raises an error
+        unsent = bytearray(_number.pack(_ADD_TO_STORE_NAR) + head)
+        for frame in _frames(chunks):
+            unsent += _number.pack(len(frame))
+            unsent += frame
+            if len(unsent) >= _SEND_BYTES:
+                self._send_in_time(unsent)
+                unsent.clear()
+        self._send_in_time(unsent)
+        end = _Request(_number.pack(0), lambda: None)
+        requests = end, self._nar_hash_request(path), self._indirect_root_request(link)
+        nar_hash: bytes | None
+        _, nar_hash, _ = self._ask(requests, _IMPORT_TIMEOUT_S)
+        return nar_hash
 
     def register_realisation(self, realisation: str) -> None:
         """Register a realisation, given as the JSON of Nix up to 2.34. The daemon does not check its signatures."""
         if self._version < _TAKES_JSON:
             raise RemoteError("the Nix daemon is older than that of Nix 2.4, and has no realisations")
-        self._ask(_REGISTER_DRV_OUTPUT, _text(realisation))
+        self._ask([_Request(_number.pack(_REGISTER_DRV_OUTPUT) + _text(realisation), lambda: None)])
 
     @property
     def lost(self) -> bool:
         """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
-        if self._is_out_of_step:
+        if self._is_out_of_step or self._received:
             return True
         try:
             self._socket.setblocking(False)
@@ -183,14 +171,67 @@ class Daemon:
         self._read_log(version)
         return version
 
-    def _ask(self, operation: int, arguments: bytes) -> None:
-        self._deadline = time.monotonic() + self._timeout
-        self._send(_number.pack(operation) + arguments)
-        self._read_log(self._version)
+    def _ask(self, requests: Iterable["_Request"], timeout: float | None = None) -> list[Any]:
+        """Send requests, several in one round trip, and return their results.
 
-    def _send_frame(self, frame: bytearray) -> None:
-        self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
-        self._send(_number.pack(len(frame)) + frame)
+        If the daemon reports errors, raises the first of them after the last response.
+        """
+        results = []
+        failure: DaemonError | None = None
+        waiting = list(requests)
+        for start in range(0, len(waiting), _MAX_PIPELINED):
+            part = waiting[start : start + _MAX_PIPELINED]
+            self._deadline = time.monotonic() + (timeout or self._timeout)
+            self._is_out_of_step = True
+            self._send(b"".join(request.message for request in part))
+            for request in part:
+                try:
+                    self._read_log(self._version)
+                    results.append(request.receive())
+                except DaemonError as error:
+                    failure = failure or error
+                except (OSError, RemoteError) as error:
+                    raise (failure or error) from None  # after some errors, the daemon ends
+            self._is_out_of_step = False
+        if failure is not None:
+            raise failure
+        return results
+
+    def _temp_root_requests(self, paths: Iterable[str]) -> list["_Request"]:
+        new = [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
+        return [
+            _Request(_number.pack(_ADD_TEMP_ROOT) + _text(path), partial(self._receive_temp_root, path)) for path in new
+        ]
+
+    def _receive_temp_root(self, path: str) -> None:
+        self._receive_number()
+        self._temp_roots.add(path)
+
+    def _indirect_root_request(self, link: str) -> "_Request":
+        return _Request(_number.pack(_ADD_INDIRECT_ROOT) + _text(link), self._receive_number)
+
+    def _valid_paths_request(self, paths: Iterable[str]) -> "_Request":
+        message = _number.pack(_QUERY_VALID_PATHS) + _texts(paths) + _number.pack(0)  # without substitution
+        return _Request(message, self._receive_texts)
+
+    def _nar_hash_request(self, path: str) -> "_Request":
+        return _Request(_number.pack(_QUERY_PATH_INFO) + _text(path), self._receive_nar_hash)
+
+    def _receive_nar_hash(self) -> bytes | None:
+        """Receive the info of a path, and return the SHA-256 of its NAR, or None if the path is not valid."""
+        if not self._receive_number(1):
+            return None
+        self._receive_text()  # deriver
+        digest = self._receive_text()
+        self._receive_texts()  # references
+        for _ in ("registration time", "size", "ultimate"):
+            self._receive_number()
+        self._receive_texts()  # signatures
+        self._receive_text()  # content address
+        try:
+            return bytes.fromhex(digest)
+        except ValueError:
+            raise RemoteError("the Nix daemon sent a malformed hash") from None
 
     def _read_log(self, version: int) -> None:
         """Read and drop the daemon's log messages before a response.
@@ -251,16 +292,21 @@ class Daemon:
         return value
 
     def _receive(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
+        while len(self._received) < size:
             self._await()
-            part = self._socket.recv(size - len(data))
+            part = self._socket.recv(_RECEIVE_BYTES)
             if not part:
                 raise RemoteError("the Nix daemon closed the connection")
-            data += part
-        return bytes(data)
+            self._received += part
+        data = bytes(self._received[:size])
+        del self._received[:size]
+        return data
 
-    def _send(self, data: bytes) -> None:
+    def _send_in_time(self, data: bytearray) -> None:
+        self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
+        self._send(data)
+
+    def _send(self, data: bytes | bytearray) -> None:
         self._await()
         self._socket.sendall(data)
 
@@ -269,6 +315,21 @@ class Daemon:
         if left <= 0:
             raise TimeoutError("timed out")
         self._socket.settimeout(left)
+
+
+def _frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Join chunks to frames, none of which may be empty: an empty frame would be the end of the NAR."""
+    frame = bytearray()
+    for chunk in chunks:
+        if not frame and len(chunk) >= _FRAME_BYTES:
+            yield chunk
+            continue
+        frame += chunk
+        if len(frame) >= _FRAME_BYTES:
+            yield bytes(frame)
+            frame.clear()
+    if frame:
+        yield bytes(frame)
 
 
 def _text(text: str) -> bytes:

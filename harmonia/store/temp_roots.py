@@ -48,7 +48,6 @@ class _Connection:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
         self.opened = time.monotonic()
-        self.paths: set[StorePath] = set()
         self.leases: list[TempRootLease] = []
 
 
@@ -126,13 +125,11 @@ class TempRoots:
             lease = self._waiting[-1]
             if not lease.is_released:
                 connection = self._connection()
-                if lease.path not in connection.paths:
-                    try:
-                        connection.daemon.add_temp_root(f"{self._store_dir}/{lease.path}")
-                    except BaseException:
-                        connection.daemon.close()  # now it counts as lost
-                        raise
-                    connection.paths.add(lease.path)
+                try:
+                    connection.daemon.add_temp_roots([f"{self._store_dir}/{lease.path}"])
+                except BaseException:
+                    connection.daemon.close()  # now it counts as lost
+                    raise
                 connection.leases.append(lease)
                 if self._failing:
                     _log.info("registered temporary GC roots with the Nix daemon at %s again", self._socket)

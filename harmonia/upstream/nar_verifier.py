@@ -4,12 +4,12 @@ FileHash and FileSize are only hints. Caches that name files by NarHash may comp
 the narinfo. A matching FileHash saves time: it shows, without unpacking, that the file is the one of the narinfo.
 """
 
-import hashlib
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from harmonia.errors import FormatError
-from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError, decompressor
+from harmonia.nix.decompress import LARGE_MEMORY_BYTES, MEMORY_BYTES, WindowError
+from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.process.threads import Threads
@@ -21,34 +21,6 @@ _BEGIN_MAX_BYTES = 1 << 20
 _T = TypeVar("_T")
 
 
-class ContentCheck:
-    """Verifies a NAR file while it arrives: unpacks it, and compares NarHash and NarSize."""
-
-    def __init__(self, info: PathInfo, nar: NarFile, memory: int = MEMORY_BYTES) -> None:
-        self._info = info
-        self._decompressor = decompressor(nar.compression, memory)
-        self._sha256 = hashlib.sha256()
-        self._size = 0
-
-    def update(self, data: bytes) -> None:
-        """Unpack the next bytes of the file.
-
-        Raises FormatError if they are malformed or longer than NarSize, WindowError if unpacking takes too much memory.
-        """
-        for piece in self._decompressor.feed(data):
-            self._sha256.update(piece)
-            self._size += len(piece)
-            if self._size > self._info.nar_size:
-                raise FormatError("the unpacked NAR is longer than its NarSize")
-
-    def finish(self) -> None:
-        """Raise FormatError if the file is incomplete, or if the NAR has another NarHash or NarSize."""
-        if not self._decompressor.whole:
-            raise FormatError("the file is truncated")
-        if (self._sha256.digest(), self._size) != (self._info.nar_hash, self._info.nar_size):
-            raise FormatError("the unpacked NAR has another NarHash or NarSize")
-
-
 def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
     """Return True if the SHA-256 of a file is the one that its narinfo names."""
     return sha256 == (info.nar_hash if nar.compression == "none" else nar.file_hash)
@@ -56,14 +28,14 @@ def has_file_hash(info: PathInfo, nar: NarFile, sha256: bytes) -> bool:
 
 def check_content(info: PathInfo, nar: NarFile, file: Iterable[bytes], memory: int = MEMORY_BYTES) -> None:
     """Raise FormatError if a file does not contain the NAR, WindowError if unpacking takes more than `memory` bytes."""
-    check = ContentCheck(info, nar, memory)
+    check = NarCheck(info, nar.compression, memory)
     for data in file:
-        check.update(data)
+        _feed(check, data)
     check.finish()
 
 
 class StreamCheck:
-    """A ContentCheck of a file that is passed through, in threads.
+    """A NarCheck of a file that is passed through, in threads.
 
     A file with a large window is unpacked again with more memory. If another file holds that memory, the check
     fails at once: it does not wait, because the client of the other file may be slow.
@@ -71,7 +43,7 @@ class StreamCheck:
 
     def __init__(self, path: RemotePath, threads: Threads, note: Callable[..., None]) -> None:
         self._path = path
-        self._check = ContentCheck(path.info, path.nar)
+        self._check = NarCheck(path.info, path.nar.compression)
         self._begun = b""
         self._size = 0
         self._threads = threads
@@ -95,14 +67,14 @@ class StreamCheck:
 
     async def _update(self, data: bytes) -> None:
         try:
-            await self._threads.unpack(self._check.update, data)
+            await self._threads.unpack(_feed, self._check, data)
         except WindowError:
             if len(self._begun) < self._size or self._threads.much_memory.locked():
                 raise
             await self._threads.much_memory.acquire()
             self._has_much_memory = True
-            self._check = ContentCheck(self._path.info, self._path.nar, LARGE_MEMORY_BYTES)
-            await self._threads.unpack(self._check.update, self._begun)
+            self._check = NarCheck(self._path.info, self._path.nar.compression, LARGE_MEMORY_BYTES)
+            await self._threads.unpack(_feed, self._check, self._begun)
 
     async def _noted(self, function: Callable[[_T], Awaitable[None]], argument: _T) -> None:
         try:
@@ -110,3 +82,8 @@ class StreamCheck:
         except FormatError as error:
             self._note(failed=True)
             raise self._path.refuse_nar(error) from None
+
+
+def _feed(check: NarCheck, data: bytes) -> None:
+    for _ in check.feed(data):
+        pass

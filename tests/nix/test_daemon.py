@@ -28,8 +28,8 @@ def place() -> Iterator[Path]:
 @pytest.mark.parametrize("version", [0x115, 0x11A, 0x121, 0x122, 0x123, 0x126, 0x140])
 def test_all_protocol_versions_since_nix_2_3_work(place: Path, version: int) -> None:
     with DaemonServer(place, version) as server, Daemon(server.path, 5) as daemon:
-        daemon.add_temp_root(ROOT)
-        daemon.add_temp_root(ROOT + "2")
+        daemon.add_temp_roots([ROOT])
+        daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert server.roots == [ROOT, ROOT + "2"]
         assert not daemon.lost
 
@@ -42,8 +42,7 @@ def test_log_messages_before_the_reply_are_skipped(place: Path) -> None:
         + number(0x52534C54, 1, 105) + fields + number(0x53544F50, 1)
     )  # fmt: skip
     with DaemonServer(place, answer=reply + number(LAST, 1)) as server, Daemon(server.path, 5) as daemon:
-        daemon.add_temp_root(ROOT)
-        daemon.add_temp_root(ROOT)
+        daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert not daemon.lost
 
 
@@ -60,7 +59,18 @@ def test_error_of_the_daemon_is_raised_with_its_message(place: Path, version: in
         Daemon(server.path, 5) as daemon,
         pytest.raises(RemoteError, match="the Nix daemon reports: no luck"),
     ):
-        daemon.add_temp_root(ROOT)
+        daemon.add_temp_roots([ROOT])
+
+
+def test_connection_is_usable_after_errors_in_one_round_trip(place: Path) -> None:
+    error = number(0x63787470) + nar.encode(b"Error") + number(0) + nar.encode(b"Error", b"no luck") + number(0, 0)
+    with DaemonServer(place, answer=error) as server, Daemon(server.path, 5) as daemon:
+        with pytest.raises(RemoteError, match="no luck"):
+            daemon.add_temp_roots([ROOT, ROOT + "2"])
+        assert not daemon.lost
+        server.answer = number(LAST, 1)
+        daemon.add_temp_roots([ROOT, ROOT + "2"])
+        assert server.roots == [ROOT, ROOT + "2"] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,11 +128,11 @@ def test_timeout_covers_the_whole_handshake(place: Path, *, drips: bool) -> None
 def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:
     with DaemonServer(place) as server:
         daemon = Daemon(server.path, 5)
-        daemon.add_temp_root(ROOT)
+        daemon.add_temp_roots([ROOT])
         assert not daemon.lost
     assert daemon.lost
     with pytest.raises((OSError, RemoteError)):
-        daemon.add_temp_root(ROOT)
+        daemon.add_temp_roots([ROOT + "2"])
     daemon.close()
     with pytest.raises(FileNotFoundError):
         Daemon(server.path, 5)

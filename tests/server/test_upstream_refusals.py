@@ -314,9 +314,7 @@ def test_nar_with_a_large_window_is_verified_without_a_cache_directory(
     begin: Start, upstream: UpstreamServer, paths: list[Far]
 ) -> None:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 24}]
-    small = patched(
-        "from harmonia.upstream import nar_verifier\nnar_verifier.ContentCheck.__init__.__defaults__ = (1 << 20,)"
-    )
+    small = patched("from harmonia.nix.nar_check import NarCheck\nNarCheck.__init__.__defaults__ = (1 << 20,)")
     server = begin(upstream.url, program=small, cache_dir=NO_CACHE)
     for path in paths[:2]:  # the second NAR needs the memory that the first released
         file = lzma.compress(lzma.decompress(path.file), filters=filters)

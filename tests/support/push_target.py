@@ -18,7 +18,14 @@ class Target:
     key: Key
     start: Callable[..., Server]
 
-    def serve(self, settings: str = "", scopes: tuple[Scope, ...] = ("push", "read"), **options: object) -> Server:
+    def serve(
+        self,
+        settings: str = "",
+        scopes: tuple[Scope, ...] = ("push", "read"),
+        *,
+        access_log: bool = True,
+        **options: object,
+    ) -> Server:
         """Serve the store with push. Clients in the same directory find the token in /etc/netrc of that directory."""
         shared = self.client.shared
         token, record = new("ci", scopes)
@@ -27,7 +34,7 @@ class Target:
         (shared / "netrc").write_text(f"machine 127.0.0.1 login ci password {token}\n")
         return self.start(
             store=self.client.directory,
-            settings=f"tokens_path = '{shared}/tokens'\naccess_log = true\n[push]\nenable = true\n"
+            settings=f"tokens_path = '{shared}/tokens'\naccess_log = {str(access_log).lower()}\n[push]\nenable = true\n"
             f"allow_without_tls = true\nstate_dir = '{shared}/state'\n{settings}",
             environment={"NIX_CONFIG": f"trusted-public-keys = {self.key.public}"},
             **options,

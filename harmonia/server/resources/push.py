@@ -61,7 +61,7 @@ class _Progress:
 
 async def get_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
     """Return the narinfo of any valid path, published or not, so that Nix does not push it again."""
-    info = await context.threads.run_db(partial(context.store.path_info, hash_part))
+    info = await context.paths.lookup_valid_path(hash_part)
     if info is None:
         raise NotFound
     nar_file = NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
@@ -71,8 +71,11 @@ async def get_narinfo(context: ServerContext, request: Request, hash_part: str) 
 async def get_nar(context: ServerContext, request: Request, name: str) -> Representation:
     """Return a NAR of the store. HEAD also finds NARs in the spool, so that Nix does not send them again."""
     match = _SPOOLED.fullmatch(name)
-    if match and request.method == "HEAD" and await _receiver(context).has(match["file_hash"]):
-        return _done()
+    if match and request.method == "HEAD":
+        spool = _receiver(context).spool
+        if await context.threads.run_short_io(partial(spool.has, match["file_hash"])):
+            await context.threads.run_io(partial(spool.renew, match["file_hash"]))
+            return _done()
     return await nar.get(context, request, name)
 
 
