@@ -1,10 +1,14 @@
 """Push of a closure of 500 paths, against other ways into the same Nix daemon: `python -m benchmarks.push`.
 
 The other ways are `nix copy --from` a binary cache of files, and `nix copy --to ssh-ng://` without encryption: `ssh` is
-a script that connects to the daemon. Each run starts with an empty store. Prints the seconds of each run, and the peak
-memory of the server's worker. Needs root, Nix, and `PYTHONPATH=tests`.
+a script that connects to the daemon. `nix copy --to` an nginx that only stores what it receives shows how long the
+client itself takes for its requests. Each run starts with an empty store. Prints the seconds of each run, the processor
+time of the server's worker, and its peak memory. Needs root, Nix, nginx, and `PYTHONPATH=tests`.
+
+On a busy machine, run it with `chrt --rr 1`, and with `TMPDIR=/dev/shm` if the disk is busy.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -13,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from support.nginx import nginx
 from support.nix_client import NIXES, Client, Key
 from support.push_target import Target
 from support.running import Server, peak_bytes
@@ -80,10 +85,16 @@ while data := daemon.recv(65536):
 """
 
 
+def processor_s(process: int) -> float:
+    """Return the seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     runs, nix = int(sys.argv[1]) if sys.argv[1:] else 3, int(sys.argv[2]) if sys.argv[2:] else 0
     took: dict[str, list[float]] = {}
-    memory = 0
+    memory, worker_s = 0, []
     with tempfile.TemporaryDirectory(prefix="push-", ignore_cleanup_errors=True) as name:
         root = Path(name)
         source = Client(NIXES[nix], root / "source")
@@ -103,9 +114,17 @@ def main() -> None:
         for run in range(runs):
             for compression in ("none", "zstd"):
                 with target(root / f"{compression}{run}", nix, key) as (machine, servers):
-                    url = f"{machine.serve().url}/push?compression={compression}"
+                    url = f"{machine.serve(access_log=False).url}/push?compression={compression}"
+                    (worker,) = servers[0].workers
+                    before = processor_s(worker)
                     timed(f"push, {compression}", source, "nix", "copy", "--to", url, top)
-                    memory = max(memory, *map(peak_bytes, servers[0].workers))
+                    worker_s.append(processor_s(worker) - before)
+                    memory = max(memory, peak_bytes(worker))
+                place = root / f"nginx-{compression}{run}"
+                stores = f"client_max_body_size 0; root {place}; dav_methods PUT; create_full_put_path on;"
+                with nginx(place, stores) as (url, _):
+                    copy = ("nix", "copy", "--to", f"{url}/?compression={compression}", top)
+                    timed(f"to nginx, {compression}", source, *copy)
             if (NIXES[nix].root / "usr/bin/python3").exists():  # runs the script
                 with target(root / f"ssh{run}", nix, key) as (machine, _):
                     socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"
@@ -118,6 +137,7 @@ def main() -> None:
     print(f"{count} paths, Nix {'.'.join(map(str, NIXES[nix].version))}, {runs} runs")
     for way, seconds in took.items():
         print(f"{way:24} {statistics.median(seconds):6.2f} s  {[round(each, 2) for each in seconds]}")
+    print(f"processor time of the worker: {statistics.median(worker_s):.2f} s")
     print(f"memory of the worker: {memory >> 20} MiB at most")
 
 
