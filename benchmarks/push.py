@@ -123,8 +123,8 @@ def main() -> None:
                 place = root / f"nginx-{compression}{run}"
                 stores = f"client_max_body_size 0; root {place}; dav_methods PUT; create_full_put_path on;"
                 with nginx(place, stores) as (url, _):
-                    copy = ("nix", "copy", "--to", f"{url}/?compression={compression}", top)
-                    timed(f"to nginx, {compression}", source, *copy)
+                    target_url = f"{url}/?compression={compression}"
+                    timed(f"to nginx, {compression}", source, "nix", "copy", "--to", target_url, top)
             if (NIXES[nix].root / "usr/bin/python3").exists():  # runs the script
                 with target(root / f"ssh{run}", nix, key) as (machine, _):
                     socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harmonia.config.tokens import SCOPES, Tokens, new, parse
@@ -39,9 +39,10 @@ def test_new_secrets_are_long_and_unique() -> None:
     assert all(re.fullmatch(r"harmonia_[A-Za-z0-9_-]{43}", secret) for secret in made)
 
 
-@given(st.lists(st.sampled_from(SCOPES), unique=True, min_size=1))
+@given(st.lists(st.sampled_from((*SCOPES[:-1], "sign:one-*", "sign:two")), unique=True, min_size=1))
+@example(list(SCOPES))
 def test_token_line_round_trips(scopes: list[str]) -> None:
-    secret, token = new("a.b@c-d", scopes)  # type: ignore[arg-type]
+    secret, token = new("a.b@c-d", scopes)
     assert parse(f"\n# comment\n  {token}   # another\n\n") == (token,)
     assert token.sha256 == hashlib.sha256(secret.encode()).digest()
 
@@ -60,6 +61,11 @@ def test_token_line_round_trips(scopes: list[str]) -> None:
         (f"ci {SECRET} {HASH}", "line 2: unknown or repeated scope"),
         (f"{SECRET}! read {HASH}", "line 2: the name"),
         (f"ci read,read {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci sign,sign:x {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci sign:x,sign:x {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci push:x {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci sign: {HASH}", "line 2: a pattern of sign cannot match any name"),
+        (f"ci sign:/{SECRET} {HASH}", "line 2: a pattern of sign cannot match any name"),
         (f"ci , {HASH}", "line 2: unknown or repeated scope"),
         (f"ci read {'sha256:' + '0' * 64}", "line 2: repeats the name or the hash of an earlier line"),
         (f"ci2 read {HASH}", "line 2: repeats the name or the hash of an earlier line"),
@@ -81,23 +87,41 @@ def test_arbitrary_text_raises_only_format_error(text: str) -> None:
         assert re.match(r"line [0-9]+: ", str(error))  # noqa: PT017 (no error is fine as well)
 
 
+@pytest.mark.parametrize(
+    ("scopes", "allowed"),
+    [
+        (["push"], set()),
+        (["sign"], {"app-1", "app", "lib-1"}),
+        (["sign:app-*"], {"app-1"}),
+        (["push", "sign:app-*", "sign:lib-?"], {"app-1", "lib-1"}),
+    ],
+)
+def test_token_allows_to_sign_the_names_of_its_patterns(scopes: list[str], allowed: set[str]) -> None:
+    _, token = new("ci", scopes)
+    assert {name for name in ("app-1", "app", "lib-1") if token.may_sign(name)} == allowed
+
+
 def test_repr_of_a_token_has_no_hash() -> None:
     assert TOKEN.sha256.hex() not in repr(TOKEN)
     assert repr(TOKEN.sha256) not in repr(TOKEN)
 
 
 def test_token_command_prints_secret_and_line() -> None:
-    made = run("token", "builder", "--scope", "read", "--scope", "metrics")
+    made = run("token", "builder", "--scope", "read", "--scope", "metrics", "--scope", "sign:app-*")
     assert made.returncode == 0
     (secret,) = set(re.findall(r"harmonia_[A-Za-z0-9_-]{43}", made.stdout))
     (line,) = re.findall(r"\S+ +\S+ +sha256:\w+", made.stdout)
     (token,) = parse(line)
-    assert (token.name, sorted(token.scopes)) == ("builder", ["metrics", "read"])
+    assert (token.name, sorted(token.scopes)) == ("builder", ["metrics", "read", "sign"])
+    assert token.sign_names == ("app-*",)
     assert Tokens([token]).find_token(secret) == token
     assert f"login builder password {secret}" in made.stdout
 
 
-@pytest.mark.parametrize("arguments", [["a b"], [""], ["ci", "--scope", "upload"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [["a b"], [""], ["ci", "--scope", "upload"], ["ci", "--scope", "sign:/x"], ["ci", "--scope", "sign:[a,b]"], []],
+)
 def test_token_command_rejects_invalid_arguments(arguments: list[str]) -> None:
     refused = run("token", *arguments)
     assert (refused.returncode, refused.stdout) == (2, "")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import is_hash_part
 
+# Characters of names, wildcards and sets. For fnmatch, a `[` without `]` does not begin a set.
 _PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from harmonia.config import amounts, value_types
+from harmonia.config import amounts, name_patterns, value_types
 from harmonia.config.proxy import Proxy
 from harmonia.config.value_types import (
     AbsolutePath,
@@ -188,8 +188,8 @@ class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check(value_types.check_public_key, self.signed_by, "publish", "signed_by")
-        _check(value_types.check_pattern, self.allow, "publish", "allow")
-        _check(value_types.check_pattern, self.deny, "publish", "deny")
+        _check(name_patterns.check_pattern, self.allow, "publish", "allow")
+        _check(name_patterns.check_pattern, self.deny, "publish", "deny")
         _check(value_types.check_absolute, self.gc_roots, "publish", "gc_roots")
 
     @property
@@ -244,12 +244,16 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
         File | None,
         Meta(
             description="File with a secret key that the Nix daemon trusts. It signs unsigned paths of pushers whose"
-            " token has the scope `sign`: they can then push anything."
+            " token has the scope `sign`: they can then push anything. With `sign:PATTERN`, it signs only paths whose"
+            " name matches."
         ),
     ] = None
     sign_names: Annotated[
         tuple[str, ...],
-        Meta(description='Patterns like "hello-*": sign only paths whose name matches one of them. Default: all.'),
+        Meta(
+            description='Patterns like "hello-*": sign only paths whose name matches one of them, whatever the token'
+            " allows. Default: all."
+        ),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -257,7 +261,7 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
             _check(value_types.check_size, [getattr(self, key)], "push", key)
         if amounts.size(self.max_nar_size) > amounts.size(self.spool_size):
             raise WrongSettingError("more than spool_size; lower it, or raise spool_size", "push", "max_nar_size")
-        _check(value_types.check_pattern, self.sign_names, "push", "sign_names")
+        _check(name_patterns.check_pattern, self.sign_names, "push", "sign_names")
         for key in ("state_dir", "sign_key_path"):
             _check(value_types.check_path, [getattr(self, key)], "push", key)
 

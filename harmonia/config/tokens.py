@@ -5,6 +5,7 @@ A server stores only the hashes of tokens, in a file with one line for each toke
     # name     scopes             hash
     builder    read               sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b
     people     read,browse        sha256:…
+    ci         push,sign:myapp-*  sha256:…
 
 The hash is a plain SHA-256, without salt and without many rounds. Those protect passwords, because people choose them
 and attackers can guess them. A token is 32 random bytes (`new`), so an attacker with all hashes has to try some 2²⁵⁵
@@ -19,15 +20,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from harmonia.config import name_patterns
 from harmonia.errors import FormatError
 
 Scope = Literal["read", "browse", "metrics", "push", "sign"]
 """`read` allows access by hash part, as Nix needs, `browse` allows to search the store, `metrics` is for Prometheus.
 
-`push` allows to upload paths that are signed, `sign` to have them signed by the server while they are pushed.
+`push` allows to upload paths that are signed, `sign` to have them signed by the server while they are pushed. Only
+`sign` may have patterns: `sign:myapp-*,sign:mylib-*` allows it for paths with these names.
 """
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+_SIGN = "sign:"
 _PREFIX = "harmonia_"  # lets people and scanners for leaked secrets recognise a token
 _RANDOM_BYTES = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]*")
@@ -43,11 +47,22 @@ class Token:
     name: str
     scopes: frozenset[Scope]
     sha256: bytes = field(repr=False)
+    sign_names: tuple[str, ...] = ()
+    """Patterns of the names of paths that the scope `sign` is for. Without patterns, it is for all."""
 
     def __str__(self) -> str:
         """Return the line for the file."""
-        scopes = ",".join(scope for scope in SCOPES if scope in self.scopes)
-        return f"{self.name}  {scopes}  sha256:{self.sha256.hex()}"
+        words: list[str] = [
+            scope for scope in SCOPES if scope in self.scopes and not (scope == "sign" and self.sign_names)
+        ]
+        words += [_SIGN + pattern for pattern in self.sign_names]
+        return f"{self.name}  {','.join(words)}  sha256:{self.sha256.hex()}"
+
+    def may_sign(self, name: str) -> bool:
+        """Return True if the server may sign a pushed path with this name for the owner of the token."""
+        return "sign" in self.scopes and (
+            not self.sign_names or name_patterns.compile_patterns(self.sign_names).fullmatch(name) is not None
+        )
 
 
 class Tokens:
@@ -68,15 +83,16 @@ class Tokens:
         return token if token is not None and hmac.compare_digest(token.sha256, sha256) else None
 
 
-def new(name: str, scopes: Iterable[Scope]) -> tuple[str, Token]:
-    """Return a new random token, and its record for the server.
+def new(name: str, scopes: Iterable[str]) -> tuple[str, Token]:
+    """Return a new random token, and its record for the server. `scopes` are as in the file, with patterns.
 
-    Raises FormatError if the file cannot represent the name or the scopes.
+    Raises FormatError if the name or a scope is malformed.
     """
     secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
-    token = Token(name, frozenset(scopes), _sha256(secret))
-    parse(str(token))
-    return secret, token
+    tokens = parse(f"{name} {','.join(dict.fromkeys(scopes))} sha256:{_sha256(secret).hex()}")
+    if len(tokens) != 1:
+        raise FormatError("the name is empty or has a line break")
+    return secret, tokens[0]
 
 
 def parse(text: str) -> tuple[Token, ...]:
@@ -87,7 +103,7 @@ def parse(text: str) -> tuple[Token, ...]:
     """
     by_name: dict[str, Token] = {}
     indexes = set()
-    scopes: dict[str, frozenset[Scope]] = {}  # by their text: few of them for many tokens
+    scopes: dict[str, tuple[frozenset[Scope], tuple[str, ...]]] = {}  # by their text: few of them for many tokens
     for number, line in enumerate(text.splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None:
@@ -100,17 +116,28 @@ def parse(text: str) -> tuple[Token, ...]:
         index = sha256[:_INDEX_BYTES]
         if name in by_name or index in indexes:
             raise FormatError(f"line {number}: repeats the name or the hash of an earlier line")
-        by_name[name] = Token(name, scopes[given], sha256)
+        allowed, sign_names = scopes[given]
+        by_name[name] = Token(name, allowed, sha256, sign_names)
         indexes.add(index)
     return tuple(by_name.values())
 
 
-def _scopes(number: int, given: str) -> frozenset[Scope]:
+def _scopes(number: int, given: str) -> tuple[frozenset[Scope], tuple[str, ...]]:
+    """Return the scopes in a line, and the patterns of `sign`."""
     words = given.split(",")
-    scopes = frozenset(scope for scope in SCOPES if scope in words)
-    if len(scopes) != len(words):
-        raise FormatError(f"line {number}: unknown or repeated scope; scopes are {', '.join(SCOPES)}")
-    return scopes
+    sign_names = tuple(word.removeprefix(_SIGN) for word in words if word.startswith(_SIGN))
+    plain = [word for word in words if not word.startswith(_SIGN)]
+    if sign_names:
+        plain.append("sign")
+    scopes = frozenset(scope for scope in SCOPES if scope in plain)
+    if len(scopes) != len(plain) or len(set(sign_names)) != len(sign_names):
+        raise FormatError(f"line {number}: unknown or repeated scope; scopes are {', '.join(SCOPES)} and sign:PATTERN")
+    try:
+        for pattern in sign_names:
+            name_patterns.check_pattern(pattern)
+    except FormatError:
+        raise FormatError(f"line {number}: a pattern of sign cannot match any name of a store path") from None
+    return scopes, sign_names
 
 
 def _check_words(number: int, words: list[str]) -> None:

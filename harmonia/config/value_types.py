@@ -17,7 +17,6 @@ from msgspec import Meta
 from harmonia.config import amounts, tokens
 from harmonia.errors import FormatError
 from harmonia.nix.signing import PublicKey
-from harmonia.nix.store_path import is_hash_part
 from harmonia.untrusted import integer
 
 _UNIX_PATH_MAX_BYTES = 107  # unix(7): sun_path has 108 bytes, one of them the final NUL
@@ -43,8 +42,6 @@ BASE_URL = re.compile(rf"\Ahttps?://{_HOST}(?:/[A-Za-z0-9._~%-]+)*/?\Z")
 
 # Control characters, or a key pasted in the place of its file's path. No message may show it.
 _NO_PATH = re.compile(r"[\x00-\x1f\x7f]|\A[^/]*:[A-Za-z0-9+/=]{40}")
-# Characters of names, wildcards and sets. For fnmatch, a `[` without `]` does not begin a set.
-_PATTERN = re.compile(r"(?:[0-9A-Za-z+\-._?=*]|\[!?\]?[^]]*\])+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9._-]*)(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")  # needs no escapes in URLs
 
@@ -148,13 +145,6 @@ def check_absolute(text: str) -> None:
     """Raise FormatError if `text` is not an absolute path."""
     if not os.path.isabs(text):
         raise FormatError(f"expected an absolute path, found {reprlib.repr(text)}")
-
-
-def check_pattern(text: str) -> None:
-    """Raise FormatError if the pattern cannot match the name of any store path."""
-    if not _PATTERN.fullmatch(text) or (is_hash_part(text[:32]) and text[32:33] == "-"):
-        what = f"{reprlib.repr(text)} cannot match any name; a name is a store path without its directory and hash"
-        raise FormatError(f"{what}, and consists of letters, digits and +-._?=")
 
 
 def check_bucket(text: str) -> None:

@@ -33,6 +33,9 @@ _UNSIGNED = re.compile("lacks a (valid )?signature")
 _MAX_NAMED = 5  # paths in a message
 _SIGN = "sign it: nix copy --to '…/push?secret-key=FILE', with a key in the trusted-public-keys of the server's Nix"
 
+MaySign = Callable[[str], bool]
+"""Returns True if the pusher may have a path with this name signed by the server."""
+
 _log = logging.getLogger("harmonia")
 
 
@@ -76,7 +79,7 @@ class Importer:
         self._max_nar_bytes = max_nar_bytes
         self._is_stopping = False
 
-    def run(self, upload: Upload, *, may_sign: bool) -> bool:
+    def run(self, upload: Upload, may_sign: MaySign) -> bool:
         """Import a path and make a GC root for it. Return False if it was valid already.
 
         Raises PushRefusedError if it cannot be imported.
@@ -85,7 +88,7 @@ class Importer:
         if info.nar_size > self._max_nar_bytes:
             what = f"the NAR has {info.nar_size} bytes, more than push.max_nar_size, {self._max_nar_bytes}"
             raise PushRefusedError(413, f"{what}; raise the setting")
-        info = self._signed(info, may_sign=may_sign)
+        info = self._signed(info, may_sign)
         try:
             with self._locks.locked(info.path, self._check_stop), self._connections.borrowed() as daemon:
                 others = [self._full(path) for path in info.references if path != info.path]
@@ -107,15 +110,15 @@ class Importer:
             raise PushRefusedError(409, "the import failed; push again, or see the server's log") from None
         return valid_hash is None
 
-    def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
+    def register(self, realisation_id: str, realisation: Realisation, may_sign: MaySign) -> None:
         """Register a realisation with the Nix daemon, which does not check its signatures itself.
 
         It is dropped unless a trusted key signed it, or our key may sign its output path. Nix does not sign
         realisations while it pushes, and their output paths are of use without them.
         Raises PushRefusedError if it cannot be registered.
         """
-        signer = self._signer.key if self._signer and self._signer.permits(realisation.out_path.name) else None
-        signers = [signer] if signer and may_sign else []
+        signer = self._signer_of(realisation.out_path, may_sign)
+        signers = [signer] if signer else []
         if not signers and not is_signed(realisation_id, realisation, trusted_keys()):
             what = "%s: realisation not registered: no trusted key has signed it; set secret-key-files on the builder"
             _log.warning(what, realisation_id)
@@ -142,7 +145,7 @@ class Importer:
     def _full(self, path: str) -> str:
         return f"{self._store_dir}/{path}"
 
-    def _signed(self, info: PathInfo, *, may_sign: bool) -> PathInfo:
+    def _signed(self, info: PathInfo, may_sign: MaySign) -> PathInfo:
         """Return the path, with our signature if it needs one and the pusher may have one.
 
         Raises PushRefusedError if the Nix daemon would refuse it certainly.
@@ -153,13 +156,18 @@ class Importer:
         keys = {key.name: key for key in reversed(trusted_keys())}  # of two keys with one name, Nix takes the first
         if any(key.verify(message, sig) for key in keys.values() for sig in info.sigs):
             return info
-        if may_sign and self._signer is not None and self._signer.permits(info.path.name):
-            return replace(info, sigs=(*info.sigs, self._signer.key.sign(message)))
+        if (signer := self._signer_of(info.path, may_sign)) is not None:
+            return replace(info, sigs=(*info.sigs, signer.sign(message)))
         if not info.sigs:
             raise PushRefusedError(403, f"{info.path} is not signed; {_SIGN}")
         if all(sig.partition(":")[0] in keys for sig in info.sigs):
             raise PushRefusedError(403, f"the signature of {info.path} is wrong; sign it again")
         return info  # only the daemon knows
+
+    def _signer_of(self, path: StorePath, may_sign: MaySign) -> SecretKey | None:
+        """Return our key if both the settings and the pusher's token allow to sign a path with this name."""
+        signer = self._signer
+        return signer.key if signer and signer.permits(path.name) and may_sign(path.name) else None
 
     def _renew(self, daemon: Daemon, info: PathInfo, upload: Upload, valid_hash: bytes) -> None:
         """Renew the root of a path that was valid before, with the NAR hash `valid_hash`, or make one."""

@@ -13,6 +13,7 @@ from typing import TypeVar
 from cachetools import TTLCache
 
 from harmonia.config import amounts, credentials
+from harmonia.config.name_patterns import compile_patterns
 from harmonia.config.settings import Settings
 from harmonia.errors import PushRefusedError
 from harmonia.nix.build_trace import Realisation
@@ -21,12 +22,11 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.push.connections import HOLD_S, DaemonConnections
-from harmonia.push.importer import Importer, Signer, Upload
+from harmonia.push.importer import Importer, MaySign, Signer, Upload
 from harmonia.push.log_store import IncomingLog, LogStore
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Incoming, Spool
-from harmonia.store.publish_policy import compile_patterns
 
 _SPOOL_THREADS = 4
 _IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
@@ -101,16 +101,16 @@ class PushReceiver:
         """Store a build log. Raises PushRefusedError if it is malformed or too long."""
         await self._write(self._spooling.submit(self.logs.receive, derivation, decoder), chunks, IncomingLog.keep)
 
-    async def register(self, realisation_id: str, realisation: Realisation, *, may_sign: bool) -> None:
+    async def register(self, realisation_id: str, realisation: Realisation, may_sign: MaySign) -> None:
         """Register a realisation like `Importer.register`, which drops one without a trusted signature.
 
         Raises PushRefusedError if it cannot be registered.
         """
-        register = partial(self.importer.register, realisation_id, realisation, may_sign=may_sign)
+        register = partial(self.importer.register, realisation_id, realisation, may_sign)
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
     def start_import(
-        self, info: PathInfo, file_hash: str | None, compression: str, *, may_sign: bool
+        self, info: PathInfo, file_hash: str | None, compression: str, may_sign: MaySign
     ) -> "asyncio.Future[bool]":
         """Import a path whose NAR file is in the spool. The import continues if the client disconnects.
 
@@ -118,7 +118,7 @@ class PushReceiver:
         already; the error is PushRefusedError.
         """
         upload = Upload(info, compression, file_hash)
-        run = partial(self.importer.run, upload, may_sign=may_sign)
+        run = partial(self.importer.run, upload, may_sign)
         importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
         importing.add_done_callback(self._count)
         return importing

@@ -4,14 +4,13 @@ A path must satisfy each rule that is set: its signers, its name, and whether a 
 `PublishPolicy.permits` depends on the path's row in the database alone; `Closure` changes with the roots.
 """
 
-import fnmatch
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from harmonia.config.name_patterns import compile_patterns
 from harmonia.config.settings import PublishRules
 from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
@@ -143,8 +142,3 @@ class Closure:
                 "publish.gc_roots: the closure has more than %d paths; the others are not served", _CLOSURE_MAX_PATHS
             )
         return needed
-
-
-def compile_patterns(patterns: Sequence[str]) -> "re.Pattern[str]":
-    """Return a regular expression that matches the names that one of the patterns matches."""
-    return re.compile("|".join(map(fnmatch.translate, patterns)))

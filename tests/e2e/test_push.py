@@ -88,6 +88,8 @@ def test_unsigned_path_is_refused_unless_the_server_may_sign(target: Target, pus
         server = target.serve(signing, ("push", "sign"))
         push(pusher, server, path)
         assert "secret-key=FILE" in push(pusher, server, other, check=False)
+        for_others = target.serve(f"sign_key_path = '{target.key.secret_file}'\n", ("push", "sign:one-*"))
+        assert "secret-key=FILE" in push(pusher, for_others, other, check=False)
     target.client.run("nix-store", "--verify-path", path)
     assert not target.client.real_path(other).exists()
 

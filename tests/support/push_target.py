@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harmonia.config.tokens import Scope, new
+from harmonia.config.tokens import new
 from harmonia.nix.signing import SecretKey
 from support.nix_client import Client, Key
 from support.pusher import Pusher
@@ -21,7 +21,7 @@ class Target:
     def serve(
         self,
         settings: str = "",
-        scopes: tuple[Scope, ...] = ("push", "read"),
+        scopes: tuple[str, ...] = ("push", "read"),
         *,
         access_log: bool = True,
         **options: object,

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from sanic import Request
 from sanic.exceptions import NotFound, SanicException
@@ -23,6 +24,7 @@ from harmonia.nix.build_trace import parse_realisation
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StoreDirError, StorePath
+from harmonia.push.importer import MaySign
 from harmonia.push.receiver import PushReceiver
 from harmonia.server.context import ServerContext
 from harmonia.server.http import sanic_adapter
@@ -30,6 +32,9 @@ from harmonia.server.http.request_body import STALL_S, content_length, decoder_o
 from harmonia.server.http.response import Handler, Representation
 from harmonia.server.resources import build_log, build_trace, nar
 from harmonia.server.resources.narinfo import nar_url, representation
+
+if TYPE_CHECKING:
+    from harmonia.config.tokens import Token
 
 _SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?")
 _MAX_NARINFO_BYTES = 1 << 20
@@ -96,7 +101,7 @@ async def put_narinfo(context: ServerContext, request: Request, hash_part: str) 
     file_hash = match["file_hash"] if match else None
     if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
         raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
-    importing = receiver.start_import(info, file_hash, nar_file.compression, may_sign=_may_sign(request))
+    importing = receiver.start_import(info, file_hash, nar_file.compression, _may_sign(request))
     await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import continues
     if not importing.done() and request.version != "1.0":
         return _done(_Progress(importing))
@@ -126,7 +131,7 @@ async def put_realisation(context: ServerContext, request: Request, name: str) -
         raise PushRefusedError(400, f"the realisation is malformed: {error}; push with `nix copy`") from None
     if realisation_id != f"{derivation_hash}!{output}":
         raise PushRefusedError(400, "the realisation's id is not the one in its URL; push with `nix copy`")
-    await _receiver(context).register(realisation_id, realisation, may_sign=_may_sign(request))
+    await _receiver(context).register(realisation_id, realisation, _may_sign(request))
     return _done()
 
 
@@ -168,10 +173,10 @@ def _receiver(context: ServerContext) -> PushReceiver:
     return context.push
 
 
-def _may_sign(request: Request) -> bool:
-    """Return True if the server may sign paths of this pusher."""
-    token = getattr(request.ctx, "token", None)
-    return token is not None and "sign" in token.scopes
+def _may_sign(request: Request) -> MaySign:
+    """Return whether the server may sign a path of this pusher, by the path's name."""
+    token: Token | None = getattr(request.ctx, "token", None)
+    return token.may_sign if token is not None else lambda _: False
 
 
 def _done(body: bytes | _Progress = b"") -> Representation:
