@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import zstandard
 
@@ -45,7 +46,7 @@ _NAME = re.compile(
 _thread = threading.local()  # has a compressor, which is not thread-safe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Encoding:
     """All parameters on which the compressed bytes depend."""
 
@@ -79,7 +80,7 @@ class Encoding:
         encoding = cls(level, window_log, bool(match["ldm"]), match["library"], bool(match["quick"]))
         return encoding if encoding.name == name else None  # refuse other spellings
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Return the name, which is different for each encoding. URLs contain it."""
         ldm, quick = "-ldm" * self.long_distance_matching, "-quick" * self.quick

@@ -3,10 +3,13 @@
 A digest is encoded as a little-endian number, the most significant digit first.
 """
 
+from functools import lru_cache
+
 from harmonia.errors import FormatError
 from harmonia.untrusted import excerpt
 
 ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"  # without e, o, t and u, to avoid digests that spell words
+_PAIRS = [first + second for first in ALPHABET for second in ALPHABET]
 _DIGITS = {digit: value for value, digit in enumerate(ALPHABET)}
 
 
@@ -15,10 +18,12 @@ def encoded_length(size: int) -> int:
     return (size * 8 + 4) // 5
 
 
+@lru_cache(256)  # a request encodes the same digest several times
 def encode(digest: bytes) -> str:
     """Return the digits of a digest."""
-    number = int.from_bytes(digest, "little")
-    return "".join(ALPHABET[number >> shift & 31] for shift in range((encoded_length(len(digest)) - 1) * 5, -5, -5))
+    number, length = int.from_bytes(digest, "little"), encoded_length(len(digest))
+    pairs = "".join([_PAIRS[number >> shift & 1023] for shift in range((length - 1) // 2 * 10, -10, -10)])
+    return pairs[length % 2 :]
 
 
 def decode(text: str) -> bytes:

@@ -1,6 +1,7 @@
 """Store paths: `<hash part>-<name>` in a store directory (Nix `src/libstore/path.cc`)."""
 
 import re
+from functools import lru_cache
 from typing import Self
 
 from harmonia.errors import FormatError
@@ -11,6 +12,11 @@ HASH_PART_LENGTH = 32
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{32}}")
 # Since Nix 2.21 a name may start with a dot. It must not be `.` or `..`, or start with `.-` or `..-`.
 _BASE_NAME = re.compile(rf"{_HASH_PART.pattern}-(?!\.\.?(?:-|$))[0-9A-Za-z+\-._?=]{{1,211}}")
+
+
+@lru_cache(8)
+def _full_path(store_dir: str) -> "re.Pattern[str]":
+    return re.compile(f"{re.escape(store_dir)}/({_BASE_NAME.pattern})")
 
 
 def is_hash_part(text: str) -> bool:
@@ -43,9 +49,11 @@ class StorePath(str):
         Raises StoreDirError if `path` is not in `store_dir`.
         Raises FormatError if `path` is malformed, or names a file inside a store path.
         """
+        if match := _full_path(store_dir).fullmatch(path):
+            return super().__new__(cls, match[1])
         if not path.startswith(store_dir + "/"):
             raise StoreDirError(f"{excerpt(path)} is not in the store {store_dir}")
-        return cls(path[len(store_dir) + 1 :])
+        raise FormatError(f"{excerpt(path[len(store_dir) + 1 :])} is not the base name of a store path")
 
     @property
     def hash_part(self) -> str:
