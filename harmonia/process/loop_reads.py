@@ -1,7 +1,7 @@
 """Short reads on the event loop, as long as they come from memory: a thread would take longer to wake than to read.
 
-A read that waits for the disk blocks the loop. After one, or after an error, the next reads go to a thread, so there is
-at most one such wait in each second.
+A read that waits for the disk blocks the loop. After one, the next reads go to threads for fifty times as long, at most
+for a second.
 """
 
 from collections.abc import Callable, Generator
