@@ -4,6 +4,8 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -101,18 +103,18 @@ class Lookups:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.builder = StoreBuilder(directory / "store")
-        self.path_infos = self.signatures = 0
-        path_info, signatures = Store.path_info, narinfo.signatures
+        self.path_rows = self.signatures = 0
+        path_row, signatures = Store.path_row, narinfo.signatures
 
-        def counted_path_info(store: Store, hash_part: str) -> object:
-            self.path_infos += 1
-            return path_info(store, hash_part)
+        def counted_path_row(store: Store, hash_part: str) -> object:
+            self.path_rows += 1
+            return path_row(store, hash_part)
 
         def counted_signatures(*arguments: object) -> object:
             self.signatures += 1
             return signatures(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Store, "path_info", counted_path_info)
+        monkeypatch.setattr(Store, "path_row", counted_path_row)
         monkeypatch.setattr(narinfo, "signatures", counted_signatures)
 
     def run(self, check: Callable[[Paths], Awaitable[None]]) -> None:
@@ -143,7 +145,7 @@ def test_clients_of_one_cold_path_cause_one_lookup_and_one_signature(
         assert len(set(map(id, found))) == 1
         assert found[0] is not None
         assert found[0].info.path == path
-        assert (lookups.path_infos, lookups.signatures) == (1, 1)
+        assert (lookups.path_rows, lookups.signatures) == (1, 1)
 
     lookups.run(check)
 
@@ -154,7 +156,7 @@ def test_clients_of_one_absent_path_cause_one_lookup(tmp_path: Path, monkeypatch
 
     async def check(paths: Paths) -> None:
         assert await ask(paths, StorePath("0" * 32 + "-absent")) == [None] * CALLERS
-        assert lookups.path_infos == 1
+        assert lookups.path_rows == 1
 
     lookups.run(check)
 
@@ -171,8 +173,8 @@ def test_path_registered_during_a_lookup_is_found_by_the_next_request(
         busy = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def lookup(store: Store, hash_part: str, known: SignedPath | None) -> SignedPath | None:
-            found = look_up(store, hash_part, known)  # before the path is registered
+        def lookup(*arguments: Any) -> object:
+            found = look_up(*arguments)  # before the path is registered
             loop.call_soon_threadsafe(busy.set)
             asyncio.run_coroutine_threadsafe(go.wait(), loop).result(PATIENCE_S)
             return found
@@ -201,16 +203,17 @@ def test_lookup_goes_to_a_thread_for_a_second_after_a_slow_one(tmp_path: Path, m
     threads: list[str] = []
     seconds = 100.0
     took = 0.0
-    path_info = Store.path_info
+    path_row = Store.path_row
 
-    def slow_path_info(store: Store, hash_part: str) -> object:
+    def slow_path_row(store: Store, hash_part: str) -> object:
         nonlocal seconds
         seconds += took
         threads.append(threading.current_thread().name)
-        return path_info(store, hash_part)
+        return path_row(store, hash_part)
 
-    monkeypatch.setattr(Store, "path_info", slow_path_info)
+    monkeypatch.setattr(Store, "path_row", slow_path_row)
     monkeypatch.setattr(loop_reads, "monotonic", lambda: seconds)
+    monkeypatch.setattr(loop_reads, "getrusage", lambda _: SimpleNamespace(ru_inblock=0, ru_nivcsw=0))
 
     async def check(paths: Paths) -> None:
         nonlocal took, seconds

@@ -2,9 +2,7 @@
 
 import threading
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, NamedTuple
-
-from cachetools import TTLCache
+from typing import NamedTuple
 
 from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex
@@ -13,10 +11,6 @@ from harmonia.cache.zstd import Encoding
 from harmonia.errors import CacheFileError
 from harmonia.nix import base32
 
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
-_MISS_TTL_S = 5.0  # until the next check whether another process has compressed a NAR
 _MAX_KNOWN_FILES = 65536  # remembered hashes and sizes of compressed files, some 200 bytes each
 
 
@@ -37,19 +31,11 @@ class CompressedFiles:
         self._cache = cache
         self._indexes = indexes
         self._known_files: dict[bytes, CompressedFile] = {}  # not from cachetools, because it is read without the lock
-        self._recent_misses: MutableMapping[bytes, None] = TTLCache(_MAX_KNOWN_FILES, _MISS_TTL_S)
         self._lock = threading.Lock()
 
     def known_file_info(self, sha256: bytes) -> CompressedFile | None:
         """Return the remembered hash and size of the compressed NAR, or None. They stay valid after an eviction."""
         return self._known_files.get(sha256)
-
-    def needs_no_lookup(self, sha256: bytes) -> bool:
-        """Return True if `known_file_info` is up to date, so that `find_file_info` is not needed.
-
-        That is: the file is known, or a lookup in the last seconds did not find it.
-        """
-        return sha256 in self._known_files or sha256 in self._recent_misses
 
     def find_file_info(self, sha256: bytes) -> CompressedFile | None:
         """Return the hash and size of the compressed NAR, looked up in the cache if necessary, or None."""
@@ -61,9 +47,6 @@ class CompressedFiles:
             elif index := self.load_frame_index(sha256, self._encoding):
                 info = CompressedFile(index.sha256, index.size)
                 self.remember(sha256, info)
-            else:
-                with self._lock:
-                    self._recent_misses[sha256] = None
         return info
 
     def remember_file(self, sha256: bytes, file: CachedFile) -> None:

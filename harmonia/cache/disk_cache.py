@@ -270,6 +270,8 @@ class DiskCache:
 
     def _find_file(self, key: str) -> CachedFile | None:
         path = self.path(key)
+        if not os.access(path, os.F_OK):  # less than half the time of an error of `open`
+            return None
         try:
             file = CachedFile(os.open(path, _READ), damaged=partial(self.discard, path))
         except FileNotFoundError:

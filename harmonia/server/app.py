@@ -19,7 +19,7 @@ from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.request_body import dropping
 from harmonia.server.http.response import Handler, Representation, respond
 from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
-from harmonia.server.resources import metrics
+from harmonia.server.resources import metrics, narinfo
 from harmonia.server.resources.push import receiving
 from harmonia.server.routes import METRICS_ROUTES, PUSH_ROUTES, ROUTES, Route
 from harmonia.upstream.refusals import Reason
@@ -75,7 +75,7 @@ def _app(
         request_class=sanic_adapter.AdaptedRequest,
     )
     app.ctx.identity = context.identity
-    app.ctx.response_cache = ResponseCache()
+    app.ctx.response_cache = ResponseCache(narinfo.Narinfos(context).content_now)
     app.ctx.loop_turns, app.ctx.client = context.loop_turns, context.client
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:

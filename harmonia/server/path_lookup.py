@@ -20,7 +20,7 @@ from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
 from harmonia.store import queries
 from harmonia.store.publish_policy import CLOSURE_FRESH_S, PublishPolicy
-from harmonia.store.store import Store
+from harmonia.store.store import PathRow, Store
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -31,11 +31,12 @@ _CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served
 _log = logging.getLogger("harmonia")
 
 
-class _Unknown(Enum):
+class Unknown(Enum):
     UNKNOWN = 0
 
 
-_UNKNOWN: Final = _Unknown.UNKNOWN
+UNKNOWN: Final = Unknown.UNKNOWN
+"""Result of a lookup that has to be made by a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ class SignedPath:
 
     info: PathInfo
     sigs: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _CachedPath:
+    path: SignedPath
+    row: PathRow
+    generation: Hashable
+    """The generation of the database as of which the path has this row."""
 
 
 class Paths:
@@ -60,7 +69,7 @@ class Paths:
         # For the event loop, which never waits for a lock of the database.
         self._loop_store = Store(store.store_dir, store.real_dir, database, timeout=0)
         self._this_turn: Hashable = None
-        self._cache: MutableMapping[str, tuple[Hashable, SignedPath]] = LRUCache(_MAX_PATHS)
+        self._cache: MutableMapping[str, _CachedPath] = LRUCache(_MAX_PATHS)
         self._lookups = SingleFlight()
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
@@ -75,14 +84,23 @@ class Paths:
         StoreUnavailableError if the database does not answer in time.
         """
         path = self._lookup_now(hash_part)
-        if isinstance(path, _Unknown):
+        if isinstance(path, Unknown):
             generation = self._generation()
             # A lookup that began before the last change of the database may have missed it: start a new one.
             path = await self._lookups.run((hash_part, generation), partial(self._query, hash_part, generation))
         return path if path is None or self._closure is None or await self._is_needed(path.info.path) else None
 
-    def _lookup_now(self, hash_part: str) -> SignedPath | _Unknown | None:
-        """Return the path, from memory or looked up on the event loop. Return _UNKNOWN if a thread has to look it up.
+    def lookup_now(self, hash_part: str) -> SignedPath | Unknown | None:
+        """Return the result of `lookup_path`, or UNKNOWN if a thread has to look. Does not block.
+
+        Returns the same object until the row of the path changes, as long as the path is cached.
+        Raises StoreObjectError like `lookup_path`.
+        """
+        path = self._lookup_now(hash_part)
+        return path if path is None or self._closure is None else UNKNOWN
+
+    def _lookup_now(self, hash_part: str) -> SignedPath | Unknown | None:
+        """Return the path, from memory or looked up on the event loop. Return UNKNOWN if a thread has to look it up.
 
         The publish policy's closure is not asked.
         """
@@ -92,35 +110,35 @@ class Paths:
             self._absent.clear()
         if hash_part in self._absent:
             return None
-        cached_generation, cached = self._cache.get(hash_part, (None, None))
-        if cached is not None and cached_generation == generation:
-            return cached
+        cached = self._cache.get(hash_part)
+        if cached is not None and cached.generation == generation:
+            return cached.path
         if not self._threads.loop_db.allowed:
-            return _UNKNOWN
+            return UNKNOWN
         try:
-            path = self._threads.loop_db.run(partial(self._look_up, self._loop_store, hash_part, cached))
+            found = self._threads.loop_db.run(partial(self._look_up, self._loop_store, hash_part, cached, generation))
         except StoreUnavailableError:  # perhaps only busy: a thread waits
-            return _UNKNOWN
-        return self._keep(hash_part, generation, path)
+            return UNKNOWN
+        return self._keep(hash_part, generation, found)
 
     async def _query(self, hash_part: str, generation: Hashable) -> SignedPath | None:
         """Look the path up in a thread, and cache the result as of `generation`."""
-        _, cached = self._cache.get(hash_part, (None, None))
-        path = await self._threads.run_db(partial(self._look_up, self._store, hash_part, cached))
-        return self._keep(hash_part, generation, path)
+        cached = self._cache.get(hash_part)
+        found = await self._threads.run_db(partial(self._look_up, self._store, hash_part, cached, generation))
+        return self._keep(hash_part, generation, found)
 
-    def _keep(self, hash_part: str, generation: Hashable, path: SignedPath | None) -> SignedPath | None:
-        """Cache the result of a lookup. Return it.
+    def _keep(self, hash_part: str, generation: Hashable, found: _CachedPath | None) -> SignedPath | None:
+        """Cache the result of a lookup. Return its path.
 
         `generation` was read before the path: after a change in between, the next request looks the path up again.
         """
-        if path is None:
-            self._cache.pop(hash_part, None)
-            if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
-                self._absent.add(hash_part)
-        else:
-            self._cache[hash_part] = generation, path
-        return path
+        if found is not None:
+            self._cache[hash_part] = found
+            return found.path
+        self._cache.pop(hash_part, None)
+        if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
+            self._absent.add(hash_part)
+        return None
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:
         """Like `lookup_path`, but return None if the row is malformed. For paths that the response only mentions."""
@@ -141,10 +159,8 @@ class Paths:
 
         Returns False if a thread must look it up, if the policy has gc_roots, or if the row is malformed.
         """
-        if self._closure is not None:
-            return False
         try:
-            return self._lookup_now(path.info.path.hash_part) == path
+            return self.lookup_now(path.info.path.hash_part) == path
         except StoreObjectError:
             return False
 
@@ -208,16 +224,20 @@ class Paths:
         await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, CLOSURE_FRESH_S))
         return path in closure
 
-    def _look_up(self, store: Store, hash_part: str, cached: SignedPath | None) -> SignedPath | None:
-        """Look the path up in `store`. Return `cached` itself if its row has not changed."""
-        info = store.path_info(hash_part)
-        if info is None:
+    def _look_up(
+        self, store: Store, hash_part: str, cached: _CachedPath | None, generation: Hashable
+    ) -> _CachedPath | None:
+        """Look the path up in `store`, as of `generation`. Keep the path of `cached` if its row is the same."""
+        row = store.path_row(hash_part)
+        if row is None:
             return None
-        if cached is not None and cached.info == info:
-            return cached
+        if cached is not None and cached.row == row:
+            return _CachedPath(cached.path, row, generation)
+        info = store.parse_row(row)
         if self.policy is not None and not self.policy.permits(info):
             return None
         for sig in info.sigs:
             if not is_signature(sig):
                 _log.warning("%s: skipping a stored signature: %r is malformed; sign the path again", info.path, sig)
-        return SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))
+        path = SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))
+        return _CachedPath(path, row, generation)

@@ -6,7 +6,8 @@ The tables are those of Nix `src/libstore/schema.sql`, from Nix 2.3 on.
 import os
 import sqlite3
 from collections.abc import Hashable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 from urllib.parse import quote
 
 from harmonia.config.settings import NO_DATABASE, Settings
@@ -59,6 +60,9 @@ create table ValidPaths (id integer primary key autoincrement, path text unique,
 create table Refs (referrer integer, reference integer);
 """
 """The tables that we read, for a server without a local store."""
+
+PathRow = tuple[str, str, int | None, str | None, str | None, str | None, str | None]
+"""A row of _PATH_INFO."""
 
 _NO_SHM = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
@@ -172,6 +176,7 @@ class Store:
     def __init__(self, store_dir: str, real_dir: str, db_path: str, timeout: float = BUSY_TIMEOUT_S) -> None:
         self.store_dir = store_dir
         self.real_dir = real_dir
+        self._store_path = partial(StorePath.in_dir, store_dir)
         self.database = Database(db_path, timeout)
         self._is_local = db_path != NO_DATABASE
 
@@ -196,11 +201,18 @@ class Store:
 
         Raises StoreObjectError if the row in the database is malformed or incomplete.
         """
+        row = self.path_row(hash_part)
+        return None if row is None else self.parse_row(row)
+
+    def path_row(self, hash_part: str) -> PathRow | None:
+        """Return the row of the valid path with this hash part, with its references, or None."""
         prefix = f"{self.store_dir}/{hash_part}"
         rows = self.database.query(_PATH_INFO, prefix)
-        if not rows or not rows[0][0].startswith(prefix):
-            return None
-        path, nar_hash, nar_size, deriver, sigs, ca, references = rows[0]
+        return cast("PathRow", rows[0]) if rows and rows[0][0].startswith(prefix) else None
+
+    def parse_row(self, row: PathRow) -> PathInfo:
+        """Return the path of a row. Raises StoreObjectError if the row is malformed or incomplete."""
+        path, nar_hash, nar_size, deriver, sigs, ca, references = row
         try:
             if nar_size is None or nar_size <= 0:
                 raise FormatError("its NAR size is unknown")
@@ -284,9 +296,6 @@ class Store:
             )
         except FormatError as error:
             raise StoreObjectError(f"cannot use the database's row for {derivation}!{output}: {error}") from error
-
-    def _store_path(self, path: str) -> StorePath:
-        return StorePath.in_dir(self.store_dir, path)
 
     def check(self) -> None:
         """Raise StoreUnavailableError if the database or the store directory cannot be read now."""

@@ -111,13 +111,13 @@ class Representation:
 
     @classmethod
     def of_metadata(cls, content_type: str, text: bytes, max_age: int) -> Self:
-        """Return a representation that caches may keep for `max_age` seconds. Its ETag is a hash of the text."""
-        return cls(
-            content_type=content_type,
-            body=text,
-            cache_control=f"public, max-age={max_age}",
-            etag=f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"',
-        )
+        """Return a representation that caches may keep for `max_age` seconds."""
+        return cls(content_type=content_type, body=text, cache_control=f"public, max-age={max_age}", etag=etag_of(text))
+
+
+def etag_of(text: bytes) -> str:
+    """Return an ETag that is a hash of the text."""
+    return f'"{hashlib.blake2b(text, digest_size=15).hexdigest()}"'
 
 
 Handler = Callable[..., Awaitable[Representation]]

@@ -1,26 +1,38 @@
-"""Response cache keyed by the exact request head. An entry is used only while its resource confirms that it is valid.
+"""Responses without Sanic, for requests whose head resembles that of an earlier request.
 
 Parsing a request, running its handler and building a response takes several times as long as sending it, and clients of
-one kind send the same bytes. The key has all fields, such as Accept-Encoding and If-None-Match, so that the cache needs
-no HTTP rules of its own.
+one kind send the same bytes. The keys have all fields, such as Accept-Encoding, so that the cache needs no HTTP rules
+of its own. There are two ways:
+
+- A request that repeats an earlier one gets the same response, if its resource confirms that it is still valid.
+- A request for a narinfo that differs from an earlier one only in the hash part gets a response with the same head,
+  with its own ETag, Content-Length and Date.
 """
 
+import re
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from operator import attrgetter
+from typing import Final
 
 from cachetools import FIFOCache, RRCache
 from sanic import Request
 from sanic.exceptions import NotFound
 
 from harmonia.metrics.shared_counters import RouteCounters
+from harmonia.nix.base32 import ALPHABET
 from harmonia.server.http.sanic_adapter import date, reader_of
 
-_MAX_SHORT_BYTES = 8 * 1024 * 1024  # for short responses, some 5,000 narinfos
+_MAX_SHORT_BYTES = 4 * 1024 * 1024  # for short responses, such as narinfos to conditional requests
 _MAX_LONG_BYTES = 32 * 1024 * 1024  # for long responses, such as small NARs; they do not evict short ones
 _LONG_BYTES = 16 * 1024  # length from which on a response is long
+_MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of narinfo requests; each client program has a few kinds
+
+_NARINFO = re.compile(rf"(?:GET|HEAD) /([{ALPHABET}]{{32}})\.narinfo HTTP/1\.1\r\n".encode())
+_NARINFO_HEAD = re.compile(rb'(.*\r\netag: )"[^"]*"(\r\ncontent-length: )[0-9]+(\r\ndate: )[^\r]*(.*)', re.DOTALL)
 
 StillValid = Callable[[], bool]
 """Returns, without blocking, whether the same request would get the same response now."""
@@ -33,6 +45,59 @@ class AbsentError(NotFound):
         """Create the error. `still_valid` returns True while the resource is missing; without it, 404 is not cached."""
         super().__init__()
         self.still_valid = still_valid
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A body in memory."""
+
+    body: bytes
+    etag: bytes
+
+
+ABSENT: Final = Content(b"", b"")
+"""The result of a lookup of content that the local store does not have."""
+ContentNow = Callable[[str], Content | None]
+"""Returns the narinfo of a hash part, or ABSENT, or None if only the handler can find out. Does not block."""
+
+
+class _NarinfoKind:
+    """Narinfo requests with the same method and fields, and the heads of the responses to them."""
+
+    def __init__(self, key: bytes, route: RouteCounters) -> None:
+        """Create a kind that has the head `key`, from which the hash part was removed."""
+        self._route = route
+        self._has_body = key.startswith(b"GET ")
+        self._head_of_200: tuple[bytes, ...] | None = None
+        """The parts before ETag, before Content-Length, before Date, and after Date."""
+        self._response_404: tuple[bytes, bytes, int] | None = None
+        """The parts before and after Date, and the length of the body."""
+        self.memory_bytes = 4 * len(key) + 2048
+
+    def learn(self, status: int, head: bytes, body: bytes) -> None:
+        """Remember the head of a response of the handler."""
+        if status == HTTPStatus.OK and (parts := _NARINFO_HEAD.fullmatch(head)):
+            self._head_of_200 = parts.groups()
+        elif status == HTTPStatus.NOT_FOUND:
+            before, after = _around_date(head)
+            self._response_404 = before, after + body, len(body)
+
+    def response(self, content: Content, began: float) -> list[bytes] | None:
+        """Return and count the response with this content, or return None if its head is not known yet."""
+        if content is not ABSENT:
+            if self._head_of_200 is None:
+                return None
+            status, body = 200, content.body if self._has_body else b""
+            sent, length = len(body), b"%d" % len(content.body)
+            before_etag, before_length, before_date, after = self._head_of_200
+            before = b"%b%b%b%b%b" % (before_etag, content.etag, before_length, length, before_date)
+        else:
+            if self._response_404 is None:
+                return None
+            status, body = 404, b""
+            before, after, sent = self._response_404
+        self._route.count(status, sent, time.perf_counter() - began, None)
+        return [b"%b%b%b%b" % (before, date().encode(), after, body)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +119,9 @@ class _CachedResponse:
 class ResponseCache:
     """Cached responses of a worker."""
 
-    def __init__(self, short_limit: int = _MAX_SHORT_BYTES, long_limit: int = _MAX_LONG_BYTES) -> None:
+    def __init__(
+        self, narinfo_now: ContentNow, short_limit: int = _MAX_SHORT_BYTES, long_limit: int = _MAX_LONG_BYTES
+    ) -> None:
         """Create a cache of at most so many bytes. The oldest short response, or a random long one, is evicted first.
 
         Why random: clients download closures in the same order. If a closure exceeds the limit, the oldest response
@@ -63,10 +130,15 @@ class ResponseCache:
         size = attrgetter("memory_bytes")
         self._short: MutableMapping[bytes, _CachedResponse] = FIFOCache(short_limit, getsizeof=size)
         self._long: MutableMapping[bytes, _CachedResponse] = RRCache(long_limit, getsizeof=size)
+        self._kinds: MutableMapping[bytes, _NarinfoKind] = FIFOCache(_MAX_KINDS_BYTES, getsizeof=size)
+        self._narinfo_now = narinfo_now
 
-    def cached_response(self, head: bytes) -> list[bytes] | None:
-        """Return the parts of the cached response to this request head, and count the request, or return None."""
+    def response(self, head: bytes) -> list[bytes] | None:
+        """Return the parts of the response to this request head, or None if Sanic has to answer. Count the request."""
         began = time.perf_counter()
+        if (narinfo := _NARINFO.match(head)) and (kind := self._kinds.get(_key(narinfo))):
+            content = self._narinfo_now(narinfo[1].decode())
+            return None if content is None else kind.response(content, began)
         cached = self._short.get(head) or self._long.get(head)
         if cached is None:
             return None
@@ -80,20 +152,37 @@ class ResponseCache:
         return [b"%b%b%b" % (cached.before, date().encode(), cached.after), cached.body]
 
     def remember(self, request: Request, sent: bytes) -> None:
-        """Cache the bytes that were sent for a request, if its handler has set `still_valid`."""
+        """Learn from the bytes that were sent for a request, if its handler has set `still_valid`."""
         validity: tuple[StillValid, RouteCounters] | None = getattr(request.ctx, "still_valid", None)
         http = reader_of(request)
         # The cache matches heads only: the body of a later request would be read as the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
         if validity is None or has_body or not http.keep_alive or not validity[0]():
             return
+        status = http.response.status
         body = b"" if request.method == "HEAD" else http.response.body or b""
-        before, separator, after = sent[: len(sent) - len(body)].partition(b"\r\ndate: ")
+        response_head = sent[: len(sent) - len(body)]
         head = request.head + b"\r\n\r\n"
+        is_conditional = any(name.startswith("if-") for name in request.headers)
+        if (narinfo := _NARINFO.match(head)) and not is_conditional:
+            key = _key(narinfo)
+            kind = self._kinds.get(key) or _NarinfoKind(key, validity[1])
+            kind.learn(status, response_head, body)
+            self._kinds[key] = kind
+            return
         memory = len(head) + len(sent)
         served = getattr(request.ctx, "served", None)
-        cached = _CachedResponse(
-            before + separator, after[len(date()) :], body, *validity, http.response.status, memory, served
-        )
+        cached = _CachedResponse(*_around_date(response_head), body, *validity, status, memory, served)
         with suppress(ValueError):  # larger than the whole cache
             (self._long if memory >= _LONG_BYTES else self._short)[head] = cached
+
+
+def _key(narinfo: re.Match[bytes]) -> bytes:
+    """Return the head of a narinfo request without the hash part."""
+    return narinfo.string[: narinfo.start(1)] + narinfo.string[narinfo.end(1) :]
+
+
+def _around_date(head: bytes) -> tuple[bytes, bytes]:
+    """Return the parts of the head of a response before and after the value of Date."""
+    before, separator, after = head.partition(b"\r\ndate: ")
+    return before + separator, after[len(date()) :]

@@ -145,29 +145,30 @@ def prepare(app: "Sanic[Any, Any]", *, primary: bool) -> None:
 class Connection(HttpProtocol):
     """Sanic's protocol with a timeout for the whole head. Sanic itself restarts the timeout with each byte.
 
-    A request whose response is cached is answered here, without Sanic.
+    A request that resembles an earlier one may be answered here, without Sanic.
     """
 
     HTTP_CLASS = Http
     __slots__ = ("_closing",)
 
     def data_received(self, data: bytes) -> None:
-        http = getattr(self, "_http", None)  # set when the connection's task starts
-        if http is not None and self._is_idle(http) and (response := self.app.ctx.response_cache.cached_response(data)):
+        if self._is_idle() and (response := self.app.ctx.response_cache.response(data)):
             cast("asyncio.WriteTransport", self.transport).writelines(response)
             self._time = time.monotonic()
             return
         began = self._time
         super().data_received(data)
-        if http is not None and http.stage is Stage.REQUEST:
+        if self.http is not None and self.http.stage is Stage.REQUEST:
             self._time = began
 
-    def _is_idle(self, http: Http) -> bool:
+    def _is_idle(self) -> bool:
         """Return True if a request can be answered at once: no other is pending, and the client reads."""
+        if hasattr(self, "_http"):  # the connection's task has started
+            http = self._http
+            if http is None or http.stage is not Stage.IDLE or not http.keep_alive or http.request_body:
+                return False
         return (
-            http.stage is Stage.IDLE
-            and http.keep_alive
-            and not (self.recv_buffer or http.request_body)
+            not self.recv_buffer
             and self._can_write.is_set()
             and not (self.transport is None or self.transport.is_closing())
         )

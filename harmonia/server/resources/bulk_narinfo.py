@@ -68,7 +68,7 @@ async def _find_published(context: ServerContext, request: Request, hash_parts: 
 async def render(context: ServerContext, paths: Sequence[SignedPath]) -> list[str]:
     """Return the narinfos of local paths, as in `/<hash>.narinfo`."""
     files, store_dir = context.compressor.files, context.settings.virtual_nix_store
-    hashes = [path.info.nar_hash for path in paths if not files.needs_no_lookup(path.info.nar_hash)]
+    hashes = [path.info.nar_hash for path in paths if files.known_file_info(path.info.nar_hash) is None]
     if context.offers_zstd and hashes:
         await context.threads.run_io(lambda: [files.find_file_info(nar_hash) for nar_hash in hashes])
     return [narinfo.render(path.info, store_dir, nar_file(context, path.info), path.sigs) for path in paths]

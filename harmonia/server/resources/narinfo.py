@@ -1,18 +1,27 @@
 """`/<hash>.narinfo`: signed metadata of a store path, and the URL of its NAR. With `?json`, in JSON."""
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from time import monotonic
 
+from cachetools import FIFOCache
 from sanic import Request
 
+from harmonia.cache.compressed_files import CompressedFile
 from harmonia.cache.zstd import Encoding
+from harmonia.errors import StoreObjectError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.context import ServerContext
-from harmonia.server.http.response import Representation
-from harmonia.server.http.response_cache import AbsentError
+from harmonia.server.http.response import Representation, etag_of
+from harmonia.server.http.response_cache import ABSENT, AbsentError, Content
+from harmonia.server.path_lookup import SignedPath, Unknown
+
+_RECHECK_S = 5.0  # until the next check whether another process has compressed a NAR
+_MAX_BYTES = 8 * 1024 * 1024  # of narinfos in memory, some 8,000
 
 
 def nar_url(info: PathInfo) -> str:
@@ -32,16 +41,71 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     if path is None:
         raise AbsentError(partial(context.paths.is_absent, hash_part))
     info, files = path.info, context.compressor.files
-    if context.offers_zstd and not files.needs_no_lookup(info.nar_hash):
-        await context.threads.run_short_io(lambda: files.find_file_info(info.nar_hash))
+    if context.offers_zstd and files.known_file_info(info.nar_hash) is None:
+        await context.threads.run_short_io(partial(files.find_file_info, info.nar_hash))
     compressed = files.known_file_info(info.nar_hash)
     nar, max_age = nar_file(context, info), context.settings.narinfo_max_age
+    expires = monotonic() + _RECHECK_S
 
     def still_valid() -> bool:
-        needs_no_lookup = not context.offers_zstd or files.needs_no_lookup(info.nar_hash)
-        return needs_no_lookup and files.known_file_info(info.nar_hash) == compressed and context.paths.is_current(path)
+        return _is_file_current(context, info, compressed, expires) and context.paths.is_current(path)
 
     return replace(representation(context, request, info, nar, path.sigs, max_age=max_age), still_valid=still_valid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Narinfo(Content):
+    path: SignedPath
+    compressed: CompressedFile | None
+    expires: float
+
+
+class Narinfos:
+    """Narinfos of a worker, for requests that are answered without Sanic."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._narinfos: MutableMapping[str, _Narinfo] = FIFOCache(_MAX_BYTES, getsizeof=lambda it: len(it.body))
+
+    def content_now(self, hash_part: str) -> Content | None:
+        """Return the narinfo that `get` would return, or ABSENT, or None if only `get` can find out. Does not block."""
+        context, cached = self._context, self._narinfos.get(hash_part)
+        try:
+            path = context.paths.lookup_now(hash_part)
+        except StoreObjectError:
+            return None
+        if isinstance(path, Unknown):
+            return None
+        if context.push is not None:
+            context.push.note_answer(hash_part, found=path is not None)
+        if path is None:
+            return ABSENT
+        if cached is None or cached.path is not path:
+            return self._render_now(path)
+        is_current = _is_file_current(context, path.info, cached.compressed, cached.expires)
+        return cached if is_current else self._render_now(path)
+
+    def _render_now(self, path: SignedPath) -> Content | None:
+        """Return the narinfo and cache it, or return None if a thread has to look for the compressed file."""
+        context, info, files = self._context, path.info, self._context.compressor.files
+        if context.offers_zstd and files.known_file_info(info.nar_hash) is None:
+            if not context.threads.loop_io.allowed:
+                return None
+            context.threads.loop_io.run(partial(files.find_file_info, info.nar_hash))
+        compressed = files.known_file_info(info.nar_hash)
+        body = narinfo.render(info, context.settings.virtual_nix_store, nar_file(context, info), path.sigs).encode()
+        rendered = _Narinfo(body, etag_of(body).encode(), path, compressed, monotonic() + _RECHECK_S)
+        with suppress(ValueError):  # larger than the whole cache
+            self._narinfos[info.path.hash_part] = rendered
+        return rendered
+
+
+def _is_file_current(context: ServerContext, info: PathInfo, compressed: CompressedFile | None, expires: float) -> bool:
+    """Return True if `compressed` is still the compressed file of the path's NAR. If None, that `expires`."""
+    if not context.offers_zstd:
+        return True
+    is_known = context.compressor.files.known_file_info(info.nar_hash) == compressed
+    return is_known and (compressed is not None or monotonic() < expires)
 
 
 def representation(

@@ -1,0 +1,150 @@
+"""After any change of the database, a narinfo from memory is the one that a fresh lookup gives."""
+
+import asyncio
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harmonia.config import loader
+from harmonia.errors import StoreObjectError
+from harmonia.nix import base32, narinfo
+from harmonia.nix.signing import SecretKey
+from harmonia.server import worker
+from harmonia.server.http.response_cache import ABSENT
+from harmonia.server.resources.narinfo import Narinfos, nar_url
+from harmonia.store.store import Store
+from harmonia.tools.store_builder import StoreBuilder
+
+PATHS = [f"/nix/store/{base32.encode(bytes([number] * 20))}-path" for number in range(5)]
+SIGNERS = [SecretKey.generate(f"signer-{number}") for number in range(2)]
+KEY = SecretKey.generate("own-1")
+
+_ROW = "select id, hash, narSize, sigs from ValidPaths where path = ? and hash not like '%malformed'"
+_REFERENCES = "select path from Refs join ValidPaths on id = reference where referrer = ?"
+
+paths = st.sampled_from(PATHS)
+Change = Callable[[sqlite3.Connection], object]
+
+
+def execute(statement: str, *parameters: object) -> Change:
+    return lambda database: database.execute(statement, parameters)
+
+
+def register(path: str, digest: int, size: int) -> Change:
+    statement = "insert or ignore into ValidPaths (path, hash, registrationTime, narSize) values (?, ?, 1, ?)"
+    return execute(statement, path, f"sha256:{digest:064x}", size)
+
+
+def sign(path: str, signer: SecretKey) -> Change:
+    """Add a signature by `signer` to the path as it is registered now."""
+
+    def change(database: sqlite3.Connection) -> None:
+        for number, nar_hash, size, sigs in database.execute(_ROW, (path,)).fetchall():
+            references = sorted(name for (name,) in database.execute(_REFERENCES, (number,)))
+            encoded = base32.encode(bytes.fromhex(nar_hash.rpartition(":")[2]))
+            fingerprint = f"1;{path};sha256:{encoded};{size};{','.join(references)}".encode()
+            signed = f"{sigs or ''} {signer.sign(fingerprint)}"
+            database.execute("update ValidPaths set sigs = ? where id = ?", (signed, number))
+
+    return change
+
+
+def collect(path: str) -> Change:
+    """Delete a path without other referrers, as the garbage collector does."""
+    return execute(
+        "delete from ValidPaths where path = ? and id not in (select reference from Refs where referrer <> reference)",
+        path,
+    )
+
+
+def refer(referrer: str, reference: str) -> Change:
+    return execute(
+        "insert or ignore into Refs select a.id, b.id from ValidPaths a, ValidPaths b where a.path = ? and b.path = ?",
+        referrer,
+        reference,
+    )
+
+
+def set_column(path: str, column: str, value: object) -> Change:
+    return execute(f"update ValidPaths set {column} = ? where path = ?", value, path)
+
+
+changes = st.one_of(
+    st.builds(register, paths, st.integers(0, 2), st.integers(1, 3)),
+    st.builds(collect, paths),
+    st.builds(refer, paths, paths),
+    st.builds(sign, paths, st.sampled_from(SIGNERS)),
+    st.builds(set_column, paths, st.just("sigs"), st.sampled_from([None, "", "malformed"])),
+    st.builds(set_column, paths, st.just("ca"), st.sampled_from([None, f"text:sha256:{'0' * 52}", "malformed"])),
+    st.builds(set_column, paths, st.just("narSize"), st.sampled_from([None, 0, 7, 8])),
+    st.builds(set_column, paths, st.just("hash"), st.sampled_from([f"sha256:{'1' * 64}", "sha256:malformed"])),
+    st.builds(set_column, paths, st.just("deriver"), st.sampled_from([None, f"{PATHS[0]}.drv", "/elsewhere"])),
+    st.builds(set_column, paths, st.just("registrationTime"), st.integers(1, 9)),
+    st.builds(
+        lambda path: execute("delete from Refs where referrer in (select id from ValidPaths where path = ?)", path),
+        paths,
+    ),
+    st.just(execute("delete from Refs where referrer = reference")),
+)
+steps = st.lists(st.lists(changes, min_size=1, max_size=3), min_size=1, max_size=12)
+"""Transactions."""
+
+
+def expected(store: Store, hash_part: str, signer: SecretKey | None) -> str | None:
+    """Return the narinfo of a new lookup, "" if there is none, or None if the row is malformed."""
+    try:
+        info = store.path_info(hash_part)
+    except StoreObjectError:
+        return None
+    fingerprint = info.fingerprint("/nix/store") if info else b""
+    if info is None or (signer and not any(signer.public_key.verify(fingerprint, sig) for sig in info.sigs)):
+        return ""
+    nar = narinfo.NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
+    return narinfo.render(info, "/nix/store", nar, narinfo.signatures(info, "/nix/store", [KEY]))
+
+
+@pytest.mark.parametrize("signer", [None, SIGNERS[0]], ids=["published", "published if signed"])
+def test_narinfo_from_memory_is_that_of_a_new_lookup(signer: SecretKey | None) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        builder = StoreBuilder(directory)
+        text = (
+            f"real_nix_store = '{builder.real_dir}'\nnix_db_path = '{builder.db_path}'\nnar_compression = 'none'\n"
+            f"cache_dir = '{directory}/cache'\ndebug_info = false\ndaemon_socket = ''\n"
+        )
+        if signer is not None:
+            text += f"[publish]\nsigned_by = ['{signer.public_key}']\n"
+        context = worker.prepare(loader.parse(text, "test", {}), [KEY])
+        narinfos = Narinfos(context)
+        fresh = Store("/nix/store", builder.real_dir, builder.db_path)
+
+        async def check(transactions: list[list[Change]]) -> None:
+            for transaction in transactions:
+                with builder.connect() as database:
+                    for change in transaction:
+                        change(database)
+                await asyncio.sleep(0)  # the next turn of the event loop looks for changes
+                for path in PATHS:
+                    hash_part = path.rpartition("/")[2][:32]
+                    wanted = expected(fresh, hash_part, signer)
+                    for _ in range(2):
+                        content = narinfos.content_now(hash_part)
+                        if wanted is None:
+                            assert content is None
+                        elif wanted == "":
+                            assert content is ABSENT
+                        else:
+                            assert content is not None
+                            assert content.body.decode() == wanted
+
+        @given(steps)
+        def changed(transactions: list[list[Change]]) -> None:
+            clear = [execute("delete from Refs"), execute("delete from ValidPaths")]
+            asyncio.run(check([clear, [partial(register(path, 0, 1)) for path in PATHS], *transactions]))
+
+        changed()
+        context.close()
