@@ -520,12 +520,14 @@ in
           KeyringMode = "private";
           SystemCallArchitectures = "native";
           SystemCallErrorNumber = "EPERM";
-          # setpriority of @resources: compression threads run at a lower priority than request threads.
+          # setpriority and sched_setscheduler of @resources: compression threads run at a lower priority than request
+          # threads, and those of warm = "new" at idle priority.
           SystemCallFilter = [
             "@system-service"
             "~@privileged"
             "~@resources"
             "setpriority"
+            "sched_setscheduler"
           ];
 
           # The store can be anywhere, so there is no RootDirectory and no NoExecPaths. Everything is read-only.

@@ -363,7 +363,7 @@ def test_ctrl_c_ends_warm_while_threads_compress(config: Path, tmp_path: Path) -
         file.write(f"cache_dir = '{tmp_path}/cache'\n")
     info = StoreBuilder(tmp_path / "another").add_text("text", b"")
     config.write_text(config.read_text().replace(f"{tmp_path}/nix", f"{tmp_path}/another/nix"))
-    endless = patched("import harmonia.tools.warm\nharmonia.tools.warm._state = lambda _: None")
+    endless = patched("import harmonia.cache.warmer\nharmonia.cache.warmer._state = lambda _: None")
     command = [*endless, "--config", str(config), "warm", info.path]
     done = interrupted(*command, begun=lambda _: any((tmp_path / "cache").glob("nar/*")))
     assert done.returncode == 130

@@ -15,7 +15,7 @@ ORDER = (
 )
 """Each unit imports only from itself and from units to the right. Units between two `>` do not import each other."""
 SERVER_ORDER = (
-    "worker > app > routes error_response > resources > page connections > context > events"
+    "worker > app cache_warmer > routes error_response > resources > page connections > context > events"
     " > made_once path_lookup > http"
 )
 
@@ -102,9 +102,9 @@ def test_no_module_imports_itself_through_others() -> None:
         ("process.sockets", "from harmonia.cache import disk_cache"),
         ("upstream.client", "from harmonia.server.app import create_app"),
         ("process.supervisor", "from sanic import Sanic"),
-        ("tools.warm", "from sanic import Sanic"),
+        ("tools.demo", "from sanic import Sanic"),
         ("server.app", "import harmonia.cli"),
-        ("server.app", "import harmonia.tools.warm"),
+        ("server.app", "import harmonia.tools.demo"),
         ("server.http.auth", "from harmonia.server.context import ServerContext"),
         ("server.context", "from harmonia.server.resources import narinfo"),
     ],

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.cache.warmer import Warmer
 from harmonia.config.loader import parse
 from harmonia.store.store import Store
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.tools.warm import warm
 from support.programs import needs_root
-from support.running import HARMONIA, Server, nar_url, run, unpacked, wait_until
+from support.running import HARMONIA, Server, nar_url, run, unpacked
 
 Start = Callable[..., Server]
 
@@ -52,10 +52,10 @@ def test_progress_is_reported_within_a_large_nar(store: StoreBuilder, tmp_path: 
     info = store.add(store.output_path("large"), Sparse(40 << 20))
     settings = parse(Path(config(store, tmp_path)).read_text(), "warm.toml", {})
     progress: list[int] = []
+    warmer = Warmer(settings, Store.of(settings))
     for states in (["compressed"], ["there"]):
         progress.clear()
-        wait_until(lambda: not any((tmp_path / "cache").glob("nar/*.growing")))  # complete, but not renamed yet
-        assert [each.state for each in warm(settings, Store.of(settings), [info.path], progress.append)] == states
+        assert [each.state for each in warmer.warm([info.path], progress.append)] == states
         assert sum(progress) == info.nar_size
         assert (max(progress) < info.nar_size / 2) == (states == ["compressed"])
 

@@ -51,8 +51,11 @@ class DiskCache:
     removed: Callable[[], object]
     """Callback after files were evicted or discarded. It must return quickly."""
 
-    def __init__(self, directory: str, limit: int | None = None) -> None:
+    def __init__(self, directory: str, limit: int | None = None, growing: str = GROWING) -> None:
         """Create the directory, or make it private.
+
+        `growing` is the suffix of growing files. Processes with other suffixes do not wait for these files. It ends in
+        GROWING.
 
         `limit` is the maximum size in bytes. The default is half of the free space and the cache, at most 20 GiB.
         Raises OSError if the directory cannot be created or written to.
@@ -61,6 +64,7 @@ class DiskCache:
         self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self.removed = _nothing
         self._directory = directory
+        self._growing = growing
         self._unusable_until = 0.0
         _make_private(directory)
         disk = os.statvfs(directory)
@@ -86,7 +90,7 @@ class DiskCache:
         return file is not None
 
     def is_growing(self, key: str) -> bool:
-        """Return True if a process fills the file of a key, or died while it did."""
+        """Return True if a process with the suffix GROWING fills the file of a key, or died while it did."""
         return os.path.lexists(self.path(key) + GROWING)
 
     def remove(self, key: str) -> None:
@@ -206,11 +210,12 @@ class DiskCache:
                 self.evict()
 
     def room(self) -> int:
-        """Return the number of bytes that can be added without an eviction.
+        """Return the number of bytes that can be added without an eviction. Growing files count as they are now.
 
         Raises OSError if the directory cannot be read.
         """
-        return min(self.limit - self.used(), self._free() - self._spare)
+        used = sum(size for _, size, _ in self._files(growing=True))
+        return min(self.limit - used, self._free() - self._spare)
 
     def used(self) -> int:
         """Return the disk space of the complete files in bytes.
@@ -253,13 +258,16 @@ class DiskCache:
         """
         _sweep(self._directory)
 
-    def _files(self) -> list[tuple[float, int, str]]:
-        """Return the time of the last use, the disk space in bytes and the path of each complete file."""
+    def _files(self, *, growing: bool = False) -> list[tuple[float, int, str]]:
+        """Return the time of the last use, the disk space in bytes and the path of each complete file.
+
+        With `growing`, also of each growing file.
+        """
         files = []
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if not entry.name.endswith(GROWING):
+                    if growing or not entry.name.endswith(GROWING):
                         status = entry.stat(follow_symlinks=False)
                         files.append((status.st_mtime, status.st_blocks * 512, entry.path))
         return files
@@ -292,7 +300,7 @@ class DiskCache:
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
         """Return the growing file like `open_file`, or None if it was just completed or removed."""
         path = self.path(key)
-        growing = path + GROWING
+        growing = path + self._growing
         descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         file = CachedFile(descriptor)
         with closed_on_error(file):
@@ -307,7 +315,7 @@ class DiskCache:
                         if os.fstat(descriptor).st_size:
                             os.ftruncate(descriptor, 0)
                         reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
-                        return reader, Filler(path, file.detach(), self.filled, self.failed)
+                        return reader, Filler(path, growing, file.detach(), self.filled, self.failed)
                     os.unlink(growing)
         file.close()
         return None

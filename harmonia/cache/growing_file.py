@@ -250,13 +250,19 @@ class Filler:
     """
 
     def __init__(
-        self, path: str, descriptor: int, filled: Callable[[int], None], failed: Callable[[OSError], None]
+        self,
+        path: str,
+        growing: str,
+        descriptor: int,
+        filled: Callable[[int], None],
+        failed: Callable[[OSError], None],
     ) -> None:
-        """Write to `descriptor`. The path of the complete file is `path`.
+        """Write to `descriptor`, the file at `growing`. The path of the complete file is `path`.
 
         `filled` is called with the size of the complete file, `failed` with an error of the disk.
         """
         self._path = path
+        self._growing = growing
         self._descriptor = descriptor
         self._filled = filled
         self._failed = failed
@@ -314,7 +320,7 @@ class Filler:
             self.finish()
         try:
             os.fdatasync(self._descriptor)
-            os.rename(self._path + GROWING, self._path)
+            os.rename(self._growing, self._path)
         except OSError as error:
             self._failed(error)
             raise
@@ -332,7 +338,7 @@ class Filler:
         if self._descriptor < 0:
             return
         with suppress(OSError):
-            os.unlink(self._path + GROWING)
+            os.unlink(self._growing)
         self._close()
 
     def _close(self) -> None:

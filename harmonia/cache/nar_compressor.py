@@ -64,7 +64,7 @@ class Compressor:
         self.cache = cache
         self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
         self.compressed: Callable[[Source, int], object] = lambda source, size: None  # noqa: ARG005 (names for readers)
-        """Callback after a NAR was added to the cache, with the bytes of its file. It must return quickly."""
+        """Callback after a NAR was compressed, with the bytes of its file. It must return quickly."""
         self.damaged_nars = 0
         """The number of times that a NAR did not have its registered hash or size."""
         self._fills: Counter[bool] = Counter()
@@ -113,10 +113,12 @@ class Compressor:
         sha256 = source.sha256
         assert sha256 is not None  # noqa: S101 (only NARs are compressed here)
         compressed = self.encoder.compress(finish(self.read_small(source)) if content is None else content)
-        if self.cache and self.files.known_file_info(sha256):
+        is_first = self.files.known_file_info(sha256) is None
+        if self.cache and not is_first:
             self.cache.add(file_key(sha256, self.encoder.encoding), compressed)
         self.files.remember(sha256, CompressedFile(hashlib.sha256(compressed).digest(), len(compressed)))
-        self.compressed(source, len(compressed))
+        if is_first:
+            self.compressed(source, len(compressed))
         return compressed
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 import click
 
 from harmonia import cli
+from harmonia.cache import warmer
 from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
@@ -22,7 +23,6 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import path_arguments
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
-from harmonia.tools import warm
 from harmonia.upload.nar_files import NarFiles
 
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
@@ -71,7 +71,7 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
     _check_published(settings, store, chosen)
     keys = credentials.secret_keys(settings)
     bucket = open_bucket(settings)
-    warm.lower_priority()
+    warmer.lower_priority()
     began = time.monotonic()
     with closing(NarFiles(settings, store.real_dir)) as nars:
         try:

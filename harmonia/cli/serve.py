@@ -52,7 +52,7 @@ def _serve(settings: Settings) -> int:
         sockets.listen(settings, "metrics_bind") as for_metrics,
     ):
         work = partial(worker.run, worker.prepare(settings, keys), for_metrics)
-        supervisor = Supervisor(work, [*listening, *for_metrics], settings.workers, settings.shutdown_grace)
+        supervisor = Supervisor(work, [*listening, *for_metrics], settings.processes, settings.shutdown_grace)
         for each in listening:
             url = sockets.url(each.getsockname(), tls=bool(settings.tls_cert_path))
             _log.info("serving %s at %s", settings.real_store, url)

@@ -7,11 +7,11 @@ import time
 import click
 
 from harmonia import cli
+from harmonia.cache import warmer
 from harmonia.cli import progress
 from harmonia.config import loader
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
-from harmonia.tools import warm
 
 
 @click.command("warm")
@@ -46,15 +46,15 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
-    own_settings = warm.become_owner(settings)
-    warm.lower_priority()
+    own_settings = warmer.become_owner(settings)
+    warmer.lower_priority()
     if not quiet:
         click.echo(f"Filling the cache in {settings.cache_dir}", err=True)
     began = time.monotonic()
     counts = dict.fromkeys(("compressed", "there", "too large", "failed"), 0)
     try:
         with progress.bar("compressing", total) as advance:
-            for result in warm.warm(own_settings, store, chosen, advance):
+            for result in warmer.Warmer(own_settings, store).warm(chosen, advance):
                 counts[result.state] += 1
                 if result.state == "failed":
                     click.echo(f"failed: {store.store_dir}/{result.path}: {result.what}", err=True)

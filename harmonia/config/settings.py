@@ -505,6 +505,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             description="Maximum size of the cache. The least recently used NARs are evicted first.",
         ),
     ] = None
+    warm: Annotated[
+        Literal["none", "new"],
+        Meta(
+            description="`new` compresses each path that becomes valid into the cache, before the first client asks,"
+            " at idle priority and without evicting others. `none` waits for the first download."
+        ),
+    ] = "none"
     debug_info: Annotated[
         bool, Meta(description="Serve links to debug info at `/debuginfo`. The server scans each store path once.")
     ] = True
@@ -558,6 +565,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.nar_compression == "zstd" and not self.enable_compression:
             what = 'enable_compression = false disables compression; set that to true, or this to "none"'
             raise WrongSettingError(what, "nar_compression")
+        if self.warm == "new" and not self.enable_compression:
+            what = 'enable_compression = false disables compression; set that to true, or this to "none"'
+            raise WrongSettingError(what, "warm")
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise WrongSettingError(
                 "TLS needs TCP, not a unix socket; bind to host:port or remove this", "tls_cert_path"
@@ -583,6 +593,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def sources(self) -> tuple[Upstream, ...]:
         """Return the caches that are asked for paths that the store lacks: `upstream`, and last the mirror's bucket."""
         return (*self.upstream, self.mirror.source) if self.mirror.is_read else self.upstream
+
+    @property
+    def processes(self) -> int:
+        """Return the number of processes: the workers, and the one that warms the cache."""
+        return self.workers + (self.warm == "new")
 
     @property
     def cache_bytes(self) -> int | None:

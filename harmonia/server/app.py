@@ -39,7 +39,8 @@ def create_metrics(settings: Settings) -> Metrics:
     names = [route.metric for route in routes(settings) + METRICS_ROUTES]
     upstreams = [upstream.url for upstream in settings.sources]
     totals = metrics.TOTALS + metrics.PUSH_TOTALS if settings.push.enable else metrics.TOTALS
-    return Metrics(names, totals, settings.workers, upstreams, list(Reason))
+    totals += metrics.WARM_TOTALS if settings.warm == "new" else ()
+    return Metrics(names, totals, settings.processes, upstreams, list(Reason))
 
 
 def routes(settings: Settings) -> tuple[Route, ...]:

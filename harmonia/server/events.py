@@ -97,7 +97,7 @@ class Events:
             self.recorder.record(SERVED, path=f"{self._store_dir}/{path}", bytes=sent, complete=complete)
 
     def compressed(self, source: Source, file_size: int) -> None:
-        """Record that the NAR of a path was compressed into the cache. Thread-safe."""
+        """Record that the NAR of a path was compressed. Thread-safe."""
         if self.recorder.is_recording:
             path = f"{self._store_dir}/{os.path.basename(str(source))}"
             self.recorder.record(COMPRESSED, path=path, narSize=source.size, downloadSize=file_size)
@@ -247,7 +247,7 @@ class Events:
     def _events_of(self, changes: Changes) -> Iterator[tuple[str, str]]:
         for path in changes.collected:
             yield COLLECTED, encode({"path": f"{self._store_dir}/{path}"})
-        for path, nar_size in changes.valid:
+        for path, nar_size, _ in changes.valid:
             yield VALID, encode({"path": f"{self._store_dir}/{path}", "narSize": nar_size})
 
     def _disconnect_slow_clients(self, patience: float = _SLOW_S) -> None:

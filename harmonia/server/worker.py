@@ -27,6 +27,7 @@ from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.mirror.connection import open_presigner
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
+from harmonia.server import cache_warmer
 from harmonia.server.app import create_app, create_metrics, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener, limited_connection
 from harmonia.server.context import ServerContext
@@ -62,11 +63,14 @@ def run(
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
-    """Run a worker until SIGTERM.
+    """Run a worker until SIGTERM, or the process that warms the cache if `place` is that after all workers.
 
     `place` is its slot in the shared metrics. The sockets in `for_metrics`, a part of `listening`, serve only metrics.
     The worker sends a heartbeat on `lifeline` every `heartbeat` seconds, and exits when the supervisor's end closes.
     """
+    if place == context.settings.workers:
+        cache_warmer.run(context, place, listening, lifeline, heartbeat)
+        return
     context.metrics.adopt_slot(place)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     _reuse_freed_memory()

@@ -24,6 +24,7 @@ POLL_S = 1.0
 # sqlite_sequence has the highest number ever used, even if its path was garbage-collected.
 _NEWEST = "select coalesce(max(cast(seq as integer)), 0) from sqlite_sequence where name = 'ValidPaths'"
 _PAGE = "select id, cast(path as text) from ValidPaths where id > ? order by id limit ?"
+_DESCENDING = "select id, cast(path as text) from ValidPaths where id > ? and id <= ? order by id desc limit ?"
 
 _IN_MODIFY, _IN_MOVED_TO, _IN_CREATE = 0x2, 0x80, 0x100  # inotify(7)
 _EVENTS_BYTES = 1 << 16
@@ -84,6 +85,15 @@ class NewPaths:
         # A path may have become valid since `newest`. Paths up to `newest` without a row were garbage-collected.
         number = max([row[0] for row in rows[-1:]] + ([newest.number] if complete else [number]))
         return Page([new for row in rows if (new := self._new_path(*row))], Cursor(newest.database, number), complete)
+
+    def newest_first(self, after: int, last: int, limit: int) -> tuple[list[NewPath], int]:
+        """Return at most `limit` valid paths with numbers above `after`, from `last` down, and the last number left.
+
+        If no path is left, that number is `after`.
+        """
+        rows = self._store.database.query(_DESCENDING, after, last, limit)
+        left = rows[-1][0] - 1 if len(rows) == limit else after
+        return [new for row in rows if (new := self._new_path(*row))], left
 
     def _new_path(self, number: int, text: str) -> NewPath | None:
         try:

@@ -6,22 +6,18 @@ in a temporary file.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.new_paths import Cursor, NewPaths
+from harmonia.store.newly_published import NewlyPublished
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 
 _PAGE_PATHS = 500  # new paths in one look; the rest waits for the next one
 _MAX_COLLECTED = 10_000  # collected paths found by one comparison
 _MAX_KNOWN_PATHS = 2_000_000  # for which the temporary file takes some 200 MB
-_MAX_UNPUBLISHED = 4096  # new paths that the publish policy does not allow yet
-_UNPUBLISHED_S = 600.0  # for which these are looked at again
-_UNPUBLISHED_INTERVAL_S = 2.0
 _COST_FACTOR = 10  # minimum pause after a comparison, in multiples of its duration
 
 _NEW = "select id, cast(path as text), cast(narSize as integer) from ValidPaths where id > ? order by id limit ?"
@@ -42,6 +38,8 @@ class ValidPath(NamedTuple):
     path: StorePath
     nar_size: int
     """In bytes; 0 if it is unknown."""
+    number: int
+    """The path's `ValidPaths.id`."""
 
 
 class Changes(NamedTuple):
@@ -65,8 +63,7 @@ class PathChanges:
         self._generation: object = None
         self._old_paths = 0
         """The number of valid paths up to the cursor, at the last comparison."""
-        self._unpublished: deque[tuple[float, ValidPath, int]] = deque(maxlen=_MAX_UNPUBLISHED)
-        self._recheck_at = 0.0
+        self._newly_published: NewlyPublished[ValidPath] = NewlyPublished(store, policy)
         self._not_before = 0.0
 
     def begin(self, cursor: Cursor | None) -> Cursor:
@@ -84,7 +81,7 @@ class PathChanges:
             database.query(_FILL, self._cursor.number, _MAX_KNOWN_PATHS)
         self._old_paths = self._count_old(self._cursor.number)
         self._generation = None
-        self._unpublished.clear()
+        self._newly_published.forget()
         return self._cursor
 
     def poll(self) -> Changes | None:
@@ -95,7 +92,7 @@ class PathChanges:
         assert self._cursor is not None  # noqa: S101 (`begin` is called first)
         generation = self._store.database.generation()
         now = time.monotonic()
-        if generation == self._generation and (not self._unpublished or now < self._recheck_at):
+        if generation == self._generation and not self._newly_published.is_due:
             return None
         collected: list[StorePath] = []
         complete = True
@@ -105,42 +102,21 @@ class PathChanges:
         elif generation != self._generation:
             complete = False
         rows = self._store.database.query(_NEW, self._cursor.number, _PAGE_PATHS)
-        new = list(self._new_rows(rows))
+        new = [path for row in rows if (path := self._valid_path(*row)) is not None]
         before = self._cursor
         if rows:
             self._cursor = before._replace(number=rows[-1][0])
             self._old_paths += len(rows)
-        valid = list(self._published(new))
+        valid = list(self._newly_published.select(new))
+        for path in new if self._knows_all else valid:
+            self._store.database.query(_ADD, f"{self._store.store_dir}/{path.path}", path.number)
         if complete and len(rows) < _PAGE_PATHS:
             self._generation = generation
         return Changes(valid, collected, self._cursor) if valid or collected or before != self._cursor else None
 
-    def _new_rows(self, rows: list[tuple[int, str, int | None]]) -> Iterator[tuple[float, ValidPath, int]]:
-        until = time.monotonic() + _UNPUBLISHED_S
-        for number, text, size in rows:
-            if (path := self._store_path(text)) is not None:
-                yield until, ValidPath(path, max(size or 0, 0)), number
-
-    def _published(self, new: list[tuple[float, ValidPath, int]]) -> Iterator[ValidPath]:
-        """Yield the published ones of the new paths, and of the earlier ones that were not published yet."""
-        if self._policy is None:
-            is_published: Callable[[StorePath], bool] = lambda _: True  # noqa: E731 (a name for the default)
-        elif new or self._unpublished:
-            is_published = self._policy.published_filter(self._store)
-        candidates = new
-        if (now := time.monotonic()) >= self._recheck_at:
-            candidates = [each for each in self._unpublished if each[0] > now] + new
-            self._unpublished.clear()
-            self._recheck_at = now + _UNPUBLISHED_INTERVAL_S
-        for each in candidates:
-            _, valid, number = each
-            published = is_published(valid.path)
-            if published:
-                yield valid
-            elif not self._knows_all:
-                self._unpublished.append(each)
-            if published or self._knows_all:
-                self._store.database.query(_ADD, f"{self._store.store_dir}/{valid.path}", number)
+    def _valid_path(self, number: int, text: str, size: int | None) -> ValidPath | None:
+        path = self._store_path(text)
+        return None if path is None else ValidPath(path, max(size or 0, 0), number)
 
     def _take_collected(self) -> tuple[list[StorePath], bool]:
         """Return collected paths, and whether these are all."""

@@ -317,6 +317,7 @@ tls_key_path = '{0}/cache.both'
 sign_key_paths = ['{0}/key']
 tokens_path = '/dev/null'
 anonymous_scopes = ['read', 'metrics']
+warm = "new"
 [push]
 enable = true
 [[upstream]]

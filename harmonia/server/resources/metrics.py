@@ -2,12 +2,15 @@
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import astuple, fields
 
 from sanic import Request
 
 from harmonia.cache.disk_cache import Counters
+from harmonia.cache.nar_compressor import Compressor
+from harmonia.cache.warmer import State
 from harmonia.errors import StoreUnavailableError
 from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
@@ -25,14 +28,28 @@ PUSH_TOTALS = tuple(counter.name for counter in fields(PushCounters))
 """Names of the values that `sample` copies; those of `PUSH_TOTALS` only if pushes are enabled."""
 
 
+WARM_TOTALS = ("warmed_nars", "warm_no_room", "warm_failures")
+"""Further names, only if the cache is warmed."""
+
+
 def sample(context: ServerContext) -> None:
     """Copy the counters of the cache and the compressor into shared memory, where the other workers read them."""
-    compressor = context.compressor
+    _sample(context, context.compressor, astuple(context.push.counters) if context.push else ())
+
+
+def sample_warmer(context: ServerContext, compressor: Compressor, counts: Mapping[State, int]) -> None:
+    """Copy the counters of the process that warms the cache."""
+    pushed = (0,) * len(PUSH_TOTALS) if context.push else ()
+    states: tuple[State, ...] = ("compressed", "too large", "failed")
+    warmed = (counts.get(state, 0) for state in states)
+    _sample(context, compressor, (*pushed, *warmed))
+
+
+def _sample(context: ServerContext, compressor: Compressor, more: Iterable[int]) -> None:
     counters = compressor.cache.counters if compressor.cache else Counters()
-    pushed = astuple(context.push.counters) if context.push else ()
     events = (context.events.recorder.recorded, context.events.disconnected)
     context.metrics.own.sample(
-        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *events, *pushed),
+        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *events, *more),
         compressor.encoder.waiting,
     )
 
