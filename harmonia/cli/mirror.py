@@ -5,25 +5,35 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from functools import partial
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import click
 
 from harmonia import cli
 from harmonia.cache import warmer
+from harmonia.cli.arguments import Duration
 from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
 from harmonia.errors import InvalidPathError
+from harmonia.mirror import verify as checks
+from harmonia.mirror.collector import Collector, Deletion
 from harmonia.mirror.connection import open_bucket
 from harmonia.mirror.target import BucketTarget
+from harmonia.mirror.verify import read_contents
+from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store import path_arguments
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.upload.nar_files import NarFiles
+
+if TYPE_CHECKING:
+    from harmonia.mirror.bucket import Bucket
 
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
 
@@ -69,14 +79,13 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
     if gc_roots:
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     _check_published(settings, store, chosen)
-    keys = credentials.secret_keys(settings)
+    credentials.secret_keys(settings)
     bucket = open_bucket(settings)
     warmer.lower_priority()
     began = time.monotonic()
     with closing(NarFiles(settings, store.real_dir)) as nars:
         try:
-            target = partial(BucketTarget, settings, bucket)
-            counts = asyncio.run(upload_closure(store, nars, target, chosen, keys, _JOBS, "writing"))
+            counts = asyncio.run(_write(settings, bucket, store, nars, chosen))
         except KeyboardInterrupt:
             click.echo("harmonia: interrupted; the same command continues", err=True)
             logging.disable()  # threads still compress NARs into the directory that is removed now
@@ -90,6 +99,94 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
         )
     if counts["failed"]:
         sys.exit(1)
+
+
+@command.command("gc")
+@click.option(
+    "--keep",
+    type=Duration(min=0),
+    metavar="TIME",
+    required=True,
+    help="Keep paths that were written, or named in `harmonia mirror PATH`, within this time, like 90d.",
+)
+@click.option(
+    "--keep-nars",
+    type=Duration(min=0),
+    metavar="TIME",
+    default="30d",
+    show_default=True,
+    help="Keep a NAR for this time after the last narinfo that named it. Nix remembers narinfos for 30 days.",
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Only print what would be deleted, and why.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
+@click.pass_obj
+def collect(config_file: str | None, *, keep: float, keep_nars: float, dry_run: bool, quiet: bool) -> None:
+    """Delete old paths from the bucket.
+
+    A path stays if it was written or named within --keep, or if a path that stays refers to it. NARs are deleted by a
+    later run, when no narinfo has named them for --keep-nars. Only one run at a time is possible; uploads may go on.
+    """
+    settings = loader.read(config_file, os.environ)
+    bucket = open_bucket(settings)
+    counts: Counter[str] = Counter()
+
+    def report(deletion: Deletion) -> None:
+        kind = "narinfos" if deletion.key.endswith(".narinfo") else "NARs" if "nar/" in deletion.key else "others"
+        counts[kind] += 1
+        if dry_run:
+            click.echo(f"{deletion.key}: {deletion.why}")
+
+    collector = Collector(bucket, settings.virtual_nix_store, timedelta(seconds=keep), timedelta(seconds=keep_nars))
+    asyncio.run(collector.collect(report, dry_run=dry_run))
+    if not quiet:
+        verb = "would be deleted" if dry_run else "deleted"
+        listed = f"{counts['narinfos']} narinfos, {counts['NARs']} NARs and {counts['others']} other objects"
+        click.echo(f"{listed} {verb} in {bucket.url}", err=True)
+
+
+@command.command("verify")
+@click.option("--no-content", is_flag=True, help="Do not read the NARs: check only that they exist, and their length.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing if nothing is wrong.")
+@click.pass_obj
+def verify(config_file: str | None, *, no_content: bool, quiet: bool) -> None:
+    """Check the bucket.
+
+    Checks that each narinfo has its NAR, with the right length and hashes, all its references, and a signature by one
+    of `mirror.public_keys` (default: those of `sign_key_paths`). Prints one line on stdout for each wrong object, and
+    exits with status 3 if there is one.
+    """
+    settings = loader.read(config_file, os.environ)
+    bucket = open_bucket(settings)
+    keys = [PublicKey.parse(key) for key in settings.mirror.public_keys]
+    keys = keys or [key.public_key for key in credentials.secret_keys(settings)]
+    began = time.monotonic()
+
+    async def run() -> tuple[int, int]:
+        contents = await read_contents(bucket, settings.virtual_nix_store)
+        count = 0
+        async for finding in checks.verify(bucket, contents, settings.virtual_nix_store, keys, content=not no_content):
+            count += 1
+            click.echo(f"wrong: {finding.key}: {finding.what}")
+        return len(contents.paths), count
+
+    paths, wrong = asyncio.run(run())
+    if wrong or not quiet:
+        took = time.monotonic() - began
+        click.echo(f"{paths} paths verified in {bucket.url} in {took:.1f} s, {wrong} wrong objects", err=True)
+    if wrong:
+        click.echo("Delete the wrong objects, and write their paths again with: harmonia mirror PATH", err=True)
+        sys.exit(cli.EXIT_FOUND)
+
+
+async def _write(
+    settings: Settings, bucket: "Bucket", store: Store, nars: NarFiles, paths: Sequence[StorePath]
+) -> Counter[str]:
+    target = BucketTarget(settings, bucket)
+    await target.check()
+    for path in paths:
+        await target.put_root(path)
+    keys = credentials.secret_keys(settings)
+    return await upload_closure(store, nars, lambda: target, paths, keys, _JOBS, "writing")
 
 
 def _check_published(settings: Settings, store: Store, paths: Sequence[StorePath]) -> None:

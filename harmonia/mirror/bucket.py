@@ -17,6 +17,7 @@ from harmonia.config.settings import Mirror
 from harmonia.upload.target import TargetError, TargetRefusedError, TargetUnavailableError
 
 _PART_BYTES = 8 << 20  # in memory at once: _PARTS_AT_ONCE of them for each upload
+_CHUNK_BYTES = 1 << 20  # of an object that is read
 _PARTS_AT_ONCE = 2
 _MAX_PARTS = 10_000  # of one object, in all S3 services
 _RETRIES_MAX = 10
@@ -86,6 +87,16 @@ class Bucket:
                 return bytes(await answer.bytes_async())
             except FileNotFoundError:
                 return None
+
+    async def chunks(self, key: str) -> AsyncIterator[bytes]:
+        """Yield the content of an object. Yields nothing if it does not exist."""
+        with self._errors(key):
+            try:
+                answer = await obstore.get_async(self._store, self._prefix + key)
+            except FileNotFoundError:
+                return
+            async for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
+                yield bytes(chunk)
 
     async def create(self, key: str, content: bytes, content_type: str) -> bool:
         """Write a small object unless it exists. Return True if it was written."""

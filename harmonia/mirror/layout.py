@@ -22,6 +22,26 @@ def store_dir(text: bytes) -> str | None:
     return next((value.strip() for name, _, value in lines if name == "StoreDir"), None)
 
 
+OWN = "harmonia/"
+"""The folder of our own objects, which no client reads."""
+COLLECTION = f"{OWN}collection"
+"""The state of the last garbage collection."""
+
+
+ROOTS = f"{OWN}roots/"
+UNUSED = f"{OWN}unused/"
+
+
+def root_key(path: StorePath) -> str:
+    """Return the key of the object that makes a path a root of the bucket's garbage collection."""
+    return f"{ROOTS}{path}"
+
+
+def unused_key(nar_url: str) -> str:
+    """Return the key of the object whose age is the time for which no narinfo has named a NAR."""
+    return f"{UNUSED}{nar_url}"
+
+
 def narinfo_key(path: StorePath) -> str:
     return f"{path.hash_part}.narinfo"
 

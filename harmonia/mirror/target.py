@@ -14,15 +14,17 @@ from harmonia.cache.layout_cache import Layouts
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.mirror import layout
+from harmonia.mirror.collector import CollectionState
 from harmonia.nix import listing, narinfo
 from harmonia.nix.build_id import build_ids, member
 from harmonia.nix.build_trace import render_build_trace, render_realisation
+from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.store import build_log
 from harmonia.store.store import Store
 from harmonia.store.store_nar import StoreNar
-from harmonia.upload.target import Body, TargetRefusedError
+from harmonia.upload.target import Body, TargetRefusedError, TargetUnavailableError
 
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket
@@ -32,6 +34,7 @@ _SINGLE_MAX_BYTES = 16 << 20
 """Size up to which a NAR is written by one conditional request. In parts, obstore cannot write conditionally."""
 _SMALL_LISTING_ENTRIES = 20_000
 _PIECE_BYTES = 1 << 20
+_COLLECTION_POLL_S = 5.0  # between two questions whether a garbage collection has ended
 
 _T = TypeVar("_T")
 
@@ -48,6 +51,8 @@ class BucketTarget:
         self._keys = credentials.secret_keys(settings)
         self._layouts = Layouts()
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
+        self._collection: CollectionState | None = None
+        """The state of the bucket's garbage collection before the first question which paths are missing."""
 
     async def close(self) -> None:
         self._store.database.close()
@@ -62,7 +67,13 @@ class BucketTarget:
                 what = f"the bucket is a cache of {found}, not of {settings.virtual_nix_store}"
                 raise TargetRefusedError(f"{self.name}: {what}; set another mirror.bucket or mirror.prefix")
 
+    async def put_root(self, path: StorePath) -> None:
+        """Keep the closure of a path in the bucket, from now on for the time of `harmonia mirror gc --keep`."""
+        await self._bucket.replace(layout.root_key(path), b"", "text/plain")
+
     async def missing(self, paths: Collection[StorePath]) -> set[StorePath]:
+        if self._collection is None:
+            self._collection = await CollectionState.read(self._bucket)
         sizes = await self._all(self._bucket.size(layout.narinfo_key(path)) for path in paths)
         return {path for path, size in zip(paths, sizes, strict=True) if size is None}
 
@@ -90,6 +101,25 @@ class BucketTarget:
         for key, realisation in self._realisations(path):
             await self._bucket.create(key, realisation, layout.JSON_TYPE)
         await self._bucket.create(layout.narinfo_key(path), text.encode(), narinfo.CONTENT_TYPE)
+        await self._check_collection(info, nar)
+
+    async def _check_collection(self, info: PathInfo, nar: NarFile) -> None:
+        """Delete the narinfo if a garbage collection has deleted a part of its closure since `missing`.
+
+        Raises TargetUnavailableError in that case: the upload has to be repeated.
+        """
+        state = await CollectionState.read(self._bucket)
+        if self._collection is None or not self._collection.changed(state):
+            return
+        while state.is_alive:
+            await asyncio.sleep(_COLLECTION_POLL_S)
+            state = await CollectionState.read(self._bucket)
+        keys = [layout.narinfo_key(each) for each in info.references] + [nar.url]
+        if None in await self._all(self._bucket.size(key) for key in keys):
+            await self._bucket.delete([layout.narinfo_key(info.path)])
+            self._collection = None
+            what = f"a garbage collection deleted a part of the closure of {info.path} meanwhile"
+            raise TargetUnavailableError(f"{self.name}: {what}")
 
     async def _put_listing(self, info: PathInfo) -> None:
         nar = StoreNar(info, self._store.real_path(info.path), self._layouts)

@@ -1,0 +1,238 @@
+"""`harmonia mirror gc` deletes only what no path that stays needs, and `verify` finds what is wrong in a bucket."""
+
+import asyncio
+import os
+import random
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from harmonia.config.loader import parse
+from harmonia.mirror import collector
+from harmonia.mirror.bucket import Bucket
+from harmonia.mirror.collector import Collector, Deletion
+from harmonia.mirror.connection import open_bucket
+from harmonia.mirror.target import BucketTarget
+from harmonia.nix import narinfo
+from harmonia.nix.path_info import PathInfo
+from harmonia.tools.store_builder import StoreBuilder
+from harmonia.upload.nar_files import NarFiles
+from harmonia.upload.target import TargetUnavailableError
+from support import debug_info, preloaded
+from support.mirrors import chain, configure, mirror
+from support.running import HARMONIA, PATIENCE_S, run
+from support.s3_service import Folder
+
+pytestmark = pytest.mark.s3
+
+DAY = timedelta(days=1)
+NONE = timedelta(0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StoreBuilder:
+    return StoreBuilder(tmp_path / "store")
+
+
+@pytest.fixture
+def config(store: StoreBuilder, folder: Folder, tmp_path: Path) -> str:
+    return configure(store, tmp_path, folder.settings())
+
+
+@pytest.fixture(autouse=True)
+def _short_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let collectors in this process wait less for others that begin at the same time."""
+    monkeypatch.setattr(collector, "_SETTLE_S", 0.05)
+
+
+def bucket(config: str) -> Bucket:
+    return open_bucket(parse(Path(config).read_text(), config, {}))
+
+
+def collect(config: str, keep: timedelta, keep_nars: timedelta = 30 * DAY, *, dry_run: bool = False) -> list[Deletion]:
+    """Collect garbage, and return the deletions."""
+    deletions: list[Deletion] = []
+    asyncio.run(Collector(bucket(config), "/nix/store", keep, keep_nars).collect(deletions.append, dry_run=dry_run))
+    return deletions
+
+
+def verify(config: str, status: int = 0, *options: str) -> str:
+    answer = run("--config", config, "mirror", "verify", *options)
+    assert answer.returncode == status, answer.stderr
+    return answer.stdout
+
+
+def tree(store: StoreBuilder) -> dict[str, PathInfo]:
+    """Add two tops that share a path, and each have one more."""
+    added = {name: store.add_text(name, name.encode()) for name in ("shared", "old-dep", "new-dep")}
+    for name in ("old", "new"):
+        references = [added["shared"].path, added[f"{name}-dep"].path]
+        added[name] = store.add(store.output_path(name), name.encode(), references=references)
+    return added
+
+
+def pause() -> float:
+    """Return a time that differs by more than a second, the resolution of S3, from those of all objects."""
+    time.sleep(1.2)
+    now = time.time()
+    time.sleep(3)  # longer than a collector takes until it reads the clock
+    return now
+
+
+def age(at: float) -> timedelta:
+    return timedelta(seconds=time.time() - at)
+
+
+def test_old_paths_are_deleted_and_the_closures_of_new_ones_stay(
+    store: StoreBuilder, config: str, folder: Folder
+) -> None:
+    added = tree(store)
+    mirror(config, added["old"].path)
+    between = pause()
+    mirror(config, added["new"].path)
+    planned = collect(config, age(between), dry_run=True)
+    assert len(folder.paths()) == 5
+    deleted = collect(config, age(between))
+    assert {each.key for each in planned} == {each.key for each in deleted}
+    kept = {added[name].path.hash_part for name in ("new", "new-dep", "shared")}
+    assert folder.paths().keys() == kept
+    assert {key for key in folder.objects() if key.endswith(".ls")} == {f"{each}.ls" for each in kept}
+    assert len([key for key in folder.objects() if key.startswith("nar/")]) == 5  # clients remember narinfos
+    folder.check_closed()
+    verify(config)
+
+
+def test_path_that_is_named_again_stays(store: StoreBuilder, config: str, folder: Folder) -> None:
+    added = tree(store)
+    mirror(config, added["old"].path)
+    between = pause()
+    mirror(config, added["old"].path)
+    assert collect(config, age(between)) == []
+    assert len(folder.paths()) == 3
+
+
+def test_nar_is_deleted_when_no_narinfo_has_named_it_for_long(store: StoreBuilder, config: str, folder: Folder) -> None:
+    debug = debug_info.add(store, "debug", debug_info.ONE)
+    mirror(config, debug.path)
+    ((_, nar),) = folder.paths().values()
+    assert {each.key for each in collect(config, NONE, NONE)} == {
+        f"{debug.path.hash_part}.narinfo",
+        f"{debug.path.hash_part}.ls",
+        f"debuginfo/{debug_info.ONE}.debug",
+        f"harmonia/roots/{debug.path}",
+    }
+    assert collect(config, NONE) == []
+    assert [each.key for each in collect(config, NONE, NONE)] == [nar.url]
+    assert folder.objects().keys() == {"nix-cache-info", "harmonia/collection"}
+
+
+def test_nar_that_is_named_again_stays(store: StoreBuilder, config: str, folder: Folder) -> None:
+    info = store.add_text("again", b"again")
+    mirror(config, info.path)
+    collect(config, NONE)
+    collect(config, NONE)
+    mirror(config, info.path)
+    assert collect(config, DAY, NONE) == []
+    assert not [key for key in folder.objects() if key.startswith("harmonia/unused/")]
+    verify(config)
+
+
+def test_second_collection_is_refused_while_one_runs(store: StoreBuilder, config: str, folder: Folder) -> None:
+    mirror(config, store.add_text("a", b"a").path)
+    collect(config, DAY)
+    folder.put("harmonia/collection", folder.get("harmonia/collection").replace(b'"done"', b'"running"'))
+    answer = run("--config", config, "mirror", "gc", "--keep", "1d")
+    assert answer.returncode == 1
+    assert "another garbage collection runs on" in answer.stderr
+    assert "0 narinfos" in run("--config", config, "mirror", "gc", "--keep", "1d", "--dry-run").stderr
+
+
+def test_dry_run_prints_what_and_why(store: StoreBuilder, config: str, folder: Folder) -> None:
+    info = store.add_text("a", b"a")
+    mirror(config, info.path)
+    answer = run("--config", config, "mirror", "gc", "--keep", "0", "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    assert f"{info.path.hash_part}.narinfo: neither written nor named for 0 days" in answer.stdout
+    assert "1 narinfos, 0 NARs and 2 other objects would be deleted" in answer.stderr
+    assert len(folder.paths()) == 1
+
+
+def test_malformed_narinfo_stops_the_collection(store: StoreBuilder, config: str, folder: Folder) -> None:
+    """Its references are unknown, so nothing is known to be unused."""
+    infos = chain(store, 2)
+    mirror(config, infos[1].path)
+    folder.put(f"{infos[1].path.hash_part}.narinfo", b"damaged")
+    answer = run("--config", config, "mirror", "gc", "--keep", "0")
+    assert answer.returncode == 1
+    assert f"{infos[1].path.hash_part}.narinfo: " in answer.stderr
+    assert f"{infos[0].path.hash_part}.narinfo" in folder.objects()
+    assert b'"done"' in folder.get("harmonia/collection")
+
+
+def test_killed_collection_leaves_whole_closures(store: StoreBuilder, config: str, folder: Folder) -> None:
+    moments = random.Random(3)
+    top = chain(store, 25)[-1].path
+    for _ in range(3):
+        mirror(config, top)
+        command = [*HARMONIA, "--config", config, "mirror", "gc", "--keep", "0", "-q"]
+        process = preloaded.popen(command, env=dict(os.environ))
+        time.sleep(2 + moments.uniform(0.2, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.wait(PATIENCE_S)
+        folder.check_closed()
+        folder.delete("harmonia/collection")
+
+
+def test_upload_fails_if_a_collection_deleted_its_references_meanwhile(
+    store: StoreBuilder, config: str, folder: Folder
+) -> None:
+    infos = chain(store, 2)
+    mirror(config, infos[0].path)
+    settings = parse(Path(config).read_text(), config, {})
+
+    async def upload() -> None:
+        target = BucketTarget(settings, bucket(config))
+        assert await target.missing([info.path for info in infos]) == {infos[1].path}
+        nars = NarFiles(settings, store.real_dir)
+        nar = await nars.open_file(infos[1])
+        await target.put_nar(nar.file.url, nar)
+        await Collector(bucket(config), "/nix/store", NONE, NONE).collect(lambda _: None, dry_run=False)
+        with pytest.raises(TargetUnavailableError, match="a garbage collection deleted a part of the closure"):
+            await target.put_narinfo(infos[1].path, narinfo.render(infos[1], "/nix/store", nar.file, []))
+        nar.close()
+        nars.close()
+        await target.close()
+
+    asyncio.run(upload())
+    assert folder.paths() == {}
+    mirror(config, infos[1].path)
+    verify(config)
+
+
+def test_verify_finds_each_kind_of_damage(store: StoreBuilder, config: str, folder: Folder) -> None:
+    infos = chain(store, 6)
+    mirror(config, infos[-1].path)
+    assert verify(config) == ""
+    keys = [f"{info.path.hash_part}.narinfo" for info in infos]
+    nars = [folder.paths()[info.path.hash_part][1].url for info in infos]
+    content = folder.get(nars[1])
+    folder.put(nars[1], content[:-1] + bytes([content[-1] ^ 1]))
+    folder.put(nars[2], content + content)
+    folder.delete(nars[3])
+    folder.put(keys[4], folder.get(keys[4]).replace(b"Sig: mirror-1:", b"Sig: other-1:"))
+    folder.delete(keys[0])
+    folder.put(keys[5], b"not a narinfo")
+    found = verify(config, 3)
+    for expected in (
+        f"wrong: {keys[1]}: its reference {infos[0].path} is missing",
+        f"wrong: {nars[1]}: ",
+        f"wrong: {keys[2]}: its NAR {nars[2]} has",
+        f"wrong: {keys[3]}: its NAR {nars[3]} is missing",
+        f"wrong: {keys[4]}: no signature by any of the public keys",
+        f"wrong: {keys[5]}: ",
+    ):
+        assert expected in found, found
+    assert f"wrong: {nars[1]}: " not in verify(config, 3, "--no-content")
