@@ -10,7 +10,7 @@ import pytest
 
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
-from support.closure import build_one, make_closure, requisites
+from support.closure import build_one, instantiate, make_closure, requisites
 from support.nix_client import Client
 from support.push_target import Target, push, spooled
 from support.pusher import Pushed, signed
@@ -64,6 +64,15 @@ def test_options_of_the_store_url_work(target: Target, pusher: Client, query: st
     with target.client.daemon():
         push(pusher, server, path, query=f"{query}&secret-key={target.key.secret_file}")
     target.client.run("nix-store", "--verify-path", path)
+
+
+def test_path_that_was_signed_before_needs_no_key_during_the_push(target: Target, pusher: Client) -> None:
+    path = build_one(pusher, "one-1.0", "echo one > $out")
+    pusher.run("nix", "store", "sign", "--key-file", target.key.secret_file, path)
+    server = target.serve()
+    with target.client.daemon():
+        push(pusher, server, path)
+    assert "pusher-1:" in target.client.run("nix", "path-info", "--sigs", path).text
 
 
 def test_content_addressed_path_needs_no_key(target: Target, pusher: Client) -> None:
@@ -127,7 +136,12 @@ def test_signatures_of_a_valid_path_are_not_changed(target: Target, pusher: Clie
         pusher.run("rm", "-rf", "/root/.cache")  # the narinfo as it was pushed
         command = ("nix", "store", "sign", "--store", f"{server.url}/push", "--key-file", other.secret_file, path)
         signed = pusher.run(*command, check=False)
-    assert (signed.returncode, "trusted user" in signed.stderr) == (1, True)
+        pusher.run("nix", "store", "sign", "--key-file", other.secret_file, path)
+        pusher.run("nix", "copy", "--to", f"file://{pusher.shared}/files", path)
+        copy_sigs = ("nix", "store", "copy-sigs", "--store", f"{server.url}/push")
+        copied = pusher.run(*copy_sigs, "--substituter", f"file://{pusher.shared}/files", path, check=False)
+    for refused in (signed, copied):
+        assert (refused.returncode, "trusted user" in refused.stderr) == (1, True), refused.stderr
     assert "other-1" not in target.client.run("nix", "path-info", "--sigs", path).text
 
 
@@ -172,6 +186,18 @@ def test_pushed_log_is_kept_and_served(target: Target) -> None:
     assert (answer.status, answer.body) == (200, log)
     assert pusher.request("PUT", f"log/{name}", b"x", {"Content-Encoding": "zstd"}).status == 400
     assert pusher.request("PUT", "log/none", log).status == 400
+
+
+@pytest.mark.parametrize("query", ["", "log-compression=br", "log-compression=gzip"])
+def test_nix_pushes_a_log(target: Target, pusher: Client, query: str) -> None:
+    """Nix 2.8 compresses it with brotli for each query; newer versions only if it is asked for."""
+    derivation = instantiate(pusher, "one-1.0", "echo a line of the log; echo one > $out")
+    pusher.run("nix-store", "--realise", derivation)
+    server = target.serve()
+    pusher.run("nix", "store", "copy-log", "--to", f"{server.url}/push?{query}", derivation)
+    token = (target.client.shared / "token").read_text()
+    answer = server.get(f"/log/{Path(derivation).name}", {"Authorization": f"Bearer {token}"})
+    assert (answer.status, answer.body) == (200, b"a line of the log\n")
 
 
 OTHER = SecretKey.generate("other-1")

@@ -201,6 +201,47 @@ def test_push_to_a_full_disk_gets_413(target: Target, tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.root
+def test_disk_that_fills_up_during_a_push_refuses_it_and_takes_it_later(target: Target, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "8m") as disk:
+        server = target.serve(cache_dir=disk / "cache")
+        pusher = target.pusher(server)
+        path = Pushed.make("large", random.Random(SEED).randbytes(4 << 20), target.secret)
+        with target.client.daemon():
+            with pusher.raw() as connection:
+                connection.sendall(pusher.head("PUT", path.nar_url, len(path.body)) + path.body[: 1 << 20])
+                wait_until(lambda: spooled(server) and allocated(server) > 1 << 18)
+                with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+                    while filler.write(bytes(1 << 16)):
+                        pass
+                connection.sendall(path.body[1 << 20 :])
+                answer = read_answer(connection)
+            assert (answer.status, b"full" in answer.body) == (413, True)
+            wait_until(lambda: not spooled(server))
+            (disk / "filler").unlink()
+            assert pusher.push(path).status == 200
+        server.stop()
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def allocated(server: Server) -> int:
+    """Return the bytes that the files of the spool take on the disk."""
+    return sum(path.stat().st_blocks * 512 for path in (server.cache_dir / "push").iterdir())
+
+
+@pytest.mark.slow
+def test_thousand_pushes_at_once_all_succeed_in_little_memory(target: Target) -> None:
+    server = target.serve()
+    chance = random.Random(SEED)
+    paths = [Pushed.make(f"path-{number}", chance.randbytes(20_000), target.secret) for number in range(1000)]
+    pusher = target.pusher(server)
+    with target.client.daemon(), ThreadPoolExecutor(200) as threads:
+        assert {answer.status for answer in threads.map(pusher.push, paths)} == {200}
+        assert peak_bytes(server.workers[0]) < 80 << 20
+    assert registered(target.client) == {f"/nix/store/{path.info.path}": path.info.nar_hash.hex() for path in paths}
+    target.client.run("nix-store", "--verify", "--check-contents")
+
+
 def test_garbage_collections_during_a_push_keep_its_closure(target: Target, pusher: Client) -> None:
     closure = make_closure(pusher)
     server = target.serve()
