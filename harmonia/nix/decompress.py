@@ -9,7 +9,7 @@ import lzma
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import brotli
 import zstandard
@@ -26,6 +26,7 @@ MAX_CODINGS = 5
 
 _MAX_PIECES = 1 << 12
 """Maximum number of pieces of a small body in each decoding step, including empty pieces. Each stream makes one."""
+_READ_BYTES = 256 * 1024
 _PIECE_BYTES = 1 << 20  # maximum of a piece of output
 _INPUT_BYTES = 4096  # the rest of the input is copied for each stream that ends in it
 _ZSTD_INPUT_BYTES = 1024  # four bytes can decompress to a block of 128 KiB
@@ -377,6 +378,27 @@ def decompressor(compression: str, memory: int = MEMORY_BYTES) -> _Failures:
     It raises WindowError if the file needs more than `memory` bytes for its window, if it is xz, lzma or lzip.
     """
     return _Failures(compression, _FORMATS[compression](memory))
+
+
+def unpack_file(file: BinaryIO, compression: str) -> Iterator[bytes]:
+    """Yield the output for a file with this compression, one of COMPRESSIONS, in pieces of about 1 MiB at most.
+
+    Raises FormatError if the file is malformed. A zstd file may be truncated: compare the length of the output.
+    """
+    if compression == "zstd":  # reads as much as the output needs; `decompressor` has to take tiny steps
+        zstd = zstandard.ZstdDecompressor(max_window_size=MEMORY_BYTES)
+        with zstd.stream_reader(file, read_across_frames=True, closefd=False) as reader:
+            try:
+                while piece := reader.read(_READ_BYTES):
+                    yield piece
+            except zstandard.ZstdError:
+                raise FormatError("not zstd data") from None
+        return
+    unpacking = decompressor(compression)
+    while data := file.read(_READ_BYTES):
+        yield from unpacking.feed(data)
+    if not unpacking.whole:
+        raise FormatError("the file is truncated")
 
 
 def decoder(codings: Iterable[str]) -> Decoder | None:

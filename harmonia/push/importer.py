@@ -7,14 +7,14 @@ The checks here refuse earlier, with better messages, and leave no incomplete pa
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from harmonia.errors import DaemonError, FormatError, PushRefusedError, RemoteError
 from harmonia.nix import base32, nix_conf
 from harmonia.nix.build_trace import Realisation, is_signed, render_realisation
-from harmonia.nix.decompress import COMPRESSIONS, decompressor
+from harmonia.nix.decompress import COMPRESSIONS, unpack_file
 from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
@@ -25,7 +25,6 @@ from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Spool
 from harmonia.store.nix_daemon import Daemon
 
-_READ_BYTES = 256 * 1024
 _SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -186,7 +185,7 @@ class Importer:
             file.seek(0)
             link = self._roots.make(info.path)  # does nothing until the path is valid
             try:
-                chunks = small or self._unpacked(file, decompressor(upload.compression).feed)
+                chunks = small or self._unpacked(file, upload.compression)
                 if daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
                     raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
             except BaseException:
@@ -201,19 +200,20 @@ class Importer:
         as_named = upload.compression == "none" and upload.file_hash == base32.encode(info.nar_hash)
         if as_named and os.fstat(file.fileno()).st_size == info.nar_size:  # the spool has checked the hash
             return []
-        check = NarCheck(info, upload.compression)
-        is_small = info.nar_size <= _SMALL_NAR_BYTES
+        check = NarCheck(info, "none")
+        small: list[bytes] = []
         try:
-            small = [piece for piece in self._unpacked(file, check.feed) if is_small and piece]
+            for piece in self._unpacked(file, upload.compression):
+                small += (part for part in check.feed(piece) if part and info.nar_size <= _SMALL_NAR_BYTES)
             check.finish()
         except FormatError as error:
             raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push it again") from None
         return small
 
-    def _unpacked(self, file: BinaryIO, unpack: Callable[[bytes], Iterable[bytes]]) -> Iterator[bytes]:
-        while data := file.read(_READ_BYTES):
+    def _unpacked(self, file: BinaryIO, compression: str) -> Iterator[bytes]:
+        for piece in unpack_file(file, compression):
             self._check_stop()
-            yield from unpack(data)
+            yield piece
 
 
 def trusted_keys() -> list[PublicKey]:

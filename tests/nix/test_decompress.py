@@ -2,12 +2,14 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import subprocess
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 
@@ -27,6 +29,7 @@ from harmonia.nix.decompress import (
     WindowError,
     decoder,
     decompressor,
+    unpack_file,
 )
 from support.packing import PACK, lzip
 
@@ -139,6 +142,38 @@ def test_valid_file_is_decompressed(variant: str, content: bytes) -> None:
 def test_truncated_file_is_not_whole(compression: str, content: bytes, data: st.DataObject) -> None:
     file = PACK[compression](content)
     assert unpacked(decompressor(compression), file[: data.draw(st.integers(0, len(file) - 1))]) is None
+
+
+@given(st.sampled_from(sorted(PACK)), contents)
+def test_file_is_unpacked(compression: str, content: bytes) -> None:
+    assert b"".join(unpack_file(io.BytesIO(PACK[compression](content)), compression)) == content
+
+
+@given(st.lists(contents.map(PACK["zstd"]) | st.just(skippable(b"x")), min_size=1))
+def test_all_frames_of_a_zstd_file_are_unpacked(frames: list[bytes]) -> None:
+    data = b"".join(frames)
+    assert b"".join(unpack_file(io.BytesIO(data), "zstd")) == unpacked(decompressor("zstd"), data)
+
+
+@given(st.sampled_from(sorted(PACK.keys() - {"none"})), contents, st.data())
+def test_truncated_file_is_rejected_or_unpacks_to_the_beginning(
+    compression: str, content: bytes, data: st.DataObject
+) -> None:
+    packed = PACK[compression](content)
+    file = io.BytesIO(packed[: data.draw(st.integers(0, len(packed) - 1))])
+    pieces = b""
+    with suppress(FormatError):
+        for piece in unpack_file(file, compression):
+            pieces += piece
+        assert compression == "zstd"
+    assert content.startswith(pieces)
+
+
+@pytest.mark.parametrize("compression", sorted(PACK.keys() - {"none"}))
+def test_pieces_of_a_file_of_zeros_are_small(compression: str) -> None:
+    packed = PACK[compression](bytes(20 << 20))
+    sizes = list(map(len, unpack_file(io.BytesIO(packed), compression)))
+    assert (sum(sizes), max(sizes) <= 2 << 20) == (20 << 20, True)
 
 
 @pytest.mark.parametrize("zeros", [1, 2, 3, 5])
