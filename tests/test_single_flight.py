@@ -106,9 +106,9 @@ class Lookups:
         self.path_rows = self.signatures = 0
         path_row, signatures = Store.path_row, narinfo.signatures
 
-        def counted_path_row(store: Store, hash_part: str) -> object:
+        def counted_path_row(store: Store, hash_part: str, **how: bool) -> object:
             self.path_rows += 1
-            return path_row(store, hash_part)
+            return path_row(store, hash_part, **how)
 
         def counted_signatures(*arguments: object) -> object:
             self.signatures += 1
@@ -205,11 +205,11 @@ def test_lookup_goes_to_a_thread_for_a_second_after_a_slow_one(tmp_path: Path, m
     took = 0.0
     path_row = Store.path_row
 
-    def slow_path_row(store: Store, hash_part: str) -> object:
+    def slow_path_row(store: Store, hash_part: str, **how: bool) -> object:
         nonlocal seconds
         seconds += took
         threads.append(threading.current_thread().name)
-        return path_row(store, hash_part)
+        return path_row(store, hash_part, **how)
 
     monkeypatch.setattr(Store, "path_row", slow_path_row)
     monkeypatch.setattr(loop_reads, "monotonic", lambda: seconds)

@@ -228,7 +228,7 @@ class Paths:
         self, store: Store, hash_part: str, cached: _CachedPath | None, generation: Hashable
     ) -> _CachedPath | None:
         """Look the path up in `store`, as of `generation`. Keep the path of `cached` if its row is the same."""
-        row = store.path_row(hash_part)
+        row = store.path_row(hash_part, as_of_generation=store is self._loop_store)
         if row is None:
             return None
         if cached is not None and cached.row == row:

@@ -105,6 +105,15 @@ class Database:
             self.close()
             raise StoreUnavailableError(f"cannot read {self._path}: {str(error) or 'out of memory'}") from error
 
+    def query_as_of_generation(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """Return all rows like `query`, but do not look whether the file was replaced after the last `generation`."""
+        if self._connection is None or self._immutable:
+            return self.query(statement, *parameters)
+        try:
+            return self._connection.execute(statement, parameters).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError, MemoryError):
+            return self.query(statement, *parameters)
+
     def generation(self) -> Hashable:
         """Return a token that changes whenever the database changes (PRAGMA data_version). No disk access."""
         [(version,)] = self.query("pragma data_version")
@@ -204,10 +213,14 @@ class Store:
         row = self.path_row(hash_part)
         return None if row is None else self.parse_row(row)
 
-    def path_row(self, hash_part: str) -> PathRow | None:
-        """Return the row of the valid path with this hash part, with its references, or None."""
+    def path_row(self, hash_part: str, *, as_of_generation: bool = False) -> PathRow | None:
+        """Return the row of the valid path with this hash part, with its references, or None.
+
+        With `as_of_generation`, the database file is that of the last `generation`, which saves two system calls.
+        """
         prefix = f"{self.store_dir}/{hash_part}"
-        rows = self.database.query(_PATH_INFO, prefix)
+        query = self.database.query_as_of_generation if as_of_generation else self.database.query
+        rows = query(_PATH_INFO, prefix)
         return cast("PathRow", rows[0]) if rows and rows[0][0].startswith(prefix) else None
 
     def parse_row(self, row: PathRow) -> PathInfo:

@@ -1,10 +1,11 @@
 """After any change of the database, a narinfo from memory is the one that a fresh lookup gives."""
 
 import asyncio
+import os
 import sqlite3
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from harmonia.errors import StoreObjectError
 from harmonia.nix import base32, narinfo
 from harmonia.nix.signing import SecretKey
 from harmonia.server import worker
+from harmonia.server.context import ServerContext
 from harmonia.server.http.response_cache import ABSENT
 from harmonia.server.resources.narinfo import Narinfos, nar_url
 from harmonia.store.store import Store
@@ -108,17 +110,20 @@ def expected(store: Store, hash_part: str, signer: SecretKey | None) -> str | No
     return narinfo.render(info, "/nix/store", nar, narinfo.signatures(info, "/nix/store", [KEY]))
 
 
+def prepared(builder: StoreBuilder, directory: str, rules: str = "") -> ServerContext:
+    text = (
+        f"real_nix_store = '{builder.real_dir}'\nnix_db_path = '{builder.db_path}'\nnar_compression = 'none'\n"
+        f"cache_dir = '{directory}/cache'\ndebug_info = false\ndaemon_socket = ''\n{rules}"
+    )
+    return worker.prepare(loader.parse(text, "test", {}), [KEY])
+
+
 @pytest.mark.parametrize("signer", [None, SIGNERS[0]], ids=["published", "published if signed"])
 def test_narinfo_from_memory_is_that_of_a_new_lookup(signer: SecretKey | None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         builder = StoreBuilder(directory)
-        text = (
-            f"real_nix_store = '{builder.real_dir}'\nnix_db_path = '{builder.db_path}'\nnar_compression = 'none'\n"
-            f"cache_dir = '{directory}/cache'\ndebug_info = false\ndaemon_socket = ''\n"
-        )
-        if signer is not None:
-            text += f"[publish]\nsigned_by = ['{signer.public_key}']\n"
-        context = worker.prepare(loader.parse(text, "test", {}), [KEY])
+        rules = "" if signer is None else f"[publish]\nsigned_by = ['{signer.public_key}']\n"
+        context = prepared(builder, directory, rules)
         narinfos = Narinfos(context)
         fresh = Store("/nix/store", builder.real_dir, builder.db_path)
 
@@ -144,7 +149,25 @@ def test_narinfo_from_memory_is_that_of_a_new_lookup(signer: SecretKey | None) -
         @given(steps)
         def changed(transactions: list[list[Change]]) -> None:
             clear = [execute("delete from Refs"), execute("delete from ValidPaths")]
-            asyncio.run(check([clear, [partial(register(path, 0, 1)) for path in PATHS], *transactions]))
+            asyncio.run(check([clear, [register(path, 0, 1) for path in PATHS], *transactions]))
 
         changed()
         context.close()
+
+
+def test_replaced_database_is_read_in_the_next_turn_of_the_event_loop(tmp_path: Path) -> None:
+    builder, other = StoreBuilder(tmp_path / "one"), StoreBuilder(tmp_path / "other")
+    removed, added = builder.add_text("removed", b""), other.add_text("added", b"")
+    context = prepared(builder, str(tmp_path))
+    narinfos = Narinfos(context)
+
+    async def check() -> None:
+        assert narinfos.content_now(removed.path.hash_part) not in {None, ABSENT}
+        assert narinfos.content_now(added.path.hash_part) is ABSENT
+        os.replace(other.db_path, builder.db_path)
+        await asyncio.sleep(0)
+        assert narinfos.content_now(removed.path.hash_part) is ABSENT
+        assert narinfos.content_now(added.path.hash_part) not in {None, ABSENT}
+
+    asyncio.run(check())
+    context.close()

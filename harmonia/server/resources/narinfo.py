@@ -69,7 +69,7 @@ class Narinfos:
 
     def content_now(self, hash_part: str) -> Content | None:
         """Return the narinfo that `get` would return, or ABSENT, or None if only `get` can find out. Does not block."""
-        context, cached = self._context, self._narinfos.get(hash_part)
+        context = self._context
         try:
             path = context.paths.lookup_now(hash_part)
         except StoreObjectError:
@@ -80,6 +80,7 @@ class Narinfos:
             context.push.note_answer(hash_part, found=path is not None)
         if path is None:
             return ABSENT
+        cached = self._narinfos.get(hash_part)
         if cached is None or cached.path is not path:
             return self._render_now(path)
         is_current = _is_file_current(context, path.info, cached.compressed, cached.expires)
