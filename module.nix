@@ -109,9 +109,11 @@ let
       [ "${host}:${toString port}" ];
 
   # Files that may be readable only to root: systemd reads them, and passes copies to the service.
-  credential = name: "/run/credentials/harmonia.service/${name}";
-  withCredentials =
-    prefix: keys: values:
+  credential = credentialOf "harmonia";
+  credentialOf = service: name: "/run/credentials/${service}.service/${name}";
+  withCredentials = withCredentialsOf "harmonia";
+  withCredentialsOf =
+    service: prefix: keys: values:
     let
       files = lib.filterAttrs (key: _: keys.${key}.type or null == "file") (given values);
     in
@@ -120,7 +122,7 @@ let
         name = "${prefix}${key}";
         inherit path;
       }) files;
-      settings = given values // lib.mapAttrs (key: _: credential "${prefix}${key}") files;
+      settings = given values // lib.mapAttrs (key: _: credentialOf service "${prefix}${key}") files;
     };
   signKeys =
     lib.imap0
@@ -144,6 +146,7 @@ let
       "sign_key_path"
       "sign_key_paths"
       "upstream"
+      "watch"
     ]
   );
   credentials =
@@ -179,13 +182,37 @@ let
   )) (map given cfg.settings.upstream) (map (key: key.path) signKeys);
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
+  # The settings of `harmonia watch`, which needs neither those of the server nor its credentials.
+  watch = withCredentialsOf "harmonia-watch" "watch-" keys.watch.keys cfg.settings.watch;
+  watchSettings =
+    lib.filterAttrs (
+      key: _:
+      lib.elem key [
+        "log_format"
+        "log_level"
+        "nix_db_path"
+        "real_nix_store"
+        "virtual_nix_store"
+        "zstd"
+      ]
+    ) (given cfg.settings)
+    // {
+      watch = watch.settings;
+    }
+    // lib.optionalAttrs (signKeys != [ ]) {
+      sign_key_paths = map (key: credentialOf "harmonia-watch" key.name) signKeys;
+    };
+
   pushes = cfg.settings.push.enable == true;
 
-  unchecked = format.generate "harmonia.toml" settings;
   # An invalid setting fails the build, not the service.
   checked =
+    name: settings:
+    let
+      unchecked = format.generate name settings;
+    in
     if pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform then
-      pkgs.runCommand "harmonia.toml" { passthru = { inherit settings; }; } ''
+      pkgs.runCommand name { passthru = { inherit settings; }; } ''
         ${lib.getExe package} --config ${unchecked} check-config --text-only
         cp ${unchecked} "$out"
       ''
@@ -227,6 +254,53 @@ let
     || cfg.package ? cargoArtifacts
     || cfg.package.meta.mainProgram or "" == "harmonia-cache";
   package = if isRust then ownPackage else cfg.package;
+
+  # The sandbox of all services.
+  sandbox = {
+    # No capabilities. CAP_DAC_READ_SEARCH would not help with a database that only root can read: SQLite checks
+    # with access(2), which ignores the capability, and then opens the database in the wrong mode.
+    CapabilityBoundingSet = "";
+    AmbientCapabilities = "";
+    NoNewPrivileges = true;
+    PrivateUsers = true;
+    RestrictSUIDSGID = true;
+    LockPersonality = true;
+    MemoryDenyWriteExecute = true;
+    RestrictRealtime = true;
+    RestrictNamespaces = true;
+    RemoveIPC = true;
+    PrivateIPC = true;
+    KeyringMode = "private";
+    SystemCallArchitectures = "native";
+    SystemCallErrorNumber = "EPERM";
+    # setpriority and sched_setscheduler of @resources: compression threads run at a lower priority than request threads,
+    # and those of warm = "new" at idle priority.
+    SystemCallFilter = [
+      "@system-service"
+      "~@privileged"
+      "~@resources"
+      "setpriority"
+      "sched_setscheduler"
+    ];
+
+    # The store can be anywhere, so there is no RootDirectory and no NoExecPaths. Everything is read-only.
+    ProtectSystem = "strict";
+    ProtectHome = if inHomes == [ ] then true else "tmpfs";
+    BindReadOnlyPaths = inHomes ++ inTmp;
+    PrivateTmp = true;
+    PrivateMounts = true;
+    PrivateDevices = true;
+    DevicePolicy = "closed";
+    DeviceAllow = "";
+    ProcSubset = "pid";
+    ProtectProc = "invisible";
+    ProtectClock = true;
+    ProtectControlGroups = true;
+    ProtectHostname = true;
+    ProtectKernelLogs = true;
+    ProtectKernelModules = true;
+    ProtectKernelTunables = true;
+  };
 
   # Defaults that the user's configuration overrides without mkForce. Lists are concatenated.
   overridable = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
@@ -279,7 +353,7 @@ in
 
     configFile = mkOption {
       type = types.path;
-      default = checked;
+      default = checked "harmonia.toml" settings;
       defaultText = lib.literalMD "generated from `settings`";
       readOnly = true;
       description = ''
@@ -317,6 +391,34 @@ in
           Public keys of the pushers. The Nix of this machine trusts them, for all purposes (`trusted-public-keys`): it
           accepts only paths that a trusted key signed.
         '';
+      };
+    };
+
+    watch = {
+      enable = lib.mkEnableOption ''
+        the upload of each store path that becomes valid to another cache, by `harmonia watch`. It works without
+        `enable`, on a machine that builds and serves nothing. `settings.watch` chooses the paths, and `signKeyPaths`
+        sign them'';
+      url = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "https://cache.example.org/push";
+        description = "URL of the other cache, the same as `settings.watch.url`.";
+      };
+      hook = mkOption {
+        type = types.bool;
+        default = false;
+        description = ''
+          Whether Nix hands the results of each build to the service, by `post-build-hook`. With
+          `settings.watch.new_paths = false`, only these are uploaded.
+        '';
+      };
+      configFile = mkOption {
+        type = types.path;
+        default = checked "harmonia-watch.toml" watchSettings;
+        defaultText = lib.literalMD "generated from `settings`";
+        readOnly = true;
+        description = "Settings file of the service, a part of `settings`.";
       };
     };
 
@@ -504,52 +606,9 @@ in
           StateDirectoryMode = lib.mkIf pushes "0700";
           UMask = "0077";
 
-          # No capabilities. CAP_DAC_READ_SEARCH would not help with a database that only root can read: SQLite checks
-          # with access(2), which ignores the capability, and then opens the database in the wrong mode.
-          CapabilityBoundingSet = "";
-          AmbientCapabilities = "";
-          NoNewPrivileges = true;
-          PrivateUsers = true;
-          RestrictSUIDSGID = true;
-          LockPersonality = true;
-          MemoryDenyWriteExecute = true;
-          RestrictRealtime = true;
-          RestrictNamespaces = true;
-          RemoveIPC = true;
-          PrivateIPC = true;
-          KeyringMode = "private";
-          SystemCallArchitectures = "native";
-          SystemCallErrorNumber = "EPERM";
-          # setpriority and sched_setscheduler of @resources: compression threads run at a lower priority than request
-          # threads, and those of warm = "new" at idle priority.
-          SystemCallFilter = [
-            "@system-service"
-            "~@privileged"
-            "~@resources"
-            "setpriority"
-            "sched_setscheduler"
-          ];
-
-          # The store can be anywhere, so there is no RootDirectory and no NoExecPaths. Everything is read-only.
-          ProtectSystem = "strict";
-          ProtectHome = if inHomes == [ ] then true else "tmpfs";
-          BindReadOnlyPaths = inHomes ++ inTmp;
-          PrivateTmp = true;
-          PrivateMounts = true;
           # The service registers temporary roots with the Nix daemon. The daemon would also build for it, so hide the
           # daemon if roots are off.
           InaccessiblePaths = lib.mkIf (cfg.settings.daemon_socket == "") [ "-/nix/var/nix/daemon-socket" ];
-          PrivateDevices = true;
-          DevicePolicy = "closed";
-          DeviceAllow = "";
-          ProcSubset = "pid";
-          ProtectProc = "invisible";
-          ProtectClock = true;
-          ProtectControlGroups = true;
-          ProtectHostname = true;
-          ProtectKernelLogs = true;
-          ProtectKernelModules = true;
-          ProtectKernelTunables = true;
 
           # Connections arrive through systemd's socket, which is in the network of the machine. AF_UNIX is for sd_notify.
           # With metrics_bind or upstreams, the service is in the network of the machine as well.
@@ -562,7 +621,77 @@ in
             "AF_INET6"
           ];
           IPAddressDeny = lib.mkIf (!needsNetwork) "any";
-        };
+        }
+        // overridable sandbox;
+      };
+    })
+
+    (lib.mkIf cfg.watch.enable {
+      assertions = [
+        {
+          assertion = cfg.settings.watch.url != null;
+          message = "services.harmonia.watch: set url to that of the cache to upload to.";
+        }
+      ]
+      ++
+        map
+          (key: {
+            assertion = cfg.settings.watch.${key} == null;
+            message = "services.harmonia.settings.watch.${key}: systemd creates the file's directory. Remove the setting.";
+          })
+          [
+            "metrics_file"
+            "socket"
+            "state_dir"
+          ];
+
+      services.harmonia.settings.watch.url = lib.mkIf (cfg.watch.url != null) cfg.watch.url;
+      environment.systemPackages = [ package ];
+      nix.settings.post-build-hook = lib.mkIf cfg.watch.hook "${package}/bin/harmonia-hook";
+
+      systemd.services.harmonia-watch = {
+        description = "Harmonia, uploads of new store paths";
+        after = [ "network.target" ];
+        wantedBy = [ "multi-user.target" ];
+        unitConfig = overridable (
+          {
+            StartLimitIntervalSec = 0;
+          }
+          // lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; }
+        );
+        serviceConfig =
+          overridable {
+            Type = "notify";
+            ExecStart = "${lib.getExe package} --config ${cfg.watch.configFile} watch";
+            WatchdogSec = 60;
+            Restart = "on-failure";
+            RestartSec = 5;
+            TimeoutStopSec = 10;
+            # Builds and downloads come first.
+            CPUWeight = 20;
+            IOWeight = 20;
+
+            # The server's user, to read its cache of compressed NARs.
+            DynamicUser = true;
+            User = "harmonia";
+            Group = "harmonia";
+            LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ watch.credentials);
+            CacheDirectory = lib.mkIf cfg.enable "harmonia";
+            CacheDirectoryMode = lib.mkIf cfg.enable "0700";
+            StateDirectory = "harmonia-watch";
+            StateDirectoryMode = "0700";
+            # The socket of the post-build hook, which only root can open, and the metrics, which everyone can read.
+            RuntimeDirectory = "harmonia-watch";
+            UMask = "0022";
+
+            InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+            RestrictAddressFamilies = [
+              "AF_UNIX"
+              "AF_INET"
+              "AF_INET6"
+            ];
+          }
+          // overridable sandbox;
       };
     })
 

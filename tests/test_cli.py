@@ -41,7 +41,21 @@ def test_version_option_prints_the_version() -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("serve", "check-config", "keygen", "demo", "doctor", "verify", "warm", "top", "ls", "cat", "nar"):
+    for command in (
+        "serve",
+        "check-config",
+        "keygen",
+        "demo",
+        "push",
+        "watch",
+        "doctor",
+        "verify",
+        "warm",
+        "top",
+        "ls",
+        "cat",
+        "nar",
+    ):
         assert f"\n  {command} " in text
     for words in ("--config", "Exit status:", "NO_COLOR", "_HARMONIA_COMPLETE", "harmonia man"):
         assert words in text
@@ -64,7 +78,7 @@ def test_check_config_prints_each_value_and_its_origin(config: Path, tmp_path: P
     for name in ("a", "b"):
         assert run("keygen", name, str(tmp_path)).returncode == 0
     with config.open("a") as file:
-        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n[publish]\ndeny = ['x']\n")
+        file.write(f"sign_key_paths = ['{tmp_path}/a.secret']\n[zstd]\nlevel = 5\n[publish]\nsigned_by = []\n")
     environment = {
         "CONFIG_FILE": str(config),
         "NIX_LOG_DIR": "/logs",
@@ -75,7 +89,7 @@ def test_check_config_prints_each_value_and_its_origin(config: Path, tmp_path: P
     origins = {line.split(" = ")[0]: line.partition("  # ")[2] for line in text.splitlines() if " = " in line}
     assert origins["bind"] == f"{config}:1"
     assert origins["level"] == f"{config}:6"
-    assert origins["deny"] == f"{config}:8"
+    assert origins["signed_by"] == f"{config}:8"
     assert origins["allow"] == "default"
     assert origins["priority"] == "default"
     assert origins["log_dir"] == "environment variable NIX_LOG_DIR"

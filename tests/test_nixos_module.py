@@ -223,6 +223,54 @@ class TestModule:
         for line in ("client_max_body_size 0;", "proxy_request_buffering off;"):
             assert line in machine["hosts"]["c.org"]["place"]["extraConfig"]
 
+    def test_watch_option_sets_up_a_service_and_the_hook(self) -> None:
+        machine = configured("""
+          watch = { enable = true; url = "https://c.org/push"; hook = true; };
+          signKeyPaths = [ "/secrets/key" ];
+          settings = { zstd.level = 9; priority = 7; watch = { netrc = "/secrets/netrc"; new_paths = false; }; };
+        """)
+        assert machine["failed"] == []
+        assert machine["service"] is machine["socket"] is None  # this machine serves nothing
+        unit = machine["watch"]
+        [start] = directives(unit, "ExecStart")
+        assert re.fullmatch(r"/nix/store/\S+/bin/harmonia --config /nix/store/\w+-harmonia-watch\.toml watch", start)
+        assert directives(unit, "LoadCredential") == ["sign-key-0:/secrets/key", "watch-netrc:/secrets/netrc"]
+        for key, value in {
+            "Type": "notify",
+            "WatchdogSec": "60",
+            "DynamicUser": "true",
+            "StateDirectory": "harmonia-watch",
+            "RuntimeDirectory": "harmonia-watch",
+        }.items():
+            assert directives(unit, key) == [value]
+        assert not directives(unit, "CacheDirectory")
+        assert machine["nix"]["post-build-hook"].endswith("/bin/harmonia-hook")
+        at = "/run/credentials/harmonia-watch.service"
+        assert machine["watch_settings"] == {
+            "sign_key_paths": [f"{at}/sign-key-0"],
+            "watch": {"netrc": f"{at}/watch-netrc", "new_paths": False, "url": "https://c.org/push"},
+            "zstd": {"level": 9},
+        }
+
+    def test_watch_beside_the_server_uses_its_cache(self) -> None:
+        machine = configured(
+            'enable = true; watch.enable = true; settings.watch.url = "https://c.org"; settings.watch.jobs = 3;'
+        )
+        assert machine["failed"] == []
+        assert directives(machine["watch"], "CacheDirectory") == ["harmonia"]
+        assert directives(machine["watch"], "User") == directives(machine["service"], "User")
+        assert machine["settings"] == DEFAULTS
+        assert machine["system_file"]["watch"] == {"jobs": 3, "url": "https://c.org"}
+        assert "post-build-hook" not in machine["nix"]
+
+    @pytest.mark.parametrize(
+        ("watch", "message"),
+        [("", "watch: set url"), ('settings.watch = { url = "http://c"; socket = "/s"; };', "watch.socket: systemd")],
+    )
+    def test_wrong_watch_option_is_an_error(self, watch: str, message: str) -> None:
+        [failed] = configured(f"watch.enable = true; {watch}")["failed"]
+        assert message in failed
+
     @pytest.mark.parametrize(
         ("bind", "upstream"),
         [("127.0.0.1:5000", "127.0.0.1:5000"), ("[::]:5001", "127.0.0.1:5001"), ("localhost:80", "127.0.0.1:80")],

@@ -25,6 +25,22 @@ def secret_keys(settings: Settings) -> tuple[SecretKey, ...]:
     return tuple(_secret_key(path, "sign_key_paths") for path in settings.sign_key_paths)
 
 
+def watch_authorization(settings: Settings, url: str) -> str | None:
+    """Return the value of Authorization for the host of `url`, or None without `watch.netrc`."""
+    path = settings.watch.netrc
+    if path is None:
+        return None
+    with open_file(("watch", "netrc"), path, "name a readable file") as file:
+        try:
+            found = netrc.authorization(file.read(netrc.MAX_BYTES + 1), urlsplit(url).hostname or "")
+        except FormatError as error:
+            raise WrongSettingError(f"cannot use {path!r}: {error}", "watch", "netrc", key_file=path) from None
+    if found is None:
+        what = f"no entry for {urlsplit(url).hostname} in {path!r}; add one, or remove this"
+        raise WrongSettingError(what, "watch", "netrc", key_file=path)
+    return found
+
+
 def push_key(settings: Settings) -> SecretKey | None:
     """Return the key that signs pushed paths, or None without `push.sign_key_path`."""
     path = settings.push.sign_key_path

@@ -24,9 +24,11 @@ from harmonia.config.settings import (
     Push,
     Settings,
     Upstream,
+    Watch,
     WrongSettingError,
     Zstd,
     default_cache_dir,
+    default_runtime_file,
     default_state_dir,
 )
 from harmonia.config.value_types import expected, plain
@@ -158,6 +160,13 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
     values.setdefault("cache_dir", default_cache_dir(environ))
     push = values.get("push", Push())
     values["push"] = msgspec.structs.replace(push, state_dir=push.state_dir or default_state_dir(environ))
+    watch = values.get("watch", Watch())
+    values["watch"] = msgspec.structs.replace(
+        watch,
+        state_dir=watch.state_dir or default_state_dir(environ),
+        socket=watch.socket or default_runtime_file(environ, "socket"),
+        metrics_file=watch.metrics_file or default_runtime_file(environ, "metrics.prom"),
+    )
     if store := environ.get("NIX_STORE_DIR") or values.get("virtual_nix_store"):
         values["virtual_nix_store"] = os.path.normpath(store)  # with a final slash, store paths would have two slashes
     if log_dir := environ.get("NIX_LOG_DIR"):
@@ -168,7 +177,9 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 
 
 def _values(
-    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Upstream], given: Mapping[str, Any], *table: str
+    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Watch | Upstream],
+    given: Mapping[str, Any],
+    *table: str,
 ) -> dict[str, Any]:
     """Return the arguments for `struct` from a TOML table.
 

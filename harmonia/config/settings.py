@@ -347,6 +347,79 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
         return "/".join(filter(None, ((self.endpoint or "").rstrip("/"), self.bucket, self.prefix)))
 
 
+class Watch(msgspec.Struct, frozen=True, kw_only=True):
+    """Uploads of each path that becomes valid in the store, by `harmonia watch`."""
+
+    url: Annotated[
+        Url | None,
+        Meta(description="URL of the binary cache to upload to, such as the `/push` of another Harmonia."),
+    ] = None
+    netrc: Annotated[
+        File | None,
+        Meta(
+            extra={"default": "`$NETRC`, `/etc/nix/netrc` or `~/.netrc`"},
+            description="netrc(5) file with user and password for the host of `url`.",
+        ),
+    ] = None
+    jobs: Annotated[int, Meta(ge=1, le=100, description="Number of NARs to upload at a time.")] = 8
+    new_paths: Annotated[
+        bool,
+        Meta(
+            description="Upload each path that becomes valid, except derivations. If false, only those of `gc_roots`"
+            " and of the post-build hook."
+        ),
+    ] = True
+    allow: Annotated[
+        tuple[str, ...], Meta(description='Patterns like "hello-*": upload only paths whose name matches one of them.')
+    ] = ()
+    deny: Annotated[
+        tuple[str, ...], Meta(description="Patterns: do not upload paths whose name matches one of them.")
+    ] = ()
+    not_signed_by: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Public keys like `name:base64`: do not upload paths with a stored signature by one of them,"
+            " not even as references, because clients get these from another cache."
+        ),
+    ] = ()
+    gc_roots: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Store paths, symlinks to them, or directories with such symlinks: upload these paths, and each"
+            " path that one of them leads to later."
+        ),
+    ] = ()
+    state_dir: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$STATE_DIRECTORY`, `$XDG_STATE_HOME/harmonia` or `~/.local/state/harmonia`"},
+            description="Directory of the queue and of NARs that are being compressed.",
+        ),
+    ] = None
+    socket: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$RUNTIME_DIRECTORY/socket`, if that variable is set"},
+            description="Unix socket at which the post-build hook `harmonia-hook` hands over paths.",
+        ),
+    ] = None
+    metrics_file: Annotated[
+        str | None,
+        Meta(
+            extra={"default": "`$RUNTIME_DIRECTORY/metrics.prom`, if that variable is set"},
+            description="File with metrics, for the textfile collector of Prometheus' node exporter.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        _check(name_patterns.check_pattern, self.allow, "watch", "allow")
+        _check(name_patterns.check_pattern, self.deny, "watch", "deny")
+        _check(value_types.check_public_key, self.not_signed_by, "watch", "not_signed_by")
+        _check(value_types.check_absolute, self.gc_roots, "watch", "gc_roots")
+        for key in ("netrc", "state_dir", "socket", "metrics_file"):
+            _check(value_types.check_path, [getattr(self, key)], "watch", key)
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind: Annotated[
         Address, Meta(description="Address to listen at. Port 0 is any free port. Sockets from systemd override it.")
@@ -551,6 +624,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
     push: Annotated[Push, Meta(description="Uploads of store paths.")] = Push()
     mirror: Annotated[Mirror, Meta(description="A bucket of an S3 service as a shared cache.")] = Mirror()
+    watch: Annotated[Watch, Meta(description="Uploads of new store paths to another cache.")] = Watch()
 
     def __post_init__(self) -> None:
         _check_paths(self)
@@ -706,16 +780,23 @@ def default_state_dir(environ: Mapping[str, str]) -> str:
     return environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
+def default_runtime_file(environ: Mapping[str, str], name: str) -> str | None:
+    """Return the path of a file in the first directory in systemd's `$RUNTIME_DIRECTORY`, or None without it."""
+    directory = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    return os.path.join(directory, name) if directory else None
+
+
 def default_cache_dir(environ: Mapping[str, str]) -> str:
     """Return the first directory in systemd's `$CACHE_DIRECTORY`, or `harmonia` in the user's cache directory."""
     home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
-TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror]] = {
+TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror | Watch]] = {
     "zstd": Zstd,
     "publish": PublishRules,
     "push": Push,
     "mirror": Mirror,
+    "watch": Watch,
 }
 """The settings that are tables of other settings."""

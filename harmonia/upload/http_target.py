@@ -135,8 +135,11 @@ class HttpTarget:
             async with self._heads:
                 return (await self._send("HEAD", f"{path.hash_part}.narinfo")).status not in _MISSING
 
-        async with asyncio.TaskGroup() as group:
-            tasks = {path: group.create_task(has(path)) for path in paths}
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {path: group.create_task(has(path)) for path in paths}
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         return {path for path, task in tasks.items() if task.result()}
 
     async def _find_bulk(self, paths: Sequence[StorePath]) -> set[StorePath]:

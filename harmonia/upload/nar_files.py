@@ -99,21 +99,21 @@ class NarFiles:
         if file is None:
             raise OSError("cannot compress NARs: the disk is full, or not writable; see the log above")
         with closed_on_error(file):
-            await self._completed(nar, file)
+            await self._completed(nar, file, key)
             self._scratch.remove(key)
         return CompressedBody(file)
 
     def _compress_small(self, nar: StoreNar) -> bytes:
         return self._compressor.encoder.compress(finish(nar.read_whole()))
 
-    async def _completed(self, nar: StoreNar, file: CachedFile) -> None:
-        """Wait until a growing file is complete."""
+    async def _completed(self, nar: StoreNar, file: CachedFile, key: str) -> None:
+        """Wait until a growing file is complete and has its final name."""
         poll_s = _MIN_POLL_S
         while True:
             file.refresh()
-            if file.whole:
+            if file.whole and not self._scratch.is_growing(key):
                 return
-            if file.lock():  # no thread fills it any more
+            if file.lock():  # no thread writes or renames it any more
                 file.refresh()
                 if file.whole:
                     return

@@ -19,7 +19,7 @@ from typing import TypeVar
 from harmonia.errors import FormatError, StoreObjectError, StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
-from harmonia.store import gc_roots
+from harmonia.store import gc_roots, queries
 from harmonia.store.new_paths import POLL_S, Cursor, DatabaseChanges, NewPaths, Page
 from harmonia.store.store import Store
 from harmonia.upload.queue import Item, QueueWriteError, Statistics, UploadQueue
@@ -72,14 +72,14 @@ class Watcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="queue")
         self._in_work: set[StorePath] = set()
         self._settled = asyncio.Event()  # the queue or the set of paths in work has changed
-        self._is_down = False
+        self._is_down: bool | None = None  # None until the first question
         self.counts: Counter[str] = Counter()
         """Paths by their end: `uploaded`, `collected`, and failed attempts as `failed`."""
 
     @property
     def target_answers(self) -> bool:
-        """Return True unless the last request to the target failed."""
-        return not self._is_down
+        """Return True if the target answered the last question if it takes uploads."""
+        return self._is_down is False
 
     async def statistics(self) -> Statistics:
         """Return counts of the queued paths."""
@@ -102,6 +102,8 @@ class Watcher:
     @asynccontextmanager
     async def listening(self, path: str) -> AsyncIterator[None]:
         """Accept names of store paths, separated by white space, from connections to the unix socket `path`.
+
+        The name of a derivation stands for its outputs.
 
         Raises OSError if the socket cannot be created.
         """
@@ -183,17 +185,24 @@ class Watcher:
                 names = await reader.read(_MAX_NAMES_BYTES)
                 while not reader.at_eof() and len(names) < _MAX_NAMES_BYTES:
                     names += await reader.read(_MAX_NAMES_BYTES)
-            paths = []
-            for name in names.decode(errors="replace").split():
-                try:
-                    paths.append(StorePath.in_dir(self._store.store_dir, name))
-                except FormatError as error:
-                    _log.warning("watch.socket: %s; hand over full store paths", error)
-            await self._add(paths)
+            words = names.decode(errors="replace").split()
+            await self._add(await self._retrying(partial(self._uploader.query, self._named, words)))
         except (OSError, TimeoutError) as error:
             _log.warning("watch.socket: a connection failed: %s", str(error) or "timeout")
         finally:
             writer.close()
+
+    def _named(self, names: Iterable[str]) -> list[StorePath]:
+        """Return the named store paths, and the outputs of derivations instead of these. Log malformed names."""
+        paths: list[StorePath] = []
+        for name in names:
+            try:
+                path = StorePath.in_dir(self._store.store_dir, name)
+            except FormatError as error:
+                _log.warning("watch.socket: %s; hand over full store paths", error)
+                continue
+            paths += queries.outputs(self._store, path) if path.is_derivation else [path]
+        return paths
 
     async def _add(self, paths: Collection[StorePath], cursor: Cursor | None = None) -> None:
         """Queue paths. Tries until the queue's disk accepts them."""
@@ -206,7 +215,7 @@ class Watcher:
         try:
             while True:
                 self._settled.clear()
-                if self._is_down:
+                if self._is_down is not False:
                     await self._wait_for_target()
                 items: list[Item] = []
                 if len(batches) < _MAX_BATCHES:

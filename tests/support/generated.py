@@ -12,7 +12,7 @@ import msgspec
 
 from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
-from harmonia.config.settings import Mirror, PublishRules, Push, Settings, Upstream, Zstd
+from harmonia.config.settings import Mirror, PublishRules, Push, Settings, Upstream, Watch, Zstd
 from harmonia.config.value_types import expected
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
@@ -53,7 +53,7 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream", "publish", "push", "mirror"}:
+        if item.name in {"zstd", "upstream", "publish", "push", "mirror", "watch"}:
             continue  # has its own table
         if item.required:
             rows.append(f"| `{item.name}` | {expected(item.type)} | | {schema['description']} |")
@@ -159,6 +159,16 @@ def service() -> str:
     return re.sub(r"^ExecStart=.*", start, unit, flags=re.MULTILINE)
 
 
+def watch_service() -> str:
+    """Return the module's service for `harmonia watch` on a machine without NixOS."""
+    settings = 'enable = true; url = "https://cache.example.org/push";'
+    keys = 'signKeyPaths = [ "/etc/harmonia/cache.secret" ]; settings.watch.netrc = "/etc/nix/netrc";'
+    machine = configured(f"watch = {{ {settings} }}; {keys}", arguments='nixpkgs = "";')
+    unit = re.sub(r"^Environment=.*\n", "", machine["watch"], flags=re.MULTILINE)
+    start = "ExecStart=/opt/harmonia/bin/harmonia --config /etc/harmonia/watch.toml watch"
+    return re.sub(r"^ExecStart=.*", start, unit, flags=re.MULTILINE)
+
+
 def socket() -> str:
     unit: str = _units()["socket"]
     return unit
@@ -184,6 +194,7 @@ def configuration() -> str:
         ("publish", PublishRules),
         ("push", Push),
         ("mirror", Mirror),
+        ("watch", Watch),
     )
     for mark, struct in structs:
         text = _between(text, mark, _settings_table(struct))
@@ -211,6 +222,7 @@ EVALUATED: dict[str, Callable[[], str]] = {
     "docs/reference/nixos-options.md": nixos_options,
     "docs/systemd/harmonia.service": service,
     "docs/systemd/harmonia.socket": socket,
+    "docs/systemd/harmonia-watch.service": watch_service,
 }
 """Documents that need Nix. They depend on nix/module-settings.json."""
 

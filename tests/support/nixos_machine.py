@@ -57,12 +57,16 @@ def configured(
       {{
         service = text "harmonia.service";
         socket = text "harmonia.socket";
+        watch = text "harmonia-watch.service";
+        watch_settings = config.services.harmonia.watch.configFile.settings;
         settings = config.services.harmonia.configFile.settings;
         system_file =
           let file = config.environment.etc."harmonia/harmonia.toml" or null; in
           if file == null then null else builtins.fromJSON (builtins.unsafeDiscardStringContext file.source.value);
         ports = config.networking.firewall.allowedTCPPorts;
-        nix = builtins.intersectAttrs {{ substituters = 1; trusted-public-keys = 1; extra-allowed-users = 1; }} (
+        nix = builtins.intersectAttrs {{
+          substituters = 1; trusted-public-keys = 1; extra-allowed-users = 1; post-build-hook = 1;
+        }} (
           if config.nix.enable then config.nix.settings else {{ }});
         inherit (config) warnings;
         failed = map (each: each.message) (builtins.filter (each: !each.assertion) config.assertions);
