@@ -72,7 +72,13 @@ class _NarinfoKind:
         """The parts before ETag, before Content-Length, before Date, and after Date."""
         self._response_404: tuple[bytes, bytes, int] | None = None
         """The parts before and after Date, and the length of the body."""
-        self.memory_bytes = 4 * len(key) + 2048
+        self._key_bytes = len(key)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the bytes of the heads, and of the body of 404."""
+        before, after, _ = self._response_404 or (b"", b"", 0)
+        return 1024 + self._key_bytes + sum(map(len, (*(self._head_of_200 or ()), before, after)))
 
     def learn(self, status: int, head: bytes, body: bytes) -> None:
         """Remember the head of a response of the handler."""
@@ -168,7 +174,8 @@ class ResponseCache:
             key = _key(narinfo)
             kind = self._kinds.get(key) or _NarinfoKind(key, validity[1])
             kind.learn(status, response_head, body)
-            self._kinds[key] = kind
+            with suppress(ValueError):  # larger than the whole cache
+                self._kinds[key] = kind
             return
         memory = len(head) + len(sent)
         served = getattr(request.ctx, "served", None)
