@@ -302,6 +302,33 @@ let
     ProtectKernelTunables = true;
   };
 
+  # A Harmonia between this machine's Nix and its caches.
+  accelerate = cfg.client.accelerate;
+  accelerateUrl = "http://127.0.0.1:${toString accelerate.port}";
+  accelerateSettings =
+    {
+      workers = 1;
+      # Nix asks the cache with the lowest number first.
+      priority = 10;
+      idle_exit = accelerate.idleExit;
+      upstream_timeout = 5;
+      # The store of this machine needs no cache: Nix asks for paths that are not in it.
+      daemon_socket = "";
+      enable_compression = false;
+      debug_info = false;
+      landing = false;
+      serve_files = false;
+      metrics = false;
+      upstream = lib.mapAttrsToList (
+        url: public_keys:
+        { inherit url public_keys; }
+        // lib.optionalAttrs (accelerate.netrc != null) {
+          netrc = "/run/credentials/harmonia-accelerate.service/netrc";
+        }
+      ) cfg.client.caches;
+    }
+    // lib.optionalAttrs (accelerate.cacheSize != null) { cache_size = accelerate.cacheSize; };
+
   # Defaults that the user's configuration overrides without mkForce. Lists are concatenated.
   overridable = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
 in
@@ -449,6 +476,41 @@ in
         `trusted-public-keys` in `nix.settings`. Works without `enable`.
       '';
     };
+
+    client.accelerate = {
+      enable = lib.mkEnableOption ''
+        a Harmonia between this machine's Nix and `client.caches`, at 127.0.0.1. It fetches the narinfos of a whole
+        closure at once from caches that are Harmonias, and NARs before Nix requests them. The caches stay in
+        `substituters` after it, and `fallback` is set, so that Nix goes on without it. Works without `enable`'';
+      port = mkOption {
+        type = types.port;
+        default = 5017;
+        description = "Port on 127.0.0.1.";
+      };
+      idleExit = mkOption {
+        type = types.ints.positive;
+        default = 300;
+        description = "Seconds without a request after which it ends. Its socket starts it again.";
+      };
+      cacheSize = mkOption {
+        type = types.nullOr types.str;
+        default = "2G";
+        description = "Maximum size of the NARs that it keeps in /var/cache/harmonia-accelerate. If null, half of the free space, at most 20G.";
+      };
+      configFile = mkOption {
+        type = types.path;
+        default = checked "harmonia-accelerate.toml" accelerateSettings;
+        defaultText = lib.literalMD "generated from `client.caches` and these options";
+        readOnly = true;
+        description = "Settings file of the service.";
+      };
+      netrc = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "/etc/nix/netrc";
+        description = "netrc file with the tokens for the caches. It can be readable only to root.";
+      };
+    };
   };
 
   config = lib.mkMerge [
@@ -456,6 +518,63 @@ in
       nix.settings = {
         substituters = lib.attrNames cfg.client.caches;
         trusted-public-keys = lib.concatLists (lib.attrValues cfg.client.caches);
+      };
+    })
+
+    (lib.mkIf accelerate.enable {
+      assertions = [
+        {
+          assertion = cfg.client.caches != { };
+          message = "services.harmonia.client.accelerate: there are no caches behind it; set services.harmonia.client.caches.";
+        }
+      ];
+
+      nix.settings = {
+        substituters = lib.mkBefore [ accelerateUrl ];
+        # If it is stopped, Nix up to 2.31 would fail instead of using the next cache.
+        fallback = lib.mkDefault true;
+      };
+
+      systemd.sockets.harmonia-accelerate = {
+        description = "Harmonia between Nix and its caches, socket";
+        wantedBy = [ "sockets.target" ];
+        socketConfig = overridable {
+          Backlog = 4096;
+          ListenStream = [ "127.0.0.1:${toString accelerate.port}" ];
+        };
+      };
+
+      systemd.services.harmonia-accelerate = {
+        description = "Harmonia between Nix and its caches";
+        requires = [ "harmonia-accelerate.socket" ];
+        after = [
+          "harmonia-accelerate.socket"
+          "network.target"
+        ];
+        stopIfChanged = false;
+        serviceConfig =
+          overridable {
+            Type = "notify";
+            ExecStart = "${lib.getExe package} --config ${accelerate.configFile} serve";
+            WatchdogSec = 30;
+            KillMode = "mixed";
+            Restart = "on-failure";
+            RestartSec = 1;
+            TimeoutStopSec = 40;
+            LimitNOFILE = 65536;
+            DynamicUser = true;
+            LoadCredential = lib.mkIf (accelerate.netrc != null) [ "netrc:${accelerate.netrc}" ];
+            CacheDirectory = "harmonia-accelerate";
+            CacheDirectoryMode = "0700";
+            UMask = "0077";
+            InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+            RestrictAddressFamilies = [
+              "AF_UNIX"
+              "AF_INET"
+              "AF_INET6"
+            ];
+          }
+          // overridable sandbox;
       };
     })
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from harmonia.config.settings import Settings
@@ -288,6 +289,31 @@ class TestModule:
         assert machine["service"] is None
         assert set(machine["nix"]["substituters"]) == {"https://cache.example.org", "https://cache.nixos.org/"}
         assert "cache.example.org-1:abc=" in machine["nix"]["trusted-public-keys"]
+
+    def test_accelerate_sets_up_a_harmonia_between_nix_and_its_caches(self) -> None:
+        key = "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M="
+        caches = f'client.caches."https://cache.example.org" = [ "{key}" ];'
+        machine = configured(
+            f'{caches} client.accelerate = {{ enable = true; netrc = "/etc/nix/netrc"; idleExit = 60; }};',
+            read="config.services.harmonia.client.accelerate.configFile.settings",
+        )
+        assert machine["failed"] == []
+        assert machine["service"] is machine["socket"] is None
+        substituters = machine["nix"]["substituters"]
+        assert substituters[0] == "http://127.0.0.1:5017"
+        assert set(substituters[1:]) == {"https://cache.example.org", "https://cache.nixos.org/"}
+        assert machine["nix"]["fallback"] is True
+        service, unit = machine["accelerate_service"], machine["accelerate_socket"]
+        assert directives(unit, "ListenStream") == ["127.0.0.1:5017"]
+        assert directives(service, "LoadCredential") == ["netrc:/etc/nix/netrc"]
+        assert directives(service, "RestrictAddressFamilies") == ["AF_UNIX", "AF_INET", "AF_INET6"]
+        assert directives(service, "WantedBy") == []
+        settings = msgspec.convert(machine["read"], Settings)
+        assert settings.idle_exit == 60
+        assert [(each.url, each.public_keys) for each in settings.upstream] == [("https://cache.example.org", (key,))]
+
+    def test_accelerate_without_caches_is_an_error(self) -> None:
+        assert "there are no caches behind it" in configured("client.accelerate.enable = true;")["failed"][0]
 
     def test_store_below_home_is_visible_to_the_service(self) -> None:
         machine = configured('enable = true; settings.real_nix_store = "/home/builder/root/nix/store";')

@@ -4,29 +4,17 @@ import os
 import re
 import signal
 import socket
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from support.running import HARMONIA, PATIENCE_S, Sample, Server, ServiceManager, patched, read_answer
+from support.activation import SocketUnit, activated
+from support.running import PATIENCE_S, Sample, Server, ServiceManager, patched, read_answer
 
 Start = Callable[..., Server]
-
-# Passes the given descriptors as 3, 4, …, and executes the program that follows, so that LISTEN_PID is its own.
-ACTIVATE = """
-import fcntl, os, sys
-given = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in sys.argv[1].split(",")]
-os.closerange(3, 100)
-for fd, copy in enumerate(given, 3):
-    os.dup2(copy, fd)
-os.environ.setdefault("LISTEN_PID", str(os.getpid()))
-os.environ.setdefault("LISTEN_FDS", str(len(given)))
-os.environ["LISTEN_FDNAMES"] = ":".join(["harmonia"] * len(given))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +43,6 @@ def unix_socket(directory: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def activated(*passed: int) -> dict[str, object]:
-    """Return options of a Server to which systemd passes descriptors."""
-    program = [sys.executable, "-c", ACTIVATE, ",".join(map(str, passed)), *HARMONIA]
-    return {"program": program, "pass_fds": passed}
-
-
 def ask(address: object, family: int) -> int:
     with socket.socket(family) as connection:
         connection.settimeout(PATIENCE_S)
@@ -81,6 +63,35 @@ def test_sockets_of_systemd_replace_bind(start: Start, sample: Sample, tmp_path:
             server.wait_for_log(f"at {re.escape(url)}$")
         assert server.stop() == 0
     assert (tmp_path / "socket").exists()  # systemd removes it
+
+
+def test_server_ends_when_idle_and_starts_again_at_the_next_connection(sample: Sample, tmp_path: Path) -> None:
+    with SocketUnit(tmp_path / "unit", sample.root, "idle_exit = 1") as unit:
+        address = ("127.0.0.1", int(unit.url.rpartition(":")[2]))
+        for count in (1, 2):
+            assert ask(address, socket.AF_INET) == 200
+            assert len(unit.servers) == count
+            unit.servers[-1].wait_for_log("no request for 1 s: stopping")
+            assert unit.servers[-1].process.wait(PATIENCE_S) == 0
+
+
+def test_running_download_keeps_the_server_from_ending(sample: Sample, tmp_path: Path) -> None:
+    with SocketUnit(tmp_path / "unit", sample.root, "idle_exit = 1\nenable_compression = false") as unit:
+        with socket.create_connection(("127.0.0.1", int(unit.url.rpartition(":")[2])), PATIENCE_S) as connection:
+            request = f"GET /nar/{sample.big.path.hash_part}.nar HTTP/1.1\r\nHost: x\r\n\r\n"
+            connection.sendall(request.encode())
+            first = connection.recv(1000)
+            assert first.startswith(b"HTTP/1.1 200")
+            time.sleep(3)
+            assert unit.is_running
+        assert unit.servers[-1].process.wait(PATIENCE_S) == 0
+
+
+def test_idle_exit_without_sockets_of_systemd_has_no_effect(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, settings="idle_exit = 1")
+    server.wait_for_log("WARNING.* idle_exit has no effect: systemd passed no socket")
+    time.sleep(2)
+    assert server.get("/version").status == 200
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])

@@ -51,8 +51,14 @@ def _serve(settings: Settings) -> int:
         nullcontext(inherited) if inherited else sockets.listen(settings, "bind") as listening,
         sockets.listen(settings, "metrics_bind") as for_metrics,
     ):
-        work = partial(worker.run, worker.prepare(settings, keys), for_metrics)
-        supervisor = Supervisor(work, [*listening, *for_metrics], settings.processes, settings.shutdown_grace)
+        context = worker.prepare(settings, keys)
+        work = partial(worker.run, context, for_metrics)
+        idle = (settings.idle_exit, context.metrics.responses) if settings.idle_exit and inherited else None
+        supervisor = Supervisor(work, [*listening, *for_metrics], settings.processes, settings.shutdown_grace, idle)
+        if settings.idle_exit and not inherited:
+            _log.warning(
+                "idle_exit has no effect: systemd passed no socket; use the units in docs/systemd, or remove it"
+            )
         for each in listening:
             url = sockets.url(each.getsockname(), tls=bool(settings.tls_cert_path))
             _log.info("serving %s at %s", settings.real_store, url)

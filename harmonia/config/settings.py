@@ -482,6 +482,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_grace: Annotated[
         WholeSeconds, Meta(ge=0, description="Seconds that running downloads have to finish when the server stops.")
     ] = 30
+    idle_exit: Annotated[
+        WholeSeconds,
+        Meta(
+            ge=0,
+            description="Seconds without a request after which the server ends; systemd starts it again at the next"
+            " connection. 0 is never. Has an effect only with sockets from systemd.",
+        ),
+    ] = 0
     tls_cert_path: Annotated[
         File | None, Meta(description="File with the certificate chain in PEM form, for HTTPS. Needs `tls_key_path`.")
     ] = None

@@ -197,6 +197,11 @@ class Metrics:
         self.upstreams = {url: _upstream(workers, reasons) for url in upstreams}
         """By URL, the counters of each worker."""
 
+    def responses(self) -> tuple[float, bool]:
+        """Return the number of responses of all workers, and whether a request is in flight."""
+        routes = [route for row in self.rows for route in row.routes.values()]
+        return sum(sum(route.head.cells[:-1]) for route in routes), any(route.in_flight for route in routes)
+
     def adopt_slot(self, place: int) -> None:
         """Make the row with index `place` the row of this process."""
         self.own = self.rows[place]

@@ -37,6 +37,10 @@ slot is a number from 0 that no other running worker has. SIGHUP is ignored unti
 """
 
 
+Activity = Callable[[], tuple[float, bool]]
+"""Returns the number of responses so far, and whether a request is in flight."""
+
+
 @dataclass
 class _Worker:
     pid: int
@@ -49,10 +53,18 @@ class _Worker:
 class Supervisor:
     """The main process's control of its workers."""
 
-    def __init__(self, work: Work, listening: Sequence[socket.socket], workers: int, grace: float) -> None:
+    def __init__(
+        self,
+        work: Work,
+        listening: Sequence[socket.socket],
+        workers: int,
+        grace: float,
+        idle: tuple[float, Activity] | None = None,
+    ) -> None:
         """Install handlers for signals, which `run` handles, including those that come before it.
 
         `grace` is the number of seconds that running requests have after SIGTERM. The workers themselves observe it.
+        With `idle`, the server stops after so many seconds without activity.
         """
         self._work = work
         self._listening = listening
@@ -72,6 +84,8 @@ class Supervisor:
         self._next_start = 0.0
         self._stop_at: float | None = None
         self._failed = False
+        self._idle = idle
+        self._last_activity: tuple[float, object] = time.monotonic(), None
 
     def run(self) -> int:
         """Run the workers until a signal stops them, and return the exit status.
@@ -89,6 +103,7 @@ class Supervisor:
                     self._listen(key.data)
             self._reap()
             self._kill_overdue()
+            self._stop_if_idle()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # a late signal must not change the exit status
         signal.set_wakeup_fd(-1)
@@ -184,6 +199,18 @@ class Supervisor:
         for each in self._listening:
             each.close()  # otherwise the kernel accepts new connections that no worker serves
         self._signal_all(signal.SIGTERM)
+
+    def _stop_if_idle(self) -> None:
+        if self._idle is None or self._stop_at is not None:
+            return
+        patience, activity = self._idle
+        responses, is_busy = activity()
+        now = time.monotonic()
+        if is_busy or responses != self._last_activity[1]:
+            self._last_activity = now, responses
+        elif now - self._last_activity[0] >= patience:
+            _log.info("no request for %g s: stopping, until the next connection", patience)
+            self._stop(self._grace)
 
     def _signal_all(self, number: signal.Signals) -> None:
         for pid in self._workers:

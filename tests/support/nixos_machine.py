@@ -59,13 +59,15 @@ def configured(
         socket = text "harmonia.socket";
         watch = text "harmonia-watch.service";
         watch_settings = config.services.harmonia.watch.configFile.settings;
+        accelerate_service = text "harmonia-accelerate.service";
+        accelerate_socket = text "harmonia-accelerate.socket";
         settings = config.services.harmonia.configFile.settings;
         system_file =
           let file = config.environment.etc."harmonia/harmonia.toml" or null; in
           if file == null then null else builtins.fromJSON (builtins.unsafeDiscardStringContext file.source.value);
         ports = config.networking.firewall.allowedTCPPorts;
         nix = builtins.intersectAttrs {{
-          substituters = 1; trusted-public-keys = 1; extra-allowed-users = 1; post-build-hook = 1;
+          substituters = 1; fallback = 1; trusted-public-keys = 1; extra-allowed-users = 1; post-build-hook = 1;
         }} (
           if config.nix.enable then config.nix.settings else {{ }});
         inherit (config) warnings;
