@@ -188,7 +188,7 @@ class Importer:
                 chunks = small or self._unpacked(file, upload.compression)
                 if daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
                     raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
-            except BaseException:
+            except (DaemonError, PushRefusedError):  # after another error, the daemon may still complete the import
                 self._roots.drop(info.path)
                 raise
 

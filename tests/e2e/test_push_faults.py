@@ -20,7 +20,7 @@ from support.closure import make_closure, requisites
 from support.nix_client import Client
 from support.push_target import Target, push, spooled
 from support.pusher import Pushed, Pusher, signed
-from support.running import Server, peak_bytes, read_answer, run, wait_until
+from support.running import Server, patched, peak_bytes, read_answer, run, wait_until
 from support.small_disk import mounted
 
 FAULTY_PUSHES = int(os.environ.get("HARMONIA_FAULTY_PUSHES", "60"))
@@ -148,6 +148,26 @@ def test_push_succeeds_after_a_worker_was_killed_during_one(target: Target) -> N
             wait_until(lambda: target.client.real_path(f"/nix/store/{path.info.path}").exists())
             kill_worker(server)
         assert pusher.put_narinfo(path).status == 200
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def test_imported_path_is_kept_if_the_connection_to_the_daemon_is_lost_at_its_end(target: Target) -> None:
+    """Nix does not push it again, because the server has it."""
+    lossy = """
+from harmonia.errors import RemoteError
+from harmonia.store.nix_daemon import Daemon
+add_to_store = Daemon.add_to_store
+def lose(*arguments):
+    add_to_store(*arguments)
+    raise RemoteError("lost")
+Daemon.add_to_store = lose
+"""
+    server = target.serve(program=patched(lossy))
+    path = Pushed.make("good", b"content", target.secret)
+    with target.client.daemon():
+        assert target.pusher(server).push(path).status == 409
+        server.stop()  # ends its temporary roots
+        target.client.run("nix-store", "--gc")
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
 
 
