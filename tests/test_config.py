@@ -1033,3 +1033,29 @@ def test_publish_and_upstream_together_are_rejected() -> None:
     text = "[publish]\ndeny = ['secret-*']\n[[upstream]]\nurl = 'http://other:5000'\n"
     with pytest.raises(ConfigError, match=r"^harmonia.toml:1: publish: .*set one or the other"):
         parse(text, "harmonia.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[watch]\nurl = 'cache'", "h.toml:2: watch.url: expected a string like "),
+        ("[watch]\njobs = 0", "h.toml:2: watch.jobs: expected an integer "),
+        ("[watch]\nallow = ['/x']", "h.toml:2: watch.allow: "),
+        ("[watch]\ndeny = ['/x']", "h.toml:2: watch.deny: "),
+        ("[watch]\nnot_signed_by = ['key']", "h.toml:2: watch.not_signed_by: "),
+        ("[watch]\ngc_roots = ['result']", "h.toml:2: watch.gc_roots: "),
+        ("[watch]\nnetrc = ''", "h.toml:2: watch.netrc: expected a path"),
+        ("[watch]\nfilter = 'x'", "h.toml:2: watch.filter: unknown key"),
+    ],
+)
+def test_invalid_watch_setting_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        settings(text)
+
+
+def test_files_of_watch_are_in_the_directories_of_the_service() -> None:
+    environment = {"STATE_DIRECTORY": "/var/lib/w", "RUNTIME_DIRECTORY": "/run/w:/run/x"}
+    watch = parse("", "h.toml", environment).watch
+    assert (watch.state_dir, watch.socket, watch.metrics_file) == ("/var/lib/w", "/run/w/socket", "/run/w/metrics.prom")
+    watch = parse("", "h.toml", {"HOME": "/home/u"}).watch
+    assert (watch.state_dir, watch.socket, watch.metrics_file) == ("/home/u/.local/state/harmonia", None, None)

@@ -253,6 +253,17 @@ class TestFaults:
         os.link(store.real_path(staged.path), store.real_path(damaged))
         wait_until((cache.directory / f"{damaged.hash_part}.narinfo").exists)
 
+    def test_malformed_row_delays_only_its_referrers(self, store: StoreBuilder, cache: PutServer, watch: Watch) -> None:
+        cache.stop()
+        watch.start()
+        broken = store.add(store.output_path("broken"), b"broken", known_size=False)
+        referrer = add(store, "referrer", references=(broken,))
+        good = [add(store, f"good-{number}") for number in range(5)]
+        watch.wait_for_log("paths wait in the queue")
+        cache.start()
+        watch.wait_for(*good)
+        watch.wait_for_log(f"cannot upload {referrer.path}: cannot use the database's row for .*broken")
+
     def test_replaced_database_is_read_from_its_beginning(self, store: StoreBuilder, watch: Watch) -> None:
         old = add(store, "old")
         watch.start()

@@ -27,13 +27,12 @@ from harmonia.upload.target import Target, TargetError, TargetUnavailableError
 from harmonia.upload.uploader import CollectedError, Outcome, ReferenceFailedError, Uploader
 
 _BATCH_ITEMS = 64  # that share a question to the target
-_MAX_BATCHES = 4  # so that small paths do not wait for a large one
+_MAX_BATCHES = 16  # at once, so that small paths do not wait for a large one
 _RETRY_S = 1.0  # after an error of the store or of the queue's disk
 _ROOTS_POLL_S = 1.0
 _MAX_PROBE_S = 60.0  # between two questions if the target answers again
 _MAX_IDLE_S = 60.0  # between two looks at the queue
 _MAX_NAMES_BYTES = 1 << 20  # of one connection to the socket
-_MAX_CONNECTIONS = 64
 _NAMES_S = 10.0  # for a connection to the socket
 
 _T = TypeVar("_T")
@@ -129,12 +128,16 @@ class Watcher:
         changed = asyncio.Event()
         with closing(DatabaseChanges(self._db_path)) as changes:
             descriptor = changes.fileno()
+
+            def note() -> None:
+                changes.clear()  # otherwise the event loop would call this again and again
+                changed.set()
+
             if descriptor is not None:
-                asyncio.get_running_loop().add_reader(descriptor, changed.set)
+                asyncio.get_running_loop().add_reader(descriptor, note)
             try:
                 while True:
                     changed.clear()
-                    changes.clear()
                     page, chosen = await self._retrying(partial(self._uploader.query, self._page, new, cursor))
                     if cursor is not None and cursor.database != page.cursor.database:
                         _log.warning("the store's database was replaced; all its paths count as new")
@@ -245,11 +248,12 @@ class Watcher:
             infos, _ = await self._uploader.plan(waiting)
             planned = {info.path for info in infos}
             await self._finish({path: None for path in waiting if path not in planned}, waiting)
-            ended: asyncio.Queue[tuple[StorePath, Outcome]] = asyncio.Queue()
+            ended: asyncio.Queue[tuple[StorePath, Outcome] | None] = asyncio.Queue()
             uploading = asyncio.create_task(self._uploader.upload(infos, lambda *end: ended.put_nowait(end)))
+            uploading.add_done_callback(lambda _: ended.put_nowait(None))
             try:
-                for _ in infos:
-                    path, outcome = await ended.get()
+                while (end := await ended.get()) is not None:
+                    path, outcome = end
                     if path in waiting and isinstance(outcome, CollectedError | None):
                         await self._finish({path: outcome}, waiting)
                     elif outcome is not None:
@@ -261,7 +265,13 @@ class Watcher:
         except StoreUnavailableError as error:
             _log.warning("%s; trying again", error)
             await asyncio.sleep(_RETRY_S)
-        except (TargetError, StoreObjectError, OSError) as error:
+        except (StoreObjectError, FormatError) as error:  # a malformed row in the closure of one of the items
+            if len(waiting) == 1:
+                failures |= dict.fromkeys(waiting, error)
+            else:
+                for item in waiting.values():
+                    await self._upload_batch([item])
+        except (TargetError, OSError) as error:
             failures |= dict.fromkeys(waiting, error)
         finally:
             try:
