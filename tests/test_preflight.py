@@ -208,4 +208,4 @@ def test_check_config_does_not_disturb_a_running_server(start: Start, tmp_path: 
         assert (checked.returncode, checked.stderr) == (0, "")
         assert server.get("/nix-cache-info").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # start, overview and stop

@@ -158,7 +158,7 @@ def test_connections_beyond_max_connections_get_503(start: Start, sample: Sample
         admitted[0].close()
         wait_until(lambda: server.get("/version").status == 200)
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # start, overview and stop
 
 
 @pytest.mark.parametrize(("settings", "counted"), [("", True), ("trusted_proxies = ['127.0.0.1']", False)])
@@ -199,7 +199,7 @@ def test_unix_socket_removed_while_serving_is_ignored(start: Start, sample: Samp
     server = start(store=sample.root, bind=f"unix:{path}")
     path.unlink()
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # start, overview and stop
 
 
 def test_stale_unix_socket_is_replaced(start: Start, sample: Sample, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_connections_dropped_at_any_point_leave_nothing_open(start: Start, sampl
     wait_until(lambda: len(held(server)) <= before)
     assert server.get("/version").status == 200
     assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # start, overview and stop
 
 
 def test_slow_downloads_take_little_memory_each(start: Start, sample: Sample) -> None:

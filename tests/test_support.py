@@ -72,7 +72,7 @@ def test_preloaded_command_behaves_like_a_new_process(arguments: list[str], tmp_
         command = [*program, *arguments]
         with popen(command, env=environment, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
             stdout, stderr = process.communicate()
-        return process.returncode, stdout, re.sub(r"(?m)^[\d-]+ [\d:,]+", "", stderr)
+        return process.returncode, stdout, re.sub(r"(?m)^[\d-]+[T ][\d:.,+]+", "", stderr)
 
     assert outcome(HARMONIA) == outcome(NOT_PRELOADED)
 

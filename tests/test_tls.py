@@ -191,7 +191,7 @@ def test_client_without_a_handshake_does_not_delay_the_end(start: Start, sample:
     host, _, port = server.url.removeprefix("https://").rpartition(":")
     with socket.create_connection((host, int(port))):
         assert server.stop() == 0
-    assert len(server.log) == 2, server.log  # start and stop
+    assert len(server.log) == 3, server.log  # start, overview and stop
 
 
 def silent(server: Server, stack: ExitStack, count: int) -> list[socket.socket]:
@@ -238,7 +238,7 @@ def test_header_timeout_covers_the_handshake(start: Start, sample: Sample, tmp_p
             connection.sendall(b"\x16\x03\x01")  # the beginning of a ClientHello
         wait_until(lambda: not any(map(is_open, connections)))
         wait_until(lambda: is_answered(server))
-    assert len(server.log) == 1, server.log  # only the start
+    assert len(server.log) == 2, server.log  # only start and overview
 
 
 def is_answered(server: Server) -> bool:

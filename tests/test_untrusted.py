@@ -18,7 +18,9 @@ OWN_NUMBERS = {
     "POSITIVE_TTL_S",
     "time.monotonic() - began + max_age",
     "host != '::'",
-    "newest",  # an integer from SQLite
+    "newest",  # an integer from SQLite, like the next two
+    "total",
+    "newer",
     "row[0]",
     "row.pid",  # a process of ours, as a double
     "descriptor",  # from a system call

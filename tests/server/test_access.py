@@ -312,7 +312,7 @@ def test_invalid_tokens_are_rate_limited_and_valid_ones_are_not(
     assert get("10.0.0.1", {}).status == 401
     assert get("10.0.0.2", invalid).status == 401
     server.stop()
-    assert [line.split(" ", 2)[2] for line in server.log if "invalid tokens" in line] == [
+    assert [line.split(" ", 1)[1] for line in server.log if "invalid tokens" in line] == [
         "WARNING too many invalid tokens from 10.0.0.1: answered with 429; check that client's netrc\n"
     ]
 
