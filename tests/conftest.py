@@ -1,5 +1,6 @@
 """Fixtures and hooks for all tests. Tests of the server use a real process, a real socket, and a store of their own."""
 
+import gc
 import os
 import signal
 from collections import Counter
@@ -30,6 +31,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run slow tests, and tests with newer versions of Nix")
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all modules and tests from garbage collection: later collections take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
