@@ -43,11 +43,10 @@ from support.compression import (
     read,
     reading,
     reference,
-    wait_until,
 )
 from support.disk_cache import at, fill, filling, messages, no_leak, without
 from support.programs import needs
-from support.running import PATIENCE_S
+from support.running import PATIENCE_S, wait_until
 from support.small_disk import mounted
 
 MIB = 1 << 20

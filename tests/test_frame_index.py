@@ -10,9 +10,9 @@ from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.frame_index import FrameIndex
 from harmonia.cache.nar_compressor import CompressedNar
 from harmonia.errors import StoreObjectError
-from support.compression import FRAME, Memory, compressing, everything, nar, read, reading, wait_until
+from support.compression import FRAME, Memory, compressing, everything, nar, read, reading
 from support.disk_cache import at, no_leak
-from support.running import PATIENCE_S
+from support.running import PATIENCE_S, wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -217,11 +217,11 @@ def test_error_of_the_walk_reaches_all_readers(error: Exception) -> None:
         next(reader)
 
 
-COUNT = 100_000
+COUNT = 40_000
 
 
 def many(root: bytes) -> Iterator[Entry]:
-    """Yield a tree of 100,000 entries; only the last needs to be on disk."""
+    """Yield a tree of 40,000 entries; only the last needs to be on disk."""
     yield Entry(0, root, stat.S_IFDIR, 0, b"")
     for number in range(COUNT // 100 - 1):
         directory = root + b"/%06d" % number

@@ -289,7 +289,7 @@ def test_nar_in_the_encoding_of_another_server_is_made_and_resumable(
     start: Start, store: StoreBuilder, tmp_path: Path, wanted: str
 ) -> None:
     """Every server sends it whole and in ranges: before it is cached, after eviction, and after a restart."""
-    path = big(store, contents=random.Random(1).randbytes(100_000) * 200)
+    path = big(store, contents=random.Random(1).randbytes(100_000) * 120)
     url = f"/{narinfo(start(store=tmp_path / 'store', settings=LEVELS[wanted]), path)['URL']}"
     bodies, etags = set(), set()
     for settings in LEVELS.values():

@@ -6,6 +6,7 @@ If an upgrade removes one, the test of that name fails, before anything fails in
 import asyncio
 import inspect
 import socket
+from functools import cache
 from operator import attrgetter
 
 import pytest
@@ -20,6 +21,7 @@ from sanic.server.async_server import AsyncioServer
 from sanic.server.protocols.http_protocol import HttpProtocol
 
 
+@cache
 def names(kind: type) -> set[str]:
     """Return the attributes of a class and of its instances: annotated, in slots, or assigned in its source."""
     assigned: set[str] = set()

@@ -16,7 +16,7 @@ from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
 from harmonia.store.file_reader import OpenSlice, Step
-from support.running import PATIENCE_S
+from support.running import wait_until
 
 FRAME = 1000
 
@@ -123,10 +123,3 @@ def reference(source: Memory, frame_size: int = FRAME) -> bytes:
         starts.insert(1, 1 << 16)
     pieces = [source.content[start:stop] for start, stop in zip_longest(starts, starts[1:])]
     return b"".join(map(Encoding.of(Zstd()).compress, pieces))
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)

@@ -90,10 +90,9 @@ class Server:
     def start(self) -> None:
         self.launch()
         self.url = self.wait_for_log(r"serving .* at ([^\s\"]+)")[1]
-        deadline = time.monotonic() + PATIENCE_S
-        while not self._answers():
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.01)
+        for _ in pauses(self.log):
+            if self._answers():
+                return
 
     def launch(self) -> None:
         """Start the process, without waiting for success."""
@@ -117,14 +116,13 @@ class Server:
 
     def wait_for_log(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """Wait for a log line that matches; return the match."""
-        deadline = time.monotonic() + seconds
-        while True:
+        missing = f"no {pattern!r} in"
+        for _ in pauses(missing, self.log, seconds=seconds):
             for line in list(self.log):
                 if match := re.search(pattern, line):
                     return match
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.log}"
-            assert self.process.poll() is None, f"ended without {pattern!r} in {self.log}"
-            time.sleep(0.01)
+            assert self.process.poll() is None, f"ended with {missing} {self.log}"
+        raise AssertionError
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = PATIENCE_S) -> int:
         """Send a signal, wait for the end, and return the exit status."""
@@ -371,10 +369,19 @@ def peak_bytes(pid: int) -> int:
 
 
 def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
+    for _ in pauses(f"not within {seconds} s", seconds=seconds):
+        if condition():
+            return
+
+
+def pauses(*why: object, seconds: float = PATIENCE_S) -> Iterator[None]:
+    """Yield at intervals that grow to 20 ms. Fail, with the reason `why`, after `seconds`."""
+    deadline, pause = time.monotonic() + seconds, 0.002
+    while True:
+        yield
+        assert time.monotonic() < deadline, why
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.02)
 
 
 def wait_until_refused(server: Server) -> None:

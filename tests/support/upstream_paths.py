@@ -49,7 +49,7 @@ class Remote:
 _numbers = count()
 
 
-def make_path(directory: Path, size: int = 1 << 18, compression: str = "xz") -> Remote:
+def make_path(directory: Path, size: int = 1 << 16, compression: str = "xz") -> Remote:
     """Make a new path each time, because the server caches responses of upstreams."""
     store = StoreBuilder(directory)
     name = f"there-{next(_numbers)}"
