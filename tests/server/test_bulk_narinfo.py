@@ -131,9 +131,9 @@ def test_body_without_length_gets_411(many: tuple[Server, list[str]]) -> None:
 def test_each_path_counts_for_max_bulk_rate(start: Start, paths: tuple[Path, list[str]]) -> None:
     server = start(store=paths[0], settings="max_bulk_rate = 10000\ntrusted_proxies = ['127.0.0.1']")
     client = {"X_Forwarded_For": "10.0.0.1"}
-    assert ask(server, *paths[1], **client).status == 200
     lines = [f"{number:032}" for number in range(10_000)]
-    refused = ask(server, *lines, **client)
+    assert ask(server, *lines[:5000], **client).status == 200
+    refused = ask(server, *lines, **client)  # would be permitted 30 s later
     assert refused.status == 429
     assert int(refused.headers["retry-after"]) >= 1
     assert ask(server, *lines[:5000], **client).status == 200
