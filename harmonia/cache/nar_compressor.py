@@ -182,6 +182,11 @@ class CompressedNar:
         """Return True if the NAR did not have its registered hash or size at the last read."""
         return self._compressor.is_damaged(self._source)
 
+    @property
+    def reads_briefly(self) -> bool:
+        """True if the file is complete: then `read` only opens it."""
+        return self._file is not None and self._file.whole
+
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:
         self._file = self._file or self._open_file()
         position = start

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
+from harmonia.process.loop_reads import LoopReads
 from harmonia.store.file_reader import CHUNK_BYTES, Chunk, OpenSlice, Step
 
 _MAX_GATHER_S = 0.001  # for which small chunks wait for more
@@ -20,27 +22,37 @@ _MAX_POLL_S = 0.02
 
 _END = object()
 
+_loop_reads = LoopReads()
+
 _T = TypeVar("_T")
 
 Submit = Callable[..., "Future[Any]"]
 """A function that runs another function in a thread."""
 
 
-async def read_in_threads(steps: Generator[Step | None], submit: Submit) -> AsyncGenerator[Chunk]:
+async def read_in_threads(
+    steps: Generator[Step | None], submit: Submit, *, on_loop: bool = False
+) -> AsyncGenerator[Chunk]:
     """Yield the chunks of a generator. The caller reads an open slice to its end before it asks for the next chunk.
 
     After the generator yields a future, this waits for its end; after None, it waits for some milliseconds.
+    If `on_loop` is set, each step is short, and runs on the event loop as long as its reads come from memory.
     """
     running: Future[Any] | None = None
     poll_s = _MIN_POLL_S
     try:
-        running = submit(_pull, steps)
         while True:
-            pulled = await asyncio.wrap_future(running)
+            if running is None and on_loop and _loop_reads.allowed:
+                pulled = _loop_reads.run(partial(_pull_on_loop, steps))
+                await asyncio.sleep(0)  # let other tasks run
+            else:
+                running = running or submit(_pull, steps)
+                pulled = await asyncio.wrap_future(running)
+                running = None
             while pulled:
                 match step := pulled.popleft():
                     case bytes():
-                        if not pulled:
+                        if not pulled and not (on_loop and _loop_reads.allowed):
                             running = submit(_pull, steps)
                         yield step
                         poll_s = _MIN_POLL_S
@@ -55,7 +67,6 @@ async def read_in_threads(steps: Generator[Step | None], submit: Submit) -> Asyn
                         poll_s = min(2 * poll_s, _MAX_POLL_S)
                     case _:
                         return
-                running = submit(_pull, steps)
     finally:
         if running is not None:
             await _stopped(running)
@@ -109,6 +120,11 @@ def _pull(steps: Generator[Step | None]) -> deque[object]:
             return pulled
     pulled.append(_END)
     return pulled
+
+
+def _pull_on_loop(steps: Generator[Step | None]) -> deque[object]:
+    """Return the next step, or `_END`. The caller reads the bytes of an open slice."""
+    return deque((next(steps, _END),))
 
 
 async def _ended(future: "Future[Any]") -> None:

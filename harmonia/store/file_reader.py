@@ -5,6 +5,8 @@ import sys
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
+from math import inf
+from time import perf_counter
 from typing import Any
 
 from harmonia.errors import StoreObjectError
@@ -77,13 +79,17 @@ class ReadOnly:
         """Do nothing."""
 
 
-def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES) -> Generator[Step]:
+def chunks(
+    archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_BYTES, max_seconds: float = inf
+) -> Generator[Step]:
     """Yield the bytes of segments in chunks of less than twice `chunk_size`, and large files as open slices.
 
+    A chunk of small files is shorter if it took `max_seconds` to read.
     Raises StoreObjectError if the length of a file has changed, and OSError if a file cannot be read.
     """
     parts: list[bytes] = []
     size = 0
+    until = perf_counter() + max_seconds
     files = confined.Files()
     try:
         for segment in archive:
@@ -103,7 +109,7 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_B
                 piece = _small_file(segment, files)
             parts.append(piece)
             size += len(piece)
-            if size >= chunk_size:
+            if size >= chunk_size or perf_counter() > until:
                 files.close()  # the client may take long to ask for the next chunk
                 del piece
                 data = _joined(parts)
@@ -113,6 +119,7 @@ def chunks(archive: Iterable[Segment | Future[bytes]], chunk_size: int = CHUNK_B
                 yield data
                 del data  # free it before the next chunk is read
                 size = 0
+                until = perf_counter() + max_seconds
         files.close()
         if size:
             yield _joined(parts)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
@@ -18,6 +18,8 @@ from harmonia.store import file_reader, tree_reader
 from harmonia.store.file_reader import Step
 from harmonia.store.nar_layout import Layout
 from harmonia.store.temp_roots import TempRootLease
+
+_STEP_S = 0.001  # for which small files are read to one chunk, so that the event loop can read them
 
 
 class LayoutSource(Protocol):
@@ -44,6 +46,8 @@ class StoreNar:
     """Protects the path from garbage collection until this NAR is closed."""
     client: Hashable = None
     """The client, for fair shares of the threads that walk trees."""
+    reads_briefly: ClassVar[bool] = True
+    """True because each step of `read` takes some milliseconds, unless it waits for the disk."""
 
     def __str__(self) -> str:
         return os.fsdecode(self.root)
@@ -99,7 +103,7 @@ class StoreNar:
                 closing(self.layout()) as layout,
                 closing(self._segments(layout, start, self.size if stop is None else stop)) as segments,
             ):
-                yield from file_reader.chunks(segments)
+                yield from file_reader.chunks(segments, max_seconds=_STEP_S)
         except (OSError, StoreObjectError, CacheFileError):
             self.layouts.forget(self.key)
             raise

@@ -29,6 +29,7 @@ from harmonia.cache.zstd_stored import StoredNar
 from harmonia.config.settings import Zstd
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
+from harmonia.process.loop_reads import LoopReads
 from harmonia.process.loop_turns import LoopTurns
 from harmonia.server.http import response
 from harmonia.server.http.response import Body, Deferred, Representation
@@ -352,7 +353,16 @@ async def end_everywhere(bench: Bench, kind: str, way: str, **asked: Any) -> Non
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", [*OPENED, *DEFERRED])
-def test_response_that_ends_at_any_step_leaks_nothing(bench: Bench, kind: str, way: str) -> None:
+def test_response_that_ends_at_any_step_leaks_nothing(
+    bench: Bench, kind: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoopReads, "allowed", False)  # read in threads
+    asyncio.run(end_everywhere(bench, kind, way))
+
+
+@pytest.mark.parametrize("way", ["sending fails", "cancelled while sending", "the head fails"])
+@pytest.mark.parametrize("kind", ["NAR", "compressed NAR, cached"])
+def test_response_read_on_the_event_loop_leaks_nothing(bench: Bench, kind: str, way: str) -> None:
     asyncio.run(end_everywhere(bench, kind, way))
 
 

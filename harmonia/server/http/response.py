@@ -307,7 +307,9 @@ async def generate_to_end(body: Body, submit: Submit) -> None:
 
 def _pieces(body: Body, start: int, stop: int | None, submit: Submit) -> _Pieces:
     chunks = body.read(start, stop)
-    return read_bytes(read_in_threads(chunks, submit) if isinstance(chunks, Generator) else chunks, submit)
+    if isinstance(chunks, Generator):
+        chunks = read_in_threads(chunks, submit, on_loop=getattr(body, "reads_briefly", False))
+    return read_bytes(chunks, submit)
 
 
 async def _send(
