@@ -6,7 +6,7 @@ reason, no thread runs the generator any more, and the generator is closed.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from functools import partial
@@ -31,20 +31,21 @@ Submit = Callable[..., "Future[Any]"]
 
 
 async def read_in_threads(
-    steps: Generator[Step | None], submit: Submit, *, on_loop: bool = False
+    steps: Generator[Step | None], submit: Submit, turn: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncGenerator[Chunk]:
     """Yield the chunks of a generator. The caller reads an open slice to its end before it asks for the next chunk.
 
     After the generator yields a future, this waits for its end; after None, it waits for some milliseconds.
-    If `on_loop` is set, each step is short, and runs on the event loop as long as its reads come from memory.
+    If `turn` is given, each step is short, and runs on the event loop as long as its reads come from memory. `turn`
+    waits until it may.
     """
     running: Future[Any] | None = None
     poll_s = _MIN_POLL_S
     try:
         while True:
-            if running is None and on_loop and _loop_reads.allowed:
+            if running is None and turn is not None and _loop_reads.allowed:
+                await turn()
                 pulled = _loop_reads.run(partial(_pull_on_loop, steps))
-                await asyncio.sleep(0)  # let other tasks run
             else:
                 running = running or submit(_pull, steps)
                 pulled = await asyncio.wrap_future(running)
@@ -52,7 +53,7 @@ async def read_in_threads(
             while pulled:
                 match step := pulled.popleft():
                     case bytes():
-                        if not pulled and not (on_loop and _loop_reads.allowed):
+                        if not pulled and (turn is None or not _loop_reads.allowed):
                             running = submit(_pull, steps)
                         yield step
                         poll_s = _MIN_POLL_S

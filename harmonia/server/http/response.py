@@ -188,7 +188,8 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
             headers["cache-control"] = UNNAMED  # otherwise, an HTTP cache could store a truncated range as complete
     if stop is not None:
         headers["content-length"] = str(stop - start)
-    pieces, first = begun or (_pieces(body, start, stop, submit), b"")
+    turn = partial(request.app.ctx.loop_turns.start, partial(request.app.ctx.client, request))
+    pieces, first = begun or (_pieces(body, start, stop, submit, turn), b"")
     response = HTTPResponse(status=status, headers=headers)
     await _send(request, response, pieces, first, None if stop is None else stop - start)
     return None
@@ -305,10 +306,13 @@ async def generate_to_end(body: Body, submit: Submit) -> None:
             pass
 
 
-def _pieces(body: Body, start: int, stop: int | None, submit: Submit) -> _Pieces:
+def _pieces(
+    body: Body, start: int, stop: int | None, submit: Submit, turn: Callable[[], Awaitable[None]] | None = None
+) -> _Pieces:
+    """Return the bytes of a body. `turn` waits until the event loop may read, if the reads of the body are short."""
     chunks = body.read(start, stop)
     if isinstance(chunks, Generator):
-        chunks = read_in_threads(chunks, submit, on_loop=getattr(body, "reads_briefly", False))
+        chunks = read_in_threads(chunks, submit, turn if getattr(body, "reads_briefly", False) else None)
     return read_bytes(chunks, submit)
 
 
