@@ -1,7 +1,8 @@
 """HTML pages: common header and footer, style, and security headers.
 
-A page loads no other resource. The style sheet and the script are inline, and the Content-Security-Policy allows them
-by their hashes (CSP level 3, section 8.4). Therefore a browser runs no other script, even if one is injected.
+A page loads no other resource; only that of the newest paths reads `/events`. The style sheet and the script are
+inline, and the Content-Security-Policy allows them by their hashes (CSP level 3, section 8.4). Therefore a browser runs
+no other script, even if one is injected.
 """
 
 import base64
@@ -10,6 +11,7 @@ from collections.abc import Container, Generator, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.resources import files
+from typing import Literal
 from urllib.parse import quote
 
 from html5tagger import HTML, Builder, Document, E
@@ -27,7 +29,7 @@ def _static(name: str) -> str:
 
 _ICON = f"data:image/svg+xml,{quote(_static('icon.svg').strip())}"
 _STYLE = _static("style.css").replace('url("ICON")', f'url("{_ICON}")')
-_SCRIPT = _static("copy.js")
+_SCRIPTS = {name: _static(f"{name}.js") for name in ("copy", "newest")}
 
 
 def _allowed(inline: str) -> str:
@@ -38,7 +40,8 @@ _POLICY = (
     f"default-src 'none'; style-src {_allowed(_STYLE)}; img-src data:; form-action 'self'; base-uri 'none';"
     " frame-ancestors 'none'"
 )
-_POLICY_WITH_SCRIPT = f"{_POLICY}; script-src {_allowed(_SCRIPT)}"
+_POLICIES = {name: f"{_POLICY}; script-src {_allowed(script)}" for name, script in _SCRIPTS.items()}
+_POLICIES["newest"] += "; connect-src 'self'"  # for /events
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,12 @@ def begin(context: ServerContext, title: str, top: str, asked: str = "") -> Buil
     return page
 
 
-def end(context: ServerContext, page: Builder, *, script: bool = False) -> Representation:
+def end(context: ServerContext, page: Builder, *, script: Literal["copy", "newest"] | None = None) -> Representation:
     """Finish a page. Return its representation, which clients must revalidate (`no-cache`)."""
     with page.footer:
         page(f"Served by Harmonia {__version__}")
     if script:
-        page.script(HTML(_SCRIPT))
+        page.script(HTML(_SCRIPTS[script]))
     text = Text(str(page).encode())
     return Representation(
         content_type="text/html; charset=utf-8",
@@ -92,7 +95,7 @@ def end(context: ServerContext, page: Builder, *, script: bool = False) -> Repre
         etag=f'"{hashlib.sha256(text.content).hexdigest()[:32]}"',
         zstd=context.encoded(text),
         headers={
-            "content-security-policy": _POLICY_WITH_SCRIPT if script else _POLICY,
+            "content-security-policy": _POLICIES[script] if script else _POLICY,
             "x-content-type-options": "nosniff",
         },
     )

@@ -28,6 +28,12 @@ select max(path), group_concat(case when substr(base_name, ?) like ? escape '\' 
   then base_name end, ' ') from batch
 """
 
+# Newest first, without derivations, which people rarely look for.
+_NEWEST_PATHS = """
+select substr(cast(path as text), ?), cast(narSize as integer), cast(registrationTime as integer)
+from (select path, narSize, registrationTime from ValidPaths order by id desc limit ?) where path not like '%.drv'
+"""
+
 _REFERRERS = """
 with referrers(id) as (
   select referrer from Refs join ValidPaths as asked on asked.id = reference
@@ -111,6 +117,28 @@ def search(store: Store, text: str, limit: int, published: PublishFilter = None)
             break
 
     return Paths(sorted(candidates, key=order)[:limit], len(candidates), complete=last is None)
+
+
+class NewestPath(NamedTuple):
+    path: StorePath
+    nar_size: int
+    registered: int
+    """The time at which the path became valid, in seconds since 1970."""
+
+
+def newest(store: Store, limit: int, published: PublishFilter = None) -> list[NewestPath]:
+    """Return at most `limit` paths that became valid most recently, the newest first, without derivations.
+
+    With `published`, only paths for which it is true count.
+    """
+    found: list[NewestPath] = []
+    for base_name, size, registered in store.database.query(_NEWEST_PATHS, len(store.store_dir) + 2, _MAX_CANDIDATES):
+        path = _store_path(base_name)
+        if path is not None and (published is None or published(path)):
+            found.append(NewestPath(path, max(size or 0, 0), registered or 0))
+            if len(found) == limit:
+                break
+    return found
 
 
 def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:

@@ -379,6 +379,39 @@ def test_all_links_work_below_a_path_of_a_proxy(
     assert [each for each in asked if not each.startswith((f"{base}/", "data:"))] == []
 
 
+def test_newest_paths_appear_and_vanish_without_a_reload(
+    page: Page, start: Callable[..., Server], tmp_path: Path
+) -> None:
+    store = StoreBuilder(tmp_path / "store")
+    old = store.add_text("old-1.0", b"old")
+    server = start(store=tmp_path / "store", settings="browse = true")
+    page.open(f"{server.url}/search")
+    names = "[...document.querySelectorAll('#newest a')].map((link) => link.textContent)"
+    assert page.run(names) == ["old-1.0"]
+    page.wait("document.querySelector('#live').textContent")
+    new = store.add(store.output_path("new-2.0"), b"x" * 3_000_000)
+    store.add_text("new.drv", b"")
+    page.wait(f"{names}.length === 2")
+    assert page.run(names) == ["new-2.0", "old-1.0"]
+    cells = page.run("[...document.querySelectorAll('#newest td')].slice(0, 2).map((cell) => cell.textContent)")
+    assert cells == [f"new-2.0 {new.path.hash_part}", "2.9 MiB"]
+    with store.connect() as connection:
+        connection.execute("delete from ValidPaths where path = ?", (f"/nix/store/{old.path}",))
+    page.wait(f"{names}.length === 1")
+    for scheme in ("light", "dark"):
+        for size in (DESKTOP, PHONE):
+            page.set_view(size, scheme)
+            assert page.run(CONTRAST) >= 4.5
+            assert page.run("document.documentElement.scrollWidth") <= size[0]
+            if directory := os.environ.get("SCREENSHOTS"):
+                page.screenshot(f"{directory}/newest-{scheme}-{size[0]}.png")
+    assert page.errors == []
+    reloaded = page.run("document.querySelector('#newest').innerText")
+    page.open(f"{server.url}/search")
+    assert page.run("document.querySelector('#newest').innerText") == reloaded
+    assert page.run("document.querySelector('#newest a').href") == f"{server.url}/path/{new.path.hash_part}"
+
+
 def test_error_page_links_to_the_landing_page_and_the_search(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["error"])
     assert page.run("document.querySelector('h1').innerText") == "Not Found"

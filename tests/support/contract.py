@@ -84,7 +84,7 @@ ROWS: dict[str, list[Row]] = {
         Row("/serve/{hash}/none", status=404),
         Row(f"/serve/{_NONE}/", status=404),
     ],
-    "/search": [Row("/search?q=tree", negotiable=True)],
+    "/search": [Row("/search?q=tree", negotiable=True), Row("/search", negotiable=True)],
     "path": [Row("/path/{hash}", negotiable=True), Row(f"/path/{_NONE}", status=404)],
     "diff": [
         Row("/diff/{hash}/{hash}", negotiable=True),

@@ -5,6 +5,7 @@ cache stays private. A search shows all paths, and the referrers of a path show 
 """
 
 import re
+import time
 from collections.abc import Container
 from contextlib import suppress
 from http import HTTPStatus
@@ -27,6 +28,7 @@ from harmonia.server.resources import landing
 from harmonia.store import build_log, queries
 
 _MAX_SHOWN = 200  # paths on one page
+_MAX_NEWEST = 50
 _MAX_VERSIONS = 10  # to compare with
 _MAX_QUERY_CHARS = 300  # more than a store path has
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
@@ -39,12 +41,12 @@ async def search(context: ServerContext, request: Request) -> Representation:
     hash_part = _HASH_PART.match(asked.removeprefix(context.store.store_dir + "/"))
     if hash_part and await context.paths.lookup_usable_path(hash_part[0]):
         return page.redirect(f"path/{hash_part[0]}", HTTPStatus.SEE_OTHER, "no-cache")
+    if not asked:
+        return await _newest(context)
     result = await context.threads.run_slow_db(
         lambda store: queries.search(store, asked, _MAX_SHOWN, context.paths.publish_filter(store))
     )
-    document = page.begin(
-        context, f"{asked} in a Nix binary cache" if asked else "Search a Nix binary cache", "./", asked
-    )
+    document = page.begin(context, f"{asked} in a Nix binary cache", "./", asked)
     with document.main:
         document.h1("Search")
         with document.section:
@@ -53,9 +55,29 @@ async def search(context: ServerContext, request: Request) -> Representation:
     return page.end(context, document)
 
 
+async def _newest(context: ServerContext) -> Representation:
+    """Return the page of the newest paths. `newest.js` keeps it up to date."""
+    newest = await context.threads.run_slow_db(
+        lambda store: queries.newest(store, _MAX_NEWEST, context.paths.publish_filter(store))
+    )
+    document = page.begin(context, "Search a Nix binary cache", "./")
+    with document.main:
+        document.h1("Newest paths")
+        document.p("Enter a part of a path's name, or the beginning of its hash, to search.", class_="dim")
+        with document.section, document.table(id="newest", data_most=str(_MAX_NEWEST)):
+            document.thead.tr.th("Name", scope="col").th("Size", scope="col", class_="size")
+            document.th("Valid since", scope="col", class_="size")
+            document.tbody()
+            for path, size, registered in newest:
+                document.tr(data_hash=path.hash_part).td(class_="path").a(path.name, href=f"path/{path.hash_part}")
+                document._(" ").span(path.hash_part, class_="dim")
+                document.td(page.size(size), class_="size")
+                document.td(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(registered)), class_="size")
+        document.p(id="live", class_="dim", role="status")
+    return page.end(context, document, script="newest")
+
+
 def _summary(asked: str, result: queries.Paths) -> str:
-    if not asked:
-        return "Enter a part of a path's name, or the beginning of its hash."
     least = "" if result.complete else "at least "
     first = f"The first {len(result.shown)} of " if result.total > len(result.shown) else ""
     return f"{first}{least if first else least.capitalize()}{page.count(result.total, 'path')} for “{asked}”"
@@ -114,7 +136,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
                 page.paths(document, versions, f"../diff/{info.path.hash_part}/")
         _paths(document, "References", queries.Paths(references[:_MAX_SHOWN], len(references)), unpublished)
         _paths(document, "Referrers", referrers)
-    return page.end(context, document, script=True)
+    return page.end(context, document, script="copy")
 
 
 async def _logged(context: ServerContext, info: PathInfo) -> StorePath | None:

@@ -40,7 +40,7 @@ async def get(context: ServerContext, request: Request) -> Representation:
                     push_to = f"nix copy --to '{url}/push?secret-key=FILE' PATH"
                     document.dt("Push").dd("With a token of the scope push: ").code(push_to)
                 document.dt("For programs").dd.a("nix-cache-info", href="nix-cache-info")
-    return page.end(context, document, script=True)
+    return page.end(context, document, script="copy")
 
 
 def _identity(document: Builder, url: str, keys: Sequence[str]) -> None:
