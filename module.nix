@@ -140,8 +140,10 @@ let
     number: withCredentials "upstream-${toString number}-" keys.upstream.keys
   ) cfg.settings.upstream;
   push = withCredentials "push-" keys.push.keys cfg.settings.push;
+  mirror = withCredentials "mirror-" keys.mirror.keys cfg.settings.mirror;
   others = withCredentials "" keys (
     removeAttrs cfg.settings [
+      "mirror"
       "push"
       "sign_key_path"
       "sign_key_paths"
@@ -155,15 +157,20 @@ let
       [
         others
         push
+        mirror
       ]
       ++ upstreams
     );
   withLists =
     settings: upstream: sign_key_paths:
     settings // lib.filterAttrs (_: list: list != [ ]) { inherit upstream sign_key_paths; };
-  settings = withLists (others.settings // given { push = push.settings; }) (map (each: each.settings) upstreams) (
-    map (key: credential key.name) signKeys
-  );
+  settings = withLists (
+    others.settings
+    // given {
+      push = push.settings;
+      mirror = mirror.settings;
+    }
+  ) (map (each: each.settings) upstreams) (map (key: credential key.name) signKeys);
   # For commands outside the service: the original files, and the cache directory of the service.
   settingsOutside = withLists (given (
     removeAttrs cfg.settings [
@@ -248,7 +255,7 @@ let
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
 
   # The Rust Harmonia does not understand these arguments, and would start a server during the build.
-  ownPackage = pkgs.callPackage ./package.nix { };
+  ownPackage = pkgs.callPackage ./package.nix { withS3 = cfg.settings.mirror.bucket != null; };
   isRust =
     cfg.package ? cargoDeps
     || cfg.package ? cargoArtifacts

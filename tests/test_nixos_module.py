@@ -272,6 +272,18 @@ class TestModule:
         [failed] = configured(f"watch.enable = true; {watch}")["failed"]
         assert message in failed
 
+    def test_access_key_of_the_mirror_is_a_credential(self) -> None:
+        machine = configured("""
+          enable = true;
+          settings.mirror = { endpoint = "https://s3.org"; bucket = "cache"; credentials_file = "/secrets/s3"; };
+        """)
+        assert machine["failed"] == []
+        mirror = {"endpoint": "https://s3.org", "bucket": "cache"}
+        at = "/run/credentials/harmonia.service"
+        assert machine["settings"]["mirror"] == mirror | {"credentials_file": f"{at}/mirror-credentials_file"}
+        assert machine["system_file"]["mirror"] == mirror | {"credentials_file": "/secrets/s3"}
+        assert directives(machine["service"], "LoadCredential") == ["mirror-credentials_file:/secrets/s3"]
+
     @pytest.mark.parametrize(
         ("bind", "upstream"),
         [("127.0.0.1:5000", "127.0.0.1:5000"), ("[::]:5001", "127.0.0.1:5001"), ("localhost:80", "127.0.0.1:80")],

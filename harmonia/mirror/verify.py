@@ -43,7 +43,7 @@ class Contents(NamedTuple):
 
 
 async def read_contents(bucket: "Bucket", store_dir: str) -> Contents:
-    """Return all keys and all narinfos. Holds some 1 KiB of memory for each path. Raises TargetError."""
+    """Return all keys and all narinfos. Holds some 2 KiB of memory for each path. Raises TargetError."""
     objects = {each.key: each async for page in bucket.list() for each in page}
     contents = Contents(objects, {}, [])
     hash_parts = [key.removesuffix(".narinfo") for key in objects if key.endswith(".narinfo") and "/" not in key]

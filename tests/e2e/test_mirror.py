@@ -1,16 +1,21 @@
 """Stock Nix reads a bucket that `harmonia mirror` has filled, while no Harmonia runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
-from support.closure import Closure, requisites
+from support.closure import Closure, build_one, requisites
+from support.cutting_proxy import CuttingProxy
+from support.nginx import nginx
 from support.nix_client import Client
 from support.running import Server, run
 from support.s3_service import Folder, S3Service
 
 pytestmark = pytest.mark.s3
+
+MEBIBYTE = 1 << 20
 
 
 def mirror(closure: Closure, folder: Folder, directory: Path, *paths: str) -> None:
@@ -51,22 +56,51 @@ def test_closure_is_copied_from_the_bucket(
     client.run("nix-store", "--verify-path", *requisites(client, closure.top))
 
 
+@contextmanager
+def gates(closure: Closure, folder: Folder, directory: Path, count: int, more: str = "") -> Iterator[list[Server]]:
+    """Run servers without a store, each with a cache of its own."""
+    mirrored = folder.settings(f"public_keys = ['{closure.key.public.strip()}']\n{more}", who="reader")
+    servers = [Server(directory / f"gate-{number}", directory / "nothing") for number in range(count)]
+    with ExitStack() as stack:
+        for server in servers:
+            server.config.write_text(
+                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{server.cache_dir}'\nworkers = 1\n{mirrored}"
+            )
+            server.start()
+            stack.callback(server.stop)
+        yield servers
+
+
 @pytest.mark.parametrize("more", ["", "redirect = true"], ids=["proxied", "redirected"])
 def test_closure_is_substituted_through_a_gate_without_a_store(
     client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path, *, more: str
 ) -> None:
     folder = s3_service.folder(tmp_path, "private")
     mirror(closure, folder, tmp_path, closure.top)
-    gate = Server(tmp_path / "gate", tmp_path / "nothing")
-    mirrored = folder.settings(f"public_keys = ['{closure.key.public.strip()}']\n{more}", who="reader")
-    gate.config.write_text(
-        f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{tmp_path}/gate-cache'\nworkers = 2\n{mirrored}"
-    )
-    gate.start()
-    try:
+    with gates(closure, folder, tmp_path, 1, more) as [gate]:
         client.settings |= {"substituters": gate.url, "trusted-public-keys": closure.key.public}
         client.run("nix-store", "--realise", closure.top)
         client.run("nix-store", "--verify-path", *requisites(client, closure.top))
         assert client.run("nix", "log", "--store", gate.url, closure.top).text
-    finally:
-        gate.stop()
+
+
+def test_cut_download_resumes_at_another_gate_while_one_is_killed(
+    client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path
+) -> None:
+    folder = s3_service.folder(tmp_path, "private")
+    path = build_one(closure.server, "noise-3.0", "mkdir $out; head -c 12000000 /dev/urandom > $out/noise")
+    mirror(closure, folder, tmp_path, path)
+    with gates(closure, folder, tmp_path, 3) as servers:
+        pool = "".join(f"server {server.url.removeprefix('http://')}; " for server in servers)
+        place = "location / { proxy_pass http://gates; proxy_http_version 1.1; proxy_buffering off; }"
+        with nginx(tmp_path / "nginx", place, f"upstream gates {{ {pool} }}") as (url, log):
+
+            def kill_one() -> None:
+                servers[0].process.kill()
+
+            with CuttingProxy(int(url.rpartition(":")[2]), 2 * MEBIBYTE, 8 * MEBIBYTE, kill_one) as network:
+                client.settings |= {"substituters": network.url, "trusted-public-keys": closure.key.public}
+                client.run("nix-store", "--realise", path)
+                client.run("nix-store", "--verify-path", path)
+                assert network.cuts >= 2
+        assert " 206 " in log.read_text()
