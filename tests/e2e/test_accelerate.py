@@ -92,3 +92,16 @@ def test_stopped_accelerator_leaves_the_build_to_the_cache_itself(
     began = time.monotonic()
     client.run("nix-store", "--realise", f"/nix/store/{top.path}")
     assert time.monotonic() - began < 100
+
+
+def test_accelerator_that_is_stopped_after_use_breaks_no_build(client: Client, origin: Server, top: PathInfo) -> None:
+    """Nix remembers that it is a cache, so it does not find out when it opens the caches."""
+    if client.nix.version < (2, 26):
+        pytest.skip("this Nix aborts if a substituter fails, even with fallback; use a newer one")
+    client.run("nix-store", "--init")
+    with unit_of(client, origin) as unit:
+        configure(client, unit.url, origin.url)
+        first = min(top.references)
+        client.run("nix-store", "--realise", f"/nix/store/{first}")
+    client.run("nix-store", "--realise", f"/nix/store/{top.path}")
+    client.run("nix-store", "--verify-path", f"/nix/store/{top.path}")
