@@ -16,7 +16,7 @@ from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
 from support import debug_info, preloaded, realisations
 from support.mirrors import KEY, chain, configure, mirror
-from support.running import HARMONIA, PATIENCE_S, Server, file_url, run, unpacked
+from support.running import HARMONIA, PATIENCE_S, Server, file_url, run, unpacked, wait_until
 from support.s3_service import Folder
 
 pytestmark = pytest.mark.s3
@@ -205,3 +205,19 @@ def test_missing_obstore_is_one_line_with_the_remedy(store: StoreBuilder, folder
     assert answer.returncode == 2
     assert "mirror.bucket: needs the Python package obstore; install harmonia[s3]" in answer.stderr
     assert answer.stderr.count("\n") == 1
+
+
+def test_watch_writes_new_paths_to_the_bucket(store: StoreBuilder, folder: Folder, tmp_path: Path) -> None:
+    store.add_text("old", b"old")
+    config = configure(store, tmp_path, f"[watch]\nstate_dir = '{tmp_path}/state'\n{folder.settings()}")
+    command = [*HARMONIA, "--config", config, "watch", "mirror"]
+    for number in range(2):
+        with preloaded.popen(command, env=dict(os.environ), stderr=subprocess.PIPE, text=True) as watcher:
+            assert watcher.stderr is not None
+            next(line for line in watcher.stderr if "uploading new paths" in line)
+            dep = store.add_text(f"dep-{number}", b"dep")
+            top = store.add_text(f"top-{number}", b"top", [dep.path])
+            wait_until(lambda top=top: top.path.hash_part in folder.paths())  # type: ignore[misc]
+            watcher.kill()
+    folder.check_closed()
+    assert len(folder.paths()) == 4

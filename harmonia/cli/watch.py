@@ -34,7 +34,7 @@ def command(config_file: str | None, url: str | None, *, key_files: tuple[str, .
     """Upload each store path that becomes valid to a binary cache, until it is stopped.
 
     URL is any HTTP binary cache that takes PUT, such as the /push of another Harmonia (default: the setting
-    `watch.url`). [watch] in the settings file chooses paths.
+    `watch.url`), or `mirror`, the bucket of [mirror]. [watch] in the settings file chooses paths.
 
     The queue is on disk: it survives kills, a full disk, and a cache that is down. Paths that were garbage-collected
     meanwhile are dropped with a line in the log.

@@ -13,7 +13,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from harmonia.config import credentials
-from harmonia.config.settings import PublishRules, Settings, Watch
+from harmonia.config.settings import PublishRules, Settings, Watch, WrongSettingError
+from harmonia.mirror.connection import open_bucket
+from harmonia.mirror.target import BucketTarget
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.process import systemd
@@ -22,9 +24,12 @@ from harmonia.store.store import Store
 from harmonia.upload.http_target import HttpTarget
 from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.queue import Statistics, UploadQueue
+from harmonia.upload.target import Target
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
 
+MIRROR = "mirror"
+"""Names the bucket of [mirror] in the place of a URL."""
 _ATTEMPTS = 3  # of a request; the queue repeats what fails
 _REPORT_S = 15.0  # between two writes of the metrics
 
@@ -45,8 +50,7 @@ async def serve(settings: Settings, url: str, keys: Sequence[SecretKey], jobs: i
     store = Store.of(settings)
     async with AsyncExitStack() as stack:
         queue = stack.enter_context(closing(UploadQueue(os.path.join(state_dir, "watch.sqlite"))))
-        authorization = credentials.watch_authorization(settings, url)
-        target = HttpTarget(url, store.store_dir, attempts=_ATTEMPTS, authorization=authorization)
+        target = _open_target(settings, url)
         stack.push_async_callback(target.close)
         nars = stack.enter_context(closing(NarFiles(settings, store.real_dir, os.path.join(state_dir, "upload"))))
         wanted, excluded = filters(watch, store)
@@ -84,6 +88,19 @@ async def serve(settings: Settings, url: str, keys: Sequence[SecretKey], jobs: i
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         _log.info("stopped; the queue keeps what was not uploaded")
+
+
+def _open_target(settings: Settings, url: str) -> Target:
+    """Return the cache at `url`, or the bucket of the mirror. Raises WrongSettingError if a setting excludes that."""
+    if url != MIRROR:
+        authorization = credentials.watch_authorization(settings, url)
+        return HttpTarget(url, settings.virtual_nix_store, attempts=_ATTEMPTS, authorization=authorization)
+    if settings.watch.not_signed_by:
+        what = "leaves out references, which the bucket of [mirror] needs; remove it"
+        raise WrongSettingError(what, "watch", "not_signed_by")
+    if settings.publish != PublishRules():
+        raise WrongSettingError("the rules do not apply to uploads to the bucket of [mirror]; remove them", "publish")
+    return BucketTarget(settings, open_bucket(settings))
 
 
 def filters(watch: Watch, store: Store) -> tuple[Callable[[PathInfo], bool], Callable[[PathInfo], bool]]:
