@@ -20,7 +20,17 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import needs
-from support.running import LONG_GRACE, PATIENCE_S, Sample, Server, nar_url, read_answer, wait_until, wait_until_refused
+from support.running import (
+    LONG_GRACE,
+    PATIENCE_S,
+    Sample,
+    Server,
+    ServiceManager,
+    nar_url,
+    read_answer,
+    wait_until,
+    wait_until_refused,
+)
 
 Start = Callable[..., Server]
 
@@ -77,7 +87,9 @@ def test_tls_1_2_and_1_3_are_accepted(
 
 def test_new_connections_get_the_renewed_certificate(start: Start, sample: Sample, tmp_path: Path) -> None:
     before = renew(tmp_path)
-    server = start(store=sample.root, settings=secured(tmp_path), workers=2)
+    with ServiceManager(f"{tmp_path}/notify") as manager:
+        server = start(store=sample.root, settings=secured(tmp_path), workers=2, environment=manager.environment)
+        assert manager.receive() == "READY=1"  # of both workers: before, SIGHUP has no effect
     with server.connect() as old:
         assert presented(server) == before
         after = renew(tmp_path)

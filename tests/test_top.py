@@ -55,7 +55,8 @@ def test_hit_ratio_is_hits_per_lookup() -> None:
 def test_once_prints_one_view(tmp_path: Path, start: Start) -> None:
     sample = Sample.make(tmp_path / "store")
     server = start(store=sample.root)
-    server.get(nar_url(sample.small) + ".zst")
+    for _ in range(2):  # a small NAR is cached when it is compressed the second time
+        server.get(nar_url(sample.small) + ".zst")
     wait_until(lambda: "harmonia_cache_fills_total 1.0" in server.get("/metrics").text)
     for _ in range(2):
         server.get(nar_url(sample.small) + ".zst")
@@ -65,7 +66,7 @@ def test_once_prints_one_view(tmp_path: Path, start: Start) -> None:
     assert f"harmonia at {server.url}: " in answer.stdout
     assert "1 downloads in flight" in answer.stdout
     assert "compressed NARs: 66.7% hits, 1 made, 0 evicted" in answer.stdout
-    assert re.search(r"^nar +3 +0\.0 +.* 1 +0$", answer.stdout, re.MULTILINE)
+    assert re.search(r"^nar +4 +0\.0 +.* 1 +0$", answer.stdout, re.MULTILINE)
     assert "\x1b" not in answer.stdout
 
 

@@ -189,9 +189,11 @@ def _values(
     values = {}
     for key, value in given.items():
         if key not in types:
-            near = [_GUESSES[key]] if key in _GUESSES else difflib.get_close_matches(key, _KEYS, 1)
+            # Tables have keys of the same name: those of this table count first.
+            keys = _KEYS if struct is Upstream else _KEYS | {name: ".".join((*table, name)) for name in types}
+            near = [_GUESSES[key]] if key in _GUESSES else difflib.get_close_matches(key, keys, 1)
             remedy = (
-                f"did you mean {_KEYS[near[0]]}?" if near else "remove it; docs/reference/configuration.md lists them"
+                f"did you mean {keys[near[0]]}?" if near else "remove it; docs/reference/configuration.md lists them"
             )
             raise WrongSettingError(f"unknown key; {remedy}", *table, key)
         part = value

@@ -45,7 +45,7 @@ def test_closure_is_substituted_compressed(
     paths = requisites(closure.server, closure.top)
     plain = sum(map(int, closure.server.run("nix-store", "--query", "--size", *paths).lines))
     different = len(set(closure.server.run("nix-store", "--query", "--hash", *paths).lines))
-    for state in ("cold", "warm"):
+    for state in ("cold", "again", "cached"):  # a small NAR is cached when it is compressed the second time
         client = make_client(state)
         del server.log[:]
         fetch(client, server.url, closure.top, closure.key.public)
@@ -53,7 +53,8 @@ def test_closure_is_substituted_compressed(
         assert {url.endswith(".nar.zst") for url, _ in sent(server)} == {offered == "zstd"}
         on_the_wire = sum(size for _, size in sent(server))
         if offered == "zstd":
-            wait_until(lambda: is_cached(server, different))
+            if state != "cold":
+                wait_until(lambda: is_cached(server, different))
             assert on_the_wire < plain / 3
         elif client.nix.version >= (2, 14):  # newer versions send Accept-Encoding
             assert on_the_wire < plain / 3

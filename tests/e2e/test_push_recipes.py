@@ -78,21 +78,3 @@ def test_gitlab_recipe_pushes_the_build(target: Target, ci: Client) -> None:
     with target.client.daemon():
         run_in_ci(ci, "\n".join(commands), CACHE_TOKEN=token, CACHE_KEY_FILE="/root/ci.secret")
     assert_app_is_pushed(target)
-
-
-@pytest.mark.parametrize("has_server", [True, False])
-def test_hook_pushes_a_build_and_succeeds_without_a_server(target: Target, ci: Client, *, has_server: bool) -> None:
-    """Nix itself cannot run it here, because Nix leaves the chroot of the test before it runs a hook."""
-    server = target.serve()
-    hook = ci.directory / "etc/nix/push"
-    hook.write_text(recipe("After every build", server))
-    hook.chmod(0o755)
-    (ci.directory / "etc/nix/ci.secret").write_text(target.key.secret_file.read_text())
-    token = (target.client.shared / "token").read_text()
-    (ci.directory / "etc/nix/netrc").write_text(f"machine 127.0.0.1 login ci password {token}\n")
-    if not has_server:
-        server.stop()
-    with target.client.daemon():
-        run_in_ci(ci, "OUT_PATHS=$(nix-build --no-out-link) /etc/nix/push")
-    if has_server:
-        assert_app_is_pushed(target)

@@ -203,7 +203,7 @@ class TestSearch:
         answer = server.get(f"/search?q={quote(text)}")
         assert (answer.status, answer.headers["location"]) == (303, f"path/{made.app.path.hash_part}")
 
-    @pytest.mark.parametrize("text", ["", "  ", "nothing-like-it", "%", "a%p", "_pp", "\\", "'; drop", "0" * 32])
+    @pytest.mark.parametrize("text", ["nothing-like-it", "%", "a%p", "_pp", "\\", "'; drop", "0" * 32])
     def test_query_without_matches_finds_nothing(self, server: Server, text: str) -> None:
         assert self.found(server, text) == []
 
