@@ -58,6 +58,7 @@ let
     "msgspec"
     "multidict"
     "mypy"
+    "obstore"
     "prometheus-client"
     "pynacl"
     "pytest"

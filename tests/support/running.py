@@ -390,10 +390,10 @@ def wait_until_refused(server: Server) -> None:
     def refused() -> bool:
         try:
             server.get("/version")
-        except ConnectionResetError:
-            return False
         except ConnectionRefusedError:
             return True
+        except (ConnectionResetError, ssl.SSLEOFError):  # accepted just before the end
+            return False
         return False
 
     wait_until(refused)
