@@ -510,6 +510,20 @@ def test_least_recently_used_files_are_evicted_first(tmp_path: Path) -> None:
         assert cache.counters.evictions == 2
 
 
+def test_unused_file_is_removed_unless_another_process_has_used_it(tmp_path: Path) -> None:
+    cache, other = DiskCache(f"{tmp_path}/cache"), DiskCache(f"{tmp_path}/cache")
+    for key in ("used", "unused", "new"):
+        cache.write_file(key, lambda: [b"content"])
+    for key in ("used", "unused"):
+        cache.mark_unused(key)
+    file = other.use_file("used")
+    assert file
+    file.close()
+    for key in ("used", "unused", "new", "none"):
+        cache.remove_unused(key)
+    assert sorted(cache.keys()) == ["new", "used"]
+
+
 def test_file_larger_than_the_limit_is_evicted_before_others(tmp_path: Path) -> None:
     with at(tmp_path, 100 * KIB) as cache:
         for key in "abc":

@@ -129,6 +129,19 @@ def test_nar_is_deleted_when_no_narinfo_has_named_it_for_long(store: StoreBuilde
     assert folder.objects().keys() == {"nix-cache-info", "harmonia/collection"}
 
 
+def test_nar_stays_as_long_as_clients_remember_a_narinfo_between_two_collections(
+    store: StoreBuilder, config: str, folder: Folder
+) -> None:
+    info = store.add_text("text", b"text")
+    mirror(config, info.path)
+    ((_, nar),) = folder.paths().values()
+    collect(config, NONE, NONE)  # deletes the narinfo, and marks the NAR
+    mirror(config, info.path)  # names the NAR again
+    assert nar.url not in {each.key for each in collect(config, NONE, NONE)}
+    assert nar.url in folder.objects()
+    assert [each.key for each in collect(config, NONE, NONE)] == [nar.url]
+
+
 def test_nar_that_is_named_again_stays(store: StoreBuilder, config: str, folder: Folder) -> None:
     info = store.add_text("again", b"again")
     mirror(config, info.path)

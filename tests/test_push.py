@@ -249,7 +249,7 @@ class TestFailures:
     def test_missing_credentials_are_named(self, store: StoreBuilder, cache: PutServer, push: Push) -> None:
         info = store.add_text("text", b"text")
         cache.fault = lambda _method, _path: 401
-        assert "$NETRC: machine 127.0.0.1 login" in push(full(info), status=1).stderr
+        assert "watch.netrc): machine 127.0.0.1 login" in push(full(info), status=1).stderr
         assert len(cache.requests) == 1
 
     def test_netrc_is_used(self, store: StoreBuilder, cache: PutServer, push: Push, tmp_path: Path) -> None:

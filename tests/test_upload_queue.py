@@ -148,7 +148,7 @@ class TestFile:
         with pytest.raises(ConfigError, match="writable directory"):
             UploadQueue(str(tmp_path / "none" / "queue.sqlite"))
         (tmp_path / "queue.sqlite").write_bytes(b"no database" * 1000)
-        with pytest.raises(ConfigError, match="remove it"):
+        with pytest.raises(ConfigError, match="remove the file"):
             UploadQueue(str(tmp_path / "queue.sqlite"))
 
     def test_file_of_a_newer_version_is_not_touched(self, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def test_cause_at_a_cache_is_named(start: Start, store: StoreBuilder, tmp_path: 
     remove_tree(store.real_path(gone.path))
     server = start(store=tmp_path / "store", settings='[publish]\ndeny = ["library"]')
     client = Asking(tmp_path / "client", KEY)
-    assert client.cause("0" * 32, server) == f"narinfo: {'0' * 32}.narinfo is 404: it does not have the path"
+    assert (
+        client.cause("0" * 32, server) == f"narinfo: {'0' * 32}.narinfo returns 404: the cache does not have the path"
+    )
     assert client.cause(unsigned.path, server).startswith("signatures: ")
     assert client.cause(program.path, server).startswith(f"closure: of its closure, {library.path} cannot")
     assert client.cause(gone.path, server).startswith("NAR: its NAR nar/")

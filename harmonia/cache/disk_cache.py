@@ -25,6 +25,7 @@ _SPARE_BYTES = 1 << 30  # left free on the disk, or a twentieth of a small disk
 _DEFAULT_MAX_BYTES = 20 << 30
 _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, which bounds the excess
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
+_UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
 _RETRY_S = 60.0  # until the next try to write to a disk that has failed
 
@@ -97,6 +98,18 @@ class DiskCache:
         """Remove the file, if it exists. Its readers can continue."""
         with suppress(OSError):
             os.unlink(self.path(key))
+
+    def mark_unused(self, key: str) -> None:
+        """Give a complete file an old LRU time, which its first use in any process replaces."""
+        with suppress(OSError):
+            old = time.time() - _UNUSED_AGE_S
+            os.utime(self.path(key), (old, old))
+
+    def remove_unused(self, key: str) -> None:
+        """Remove a file, unless it was used since `mark_unused`. Its readers can continue."""
+        with suppress(OSError):
+            if time.time() - os.stat(self.path(key)).st_mtime > _UNUSED_AGE_S / 2:
+                os.unlink(self.path(key))
 
     def find_file(self, key: str) -> CachedFile | None:
         """Return the complete file, or None if it does not exist or cannot be opened. The caller closes it."""

@@ -61,13 +61,14 @@ Exit status:
   0  success; `doctor` found at most warnings
   1  failure, with one line on stderr
   2  invalid setting or argument
-  3  `doctor` found errors, `verify` found bad paths, or `why` found no source of the path
+  3  `doctor` found errors, `verify` found bad paths, `mirror verify` found wrong objects,
+     or `why` found no source of the path
   130  interrupted by Ctrl-C
 
 \b
 Environment:
   CONFIG_FILE  settings file, if --config is not given
-  NETRC        file with tokens for `doctor`, `why` and `top` (default: /etc/nix/netrc, then ~/.netrc)
+  NETRC        file with tokens for `doctor`, `why`, `push`, `watch` and `top` (default: /etc/nix/netrc, then ~/.netrc)
   NO_COLOR     if set, no colours
 
 \b

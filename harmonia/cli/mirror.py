@@ -174,7 +174,11 @@ def verify(config_file: str | None, *, no_content: bool, quiet: bool) -> None:
         took = time.monotonic() - began
         click.echo(f"{paths} paths verified in {bucket.url} in {took:.1f} s, {wrong} wrong objects", err=True)
     if wrong:
-        click.echo("Delete the wrong objects, and write their paths again with: harmonia mirror PATH", err=True)
+        click.echo(
+            "Delete the wrong objects and the narinfos of their paths, and write the paths again with:"
+            " harmonia mirror PATH",
+            err=True,
+        )
         sys.exit(cli.EXIT_FOUND)
 
 

@@ -44,7 +44,12 @@ from harmonia.tools.why import NixClient, Verdict
     metavar="FILE",
     help="Settings of the client: trusted keys and substituters. Default: the files that Nix reads here.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: path, available, and the reasons of each source.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON: path, summary, and for each source whether it has the path, and why.",
+)
 @click.pass_obj
 def command(
     config_file: str | None,
@@ -60,7 +65,8 @@ def command(
     PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12.
 
     Without --cache and --substituters, explains whether the local server serves the path: not valid, built before, kept
-    back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams.
+    back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams,
+    but not the bucket of [mirror].
 
     With them, asks those caches as Nix does: reachability, store directory, priority, what Nix on this machine
     remembers, narinfo, signature and trusted keys, NAR, and closure.

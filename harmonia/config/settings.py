@@ -370,10 +370,12 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = True
     allow: Annotated[
-        tuple[str, ...], Meta(description='Patterns like "hello-*": upload only paths whose name matches one of them.')
+        tuple[str, ...],
+        Meta(description='Patterns like "hello-*": upload only those new paths and `gc_roots` whose name matches one.'),
     ] = ()
     deny: Annotated[
-        tuple[str, ...], Meta(description="Patterns: do not upload paths whose name matches one of them.")
+        tuple[str, ...],
+        Meta(description="Patterns: do not upload those new paths and `gc_roots` whose name matches one."),
     ] = ()
     not_signed_by: Annotated[
         tuple[str, ...],
@@ -516,8 +518,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     local_store: Annotated[
         bool,
         Meta(
-            description="Serve the store of this machine. `false` is a gate that has no state: it serves the bucket of"
-            " `mirror` and the paths of `upstream` only, and needs no Nix."
+            description="Serve the store of this machine. If false, the server serves only the bucket of `mirror` and"
+            " the paths of `upstream`, and needs no Nix."
         ),
     ] = True
     real_nix_store: Annotated[

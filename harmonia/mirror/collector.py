@@ -76,10 +76,12 @@ class Collector:
         kept = _marked(contents, young)
         old_narinfos = [path for path in contents.paths if path not in kept]
         urls = {contents.paths[path][1].url for path in kept}
+        named_until_now = {contents.paths[path][1].url for path in old_narinfos} - urls
 
         unused = [key for key in objects if key.startswith("nar/") and key not in urls]
         if not dry_run:
-            await for_each(self._mark_unused, [url for url in unused if layout.unused_key(url) not in objects])
+            unmarked = [url for url in unused if layout.unused_key(url) not in objects or url in named_until_now]
+            await for_each(self._mark_unused, unmarked)
         for level in _referrers_first(contents, old_narinfos):
             what = f"neither written nor named for {_days(self._keep)}, and no path that stays refers to it"
             await self._delete([Deletion(f"{path}.narinfo", what) for path in level], report, dry_run=dry_run)
@@ -88,7 +90,9 @@ class Collector:
         expired = [
             url
             for url in unused
-            if (mark := objects.get(layout.unused_key(url))) is not None and now - mark.modified >= self._keep_nars
+            if url not in named_until_now
+            and (mark := objects.get(layout.unused_key(url))) is not None
+            and now - mark.modified >= self._keep_nars
         ]
         what = f"no narinfo has named it for {_days(self._keep_nars)}"
         await self._delete([Deletion(url, what) for url in expired], report, dry_run=dry_run)
@@ -132,7 +136,7 @@ class Collector:
             return ""
 
     async def _mark_unused(self, url: str) -> None:
-        await self._bucket.create(layout.unused_key(url), b"", "text/plain")
+        await self._bucket.replace(layout.unused_key(url), b"", "text/plain")
 
     async def _delete(
         self, deletions: Collection[Deletion], report: Callable[[Deletion], None], *, dry_run: bool
@@ -148,8 +152,11 @@ class Collector:
     async def _acquire(self) -> None:
         state = await CollectionState.read(self._bucket)
         if state.is_alive:
-            what = f"another garbage collection runs on {state.host} since {state.written:%Y-%m-%d %H:%M} UTC"
-            raise TargetRefusedError(f"{self._bucket.url}: {what}; wait for its end, at most an hour after it dies")
+            last = f"{state.written:%Y-%m-%d %H:%M} UTC"
+            what = f"another garbage collection runs on {state.host}; it last reported at {last}"
+            raise TargetRefusedError(
+                f"{self._bucket.url}: {what}; wait until it ends; if it was killed, run this command an hour later"
+            )
         await self._write_state("running")
         await asyncio.sleep(_SETTLE_S)
         if (await CollectionState.read(self._bucket)).run != self._run:

@@ -1,8 +1,5 @@
 """Keys of a plain Nix binary cache in a bucket, and the text of its small objects (Nix `binary-cache-store.cc`)."""
 
-from harmonia.cache.zstd import Encoding
-from harmonia.nix import base32
-from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 
 CACHE_INFO = "nix-cache-info"
@@ -44,11 +41,6 @@ def unused_key(nar_url: str) -> str:
 
 def narinfo_key(path: StorePath) -> str:
     return f"{path.hash_part}.narinfo"
-
-
-def nar_key(info: PathInfo, encoding: Encoding) -> str:
-    """Return the key of a compressed NAR. It names all that determines the bytes, so paths may share the object."""
-    return f"nar/{base32.encode(info.nar_hash)}-{encoding.name}.nar.zst"
 
 
 def listing_key(path: StorePath) -> str:

@@ -53,7 +53,7 @@ class Reason(NamedTuple):
     """One of Code, or the name of a check of `harmonia doctor`."""
     text: str
     decides: bool = False
-    """True if this reason alone keeps the path from being served."""
+    """True if this reason alone keeps clients from using the path."""
     remedy: str = ""
 
 
@@ -70,8 +70,11 @@ class Explainer:
         self._keys = keys
         self._logs = logs
 
-    def explain(self, hash_part: str) -> Iterator[Reason]:
-        """Yield the reasons. The path is served if none of them decides."""
+    def explain(self, hash_part: str, *, closure: bool = True) -> Iterator[Reason]:
+        """Yield the reasons. Clients can use the path if none of them decides.
+
+        `closure` is whether the paths that it needs are examined, even those that the publish policy forbids.
+        """
         try:
             info = self._store.path_info(hash_part)
         except StoreObjectError as error:
@@ -84,7 +87,8 @@ class Explainer:
         if fault := self._fault(info):
             yield fault
         yield self._signatures(info)
-        yield from self._closure(info)
+        if closure:
+            yield from self._closure(info)
 
     def _absent(self, hash_part: str) -> Iterator[Reason]:
         prefix = f"{self._store.store_dir}/{hash_part}"
@@ -162,5 +166,5 @@ class Explainer:
 
 
 def decisive(reasons: Sequence[Reason]) -> Reason | None:
-    """Return the reason for which the path is not served, or None if it is served."""
+    """Return the reason for which clients cannot use the path, or None if they can."""
     return next((reason for reason in reasons if reason.decides), None)

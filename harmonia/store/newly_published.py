@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 from harmonia.nix.store_path import StorePath
@@ -36,23 +36,26 @@ class NewlyPublished(Generic[_P]):
         """Return True if earlier paths should be looked at again."""
         return bool(self._waiting) and time.monotonic() >= self._next_look
 
-    def select(self, new: Iterable[_P]) -> Iterator[_P]:
-        """Yield earlier paths that are published by now, and the published ones of the new paths."""
+    def select(self, new: Iterable[_P]) -> list[_P]:
+        """Return earlier paths that are published by now, and the published ones of the new paths.
+
+        After an error, the earlier paths are looked at again.
+        """
         if self._policy is None:
-            yield from new
-            return
+            return list(new)
         is_published = self._policy.published_filter(self._store)
         now = time.monotonic()
         candidates = [(now + _PATIENCE_S, each) for each in new]
-        if self.is_due:
+        is_due = self.is_due
+        if is_due:
             candidates = [each for each in self._waiting if each[0] > now] + candidates
+        published = [each for each in candidates if is_published(each[1].path)]
+        if is_due:
             self._waiting.clear()
             self._next_look = now + _INTERVAL_S
-        for until, each in candidates:
-            if is_published(each.path):
-                yield each
-            elif not self._policy.by_name_alone:
-                self._waiting.append((until, each))
+        if not self._policy.by_name_alone:
+            self._waiting.extend(each for each in candidates if each not in published)
+        return [each for _, each in published]
 
     def forget(self) -> None:
         """Forget earlier paths, because the database was replaced."""

@@ -99,7 +99,9 @@ class NixClient:
             yield Finding("client's memory", "error", what, remedy)
         answer = cache.get(name)
         if answer.status in _ABSENT:
-            yield Finding("narinfo", "error", f"{name} is {answer.status}: it does not have the path", _ON_SERVER)
+            yield Finding(
+                "narinfo", "error", f"{name} returns {answer.status}: the cache does not have the path", _ON_SERVER
+            )
             return
         if answer.status != _OK:
             what = f"{name} returns {answer.status}: Nix up to 2.31 then ends the whole operation"
@@ -135,9 +137,9 @@ class NixClient:
             what = f"of its closure, {missing[0]}{more} cannot be downloaded from this cache"
             yield Finding("closure", "error", what, f"run `harmonia why {missing[0][:32]}` for the cause")
         else:
-            yield Finding(
-                "closure", "ok", f"paths of its closure that this client lacks, all in the cache: {len(seen)}"
-            )
+            which = "first paths" if layer else "paths"
+            what = f"{which} of its closure that this client lacks, all in the cache: {len(seen)}"
+            yield Finding("closure", "ok", what)
 
     def _info(self, cache: Client, path: StorePath) -> PathInfo | None:
         """Return the info of a path that this client accepts from the cache, or None."""

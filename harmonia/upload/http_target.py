@@ -122,7 +122,9 @@ class HttpTarget:
         if body.size >= _MIN_ASKED_BYTES:
             answer = await self._send("HEAD", url)
             # A store whose PUT is not atomic keeps the part of a NAR whose transfer broke off.
-            if answer.status not in _MISSING and answer.length in (None, 0, body.size):
+            # A Harmonia answers 0 for a NAR of its spool, which is complete.
+            lengths = {None, body.size, 0} if self._bulk_url else {None, body.size}
+            if answer.status not in _MISSING and answer.length in lengths:
                 return False
         await self._put(url, body, "application/x-nix-nar")
         return True
@@ -229,9 +231,8 @@ class HttpTarget:
         remedy = ""
         if answer.status == HTTPStatus.UNAUTHORIZED or (answer.status == HTTPStatus.FORBIDDEN and not answer.body):
             host = urlsplit(self.name).hostname
-            remedy = (
-                f"; put credentials that allow it into the file of $NETRC: machine {host} login USER password TOKEN"
-            )
+            line = f"machine {host} login USER password TOKEN"
+            remedy = f"; put credentials that allow it into the netrc file ($NETRC, or the setting watch.netrc): {line}"
         return TargetRefusedError(f"{self.name}: {method} {path}: status {answer.status}{_phrase(answer)}{remedy}")
 
 

@@ -108,7 +108,7 @@ class UploadQueue:
         try:
             [(version,)] = self._connection.execute("pragma user_version")
             if version not in (0, _VERSION):
-                raise ConfigError(f"the queue {path!r} is of a newer version of Harmonia; name another file")
+                raise ConfigError(f"the queue {path!r} is of a newer version of Harmonia; set another watch.state_dir")
             self._connection.executescript(_OPEN if version else _OPEN + ";" + _CREATE)
             [(state,)] = self._connection.execute("pragma quick_check(1)")
             if state != "ok":
@@ -214,10 +214,14 @@ class UploadQueue:
 def _unusable(path: str, error: sqlite3.Error) -> ConfigError:
     code = error.sqlite_errorcode & 0xFF if hasattr(error, "sqlite_errorcode") else None
     if code == sqlite3.SQLITE_BUSY:
-        return ConfigError(f"another process uses the queue {path!r}; stop it, or name another file")
+        return ConfigError(
+            f"another process uses the queue {path!r}; stop that process, or set another watch.state_dir"
+        )
     if code == sqlite3.SQLITE_CANTOPEN:
         directory = os.path.dirname(path)
         return ConfigError(f"cannot open the queue {path!r}: {error}; make {directory!r} a writable directory")
     if code == sqlite3.SQLITE_FULL:
         return ConfigError(f"cannot write the queue {path!r}: {error}; make room on the disk")
-    return ConfigError(f"cannot use the queue {path!r}: {error}; remove it to queue only new paths from now on")
+    return ConfigError(
+        f"cannot use the queue {path!r}: {error}; remove the file: the new queue begins with the next new path"
+    )

@@ -124,13 +124,15 @@ class NarFetcher:
             transfer = self._running[key] = Transfer(path, headers, opened[1], cache.limit, self._threads)
             running = self._tasks.spawn_shared(self._run(key, transfer))
         await asyncio.wait({running})
+        if transfer.error is None:
+            await self._threads.write(cache.mark_unused, key)
         return transfer.error is None
 
     async def drop(self, keys: Sequence[str]) -> None:
-        """Remove NARs from the cache."""
+        """Remove NARs that were fetched ahead from the cache, except those that a client of any worker has used."""
         if (cache := self._cache) is not None:
             for key in keys:
-                await self._threads.write(cache.remove, key)
+                await self._threads.write(cache.remove_unused, key)
 
     def stored_body(self, file: CachedBody | PassthroughBody, path: RemotePath, submit: Submit) -> StoredBody:
         """Convert the zstd file of a NAR to one without compression, whose length is known. Take over `file`."""

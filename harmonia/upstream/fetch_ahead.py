@@ -58,10 +58,10 @@ class FetchAhead:
 
     def requested(self, hash_part: str) -> None:
         """Note that a client requests the NAR of a path. Fetch others ahead from now on, while clients come."""
-        if not self._budget or self._plans.position(hash_part) is None:
-            return
         self._wanted.discard(hash_part)
         self._release(hash_part)
+        if not self._budget or self._plans.position(hash_part) is None:
+            return
         self._last_request = asyncio.get_running_loop().time()
         self._fill()
 

@@ -138,6 +138,7 @@ class UpstreamPool:
     def mark_failed(self, path: RemotePath) -> None:
         """Remember that the NAR of a path cannot be downloaded: for 30 s, lookups of it skip its upstream."""
         self._lookup_cache.forget((path.info.path.hash_part, Via()))
+        self.plans[path.client].forget(path.info.path.hash_part)
         self._failed.add(path.client.id, path.name.key)
 
     def _is_useless(self, path: RemotePath, via: Via) -> bool:

@@ -69,6 +69,10 @@ class Plans:
         known = self._known.get(hash_part)
         return None if known is None else known.path
 
+    def forget(self, hash_part: str) -> None:
+        """Forget a path, because its NAR could not be downloaded: its narinfo is requested again."""
+        self._known.pop(hash_part, None)
+
     def position(self, hash_part: str) -> int | None:
         """Return the position of a path in the order of all plans, in which references come first."""
         known = self._known.get(hash_part)

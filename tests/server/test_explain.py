@@ -88,6 +88,26 @@ def test_rule_that_hides_a_path_is_named_only_to_a_token(start: Start, store: St
     assert "publish.deny" in value["summary"]
 
 
+def test_paths_that_only_a_hidden_path_needs_are_not_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    below = signed(store, "secret-below")
+    app = signed(store, "app", [signed(store, "secret-library", [below])])
+    server = start(store=tmp_path / "store", settings=f'{BROWSE}[publish]\ndeny = ["secret-*"]')
+    assert codes(explained(server, app.path.hash_part)) == ["valid", "signed"]
+    assert "secret" not in server.get(f"/explain/{app.path.hash_part}").text
+
+
+def test_upstreams_are_shown_only_to_a_token_if_the_server_has_tokens(start: Start, tmp_path: Path) -> None:
+    StoreBuilder(tmp_path / "store")
+    secret, token = new("ops", ("read", "browse"))
+    (tmp_path / "tokens").write_text(f"{token}\n")
+    upstream = "[[upstream]]\nurl = 'http://127.0.0.1:1'\n"
+    for anonymous in ("[]", "['browse']"):
+        settings = f"{BROWSE}tokens_path = '{tmp_path}/tokens'\nanonymous_scopes = {anonymous}\n{upstream}"
+        server = start(store=tmp_path / "store", settings=settings)
+        value = explained(server, "0" * 32, {"Authorization": f"Bearer {secret}"})
+        assert ("upstream_lacks" in codes(value)) == (anonymous == "[]")
+
+
 def test_each_upstream_is_asked_for_a_missing_path(start: Start, tmp_path: Path) -> None:
     StoreBuilder(tmp_path / "store")
     remote = StoreBuilder(tmp_path / "remote")

@@ -55,6 +55,7 @@ class _Text(ReadOnly):
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
     """Return the closure of a published path. Raises NotFound if it has more than MAX_BULK_PATHS paths."""
     have = _have(request)
+    check_bulk_rate(context, request, 1)
     root, *had = [await context.paths.lookup_path(each) for each in (hash_part, *have)]
     if root is None:
         raise AbsentError
@@ -64,7 +65,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     )
     if len(hash_parts) > MAX_BULK_PATHS:
         raise NotFound
-    check_bulk_rate(context, request, len(hash_parts))
+    check_bulk_rate(context, request, len(hash_parts) - 1)
     published: dict[str, SignedPath] = {}
     for number, each in enumerate(hash_parts):
         if path := await context.paths.lookup_usable_path(each):

@@ -1,7 +1,7 @@
 """`/explain/<hash>`: why this server serves a path or does not. With `?json`, in JSON. Only if `browse` is set.
 
-Paths that the publish policy forbids look like missing ones, except to a request with a token: the scope `browse` alone
-may be public.
+Paths that the publish policy forbids look like missing ones, and upstreams are not shown, unless the server has tokens
+and has checked one: `browse` may be public.
 """
 
 import json
@@ -18,8 +18,10 @@ from harmonia.store.store import Store
 async def get(context: ServerContext, request: Request, hash_part: str) -> Representation:
     if not context.settings.browse:
         raise NotFound
-    reasons = await _reasons(context, request, hash_part)
-    if decisive(reasons) is not None and context.upstreams is not None:
+    is_trusted = hasattr(request.ctx, "token")
+    reasons = await _reasons(context, hash_part, is_trusted=is_trusted)
+    shows_upstreams = is_trusted or context.settings.tokens_path is None  # like /health?verbose
+    if decisive(reasons) is not None and context.upstreams is not None and shows_upstreams:
         reasons += await context.upstreams.explain(request, hash_part)
     cause = decisive(reasons)
     from_upstream = next((reason for reason in reasons if reason.code == Code.UPSTREAM_HAS), None)
@@ -35,14 +37,15 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     return Representation(content_type=content_type, body=f"{text}\n".encode(), cache_control="no-store")
 
 
-async def _reasons(context: ServerContext, request: Request, hash_part: str) -> list[Reason]:
+async def _reasons(context: ServerContext, hash_part: str, *, is_trusted: bool) -> list[Reason]:
     policy = context.paths.policy
-    if policy is not None and not hasattr(request.ctx, "token") and not await context.paths.lookup_path(hash_part):
+    if policy is not None and not is_trusted and not await context.paths.lookup_path(hash_part):
         return [Reason(Code.NOT_VALID, f"this server serves no path with the hash {hash_part}", decides=True)]
     keys = [key.public_key for key in context.keys]
 
     def explain(store: Store) -> list[Reason]:
-        return list(Explainer(store, policy, keys, context.settings.logs).explain(hash_part))
+        explainer = Explainer(store, policy, keys, context.settings.logs)
+        return list(explainer.explain(hash_part, closure=policy is None or is_trusted))
 
     return await context.threads.run_slow_db(explain)
 
