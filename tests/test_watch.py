@@ -226,6 +226,25 @@ class TestFaults:
         watch.wait_for_log(rf"cannot upload {one.path}")
         watch.wait_for(*[add(store, f"other-{number}") for number in range(10)])
 
+    def test_path_stays_queued_until_the_target_has_its_closure(
+        self, store: StoreBuilder, cache: PutServer, watch: Watch
+    ) -> None:
+        """The target has lost a reference, and refuses it at first."""
+        watch.start()
+        library = add(store, "library")
+        program = add(store, "program", references=(library,))
+        watch.wait_for(library, program)
+        lost = f"/{library.path.hash_part}.narinfo"
+        (cache.directory / lost[1:]).unlink()
+        cache.fault = lambda method, path: 409 if (method, path) == ("PUT", lost) else None
+        watch.stop()  # it remembers what the target has
+        store.delete(program.path)
+        add(store, "program", references=(library,))
+        watch.start()
+        watch.wait_for_log(rf"cannot upload {program.path}: .*status 409")
+        cache.fault = lambda _method, _path: None
+        watch.wait_for(library)
+
     def test_collected_path_is_dropped_with_a_word(self, store: StoreBuilder, cache: PutServer, watch: Watch) -> None:
         cache.stop()
         watch.start()

@@ -247,7 +247,7 @@ class Watcher:
         try:
             infos, _ = await self._uploader.plan(waiting)
             planned = {info.path for info in infos}
-            await self._finish({path: None for path in waiting if path not in planned}, waiting)
+            present = [path for path in waiting if path not in planned]
             ended: asyncio.Queue[tuple[StorePath, Outcome] | None] = asyncio.Queue()
             uploading = asyncio.create_task(self._uploader.upload(infos, lambda *end: ended.put_nowait(end)))
             uploading.add_done_callback(lambda _: ended.put_nowait(None))
@@ -262,6 +262,10 @@ class Watcher:
             finally:
                 uploading.cancel()
                 await asyncio.gather(uploading, return_exceptions=True)
+            # The target may have a path and lack some of its closure.
+            incomplete = await self._uploader.query(self._needing, present, set(failures)) if failures else {}
+            await self._finish({path: None for path in present if path not in incomplete}, waiting)
+            failures |= {path: failures[reference] for path, reference in incomplete.items()}
         except StoreUnavailableError as error:
             _log.warning("%s; trying again", error)
             await asyncio.sleep(_RETRY_S)
@@ -292,6 +296,11 @@ class Watcher:
             else:
                 self.counts["uploaded"] += 1
         await self._with_queue(self._queue.remove, list(outcomes))
+
+    def _needing(self, paths: Iterable[StorePath], failed: set[StorePath]) -> dict[StorePath, StorePath]:
+        """Return the paths with a failed path in their closure, and that path."""
+        found = {path: failed.intersection(queries.closure_paths(self._store, [path])) for path in paths}
+        return {path: min(references) for path, references in found.items() if references}
 
     def _valid(self, paths: Iterable[StorePath]) -> set[StorePath]:
         infos = (self._store.path_info(path.hash_part) for path in paths)
