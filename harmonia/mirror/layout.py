@@ -13,12 +13,6 @@ def cache_info(store_dir: str, priority: int) -> bytes:
     return f"StoreDir: {store_dir}\nWantMassQuery: 1\nPriority: {priority}\n".encode()
 
 
-def store_dir(text: bytes) -> str | None:
-    """Return the store directory in the text of a `nix-cache-info`, or None if it names none."""
-    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
-    return next((value.strip() for name, _, value in lines if name == "StoreDir"), None)
-
-
 OWN = "harmonia/"
 """The folder of our own objects, which no client reads."""
 COLLECTION = f"{OWN}collection"

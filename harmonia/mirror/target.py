@@ -15,7 +15,7 @@ from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.mirror import layout
 from harmonia.mirror.collector import CollectionState
-from harmonia.nix import listing, narinfo
+from harmonia.nix import cache_info, listing, narinfo
 from harmonia.nix.build_id import build_ids, member
 from harmonia.nix.build_trace import render_build_trace, render_realisation
 from harmonia.nix.narinfo import NarFile
@@ -62,7 +62,7 @@ class BucketTarget:
         settings = self._settings
         text = layout.cache_info(settings.virtual_nix_store, settings.priority)
         if not await self._bucket.create(layout.CACHE_INFO, text, layout.CACHE_INFO_TYPE):
-            found = layout.store_dir(await self._bucket.get(layout.CACHE_INFO) or b"")
+            found = cache_info.parse(await self._bucket.get(layout.CACHE_INFO) or b"").get("StoreDir")
             if found != settings.virtual_nix_store:
                 what = f"the bucket is a cache of {found}, not of {settings.virtual_nix_store}"
                 raise TargetRefusedError(f"{self.name}: {what}; set another mirror.bucket or mirror.prefix")

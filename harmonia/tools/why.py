@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from harmonia.errors import FormatError, RemoteError
+from harmonia.nix.cache_info import parse as parse_cache_info
 from harmonia.nix.narinfo import parse
 from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.path_info import PathInfo
@@ -81,7 +82,7 @@ class NixClient:
             return Verdict(cache.url, _LAST, [_reason(connection.unreachable(cache, error))])
         if refusal := cache_info.refusal(cache, answer, self.store_dir):
             return Verdict(cache.url, _LAST, [_reason(refusal)])
-        priority = integer(cache_info.fields(answer).get("Priority", "0"), _LAST) or 0
+        priority = integer(parse_cache_info(answer.body).get("Priority", "0"), _LAST) or 0
         reasons = []
         try:
             for finding in self._findings(cache, sample):

@@ -16,7 +16,7 @@ from harmonia import __version__
 from harmonia.config import credentials, netrc
 from harmonia.config.proxy import ProxyRules
 from harmonia.errors import FormatError, HarmoniaError
-from harmonia.nix import narinfo
+from harmonia.nix import cache_info, narinfo
 from harmonia.nix.store_path import StorePath
 from harmonia.untrusted import excerpt
 from harmonia.upload.target import Body, TargetError, TargetRefusedError, TargetUnavailableError
@@ -103,8 +103,7 @@ class HttpTarget:
             text = f"StoreDir: {self._store_dir}\n"
             await self._put("nix-cache-info", text.encode(), "text/x-nix-cache-info")
             return
-        lines = (line.partition(":") for line in answer.body.decode(errors="replace").splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
+        fields = cache_info.parse(answer.body)
         if fields.get("StoreDir", self._store_dir) != self._store_dir:
             what = f"it is for the store {excerpt(fields['StoreDir'])}, not for {self._store_dir}"
             raise TargetRefusedError(f"{self.name}: {what}")

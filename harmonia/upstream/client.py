@@ -12,7 +12,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from harmonia.config.settings import Upstream
 from harmonia.metrics.shared_counters import UpstreamCounters
-from harmonia.nix import base32
+from harmonia.nix import base32, cache_info
 from harmonia.nix.signing import PublicKey
 from harmonia.untrusted import excerpt
 from harmonia.upstream.answer import Answer
@@ -272,8 +272,7 @@ class Client:
         if text is None:
             self._log_state("cannot be used: it has no nix-cache-info; check its url")
             return False
-        lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
-        fields: dict[str, str] = {name: value.strip() for name, _, value in lines}
+        fields = cache_info.parse(text)
         if fields.get("StoreDir", self.store_dir) != self.store_dir:
             self._log_state(
                 f"cannot be used: its store directory is {excerpt(fields['StoreDir'])}, not {self.store_dir}"

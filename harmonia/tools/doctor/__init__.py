@@ -7,6 +7,7 @@ downloads, their caching of narinfos for 30 days.
 from collections.abc import Iterable, Sequence
 
 from harmonia.errors import RemoteError
+from harmonia.nix.cache_info import parse
 from harmonia.nix.signing import PublicKey
 from harmonia.tools.doctor import cache_info, closure, connection, nar, narinfo
 from harmonia.tools.doctor.answer import head
@@ -46,7 +47,7 @@ def examine(
     yield from connection.clock(answer)
     yield from _guarded("cache info", cache_info.check(client, answer, store_dir))
     yield from _guarded("missing paths", cache_info.missing(client))
-    suffix = cache_info.fields(answer).get("ClosureV1")
+    suffix = parse(answer.body).get("ClosureV1")
     tested = missed = 0
     for sample in samples:
         if tested >= count:

@@ -1,5 +1,6 @@
 """Checks of `nix-cache-info`, and of the response for a missing path."""
 
+from harmonia.nix.cache_info import parse
 from harmonia.tools.doctor.answer import head, max_age
 from harmonia.tools.doctor.connection import https_remedy
 from harmonia.tools.doctor.finding import LOG, Finding, Findings
@@ -29,7 +30,7 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
     elif answer.body.lstrip().startswith(b"<"):
         what = "nix-cache-info is a web page: of another site, or of a login in front of the cache"
         remedy = "check the URL; a login page must not intercept requests of Nix clients"
-    elif (stated_dir := fields(answer).get("StoreDir", store_dir)) != store_dir:
+    elif (stated_dir := parse(answer.body).get("StoreDir", store_dir)) != store_dir:
         what = f"the cache is for the store {stated_dir}, not {store_dir}"
         remedy = f"set StoreDir to {store_dir}, or test as a client of that store with --store-dir {stated_dir}"
     else:
@@ -49,7 +50,7 @@ def _remedy(client: Client, status: int) -> str:
 
 
 def check(client: Client, answer: Answer, store_dir: str) -> Findings:
-    stated = fields(answer)
+    stated = parse(answer.body)
     stated_dir = stated.get("StoreDir")
     if stated_dir is None:
         yield Finding(
@@ -68,12 +69,6 @@ def check(client: Client, answer: Answer, store_dir: str) -> Findings:
     priority = stated.get("Priority", "0, asked before all others")
     yield Finding("cache info", "ok", f"a binary cache for {stated_dir or 'any store'}, priority {priority}")
     yield from head(client, "nix-cache-info")
-
-
-def fields(answer: Answer) -> dict[str, str]:
-    """Return the values of `nix-cache-info` by their names."""
-    lines = answer.body.decode(errors="replace").splitlines()
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def missing(client: Client) -> Findings:
