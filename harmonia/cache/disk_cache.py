@@ -235,14 +235,15 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        return sum(size for _, size, _ in self._files())
+        return self.usage()[0]
 
-    def oldest_use(self) -> float:
-        """Return the time of the least recent use of a complete file, in seconds since 1970, or 0 without files.
+    def usage(self) -> tuple[int, float]:
+        """Return `used`, and the time of the least recent use in seconds since 1970, or 0 without files.
 
         Raises OSError if the directory cannot be read.
         """
-        return min((used_at for used_at, _, _ in self._files()), default=0.0)
+        files = self._files()
+        return sum(size for _, size, _ in files), min((used_at for used_at, _, _ in files), default=0.0)
 
     def evict(self) -> None:
         """Remove the least recently used files, until the cache is within its limit and the disk has its spare space.

@@ -85,7 +85,7 @@ def _render(context: ServerContext, store_paths: float, store_size: float) -> by
     if compressor.cache is not None:
         limit = compressor.cache.limit
         try:
-            used, oldest = compressor.cache.used(), compressor.cache.oldest_use()
+            used, oldest = compressor.cache.usage()
         except OSError:  # logged when the cache is next written
             used = oldest = math.nan
     keys = [key.name for key in context.keys]
