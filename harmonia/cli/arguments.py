@@ -1,9 +1,16 @@
-"""Types of command-line arguments: URLs, durations, sizes."""
+"""Command-line arguments: URLs, durations, sizes, and the paths that they name."""
+
+import os
+from collections.abc import Iterable
 
 import click
 
 from harmonia.config import amounts
+from harmonia.config.settings import Settings
 from harmonia.errors import FormatError
+from harmonia.nix.store_path import StorePath
+from harmonia.store import path_arguments
+from harmonia.store.store import Store
 from harmonia.tools.http_client import Client
 from harmonia.untrusted import integer
 
@@ -16,6 +23,19 @@ def parse_url(text: str) -> Client:
         return Client(text)
     except FormatError as error:
         raise click.BadParameter(str(error)) from error
+
+
+def choose_paths(settings: Settings, store: Store, paths: Iterable[str], *, gc_roots: bool) -> list[StorePath]:
+    """Return the valid paths that PATHs name and, with `gc_roots`, those of the GC roots.
+
+    Raises UsageError if neither is given, InvalidPathError if a PATH does not name a valid path.
+    """
+    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
+    if not (chosen or gc_roots):
+        raise click.UsageError("give PATHs or --gc-roots")
+    if gc_roots:
+        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    return chosen
 
 
 class Duration(click.FloatRange):

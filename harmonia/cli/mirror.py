@@ -15,7 +15,7 @@ import click
 
 from harmonia import cli
 from harmonia.cache import warmer
-from harmonia.cli.arguments import Duration
+from harmonia.cli.arguments import Duration, choose_paths
 from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
@@ -71,13 +71,9 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
     command continues after an interruption. Each NAR is verified before it is written. Use the server's --config and
     environment: NARs in the server's cache are not compressed again. Runs at the lowest CPU and disk priority.
     """
-    if not (paths or gc_roots):
-        raise click.UsageError("give PATHs or --gc-roots")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
-    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
-    if gc_roots:
-        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    chosen = choose_paths(settings, store, paths, gc_roots=gc_roots)
     _check_published(settings, store, chosen)
     credentials.secret_keys(settings)
     bucket = open_bucket(settings)

@@ -9,6 +9,7 @@ import click
 from harmonia import cli
 from harmonia.cache import warmer
 from harmonia.cli import progress
+from harmonia.cli.arguments import choose_paths
 from harmonia.config import loader
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
@@ -37,13 +38,9 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     After a build:       harmonia warm ./result
     Before a deployment: harmonia warm /nix/var/nix/profiles/system
     """  # noqa: D301 (click keeps the line breaks after \b)
-    if not (paths or gc_roots):
-        raise click.UsageError("give PATHs or --gc-roots")
     settings = loader.read(config_file, os.environ)
     store = Store.of(settings)
-    chosen = [path_arguments.resolve(store, path)[0].path for path in paths]
-    if gc_roots:
-        chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
+    chosen = choose_paths(settings, store, paths, gc_roots=gc_roots)
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
     own_settings = warmer.become_owner(settings)
