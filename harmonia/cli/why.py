@@ -12,7 +12,7 @@ from harmonia import cli
 from harmonia.cli import progress
 from harmonia.cli.arguments import parse_url
 from harmonia.config import credentials, loader
-from harmonia.config.settings import PublishRules, Settings
+from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, InvalidPathError, StoreUnavailableError
 from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.signing import PublicKey
@@ -130,7 +130,7 @@ def _substituters(conf: NixConf) -> list[Client]:
 
 def _local(settings: Settings, sample: str) -> Verdict:
     store = Store.of(settings)
-    policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
+    policy = PublishPolicy.of(settings)
     try:
         keys = [key.public_key for key in credentials.secret_keys(settings)]
     except ConfigError:  # only some users may read the keys

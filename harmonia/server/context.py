@@ -18,7 +18,7 @@ from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
-from harmonia.config.settings import PublishRules, Settings, WrongSettingError
+from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
@@ -129,7 +129,7 @@ class ServerContext:
         self.store = Store.of(settings)
         self.threads = Threads(Store.of(settings), metrics)
         self.loop_turns = LoopTurns()
-        policy = PublishPolicy(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
+        policy = PublishPolicy.of(settings)
         self.paths = Paths(self.store, settings.database, keys, policy, self.threads)
         self.events = Events(settings, self.paths)
         layout_files = open_cache(settings, "layouts", "large layouts of NARs", _LAYOUT_FILES_BYTES)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from harmonia.config.name_patterns import compile_patterns
-from harmonia.config.settings import PublishRules
+from harmonia.config.settings import PublishRules, Settings
 from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
@@ -30,6 +30,11 @@ _log = logging.getLogger("harmonia")
 
 class PublishPolicy:
     """The publish rules. Thread-safe. The methods block."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> "PublishPolicy | None":
+        """Return the policy of the settings, with a store of its own, or None without rules."""
+        return cls(settings.publish, Store.of(settings)) if settings.publish != PublishRules() else None
 
     def __init__(self, rules: PublishRules, store: Store) -> None:
         """Open nothing yet, so that the process may still fork. No other code may use `store`."""
