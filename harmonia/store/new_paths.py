@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from harmonia.errors import FormatError, StoreUnavailableError
+from harmonia.errors import StoreUnavailableError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
 
@@ -48,7 +48,7 @@ class Page(NamedTuple):
     paths: list[NewPath]
     """Paths in the order in which they became valid. Malformed ones are left out."""
     cursor: Cursor
-    """Where the next page begins."""
+    """The cursor for the next page."""
     complete: bool
     """True if no valid path was left after this page."""
 
@@ -96,10 +96,8 @@ class NewPaths:
         return [new for row in rows if (new := self._new_path(*row))], left
 
     def _new_path(self, number: int, text: str) -> NewPath | None:
-        try:
-            return NewPath(number, StorePath.in_dir(self._store.store_dir, text))
-        except FormatError:
-            return None
+        path = self._store.usable_path(text)
+        return None if path is None else NewPath(number, path)
 
     def _identity(self) -> str:
         try:

@@ -8,7 +8,6 @@ in a temporary file.
 import time
 from typing import NamedTuple
 
-from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.new_paths import Cursor, NewPaths
 from harmonia.store.newly_published import NewlyPublished
@@ -115,7 +114,7 @@ class PathChanges:
         return Changes(valid, collected, self._cursor) if valid or collected or before != self._cursor else None
 
     def _valid_path(self, number: int, text: str, size: int | None) -> ValidPath | None:
-        path = self._store_path(text)
+        path = self._store.usable_path(text)
         return None if path is None else ValidPath(path, max(size or 0, 0), number)
 
     def _take_collected(self) -> tuple[list[StorePath], bool]:
@@ -128,15 +127,9 @@ class PathChanges:
         complete = len(rows) < _MAX_COLLECTED
         if complete:
             self._old_paths = count
-        paths = filter(None, (self._store_path(text) for (text,) in rows))
+        paths = filter(None, (self._store.usable_path(text) for (text,) in rows))
         return [path for path in paths if self._policy is None or self._policy.permits_name(path)], complete
 
     def _count_old(self, number: int) -> int:
         [(total, newer)] = self._store.database.query(_COUNTS, number)
         return int(total) - int(newer)
-
-    def _store_path(self, text: str) -> StorePath | None:
-        try:
-            return StorePath.in_dir(self._store.store_dir, text)
-        except FormatError:
-            return None

@@ -198,6 +198,13 @@ class Store:
         """Return the path of the store object on disk."""
         return os.fsencode(f"{self.real_dir}/{path}")
 
+    def usable_path(self, path: str) -> StorePath | None:
+        """Return the store path of a full path in the database, or None if it is malformed or in another directory."""
+        try:
+            return StorePath.in_dir(self.store_dir, path)
+        except FormatError:
+            return None
+
     def relative(self, path: str) -> str | None:
         """Return a path relative to the store directory, or None if it is elsewhere."""
         for directory in (self.store_dir, self.real_dir):
