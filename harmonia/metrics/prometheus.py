@@ -39,7 +39,7 @@ _TOTALS = {
 }
 
 _COMBINE: dict[str, Callable[[Iterable[float]], float]] = {"process_start_time_seconds": min, "process_max_fds": max}
-"""How a metric of several processes is combined, if not by a sum."""
+"""Functions that combine the metrics of several processes, for metrics that are not summed."""
 
 _UPSTREAMS = {
     "hits": "Lookups of paths that the upstream had.",

@@ -64,7 +64,7 @@ class Client:
         """Hash of the URL, in base 32: part of the names of some NARs, so it must not change while the URL stays."""
         self.store_dir = store_dir
         self.closure_suffix: str | None = None
-        """What follows a hash part in the URL of its closure, or None if the upstream has no closures."""
+        """The end of the URL of a closure, after the hash part, or None if the upstream has no closures."""
         self._patience = patience
         self._logged_state: str | None = None
         self._turns = asyncio.Semaphore(_MAX_SMALL_REQUESTS)

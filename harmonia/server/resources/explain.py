@@ -20,13 +20,14 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
         raise NotFound
     is_trusted = hasattr(request.ctx, "token")
     reasons = await _reasons(context, hash_part, is_trusted=is_trusted)
-    shows_upstreams = is_trusted or context.settings.tokens_path is None  # like /health?verbose
-    if decisive(reasons) is not None and context.upstreams is not None and shows_upstreams:
-        reasons += await context.upstreams.explain(request, hash_part)
     cause = decisive(reasons)
+    shows_upstreams = is_trusted or context.settings.tokens_path is None  # like /health?verbose
+    if cause is not None and context.upstreams is not None and shows_upstreams:
+        reasons += await context.upstreams.explain(request, hash_part)
     from_upstream = next((reason for reason in reasons if reason.code == Code.UPSTREAM_HAS), None)
     available = cause is None or from_upstream is not None
-    summary = from_upstream.text if cause and from_upstream else cause.text if cause else "this server has the path"
+    main = from_upstream or cause
+    summary = main.text if main else "this server has the path"
     if "json" in request.get_args(keep_blank_values=True):
         rows = [reason._asdict() for reason in reasons]
         value = {"hash": hash_part, "available": available, "summary": summary, "reasons": rows}
