@@ -273,6 +273,24 @@ def test_small_nar_is_replayed_until_the_path_is_deleted(
         assert client.ask(asked).status == 404
 
 
+@pytest.mark.parametrize(
+    ("suffix", "field", "replays"),
+    [("", "A: b", 0), ("", "Accept-Encoding: zstd", 1), (".zst", "A: b", 1)],
+)
+def test_response_is_replayed_if_it_is_short_although_its_nar_is_not(
+    start: Start, store: StoreBuilder, tmp_path: Path, suffix: str, field: str, replays: int
+) -> None:
+    info = store.add(store.output_path("zeros"), bytes(400_000))
+    server = start(
+        store=tmp_path / "store", settings=SETTINGS, program=patched(COUNT_HITS.replace(str(LIMIT), "1 << 20"))
+    )
+    with server.connect() as connection:
+        client = Client(connection, server)
+        first = client.ask(nar_head(info, field, suffix=suffix))
+        assert client.ask(nar_head(info, field, suffix=suffix)) == first
+    assert hits(server) == replays
+
+
 @pytest.mark.parametrize("suffix", ["", ".zst"])
 def test_damaged_small_nar_gets_404_before_its_first_byte(
     server: Server, store: StoreBuilder, info: PathInfo, suffix: str

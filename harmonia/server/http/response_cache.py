@@ -29,6 +29,7 @@ from harmonia.server.http.sanic_adapter import date, reader_of
 _MAX_SHORT_BYTES = 4 * 1024 * 1024  # for short responses, such as narinfos to conditional requests
 _MAX_LONG_BYTES = 32 * 1024 * 1024  # for long responses, such as small NARs; they do not evict short ones
 _LONG_BYTES = 16 * 1024  # length from which on a response is long
+_MAX_BODY_BYTES = 256 * 1024  # the longer a response, the less time is saved for each byte of memory
 _MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of narinfo requests; each client program has a few kinds
 
 _NARINFO = re.compile(rf"(?:GET|HEAD) /([{ALPHABET}]{{32}})\.narinfo HTTP/1\.1\r\n".encode())
@@ -167,6 +168,8 @@ class ResponseCache:
             return
         status = http.response.status
         body = b"" if request.method == "HEAD" else http.response.body or b""
+        if len(body) > _MAX_BODY_BYTES:
+            return
         response_head = sent[: len(sent) - len(body)]
         head = request.head + b"\r\n\r\n"
         is_conditional = any(name.startswith("if-") for name in request.headers)

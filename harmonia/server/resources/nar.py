@@ -58,8 +58,6 @@ _NAMES = [
 _CONTENT_TYPE = "application/x-nix-nar"
 _SMALL_NAR_BYTES = 512 * 1024
 """Size up to which a NAR is read and verified before its first byte is sent."""
-_REMEMBERED_NAR_BYTES = 256 * 1024
-"""Size up to which a plain NAR is then kept in memory: the smaller it is, the more time that saves for each byte."""
 
 _MAX_READ_NARS = 16
 """Number of small NARs that may wait in memory for their compression."""
@@ -124,7 +122,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         etag=f'"{nar_hash}"',
         zstd=Encoded(own.name, _compressed(context, info, own)) if context.settings.enable_compression else None,
         worthwhile=worthwhile and info.nar_size > PACKET_BYTES,
-        still_valid=still_valid if worthwhile and info.nar_size <= _REMEMBERED_NAR_BYTES else None,
+        still_valid=still_valid if worthwhile else None,
     )
 
 
