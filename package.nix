@@ -60,6 +60,7 @@ let
         ./tests/test_docs.py
         ./tests/test_generated.py
         ./tests/test_migration.py
+        ./tests/test_nixos_checks.py
         ./tests/test_nixos_lab.py
         ./tests/test_nixos_migration.py
         ./tests/test_nixos_module.py

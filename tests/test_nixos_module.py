@@ -8,7 +8,6 @@ import sys
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from harmonia.config.settings import Settings
 from support.generated import module_keys
 from support.nix_client import NIXES, Client, Nix
-from support.nixos_machine import configured, directives, needs_nix, nix
+from support.nixos_machine import build, configured, directives, needs_nix
 from support.pages import ROOT
 from support.programs import needs
 
@@ -390,41 +389,24 @@ class TestModule:
 class TestSettingsCheckAtBuildTime:
     """Nix builds the file, in a store of its own, with this Harmonia."""
 
-    @pytest.fixture
-    def build(self, tmp_path: Path) -> Any:
-        def build(settings: str) -> subprocess.CompletedProcess[str]:
-            expression = f"""
-              let
-                world = import {ROOT}/nixos-tests/eval {{ nixpkgs = ""; }};
-                package = world.pkgs.writeShellScriptBin "harmonia" ''
-                  export PYTHONPATH={ROOT}
-                  exec {sys.executable} -m harmonia "$@"
-                '';
-              in
-              (world.configure {{ services.harmonia = {{ enable = true; inherit package; {settings} }}; }})
-              .services.harmonia.configFile
-            """
-            directories = {
-                "NIX_STORE_DIR": "store",
-                "NIX_STATE_DIR": "state",
-                "NIX_LOG_DIR": "log",
-                "NIX_CONF_DIR": "etc",
-            }
-            configuration = "sandbox = false\nbuild-users-group =\nsubstituters =\n"
-            return nix(
-                "nix-build",
-                "--no-out-link",
-                "--expr",
-                expression,
-                NIX_CONFIG=configuration,
-                **{name: f"{tmp_path}/{directory}" for name, directory in directories.items()},
-            )
+    def build(self, settings: str, store: Path) -> subprocess.CompletedProcess[str]:
+        expression = f"""
+          let
+            world = import {ROOT}/nixos-tests/eval {{ nixpkgs = ""; }};
+            package = world.pkgs.writeShellScriptBin "harmonia" ''
+              export PYTHONPATH={ROOT}
+              exec {sys.executable} -m harmonia "$@"
+            '';
+          in
+          (world.configure {{ services.harmonia = {{ enable = true; inherit package; {settings} }}; }})
+          .services.harmonia.configFile
+        """
+        return build(expression, store)
 
-        return build
-
-    def test_valid_settings_are_the_file_of_the_service(self, build: Any) -> None:
-        built = build(
-            'settings = { priority = 35; zstd.level = 7; trusted_proxies = [ "unix" ]; base_url = "http://c"; };'
+    def test_valid_settings_are_the_file_of_the_service(self, tmp_path: Path) -> None:
+        built = self.build(
+            'settings = { priority = 35; zstd.level = 7; trusted_proxies = [ "unix" ]; base_url = "http://c"; };',
+            tmp_path,
         )
         assert built.returncode == 0, built.stderr
         text = Path(built.stdout.strip()).read_text()
@@ -444,8 +426,8 @@ class TestSettingsCheckAtBuildTime:
             ('cacheSize = "lots";', "cache_size: expected"),
         ],
     )
-    def test_invalid_settings_fail_the_build(self, build: Any, settings: str, message: str) -> None:
-        built = build(settings)
+    def test_invalid_settings_fail_the_build(self, tmp_path: Path, settings: str, message: str) -> None:
+        built = self.build(settings, tmp_path)
         assert built.returncode != 0
         assert message in built.stderr
 

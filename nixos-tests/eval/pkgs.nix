@@ -214,6 +214,8 @@ let
         meta = args.meta or { };
         dependencies = args.dependencies or [ ];
         inherit args;
+        overridePythonAttrs =
+          change: buildPythonApplication (args // (if lib.isFunction change then change args else change));
       }
       // args.passthru or { }
     ) drv;

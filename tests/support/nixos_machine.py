@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from support.pages import ROOT
@@ -33,6 +34,19 @@ def evaluate(expression: str) -> Any:
     )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
+
+
+def build(expression: str, store: Path) -> subprocess.CompletedProcess[str]:
+    """Build a Nix expression without a sandbox, in a Nix store of its own below the directory `store`."""
+    directories = {"NIX_STORE_DIR": "store", "NIX_STATE_DIR": "state", "NIX_LOG_DIR": "log", "NIX_CONF_DIR": "etc"}
+    return nix(
+        "nix-build",
+        "--no-out-link",
+        "--expr",
+        expression,
+        NIX_CONFIG="sandbox = false\nbuild-users-group =\nsubstituters =\n",
+        **{name: f"{store}/{directory}" for name, directory in directories.items()},
+    )
 
 
 def configured(
