@@ -1,11 +1,14 @@
 """`harmonia mirror gc` deletes only what no path that stays needs, and `verify` finds what is wrong in a bucket."""
 
 import asyncio
+import json
 import os
 import random
 import signal
+import subprocess
 import time
-from datetime import timedelta
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -16,14 +19,17 @@ from harmonia.mirror.bucket import Bucket
 from harmonia.mirror.collector import Collector, Deletion
 from harmonia.mirror.connection import open_bucket
 from harmonia.mirror.target import BucketTarget
+from harmonia.mirror.verify import Contents, read_contents
 from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
+from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upload.nar_files import NarFiles
-from harmonia.upload.target import TargetUnavailableError
+from harmonia.upload.target import TargetChangedError, TargetRefusedError
+from harmonia.upload.uploader import Outcome, Uploader
 from support import debug_info, preloaded
 from support.mirrors import chain, configure, mirror
-from support.running import HARMONIA, PATIENCE_S, run
+from support.running import HARMONIA, PATIENCE_S, run, wait_until
 from support.s3_service import Folder
 
 pytestmark = pytest.mark.s3
@@ -122,7 +128,6 @@ def test_nar_is_deleted_when_no_narinfo_has_named_it_for_long(store: StoreBuilde
         f"{debug.path.hash_part}.narinfo",
         f"{debug.path.hash_part}.ls",
         f"debuginfo/{debug_info.ONE}.debug",
-        f"harmonia/roots/{debug.path}",
     }
     assert collect(config, NONE) == []
     assert [each.key for each in collect(config, NONE, NONE)] == [nar.url]
@@ -163,13 +168,74 @@ def test_second_collection_is_refused_while_one_runs(store: StoreBuilder, config
     assert "0 narinfos" in run("--config", config, "mirror", "gc", "--keep", "1d", "--dry-run").stderr
 
 
+def test_collection_that_lost_its_lease_deletes_nothing_more(store: StoreBuilder, config: str, folder: Folder) -> None:
+    top = chain(store, 3)[-1].path
+    mirror(config, top)
+    other = {"run": "other", "state": "running", "host": "host:1", "written": datetime.now(UTC).isoformat()}
+
+    def take_over(_: Deletion) -> None:
+        folder.put("harmonia/collection", json.dumps(other).encode())
+
+    collection = Collector(bucket(config), "/nix/store", NONE, NONE).collect(take_over, dry_run=False)
+    with pytest.raises(TargetRefusedError, match="lost its lease"):
+        asyncio.run(collection)
+    assert len(folder.paths()) == 2
+    assert json.loads(folder.get("harmonia/collection")) == other
+    folder.check_closed()
+
+
+def test_lease_is_renewed_while_the_bucket_is_read(
+    store: StoreBuilder, config: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror(config, store.add_text("a", b"a").path)
+
+    async def read_slowly(bucket: Bucket, store_dir: str) -> Contents:
+        written = folder.get("harmonia/collection")
+        await asyncio.to_thread(wait_until, lambda: folder.get("harmonia/collection") != written)
+        return await read_contents(bucket, store_dir)
+
+    monkeypatch.setattr(collector, "_RENEWAL_S", 0.2)
+    monkeypatch.setattr(collector, "read_contents", read_slowly)
+    assert len(collect(config, NONE, NONE)) == 2
+    assert b'"done"' in folder.get("harmonia/collection")
+
+
+def test_writer_waits_for_a_collection_and_writes_again_what_it_deleted(
+    store: StoreBuilder, config: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer finds the whole closure, while the collection has already listed it as garbage."""
+    top = chain(store, 2)[-1].path
+    mirror(config, top)
+    writers: list[subprocess.Popen[str]] = []
+
+    async def read_and_start_a_writer(bucket: Bucket, store_dir: str) -> Contents:
+        contents = await read_contents(bucket, store_dir)
+        writer = preloaded.popen(
+            [*HARMONIA, "--config", config, "mirror", top], env=dict(os.environ), stderr=subprocess.PIPE, text=True
+        )
+        assert writer.stderr is not None
+        writers.append(writer)
+        while line := writer.stderr.readline():  # without a line, it has ended
+            if "a garbage collection runs on" in line:
+                break
+        return contents
+
+    monkeypatch.setattr(collector, "read_contents", read_and_start_a_writer)
+    assert len(collect(config, NONE)) == 4
+    _, stderr = writers[0].communicate(timeout=PATIENCE_S)
+    assert writers[0].returncode == 0
+    assert "2 written" in stderr
+    assert len(folder.paths()) == 2
+    folder.check_closed()
+
+
 def test_dry_run_prints_what_and_why(store: StoreBuilder, config: str, folder: Folder) -> None:
     info = store.add_text("a", b"a")
     mirror(config, info.path)
     answer = run("--config", config, "mirror", "gc", "--keep", "0", "--dry-run")
     assert answer.returncode == 0, answer.stderr
     assert f"{info.path.hash_part}.narinfo: neither written nor named for 0 days" in answer.stdout
-    assert "1 narinfos, 0 NARs and 2 other objects would be deleted" in answer.stderr
+    assert "1 narinfos, 0 NARs and 1 other objects would be deleted" in answer.stderr
     assert len(folder.paths()) == 1
 
 
@@ -213,7 +279,7 @@ def test_upload_fails_if_a_collection_deleted_its_references_meanwhile(
         nar = await nars.open_file(infos[1])
         await target.put_nar(nar.file.url, nar)
         await Collector(bucket(config), "/nix/store", NONE, NONE).collect(lambda _: None, dry_run=False)
-        with pytest.raises(TargetUnavailableError, match="a garbage collection deleted a part of the closure"):
+        with pytest.raises(TargetChangedError, match="a garbage collection deleted a part of the closure"):
             await target.put_narinfo(infos[1].path, narinfo.render(infos[1], "/nix/store", nar.file, []))
         nar.close()
         nars.close()
@@ -223,6 +289,37 @@ def test_upload_fails_if_a_collection_deleted_its_references_meanwhile(
     assert folder.paths() == {}
     mirror(config, infos[1].path)
     verify(config)
+
+
+def test_uploader_writes_references_again_that_a_collection_deleted(
+    store: StoreBuilder, config: str, folder: Folder
+) -> None:
+    """A watcher remembers for minutes that the bucket has a reference."""
+    infos = chain(store, 2)
+    settings = parse(Path(config).read_text(), config, {})
+
+    async def write(uploader: Uploader, info: PathInfo) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        planned, _ = await uploader.plan([info.path])
+        await uploader.upload(planned, lambda _, outcome: outcomes.append(outcome))
+        return outcomes
+
+    async def run_uploads() -> None:
+        target = BucketTarget(settings, bucket(config))
+        with (
+            closing(NarFiles(settings, store.real_dir)) as nars,
+            closing(Uploader(Store.of(settings), target, nars, jobs=2)) as uploader,
+        ):
+            assert await write(uploader, infos[0]) == [None]
+            await Collector(bucket(config), "/nix/store", NONE, NONE).collect(lambda _: None, dry_run=False)
+            [failure] = await write(uploader, infos[1])
+            assert isinstance(failure, TargetChangedError)
+            assert await write(uploader, infos[1]) == [None, None]
+        await target.close()
+
+    asyncio.run(run_uploads())
+    assert len(folder.paths()) == 2
+    folder.check_closed()
 
 
 def test_verify_finds_each_kind_of_damage(store: StoreBuilder, config: str, folder: Folder) -> None:

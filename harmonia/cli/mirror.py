@@ -181,12 +181,8 @@ def verify(config_file: str | None, *, no_content: bool, quiet: bool) -> None:
 async def _write(
     settings: Settings, bucket: "Bucket", store: Store, nars: NarFiles, paths: Sequence[StorePath]
 ) -> Counter[str]:
-    target = BucketTarget(settings, bucket)
-    await target.check()
-    for path in paths:
-        await target.put_root(path)
     keys = credentials.secret_keys(settings)
-    return await upload_closure(store, nars, lambda: target, paths, keys, _JOBS, "writing")
+    return await upload_closure(store, nars, lambda: BucketTarget(settings, bucket), paths, keys, _JOBS, "writing")
 
 
 def _check_published(settings: Settings, store: Store, paths: Sequence[StorePath]) -> None:

@@ -15,6 +15,7 @@ import os
 import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,13 +24,13 @@ from harmonia.errors import FormatError
 from harmonia.mirror import layout
 from harmonia.mirror.verify import Contents, for_each, read_contents
 from harmonia.nix.store_path import StorePath
-from harmonia.upload.target import TargetRefusedError
+from harmonia.upload.target import TargetError, TargetRefusedError
 
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket
 
-_LEASE = timedelta(hours=1)  # after which a collection that does not report itself is taken for dead
-_RENEWAL = timedelta(minutes=5)
+_LEASE = timedelta(minutes=30)  # after which a collection that does not report itself is taken for dead
+_RENEWAL_S = 60.0
 _SETTLE_S = 2.0  # after which two collectors that begin at once see which of them was last
 _BATCH_OBJECTS = 500
 
@@ -49,7 +50,6 @@ class Collector:
         self._keep = keep
         self._keep_nars = keep_nars
         self._run = uuid.uuid4().hex
-        self._renewed = datetime.now(UTC)
 
     async def collect(self, report: Callable[[Deletion], None], *, dry_run: bool) -> None:
         """Delete objects, and report each. With `dry_run`, only report. Raises TargetError.
@@ -60,10 +60,15 @@ class Collector:
             await self._collect(report, dry_run=True)
             return
         await self._acquire()
+        ended = asyncio.Event()
+        renewing = asyncio.create_task(self._renew(ended))
         try:
             await self._collect(report, dry_run=False)
         finally:
-            await self._write_state("done")
+            ended.set()
+            await renewing
+            if await self._holds_lease():
+                await self._write_state("done")
 
     async def _collect(self, report: Callable[[Deletion], None], *, dry_run: bool) -> None:
         now = datetime.now(UTC)
@@ -144,7 +149,7 @@ class Collector:
         for first in range(0, len(deletions), _BATCH_OBJECTS):
             batch = [*deletions][first : first + _BATCH_OBJECTS]
             if not dry_run:
-                await self._renew()
+                await self._check_lease()
                 await self._bucket.delete(each.key for each in batch)
             for each in batch:
                 report(each)
@@ -155,21 +160,36 @@ class Collector:
             last = f"{state.written:%Y-%m-%d %H:%M} UTC"
             what = f"another garbage collection runs on {state.host}; it last reported at {last}"
             raise TargetRefusedError(
-                f"{self._bucket.url}: {what}; wait until it ends; if it was killed, run this command an hour later"
+                f"{self._bucket.url}: {what}; wait until it ends; if it was killed, run this command 30 minutes later"
             )
         await self._write_state("running")
         await asyncio.sleep(_SETTLE_S)
-        if (await CollectionState.read(self._bucket)).run != self._run:
-            raise TargetRefusedError(f"{self._bucket.url}: another garbage collection has just begun; wait for its end")
+        await self._check_lease()
 
-    async def _renew(self) -> None:
-        if datetime.now(UTC) - self._renewed > _RENEWAL:
-            await self._write_state("running")
+    async def _renew(self, ended: asyncio.Event) -> None:
+        """Renew the lease until it is lost, or the collection has ended."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), _RENEWAL_S)
+                return
+            with suppress(TargetError):  # `_check_lease` stops the collection if this lasts
+                if not await self._holds_lease():
+                    return
+                await self._write_state("running")
+
+    async def _holds_lease(self) -> bool:
+        state = await CollectionState.read(self._bucket)
+        return state.run == self._run and state.is_alive
+
+    async def _check_lease(self) -> None:
+        """Raise TargetRefusedError if another collection may run, for example because this process was suspended."""
+        if not await self._holds_lease():
+            what = "lost its lease: another one has begun, or renewals failed"
+            raise TargetRefusedError(f"{self._bucket.url}: this garbage collection {what}; run it again later")
 
     async def _write_state(self, state: str) -> None:
-        self._renewed = datetime.now(UTC)
         value = {"run": self._run, "state": state, "host": f"{socket.gethostname()}:{os.getpid()}"}
-        text = json.dumps(value | {"written": self._renewed.isoformat()}).encode()
+        text = json.dumps(value | {"written": datetime.now(UTC).isoformat()}).encode()
         await self._bucket.replace(layout.COLLECTION, text, layout.JSON_TYPE)
 
 

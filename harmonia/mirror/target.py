@@ -6,6 +6,7 @@ writers need no locks, and a writer that was killed leaves nothing to repair.
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Collection, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +25,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import build_log
 from harmonia.store.store import Store
 from harmonia.store.store_nar import StoreNar
-from harmonia.upload.target import Body, TargetRefusedError, TargetUnavailableError
+from harmonia.upload.target import Body, TargetChangedError, TargetRefusedError
 
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket
@@ -34,9 +35,11 @@ _SINGLE_MAX_BYTES = 16 << 20
 """Size up to which a NAR is written by one conditional request. In parts, obstore cannot write conditionally."""
 _SMALL_LISTING_ENTRIES = 20_000
 _PIECE_BYTES = 1 << 20
-_COLLECTION_POLL_S = 5.0  # between two questions whether a garbage collection has ended
+_COLLECTION_POLL_S = 2.0  # between two questions whether a garbage collection has ended
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger("harmonia")
 
 
 class BucketTarget:
@@ -67,9 +70,17 @@ class BucketTarget:
                 what = f"the bucket is a cache of {found}, not of {settings.virtual_nix_store}"
                 raise TargetRefusedError(f"{self.name}: {what}; set another mirror.bucket or mirror.prefix")
 
-    async def put_root(self, path: StorePath) -> None:
-        """Keep the closure of a path in the bucket, from now on for the time of `harmonia mirror gc --keep`."""
-        await self._bucket.replace(layout.root_key(path), b"", "text/plain")
+    async def keep(self, paths: Collection[StorePath]) -> set[StorePath]:
+        """Keep closures for the time of `harmonia mirror gc --keep`, from now on. Return those paths that are there.
+
+        A collection that begins later sees the roots. So this waits for one that runs, and then asks again.
+        """
+        if not paths:
+            return set()
+        await self._all(self._bucket.replace(layout.root_key(path), b"", "text/plain") for path in paths)
+        if await self._collected():
+            return {*paths} - await self.missing(paths)
+        return {*paths}
 
     async def missing(self, paths: Collection[StorePath]) -> set[StorePath]:
         if self._collection is None:
@@ -106,20 +117,31 @@ class BucketTarget:
     async def _check_collection(self, info: PathInfo, nar: NarFile) -> None:
         """Delete the narinfo if a garbage collection has deleted a part of its closure since `missing`.
 
-        Raises TargetUnavailableError in that case: the upload has to be repeated.
+        Raises TargetChangedError in that case: the upload has to be repeated.
         """
-        state = await CollectionState.read(self._bucket)
-        if self._collection is None or not self._collection.changed(state):
+        if not await self._collected():
             return
-        while state.is_alive:
-            await asyncio.sleep(_COLLECTION_POLL_S)
-            state = await CollectionState.read(self._bucket)
         keys = [layout.narinfo_key(each) for each in info.references] + [nar.url]
         if None in await self._all(self._bucket.size(key) for key in keys):
             await self._bucket.delete([layout.narinfo_key(info.path)])
-            self._collection = None
             what = f"a garbage collection deleted a part of the closure of {info.path} meanwhile"
-            raise TargetUnavailableError(f"{self.name}: {what}")
+            raise TargetChangedError(f"{self.name}: {what}")
+
+    async def _collected(self) -> bool:
+        """Return True if a garbage collection may have deleted paths since the first question. Waits for its end.
+
+        The first question of this target counts, not the last one: several uploads may run, each with answers of its
+        own. After a collection, each path therefore takes some more requests, until this process ends.
+        """
+        state = await CollectionState.read(self._bucket)
+        if self._collection is None or not self._collection.changed(state):
+            return False
+        if state.is_alive:
+            _log.warning("%s: a garbage collection runs on %s; waiting for its end", self.name, state.host)
+        while state.is_alive:
+            await asyncio.sleep(_COLLECTION_POLL_S)
+            state = await CollectionState.read(self._bucket)
+        return True
 
     async def _put_listing(self, info: PathInfo) -> None:
         nar = StoreNar(info, self._store.real_path(info.path), self._layouts)

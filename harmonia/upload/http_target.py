@@ -117,6 +117,9 @@ class HttpTarget:
             there |= await (self._find_bulk(batch) if self._bulk_url else self._find_each(batch))
         return {*paths} - there
 
+    async def keep(self, paths: Collection[StorePath]) -> set[StorePath]:
+        return {*paths}  # the protocol has no request for this
+
     async def put_nar(self, url: str, body: Body) -> bool:
         if body.size >= _MIN_ASKED_BYTES:
             answer = await self._send("HEAD", url)

@@ -22,6 +22,10 @@ class TargetUnavailableError(TargetError):
         self.retry_after = retry_after
 
 
+class TargetChangedError(TargetUnavailableError):
+    """The target has lost paths since `missing` was asked, by a garbage collection of its own."""
+
+
 class TargetRefusedError(TargetError):
     """The target does not accept an object, for example because of its size, a signature, or a missing permission."""
 
@@ -51,6 +55,9 @@ class Target(Protocol):
 
     async def missing(self, paths: Collection[StorePath]) -> set[StorePath]:
         """Return those of the paths whose narinfo the target does not have."""
+
+    async def keep(self, paths: Collection[StorePath]) -> set[StorePath]:
+        """Protect paths that the target has from its next garbage collections. Return those that it still has."""
 
     async def put_nar(self, url: str, body: Body) -> bool:
         """Write the file of a NAR, whose URL is relative to the cache. Return False if the target had it."""

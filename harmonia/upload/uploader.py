@@ -22,7 +22,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import queries
 from harmonia.store.store import Store
 from harmonia.upload.nar_files import NarFiles
-from harmonia.upload.target import Target
+from harmonia.upload.target import Target, TargetChangedError
 
 _BATCH_PATHS = 1000  # paths that are looked up at once
 _KNOWN_PATHS = 50_000  # that the target has
@@ -85,10 +85,21 @@ class Uploader:
     async def plan(self, paths: Iterable[StorePath]) -> tuple[list[PathInfo], int]:
         """Return the paths of the closure that the target lacks, references first, and the number of other paths.
 
-        Leaves out paths that are not valid, and those that are excluded. Raises TargetError, StoreUnavailableError, or
-        StoreObjectError if a path of the closure has a malformed row in the database.
+        Those of `paths` that the target has are protected from its garbage collection. Leaves out paths that are not
+        valid, and those that are excluded. Raises TargetError, StoreUnavailableError, or StoreObjectError if a path of
+        the closure has a malformed row in the database.
         """
-        closure = await self.query(queries.closure_paths, self._store, [*paths])
+        chosen = {*paths}
+        closure = await self.query(queries.closure_paths, self._store, [*chosen])
+        while True:
+            lacking = await self._lacking(closure)
+            there = chosen.intersection(closure).difference(lacking)
+            if await self._target.keep(there) == there:
+                return await asyncio.to_thread(_references_first, lacking), len(closure) - len(lacking)
+            self._known.clear()
+
+    async def _lacking(self, closure: Iterable[StorePath]) -> dict[StorePath, PathInfo]:
+        """Return the paths that the target lacks."""
         unknown = [path for path in closure if path not in self._known]
         lacking: dict[StorePath, PathInfo] = {}
         for first in range(0, len(unknown), _BATCH_PATHS):
@@ -96,7 +107,7 @@ class Uploader:
             missing = await self._target.missing(infos)
             lacking |= {path: infos[path] for path in missing}
             self._known.update(dict.fromkeys(infos.keys() - missing))
-        return await asyncio.to_thread(_references_first, lacking), len(closure) - len(lacking)
+        return lacking
 
     async def upload(
         self,
@@ -140,7 +151,11 @@ class Uploader:
     def _ended(self, path: StorePath, task: "asyncio.Task[None]") -> None:
         self._tasks.release()
         del self._running[path]
-        if not task.cancelled() and task.exception() is None:
+        if task.cancelled():
+            return
+        if isinstance(task.exception(), TargetChangedError):
+            self._known.clear()
+        elif task.exception() is None:
             self._known[path] = None
 
     async def _put(
