@@ -1,18 +1,25 @@
 """`harmonia mirror` writes closures to a bucket, each completely and only once, whatever ends it."""
 
+import asyncio
 import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from harmonia.nix import base32
+from harmonia.config.loader import parse
+from harmonia.mirror.connection import open_bucket
+from harmonia.mirror.target import BucketTarget
+from harmonia.nix import base32, narinfo
+from harmonia.nix.narinfo import NarFile
+from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from support import debug_info, preloaded, realisations
 from support.mirrors import KEY, chain, configure, mirror
@@ -68,6 +75,30 @@ def test_logs_realisations_and_debug_info_are_written(store: StoreBuilder, folde
     assert link["archive"].removeprefix("../") in folder.objects()
     assert json.loads(folder.get(f"realisations/{realisations.HASH}!out.doi"))["outPath"] == info.path
     assert json.loads(folder.get(f"build-trace-v2/{derivation}/out.doi"))["outPath"] == info.path
+
+
+def test_realisations_are_read_outside_the_event_loop(
+    store: StoreBuilder, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database may wait for its disk, while other NARs are sent."""
+    info = store.add_text("a", b"a")
+    settings = parse(Path(configure(store, tmp_path, folder.settings())).read_text(), "", {})
+    threads: list[threading.Thread] = []
+
+    def realisation_ids(*_: object) -> list[tuple[str, str]]:
+        threads.append(threading.current_thread())
+        return []
+
+    monkeypatch.setattr(Store, "realisation_ids", realisation_ids)
+
+    async def write() -> None:
+        target = BucketTarget(settings, open_bucket(settings))
+        await target.put_narinfo(info.path, narinfo.render(info, "/nix/store", NarFile("nar/a.nar"), []))
+        await target.close()
+        assert threads
+        assert threading.current_thread() not in threads
+
+    asyncio.run(write())
 
 
 def test_second_run_only_marks_the_named_path(store: StoreBuilder, folder: Folder, tmp_path: Path) -> None:

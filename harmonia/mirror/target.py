@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,6 +52,7 @@ class BucketTarget:
         self._settings = settings
         self._bucket = bucket
         self._store = Store.of(settings)
+        self._database = ThreadPoolExecutor(1, thread_name_prefix="mirror-database")
         self._keys = credentials.secret_keys(settings)
         self._layouts = Layouts()
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
@@ -58,6 +60,7 @@ class BucketTarget:
         """The state of the bucket's garbage collection before the first question which paths are missing."""
 
     async def close(self) -> None:
+        self._database.shutdown()
         self._store.database.close()
 
     async def check(self) -> None:
@@ -109,7 +112,8 @@ class BucketTarget:
         await self._all(self._bucket.create(key, link, layout.JSON_TYPE) for key, link in links.items())
         if info.deriver is not None:
             await self._put_log(info.deriver)
-        for key, realisation in self._realisations(path):
+        loop = asyncio.get_running_loop()
+        for key, realisation in await loop.run_in_executor(self._database, lambda: [*self._realisations(path)]):
             await self._bucket.create(key, realisation, layout.JSON_TYPE)
         await self._bucket.create(layout.narinfo_key(path), text.encode(), narinfo.CONTENT_TYPE)
         await self._check_collection(info, nar)
