@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.target import TargetChangedError, TargetRefusedError
 from harmonia.upload.uploader import Outcome, Uploader
 from support import debug_info, preloaded
-from support.mirrors import chain, configure, mirror
+from support.mirrors import KEY, chain, configure, mirror
 from support.running import HARMONIA, PATIENCE_S, run, wait_until
 from support.s3_service import Folder
 
@@ -320,6 +321,23 @@ def test_uploader_writes_references_again_that_a_collection_deleted(
     asyncio.run(run_uploads())
     assert len(folder.paths()) == 2
     folder.check_closed()
+
+
+def test_verify_compares_a_shared_nar_with_each_narinfo(store: StoreBuilder, config: str, folder: Folder) -> None:
+    infos = [store.add(store.output_path(name), b"the same") for name in ("one", "two", "three")]
+    mirror(config, *(info.path for info in infos))
+    assert len({nar.url for _, nar in folder.paths().values()}) == 1
+    assert verify(config) == ""
+    for info in infos:
+        key = f"{info.path.hash_part}.narinfo"
+        text, (found, nar) = folder.get(key), folder.paths()[info.path.hash_part]
+        wrong = replace(found, nar_hash=bytes(32))
+        folder.put(key, narinfo.render(wrong, "/nix/store", nar, [KEY.sign(wrong.fingerprint("/nix/store"))]).encode())
+        assert (
+            f"wrong: {nar.url}: the unpacked NAR has another NarHash or NarSize, by the narinfo of {info.path}"
+            in verify(config, 3)
+        )
+        folder.put(key, text)
 
 
 def test_verify_finds_each_kind_of_damage(store: StoreBuilder, config: str, folder: Folder) -> None:

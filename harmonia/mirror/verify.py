@@ -82,15 +82,17 @@ async def verify(
     if content:
         found: list[Finding] = []
 
-        async def check(nar: NarFile) -> None:
-            info = infos[nar.url]
+        async def check(path: tuple[PathInfo, NarFile]) -> None:
+            info, nar = path
             try:
                 await _check_content(bucket, info, nar)
             except FormatError as error:
-                found.append(Finding(nar.url, str(error)))
+                found.append(Finding(nar.url, f"{error}, by the narinfo of {info.path}"))
 
-        infos = {nar.url: info for info, nar in contents.paths.values() if nar.url in contents.objects}
-        await for_each(check, [nar for info, nar in contents.paths.values() if infos.get(nar.url) is info])
+        present = [(info, nar) for info, nar in contents.paths.values() if nar.url in contents.objects]
+        # Paths with the same content share a NAR, which is read once unless their narinfos describe it differently.
+        described = {(nar, info.nar_hash, info.nar_size): (info, nar) for info, nar in present}
+        await for_each(check, described.values())
         for finding in found:
             yield finding
 
