@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harmonia.config.tokens import SCOPES, Tokens, new, parse
+from harmonia.config.tokens import SCOPES, Tokens, expiry_problem, format_time, new, parse, parse_end
 from harmonia.errors import FormatError
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import run
@@ -67,6 +67,10 @@ def test_token_line_round_trips(scopes: list[str]) -> None:
         (f"ci sign: {HASH}", "line 2: a pattern of sign cannot match any name"),
         (f"ci sign:/{SECRET} {HASH}", "line 2: a pattern of sign cannot match any name"),
         (f"ci , {HASH}", "line 2: unknown or repeated scope"),
+        (f"ci read {HASH} until:soon", "line 2: until: expected a day like"),
+        (f"ci read {HASH} until:{SECRET}", "line 2: until: expected a day like"),
+        (f"ci read {HASH} until:", "line 2: until: expected a day like"),
+        (f"ci read {HASH} until:2026-12-31 until:2026-12-31", "line 2: expected NAME"),
         (f"ci read {'sha256:' + '0' * 64}", "line 2: repeats the name or the hash of an earlier line"),
         (f"ci2 read {HASH}", "line 2: repeats the name or the hash of an earlier line"),
     ],
@@ -77,6 +81,56 @@ def test_malformed_line_is_reported_without_its_content(line: str, message: str)
         parse(f"{TOKEN}\n{line}")
     assert str(caught.value).startswith(message)
     assert SECRET[10:30] not in str(caught.value)
+
+
+@given(st.integers(0, 253402300799))
+def test_end_round_trips(end: int) -> None:
+    _, token = new("ci", ["read"], float(end))
+    assert parse(str(token)) == (token,)
+    assert parse_end(format_time(end)) == end
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2026-12-31", "2027-01-01T00:00:00Z"),
+        ("2026-12-31T18:00Z", "2026-12-31T18:00:00Z"),
+        ("2026-12-31T18:00:00Z", "2026-12-31T18:00:00Z"),
+        ("2026-12-31T18:00:00+01:00", "2026-12-31T17:00:00Z"),
+        ("2026-12-31T18:00:00-01:30", "2026-12-31T19:30:00Z"),
+        ("2028-02-29", "2028-03-01T00:00:00Z"),
+    ],
+)
+def test_day_ends_in_utc_and_time_has_a_zone(text: str, moment: str) -> None:
+    assert format_time(parse_end(text)) == moment
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "2026",
+        "2026-02-30",
+        "20261231",
+        "2026-12-31T18:00:00",
+        "2026-12-31 18:00Z",
+        "2026-W01-1",
+        "9999-12-31",
+        "٢٠٢٦-12-31",
+    ],
+)
+def test_other_ends_are_rejected(text: str) -> None:
+    with pytest.raises(FormatError, match="expected a day like 2026-12-31, or a time with zone"):
+        parse_end(text)
+
+
+def test_problem_begins_fourteen_days_before_the_end() -> None:
+    _, token = new("ci", ["read"], 1_000_000_000.0)
+    fortnight = 14 * 86400
+    assert expiry_problem(token, 1_000_000_000.0 - fortnight) is None
+    assert expiry_problem(token, 1_000_000_001.0 - fortnight) == "the token ci expires at 2001-09-09T01:46:40Z"
+    assert expiry_problem(token, 1_000_000_000.0) == "the token ci expired at 2001-09-09T01:46:40Z"
+    assert expiry_problem(TOKEN, 1e15) is None
 
 
 @given(st.text())
@@ -120,7 +174,15 @@ def test_token_command_prints_secret_and_line() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["a b"], [""], ["ci", "--scope", "upload"], ["ci", "--scope", "sign:/x"], ["ci", "--scope", "sign:[a,b]"], []],
+    [
+        ["a b"],
+        [""],
+        ["ci", "--scope", "upload"],
+        ["ci", "--scope", "sign:/x"],
+        ["ci", "--scope", "sign:[a,b]"],
+        ["ci", "--until", "soon"],
+        ["create"],
+    ],
 )
 def test_token_command_rejects_invalid_arguments(arguments: list[str]) -> None:
     refused = run("token", *arguments)

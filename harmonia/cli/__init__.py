@@ -62,6 +62,7 @@ Exit status:
   1  failure, with one line on stderr
   2  invalid setting or argument
   3  `doctor` found errors, `verify` found bad paths, `mirror verify` found wrong objects,
+     `token check` got a token that is not valid,
      or `why` found no source of the path
   130  interrupted by Ctrl-C
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import click
 
@@ -36,6 +37,18 @@ def choose_paths(settings: Settings, store: Store, paths: Iterable[str], *, gc_r
     if gc_roots:
         chosen += path_arguments.gc_roots(store, os.path.dirname(os.path.dirname(settings.database)))
     return chosen
+
+
+class DefaultGroup(click.Group):
+    """A group in which a first argument that is not a command belongs to the command `default`."""
+
+    def __init__(self, name: str | None = None, *, default: str, **attributes: Any) -> None:  # noqa: ANN401 (click's)
+        super().__init__(name, **attributes)
+        self._default = default
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        names = {*self.commands, "--config", *ctx.help_option_names}
+        return super().parse_args(ctx, args if not args or args[0] in names else [self._default, *args])
 
 
 class Duration(click.FloatRange):

@@ -22,7 +22,7 @@ from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath, is_hash_part
 from harmonia.store.store import Store
-from harmonia.tools.doctor import examine, push
+from harmonia.tools.doctor import examine, push, tokens
 from harmonia.tools.doctor.finding import Finding, once
 from harmonia.tools.http_client import MAX_BODY_BYTES, Client
 
@@ -115,7 +115,8 @@ def command(
         )
     )
     if is_own:
-        findings = _warn_if_no_key(chain(findings, push.check(settings, nix_conf.trusted_keys(os.environ))), settings)
+        pushes = push.check(settings, nix_conf.trusted_keys(os.environ))
+        findings = _warn_if_no_key(chain(findings, pushes, tokens.check(settings)), settings)
     failed = _print_json(client, findings) if as_json else _print(findings, quiet=quiet)
     sys.exit(cli.EXIT_FOUND if failed else 0)
 

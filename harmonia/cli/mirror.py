@@ -15,7 +15,7 @@ import click
 
 from harmonia import cli
 from harmonia.cache import warmer
-from harmonia.cli.arguments import Duration, choose_paths
+from harmonia.cli.arguments import DefaultGroup, Duration, choose_paths
 from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
@@ -38,15 +38,7 @@ if TYPE_CHECKING:
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
 
 
-class _MirrorGroup(click.Group):
-    """A group in which a first argument that is not a command belongs to `write`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        names = {*self.commands, "--config", *ctx.help_option_names}
-        return super().parse_args(ctx, args if not args or args[0] in names else ["write", *args])
-
-
-@click.group("mirror", cls=_MirrorGroup, no_args_is_help=True)
+@click.group("mirror", cls=DefaultGroup, default="write", no_args_is_help=True)
 def command() -> None:
     """Write store paths to the bucket of [mirror].
 

@@ -1,9 +1,11 @@
 """Metrics in the text format of Prometheus. docs/reference/metrics.md explains each of them."""
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.metrics_core import (
@@ -16,7 +18,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from harmonia import __version__
-from harmonia.metrics.shared_counters import BOUNDS, Histogram, Metrics, RouteCounters, UpstreamCounters
+from harmonia.metrics.shared_counters import BOUNDS, MAX_TOKENS, Histogram, Metrics, RouteCounters, UpstreamCounters
 
 _TOTALS = {
     "cache_hits": "Requests for a NAR that was in the cache, complete or growing.",
@@ -50,6 +52,16 @@ _UPSTREAMS = {
 }
 
 
+class TokenState(NamedTuple):
+    """A token of the server."""
+
+    name: str
+    number: int
+    """Its number in `TokenUses`."""
+    expires_at: float
+    """In seconds since 1970; infinity if it does not expire."""
+
+
 @dataclass(frozen=True, slots=True)
 class State:
     """State of the server at the time of a scrape."""
@@ -68,6 +80,7 @@ class State:
     """Sum of the NAR sizes in bytes."""
     keys: Sequence[str]
     """Names of the signing keys."""
+    tokens: Sequence[TokenState] = ()
 
 
 def render(metrics: Metrics, state: State) -> bytes:
@@ -93,6 +106,8 @@ class _Families(Collector):
         yield from self._workers()
         yield from self._server()
         yield from _processes({os.getppid(), *(int(row.pid) for row in self._rows if row.pid)})
+        if self._state.tokens:
+            yield from self._tokens()
         if self._upstream_rows:
             yield from self._upstreams()
 
@@ -176,6 +191,22 @@ class _Families(Collector):
                 "End of the TLS certificate, in seconds since 1970; 0 if it is not valid.",
                 min(row.certificate_expires_at for row in rows if row.loaded_at),
             )
+
+    def _tokens(self) -> Iterator[Metric]:
+        uses = [row.token_uses.by_number() for row in self._rows]
+        last_use = GaugeMetricFamily(
+            "harmonia_token_last_use_timestamp_seconds",
+            "Last use of a token, in seconds since 1970; 0 if there was none since the start.",
+            labels=["name"],
+        )
+        expiry = GaugeMetricFamily(
+            "harmonia_token_expiry_timestamp_seconds", "End of a token, in seconds since 1970.", labels=["name"]
+        )
+        for token in self._state.tokens[:MAX_TOKENS]:
+            last_use.add_metric([token.name], max(each.get(token.number, 0) for each in uses))
+            if token.expires_at != math.inf:
+                expiry.add_metric([token.name], token.expires_at)
+        yield from (last_use, expiry)
 
     def _upstreams(self) -> Iterator[Metric]:
         totals = {url: _sum(row.cells for row in rows) for url, rows in self._upstream_rows.items()}

@@ -18,6 +18,9 @@ STATUSES = 600
 UNKNOWN = "unknown"
 """The route of requests for an unknown URL or with a wrong method, and of malformed requests."""
 
+MAX_TOKENS = 500
+"""The number of tokens that metrics name: each has two time series."""
+
 _CELL_BYTES = 8  # a double, which is written atomically
 
 
@@ -118,7 +121,8 @@ class WorkerCounters:
     cells = 7
 
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
-        *each, database, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
+        *each, database, uses, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))
+        self.token_uses = TokenUses(uses)
         self.routes = dict(zip(routes, map(RouteCounters, routes, each), strict=True))
         self.database = Histogram(database)
         self._before = list(self.totals)
@@ -142,6 +146,36 @@ class WorkerCounters:
         for index, total in enumerate(totals):
             self.totals[index] = self._before[index] + total
         self.waiting = waiting
+
+
+class TokenUses:
+    """The last use of each token in one worker. Not thread-safe."""
+
+    size = 2 * MAX_TOKENS
+
+    def __init__(self, cells: "memoryview[float]") -> None:
+        self._numbers, self._times = _cut(cells, MAX_TOKENS, MAX_TOKENS)
+        self._places: dict[int, int] = {}
+
+    def record(self, number: int, now: float) -> None:
+        """Store `now` as the last use of the token with this number (`Token.number`).
+
+        The token whose last use is longest ago makes room, if necessary.
+        """
+        place = self._places.get(number)
+        if place is None:
+            self._places = {int(taken): index for index, taken in enumerate(self._numbers) if taken}
+            place = self._places.get(number)
+        if place is None:
+            place = min(range(MAX_TOKENS), key=self._times.__getitem__)
+            self._places.pop(int(self._numbers[place]), None)
+            self._places[number] = place
+            self._numbers[place] = number
+        self._times[place] = now
+
+    def by_number(self) -> dict[int, float]:
+        """Return the last uses in seconds since 1970."""
+        return {int(number): time for number, time in zip(self._numbers, self._times, strict=True) if number}
 
 
 class UpstreamCounters:
@@ -222,7 +256,7 @@ def _upstream(workers: int, reasons: Sequence[str]) -> list[UpstreamCounters]:
 
 
 def _sizes(routes: Sequence[str], totals: Sequence[str]) -> list[int]:
-    return [*[RouteCounters.size] * len(routes), Histogram.size, len(totals), WorkerCounters.cells]
+    return [*[RouteCounters.size] * len(routes), Histogram.size, TokenUses.size, len(totals), WorkerCounters.cells]
 
 
 def _cut(cells: "memoryview[float]", *sizes: int) -> "list[memoryview[float]]":

@@ -6,12 +6,13 @@ The check changes nothing, and does not disturb a running server with the same s
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harmonia.config import credentials
+from harmonia.config import credentials, tokens
 from harmonia.config.loader import Source
 from harmonia.config.optional_packages import require_obstore
 from harmonia.config.proxy import ProxyRules
@@ -64,7 +65,7 @@ def check(settings: Settings, environ: Mapping[str, str]) -> list[WrongSettingEr
     Raises WrongSettingError if a setting cannot work.
     """
     store = _store(settings) if settings.local_store else ()
-    doubts = [*store, *_directories(settings, environ), *_secrets(settings, environ)]
+    doubts = [*store, *_directories(settings, environ), *_secrets(settings, environ), *_tokens(settings)]
     _addresses(settings, environ)
     return doubts
 
@@ -126,7 +127,6 @@ def _directories(settings: Settings, environ: Mapping[str, str]) -> Iterator[Wro
 def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSettingError]:
     credentials.secret_keys(settings)
     credentials.push_key(settings)
-    credentials.load_tokens(settings)
     credentials.mirror_keys(settings)
     if settings.mirror.bucket is not None:
         require_obstore()
@@ -160,6 +160,14 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
         if (mode := os.stat(path).st_mode & 0o777) & 0o077:
             what = f"others than the owner can access the key file {path!r} (mode {mode:04o}); chmod 600 it"
             yield WrongSettingError(what, *key, key_file=path)
+
+
+def _tokens(settings: Settings) -> Iterator[WrongSettingError]:
+    now = time.time()
+    for token in credentials.load_tokens(settings):
+        if problem := tokens.expiry_problem(token, now):
+            what = f"{problem}; replace its line in {settings.tokens_path!r} with one of harmonia token {token.name}"
+            yield WrongSettingError(what, "tokens_path")
 
 
 def _addresses(settings: Settings, environ: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sanic import Request
 
@@ -43,6 +43,9 @@ from harmonia.store.store import Store
 from harmonia.store.temp_roots import TempRootLease, TempRoots
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.loop_guard import new_pseudonym
+
+if TYPE_CHECKING:
+    from harmonia.server.http.auth import Guard
 
 _LAYOUT_FILES_BYTES = 1 << 30  # on disk, for layouts with many files, and their listings
 _MADE_MEMORY_BYTES = 8 * 1024 * 1024  # for pages of directories and short listings
@@ -153,6 +156,8 @@ class ServerContext:
         self.failed_nars = FailedNars()
         self.upstreams: Fallback | None = None
         """Handlers for upstreams. Set by a worker when it starts."""
+        self.guard: Guard | None = None
+        """Check of tokens. Set by a worker when it starts, if requests need tokens."""
         self.identity = new_pseudonym()
         """Pseudonym of this server, shared by all workers, in Via."""
 

@@ -50,8 +50,14 @@ _log = logging.getLogger("harmonia")
 class Listener:
     """A client of `/events`."""
 
-    def __init__(self, client: str, names: Collection[str], after: int | None, abort: Callable[[], None]) -> None:
-        """`after` is the number of its last event, or None for new events only. `abort` disconnects the client."""
+    def __init__(
+        self, client: str, names: Collection[str], after: int | None, abort: Callable[[], None], until: float = math.inf
+    ) -> None:
+        """`after` is the number of its last event, or None for new events only. `abort` disconnects the client.
+
+        `until` is the end of its token, in seconds since 1970.
+        """
+        self.until = until
         self.client = network(client)
         self.names = names
         self.after = after
@@ -137,12 +143,12 @@ class Events:
         yield f"retry: {_RETRY_MS}\nid: {after}\n\n"
         if after > newest:  # of a log that was replaced
             after = 0
-        while listener in self._listeners:
+        while listener in self._listeners and time.time() < listener.until:
             news = self._news
             events = self._recent_after(after)
             if not events:
                 try:
-                    async with asyncio.timeout(_HEARTBEAT_S):
+                    async with asyncio.timeout(min(_HEARTBEAT_S, listener.until - time.time())):
                         await news.wait()
                 except TimeoutError:
                     yield f":\nid: {after}\n\n"  # an event without data, which only sets the id

@@ -100,7 +100,7 @@ async def _serve(
     _note_loaded(context.metrics.own, settings, tls)
     lifeline.setblocking(False)
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
-    guard = Guard(settings) if settings.tokens_path is not None or settings.push.enable else None
+    guard = context.guard = _guard(context)
     servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
     if settings.sources:
         from harmonia.server.resources.upstream_fallback import UpstreamHandlers  # noqa: PLC0415 (takes 0.5 s)
@@ -134,6 +134,11 @@ async def _serve(
     context.close()
     if context.upstreams is not None:
         await context.upstreams.close()
+
+
+def _guard(context: ServerContext) -> Guard | None:
+    needed = context.settings.tokens_path is not None or context.settings.push.enable
+    return Guard(context.settings, context.metrics.own.token_uses) if needed else None
 
 
 async def _create_servers(

@@ -1,10 +1,13 @@
 """Private caches: without a token every response is alike, each token grants its scopes only, secrets are not shown."""
 
 import base64
+import math
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -269,6 +272,49 @@ def test_sighup_reloads_tokens_and_keeps_them_if_the_file_is_broken(
     line = server.wait_for_log("ERROR token reload failed, .*line 1: expected NAME SCOPES HASH").string
     assert TOKENS["read"][0] not in line
     assert statuses("all") == {200}
+
+
+def test_expired_token_gets_401_and_the_log_has_the_reason(
+    start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    secret, token = new("late", ["read"], 1_000_000_000.0)
+    other, valid = new("valid", ["read"], time.time() + 86400)
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"{token}\n{valid}\n")
+    server = start(store=stocked[0] / "store", settings=f"tokens_path = '{tokens}'")
+
+    def get(secret: str) -> Answer:
+        return server.get("/nix-cache-info", {"Authorization": f"Bearer {secret}"})
+
+    answers = [get(secret), get(secret)]
+    assert all(is_refusal(answer) and answer.status == 401 for answer in answers)
+    assert get(other).status == 200
+    reasons = [line for line in server.log if "WARNING refused 127.0.0.1: token late expired at 2001-09-09" in line]
+    assert len(reasons) == 1  # a minute
+    tokens.write_text(f"{replace(token, expires_at=time.time() + 86400)}")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for_log("INFO tokens reloaded")
+    assert get(secret).status == 200
+    assert not [line for line in server.log if secret in line]
+
+
+def test_token_that_expires_while_the_server_runs_gets_401(
+    start: Start, stocked: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    secret, token = new("short", ["read", "browse"], math.ceil(time.time()) + 3)
+    (tmp_path / "tokens").write_text(str(token))
+    server = start(store=stocked[0] / "store", settings=f"browse = true\ntokens_path = '{tmp_path}/tokens'")
+    headers = {"Authorization": f"Bearer {secret}"}
+    with server.connect() as connection:
+        connection.sendall(
+            f"GET /events HTTP/1.1\r\nHost: cache\r\nAuthorization: Bearer {secret}\r\n"
+            "Connection: close\r\n\r\n".encode()
+        )
+        assert connection.recv(12) in (b"HTTP/1.1 200", b"HTTP/1.1 401")  # 401 only on a machine that took 3 s
+        wait_until(lambda: server.get("/nix-cache-info", headers).status == 401)
+        assert time.time() >= token.expires_at
+        while connection.recv(4096):  # the stream of events ends with its token
+            pass
 
 
 def test_old_tokens_are_valid_while_new_ones_are_read(

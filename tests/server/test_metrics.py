@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from harmonia.metrics.shared_counters import BOUNDS, Histogram
+from harmonia.config.tokens import new
+from harmonia.metrics.shared_counters import BOUNDS, MAX_TOKENS, Histogram, TokenUses
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
@@ -310,12 +311,52 @@ def test_reload_and_certificate_are_shown(start: Start, sample: Sample, tmp_path
     assert found["harmonia_certificate_expiry_timestamp_seconds"] > time.time() + 8 * 86400
 
 
+def test_tokens_are_shown_with_their_end_and_last_use(start: Start, sample: Sample, tmp_path: Path) -> None:
+    secret, used = new("used", ["read"], 4102444800.0)
+    late, expired = new("expired", ["read"], 1_000_000_000.0)
+    _, unused = new("unused", ["read"])
+    (tmp_path / "tokens").write_text(f"{used}\n{expired}\n{unused}\n")
+    settings = f"tokens_path = '{tmp_path}/tokens'\nanonymous_scopes = ['metrics']"
+    server = start(store=sample.root, settings=settings, workers=2)
+    before = time.time()
+    for each, status in ((secret, 200), (late, 401), ("harmonia_unknown", 401)):
+        for _ in range(4):
+            assert server.get("/nix-cache-info", {"Authorization": f"Bearer {each}"}).status == status
+    found = scrape(server)
+    last_use = "harmonia_token_last_use_timestamp_seconds"
+    assert before <= found[f"{last_use} used"] <= time.time()
+    assert {name: found[f"{last_use} {name}"] for name in ("expired", "unused")} == {"expired": 0, "unused": 0}
+    assert {s.labels["name"]: s.value for s in found.families["harmonia_token_expiry_timestamp_seconds"].samples} == {
+        "used": 4102444800.0,
+        "expired": 1_000_000_000.0,
+    }
+    (tmp_path / "tokens").write_text(f"{unused}\n")
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: f"{last_use} used" not in scrape(server))
+
+
+def test_uses_of_more_tokens_than_there_is_room_for_keep_the_most_recent() -> None:
+    uses = TokenUses(memoryview(bytearray(8 * TokenUses.size)).cast("d"))
+    for number in range(1, 2 * MAX_TOKENS + 1):
+        uses.record(number, 1000.0 + number)
+    assert uses.by_number() == {number: 1000.0 + number for number in range(MAX_TOKENS + 1, 2 * MAX_TOKENS + 1)}
+    uses.record(2 * MAX_TOKENS, 9999.0)
+    assert uses.by_number()[2 * MAX_TOKENS] == 9999.0
+
+
+def test_worker_that_replaces_another_keeps_its_last_uses() -> None:
+    cells = memoryview(bytearray(8 * TokenUses.size)).cast("d")
+    TokenUses(cells).record(7, 1000.0)
+    TokenUses(cells).record(7, 2000.0)
+    assert TokenUses(cells).by_number() == {7: 2000.0}
+
+
 # Metrics of TLS, pushes and upstreams exist only with these settings.
 WITH_ALL = """
 tls_cert_path = '{0}/cache.both'
 tls_key_path = '{0}/cache.both'
 sign_key_paths = ['{0}/key']
-tokens_path = '/dev/null'
+tokens_path = '{0}/tokens'
 anonymous_scopes = ['read', 'metrics']
 warm = "new"
 [push]
@@ -333,6 +374,7 @@ def with_all(tmp_path_factory: pytest.TempPathFactory) -> str:
     authority(directory, "ca")
     issue(directory, "ca", "cache")
     (directory / "key").write_text(SecretKey.generate("metrics-1").export())
+    (directory / "tokens").write_text(str(new("reader", ["read"], 4102444800.0)[1]))
     for secret in ("key", "cache.both"):
         (directory / secret).chmod(0o600)
     return WITH_ALL.format(directory)

@@ -10,6 +10,7 @@ and newer then show a clear error, Nix up to 2.25 shows "does not appear to be a
 import base64
 import logging
 import math
+import time
 from dataclasses import replace
 from functools import wraps
 from typing import Protocol
@@ -19,7 +20,8 @@ from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 
 from harmonia.config import credentials
 from harmonia.config.settings import Settings
-from harmonia.config.tokens import SCOPES, Scope, Tokens
+from harmonia.config.tokens import SCOPES, Scope, Token, Tokens
+from harmonia.metrics.shared_counters import TokenUses
 from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, Representation
@@ -47,9 +49,10 @@ class _Context(Protocol):
 class Guard:
     """Checks the tokens of requests."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, uses: TokenUses) -> None:
         """Load the tokens. Raises ConfigError if the file is invalid."""
         self._settings = settings
+        self._uses = uses
         self._anonymous_scopes = set(settings.anonymous_scopes)
         if settings.tokens_path is None:
             self._anonymous_scopes.update(SCOPES)
@@ -57,11 +60,14 @@ class Guard:
         self._certificates = frozenset(settings.push.client_certificates)
         self._failures = Rate(settings.max_failed_auth_rate) if settings.max_failed_auth_rate else None
         self._warnings = Rate(1)
+        self.loaded: tuple[Token, ...] = ()
+        """The tokens of the file, also those that have expired."""
         self.load_tokens()
 
     def load_tokens(self) -> None:
         """Load or reload the tokens, in any thread. If the file is invalid, raises ConfigError and keeps old tokens."""
-        self._tokens = Tokens(credentials.load_tokens(self._settings))
+        loaded = credentials.load_tokens(self._settings)
+        self._tokens, self.loaded = Tokens(loaded), loaded
 
     def guarded(self, handler: Handler, scope: Scope) -> Handler:
         """Return a handler that first checks the token, or the same handler if the scope needs no token."""
@@ -85,10 +91,19 @@ class Guard:
     def admit(self, request: Request, scope: Scope) -> None:
         """Raise SanicException unless the request has a valid token with the scope.
 
-        The status is 401 without a valid token, 403 without the scope, 429 after too many invalid tokens.
+        The status is 401 without a valid token, 403 without the scope, 429 after too many invalid tokens. A token that
+        has expired is not valid.
         """
         token = self._tokens.find_token(secret) if (secret := presented(request)) else None
+        now = time.time()
+        if token is not None and now >= token.expires_at:
+            if not self._warnings.wait(f"token {token.name}"):
+                why = f"token {token.name} expired at {token.end}"
+                client = access_log.client(request, self._settings.trusted_proxies)
+                _log.warning("refused %s: %s; replace it, or remove its line", client, why)
+            token = None
         if token is not None:
+            self._uses.record(token.number, now)
             request.ctx.token = token
             if scope not in token.scopes:
                 raise SanicException(status_code=403)

@@ -1,5 +1,6 @@
 """`/events`: a stream of server-sent events, for people and programs that follow a cache. Only if `browse` is set."""
 
+import math
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,8 @@ from harmonia.untrusted import integer
 
 if TYPE_CHECKING:
     import asyncio
+
+    from harmonia.config.tokens import Token
 
 _CONTENT_TYPE = "text/event-stream"
 _MAX_NUMBER = 2**53
@@ -47,7 +50,9 @@ async def get(context: ServerContext, request: Request) -> Representation:
             cast("asyncio.WriteTransport", request.transport).abort()
 
     last = request.headers.get("last-event-id", "")
-    listener = Listener(context.client(request), names, integer(last, _MAX_NUMBER), abort)
+    token: Token | None = getattr(request.ctx, "token", None)
+    until = token.expires_at if token is not None else math.inf
+    listener = Listener(context.client(request), names, integer(last, _MAX_NUMBER), abort, until)
     return Representation(
         content_type=_CONTENT_TYPE,
         body=_Stream(context.events, listener),

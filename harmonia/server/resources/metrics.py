@@ -89,5 +89,7 @@ def _render(context: ServerContext, store_paths: float, store_size: float) -> by
         except OSError:  # logged when the cache is next written
             used = oldest = math.nan
     keys = [key.name for key in context.keys]
-    state = prometheus.State(compressor.encoder.threads, limit, used, oldest, store_paths, store_size, keys)
+    loaded = context.guard.loaded if context.guard is not None else ()
+    tokens = [prometheus.TokenState(token.name, token.number, token.expires_at) for token in loaded]
+    state = prometheus.State(compressor.encoder.threads, limit, used, oldest, store_paths, store_size, keys, tokens)
     return prometheus.render(context.metrics, state)

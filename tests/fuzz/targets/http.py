@@ -138,7 +138,7 @@ class FuzzedServer:
             runner.run(self._serve(ready))
 
     async def _serve(self, ready: threading.Event) -> None:
-        guard = Guard(self._settings) if self._settings.tokens_path else None
+        guard = Guard(self._settings, self._context.metrics.own.token_uses) if self._settings.tokens_path else None
         protocol = limited_connection(ConnectionLimiter(100, self._context.metrics.own))
         app = create_app(self._context, guard)
         Sanic.unregister_app(app)  # frees the name for the next server
