@@ -535,7 +535,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: Annotated[
         str | None,
         Meta(
-            extra={"default": f"`{_LOGS}` from the database's directory"}, description="Directory of Nix's build logs."
+            extra={"default": f"`{_LOGS}` from the database's directory"},
+            description="Directory of Nix's build logs, or of Hydra's.",
+        ),
+    ] = None
+    log_redirect: Annotated[
+        Url | None,
+        Meta(
+            description="URL of a server with further build logs, such as `https://hydra.example.org/log`: requests for"
+            " a derivation's log that is not here are redirected to its name below this URL."
         ),
     ] = None
     daemon_socket: Annotated[

@@ -93,7 +93,7 @@ ROUTES = (
         metric="upstream",
         fallback=lambda upstreams: upstreams.get_nar,
     ),
-    Route(uri="/log/<name:str>", handler=build_log.get, metric="log", fallback=lambda upstreams: upstreams.get_log),
+    Route(uri="/log/<name:str>", handler=build_log.get, metric="log"),
     Route(
         uri="/realisations/<name:str>",
         handler=build_trace.get_realisation,
@@ -145,7 +145,7 @@ PUSH_ROUTES = (
             (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
             (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
             ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),
-            ("/log/<name:str>", "log", build_log.get, push.put_log),
+            ("/log/<name:str>", "log", build_log.get_local, push.put_log),
             ("/realisations/<name:str>", "realisation", build_trace.get_realisation, push.put_realisation),
             ("/build-trace-v2/<derivation:str>/<name:str>", "build_trace", build_trace.get, push.drop),
             ("/debuginfo/<name:str>", "debuginfo", debuginfo.get, push.drop),

@@ -1,9 +1,10 @@
-"""Build logs, the output of builders, in Nix's log directory (Nix `src/libstore/local-fs-store.cc`).
+"""Build logs, the output of builders, in the log directory of Nix or Hydra.
 
-The log of a derivation is in `drvs/<first two characters>/<the rest>` or `drvs/<the full base name>` of the log
-directory. It is plain or `.bz2`, depending on `compress-build-log` at the time of the build. Nix creates it when a
-build starts, appends until the build ends, and replaces it when the derivation is built again. Nix does not make `.zst`
-files: administrators compress finished logs.
+Nix writes the log of a derivation to `drvs/<first two characters>/<the rest>` or `drvs/<the full base name>` of its log
+directory (Nix `src/libstore/local-fs-store.cc`), plain or as `.bz2`, depending on `compress-build-log` at the time of
+the build. It creates the file when a build starts, appends until the build ends, and replaces it when the derivation is
+built again. Hydra writes to `<first two characters>/<the rest>` of its `build-logs`, and later compresses to `.bz2` or
+`.zst` (Hydra `Helper/Nix.pm` and `Plugin/CompressLog.pm`).
 
 A log is served even if its derivation was garbage-collected.
 """
@@ -26,6 +27,7 @@ from harmonia.store.file_reader import ReadOnly
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # without O_NONBLOCK, to open a fifo blocks
 _SUFFIXES = ("", ".bz2", ".zst")  # in the order of Nix's lookup
 _LOG = re.compile(r"(?P<derivation>.+\.drv)(?:\.bz2|\.zst)?")
+_DRVS = "drvs"
 _CHUNK_BYTES = 256 * 1024
 _SETTLED_S = 24 * 60 * 60
 """Seconds without a change after which a plain file counts as finished, because its content does not show it.
@@ -142,10 +144,11 @@ def find_log(directory: str, derivation: StorePath) -> BuildLog | None:
 
     Raises OSError if the log exists but cannot be read.
     """
-    for name in (os.path.join(derivation[:2], derivation[2:]), derivation):
+    split = os.path.join(derivation[:2], derivation[2:])
+    for name in (os.path.join(_DRVS, split), os.path.join(_DRVS, derivation), split):
         for suffix in _SUFFIXES:
             try:
-                return BuildLog(os.path.join(directory, "drvs", name + suffix), suffix)
+                return BuildLog(os.path.join(directory, name + suffix), suffix)
             except (FileNotFoundError, NotADirectoryError):
                 continue
     return None
@@ -156,8 +159,8 @@ def derivation(directory: str, hash_part: str) -> StorePath | None:
 
     Raises OSError if the directory cannot be read.
     """
-    drvs = os.path.join(directory, "drvs")
-    for place, start in ((os.path.join(drvs, hash_part[:2]), hash_part[:2]), (drvs, "")):
+    bucket, drvs = hash_part[:2], os.path.join(directory, _DRVS)
+    for place, start in ((os.path.join(drvs, bucket), bucket), (drvs, ""), (os.path.join(directory, bucket), bucket)):
         rest = f"{hash_part}-"[len(start) :]
         with suppress(FileNotFoundError, NotADirectoryError):
             for name in os.listdir(place):

@@ -83,6 +83,18 @@ def test_substituted_path_has_no_log(start: Start, store: Client, client: Client
     assert not [line for line in server.log if "ERROR" in line]
 
 
+def test_nix_log_follows_the_redirect_to_another_server(start: Start, store: Client, client: Client) -> None:
+    """The other server stands for Hydra, whose page /log/<drv> has the text of the log."""
+    path = build_one(store, "redirected-1.0", "echo redirected; echo > $out")
+    elsewhere = store.directory / "hydra"
+    (store.log_dir / "drvs").rename(elsewhere)
+    hydra = start(store=store.directory, settings=f"log_dir = '{elsewhere}'")
+    server = start(store=store.directory, settings=f"log_redirect = '{hydra.url}/log'")
+    assert server.get(url(derivation(store, path))).status == 307
+    assert log(client, server, path) == "redirected"
+    assert log(client, server, derivation(store, path)) == "redirected"
+
+
 @pytest.mark.parametrize("compressed", ["true", "false"])
 def test_log_of_a_running_build_is_served_and_grows(
     start: Start, store: Client, tmp_path: Path, compressed: str

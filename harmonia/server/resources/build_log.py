@@ -2,9 +2,13 @@
 
 The name is a derivation with or without `.drv`, one of its outputs, or the hash part of one of them. A derivation that
 was garbage-collected is not in the database, but the file name of its log begins with its hash part.
+
+A log that is not here is one of an upstream, or else of the server that `log_redirect` names.
 """
 
-from urllib.parse import unquote_to_bytes
+from contextlib import suppress
+from http import HTTPStatus
+from urllib.parse import quote, unquote_to_bytes
 
 from sanic import Request
 from sanic.exceptions import NotFound
@@ -19,6 +23,37 @@ from harmonia.store.build_log import BuildLog
 
 
 async def get(context: ServerContext, request: Request, name: str) -> Representation:
+    try:
+        return await get_local(context, request, name)
+    except AbsentError:
+        if context.upstreams is None and context.settings.log_redirect is None:
+            raise
+    if context.upstreams is not None:
+        with suppress(NotFound):
+            return await context.upstreams.get_log(request, name)
+    return await _redirect(context, decoded(request, name))
+
+
+async def _redirect(context: ServerContext, name: str) -> Representation:
+    """Return a redirect to the log of a derivation at `log_redirect`.
+
+    Raises NotFound without that setting. A hash part alone is not redirected either: only a name in our log directory
+    may belong to it, which the publish policy may hide.
+    """
+    if context.settings.log_redirect is None or is_hash_part(name):
+        raise NotFound
+    derivation = await _derivation(context, name)
+    return Representation(
+        content_type="text/plain; charset=utf-8",
+        body=b"",
+        cache_control="no-cache",  # the log may appear here
+        status=HTTPStatus.TEMPORARY_REDIRECT,
+        headers={"location": f"{context.settings.log_redirect.rstrip('/')}/{quote(derivation)}"},
+    )
+
+
+async def get_local(context: ServerContext, request: Request, name: str) -> Representation:
+    """Return a log of this server. Raises AbsentError if it has none."""
     try:
         derivation = await _derivation(context, decoded(request, name))
     except FormatError:
