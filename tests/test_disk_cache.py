@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from harmonia.cache import disk_cache
+from harmonia.cache import disk_cache, growing_file
 from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content_size
 from harmonia.errors import CacheFileError
@@ -741,6 +742,39 @@ def test_permission_error_is_logged_once(
     assert cache.open_file("key") is None
     assert cache.find_file("key") is None
     assert messages(caplog) == [without(os.path.dirname(path), errno.EACCES)]
+
+
+def test_file_that_is_being_added_is_not_swept(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(content: bytes, sha256: bytes) -> bytes:
+        cache.sweep()
+        return growing_file.ending(content, sha256)
+
+    monkeypatch.setattr(disk_cache, "ending", ending)
+    assert cache.add("key", b"content")
+    file = cache.find_file("key")
+    assert file is not None
+    with closing(file):
+        assert file.content() == b"content"
+
+
+def test_file_that_is_swept_before_it_is_locked_is_added_again(
+    cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+    swept: list[Path] = []
+
+    def swept_first(file: IO[bytes], operation: int) -> None:
+        if not swept:
+            swept.extend(tmp_path.glob("*.growing"))
+            for path in swept:
+                path.unlink()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", swept_first)
+    assert cache.add("key", b"content")
+    assert len(swept) == 1
+    assert cache.has("key")
+    assert not list(tmp_path.glob("*.growing"))
 
 
 # Stress

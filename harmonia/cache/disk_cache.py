@@ -5,6 +5,7 @@ may replace it, because a key always has the same content. No function waits for
 """
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -126,7 +127,7 @@ class DiskCache:
     def _use(self, key: str) -> CachedFile | None:
         if file := self._find_file(key):
             self.counters.hits += 1
-            self._touch(key)
+            self.touch(key)
         return file
 
     def open_file(self, key: str) -> tuple[CachedFile, Filler | None] | None:
@@ -150,29 +151,34 @@ class DiskCache:
             self.failed(error)
             return None
 
-    def add(self, key: str, content: bytes) -> None:
-        """Add a small file in as few steps as possible. If the disk fails, log it.
+    def add(self, key: str, content: bytes, sha256: bytes | None = None) -> bool:
+        """Add a small file in as few steps as possible, or replace it. If the disk fails, log it, and return False.
 
-        No other process can read the file while it is written. It is not flushed: if the machine crashes before the
-        kernel has written it to the disk, the digests show that it is incomplete.
+        `sha256` is the SHA-256 of the content, if the caller knows it. No other process can read the file while it is
+        written. It is not flushed: if the machine crashes before the kernel has written it to the disk, the digests
+        show that it is incomplete.
         """
         if time.monotonic() < self._unusable_until:
-            return
-        sha256 = hashlib.sha256(content).digest()
+            return False
+        sha256 = sha256 or hashlib.sha256(content).digest()
         unfinished = f"{self.path(key)}-{threading.get_native_id()}{GROWING}"
         try:
-            with open(unfinished, "xb", buffering=0) as file:
+            with open(unfinished, "xb", buffering=0, opener=_create_private) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # otherwise, a sweep would take it for that of a dead process
+                if not os.fstat(file.fileno()).st_nlink:  # a sweep was faster
+                    return self.add(key, content, sha256)
                 data = memoryview(content + ending(content, sha256))
                 while data:
                     data = data[file.write(data) :]
-            os.rename(unfinished, self.path(key))
+                os.rename(unfinished, self.path(key))
         except OSError as error:
             with suppress(OSError):
                 os.unlink(unfinished)
             self.failed(error)
-            return
+            return False
         self.counters.misses += 1
         self.filled(len(content))
+        return True
 
     def write_file(self, key: str, make: Callable[[], Iterable[bytes]]) -> None:
         """Write the pieces that `make` returns to the file of a key.
@@ -306,7 +312,8 @@ class DiskCache:
         file.close()
         return None
 
-    def _touch(self, key: str) -> None:
+    def touch(self, key: str) -> None:
+        """Refresh the LRU time of a complete file."""
         with suppress(OSError):
             if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH_INTERVAL_S:
                 os.utime(self.path(key))
@@ -363,6 +370,10 @@ def _next_bytes(pieces: Iterator[bytes], least: int) -> bytes:
         if size >= least:
             break
     return b"".join(parts)
+
+
+def _create_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _nothing() -> None:
