@@ -18,7 +18,7 @@ from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.request_body import dropping
 from harmonia.server.http.response import Handler, Representation, respond
-from harmonia.server.http.response_cache import AbsentError, ResponseCache, StillValid
+from harmonia.server.http.response_cache import AbsentError, Content, ResponseCache, StillValid
 from harmonia.server.resources import metrics, narinfo
 from harmonia.server.resources.push import receiving
 from harmonia.server.routes import METRICS_ROUTES, PUSH_ROUTES, ROUTES, Route
@@ -76,7 +76,7 @@ def _app(
         request_class=sanic_adapter.AdaptedRequest,
     )
     app.ctx.identity = context.identity
-    app.ctx.response_cache = ResponseCache(narinfo.Narinfos(context).content_now)
+    app.ctx.response_cache = ResponseCache(narinfo.Narinfos(context).content_now, partial(_upstream_nar_now, context))
     app.ctx.loop_turns, app.ctx.client = context.loop_turns, context.client
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
@@ -106,6 +106,10 @@ def _app(
 
     app.error_handler.add(Exception, failed)
     return app
+
+
+def _upstream_nar_now(context: ServerContext, name: str, *, forwarded: bool) -> Content | None:
+    return None if forwarded or context.upstreams is None else context.upstreams.nar_now(name)
 
 
 def _handler(route: Route, guard: Guard | None) -> Handler:

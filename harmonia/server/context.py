@@ -33,6 +33,7 @@ from harmonia.server.http import access_log
 from harmonia.server.http.negotiation import NotAcceptable
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Body, Deferred, Encoded, Representation
+from harmonia.server.http.response_cache import Content
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
 from harmonia.store.debug_index import DebugInfo
@@ -62,6 +63,12 @@ class Fallback(Protocol):
     """
 
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation: ...
+    def narinfo_now(self, hash_part: str) -> Content | None:
+        """Return the narinfo of a path, or None if only `get_narinfo` can find out. Does not block."""
+
+    def nar_now(self, name: str) -> Content | None:
+        """Return a NAR, or None if only `get_nar` can find it. Does not block."""
+
     async def narinfo_text(self, request: Request, hash_part: str) -> str | None:
         """Return the narinfo of a path, or None if no upstream has it."""
 

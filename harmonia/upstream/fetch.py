@@ -8,6 +8,7 @@ store a NAR, it is passed through.
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +22,9 @@ from harmonia.upstream.bodies import CachedBody, PassthroughBody, StoredBody
 from harmonia.upstream.failed_nars import FailedNars
 from harmonia.upstream.nar_verifier import StreamCheck
 from harmonia.upstream.narinfo_cache import NarinfoCache
+from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath
+from harmonia.upstream.small_nars import SmallNar, SmallNars
 from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transfer import Transfer
 from harmonia.upstream.transport import WHOLE
@@ -43,6 +46,7 @@ class NarFetcher:
         self._tasks = Tasks()
         self._opening = asyncio.Lock()
         self._threads = threads
+        self._small = None if cache is None else SmallNars(cache, narinfos, threads)
 
     async def close(self) -> None:
         for transfer in self._running.values():
@@ -58,15 +62,27 @@ class NarFetcher:
         file = await hand_over(asyncio.ensure_future(self._threads.write(self._cache.use_file, key)))
         return None if file is None else CachedBody(file, submit)
 
+    async def take_small(self, key: str) -> SmallNar | None:
+        """Return a complete NAR that was fetched ahead and is in memory, once, or None."""
+        return None if self._small is None else await self._small.take(key)
+
+    def take_small_now(self, key: str) -> SmallNar | None:
+        """Like `take_small`, but return None for a NAR that is being fetched. Does not block."""
+        return None if self._small is None else self._small.take_now(key)
+
+    def file_info_now(self, path: RemotePath) -> NarFile | None:
+        """Return the result of `file_info`, or None if a thread has to look into the cache. Does not block."""
+        if self._cache is None:
+            return path.nar
+        if not self._threads.loop_io.allowed:
+            return None
+        return self._threads.loop_io.run(partial(_cached_file_info, self._cache, path))
+
     async def file_info(self, path: RemotePath) -> NarFile:
         """Return URL, hash and size of a NAR file: from the cache if the file is there, otherwise from the narinfo."""
-        file = None if self._cache is None else await self._threads.write(self._cache.find_file, path.name.key)
-        if file is None:
+        if self._cache is None:
             return path.nar
-        try:
-            return replace(path.nar, file_hash=file.sha256, file_size=file.size)
-        finally:
-            file.close()
+        return await self._threads.run_short_io(partial(_cached_file_info, self._cache, path))
 
     async def open_nar(
         self, path: RemotePath, headers: Mapping[str, str], submit: Submit
@@ -109,6 +125,16 @@ class NarFetcher:
 
     async def fetch_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> bool:
         """Fetch a NAR into the cache, and wait for the end. Return False if it was there, or could not be fetched."""
+        if self._small is None or path.name.key in self._running:
+            return False
+        try:
+            fetched = await self._small.fetch(path, headers)
+        except UpstreamMismatchError:  # logged
+            self._note_result(path, failed=True)
+            return False
+        return await self._transfer_ahead(path, headers) if fetched is None else fetched
+
+    async def _transfer_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> bool:
         cache, key = self._cache, path.name.key
         if cache is None or (path.nar.file_size or 0) > cache.limit:
             return False
@@ -132,6 +158,8 @@ class NarFetcher:
         """Remove NARs that were fetched ahead from the cache, except those that a client of any worker has used."""
         if (cache := self._cache) is not None:
             for key in keys:
+                if self._small is not None:
+                    self._small.forget(key)
                 await self._threads.write(cache.remove_unused, key)
 
     def stored_body(self, file: CachedBody | PassthroughBody, path: RemotePath, submit: Submit) -> StoredBody:
@@ -169,6 +197,14 @@ class NarFetcher:
             path.file_size,
             partial(path.request_nar, headers, WHOLE),
         )
+
+
+def _cached_file_info(cache: DiskCache, path: RemotePath) -> NarFile:
+    file = cache.find_file(path.name.key)
+    if file is None:
+        return path.nar
+    with closing(file):
+        return replace(path.nar, file_hash=file.sha256, file_size=file.size)
 
 
 async def request_size(path: RemotePath, headers: Mapping[str, str]) -> int | None:

@@ -80,6 +80,22 @@ class UpstreamPool:
             return None
         return await self._lookup_remote(hash_part, via) or await self.lookup_cached_path(hash_part)
 
+    def find_planned(self, hash_part: str) -> RemotePath | None:
+        """Return the path that `lookup_path` would return for a client without a request, or None. Does not block."""
+        cached = self._lookup_cache.get((hash_part, Via()))
+        path = cached.path if cached else self._planned(hash_part)
+        return None if path is None or self._is_useless(path, Via()) else path
+
+    def _planned(self, hash_part: str) -> RemotePath | None:
+        """Return the path of a plan. All upstreams with a lower priority number are known not to have the path."""
+        for _, tier in groupby(self.clients, lambda client: client.settings.priority):
+            plans = [self.plans[client] for client in tier]
+            if found := next(filter(None, (plan.find(hash_part) for plan in plans)), None):
+                return found
+            if not all(plan.is_missing(hash_part) for plan in plans):
+                break
+        return None
+
     async def lookup_cached_path(self, hash_part: str) -> RemotePath | None:
         """Return a path whose narinfo and NAR are in the cache, or None. Sends no request."""
         return None if self._narinfos is None else await self._narinfos.lookup_path(hash_part)
@@ -114,9 +130,8 @@ class UpstreamPool:
         """
         if via.is_loop(self.identity):
             return None
-        cached = self._lookup_cache.get((name.hash_part, Via()))
-        path = cached.path if cached else None
-        if path and path.name == name and path.client not in failed and not self._is_useless(path, Via()):
+        path = self.find_planned(name.hash_part)
+        if path and path.name == name and path.client not in failed:
             return path
         return await asyncio.shield(self._once((name, via, *failed), lambda: self._ask_for_nar(name, via, failed)))
 
@@ -206,7 +221,7 @@ class UpstreamPool:
         path, sure = await self._first(ask, via)
         if path or sure:
             self._lookup_cache.remember((hash_part, Via() if path else via), path)
-        if path and self._narinfos is not None:
+        if path and self._narinfos is not None and self.plans[path.client].find(hash_part) is not path:
             self._tasks.spawn_shared(self._narinfos.keep(path))  # the narinfo may have changed
         return path
 

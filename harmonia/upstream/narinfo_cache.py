@@ -73,24 +73,28 @@ class NarinfoCache:
         self._awaiting_nars.add(hash_part)
         try:
             async with asyncio.timeout(_MAX_WAIT_S):
-                while not await self._threads.sync(self._save, path):  # noqa: ASYNC110 (another process fetches it)
+                while not await self._threads.write(self._save, path):  # noqa: ASYNC110 (another process fetches it)
                     await asyncio.sleep(_CHECK_INTERVAL_S)
         finally:
             self._awaiting_nars.remove(hash_part)
 
     def _save(self, path: RemotePath) -> bool:
         """Write the narinfo of a path if its NAR is in the cache. Return False while another process fetches that."""
-        client, key, hash_part = path.client, path.name.key, path.info.path.hash_part
+        key = path.name.key
         if not self._nars.has(key):
             if self._nars.is_growing(key):
                 return False
             if not self._nars.has(key):  # it may have been completed in between
                 return True
+        self.save(path)
+        return True
+
+    def save(self, path: RemotePath) -> None:
+        """Write the narinfo of a path whose NAR is in the cache. Blocks."""
+        client, key, hash_part = path.client, path.name.key, path.info.path.hash_part
         text = narinfo.render(path.info, client.store_dir, replace(path.nar, url=path.url), path.info.sigs).encode()
         if _record(self._files.use_file(hash_part)) != (client.id, key, text):
-            self._files.remove(hash_part)
-            self._files.write_file(hash_part, lambda: [f"{client.id} {key}\n".encode(), text])
-        return True
+            self._files.add(hash_part, f"{client.id} {key}\n".encode() + text)
 
     def _load(self, hash_part: str) -> _Record | None:
         """Return the record of a path, or None if there is none. Removes a narinfo whose NAR was evicted."""

@@ -1,8 +1,7 @@
 """A narinfo, or its 404, that is sent without Sanic is identical, byte for byte, to the response of the handler."""
 
 import re
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -11,26 +10,12 @@ import pytest
 from harmonia.config.tokens import new
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import PATIENCE_S, Server, case, patched, wait_until
+from support.lean_responses import COUNTING, WITHOUT, Client, count, text
+from support.running import Server, case, patched, wait_until
 
 Start = Callable[..., Server]
 
 SETTINGS = "debug_info = false\naccess_log = false\n"
-WITHOUT = patched(
-    "from harmonia.server.http.response_cache import ResponseCache\nResponseCache.response = lambda self, head: None"
-)
-COUNTING = patched("""
-import os, sys
-from harmonia.server.http.response_cache import ResponseCache
-respond = ResponseCache.response
-def counting(self, head):
-    response = respond(self, head)
-    if response is not None:
-        with open(os.path.join(os.path.dirname(sys.argv[-1]), "without-sanic"), "a") as file:
-            file.write("x")
-    return response
-ResponseCache.response = counting
-""")
 ABSENT = "0123456789abcdfghijklmnpqrsvwxyz"
 FIELDS: Sequence[Sequence[str]] = [
     [],
@@ -90,53 +75,6 @@ KEY = SecretKey.generate("stored-1")
 def hash_parts(store: StoreBuilder) -> list[str]:
     with store.connect() as database:
         return [path.rpartition("/")[2][:32] for (path,) in database.execute("select path from ValidPaths order by id")]
-
-
-class Client:
-    """A client that keeps its connection, and returns whole responses without the value of Date."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._connections = self._connect()
-        self._connection = next(self._connections)
-
-    def _connect(self) -> Iterator[socket.socket]:
-        while True:
-            with self._server.connect(PATIENCE_S) as connection:
-                yield connection
-
-    def ask(self, request: str, *, ends: bool = False) -> bytes:
-        """Send a request. If the connection `ends`, read to its end, and open the next one."""
-        self._connection.sendall(request.encode())
-        received = b""
-        while ends or not is_whole(received, request):
-            data = self._connection.recv(1 << 16)
-            if not data:
-                self._connection = next(self._connections)
-                break
-            received += data
-        return re.sub(rb"\r\ndate: [^\r]*", b"", received)
-
-    def close(self) -> None:
-        self._connections.close()  # type: ignore[attr-defined]
-
-
-def is_whole(received: bytes, request: str) -> bool:
-    head, end, body = received.partition(b"\r\n\r\n")
-    if not end or b"connection: close" in head:
-        return False
-    length = re.search(rb"\r\ncontent-length: ([0-9]+)", head)
-    return request.startswith("HEAD") or length is None or len(body) >= int(length[1])
-
-
-def text(method: str, target: str, fields: Sequence[str], version: str = "1.1") -> str:
-    return "\r\n".join([f"{method} {target} HTTP/{version}", "Host: cache", *fields, "", ""])
-
-
-def count(server: Server) -> int:
-    """Return the number of responses that were sent without Sanic."""
-    file = server.directory / "without-sanic"
-    return len(file.read_text()) if file.exists() else 0
 
 
 @pytest.mark.parametrize("settings", ["nar_compression = 'none'", "nar_compression = 'zstd'"])

@@ -6,7 +6,7 @@ of its own. There are two ways:
 
 - A request that repeats an earlier one gets the same response, if its resource confirms that it is still valid.
 - A request for a narinfo that differs from an earlier one only in the hash part gets a response with the same head,
-  with its own ETag, Content-Length and Date.
+  with its own Cache-Control, ETag, Content-Length and Date. Likewise a request for the NAR of an upstream.
 """
 
 import re
@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from operator import attrgetter
-from typing import Final
+from typing import Final, Protocol
 
 from cachetools import FIFOCache, RRCache
 from sanic import Request
@@ -30,10 +30,17 @@ _MAX_SHORT_BYTES = 4 * 1024 * 1024  # for short responses, such as narinfos to c
 _MAX_LONG_BYTES = 32 * 1024 * 1024  # for long responses, such as small NARs; they do not evict short ones
 _LONG_BYTES = 16 * 1024  # length from which on a response is long
 _MAX_BODY_BYTES = 256 * 1024  # the longer a response, the less time is saved for each byte of memory
-_MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of narinfo requests; each client program has a few kinds
+_MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of requests; each client program has a few kinds
 
-_NARINFO = re.compile(rf"(?:GET|HEAD) /([{ALPHABET}]{{32}})\.narinfo HTTP/1\.1\r\n".encode())
-_NARINFO_HEAD = re.compile(rb'(.*\r\netag: )"[^"]*"(\r\ncontent-length: )[0-9]+(\r\ndate: )[^\r]*(.*)', re.DOTALL)
+_TARGET = re.compile(
+    rf"(?:(?:GET|HEAD) /([{ALPHABET}]{{32}})\.narinfo|GET /upstream/([a-z0-9.-]{{1,255}})) HTTP/1\.1\r\n".encode()
+)
+"""The request line for a narinfo, with its hash part, or for the NAR of an upstream, with its name."""
+_HEAD = re.compile(
+    rb'(.*?\r\ncache-control: )[^\r]*(\r\n.*etag: )"[^"]*"(\r\n(?:accept-ranges: bytes\r\n)?content-length: )[0-9]+'
+    rb"(\r\ndate: )[^\r]*(.*)",
+    re.DOTALL,
+)
 
 StillValid = Callable[[], bool]
 """Returns, without blocking, whether the same request would get the same response now."""
@@ -54,23 +61,32 @@ class Content:
 
     body: bytes
     etag: bytes
+    cache_control: bytes
 
 
-ABSENT: Final = Content(b"", b"")
-"""The result of a lookup of content that the local store does not have."""
-ContentNow = Callable[[str], Content | None]
-"""Returns the narinfo of a hash part, or ABSENT, or None if only the handler can find out. Does not block."""
+ABSENT: Final = Content(b"", b"", b"")
+"""The result of a lookup of content that does not exist."""
 
 
-class _NarinfoKind:
-    """Narinfo requests with the same method and fields, and the heads of the responses to them."""
+class ContentNow(Protocol):
+    def __call__(self, name: str, /, *, forwarded: bool) -> Content | None:
+        """Return the narinfo of a hash part, or the NAR with a name. Does not block.
+
+        Return ABSENT if it does not exist, None if only the handler can find out. `forwarded` is True if the request
+        has a field Via.
+        """
+
+
+class _Kind:
+    """Requests with the same method and fields, and the heads of the responses to them."""
 
     def __init__(self, key: bytes, route: RouteCounters) -> None:
-        """Create a kind that has the head `key`, from which the hash part was removed."""
+        """Create a kind that has the head `key`, from which the hash part or name was removed."""
         self._route = route
-        self._has_body = key.startswith(b"GET ")
+        self._is_get = key.startswith(b"GET ")
+        self.is_forwarded = b"\r\nvia:" in key.lower()
         self._head_of_200: tuple[bytes, ...] | None = None
-        """The parts before ETag, before Content-Length, before Date, and after Date."""
+        """The parts before Cache-Control, before ETag, before Content-Length, before Date, and after Date."""
         self._response_404: tuple[bytes, bytes, int] | None = None
         """The parts before and after Date, and the length of the body."""
         self._key_bytes = len(key)
@@ -83,7 +99,7 @@ class _NarinfoKind:
 
     def learn(self, status: int, head: bytes, body: bytes) -> None:
         """Remember the head of a response of the handler."""
-        if status == HTTPStatus.OK and (parts := _NARINFO_HEAD.fullmatch(head)):
+        if status == HTTPStatus.OK and (parts := _HEAD.fullmatch(head)):
             self._head_of_200 = parts.groups()
         elif status == HTTPStatus.NOT_FOUND:
             before, after = _around_date(head)
@@ -94,17 +110,19 @@ class _NarinfoKind:
         if content is not ABSENT:
             if self._head_of_200 is None:
                 return None
-            status, body = 200, content.body if self._has_body else b""
+            status, body = 200, content.body if self._is_get else b""
             sent, length = len(body), b"%d" % len(content.body)
-            before_etag, before_length, before_date, after = self._head_of_200
-            before = b"%b%b%b%b%b" % (before_etag, content.etag, before_length, length, before_date)
+            start, before_etag, before_length, before_date, after = self._head_of_200
+            begin = b"%b%b%b" % (start, content.cache_control, before_etag)
+            before = b"%b%b%b%b%b" % (begin, content.etag, before_length, length, before_date)
         else:
             if self._response_404 is None:
                 return None
             status, body = 404, b""
             before, after, sent = self._response_404
         self._route.count(status, sent, time.perf_counter() - began, None)
-        return [b"%b%b%b%b" % (before, date().encode(), after, body)]
+        head = b"%b%b%b" % (before, date().encode(), after)
+        return [head, body] if len(body) >= _LONG_BYTES else [head + body]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +145,11 @@ class ResponseCache:
     """Cached responses of a worker."""
 
     def __init__(
-        self, narinfo_now: ContentNow, short_limit: int = _MAX_SHORT_BYTES, long_limit: int = _MAX_LONG_BYTES
+        self,
+        narinfo_now: ContentNow,
+        nar_now: ContentNow,
+        short_limit: int = _MAX_SHORT_BYTES,
+        long_limit: int = _MAX_LONG_BYTES,
     ) -> None:
         """Create a cache of at most so many bytes. The oldest short response, or a random long one, is evicted first.
 
@@ -137,14 +159,18 @@ class ResponseCache:
         size = attrgetter("memory_bytes")
         self._short: MutableMapping[bytes, _CachedResponse] = FIFOCache(short_limit, getsizeof=size)
         self._long: MutableMapping[bytes, _CachedResponse] = RRCache(long_limit, getsizeof=size)
-        self._kinds: MutableMapping[bytes, _NarinfoKind] = FIFOCache(_MAX_KINDS_BYTES, getsizeof=size)
+        self._kinds: MutableMapping[bytes, _Kind] = FIFOCache(_MAX_KINDS_BYTES, getsizeof=size)
         self._narinfo_now = narinfo_now
+        self._nar_now = nar_now
 
     def response(self, head: bytes) -> list[bytes] | None:
         """Return the parts of the response to this request head, or None if Sanic has to answer. Count the request."""
         began = time.perf_counter()
-        if (narinfo := _NARINFO.match(head)) and (kind := self._kinds.get(_key(narinfo))):
-            content = self._narinfo_now(narinfo[1].decode())
+        if (target := _TARGET.match(head)) and (kind := self._kinds.get(_key(target))):
+            if target[1]:
+                content = self._narinfo_now(target[1].decode(), forwarded=kind.is_forwarded)
+            else:
+                content = self._nar_now(target[2].decode(), forwarded=kind.is_forwarded)
             return None if content is None else kind.response(content, began)
         cached = self._short.get(head) or self._long.get(head)
         if cached is None:
@@ -173,9 +199,9 @@ class ResponseCache:
         response_head = sent[: len(sent) - len(body)]
         head = request.head + b"\r\n\r\n"
         is_conditional = any(name.startswith("if-") for name in request.headers)
-        if (narinfo := _NARINFO.match(head)) and not is_conditional:
-            key = _key(narinfo)
-            kind = self._kinds.get(key) or _NarinfoKind(key, validity[1])
+        if (target := _TARGET.match(head)) and not is_conditional:
+            key = _key(target)
+            kind = self._kinds.get(key) or _Kind(key, validity[1])
             kind.learn(status, response_head, body)
             with suppress(ValueError):  # larger than the whole cache
                 self._kinds[key] = kind
@@ -187,9 +213,10 @@ class ResponseCache:
             (self._long if memory >= _LONG_BYTES else self._short)[head] = cached
 
 
-def _key(narinfo: re.Match[bytes]) -> bytes:
-    """Return the head of a narinfo request without the hash part."""
-    return narinfo.string[: narinfo.start(1)] + narinfo.string[narinfo.end(1) :]
+def _key(target: re.Match[bytes]) -> bytes:
+    """Return the head of a request without the hash part or name."""
+    start, end = target.span(target.lastindex or 0)
+    return target.string[:start] + target.string[end:]
 
 
 def _around_date(head: bytes) -> tuple[bytes, bytes]:

@@ -16,7 +16,7 @@ from harmonia.nix import base32, narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.context import ServerContext
-from harmonia.server.http.response import Representation, etag_of
+from harmonia.server.http.response import Representation
 from harmonia.server.http.response_cache import ABSENT, AbsentError, Content
 from harmonia.server.path_lookup import SignedPath, Unknown
 
@@ -54,7 +54,8 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
 
 
 @dataclass(frozen=True, slots=True)
-class _Narinfo(Content):
+class _Rendered:
+    content: Content
     path: SignedPath
     compressed: CompressedFile | None
     expires: float
@@ -65,10 +66,15 @@ class Narinfos:
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._narinfos: MutableMapping[str, _Narinfo] = FIFOCache(_MAX_BYTES, getsizeof=lambda it: len(it.body))
+        self._narinfos: MutableMapping[str, _Rendered] = FIFOCache(
+            _MAX_BYTES, getsizeof=lambda it: len(it.content.body)
+        )
 
-    def content_now(self, hash_part: str) -> Content | None:
-        """Return the narinfo that `get` would return, or ABSENT, or None if only `get` can find out. Does not block."""
+    def content_now(self, hash_part: str, *, forwarded: bool = False) -> Content | None:
+        """Return the narinfo of a path, or ABSENT, or None if only the handler can find out. Does not block.
+
+        For a request that another Harmonia has `forwarded`, only the handler can ask upstreams.
+        """
         context = self._context
         try:
             path = context.paths.lookup_now(hash_part)
@@ -78,13 +84,15 @@ class Narinfos:
             return None
         if context.push is not None:
             context.push.note_answer(hash_part, found=path is not None)
+        if path is None and context.upstreams is not None:
+            return None if forwarded else context.upstreams.narinfo_now(hash_part)
         if path is None:
             return ABSENT
         cached = self._narinfos.get(hash_part)
         if cached is None or cached.path is not path:
             return self._render_now(path)
         is_current = _is_file_current(context, path.info, cached.compressed, cached.expires)
-        return cached if is_current else self._render_now(path)
+        return cached.content if is_current else self._render_now(path)
 
     def _render_now(self, path: SignedPath) -> Content | None:
         """Return the narinfo and cache it, or return None if a thread has to look for the compressed file."""
@@ -94,11 +102,17 @@ class Narinfos:
                 return None
             context.threads.loop_io.run(partial(files.find_file_info, info.nar_hash))
         compressed = files.known_file_info(info.nar_hash)
-        body = narinfo.render(info, context.settings.virtual_nix_store, nar_file(context, info), path.sigs).encode()
-        rendered = _Narinfo(body, etag_of(body).encode(), path, compressed, monotonic() + _RECHECK_S)
+        content = content_of(context, info, nar_file(context, info), path.sigs, context.settings.narinfo_max_age)
         with suppress(ValueError):  # larger than the whole cache
-            self._narinfos[info.path.hash_part] = rendered
-        return rendered
+            self._narinfos[info.path.hash_part] = _Rendered(content, path, compressed, monotonic() + _RECHECK_S)
+        return content
+
+
+def content_of(context: ServerContext, info: PathInfo, nar: NarFile, sigs: Iterable[str], max_age: int) -> Content:
+    """Return the narinfo that `representation` returns for a request without a query."""
+    text = narinfo.render(info, context.settings.virtual_nix_store, nar, sigs).encode()
+    narinfo_now = Representation.of_metadata(narinfo.CONTENT_TYPE, text, max_age)
+    return Content(text, (narinfo_now.etag or "").encode(), narinfo_now.cache_control.encode())
 
 
 def _is_file_current(context: ServerContext, info: PathInfo, compressed: CompressedFile | None, expires: float) -> bool:

@@ -24,6 +24,7 @@ from harmonia.nix.narinfo import NarFile, render, signatures
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import IMMUTABLE, Representation
+from harmonia.server.http.response_cache import Content
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar
 from harmonia.store import explain
@@ -118,28 +119,53 @@ class UpstreamHandlers:
     async def get_narinfo(self, request: Request, hash_part: str) -> Representation:
         path = await self._lookup_path(request, hash_part)
         self._ahead[path.client].wanted(path)
-        nar, sigs = await self._described(path)
-        return narinfo.representation(self._context, request, path.info, nar, sigs, max_age=self._max_age)
+        nar, sigs = self._described(path, await self._fetcher.file_info(path))
+        answer = narinfo.representation(self._context, request, path.info, nar, sigs, max_age=self._max_age)
+        if VIA in request.headers:
+            return answer
+        return replace(answer, still_valid=partial(self._is_current, hash_part, answer.etag))
+
+    def narinfo_now(self, hash_part: str) -> Content | None:
+        path = self._upstreams.find_planned(hash_part)
+        file = None if path is None else self._fetcher.file_info_now(path)
+        if path is None or file is None:
+            return None
+        self._ahead[path.client].wanted(path)
+        return narinfo.content_of(self._context, path.info, *self._described(path, file), self._max_age)
+
+    def _is_current(self, hash_part: str, etag: str | None) -> bool:
+        """Return True if the narinfo of a path still has this ETag."""
+        content = self.narinfo_now(hash_part) if self._context.paths.is_absent(hash_part) else None
+        return content is not None and content.etag.decode() == etag
 
     async def narinfo_text(self, request: Request, hash_part: str) -> str | None:
         path = await self._upstreams.lookup_path(hash_part, _via(request))
         if path is None:
             return None
-        nar, sigs = await self._described(path)
+        nar, sigs = self._described(path, await self._fetcher.file_info(path))
         return render(path.info, self._context.settings.virtual_nix_store, nar, sigs)
 
-    async def _described(self, path: RemotePath) -> tuple[NarFile, list[str]]:
+    def _described(self, path: RemotePath, file: NarFile) -> tuple[NarFile, list[str]]:
         """Return the NAR file as our clients see it, and the signatures, for the narinfo of a path."""
         settings = path.client.settings
         url = path.url if settings.mode == "redirect" else f"upstream/{path.name}"
-        nar = replace(await self._fetcher.file_info(path), url=url)
+        nar = replace(file, url=url)
         keys = self._context.keys if settings.sign and path.verified else ()
         return nar, signatures(path.info, self._context.settings.virtual_nix_store, keys)
 
     async def get_nar(self, request: Request, name: str) -> Representation:
+        self._note_requested(name)
+        return await self._nars.get(request, name, _via(request))
+
+    def nar_now(self, name: str) -> Content | None:
+        content = self._nars.content_now(name)
+        if content is not None:
+            self._note_requested(name)
+        return content
+
+    def _note_requested(self, name: str) -> None:
         for ahead in self._ahead.values():
             ahead.requested(name[:HASH_PART_LENGTH])
-        return await self._nars.get(request, name, _via(request))
 
     async def get_listing(self, request: Request, hash_part: str) -> Representation:
         try:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 
 from sanic import Request
@@ -13,6 +14,7 @@ from harmonia.errors import FormatError, UpstreamError
 from harmonia.nix.base32 import ALPHABET
 from harmonia.process.thread_reader import Submit
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation, wants_part
+from harmonia.server.http.response_cache import Content
 from harmonia.upstream.answer import Answer as RemoteAnswer
 from harmonia.upstream.bodies import CachedBody, PassthroughBody
 from harmonia.upstream.client import Client
@@ -21,6 +23,7 @@ from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.remote_path import RemotePath
+from harmonia.upstream.small_nars import SmallNar
 from harmonia.upstream.transport import WHOLE, Part
 
 _ID = f"[{ALPHABET}]{{16}}"
@@ -47,6 +50,11 @@ class Nars:
             nar_name = NarName.parse(name)
         except FormatError:
             raise NotFound from None
+        is_whole = request.method == "GET" and not wants_part(request)
+        if is_whole and (small := await self._fetcher.take_small(nar_name.key)):
+            self._note_other_path(small, nar_name, via)
+            still_valid = (lambda: True) if nar_name.determines_bytes else None
+            return replace(_nar(nar_name, small.content), still_valid=still_valid)
         if cached := await self._fetcher.cached_nar(nar_name.key, self._submitter(request)):
             self._upstreams.keep_narinfo(nar_name.hash_part, via)
             return _nar(nar_name, cached)
@@ -56,6 +64,23 @@ class Nars:
         if path.client.redirect is not None and path.name == nar_name:
             return _redirect(path.client.redirect(request.method, path.url))
         return await self._remote_nar(request, path, via)
+
+    def content_now(self, name: str) -> Content | None:
+        """Return a NAR from memory, or None if only `get` can find it. Does not block."""
+        try:
+            nar_name = NarName.parse(name)
+        except FormatError:
+            return None
+        small = self._fetcher.take_small_now(nar_name.key) if nar_name.determines_bytes else None
+        if small is None:
+            return None
+        self._note_other_path(small, nar_name, Via())
+        return Content(small.content, f'"{nar_name.key}"'.encode(), IMMUTABLE_NAR.encode())
+
+    def _note_other_path(self, small: SmallNar, name: NarName, via: Via) -> None:
+        """Keep the narinfo of the path in `name`, unless the NAR was fetched for that path."""
+        if small.path.info.path.hash_part != name.hash_part:
+            self._upstreams.keep_narinfo(name.hash_part, via)
 
     async def _remote_nar(self, request: Request, path: RemotePath, via: Via) -> Representation:
         needs_length = request.version == "1.0" and not wants_part(request)
@@ -143,9 +168,15 @@ def _redirect(url: str) -> Representation:
     )
 
 
-def _nar(name: NarName, body: Body | Deferred) -> Representation:
+def _nar(name: NarName, body: bytes | Body | Deferred) -> Representation:
     if name.determines_bytes:
-        return Representation(content_type=_TYPE, body=body, cache_control=IMMUTABLE_NAR, etag=f'"{name.key}"')
+        return Representation(
+            content_type=_TYPE,
+            body=body,
+            cache_control=IMMUTABLE_NAR,
+            etag=f'"{name.key}"',
+            headers={"accept-ranges": "bytes"},
+        )
     return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
 
 
