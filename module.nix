@@ -250,8 +250,9 @@ let
     "/var/tmp"
   ]) storePaths;
 
-  # Harmonia itself listens only on metrics_bind, and connects only to upstreams.
-  needsNetwork = cfg.settings.metrics_bind != null || upstreams != [ ];
+  # Harmonia itself listens only on metrics_bind, and connects only to upstreams and the bucket of the mirror.
+  needsNetwork =
+    cfg.settings.metrics_bind != null || upstreams != [ ] || cfg.settings.mirror.bucket != null;
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
 
   # The Rust Harmonia does not understand these arguments, and would start a server during the build.

@@ -343,6 +343,14 @@ class TestModule:
         assert directives(metrics, "PrivateNetwork") == ["false"]
         assert directives(metrics, "IPAddressDeny") == []
 
+    def test_service_has_a_network_for_the_bucket_of_the_mirror(self) -> None:
+        machine = configured("""
+          enable = true;
+          settings.mirror = { endpoint = "https://s3.example.org"; bucket = "cache"; };
+        """)
+        assert directives(machine["service"], "PrivateNetwork") == ["false"]
+        assert directives(machine["service"], "IPAddressDeny") == []
+
     def test_service_has_a_network_for_upstreams(self) -> None:
         machine = configured("""
           enable = true;

@@ -300,6 +300,13 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
             " fetching NARs through this server."
         ),
     ] = False
+    write_served: Annotated[
+        bool,
+        Meta(
+            description="Write the closure of each store path that a client downloads to the bucket. Downloads never"
+            " wait for this: paths wait in a queue below `cache_dir`."
+        ),
+    ] = False
     public_keys: Annotated[
         tuple[str, ...],
         Meta(
@@ -321,6 +328,8 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True):
         for given, needed in (("bucket", "endpoint"), ("endpoint", "bucket")):
             if getattr(self, given) is not None and getattr(self, needed) is None:
                 raise WrongSettingError(f"set without {needed}; set both or none", "mirror", given)
+        if self.write_served and self.bucket is None:
+            raise WrongSettingError("set without bucket; set both or none", "mirror", "write_served")
         if self.redirect and self.credentials_file is None:
             what = "set without credentials_file, whose key signs the URLs; set both, or use the bucket as [[upstream]]"
             raise WrongSettingError(what, "mirror", "redirect")
@@ -688,8 +697,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def processes(self) -> int:
-        """Return the number of processes: the workers, and the one that warms the cache."""
-        return self.workers + (self.warm == "new")
+        """Return the number of processes: the workers, and those that warm the cache and write to the mirror."""
+        return self.workers + (self.warm == "new") + self.mirror.write_served
 
     @property
     def cache_bytes(self) -> int | None:
@@ -784,6 +793,11 @@ def _check_push(settings: Settings) -> None:
 def _check_sources(settings: Settings) -> None:
     if settings.mirror.is_read and settings.publish != PublishRules():
         what = "publish rules do not apply to paths from the bucket of [mirror]; set mirror.read = false, or no rules"
+        raise WrongSettingError(what, "publish")
+    if settings.mirror.write_served and not settings.local_store:
+        raise WrongSettingError("set together with local_store = false; remove one of them", "mirror", "write_served")
+    if settings.mirror.write_served and settings.publish != PublishRules():
+        what = "publish rules do not apply to the bucket of [mirror]; remove them, or set mirror.write_served = false"
         raise WrongSettingError(what, "publish")
     if not settings.local_store and not settings.sources:
         what = "false without a [mirror] to read and without any [[upstream]], so nothing could be served; set one"

@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +35,9 @@ _TOTALS = {
     "warmed_nars": "NARs of new paths compressed before a client asked.",
     "warm_no_room": "NARs of new paths for which the cache had no room.",
     "warm_failures": "NARs of new paths that could not be compressed.",
+    "mirror_written_paths": "Served store paths that the mirror's bucket has now.",
+    "mirror_failures": "Failed attempts to write a served store path to the mirror's bucket.",
+    "mirror_written_bytes": "Bytes of NARs written to the mirror's bucket.",
     "pushed_paths": "Store paths imported from pushes.",
     "pushed_bytes": "Bytes of NARs received from pushes, as sent.",
     "push_refusals": "Uploads that were refused.",
@@ -105,6 +109,8 @@ class _Families(Collector):
         yield from self._requests()
         yield from self._workers()
         yield from self._server()
+        if "mirror_written_paths" in self._totals:
+            yield from self._mirror()
         yield from _processes({os.getppid(), *(int(row.pid) for row in self._rows if row.pid)})
         if self._state.tokens:
             yield from self._tokens()
@@ -138,6 +144,16 @@ class _Families(Collector):
             if any(map(_is_streamed, rows)):
                 body.add_metric([name], *_histogram(route.body for route in rows))
         yield from (requests, sent, broken, in_flight, head, body)
+
+    def _mirror(self) -> Iterator[Metric]:
+        queued, failing, oldest, is_up = (
+            sum(getattr(row, f"mirror_{name}") for row in self._rows) for name in ("queued", "failing", "oldest", "up")
+        )
+        yield GaugeMetricFamily("harmonia_mirror_queued_paths", "Paths that wait to be written.", queued)
+        yield GaugeMetricFamily("harmonia_mirror_failing_paths", "Queued paths that failed at least once.", failing)
+        age = max(time.time() - oldest, 0) if oldest else 0.0
+        yield GaugeMetricFamily("harmonia_mirror_oldest_seconds", "Age of the oldest queued path.", age)
+        yield GaugeMetricFamily("harmonia_mirror_write_up", "1 if the bucket takes uploads, otherwise 0.", is_up)
 
     def _workers(self) -> Iterator[Metric]:
         yield HistogramMetricFamily(

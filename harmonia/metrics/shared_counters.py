@@ -118,7 +118,11 @@ class WorkerCounters:
     loaded_at = _cell(4, "The time of the last successful start or reload, in seconds since 1970.")
     reload_failed = _cell(5, "1 if the last reload failed, otherwise 0.")
     certificate_expires_at = _cell(6, "The end of the TLS certificate, in seconds since 1970; 0 if it is not valid.")
-    cells = 7
+    mirror_queued = _cell(7, "The number of store paths that wait to be written to the mirror.")
+    mirror_failing = _cell(8, "The number of these that failed at least once.")
+    mirror_oldest = _cell(9, "The time since when the first of them waits, in seconds since 1970, or 0.")
+    mirror_up = _cell(10, "1 if the mirror's bucket could be written when it was last tried, otherwise 0.")
+    cells = 11
 
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:
         *each, database, uses, self.totals, self._rest = _cut(cells, *_sizes(routes, totals))

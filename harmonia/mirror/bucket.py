@@ -21,7 +21,6 @@ _CHUNK_BYTES = 1 << 20  # of an object that is read
 _PARTS_AT_ONCE = 2
 _MAX_PARTS = 10_000  # of one object, in all S3 services
 _RETRIES_MAX = 10
-_RETRY_MAX = timedelta(seconds=60)
 
 _CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -50,11 +49,14 @@ class Object(NamedTuple):
 class Bucket:
     """The objects below the mirror's prefix. Methods raise TargetRefusedError or TargetUnavailableError.
 
-    Requests that fail for a moment are repeated, for at most a minute.
+    Requests that fail for a moment are repeated.
     """
 
-    def __init__(self, settings: Mirror, keys: tuple[str, str] | None) -> None:
-        """Open a connection pool. `keys` are the access key ID and the secret, or None for anonymous requests."""
+    def __init__(self, settings: Mirror, keys: tuple[str, str] | None, retry: timedelta) -> None:
+        """Open a connection pool. `keys` are the access key ID and the secret, or None for anonymous requests.
+
+        `retry` is the time for which a request is repeated.
+        """
         self.url = settings.url
         self._prefix = settings.prefix and f"{settings.prefix}/"
         access = {"skip_signature": True} if keys is None else {"access_key_id": keys[0], "secret_access_key": keys[1]}
@@ -67,7 +69,7 @@ class Bucket:
                 "timeout": timedelta(seconds=60),
                 "connect_timeout": timedelta(seconds=5),
             },
-            retry_config={"max_retries": _RETRIES_MAX, "retry_timeout": _RETRY_MAX},
+            retry_config={"max_retries": _RETRIES_MAX, "retry_timeout": retry},
             **access,
         )
 

@@ -12,14 +12,17 @@ from harmonia.config.settings import Settings, WrongSettingError
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket
 
+QUEUED_RETRY = timedelta(seconds=2)
+"""Time for which a request is repeated if a queue repeats the upload."""
+_RETRY = timedelta(seconds=60)
 _SIGNATURE_LIFETIME = timedelta(minutes=15)  # for the start of a download, and for clocks that differ
 
 Presign = Callable[[str, str], str]
 """Returns a URL of the bucket with a signature, which grants this method (GET or HEAD) to everyone for a time."""
 
 
-def open_bucket(settings: Settings) -> "Bucket":
-    """Return the bucket of the settings. Sends no request.
+def open_bucket(settings: Settings, retry: timedelta = _RETRY) -> "Bucket":
+    """Return the bucket of the settings. Sends no request. Later requests that fail are repeated for `retry`.
 
     Raises WrongSettingError if there is none, if its credentials cannot be read, or if obstore is not installed.
     """
@@ -29,7 +32,7 @@ def open_bucket(settings: Settings) -> "Bucket":
     require_obstore()
     from harmonia.mirror.bucket import Bucket  # noqa: PLC0415 (obstore is optional)
 
-    return Bucket(settings.mirror, keys)
+    return Bucket(settings.mirror, keys, retry)
 
 
 def open_presigner(settings: Settings) -> Presign | None:

@@ -40,6 +40,7 @@ def create_metrics(settings: Settings) -> Metrics:
     upstreams = [upstream.url for upstream in settings.sources]
     totals = metrics.TOTALS + metrics.PUSH_TOTALS if settings.push.enable else metrics.TOTALS
     totals += metrics.WARM_TOTALS if settings.warm == "new" else ()
+    totals += metrics.MIRROR_TOTALS if settings.mirror.write_served else ()
     return Metrics(names, totals, settings.processes, upstreams, list(Reason))
 
 

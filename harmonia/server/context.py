@@ -22,6 +22,7 @@ from harmonia.config.settings import Settings, WrongSettingError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
 from harmonia.process.loop_reads import advance, finish
 from harmonia.process.loop_turns import LoopTurns
 from harmonia.process.single_flight import SingleFlight
@@ -36,6 +37,7 @@ from harmonia.server.http.response import Body, Deferred, Encoded, Representatio
 from harmonia.server.http.response_cache import Content
 from harmonia.server.made_once import MadeOnce
 from harmonia.server.path_lookup import Paths
+from harmonia.server.served_paths import ServedPaths
 from harmonia.store.debug_index import DebugInfo
 from harmonia.store.explain import Reason
 from harmonia.store.file_reader import ReadOnly
@@ -158,6 +160,7 @@ class ServerContext:
         """True if narinfos name compressed NARs."""
         self.debug_info = _debug_info(settings)
         self.push = _push_receiver(settings) if settings.push.enable else None
+        self.served_paths = ServedPaths() if settings.mirror.write_served else None
         self.small_nars = SingleFlight()
         """Small NARs that are being compressed."""
         self.failed_nars = FailedNars()
@@ -173,6 +176,12 @@ class ServerContext:
         """Public keys that clients must trust: ours, and those of upstreams whose paths we do not sign."""
         upstream_keys = (each.public_keys for each in self.settings.sources if not (each.sign and self.keys))
         return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(upstream_keys)]))
+
+    def note_served(self, path: StorePath, sent: int, *, complete: bool = True) -> None:
+        """Record a response with the NAR of a path, or a part of it."""
+        self.events.served(path, sent, complete=complete)
+        if self.served_paths is not None and complete:
+            self.served_paths.add(path)
 
     def client(self, request: Request) -> str:
         """Return the address of the client, behind trusted proxies, or "unix" for a Unix socket."""

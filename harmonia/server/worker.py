@@ -27,7 +27,7 @@ from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.mirror.connection import open_presigner
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
-from harmonia.server import cache_warmer
+from harmonia.server import cache_warmer, mirror_writer
 from harmonia.server.app import create_app, create_metrics, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener, limited_connection
 from harmonia.server.context import ServerContext
@@ -51,7 +51,7 @@ _log = logging.getLogger("harmonia")
 
 def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
     """Create what all workers share. Call it before the fork."""
-    if settings.mirror.is_read:
+    if settings.mirror.is_read or settings.mirror.write_served:
         open_presigner(settings)  # to stop the start if it fails; the workers open their own
     if settings.sources:  # takes half a second and 9 MiB: only if needed
         importlib.import_module("harmonia.server.resources.upstream_fallback")
@@ -66,13 +66,15 @@ def run(
     lifeline: socket.socket,
     heartbeat: float,
 ) -> None:
-    """Run a worker until SIGTERM, or the process that warms the cache if `place` is that after all workers.
+    """Run a worker until SIGTERM. If `place` is after those of the workers, run one of the other processes.
 
     `place` is its slot in the shared metrics. The sockets in `for_metrics`, a part of `listening`, serve only metrics.
     The worker sends a heartbeat on `lifeline` every `heartbeat` seconds, and exits when the supervisor's end closes.
     """
-    if place == context.settings.workers:
-        cache_warmer.run(context, place, listening, lifeline, heartbeat)
+    settings = context.settings
+    if place >= settings.workers:
+        warms = settings.warm == "new" and place == settings.workers
+        (cache_warmer if warms else mirror_writer).run(context, place, listening, lifeline, heartbeat)
         return
     context.metrics.adopt_slot(place)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from harmonia.config import credentials
 from harmonia.config.settings import PublishRules, Settings, Watch, WrongSettingError
-from harmonia.mirror.connection import open_bucket
+from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
 from harmonia.mirror.target import BucketTarget
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
@@ -100,7 +100,7 @@ def _open_target(settings: Settings, url: str) -> Target:
         raise WrongSettingError(what, "watch", "not_signed_by")
     if settings.publish != PublishRules():
         raise WrongSettingError("the rules do not apply to uploads to the bucket of [mirror]; remove them", "publish")
-    return BucketTarget(settings, open_bucket(settings))
+    return BucketTarget(settings, open_bucket(settings, QUEUED_RETRY))
 
 
 def filters(watch: Watch, store: Store) -> tuple[Callable[[PathInfo], bool], Callable[[PathInfo], bool]]:

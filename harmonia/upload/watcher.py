@@ -120,7 +120,7 @@ class Watcher:
         """Start with the next path at the first run, and where the last run ended at later ones."""
         if self._queue.cursor() is None:
             newest = await self._retrying(partial(self._uploader.query, NewPaths(self._store, self._db_path).newest))
-            await self._add([], newest)
+            await self.add([], newest)
 
     async def _collect_new(self) -> None:
         new = NewPaths(self._store, self._db_path)
@@ -142,7 +142,7 @@ class Watcher:
                     if cursor is not None and cursor.database != page.cursor.database:
                         _log.warning("the store's database was replaced; all its paths count as new")
                     if page.cursor != cursor:
-                        await self._add(chosen, page.cursor)
+                        await self.add(chosen, page.cursor)
                         cursor = page.cursor
                     if page.complete:
                         with suppress(TimeoutError):
@@ -173,7 +173,7 @@ class Watcher:
                 _log.warning("watch.gc_roots: %s", trouble)
             troubles = reported
             if new:
-                await self._add(new)
+                await self.add(new)
             known = found
             await asyncio.sleep(_ROOTS_POLL_S)
 
@@ -189,7 +189,7 @@ class Watcher:
                 while not reader.at_eof() and len(names) < _MAX_NAMES_BYTES:
                     names += await reader.read(_MAX_NAMES_BYTES)
             words = names.decode(errors="replace").split()
-            await self._add(await self._retrying(partial(self._uploader.query, self._named, words)))
+            await self.add(await self._retrying(partial(self._uploader.query, self._named, words)))
         except (OSError, TimeoutError) as error:
             _log.warning("watch.socket: a connection failed: %s", str(error) or "timeout")
         finally:
@@ -207,8 +207,8 @@ class Watcher:
             paths += queries.outputs(self._store, path) if path.is_derivation else [path]
         return paths
 
-    async def _add(self, paths: Collection[StorePath], cursor: Cursor | None = None) -> None:
-        """Queue paths. Tries until the queue's disk accepts them."""
+    async def add(self, paths: Collection[StorePath], cursor: Cursor | None = None) -> None:
+        """Queue paths, valid or not. Tries until the queue's disk accepts them."""
         await self._retrying(partial(self._with_queue, self._queue.add, paths, cursor))
         if paths:
             self._settled.set()
@@ -307,11 +307,10 @@ class Watcher:
         return {info.path for info in infos if info is not None}
 
     async def _postpone(self, failures: dict[StorePath, Exception], waiting: dict[StorePath, Item]) -> None:
-        """Delay the paths of a batch that failed, unless the target is down."""
+        """Delay the paths of a batch that failed, unless the target takes no uploads at all."""
         if not failures:
             return
-        unavailable = next((each for each in failures.values() if isinstance(each, TargetUnavailableError)), None)
-        if unavailable is not None and not await self._probe():
+        if any(isinstance(each, TargetError) for each in failures.values()) and not await self._probe():
             return
         for path, item in waiting.items():
             if (error := failures.get(path)) is None:

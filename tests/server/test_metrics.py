@@ -351,7 +351,7 @@ def test_worker_that_replaces_another_keeps_its_last_uses() -> None:
     assert TokenUses(cells).by_number() == {7: 2000.0}
 
 
-# Metrics of TLS, pushes and upstreams exist only with these settings.
+# Metrics of TLS, pushes, the mirror and upstreams exist only with these settings.
 WITH_ALL = """
 tls_cert_path = '{0}/cache.both'
 tls_key_path = '{0}/cache.both'
@@ -361,6 +361,11 @@ anonymous_scopes = ['read', 'metrics']
 warm = "new"
 [push]
 enable = true
+[mirror]
+endpoint = 'http://127.0.0.1:1'
+bucket = 'cache'
+read = false
+write_served = true
 [[upstream]]
 url = 'http://127.0.0.1:1'
 """

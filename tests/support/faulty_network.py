@@ -1,5 +1,6 @@
 """A network to an S3 service that can be slow, and in which the service can be overloaded."""
 
+import re
 import socket
 import socketserver
 import threading
@@ -9,19 +10,26 @@ from contextlib import suppress
 from support.serving import ThreadServer
 
 _BUFFER_BYTES = 64 * 1024
-_SLOW_DOWN = b'<?xml version="1.0"?>\n<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>'
-SLOW_DOWN = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%b" % (
-    len(_SLOW_DOWN),
-    _SLOW_DOWN,
-)
+_REQUEST_LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)\r\n", re.IGNORECASE)
+
+
+def refusal(status: int, code: str) -> bytes:
+    """Return a response of S3 that refuses a request, and closes the connection."""
+    body = f'<?xml version="1.0"?>\n<Error><Code>{code}</Code><Message>Refused.</Message></Error>'
+    head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+SLOW_DOWN = refusal(503, "SlowDown")
 """The response of S3 to too many requests."""
 
 
 class FaultyNetwork(ThreadServer):
     """Forwards connections to `port` of this machine. Signatures stay valid, because they sign the port of this one.
 
-    `delay` is the seconds that each piece of a request waits. With an `answer`, each request gets that instead. While
-    `down`, connections end at their next request.
+    `delay` is the seconds that each piece of a request waits. With an `answer`, each request gets that instead. With
+    `refused_above`, requests with a longer body get the response in it. While `down`, connections end at their next
+    request.
     """
 
     def __init__(self, port: int) -> None:
@@ -30,6 +38,7 @@ class FaultyNetwork(ThreadServer):
         self.port = port
         self.delay = 0.0
         self.answer: bytes | None = None
+        self.refused_above: tuple[int, bytes] | None = None
         self.down = False
 
 
@@ -45,11 +54,18 @@ class _Connection(socketserver.BaseRequestHandler):
                 time.sleep(self.server.delay)
                 if self.server.down:
                     return
-                if self.server.answer is not None:
-                    self.request.sendall(self.server.answer)
-                else:
-                    origin.sendall(data)
+                if (answer := self._refusal(data)) is not None:
+                    self.request.sendall(answer)
+                    return
+                origin.sendall(data)
             origin.shutdown(socket.SHUT_RDWR)
+
+    def _refusal(self, data: bytes) -> bytes | None:
+        if self.server.answer is not None or self.server.refused_above is None:
+            return self.server.answer
+        most, answer = self.server.refused_above
+        length = _REQUEST_LENGTH.search(data)
+        return answer if length is not None and int(length[1]) > most else None
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:

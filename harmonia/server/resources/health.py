@@ -18,8 +18,18 @@ async def get(context: ServerContext, request: Request) -> Representation:
     await context.threads.run_db(context.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
     private = context.settings.tokens_path is not None  # but /health needs no token
-    more = context.upstreams.state() if verbose and context.upstreams and not private else ""
+    more = _state(context) if verbose and not private else ""
     return Representation(content_type=_TEXT, body=f"OK\n{more}".encode(), cache_control="no-store")
+
+
+def _state(context: ServerContext) -> str:
+    state = context.upstreams.state() if context.upstreams else ""
+    if context.served_paths is not None:
+        rows = context.metrics.rows
+        queued, failing = sum(row.mirror_queued for row in rows), sum(row.mirror_failing for row in rows)
+        up = "up" if any(row.mirror_up for row in rows) else "down"
+        state += f"mirror writes: {up}, {queued:g} paths queued, {failing:g} of them failing\n"
+    return state
 
 
 async def get_version(_: ServerContext, __: Request) -> Representation:

@@ -16,6 +16,9 @@ from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.store.store import Store
+from harmonia.upload.queue import Statistics
+from harmonia.upload.uploader import Uploader
+from harmonia.upload.watcher import Watcher
 
 TOTALS = (
     *(f"cache_{counter.name}" for counter in fields(Counters)),
@@ -30,6 +33,8 @@ PUSH_TOTALS = tuple(counter.name for counter in fields(PushCounters))
 
 WARM_TOTALS = ("warmed_nars", "warm_no_room", "warm_failures")
 """Further names, only if the cache is warmed."""
+MIRROR_TOTALS = ("mirror_written_paths", "mirror_failures", "mirror_written_bytes")
+"""Further names, the last ones, only if served paths are written to the mirror."""
 
 
 def sample(context: ServerContext) -> None:
@@ -43,6 +48,16 @@ def sample_warmer(context: ServerContext, compressor: Compressor, counts: Mappin
     states: tuple[State, ...] = ("compressed", "too large", "failed")
     warmed = (counts.get(state, 0) for state in states)
     _sample(context, compressor, (*pushed, *warmed))
+
+
+def sample_mirror(context: ServerContext, watcher: Watcher, uploader: Uploader, queued: Statistics) -> None:
+    """Copy the counters of the process that writes to the mirror."""
+    others = (0,) * (len(context.metrics.totals) - len(MIRROR_TOTALS))
+    own = context.metrics.own
+    own.sample((*others, watcher.counts["uploaded"], watcher.counts["failed"], uploader.uploaded_bytes), 0)
+    own.mirror_queued, own.mirror_failing = queued.items, queued.failing
+    own.mirror_oldest = queued.oldest or 0
+    own.mirror_up = watcher.target_answers
 
 
 def _sample(context: ServerContext, compressor: Compressor, more: Iterable[int]) -> None:

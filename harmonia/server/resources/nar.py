@@ -101,7 +101,7 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
         raise NotFound
     path = require_path(await context.paths.lookup_path(hash_part))
     info = path.info
-    request.ctx.served = partial(context.events.served, info.path)
+    request.ctx.served = partial(context.note_served, info.path)
     still_valid: StillValid | None = partial(context.paths.is_current, path)
     if context.push is not None:
         context.push.renew(info.path)

@@ -1,0 +1,116 @@
+"""Process that writes the closures of served store paths to the mirror's bucket (`mirror.write_served`).
+
+It is one more process of the supervisor, which replaces it if it ends. Its queue is on disk: while the bucket cannot be
+written, paths wait there. It has an interpreter of its own, at the lowest priority, so that no worker waits for it.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, closing, suppress
+
+from harmonia.cache.warmer import lower_priority
+from harmonia.errors import ConfigError
+from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
+from harmonia.mirror.target import BucketTarget
+from harmonia.server.context import ServerContext
+from harmonia.server.resources import metrics
+from harmonia.server.served_paths import ServedPaths
+from harmonia.store.store import Store
+from harmonia.upload.nar_files import NarFiles
+from harmonia.upload.queue import UploadQueue
+from harmonia.upload.uploader import Uploader
+from harmonia.upload.watcher import Watcher
+
+_JOBS = 4  # NARs at once: 16 MiB of memory for each
+_RETRY_S = 10.0  # after an error of the queue's disk
+_SAMPLE_S = 1.0
+
+_log = logging.getLogger("harmonia")
+
+
+def run(
+    context: ServerContext, place: int, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float
+) -> None:
+    """Write paths until SIGTERM. The arguments are those of a worker; this process serves no sockets."""
+    for each in listening:
+        each.close()
+    context.metrics.adopt_slot(place)
+    lower_priority()
+    lifeline.setblocking(False)
+    asyncio.run(_run(context, lifeline, heartbeat))
+
+
+async def _run(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
+    assert context.served_paths is not None  # noqa: S101 (the setting is on)
+    running = [
+        asyncio.create_task(_write(context, context.served_paths)),
+        asyncio.create_task(_beat(lifeline, heartbeat)),
+        asyncio.create_task(stop.wait()),
+    ]
+    done, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    for task in done:
+        task.result()  # raises what is a bug
+
+
+async def _beat(lifeline: socket.socket, heartbeat: float) -> None:
+    while True:
+        with suppress(BlockingIOError):  # the supervisor has unread heartbeats
+            lifeline.send(b".")
+        await asyncio.sleep(heartbeat)
+
+
+async def _write(context: ServerContext, served: ServedPaths) -> None:
+    """Write paths. If the queue cannot be opened, the server works on without it."""
+    failure = ""
+    while True:
+        try:
+            await _write_queued(context, served)
+        except (ConfigError, OSError) as error:
+            if failure != str(error):
+                _log.error("cannot write served paths to the bucket: %s; trying again", error)
+            failure = str(error)
+            await asyncio.sleep(_RETRY_S)
+
+
+async def _write_queued(context: ServerContext, served: ServedPaths) -> None:
+    settings = context.settings
+    directory = os.path.join(str(settings.cache_dir), "mirror")
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    store = Store.of(settings)
+    async with AsyncExitStack() as stack:
+        queue = stack.enter_context(closing(UploadQueue(os.path.join(directory, "queue.sqlite"))))
+        target = BucketTarget(settings, open_bucket(settings, retry=QUEUED_RETRY))
+        stack.push_async_callback(target.close)
+        nars = stack.enter_context(closing(NarFiles(settings, store.real_dir, directory)))
+        uploader = Uploader(store, target, nars, jobs=_JOBS, keys=context.keys)
+        stack.enter_context(closing(uploader))
+        watcher = Watcher(
+            store, settings.database, queue, target, uploader, wanted=lambda _: True, new_paths=False, roots=()
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(watcher.run(lambda: None))
+            group.create_task(_queue(watcher, served))
+            group.create_task(_sample(context, watcher, uploader))
+
+
+async def _queue(watcher: Watcher, served: ServedPaths) -> None:
+    while True:
+        await watcher.add(await served.take())
+
+
+async def _sample(context: ServerContext, watcher: Watcher, uploader: Uploader) -> None:
+    """Copy the counters into shared memory, where the workers read them."""
+    while True:
+        metrics.sample_mirror(context, watcher, uploader, await watcher.statistics())
+        await asyncio.sleep(_SAMPLE_S)
