@@ -164,6 +164,20 @@ def test_name_of_a_valid_path_is_enough(store: StoreBuilder, tmp_path: Path) -> 
     assert "expected a store path like /nix/store/<hash>-<name>" in done.stderr
 
 
+def test_name_without_version_is_enough_if_only_one_path_has_it(store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program-1.0").path
+    signed(store, "program-tools-1.0")
+    local = Asking(tmp_path / "server", KEY)
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    assert local.why("program", status=0)["path"] == path
+    other = signed(store, "program-2.0").path
+    done = run("--config", str(local.config), "why", "program")
+    assert done.returncode == 2
+    assert "PATH 'program' is the name of several valid paths; give one of /nix/store/" in done.stderr
+    assert f"/nix/store/{path} " in done.stderr.replace(";", " ")
+    assert f"/nix/store/{other} " in done.stderr.replace(";", " ")
+
+
 def test_text_begins_with_one_sentence(store: StoreBuilder, tmp_path: Path) -> None:
     signed(store, "program")
     local = Asking(tmp_path / "server", KEY)

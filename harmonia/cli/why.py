@@ -15,19 +15,23 @@ from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, InvalidPathError, StoreUnavailableError
 from harmonia.nix.nix_conf import NixConf
+from harmonia.nix.package_name import PackageName
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.store import path_arguments, queries
 from harmonia.store.explain import Code, Explainer, Reason, decisive
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
-from harmonia.tools import verify
+from harmonia.tools import installable, verify
 from harmonia.tools.http_client import Client
 from harmonia.tools.why import NixClient, Verdict
 
+_MAX_NAMED = 20
+"""Paths with a name that are found, and listed if there are several."""
+
 
 @click.command("why")
-@click.argument("path", type=cli.PATH)
+@click.argument("path", type=cli.PATH, metavar="PATH|INSTALLABLE")
 @click.option(
     "--cache",
     "caches",
@@ -62,7 +66,9 @@ def command(
 ) -> None:
     """Explain why a path is not substituted.
 
-    PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12.
+    PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12 or hello.
+    INSTALLABLE is a flake reference with an attribute, like nixpkgs#hello or .#app^dev: Nix on this machine evaluates
+    it, and builds nothing.
 
     Without --cache and --substituters, explains whether the local server serves the path: not valid, built before, kept
     back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams,
@@ -76,7 +82,7 @@ def command(
     \b
     On the server:  harmonia why /nix/store/…
     On a client:    harmonia why --substituters /nix/store/…
-    For one cache:  harmonia why --cache https://cache.example.org /nix/store/…
+    For one cache:  harmonia why --cache https://cache.example.org nixpkgs#hello
     """  # noqa: D301 (click keeps the line breaks after \b)
     settings = loader.read(config_file, os.environ)
     conf = NixConf(os.environ, conf_file)
@@ -105,10 +111,26 @@ def _sample(settings: Settings, text: str) -> str:
         return StorePath(base_name)
     except FormatError:
         pass
-    named = [path for path in queries.search(store, text, 1).shown if path.name == text]
+    if installable.is_flake_reference(text):
+        return installable.evaluate(text, store.store_dir)
+    return _named(store, text)
+
+
+def _named(store: Store, name: str) -> StorePath:
+    """Return the valid path with this name, or with this name and some version.
+
+    Raises UsageError if there is none, or if there are several.
+    """
+    found = queries.search(store, name, _MAX_NAMED).shown
+    exact = [path for path in found if path.name == name]
+    packages = (path for path in found if not path.is_derivation and PackageName.parse(path.name).name == name)
+    named = exact or list(packages)
     if not named:
-        what = f"PATH {text!r}: expected a store path like {store.store_dir}/<hash>-<name>, its hash part or its name"
-        raise click.UsageError(what)
+        what = f"PATH {name!r}: expected a store path like {store.store_dir}/<hash>-<name>, its hash part, its name,"
+        raise click.UsageError(f"{what} or a flake reference like nixpkgs#hello")
+    if len(named) > 1:
+        candidates = " ".join(f"{store.store_dir}/{path}" for path in named)
+        raise click.UsageError(f"PATH {name!r} is the name of several valid paths; give one of {candidates}")
     return named[0]
 
 
