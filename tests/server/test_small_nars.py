@@ -1,9 +1,11 @@
 """A NAR that fits into memory is read on the event loop, compressed once at a time, and kept if requested again."""
 
 import asyncio
+import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +13,16 @@ from typing import cast
 
 import pytest
 
+from harmonia.nix.path_info import PathInfo
 from harmonia.process import loop_reads
 from harmonia.process.fair_executor import FairExecutor
 from harmonia.process.loop_reads import LoopReads
 from harmonia.process.loop_turns import LoopTurns
 from harmonia.server.context import ServerContext
 from harmonia.tools.store_builder import StoreBuilder
+from support.held_compression import held_by
 from support.nars import reference
-from support.running import Server, file_url, nar_url, patched, unpacked
+from support.running import Answer, Server, file_url, nar_url, unpacked, wait_until
 from support.strategies import Regular, Tree, write_tree
 
 Start = Callable[..., Server]
@@ -79,26 +83,58 @@ def test_other_tasks_run_between_the_steps() -> None:
     assert order != sorted(order)
 
 
-def test_requests_at_the_same_time_compress_a_small_nar_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    path = store.add(store.output_path("path"), b"content" * 1000)
-    program = patched(
-        """
-import logging, time
+@pytest.fixture
+def held(start: Start, store: StoreBuilder, tmp_path: Path) -> Server:
+    """Return a server of `store` that logs requests and compressions of small NARs, and compresses without `gate`."""
+    logging = """
+import logging
 from harmonia.cache.nar_compressor import Compressor
+from harmonia.process.single_flight import SingleFlight
+from harmonia.server.context import ServerContext
 compress_small = Compressor.compress_small
-def slow(*arguments):
-    logging.getLogger("harmonia").error("compresses")
-    time.sleep(0.5)
-    return compress_small(*arguments)
-Compressor.compress_small = slow
+def compressing(self, source, content):
+    logging.getLogger("harmonia").error("compresses what %s reads", "a thread" if content is None else "the loop")
+    return compress_small(self, source, content)
+class LoggedFlight(SingleFlight):
+    def start(self, key, begin):
+        run = super().start(key, begin)
+        logging.getLogger("harmonia").error("joins")
+        return run
+init = ServerContext.__init__
+def initialise(self, *arguments):
+    init(self, *arguments)
+    self.small_nars = LoggedFlight()
+Compressor.compress_small, ServerContext.__init__ = compressing, initialise
 """
-    )
-    server = start(store=tmp_path / "store", program=program)
-    with ThreadPoolExecutor(10) as clients:
-        bodies = [answer.body for answer in clients.map(lambda _: server.get(file_url(path)), range(10))]
-    assert len(set(bodies)) == 1
-    server.wait_for_log("compresses")
-    assert sum("compresses" in line for line in server.log) == 1
+    return start(store=Path(store.real_dir).parents[1], program=held_by(tmp_path / "gate", patch=logging))
+
+
+def requested_at_once(server: Server, gate: Path, paths: Sequence[PathInfo]) -> list[Answer]:
+    """Request paths while none of them is compressed. Return the responses."""
+    with ThreadPoolExecutor(len(paths)) as clients:
+        answers = [clients.submit(server.get, file_url(path)) for path in paths]
+        wait_until(lambda: sum(line.endswith(" joins\n") for line in server.log) == len(paths))
+        gate.unlink()
+        return [answer.result() for answer in answers]
+
+
+def compressions(server: Server) -> Counter[str]:
+    """Return the number of compressions by the reader of the NAR."""
+    return Counter(match[1] for line in server.log if (match := re.search("compresses what (.*) reads", line)))
+
+
+def test_requests_at_the_same_time_compress_a_small_nar_once(held: Server, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("path"), b"content" * 1000)
+    answers = requested_at_once(held, tmp_path / "gate", [path] * 10)
+    assert len({answer.body for answer in answers}) == 1
+    assert compressions(held) == {"the loop": 1}
+
+
+def test_few_nars_wait_in_memory_for_their_compression(held: Server, store: StoreBuilder, tmp_path: Path) -> None:
+    paths = [store.add(store.output_path(f"path-{number}"), b"content" * number) for number in range(30)]
+    answers = requested_at_once(held, tmp_path / "gate", paths)
+    assert all(len(unpacked(answer.body)) == path.nar_size for answer, path in zip(answers, paths, strict=True))
+    assert compressions(held) == {"the loop": 16, "a thread": 14}
 
 
 def test_small_nar_is_written_to_the_cache_when_it_is_compressed_again(
@@ -138,25 +174,3 @@ def test_small_nar_that_grew_gets_404(
     server = start(store=tmp_path / "store")
     assert server.get(url(path)).status == 404
     server.wait_for_log("is larger than the registered NAR")
-
-
-def test_few_nars_wait_in_memory_for_their_compression(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    paths = [store.add(store.output_path(f"path-{number}"), b"content" * number) for number in range(30)]
-    program = patched(
-        """
-import logging, time
-from harmonia.cache.nar_compressor import Compressor
-compress_small = Compressor.compress_small
-def slow(self, source, content):
-    logging.getLogger("harmonia").error("read by %s", "a thread" if content is None else "the loop")
-    time.sleep(0.1)
-    return compress_small(self, source, content)
-Compressor.compress_small = slow
-"""
-    )
-    server = start(store=tmp_path / "store", program=program)
-    with ThreadPoolExecutor(len(paths)) as clients:
-        answers = list(clients.map(lambda path: server.get(file_url(path)), paths))
-    assert all(len(unpacked(answer.body)) == path.nar_size for answer, path in zip(answers, paths, strict=True))
-    server.wait_for_log("read by a thread")
-    server.wait_for_log("read by the loop")
