@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import random
-import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -30,7 +31,7 @@ from harmonia.upload.target import TargetChangedError, TargetRefusedError
 from harmonia.upload.uploader import Outcome, Uploader
 from support import debug_info, preloaded
 from support.mirrors import KEY, chain, configure, mirror
-from support.running import HARMONIA, PATIENCE_S, run, wait_until
+from support.running import HARMONIA, PATIENCE_S, patched, run, wait_until
 from support.s3_service import Folder
 
 pytestmark = pytest.mark.s3
@@ -81,28 +82,39 @@ def tree(store: StoreBuilder) -> dict[str, PathInfo]:
     return added
 
 
-def pause() -> float:
-    """Return a time that differs by more than a second, the resolution of S3, from those of all objects."""
-    time.sleep(1.2)
-    now = time.time()
-    time.sleep(3)  # longer than a collector takes until it reads the clock
-    return now
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that waits until objects have a later time, and sets the clock of later collectors.
 
+    With `keep=DAY`, they keep the objects that are written after the pause, however long that takes.
+    """
 
-def age(at: float) -> timedelta:
-    return timedelta(seconds=time.time() - at)
+    def pause() -> None:
+        written = int(time.time())  # the clock of S3 shows full seconds
+        wait_until(lambda: time.time() >= written + 1)
+        in_a_day = datetime.fromtimestamp(written + 0.5, UTC) + DAY
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> Self:
+                assert tz is UTC
+                return cls.combine(in_a_day.date(), in_a_day.timetz())
+
+        monkeypatch.setattr(collector, "datetime", Clock)
+
+    return pause
 
 
 def test_old_paths_are_deleted_and_the_closures_of_new_ones_stay(
-    store: StoreBuilder, config: str, folder: Folder
+    store: StoreBuilder, config: str, folder: Folder, pause: Callable[[], None]
 ) -> None:
     added = tree(store)
     mirror(config, added["old"].path)
-    between = pause()
+    pause()
     mirror(config, added["new"].path)
-    planned = collect(config, age(between), dry_run=True)
+    planned = collect(config, DAY, dry_run=True)
     assert len(folder.paths()) == 5
-    deleted = collect(config, age(between))
+    deleted = collect(config, DAY)
     assert {each.key for each in planned} == {each.key for each in deleted}
     kept = {added[name].path.hash_part for name in ("new", "new-dep", "shared")}
     assert folder.paths().keys() == kept
@@ -112,12 +124,14 @@ def test_old_paths_are_deleted_and_the_closures_of_new_ones_stay(
     verify(config)
 
 
-def test_path_that_is_named_again_stays(store: StoreBuilder, config: str, folder: Folder) -> None:
+def test_path_that_is_named_again_stays(
+    store: StoreBuilder, config: str, folder: Folder, pause: Callable[[], None]
+) -> None:
     added = tree(store)
     mirror(config, added["old"].path)
-    between = pause()
+    pause()
     mirror(config, added["old"].path)
-    assert collect(config, age(between)) == []
+    assert collect(config, DAY) == []
     assert len(folder.paths()) == 3
 
 
@@ -255,13 +269,23 @@ def test_malformed_narinfo_stops_the_collection(store: StoreBuilder, config: str
 def test_killed_collection_leaves_whole_closures(store: StoreBuilder, config: str, folder: Folder) -> None:
     moments = random.Random(3)
     top = chain(store, 25)[-1].path
+    announcing = patched("""
+from harmonia.mirror import collector
+from harmonia.mirror.bucket import Bucket
+delete = Bucket.delete
+async def announced(self, keys):
+    print("deletes", flush=True)
+    await delete(self, keys)
+Bucket.delete, collector._SETTLE_S = announced, 0.05
+""")
     for _ in range(3):
         mirror(config, top)
-        command = [*HARMONIA, "--config", config, "mirror", "gc", "--keep", "0", "-q"]
-        process = preloaded.popen(command, env=dict(os.environ))
-        time.sleep(2 + moments.uniform(0.2, 0.8))
-        process.send_signal(signal.SIGKILL)
-        process.wait(PATIENCE_S)
+        command = [*announcing, "--config", config, "mirror", "gc", "--keep", "0"]
+        with preloaded.popen(command, env=dict(os.environ), stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(moments.randrange(1, 25)):  # the narinfos of a chain are deleted one after the other
+                assert process.stdout.readline() == "deletes\n"
+            process.kill()
         folder.check_closed()
         folder.delete("harmonia/collection")
 

@@ -96,6 +96,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(confined, "_syscall", unknown)
 
 
+def rounds(seconds: float, complete: Callable[[], bool]) -> Iterator[None]:
+    """Yield for this time, and longer until the attack has had all its outcomes: on a busy machine, some come late."""
+    end = time.monotonic() + seconds
+    while (now := time.monotonic()) < end or not complete():
+        assert now < end + PATIENCE_S, "some outcomes never came"
+        yield
+
+
 def whole(attacked: Attacked) -> bytes:
     return b"".join(file_reader.read(tree_reader.dump(attacked.path)))
 
@@ -128,16 +136,14 @@ def test_reader_follows_no_symlink_out_of_the_path(attacked: Attacked, read: Cal
     reading = partial(part, layout=Layout.of(attacked.path)) if isinstance(read, str) else read
     expected = reading(attacked)
     assert SECRET not in expected
-    seen = {True: 0, False: 0}
+    seen = set()
     with attacked.swapping():
-        end = time.monotonic() + SECONDS
-        while time.monotonic() < end or not all(seen.values()):
+        for _ in rounds(SECONDS, lambda: seen == {True, False}):
             got = None
             with suppress(OSError, StoreObjectError):
                 got = reading(attacked)
                 assert SECRET not in got
-            seen[got == expected] += 1
-            assert time.monotonic() < end + PATIENCE_S, seen
+            seen.add(got == expected)
 
 
 def test_server_sends_nothing_from_outside_the_path(attacked: Attacked, start: Callable[..., Server]) -> None:
@@ -147,16 +153,14 @@ def test_server_sends_nothing_from_outside_the_path(attacked: Attacked, start: C
     requests += [(f"{nar_url(attacked.info)}.zst", {}), (nar_url(attacked.info), {"Range": "bytes=2000-"})]
     paths = [f"/serve/{hash_part}/a/b/file-1", f"/serve/{hash_part}/a/b/", f"/serve/{hash_part}/a/b/link"]
     requests += [(path, {}) for path in paths]
-    seen = set()
+    seen: set[int] = set()
     with attacked.swapping():
-        end = time.monotonic() + 2
-        while time.monotonic() < end:
+        for _ in rounds(5 * SECONDS, lambda: seen >= {200, 206, 404}):
             for path, headers in requests:
                 with suppress(OSError, HTTPException):
                     answer = server.get(path, headers)
-                    seen.add((path, answer.status))
+                    seen.add(answer.status)
                     assert SECRET not in answer.body
-    assert {status for _, status in seen} >= {200, 206, 404}
     assert not [line for line in server.log if "Traceback" in line]
 
 
