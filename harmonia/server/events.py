@@ -202,7 +202,7 @@ class Events:
                 failure = str(error)
             else:
                 failure = ""
-            self._disconnect_slow_clients()
+            self._disconnect_slow_clients(_SLOW_S)
 
     async def _is_wanted(self) -> bool:
         """Return True if clients may still want events. Otherwise, let another worker lead, and forget the events."""
@@ -256,7 +256,7 @@ class Events:
         for path, nar_size, _ in changes.valid:
             yield VALID, encode({"path": f"{self._store_dir}/{path}", "narSize": nar_size})
 
-    def _disconnect_slow_clients(self, patience: float = _SLOW_S) -> None:
+    def _disconnect_slow_clients(self, patience: float) -> None:
         for listener in list(self._listeners):
             if time.monotonic() - listener.sending_since > patience:
                 self.disconnected += 1

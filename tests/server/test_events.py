@@ -300,10 +300,19 @@ def test_heartbeat_keeps_the_connection_in_use(serve: Start) -> None:
 
 
 def test_client_that_does_not_read_is_disconnected(store: StoreBuilder, serve: Start) -> None:
-    server = serve(program=patched(f"{EVENTS}_SLOW_S = 0.5"))
+    program = patched(f"""
+{EVENTS}_SLOW_S = 0.5
+import socket
+listen = socket.socket.listen
+def little_buffered(self, *arguments):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    listen(self, *arguments)
+socket.socket.listen = little_buffered
+""")
+    server = serve(program=program)
     with follow(server, receive_buffer=4096) as client:
         with store.connect() as connection:
-            rows = [(f"/nix/store/{number:032d}-{'x' * 200}",) for number in range(20_000)]
+            rows = [(f"/nix/store/{number:032d}-{'x' * 200}",) for number in range(2000)]
             insert = "insert into ValidPaths (path, hash, registrationTime) values (?, '', 0)"
             connection.executemany(insert, rows)
         wait_until(lambda: "harmonia_events_disconnected_total 1.0" in server.get("/metrics").text)
