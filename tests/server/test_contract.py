@@ -41,6 +41,8 @@ RANGES = [
     "bytes=5-2",
     "x=1-2",
 ]
+CROSSED = (None, "gzip, zstd;q=0.5", "zstd, identity;q=0", "*;q=0")
+"""Encodings, one for each outcome of the negotiation, that come with every range. The others come with one range."""
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
@@ -129,7 +131,7 @@ def test_get_and_head_in_every_encoding_and_range(client: Session, row: Row) -> 
     for accepted in ENCODINGS:
         encoded = {} if accepted is None else {"Accept-Encoding": accepted}
         unranged = client.get(row.path, encoded)
-        for wanted in RANGES:
+        for wanted in RANGES if accepted in CROSSED else RANGES[:2]:
             given = encoded if wanted is None else {**encoded, "Range": wanted}
             with case(given):
                 response, head = client.get(row.path, given), client.head(row.path, given)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import zstandard
@@ -99,18 +99,27 @@ def test_path_that_differs_from_its_registration_gets_404(start: Start, store: S
     assert server.get(f"/{path.hash_part}.ls").status == 200
 
 
-@pytest.fixture
-def large(store: StoreBuilder) -> PathInfo:
-    """Add a path whose listing is large enough to be kept in a file."""
-    return store.add(store.output_path("large"), {f"a-name-of-many-letters-{number:06}": b"" for number in range(9000)})
+class Stock(NamedTuple):
+    """A store with a path whose listing is large enough to be kept in a file, and one with a short listing."""
+
+    root: Path
+    large: PathInfo
+    short: PathInfo
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    store = StoreBuilder(root := tmp_path_factory.mktemp("stock"))
+    large = store.add(store.output_path("large"), {f"a-name-of-many-letters-{n:06}": b"" for n in range(9000)})
+    return Stock(root, large, store.add(store.output_path("short"), {"file": b""}))
 
 
 @pytest.mark.parametrize("cache_dir", [None, NO_CACHE], ids=["kept", "no cache directory"])
 def test_large_listing_is_identical_in_all_encodings_and_protocols(
-    start: Start, large: PathInfo, tmp_path: Path, cache_dir: Path | None
+    start: Start, stock: Stock, cache_dir: Path | None
 ) -> None:
-    server = start(store=tmp_path / "store", cache_dir=cache_dir, program=KNOWN_LENGTHS)
-    path_of_listing = f"/{large.path.hash_part}.ls"
+    server = start(store=stock.root, cache_dir=cache_dir, program=KNOWN_LENGTHS)
+    path_of_listing = f"/{stock.large.path.hash_part}.ls"
     streamed = server.get(path_of_listing)
     assert server.head(path_of_listing).headers == streamed.headers
     assert len(json.loads(streamed.body)["root"]["entries"]) == 9000
@@ -137,11 +146,9 @@ listing.render = counted
 
 
 @pytest.mark.parametrize("length", ["short", "long"])
-def test_listing_is_rendered_once_for_all_ranges(
-    start: Start, store: StoreBuilder, large: PathInfo, tmp_path: Path, length: str
-) -> None:
-    path = large.path if length == "long" else store.add(store.output_path("short"), {"file": b""}).path
-    server, path_of_listing = start(store=tmp_path / "store", program=patched(COUNTED)), f"/{path.hash_part}.ls"
+def test_listing_is_rendered_once_for_all_ranges(start: Start, stock: Stock, length: str) -> None:
+    path = (stock.large if length == "long" else stock.short).path
+    server, path_of_listing = start(store=stock.root, program=patched(COUNTED)), f"/{path.hash_part}.ls"
     with ThreadPoolExecutor(8) as clients:
         parts = list(
             clients.map(lambda number: server.get(path_of_listing, {"Range": f"bytes={number}-{number}"}), range(30))
@@ -151,25 +158,22 @@ def test_listing_is_rendered_once_for_all_ranges(
     assert len([line for line in server.log if "a listing is rendered" in line]) == 1
 
 
-def test_damaged_listing_file_is_rendered_again(start: Start, large: PathInfo, tmp_path: Path) -> None:
-    path_of_listing = f"/{large.path.hash_part}.ls"
-    server = start(store=tmp_path / "store", cache_dir=tmp_path / "cache")
+def test_damaged_listing_file_is_rendered_again(start: Start, stock: Stock, tmp_path: Path) -> None:
+    path_of_listing = f"/{stock.large.path.hash_part}.ls"
+    server = start(store=stock.root, cache_dir=tmp_path / "cache")
     whole = server.get(path_of_listing).body
     server.stop()
     [file] = (tmp_path / "cache/layouts").glob("*.ls")
     assert file.stat().st_mode & 0o777 == 0o600
     file.write_bytes(file.read_bytes()[:-1000])
-    assert start(store=tmp_path / "store", cache_dir=tmp_path / "cache").get(path_of_listing).body == whole
+    assert start(store=stock.root, cache_dir=tmp_path / "cache").get(path_of_listing).body == whole
 
 
-def test_max_query_rate_limits_long_listings_only(
-    start: Start, store: StoreBuilder, large: PathInfo, tmp_path: Path
-) -> None:
-    short = store.add(store.output_path("short"), {"file": b""})
-    server = start(store=tmp_path / "store", settings="max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']")
-    path_of_listing = f"/{large.path.hash_part}.ls"
+def test_max_query_rate_limits_long_listings_only(start: Start, stock: Stock) -> None:
+    server = start(store=stock.root, settings="max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']")
+    path_of_listing = f"/{stock.large.path.hash_part}.ls"
     answers = [server.get(path_of_listing, {"Range": "bytes=-1"}) for _ in range(5)]
     assert [answer.status for answer in answers] == [206] * 3 + [429] * 2
     assert "retry-after" in answers[-1].headers
     assert server.get(path_of_listing, {"X-Forwarded-For": "192.0.2.1"}).status == 200
-    assert [server.get(f"/{short.path.hash_part}.ls").status for _ in range(5)] == [200] * 5
+    assert [server.get(f"/{stock.short.path.hash_part}.ls").status for _ in range(5)] == [200] * 5
