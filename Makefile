@@ -22,8 +22,9 @@ demo: .venv/ready  ## Serve a demo store, at BIND=:5000
 test: check  ## Check the code, then run all tests that this machine supports
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal
 
-test-slow: .venv/ready  ## Run what `make test` skips: slow tests, and tests with Nix 2.26 and 2.34
-	$(BIN)/pytest --numprocesses=auto --dist=worksteal --slow -m 'slow or newer_nix'
+test-slow: .venv/ready  ## Run slow tests, tests with Nix 2.26 and 2.34, and more examples of each property
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --slow --hypothesis-profile=many \
+	  -m 'slow or newer_nix or hypothesis'
 
 # Tests that need no other programs, no privileges and few servers.
 QUICK := tests/nix tests/fuzz tests/server/test_http.py $(addprefix tests/test_, $(addsuffix .py, \

@@ -15,8 +15,10 @@ from support.programs import NOT_ROOT, namespaces_forbidden, require, skips
 from support.running import Server
 from support.s3_service import Folder, S3Service
 
-settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+# Each run has the same examples, so more of them are for `make test-slow`.
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=40)
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)
+settings.register_profile("many", settings.get_profile("default"), max_examples=300)
 settings.load_profile("default")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -166,7 +166,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return archive
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(mutated())
 def test_mutations_are_rejected_or_canonical(archive: bytes) -> None:
     accepted(archive)
@@ -176,7 +176,7 @@ VOCABULARY = ["nix-archive-1", "(", ")", "type", "regular", "executable", "conte
 VOCABULARY += ["entry", "name", "node", "", "a", "b"]
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from(VOCABULARY), max_size=40).map(lambda texts: words(*texts)) | st.binary())
 def test_arbitrary_words_raise_only_format_error(rest: bytes) -> None:
     accepted(rest)
