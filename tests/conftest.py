@@ -36,11 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run slow tests, and tests with newer versions of Nix")
 
 
+gc.disable()  # what is imported and collected stays until the end, so a search for garbage would be in vain
+
+
 def pytest_collection_finish() -> None:
     """Exclude all modules and tests from garbage collection: later collections take a tenth of the time."""
     given(none())(lambda _: None)()  # older Hypothesis looks for the owner of its random numbers, which `freeze` hides
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

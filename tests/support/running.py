@@ -375,13 +375,13 @@ def wait_until(condition: Callable[[], object], seconds: float = PATIENCE_S) -> 
 
 
 def pauses(*why: object, seconds: float = PATIENCE_S) -> Iterator[None]:
-    """Yield at intervals that grow to 20 ms. Fail, with the reason `why`, after `seconds`."""
+    """Yield at intervals that grow to 100 ms. Fail, with the reason `why`, after `seconds`."""
     deadline, pause = time.monotonic() + seconds, 0.002
     while True:
         yield
         assert time.monotonic() < deadline, why
         time.sleep(pause)
-        pause = min(1.3 * pause, 0.02)
+        pause = min(1.3 * pause, 0.1)
 
 
 def wait_until_refused(server: Server) -> None:
