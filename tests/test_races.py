@@ -136,7 +136,7 @@ def test_reader_follows_no_symlink_out_of_the_path(attacked: Attacked, read: Cal
     reading = partial(part, layout=Layout.of(attacked.path)) if isinstance(read, str) else read
     expected = reading(attacked)
     assert SECRET not in expected
-    seen = set()
+    seen: set[bool] = set()
     with attacked.swapping():
         for _ in rounds(SECONDS, lambda: seen == {True, False}):
             got = None
