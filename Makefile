@@ -7,7 +7,7 @@ SECONDS ?= 60
 # A container may forbid Python to keep compiled modules. Then each process that a test starts compiles all of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve demo test test-slow quick check format test-versions docs fuzz audit bench soak attack vm-test seaweedfs clean help
+.PHONY: serve demo test test-slow quick check format test-versions docs pictures fuzz audit bench soak attack vm-test seaweedfs clean help
 
 # Address to listen on, like :8080 or 127.0.0.1:8080. Default: port 5000 on all addresses.
 BIND ?=
@@ -55,6 +55,9 @@ seaweedfs: .venv/ready  ## Install SeaweedFS, an S3 service, for the tests with 
 
 docs: .venv/ready  ## Generate the documents that are derived from the code
 	PYTHONPATH=tests $(BIN)/python -m support.generated
+
+pictures: .venv/ready  ## Take the pictures of the pages in docs/pictures (Chromium)
+	PYTHONPATH=tests $(BIN)/python -m support.pictures
 
 # SEED: repeat a run; 0 is random. TARGETS: modules of tests/fuzz/targets; default: all.
 SEED ?= 0

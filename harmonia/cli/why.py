@@ -121,7 +121,7 @@ def _named(store: Store, name: str) -> StorePath:
 
     Raises UsageError if there is none, or if there are several.
     """
-    found = queries.search(store, name, _MAX_NAMED).shown
+    found = [listed.path for listed in queries.search(store, name, _MAX_NAMED).shown]
     exact = [path for path in found if path.name == name]
     packages = (path for path in found if not path.is_derivation and PackageName.parse(path.name).name == name)
     named = exact or list(packages)

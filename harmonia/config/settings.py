@@ -24,9 +24,11 @@ from harmonia.config.value_types import (
     File,
     Level,
     Mode,
+    Name,
     Proxies,
     Scopes,
     Seconds,
+    Sentence,
     Size,
     Url,
     WholeSeconds,
@@ -472,8 +474,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         Count,
         Meta(
             description="Maximum number of expensive requests in a minute, for each client address and each worker."
-            " These are searches, pages of paths and directories, listings of more than 2000 entries, and lookups of"
-            " debug info. Further ones get 429. 0 is no limit."
+            " These are searches, pages of paths, directories and texts, listings of more than 2000 entries, and"
+            " lookups of debug info. Further ones get 429. 0 is no limit."
         ),
     ] = 1200
     max_bulk_rate: Annotated[
@@ -621,6 +623,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     base_url: Annotated[
         Url | None,
         Meta(extra={"default": "from the request"}, description="The URL of this cache on the pages for people."),
+    ] = None
+    cache_name: Annotated[
+        Name | None,
+        Meta(
+            extra={"default": "the host in the URL"},
+            description="Name of this cache on the pages for people, and in the titles of their tabs.",
+        ),
+    ] = None
+    cache_description: Annotated[
+        Sentence | None,
+        Meta(description="A sentence on the page at `/`, for example who runs this cache, and what it has."),
     ] = None
     landing: Annotated[bool, Meta(description="Serve a page at `/` that explains how to use this cache.")] = True
     serve_files: Annotated[

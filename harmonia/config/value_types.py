@@ -56,6 +56,10 @@ Size = Annotated[str, Meta(extra={"expected": _SIZE, "reader": (int, str)})]
 Level = Literal["debug", "info", "warning", "error"]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"expected": _MODE})]
 Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"expected": _URL})]
+Name = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,60}\Z", extra={"expected": "one line of 1 to 60 characters"})]
+Sentence = Annotated[
+    str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,300}\Z", extra={"expected": "one line of 1 to 300 characters"})
+]
 AbsolutePath = Annotated[str, Meta(extra={"expected": "an absolute path"})]
 # A file that the server reads and others perhaps may not. The NixOS module passes it as a systemd credential.
 File = Annotated[str, Meta(extra={"file": True})]

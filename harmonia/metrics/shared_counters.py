@@ -7,6 +7,7 @@ it needs no lock.
 
 import mmap
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from threading import Lock
@@ -224,6 +225,8 @@ class Metrics:
         `totals` are the names of counters that other objects hold, and that `WorkerCounters.sample` copies to a row.
         `upstreams` are URLs. `reasons` are the reasons to reject a response of an upstream.
         """
+        self.started = time.time()
+        """The time of the server's start, in seconds since 1970."""
         routes = (*routes, UNKNOWN)
         size = sum(_sizes(routes, totals))
         self.totals = totals

@@ -52,6 +52,8 @@ def routes(settings: Settings) -> tuple[Route, ...]:
 def create_app(context: ServerContext, guard: Guard | None = None) -> "Sanic[Any, Any]":
     """Create the application of a worker. With a guard, requests need a token."""
     settings = context.settings
+    if guard is not None:
+        context.scopes = guard.scopes
     public = settings.metrics and settings.metrics_bind is None
     served = routes(settings)
     return _app("harmonia", context, served + METRICS_ROUTES if public else served, guard)

@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
 import os
-from collections.abc import Generator, Hashable, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Container, Generator, Hashable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,6 +21,8 @@ from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
 from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.tokens import SCOPES, Scope
+from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
@@ -83,8 +87,8 @@ class Fallback(Protocol):
     async def explain(self, request: Request, hash_part: str) -> list[Reason]:
         """Return what each upstream answers for a path now."""
 
-    def state(self) -> str:
-        """Return a line for each upstream: whether it is up or down."""
+    def states(self) -> list[tuple[str, bool]]:
+        """Return the name of the mirror's bucket and of each upstream, and whether it is up."""
 
     async def close(self) -> None: ...
 
@@ -164,6 +168,8 @@ class ServerContext:
         self.small_nars = SingleFlight()
         """Small NARs that are being compressed."""
         self.failed_nars = FailedNars()
+        self.scopes: Callable[[Request], Container[Scope]] = lambda _: frozenset(SCOPES)
+        """Returns the scopes of a request. A server with tokens sets it."""
         self.upstreams: Fallback | None = None
         """Handlers for upstreams. Set by a worker when it starts."""
         self.guard: Guard | None = None
@@ -186,6 +192,21 @@ class ServerContext:
     def client(self, request: Request) -> str:
         """Return the address of the client, behind trusted proxies, or "unix" for a Unix socket."""
         return access_log.client(request, self.settings.trusted_proxies)
+
+    def may_browse(self, request: Request) -> bool:
+        """Return True if the client may list and search the store paths."""
+        return self.settings.browse and "browse" in self.scopes(request)
+
+    async def store_size(self) -> tuple[float, float]:
+        """Return the number of valid paths and the sum of their NAR sizes, counted once a minute; NaN on errors."""
+
+        def count() -> tuple[float, float]:
+            store = Store.of(self.settings)
+            with closing(store.database), suppress(StoreUnavailableError):
+                return store.size()
+            return math.nan, math.nan
+
+        return await self.made.value(("store size", time.monotonic() // 60), None, count, lambda _: 200)
 
     def submitter(self, request: Request) -> Submit:
         """Return a function that runs a function in a thread for bodies, fairly between clients."""

@@ -81,8 +81,14 @@ def _status(error: Exception) -> HTTPStatus:
 
 
 def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Representation:
-    document = page.begin(context, status.phrase, "../" * (request.path.count("/") - 1) or "./")
+    top = "../" * (request.path.count("/") - 1) or "./"
+    document = page.begin(context, request, status.phrase, top)
     with document.main:
         document.h1(status.phrase)
         document.p(_EXPLANATIONS.get(status, f"{status.description}."))
+        with document.nav(class_="actions", aria_label="Other pages"):
+            if context.settings.landing:
+                document.a("How to use this cache", href=top)
+            if context.may_browse(request):
+                document.a("Search the store", href=f"{top}search")
     return page.end(context, document)

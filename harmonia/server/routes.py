@@ -28,6 +28,7 @@ from harmonia.server.resources import (
     narinfo,
     push,
     sbom,
+    site_files,
 )
 
 BULK_URI = "/get-narinfos-v1"
@@ -132,6 +133,8 @@ ROUTES = (
         rate_limited=True,
     ),
     Route(uri="/events", handler=events.get, metric="events", scope="browse", rate_limited=True),
+    Route(uri="/robots.txt", handler=site_files.get_robots, metric="robots", scope=None),
+    Route(uri="/favicon.ico", handler=site_files.get_icon, metric="favicon", scope=None),
     Route(uri="/version", handler=health.get_version, metric="version", scope=None),
     Route(uri="/health", handler=health.get, metric="health", scope=None),
 )

@@ -118,15 +118,18 @@ class DirectoryEntry(NamedTuple):
 
 
 def list_directory(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[DirectoryEntry], int]:
-    """Return the first `most` entries of a directory, sorted by the bytes of their names, and the number of all."""
+    """Return the first `most` entries of a directory, and the number of all.
+
+    Directories come first. Each group is sorted by the bytes of the names.
+    """
     count = 0
 
-    def counted() -> Iterator[bytes]:
+    def counted() -> Iterator[tuple[bool, bytes]]:
         nonlocal count
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 count += 1
-                yield os.fsencode(entry.name)
+                yield not entry.is_dir(follow_symlinks=False), os.fsencode(entry.name)
 
     def described(name: bytes) -> DirectoryEntry:
         status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
@@ -135,4 +138,4 @@ def list_directory(top: bytes, names: Sequence[bytes], most: int) -> tuple[list[
 
     with _opened(top, names) as descriptor:
         first = heapq.nsmallest(most, counted())
-        return [described(name) for name in first], count
+        return [described(name) for _, name in first], count

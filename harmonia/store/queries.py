@@ -4,12 +4,15 @@ Each query reads many rows, but has a limit. Its result shows if the limit was r
 """
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from harmonia.errors import FormatError
 from harmonia.nix.base32 import ALPHABET
+from harmonia.nix.package_name import PackageName
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath
 from harmonia.store.store import Store
 
@@ -32,6 +35,11 @@ select max(path), group_concat(case when substr(base_name, ?) like ? escape '\' 
 _NEWEST_PATHS = """
 select substr(cast(path as text), ?), cast(narSize as integer), cast(registrationTime as integer)
 from (select path, narSize, registrationTime from ValidPaths order by id desc limit ?) where path not like '%.drv'
+"""
+
+_LISTED = """
+select substr(cast(path as text), ?), cast(narSize as integer), cast(registrationTime as integer)
+from ValidPaths where path in (select value from json_each(?))
 """
 
 _REFERRERS = """
@@ -61,6 +69,7 @@ select referrer, reference from closure join Refs on referrer = closure.id where
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MAX_OUTPUTS = 100
 
+_NUMBER = re.compile("([0-9]+)")
 
 PublishFilter = Callable[[StorePath], bool] | None
 """A function that returns whether a path is published, or None if all paths are."""
@@ -70,6 +79,30 @@ class Paths(NamedTuple):
     """The first results of a query, and the number of all results."""
 
     shown: list[StorePath]
+    total: int
+    """The number of all results; a lower bound if not `complete`."""
+    complete: bool = True
+
+
+class ListedPath(NamedTuple):
+    """A path in a list for people."""
+
+    path: StorePath
+    nar_size: int
+    """In bytes; 0 if it is unknown."""
+    registered: int
+    """The time at which the path became valid, in seconds since 1970."""
+
+    @property
+    def package(self) -> str:
+        """Return the name of the path's package. A derivation belongs to the package that it builds."""
+        return PackageName.parse(self.path.name.removesuffix(".drv")).name
+
+
+class Found(NamedTuple):
+    """A part of the results of a search, and the number of all results."""
+
+    shown: list[ListedPath]
     total: int
     """The number of all results; a lower bound if not `complete`."""
     complete: bool = True
@@ -85,20 +118,29 @@ class Closure(NamedTuple):
     complete: bool
 
 
-def search(store: Store, text: str, limit: int, published: PublishFilter = None) -> Paths:
-    """Return at most `limit` paths for a search, the best matches first.
+def search(store: Store, text: str, limit: int, published: PublishFilter = None, *, start: int = 0) -> Found:
+    """Return at most `limit` results of a search from the number `start` on, the best matches first.
 
     A path matches if its name contains the words of `text` in their order, or if its hash part starts with `text`.
+    The paths of a package follow each other, the versions in natural order: 1.10 after 1.9.
     With `published`, only paths for which it is true count.
     """
     words = text.casefold().split()
     if not words:
-        return Paths([], 0)
+        return Found([], 0)
 
-    def order(path: StorePath) -> tuple[object, ...]:
-        name = path.name.casefold()
-        return name != words[0], not name.startswith(words[0]), path.is_derivation, len(name), name, path
+    def order(listed: ListedPath) -> tuple[object, ...]:
+        name, package = listed.path.name.casefold(), listed.package.casefold()
+        relevance = name != words[0], listed.path.is_derivation, not name.startswith(words[0]), len(package), package
+        return *relevance, natural(name), -listed.registered, listed.path
 
+    matches, complete = _matches(store, words, published)
+    found = sorted(list_paths(store, matches), key=order)
+    return Found(found[start : start + limit], len(found), complete)
+
+
+def _matches(store: Store, words: Sequence[str], published: PublishFilter) -> tuple[list[StorePath], bool]:
+    """Return the paths that match a search, and whether these are all."""
     in_name = "%" + "%".join(map(_literally, words)) + "%"
     in_hash = f"{words[0]}%" if len(words) == 1 and set(words[0]) <= set(ALPHABET) else ""
     prefix = len(store.store_dir) + 1
@@ -112,33 +154,37 @@ def search(store: Store, text: str, limit: int, published: PublishFilter = None)
             if published is None or published(path):
                 candidates.append(path)
             if published is not None and time.monotonic() > deadline:
-                return Paths(sorted(candidates, key=order)[:limit], len(candidates), complete=False)
+                return candidates, False
         if last is None:
             break
-
-    return Paths(sorted(candidates, key=order)[:limit], len(candidates), complete=last is None)
-
-
-class NewestPath(NamedTuple):
-    path: StorePath
-    nar_size: int
-    registered: int
-    """The time at which the path became valid, in seconds since 1970."""
+    return candidates[:_MAX_CANDIDATES], last is None and len(candidates) <= _MAX_CANDIDATES
 
 
-def newest(store: Store, limit: int, published: PublishFilter = None) -> list[NewestPath]:
+def natural(text: str) -> tuple[str | int, ...]:
+    """Return the sort key that compares the numbers in a text by their values: 1.10 after 1.9."""
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(text)))
+
+
+def list_paths(store: Store, paths: Iterable[StorePath]) -> list[ListedPath]:
+    """Return the valid ones of `paths` with their sizes and times, in any order."""
+    named = json.dumps([f"{store.store_dir}/{path}" for path in paths])
+    return list(_listed(store.database.query(_LISTED, len(store.store_dir) + 2, named)))
+
+
+def newest(store: Store, limit: int, published: PublishFilter = None) -> list[ListedPath]:
     """Return at most `limit` paths that became valid most recently, the newest first, without derivations.
 
     With `published`, only paths for which it is true count.
     """
-    found: list[NewestPath] = []
-    for base_name, size, registered in store.database.query(_NEWEST_PATHS, len(store.store_dir) + 2, _MAX_CANDIDATES):
-        path = _store_path(base_name)
-        if path is not None and (published is None or published(path)):
-            found.append(NewestPath(path, max(size or 0, 0), registered or 0))
-            if len(found) == limit:
-                break
-    return found
+    rows = store.database.query(_NEWEST_PATHS, len(store.store_dir) + 2, _MAX_CANDIDATES)
+    return list(islice((each for each in _listed(rows) if published is None or published(each.path)), limit))
+
+
+def _listed(rows: Iterable[tuple[str, int | None, int | None]]) -> Iterator[ListedPath]:
+    """Yield the paths of the rows, without malformed ones."""
+    for base_name, size, registered in rows:
+        if (path := _store_path(base_name)) is not None:
+            yield ListedPath(path, max(size or 0, 0), registered or 0)
 
 
 def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:

@@ -1,34 +1,23 @@
 """The pages in a real browser: headless Chromium, driven by its DevTools protocol."""
 
-import base64
-import json
 import os
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
 from urllib.parse import quote
 
 import pytest
-from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
 from harmonia.tools import demo
 from harmonia.tools.demo import Demo
 from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
+from support.browser import CHROMIUM, DESKTOP, PHONE, Page, chromium, open_tab
 from support.nginx import nginx
 from support.programs import needs
-from support.running import PATIENCE_S, Server, wait_until
-
-CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
-"""The first takes a third of the processor time of the second."""
+from support.running import Server
 
 pytestmark = [pytest.mark.browser, *([] if CHROMIUM else [needs("chromium")])]
-
-DESKTOP, PHONE = (1280, 900), (360, 740)
 
 CONTRAST = """(() => {
   const light = (colour) => {
@@ -60,129 +49,16 @@ UNDERLINES = """[...document.querySelectorAll("main a")].map((link) => {
 """For each link, the distance in pixels between its underline and the underscores of its font."""
 
 
-class Page:
-    """A tab, with its requests and error messages."""
-
-    def __init__(self, connection: Connection, session: str, context: str) -> None:
-        self.context = context
-        self._connection = connection
-        self._session = session
-        self._number = 0
-        self.events: list[dict[str, Any]] = []
-        for domain in ("Page", "Network", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> Any:
-        self._number += 1
-        message = {"id": self._number, "sessionId": self._session, "method": method, "params": parameters}
-        self._connection.send(json.dumps(message))
-        while (answer := self._receive()).get("id") != self._number:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _receive(self) -> dict[str, Any]:
-        message: dict[str, Any] = json.loads(self._connection.recv(timeout=PATIENCE_S))
-        if "method" in message:
-            self.events.append(message)
-        return message
-
-    def open(self, url: str) -> Self:
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        self.loaded()
-        return self
-
-    def loaded(self) -> None:
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self._receive()
-
-    def run(self, script: str) -> Any:
-        options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
-        answer = self.call("Runtime.evaluate", expression=script, **options)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, script: str) -> None:
-        wait_until(lambda: self.run(script))
-
-    def click(self, selector: str) -> None:
-        """Click like a mouse."""
-        x, y = self.run(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); node.scrollIntoView();"
-            " const box = node.getBoundingClientRect();"
-            " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-
-    def set_view(self, size: tuple[int, int], scheme: str = "light") -> None:
-        """Show the page in a window of that size, with that colour scheme."""
-        width, height = size
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=size == PHONE
-        )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-
-    def screenshot(self, path: str) -> None:
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        Path(path).write_bytes(base64.b64decode(data))
-
-    @property
-    def requested(self) -> list[str]:
-        sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
-        return [request["request"]["url"] for request in sent]
-
-    @property
-    def errors(self) -> list[object]:
-        """Return what the browser logged and failed to load."""
-        noisy = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
-        logged = [event["params"] for event in self.events if event["method"] in noisy]
-        return [
-            params for params in logged if "favicon.ico" not in str(params)
-        ]  # requested unless a page names another icon
-
-
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
-    profile = tmp_path_factory.mktemp("chromium")
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    options += " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
-    command = [str(CHROMIUM), *options.split(), f"--user-data-dir={profile}", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        port_file = profile / "DevToolsActivePort"
-        deadline = time.monotonic() + PATIENCE_S
-        while not (port_file.exists() and "\n" in port_file.read_text()):
-            assert time.monotonic() < deadline, "chromium does not start"
-            assert process.poll() is None
-            time.sleep(0.05)
-        port, path = port_file.read_text().split()
-        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as connection:
-            yield connection
-            connection.send(json.dumps({"id": 0, "method": "Browser.close"}))
-            process.wait(PATIENCE_S)
-    finally:
-        process.kill()
-        process.wait()
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as connection:
+        yield connection
 
 
 @pytest.fixture
-def page(chromium: Connection) -> Iterator[Page]:
-    def browser(method: str, **parameters: object) -> dict[str, Any]:
-        chromium.send(json.dumps({"id": 0, "method": method, "params": parameters}))
-        while (answer := json.loads(chromium.recv(timeout=PATIENCE_S))).get("id") != 0:
-            pass
-        result: dict[str, Any] = answer["result"]
-        return result
-
-    context = browser("Target.createBrowserContext")["browserContextId"]
-    target = browser("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-    session = browser("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    tab = Page(chromium, session, context)
-    tab.set_view(DESKTOP)
-    yield tab
-    browser("Target.disposeBrowserContext", browserContextId=context)
+def page(browser: Connection) -> Iterator[Page]:
+    with open_tab(browser) as tab:
+        yield tab
 
 
 ODD_NAMES: Tree = {
@@ -329,15 +205,15 @@ def test_links_lead_from_the_search_to_a_file_and_back(page: Page, urls: dict[st
     page.run("document.querySelector('input').value = 'hello-2.13'; document.querySelector('form').requestSubmit()")
     page.loaded()
     for selector, title in (
-        ("section a", "hello-2.13.0"),
-        ("nav a", "hello-2.13.0"),
-        ("tr:nth-child(2) a", "bin"),
-        ("header a", f"{server.url.removeprefix('http://')}, a Nix binary cache"),
+        ("tbody tr:nth-child(1) a", "hello-2.13.0 · "),
+        ("nav a", "hello-2.13.0 · "),
+        ("tr:nth-child(2) a", "bin · "),
+        ("header a", ""),
     ):
         page.events.clear()
         page.click(selector)
         page.loaded()
-        assert page.run("document.title") == title
+        assert page.run("document.title") == f"{title}{server.url.removeprefix('http://')} · Harmonia"
         assert page.errors == []
     assert page.run("location.pathname") == "/"
 
@@ -350,9 +226,10 @@ def test_all_links_work_below_a_path_of_a_proxy(
     headers = "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-Prefix /a/cache;"
     with nginx(tmp_path / "nginx", f"location /a/cache/ {{ proxy_pass {server.url}/; {headers} }}") as (url, _):
         base = f"{url}/a/cache"
+        name = f"{base.removeprefix('http://')} · Harmonia"
         asked = page.open(f"{base}/").requested
         assert page.run("document.querySelector('.snippet code').textContent") == base
-        for text, title in (("hello", "hello in a Nix binary cache"), (hello.hash_part, hello.name)):
+        for text, title in (("hello", f"hello · {name}"), (hello.hash_part, f"{hello.name} · {name}")):
             page.events.clear()
             page.run(
                 f"document.querySelector('input').value = '{text}'; document.querySelector('form').requestSubmit()"
@@ -360,18 +237,18 @@ def test_all_links_work_below_a_path_of_a_proxy(
             page.loaded()
             assert page.run("document.title") == title
             asked += page.requested
-        assert base in page.run("document.querySelector('section .snippet code').textContent").split()
+        assert base in page.run("document.querySelector('.snippet:not(.line) code').textContent").split()
         for selector, title in (
-            ("nav a", hello.name),
-            ("tr:nth-child(2) a", "bin"),
-            ("h1 a", hello.name),
-            ("nav a", hello.name),
-            ("header a", f"{base.removeprefix('http://')}, a Nix binary cache"),
+            ("nav a", f"{hello.name} · "),
+            ("tr:nth-child(2) a", "bin · "),
+            ("h1 a", f"{hello.name} · "),
+            ("nav a", f"{hello.name} · "),
+            ("header a", ""),
         ):
             page.events.clear()
             page.click(selector)
             page.loaded()
-            assert page.run("document.title") == title
+            assert page.run("document.title") == title + name
             assert page.errors == []
             asked += page.requested
         asked += page.open(f"{base}/serve/{manual.hash_part}").requested

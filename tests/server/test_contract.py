@@ -215,12 +215,12 @@ def check_page(client: Session, row: Row, method: str, wanted: Mapping[str, str]
         return
     check_error(plain)
     phrase = HTTPStatus(plain.status).phrase
-    assert f"<title>{phrase}</title>" in response.text
+    assert f"<title>{phrase} · " in response.text
     assert f"<main><h1>{phrase}</h1><p>" in response.text
     changed = {"content-type": "text/html; charset=utf-8", "content-length": str(len(response.body))}
     theirs = {name: response.headers[name] for name in ("content-security-policy", "x-content-type-options")}
     assert response.headers == {**plain.headers, **changed, **theirs}
-    [top] = re.findall(r'<header><a href="([./]+)">', response.text)
+    [top] = re.findall(r'<header><a href="([./]+)" class=brand>', response.text)
     assert urljoin(row.path, top) == "/"
     if method == "GET" and "Range" not in wanted:
         head = client.head(row.path, {**wanted, "Accept": BROWSER})

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
+from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.store import queries
@@ -102,8 +103,8 @@ class TestLanding:
     def test_server_without_a_key_shows_no_key(self, start: Start, made: Made) -> None:
         answer = start(store=made.root).get("/")
         assert "trusted-public-keys" not in answer.text
-        assert "This cache does not sign" in answer.text
-        assert "search" not in answer.text
+        assert "This cache has no signing key" in answer.text
+        assert "role=search" not in answer.text
 
     def test_headers_of_the_landing_page(self, server: Server) -> None:
         answer = server.get("/")
@@ -119,9 +120,7 @@ class TestLanding:
     def test_page_has_no_third_party_and_no_absolute_links(self, server: Server) -> None:
         page = server.get("/").text
         assert not re.search(r'\b(src|action)="?(https?:|/)', page)
-        assert {link for link in re.findall(r'href="?([^" >]*)', page) if link.startswith(("http", "/"))} == {
-            "https://nixos.org/",
-        }
+        assert not [link for link in re.findall(r'href="?([^" >]*)', page) if link.startswith(("http", "/"))]
 
     def test_landing_false_disables_the_page(self, start: Start, made: Made) -> None:
         server = start(store=made.root, settings="landing = false")
@@ -176,11 +175,11 @@ class TestUrl:
     def test_base_url_takes_precedence(self, start: Start, made: Made) -> None:
         settings = "base_url = 'https://example.org/nix/'\nbrowse = true\ntrusted_proxies = ['127.0.0.1']"
         server = start(store=made.root, settings=settings)
-        answer = with_host(server, "inner", "X-Forwarded-Host: other.example")
+        answer = with_host(server, "inner.example", "X-Forwarded-Host: other.example")
         assert snippets(answer)[0] == "https://example.org/nix"
-        assert "inner" not in answer.text
+        assert "inner.example" not in answer.text
         page = server.get(f"/path/{made.app.path.hash_part}")
-        assert "https://example.org/nix" in snippets(page)[1]
+        assert "https://example.org/nix" in snippets(page)[2]
         assert not [link for link in links(page) if link.startswith("/")]
 
 
@@ -214,9 +213,21 @@ class TestSearch:
         assert self.found(server, "a_b") == [made.named.path.hash_part]
         assert self.found(server, "name?=a") == [made.named.path.hash_part]
 
-    def test_search_results_are_limited_to_200(self, server: Server) -> None:
-        assert len(self.found(server, "many")) == 200
-        assert "The first 200 of 250 paths for “many”" in server.get("/search?q=many").text
+    def test_results_are_on_pages_of_100(self, server: Server) -> None:
+        pages = [server.get(f"/search?q=many&page={number}").text for number in range(1, 5)]
+        found = [re.findall(r'<a href="path/\w+">(many-\d+)', page) for page in pages]
+        assert list(map(len, found)) == [100, 100, 50, 0]
+        assert [name for names in found for name in names] == [f"many-{number:03}" for number in range(250)]
+        assert all("250 paths for “many”" in page for page in pages)
+        assert ["rel=next" in page for page in pages] == [True, True, False, False]
+        assert ["rel=prev" in page for page in pages] == [False, True, True, True]
+        assert 'href="search?q=many&amp;page=2"' in pages[0]
+
+    @pytest.mark.parametrize("number", ["", "0", "-1", "x", "1e3", "9" * 30, "\u0662"])
+    def test_wrong_number_of_a_page_is_the_first(self, server: Server, number: str) -> None:
+        assert "many-000" in server.get(f"/search?q=many&page={quote(number)}").text
+
+    def test_long_query_gets_200(self, server: Server) -> None:
         assert server.get("/search?q=" + "x" * 5_000).status == 200
 
     def test_query_never_becomes_markup(self, server: Server) -> None:
@@ -231,16 +242,27 @@ class TestSearch:
         for query in ("", "?", "?q", "?q=%ff%fe", "?q=a&q=b", "?q[]=x", "?x=1", "?q=%"):
             assert server.get(f"/search{query}").status == 200
 
-    def test_best_matches_come_first(self, tmp_path: Path) -> None:
+    def test_best_matches_come_first_and_versions_in_natural_order(self, tmp_path: Path) -> None:
         builder = StoreBuilder(tmp_path)
-        names = ["vim", "vim.drv", "vim-9.1", "vim-plugin-x", "neovim"]
+        names = ["vim", "vim-9.9", "vim-9.10", "vim-9.10-doc", "vim-plugin-x", "neovim-0.9", "neovim-0.10", "vim.drv"]
         for name in reversed(names):
             builder.add_text(name, name.encode())
         store = Store("/nix/store", builder.real_dir, builder.db_path)
-        assert [path.name for path in queries.search(store, "vim", 9).shown] == [
-            "vim", "vim-9.1", "vim-plugin-x", "vim.drv", "neovim"
-        ]  # fmt: skip
-        assert [path.name for path in queries.search(store, "vim", 2).shown] == ["vim", "vim-9.1"]
+        assert [found.path.name for found in queries.search(store, "vim", 9).shown] == names
+        assert [found.path.name for found in queries.search(store, "vim", 2, start=1).shown] == names[1:3]
+        assert queries.search(store, "vim", 2, start=9) == ([], 8, True)
+        store.database.close()
+
+    def test_newest_of_paths_with_one_name_comes_first(self, tmp_path: Path) -> None:
+        builder = StoreBuilder(tmp_path)
+        paths = [builder.add_text("app-1.0", b"%d" % number).path for number in range(9)]
+        with builder.connect() as connection:
+            for time, path in enumerate(paths):
+                connection.execute(
+                    "update ValidPaths set registrationTime = ? where path = ?", (time, f"/nix/store/{path}")
+                )
+        store = Store("/nix/store", builder.real_dir, builder.db_path)
+        assert [found.path for found in queries.search(store, "app", 9).shown] == paths[::-1]
         store.database.close()
 
     def test_search_stops_at_its_time_limit_and_uses_the_index(
@@ -255,7 +277,7 @@ class TestSearch:
             connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('/nix/store/odd', '', 0)")
         store = Store("/nix/store", builder.real_dir, builder.db_path)
         found = queries.search(store, "n-24999", 9)
-        assert ([path.name for path in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
+        assert ([each.path.name for each in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
         monkeypatch.setattr(queries, "_SEARCH_TIME_S", 0)
         assert not queries.search(store, "n-24999", 9).complete
         monkeypatch.undo()
@@ -267,7 +289,7 @@ class TestSearch:
         store.database.close()
 
     def test_slow_search_delays_no_narinfo(self, start: Start, made: Made) -> None:
-        slow = "import time\nfrom harmonia.store import queries\nqueries.search = lambda *_: time.sleep(30)"
+        slow = "import time\nfrom harmonia.store import queries\nqueries.search = lambda *_, **__: time.sleep(30)"
         server = start(store=made.root, settings="browse = true", program=patched(slow))
         with server.connect() as connection:
             connection.sendall(b"GET /search?q=x HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -287,7 +309,8 @@ class TestPath:
         self, server: Server, made: Made, keys: list[SecretKey]
     ) -> None:
         page = self.page(server, made.app)
-        full, command = snippets(page)
+        full, nar_hash, command = snippets(page)
+        assert nar_hash == f"sha256:{base32.encode(made.app.nar_hash)}"
         assert full == f"/nix/store/{made.app.path}"
         assert command.startswith(f"nix-store --realise {full} \\\n  --option extra-substituters http://cache")
         assert str(keys[0].public_key) in command
@@ -330,7 +353,7 @@ class TestPath:
 
     def test_referrers_are_limited_and_exclude_the_path_itself(self, server: Server, made: Made) -> None:
         page = self.page(server, made.lib)
-        assert "200 of 251" in page.text
+        assert "This path is needed by 251 paths; the first 200 are shown." in page.text
         referrers = self.page(server, made.app).text.partition("Referrers")[2]
         assert made.top.path.hash_part in referrers
         assert made.app.path.hash_part not in referrers
@@ -383,4 +406,4 @@ def test_without_browse_search_and_path_pages_get_404(start: Start, made: Made) 
     page = server.get(f"/serve/{made.app.path.hash_part}/")
     assert page.status == 200
     assert "path/" not in page.text
-    assert "search" not in page.text
+    assert "role=search" not in page.text

@@ -1,6 +1,8 @@
 """`/diff/…` and `/sbom/…` describe closures, from the database alone."""
 
+import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,14 +58,18 @@ def test_changed_added_and_removed_packages_are_named(
     assert "<td>zlib<td>1.2<td>1.3" in page
 
 
-def test_page_of_a_path_links_to_other_versions(
+def test_page_of_a_path_leads_to_comparisons_with_other_versions(
     start: Start, tmp_path: Path, closures: tuple[PathInfo, PathInfo]
 ) -> None:
     before, after = closures
     server = start(store=tmp_path / "store", settings="browse = true")
     page = server.get(f"/path/{before.path.hash_part}").text
-    assert f"../diff/{before.path.hash_part}/{after.path.hash_part}" in page
     assert f"../sbom/{before.path.hash_part}" in page
+    [search] = re.findall(r'href="\.\.(/search[^"]*)"', page)
+    found = server.get(html.unescape(search)).text
+    assert f'href="diff/{before.path.hash_part}/{after.path.hash_part}"' in found
+    unknown = server.get(f"/search?q=system&compare={'0' * 32}").text
+    assert f'href="path/{after.path.hash_part}"' in unknown
 
 
 def test_bill_of_materials_has_each_path_and_its_references(

@@ -4,13 +4,15 @@ Without a valid token, every resource answers 401, whether it exists or not. Tha
 and newer then show a clear error, Nix up to 2.25 shows "does not appear to be a binary cache" (Nix
 `src/libstore/http-binary-cache-store.cc`). A valid token without the needed scope gets 403.
 
-`/health` and `/version` need no token, because load balancers have none. They show nothing of the store.
+`/health` and `/version` need no token, because load balancers have none; `/robots.txt` and `/favicon.ico` because
+crawlers and browsers do not send one. They show nothing of the store.
 """
 
 import base64
 import logging
 import math
 import time
+from collections.abc import Container
 from dataclasses import replace
 from functools import wraps
 from typing import Protocol
@@ -53,7 +55,7 @@ class Guard:
         """Load the tokens. Raises ConfigError if the file is invalid."""
         self._settings = settings
         self._uses = uses
-        self._anonymous_scopes = set(settings.anonymous_scopes)
+        self._anonymous_scopes: set[Scope] = set(settings.anonymous_scopes)
         if settings.tokens_path is None:
             self._anonymous_scopes.update(SCOPES)
             self._anonymous_scopes -= {"push", "sign"}
@@ -113,6 +115,16 @@ class Guard:
         if secret:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
+
+    def scopes(self, request: Request) -> Container[Scope]:
+        """Return the scopes of a request: those without a token, and those of its token if that is valid.
+
+        Does not count invalid tokens: only for links and facts on a page that was admitted, or that needs no token.
+        """
+        token = self._tokens.find_token(secret) if (secret := presented(request)) else None
+        if token is None or time.time() >= token.expires_at:
+            return self._anonymous_scopes
+        return self._anonymous_scopes | token.scopes
 
     def error_to_send(self, request: Request, error: Exception) -> Exception:
         """Return `error`, or 401, 403 or 429 in place of 404 or 405 if the request may not read."""

@@ -33,19 +33,16 @@ for _type, _extensions in {
         _TYPES.add_type(_type, _extension)
 _ENCODINGS = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}
 PDF = "application/pdf"
+_SOURCES = {"text/plain", "text/css", "text/csv", "text/javascript", "application/json", "application/xml"}
 _COMPRESSED = ("image/", "audio/", "video/", "font/", "application/zip", "application/zstd", PDF)
 
 
 def of(name: bytes, sample: bytes) -> str:
     """Return the Content-Type of a file by its name and the first bytes of its content.
 
-    If the extension is unknown, UTF-8 is text/plain and all else application/octet-stream. A sample of SAMPLE_BYTES may
-    end within a character.
+    If the extension is unknown, UTF-8 is text/plain and all else application/octet-stream.
     """
-    try:
-        utf8 = b"\0" not in sample and len(sample.decode(errors="strict")) >= 0
-    except UnicodeDecodeError as error:
-        utf8 = len(sample) == SAMPLE_BYTES and error.reason == "unexpected end of data"
+    utf8 = is_text(sample)
     guessed, encoding = _TYPES.guess_type("./" + os.fsdecode(name).lower())
     if encoding:
         return _ENCODINGS.get(encoding, "application/octet-stream")
@@ -53,6 +50,19 @@ def of(name: bytes, sample: bytes) -> str:
     if guessed.startswith("text/x-"):  # such as source code, which some browsers save instead of showing
         guessed = "text/plain"
     return f"{guessed}; charset=utf-8" if guessed.startswith("text/") and utf8 else guessed
+
+
+def is_text(sample: bytes) -> bool:
+    """Return True if the first bytes of a file are UTF-8 without NUL. SAMPLE_BYTES may end within a character."""
+    try:
+        return b"\0" not in sample and len(sample.decode()) >= 0
+    except UnicodeDecodeError as error:
+        return len(sample) == SAMPLE_BYTES and error.reason == "unexpected end of data"
+
+
+def is_source(content_type: str) -> bool:
+    """Return True if people want to read the text of a file of this type, and not a page or a picture made from it."""
+    return content_type.partition(";")[0] in _SOURCES
 
 
 def is_compressible(content_type: str) -> bool:

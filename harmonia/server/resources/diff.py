@@ -33,8 +33,8 @@ async def get(context: ServerContext, request: Request, before: str, after: str)
     if "json" in request.get_args(keep_blank_values=True):
         value = {"before": old.path, "after": new.path, "changes": [change._asdict() for change in changes]}
         text = json.dumps(value).encode() + b"\n"
-        return Representation(content_type="application/json", body=text, cache_control="no-cache")
-    document = page.begin(context, f"{old.path.name} → {new.path.name}", "../../")
+        return page.of_text(context, "application/json", text)
+    document = page.begin(context, request, f"{old.path.name} → {new.path.name}", "../../")
     with document.main:
         document.h1("Difference between two closures")
         with document.section, document.dl:

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 from urllib.parse import quote
 
@@ -12,6 +12,7 @@ from sanic import Request
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import ServerContext
+from harmonia.server.http import content_type
 from harmonia.server.http.auth import check_rate
 from harmonia.server.http.response import Representation
 from harmonia.store.object_files import DirectoryEntry, Entry, list_directory
@@ -29,11 +30,13 @@ async def representation(
 
     def render() -> Representation:
         entries, count = list_directory(context.store.real_path(entry.info.path), entry.names, _MAX_ENTRIES)
-        document = page.begin(
-            context, page.printable(names[-1]) if names else asked.path.name, "../" * (len(names) + 2)
-        )
+        title = page.printable(names[-1]) if names else asked.path.name
+        top = "../" * (len(names) + 2)
+        document = page.begin(context, request, title, top)
         with document.main:
-            _heading(context, document, asked, names)
+            heading(context, document, asked, names, len(names) + 1)
+            with document.nav(class_="actions", aria_label="Other pages of the store path"):
+                links(context, request, document, asked, top)
             with document.section:
                 summary = page.count(count, "entry", "entries")
                 if count > len(entries):
@@ -51,28 +54,48 @@ async def representation(
         return page.end(context, document)
 
     check_rate(context, request)
-    # The page depends only on the values in its key. The times in `place` change with the directory.
+    return await made_once(context, request, asked, names, entry, render)
+
+
+async def made_once(
+    context: ServerContext,
+    request: Request,
+    asked: PathInfo,
+    names: Sequence[bytes],
+    entry: Entry,
+    render: Callable[[], Representation],
+) -> Representation:
+    """Return the page of a file or directory, made by `render` in a thread, or as it was made before.
+
+    A page depends only on its URL, on the entry, and on its header.
+    """
     status = entry.status
-    place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-    key = ("page", asked.path, tuple(names), entry.info.path, tuple(entry.names), place)
+    place = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)  # the times change with the content
+    url = (asked.path, tuple(names))
+    key = ("page", *url, entry.info.path, tuple(entry.names), place, page.header_key(context, request))
     return await context.made.value(key, context.client(request), render, lambda made: len(cast("bytes", made.body)))
 
 
-def _heading(context: ServerContext, document: Builder, asked: PathInfo, names: Sequence[bytes]) -> None:
-    """Add the path of the directory, with links to its parents, and links to other pages of the store path."""
-    top = "../" * (len(names) + 2)
+def heading(context: ServerContext, document: Builder, asked: PathInfo, names: Sequence[bytes], depth: int) -> None:
+    """Add the path of a file or directory as a heading, with links to the directories above.
+
+    `depth` is the number of slashes in the page's URL after `/serve/`: a directory has one more than a file.
+    """
     with document.h1(class_="path"):
         document(context.store.store_dir)
-        for above, name in zip(range(len(names), -1, -1), [os.fsencode(asked.path), *names], strict=True):
+        for level, name in enumerate([os.fsencode(asked.path), *names]):
             document._("/")
-            if above:
-                document.a(page.printable(name), href="../" * above)
+            if level < len(names):
+                document.a(page.printable(name), href="../" * (depth - level - 1) or "./")
             else:
                 document._(page.printable(name))
-    with document.nav(class_="actions", aria_label="Other pages of the store path"):
-        if context.settings.browse:
-            document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
-        document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
+
+
+def links(context: ServerContext, request: Request, document: Builder, asked: PathInfo, top: str) -> None:
+    """Add links to the other pages of a store path."""
+    if context.may_browse(request):
+        document.a("About this path", href=f"{top}path/{asked.path.hash_part}")
+    document.a("NAR listing", href=f"{top}{asked.path.hash_part}.ls")
 
 
 def _row(document: Builder, entry: DirectoryEntry) -> None:
@@ -84,6 +107,8 @@ def _row(document: Builder, entry: DirectoryEntry) -> None:
         kind, after = "symlink", f" → {page.printable(entry.target)}"
     else:
         kind, size = "executable" if entry.mode & stat.S_IXUSR else "file", page.size(entry.size)
+        if content_type.is_source(content_type.of(entry.name, b"")):
+            reference += "?view"
     document.tr.td(class_="path").a(page.printable(entry.name), href=reference)
     document.span(after, class_="dim")
     document.td(kind, class_="kind").td(size, class_="size", title=f"{entry.size:,} bytes" if size else None)

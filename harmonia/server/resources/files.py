@@ -1,7 +1,7 @@
 """`/serve/<hash>/<path>`: files of a store path, for browsers.
 
-Symlinks are followed within the store path, and to other published paths. A client that knows the hash part can also
-download the NAR with the same files, so this is on by default.
+With `?view`, a text is a page in our own style. Symlinks are followed within the store path, and to other published
+paths. A client that knows the hash part can also download the NAR with the same files, so this is on by default.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http import content_type
 from harmonia.server.http.response import IMMUTABLE, Representation
-from harmonia.server.resources import directory
+from harmonia.server.resources import directory, text_file
 from harmonia.server.resources.nar import require_info
 from harmonia.store import object_files
 from harmonia.store.gc_roots import MAX_SYMLINKS
@@ -53,6 +53,8 @@ async def get(context: ServerContext, request: Request, where: str) -> Represent
     if not stat.S_ISDIR(entry.status.st_mode):
         if as_directory:
             raise NotFound
+        if "view" in request.get_args(keep_blank_values=True):
+            return await text_file.representation(context, request, info, names, entry)
         return _file(context, entry)
     if not as_directory:
         return page.redirect(

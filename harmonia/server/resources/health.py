@@ -5,6 +5,8 @@ them fails, this server is still healthy. On a server with tokens, the state is 
 needs no token.
 """
 
+from collections.abc import Iterator
+
 from sanic import Request
 
 from harmonia import __version__
@@ -18,18 +20,18 @@ async def get(context: ServerContext, request: Request) -> Representation:
     await context.threads.run_db(context.store.check)
     verbose = "verbose" in request.get_args(keep_blank_values=True)
     private = context.settings.tokens_path is not None  # but /health needs no token
-    more = _state(context) if verbose and not private else ""
-    return Representation(content_type=_TEXT, body=f"OK\n{more}".encode(), cache_control="no-store")
+    lines = ["OK", *(_states(context) if verbose and not private else ()), ""]
+    return Representation(content_type=_TEXT, body="\n".join(lines).encode(), cache_control="no-store")
 
 
-def _state(context: ServerContext) -> str:
-    state = context.upstreams.state() if context.upstreams else ""
+def _states(context: ServerContext) -> Iterator[str]:
+    for name, is_up in context.upstreams.states() if context.upstreams else ():
+        yield f"{name}: {'up' if is_up else 'down'}"
     if context.served_paths is not None:
         rows = context.metrics.rows
         queued, failing = sum(row.mirror_queued for row in rows), sum(row.mirror_failing for row in rows)
         up = "up" if any(row.mirror_up for row in rows) else "down"
-        state += f"mirror writes: {up}, {queued:g} paths queued, {failing:g} of them failing\n"
-    return state
+        yield f"mirror writes: {up}, {queued:g} paths queued, {failing:g} of them failing"
 
 
 async def get_version(_: ServerContext, __: Request) -> Representation:

@@ -1,9 +1,7 @@
 """`/metrics`: sums of the counters of all workers, in the Prometheus text format."""
 
 import math
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
 from dataclasses import astuple, fields
 
 from sanic import Request
@@ -11,11 +9,9 @@ from sanic import Request
 from harmonia.cache.disk_cache import Counters
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.warmer import State
-from harmonia.errors import StoreUnavailableError
 from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
-from harmonia.store.store import Store
 from harmonia.upload.queue import Statistics
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
@@ -71,25 +67,12 @@ def _sample(context: ServerContext, compressor: Compressor, more: Iterable[int])
 
 async def get(context: ServerContext, _: Request) -> Representation:
     sample(context)
-    paths, size = await _store_size(context)
+    paths, size = await context.store_size()
     return Representation(
         content_type="text/plain; version=0.0.4; charset=utf-8",
         body=await context.threads.run_io(lambda: _render(context, paths, size)),
         cache_control="no-store",
     )
-
-
-async def _store_size(context: ServerContext) -> tuple[float, float]:
-    """Return the number of valid paths and the sum of their NAR sizes, counted once a minute; NaN on errors."""
-
-    def count() -> tuple[float, float]:
-        store = Store.of(context.settings)
-        with closing(store.database), suppress(StoreUnavailableError):
-            return store.size()
-        return math.nan, math.nan
-
-    minute = time.monotonic() // 60
-    return await context.made.value(("store size", minute), None, count, lambda _: 200)
 
 
 def _render(context: ServerContext, store_paths: float, store_size: float) -> bytes:

@@ -4,7 +4,6 @@ Each path is a component with its name and version, and the NAR hash as a proper
 of files. Licences and vulnerabilities are not in the store's database.
 """
 
-import hashlib
 import json
 import uuid
 from collections import defaultdict
@@ -37,15 +36,8 @@ async def get(context: ServerContext, _: Request, hash_part: str) -> Representat
         references = queries.closure_references(store, info.path, packages.MAX_PATHS)
         return json.dumps(render(info, store.store_dir, members, references), indent=1).encode() + b"\n"
 
-    text = page.Text(await context.threads.run_slow_db(make))
-    return Representation(
-        content_type=_CONTENT_TYPE,
-        body=text.content,
-        cache_control="no-cache",
-        etag=f'"{hashlib.sha256(text.content).hexdigest()[:32]}"',
-        zstd=context.encoded(text),
-        headers={"content-disposition": f'inline; filename="{info.path.name}.cdx.json"'},
-    )
+    disposition = {"content-disposition": f'inline; filename="{info.path.name}.cdx.json"'}
+    return page.of_text(context, _CONTENT_TYPE, await context.threads.run_slow_db(make), disposition)
 
 
 def render(info: PathInfo, store_dir: str, members: list[Member], references: list[tuple[int, int]]) -> dict[str, Any]:

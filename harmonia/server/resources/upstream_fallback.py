@@ -99,14 +99,14 @@ class UpstreamHandlers:
         await self._fetcher.close()
         await self._upstreams.close()
 
-    def state(self) -> str:
-        """Return a line for the mirror's bucket and for each upstream: whether it is up or down."""
+    def states(self) -> list[tuple[str, bool]]:
+        """Return the name of the mirror's bucket and of each upstream, and whether it is up."""
         mirror = self._context.settings.mirror
-        lines = []
-        for client in self._upstreams.clients:
-            kind = "mirror" if mirror.is_read and client.base == mirror.url else "upstream"
-            lines.append(f"{kind} {client.base}: {'up' if client.breaker.closed else 'down'}\n")
-        return "".join(lines)
+        mirror_url = mirror.url if mirror.is_read else None
+        return [
+            (f"{'mirror' if client.base == mirror_url else 'upstream'} {client.base}", client.breaker.closed)
+            for client in self._upstreams.clients
+        ]
 
     async def explain(self, request: Request, hash_part: str) -> list[explain.Reason]:
         answers = await self._upstreams.ask_each(hash_part, _via(request))

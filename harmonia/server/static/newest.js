@@ -22,15 +22,16 @@ const add = (hash, name, bytes) => {
   const link = document.createElement("a");
   link.href = "path/" + hash;
   link.textContent = name;
-  const dim = document.createElement("span");
-  dim.className = "dim";
-  dim.textContent = hash;
+  const hashPart = document.createElement("span");
+  hashPart.className = "hash";
+  hashPart.textContent = hash;
   const cell = row.insertCell();
   cell.className = "path";
-  cell.append(link, " ", dim);
-  for (const text of [size(bytes), new Date().toISOString().slice(0, 16).replace("T", " ") + " UTC"]) {
+  cell.append(link, " ", hashPart);
+  const now = new Date().toISOString().slice(0, 16).replace("T", " ") + " UTC";
+  for (const [text, style] of [[size(bytes), "size"], [now, "size date"]]) {
     const other = row.insertCell();
-    other.className = "size";
+    other.className = style;
     other.textContent = text;
   }
   while (body.rows.length > most) body.lastElementChild.remove();
