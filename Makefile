@@ -9,6 +9,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve demo test test-slow quick check format test-versions docs pictures fuzz audit bench soak attack vm-test seaweedfs clean help
 
+# Has axe-core, which finds barriers for people in pages. Without its dependencies: Playwright, which we do not use.
+AXE := axe-playwright-python==0.1.8
+
 # Address to listen on, like :8080 or 127.0.0.1:8080. Default: port 5000 on all addresses.
 BIND ?=
 AT = $(if $(BIND),--bind '$(BIND)')
@@ -107,4 +110,5 @@ clean:  ## Remove everything that the other targets created
 	@echo 'Downloading the dependencies from PyPI into .venv: about a minute, once'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps '$(AXE)'
 	touch $@
