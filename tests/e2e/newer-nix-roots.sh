@@ -1,6 +1,6 @@
 #!/bin/sh
-# newer-nix-roots.sh [DIR]: makes DIR/trixie (Nix 2.26) and DIR/sid (Nix 2.34), the root file systems that
-# nix_client.py runs newer Nixes from. A root that is there already is kept.
+# newer-nix-roots.sh [DIR]: makes DIR/bullseye (Nix 2.3), DIR/trixie (Nix 2.26) and DIR/sid (Nix 2.34), the root file
+# systems that nix_client.py runs other Nixes from. A root that is there already is kept.
 #
 # Needs root, mmdebstrap and the network. The variant "extract" only unpacks packages: no maintainer script runs, so
 # it is quick, and nix_client.py writes what little of /etc a Nix client reads.
@@ -19,11 +19,13 @@ make_root() {
   mv -T "$root.tmp" "$root"
 }
 
-make_root trixie &
-trixie=$!
-make_root sid &
-sid=$!
 failed=0
-wait "$trixie" || failed=1
-wait "$sid" || failed=1
+roots=
+for suite in bullseye trixie sid; do
+  make_root "$suite" &
+  roots="$roots $!"
+done
+for root in $roots; do
+  wait "$root" || failed=1
+done
 exit "$failed"

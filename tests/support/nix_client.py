@@ -99,6 +99,8 @@ class Nix:
 NIXES = tuple(
     Nix(name, root) for name, root in (("host", Path("/")), ("trixie", ROOTS / "trixie"), ("sid", ROOTS / "sid"))
 )
+OLD_NIX = Nix("bullseye", ROOTS / "bullseye")
+"""Nix 2.3, for tests of its own: it has other commands, and cannot read zstd."""
 
 
 @dataclass(frozen=True)
