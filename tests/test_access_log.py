@@ -4,13 +4,18 @@ import http.client
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harmonia.config.tokens import new
 from support.pages import ROOT
@@ -21,7 +26,8 @@ Start = Callable[..., Server]
 ON = "access_log = true"
 LINE = re.compile(
     r"\S+ INFO (?P<client>\S+) '(?P<request>\S+ \S+)' (?P<status>\d{3}) (?P<sent>\d+) (?P<time>\d+\.\d)ms "
-    r"(?P<agent>'.*'|\".*\") route=(?P<route>\w+) first_byte=\d+\.\dms(?P<left> client_left)?\n"
+    r"(?P<agent>'.*'|\".*\") route=(?P<route>\w+) outcome=\w+ first_byte=\d+\.\dms"
+    r"(?P<left> client_left)?\n"
 )
 
 
@@ -212,6 +218,47 @@ def test_client_cannot_forge_a_log_line(proxied: Server, request_head: bytes) ->
     assert all(line.startswith(f"{today}T") for line in proxied.log), proxied.log
 
 
+@pytest.fixture(scope="module", params=["text", "json"])
+def verbose(
+    request: pytest.FixtureRequest, sample: Sample, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Start a server that logs each request, and each decision about it."""
+    settings = f"{ON}\ntrusted_proxies = ['127.0.0.1']\nlog_level = 'debug'\nlog_format = '{request.param}'"
+    server = Server(tmp_path_factory.mktemp("verbose") / "server", sample.root, settings)
+    server.start()
+    yield server
+    assert server.stop() == 0
+
+
+FIELDS = (b"User-Agent", b"X-Forwarded-For", b"X-Request-ID", b"Authorization", b"Range", b"If-None-Match", b"Via")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    target=st.binary(max_size=20),
+    sent=st.lists(st.tuples(st.sampled_from(FIELDS), st.binary(max_size=40)), max_size=4),
+    encoded=st.booleans(),
+)
+def test_no_bytes_of_a_request_reach_the_log_as_control_characters(
+    verbose: Server, target: bytes, sent: list[tuple[bytes, bytes]], *, encoded: bool
+) -> None:
+    path = quote(target).encode() if encoded else target
+    lines = [b"GET /serve/" + path + b" HTTP/1.1", b"Host: cache", b"Connection: close"]
+    with verbose.connect() as connection:
+        connection.sendall(b"\r\n".join([*lines, *(b": ".join(field) for field in sent), b"", b""]))
+        connection.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):
+            while connection.recv(4096):
+                pass
+    before = len(verbose.log)
+    verbose.get("/health")
+    wait_until(lambda: any("/health" in line for line in verbose.log[before:]))
+    today = verbose.log[0].partition("T")[0]
+    for line in verbose.log:
+        assert line[:-1].isprintable()
+        assert line.startswith(f"{today}T" if today[0] != "{" else '{"time": "')
+
+
 def in_the_journal(program: Sequence[str]) -> list[str]:
     """Return the program with a JOURNAL_STREAM that names its stderr, as systemd sets it."""
     return ["sh", "-c", 'JOURNAL_STREAM=$(stat -L -c %d:%i /dev/stderr) exec "$@"', "sh", *program]
@@ -244,7 +291,7 @@ def test_json_lines_have_documented_fields(start: Start, sample: Sample, tmp_pat
     (tmp_path / "tokens").write_text(f"{token}\n")
     server = start(store=sample.root, settings=f"{ON}\nlog_format = 'json'\ntokens_path = '{tmp_path}/tokens'")
     url = f"{nar_url(sample.small)}?json"
-    server.get(url, {"Authorization": f"Bearer {secret}", "User-Agent": 'a"\u00e9'})
+    server.get(url, {"Authorization": f"Bearer {secret}", "User-Agent": 'a"\u00e9', "X-Request-ID": "7f3a"})
     wait_until(lambda: any("?json" in line for line in server.log))
     events = [json.loads(line) for line in server.log]
     assert all(list(event)[:3] == ["time", "level", "logger"] for event in events)
@@ -252,6 +299,7 @@ def test_json_lines_have_documented_fields(start: Start, sample: Sample, tmp_pat
     [event] = [event for event in events if "?json" in event.get("url", "")]
     assert (event["client"], event["method"], event["route"], event["status"]) == ("127.0.0.1", "GET", "nar", 200)
     assert (event["sent"], event["token"]) == (sample.small.nar_size, "ci")
+    assert (event["outcome"], event["request_id"]) == ("store", "7f3a")
     assert 0 < event["first_byte_seconds"] <= event["seconds"] < 60
     page = (ROOT / "docs/reference/service.md").read_text()
     rows = re.findall(r"^\| (`.*?) \|", page.partition("### Fields")[2].partition("\n#")[0], re.MULTILINE)

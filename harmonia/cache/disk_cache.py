@@ -180,27 +180,29 @@ class DiskCache:
         self.filled(len(content))
         return True
 
-    def write_file(self, key: str, make: Callable[[], Iterable[bytes]]) -> None:
-        """Write the pieces that `make` returns to the file of a key.
+    def write_file(self, key: str, make: Callable[[], Iterable[bytes]]) -> bool:
+        """Write the pieces that `make` returns to the file of a key. Return True if that was done.
 
         Does nothing if the file exists, if another process writes it, or if the disk fails, which is logged. An error
         of `make` leaves no file; an OSError is not raised.
         """
         opened = self.open_file(key)
         if opened is None:
-            return
+            return False
         reader, filler = opened
         reader.close()
         if filler is None:
-            return
+            return False
         try:
             with suppress(OSError):
                 pieces = iter(make())
                 while part := _next_bytes(pieces, _WRITE_BYTES):
                     filler.append(part)
                 filler.commit()
+                return True
         finally:
             filler.abandon()  # no effect after a commit
+        return False
 
     def discard(self, path: str, file: CachedFile) -> None:
         """Remove a file whose content changed after it was written, unless another file has replaced it."""

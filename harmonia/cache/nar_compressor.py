@@ -183,9 +183,19 @@ class CompressedNar:
         return self._compressor.is_damaged(self._source)
 
     @property
+    def is_in_cache(self) -> bool:
+        """Return True if the cache has the file, complete or growing."""
+        return self._file is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Return True if the cache has the complete file."""
+        return self._file is not None and self._file.whole
+
+    @property
     def reads_briefly(self) -> bool:
         """True if the file is complete: then `read` only opens it."""
-        return self._file is not None and self._file.whole
+        return self.is_complete
 
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:
         self._file = self._file or self._open_file()

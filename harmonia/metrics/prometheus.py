@@ -19,7 +19,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from harmonia import __version__
-from harmonia.metrics.shared_counters import BOUNDS, MAX_TOKENS, Histogram, Metrics, RouteCounters, UpstreamCounters
+from harmonia.metrics.outcome import Outcome
+from harmonia.metrics.shared_counters import BOUNDS, MAX_TOKENS, Histogram, Metrics, OutcomeCounters, UpstreamCounters
 
 _TOTALS = {
     "cache_hits": "Requests for a NAR that was in the cache, complete or growing.",
@@ -30,6 +31,7 @@ _TOTALS = {
     "cache_corrupt": "Damaged NARs removed from the cache.",
     "encoder_seconds": "CPU time of compression, in seconds.",
     "damaged_nars": "Compressions that failed because a NAR differed from its record in the database.",
+    "compression_saved_bytes": "NAR sizes less the bytes sent, of NARs that were sent whole and compressed.",
     "events": "Events recorded for clients of /events.",
     "events_disconnected": "Clients of /events that were disconnected because they did not read.",
     "warmed_nars": "NARs of new paths compressed before a client asked.",
@@ -120,29 +122,34 @@ class _Families(Collector):
     def _requests(self) -> Iterator[Metric]:
         routes = {name: [row.routes[name] for row in self._rows] for name in self._rows[0].routes}
         requests = CounterMetricFamily("harmonia_requests", "Responses.", labels=["route", "status"])
+        by_outcome = ["route", "outcome"]
         sent = CounterMetricFamily(
-            "harmonia_sent_bytes", "Bytes of response bodies, after content encoding.", labels=["route"]
+            "harmonia_sent_bytes", "Bytes of response bodies, after content encoding.", labels=by_outcome
         )
         broken = CounterMetricFamily(
             "harmonia_broken_bodies", "Response bodies that the server could not finish.", labels=["route"]
         )
         in_flight = GaugeMetricFamily("harmonia_requests_in_flight", "Requests in flight.", labels=["route"])
         head = HistogramMetricFamily(
-            "harmonia_head_seconds", "Seconds from the request to the first byte of the response.", labels=["route"]
+            "harmonia_head_seconds", "Seconds from the request to the first byte of the response.", labels=by_outcome
         )
         body = HistogramMetricFamily(
-            "harmonia_body_seconds", "Seconds from first to last byte of streamed responses.", labels=["route"]
+            "harmonia_body_seconds", "Seconds from first to last byte of streamed responses.", labels=by_outcome
         )
         for name, rows in routes.items():
             for status, count in enumerate(_sum(route.statuses for route in rows)):
                 if count:
                     requests.add_metric([name, str(status)], count)
-            sent.add_metric([name], sum(route.sent for route in rows))
             broken.add_metric([name], sum(route.broken for route in rows))
             in_flight.add_metric([name], sum(route.in_flight for route in rows))
-            head.add_metric([name], *_histogram(route.head for route in rows))
-            if any(map(_is_streamed, rows)):
-                body.add_metric([name], *_histogram(route.body for route in rows))
+            for outcome in Outcome:
+                counters = [route.outcomes[outcome] for route in rows]
+                labels = [name, str(outcome)]
+                sent.add_metric(labels, sum(each.sent[0] for each in counters))
+                if any(any(each.head.cells) for each in counters):  # otherwise, there would be 6 series for each bucket
+                    head.add_metric(labels, *_histogram(each.head for each in counters))
+                if any(map(_is_streamed, counters)):
+                    body.add_metric(labels, *_histogram(each.body for each in counters))
         yield from (requests, sent, broken, in_flight, head, body)
 
     def _mirror(self) -> Iterator[Metric]:
@@ -266,8 +273,8 @@ def _process(pid: int) -> Iterable[Metric]:
     return collector.collect()
 
 
-def _is_streamed(route: RouteCounters) -> bool:
-    return any(route.body.cells)
+def _is_streamed(counters: OutcomeCounters) -> bool:
+    return any(counters.body.cells)
 
 
 def _sum(rows: Iterable[Sequence[float]]) -> list[float]:

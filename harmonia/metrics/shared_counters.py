@@ -12,6 +12,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from threading import Lock
 
+from harmonia.metrics.outcome import Outcome
+
 BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper bounds of a histogram's buckets in seconds: from the lookup of a cached path to the largest download."""
 
@@ -40,61 +42,70 @@ class Histogram:
         self.cells[-1] += seconds
 
 
-class RouteCounters:
-    """The counters of the requests for one kind of resource."""
+class OutcomeCounters:
+    """The counters of the requests for one kind of resource that had the same outcome."""
 
-    size = STATUSES + 2 * Histogram.size + 3
+    size = 2 * Histogram.size + 1
 
-    def __init__(self, name: str, cells: "memoryview[float]") -> None:
-        self.name = name
-        """The value of the label `route`."""
-        self.statuses, head, body, self._rest = _cut(cells, STATUSES, Histogram.size, Histogram.size, 3)
+    def __init__(self, cells: "memoryview[float]") -> None:
+        head, body, sent = _cut(cells, Histogram.size, Histogram.size, 1)
         self.head = Histogram(head)
         """Seconds from the request to the first byte of the response."""
         self.body = Histogram(body)
         """Seconds from the first to the last byte, only of streamed responses."""
+        self.sent = sent
+        """The bytes of response bodies, in one cell."""
 
-    @property
-    def sent(self) -> float:
-        """Return the bytes of response bodies."""
-        return self._rest[0]
+
+class RouteCounters:
+    """The counters of the requests for one kind of resource."""
+
+    size = STATUSES + len(Outcome) * OutcomeCounters.size + 2
+
+    def __init__(self, name: str, cells: "memoryview[float]") -> None:
+        self.name = name
+        """The value of the label `route`."""
+        self.statuses, *outcomes, self._rest = _cut(cells, STATUSES, *[OutcomeCounters.size] * len(Outcome), 2)
+        self.outcomes = [OutcomeCounters(each) for each in outcomes]
+        """The counters of each Outcome, by its value."""
 
     @property
     def in_flight(self) -> float:
         """Return the number of requests in flight."""
-        return self._rest[1]
+        return self._rest[0]
 
     @property
     def broken(self) -> float:
         """Return the number of response bodies that the server could not finish, without disconnects of clients."""
-        return self._rest[2]
+        return self._rest[1]
 
     def begin(self) -> None:
         """Count a request in flight."""
-        self._rest[1] += 1
+        self._rest[0] += 1
 
     def end(self) -> None:
         """Count one request in flight less."""
-        self._rest[1] -= 1
+        self._rest[0] -= 1
 
     def forget(self) -> None:
         """Set the number of requests in flight to 0, because the process that handled them has ended."""
-        self._rest[1] = 0
+        self._rest[0] = 0
 
     def break_off(self) -> None:
         """Count a response body that the server could not finish."""
-        self._rest[2] += 1
+        self._rest[1] += 1
 
-    def count(self, status: int, sent: int, head: float, body: float | None) -> None:
+    def count(self, status: int, outcome: Outcome, sent: int, head: float, body: float | None) -> None:
         """Count a response with `sent` bytes of body.
 
         `head` and `body` are durations in seconds; `body` is None for a response that was not streamed.
         """
         self.statuses[status] += 1
-        self._rest[0] += sent
-        self.head.observe(head)
+        counters = self.outcomes[outcome]
+        counters.sent[0] += sent
+        counters.head.observe(head)
         if body is not None:
-            self.body.observe(body)
+            counters.body.observe(body)
 
 
 def _cell(index: int, meaning: str) -> property:
@@ -241,7 +252,8 @@ class Metrics:
     def responses(self) -> tuple[float, bool]:
         """Return the number of responses of all workers, and whether a request is in flight."""
         routes = [route for row in self.rows for route in row.routes.values()]
-        return sum(sum(route.head.cells[:-1]) for route in routes), any(route.in_flight for route in routes)
+        heads = [outcome.head for route in routes for outcome in route.outcomes]
+        return sum(sum(head.cells[:-1]) for head in heads), any(route.in_flight for route in routes)
 
     def adopt_slot(self, place: int) -> None:
         """Make the row with index `place` the row of this process."""

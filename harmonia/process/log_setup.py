@@ -47,6 +47,8 @@ class _JsonFormatter(logging.Formatter):
         event = {"time": _iso_time(record), "level": record.levelname.lower(), "logger": record.name}
         fields = getattr(record, "fields", None)
         event |= {"message": _cut(super().format(record))} if fields is None else fields
+        if (request_id := getattr(record, "request_id", None)) is not None:
+            event["request_id"] = request_id
         line = json.dumps(event)
         return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line
 

@@ -11,10 +11,12 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.config import Config
 
 from harmonia.config.settings import Settings
+from harmonia.metrics.outcome import Outcome
 from harmonia.metrics.shared_counters import UNKNOWN, Metrics, RouteCounters
+from harmonia.process import request_trace
 from harmonia.server import error_response
 from harmonia.server.context import Fallback, ServerContext
-from harmonia.server.http import access_log, sanic_adapter
+from harmonia.server.http import access_log, outcome, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.request_body import dropping
 from harmonia.server.http.response import Handler, Representation, respond
@@ -32,6 +34,8 @@ _CONFIG: dict[str, Any] = {
     "ACCESS_LOG": False,
     "MOTD": False,
 }
+_CLIENT_LEFT = 499
+"""Status in log and metrics, as in nginx, if the client disconnected before the first byte of the response."""
 
 
 def create_metrics(settings: Settings) -> Metrics:
@@ -86,9 +90,8 @@ def _app(
         handler = _handler(route, guard)
         strict = route.uri != "/"  # strict `/` makes Sanic fail for `//`; landing.py checks the path itself
         counters = context.metrics.own.routes[route.metric]
-        endpoint = _endpoint(context, handler, counters)
         app.add_route(
-            endpoint,
+            _endpoint(context, handler, counters, route.outcome),
             route.uri,
             methods=route.methods,
             name=route.metric,
@@ -98,12 +101,14 @@ def _app(
         )
         if route.put is not None:
             put = receiving(guard.guarded(route.put, "push") if guard else route.put)
-            endpoint = _endpoint(context, put, counters)
             name = f"put_{route.metric}"
+            endpoint = _endpoint(context, put, counters, Outcome.NONE)
             app.add_route(endpoint, route.uri, ("PUT",), name=name, strict_slashes=True, stream=True)
     unknown = context.metrics.own.routes[UNKNOWN]
 
     def failed(request: Request, error: Exception) -> HTTPResponse | None:
+        if request_trace.is_on():
+            access_log.begin_trace(request)
         error = guard.error_to_send(request, error) if guard else error
         return _done(context, unknown, request, error_response.response(context, request, error))
 
@@ -111,8 +116,9 @@ def _app(
     return app
 
 
-def _upstream_nar_now(context: ServerContext, name: str, *, forwarded: bool) -> Content | None:
-    return None if forwarded or context.upstreams is None else context.upstreams.nar_now(name)
+def _upstream_nar_now(context: ServerContext, name: str, *, forwarded: bool) -> tuple[Content, Outcome] | None:
+    content = None if forwarded or context.upstreams is None else context.upstreams.nar_now(name)
+    return None if content is None else (content, Outcome.MEMORY)
 
 
 def _handler(route: Route, guard: Guard | None) -> Handler:
@@ -134,15 +140,23 @@ def _with_fallback(local: Handler, select: Callable[[Fallback], Handler]) -> Han
         except AbsentError:
             if context.upstreams is None:
                 raise
+        request_trace.log.debug("the local store does not have it: asking upstreams")
         return await select(context.upstreams)(request, **parameters)
 
     return get
 
 
 def _endpoint(
-    context: ServerContext, handler: Handler, route: RouteCounters
+    context: ServerContext, handler: Handler, route: RouteCounters, default: Outcome
 ) -> Callable[..., Coroutine[Any, Any, HTTPResponse | None]]:
+    """Return the function that Sanic calls for a route. `default` is the outcome if the handler notes none."""
+    is_traced = request_trace.is_on()
+    is_each_logged = is_traced or context.settings.access_log
+
     async def endpoint(request: Request, **parameters: str) -> HTTPResponse | None:
+        if is_traced:
+            access_log.begin_trace(request)
+            request_trace.log.debug("route %s, client %s", route.name, context.client(request))
         await context.loop_turns.start(partial(context.client, request))
         route.begin()
         try:
@@ -151,15 +165,15 @@ def _endpoint(
             response = error_response.response(context, request, error)
             still_valid = error.still_valid if isinstance(error, AbsentError) else None
         except asyncio.CancelledError:  # the client has disconnected, or the worker stops
-            if request.responded:
-                request.ctx.left = True
-                _done(context, route, request, None)
+            request.ctx.left = True
+            gone = None if request.responded else HTTPResponse(status=_CLIENT_LEFT)
+            _done(context, route, request, gone, default)
             raise
         finally:
             route.end()
-        if still_valid is not None and response is not None and not context.settings.access_log:
+        if still_valid is not None and response is not None and not is_each_logged:
             request.ctx.still_valid = still_valid, route
-        return _done(context, route, request, response)
+        return _done(context, route, request, response, default)
 
     return endpoint
 
@@ -172,24 +186,33 @@ async def _answer(
 
 
 def _done(
-    context: ServerContext, route: RouteCounters, request: Request, response: HTTPResponse | None
+    context: ServerContext,
+    route: RouteCounters,
+    request: Request,
+    response: HTTPResponse | None,
+    default: Outcome = Outcome.NONE,
 ) -> HTTPResponse | None:
-    """Count and log a request, and return its response. `response` is None if it was streamed already."""
+    """Count and log a request, and return its response. `response` is None if it was streamed already.
+
+    `default` is the outcome if none was noted.
+    """
     final = response or sanic_adapter.response_of(request)
     sent = getattr(request.ctx, "sent", 0 if request.method == "HEAD" else len(final.body or b""))
-    _count(route, request, final.status, sent)
+    found = outcome.of(request, final.status, default)
+    _count(route, request, final.status, found, sent)
     served = getattr(request.ctx, "served", None)
     if served is not None and sent and final.status < HTTPStatus.MULTIPLE_CHOICES:
         served(sent, complete=not (hasattr(request.ctx, "left") or hasattr(request.ctx, "broken")))
-    access_log.log(request, route.name, final.status, sent, context.settings.trusted_proxies)
+    request_trace.log.debug("status %d, %d bytes sent, outcome %s", final.status, sent, found)
+    access_log.log(request, route.name, final.status, found, sent, context.settings.trusted_proxies)
     return response
 
 
-def _count(route: RouteCounters, request: Request, status: int, sent: int) -> None:
-    """Count a request with its status, the bytes of body sent, and its times."""
+def _count(route: RouteCounters, request: Request, status: int, outcome: Outcome, sent: int) -> None:
+    """Count a request with its status, its outcome, the bytes of body sent, and its times."""
     now = perf_counter()
     began = sanic_adapter.began_at(request) or now
     head = getattr(request.ctx, "head_at", None)
-    route.count(status, sent, (head or now) - began, now - head if head else None)
+    route.count(status, outcome, sent, (head or now) - began, now - head if head else None)
     if getattr(request.ctx, "broken", False):
         route.break_off()

@@ -165,6 +165,8 @@ class ServerContext:
         self.debug_info = _debug_info(settings)
         self.push = _push_receiver(settings) if settings.push.enable else None
         self.served_paths = ServedPaths() if settings.mirror.write_served else None
+        self.compression_saved_bytes = 0
+        """NAR sizes less the bytes sent, of NARs that this worker sent whole and compressed."""
         self.small_nars = SingleFlight()
         """Small NARs that are being compressed."""
         self.failed_nars = FailedNars()

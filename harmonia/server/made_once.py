@@ -34,6 +34,8 @@ class MadeFile:
     """A complete file of the cache, as a body."""
 
     file: CachedFile
+    is_new: bool = False
+    """True if the file was written for this request, or for another one at the same time."""
 
     @property
     def size(self) -> int:
@@ -65,6 +67,10 @@ class MadeOnce:
         self._flights = SingleFlight()
         self._threads = FairExecutor(_THREADS, _THREADS_PER_CLIENT, "make")
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Return True if the value for a key is in memory."""
+        return key in self._values
+
     async def value(self, key: Hashable, client: Hashable, make: Callable[[], _T], size: Callable[[_T], int]) -> _T:
         """Return the cached value for a key. If there is none, run `make` in a thread, fairly between clients.
 
@@ -82,10 +88,10 @@ class MadeOnce:
         if self._files is None:
             return None
         files = self._files
-        await self._flights.run(
+        is_new = await self._flights.run(
             key, lambda: asyncio.wrap_future(self._threads.submit(client, files.write_file, key, make))
         )
-        return await hand_over(self._threads.submit(client, _open_file, files, key))
+        return await hand_over(self._threads.submit(client, _open_file, files, key, is_new))
 
     def open_file(self, key: str) -> MadeFile:
         """Return a cached file, to be closed. Raise CacheFileError if the file was evicted."""
@@ -101,6 +107,6 @@ class MadeOnce:
         return value
 
 
-def _open_file(files: DiskCache, key: str) -> MadeFile | None:
+def _open_file(files: DiskCache, key: str, is_new: bool) -> MadeFile | None:  # noqa: FBT001 (a callback of a thread)
     file = files.find_file(key)
-    return None if file is None else MadeFile(file)
+    return None if file is None else MadeFile(file, is_new)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from harmonia.config.tokens import Scope
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix.base32 import ALPHABET
 from harmonia.server.context import Fallback
 from harmonia.server.http.response import Handler, Representation
@@ -61,6 +62,8 @@ class Route:
     """
     put: Handler | None = None
     """Handles uploads with PUT. It reads the body itself, without a limit."""
+    outcome: Outcome = Outcome.NONE
+    """Outcome of a response for which the handler notes none."""
     fallback: Callable[[Fallback], Handler] | None = None
     """Selects the handler for upstreams, which answers if the local store does not have the resource."""
 
@@ -79,14 +82,14 @@ ROUTES = (
         metric="narinfo",
         fallback=lambda upstreams: upstreams.get_narinfo,
     ),
-    Route(uri=BULK_URI, handler=bulk_narinfo.post, metric="get_narinfos", methods=("POST",)),
+    Route(uri=BULK_URI, handler=bulk_narinfo.post, metric="get_narinfos", methods=("POST",), outcome=Outcome.STORE),
     Route(
         uri=rf"/<hash_part:{_HASH_PART}\.ls>",
         handler=listing.get,
         metric="listing",
         fallback=lambda upstreams: upstreams.get_listing,
     ),
-    Route(uri=rf"/<hash_part:{_HASH_PART}\.closure>", handler=closure.get, metric="closure"),
+    Route(uri=rf"/<hash_part:{_HASH_PART}\.closure>", handler=closure.get, metric="closure", outcome=Outcome.STORE),
     Route(uri="/nar/<name:str>", handler=nar.get, metric="nar"),
     Route(
         uri="/upstream/<name:path>",
@@ -94,17 +97,19 @@ ROUTES = (
         metric="upstream",
         fallback=lambda upstreams: upstreams.get_nar,
     ),
-    Route(uri="/log/<name:str>", handler=build_log.get, metric="log"),
+    Route(uri="/log/<name:str>", handler=build_log.get, metric="log", outcome=Outcome.STORE),
     Route(
         uri="/realisations/<name:str>",
         handler=build_trace.get_realisation,
         metric="realisation",
+        outcome=Outcome.STORE,
         fallback=lambda upstreams: upstreams.get_realisation,
     ),
     Route(
         uri="/build-trace-v2/<derivation:str>/<name:str>",
         handler=build_trace.get,
         metric="build_trace",
+        outcome=Outcome.STORE,
         fallback=lambda upstreams: upstreams.get_build_trace,
     ),
     Route(
@@ -112,9 +117,10 @@ ROUTES = (
         handler=debuginfo.get,
         metric="debuginfo",
         rate_limited=True,
+        outcome=Outcome.STORE,
         fallback=lambda upstreams: upstreams.get_debuginfo,
     ),
-    Route(uri="/serve/<where:path>", handler=files.get, metric="serve"),
+    Route(uri="/serve/<where:path>", handler=files.get, metric="serve", outcome=Outcome.STORE),
     Route(uri="/search", handler=browse.search, metric="search", scope="browse", rate_limited=True),
     Route(uri=f"/path/<hash_part:{_HASH_PART}>", handler=browse.path, metric="path", scope="browse", rate_limited=True),
     Route(

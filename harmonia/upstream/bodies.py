@@ -126,6 +126,11 @@ class CachedBody:
         if rest is not None and rest.size is None:
             rest.size = self.size  # so that it recognizes a request for the whole NAR, and verifies it
 
+    @property
+    def is_complete(self) -> bool:
+        """Return True if the cache has the complete file."""
+        return self._file is not None and self._file.whole
+
     def close(self) -> None:
         self._close_file()
         if self._rest is not None:

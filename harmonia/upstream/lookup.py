@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cachetools import TLRUCache
 
 from harmonia.errors import UpstreamError
+from harmonia.metrics.outcome import Outcome
+from harmonia.process.request_trace import log
 from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
@@ -76,9 +78,22 @@ class UpstreamPool:
         An upstream must answer within `bound` seconds; a later response is cached for the next lookup.
         The cache has a path if both its narinfo and its NAR are there. Returns None for a request in a loop.
         """
+        return (await self.find_path(hash_part, via))[0]
+
+    async def find_path(self, hash_part: str, via: Via) -> tuple[RemotePath | None, Outcome]:
+        """Return the path like `lookup_path`, and where its narinfo comes from."""
         if via.is_loop(self.identity):
-            return None
-        return await self._lookup_remote(hash_part, via) or await self.lookup_cached_path(hash_part)
+            log.debug("the request has passed this server before: upstreams are not asked")
+            return None, Outcome.NONE
+        if (remembered := self._remembered(hash_part, via)) is not None:
+            log.debug("upstreams: remembered that %s", "one has it" if remembered.path else "none has it")
+            path, outcome = remembered.path, Outcome.MEMORY
+        else:
+            path, outcome = await self._ask_remote(hash_part, via), Outcome.UPSTREAM
+        if path is None and (path := await self.lookup_cached_path(hash_part)) is not None:
+            log.debug("the cache has the narinfo and the NAR of an upstream that does not answer")
+            outcome = Outcome.DISK
+        return path, outcome
 
     def find_planned(self, hash_part: str) -> RemotePath | None:
         """Return the path that `lookup_path` would return for a client without a request, or None. Does not block."""
@@ -113,13 +128,23 @@ class UpstreamPool:
             await narinfos.keep(path)
 
     async def _lookup_remote(self, hash_part: str, via: Via) -> RemotePath | None:
+        remembered = self._remembered(hash_part, via)
+        return await self._ask_remote(hash_part, via) if remembered is None else remembered.path
+
+    def _remembered(self, hash_part: str, via: Via) -> "CachedLookup | None":
+        """Return an earlier lookup that is still valid, or None."""
         # A hit is valid for all requests. A miss is valid only for the same Via, which excludes some upstreams.
         for key in ((hash_part, Via()), (hash_part, via)):
             cached = self._lookup_cache.get(key)
             if cached is not None and not (cached.path and self._is_useless(cached.path, via)):
-                return cached.path
+                return cached
+        return None
+
+    async def _ask_remote(self, hash_part: str, via: Via) -> RemotePath | None:
         task = self._once((hash_part, via), lambda: self._ask_for_path(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
+        if not done:
+            log.debug("no upstream has answered within %g s: answered as missing", self._bound)
         return task.result() if done else None
 
     async def lookup_nar(self, name: NarName, via: Via, failed: Collection[Client] = ()) -> RemotePath | None:
@@ -203,6 +228,8 @@ class UpstreamPool:
                         while running:
                             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                             failed = {task for task in done if isinstance(task.exception(), UpstreamError)}
+                            for task in failed:
+                                log.debug("an upstream failed: %s", task.exception())
                             sure = sure and not failed
                             answers = [task for task in done - failed if task.result() is not None]
                             running |= set(answers[1:])  # discarded below
@@ -229,8 +256,13 @@ class UpstreamPool:
         """Return a path from a plan of the upstream, or fetch its narinfo and then its plan."""
         plans = self.plans[client]
         path = plans.find(hash_part)
-        if path is None and not plans.is_missing(hash_part):
+        if path is not None:
+            log.debug("%s has it, as a plan of it shows", client.base)
+        elif plans.is_missing(hash_part):
+            log.debug("%s does not have it, as a plan of it shows", client.base)
+        else:
             path = await fetch_narinfo(client, hash_part, headers)
+            log.debug("%s %s", client.base, "has it" if path else "does not have it, or it was refused")
             if path is not None:
                 await plans.prepare(path, headers, self._bound * _PLAN_SHARE)
         return path

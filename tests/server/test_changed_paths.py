@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from harmonia.config import loader
 from harmonia.errors import StoreObjectError
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix import base32, narinfo
+from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.server import worker
 from harmonia.server.context import ServerContext
@@ -137,14 +139,14 @@ def test_narinfo_from_memory_is_that_of_a_new_lookup(signer: SecretKey | None) -
                     hash_part = path.rpartition("/")[2][:32]
                     wanted = expected(fresh, hash_part, signer)
                     for _ in range(2):
-                        content = narinfos.content_now(hash_part)
+                        found = narinfos.content_now(hash_part)
                         if wanted is None:
-                            assert content is None
+                            assert found is None
                         elif wanted == "":
-                            assert content is ABSENT
+                            assert found == (ABSENT, Outcome.NONE)
                         else:
-                            assert content is not None
-                            assert content.body.decode() == wanted
+                            assert found is not None
+                            assert found[0].body.decode() == wanted
 
         @given(steps)
         def changed(transactions: list[list[Change]]) -> None:
@@ -161,13 +163,17 @@ def test_replaced_database_is_read_in_the_next_turn_of_the_event_loop(tmp_path: 
     context = prepared(builder, str(tmp_path))
     narinfos = Narinfos(context)
 
+    def outcome(info: PathInfo) -> Outcome | None:
+        found = narinfos.content_now(info.path.hash_part)
+        return None if found is None else found[1]
+
     async def check() -> None:
-        assert narinfos.content_now(removed.path.hash_part) not in {None, ABSENT}
-        assert narinfos.content_now(added.path.hash_part) is ABSENT
+        assert outcome(removed) is Outcome.STORE
+        assert outcome(added) is Outcome.NONE
         os.replace(other.db_path, builder.db_path)
         await asyncio.sleep(0)
-        assert narinfos.content_now(removed.path.hash_part) is ABSENT
-        assert narinfos.content_now(added.path.hash_part) not in {None, ABSENT}
+        assert outcome(removed) is Outcome.NONE
+        assert outcome(added) is Outcome.STORE
 
     asyncio.run(check())
     context.close()

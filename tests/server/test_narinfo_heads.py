@@ -151,8 +151,10 @@ def test_first_request_for_each_path_is_counted_and_answered_without_sanic(
     metrics = server.get("/metrics").text
     assert f'harmonia_requests_total{{route="narinfo",status="200"}} {len(asked)}.0\n' in metrics
     assert 'harmonia_requests_total{route="narinfo",status="404"} 10.0\n' in metrics
-    assert f'harmonia_head_seconds_count{{route="narinfo"}} {len(asked) + 10}.0\n' in metrics
-    assert f'harmonia_sent_bytes_total{{route="narinfo"}} {float(sum(sizes) + 100)}\n' in metrics
+    for outcome, answers, sent in (("store", len(asked), sum(sizes)), ("none", 10, 100)):
+        labels = f'outcome="{outcome}",route="narinfo"'
+        assert f"harmonia_head_seconds_count{{{labels}}} {answers}.0\n" in metrics
+        assert f"harmonia_sent_bytes_total{{{labels}}} {float(sent)}\n" in metrics
 
 
 def test_first_request_of_a_connection_is_answered_without_sanic(

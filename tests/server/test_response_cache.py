@@ -115,8 +115,10 @@ def test_cached_responses_are_counted(server: Server, info: PathInfo) -> None:
         sent = sum(len(client.ask(head(info)).body) for _ in range(5))
     metrics = server.get("/metrics").text
     assert 'harmonia_requests_total{route="narinfo",status="200"} 5.0\n' in metrics
-    assert f'harmonia_sent_bytes_total{{route="narinfo"}} {float(sent)}\n' in metrics
-    assert 'harmonia_head_seconds_count{route="narinfo"} 5.0\n' in metrics
+    for outcome, answers in (("store", 1), ("memory", 4)):
+        labels = f'outcome="{outcome}",route="narinfo"'
+        assert f"harmonia_sent_bytes_total{{{labels}}} {sent / 5 * answers}\n" in metrics
+        assert f"harmonia_head_seconds_count{{{labels}}} {answers}.0\n" in metrics
 
 
 def test_cached_responses_are_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
@@ -268,7 +270,8 @@ def test_small_nar_is_replayed_until_the_path_is_deleted(
         assert hits(server) == 3
         metrics = server.get("/metrics").text
         assert 'harmonia_requests_total{route="nar",status="200"} 4.0\n' in metrics
-        assert f'harmonia_sent_bytes_total{{route="nar"}} {float(4 * len(first.body))}\n' in metrics
+        labels = 'outcome="memory",route="nar"'
+        assert f"harmonia_sent_bytes_total{{{labels}}} {float(3 * len(first.body))}\n" in metrics
         store.delete(info.path)
         assert client.ask(asked).status == 404
 

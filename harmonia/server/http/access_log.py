@@ -2,15 +2,20 @@
 
 import ipaddress
 import logging
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
 
 from sanic import Request
 
+from harmonia.metrics.outcome import Outcome
+from harmonia.process import request_trace
 from harmonia.server.http import sanic_adapter
 
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
 
 _log = logging.getLogger("harmonia.access")
 
@@ -66,8 +71,19 @@ def _ip(text: str) -> _Ip | None:
     return getattr(ip, "ipv4_mapped", None) or ip  # an IPv4 peer on a dual-stack socket
 
 
-def log(request: Request, route: str, status: int, sent: int, trusted: Sequence[str]) -> None:
-    """Log a request: status, bytes of body sent, seconds since its head was read, and what else is known of it.
+def request_id(request: Request) -> str | None:
+    """Return X-Request-ID, which a proxy may set, or None if it is missing, malformed or longer than 128 characters."""
+    value = request.headers.get("x-request-id", "")
+    return value if _REQUEST_ID.fullmatch(value) else None
+
+
+def begin_trace(request: Request) -> None:
+    """Let the debug log name this request from now on."""
+    request_trace.begin(request_id(request), f"{request.method} {sanic_adapter.reader_of(request).url}")
+
+
+def log(request: Request, route: str, status: int, outcome: Outcome, sent: int, trusted: Sequence[str]) -> None:
+    """Log a request: status, outcome, bytes of body sent, seconds since its head was read, and what else is known.
 
     `route` is its label in the metrics.
     """
@@ -83,6 +99,7 @@ def log(request: Request, route: str, status: int, sent: int, trusted: Sequence[
         "url": sanic_adapter.reader_of(request).url,
         "route": route,
         "status": status,
+        "outcome": str(outcome),
         "sent": sent,
         "seconds": round(now - began, 6),
         "first_byte_seconds": round((first_byte_at or now) - began, 6),
@@ -90,11 +107,13 @@ def log(request: Request, route: str, status: int, sent: int, trusted: Sequence[
     }
     if token is not None:
         fields["token"] = token.name
+    if (sent_id := request_id(request)) is not None:
+        fields["request_id"] = sent_id
     if getattr(request.ctx, "left", False):
         fields["client_left"] = True
     # Text from the client is quoted, so that a client cannot forge log lines.
     _log.info(
-        "%s %r %d %d %.1fms %r route=%s first_byte=%.1fms%s%s",
+        "%s %r %d %d %.1fms %r route=%s outcome=%s first_byte=%.1fms%s%s%s",
         fields["client"],
         f"{fields['method']} {fields['url']}",
         status,
@@ -102,8 +121,10 @@ def log(request: Request, route: str, status: int, sent: int, trusted: Sequence[
         1000 * (now - began),
         fields["agent"],
         route,
+        outcome,
         1000 * ((first_byte_at or now) - began),
         "" if token is None else f" token={token.name}",
+        "" if sent_id is None else f" request_id={sent_id}",
         " client_left" if "client_left" in fields else "",
         extra={"fields": fields},
     )

@@ -24,6 +24,7 @@ from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.config.tokens import SCOPES, Scope, Token, Tokens
 from harmonia.metrics.shared_counters import TokenUses
+from harmonia.process import request_trace
 from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, Representation
@@ -108,10 +109,14 @@ class Guard:
             self._uses.record(token.number, now)
             request.ctx.token = token
             if scope not in token.scopes:
+                request_trace.log.debug("the token %s lacks the scope %s", token.name, scope)
                 raise SanicException(status_code=403)
+            request_trace.log.debug("the token %s has the scope %s", token.name, scope)
             return
         if scope == "push" and sanic_adapter.certificate_name(request) in self._certificates:
+            request_trace.log.debug("the client certificate may push")
             return
+        request_trace.log.debug("%s, but the scope %s needs one", "invalid token" if secret else "no token", scope)
         if secret:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
@@ -175,6 +180,7 @@ def limited(handler: Handler) -> Handler:
 
 def too_many(wait: float) -> SanicException:
     """Return the error 429 with Retry-After, for a client that must wait so many seconds."""
+    request_trace.log.debug("a rate limit applies: may come again in %.0f s", wait)
     return SanicException(status_code=429, headers={"Retry-After": str(math.ceil(wait))})
 
 

@@ -20,6 +20,7 @@ from sanic import HTTPResponse, Request
 from sanic.exceptions import NotFound, RangeNotSatisfiable, SanicException, ServiceUnavailable
 
 from harmonia.errors import StoreObjectError
+from harmonia.process.request_trace import log
 from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
@@ -142,13 +143,16 @@ async def _respond(request: Request, representation: Representation, submit: Sub
     body, etag = representation.body, representation.etag
     if representation.zstd is not None:
         headers["vary"] = "Accept-Encoding"
-        if _is_encoded(request, representation):
+        is_encoded = _is_encoded(request, representation)
+        log.debug("content coding %s, for Accept-Encoding", "zstd" if is_encoded else "identity")
+        if is_encoded:
             headers["content-encoding"] = "zstd"
             body = representation.zstd.body
             etag = etag and f'{etag[:-1]}-encoded-{representation.zstd.name}"'
     if etag is not None:
         headers["etag"] = etag
     if representation.status == HTTPStatus.OK and _is_unmodified(request, etag):
+        log.debug("the client has this version: %s", etag)
         without_content = {name: value for name, value in headers.items() if not name.startswith("content-")}
         return HTTPResponse(status=HTTPStatus.NOT_MODIFIED, headers=without_content)
     if not isinstance(body, bytes) and "content-encoding" not in headers:
@@ -180,6 +184,7 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
     status = HTTPStatus.OK
     start, stop = 0, body.size
     if part is not None:
+        log.debug("a range: %s", part)
         status = HTTPStatus.PARTIAL_CONTENT
         start, stop = _bounds(part, body.size)
         last = part.last or byte_range.UNKNOWN_LAST if stop is None else stop - 1

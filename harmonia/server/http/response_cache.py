@@ -22,6 +22,7 @@ from cachetools import FIFOCache, RRCache
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.metrics.outcome import Outcome
 from harmonia.metrics.shared_counters import RouteCounters
 from harmonia.nix.base32 import ALPHABET
 from harmonia.server.http.sanic_adapter import date, reader_of
@@ -69,8 +70,8 @@ ABSENT: Final = Content(b"", b"", b"")
 
 
 class ContentNow(Protocol):
-    def __call__(self, name: str, /, *, forwarded: bool) -> Content | None:
-        """Return the narinfo of a hash part, or the NAR with a name. Does not block.
+    def __call__(self, name: str, /, *, forwarded: bool) -> tuple[Content, Outcome] | None:
+        """Return the narinfo of a hash part, or the NAR with a name, and its outcome. Does not block.
 
         Return ABSENT if it does not exist, None if only the handler can find out. `forwarded` is True if the request
         has a field Via.
@@ -105,7 +106,7 @@ class _Kind:
             before, after = _around_date(head)
             self._response_404 = before, after + body, len(body)
 
-    def response(self, content: Content, began: float) -> list[bytes] | None:
+    def response(self, content: Content, outcome: Outcome, began: float) -> list[bytes] | None:
         """Return and count the response with this content, or return None if its head is not known yet."""
         if content is not ABSENT:
             if self._head_of_200 is None:
@@ -120,7 +121,7 @@ class _Kind:
                 return None
             status, body = 404, b""
             before, after, sent = self._response_404
-        self._route.count(status, sent, time.perf_counter() - began, None)
+        self._route.count(status, outcome, sent, time.perf_counter() - began, None)
         head = b"%b%b%b" % (before, date().encode(), after)
         return [head, body] if len(body) >= _LONG_BYTES else [head + body]
 
@@ -135,6 +136,7 @@ class _CachedResponse:
     still_valid: StillValid
     route: RouteCounters
     status: int
+    outcome: Outcome
     memory_bytes: int
     """Bytes of the response and of the request head."""
     served: Callable[[int], None] | None
@@ -166,12 +168,17 @@ class ResponseCache:
     def response(self, head: bytes) -> list[bytes] | None:
         """Return the parts of the response to this request head, or None if Sanic has to answer. Count the request."""
         began = time.perf_counter()
-        if (target := _TARGET.match(head)) and (kind := self._kinds.get(_key(target))):
-            if target[1]:
-                content = self._narinfo_now(target[1].decode(), forwarded=kind.is_forwarded)
+        if target := _TARGET.match(head):
+            try:  # takes half the time of `get`
+                kind = self._kinds[_key(target)]
+            except KeyError:
+                pass
             else:
-                content = self._nar_now(target[2].decode(), forwarded=kind.is_forwarded)
-            return None if content is None else kind.response(content, began)
+                if target[1]:
+                    found = self._narinfo_now(target[1].decode(), forwarded=kind.is_forwarded)
+                else:
+                    found = self._nar_now(target[2].decode(), forwarded=kind.is_forwarded)
+                return None if found is None else kind.response(*found, began)
         cached = self._short.get(head) or self._long.get(head)
         if cached is None:
             return None
@@ -179,7 +186,7 @@ class ResponseCache:
             self._short.pop(head, None)
             self._long.pop(head, None)
             return None
-        cached.route.count(cached.status, len(cached.body), time.perf_counter() - began, None)
+        cached.route.count(cached.status, cached.outcome, len(cached.body), time.perf_counter() - began, None)
         if cached.served is not None and cached.body:
             cached.served(len(cached.body))
         return [b"%b%b%b" % (cached.before, date().encode(), cached.after), cached.body]
@@ -208,7 +215,8 @@ class ResponseCache:
             return
         memory = len(head) + len(sent)
         served = getattr(request.ctx, "served", None)
-        cached = _CachedResponse(*_around_date(response_head), body, *validity, status, memory, served)
+        outcome = Outcome.MEMORY if status < HTTPStatus.MULTIPLE_CHOICES else Outcome.NONE
+        cached = _CachedResponse(*_around_date(response_head), body, *validity, status, outcome, memory, served)
         with suppress(ValueError):  # larger than the whole cache
             (self._long if memory >= _LONG_BYTES else self._short)[head] = cached
 

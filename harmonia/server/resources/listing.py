@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from sanic import Request
 
 from harmonia.cache import zstd
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix import base32, listing, nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.server import page
 from harmonia.server.context import ServerContext
+from harmonia.server.http import outcome
 from harmonia.server.http.auth import check_rate
 from harmonia.server.http.response import IMMUTABLE, Body, Deferred, Encoded, Representation, wants_part
 from harmonia.server.made_once import MadeFile
@@ -49,6 +51,10 @@ def representation(info: PathInfo, body: Body, encoded: Encoded | None) -> Repre
 
 
 async def _short(context: ServerContext, request: Request, key: str, render: Render) -> tuple[Body, Encoded | None]:
+    if ("listing", key) in context.made:
+        outcome.decide(request, Outcome.MEMORY, "the listing was made before")
+    else:
+        outcome.decide(request, Outcome.STORE, "the listing is made of the files")
     text = await context.made.value(("listing", key), context.client(request), lambda: b"".join(render()), len)
     body = page.Text(text)
     return body, context.encoded(body)
@@ -65,7 +71,12 @@ async def long(context: ServerContext, request: Request, key: str, render: Rende
         streamed = _Streamed(render)
         if wants_part(request) or request.version == "1.0":
             streamed = await context.threads.run_io(streamed.measured)
+        outcome.decide(request, Outcome.STORE, "the listing cannot be kept in a file now")
         return streamed, context.streamed(streamed)
+    if plain.is_new:
+        outcome.decide(request, Outcome.STORE, "the listing was made of the files, and kept in a file")
+    else:
+        outcome.decide(request, Outcome.DISK, "the listing was in a file")
     return plain, _encoded(context, key, plain) if context.settings.enable_compression else None
 
 

@@ -20,6 +20,7 @@ TOTALS = (
     *(f"cache_{counter.name}" for counter in fields(Counters)),
     "encoder_seconds",
     "damaged_nars",
+    "compression_saved_bytes",
     "events",
     "events_disconnected",
 )
@@ -60,7 +61,14 @@ def _sample(context: ServerContext, compressor: Compressor, more: Iterable[int])
     counters = compressor.cache.counters if compressor.cache else Counters()
     events = (context.events.recorder.recorded, context.events.disconnected)
     context.metrics.own.sample(
-        (*astuple(counters), compressor.encoder.seconds, compressor.damaged_nars, *events, *more),
+        (
+            *astuple(counters),
+            compressor.encoder.seconds,
+            compressor.damaged_nars,
+            context.compression_saved_bytes,
+            *events,
+            *more,
+        ),
         compressor.encoder.waiting,
     )
 

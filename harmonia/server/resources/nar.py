@@ -24,11 +24,14 @@ from sanic.exceptions import NotFound
 from harmonia.cache.nar_compressor import CachedNar, CompressedNar
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_stored import StoredNar, stored_size
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import is_hash_part
 from harmonia.ownership import closed_on_error
+from harmonia.process import request_trace
 from harmonia.server.context import ServerContext
+from harmonia.server.http import outcome
 from harmonia.server.http.response import (
     IMMUTABLE_NAR,
     PACKET_BYTES,
@@ -115,6 +118,8 @@ async def get(context: ServerContext, request: Request, name: str) -> Representa
     compressor = context.compressor
     own = compressor.encoder.encoding
     worthwhile = not compressor.encoder.saturated or compressor.files.known_file_info(info.nar_hash) is not None
+    if not worthwhile:
+        request_trace.log.debug("the threads that compress are busy: no content coding unless the client demands it")
     return Representation(
         content_type=_CONTENT_TYPE,
         body=_plain(context, info),
@@ -135,6 +140,7 @@ def _plain(context: ServerContext, info: PathInfo) -> Deferred:
     """Return the plain NAR, which is opened when it is sent."""
 
     async def open_plain(request: Request) -> Body | bytes:
+        outcome.decide(request, Outcome.STORE, "a plain NAR is read from the store")
         with closed_on_error(open_nar(context, request, info)) as nar:
             if _is_small(request, info):
                 with closing(nar):
@@ -166,9 +172,12 @@ async def _file(context: ServerContext, request: Request, info: PathInfo, name: 
         cached = await context.threads.run_open(partial(compressor.files.use_cached_file, info.nar_hash, encoding))
         determines_bytes = cached is not None
         if cached is None:
+            request_trace.log.debug("cannot make the encoding %s, and it is not in the cache", encoding.name)
             encoding, body = own, _compressed(context, info, own)
         else:
             body = CachedNar(cached)
+            outcome.decide(request, Outcome.DISK, "the cache has a complete file in the encoding %s", encoding.name)
+            _note_saving(context, request, info)
     if request.version == "1.0" and not (
         wants_part(request) or _is_small(request, info) or isinstance(body, CachedNar)
     ):
@@ -191,6 +200,7 @@ def _stored(context: ServerContext, info: PathInfo, encoding: Encoding) -> Repre
     """
 
     async def open_stored(request: Request) -> Body:
+        outcome.decide(request, Outcome.STORE, "HTTP/1.0 needs a length: raw blocks, as the NAR was never compressed")
         return await context.threads.run_open(
             lambda: StoredNar(context.compressor, open_nar(context, request, info), encoding)
         )
@@ -207,15 +217,25 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
     compressor = context.compressor
 
     async def open_compressed(request: Request) -> Body | bytes:
+        _note_saving(context, request, info)
         if _is_small(request, info):
             cached = await context.threads.run_short_io(partial(compressor.files.read_file, info.nar_hash, encoding))
             if cached is not None:
+                outcome.decide(request, Outcome.DISK, "the cache has the small NAR in a complete file")
                 return cached
             if encoding == compressor.encoder.encoding:
+                outcome.decide(request, Outcome.COMPRESSED, "the cache does not have the small NAR")
                 return await context.small_nars.run(info.nar_hash, partial(_compress_small, context, request, info))
         body = await context.threads.run_open(
             lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
         )
+        if body.is_complete:
+            outcome.decide(request, Outcome.DISK, "the cache has a complete file")
+        elif body.is_in_cache:
+            outcome.decide(request, Outcome.COMPRESSED, "the file in the cache grows while it is sent")
+        else:
+            why = "without the cache: it is not writable, or too many NARs are compressed, or this one was damaged"
+            outcome.decide(request, Outcome.COMPRESSED, why)
         with closed_on_error(body):
             if wants_part(request) and body.is_damaged:
                 await generate_to_end(body, context.submitter(request))  # fails, so that Nix asks its next cache
@@ -237,3 +257,15 @@ async def _compress_small(context: ServerContext, request: Request, info: PathIn
         compressing = compressor.small_nars.submit(client, compressor.compress_small, nar, content)
         del content
         return await asyncio.wrap_future(compressing)
+
+
+def _note_saving(context: ServerContext, request: Request, info: PathInfo) -> None:
+    """Count the bytes that compression saves if the whole NAR is sent compressed."""
+
+    def served(sent: int, *, complete: bool = True) -> None:
+        context.note_served(info.path, sent, complete=complete)
+        if complete:
+            context.compression_saved_bytes += max(info.nar_size - sent, 0)
+
+    if not wants_part(request):
+        request.ctx.served = served

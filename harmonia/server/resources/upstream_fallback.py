@@ -19,10 +19,12 @@ from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
+from harmonia.metrics.outcome import Outcome
 from harmonia.mirror.connection import open_presigner
 from harmonia.nix.narinfo import NarFile, render, signatures
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.server.context import ServerContext
+from harmonia.server.http import outcome
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.http.response_cache import Content
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
@@ -34,7 +36,7 @@ from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.fetch_ahead import FetchAhead
-from harmonia.upstream.lookup import POSITIVE_TTL_S, UpstreamPool
+from harmonia.upstream.lookup import POSITIVE_TTL_S, Ask, UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.refusals import Reason
@@ -205,9 +207,14 @@ class UpstreamHandlers:
 
             return await client.request_small(path, headers, check, _MAX_JSON_BYTES)
 
+        return await self._small_json(request, ask)
+
+    async def _small_json(self, request: Request, ask: Ask[bytes]) -> Representation:
+        """Return the first answer of the upstreams. Raises NotFound if there is none."""
         text = await self._upstreams.first_answer(ask, _via(request))
         if text is None:
             raise NotFound
+        outcome.decide(request, Outcome.UPSTREAM, "only an upstream has it")
         return Representation.of_metadata("application/json", text, self._max_age)
 
     async def get_debuginfo(self, request: Request, name: str) -> Representation:
@@ -234,15 +241,13 @@ class UpstreamHandlers:
                 archive = f"../upstream/{client.id}/{relative}"
             return json.dumps({"archive": archive, "member": member}).encode()
 
-        text = await self._upstreams.first_answer(ask, _via(request))
-        if text is None:
-            raise NotFound
-        return Representation.of_metadata("application/json", text, self._max_age)
+        return await self._small_json(request, ask)
 
     async def _lookup_path(self, request: Request, hash_part: str) -> RemotePath:
-        path = await self._upstreams.lookup_path(hash_part, _via(request))
+        path, found = await self._upstreams.find_path(hash_part, _via(request))
         if path is None:
             raise NotFound
+        outcome.decide(request, found, "the narinfo of %s", path.client.base)
         return path
 
     async def _passthrough(
@@ -261,6 +266,7 @@ class UpstreamHandlers:
         if answer is None:
             raise NotFound
         client, sent_headers, response = answer
+        outcome.decide(request, Outcome.UPSTREAM, "%s has it", client.base)
 
         async def again(part: Part) -> RemoteAnswer:
             return _present(await client.request(path, sent_headers, method, part))

@@ -11,8 +11,11 @@ from sanic.exceptions import NotFound
 
 from harmonia.cache.zstd_stored import stored_size
 from harmonia.errors import FormatError, UpstreamError
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix.base32 import ALPHABET
+from harmonia.process import request_trace
 from harmonia.process.thread_reader import Submit
+from harmonia.server.http import outcome
 from harmonia.server.http.response import IMMUTABLE_NAR, UNNAMED, Body, Deferred, Representation, wants_part
 from harmonia.server.http.response_cache import Content
 from harmonia.upstream.answer import Answer as RemoteAnswer
@@ -53,15 +56,18 @@ class Nars:
         is_whole = request.method == "GET" and not wants_part(request)
         if is_whole and (small := await self._fetcher.take_small(nar_name.key)):
             self._note_other_path(small, nar_name, via)
+            outcome.decide(request, Outcome.MEMORY, "the NAR was fetched ahead")
             still_valid = (lambda: True) if nar_name.determines_bytes else None
             return replace(_nar(nar_name, small.content), still_valid=still_valid)
         if cached := await self._fetcher.cached_nar(nar_name.key, self._submitter(request)):
             self._upstreams.keep_narinfo(nar_name.hash_part, via)
+            outcome.decide(request, Outcome.DISK, "the cache has the complete NAR")
             return _nar(nar_name, cached)
         path = await self._upstreams.lookup_nar(nar_name, via)
         if path is None:
             raise NotFound
         if path.client.redirect is not None and path.name == nar_name:
+            request_trace.log.debug("the client is sent to %s", path.client.base)
             return _redirect(path.client.redirect(request.method, path.url))
         return await self._remote_nar(request, path, via)
 
@@ -88,7 +94,7 @@ class Nars:
             return self._stored_nar(path, via)
 
         async def open_nar(request: Request) -> Body:
-            return await self._open_nar(path, via, self._submitter(request))
+            return await self._open_noted(request, path, via)
 
         async def size(_: Request) -> int | None:
             if path.file_size is not None:
@@ -110,14 +116,25 @@ class Nars:
         """
 
         async def open_stored(request: Request) -> Body:
-            submit = self._submitter(request)
-            return self._fetcher.stored_body(await self._open_nar(path, via, submit), path, submit)
+            opened = await self._open_noted(request, path, via)
+            return self._fetcher.stored_body(opened, path, self._submitter(request))
 
         async def size(_: Request) -> int:
             return stored_size(path.info.nar_size)
 
         body = Deferred(open_stored, size)
         return Representation(content_type=_TYPE, body=body, cache_control=UNNAMED, resumable=False)
+
+    async def _open_noted(self, request: Request, path: RemotePath, via: Via) -> CachedBody | PassthroughBody:
+        """Open a NAR, and note whether it comes from the cache or from an upstream."""
+        body = await self._open_nar(path, via, self._submitter(request))
+        if isinstance(body, PassthroughBody):
+            outcome.decide(request, Outcome.UPSTREAM, "passed through: the cache cannot keep it")
+        elif body.is_complete:
+            outcome.decide(request, Outcome.DISK, "the cache has the complete NAR")
+        else:
+            outcome.decide(request, Outcome.UPSTREAM, "the cache fetches it, for all who ask meanwhile")
+        return body
 
     async def _open_nar(self, path: RemotePath, via: Via, submit: Submit) -> CachedBody | PassthroughBody:
         """Open a NAR from its upstream, or from the next upstream with the same file if that fails.
@@ -142,7 +159,8 @@ class Nars:
         async def ask(part: Part, method: str = "GET") -> RemoteAnswer:
             return await client.request_nar(f"{client.base}/{place}", headers, method, part, anywhere=False)
 
-        async def open_nar(_: Request) -> Body:
+        async def open_nar(request: Request) -> Body:
+            outcome.decide(request, Outcome.UPSTREAM, "passed through: debug info has no hash to keep it by")
             return PassthroughBody(client, ask, await ask(WHOLE))
 
         async def size(_: Request) -> int | None:
