@@ -17,6 +17,7 @@ from harmonia.metrics.outcome import Outcome
 from harmonia.nix import base32, narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.process.loop_reads import LoopReads
 from harmonia.server import worker
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response_cache import ABSENT
@@ -33,6 +34,12 @@ _REFERENCES = "select path from Refs join ValidPaths on id = reference where ref
 
 paths = st.sampled_from(PATHS)
 Change = Callable[[sqlite3.Connection], object]
+
+
+@pytest.fixture(autouse=True)
+def _reads_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep lookups on the event loop: on a busy machine, some would go to threads."""
+    monkeypatch.setattr(LoopReads, "allowed", True)
 
 
 def execute(statement: str, *parameters: object) -> Change:
