@@ -1,27 +1,31 @@
 """`harmonia push`: the missing paths of a closure, references first, to any cache that takes PUT."""
 
+import asyncio
 import hashlib
 import os
 import random
 import re
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harmonia.cache import growing_file
+from harmonia.config.loader import parse
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
+from harmonia.upload.nar_files import NarFiles
 from support import preloaded
 from support.nginx import nginx
 from support.put_server import PutServer, put_server
-from support.running import HARMONIA, PATIENCE_S, Server, patched, run, unpacked, wait_until
+from support.running import HARMONIA, PATIENCE_S, Server, patched, run, unpacked
 
 FAST = patched("from harmonia.upload import http_target; http_target._FIRST_DELAY_S = 0.001")
 """The program, whose attempts follow each other at once."""
@@ -302,11 +306,12 @@ class TestFailures:
         self, store: StoreBuilder, cache: PutServer, config: Path, tmp_path: Path
     ) -> None:
         large = store.add(store.output_path("large"), os.urandom(2 << 20))
-        held = threading.Event()
+        asked, ended = threading.Event(), threading.Event()
 
         def fault(method: str, path: str) -> None:
             if method == "PUT" and "nar/" in path:
-                held.wait(30)
+                asked.set()
+                ended.wait(PATIENCE_S)
 
         cache.fault = fault
         (tmp_path / "tmp").mkdir()
@@ -316,13 +321,42 @@ class TestFailures:
             text=True,
             env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         ) as process:
-            wait_until(lambda: cache.paths("HEAD") or cache.paths("POST"))
-            time.sleep(0.1)
+            assert asked.wait(PATIENCE_S)
             process.send_signal(2)
-            _, stderr = process.communicate(timeout=20)
-        held.set()
+            _, stderr = process.communicate(timeout=PATIENCE_S)
+        ended.set()
         assert (process.returncode, stderr) == (130, "harmonia: interrupted; the same command continues\n")
         assert not any((tmp_path / "tmp").iterdir())
+
+
+def test_file_stays_open_while_a_cancelled_upload_still_reads_it(
+    store: StoreBuilder, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise the read fails, and the file is reported as damaged."""
+    info = store.add(store.output_path("large"), os.urandom(2 << 20))
+    began, goes_on = threading.Event(), threading.Event()
+    read = growing_file._VerifiedSlice.read  # noqa: SLF001 (a private part is tested)
+
+    def slow(part: growing_file._VerifiedSlice, size: int) -> bytes:
+        began.set()
+        assert goes_on.wait(PATIENCE_S)
+        return read(part, size)
+
+    async def upload() -> None:
+        monkeypatch.setattr(growing_file._VerifiedSlice, "read", slow)  # noqa: SLF001 (a private part is tested)
+        body = await nars.open_file(info)
+        task = asyncio.ensure_future(anext(aiter(body.chunks())))
+        task.add_done_callback(lambda _: body.close())
+        await asyncio.to_thread(began.wait, PATIENCE_S)
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        goes_on.set()
+        await asyncio.wait({task})
+
+    with closing(NarFiles(parse(config.read_text(), str(config), {}), store.real_dir)) as nars:
+        asyncio.run(upload())
+    assert "damaged" not in caplog.text
 
 
 def test_directory_behind_nginx_takes_a_push(store: StoreBuilder, config: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class CompressedBody:
     def __init__(self, content: bytes | CachedFile) -> None:
         """Take the ownership of a complete file, or content in memory."""
         self._content = content
+        self._reading: asyncio.Future[bytes] | None = None
         if isinstance(content, bytes):
             self.size, sha256 = len(content), hashlib.sha256(content).digest()
         else:
@@ -53,11 +54,23 @@ class CompressedBody:
             yield self._content
             return
         part = self._content.slice(0, self.size)
-        while data := await asyncio.to_thread(part.read, CHUNK_BYTES):
+        loop = asyncio.get_running_loop()
+        while True:
+            self._reading = loop.run_in_executor(None, part.read, CHUNK_BYTES)
+            if not (data := await asyncio.shield(self._reading)):
+                return
             yield bytes(data)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. If a thread still reads it for an upload that was cancelled, close it after that."""
+        if self._reading is None or self._reading.done():
+            self._close()
+        else:
+            self._reading.add_done_callback(self._close)
+
+    def _close(self, reading: asyncio.Future[bytes] | None = None) -> None:
+        if reading is not None:
+            reading.exception()  # otherwise asyncio logs it
         if isinstance(self._content, CachedFile):
             self._content.close()
 
