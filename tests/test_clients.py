@@ -3,11 +3,9 @@
 import ctypes
 import os
 import socket
-import statistics
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import cycle
@@ -82,14 +80,6 @@ def test_slow_clients_do_not_delay_others(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 20", program=trimming)
     finished = threading.Event()
 
-    def median() -> float:
-        times = []
-        for _ in range(20):
-            began = time.monotonic()
-            serves(server, sample.small)
-            times.append(time.monotonic() - began)
-        return statistics.median(times)
-
     def drip(connections: list[socket.socket], act: Callable[[socket.socket, int], object]) -> None:
         number = 0
         while not finished.wait(1):
@@ -97,7 +87,6 @@ def test_slow_clients_do_not_delay_others(start: Start, sample: Sample) -> None:
                 act(each, number)
             number += 1
 
-    idle = median()
     with unscathed(server, sample.small, sample.big), ExitStack() as stack:
         connections = [stack.enter_context(server.connect(receive_buffer=8192)) for _ in range(2 * MANY)]
         readers, writers = connections[:MANY], connections[MANY:]
@@ -111,12 +100,12 @@ def test_slow_clients_do_not_delay_others(start: Start, sample: Sample) -> None:
         for thread in threads:
             thread.start()
         try:
-            busy = median()
+            for _ in range(20):
+                serves(server, sample.small)  # long before a slow client has its whole response: that takes months
         finally:
             finished.set()
             for thread in threads:
                 thread.join()
-    assert busy < 100 * idle
     assert not [line for line in server.log if " ERROR " in line]
 
 

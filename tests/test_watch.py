@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -399,13 +400,19 @@ class TestService:
         assert "stopped; the queue keeps what was not uploaded" in watch.text()
 
     def test_stop_does_not_wait_for_an_upload(self, store: StoreBuilder, cache: PutServer, watch: Watch) -> None:
-        cache.fault = lambda method, _path: time.sleep(PATIENCE_S) if method == "POST" else None
+        asked, stopped = threading.Event(), threading.Event()
+
+        def hold(method: str, _path: str) -> None:
+            if method == "POST":
+                asked.set()
+                assert stopped.wait(PATIENCE_S)
+
+        cache.fault = hold
         watch.start()
         add(store, "path")
-        time.sleep(0.2)
-        began = time.monotonic()
+        assert asked.wait(PATIENCE_S)
         assert watch.stop() == 0
-        assert time.monotonic() - began < PATIENCE_S / 2
+        stopped.set()
 
     def test_second_watcher_of_a_queue_is_refused(self, watch: Watch, tmp_path: Path) -> None:
         watch.start()

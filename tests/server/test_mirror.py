@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.faulty_network import SLOW_DOWN, FaultyNetwork
 from support.preloaded import NOT_PRELOADED
-from support.running import Server, run, wait_until
+from support.running import PATIENCE_S, Server, run, wait_until
 from support.s3_service import Folder, S3Service
 from support.upstream_server import UpstreamServer
 
@@ -190,11 +189,11 @@ def test_store_is_served_while_the_bucket_is_down(
         assert server.get(f"/{number:032}.narinfo").status == 404
     wait_until(lambda: state(server).endswith(": down\n"))
     assert server.get("/health").status == 200
-    began = time.monotonic()
-    for _ in range(20):
+    before = network.lookups
+    for number in range(20):
         parsed(server, reader.own)
-        assert server.get(f"/{'9' * 32}.narinfo").status == 404
-    assert time.monotonic() - began < 2  # no request waits for the bucket
+        assert server.get(f"/{100 + number:032}.narinfo").status == 404
+    assert network.lookups == before  # no request waits for the bucket
     assert f'harmonia_upstream_up{{upstream="{network.url}/private/{private.prefix}"}} 0' in server.get("/metrics").text
     network.down = False
     wait_until(lambda: state(server).endswith(": up\n"))
@@ -217,22 +216,21 @@ def test_overloaded_bucket_is_left_alone_until_it_answers(
     wait_until(lambda: server.get(f"/{remote[0].path.hash_part}.narinfo").status == 200)
 
 
-def test_slow_bucket_delays_no_client_for_longer_than_upstream_timeout(
+def test_bucket_that_never_answers_delays_no_client_for_longer_than_its_timeout(
     reader: Reader, private: Folder, remote: list[PathInfo], network: FaultyNetwork
 ) -> None:
     private.endpoint = network.url
     server = reader.start(timeout=1.0)
-    network.delay = 10.0
-    began = time.monotonic()
+    network.delay = PATIENCE_S
     assert server.get(f"/{remote[0].path.hash_part}.narinfo").status == 404
-    assert time.monotonic() - began < 4
     for number in range(3):
         server.get(f"/{number:032}.narinfo")
     server.wait_for_log(r"is down: (late response|timeout)")
-    began = time.monotonic()
+    before = network.lookups
     parsed(server, reader.own)
     assert server.get(f"/{'9' * 32}.narinfo").status == 404
-    assert time.monotonic() - began < 2
+    assert network.lookups == before
+    network.released.set()
 
 
 def test_wrong_secret_is_logged_without_it_and_the_store_is_served(reader: Reader, remote: list[PathInfo]) -> None:

@@ -4,7 +4,6 @@ import re
 import socket
 import socketserver
 import threading
-import time
 from contextlib import suppress
 
 from support.serving import ThreadServer
@@ -27,9 +26,9 @@ SLOW_DOWN = refusal(503, "SlowDown")
 class FaultyNetwork(ThreadServer):
     """Forwards connections to `port` of this machine. Signatures stay valid, because they sign the port of this one.
 
-    `delay` is the seconds that each piece of a request waits. With an `answer`, each request gets that instead. With
-    `refused_above`, requests with a longer body get the response in it. While `down`, connections end at their next
-    request.
+    `delay` is the seconds that each piece of a request waits, or less after `released` is set. With an `answer`, each
+    request gets that instead. With `refused_above`, requests with a longer body get the response in it. While `down`,
+    connections end at their next request. `lookups` counts the requests for narinfos.
     """
 
     def __init__(self, port: int) -> None:
@@ -37,6 +36,8 @@ class FaultyNetwork(ThreadServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.port = port
         self.delay = 0.0
+        self.released = threading.Event()
+        self.lookups = 0
         self.answer: bytes | None = None
         self.refused_above: tuple[int, bytes] | None = None
         self.down = False
@@ -51,7 +52,8 @@ class _Connection(socketserver.BaseRequestHandler):
             responses = threading.Thread(target=_copy, args=(origin, self.request), daemon=True)
             responses.start()
             while data := self.request.recv(_BUFFER_BYTES):
-                time.sleep(self.server.delay)
+                self.server.lookups += b".narinfo HTTP/1.1\r\n" in data
+                self.server.released.wait(self.server.delay)
                 if self.server.down:
                     return
                 if (answer := self._refusal(data)) is not None:
