@@ -70,6 +70,7 @@ _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
 _MAX_OUTPUTS = 100
 
 _NUMBER = re.compile("([0-9]+)")
+_MAX_TIME = 253402300799  # the end of the year 9999
 
 PublishFilter = Callable[[StorePath], bool] | None
 """A function that returns whether a path is published, or None if all paths are."""
@@ -184,7 +185,7 @@ def _listed(rows: Iterable[tuple[str, int | None, int | None]]) -> Iterator[List
     """Yield the paths of the rows, without malformed ones."""
     for base_name, size, registered in rows:
         if (path := _store_path(base_name)) is not None:
-            yield ListedPath(path, max(size or 0, 0), registered or 0)
+            yield ListedPath(path, max(size or 0, 0), min(max(registered or 0, 0), _MAX_TIME))
 
 
 def referrers(store: Store, path: StorePath, limit: int, published: PublishFilter = None) -> Paths:

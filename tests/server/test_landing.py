@@ -288,6 +288,17 @@ class TestSearch:
         assert "COVERING INDEX" in plan
         store.database.close()
 
+    @pytest.mark.parametrize("value", [-1, 2**62, "'text'", "x'ff'", 1e300])
+    def test_malformed_time_in_the_database_does_not_matter(
+        self, start: Start, store: StoreBuilder, tmp_path: Path, value: object
+    ) -> None:
+        path = store.add_text("odd", b"").path
+        with store.connect() as connection:
+            connection.execute(f"update ValidPaths set registrationTime = {value}")
+        server = start(store=tmp_path / "store", settings="browse = true")
+        for url in ("/", "/search", "/search?q=odd", f"/path/{path.hash_part}"):
+            assert server.get(url).status == 200, url
+
     def test_slow_search_delays_no_narinfo(self, start: Start, made: Made) -> None:
         slow = "import time\nfrom harmonia.store import queries\nqueries.search = lambda *_, **__: time.sleep(30)"
         server = start(store=made.root, settings="browse = true", program=patched(slow))
