@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.attack import connections, cuts, damage, huge_paths, rules, signals, upstreams
+from benchmarks.attack import connections, cuts, damage, huge_pages, huge_paths, rules, signals, upstreams
 from benchmarks.attack.arena import Arena
 from benchmarks.attack.stores import FULL, SHORT
 
@@ -24,7 +24,7 @@ _FULL_MINUTES = 10
 _PRIORITY = -19  # of nice(2)
 _ATTACKS = {
     attack.__name__: attack
-    for module in (huge_paths, connections, damage, upstreams, signals, rules, cuts)
+    for module in (huge_paths, huge_pages, connections, damage, upstreams, signals, rules, cuts)
     for attack in module.ALL
 }
 

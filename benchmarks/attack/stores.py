@@ -66,5 +66,10 @@ def _fill(form: Form, root: Path) -> None:
         files = {f"{number:07}-{name}-file-of-many": b"" for number in range(getattr(form, name))}
         builder.add(builder.output_path(name), files)
     builder.add(builder.output_path("random"), random.Random(1).randbytes(2 * MIB))
+    add_small(builder)
+
+
+def add_small(builder: StoreBuilder) -> None:
+    """Add the small paths that the other client downloads. In each store, they have the same hash parts."""
     for number in range(_SMALL):
         builder.add(builder.output_path(f"small-{number}"), f"{number}\n".encode() * 1000)
