@@ -114,6 +114,12 @@ def press(page: Page, key: str, code: int) -> None:
         page.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
 
+def test_landing_page_fits_on_one_screen(page: Page, servers: dict[str, Server], made: Demo) -> None:
+    page.open(url_of("landing", servers, made))
+    page.set_view(DESKTOP)
+    assert page.run("document.documentElement.scrollHeight") <= DESKTOP[1]
+
+
 def test_axe_reports_a_barrier(page: Page, servers: dict[str, Server], made: Demo) -> None:
     page.open(url_of("landing", servers, made))
     page.run(
