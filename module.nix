@@ -94,6 +94,33 @@ let
     "*"
     "[::]"
   ];
+  # A location of nginx that passes requests on. `sendfileType` asks Harmonia to let nginx send files itself.
+  proxied = proxyPass: sendfileType: {
+    inherit proxyPass;
+    # The headers are set below, because nginx inherits either all headers or none.
+    recommendedProxySettings = false;
+    extraConfig = ''
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $host;
+      proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+      proxy_set_header X-Forwarded-Host $host;
+      proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_set_header X-Sendfile-Type "${sendfileType}";
+      # NARs are large: send them to the client as they arrive, without buffering on nginx's disk.
+      proxy_buffering off;
+      # With larger reads, nginx needs half of the processor time; `proxy_buffers` only has to fit.
+      proxy_buffer_size 64k;
+      proxy_buffers 4 64k;
+      # NARs that are pushed are large as well: pass them on as they arrive.
+      ${lib.optionalString pushes ''
+        client_max_body_size 0;
+        proxy_request_buffering off;
+      ''}# A client may pause as long as without nginx (docs/reference/limits.md).
+      proxy_read_timeout 1h;
+      send_timeout 1h;
+    '';
+  };
   listenStreams =
     if onUnixSocket then
       [ (lib.removePrefix "//" (lib.removePrefix "unix:" bind)) ]
@@ -469,6 +496,14 @@ in
           `services.nginx.virtualHosts.<name>.enableACME = false`, `sslCertificate` and `sslCertificateKey`.
         '';
       };
+      sendCachedFiles = mkOption {
+        type = types.bool;
+        default = false;
+        description = ''
+          Whether nginx sends large NARs of the cache itself, after Harmonia has checked the request. It sets
+          `settings.nginx_location`, and lets nginx read the cache.
+        '';
+      };
     };
 
     client.caches = mkOption {
@@ -642,6 +677,7 @@ in
                 "::1"
               ];
         })
+        (lib.mkIf (cfg.nginx.enable && cfg.nginx.sendCachedFiles) { nginx_location = "/harmonia-nar/"; })
       ];
 
       # harmonia doctor, top, warm, token … read their settings from /etc/harmonia
@@ -841,29 +877,33 @@ in
           forceSSL = lib.mkDefault true;
           enableACME = lib.mkDefault true;
           http2 = lib.mkDefault true;
-          locations."/" = {
-            proxyPass = "http://harmonia";
-            # The headers are set below, because nginx inherits either all headers or none.
-            recommendedProxySettings = false;
-            extraConfig = ''
-              proxy_http_version 1.1;
-              proxy_set_header Connection "";
-              proxy_set_header Host $host;
-              proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
-              proxy_set_header X-Forwarded-Host $host;
-              proxy_set_header X-Forwarded-Proto $scheme;
-              # NARs are large: send them to the client as they arrive, without buffering on nginx's disk.
-              proxy_buffering off;
-              # NARs that are pushed are large as well: pass them on as they arrive.
-              ${lib.optionalString pushes ''
-                client_max_body_size 0;
-                proxy_request_buffering off;
-              ''}# A client may pause as long as without nginx (docs/reference/limits.md).
-              proxy_read_timeout 1h;
-              send_timeout 1h;
-            '';
+          locations = {
+            "/" = proxied "http://harmonia" (lib.optionalString cfg.nginx.sendCachedFiles "X-Accel-Redirect");
+          }
+          // lib.optionalAttrs cfg.nginx.sendCachedFiles {
+            ${cfg.settings.nginx_location} = {
+              extraConfig = ''
+                internal;
+                alias /run/harmonia-nar/;
+                etag off;
+                add_header ETag $upstream_http_etag;
+                add_header Cache-Control $upstream_http_x_cache_control;
+                add_header Last-Modified "";
+                sendfile on;
+                tcp_nopush on;
+                send_timeout 1h;
+                # The file was evicted, or nginx may not read it: ask Harmonia for the bytes.
+                error_page 403 404 = @harmonia-bytes;
+              '';
+            };
+            "@harmonia-bytes" = proxied "http://harmonia$request_uri" "";
           };
         };
+      };
+      systemd.services.nginx = lib.mkIf cfg.nginx.sendCachedFiles {
+        after = [ "harmonia.service" ];
+        # /var/cache/private is closed to all users. If the directory does not exist yet, Harmonia sends all NARs.
+        serviceConfig.BindReadOnlyPaths = [ "-/var/cache/private/harmonia/nar:/run/harmonia-nar" ];
       };
     })
   ];

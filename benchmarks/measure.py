@@ -266,6 +266,35 @@ def _closures(store: BenchStore, what: str, suffix: str, ending: str, headers: M
             yield from compare([figure], each(running, measure), store.form.rounds)
 
 
+def behind_nginx(store: BenchStore) -> Iterator[Figure]:
+    """Measure Harmonia behind nginx, which sends files of the cache itself, against nginx alone.
+
+    The processor time is that of Harmonia and nginx together.
+    """
+    if not HAVE["nginx"]:
+        return
+    with servers.behind_nginx(store) as front, servers.nginx(servers.copied(store, ".zst")) as alone:
+        running = {HARMONIA: front, "nginx": alone}
+        closure = [f"{servers.nar(info)}.zst" for info in store.closure]
+        large = [front.nar(store.large)]
+        for paths in (closure, large, large):  # the second download is verified, and further ones are sent by nginx
+            Downloads(front.address, paths).run()
+        for name, paths, size in (
+            ("closure", closure, store.closure_size),
+            ("large file", large, store.large.nar_size),
+        ):
+            for connections in (1, 4, 16) if paths is closure else (1,):
+
+                def rate(server: Server) -> Sample:
+                    downloads = Downloads(server.address, paths, connections)  # noqa: B023 (called in the same iteration)
+                    return metered(server, size / GIB, lambda: [size / MIB / downloads.run()[0]])  # noqa: B023
+
+                of = f", {connections} connections" if connections > 1 else ""
+                figure = Figure(f"behind nginx: {name}, .nar.zst{of}, warm", "MiB/s of NARs", "nginx", at_least=0.8)
+                figure.work = "GiB"
+                yield from compare([figure], each(running, rate), store.form.rounds)
+
+
 def large_file(store: BenchStore) -> Iterator[Figure]:
     """Measure downloads of the NAR of one large file."""
     path, real_path = servers.nar(store.large), store.real_path(store.large)
@@ -511,6 +540,7 @@ ALL = (
     mixed,
     two_workers,
     large_file,
+    behind_nginx,
     many_files,
     nix_copy,
     load,

@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.client import Address
@@ -38,6 +38,8 @@ class Server:
     name: str
     address: Address
     pid: int
+    behind: "Server | None" = None
+    """The server behind this one, if this is a proxy."""
 
     @property
     def url(self) -> str:
@@ -45,9 +47,9 @@ class Server:
 
     @property
     def processes(self) -> list[int]:
-        """PIDs of the main process and its children."""
+        """PIDs of the main process and its children, and those of the server behind it."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [self.pid, *map(int, children.split())]
+        return [self.pid, *map(int, children.split()), *(self.behind.processes if self.behind else ())]
 
     @property
     def seconds(self) -> float:
@@ -88,11 +90,44 @@ def harmonia(
     store: BenchStore, settings: str = "", *, database: Path | None = None, workers: int = 1
 ) -> Iterator[Server]:
     """Start a new Harmonia with an empty cache."""
-    port = _free_port()
+    with (
+        tempfile.TemporaryDirectory(dir=store.root.parent) as directory,
+        _harmonia(directory, store, settings, database, workers) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def behind_nginx(store: BenchStore) -> Iterator[Server]:
+    """Start a new Harmonia with an empty cache behind nginx, which sends its cached files itself."""
     with tempfile.TemporaryDirectory(dir=store.root.parent) as directory:
-        config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
-        with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
-            yield server
+        settings = "nar_compression = 'zstd'\nnginx_location = '/nar-files/'\ntrusted_proxies = ['127.0.0.1']"
+        with _harmonia(directory, store, settings) as behind:
+            passed_on = (
+                "proxy_http_version 1.1; proxy_set_header Connection ''; proxy_set_header Host $http_host;"
+                " proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; proxy_buffering off;"
+                " proxy_buffer_size 64k; proxy_buffers 4 64k;"
+            )
+            server = (
+                f"location / {{ proxy_pass http://cache; {passed_on}"
+                " proxy_set_header X-Sendfile-Type X-Accel-Redirect; }\n"
+                f"location /nar-files/ {{ internal; alias {directory}/nar/; etag off;"
+                " add_header ETag $upstream_http_etag; error_page 403 404 = @bytes; }\n"
+                f"location @bytes {{ proxy_pass http://cache$request_uri; {passed_on} }}"
+            )
+            upstream = f"upstream cache {{ server 127.0.0.1:{behind.address[1]}; keepalive 32; }}\n"
+            with _nginx(server, 1, upstream) as front:
+                yield replace(front, name=HARMONIA, behind=behind)
+
+
+@contextmanager
+def _harmonia(
+    directory: str, store: BenchStore, settings: str, database: Path | None = None, workers: int = 1
+) -> Iterator[Server]:
+    port = _free_port()
+    config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
+    with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
+        yield server
 
 
 def _config(directory: str, store: BenchStore, port: int, database: Path | None, workers: int, rest: str = "") -> Path:
@@ -107,6 +142,13 @@ def _config(directory: str, store: BenchStore, port: int, database: Path | None,
 @contextmanager
 def nginx(files: Path, workers: int = 1) -> Iterator[Server]:
     """Start nginx with a static cache, as `nix copy --to file://` creates it."""
+    with _nginx(f"root {files};", workers) as server:
+        yield server
+
+
+@contextmanager
+def _nginx(server: str, workers: int, http: str = "") -> Iterator[Server]:
+    """Start nginx with these lines in its only `server`, and `http` around it."""
     port = _free_port()
     with tempfile.TemporaryDirectory() as directory:
         temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -116,12 +158,12 @@ def nginx(files: Path, workers: int = 1) -> Iterator[Server]:
             "events { worker_connections 1024; }\n"
             "http { access_log off; sendfile on; tcp_nopush on; keepalive_requests 100000000;\n"
             f"{' '.join(f'{each}_temp_path {directory}/{each};' for each in temporary)}\n"
-            f"server {{ listen 127.0.0.1:{port}; root {files}; }} }}\n"
+            f"{http}server {{ listen 127.0.0.1:{port}; {server} }} }}\n"
         )
         if os.geteuid() == 0:  # nginx's worker would be nobody, who cannot read our home
             config.write_text(f"user root;\n{config.read_text()}")
-        with _running("nginx", ["nginx", "-c", str(config)], port) as server:
-            yield server
+        with _running("nginx", ["nginx", "-c", str(config)], port) as running:
+            yield running
 
 
 @contextmanager

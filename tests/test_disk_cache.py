@@ -56,7 +56,7 @@ import random, sys
 from support.disk_cache import stress
 from harmonia.cache.disk_cache import DiskCache
 
-stress(DiskCache(sys.argv[1], 200_000), random.Random(int(sys.argv[2])), set())
+stress(DiskCache(sys.argv[1], 200_000, bare=sys.argv[3] == "True"), random.Random(int(sys.argv[2])), set())
 """
 
 
@@ -96,9 +96,9 @@ def process(tmp_path: Path) -> Iterator[Callable[[], Process]]:
         process.kill()
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[DiskCache]:
-    with at(tmp_path) as cache:
+@pytest.fixture(params=[False, True], ids=["with-trailer", "bare"])
+def cache(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DiskCache]:
+    with at(tmp_path, bare=request.param) as cache:
         yield cache
 
 
@@ -178,19 +178,116 @@ def test_slow_reader_of_an_abandoned_file_blocks_no_other(cache: DiskCache) -> N
     file.close()
 
 
-def test_partly_written_trailer_is_not_content(cache: DiskCache) -> None:
+def test_partly_written_trailer_is_not_content(tmp_path: Path) -> None:
     """The write of the trailer may be split at any byte."""
-    path = Path(fill(cache, content=b"x" * 100))
-    data = path.read_bytes()
-    path.unlink()
-    file, filler = filling(cache)
-    growing = Path(f"{path}.growing")
-    for length in range(len(data) + 1):
-        growing.write_bytes(data[:length])
-        assert read(file) == data[: max(length - TRAILER, 0)]
-        assert file.whole == (length == len(data))
-    filler.abandon()
-    file.close()
+    with at(tmp_path) as cache:
+        path = Path(fill(cache, content=b"x" * 100))
+        data = path.read_bytes()
+        path.unlink()
+        file, filler = filling(cache)
+        growing = Path(f"{path}.growing")
+        for length in range(len(data) + 1):
+            growing.write_bytes(data[:length])
+            assert read(file) == data[: max(length - TRAILER, 0)]
+            assert file.whole == (length == len(data))
+        filler.abandon()
+        file.close()
+
+
+def test_bare_file_has_only_its_content(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        assert Path(fill(cache)).read_bytes() == b"content"
+        assert sorted(os.listdir(tmp_path)) == ["key", "key.sums"]
+        assert cache.keys() == ["key"]
+        cache.remove("key")
+        assert os.listdir(tmp_path) == []
+
+
+def test_incomplete_digests_make_no_file_complete(tmp_path: Path) -> None:
+    """They are written before the file has its final name, but a crash may lose them."""
+    with at(tmp_path, bare=True) as cache:
+        path = Path(fill(cache))
+        sums = Path(f"{path}.sums").read_bytes()
+        for length in range(len(sums)):
+            path.write_bytes(b"content")
+            Path(f"{path}.sums").write_bytes(sums[:length])
+            assert cache.find_file("key") is None
+            assert os.listdir(tmp_path) == []
+
+
+def test_digests_of_an_earlier_file_are_not_used(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        os.unlink(fill(cache, content=b"earlier"))
+        file, filler = filling(cache)
+        filler.append(b"content")
+        file.refresh()
+        assert not file.whole
+        filler.commit()
+        assert read(file) == b"content"
+        assert file.whole
+        file.close()
+
+
+def test_withdrawn_file_leaves_no_digests(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        file, filler = filling(cache)
+        filler.append(b"content")
+        filler.finish()
+        filler.withdraw()
+        file.close()
+        assert os.listdir(tmp_path) == []
+
+
+def test_digests_without_a_file_are_removed_after_a_minute(tmp_path: Path, clock: SimpleNamespace) -> None:
+    with at(tmp_path, bare=True) as cache:
+        os.unlink(fill(cache))
+        cache.sweep()
+        assert os.listdir(tmp_path) == ["key.sums"]
+        clock.passed = 61
+        cache.sweep()
+        assert os.listdir(tmp_path) == []
+
+
+def test_eviction_while_a_file_is_opened_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with at(tmp_path, bare=True) as cache:
+        fill(cache)
+        refresh = CachedFile.refresh
+
+        def evicted(file: CachedFile) -> None:
+            cache.remove("key")
+            refresh(file)
+
+        monkeypatch.setattr(CachedFile, "refresh", evicted)
+        assert cache.find_file("key") is None
+        assert cache.counters.corrupt == 0
+
+
+def test_file_is_sendable_for_a_while_after_all_of_it_was_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(1).randbytes(BLOCK_BYTES + 100)
+
+    def follow(cache: DiskCache, start: int, stop: int | None) -> str | None:
+        file = cache.find_file("key")
+        assert file is not None
+        with closing(file):
+            for part in file.follow(start, stop):
+                assert part is not None
+                all_of(part, "read")
+            return file.sendable_name
+
+    with at(tmp_path, bare=True) as cache:
+        fill(cache, content=content)
+        assert follow(cache, 1, None) is None
+        assert follow(cache, 0, BLOCK_BYTES) is None
+        assert follow(cache, 0, None) == "key"
+        assert follow(cache, 5, 7) == "key"
+    monkeypatch.setattr(disk_cache, "_INTACT_S", 0.0)
+    with at(tmp_path, bare=True) as cache:
+        assert follow(cache, 0, None) is None
+    with at(tmp_path / "other") as cache:
+        fill(cache, content=content)
+        assert follow(cache, 0, None) is None
 
 
 def test_one_of_many_threads_fills(cache: DiskCache) -> None:
@@ -244,7 +341,7 @@ def test_complete_file_without_its_final_name_is_filled_again_beside_its_readers
     """The filler died before it renamed the file."""
     path = fill(cache)
     os.rename(path, path + ".growing")
-    reader = CachedFile(os.open(path + ".growing", os.O_RDONLY))
+    reader = CachedFile(os.open(path + ".growing", os.O_RDONLY), path)
     assert read(reader) == b"content"
     file, filler = filling(cache)
     assert read(reader) == b"content"
@@ -363,10 +460,15 @@ SIZES = st.integers(0, 3).flatmap(
 
 
 @settings(max_examples=30)
-@given(SIZES, st.lists(st.integers(1, 2 * BLOCK_BYTES), max_size=5), st.data())
-def test_content_of_any_size_is_read_back_from_any_position(size: int, cuts: list[int], choice: st.DataObject) -> None:
+@given(SIZES, st.lists(st.integers(1, 2 * BLOCK_BYTES), max_size=5), st.booleans(), st.data())
+def test_content_of_any_size_is_read_back_from_any_position(
+    size: int,
+    cuts: list[int],
+    bare: bool,  # noqa: FBT001 (from Hypothesis)
+    choice: st.DataObject,
+) -> None:
     content = random.Random(size).randbytes(size)
-    with tempfile.TemporaryDirectory() as directory, at(directory) as cache:
+    with tempfile.TemporaryDirectory() as directory, at(directory, bare=bare) as cache:
         file, filler = filling(cache)
         written = 0
         for cut in [*cuts, size]:
@@ -601,17 +703,20 @@ def test_space_used_by_the_cache_counts_as_free(tmp_path: Path, monkeypatch: pyt
 def test_leftovers_without_a_filler_are_removed_independent_of_the_clock(
     cache: DiskCache, tmp_path: Path, clock: SimpleNamespace
 ) -> None:
+    def names() -> set[str]:
+        return {name for name in os.listdir(tmp_path) if not name.endswith(".sums")}
+
     fill(cache, "whole")
     (tmp_path / "left.growing").write_bytes(b"part")
     file, filler = filling(cache, "key")
     clock.passed = 90_000
     cache.evict()
-    assert set(os.listdir(tmp_path)) == {"whole", "key.growing"}
+    assert names() == {"whole", "key.growing"}
     filler.append(b"content")
     filler.commit()
     assert read(file) == b"content"
     file.close()
-    assert set(os.listdir(tmp_path)) == {"whole", "key"}
+    assert names() == {"whole", "key"}
 
 
 # Disk errors
@@ -780,10 +885,11 @@ def test_file_that_is_swept_before_it_is_locked_is_added_again(
 # Stress
 
 
-def test_threads_in_a_race(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bare", [False, True])
+def test_threads_in_a_race(tmp_path: Path, bare: bool) -> None:  # noqa: FBT001 (a parameter)
     filled_now: set[str] = set()
     failures: list[BaseException] = []
-    with at(tmp_path, 200_000) as cache:
+    with at(tmp_path, 200_000, bare=bare) as cache:
 
         def run(seed: int) -> None:
             try:
@@ -804,11 +910,12 @@ def test_threads_in_a_race(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("*.growing"))
 
 
-def test_processes_in_a_race(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bare", ["False", "True"])
+def test_processes_in_a_race(tmp_path: Path, bare: str) -> None:
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", STRESS, str(tmp_path), str(seed)],
+            [sys.executable, "-c", STRESS, str(tmp_path), str(seed), bare],
             env=os.environ | {"PYTHONPATH": path},
             stderr=subprocess.PIPE,
         )

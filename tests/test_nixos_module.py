@@ -201,6 +201,26 @@ class TestModule:
         for line in ("proxy_buffering off;", "proxy_http_version 1.1;", "X-Forwarded-Proto $scheme;"):
             assert line in place["extraConfig"]
 
+    def test_nginx_may_send_cached_files(self) -> None:
+        machine = configured(
+            'enable = true; nginx = { enable = true; hostName = "c.org"; sendCachedFiles = true; };',
+            read="""{
+              inherit (config.services.nginx.virtualHosts."c.org") locations;
+              inherit (config.systemd.services.nginx) after serviceConfig;
+            }""",
+        )
+        assert machine["settings"]["nginx_location"] == "/harmonia-nar/"
+        nginx = machine["read"]
+        assert "harmonia.service" in nginx["after"]
+        mounts = nginx["serviceConfig"]["BindReadOnlyPaths"]
+        assert mounts == ["-/var/cache/private/harmonia/nar:/run/harmonia-nar"]
+        asked = 'X-Sendfile-Type "{}";'
+        assert asked.format("X-Accel-Redirect") in nginx["locations"]["/"]["extraConfig"]
+        assert "alias /run/harmonia-nar/;" in nginx["locations"]["/harmonia-nar/"]["extraConfig"]
+        missing = nginx["locations"]["@harmonia-bytes"]
+        assert missing["proxyPass"] == "http://harmonia$request_uri"
+        assert asked.format("") in missing["extraConfig"]
+
     def test_push_option_sets_up_keys_state_and_proxy(self) -> None:
         machine = configured("""
           enable = true;

@@ -25,10 +25,10 @@ SOCKET = "unix:/run/harmonia/socket"
 
 
 def snippet(language: str) -> str:
-    [text] = [
+    """Return the first block of code in this language on the page."""
+    return next(
         block.text for block in BLOCKS if (block.page, block.language) == ("docs/how-to/reverse-proxy.md", language)
-    ]
-    return text
+    )
 
 
 def free_port() -> int:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 
-from harmonia.cache.growing_file import GROWING, CachedFile, Filler, ending
+from cachetools import TTLCache
+
+from harmonia.cache.growing_file import GROWING, READ_FLAGS, SUMS, CachedFile, Filler, ending
 from harmonia.config.settings import Settings
 from harmonia.ownership import closed_on_error
 
@@ -28,9 +29,10 @@ _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, wh
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
 _UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
+_ORPHAN_AGE_S = 60.0  # of digests without a file, which may get its name in a moment
+_INTACT_S = 3600.0  # for which a verified file counts as intact
+_MAX_INTACT = 65536  # files that are known to be intact, some 300 bytes each
 _RETRY_S = 60.0  # until the next try to write to a disk that has failed
-
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _log = logging.getLogger("harmonia")
 
@@ -53,8 +55,11 @@ class DiskCache:
     removed: Callable[[], object]
     """Callback after files were evicted or discarded. It must return quickly."""
 
-    def __init__(self, directory: str, limit: int | None = None, growing: str = GROWING) -> None:
+    def __init__(self, directory: str, limit: int | None = None, growing: str = GROWING, *, bare: bool = False) -> None:
         """Create the directory, or make it private.
+
+        If `bare`, all users that can reach the directory can read its files, if they know the name. Each file that is
+        filled has only its content, so that other programs can send it (growing_file.py).
 
         `growing` is the suffix of growing files. Processes with other suffixes do not wait for these files. It ends in
         GROWING.
@@ -67,8 +72,11 @@ class DiskCache:
         self.removed = _nothing
         self._directory = directory
         self._growing = growing
+        self._bare = bare
+        self._intact: TTLCache[tuple[int, bytes | None], bool] = TTLCache(_MAX_INTACT, _INTACT_S)
+        self._lock = threading.Lock()
         self._unusable_until = 0.0
-        _make_private(directory)
+        _make_directory(directory, 0o711 if bare else 0o700)
         disk = os.statvfs(directory)
         self._spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 20)
         self.limit = limit if limit is not None else min(_DEFAULT_MAX_BYTES, (self._free() + self.used()) // 2)
@@ -98,7 +106,7 @@ class DiskCache:
     def remove(self, key: str) -> None:
         """Remove the file, if it exists. Its readers can continue."""
         with suppress(OSError):
-            os.unlink(self.path(key))
+            _unlink(self.path(key))
 
     def mark_unused(self, key: str) -> None:
         """Give a complete file an old LRU time, which its first use in any process replaces."""
@@ -109,8 +117,8 @@ class DiskCache:
     def remove_unused(self, key: str) -> None:
         """Remove a file, unless it was used since `mark_unused`. Its readers can continue."""
         with suppress(OSError):
-            if time.time() - os.stat(self.path(key)).st_mtime > _UNUSED_AGE_S / 2:
-                os.unlink(self.path(key))
+            if _age_s(self.path(key)) > _UNUSED_AGE_S / 2:
+                _unlink(self.path(key))
 
     def find_file(self, key: str) -> CachedFile | None:
         """Return the complete file, or None if it does not exist or cannot be opened. The caller closes it."""
@@ -204,12 +212,23 @@ class DiskCache:
             filler.abandon()  # no effect after a commit
         return False
 
-    def discard(self, path: str, file: CachedFile) -> None:
+    def mark_intact(self, file: CachedFile) -> None:
+        """Remember for an hour that a file was read from its first byte to its last, and each block had its digest."""
+        with self._lock:
+            self._intact[file.inode(), file.sha256] = True
+
+    def is_intact(self, file: CachedFile) -> bool:
+        """Return True if this process called `mark_intact` for the file less than an hour ago."""
+        with self._lock:
+            return (file.inode(), file.sha256) in self._intact
+
+    def discard(self, file: CachedFile) -> None:
         """Remove a file whose content changed after it was written, unless another file has replaced it."""
+        path = str(file.path)
         with suppress(OSError):
             if not file.is_at(path):
                 return
-            os.unlink(path)
+            _unlink(path)
         self.counters.corrupt += 1
         _log.error("removed a damaged file from the cache: %s; check the disk for faults if this repeats", path)
         self.removed()
@@ -267,7 +286,7 @@ class DiskCache:
             if excess <= 0:
                 break
             with suppress(FileNotFoundError):
-                os.unlink(path)
+                _unlink(path)
                 self.counters.evictions += 1
             excess -= size  # also if another process has removed the file
         if self.counters.evictions > before:
@@ -289,7 +308,7 @@ class DiskCache:
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if growing or not entry.name.endswith(GROWING):
+                    if not entry.name.endswith(SUMS) and (growing or not entry.name.endswith(GROWING)):
                         status = entry.stat(follow_symlinks=False)
                         files.append((status.st_mtime, status.st_blocks * 512, entry.path))
         return files
@@ -303,21 +322,29 @@ class DiskCache:
         if not os.access(path, os.F_OK):  # less than half the time of an error of `open`
             return None
         try:
-            file = CachedFile(os.open(path, _READ), damaged=partial(self.discard, path))
+            file = CachedFile(os.open(path, READ_FLAGS), path, self)
         except FileNotFoundError:
             return None
         with closed_on_error(file):
             file.refresh()
             if file.whole:
                 return file
-            self.discard(path, file)
+            with suppress(FileNotFoundError):
+                if file.is_at(path):  # otherwise, it was evicted before its digests were opened
+                    self._remove_incomplete(path, file)
         file.close()
         return None
+
+    def _remove_incomplete(self, path: str, file: CachedFile) -> None:
+        if self._bare and not os.path.exists(path + SUMS):  # lost in a crash, or in an eviction just before its fill
+            _unlink(path)
+        else:
+            self.discard(file)
 
     def touch(self, key: str) -> None:
         """Refresh the LRU time of a complete file."""
         with suppress(OSError):
-            if time.time() - os.stat(self.path(key)).st_mtime > _TOUCH_INTERVAL_S:
+            if _age_s(self.path(key)) > _TOUCH_INTERVAL_S:
                 os.utime(self.path(key))
 
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
@@ -325,7 +352,7 @@ class DiskCache:
         path = self.path(key)
         growing = path + self._growing
         descriptor = os.open(growing, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        file = CachedFile(descriptor)
+        file = CachedFile(descriptor, path, self)
         with closed_on_error(file):
             if not file.lock():
                 return file, None
@@ -337,8 +364,11 @@ class DiskCache:
                         # Truncate what an earlier filler has left. Without the check, ext4 would flush at each close.
                         if os.fstat(descriptor).st_size:
                             os.ftruncate(descriptor, 0)
-                        reader = CachedFile(os.open(growing, _READ), damaged=partial(self.discard, path))
-                        return reader, Filler(path, growing, file.detach(), self.filled, self.failed)
+                        with suppress(FileNotFoundError):  # of an earlier filler
+                            os.unlink(path + SUMS)
+                        reader = CachedFile(os.open(growing, READ_FLAGS), path, self)
+                        descriptor = file.detach()
+                        return reader, Filler(path, growing, descriptor, self.filled, self.failed, bare=self._bare)
                     os.unlink(growing)
         file.close()
         return None
@@ -355,11 +385,28 @@ def sweep_all(parent: str) -> None:
 
 def _sweep(directory: str) -> None:
     with os.scandir(directory) as entries:
-        paths = [entry.path for entry in entries if entry.name.endswith(GROWING)]
-    for path in paths:
-        with suppress(OSError), closing(CachedFile(os.open(path, _READ))) as file:
-            if file.lock() and file.is_at(path):
+        names = {entry.name for entry in entries}
+    for name in names:
+        path = f"{directory}/{name}"
+        with suppress(OSError):
+            if name.endswith(GROWING):
+                with closing(CachedFile(os.open(path, READ_FLAGS))) as file:
+                    if file.lock() and file.is_at(path):
+                        os.unlink(path)
+            elif name.endswith(SUMS) and name.removesuffix(SUMS) not in names and _age_s(path) > _ORPHAN_AGE_S:
                 os.unlink(path)
+
+
+def _age_s(path: str) -> float:
+    """Return the seconds since a file was used or written. Raises OSError if it does not exist."""
+    return time.time() - os.stat(path).st_mtime
+
+
+def _unlink(path: str) -> None:
+    """Remove a file and its digests. Raises OSError if the file does not exist."""
+    os.unlink(path)
+    with suppress(FileNotFoundError):
+        os.unlink(path + SUMS)
 
 
 def _next_bytes(pieces: Iterator[bytes], least: int) -> bytes:
@@ -383,32 +430,38 @@ def _nothing() -> None:
 
 
 def open_cache(
-    settings: Settings, name: str, what: str, max_bytes: int | None = None, level: int = logging.DEBUG
+    settings: Settings,
+    name: str,
+    what: str,
+    max_bytes: int | None = None,
+    level: int = logging.DEBUG,
+    *,
+    bare: bool = False,
 ) -> DiskCache | None:
     """Return the cache in the folder `name` of `cache_dir`, or None if the folder cannot be written.
 
-    In that case, log at this `level` that `what` cannot be kept.
+    In that case, log at this `level` that `what` cannot be kept. `bare` is that of DiskCache.
     """
     limits = [limit for limit in (settings.cache_bytes, max_bytes) if limit is not None]
     try:
-        return DiskCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None))
+        return DiskCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None), bare=bare)
     except OSError as error:
         _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
         return None
 
 
-def _make_private(directory: str) -> None:
-    """Create a directory that only its owner can enter, or make an existing directory private.
+def _make_directory(directory: str, mode: int) -> None:
+    """Create a directory with this mode, or give it to an existing directory.
 
     Raises OSError if that fails, for example because it belongs to another user, or is a symlink.
     """
     os.makedirs(os.path.dirname(directory) or ".", exist_ok=True)
     with suppress(FileExistsError):
-        os.mkdir(directory, 0o700)
+        os.mkdir(directory, mode)
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
-            os.fchmod(descriptor, 0o700)
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077 != mode & 0o077:
+            os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)
     if not os.access(directory, os.W_OK | os.X_OK):

@@ -7,6 +7,9 @@ By the trailer, every reader sees that the file is complete, so a part cannot be
     XXH3-64 of each block of 256 KiB of the content
     SHA-256 of the content, its length in 8 bytes, XXH3-64 of these two, a magic number
 
+A *bare* file has only the content, so that other programs can send it. Its digests and its trailer are in a second file
+beside it, which exists before the first has its final name.
+
 Each read of a complete file verifies the blocks that it touches: if a byte has changed on the disk after the file was
 written, the download breaks off. The digests detect faults of the disk, but no forgery: users who can write to the
 cache directory are trusted.
@@ -19,8 +22,10 @@ import fcntl
 import hashlib
 import os
 import struct
+import threading
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from typing import Protocol
 
 import xxhash
 
@@ -29,9 +34,13 @@ from harmonia.store.file_reader import CHUNK_BYTES, OpenSlice
 
 GROWING = ".growing"
 """The suffix of the name of a growing file."""
+SUMS = ".sums"
+"""The suffix of the name of the file with the digests and the trailer of a bare file."""
 _TRAILER = struct.Struct("<40s8s16s")
 _SUMMARY = struct.Struct("<32sQ")
 _MAGIC = b"harmonia file v2"
+
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 BLOCK_BYTES = CHUNK_BYTES
 _DIGEST_BYTES = 8
@@ -57,19 +66,48 @@ def _trailer(sha256: bytes, size: int) -> bytes:
     return _TRAILER.pack(summary, xxhash.xxh3_64_digest(summary), _MAGIC)
 
 
+def _sha256_in_trailer(descriptor: int, digests_start: int, size: int) -> bytes | None:
+    """Return the SHA-256 in the trailer after the digests of a content of `size` bytes, or None without a trailer."""
+    trailer = os.pread(descriptor, _TRAILER.size, digests_start + _digests_size(size))
+    if len(trailer) == _TRAILER.size:
+        summary, digest, magic = _TRAILER.unpack(trailer)
+        sha256, length = _SUMMARY.unpack(summary)
+        if (length, digest, magic) == (size, xxhash.xxh3_64_digest(summary), _MAGIC):
+            return bytes(sha256)
+    return None
+
+
 def ending(content: bytes, sha256: bytes) -> bytes:
     """Return the digests and the trailer of a complete file with this content."""
     blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
     return b"".join(map(xxhash.xxh3_64_digest, blocks)) + _trailer(sha256, len(content))
 
 
+class Watcher(Protocol):
+    """Receives what reads of a complete file find. Its functions must return quickly."""
+
+    def discard(self, file: "CachedFile") -> None:
+        """Remove a file whose content changed after it was written."""
+
+    def mark_intact(self, file: "CachedFile") -> None:
+        """Remember that a file was read from its first byte to its last, and each block had its digest."""
+
+    def is_intact(self, file: "CachedFile") -> bool:
+        """Return True if `mark_intact` was called for a file a short time ago."""
+
+
 class CachedFile:
     """A file of the cache, complete or growing. It can be read until it is closed, even if it was evicted."""
 
-    def __init__(self, descriptor: int, damaged: Callable[["CachedFile"], None] | None = None) -> None:
-        """Read from `descriptor`. Call `damaged` if a read finds that the content of the complete file has changed."""
+    def __init__(self, descriptor: int, path: str | None = None, watcher: "Watcher | None" = None) -> None:
+        """Read from `descriptor`. `path` is the path of the complete file, beside which its digests may be.
+
+        `watcher` is told what reads of the complete file find.
+        """
         self._descriptor = descriptor
-        self._damaged = damaged
+        self.path = path
+        self._watcher = watcher
+        self._sums_descriptor = -1  # of the file with the digests, if this file is complete and bare
         self.size = 0
         """The number of bytes of content at the last `refresh`."""
         self.sha256: bytes | None = None
@@ -86,27 +124,51 @@ class CachedFile:
             return
         file_size = os.fstat(self._descriptor).st_size
         size = content_size(file_size)
-        trailer = os.pread(self._descriptor, _TRAILER.size, size + _digests_size(size))
-        if size + _digests_size(size) + len(trailer) == file_size and len(trailer) == _TRAILER.size:
-            summary, digest, magic = _TRAILER.unpack(trailer)
-            sha256, length = _SUMMARY.unpack(summary)
-            if (length, digest, magic) == (size, xxhash.xxh3_64_digest(summary), _MAGIC):
-                self.sha256 = sha256
+        if size + _digests_size(size) + _TRAILER.size == file_size:
+            self.sha256 = _sha256_in_trailer(self._descriptor, size, size)
+        if self.sha256 is None and self._open_sums():
+            self.sha256 = _sha256_in_trailer(self._sums_descriptor, 0, file_size)
+            if self.sha256 is None:  # of an earlier file
+                self._close_sums()
+            else:
+                size = file_size
         self.size = size
+
+    @property
+    def sendable_name(self) -> str | None:
+        """Return the name of the file, if it has only the content, and if all of it was verified a short time ago."""
+        is_sendable = self._sums_descriptor >= 0 and self._watcher is not None and self._watcher.is_intact(self)
+        return os.path.basename(self.path) if is_sendable and self.path is not None else None
+
+    def inode(self) -> int:
+        """Return the inode number of the file."""
+        return os.fstat(self._descriptor).st_ino
+
+    def _open_sums(self) -> bool:
+        if self.path is not None:
+            with suppress(FileNotFoundError):
+                self._sums_descriptor = os.open(self.path + SUMS, READ_FLAGS)
+        return self._sums_descriptor >= 0
+
+    def _close_sums(self) -> None:
+        descriptor, self._sums_descriptor = self._sums_descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def slice(self, start: int, stop: int) -> OpenSlice:
         """Return a part of the content. Its reads raise CacheFileError if a complete file is damaged."""
         if not self.whole:
             return OpenSlice(self._descriptor, start, stop)
-        return _VerifiedSlice(self._descriptor, start, stop, self.size, self._found_damaged)
+        digests = (self._descriptor, self.size) if self._sums_descriptor < 0 else (self._sums_descriptor, 0)
+        return _VerifiedSlice(self._descriptor, start, stop, self.size, digests, self._found_damaged)
 
     def content(self) -> bytes:
         """Return the whole content of a small file. Raises CacheFileError if it is damaged."""
         return b"".join(iter(self.slice(0, self.size).read, b""))
 
     def _found_damaged(self) -> None:
-        if self._damaged is not None:
-            self._damaged(self)
+        if self._watcher is not None:
+            self._watcher.discard(self)
 
     def follow(self, start: int, stop: int | None) -> Generator[OpenSlice | None, None, int]:
         """Yield the bytes from `start` to `stop` or to the end as they are written. Yield None if there are none yet.
@@ -115,6 +177,8 @@ class CachedFile:
         Raises CacheFileError if a complete file was cut short.
         """
         position = start
+        self.refresh()
+        is_verified = self.whole and start == 0
         while True:
             self.refresh()
             end = self.size if stop is None else min(stop, self.size)
@@ -124,6 +188,8 @@ class CachedFile:
                 position = part.position
             if self.whole and position < end:
                 raise CacheFileError("the file in the cache was cut short")
+            if is_verified and position == self.size and self._watcher is not None:
+                self._watcher.mark_intact(self)
             if self.whole or position == stop:
                 return position
             if not self.lock():
@@ -158,6 +224,7 @@ class CachedFile:
 
     def close(self) -> None:
         """Close the file. This also releases its lock."""
+        self._close_sums()
         if self._descriptor >= 0:
             os.close(self.detach())
 
@@ -165,11 +232,21 @@ class CachedFile:
 class _VerifiedSlice(OpenSlice):
     """A part of a complete file, read block by block. Reads raise CacheFileError if a digest of a block is wrong."""
 
-    __slots__ = ("_damaged", "_digests", "_first_digest", "_size")
+    __slots__ = ("_damaged", "_digests", "_digests_at", "_first_digest", "_size")
 
-    def __init__(self, descriptor: int, position: int, stop: int, size: int, damaged: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        position: int,
+        stop: int,
+        size: int,
+        digests_at: tuple[int, int],
+        damaged: Callable[[], None],
+    ) -> None:
+        """`digests_at` is the descriptor of the file with the digests, and the offset of the first."""
         super().__init__(descriptor, position, stop)
         self._size = size
+        self._digests_at = digests_at
         self._damaged = damaged
         self._digests = b""
         self._first_digest = 0  # the number of the block of the first digest
@@ -225,7 +302,8 @@ class _VerifiedSlice(OpenSlice):
         if not 0 <= offset < len(self._digests):
             last = min(number + _DIGESTS_AT_ONCE, -(-self.stop // BLOCK_BYTES))
             digests = bytearray((last - number) * _DIGEST_BYTES)
-            count = os.preadv(self._descriptor, [digests], self._size + number * _DIGEST_BYTES, flags)
+            descriptor, first = self._digests_at
+            count = os.preadv(descriptor, [digests], first + number * _DIGEST_BYTES, flags)
             self._digests, self._first_digest, offset = bytes(digests[:count]), number, 0
         return self._digests[offset : offset + _DIGEST_BYTES]
 
@@ -256,8 +334,12 @@ class Filler:
         descriptor: int,
         filled: Callable[[int], None],
         failed: Callable[[OSError], None],
+        *,
+        bare: bool = False,
     ) -> None:
         """Write to `descriptor`, the file at `growing`. The path of the complete file is `path`.
+
+        A `bare` file can be read by all users that can enter its directory.
 
         `filled` is called with the size of the complete file, `failed` with an error of the disk.
         """
@@ -266,6 +348,7 @@ class Filler:
         self._descriptor = descriptor
         self._filled = filled
         self._failed = failed
+        self._bare = bare
         self._sha256 = hashlib.sha256()
         self._block = xxhash.xxh3_64()
         self._digests = bytearray()
@@ -308,8 +391,31 @@ class Filler:
         """
         if self.size % BLOCK_BYTES:
             self._end_block()
-        self._write(self._digests + _trailer(self.sha256, self.size))
+        sums = self._digests + _trailer(self.sha256, self.size)
+        if self._bare:
+            self._write_sums(sums)
+        else:
+            self._write(sums)
         self._finished = True
+
+    def _write_sums(self, sums: bytes | bytearray) -> None:
+        """Write the file with the digests, or replace that of an earlier file or of another filler of the same content.
+
+        Raises OSError if the disk fails.
+        """
+        unfinished = f"{self._path}-{threading.get_native_id()}{SUMS}"
+        try:
+            with open(unfinished, "xb") as file:
+                file.write(sums)
+                file.flush()
+                os.fdatasync(file.fileno())
+            os.rename(unfinished, self._path + SUMS)
+            os.fchmod(self._descriptor, 0o644)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(unfinished)
+            self._failed(error)
+            raise
 
     def commit(self) -> None:
         """Add the complete file to the cache, and flush it to the disk.
@@ -339,6 +445,9 @@ class Filler:
             return
         with suppress(OSError):
             os.unlink(self._growing)
+        if self._bare and self._finished:
+            with suppress(OSError):
+                os.unlink(self._path + SUMS)
         self._close()
 
     def _close(self) -> None:

@@ -130,7 +130,7 @@ class Layouts:
             try:
                 layout.load(_File(file, None), file.size)
             except (CacheFileError, OSError):
-                self.files.discard(self.files.path(key), file)
+                self.files.discard(file)
                 file.close()
                 return False
         return True

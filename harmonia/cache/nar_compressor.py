@@ -193,6 +193,11 @@ class CompressedNar:
         return self._file is not None and self._file.whole
 
     @property
+    def cached_name(self) -> str | None:
+        """The name of the file in the cache that other programs may send in place of this body, or None."""
+        return None if self._file is None else self._file.sendable_name
+
+    @property
     def reads_briefly(self) -> bool:
         """True if the file is complete: then `read` only opens it."""
         return self.is_complete
@@ -262,6 +267,7 @@ class CachedNar:
     def __init__(self, file: CachedFile) -> None:
         self.size = file.size
         self._file = file
+        self.cached_name = file.sendable_name
 
     def close(self) -> None:
         self._file.close()

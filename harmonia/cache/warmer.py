@@ -115,7 +115,7 @@ class Warmer:
         """Open the cache. Raises ConfigError if it is not writable. `store` is used by the caller's thread."""
         directory = os.path.join(str(settings.cache_dir), "nar")
         try:
-            self._cache = DiskCache(directory, settings.cache_bytes, growing=_GROWING)
+            self._cache = DiskCache(directory, settings.cache_bytes, _GROWING, bare=settings.nginx_location is not None)
         except OSError as error:
             what = f"cache_dir: cannot write {directory!r}: {error.strerror}"
             raise ConfigError(f"{what}; run this as root or as the user of the server") from None

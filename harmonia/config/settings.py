@@ -23,6 +23,7 @@ from harmonia.config.value_types import (
     Days,
     File,
     Level,
+    Location,
     Mode,
     Name,
     Proxies,
@@ -620,6 +621,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     trusted_proxies: Annotated[
         Proxies, Meta(description="Peers whose `X-Forwarded-…` are trusted; `unix` is every peer on a unix socket.")
     ] = ()
+    nginx_location: Annotated[
+        Location | None,
+        Meta(
+            description="Internal location of nginx, like `/harmonia-nar/`, for the directory `nar` in `cache_dir`."
+            " nginx then sends NARs of the cache itself. Needs `trusted_proxies`."
+        ),
+    ] = None
     base_url: Annotated[
         Url | None,
         Meta(extra={"default": "from the request"}, description="The URL of this cache on the pages for people."),
@@ -673,6 +681,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise WrongSettingError(f"set without {needed}; {remedy}", given)
         if self.address("metrics_bind") and not self.metrics:
             raise WrongSettingError("set without metrics; remove this or set metrics = true", "metrics_bind")
+        if self.nginx_location is not None and not self.trusted_proxies:
+            what = 'set without trusted_proxies; add the address of nginx there, or "unix"'
+            raise WrongSettingError(what, "nginx_location")
         if 0 < self.max_bulk_rate < MAX_BULK_PATHS:
             what = f"less than one request, which may have {MAX_BULK_PATHS} paths; set it to that or more, or to 0"
             raise WrongSettingError(what, "max_bulk_rate")

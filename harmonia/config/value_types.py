@@ -60,6 +60,9 @@ Name = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,60}\Z", extra={"expect
 Sentence = Annotated[
     str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,300}\Z", extra={"expected": "one line of 1 to 300 characters"})
 ]
+Location = Annotated[
+    str, Meta(pattern=r"\A/(?:[A-Za-z0-9._-]+/)+\Z", extra={"expected": 'a path like "/harmonia-nar/"'})
+]
 AbsolutePath = Annotated[str, Meta(extra={"expected": "an absolute path"})]
 # A file that the server reads and others perhaps may not. The NixOS module passes it as a systemd credential.
 File = Annotated[str, Meta(extra={"file": True})]

@@ -85,6 +85,7 @@ def _app(
     app.ctx.identity = context.identity
     app.ctx.response_cache = ResponseCache(narinfo.Narinfos(context).content_now, partial(_upstream_nar_now, context))
     app.ctx.loop_turns, app.ctx.client = context.loop_turns, context.client
+    app.ctx.nginx_location = context.nginx_location
     sanic_adapter.prepare(app, primary=primary)
     for route in routes:
         handler = _handler(route, guard)
@@ -171,7 +172,8 @@ def _endpoint(
             raise
         finally:
             route.end()
-        if still_valid is not None and response is not None and not is_each_logged:
+        is_in_memory = response is not None and not hasattr(request.ctx, "sent")  # otherwise, nginx sends the body
+        if still_valid is not None and is_in_memory and not is_each_logged:
             request.ctx.still_valid = still_valid, route
         return _done(context, route, request, response, default)
 

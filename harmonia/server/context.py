@@ -113,7 +113,7 @@ class _Streamed(ReadOnly):
 def _nar_cache(settings: Settings) -> DiskCache | None:
     if not (settings.enable_compression or settings.sources):
         return None
-    return open_cache(settings, "nar", "NARs", level=logging.WARNING)
+    return open_cache(settings, "nar", "NARs", level=logging.WARNING, bare=settings.nginx_location is not None)
 
 
 def _temp_roots(settings: Settings) -> TempRoots | None:
@@ -178,6 +178,12 @@ class ServerContext:
         """Check of tokens. Set by a worker when it starts, if requests need tokens."""
         self.identity = new_pseudonym()
         """Pseudonym of this server, shared by all workers, in Via."""
+
+    def nginx_location(self, request: Request) -> str | None:
+        """Return `nginx_location` if a trusted proxy asks to send cached files itself, otherwise None."""
+        asks = request.headers.get("x-sendfile-type", "").lower() == "x-accel-redirect"
+        is_trusted = asks and access_log.from_proxy(request, self.settings.trusted_proxies)
+        return self.settings.nginx_location if is_trusted else None
 
     @property
     def trusted_keys(self) -> list[str]:

@@ -150,6 +150,8 @@ def _server_cache(settings: Settings) -> DiskCache | None:
     """Return the server's cache of compressed NARs if this user may use it, which must not create it."""
     directory = os.path.join(str(settings.cache_dir), "nar")
     try:
-        return DiskCache(directory, _NO_LIMIT) if os.access(directory, os.R_OK | os.W_OK | os.X_OK) else None
+        if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            return None
+        return DiskCache(directory, _NO_LIMIT, bare=settings.nginx_location is not None)
     except OSError:
         return None

@@ -131,6 +131,11 @@ class CachedBody:
         """Return True if the cache has the complete file."""
         return self._file is not None and self._file.whole
 
+    @property
+    def cached_name(self) -> str | None:
+        """The name of the file in the cache that other programs may send in place of this body, or None."""
+        return None if self._file is None else self._file.sendable_name
+
     def close(self) -> None:
         self._close_file()
         if self._rest is not None:

@@ -17,8 +17,8 @@ from support.running import wait_until
 
 
 @contextmanager
-def at(directory: object, limit: int | None = None) -> Iterator[DiskCache]:
-    cache = DiskCache(str(directory), limit)
+def at(directory: object, limit: int | None = None, *, bare: bool = False) -> Iterator[DiskCache]:
+    cache = DiskCache(str(directory), limit, bare=bare)
     yield cache
     cache.housekeeping.shutdown()
 

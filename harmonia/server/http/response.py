@@ -33,6 +33,7 @@ IMMUTABLE_NAR = f"{IMMUTABLE}, no-transform"
 UNNAMED = "no-store, no-transform"
 """For a URL that does not determine the bytes: an HTTP cache could combine ranges of two files."""
 
+_PLAIN_RANGE = re.compile(r"bytes=[0-9]{0,15}-[0-9]{0,15}")
 _TAG = re.compile(r'(?:W/)?"[!#-~\x80-\xff]*"')
 PACKET_BYTES = 1400
 """Size up to which a body is not compressed: it fits into one packet."""
@@ -173,6 +174,8 @@ async def _respond(request: Request, representation: Representation, submit: Sub
 async def _respond_with(request: Request, body: Body, headers: dict[str, str], submit: Submit) -> HTTPResponse | None:
     if request.method == "HEAD":
         return _head(request, body.size, headers)
+    if (response := _response_for_nginx(request, body, headers)) is not None:
+        return response
     part = _requested_range(request, headers)
     begun = None
     if body.size is None and (part is not None or request.version == "1.0"):
@@ -198,6 +201,30 @@ async def _respond_with(request: Request, body: Body, headers: dict[str, str], s
     response = HTTPResponse(status=status, headers=headers)
     await _send(request, response, pieces, first, None if stop is None else stop - start)
     return None
+
+
+def _response_for_nginx(request: Request, body: Body, headers: dict[str, str]) -> HTTPResponse | None:
+    """Return a response that makes nginx send the body from its file, or None if this server has to send it.
+
+    nginx selects the range. It cannot answer conditional requests, because it does not know the ETag, and reads some
+    values of Range in another way. Cache-Control has another name, because nginx would keep it if the file is missing
+    and this server then answers once more.
+    """
+    name: str | None = getattr(body, "cached_name", None)
+    if name is None or body.size is None or "content-encoding" in headers:
+        return None
+    location: str | None = request.app.ctx.nginx_location(request)
+    if location is None or any(field.startswith("if-") for field in request.headers):
+        return None
+    if "range" in request.headers and not (wants_part(request) and _PLAIN_RANGE.fullmatch(_field(request, "range"))):
+        return None
+    part = _requested_range(request, headers)
+    start, stop = (0, body.size) if part is None else _bounds(part, body.size)
+    request.ctx.sent = (stop or 0) - start
+    status = HTTPStatus.OK if part is None else HTTPStatus.PARTIAL_CONTENT
+    fields = {field: headers[field] for field in ("content-type", "etag") if field in headers}
+    fields |= {"x-accel-redirect": location + name, "x-cache-control": headers["cache-control"]}
+    return HTTPResponse(status=status, headers=fields)
 
 
 def _head(request: Request, size: int | None, headers: dict[str, str]) -> HTTPResponse:
