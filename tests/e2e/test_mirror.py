@@ -104,3 +104,20 @@ def test_cut_download_resumes_at_another_gate_while_one_is_killed(
                 client.run("nix-store", "--verify-path", path)
                 assert network.cuts >= 2
         assert " 206 " in log.read_text()
+
+
+def test_closure_is_copied_from_the_bucket_by_s3(
+    make_client: Callable[[str], Client], closure: Closure, folder: Folder, tmp_path: Path
+) -> None:
+    """Debian builds Nix without support for credentials, which a public bucket does not need."""
+    client = make_client("copier")
+    if client.nix.version < (2, 34):
+        pytest.skip("Debian builds this version of Nix without s3://")
+    mirror(closure, folder, tmp_path, closure.top)
+    url = f"s3://{folder.bucket}/{folder.prefix}?scheme=http&endpoint={folder.endpoint.removeprefix('http://')}"
+    client.settings["trusted-public-keys"] = closure.key.public
+    client.run("nix", "copy", "--from", url, closure.top)
+    paths = requisites(client, closure.top)
+    assert paths == requisites(closure.server, closure.top)
+    client.run("nix-store", "--verify-path", *paths)
+    client.run("nix", "store", "verify", "--recursive", "--store", url, closure.top)
