@@ -216,9 +216,9 @@ let
   )) (map given cfg.settings.upstream) (map (key: key.path) signKeys);
   inStore = lib.filter (key: lib.hasPrefix "${builtins.storeDir}/" key.path) signKeys;
 
-  # The settings of `harmonia watch`, which needs neither those of the server nor its credentials.
-  watch = withCredentialsOf "harmonia-watch" "watch-" keys.watch.keys cfg.settings.watch;
-  watchSettings =
+  # The settings of services that upload, which need neither the other settings of the server nor its credentials.
+  uploadSettings =
+    service:
     lib.filterAttrs (
       key: _:
       lib.elem key [
@@ -230,11 +230,19 @@ let
         "zstd"
       ]
     ) (given cfg.settings)
-    // {
-      watch = watch.settings;
-    }
     // lib.optionalAttrs (signKeys != [ ]) {
-      sign_key_paths = map (key: credentialOf "harmonia-watch" key.name) signKeys;
+      sign_key_paths = map (key: credentialOf service key.name) signKeys;
+    };
+  watch = withCredentialsOf "harmonia-watch" "watch-" keys.watch.keys cfg.settings.watch;
+  watchSettings = uploadSettings "harmonia-watch" // {
+    watch = watch.settings;
+  };
+  mirrorJob = withCredentialsOf "harmonia-mirror" "mirror-" keys.mirror.keys cfg.settings.mirror;
+  mirrorJobSettings =
+    uploadSettings "harmonia-mirror"
+    // given { inherit (cfg.settings) publish; }
+    // {
+      mirror = mirrorJob.settings;
     };
 
   pushes = cfg.settings.push.enable == true;
@@ -481,6 +489,32 @@ in
         defaultText = lib.literalMD "generated from `settings`";
         readOnly = true;
         description = "Settings file of the service, a part of `settings`.";
+      };
+    };
+
+    mirror = {
+      roots = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "/run/current-system" ];
+        description = ''
+          Store paths, or symlinks to them. Their closures are written to the bucket of `settings.mirror` at the times
+          of `startAt`, by `harmonia mirror`. It works without `enable`. `signKeyPaths` sign them.
+        '';
+      };
+      keep = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "90d";
+        description = ''
+          If set, `harmonia mirror gc` deletes paths from the bucket that were neither written nor named for this time.
+          Set it on one machine.
+        '';
+      };
+      startAt = mkOption {
+        type = types.str;
+        default = "daily";
+        description = "When to write `roots` and to delete old paths, in the format of {manpage}`systemd.time(7)`.";
       };
     };
 
@@ -846,6 +880,61 @@ in
             # The socket of the post-build hook, which only root can open, and the metrics, which everyone can read.
             RuntimeDirectory = "harmonia-watch";
             UMask = "0022";
+
+            InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+            RestrictAddressFamilies = [
+              "AF_UNIX"
+              "AF_INET"
+              "AF_INET6"
+            ];
+          }
+          // overridable sandbox;
+      };
+    })
+
+    (lib.mkIf (cfg.mirror.roots != [ ] || cfg.mirror.keep != null) {
+      assertions = [
+        {
+          assertion = cfg.settings.mirror.bucket != null;
+          message = "services.harmonia.mirror: set settings.mirror.bucket and endpoint to those of the S3 service.";
+        }
+      ];
+      environment.systemPackages = [ package ];
+
+      systemd.timers.harmonia-mirror = {
+        wantedBy = [ "timers.target" ];
+        timerConfig = {
+          OnCalendar = cfg.mirror.startAt;
+          Persistent = true;
+        };
+      };
+      systemd.services.harmonia-mirror = {
+        description = "Harmonia, uploads to the mirror's bucket and its garbage collection";
+        after = [ "network-online.target" ];
+        wants = [ "network-online.target" ];
+        unitConfig = overridable (
+          lib.optionalAttrs (storePaths != [ ]) { RequiresMountsFor = toString storePaths; }
+        );
+        serviceConfig =
+          let
+            mirror = "${lib.getExe package} --config ${checked "harmonia-mirror.toml" mirrorJobSettings} mirror";
+          in
+          overridable {
+            Type = "oneshot";
+            ExecStart =
+              lib.optional (cfg.mirror.roots != [ ]) "${mirror} write ${lib.escapeShellArgs cfg.mirror.roots}"
+              ++ lib.optional (cfg.mirror.keep != null) "${mirror} gc --keep ${cfg.mirror.keep}";
+            CPUWeight = 20;
+            IOWeight = 20;
+
+            # The server's user, to read its cache of compressed NARs.
+            DynamicUser = true;
+            User = "harmonia";
+            Group = "harmonia";
+            LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ mirrorJob.credentials);
+            CacheDirectory = lib.mkIf cfg.enable "harmonia";
+            CacheDirectoryMode = lib.mkIf cfg.enable "0700";
+            UMask = "0077";
 
             InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
             RestrictAddressFamilies = [

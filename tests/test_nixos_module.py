@@ -371,6 +371,31 @@ class TestModule:
         assert directives(machine["service"], "PrivateNetwork") == ["false"]
         assert directives(machine["service"], "IPAddressDeny") == []
 
+    def test_roots_are_written_to_the_bucket_and_old_paths_deleted(self) -> None:
+        machine = configured("""
+          signKeyPaths = [ "/secrets/key" ];
+          settings.mirror = {
+            endpoint = "https://s3.example.org";
+            bucket = "cache";
+            credentials_file = "/secrets/s3";
+          };
+          mirror = { roots = [ "/run/current-system" "/var/lib/it's" ]; keep = "90d"; };
+        """)
+        unit = machine["mirror"]
+        write, collect = directives(unit, "ExecStart")
+        assert write.endswith("mirror write /run/current-system '/var/lib/it'\\''s'")
+        assert collect.endswith("mirror gc --keep 90d")
+        assert directives(unit, "LoadCredential") == [
+            "sign-key-0:/secrets/key",
+            "mirror-credentials_file:/secrets/s3",
+        ]
+        assert directives(machine["mirror_timer"], "OnCalendar") == ["daily"]
+        assert machine["failed"] == []
+        assert machine["service"] is None
+
+    def test_mirror_without_a_bucket_is_an_error(self) -> None:
+        assert "set settings.mirror.bucket" in configured('mirror.keep = "90d";')["failed"][0]
+
     def test_service_has_a_network_for_upstreams(self) -> None:
         machine = configured("""
           enable = true;

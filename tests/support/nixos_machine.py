@@ -71,6 +71,8 @@ def configured(
       {{
         service = text "harmonia.service";
         socket = text "harmonia.socket";
+        mirror = text "harmonia-mirror.service";
+        mirror_timer = text "harmonia-mirror.timer";
         watch = text "harmonia-watch.service";
         watch_settings = config.services.harmonia.watch.configFile.settings;
         accelerate_service = text "harmonia-accelerate.service";
