@@ -161,9 +161,14 @@ def _matches(store: Store, words: Sequence[str], published: PublishFilter) -> tu
     return candidates[:_MAX_CANDIDATES], last is None and len(candidates) <= _MAX_CANDIDATES
 
 
-def natural(text: str) -> tuple[str | int, ...]:
+def natural(text: str) -> tuple[object, ...]:
     """Return the sort key that compares the numbers in a text by their values: 1.10 after 1.9."""
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(text)))
+
+    def value(digits: str) -> tuple[int, str]:
+        significant = digits.lstrip("0")
+        return len(significant), significant
+
+    return tuple(value(part) if place % 2 else part for place, part in enumerate(_NUMBER.split(text)))
 
 
 def list_paths(store: Store, paths: Iterable[StorePath]) -> list[ListedPath]:

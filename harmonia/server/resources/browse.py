@@ -31,13 +31,14 @@ from harmonia.store import build_log, closure_tree, queries
 from harmonia.store.closure_tree import Node, Summary
 from harmonia.store.queries import ListedPath
 from harmonia.store.store import Store
+from harmonia.untrusted import integer
 
 _PAGE_PATHS = 100
+_MAX_PAGE = 999_999
 _MAX_SHOWN = 200  # references and referrers on one page
 _MAX_NEWEST = 50
 _SUMMARY_BYTES = 100_000  # at most: the nodes of three levels with six children each
 _MAX_QUERY_CHARS = 300  # more than a store path has
-_PAGE = re.compile("[1-9][0-9]{0,5}")
 _HASH_PART = re.compile(f"[{base32.ALPHABET}]{{{HASH_PART_LENGTH}}}(?![0-9a-z])")
 
 
@@ -50,7 +51,7 @@ async def search(context: ServerContext, request: Request) -> Representation:
         return page.redirect(f"path/{hash_part[0]}", HTTPStatus.SEE_OTHER, "no-cache")
     if not asked:
         return await _newest(context, request)
-    number = int(request.args.get("page")) if _PAGE.fullmatch(request.args.get("page", "")) else 1
+    number = integer(request.args.get("page", ""), _MAX_PAGE) or 1
     before = await _compared(context, request.args.get("compare", ""))
     result = await context.threads.run_slow_db(
         lambda store: queries.search(

@@ -89,7 +89,7 @@ async def _facts(context: ServerContext, request: Request) -> list[tuple[str, ob
     if reads_metrics or (browses and context.paths.policy is None):
         paths, size = await context.store_size()
         if not math.isnan(size) and settings.local_store:
-            facts += [("Paths", f"{paths:,}"), ("Size", page.size(int(size)))]
+            facts += [("Paths", f"{paths:,}"), ("Size", page.size(round(size)))]
     if browses and (newest := await _kept(context, "newest", lambda: _newest(context))):
         [path] = newest
         link = E.a(path.path.name, href=f"path/{path.path.hash_part}")
