@@ -287,11 +287,20 @@ let
 
   # Harmonia itself listens only on metrics_bind, and connects only to upstreams and the bucket of the mirror.
   needsNetwork =
-    cfg.settings.metrics_bind != null || upstreams != [ ] || cfg.settings.mirror.bucket != null;
+    cfg.settings.metrics_bind != null
+    || upstreams != [ ]
+    || cfg.settings.mirror.bucket != null
+    || hasSiblings;
+  # Multicast DNS, UDP port 5353. zeroconf reads the addresses of this machine by AF_NETLINK.
+  hasSiblings = cfg.settings.lan.announce == true || asksSiblings cfg.settings.lan.public_keys;
+  asksSiblings = publicKeys: publicKeys != null && publicKeys != [ ];
   shutdownGrace = if cfg.settings.shutdown_grace == null then 30 else cfg.settings.shutdown_grace;
 
   # The Rust Harmonia does not understand these arguments, and would start a server during the build.
-  ownPackage = pkgs.callPackage ./package.nix { withS3 = cfg.settings.mirror.bucket != null; };
+  ownPackage = pkgs.callPackage ./package.nix {
+    withLan = hasSiblings || asksSiblings accelerate.siblingKeys;
+    withS3 = cfg.settings.mirror.bucket != null;
+  };
   isRust =
     cfg.package ? cargoDeps
     || cfg.package ? cargoArtifacts
@@ -370,7 +379,10 @@ let
         }
       ) cfg.client.caches;
     }
-    // lib.optionalAttrs (accelerate.cacheSize != null) { cache_size = accelerate.cacheSize; };
+    // lib.optionalAttrs (accelerate.cacheSize != null) { cache_size = accelerate.cacheSize; }
+    // lib.optionalAttrs (asksSiblings accelerate.siblingKeys) {
+      lan.public_keys = accelerate.siblingKeys;
+    };
 
   # Defaults that the user's configuration overrides without mkForce. Lists are concatenated.
   overridable = lib.mapAttrs (_: value: if lib.isList value then value else lib.mkDefault value);
@@ -446,7 +458,7 @@ in
     openFirewall = mkOption {
       type = types.bool;
       default = false;
-      description = "Whether to open the port of the cache in the firewall, or ports 80 and 443 with `nginx.enable`.";
+      description = "Whether to open the port of the cache in the firewall, or ports 80 and 443 with `nginx.enable`; and UDP port 5353 with `settings.lan`.";
     };
 
     push = {
@@ -581,6 +593,16 @@ in
         readOnly = true;
         description = "Settings file of the service.";
       };
+      siblingKeys = mkOption {
+        type = types.listOf types.str;
+        default = [ ];
+        example = [ "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M=" ];
+        description = ''
+          Public keys. With at least one, binary caches that announce themselves in the local network
+          (`settings.lan.announce`) are asked for paths that one of these keys signed. They learn which paths this
+          machine lacks. Opens UDP port 5353 in the firewall.
+        '';
+      };
       netrc = mkOption {
         type = types.nullOr types.str;
         default = null;
@@ -649,10 +671,13 @@ in
               "AF_UNIX"
               "AF_INET"
               "AF_INET6"
-            ];
+            ]
+            ++ lib.optional (asksSiblings accelerate.siblingKeys) "AF_NETLINK";
           }
           // overridable sandbox;
       };
+
+      networking.firewall.allowedUDPPorts = lib.mkIf (asksSiblings accelerate.siblingKeys) [ 5353 ];
     })
 
     (lib.mkIf cfg.enable {
@@ -724,6 +749,7 @@ in
       nix.settings.trusted-public-keys = lib.mkIf cfg.push.enable cfg.push.publicKeys;
       nix.settings.extra-allowed-users = lib.mkIf (cfg.settings.daemon_socket != "") [ "harmonia" ];
 
+      networking.firewall.allowedUDPPorts = lib.mkIf (cfg.openFirewall && hasSiblings) [ 5353 ];
       networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
         if cfg.nginx.enable then
           [
@@ -816,7 +842,8 @@ in
           ++ lib.optionals needsNetwork [
             "AF_INET"
             "AF_INET6"
-          ];
+          ]
+          ++ lib.optional hasSiblings "AF_NETLINK";
           IPAddressDeny = lib.mkIf (!needsNetwork) "any";
         }
         // overridable sandbox;

@@ -4,6 +4,7 @@
   stdenv,
   installShellFiles,
   # Support for a mirror in an S3 bucket.
+  withLan ? false,
   withS3 ? false,
   # For the tests: programs to compare with, and openssl for certificates.
   nix,
@@ -74,15 +75,21 @@ let
   testDependencies = [
     python3Packages.h11
     python3Packages.hypothesis
+    python3Packages.ifaddr
     python3Packages.obstore
     python3Packages.pytest
     python3Packages.pytest-timeout
     python3Packages.pytest-xdist
     python3Packages.websockets
+    python3Packages.zeroconf
   ]
   # In nixpkgs since the middle of 2026.
   ++ lib.optional (python3Packages ? schemathesis) python3Packages.schemathesis;
 
+  optional-dependencies.lan = [
+    python3Packages.ifaddr
+    python3Packages.zeroconf
+  ];
   optional-dependencies.s3 = [ python3Packages.obstore ];
 
   harmonia = python3Packages.buildPythonApplication {
@@ -112,6 +119,7 @@ let
       python3Packages.yarl
       python3Packages.zstandard
     ]
+    ++ lib.optionals withLan optional-dependencies.lan
     ++ lib.optionals withS3 optional-dependencies.s3;
     inherit optional-dependencies;
 

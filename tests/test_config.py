@@ -1007,6 +1007,16 @@ PUSH = "[push]\nenable = true\n"
         (f"tokens_path = '/t'\n{PUSH}", "h.toml:3: push.enable: tokens would be sent without TLS; "),
         (f"tokens_path = '/t'\nbind = 'unix:/s'\ndaemon_socket = ''\n{PUSH}", "h.toml:5: push.enable: daemon_socket "),
         ("tokens_path = '/t'\nanonymous_scopes = ['push']", 'h.toml:2: anonymous_scopes: "push" would let everyone'),
+        ("[lan]\npublic_keys = ['cache-1:x']", "h.toml:2: lan.public_keys: "),
+        (
+            f"[lan]\npublic_keys = ['{_KEY}']\n[publish]\nallow = ['x']",
+            "h.toml:3: publish: publish rules do not apply to paths from siblings",
+        ),
+        (
+            "tls_cert_path = '/c'\ntls_key_path = '/k'\n[lan]\nannounce = true",
+            "h.toml:4: lan.announce: siblings use plain",
+        ),
+        ("tokens_path = '/t'\n[lan]\nannounce = true", "h.toml:3: lan.announce: siblings send no token"),
         ("[push]\nclient_certificates = ['ci']", "h.toml:2: push.client_certificates: set without tls_client_ca_path"),
         ("[push]\nmax_nar_size = '64G'", "h.toml:2: push.max_nar_size: more than spool_size"),
         ("max_bulk_rate = 9999", "h.toml:1: max_bulk_rate: less than one request, which may have 10000 paths"),

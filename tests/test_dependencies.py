@@ -15,7 +15,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = {each.name: each for each in map(Requirement, PROJECT["dependencies"])}
-OPTIONAL = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["s3"])}
+EXTRAS = {
+    extra: {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"][extra])}
+    for extra in ("lan", "s3")
+}
+OPTIONAL = EXTRAS["lan"] | EXTRAS["s3"]
 DEV = {each.name: each for each in map(Requirement, PROJECT["optional-dependencies"]["dev"]) if each.name != "harmonia"}
 PACKAGE = (ROOT / "package.nix").read_text()
 
@@ -44,9 +48,10 @@ def test_nix_package_has_the_same_dependencies() -> None:
     listed = re.search(r"\n +dependencies = \[(.*?)\]", PACKAGE, re.DOTALL)
     assert listed
     assert [name.removeprefix("python3Packages.") for name in listed[1].split()] == sorted(RUNTIME)
-    optional = re.search(r"optional-dependencies\.s3 = \[ (.*?) \];", PACKAGE)
-    assert optional
-    assert optional[1].split() == [f"python3Packages.{name}" for name in sorted(OPTIONAL)]
+    for extra, packages in EXTRAS.items():
+        optional = re.search(rf"optional-dependencies\.{extra} = \[(.*?)\];", PACKAGE, re.DOTALL)
+        assert optional
+        assert optional[1].split() == [f"python3Packages.{name}" for name in sorted(packages)]
 
 
 def test_sanic_has_an_upper_bound() -> None:

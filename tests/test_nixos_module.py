@@ -343,6 +343,29 @@ class TestModule:
         assert settings.idle_exit == 60
         assert [(each.url, each.public_keys) for each in settings.upstream] == [("https://cache.example.org", (key,))]
 
+    def test_siblings_need_keys_multicast_and_netlink(self) -> None:
+        key = "cache.example.org-1:GOTMCXKgN8cX8Q0TODIXpSfxmqCyDGsNnP6DJpTBu2M="
+        caches = f'client.caches."https://cache.example.org" = [ "{key}" ];'
+        machine = configured(
+            f'{caches} client.accelerate = {{ enable = true; siblingKeys = [ "{key}" ]; }};',
+            read="{ lan = config.services.harmonia.client.accelerate.configFile.settings.lan;"
+            " ports = config.networking.firewall.allowedUDPPorts; }",
+        )
+        assert machine["failed"] == []
+        assert machine["read"] == {"lan": {"public_keys": [key]}, "ports": [5353]}
+        assert "AF_NETLINK" in directives(machine["accelerate_service"], "RestrictAddressFamilies")
+        machine = configured(
+            "enable = true; openFirewall = true; settings.lan.announce = true;",
+            read="config.networking.firewall.allowedUDPPorts",
+        )
+        assert machine["failed"] == []
+        assert machine["read"] == [5353]
+        assert machine["system_file"]["lan"] == {"announce": True}
+        assert directives(machine["service"], "PrivateNetwork") == ["false"]
+        assert "AF_NETLINK" in directives(machine["service"], "RestrictAddressFamilies")
+        closed = configured("enable = true; openFirewall = true;", read="config.networking.firewall.allowedUDPPorts")
+        assert closed["read"] == []
+
     def test_accelerate_without_caches_is_an_error(self) -> None:
         assert "there are no caches behind it" in configured("client.accelerate.enable = true;")["failed"][0]
 

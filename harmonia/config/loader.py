@@ -19,6 +19,7 @@ import msgspec
 from harmonia.config import setting_places
 from harmonia.config.settings import (
     TABLES,
+    Lan,
     Mirror,
     PublishRules,
     Push,
@@ -177,7 +178,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
 
 
 def _values(
-    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Watch | Upstream],
+    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Lan | Watch | Upstream],
     given: Mapping[str, Any],
     *table: str,
 ) -> dict[str, Any]:

@@ -269,6 +269,29 @@ class Push(msgspec.Struct, frozen=True, kw_only=True):
             _check(value_types.check_path, [getattr(self, key)], "push", key)
 
 
+class Lan(msgspec.Struct, frozen=True, kw_only=True):
+    """Siblings: binary caches in the local network, which announce themselves by multicast DNS (UDP port 5353)."""
+
+    announce: Annotated[
+        bool,
+        Meta(
+            description="Announce this server in the local network as `_nix_binary_cache._tcp`. Needs the Python"
+            " package zeroconf (`harmonia[lan]`)."
+        ),
+    ] = False
+    public_keys: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Public keys like `name:base64`. With at least one, servers that announce themselves become"
+            " upstreams for paths that one of these keys signed. They learn which paths are asked for. Needs zeroconf,"
+            " too."
+        ),
+    ] = ()
+    priority: Annotated[
+        int, Meta(ge=0, le=2**31 - 1, description="Priority of the siblings among the upstreams (`upstream.priority`).")
+    ] = 60
+
+
 class Mirror(msgspec.Struct, frozen=True, kw_only=True):
     """A bucket of an S3 service that has a plain Nix binary cache, shared by several servers."""
 
@@ -672,6 +695,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     publish: Annotated[PublishRules, Meta(description="Which store paths are served.")] = PublishRules()
     push: Annotated[Push, Meta(description="Uploads of store paths.")] = Push()
     mirror: Annotated[Mirror, Meta(description="A bucket of an S3 service as a shared cache.")] = Mirror()
+    lan: Annotated[Lan, Meta(description="Binary caches in the local network.")] = Lan()
     watch: Annotated[Watch, Meta(description="Uploads of new store paths to another cache.")] = Watch()
 
     def __post_init__(self) -> None:
@@ -702,6 +726,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         _check_upstreams(self.upstream, self.publish)
         _check_push(self)
         _check_sources(self)
+        _check_lan(self)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
         """Return the setting's host and port, or its path of a unix socket, or None if it is not set.
@@ -718,6 +743,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def sources(self) -> tuple[Upstream, ...]:
         """Return the caches that are asked for paths that the store lacks: `upstream`, and last the mirror's bucket."""
         return (*self.upstream, self.mirror.source) if self.mirror.is_read else self.upstream
+
+    @property
+    def asks_upstreams(self) -> bool:
+        """True if other caches may be asked for paths that the store lacks: `sources`, or siblings."""
+        return bool(self.sources or self.lan.public_keys)
 
     @property
     def processes(self) -> int:
@@ -823,11 +853,23 @@ def _check_sources(settings: Settings) -> None:
     if settings.mirror.write_served and settings.publish != PublishRules():
         what = "publish rules do not apply to the bucket of [mirror]; remove them, or set mirror.write_served = false"
         raise WrongSettingError(what, "publish")
-    if not settings.local_store and not settings.sources:
+    if not settings.local_store and not settings.asks_upstreams:
         what = "false without a [mirror] to read and without any [[upstream]], so nothing could be served; set one"
         raise WrongSettingError(what, "local_store")
     if not settings.local_store and settings.push.enable:
         raise WrongSettingError("set together with local_store = false; remove one of them", "push", "enable")
+
+
+def _check_lan(settings: Settings) -> None:
+    _check(value_types.check_public_key, settings.lan.public_keys, "lan", "public_keys")
+    if settings.lan.public_keys and settings.publish != PublishRules():
+        raise WrongSettingError("publish rules do not apply to paths from siblings; set one or the other", "publish")
+    if not settings.lan.announce:
+        return
+    if settings.tls_cert_path is not None:
+        raise WrongSettingError("siblings use plain HTTP; remove this, or tls_cert_path", "lan", "announce")
+    if settings.tokens_path is not None and "read" not in settings.anonymous_scopes:
+        raise WrongSettingError("siblings send no token; remove this, or tokens_path", "lan", "announce")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:
@@ -848,11 +890,12 @@ def default_cache_dir(environ: Mapping[str, str]) -> str:
     return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
 
 
-TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror | Watch]] = {
+TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror | Lan | Watch]] = {
     "zstd": Zstd,
     "publish": PublishRules,
     "push": Push,
     "mirror": Mirror,
+    "lan": Lan,
     "watch": Watch,
 }
 """The settings that are tables of other settings."""

@@ -199,11 +199,15 @@ class UpstreamCounters:
 
     names = ("up", "hits", "misses", "failures", "fetches", "fetched_bytes")
 
-    def __init__(self, cells: "memoryview[float]", reasons: Sequence[str]) -> None:
+    def __init__(self, cells: "memoryview[float]", reasons: Sequence[str], lock: "Lock | None" = None) -> None:
         """Use `cells` for the counters `names`, then one for each reason to reject a response."""
         self.cells = cells
         self._reasons = reasons
-        self._lock = Lock()  # several threads count bytes
+        self._lock = lock or Lock()  # several threads count bytes
+
+    def shared(self, members_up: "set[SiblingCounters]") -> "SiblingCounters":
+        """Return counters in the same row for one of several upstreams, which all get the same set."""
+        return SiblingCounters(self.cells, self._reasons, self._lock, members_up)
 
     def add(self, name: str, count: float = 1) -> None:
         """Add to the counter `name`."""
@@ -218,6 +222,20 @@ class UpstreamCounters:
     def set_up(self, up: bool) -> None:  # noqa: FBT001 (the argument is the new value)
         """Set whether this worker regards the upstream as available."""
         self.cells[0] = up
+
+
+class SiblingCounters(UpstreamCounters):
+    """The counters of one of several upstreams that share a row, which is up while any of them is."""
+
+    def __init__(
+        self, cells: "memoryview[float]", reasons: Sequence[str], lock: "Lock", members_up: "set[SiblingCounters]"
+    ) -> None:
+        super().__init__(cells, reasons, lock)
+        self._members_up = members_up
+
+    def set_up(self, up: bool) -> None:  # noqa: FBT001 (as in the base)
+        (self._members_up.add if up else self._members_up.discard)(self)
+        super().set_up(bool(self._members_up))
 
 
 class Metrics:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from harmonia.config import credentials, tokens
 from harmonia.config.loader import Source
-from harmonia.config.optional_packages import require_obstore
+from harmonia.config.optional_packages import require_all
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
 from harmonia.config.value_types import HostAndPort
@@ -128,8 +128,7 @@ def _secrets(settings: Settings, environ: Mapping[str, str]) -> Iterator[WrongSe
     credentials.secret_keys(settings)
     credentials.push_key(settings)
     credentials.mirror_keys(settings)
-    if settings.mirror.bucket is not None:
-        require_obstore()
+    require_all(settings)
     if tls := credentials.tls_context(settings):
         try:
             credentials.certificate_end(settings, tls)

@@ -41,7 +41,7 @@ _CLIENT_LEFT = 499
 def create_metrics(settings: Settings) -> Metrics:
     """Create the shared counters of all workers. Call it before the fork."""
     names = [route.metric for route in routes(settings) + METRICS_ROUTES]
-    upstreams = [upstream.url for upstream in settings.sources]
+    upstreams = [*(upstream.url for upstream in settings.sources), *(["lan"] if settings.lan.public_keys else [])]
     totals = metrics.TOTALS + metrics.PUSH_TOTALS if settings.push.enable else metrics.TOTALS
     totals += metrics.WARM_TOTALS if settings.warm == "new" else ()
     totals += metrics.MIRROR_TOTALS if settings.mirror.write_served else ()

@@ -87,6 +87,9 @@ class Fallback(Protocol):
     async def explain(self, request: Request, hash_part: str) -> list[Reason]:
         """Return what each upstream answers for a path now."""
 
+    async def add_sibling(self, url: str) -> None:
+        """Ask a binary cache of the local network, too."""
+
     def states(self) -> list[tuple[str, bool]]:
         """Return the name of the mirror's bucket and of each upstream, and whether it is up."""
 
@@ -111,7 +114,7 @@ class _Streamed(ReadOnly):
 
 
 def _nar_cache(settings: Settings) -> DiskCache | None:
-    if not (settings.enable_compression or settings.sources):
+    if not (settings.enable_compression or settings.asks_upstreams):
         return None
     return open_cache(settings, "nar", "NARs", level=logging.WARNING, bare=settings.nginx_location is not None)
 
@@ -189,7 +192,8 @@ class ServerContext:
     def trusted_keys(self) -> list[str]:
         """Public keys that clients must trust: ours, and those of upstreams whose paths we do not sign."""
         upstream_keys = (each.public_keys for each in self.settings.sources if not (each.sign and self.keys))
-        return list(dict.fromkeys([*(str(key.public_key) for key in self.keys), *chain.from_iterable(upstream_keys)]))
+        own_keys, sibling_keys = (str(key.public_key) for key in self.keys), self.settings.lan.public_keys
+        return list(dict.fromkeys([*own_keys, *chain.from_iterable(upstream_keys), *sibling_keys]))
 
     def note_served(self, path: StorePath, sent: int, *, complete: bool = True) -> None:
         """Record a response with the NAR of a path, or a part of it."""

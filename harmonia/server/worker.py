@@ -12,7 +12,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 
 import uvloop
@@ -21,6 +21,7 @@ from sanic.server.async_server import AsyncioServer
 
 from harmonia.cache.disk_cache import sweep_all
 from harmonia.config import credentials
+from harmonia.config.optional_packages import require_zeroconf
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError
 from harmonia.metrics.shared_counters import WorkerCounters
@@ -53,8 +54,11 @@ def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
     """Create what all workers share. Call it before the fork."""
     if settings.mirror.is_read or settings.mirror.write_served:
         open_presigner(settings)  # to stop the start if it fails; the workers open their own
-    if settings.sources:  # takes half a second and 9 MiB: only if needed
+    if settings.asks_upstreams:  # takes half a second and 9 MiB: only if needed
         importlib.import_module("harmonia.server.resources.upstream_fallback")
+    if settings.lan.announce or settings.lan.public_keys:
+        require_zeroconf()
+        importlib.import_module("harmonia.upstream.siblings")
     return ServerContext(settings, keys, create_metrics(settings))
 
 
@@ -80,12 +84,13 @@ def run(
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     _reuse_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(context, for_metrics, listening, lifeline, heartbeat))
+        runner.run(_serve(context, for_metrics, place, listening, lifeline, heartbeat))
 
 
 async def _serve(
     context: ServerContext,
     for_metrics: Sequence[socket.socket],
+    place: int,
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
     heartbeat: float,
@@ -104,7 +109,7 @@ async def _serve(
     loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
     guard = context.guard = _guard(context)
     servers, tls_listeners = await _create_servers(context, guard, tls, listening, for_metrics)
-    if settings.sources:
+    if settings.asks_upstreams:
         from harmonia.server.resources.upstream_fallback import UpstreamHandlers  # noqa: PLC0415 (takes 0.5 s)
 
         context.upstreams = UpstreamHandlers(context)
@@ -119,6 +124,8 @@ async def _serve(
             await server.start_serving()  # type: ignore[no-untyped-call]
     if context.debug_info is not None:
         context.debug_info.start()
+    siblings = AsyncExitStack()
+    _start_siblings(context, place, [each for each in listening if each not in for_metrics], siblings)
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
     reload = partial(_reload, context, tls_listeners.values(), guard)
     reloading = _reload_when(reload_wanted, reload, context.events.end_streams)
@@ -134,6 +141,7 @@ async def _serve(
     for chore in chores:
         chore.cancel()
     context.close()
+    await siblings.aclose()
     if context.upstreams is not None:
         await context.upstreams.close()
 
@@ -141,6 +149,21 @@ async def _serve(
 def _guard(context: ServerContext) -> Guard | None:
     needed = context.settings.tokens_path is not None or context.settings.push.enable
     return Guard(context.settings, context.metrics.own.token_uses) if needed else None
+
+
+def _start_siblings(
+    context: ServerContext, place: int, listening: Sequence[socket.socket], closing: AsyncExitStack
+) -> None:
+    """Announce this server, in its first worker, and ask siblings, as far as the settings say so."""
+    lan = context.settings.lan
+    if not (lan.announce or lan.public_keys):
+        return
+    from harmonia.upstream.siblings import Siblings, addresses_of  # noqa: PLC0415 (zeroconf is optional)
+
+    siblings = Siblings(context.identity)
+    closing.push_async_callback(siblings.close)
+    announced = addresses_of(listening) if lan.announce and place == 0 else None
+    siblings.start(announced, context.upstreams.add_sibling if context.upstreams and lan.public_keys else None)
 
 
 async def _create_servers(

@@ -63,6 +63,11 @@ class UpstreamPool:
         self._lookup_cache = LookupCache()
         self._running_lookups = SingleFlight()
 
+    def add(self, client: Client) -> None:
+        """Ask one more upstream from now on."""
+        self.plans[client] = Plans(client, self._tasks.spawn_shared)
+        self.clients = sorted([*self.clients, client], key=lambda client: client.settings.priority)
+
     def start(self) -> None:
         for client in self.clients:
             client.breaker.start(self._bound)

@@ -42,6 +42,10 @@ class NarinfoCache:
         nars.removed = self._sweep_soon
         self._sweep_soon()  # a killed process may have left narinfos without NARs
 
+    def add_client(self, client: Client) -> None:
+        """Serve the narinfos of one more upstream."""
+        self._by_id[client.id] = client
+
     async def lookup_path(self, hash_part: str) -> RemotePath | None:
         """Return the path with this hash part, or None unless its narinfo is valid and its complete NAR is cached."""
         record = await self._threads.write(self._load, hash_part)

@@ -12,7 +12,7 @@ import msgspec
 
 from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
-from harmonia.config.settings import Mirror, PublishRules, Push, Settings, Upstream, Watch, Zstd
+from harmonia.config.settings import Lan, Mirror, PublishRules, Push, Settings, Upstream, Watch, Zstd
 from harmonia.config.value_types import expected
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
@@ -53,7 +53,7 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream", "publish", "push", "mirror", "watch"}:
+        if item.name in {"zstd", "upstream", "publish", "push", "mirror", "lan", "watch"}:
             continue  # has its own table
         if item.required:
             rows.append(f"| `{item.name}` | {expected(item.type)} | | {schema['description']} |")
@@ -194,6 +194,7 @@ def configuration() -> str:
         ("publish", PublishRules),
         ("push", Push),
         ("mirror", Mirror),
+        ("lan", Lan),
         ("watch", Watch),
     )
     for mark, struct in structs:

@@ -3,12 +3,14 @@
 Logs and listings are passed through as they arrive. `upstream_nar.py` handles NARs.
 """
 
+import asyncio
 import json
 import os
+import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urljoin
 
 import msgspec
@@ -44,6 +46,11 @@ from harmonia.upstream.remote_path import RemotePath
 from harmonia.upstream.tasks import Tasks
 from harmonia.upstream.transport import Part, Transport
 
+if TYPE_CHECKING:
+    from harmonia.metrics.shared_counters import SiblingCounters
+
+_SIBLING_POLL_S = 0.5  # until the next look whether a new sibling has answered
+
 _NO_SUCH_JSON = (ValueError, LookupError, TypeError, RecursionError)
 """Errors for malformed JSON, for JSON of another type, and for JSON nested deeper than Python's limit."""
 
@@ -62,6 +69,9 @@ class UpstreamHandlers:
         clients = [self._client(number, each) for number, each in enumerate(settings.sources)]
         nars = context.compressor.cache
         narinfos = None if nars is None else open_narinfo_cache(settings, nars, clients, context.threads)
+        self._narinfos = narinfos
+        self._siblings: list[Client] = []
+        self._siblings_up: set[SiblingCounters] = set()
         self._upstreams = UpstreamPool(
             clients, context.identity, settings.upstream_timeout, context.failed_nars, narinfos
         )
@@ -96,19 +106,41 @@ class UpstreamHandlers:
 
         return FetchAhead(client, self._upstreams.plans[client], self._fetcher, self._tasks, headers)
 
+    async def add_sibling(self, url: str) -> None:
+        """Ask a sibling, too, as soon as it has answered a probe: no lookup waits for one that does not answer."""
+        settings = self._context.settings
+        upstream = Upstream(
+            url=url, public_keys=settings.lan.public_keys, priority=settings.lan.priority, connect_timeout=0.5, proxy=""
+        )
+        without_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # no certificates are trusted: siblings use plain HTTP
+        counters = self._context.metrics.own_upstream("lan").shared(self._siblings_up)
+        transport = Transport(upstream, None, without_tls, ProxyRules(os.environ, ""), counters)
+        client = Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout)
+        self._siblings.append(client)
+        client.breaker.start(settings.upstream_timeout)
+        while not client.breaker.closed:  # noqa: ASYNC110 (it probes by itself)
+            await asyncio.sleep(_SIBLING_POLL_S)
+        if self._narinfos is not None:
+            self._narinfos.add_client(client)
+        self._upstreams.add(client)
+        self._ahead[client] = self._fetch_ahead(client)
+
     async def close(self) -> None:
         await self._tasks.stop()
         await self._fetcher.close()
         await self._upstreams.close()
+        for client in self._siblings:  # also those that have never answered
+            await client.close()
 
     def states(self) -> list[tuple[str, bool]]:
         """Return the name of the mirror's bucket and of each upstream, and whether it is up."""
         mirror = self._context.settings.mirror
         mirror_url = mirror.url if mirror.is_read else None
-        return [
-            (f"{'mirror' if client.base == mirror_url else 'upstream'} {client.base}", client.breaker.closed)
-            for client in self._upstreams.clients
-        ]
+        states = []
+        for client in self._upstreams.clients:
+            kind = "sibling" if client in self._siblings else "mirror" if client.base == mirror_url else "upstream"
+            states.append((f"{kind} {client.base}", client.breaker.closed))
+        return states
 
     async def explain(self, request: Request, hash_part: str) -> list[explain.Reason]:
         answers = await self._upstreams.ask_each(hash_part, _via(request))

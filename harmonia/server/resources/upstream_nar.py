@@ -41,14 +41,15 @@ class Nars:
         """Create the handler. `submitter` returns a function that runs functions in a thread for a request."""
         self._submitter = submitter
         self._upstreams = upstreams
-        self._by_id = {client.id: client for client in upstreams.clients}
         self._fetcher = fetcher
 
     async def get(self, request: Request, name: str, via: Via) -> Representation:
         if via.is_loop(self._upstreams.identity):
             raise NotFound
-        if (match := _PLACE.fullmatch(name)) and match["upstream"] in self._by_id and is_debug_nar(match["place"]):
-            return self._debug_nar(self._by_id[match["upstream"]], match["place"], via)
+        if (match := _PLACE.fullmatch(name)) and is_debug_nar(match["place"]):
+            for client in self._upstreams.clients:
+                if client.id == match["upstream"]:
+                    return self._debug_nar(client, match["place"], via)
         try:
             nar_name = NarName.parse(name)
         except FormatError:
