@@ -1,16 +1,22 @@
 """Stock Nix reads a bucket that `harmonia mirror` has filled, while no Harmonia runs."""
 
+import http.client
+import signal
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from harmonia.nix import narinfo
 from support.closure import Closure, build_one, requisites
 from support.cutting_proxy import CuttingProxy
 from support.nginx import nginx
 from support.nix_client import Client
-from support.running import Server, run
+from support.running import PATIENCE_S, Server, run
 from support.s3_service import Folder, S3Service
 
 pytestmark = pytest.mark.s3
@@ -103,6 +109,48 @@ def test_cut_download_resumes_at_another_gate_while_one_is_killed(
                 client.run("nix-store", "--realise", path)
                 client.run("nix-store", "--verify-path", path)
                 assert network.cuts >= 2
+        assert " 206 " in log.read_text()
+
+
+def test_fifty_downloads_end_whole_although_one_of_three_gates_is_killed(
+    closure: Closure, s3_service: S3Service, tmp_path: Path
+) -> None:
+    """A client resumes as Nix does: with the range that is missing, at whichever gate nginx chooses."""
+    folder = s3_service.folder(tmp_path, "private")
+    path = build_one(closure.server, "noise-4.0", "mkdir $out; head -c 12000000 /dev/urandom > $out/noise")
+    mirror(closure, folder, tmp_path, path)
+    [(_, nar)] = folder.paths().values()
+    expected = folder.get(nar.url)
+    with gates(closure, folder, tmp_path, 3) as servers:
+        pool = "".join(f"server {server.url.removeprefix('http://')}; " for server in servers)
+        place = "location / { proxy_pass http://gates; proxy_http_version 1.1; proxy_buffering off; }"
+        with nginx(tmp_path / "nginx", place, f"upstream gates {{ {pool} }}") as (url, log):
+            [file] = {
+                narinfo.parse(server.get(f"/{path[11:43]}.narinfo").text, "/nix/store")[1].url for server in servers
+            }
+            begun = threading.Barrier(51)
+
+            def download() -> tuple[bytes, int]:
+                content, attempts, has_begun = b"", 0, False
+                while len(content) < len(expected):
+                    attempts += 1
+                    request = urllib.request.Request(f"{url}/{file}", headers={"Range": f"bytes={len(content)}-"})
+                    with suppress(OSError, http.client.HTTPException), urllib.request.urlopen(request) as answer:
+                        content += answer.read(100_000)
+                        if not has_begun:
+                            has_begun = True
+                            begun.wait(PATIENCE_S)
+                        while chunk := answer.read1(1 << 20):
+                            content += chunk
+                return content, attempts
+
+            with ThreadPoolExecutor(50) as clients:
+                downloads = [clients.submit(download) for _ in range(50)]
+                begun.wait(PATIENCE_S)
+                servers[0].stop(signal.SIGKILL)
+                results = [each.result() for each in downloads]
+        assert all(content == expected for content, _ in results)
+        assert any(attempts > 1 for _, attempts in results)
         assert " 206 " in log.read_text()
 
 
