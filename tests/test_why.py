@@ -178,6 +178,34 @@ def test_name_without_version_is_enough_if_only_one_path_has_it(store: StoreBuil
     assert f"/nix/store/{other} " in done.stderr.replace(";", " ")
 
 
+@pytest.mark.parametrize(("setting", "named"), [("substitute = false", True), ("substitute = true", False)])
+def test_setting_for_which_nix_asks_no_cache_is_named(
+    start: Start, store: StoreBuilder, tmp_path: Path, setting: str, *, named: bool
+) -> None:
+    path = signed(store, "program-1.0").path
+    client = Asking(tmp_path / "client", KEY)
+    with client.conf.open("a") as conf:
+        conf.write(f"{setting}\n")
+    url = start(store=tmp_path / "store").url
+    value = client.why(f"/nix/store/{path}", "--cache", url, status=0)
+    reason = ", but nix.conf sets substitute = false, so Nix asks no cache" if named else ""
+    assert value["summary"] == f"{path} is available from {url}{reason}."
+
+
+@pytest.mark.parametrize(("setting", "named"), [("always-allow-substitutes = true", False), ("", True)])
+def test_derivation_that_forbids_substitutes_is_named_unless_nix_conf_ignores_that(
+    start: Start, store: StoreBuilder, tmp_path: Path, setting: str, *, named: bool
+) -> None:
+    client = Asking(tmp_path / "client", KEY)
+    with client.conf.open("a") as conf:
+        conf.write(f"{setting}\n")
+    _, output = StoreBuilder(tmp_path / "client/empty").add_derivation("app", "/bin/sh", (), {"allowSubstitutes": ""})
+    store.add(output, b"", keys=[KEY])
+    value = client.why(f"/nix/store/{output}", "--cache", start(store=tmp_path / "store").url, status=0)
+    assert ("sets allowSubstitutes = false" in value["summary"]) is named
+    assert [reason["code"] for reason in value["client"]] == ["built_instead"] * named
+
+
 def test_text_begins_with_one_sentence(store: StoreBuilder, tmp_path: Path) -> None:
     signed(store, "program")
     local = Asking(tmp_path / "server", KEY)

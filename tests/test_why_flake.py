@@ -120,3 +120,20 @@ def test_missing_nix_is_an_error(tmp_path: Path) -> None:
     assert (
         done.stderr == "harmonia: cannot evaluate 'nixpkgs#hello': there is no program nix on PATH; give a store path\n"
     )
+
+
+@pytest.mark.nix
+@pytest.mark.parametrize(
+    ("attributes", "forbids"),
+    [
+        ("allowSubstitutes = false;", True),
+        ("allowSubstitutes = true;", False),
+        ("", False),
+        ("__structuredAttrs = true; allowSubstitutes = false;", True),
+    ],
+)
+def test_derivation_that_forbids_substitutes_is_named(machine: Machine, attributes: str, *, forbids: bool) -> None:
+    (machine.flake / "flake.nix").write_text(FLAKE.replace('name = "app-1.0";', f'name = "app-1.0"; {attributes}'))
+    value = json.loads(machine.why(f"path:{machine.flake}#app").stdout)
+    causes = [reason["text"] for reason in value["client"]]
+    assert ["sets allowSubstitutes = false, so Nix builds it" in cause for cause in causes] == [True] * forbids

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import click
 from rich.text import Text
@@ -19,7 +20,7 @@ from harmonia.nix.package_name import PackageName
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
 from harmonia.store import path_arguments, queries
-from harmonia.store.explain import Code, Explainer, Reason, decisive
+from harmonia.store.explain import Code, Explainer, Reason, built_instead, decisive
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.tools import installable, verify
@@ -52,7 +53,7 @@ _MAX_NAMED = 20
     "--json",
     "as_json",
     is_flag=True,
-    help="Print JSON: path, summary, and for each source whether it has the path, and why.",
+    help="Print JSON: path, summary, for each source whether it has the path, and why, and client.",
 )
 @click.pass_obj
 def command(
@@ -75,7 +76,8 @@ def command(
     but not the bucket of [mirror].
 
     With them, asks those caches as Nix does: reachability, store directory, priority, what Nix on this machine
-    remembers, narinfo, signature and trusted keys, NAR, and closure.
+    remembers, narinfo, signature and trusted keys, NAR, and closure. Also shows settings of nix.conf and of the
+    derivation for which Nix builds the path even if a cache has it.
 
     Exits with status 3 if the path is not available.
 
@@ -94,7 +96,8 @@ def command(
     else:
         verdicts = [_local(settings, sample), *_upstreams(settings, client, sample)]
     available = any(decisive(verdict.reasons) is None for verdict in verdicts)
-    (_print_json if as_json else _print)(sample, verdicts)
+    own = _own(settings, conf, sample, asks=bool(chosen))
+    (_print_json if as_json else _print)(sample, verdicts, own)
     sys.exit(0 if available else cli.EXIT_FOUND)
 
 
@@ -166,6 +169,21 @@ def _local(settings: Settings, sample: str) -> Verdict:
     return Verdict("this server", settings.priority, reasons)
 
 
+def _own(settings: Settings, conf: NixConf, sample: str, *, asks: bool) -> list[Reason]:
+    """Return reasons for which Nix does not ask any cache for the path.
+
+    `asks` is whether this machine is the client. Otherwise, only reasons in the derivation are found.
+    """
+    reasons = []
+    if asks and conf.words("substitute") == ["false"]:
+        text = "nix.conf sets substitute = false, so Nix asks no cache"
+        reasons.append(Reason(Code.BUILT_INSTEAD, text, remedy="remove that line, or use --option substitute true"))
+    if not (asks and conf.words("always-allow-substitutes") == ["true"]):
+        with suppress(StoreUnavailableError):
+            reasons += filter(None, [built_instead(Store.of(settings), sample[:32])])
+    return reasons
+
+
 def _upstreams(settings: Settings, client: NixClient, sample: str) -> Iterable[Verdict]:
     for upstream in settings.upstream:
         keys = [PublicKey.parse(key) for key in upstream.public_keys]
@@ -173,10 +191,10 @@ def _upstreams(settings: Settings, client: NixClient, sample: str) -> Iterable[V
         yield verdict._replace(url=f"upstream {upstream.url}")
 
 
-def _print(sample: str, verdicts: Sequence[Verdict]) -> None:
+def _print(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> None:
     console = progress.console()
-    console.print(Text(_summary(sample, verdicts)), style="bold")
-    for verdict in verdicts:
+    console.print(Text(_summary(sample, verdicts, own)), style="bold")
+    for verdict in (*verdicts, *([Verdict("the client's Nix", 0, own)] if own else [])):
         console.print(Text(verdict.url))
         for reason in verdict.reasons:
             mark, style = ("✗", "red") if reason.decides else ("·", "")
@@ -185,16 +203,16 @@ def _print(sample: str, verdicts: Sequence[Verdict]) -> None:
                 console.print(Text(f"      → {reason.remedy}"))
 
 
-def _summary(sample: str, verdicts: Sequence[Verdict]) -> str:
-    """Return one sentence: the source of the path, or why there is none."""
+def _summary(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> str:
+    """Return one sentence: the source of the path, or why there is none, or why Nix does not use it."""
     for verdict in verdicts:
         if decisive(verdict.reasons) is None:
-            return f"{sample} is available from {verdict.url}."
+            return f"{sample} is available from {verdict.url}{f', but {own[0].text}' if own else ''}."
     causes = [f"{verdict.url}: {reason.text}" for verdict in verdicts if (reason := decisive(verdict.reasons))]
     return f"{sample} is not available: {causes[0] if len(causes) == 1 else f'{len(causes)} sources lack it'}."
 
 
-def _print_json(sample: str, verdicts: Sequence[Verdict]) -> None:
+def _print_json(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> None:
     sources = [
         {
             "source": verdict.url,
@@ -204,5 +222,10 @@ def _print_json(sample: str, verdicts: Sequence[Verdict]) -> None:
         }
         for verdict in verdicts
     ]
-    value = {"path": sample, "summary": _summary(sample, verdicts), "sources": sources}
+    value = {
+        "path": sample,
+        "summary": _summary(sample, verdicts, own),
+        "sources": sources,
+        "client": [reason._asdict() for reason in own],
+    }
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))

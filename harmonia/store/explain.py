@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from harmonia.errors import FormatError, StoreObjectError
+from harmonia.nix import derivation
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, is_signature
 from harmonia.nix.store_path import StorePath
@@ -21,6 +22,7 @@ from harmonia.store.store import Store
 
 MAX_CLOSURE_PATHS = 10_000
 """Paths of a closure that are examined."""
+_MAX_DERIVATION_BYTES = 64 << 20
 _MAX_FAULTS = 3  # of the closure, in the explanation
 
 # Index IndexDerivationOutputs of Nix's schema covers `path`.
@@ -44,6 +46,7 @@ class Code(StrEnum):
     CLOSURE_INCOMPLETE = "closure_incomplete"
     SIGNED = "signed"
     NOT_SIGNED = "not_signed"
+    BUILT_INSTEAD = "built_instead"
     UPSTREAM_HAS = "upstream_has"
     UPSTREAM_LACKS = "upstream_lacks"
 
@@ -163,6 +166,26 @@ class Explainer:
         if fault is None:
             return None
         return fault._replace(code=Code.CLOSURE_INCOMPLETE, text=f"a path of its closure is missing: {fault.text}")
+
+
+def built_instead(store: Store, hash_part: str) -> Reason | None:
+    """Return why Nix builds the path even if caches have it, or None if its derivation is unknown or says nothing.
+
+    Raises StoreUnavailableError if the database cannot be read.
+    """
+    prefix = f"{store.store_dir}/{hash_part}"
+    for deriver, output in store.database.query(_DERIVER, f"{prefix}-", f"{prefix}."):
+        with (
+            suppress(OSError, FormatError),
+            open(store.real_path(StorePath.in_dir(store.store_dir, deriver)), "rb") as file,
+        ):
+            if not derivation.allows_substitutes(file.read(_MAX_DERIVATION_BYTES)):
+                text = f"{deriver} sets allowSubstitutes = false, so Nix builds it without asking caches"
+                remedy = (
+                    f"set always-allow-substitutes = true in the client's nix.conf, or nix-store --realise {output}"
+                )
+                return Reason(Code.BUILT_INSTEAD, text, remedy=remedy)
+    return None
 
 
 def decisive(reasons: Sequence[Reason]) -> Reason | None:
