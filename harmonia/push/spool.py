@@ -25,6 +25,7 @@ _COUNT_INTERVAL_S = 5.0
 _NEARLY_FULL = 0.9
 _PART, _IMPORTED = ".part", ".imported"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 
 
 class Incoming:
@@ -36,25 +37,18 @@ class Incoming:
         self._sha256 = hashlib.sha256()
         self._lock = threading.Lock()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Append bytes. Raises PushRefusedError if the disk is full."""
         with self._lock:
             if self._file.closed:
                 return
             self._sha256.update(data)
-            try:
-                while data:
-                    data = data[self._file.write(data) :]
-            except OSError as error:
-                raise _full(error) from None
+            _write(self._file.fileno(), data)
 
     def keep(self, file_hash: str) -> None:
         """Move the complete file into the spool. Raises PushRefusedError unless its SHA-256 is `file_hash`."""
         with self._lock:
-            actual = base32.encode(self._sha256.digest())
-            if actual != file_hash:
-                what = f"the body has the SHA-256 {actual}, not the one in its URL; send the NAR again"
-                raise PushRefusedError(400, what)
+            _check_hash(file_hash, self._sha256.digest())
             os.rename(self._path, os.path.join(os.path.dirname(self._path), file_hash))
 
     def close(self) -> None:
@@ -77,6 +71,8 @@ class Spool:
         self._max_file_bytes = max_file_bytes
         self._used_bytes = 0
         self._counted_at = -math.inf
+        self._lock = threading.Lock()
+        self._descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def check_size(self, size: int) -> None:
         """Raise PushRefusedError if a file of `size` bytes is larger than one NAR may be."""
@@ -108,11 +104,37 @@ class Spool:
                 raise
             return incoming
 
-    def store(self, file_hash: str, data: bytes) -> None:
+    def store(self, file_hash: str, data: bytes | bytearray) -> None:
         """Store a small file. Raises PushRefusedError like `receive` and `Incoming.keep`."""
+        self.check_size(len(data))
+        _check_hash(file_hash, hashlib.sha256(data).digest())
+        if self._reserve_at_once(len(data)) and self._store_at_once(file_hash, data):
+            return
         with closing(self.receive(len(data))) as incoming:
             incoming.write(data)
             incoming.keep(file_hash)
+
+    def _store_at_once(self, file_hash: str, data: bytes | bytearray) -> bool:
+        """Store a file that gets its name, and so remains, only when it is complete.
+
+        Return False if the file system does not have such files, or /proc is missing.
+        """
+        try:
+            descriptor = os.open(self._directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno in _NO_TMPFILE:
+                return False
+            raise _full(error) from None
+        try:
+            _write(descriptor, data)
+            os.link(f"/proc/self/fd/{descriptor}", file_hash, dst_dir_fd=self._descriptor, follow_symlinks=True)
+        except FileExistsError:
+            self.renew(file_hash)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
 
     def has(self, file_hash: str) -> bool:
         """Return True if the file is in the spool."""
@@ -128,7 +150,7 @@ class Spool:
         """Open the file. Returns None if it is not in the spool."""
         for path in self._paths(file_hash):
             with suppress(FileNotFoundError):
-                return open(path, "rb")
+                return open(path, "rb", buffering=0)
         return None
 
     def mark_imported(self, file_hash: str) -> None:
@@ -164,24 +186,35 @@ class Spool:
         The files are counted every few seconds, and always if the spool is nearly full. Meanwhile, files of other
         workers are not counted.
         """
-        is_recent = time.monotonic() - self._counted_at < _COUNT_INTERVAL_S
-        if not is_recent or self._used_bytes + size > self._max_bytes * _NEARLY_FULL:
+        if self._reserve_at_once(size):
+            return
+        self._count()
+        if self._used_bytes + size > self._max_bytes:
+            self._sweep(imported_max_age=0)
             self._count()
-            if self._used_bytes + size > self._max_bytes:
-                self._sweep(imported_max_age=0)
-                self._count()
         if self._used_bytes + size > self._max_bytes:
             what = f"the spool is full: {self._used_bytes} of {self._max_bytes} bytes"
             raise PushRefusedError(413, f"{what}; push later, or raise push.spool_size")
-        self._used_bytes += size
+        with self._lock:
+            self._used_bytes += size
+
+    def _reserve_at_once(self, size: int) -> bool:
+        """Count a file of `size` bytes, and return True, if there is certainly room for it."""
+        with self._lock:
+            is_recent = time.monotonic() - self._counted_at < _COUNT_INTERVAL_S
+            if not is_recent or self._used_bytes + size > self._max_bytes * _NEARLY_FULL:
+                return False
+            self._used_bytes += size
+        return True
 
     def _count(self) -> None:
         used = 0
         for entry in self._entries():
             with suppress(FileNotFoundError):
                 used += entry.stat(follow_symlinks=False).st_size
-        self._used_bytes = used
-        self._counted_at = time.monotonic()
+        with self._lock:
+            self._used_bytes = used
+            self._counted_at = time.monotonic()
 
     def _entries(self) -> list["os.DirEntry[str]"]:
         with os.scandir(self._directory) as entries:
@@ -200,6 +233,24 @@ def _unlink_unlocked(path: str) -> None:
     with open(path, "rb") as file, suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
+
+
+def _write(descriptor: int, data: bytes | bytearray) -> None:
+    """Write all of the data. Raises PushRefusedError if the disk is full."""
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError as error:
+        raise _full(error) from None
+
+
+def _check_hash(file_hash: str, sha256: bytes) -> None:
+    """Raise PushRefusedError unless a body has the hash that is its name."""
+    actual = base32.encode(sha256)
+    if actual != file_hash:
+        what = f"the body has the SHA-256 {actual}, not the one in its URL; send the NAR again"
+        raise PushRefusedError(400, what)
 
 
 def _full(error: OSError) -> Exception:
