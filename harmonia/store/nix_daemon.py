@@ -35,7 +35,6 @@ _MAX_FIELDS = 1024  # of a log message
 _MAX_ITEMS = 1 << 20  # of a list
 _MAX_PIPELINED = 64  # requests, so that the daemon can write all responses before the first is read
 _FRAME_BYTES = 64 * 1024  # minimum, except for the last frame
-_SEND_BYTES = 256 * 1024  # minimum, so that a small NAR wakes the daemon once
 _RECEIVE_BYTES = 64 * 1024
 _IMPORT_TIMEOUT_S = 3600.0
 """Timeout for the daemon to take the next frame, and to register the path: it may wait for its lock or the disk."""
@@ -112,15 +111,16 @@ class Daemon:
         head += _number.pack(0) + _number.pack(info.nar_size) + _number.pack(0)  # registration time now; not ultimate
         head += _texts(info.sigs) + _text(info.ca or "") + _number.pack(0) + _number.pack(0)  # no repair; check sigs
         self._is_out_of_step = True  # until the last response, even if `chunks` raises an error
-        unsent = bytearray(_number.pack(_ADD_TO_STORE_NAR) + head)
+        unsent = _number.pack(_ADD_TO_STORE_NAR) + head
         for frame in _frames(chunks):
             unsent += _number.pack(len(frame))
-            unsent += frame
-            if len(unsent) >= _SEND_BYTES:
+            if len(frame) >= _FRAME_BYTES:  # sent without a copy
                 self._send_in_time(unsent)
-                unsent.clear()
-        self._send_in_time(unsent)
-        end = _Request(_number.pack(0), lambda: None)
+                self._send_in_time(frame)
+                unsent = b""
+            else:
+                unsent += frame
+        end = _Request(unsent + _number.pack(0), lambda: None)
         requests = end, self._nar_hash_request(path), self._indirect_root_request(link)
         nar_hash: bytes | None
         _, nar_hash, _ = self._ask(requests, _IMPORT_TIMEOUT_S)
@@ -302,11 +302,11 @@ class Daemon:
         del self._received[:size]
         return data
 
-    def _send_in_time(self, data: bytearray) -> None:
+    def _send_in_time(self, data: bytes) -> None:
         self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
         self._send(data)
 
-    def _send(self, data: bytes | bytearray) -> None:
+    def _send(self, data: bytes) -> None:
         self._await()
         self._socket.sendall(data)
 
