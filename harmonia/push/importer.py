@@ -25,7 +25,7 @@ from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Spool
 from harmonia.store.nix_daemon import Daemon
 
-_SMALL_NAR_BYTES = 4 << 20
+SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _UNSIGNED = re.compile("lacks a (valid )?signature")
@@ -204,7 +204,7 @@ class Importer:
         small: list[bytes] = []
         try:
             for piece in self._unpacked(file, upload.compression):
-                small += (part for part in check.feed(piece) if part and info.nar_size <= _SMALL_NAR_BYTES)
+                small += (part for part in check.feed(piece) if part and info.nar_size <= SMALL_NAR_BYTES)
             check.finish()
         except FormatError as error:
             raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push it again") from None

@@ -18,7 +18,6 @@ from harmonia.config.settings import Settings
 from harmonia.errors import PushRefusedError
 from harmonia.nix.build_trace import Realisation
 from harmonia.nix.decompress import Decoder
-from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.push.connections import HOLD_S, DaemonConnections
@@ -30,7 +29,6 @@ from harmonia.push.spool import Incoming, Spool
 
 _SPOOL_THREADS = 4
 _IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
-_SMALL_FILE_BYTES = 256 * 1024
 _SWEEP_INTERVAL_S = 10 * 60.0
 _RENEWAL_INTERVAL_S = 60 * 60.0  # between two renewals of one root
 _MAX_RENEWED = 4096
@@ -90,12 +88,13 @@ class PushReceiver:
 
     async def receive(self, file_hash: str, size: int, chunks: AsyncIterator[bytes]) -> None:
         """Store a NAR file in the spool. Raises PushRefusedError without space, or if its hash is not `file_hash`."""
-        if size <= _SMALL_FILE_BYTES:  # wakes one thread instead of four
-            data = b"".join([chunk async for chunk in chunks])
-            await self._in_spool(partial(self.spool.store, file_hash, data))
-        else:
-            await self._write(self._spooling.submit(self.spool.receive, size), chunks, lambda nar: nar.keep(file_hash))
+        await self._write(self._spooling.submit(self.spool.receive, size), chunks, lambda nar: nar.keep(file_hash))
         self.counters.pushed_bytes += size
+
+    async def receive_small(self, file_hash: str, data: bytes | bytearray) -> None:
+        """Store a NAR file like `receive`, in one step: to wake a thread takes longer than to store a small file."""
+        await self._in_spool(partial(self.spool.store, file_hash, data))
+        self.counters.pushed_bytes += len(data)
 
     async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
         """Store a build log. Raises PushRefusedError if it is malformed or too long."""
@@ -109,15 +108,11 @@ class PushReceiver:
         register = partial(self.importer.register, realisation_id, realisation, may_sign)
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
-    def start_import(
-        self, info: PathInfo, file_hash: str | None, compression: str, may_sign: MaySign
-    ) -> "asyncio.Future[bool]":
+    def start_import(self, upload: Upload, may_sign: MaySign) -> "asyncio.Future[bool]":
         """Import a path whose NAR file is in the spool. The import continues if the client disconnects.
 
-        `file_hash` is None if the narinfo names no file of the spool. The result is False if the path was valid
-        already; the error is PushRefusedError.
+        The result is False if the path was valid already; the error is PushRefusedError.
         """
-        upload = Upload(info, compression, file_hash)
         run = partial(self.importer.run, upload, may_sign)
         importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
         importing.add_done_callback(self._count)

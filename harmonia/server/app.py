@@ -1,7 +1,8 @@
 """Sanic applications, built from the table of routes."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+import re
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from http import HTTPStatus
 from time import perf_counter
@@ -20,9 +21,9 @@ from harmonia.server.http import access_log, outcome, sanic_adapter
 from harmonia.server.http.auth import Guard, limited
 from harmonia.server.http.request_body import dropping
 from harmonia.server.http.response import Handler, Representation, respond
-from harmonia.server.http.response_cache import AbsentError, Content, ResponseCache, StillValid
-from harmonia.server.resources import metrics, narinfo
-from harmonia.server.resources.push import receiving
+from harmonia.server.http.response_cache import AbsentError, Content, Resources, ResponseCache
+from harmonia.server.http.small_uploads import SmallUploads
+from harmonia.server.resources import metrics, narinfo, push
 from harmonia.server.routes import METRICS_ROUTES, PUSH_ROUTES, ROUTES, Route
 from harmonia.upstream.refusals import Reason
 
@@ -36,6 +37,8 @@ _CONFIG: dict[str, Any] = {
 }
 _CLIENT_LEFT = 499
 """Status in log and metrics, as in nginx, if the client disconnected before the first byte of the response."""
+
+_UPSTREAM_NAR = re.compile(rb"GET /upstream/([a-z0-9.-]{1,255})")
 
 
 def create_metrics(settings: Settings) -> Metrics:
@@ -83,7 +86,14 @@ def _app(
         request_class=sanic_adapter.AdaptedRequest,
     )
     app.ctx.identity = context.identity
-    app.ctx.response_cache = ResponseCache(narinfo.Narinfos(context).content_now, partial(_upstream_nar_now, context))
+    app.ctx.response_cache = ResponseCache(
+        [
+            narinfo.Narinfos(context).resources,
+            Resources(_UPSTREAM_NAR, partial(_upstream_nar_now, context)),
+            *push.resources(context),
+        ]
+    )
+    app.ctx.small_uploads = SmallUploads(push.UPLOAD)
     app.ctx.loop_turns, app.ctx.client = context.loop_turns, context.client
     app.ctx.nginx_location = context.nginx_location
     sanic_adapter.prepare(app, primary=primary)
@@ -101,7 +111,7 @@ def _app(
             error_format="text",  # of no use, because `failed` answers; Sanic would parse our source to guess one
         )
         if route.put is not None:
-            put = receiving(guard.guarded(route.put, "push") if guard else route.put)
+            put = push.receiving(guard.guarded(route.put, "push") if guard else route.put)
             name = f"put_{route.metric}"
             endpoint = _endpoint(context, put, counters, Outcome.NONE)
             app.add_route(endpoint, route.uri, ("PUT",), name=name, strict_slashes=True, stream=True)
@@ -161,10 +171,12 @@ def _endpoint(
         await context.loop_turns.start(partial(context.client, request))
         route.begin()
         try:
-            response, still_valid = await _answer(context, handler, request, parameters)
+            representation = await handler(context, request, **parameters)
+            response = await respond(request, representation, context.submitter(request))
+            still_valid, store = representation.still_valid, representation.store
         except Exception as error:  # noqa: BLE001 (error_response.py gives each a status)
             response = error_response.response(context, request, error)
-            still_valid = error.still_valid if isinstance(error, AbsentError) else None
+            still_valid, store = error.still_valid if isinstance(error, AbsentError) else None, None
         except asyncio.CancelledError:  # the client has disconnected, or the worker stops
             request.ctx.left = True
             gone = None if request.responded else HTTPResponse(status=_CLIENT_LEFT)
@@ -173,18 +185,14 @@ def _endpoint(
         finally:
             route.end()
         is_in_memory = response is not None and not hasattr(request.ctx, "sent")  # otherwise, nginx sends the body
-        if still_valid is not None and is_in_memory and not is_each_logged:
-            request.ctx.still_valid = still_valid, route
+        if is_in_memory and not is_each_logged:
+            if still_valid is not None:
+                request.ctx.still_valid = still_valid, route
+            if store is not None:
+                request.ctx.store = store, route
         return _done(context, route, request, response, default)
 
     return endpoint
-
-
-async def _answer(
-    context: ServerContext, handler: Handler, request: Request, parameters: Mapping[str, str]
-) -> tuple[HTTPResponse | None, StillValid | None]:
-    representation = await handler(context, request, **parameters)
-    return await respond(request, representation, context.submitter(request)), representation.still_valid
 
 
 def _done(

@@ -75,7 +75,7 @@ def limited_connection(limiter: ConnectionLimiter) -> type[Connection]:
         def connection_lost(self, exc: Any) -> None:  # noqa: ANN401 (asyncio's signature)
             if self in limiter:
                 limiter.release(self)
-                super().connection_lost(exc)  # type: ignore[no-untyped-call]
+                super().connection_lost(exc)
 
     return LimitedConnection
 

@@ -170,10 +170,19 @@ class Paths:
 
     async def lookup_valid_path(self, hash_part: str) -> PathInfo | None:
         """Like `lookup_path`, but even of a path that the publish policy forbids: only for pushers."""
+        found = self.lookup_valid_now(hash_part)
+        return (
+            await self._threads.run_db(partial(self._store.path_info, hash_part))
+            if isinstance(found, Unknown)
+            else found
+        )
+
+    def lookup_valid_now(self, hash_part: str) -> PathInfo | Unknown | None:
+        """Return the result of `lookup_valid_path`, or UNKNOWN if a thread has to look. Does not block."""
         if self._threads.loop_db.allowed:
             with suppress(StoreUnavailableError):  # perhaps only busy: a thread waits
                 return self._threads.loop_db.run(partial(self._loop_store.path_info, hash_part))
-        return await self._threads.run_db(partial(self._store.path_info, hash_part))
+        return UNKNOWN
 
     def remembered(self, hash_part: str) -> SignedPath | None:
         """Return the path that a lookup has left in memory, or None. The row of the path may have changed since.

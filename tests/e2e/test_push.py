@@ -279,3 +279,36 @@ def test_connection_stays_open_after_each_put(target: Target) -> None:
     paths = [Pushed.make(f"path-{number}", b"%d" % number, target.secret) for number in range(20)]
     with target.client.daemon(), target.pusher(server).connected() as pusher:
         assert {pusher.push(path).status for path in paths} == {200}
+
+
+def test_small_paths_are_imported_without_sanic_unless_the_import_takes_long(target: Target) -> None:
+    counting = """
+import os, sys
+from harmonia.server.http import sanic_adapter, small_uploads
+store = small_uploads.SmallUpload.store
+async def counting(self):
+    response = await store(self)
+    with open(os.path.join(os.path.dirname(sys.argv[-1]), "stored"), "a") as file:
+        file.write("x")
+    return response
+small_uploads.SmallUpload.store = counting
+"""
+    impatient = """
+advance = sanic_adapter.Connection._advance_upload
+def advance_and_leave(self, upload):
+    advance(self, upload)
+    if not upload.left:
+        self._leave_upload_to_sanic()
+sanic_adapter.Connection._advance_upload = advance_and_leave
+"""
+    with target.client.daemon():
+        for name, program in (("quick", counting), ("slow", counting + impatient)):
+            server = target.serve(program=patched(program), access_log=False)
+            paths = [Pushed.make(f"{name}-{number}", b"%d" % number, target.secret) for number in range(20)]
+            with target.pusher(server).connected() as pusher:
+                assert {pusher.push(path).status for path in paths} == {200}
+                marker = server.directory / "stored"
+                wait_until(lambda: len(marker.read_text()) == 2 * (len(paths) - 1))  # noqa: B023 (called in the same iteration)
+            for path in paths:
+                target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+            assert not [line for line in server.log if "Traceback" in line or "ERROR" in line], server.log

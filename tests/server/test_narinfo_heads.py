@@ -1,6 +1,7 @@
 """A narinfo, or its 404, that is sent without Sanic is identical, byte for byte, to the response of the handler."""
 
 import re
+import signal
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -114,20 +115,60 @@ def test_response_is_identical_for_each_kind_of_request(
 
 
 def test_requests_that_need_a_check_go_to_the_handler(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    secret, token = new("reader", ["read"])
-    (tmp_path / "tokens").write_text(str(token))
     (tmp_path / "roots").mkdir()
-    requests = [
-        text("GET", f"/{hash_part}.narinfo", [f"Authorization: Bearer {secret}"]) for hash_part in hash_parts(store)
-    ]
-    for number, settings in enumerate(
-        (f"tokens_path = '{tmp_path}/tokens'", "access_log = true", f"[publish]\ngc_roots = ['{tmp_path}/roots']")
-    ):
+    for status, settings in ((200, "access_log = true"), (404, f"[publish]\ngc_roots = ['{tmp_path}/roots']")):
         server = start(store=tmp_path / "store", settings=f"debug_info = false\n{settings}", program=COUNTING)
         client = Client(server)
-        for request in requests:
-            assert client.ask(request).startswith(b"HTTP/1.1 404" if number == 2 else b"HTTP/1.1 200")
+        for hash_part in hash_parts(store):
+            assert client.ask(text("GET", f"/{hash_part}.narinfo", [])).startswith(b"HTTP/1.1 %d" % status)
         assert count(server) == 0
+        client.close()
+
+
+@pytest.mark.parametrize("form", ["/{}.narinfo", "/push/{}.narinfo", "/push/nar/{}0123456789abcdfghijk.nar.zst"])
+def test_requests_with_a_valid_token_are_answered_without_sanic_until_tokens_are_reloaded(
+    start: Start, store: StoreBuilder, tmp_path: Path, form: str
+) -> None:
+    scopes = ("push",) if "push" in form else ("read",)
+    tokens = [new(name, scopes) for name in ("one", "two")]
+    file = tmp_path / "tokens"
+    file.write_text("\n".join(str(token) for _, token in tokens))
+    pushing = "[push]\nenable = true\nallow_without_tls = true\n" if "push" in form else ""
+    state = f"state_dir = '{tmp_path}/state'\n" if pushing else ""
+    settings = f"{SETTINGS}tokens_path = '{file}'\ndaemon_socket = '{tmp_path}/none'\n{pushing}{state}"
+    lean, full = (
+        start(store=tmp_path / "store", settings=settings, program=program) for program in (COUNTING, WITHOUT)
+    )
+    asked = [*hash_parts(store)[-3:], ABSENT, ABSENT[::-1]]
+    clients = Client(lean), Client(full)
+
+    def answers(secret: str, fields: Sequence[str] = ()) -> list[bytes]:
+        """Return the responses, which are the same with and without Sanic."""
+        responses = []
+        for hash_part in asked:
+            request = text("GET", form.format(hash_part), [f"Authorization: Bearer {secret}", *fields])
+            response, expected = (client.ask(request) for client in clients)
+            assert response == expected
+            responses.append(response)
+        return responses
+
+    for secret, _ in tokens:
+        before = count(lean)
+        first = answers(secret)
+        assert answers(secret) == first
+        assert count(lean) > before + len(asked)
+    before = count(lean)
+    assert all(b" 401 " in answer for answer in answers("harmonia_wrong") + answers("harmonia_wrong"))
+    assert count(lean) == before
+    file.write_text(str(tokens[1][1]))
+    for server in (lean, full):
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("tokens reloaded")
+    assert all(b" 401 " in answer for answer in answers(tokens[0][0]))
+    assert count(lean) == before
+    assert answers(tokens[1][0]) == first
+    assert count(lean) > before
+    for client in clients:
         client.close()
 
 

@@ -246,11 +246,36 @@ def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathIn
         absent = asked.replace(info.path.hash_part, "0" * 32)
         assert [client.ask(asked).status for _ in range(3)] == [200] * 3
         assert [client.ask(absent).status for _ in range(3)] == [404] * 3
+        before = hits(server)
+        assert before > 0
         tokens.write_text("")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("tokens reloaded")
         assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
-    assert hits(server) == 0
+    assert hits(server) == before
+
+
+def test_expired_token_gets_401_not_a_cached_response(start: Start, info: PathInfo, tmp_path: Path) -> None:
+    clock = """
+import time, types
+from harmonia.server.http import auth
+late = os.path.join(os.path.dirname(sys.argv[-1]), "late")
+auth.time = types.SimpleNamespace(time=lambda: 4e9 if os.path.exists(late) else time.time())
+"""
+    secret, token = new("reader", ["read"], 3e9)
+    (tmp_path / "tokens").write_text(str(token))
+    server = start(
+        store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'", program=patched(COUNT_HITS + clock)
+    )
+    with server.connect() as connection:
+        client = Client(connection, server)
+        kinds = [head(info, f"Authorization: Bearer {secret}"), nar_head(info, f"Authorization: Bearer {secret}")]
+        assert [client.ask(asked).status for asked in kinds * 3] == [200] * 6
+        before = hits(server)
+        assert before > 0
+        (server.directory / "late").touch()
+        assert [client.ask(asked).status for asked in kinds] == [401] * 2
+    assert hits(server) == before
 
 
 def nar_head(info: PathInfo, *fields: str, suffix: str = "") -> str:

@@ -56,6 +56,7 @@ def names(kind: type) -> set[str]:
         *((AsyncioServer, name) for name in ("app", "close", "connections", "start_serving", "startup")),
         *((ApplicationState, name) for name in ("primary", "server_info")),
         (ApplicationServerInfo, "settings"),
+        (Stage, "HANDLER"),
         (Stage, "IDLE"),
         (Stage, "REQUEST"),
         (HTTP, "VERSION_1"),

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Container
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Protocol
 
 from sanic import Request
@@ -28,7 +28,6 @@ from harmonia.process import request_trace
 from harmonia.server.http import access_log, sanic_adapter
 from harmonia.server.http.rate_limit import Rate
 from harmonia.server.http.response import Handler, Representation
-from harmonia.server.http.response_cache import AbsentError
 
 # RFC 9110 section 11.6.1 allows both in one line. A browser asks for a user name and a password: the token.
 _CHALLENGE = 'Basic realm="Nix binary cache", charset="UTF-8", Bearer realm="Nix binary cache"'
@@ -80,14 +79,10 @@ class Guard:
         @wraps(handler)
         async def get(context: object, request: Request, **parameters: str) -> Representation:
             self.admit(request, scope)
-            try:
-                representation = await handler(context, request, **parameters)
-            except AbsentError:
-                raise NotFound from None
+            representation = await handler(context, request, **parameters)
             # With `public`, a shared cache could serve the response to other clients (RFC 9111 section 3.5).
             private = representation.cache_control.replace("public", "private")
-            # `still_valid` is removed, so that no response is replayed without a check of the token.
-            return replace(representation, cache_control=private, still_valid=None)
+            return replace(representation, cache_control=private)
 
         return get
 
@@ -97,7 +92,8 @@ class Guard:
         The status is 401 without a valid token, 403 without the scope, 429 after too many invalid tokens. A token that
         has expired is not valid.
         """
-        token = self._tokens.find_token(secret) if (secret := presented(request)) else None
+        tokens = self._tokens
+        token = tokens.find_token(secret) if (secret := presented(request)) else None
         now = time.time()
         if token is not None and now >= token.expires_at:
             if not self._warnings.wait(f"token {token.name}"):
@@ -105,6 +101,7 @@ class Guard:
                 client = access_log.client(request, self._settings.trusted_proxies)
                 _log.warning("refused %s: %s; replace it, or remove its line", client, why)
             token = None
+        request.ctx.readmit = partial(self._readmit, token, tokens)
         if token is not None:
             self._uses.record(token.number, now)
             request.ctx.token = token
@@ -120,6 +117,16 @@ class Guard:
         if secret:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
+
+    def _readmit(self, token: Token | None, tokens: Tokens) -> bool:
+        """Return True if a request with the same head as one that presented a token is admitted. Count that use.
+
+        A client that was admitted by its certificate is not: another one can send the same head.
+        """
+        if token is None or self._tokens is not tokens or (now := time.time()) >= token.expires_at:
+            return False
+        self._uses.record(token.number, now)
+        return True
 
     def scopes(self, request: Request) -> Container[Scope]:
         """Return the scopes of a request: those without a token, and those of its token if that is valid.

@@ -25,6 +25,7 @@ from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
 from harmonia.server.http.response_cache import StillValid
+from harmonia.server.http.small_uploads import Store
 from harmonia.store.file_reader import END, Chunk, Step
 
 IMMUTABLE = "public, max-age=31536000, immutable"
@@ -110,6 +111,8 @@ class Representation:
     """True while this response may be replayed to an identical request. Allowed only for in-memory bodies; must be
     cheap, and must not widen access.
     """
+    store: Store | None = None
+    """Stores the body of a similar upload, whose head differs only in name and length (see `small_uploads`)."""
 
     @classmethod
     def of_metadata(cls, content_type: str, text: bytes, max_age: int) -> Self:

@@ -6,12 +6,15 @@ of its own. There are two ways:
 
 - A request that repeats an earlier one gets the same response, if its resource confirms that it is still valid.
 - A request for a narinfo that differs from an earlier one only in the hash part gets a response with the same head,
-  with its own Cache-Control, ETag, Content-Length and Date. Likewise a request for the NAR of an upstream.
+  with its own Cache-Control, ETag, Content-Length and Date. Likewise a request for the NAR of an upstream, or for what
+  a pusher looks for.
+
+The head has the token, if there is one: it is checked again that the token is valid.
 """
 
 import re
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,7 +27,6 @@ from sanic.exceptions import NotFound
 
 from harmonia.metrics.outcome import Outcome
 from harmonia.metrics.shared_counters import RouteCounters
-from harmonia.nix.base32 import ALPHABET
 from harmonia.server.http.sanic_adapter import date, reader_of
 
 _MAX_SHORT_BYTES = 4 * 1024 * 1024  # for short responses, such as narinfos to conditional requests
@@ -33,10 +35,6 @@ _LONG_BYTES = 16 * 1024  # length from which on a response is long
 _MAX_BODY_BYTES = 256 * 1024  # the longer a response, the less time is saved for each byte of memory
 _MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of requests; each client program has a few kinds
 
-_TARGET = re.compile(
-    rf"(?:(?:GET|HEAD) /([{ALPHABET}]{{32}})\.narinfo|GET /upstream/([a-z0-9.-]{{1,255}})) HTTP/1\.1\r\n".encode()
-)
-"""The request line for a narinfo, with its hash part, or for the NAR of an upstream, with its name."""
 _HEAD = re.compile(
     rb'(.*?\r\ncache-control: )[^\r]*(\r\n.*etag: )"[^"]*"(\r\n(?:accept-ranges: bytes\r\n)?content-length: )[0-9]+'
     rb"(\r\ndate: )[^\r]*(.*)",
@@ -78,12 +76,27 @@ class ContentNow(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Resources that differ only in a name, such as narinfos in the hash part."""
+
+    request: re.Pattern[bytes]
+    """The method and the target of requests for them. Its only group is the name."""
+    content_now: ContentNow
+
+
+def _always() -> bool:
+    return True
+
+
 class _Kind:
     """Requests with the same method and fields, and the heads of the responses to them."""
 
-    def __init__(self, key: bytes, route: RouteCounters) -> None:
+    def __init__(self, key: bytes, route: RouteCounters, readmit: StillValid) -> None:
         """Create a kind that has the head `key`, from which the hash part or name was removed."""
         self._route = route
+        self.readmit = readmit
+        self._is_private = False
         self._is_get = key.startswith(b"GET ")
         self.is_forwarded = b"\r\nvia:" in key.lower()
         self._head_of_200: tuple[bytes, ...] | None = None
@@ -102,8 +115,9 @@ class _Kind:
         """Remember the head of a response of the handler."""
         if status == HTTPStatus.OK and (parts := _HEAD.fullmatch(head)):
             self._head_of_200 = parts.groups()
+            self._is_private = b"\r\ncache-control: private" in head
         elif status == HTTPStatus.NOT_FOUND:
-            before, after = _around_date(head)
+            before, after = around_date(head)
             self._response_404 = before, after + body, len(body)
 
     def response(self, content: Content, outcome: Outcome, began: float) -> list[bytes] | None:
@@ -114,7 +128,10 @@ class _Kind:
             status, body = 200, content.body if self._is_get else b""
             sent, length = len(body), b"%d" % len(content.body)
             start, before_etag, before_length, before_date, after = self._head_of_200
-            begin = b"%b%b%b" % (start, content.cache_control, before_etag)
+            cache_control = content.cache_control
+            if self._is_private:
+                cache_control = cache_control.replace(b"public", b"private")
+            begin = b"%b%b%b" % (start, cache_control, before_etag)
             before = b"%b%b%b%b%b" % (begin, content.etag, before_length, length, before_date)
         else:
             if self._response_404 is None:
@@ -148,8 +165,7 @@ class ResponseCache:
 
     def __init__(
         self,
-        narinfo_now: ContentNow,
-        nar_now: ContentNow,
+        resources: Sequence[Resources],
         short_limit: int = _MAX_SHORT_BYTES,
         long_limit: int = _MAX_LONG_BYTES,
     ) -> None:
@@ -162,22 +178,21 @@ class ResponseCache:
         self._short: MutableMapping[bytes, _CachedResponse] = FIFOCache(short_limit, getsizeof=size)
         self._long: MutableMapping[bytes, _CachedResponse] = RRCache(long_limit, getsizeof=size)
         self._kinds: MutableMapping[bytes, _Kind] = FIFOCache(_MAX_KINDS_BYTES, getsizeof=size)
-        self._narinfo_now = narinfo_now
-        self._nar_now = nar_now
+        self._resources = [
+            (re.compile(rb"(?:%b) HTTP/1\.1\r\n" % each.request.pattern), each.content_now) for each in resources
+        ]
 
     def response(self, head: bytes) -> list[bytes] | None:
         """Return the parts of the response to this request head, or None if Sanic has to answer. Count the request."""
         began = time.perf_counter()
-        if target := _TARGET.match(head):
+        if named := self._named(head):
+            key, name, content_now = named
             try:  # takes half the time of `get`
-                kind = self._kinds[_key(target)]
+                kind = self._kinds[key]
             except KeyError:
                 pass
             else:
-                if target[1]:
-                    found = self._narinfo_now(target[1].decode(), forwarded=kind.is_forwarded)
-                else:
-                    found = self._nar_now(target[2].decode(), forwarded=kind.is_forwarded)
+                found = content_now(name, forwarded=kind.is_forwarded) if kind.readmit() else None
                 return None if found is None else kind.response(*found, began)
         cached = self._short.get(head) or self._long.get(head)
         if cached is None:
@@ -197,7 +212,15 @@ class ResponseCache:
         http = reader_of(request)
         # The cache matches heads only: the body of a later request would be read as the next request.
         has_body = "content-length" in request.headers or "transfer-encoding" in request.headers
-        if validity is None or has_body or not http.keep_alive or not validity[0]():
+        if validity is None or has_body or not http.keep_alive:
+            return
+        unchanged, route = validity
+        readmit: StillValid = getattr(request.ctx, "readmit", _always)
+
+        def still_valid() -> bool:
+            return readmit() and unchanged()
+
+        if not still_valid():
             return
         status = http.response.status
         body = b"" if request.method == "HEAD" else http.response.body or b""
@@ -206,9 +229,11 @@ class ResponseCache:
         response_head = sent[: len(sent) - len(body)]
         head = request.head + b"\r\n\r\n"
         is_conditional = any(name.startswith("if-") for name in request.headers)
-        if (target := _TARGET.match(head)) and not is_conditional:
-            key = _key(target)
-            kind = self._kinds.get(key) or _Kind(key, validity[1])
+        if (named := self._named(head)) and not is_conditional:
+            key, *_ = named
+            kind = self._kinds.get(key)
+            if kind is None or not kind.readmit():
+                kind = _Kind(key, route, readmit)
             kind.learn(status, response_head, body)
             with suppress(ValueError):  # larger than the whole cache
                 self._kinds[key] = kind
@@ -216,18 +241,19 @@ class ResponseCache:
         memory = len(head) + len(sent)
         served = getattr(request.ctx, "served", None)
         outcome = Outcome.MEMORY if status < HTTPStatus.MULTIPLE_CHOICES else Outcome.NONE
-        cached = _CachedResponse(*_around_date(response_head), body, *validity, status, outcome, memory, served)
+        cached = _CachedResponse(*around_date(response_head), body, still_valid, route, status, outcome, memory, served)
         with suppress(ValueError):  # larger than the whole cache
             (self._long if memory >= _LONG_BYTES else self._short)[head] = cached
 
+    def _named(self, head: bytes) -> tuple[bytes, str, ContentNow] | None:
+        """Return a request head without the hash part or name, that name, and the function that finds its content."""
+        for request, content_now in self._resources:
+            if match := request.match(head):
+                return head[: match.start(1)] + head[match.end(1) :], match[1].decode(), content_now
+        return None
 
-def _key(target: re.Match[bytes]) -> bytes:
-    """Return the head of a request without the hash part or name."""
-    start, end = target.span(target.lastindex or 0)
-    return target.string[:start] + target.string[end:]
 
-
-def _around_date(head: bytes) -> tuple[bytes, bytes]:
+def around_date(head: bytes) -> tuple[bytes, bytes]:
     """Return the parts of the head of a response before and after the value of Date."""
     before, separator, after = head.partition(b"\r\ndate: ")
     return before + separator, after[len(date()) :]

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from sanic import Request, Sanic
 from sanic.application.state import ApplicationServerInfo
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sanic.response import BaseHTTPResponse
 
 _CLOSE_POLL_S = 0.05
+_UPLOAD_TIMEOUT_S = 30.0  # until Sanic gets an upload: its handlers have timeouts, and responses that show progress
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _BEFORE_PATH = re.compile(rb"\A(?:https?://[^/?]+)?/*", re.IGNORECASE)
 """Scheme, host and leading slashes: Nix 2.8 requests `//nix-cache-info` if the cache's URL ends in a slash."""
@@ -142,6 +144,27 @@ def prepare(app: "Sanic[Any, Any]", *, primary: bool) -> None:
     app.state.primary = primary  # Sanic patches its own code for the primary application, which works only once
 
 
+class Upload(Protocol):
+    """An upload that is stored without Sanic (`small_uploads.py`)."""
+
+    is_awaited: bool
+    """True if the client waits for 100 Continue before it sends the body."""
+    left: int
+    """The number of bytes of the body that are missing."""
+    rest: bytes
+    """The bytes after the body: the client sends its next request before the response."""
+
+    @property
+    def received(self) -> bytes:
+        """Return the request so far, for Sanic, without Expect: it was answered."""
+
+    def receive(self, data: bytes) -> None:
+        """Append bytes of the body, or after it."""
+
+    async def store(self) -> bytes:
+        """Store the whole body, and return the response, which is counted. Raises any error."""
+
+
 class Connection(HttpProtocol):
     """Sanic's protocol with a timeout for the whole head. Sanic itself restarts the timeout with each byte.
 
@@ -149,17 +172,77 @@ class Connection(HttpProtocol):
     """
 
     HTTP_CLASS = Http
-    __slots__ = ("_closing",)
+    __slots__ = ("_closing", "_storing", "_upload", "_upload_timeout")
+    _upload: Upload | None
+    """The upload that is received without Sanic. Meanwhile, Sanic waits for the next request."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 (Sanic's signature)
+        super().__init__(**options)
+        self._upload = None
 
     def data_received(self, data: bytes) -> None:
-        if self._is_idle() and (response := self.app.ctx.response_cache.response(data)):
-            cast("asyncio.WriteTransport", self.transport).writelines(response)
-            self._time = time.monotonic()
+        if self._upload is not None:
+            self._upload.receive(data)
+            self._advance_upload(self._upload)
             return
+        if self._is_idle():
+            if response := self.app.ctx.response_cache.response(data):
+                cast("asyncio.WriteTransport", self.transport).writelines(response)
+                self._time = time.monotonic()
+                return
+            if self.http is not None and (upload := self.app.ctx.small_uploads.begin(data)):
+                self._begin_upload(upload)
+                return
         began = self._time
         super().data_received(data)
         if self.http is not None and self.http.stage is Stage.REQUEST:
             self._time = began
+
+    def _begin_upload(self, upload: Upload) -> None:
+        self._upload = upload
+        self._http.stage = Stage.HANDLER  # so that Sanic's timeouts and a shutdown wait
+        self._upload_timeout = self.loop.call_later(_UPLOAD_TIMEOUT_S, self._leave_upload_to_sanic)
+        if upload.is_awaited and upload.left:
+            cast("asyncio.WriteTransport", self.transport).write(_CONTINUE)
+        self._advance_upload(upload)
+
+    def _advance_upload(self, upload: Upload) -> None:
+        if upload.rest:
+            self._leave_upload_to_sanic()
+        elif not upload.left:
+            self._storing = self.loop.create_task(self._store_upload(upload))
+
+    async def _store_upload(self, upload: Upload) -> None:
+        """Store an upload, and answer it, or leave it to Sanic if it fails. Continue if the client disconnects."""
+        try:
+            response = await upload.store()
+        except Exception:  # noqa: BLE001 (the handler meets the same error, and gives it a status)
+            response = None
+        if self._upload is not upload:
+            return
+        if response is None:
+            self._leave_upload_to_sanic()
+            return
+        self._end_upload()
+        cast("asyncio.WriteTransport", self.transport).write(response)
+        self._time = time.monotonic()
+
+    def _leave_upload_to_sanic(self) -> None:
+        upload = self._upload
+        self._end_upload()
+        if upload is not None:
+            super().data_received(upload.received)
+
+    def _end_upload(self) -> None:
+        if self._upload is not None:
+            self._upload = None
+            self._upload_timeout.cancel()
+            if self.http is not None:
+                self.http.stage = Stage.IDLE
+
+    def connection_lost(self, exc: Any) -> None:  # noqa: ANN401 (asyncio's signature)
+        self._end_upload()
+        super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     def _is_idle(self) -> bool:
         """Return True if a request can be answered at once: no other is pending, and the client reads."""
@@ -202,4 +285,5 @@ class Connection(HttpProtocol):
         await super().send(data)  # type: ignore[no-untyped-call]
         if self._http.request is not None:
             self.app.ctx.response_cache.remember(self._http.request, data)
+            self.app.ctx.small_uploads.remember(self._http.request, data)
         await self._can_write.wait()

@@ -1,5 +1,6 @@
 """`/<hash>.narinfo`: signed metadata of a store path, and the URL of its NAR. With `?json`, in JSON."""
 
+import re
 from collections.abc import Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,12 +21,13 @@ from harmonia.process import request_trace
 from harmonia.server.context import ServerContext
 from harmonia.server.http import outcome
 from harmonia.server.http.response import Representation
-from harmonia.server.http.response_cache import ABSENT, AbsentError, Content
+from harmonia.server.http.response_cache import ABSENT, AbsentError, Content, Resources
 from harmonia.server.path_lookup import SignedPath, Unknown
 
 _RECHECK_S = 5.0  # until the next check whether another process has compressed a NAR
 _MEMORY, _STORE = Outcome.MEMORY, Outcome.STORE  # an attribute of an enumeration takes longer than a global name
 _ABSENT = (ABSENT, Outcome.NONE)
+_REQUEST = re.compile(rf"(?:GET|HEAD) /([{base32.ALPHABET}]{{32}})\.narinfo".encode())
 _MAX_BYTES = 8 * 1024 * 1024  # of narinfos in memory, some 8,000
 
 
@@ -81,6 +83,7 @@ class Narinfos:
         self._narinfos: MutableMapping[str, _Rendered] = FIFOCache(
             _MAX_BYTES, getsizeof=lambda it: len(it.content.body)
         )
+        self.resources = Resources(_REQUEST, self.content_now)
 
     def content_now(self, hash_part: str, *, forwarded: bool = False) -> tuple[Content, Outcome] | None:
         """Return the narinfo of a path, or ABSENT, and its outcome, or None if only the handler can find out.

@@ -12,30 +12,39 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sanic import Request
 from sanic.exceptions import NotFound, SanicException
 
-from harmonia.errors import FormatError, PushRefusedError, RequestRefusedError
+from harmonia.errors import FormatError, PushRefusedError, RequestRefusedError, StoreObjectError
+from harmonia.metrics.outcome import Outcome
 from harmonia.nix import base32, narinfo
 from harmonia.nix.build_trace import parse_realisation
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StoreDirError, StorePath
-from harmonia.push.importer import MaySign
+from harmonia.push.importer import SMALL_NAR_BYTES, MaySign, Upload
 from harmonia.push.receiver import PushReceiver
 from harmonia.server.context import ServerContext
 from harmonia.server.http import sanic_adapter
 from harmonia.server.http.request_body import STALL_S, content_length, decoder_of, dropping, read_small
 from harmonia.server.http.response import Handler, Representation
+from harmonia.server.http.response_cache import ABSENT, AbsentError, Content, Resources
+from harmonia.server.http.small_uploads import MAX_BODY_BYTES
+from harmonia.server.path_lookup import Unknown
 from harmonia.server.resources import build_log, build_trace, nar
-from harmonia.server.resources.narinfo import nar_url, representation
+from harmonia.server.resources.narinfo import content_of, nar_url, representation
 
 if TYPE_CHECKING:
     from harmonia.config.tokens import Token
 
+_NARINFO = rf"/push/([{base32.ALPHABET}]{{32}})\.narinfo".encode()
+_NAR = rf"/push/nar/([{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?".encode()
+UPLOAD = re.compile(_NARINFO + b"|" + _NAR)
+"""Uploads that can be stored without Sanic. The only group that matches is the name of the resource."""
 _SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?")
 _MAX_NARINFO_BYTES = 1 << 20
 _MAX_REALISATION_BYTES = 256 << 10
@@ -67,46 +76,85 @@ class _Progress:
 async def get_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
     """Return the narinfo of any valid path, published or not, so that Nix does not push it again."""
     info = await context.paths.lookup_valid_path(hash_part)
+
+    def still_valid() -> bool:
+        return context.paths.lookup_valid_now(hash_part) == info
+
     if info is None:
-        raise NotFound
-    nar_file = NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
-    return representation(context, request, info, nar_file, info.sigs, max_age=0)
+        raise AbsentError(still_valid)
+    return replace(representation(context, request, info, _plain(info), info.sigs, max_age=0), still_valid=still_valid)
 
 
 async def get_nar(context: ServerContext, request: Request, name: str) -> Representation:
     """Return a NAR of the store. HEAD also finds NARs in the spool, so that Nix does not send them again."""
     match = _SPOOLED.fullmatch(name)
-    if match and request.method == "HEAD":
-        spool = _receiver(context).spool
-        if await context.threads.run_short_io(partial(spool.has, match["file_hash"])):
-            await context.threads.run_io(partial(spool.renew, match["file_hash"]))
-            return _done()
-    return await nar.get(context, request, name)
+    if match is None or request.query_string:
+        return await nar.get(context, request, name)
+    spool, file_hash = _receiver(context).spool, match["file_hash"]
+    if await context.threads.run_short_io(partial(spool.has, file_hash)) and request.method == "HEAD":
+        await context.threads.run_io(partial(spool.renew, file_hash))
+        return _done()
+    raise AbsentError(lambda: not spool.has(file_hash))
+
+
+def resources(context: ServerContext) -> list[Resources]:
+    """Return the resources that pushers ask for, for requests that are answered without Sanic."""
+    if context.push is None:
+        return []
+    spool, loop_io = context.push.spool, context.threads.loop_io
+
+    def narinfo_now(hash_part: str, *, forwarded: bool) -> tuple[Content, Outcome] | None:  # noqa: ARG001 (never of an upstream)
+        try:
+            info = context.paths.lookup_valid_now(hash_part)
+        except StoreObjectError:
+            return None
+        if isinstance(info, Unknown) or info is None:
+            return (ABSENT, Outcome.NONE) if info is None else None
+        return content_of(context, info, _plain(info), info.sigs, max_age=0), Outcome.STORE
+
+    def nar_now(file_hash: str, *, forwarded: bool) -> tuple[Content, Outcome] | None:  # noqa: ARG001 (never of an upstream)
+        is_absent = loop_io.allowed and not loop_io.run(partial(spool.has, file_hash))
+        return (ABSENT, Outcome.NONE) if is_absent else None
+
+    wanted = rb"(?:GET|HEAD) "
+    return [Resources(re.compile(wanted + _NARINFO), narinfo_now), Resources(re.compile(wanted + _NAR), nar_now)]
+
+
+def _plain(info: PathInfo) -> NarFile:
+    return NarFile(nar_url(info), "none", info.nar_hash, info.nar_size)
 
 
 async def put_nar(context: ServerContext, request: Request, name: str) -> Representation:
     match = _SPOOLED.fullmatch(name)
     if match is None:
         raise PushRefusedError(400, "the name of a NAR is its base-32 SHA-256 and .nar; push with `nix copy`")
+    receiver = _receiver(context)
     size = content_length(request)
-    chunks = _gathered(sanic_adapter.body_of(request, STALL_S))
-    await _receiver(context).receive(match["file_hash"], size, chunks)
-    return _done()
+    if size > MAX_BODY_BYTES:
+        await receiver.receive(match["file_hash"], size, _gathered(sanic_adapter.body_of(request, STALL_S)))
+        return _done()
+    body = b"".join([data async for data in sanic_adapter.body_of(request, STALL_S)])
+    await receiver.receive_small(match["file_hash"], body)
+    return replace(_done(), store=receiver.receive_small)
 
 
 async def put_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
-    receiver = _receiver(context)
-    info, nar_file = _parse(context, hash_part, await read_small(request, _MAX_NARINFO_BYTES))
-    match = _SPOOLED.fullmatch(nar_file.url)
-    file_hash = match["file_hash"] if match else None
-    if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
-        raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
-    importing = receiver.start_import(info, file_hash, nar_file.compression, _may_sign(request))
+    body, may_sign = await read_small(request, _MAX_NARINFO_BYTES), _may_sign(request)
+    importing = _receiver(context).start_import(_parse(context, hash_part, body), may_sign)
     await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import continues
     if not importing.done() and request.version != "1.0":
         return _done(_Progress(importing))
     await importing
-    return _done()
+    is_plain = "content-encoding" not in request.headers
+    return replace(_done(), store=partial(_import_small, context, may_sign) if is_plain else None)
+
+
+async def _import_small(context: ServerContext, may_sign: MaySign, hash_part: str, body: bytes) -> None:
+    """Import a path with a small NAR. Raises any error if it is large, or cannot be imported."""
+    upload = _parse(context, hash_part, body)
+    if upload.info.nar_size > SMALL_NAR_BYTES:
+        raise PushRefusedError(413, "its import may take long")  # never sent
+    await _receiver(context).start_import(upload, may_sign)
 
 
 async def put_log(context: ServerContext, request: Request, name: str) -> Representation:
@@ -195,7 +243,8 @@ async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         yield bytes(chunk)
 
 
-def _parse(context: ServerContext, hash_part: str, body: bytes) -> tuple[PathInfo, NarFile]:
+def _parse(context: ServerContext, hash_part: str, body: bytes) -> Upload:
+    """Return what a narinfo uploads. Raises PushRefusedError if it is malformed, or not that of `hash_part`."""
     store_dir = context.settings.virtual_nix_store
     try:
         info, nar_file = narinfo.parse(body.decode(), store_dir)
@@ -206,4 +255,8 @@ def _parse(context: ServerContext, hash_part: str, body: bytes) -> tuple[PathInf
         raise PushRefusedError(400, f"the narinfo is malformed: {error}; push with `nix copy`") from None
     if info.path.hash_part != hash_part:
         raise PushRefusedError(400, f"the narinfo is that of {info.path}, not the one in its URL; push with `nix copy`")
-    return info, nar_file
+    match = _SPOOLED.fullmatch(nar_file.url)
+    file_hash = match["file_hash"] if match else None
+    if nar_file.file_hash is not None and match and base32.encode(nar_file.file_hash) != file_hash:
+        raise PushRefusedError(400, "the narinfo's FileHash is not that of its URL; push the path again")
+    return Upload(info, nar_file.compression, file_hash)
