@@ -83,11 +83,23 @@ class Server:
             f"nix_db_path = '{store}/nix/var/nix/db/db.sqlite'\ncache_dir = '{self.cache_dir}'\n{settings}\n"
         )
         self.environment = {**os.environ, **(environment or {})}
+        self._workers = workers
         self._options = process
         self.log: list[str] = []
         self.process: subprocess.Popen[str]
 
     def start(self) -> None:
+        """Start the process, and wait until all workers are ready: an earlier SIGHUP, for example, would reach some."""
+        if self._workers == 1 or "NOTIFY_SOCKET" in self.environment:
+            self._start()
+            return
+        with ServiceManager(f"@harmonia-{os.getpid()}-{id(self)}") as manager:
+            self.environment |= manager.environment
+            self._start()
+            del self.environment["NOTIFY_SOCKET"]
+            assert manager.receive() == "READY=1"
+
+    def _start(self) -> None:
         self.launch()
         self.url = self.wait_for_log(r"serving .* at ([^\s\"]+)")[1]
         for _ in pauses(self.log):
