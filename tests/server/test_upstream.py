@@ -572,9 +572,7 @@ def test_http_1_0_client_detects_a_zstd_nar_of_unknown_length_that_breaks_off(
     upstream.add(path.info, path.file[:-100], replace(path.nar, file_size=None), keys=(KEY,))
     upstream.behaviours["^/nar/"] = chunked
     server = begin(entry(upstream))
-    url = "/" + fields(server.get(narinfo_path(path)))["URL"]
-    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-        server.request("GET", url, version="1.0")
+    assert aborted(server, "/" + fields(server.get(narinfo_path(path)))["URL"], version="1.0")
 
 
 def test_nar_url_without_a_file_hash_is_not_resumable(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
@@ -684,9 +682,10 @@ def test_two_paths_with_the_same_content_cause_one_fetch(begin: Start, upstream:
 # Misbehaviour
 
 
-def aborted(server: Server, url: str) -> bool:
+def aborted(server: Server, url: str, version: str = "1.1") -> bool:
+    """Return True if the response breaks off, or is an error: a body that fails early may do so before the head."""
     try:
-        return server.get(url).status != 200
+        return server.request("GET", url, version=version).status != 200
     except (http.client.IncompleteRead, ConnectionError):
         return True
 
