@@ -86,12 +86,26 @@ class DiskCache:
         """Return the path of the file with this key."""
         return f"{self._directory}/{key}"
 
+    def entries(self, *, growing: bool = False) -> list[tuple[float, int, str]]:
+        """Return the time of the last use, the disk space in bytes and the path of each complete file.
+
+        With `growing`, also of each growing file. Raises OSError if the directory cannot be read.
+        """
+        files = []
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if not entry.name.endswith(SUMS) and (growing or not entry.name.endswith(GROWING)):
+                        status = entry.stat(follow_symlinks=False)
+                        files.append((status.st_mtime, status.st_blocks * 512, entry.path))
+        return files
+
     def keys(self) -> list[str]:
         """Return the keys of all complete files.
 
         Raises OSError if the directory cannot be read.
         """
-        return [os.path.basename(path) for _, _, path in self._files()]
+        return [os.path.basename(path) for _, _, path in self.entries()]
 
     def has(self, key: str) -> bool:
         """Return True if the cache has the complete file."""
@@ -103,10 +117,16 @@ class DiskCache:
         """Return True if a process with the suffix GROWING fills the file of a key, or died while it did."""
         return os.path.lexists(self.path(key) + GROWING)
 
-    def remove(self, key: str) -> None:
-        """Remove the file, if it exists. Its readers can continue."""
+    def remove(self, key: str, *, unused_since: float | None = None) -> bool:
+        """Remove the file, unless it was used after `unused_since`. Its readers can continue.
+
+        Return True if it was removed, False if it does not exist or was used.
+        """
         with suppress(OSError):
-            _unlink(self.path(key))
+            if unused_since is None or os.stat(self.path(key)).st_mtime <= unused_since:
+                _unlink(self.path(key))
+                return True
+        return False
 
     def mark_unused(self, key: str) -> None:
         """Give a complete file an old LRU time, which its first use in any process replaces."""
@@ -116,9 +136,7 @@ class DiskCache:
 
     def remove_unused(self, key: str) -> None:
         """Remove a file, unless it was used since `mark_unused`. Its readers can continue."""
-        with suppress(OSError):
-            if _age_s(self.path(key)) > _UNUSED_AGE_S / 2:
-                _unlink(self.path(key))
+        self.remove(key, unused_since=time.time() - _UNUSED_AGE_S / 2)
 
     def find_file(self, key: str) -> CachedFile | None:
         """Return the complete file, or None if it does not exist or cannot be opened. The caller closes it."""
@@ -254,7 +272,7 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        used = sum(size for _, size, _ in self._files(growing=True))
+        used = sum(size for _, size, _ in self.entries(growing=True))
         return min(self.limit - used, self._free() - self._spare)
 
     def used(self) -> int:
@@ -269,7 +287,7 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        files = self._files()
+        files = self.entries()
         return sum(size for _, size, _ in files), min((used_at for used_at, _, _ in files), default=0.0)
 
     def evict(self) -> None:
@@ -278,7 +296,7 @@ class DiskCache:
         Raises OSError if the directory cannot be read.
         """
         self.sweep()
-        files = self._files()
+        files = self.entries()
         excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
         before = self.counters.evictions
         # First remove files that alone exceed the limit.
@@ -298,20 +316,6 @@ class DiskCache:
         Raises OSError if the directory cannot be read.
         """
         _sweep(self._directory)
-
-    def _files(self, *, growing: bool = False) -> list[tuple[float, int, str]]:
-        """Return the time of the last use, the disk space in bytes and the path of each complete file.
-
-        With `growing`, also of each growing file.
-        """
-        files = []
-        with os.scandir(self._directory) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    if not entry.name.endswith(SUMS) and (growing or not entry.name.endswith(GROWING)):
-                        status = entry.stat(follow_symlinks=False)
-                        files.append((status.st_mtime, status.st_blocks * 512, entry.path))
-        return files
 
     def _free(self) -> int:
         disk = os.statvfs(self._directory)

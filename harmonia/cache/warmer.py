@@ -10,8 +10,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple, Self
 
-import msgspec
-
 from harmonia.cache.compressed_files import file_key
 from harmonia.cache.disk_cache import Counters, DiskCache
 from harmonia.cache.frame_index import index_files
@@ -83,29 +81,6 @@ def lower_priority() -> None:
     """Set this process to the lowest priority. Disk access gets the idle class with it (ioprio_set(2))."""
     with suppress(OSError):  # a service's system call filter may forbid it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
-def become_owner(settings: Settings) -> Settings:
-    """Switch from root to the owner of the cache directory, so that the server can read the new files.
-
-    Return settings with a path to the directory that the new user can open. Raises ConfigError if the server does not
-    compress. Raises ConfigError if the directory belongs to another user and this process is not root.
-    """
-    if not settings.enable_compression:
-        raise ConfigError("enable_compression is false: this server has no cache of compressed NARs")
-    cache_dir = directory = os.path.abspath(str(settings.cache_dir))
-    while not os.path.exists(directory):
-        directory = os.path.dirname(directory)
-    owner = os.stat(directory)
-    if owner.st_uid == os.geteuid() or directory != cache_dir:
-        return settings
-    if os.geteuid() != 0:
-        raise ConfigError(f"cache_dir: {directory!r} belongs to another user; run this as root or as that user")
-    opened = os.open(cache_dir, os.O_PATH | os.O_DIRECTORY)  # only root can traverse systemd's /var/cache/private
-    os.setgroups([])
-    os.setgid(owner.st_gid)
-    os.setuid(owner.st_uid)
-    return msgspec.structs.replace(settings, cache_dir=f"/proc/self/fd/{opened}")
 
 
 class Warmer:

@@ -50,7 +50,7 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _SECTIONS = {
     "Serve": ("serve", "check-config", "keygen", "token", "demo"),
     "Fill other caches": ("push", "watch"),
-    "Maintain a cache": ("doctor", "why", "verify", "warm", "mirror", "top", "roots"),
+    "Maintain a cache": ("doctor", "why", "verify", "warm", "cache", "mirror", "top", "roots"),
     "Inspect store paths and NARs": ("ls", "cat", "nar"),
 }
 _HIDDEN = ("man",)

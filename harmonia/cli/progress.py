@@ -1,4 +1,4 @@
-"""Console output and progress bars. Bars appear on terminals only; NO_COLOR turns colours off."""
+"""Console output, sizes and progress bars. Bars appear on terminals only; NO_COLOR turns colours off."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -47,3 +47,12 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty()) as shown:
         task = shown.add_task(what, total=total)
         yield lambda size: shown.advance(task, size)
+
+
+def byte_size(count: float) -> str:
+    """Return a number of bytes with a binary unit, such as 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:  # noqa: PLR2004 (bytes in the next unit)
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

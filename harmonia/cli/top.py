@@ -14,6 +14,7 @@ from rich.text import Text
 
 from harmonia.cli import progress
 from harmonia.cli.arguments import Duration, parse_url
+from harmonia.cli.progress import byte_size
 from harmonia.config import loader
 from harmonia.errors import RemoteError
 from harmonia.tools import top
@@ -84,8 +85,8 @@ def _view(client: Client, before: Snapshot, now: Snapshot) -> RenderableType:
             row.route,
             f"{row.requests:.0f}",
             f"{row.request_rate:.1f}",
-            _bytes(row.sent),
-            _bytes(row.sent_rate),
+            byte_size(row.sent),
+            byte_size(row.sent_rate),
             f"{row.in_flight:.0f}",
             Text(f"{row.failed:.0f}", style="red" if row.failed else ""),
         )
@@ -93,7 +94,7 @@ def _view(client: Client, before: Snapshot, now: Snapshot) -> RenderableType:
     downloads = now.total("harmonia_requests_in_flight", route="nar")
     head = (
         f"harmonia at {client.url}: {sum(row.request_rate for row in rows):.1f} requests/s,"
-        f" {_bytes(sum(row.sent_rate for row in rows))}/s, {downloads:.0f} downloads in flight"
+        f" {byte_size(sum(row.sent_rate for row in rows))}/s, {downloads:.0f} downloads in flight"
     )
     cache = (
         f"compressed NARs: {'-' if ratio is None else f'{ratio:.1%}'} hits,"
@@ -103,11 +104,3 @@ def _view(client: Client, before: Snapshot, now: Snapshot) -> RenderableType:
         f" {now.total('harmonia_worker_restarts_total'):.0f} workers replaced"
     )
     return Group(Text(head, style="bold"), Text(cache), Text(), table)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:  # noqa: PLR2004 (bytes in the next unit)
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

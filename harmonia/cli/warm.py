@@ -8,9 +8,11 @@ import click
 
 from harmonia import cli
 from harmonia.cache import warmer
+from harmonia.cache.owner import become_owner
 from harmonia.cli import progress
 from harmonia.cli.arguments import choose_paths
 from harmonia.config import loader
+from harmonia.errors import ConfigError
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
 
@@ -43,7 +45,9 @@ def command(config_file: str | None, paths: tuple[str, ...], *, gc_roots: bool, 
     chosen = choose_paths(settings, store, paths, gc_roots=gc_roots)
     chosen = path_arguments.closure(store, chosen) if closure else list(dict.fromkeys(chosen))
     total = sum(info.nar_size for path in chosen if (info := store.path_info(path.hash_part)))
-    own_settings = warmer.become_owner(settings)
+    if not settings.enable_compression:
+        raise ConfigError("enable_compression is false: this server has no cache of compressed NARs")
+    own_settings = become_owner(settings)
     warmer.lower_priority()
     if not quiet:
         click.echo(f"Filling the cache in {settings.cache_dir}", err=True)

@@ -30,6 +30,13 @@ def resolve(store: Store, text: str) -> tuple[PathInfo, bytes]:
     return info, os.path.join(real_path, os.fsencode(inside)) if inside else real_path
 
 
+def hash_part_of(store: Store, text: str) -> str | None:
+    """Return the hash part that `text` names in the forms of `resolve`, also of a path that is not valid, or None."""
+    base_name = (store.relative(text) or _in_store(store, text) or text).partition("/")[0]
+    hash_part, dash = base_name[:32], base_name[32:33]
+    return hash_part if is_hash_part(hash_part) and dash in ("", "-") else None
+
+
 def _in_store(store: Store, text: str) -> str | None:
     """Return the path relative to the store directory to which `text` leads through symlinks, or None if elsewhere."""
     try:

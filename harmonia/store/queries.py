@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ _LISTED = """
 select substr(cast(path as text), ?), cast(narSize as integer), cast(registrationTime as integer)
 from ValidPaths where path in (select value from json_each(?))
 """
+
+_NAR_HASHES = "select cast(path as text), cast(hash as text) from ValidPaths"
 
 _REFERRERS = """
 with referrers(id) as (
@@ -269,3 +272,12 @@ def _store_path(base_name: str) -> StorePath | None:
         return StorePath(base_name)
     except FormatError:
         return None
+
+
+def nar_hashes(store: Store) -> Iterator[tuple[StorePath, bytes]]:
+    """Yield all valid paths with their NAR hashes, without those whose rows are malformed."""
+    for path, nar_hash in store.database.query(_NAR_HASHES):
+        algorithm, _, digest = nar_hash.partition(":")
+        with suppress(FormatError, ValueError):
+            if algorithm == "sha256":
+                yield StorePath.in_dir(store.store_dir, path), bytes.fromhex(digest)

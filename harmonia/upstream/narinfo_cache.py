@@ -7,7 +7,7 @@ narinfo that has just arrived, with the current settings.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -134,6 +134,13 @@ def open_narinfo_cache(
     max_bytes = min(_MAX_BYTES, nars.limit // _NAR_CACHE_SHARE)
     files = open_cache(settings, "narinfo", "narinfos of upstreams", max_bytes, logging.WARNING)
     return None if files is None else NarinfoCache(files, nars, clients, threads)
+
+
+def read_narinfos(files: DiskCache) -> Iterator[bytes]:
+    """Yield the narinfos in `files`. Blocks: for commands, not for servers."""
+    for hash_part in files.keys():  # noqa: SIM118 (not a dictionary)
+        if (record := _record(files.find_file(hash_part))) is not None:
+            yield record[2]
 
 
 def _record(file: CachedFile | None) -> _Record | None:
