@@ -164,9 +164,12 @@ class CompressedNar:
         """The size in bytes, or None until the NAR was compressed to its end."""
         self._index: FrameIndex | None = None
         self._file: CachedFile | None = None
+        self.was_complete = False
+        """True if the cache had the complete file when this body was opened."""
         with closed_on_error(self):
             self._file = self._open_file()
             if self._file is not None:
+                self.was_complete = self._file.whole
                 self._note_size(self._file)
             if source.sha256 and not (self._file and self._file.whole):
                 self._index = compressor.files.load_frame_index(source.sha256, self._encoding)
@@ -188,11 +191,6 @@ class CompressedNar:
         return self._file is not None
 
     @property
-    def is_complete(self) -> bool:
-        """Return True if the cache has the complete file."""
-        return self._file is not None and self._file.whole
-
-    @property
     def cached_name(self) -> str | None:
         """The name of the file in the cache that other programs may send in place of this body, or None."""
         return None if self._file is None else self._file.sendable_name
@@ -200,7 +198,7 @@ class CompressedNar:
     @property
     def reads_briefly(self) -> bool:
         """True if the file is complete: then `read` only opens it."""
-        return self.is_complete
+        return self._file is not None and self._file.whole
 
     def read(self, start: int, stop: int | None) -> Generator[Step | None]:
         self._file = self._file or self._open_file()

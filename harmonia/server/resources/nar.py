@@ -229,7 +229,7 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
         body = await context.threads.run_open(
             lambda: CompressedNar(context.compressor, open_nar(context, request, info), encoding)
         )
-        if body.is_complete:
+        if body.was_complete:
             outcome.decide(request, Outcome.DISK, "the cache has a complete file")
         elif body.is_in_cache:
             outcome.decide(request, Outcome.COMPRESSED, "the file in the cache grows while it is sent")
