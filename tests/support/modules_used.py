@@ -31,9 +31,11 @@ VOCABULARY = {
     *("ownership", "untrusted", "metrics.shared_counters", "config.proxy"),
     *("nix.base32", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing", "nix.store_path"),
     *("process.fair_executor", "process.loop_reads", "process.loop_turns", "process.single_flight", "process.threads"),
+    "process.request_trace",
     *("store.confined", "store.nix_daemon"),
     *("server.connections", "server.routes"),
     *("server.http.access_log", "server.http.byte_range", "server.http.negotiation", "server.http.rate_limit"),
+    "server.http.outcome",
     *("upstream.failed_nars", "upstream.header_fields", "upstream.tasks"),
 }
 """Modules whose calls are understood without their code: `base32.encode`, `threads.run_db`, `limiter.admit`."""
