@@ -55,13 +55,14 @@ class S3Service:
         (directory / "data").mkdir()
         (directory / "s3.json").write_text(json.dumps(_IDENTITIES))
         self.process: subprocess.Popen[bytes]
-        self._ports = _free_ports(4)
+        self._ports = free_ports(4)
         self.url = f"http://127.0.0.1:{self._ports[3]}"
 
-    def start(self) -> None:
+    def launch(self) -> "subprocess.Popen[bytes]":
+        """Start the process, without waiting for success."""
         master, volume, filer, s3 = self._ports
         with (self._directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [
                     *(self._program, "server", f"-dir={self._directory}/data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
                     *("-master.telemetry=false", f"-master.port={master}", f"-volume.port={volume}", "-volume.max=0"),
@@ -72,10 +73,13 @@ class S3Service:
                 stderr=log,
                 cwd=self._directory,
             )
+
+    def start(self) -> None:
+        self.process = self.launch()
         deadline = time.monotonic() + _PATIENCE_S
         while not self._is_ready():
-            assert time.monotonic() < deadline, (self._directory / "log").read_text()[-2000:]
-            assert self.process.poll() is None, (self._directory / "log").read_text()[-2000:]
+            assert time.monotonic() < deadline, self.log()
+            assert self.process.poll() is None, self.log()
             time.sleep(0.1)
         for bucket in ("public", "private"):
             obstore.put(self.store(bucket), ".bucket", b"")  # SeaweedFS creates a bucket at its first object
@@ -86,6 +90,10 @@ class S3Service:
                 return bool(answer.status == 200)
         except OSError:
             return False
+
+    def log(self) -> str:
+        """Return the end of the log."""
+        return (self._directory / "log").read_text()[-2000:]
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         self.process.send_signal(number)
@@ -168,7 +176,7 @@ class Folder:
             assert {reference.hash_part for reference in info.references} <= paths.keys(), info.path
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that are free together with the ports of gRPC."""
     chosen: list[int] = []
     while len(chosen) < count:
