@@ -127,10 +127,10 @@ def _open(config_file: str | None) -> tuple[Store, CachedNars | None]:
 
 def _choose(store: Store, nars: CachedNars | None, paths: Iterable[str]) -> list[CachedNar]:
     """Return the files of PATHs. Raises InvalidPathError if the cache has none for one of them."""
-    chosen = []
+    everything, chosen = nars.find_all() if nars else [], []
     for path in paths:
         name = hash_part_of(store, path) or os.path.basename(path)
-        found = nars.find(name) if nars else []
+        found = [nar for nar in everything if nar.has_name(name)]
         if not found:
             raise InvalidPathError(f"{path!r} is not in the cache; `harmonia cache ls` lists what is")
         chosen += found

@@ -44,6 +44,10 @@ class CachedNar(NamedTuple):
     paths: tuple[StorePath, ...]
     """The store paths with this NAR: valid ones, and those of upstreams. Empty if none is known any more."""
 
+    def has_name(self, name: str) -> bool:
+        """Return True if `name` is the file's name, or the hash part of a path with this NAR."""
+        return name in (self.key, *(path.hash_part for path in self.paths))
+
 
 class CachedNars:
     """The cache of the settings' `cache_dir`. For one thread."""
@@ -86,10 +90,6 @@ class CachedNars:
                 CachedNar(key, size, used_at, nar_hash, own or compression or "", compression is not None, here)
             )
         return found
-
-    def find(self, name: str) -> list[CachedNar]:
-        """Return the files of the path with this hash part, or the file with this name."""
-        return [nar for nar in self.find_all() if name in (nar.key, *(path.hash_part for path in nar.paths))]
 
     def growing(self) -> int:
         """Return the number of files that are being filled, or whose fillers died."""
