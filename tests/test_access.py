@@ -116,6 +116,8 @@ def test_day_ends_in_utc_and_time_has_a_zone(text: str, moment: str) -> None:
         "2026-12-31 18:00Z",
         "2026-W01-1",
         "9999-12-31",
+        "0001-01-01",
+        "9999-12-31T23:59:59-12:00",
         "٢٠٢٦-12-31",
     ],
 )
@@ -181,6 +183,7 @@ def test_token_command_prints_secret_and_line() -> None:
         ["ci", "--scope", "sign:/x"],
         ["ci", "--scope", "sign:[a,b]"],
         ["ci", "--until", "soon"],
+        ["ci", "--until", "9999999w"],
         ["create"],
     ],
 )

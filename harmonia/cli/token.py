@@ -45,7 +45,9 @@ def _parse_end(text: str) -> float:
     with suppress(FormatError):
         return tokens.parse_end(text)
     with suppress(FormatError):
-        return float(int(time.time() + amounts.duration(text)))
+        end = float(int(time.time() + amounts.duration(text)))
+        if end <= tokens.LAST_END_S:
+            return end
     raise click.BadParameter(
         f"{text!r}: expected a duration like 90d, a day like 2026-12-31, or a time with zone like 2026-12-31T18:00:00Z"
     )

@@ -20,6 +20,7 @@ import math
 import re
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal, get_args
@@ -36,6 +37,9 @@ Scope = Literal["read", "browse", "metrics", "push", "sign"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _WARN_BEFORE_END_S = 14 * 86400
+
+LAST_END_S = 253402300799.0
+"""The latest end of a token: the last second of the year 9999."""
 
 _SIGN = "sign:"
 _UNTIL = "until:"
@@ -105,7 +109,7 @@ class Tokens:
         self._by_index = {token.sha256[:_INDEX_BYTES]: token for token in tokens}
 
     def find_token(self, presented: str) -> Token | None:
-        """Return the record of the token that a client presents, or None if the token is not valid."""
+        """Return the record of the token that a client presents, which may have expired, or None if there is none."""
         sha256 = _sha256(presented)
         token = self._by_index.get(sha256[:_INDEX_BYTES])
         return token if token is not None and hmac.compare_digest(token.sha256, sha256) else None
@@ -123,13 +127,14 @@ def parse_end(text: str) -> float:
 
     `text` is a day, which the token is still valid in, in UTC, or a time with zone. Raises FormatError otherwise.
     """
-    try:
+    with suppress(ValueError, OverflowError):  # no such day
+        end = math.inf
         if _DAY.fullmatch(text):
-            return (datetime.fromisoformat(text).replace(tzinfo=UTC) + timedelta(days=1)).timestamp()
-        if _TIME.fullmatch(text):
-            return datetime.fromisoformat(text).timestamp()
-    except (ValueError, OverflowError):  # no such day
-        pass
+            end = (datetime.fromisoformat(text).replace(tzinfo=UTC) + timedelta(days=1)).timestamp()
+        elif _TIME.fullmatch(text):
+            end = datetime.fromisoformat(text).timestamp()
+        if 0 <= end <= LAST_END_S:
+            return end
     raise FormatError("expected a day like 2026-12-31, or a time with zone like 2026-12-31T18:00:00Z")
 
 
