@@ -1,16 +1,18 @@
 """Time of a substitution over a slow network: directly, through a Harmonia, and through one that fetches ahead.
 
-    python -m benchmarks.closure [--paths N…] [--latency MS…] [--nix host|trixie|sid…] [--rounds N]
+    python -m benchmarks.closure [--paths N…] [--latency MS…] [--mbit N…] [--nix host|trixie|sid…] [--rounds N]
 
-An origin (a Harmonia) is behind a proxy that delays each direction by half of the latency. "direct" is Nix with that
-URL; "plain" is Nix with a Harmonia on its own machine, whose upstream is the origin, without plans and without fetching
-ahead; "accelerated" is the same with the default settings. Each round begins with empty caches and stores, and counts
-the requests that the origin gets. As root, with the versions of Nix that tests use (tests/e2e/newer-nix-roots.sh).
+An origin (a Harmonia) is behind a proxy that delays each direction by half of the latency, and sends so many Mbit/s.
+"direct" is Nix with that URL; "plain" is Nix with a Harmonia on its own machine, whose upstream is the origin, without
+plans and without fetching ahead; "accelerated" is the same with the default settings. Each round begins with empty
+caches and stores, and counts the requests that the origin gets. As root, with the versions of Nix that tests use
+(tests/e2e/newer-nix-roots.sh). All cases take two hours.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import resource
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,9 +36,10 @@ from support.nix_client import NIXES, Client, Nix
 from support.running import Server, patched
 
 KEY = SecretKey.generate("origin-1")
+DOCS = Path(__file__).parents[1] / "docs/explanation/slow-network.json"
 WAYS = ("direct", "plain", "accelerated")
 MIN_NAR_BYTES, MAX_NAR_BYTES = 2_000, 60_000
-_BUFFER_BYTES = 1 << 18
+_BUFFER_BYTES = 1 << 14
 
 
 def closure(root: Path, count: int) -> PathInfo:
@@ -53,12 +57,26 @@ def closure(root: Path, count: int) -> PathInfo:
     return infos[-1]
 
 
-class DelayingProxy:
-    """Forwards connections to a port of this machine, and delays each piece by half of the latency, both ways."""
+class Direction:
+    """One direction of a link, which all connections share."""
 
-    def __init__(self, port: int, latency_s: float) -> None:
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    def sent_at(self, now: float, size: int) -> float:
+        """Return the time at which the link has sent the next `size` bytes."""
+        self._free_at = max(self._free_at, now) + size / self._bytes_per_s
+        return self._free_at
+
+
+class SlowNetwork:
+    """Forwards connections to a port of this machine, through a link with a bandwidth and a latency (a round trip)."""
+
+    def __init__(self, port: int, latency_s: float, bytes_per_s: float = math.inf) -> None:
         self._port = port
         self._delay_s = latency_s / 2
+        self._up, self._down = Direction(bytes_per_s), Direction(bytes_per_s)
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda *_: None)  # of connections that are cut at the end
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -88,9 +106,10 @@ class DelayingProxy:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(2 * self._delay_s)  # the handshake
         there, back = await asyncio.open_connection("127.0.0.1", self._port)
-        await asyncio.gather(self._forward(reader, back), self._forward(there, writer), return_exceptions=True)
+        up, down = self._forward(reader, back, self._up), self._forward(there, writer, self._down)
+        await asyncio.gather(up, down, return_exceptions=True)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
         pending: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
 
         async def send() -> None:
@@ -105,8 +124,9 @@ class DelayingProxy:
 
         sending = asyncio.create_task(send())
         while data := await reader.read(_BUFFER_BYTES):
-            await pending.put((self._loop.time() + self._delay_s, data))
-        await pending.put((self._loop.time() + self._delay_s, b""))
+            sent_at = direction.sent_at(self._loop.time(), len(data))
+            await pending.put((sent_at + self._delay_s, data))
+        await pending.put((direction.sent_at(self._loop.time(), 0) + self._delay_s, b""))
         await sending
 
 
@@ -129,12 +149,12 @@ def cpu(server: Server) -> float:
     return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(nix: Nix, root: Path, top: PathInfo, latency_s: float, way: str) -> dict[str, float]:
+def measure(nix: Nix, root: Path, top: PathInfo, latency_s: float, bytes_per_s: float, way: str) -> dict[str, float]:
     """Return the seconds of one substitution, the requests at the origin, and the CPU seconds of each program."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harmonia-bench-")))
         origin = stack.enter_context(running(Server(scratch / "origin", root, "access_log = true")))
-        proxy = stack.enter_context(DelayingProxy(int(origin.url.rpartition(":")[2]), latency_s))
+        proxy = stack.enter_context(SlowNetwork(int(origin.url.rpartition(":")[2]), latency_s, bytes_per_s))
         url = f"http://127.0.0.1:{proxy.port}"
         client = Client(nix, scratch / "client")
         client.run("nix-store", "--init")
@@ -167,28 +187,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--paths", nargs="+", type=int, default=[150, 750])
     parser.add_argument("--latency", nargs="+", type=int, default=[0, 10, 50, 150], metavar="MS")
+    parser.add_argument("--mbit", nargs="+", type=int, default=[10, 100, 1000], metavar="MBIT/S")
     parser.add_argument("--nix", nargs="+", choices=[nix.name for nix in NIXES], default=[nix.name for nix in NIXES])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="add the results to this file, a line each")
+    parser.add_argument("--docs", action="store_true", help=f"replace the results in {DOCS.name}, for `make docs`")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="harmonia-bench-") as directory:
         for count in arguments.paths:
             root = Path(directory, f"store-{count}")
             top = closure(root, count)
             for nix in (nix for nix in NIXES if nix.name in arguments.nix and nix.missing is None):
-                for latency in arguments.latency:
-                    for way in arguments.ways:
-                        results = [measure(nix, root, top, latency / 1000, way) for _ in range(arguments.rounds)]
-                        median = {key: round(statistics.median(each[key] for each in results), 2) for key in results[0]}
-                        version = ".".join(map(str, nix.version))
-                        load = os.getloadavg()[0]
-                        row = {"paths": count, "nix": version, "ms": latency, "way": way}
-                        row |= median | {"load": round(load, 1)}
-                        print(row, flush=True)
-                        if arguments.json:
-                            with arguments.json.open("a") as file:
-                                print(json.dumps(row), file=file)
+                cells = product(arguments.latency, arguments.mbit, arguments.ways)
+                for latency, mbit, way in cells:
+                    network = latency / 1000, mbit * 1e6 / 8
+                    results = [measure(nix, root, top, *network, way) for _ in range(arguments.rounds)]
+                    median = {key: round(statistics.median(each[key] for each in results), 2) for key in results[0]}
+                    row = {"paths": count, "nix": ".".join(map(str, nix.version)), "ms": latency, "mbit": mbit}
+                    row |= {"way": way} | median | {"load": round(os.getloadavg()[0], 1)}
+                    print(row, flush=True)
+                    if arguments.docs:
+                        _replace(row)
+
+
+def _replace(row: dict[str, Any]) -> None:
+    """Add a result to DOCS, in place of an earlier one for the same case."""
+    rows = json.loads(DOCS.read_text()) if DOCS.exists() else []
+    case = ("paths", "nix", "ms", "mbit", "way")
+    rows = [each for each in rows if any(each[key] != row[key] for key in case)]
+    rows = sorted([*rows, row], key=lambda each: [each[key] for key in case])
+    DOCS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 if __name__ == "__main__":

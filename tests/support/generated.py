@@ -14,6 +14,7 @@ from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
 from harmonia.config.settings import Lan, Mirror, PublishRules, Push, Settings, Upstream, Watch, Zstd
 from harmonia.config.value_types import expected
+from support import slow_network
 from support.nixos_machine import Machine, configured, evaluate
 from support.pages import ROOT, sentences
 from support.speed_chart import speed_chart
@@ -202,6 +203,10 @@ def configuration() -> str:
     return text
 
 
+def benchmarks() -> str:
+    return _between((ROOT / "docs/explanation/benchmarks.md").read_text(), "slow network", slow_network.table())
+
+
 def contributing() -> str:
     rows = [f"| `make {name}` | {does} |" for name, does in targets().items()]
     text = (ROOT / "CONTRIBUTING.md").read_text()
@@ -216,6 +221,8 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "CONTRIBUTING.md": contributing,
     "docs/reference/cli.md": cli_reference,
     "docs/reference/configuration.md": configuration,
+    "docs/explanation/benchmarks.md": benchmarks,
+    "docs/pictures/slow-network.svg": slow_network.chart,
     "docs/pictures/speed.svg": speed_chart,
     "nix/module-settings.json": module_settings,
 }
