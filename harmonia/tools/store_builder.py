@@ -12,6 +12,8 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import cache
+from tempfile import TemporaryDirectory
 
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
@@ -58,6 +60,18 @@ create index IndexDerivationOutputs on DerivationOutputs(path);
 _ATERM_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
 
+@cache
+def _empty_database() -> bytes:
+    """Return the database of an empty store. To create it takes SQLite longer than to write a copy."""
+    with TemporaryDirectory() as directory:
+        file = os.path.join(directory, "db.sqlite")
+        with closing(sqlite3.connect(file)) as connection:
+            connection.execute("pragma journal_mode = wal")
+            connection.executescript(_SCHEMA)
+        with open(file, "rb") as made:
+            return made.read()
+
+
 class StoreBuilder:
     """Store in `root`/nix, with the layout of a chroot store of Nix. Its paths begin with `store_dir`.
 
@@ -73,9 +87,8 @@ class StoreBuilder:
         if not os.path.exists(self.db_path):
             for directory in (self.real_dir, os.path.dirname(self.db_path), self.log_dir):
                 os.makedirs(directory, exist_ok=True)
-            with self.connect() as connection:
-                connection.execute("pragma journal_mode = wal")
-                connection.executescript(_SCHEMA)
+            with open(self.db_path, "wb") as file:
+                file.write(_empty_database())
             with open(os.path.join(os.path.dirname(self.db_path), "schema"), "w", encoding="ascii") as file:
                 file.write("10")
 
