@@ -21,8 +21,8 @@ from support.unscathed import unscathed
 
 Start = Callable[..., Server]
 
-SIZE = 64 << 20
-"""More than any buffer can hold."""
+SIZE = 16 << 20
+"""More than the buffers of a slow client hold."""
 
 
 @contextmanager
@@ -88,8 +88,6 @@ def test_file_garbage_collected_while_it_is_sent_arrives_whole(
     assert not [line for line in server.log if "Traceback" in line]
 
 
-SMALLER_SIZE = 16 << 20
-"""Still more than the buffers of a slow client hold."""
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 
@@ -102,7 +100,7 @@ def shorten(directory: Path) -> None:
 
 
 def lengthen(directory: Path) -> None:
-    os.truncate(directory / "a", SMALLER_SIZE + 1)
+    os.truncate(directory / "a", SIZE + 1)
 
 
 def replace_by_outside_symlink(directory: Path) -> None:
@@ -120,7 +118,7 @@ def test_file_damaged_during_a_download_breaks_it(
     start: Start, store: StoreBuilder, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     other = store.add_text("other", b"other")
-    info = store.add(store.output_path("damaged"), {"a": Sparse(SMALLER_SIZE), "b": b"end"})
+    info = store.add(store.output_path("damaged"), {"a": Sparse(SIZE), "b": b"end"})
     directory = Path(os.fsdecode(store.real_path(info.path)))
     server = start(store=tmp_path / "store")
     directory.chmod(0o755)
@@ -132,7 +130,7 @@ def test_file_damaged_during_a_download_breaks_it(
                 read_answer(connection)
         server.wait_for_log(f"ERROR {nar_url(info)} breaks off")
         assert server.get(nar_url(other)).status == 200
-        os.truncate(directory / "a", SMALLER_SIZE)
+        os.truncate(directory / "a", SIZE)
         (directory / "b").unlink(missing_ok=True)
         (directory / "b").write_bytes(b"end")
         os.chmod(directory / "b", 0o444)
@@ -145,7 +143,7 @@ def test_unreadable_disk_gets_404_or_breaks_off(start: Start, store: StoreBuilde
     chance = random.Random(1)
     marks = [chance.randbytes(64 << 10) for _ in range(2)]
     early = store.add(store.output_path("early"), {"a": marks[0] + bytes(64 << 10)})
-    late = store.add(store.output_path("late"), {"a": Sparse(SMALLER_SIZE), "b": marks[1] + bytes(1 << 20)})
+    late = store.add(store.output_path("late"), {"a": Sparse(SIZE), "b": marks[1] + bytes(1 << 20)})
     whole = store.add(store.output_path("whole"), {"a": b"whole"})
     image = tmp_path / "image"
     subprocess.run(["mksquashfs", store.real_dir, image, "-quiet", "-no-progress"], check=True)
