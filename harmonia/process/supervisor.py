@@ -8,9 +8,11 @@ worker reads the end of file from the lifeline.
 
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -248,3 +250,19 @@ class Supervisor:
                 _log.error("worker %d hangs: no heartbeat for %g s; killing it", worker.pid, _HANG_TIMEOUT_S)
                 worker.beat = now
                 os.kill(worker.pid, signal.SIGKILL)
+
+
+def beat_while_alive(
+    thread: threading.Thread, lifeline: socket.socket, heartbeat: float, each: Callable[[], object] = lambda: None
+) -> None:
+    """Send heartbeats, and call `each` with every one, until the thread ends. Exit if the supervisor ends.
+
+    For a process whose work is done by threads of low priority. They may get no processor for longer than a hang lasts.
+    """
+    lifeline.setblocking(False)
+    while thread.is_alive():
+        with suppress(BlockingIOError):  # the supervisor has unread heartbeats
+            lifeline.send(b".")
+        each()
+        if select.select([lifeline], [], [], heartbeat)[0]:  # the supervisor has ended
+            os._exit(1)

@@ -6,16 +6,15 @@ threads that compress have the lowest priority, so that no worker waits for it.
 
 import logging
 import os
-import select
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 
 from harmonia.cache.warmer import State, Warmer, lower_priority
 from harmonia.errors import ConfigError, StoreUnavailableError
+from harmonia.process.supervisor import beat_while_alive
 from harmonia.server.context import ServerContext
 from harmonia.server.resources import metrics
 from harmonia.store.backlog import Backlog
@@ -36,13 +35,7 @@ def run(
     context.metrics.adopt_slot(place)
     warming = _Warming(context)
     warming.start()
-    lifeline.setblocking(False)
-    while warming.is_alive():
-        with suppress(BlockingIOError):  # the supervisor has unread heartbeats
-            lifeline.send(b".")
-        warming.sample()
-        if select.select([lifeline], [], [], heartbeat)[0]:  # the supervisor has ended
-            os._exit(1)
+    beat_while_alive(warming, lifeline, heartbeat, warming.sample)
 
 
 class _Warming(threading.Thread):

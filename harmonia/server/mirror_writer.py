@@ -1,21 +1,23 @@
 """Process that writes the closures of served store paths to the mirror's bucket (`mirror.write_served`).
 
 It is one more process of the supervisor, which replaces it if it ends. Its queue is on disk: while the bucket cannot be
-written, paths wait there. It has an interpreter of its own, at the lowest priority, so that no worker waits for it.
+written, paths wait there. It has an interpreter of its own, in which all threads that write have the lowest priority,
+so that no worker waits for it. SIGTERM ends it at any moment, like kill -9, which uploads survive.
 """
 
 import asyncio
 import logging
 import os
-import signal
 import socket
+import threading
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, closing, suppress
+from contextlib import AsyncExitStack, closing
 
 from harmonia.cache.warmer import lower_priority
 from harmonia.errors import ConfigError
 from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
 from harmonia.mirror.target import BucketTarget
+from harmonia.process.supervisor import beat_while_alive
 from harmonia.server.context import ServerContext
 from harmonia.server.resources import metrics
 from harmonia.server.served_paths import ServedPaths
@@ -39,35 +41,15 @@ def run(
     for each in listening:
         each.close()
     context.metrics.adopt_slot(place)
-    lower_priority()
-    lifeline.setblocking(False)
-    asyncio.run(_run(context, lifeline, heartbeat))
+    writing = threading.Thread(target=_run, args=[context], name="mirror", daemon=True)
+    writing.start()
+    beat_while_alive(writing, lifeline, heartbeat)
 
 
-async def _run(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_reader(lifeline, os._exit, 1)  # the supervisor never sends anything: readable means that it has ended
+def _run(context: ServerContext) -> None:
+    lower_priority()  # of this thread, and of the threads that it starts
     assert context.served_paths is not None  # noqa: S101 (the setting is on)
-    running = [
-        asyncio.create_task(_write(context, context.served_paths)),
-        asyncio.create_task(_beat(lifeline, heartbeat)),
-        asyncio.create_task(stop.wait()),
-    ]
-    done, left = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-    for task in left:
-        task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
-    for task in done:
-        task.result()  # raises what is a bug
-
-
-async def _beat(lifeline: socket.socket, heartbeat: float) -> None:
-    while True:
-        with suppress(BlockingIOError):  # the supervisor has unread heartbeats
-            lifeline.send(b".")
-        await asyncio.sleep(heartbeat)
+    asyncio.run(_write(context, context.served_paths))
 
 
 async def _write(context: ServerContext, served: ServedPaths) -> None:
