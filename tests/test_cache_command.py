@@ -1,5 +1,6 @@
 """`harmonia cache` lists, shows and removes cached NARs, and breaks no download of a running server."""
 
+import errno
 import json
 import os
 import tempfile
@@ -65,8 +66,8 @@ def test_cached_nars_are_listed_with_path_size_and_last_use(start: Start, store:
         fetch(server, info)
     os.utime(file_of(server, old), (time.time() - 3 * DAY,) * 2)
     first, second = cache(server, "ls").splitlines()
-    assert first.split() == ["3.0", "MiB", "3d", f"/nix/store/{old.path}"]  # evicted next
-    assert second.split() == ["3.0", "MiB", "now", f"/nix/store/{new.path}"]
+    assert first.split() == ["3.0", "MiB", "3d", "0", f"/nix/store/{old.path}"]  # evicted next
+    assert second.split() == ["3.0", "MiB", "now", "0", f"/nix/store/{new.path}"]
     [event] = listed(server, f"/nix/store/{old.path}")
     status = file_of(server, old).stat()
     assert event == {
@@ -77,9 +78,11 @@ def test_cached_nars_are_listed_with_path_size_and_last_use(start: Start, store:
         "narHash": f"sha256:{base32.encode(old.nar_hash)}",
         "diskSize": status.st_blocks * 512,
         "lastUsed": int(status.st_mtime),
+        "uses": 0,
     }
     server.get(file_url(old))  # refreshes its time
-    assert [each["paths"] for each in listed(server)] == [[f"/nix/store/{new.path}"], [f"/nix/store/{old.path}"]]
+    uses = [(each["paths"], each["uses"]) for each in listed(server)]
+    assert uses == [([f"/nix/store/{new.path}"], 0), ([f"/nix/store/{old.path}"], 1)]
 
 
 def test_details_of_a_path_are_shown(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
@@ -213,6 +216,33 @@ def test_unused_nars_are_purged(start: Start, store: StoreBuilder, tmp_path: Pat
     assert file_of(server, new).exists()
     cache(server, "purge", "--all")
     assert listed(server) == []
+
+
+def test_uses_are_counted_once_a_minute(tmp_path: Path) -> None:
+    with at(tmp_path / "cache") as files:
+        path = fill(files)
+        for minute in range(3):
+            assert files.uses("key") == minute
+            os.utime(path, (time.time() - 61,) * 2)
+            for _ in range(5):
+                file = files.use_file("key")
+                assert file is not None
+                file.close()
+        assert files.uses("none") is None
+
+
+def test_cache_works_without_extended_attributes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "getxattr", refused)
+    monkeypatch.setattr(os, "setxattr", refused)
+    with at(tmp_path / "cache") as files:
+        path = fill(files)
+        os.utime(path, (time.time() - DAY,) * 2)
+        files.touch("key")
+        assert time.time() - os.stat(path).st_mtime < DAY / 2
+        assert files.uses("key") is None
 
 
 def test_nar_that_was_used_meanwhile_is_not_purged(tmp_path: Path) -> None:

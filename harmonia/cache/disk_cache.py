@@ -27,6 +27,7 @@ _SPARE_BYTES = 1 << 30  # left free on the disk, or a twentieth of a small disk
 _DEFAULT_MAX_BYTES = 20 << 30
 _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, which bounds the excess
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
+_USES = "user.harmonia.uses"  # extended attribute of a file
 _UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
 _ORPHAN_AGE_S = 60.0  # of digests without a file, which may get its name in a moment
@@ -346,10 +347,23 @@ class DiskCache:
             self.discard(file)
 
     def touch(self, key: str) -> None:
-        """Refresh the LRU time of a complete file."""
+        """Refresh the LRU time of a complete file, and count its use, both at most once a minute."""
+        path = self.path(key)
         with suppress(OSError):
-            if _age_s(self.path(key)) > _TOUCH_INTERVAL_S:
-                os.utime(self.path(key))
+            if _age_s(path) > _TOUCH_INTERVAL_S:
+                os.utime(path)
+                if (uses := self.uses(key)) is not None:
+                    os.setxattr(path, _USES, b"%d" % (uses + 1))
+
+    def uses(self, key: str) -> int | None:
+        """Return the number of minutes in which a complete file was used, without the minute in which it was filled.
+
+        Returns None if the file does not exist, or if the file system has no extended attributes.
+        """
+        try:
+            return int(os.getxattr(self.path(key), _USES))
+        except OSError as error:
+            return 0 if error.errno == errno.ENODATA else None
 
     def _open_growing(self, key: str) -> tuple[CachedFile, Filler | None] | None:
         """Return the growing file like `open_file`, or None if it was just completed or removed."""

@@ -42,8 +42,8 @@ def command() -> None:
 def list_nars(config_file: str | None, paths: Sequence[str], *, as_json: bool) -> None:
     """List the NARs in the cache, the next one to be evicted first.
 
-    Prints the size on disk, the time since the last use, and the store path; the name of the file if no path has this
-    NAR any more. Uses are noted once a minute, and the number of uses is not known.
+    Prints the size on disk, the time since the last use, the uses, and the store path; the name of the file if no path
+    has this NAR any more. All downloads within a minute are one use, and those in the first minute are none.
     """
     store, nars = _open(config_file)
     found = _choose(store, nars, paths) if paths else nars.find_all() if nars else []
@@ -52,7 +52,8 @@ def list_nars(config_file: str | None, paths: Sequence[str], *, as_json: bool) -
         return
     now = time.time()
     for nar in found:
-        click.echo(f"{byte_size(nar.size):>10}  {_age(now - nar.used_at):>6}  {_name(store, nar)}")
+        uses = "-" if nar.uses is None else nar.uses
+        click.echo(f"{byte_size(nar.size):>10}  {_age(now - nar.used_at):>6}  {uses:>5}  {_name(store, nar)}")
     growing = nars.growing() if nars else 0
     total, limit = sum(nar.size for nar in found), f" of {byte_size(nars.cache.limit)}" if nars and not paths else ""
     more = f", {growing} more being filled" if growing and not paths else ""
@@ -181,6 +182,7 @@ def _fields(store: Store, nar: CachedNar, nars: CachedNars | None = None) -> dic
         "narHash": f"sha256:{nar.nar_hash}" if nar.nar_hash else None,
         "diskSize": nar.size,
         "lastUsed": int(nar.used_at),
+        "uses": nar.uses,
     }
     if nars is not None:
         info = nars.file_info(nar)

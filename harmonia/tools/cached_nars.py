@@ -35,6 +35,8 @@ class CachedNar(NamedTuple):
     """Disk space in bytes."""
     used_at: float
     """Time of the last use, or of the end of the fill, in seconds since 1970. Up to a minute late."""
+    uses: int | None
+    """Number of minutes in which it was used, without the first one, or None if the file system cannot keep it."""
     nar_hash: str
     """In base 32, or empty if the name of the file has none."""
     encoding: str
@@ -85,10 +87,17 @@ class CachedNars:
             key = os.path.basename(path)
             match = _KEY.fullmatch(key)
             nar_hash, own, compression = match.groups() if match else ("", None, None)
-            here = tuple(sorted(paths.get(nar_hash, ())))
-            found.append(
-                CachedNar(key, size, used_at, nar_hash, own or compression or "", compression is not None, here)
+            nar = CachedNar(
+                key=key,
+                size=size,
+                used_at=used_at,
+                uses=self.cache.uses(key),
+                nar_hash=nar_hash,
+                encoding=own or compression or "",
+                is_upstream=compression is not None,
+                paths=tuple(sorted(paths.get(nar_hash, ()))),
             )
+            found.append(nar)
         return found
 
     def growing(self) -> int:
