@@ -55,6 +55,7 @@ let
     "hatchling"
     "html5tagger"
     "hypothesis"
+    "ifaddr"
     "msgspec"
     "multidict"
     "mypy"
@@ -73,6 +74,7 @@ let
     "websockets"
     "xxhash"
     "yarl"
+    "zeroconf"
     "zstandard"
   ];
 
