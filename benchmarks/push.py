@@ -3,7 +3,9 @@
 The other ways are `nix copy --from` a binary cache of files, and `nix copy --to ssh-ng://` without encryption: `ssh` is
 a script that connects to the daemon. `nix copy --to` an nginx that only stores what it receives shows how long the
 client itself takes for its requests. Each run starts with an empty store. Prints the seconds of each run, the processor
-time of the server's worker, and its peak memory. Needs root, Nix, nginx, and `PYTHONPATH=tests`.
+time of the server's workers, and the peak memory of one. Needs root, Nix, nginx, and `PYTHONPATH=tests`.
+
+Arguments: the number of runs, the number of the Nix in `nix_client.NIXES`, and the number of workers.
 
 On a busy machine, run it with `chrt --rr 1`, and with `TMPDIR=/dev/shm` if the disk is busy.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from support.nginx import nginx
 from support.nix_client import NIXES, Client, Key
+from support.preloaded import NOT_PRELOADED
 from support.push_target import Target
 from support.running import Server, peak_bytes
 
@@ -48,7 +51,7 @@ in builtins.elemAt paths {PATHS - 1}
 
 
 @contextmanager
-def target(directory: Path, nix: int, key: Key) -> Iterator[tuple[Target, list[Server]]]:
+def target(directory: Path, nix: int, key: Key) -> Iterator[Target]:
     """Make a machine with an empty store, whose daemon trusts no user."""
     client = Client(NIXES[nix], directory)
     client.run("nix-store", "--init")
@@ -63,7 +66,7 @@ def target(directory: Path, nix: int, key: Key) -> Iterator[tuple[Target, list[S
 
     try:
         with client.daemon():
-            yield Target(client, key, start), servers
+            yield Target(client, key, start)
     finally:
         for server in servers:
             server.stop()
@@ -92,7 +95,7 @@ def processor_s(process: int) -> float:
 
 
 def main() -> None:
-    runs, nix = int(sys.argv[1]) if sys.argv[1:] else 3, int(sys.argv[2]) if sys.argv[2:] else 0
+    runs, nix, workers = (*map(int, sys.argv[1:]), *(3, 0, 1)[len(sys.argv) - 1 :])
     took: dict[str, list[float]] = {}
     memory, worker_s = 0, []
     with tempfile.TemporaryDirectory(prefix="push-", ignore_cleanup_errors=True) as name:
@@ -113,32 +116,32 @@ def main() -> None:
 
         for run in range(runs):
             for compression in ("none", "zstd"):
-                with target(root / f"{compression}{run}", nix, key) as (machine, servers):
-                    url = f"{machine.serve(access_log=False).url}/push?compression={compression}"
-                    (worker,) = servers[0].workers
-                    before = processor_s(worker)
+                with target(root / f"{compression}{run}", nix, key) as machine:
+                    server = machine.serve(access_log=False, workers=workers, program=NOT_PRELOADED)
+                    url = f"{server.url}/push?compression={compression}"
+                    before = sum(map(processor_s, server.workers))
                     timed(f"push, {compression}", source, "nix", "copy", "--to", url, top)
-                    worker_s.append(processor_s(worker) - before)
-                    memory = max(memory, peak_bytes(worker))
+                    worker_s.append(sum(map(processor_s, server.workers)) - before)
+                    memory = max(memory, *map(peak_bytes, server.workers))
                 place = root / f"nginx-{compression}{run}"
                 stores = f"client_max_body_size 0; root {place}; dav_methods PUT; create_full_put_path on;"
                 with nginx(place, stores) as (url, _):
                     target_url = f"{url}/?compression={compression}"
                     timed(f"to nginx, {compression}", source, "nix", "copy", "--to", target_url, top)
             if (NIXES[nix].root / "usr/bin/python3").exists():  # runs the script
-                with target(root / f"ssh{run}", nix, key) as (machine, _):
+                with target(root / f"ssh{run}", nix, key) as machine:
                     socket = machine.client.directory / "nix/var/nix/daemon-socket/socket"
                     ssh.write_text(_SSH.replace("SOCKET", str(socket)))
                     ssh.chmod(0o755)
                     copy = f"PATH={root}:$PATH exec nix copy --to ssh-ng://target {top}"
                     timed("ssh-ng, no encryption", source, "sh", "-c", copy)
-            with target(root / f"file{run}", nix, key) as (machine, _):
+            with target(root / f"file{run}", nix, key) as machine:
                 timed("from file://", machine.client, "nix", "copy", "--from", f"file://{root}/cache", top)
-    print(f"{count} paths, Nix {'.'.join(map(str, NIXES[nix].version))}, {runs} runs")
+    print(f"{count} paths, Nix {'.'.join(map(str, NIXES[nix].version))}, {runs} runs, {workers} workers")
     for way, seconds in took.items():
         print(f"{way:24} {statistics.median(seconds):6.2f} s  {[round(each, 2) for each in seconds]}")
-    print(f"processor time of the worker: {statistics.median(worker_s):.2f} s")
-    print(f"memory of the worker: {memory >> 20} MiB at most")
+    print(f"processor time of the workers: {statistics.median(worker_s):.2f} s")
+    print(f"memory of a worker: {memory >> 20} MiB at most")
 
 
 if __name__ == "__main__":
