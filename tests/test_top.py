@@ -12,7 +12,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.top import Snapshot, hit_ratio, route_activities
-from support.running import HARMONIA, PATIENCE_S, Sample, Server, download, nar_url, run, wait_until
+from support.running import HARMONIA, NO_SMALL_NARS, PATIENCE_S, Sample, Server, download, nar_url, run, wait_until
 
 Start = Callable[..., Server]
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -54,7 +54,7 @@ def test_hit_ratio_is_hits_per_lookup() -> None:
 
 def test_once_prints_one_view(tmp_path: Path, start: Start) -> None:
     sample = Sample.make(tmp_path / "store")
-    server = start(store=sample.root)
+    server = start(store=sample.root, program=NO_SMALL_NARS)
     for _ in range(2):  # a small NAR is cached when it is compressed the second time
         server.get(nar_url(sample.small) + ".zst")
     wait_until(lambda: "harmonia_cache_fills_total 1.0" in server.get("/metrics").text)

@@ -9,9 +9,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
+
+from cachetools import RRCache
 
 from harmonia.cache.compressed_files import CompressedFile, CompressedFiles, file_key
 from harmonia.cache.disk_cache import DiskCache
@@ -30,6 +33,7 @@ _MAX_FILLS = 256  # NARs that are compressed into the cache at the same time; ea
 _MAX_FOREIGN_FILLS = 16  # of the fills, for encodings other than our own
 _MAX_DAMAGED = 65536  # remembered damaged NARs
 _SMALL_NAR_THREADS = 2
+_MAX_SMALL_BYTES = 32 << 20  # compressed small NARs in memory, which a cached response shares
 
 _log = logging.getLogger("harmonia")
 
@@ -63,6 +67,8 @@ class Compressor:
         """Threads for small NARs, for which clients wait. They have the normal priority."""
         self.cache = cache
         self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
+        self._small: RRCache[bytes, bytes] = RRCache(_MAX_SMALL_BYTES, getsizeof=len)
+        """Small compressed NARs by NAR hash. A random one is evicted: clients request closures in the same order."""
         self.compressed: Callable[[Source, int], object] = lambda source, size: None  # noqa: ARG005 (names for readers)
         """Callback after a NAR was compressed, with the bytes of its file. It must return quickly."""
         self.damaged_nars = 0
@@ -107,8 +113,9 @@ class Compressor:
     def compress_small(self, source: SmallNar, content: bytes | None) -> bytes:
         """Compress a NAR that fits into memory, and return the compressed bytes. Read its content if it is None.
 
-        The second time, add them to the cache. To create a file takes longer than to compress a small NAR, and most
-        that are requested again soon are in memory. If two processes add the same file, both write the same bytes.
+        Keep them in memory. The second time, add them to the cache: to create a file takes longer than to compress a
+        small NAR, and most that are requested again soon are in memory. If two processes add the same file, both write
+        the same bytes.
         """
         sha256 = source.sha256
         assert sha256 is not None  # noqa: S101 (only NARs are compressed here)
@@ -117,9 +124,16 @@ class Compressor:
         if self.cache and not is_first:
             self.cache.add(file_key(sha256, self.encoder.encoding), compressed)
         self.files.remember(sha256, CompressedFile(hashlib.sha256(compressed).digest(), len(compressed)))
+        with self._lock, suppress(ValueError):  # larger than the limit
+            self._small[sha256] = compressed
         if is_first:
             self.compressed(source, len(compressed))
         return compressed
+
+    def small_in_memory(self, sha256: bytes) -> bytes | None:
+        """Return a small NAR in our own encoding, if it was compressed before and is still in memory."""
+        with self._lock:
+            return self._small.get(sha256)
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
         """Add `difference` to the number of NARs now compressed into the cache, in our encoding or in others."""

@@ -9,7 +9,7 @@ import pytest
 from support.closure import Closure, build_one, requisites
 from support.cutting_proxy import CuttingProxy
 from support.nix_client import Client
-from support.running import Server, wait_until
+from support.running import NO_SMALL_NARS, Server, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -41,7 +41,7 @@ def test_closure_is_substituted_compressed(
     start: Start, make_client: MakeClient, closure: Closure, offered: str
 ) -> None:
     settings = f"nar_compression = '{offered}'\nsign_key_paths = ['{closure.key.secret_file}']\naccess_log = true"
-    server = start(store=closure.server.directory, settings=settings)
+    server = start(store=closure.server.directory, settings=settings, program=NO_SMALL_NARS)
     paths = requisites(closure.server, closure.top)
     plain = sum(map(int, closure.server.run("nix-store", "--query", "--size", *paths).lines))
     different = len(set(closure.server.run("nix-store", "--query", "--hash", *paths).lines))

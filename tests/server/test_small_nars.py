@@ -22,7 +22,7 @@ from harmonia.server.context import ServerContext
 from harmonia.tools.store_builder import StoreBuilder
 from support.held_compression import held_by
 from support.nars import reference
-from support.running import Answer, Server, file_url, nar_url, unpacked, wait_until
+from support.running import NO_SMALL_NARS, Answer, Server, file_url, nar_url, unpacked, wait_until
 from support.strategies import Regular, Tree, write_tree
 
 Start = Callable[..., Server]
@@ -143,7 +143,7 @@ def test_small_nar_is_written_to_the_cache_when_it_is_compressed_again(
     tree: Tree = {b"a": Regular(70_000), b"b": {b"c": Regular(70_000)}}
     write_tree(tree, bytes(tmp_path / "tree"))
     path = store.add(store.output_path("path"), tmp_path / "tree")
-    server = start(store=tmp_path / "store")
+    server = start(store=tmp_path / "store", program=NO_SMALL_NARS)
     cache = server.cache_dir / "nar"
     answers = []
     for number, files in enumerate((0, 1, 1)):  # other words each time, so that no response is repeated from memory
@@ -154,6 +154,18 @@ def test_small_nar_is_written_to_the_cache_when_it_is_compressed_again(
     metrics = server.get("/metrics").text
     assert "harmonia_cache_fills_total 1.0\n" in metrics
     assert "harmonia_cache_hits_total 1.0\n" in metrics
+
+
+def test_all_kinds_of_clients_share_a_small_nar_in_memory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = store.add(store.output_path("path"), b"content" * 1000)
+    server = start(store=tmp_path / "store", settings="access_log = true")
+    bodies = {server.get(file_url(path), {"X-Number": str(number)}).body for number in range(4)}
+    bodies.add(server.get(nar_url(path), {"Accept-Encoding": "zstd"}).body)
+    assert len(bodies) == 1
+    assert len(list((server.cache_dir / "nar").iterdir())) == 0
+    server.stop()
+    found = [match[1] for line in server.log if (match := re.search(r"GET /nar/.* outcome=(\S+)", line))]
+    assert found == ["compressed", *["memory"] * 4]
 
 
 def test_narinfo_has_the_file_size_after_the_first_download(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

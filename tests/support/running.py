@@ -350,6 +350,10 @@ KNOWN_LENGTHS = patched("from harmonia.server.http import response; response._LE
 """A server whose ranges wait for the length of a body. By default, they wait 0.25 s, too short on a busy machine."""
 
 
+NO_SMALL_NARS = patched("from harmonia.cache import nar_compressor\nnar_compressor._MAX_SMALL_BYTES = 0")
+"""A server that keeps no small compressed NARs in memory, so that it compresses them again, and then has files."""
+
+
 def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
     """Return the URL path of the NAR in a zstd encoding: by default, that of the default settings."""
     return f"{nar_url(info).removesuffix('.nar')}-{name}.nar.zst"

@@ -219,11 +219,15 @@ def _compressed(context: ServerContext, info: PathInfo, encoding: Encoding) -> D
     async def open_compressed(request: Request) -> Body | bytes:
         _note_saving(context, request, info)
         if _is_small(request, info):
+            is_own = encoding == compressor.encoder.encoding
+            if is_own and (compressed := compressor.small_in_memory(info.nar_hash)) is not None:
+                outcome.decide(request, Outcome.MEMORY, "the small NAR was compressed before")
+                return compressed
             cached = await context.threads.run_short_io(partial(compressor.files.read_file, info.nar_hash, encoding))
             if cached is not None:
                 outcome.decide(request, Outcome.DISK, "the cache has the small NAR in a complete file")
                 return cached
-            if encoding == compressor.encoder.encoding:
+            if is_own:
                 outcome.decide(request, Outcome.COMPRESSED, "the cache does not have the small NAR")
                 return await context.small_nars.run(info.nar_hash, partial(_compress_small, context, request, info))
         body = await context.threads.run_open(
