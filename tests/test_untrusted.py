@@ -24,6 +24,11 @@ OWN_NUMBERS = {
     "row[0]",
     "row.pid",  # a process of ours, as a double
     "descriptor",  # from a system call
+    "taken",  # the number of a token, as a double; likewise the next two
+    "self._numbers[place]",
+    "number",
+    "time.time() + amounts.duration(text)",
+    "length[1]",  # at most six digits
     "part",  # the index of a table in the configuration file
     "key[1]",
     "Decimal(number) * (1000 if suffix.upper() == 'B' else 1024) ** exponent",  # amounts.py bounds the digits
