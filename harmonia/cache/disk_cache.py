@@ -22,12 +22,14 @@ from cachetools import TTLCache
 from harmonia.cache.growing_file import GROWING, READ_FLAGS, SUMS, CachedFile, Filler, ending
 from harmonia.config.settings import Settings
 from harmonia.ownership import closed_on_error
+from harmonia.untrusted import integer
 
 _SPARE_BYTES = 1 << 30  # left free on the disk, or a twentieth of a small disk
 _DEFAULT_MAX_BYTES = 20 << 30
 _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, which bounds the excess
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
 _USES = "user.harmonia.uses"  # extended attribute of a file
+_MAX_USES = 1 << 32
 _UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
 _ORPHAN_AGE_S = 60.0  # of digests without a file, which may get its name in a moment
@@ -361,7 +363,7 @@ class DiskCache:
         Returns None if the file does not exist, or if the file system has no extended attributes.
         """
         try:
-            return int(os.getxattr(self.path(key), _USES))
+            return integer(os.getxattr(self.path(key), _USES), _MAX_USES)
         except OSError as error:
             return 0 if error.errno == errno.ENODATA else None
 

@@ -1,6 +1,7 @@
 """`harmonia cache`."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -181,7 +182,7 @@ def _fields(store: Store, nar: CachedNar, nars: CachedNars | None = None) -> dic
         "encoding": nar.encoding,
         "narHash": f"sha256:{nar.nar_hash}" if nar.nar_hash else None,
         "diskSize": nar.size,
-        "lastUsed": int(nar.used_at),
+        "lastUsed": math.floor(nar.used_at),
         "uses": nar.uses,
     }
     if nars is not None:
