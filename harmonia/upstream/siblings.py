@@ -21,6 +21,7 @@ _TYPE = "_nix_binary_cache._tcp.local."
 _IDENTITY = "id"
 """Key of the TXT record of a Harmonia: its pseudonym, so that it does not find itself."""
 _MAX_SIBLINGS = 16
+_MAX_RESOLVING = 32  # services at once, because anyone can announce any number
 _MAX_LABEL_CHARS = 63  # RFC 1035 section 2.3.4
 _RESOLVE_MS = 3000
 
@@ -40,6 +41,7 @@ class Siblings:
         self._browser: AsyncServiceBrowser | None = None
         self._tasks = Tasks()
         self._urls: set[str] = set()
+        self._resolving: set[str] = set()
 
     def start(self, announced: tuple[Sequence[str], int] | None, found: Found | None) -> None:
         """Announce the addresses and the port in `announced`, and call `found` for each sibling, if they are given.
@@ -60,8 +62,9 @@ class Siblings:
         if found is not None:
 
             def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-                if state_change is not ServiceStateChange.Removed:
-                    self._tasks.spawn_shared(self._resolve(zeroconf, service_type, name, found))
+                if state_change is not ServiceStateChange.Removed and len(self._resolving) < _MAX_RESOLVING:
+                    self._resolving.add(name)
+                    self._tasks.spawn_shared(self._add(zeroconf, service_type, name, found))
 
             self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, _TYPE, handlers=[changed])
 
@@ -84,23 +87,29 @@ class Siblings:
             parsed_addresses=list(addresses),
         )
 
-    async def _resolve(self, zeroconf: Zeroconf, service_type: str, name: str, found: Found) -> None:
-        """Ask for the address of a service, and report its URL if that is new and in a network of this machine."""
-        service = AsyncServiceInfo(service_type, name)
-        if not await service.async_request(zeroconf, _RESOLVE_MS) or not service.port:
-            return
-        if service.properties.get(_IDENTITY.encode()) == self._identity.encode():
-            return
-        address = next(filter(is_neighbour, service.parsed_addresses(IPVersion.V4Only)), None)
-        url = f"http://{address}:{service.port}"
-        if address is None or url in self._urls:
-            return
-        if len(self._urls) >= _MAX_SIBLINGS:
-            _log.warning("lan: %s is not asked, because there are %d siblings", url, _MAX_SIBLINGS)
+    async def _add(self, zeroconf: Zeroconf, service_type: str, name: str, found: Found) -> None:
+        """Resolve a service, and report its URL if that is new and there are not too many siblings."""
+        try:
+            url = await self._resolve(zeroconf, service_type, name)
+        finally:
+            self._resolving.discard(name)
+        if url is None or url in self._urls or len(self._urls) >= _MAX_SIBLINGS:
             return
         self._urls.add(url)
         _log.info("lan: found %s", url)
+        if len(self._urls) == _MAX_SIBLINGS:
+            _log.warning("lan: there are %d siblings; no more are asked until the next start", _MAX_SIBLINGS)
         await found(url)
+
+    async def _resolve(self, zeroconf: Zeroconf, service_type: str, name: str) -> str | None:
+        """Return the URL of a service, or None if it is this server, or not in a network of this machine."""
+        service = AsyncServiceInfo(service_type, name)
+        if not await service.async_request(zeroconf, _RESOLVE_MS) or not service.port:
+            return None
+        if service.properties.get(_IDENTITY.encode()) == self._identity.encode():
+            return None
+        address = next(filter(is_neighbour, service.parsed_addresses(IPVersion.V4Only)), None)
+        return None if address is None else f"http://{address}:{service.port}"
 
 
 def addresses_of(listening: Sequence[socket.socket]) -> tuple[list[str], int] | None:

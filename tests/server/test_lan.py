@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +35,21 @@ _FAKE = """
 import asyncio, sys
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
 
-async def main(address, port):
+async def main(address, port, count):
     server = await asyncio.start_server(lambda reader, writer: asyncio.sleep(3600), address, port)
     kind = "_nix_binary_cache._tcp.local."
-    service = AsyncServiceInfo(kind, f"fake.{kind}", port=port, server="fake.local.", parsed_addresses=[address])
-    await AsyncZeroconf().async_register_service(service, strict=False)
+    zeroconf = AsyncZeroconf()
+    services = [
+        AsyncServiceInfo(kind, f"{each}.{kind}", port=each, server="fake.local.", parsed_addresses=[address])
+        for each in range(port, port + count)
+    ]
+    await asyncio.gather(*(zeroconf.async_register_service(service, strict=False) for service in services))
     print("announced", flush=True)
     await server.serve_forever()
 
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 """
-"""Announces a server that accepts connections and never answers."""
+"""Announces some servers, of which the first accepts connections and never answers, and the others do not exist."""
 
 
 @dataclass
@@ -164,18 +169,32 @@ def test_signed_paths_of_a_sibling_are_served(lan: tuple[Machine, Machine], run:
     wait_until(lambda: f"sibling {sibling.url}: down\n" in here.get(f"{server.url}/health?verbose")[1])
 
 
+@contextmanager
+def announced(machine: Machine, count: int) -> Iterator[None]:
+    command = [*machine.command, sys.executable, "-c", _FAKE, machine.address, "5000", str(count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fake:
+        assert fake.stdout is not None
+        assert fake.stdout.readline() == "announced\n"
+        yield
+        fake.kill()
+
+
+def test_siblings_are_limited(lan: tuple[Machine, Machine], run: Run) -> None:
+    there, here = lan
+    server = run(here, FINDS)
+    with announced(there, 20):
+        server.wait_for_log("there are 16 siblings; no more are asked")
+        assert here.get(f"{server.url}{narinfo('0' * 32)}")[0] == 404
+        assert sum("lan: found" in line for line in server.log) == 16
+
+
 def test_lookups_do_not_wait_for_a_sibling_that_never_answers(lan: tuple[Machine, Machine], run: Run) -> None:
     there, here = lan
     server = run(here, FINDS)
-    with subprocess.Popen(
-        [*there.command, sys.executable, "-c", _FAKE, there.address, "5000"], stdout=subprocess.PIPE, text=True
-    ) as fake:
-        assert fake.stdout is not None
-        assert fake.stdout.readline() == "announced\n"
+    with announced(there, 1):
         server.wait_for_log(f"http://{there.address}:5000")
         assert here.get(f"{server.url}{narinfo('0' * 32)}")[0] == 404
         assert "sibling" not in here.get(f"{server.url}/health?verbose")[1]
-        fake.kill()
 
 
 def test_without_settings_nothing_is_announced_or_asked(lan: tuple[Machine, Machine], run: Run) -> None:
