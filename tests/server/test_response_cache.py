@@ -278,6 +278,29 @@ auth.time = types.SimpleNamespace(time=lambda: 4e9 if os.path.exists(late) else 
     assert hits(server) == before
 
 
+def test_pushers_cached_narinfo_is_not_used_after_its_row_was_damaged(
+    start: Start, store: StoreBuilder, info: PathInfo, tmp_path: Path
+) -> None:
+    secret, token = new("pusher", ["push"])
+    (tmp_path / "tokens").write_text(str(token))
+    push = f"[push]\nenable = true\nallow_without_tls = true\nstate_dir = '{tmp_path}/state'\n"
+    settings = f"tokens_path = '{tmp_path}/tokens'\ndaemon_socket = '{tmp_path}/none'\n{push}"
+    server = start(store=tmp_path / "store", settings=settings, program=COUNTING)
+    kinds = [
+        head(info, f"Authorization: Bearer {secret}", *fields).replace("GET /", "GET /push/")
+        for fields in ([], ['If-None-Match: "x"'])
+    ]
+    with server.connect() as connection:
+        client = Client(connection, server)
+        assert [client.ask(asked).status for asked in kinds * 3] == [200] * 6
+        before = hits(server)
+        assert before == 4
+        with store.connect() as database:
+            database.execute("update ValidPaths set narSize = null")
+        assert [client.ask(asked).status for asked in kinds] == [404] * 2
+    assert hits(server) == before
+
+
 def nar_head(info: PathInfo, *fields: str, suffix: str = "") -> str:
     return "\r\n".join([f"GET {nar_url(info)}{suffix} HTTP/1.1", "Host: cache", *fields, "", ""])
 

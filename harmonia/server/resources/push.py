@@ -78,7 +78,10 @@ async def get_narinfo(context: ServerContext, request: Request, hash_part: str) 
     info = await context.paths.lookup_valid_path(hash_part)
 
     def still_valid() -> bool:
-        return context.paths.lookup_valid_now(hash_part) == info
+        try:
+            return context.paths.lookup_valid_now(hash_part) == info
+        except StoreObjectError:
+            return False
 
     if info is None:
         raise AbsentError(still_valid)
