@@ -25,7 +25,6 @@ _COUNT_INTERVAL_S = 5.0
 _NEARLY_FULL = 0.9
 _PART, _IMPORTED = ".part", ".imported"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 
 
 class Incoming:
@@ -117,20 +116,19 @@ class Spool:
     def _store_at_once(self, file_hash: str, data: bytes | bytearray) -> bool:
         """Store a file that gets its name, and so remains, only when it is complete.
 
-        Return False if the file system does not have such files, or /proc is missing.
+        Return False if that is impossible: not every file system has such files, and /proc may be missing.
+        Raises PushRefusedError if the disk is full.
         """
         try:
             descriptor = os.open(self._directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno in _NO_TMPFILE:
-                return False
-            raise _full(error) from None
+        except OSError:
+            return False
         try:
             _write(descriptor, data)
             os.link(f"/proc/self/fd/{descriptor}", file_hash, dst_dir_fd=self._descriptor, follow_symlinks=True)
         except FileExistsError:
             self.renew(file_hash)
-        except FileNotFoundError:
+        except OSError:
             return False
         finally:
             os.close(descriptor)
