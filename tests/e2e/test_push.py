@@ -305,10 +305,11 @@ sanic_adapter.Connection._advance_upload = advance_and_leave
         for name, program in (("quick", counting), ("slow", counting + impatient)):
             server = target.serve(program=patched(program), access_log=False)
             paths = [Pushed.make(f"{name}-{number}", b"%d" % number, target.secret) for number in range(20)]
+            large = Pushed.make(f"large-{name}", bytes(5 << 20), target.secret)
             with target.pusher(server).connected() as pusher:
-                assert {pusher.push(path).status for path in paths} == {200}
+                assert {pusher.push(path).status for path in (*paths, large)} == {200}
                 marker = server.directory / "stored"
                 wait_until(lambda: len(marker.read_text()) == 2 * (len(paths) - 1))  # noqa: B023 (called in the same iteration)
-            for path in paths:
+            for path in (*paths, large):
                 target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
             assert not [line for line in server.log if "Traceback" in line or "ERROR" in line], server.log

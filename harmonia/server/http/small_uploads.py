@@ -55,7 +55,7 @@ class SmallUpload(Upload):
     _began: float = field(default_factory=time.perf_counter)
 
     def receive(self, data: bytes) -> None:
-        if self.left:
+        if self.left:  # otherwise, a thread may be reading the body, whose length must not change
             self._body += data[: self.left]
         self.rest += data[self.left :]
         self.left = max(0, self.left - len(data))
