@@ -36,6 +36,7 @@ class EventClient:
         """Return the next event, or None at the end of the stream."""
         while lines := self.block():
             self.comments += any(line.startswith(":") for line in lines)
+            assert all(": " in line or line.startswith(":") for line in lines), lines
             fields = dict(line.split(": ", 1) for line in lines if not line.startswith(":"))
             self.last = int(fields.get("id", self.last))
             if "data" in fields:
