@@ -1,5 +1,6 @@
 """Mutual TLS: clients without a certificate of the given authority get no response."""
 
+import hashlib
 import signal
 import socket
 import ssl
@@ -10,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from harmonia.nix import base32
 from support.certificates import authority, issue
 from support.programs import needs
 from support.running import Sample, Server, nar_url, read_answer, run
@@ -58,6 +60,39 @@ def test_listed_certificate_may_push_without_a_token(start: Start, sample: Sampl
         server.client_certificate = keys / f"{name}.both"
         assert server.get("/push/nix-cache-info").status == status
         assert server.get("/nix-cache-info").status == 200
+
+
+def test_another_certificate_gets_no_remembered_response_of_a_listed_one(
+    start: Start, sample: Sample, keys: Path
+) -> None:
+    push = "\n[push]\nenable = true\nclient_certificates = ['client']\n"
+    server = start(store=sample.root, settings=settings(keys) + push, client_certificate=keys / "client.both")
+    body = b"content"
+    name = base32.encode(hashlib.sha256(body).digest())
+    asked = [
+        (b"GET", f"/push/{sample.big.path.hash_part}.narinfo", b"", 200),
+        (b"GET", f"/push/{'0' * 32}.narinfo", b"", 404),
+        (b"PUT", f"/push/nar/{name}.nar", body, 200),
+    ]
+
+    def statuses(certificate: str) -> list[int]:
+        """Send each request twice on one connection, and all of them three times."""
+        server.client_certificate = keys / f"{certificate}.both"
+        found = []
+        for method, path, content, _ in asked * 3:
+            with server.connect() as connection:
+                for _ in range(2):
+                    length = f"Content-Length: {len(content)}\r\n" if content else ""
+                    head = f"{method.decode()} {path} HTTP/1.1\r\nHost: cache\r\n{length}\r\n"
+                    connection.sendall(head.encode() + content)
+                    answer = read_answer(connection)
+                    found.append(answer.status)
+                    if answer.headers["connection"] == "close":
+                        break
+        return found
+
+    assert statuses("client") == [status for *_, status in asked for _ in range(2)] * 3
+    assert set(statuses("reader")) == {401}
 
 
 def attempt(server: Server, certificate: Path | None) -> bool:
