@@ -90,6 +90,11 @@ def test_each_line_is_one_sentence(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_conflict_of_a_merge_is_left(page: Path) -> None:
+    assert not re.findall(r"(?m)^(?:<{7}|>{7}) .*$", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_named_files_of_this_project_exist(page: Path) -> None:
     packages = "|".join(path.name for path in (ROOT / "harmonia").iterdir() if path.is_dir())
     named = re.findall(rf"`((?:harmonia|tests|docs|benchmarks|nixos-tests|{packages})/[\w./-]*)`", page.read_text())
