@@ -2,7 +2,7 @@
 
 `PYTHONPATH=tests .venv/bin/python -m support.modules_used` prints them. Each request has its own connection to a worker
 that has answered `/version` and probed its upstream. `sys.setprofile` records each call from the first byte of the
-connection to the last byte of the response. Periodic tasks of the worker are left out.
+connection to two seconds after the last byte of the response. Periodic tasks of the worker are left out.
 
 A module is vocabulary, not one to open, if its name and signatures are enough to understand a call of it.
 """
@@ -29,13 +29,14 @@ from support.upstream_server import UpstreamServer
 
 VOCABULARY = {
     *("ownership", "untrusted", "metrics.shared_counters", "config.proxy"),
-    *("nix.base32", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing", "nix.store_path"),
+    *("nix.base32", "nix.content_address", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing"),
+    *("nix.store_path", "process.event_log"),
     *("process.fair_executor", "process.loop_reads", "process.loop_turns", "process.single_flight", "process.threads"),
     "process.request_trace",
     *("store.confined", "store.nix_daemon"),
-    *("server.connections", "server.routes"),
+    *("server.connections", "server.events", "server.routes"),
     *("server.http.access_log", "server.http.byte_range", "server.http.negotiation", "server.http.rate_limit"),
-    "server.http.outcome",
+    *("server.http.outcome", "server.http.small_uploads"),
     *("upstream.failed_nars", "upstream.header_fields", "upstream.tasks"),
 }
 """Modules whose calls are understood without their code: `base32.encode`, `threads.run_db`, `limiter.admit`."""
@@ -59,11 +60,12 @@ LEAN = "narinfo, as usual"
 
 
 def _requests(local: PathInfo, another: PathInfo, remote: PathInfo) -> Iterator[tuple[str, str]]:
-    """Yield a name and a path for each request. The first narinfo response gives the URL of the last."""
+    """Yield a name and a path for each request. The first narinfo response gives the URL of the NAR."""
     yield "narinfo", f"/{local.path.hash_part}.narinfo"
     yield LEAN, f"/{another.path.hash_part}.narinfo"
+    yield "cold .nar.zst", "/{URL}"
+    # Last, because later requests check whether its remembered response is still valid.
     yield "narinfo of an upstream", f"/{remote.path.hash_part}.narinfo"
-    yield "cold .nar.zst", "/{URL}"  # last, because the compression goes on after the response
 
 
 def _ask(port: int, path: str) -> Mapping[str, str]:
@@ -108,7 +110,9 @@ def modules_used() -> dict[str, list[str]]:
                 for name, path in _requests(local, another, remote.info):
                     recorder.modules = set()
                     fields = {**_ask(port, path.format_map(fields)), **fields}  # the URL of the first
+                    time.sleep(2)  # work after the response: compression, temporary roots, cache of narinfos
                     used[name] = sorted(recorder.modules)
+                recorder.modules = set()
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 
