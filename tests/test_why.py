@@ -84,7 +84,24 @@ def test_cause_at_a_cache_is_named(start: Start, store: StoreBuilder, tmp_path: 
     assert client.cause(program.path, server).startswith(f"closure: of its closure, {library.path} cannot")
     assert client.cause(gone.path, server).startswith("NAR: its NAR nar/")
     stranger = Asking(tmp_path / "stranger")
-    assert "signed by site-1, whose public key is unknown here" in stranger.cause(program.path, server)
+    [source] = stranger.why(program.path, "--cache", server.url)["sources"]
+    unknown = next(reason for reason in source["reasons"] if reason["decides"])
+    assert unknown["text"].endswith("signed by site-1, whose public key is unknown here")
+    assert unknown["remedy"].startswith("add the key to extra-trusted-public-keys in nix.conf")
+
+
+def test_remedy_for_a_closure_is_the_command_that_names_the_cause(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    library = signed(store, "library")
+    program = signed(store, "program", library)
+    server = start(store=tmp_path / "store", settings='[publish]\ndeny = ["library"]')
+    client = Asking(tmp_path / "client", KEY)
+    reason = client.why(program.path, "--cache", server.url)["sources"][0]["reasons"][-1]
+    harmonia, why, *arguments = reason["remedy"].split()
+    assert (harmonia, why) == ("harmonia", "why")
+    cause = client.why(arguments.pop(), *arguments)["summary"]
+    assert f"{library.path.hash_part}.narinfo returns 404" in cause
 
 
 def test_cache_that_no_client_accepts_is_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

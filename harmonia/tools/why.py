@@ -136,7 +136,7 @@ class NixClient:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             what = f"of its closure, {missing[0]}{more} cannot be downloaded from this cache"
-            yield Finding("closure", "error", what, f"run `harmonia why {missing[0][:32]}` for the cause")
+            yield Finding("closure", "error", what, f"harmonia why --cache {cache.url} {missing[0][:32]}")
         else:
             which = "first paths" if layer else "paths"
             what = f"{which} of its closure that this client lacks, all in the cache: {len(seen)}"

@@ -58,7 +58,7 @@ def signatures(info: PathInfo, keys: Sequence[PublicKey], store_dir: str) -> Fin
         return Finding("signatures", "ok", f"{info.path}: content-addressed, needs no signature")
     if names:
         what = f"{info.path}: signed by {', '.join(dict.fromkeys(names))}, whose public key is unknown here"
-        remedy = "pass the key with --public-key; clients need it in nix.conf: extra-trusted-public-keys"
+        remedy = "add the key to extra-trusted-public-keys in nix.conf; `harmonia doctor` also takes it by --public-key"
         return Finding("signatures", "warning", what, remedy)
     remedy = (
         "sign it: set sign_key_paths (Harmonia), or use `nix store sign --key-file`; `harmonia keygen` creates a key"
