@@ -89,7 +89,7 @@ def remove(config_file: str | None, paths: Sequence[str], *, dry_run: bool, quie
 
     Paths with the same NAR share its file. The next download compresses the NAR again, or fetches it again from an
     upstream. Hash, size and frame index of a compressed NAR stay known, as after an eviction. Workers may repeat NARs
-    below 512 KiB from memory for some time.
+    up to 512 KiB from memory for some time.
     """
     store, nars = _open(config_file)
     _remove(store, nars, _choose(store, nars, paths), dry_run=dry_run, quiet=quiet)

@@ -40,10 +40,10 @@ _JOBS = 4  # NARs at once: 16 MiB of memory for each
 
 @click.group("mirror", cls=DefaultGroup, default="write", no_args_is_help=True)
 def command() -> None:
-    """Write store paths to the bucket of [mirror].
+    """Write store paths to the bucket of [mirror], check it, and delete old paths from it.
 
-    `harmonia mirror PATH...` is short for `harmonia mirror write PATH...`. Name a PATH that is called like a command
-    with ./ before it.
+    `harmonia mirror PATH...` is short for `harmonia mirror write PATH...`. Write ./ before a PATH
+    with the name of a command.
 
     \b
     After a build:       harmonia mirror ./result
@@ -111,8 +111,9 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
 def collect(config_file: str | None, *, keep: float, keep_nars: float, dry_run: bool, quiet: bool) -> None:
     """Delete old paths from the bucket.
 
-    A path stays if it was written or named within --keep, or if a path that stays refers to it. NARs are deleted by a
-    later run, when no narinfo has named them for --keep-nars. Only one run at a time is possible; uploads may go on.
+    A path stays if it was written or named within --keep, or if a path that stays refers to it. With
+    `mirror.write_served`, a download from a server counts as named. NARs are deleted by a later run, when no narinfo
+    has named them for --keep-nars. Only one run at a time is possible; uploads may go on.
     """
     settings = loader.read(config_file, os.environ)
     bucket = open_bucket(settings)
