@@ -103,14 +103,15 @@ def test_revoke_removes_one_line_and_keeps_the_rest_byte_for_byte(file: Path) ->
 
 
 def test_revoked_token_is_not_valid(file: Path) -> None:
-    assert harmonia(file, "revoke", "builder", "old").returncode == 0
+    assert harmonia(file, "revoke", "builder", "old", "builder").returncode == 0
     assert harmonia(file, "check", stdin=SECRETS["builder"][0]).returncode == 3
     assert harmonia(file, "check", stdin=SECRETS["ci"][0]).returncode == 0
 
 
-def test_revoke_of_an_unknown_name_changes_nothing(file: Path) -> None:
+@pytest.mark.parametrize("names", [["build"], ["builder", "build"]], ids=["alone", "after_another"])
+def test_revoke_of_an_unknown_name_changes_nothing(file: Path, names: list[str]) -> None:
     before = file.stat()
-    refused = harmonia(file, "revoke", "build")
+    refused = harmonia(file, "revoke", *names)
     assert (refused.returncode, refused.stderr) == (
         2,
         f"harmonia: {str(file)!r}: no token 'build'; harmonia token list shows the names\n",
@@ -121,7 +122,7 @@ def test_revoke_of_an_unknown_name_changes_nothing(file: Path) -> None:
 def test_revoke_replaces_the_target_of_a_symlink(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("tokens")
-    token_file.revoke(str(link), "ci")
+    token_file.revoke(str(link), ["ci"])
     assert link.is_symlink()
     assert "ci" not in file.read_text()
 
@@ -129,7 +130,7 @@ def test_revoke_replaces_the_target_of_a_symlink(file: Path, tmp_path: Path) -> 
 @pytest.mark.root
 def test_revoke_keeps_the_owner(file: Path) -> None:
     os.chown(file, 65534, 65534)
-    token_file.revoke(str(file), "ci")
+    token_file.revoke(str(file), ["ci"])
     assert (file.stat().st_uid, file.stat().st_gid) == (65534, 65534)
 
 
@@ -139,7 +140,7 @@ def test_revoke_of_a_file_that_cannot_be_written_leaves_it(file: Path, monkeypat
 
     monkeypatch.setattr("harmonia.config.token_file.os.replace", fail)
     with pytest.raises(ConfigError, match="Read-only file system; remove the line of the token in the program"):
-        token_file.revoke(str(file), "ci")
+        token_file.revoke(str(file), ["ci"])
     assert os.listdir(file.parent) == ["tokens"]
     assert file.read_text() == TEXT
 
@@ -148,7 +149,7 @@ def test_tokens_revoked_at_the_same_time_are_all_removed(tmp_path: Path) -> None
     names = [f"token-{number}" for number in range(40)]
     file = tmp_path / "tokens"
     file.write_text("".join(f"{new(name, ['read'])[1]}\n" for name in names) + "# end\n")
-    threads = [threading.Thread(target=token_file.revoke, args=(str(file), name)) for name in names]
+    threads = [threading.Thread(target=token_file.revoke, args=(str(file), [name])) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:

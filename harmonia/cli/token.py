@@ -176,12 +176,10 @@ def check(config_file: str | None, path: str | None) -> None:
 def revoke(config_file: str | None, names: Sequence[str], path: str | None) -> None:
     """Remove the lines of tokens from the file of their hashes.
 
-    Comments, other lines, owner and permissions stay as they are. Then send the server SIGHUP: it accepts the tokens
-    until it reloads the file.
+    Comments, other lines, owner and permissions stay as they are. If the file lacks one of the tokens, nothing changes.
+    Then send the server SIGHUP: it accepts the tokens until it reloads the file.
     """
-    settings = _settings(config_file, path)
-    for name in names:
-        token_file.revoke(str(settings.tokens_path), name)
+    token_file.revoke(str(_settings(config_file, path).tokens_path), names)
     click.echo("removed; send the server SIGHUP, or restart it if systemd passes the file to it", err=True)
 
 
