@@ -290,6 +290,23 @@ def test_file_is_sendable_for_a_while_after_all_of_it_was_verified(
         assert follow(cache, 0, None) is None
 
 
+def test_file_is_not_sendable_after_damage_was_found(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        path = fill(cache)
+        file = cache.find_file("key")
+        assert file is not None
+        with closing(file):
+            for part in file.follow(0, None):
+                assert part is not None
+                all_of(part, "read")
+            assert file.sendable_name == "key"
+            Path(path).write_bytes(b"CONTENT")
+            with pytest.raises(CacheFileError):
+                file.content()
+            assert not os.path.exists(path)
+            assert file.sendable_name is None  # the next file may get its inode
+
+
 def test_one_of_many_threads_fills(cache: DiskCache) -> None:
     found: list[tuple[CachedFile, Filler | None]] = []
     threads = [threading.Thread(target=lambda: found.append(opened(cache))) for _ in range(30)]

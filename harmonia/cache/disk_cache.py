@@ -246,6 +246,8 @@ class DiskCache:
     def discard(self, file: CachedFile) -> None:
         """Remove a file whose content changed after it was written, unless another file has replaced it."""
         path = str(file.path)
+        with self._lock:
+            self._intact.pop((file.inode(), file.sha256), None)
         with suppress(OSError):
             if not file.is_at(path):
                 return
