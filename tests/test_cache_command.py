@@ -13,6 +13,8 @@ import pytest
 
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
+from harmonia.store.store import Store
+from harmonia.tools.cached_nars import CachedNars
 from harmonia.tools.store_builder import StoreBuilder
 from support.disk_cache import at, fill
 from support.held_compression import held_by
@@ -166,6 +168,19 @@ def test_nar_in_compression_stays(start: Start, store: StoreBuilder, tmp_path: P
         held.unlink()
         assert len(unpacked(download.result().body)) == info.nar_size
     wait_until(lambda: file_of(server, info).exists())
+
+
+def test_file_completed_during_the_count_does_not_count_as_growing(store: StoreBuilder, tmp_path: Path) -> None:
+    with at(tmp_path / "cache") as cache_on_disk:
+        scan = cache_on_disk.entries
+
+        def scan_before_completion(*, growing: bool = False) -> list[tuple[float, int, str]]:
+            found = scan(growing=growing)
+            Path(cache_on_disk.path("key")).touch()
+            return found
+
+        cache_on_disk.entries = scan_before_completion  # type: ignore[method-assign]
+        assert CachedNars(cache_on_disk, None, Store("/nix/store", store.real_dir, store.db_path)).growing() == 0
 
 
 def test_downloads_are_whole_while_all_is_purged_again_and_again(

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 from harmonia.cache.compressed_files import CompressedFile
 from harmonia.cache.disk_cache import DiskCache
+from harmonia.cache.growing_file import GROWING
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError
 from harmonia.nix import base32, narinfo
@@ -102,7 +103,7 @@ class CachedNars:
 
     def growing(self) -> int:
         """Return the number of files that are being filled, or whose fillers died."""
-        return len(self.cache.entries(growing=True)) - len(self.cache.entries())
+        return sum(path.endswith(GROWING) for _, _, path in self.cache.entries(growing=True))
 
     def file_info(self, nar: CachedNar) -> CompressedFile | None:
         """Return hash and size of the content of a file, or None if it was evicted meanwhile."""
