@@ -141,7 +141,7 @@ class TestDelays:
 class TestFile:
     def test_second_process_is_refused(self, queue: UploadQueue, tmp_path: Path) -> None:
         queue.add([A])
-        with pytest.raises(ConfigError, match="another process uses the queue"):
+        with pytest.raises(ConfigError, match=r"another process uses the queue .* set another watch\.state_dir"):
             UploadQueue(str(tmp_path / "queue.sqlite"))
 
     def test_missing_directory_and_damaged_file_are_errors(self, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ async def _write_queued(context: ServerContext, served: ServedPaths) -> None:
     os.makedirs(directory, mode=0o700, exist_ok=True)
     store = Store.of(settings)
     async with AsyncExitStack() as stack:
-        queue = stack.enter_context(closing(UploadQueue(os.path.join(directory, "queue.sqlite"))))
+        path = os.path.join(directory, "queue.sqlite")
+        queue = stack.enter_context(closing(UploadQueue(path, setting="cache_dir")))
         target = BucketTarget(settings, open_bucket(settings, retry=QUEUED_RETRY))
         stack.push_async_callback(target.close)
         nars = stack.enter_context(closing(NarFiles(settings, store.real_dir, directory)))

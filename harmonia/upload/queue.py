@@ -91,10 +91,11 @@ class Statistics(NamedTuple):
 class UploadQueue:
     """The queue in a file. Not thread-safe; all methods block, for a few milliseconds unless the disk is slow."""
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, *, setting: str = "watch.state_dir") -> None:
         """Open the file, or create it.
 
-        `clock` returns seconds since 1970. Raises ConfigError if the file cannot be used, or another process uses it.
+        `clock` returns seconds since 1970. `setting` is the name of the setting that `path` is from. Raises ConfigError
+        if the file cannot be used, or another process uses it.
         """
         self._path = path
         self._clock = clock
@@ -104,18 +105,18 @@ class UploadQueue:
         try:
             self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise _unusable(path, error) from None
+            raise _unusable(path, error, setting) from None
         try:
             [(version,)] = self._connection.execute("pragma user_version")
             if version not in (0, _VERSION):
-                raise ConfigError(f"the queue {path!r} is of a newer version of Harmonia; set another watch.state_dir")
+                raise ConfigError(f"the queue {path!r} is of a newer version of Harmonia; set another {setting}")
             self._connection.executescript(_OPEN if version else _OPEN + ";" + _CREATE)
             [(state,)] = self._connection.execute("pragma quick_check(1)")
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
         except sqlite3.Error as error:
             self._connection.close()
-            raise _unusable(path, error) from None
+            raise _unusable(path, error, setting) from None
         except BaseException:
             self._connection.close()
             raise
@@ -211,12 +212,10 @@ class UploadQueue:
         return count
 
 
-def _unusable(path: str, error: sqlite3.Error) -> ConfigError:
+def _unusable(path: str, error: sqlite3.Error, setting: str) -> ConfigError:
     code = error.sqlite_errorcode & 0xFF if hasattr(error, "sqlite_errorcode") else None
     if code == sqlite3.SQLITE_BUSY:
-        return ConfigError(
-            f"another process uses the queue {path!r}; stop that process, or set another watch.state_dir"
-        )
+        return ConfigError(f"another process uses the queue {path!r}; stop that process, or set another {setting}")
     if code == sqlite3.SQLITE_CANTOPEN:
         directory = os.path.dirname(path)
         return ConfigError(f"cannot open the queue {path!r}: {error}; make {directory!r} a writable directory")

@@ -4,12 +4,14 @@ import random
 import re
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
+from harmonia.upload.queue import UploadQueue
 from support.faulty_network import SLOW_DOWN, FaultyNetwork, refusal
 from support.mirrors import chain, configure, mirror
 from support.running import Server, file_url, run, wait_until
@@ -173,6 +175,19 @@ def test_queued_paths_survive_kill_9(
     server.start()
     wait_until(lambda: len(folder.paths()) == 2)
     folder.check_closed()
+
+
+def test_queue_of_another_server_is_an_error_that_names_the_setting(
+    start: Start, store: StoreBuilder, folder: Folder, tmp_path: Path
+) -> None:
+    info = store.add_text("a", b"a")
+    (tmp_path / "shared" / "mirror").mkdir(parents=True)
+    queue = UploadQueue(str(tmp_path / "shared" / "mirror" / "queue.sqlite"))
+    with closing(queue):
+        settings = folder.settings("read = false\nwrite_served = true")
+        server = start(store=tmp_path / "own", settings=settings, cache_dir=tmp_path / "shared")
+        server.wait_for_log("another process uses the queue .*; stop that process, or set another cache_dir")
+        download(server, info)
 
 
 @pytest.mark.parametrize(
