@@ -86,9 +86,11 @@ def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Repre
     with document.main:
         document.h1(status.phrase)
         document.p(_EXPLANATIONS.get(status, f"{status.description}."))
-        with document.nav(class_="actions", aria_label="Other pages"):
-            if context.settings.landing:
-                document.a("How to use this cache", href=top)
-            if context.may_browse(request):
-                document.a("Search the store", href=f"{top}search")
+        links = {"How to use this cache": top} if context.settings.landing else {}
+        if context.may_browse(request):
+            links["Search the store"] = f"{top}search"
+        if links:
+            with document.nav(class_="actions", aria_label="Other pages"):
+                for text, reference in links.items():
+                    document.a(text, href=reference)
     return page.end(context, document)

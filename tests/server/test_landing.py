@@ -127,6 +127,7 @@ class TestLanding:
         assert server.get("/").status == 404
         assert server.get("/nix-cache-info").status == 200
         assert 'href="../../"' not in server.get(f"/serve/{made.app.path.hash_part}/").text
+        assert "<nav" not in server.get("/", {"Accept": "text/html"}).text  # it would be empty
 
 
 class TestUrl:
