@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmonia.cli import serve
+from harmonia.config import loader
 from harmonia.config.tokens import new
 from support.pages import ROOT
 from support.running import HARMONIA, Sample, Server, download, nar_url, patched, read_answer, wait_until
@@ -311,3 +313,25 @@ def test_start_line_names_what_is_served(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="[[upstream]]\nurl = 'https://far.example'\npriority = 1", workers=2)
     assert "2 workers; signs nothing; cache " in server.log[1]
     assert "; upstreams https://far.example; everyone may read" in server.log[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [
+        ("tokens_path = 'tokens'", "readers need a token"),
+        ("tokens_path = 'tokens'\nanonymous_scopes = ['read']", "everyone may read"),
+        ("tokens_path = 'tokens'\nanonymous_scopes = ['metrics']", "readers need a token"),
+        ("tls_client_ca_path = 'ca'", "readers need a client certificate"),
+        ("tokens_path = 'tokens'\ntls_client_ca_path = 'ca'", "readers need a client certificate and a token"),
+    ],
+)
+def test_start_line_names_what_readers_need(text: str, needs: str) -> None:
+    tls = "tls_cert_path = 'cert'\ntls_key_path = 'key'\n" if "tls" in text else ""
+    assert [*serve._overview(loader.parse(tls + text, "given", {}), [])][-1] == needs  # noqa: SLF001 (a private part is tested)
+
+
+def test_start_line_names_the_bucket() -> None:
+    text = "[mirror]\nendpoint = 'https://s3.example'\nbucket = 'nix'"
+    for read, named in (("true", True), ("false", False)):
+        parts = [*serve._overview(loader.parse(f"{text}\nread = {read}", "given", {}), [])]  # noqa: SLF001 (a private part is tested)
+        assert ("bucket https://s3.example/nix" in parts) is named

@@ -33,14 +33,19 @@ def command(config_file: str | None, bind: str | None) -> None:
 
 
 def _overview(settings: Settings, keys: Sequence[SecretKey]) -> Iterator[str]:
-    """Yield what an operator asks first: workers, keys, cache, upstreams, and who may read."""
+    """Yield what an operator asks first: workers, keys, cache, bucket, upstreams, and what readers need."""
     yield f"{settings.workers} worker{'s' if settings.workers != 1 else ''}"
     yield f"signs with {', '.join(key.name for key in keys)}" if keys else "signs nothing"
     size = "half of the free space, at most 20 GiB" if settings.cache_size is None else settings.cache_size
     yield f"cache {settings.cache_dir} ({size})"
+    if settings.mirror.is_read:
+        yield f"bucket {settings.mirror.url}"
     if settings.upstream:
         yield f"upstreams {', '.join(upstream.url for upstream in settings.upstream)}"
-    yield "readers need a token" if settings.tokens_path else "everyone may read"
+    needs = ["a client certificate"] if settings.tls_client_ca_path else []
+    if settings.tokens_path and "read" not in settings.anonymous_scopes:
+        needs.append("a token")
+    yield f"readers need {' and '.join(needs)}" if needs else "everyone may read"
 
 
 def _serve(settings: Settings) -> int:
