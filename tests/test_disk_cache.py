@@ -262,6 +262,20 @@ def test_eviction_while_a_file_is_opened_is_not_damage(tmp_path: Path, monkeypat
         assert cache.counters.corrupt == 0
 
 
+@pytest.mark.parametrize("growing", [".growing", ".warm.growing"])
+def test_sweep_keeps_the_digests_of_a_file_that_is_being_flushed(tmp_path: Path, growing: str) -> None:
+    cache = DiskCache(str(tmp_path), growing=growing, bare=True)
+    with cache.housekeeping:
+        file, filler = filling(cache)
+        with closing(file):
+            filler.append(b"content")
+            filler.finish()
+            os.utime(tmp_path / "key.sums", (0, 0))
+            cache.sweep()
+            filler.commit()
+        assert content_of(cache) == b"content"
+
+
 def test_file_is_sendable_for_a_while_after_all_of_it_was_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

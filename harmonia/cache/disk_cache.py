@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -415,8 +415,13 @@ def _sweep(directory: str) -> None:
                 with closing(CachedFile(os.open(path, READ_FLAGS))) as file:
                     if file.lock() and file.is_at(path):
                         os.unlink(path)
-            elif name.endswith(SUMS) and name.removesuffix(SUMS) not in names and _age_s(path) > _ORPHAN_AGE_S:
+            elif name.endswith(SUMS) and _is_orphan(name.removesuffix(SUMS), names) and _age_s(path) > _ORPHAN_AGE_S:
                 os.unlink(path)
+
+
+def _is_orphan(key: str, names: Collection[str]) -> bool:
+    """Return True if a key has neither a complete file nor a growing one, whose verification may take minutes."""
+    return key not in names and not any(name.startswith(key) and name.endswith(GROWING) for name in names)
 
 
 def _age_s(path: str) -> float:
