@@ -36,7 +36,7 @@ _MAX_BODY_BYTES = 256 * 1024  # the longer a response, the less time is saved fo
 _MAX_KINDS_BYTES = 1024 * 1024  # for the heads of kinds of requests; each client program has a few kinds
 
 _HEAD = re.compile(
-    rb'(.*?\r\ncache-control: )[^\r]*(\r\n.*etag: )"[^"]*"(\r\n(?:accept-ranges: bytes\r\n)?content-length: )[0-9]+'
+    rb'(.*?\r\ncache-control: )[^\r]*(\r\n.*etag: )"[^"]*"(\r\ncontent-length: )[0-9]+'
     rb"(\r\ndate: )[^\r]*(.*)",
     re.DOTALL,
 )
