@@ -521,6 +521,9 @@ class TestHook:
 
 
 def queued(state: Path) -> list[str]:
-    """Return the paths in the queue, without its lock, which its only writer holds."""
+    """Wait for the end of a transaction, and return the paths in the queue, without its writer's lock."""
     with closing(sqlite3.connect(f"file:{state}/watch.sqlite?immutable=1", uri=True)) as connection:
-        return [path for (path,) in connection.execute("select path from Items")]
+        paths = [path for (path,) in connection.execute("select path from Items")]
+    # Until a transaction ends, its pages may be in the file already, and the journal would undo them.
+    wait_until(lambda: not (state / "watch.sqlite-journal").read_bytes()[:8].strip(b"\0"))
+    return paths

@@ -718,7 +718,8 @@ def test_read_only_disk_stops_no_download_and_is_logged_once(start: Start, store
     server.get(file_url(kept))
     wait_until(lambda: "content-length" in server.head(file_url(kept)).headers)
     enter = ["nsenter", "--mount", f"--target={server.process.pid}"]
-    subprocess.run([*enter, "mount", "-o", "remount,ro", cache_dir], check=True)
+    # Refused until the server has closed what it wrote.
+    wait_until(lambda: subprocess.run([*enter, "mount", "-o", "remount,ro", cache_dir], check=False).returncode == 0)
     for path in (kept, other, kept, other):
         answer = server.get(file_url(path))
         assert unpacked(answer.body) == dump(store, path)
