@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from harmonia.config.tokens import new
+from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
@@ -299,6 +300,31 @@ def test_pushers_cached_narinfo_is_not_used_after_its_row_was_damaged(
             database.execute("update ValidPaths set narSize = null")
         assert [client.ask(asked).status for asked in kinds] == [404] * 2
     assert hits(server) == before
+
+
+def test_spool_is_not_read_on_the_event_loop_while_the_disk_is_slow(
+    start: Start, info: PathInfo, tmp_path: Path
+) -> None:
+    slow = """
+from harmonia.process.loop_reads import LoopReads
+slow = os.path.join(os.path.dirname(sys.argv[-1]), "slow")
+LoopReads.allowed = property(lambda self: not os.path.exists(slow))
+"""
+    secret, token = new("pusher", ["push"])
+    (tmp_path / "tokens").write_text(str(token))
+    push = f"[push]\nenable = true\nallow_without_tls = true\nstate_dir = '{tmp_path}/state'\n"
+    settings = f"tokens_path = '{tmp_path}/tokens'\ndaemon_socket = '{tmp_path}/none'\n{push}"
+    server = start(store=tmp_path / "store", settings=settings, program=patched(COUNT_HITS + slow))
+    fields = "\r\n".join(["Host: cache", f"Authorization: Bearer {secret}", "", ""])
+    asked = f"HEAD /push/nar/{base32.encode(info.nar_hash)}.nar.xz HTTP/1.1\r\n"
+    kinds = [f"{asked}{fields}", f"{asked}If-None-Match: x\r\n{fields}"]
+    with server.connect() as connection:
+        client = Client(connection, server)
+        assert [client.ask(kind, method="HEAD").status for kind in kinds * 3] == [404] * 6
+        assert hits(server) == 4
+        (server.directory / "slow").touch()
+        assert [client.ask(kind, method="HEAD").status for kind in kinds] == [404] * 2
+    assert hits(server) == 4
 
 
 def nar_head(info: PathInfo, *fields: str, suffix: str = "") -> str:

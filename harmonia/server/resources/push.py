@@ -97,14 +97,19 @@ async def get_nar(context: ServerContext, request: Request, name: str) -> Repres
     if await context.threads.run_short_io(partial(spool.has, file_hash)) and request.method == "HEAD":
         await context.threads.run_io(partial(spool.renew, file_hash))
         return _done()
-    raise AbsentError(lambda: not spool.has(file_hash))
+    raise AbsentError(partial(_is_absent_now, context, file_hash))
+
+
+def _is_absent_now(context: ServerContext, file_hash: str) -> bool:
+    """Return True if the spool certainly lacks a file. Does not block."""
+    loop_io = context.threads.loop_io
+    return loop_io.allowed and not loop_io.run(partial(_receiver(context).spool.has, file_hash))
 
 
 def resources(context: ServerContext) -> list[Resources]:
     """Return the resources that pushers ask for, for requests that are answered without Sanic."""
     if context.push is None:
         return []
-    spool, loop_io = context.push.spool, context.threads.loop_io
 
     def narinfo_now(hash_part: str, *, forwarded: bool) -> tuple[Content, Outcome] | None:  # noqa: ARG001 (never of an upstream)
         try:
@@ -116,8 +121,7 @@ def resources(context: ServerContext) -> list[Resources]:
         return content_of(context, info, _plain(info), info.sigs, max_age=0), Outcome.STORE
 
     def nar_now(file_hash: str, *, forwarded: bool) -> tuple[Content, Outcome] | None:  # noqa: ARG001 (never of an upstream)
-        is_absent = loop_io.allowed and not loop_io.run(partial(spool.has, file_hash))
-        return (ABSENT, Outcome.NONE) if is_absent else None
+        return (ABSENT, Outcome.NONE) if _is_absent_now(context, file_hash) else None
 
     wanted = rb"(?:GET|HEAD) "
     return [Resources(re.compile(wanted + _NARINFO), narinfo_now), Resources(re.compile(wanted + _NAR), nar_now)]
