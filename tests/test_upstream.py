@@ -3,16 +3,19 @@
 import asyncio
 import gc
 import hashlib
+import math
 import ssl
 import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from harmonia.cache.disk_cache import DiskCache
 from harmonia.config.proxy import ProxyRules
 from harmonia.config.settings import Upstream
 from harmonia.errors import FormatError, UpstreamError
@@ -20,6 +23,8 @@ from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
+from harmonia.process import loop_reads
+from harmonia.process.threads import Threads
 from harmonia.upstream import breaker, failed_nars, lookup, nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.bodies import PassthroughBody
@@ -30,9 +35,12 @@ from harmonia.upstream.lookup import UpstreamPool
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.nar_verifier import has_file_hash
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
+from harmonia.upstream.remote_path import RemotePath
+from harmonia.upstream.small_nars import SmallNars
 from harmonia.upstream.transport import Part, Transport
 from support.packing import PACK
 from support.running import PATIENCE_S
+from support.upstream_server import UpstreamServer
 
 PATH = StorePath(f"{'0' * 32}-x")
 CONTENT = b"content" * 100_000
@@ -343,3 +351,32 @@ def test_nar_url_on_https_of_the_same_host_is_accepted(base: str, url: str, *, h
         await client.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("disk", ["fast", "slow"])
+def test_nar_that_two_paths_share_is_fetched_ahead_once(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"content" * 1000
+    info = PathInfo(PATH, hashlib.sha256(content).digest(), len(content))
+    nar = NarFile("x.nar", file_hash=info.nar_hash, file_size=len(content))
+
+    if disk == "slow":
+        monkeypatch.setattr(loop_reads, "monotonic", lambda: -math.inf)  # no read may run on the event loop yet
+
+    async def run(url: str) -> list[bool | None]:
+        threads = Threads(cast("Any", None), cast("Any", None))
+        client = real_client(url)
+        client.breaker.start(PATIENCE_S)
+        small = SmallNars(DiskCache(str(tmp_path)), None, threads)
+        others = [replace(info, path=StorePath(f"{digit * 32}-x")) for digit in "01"]
+        paths = [RemotePath(client, each, nar, verified=True, url=f"{url}/x.nar", narinfo_size=0) for each in others]
+        try:
+            return await asyncio.gather(*(small.fetch(path, {}) for path in paths))
+        finally:
+            await client.close()
+
+    with UpstreamServer() as server:
+        server.files["/x.nar"] = content
+        assert asyncio.run(run(server.url)) == [True, False]
+        assert server.asked["GET /x.nar"] == 1

@@ -70,10 +70,12 @@ class SmallNars:
         key = path.name.key
         if (path.nar.file_size or path.info.nar_size) > _SMALL_BYTES:
             return None
-        if key in self._running or await self._threads.run_short_io(partial(self._cache.has, key)):
+        if key in self._running:
             return False
         running = self._running[key] = asyncio.get_running_loop().create_future()
         try:
+            if await self._threads.run_short_io(partial(self._cache.has, key)):
+                return False
             content = await _download(path, headers)
             if content is None or not await self._threads.unpack(self._keep, path, content):
                 return None
