@@ -8,6 +8,7 @@ a signature by one of `lan.public_keys`. Only IPv4, because link-local addresses
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from ipaddress import IPv4Address, IPv4Interface
 
 import ifaddr
@@ -60,13 +61,17 @@ class Siblings:
             _log.warning("lan: cannot use multicast DNS: %s; no sibling is found or finds this server", error)
             return
         if found is not None:
+            handler = partial(self.changed, found)
+            self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, _TYPE, handlers=[handler])
 
-            def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-                if state_change is not ServiceStateChange.Removed and len(self._resolving) < _MAX_RESOLVING:
-                    self._resolving.add(name)
-                    self._tasks.spawn_shared(self._add(zeroconf, service_type, name, found))
-
-            self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, _TYPE, handlers=[changed])
+    def changed(
+        self, found: Found, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
+    ) -> None:
+        """Resolve a service that is new or has changed, unless it is being resolved, or too many others are."""
+        is_removed = state_change is ServiceStateChange.Removed
+        if not is_removed and name not in self._resolving and len(self._resolving) < _MAX_RESOLVING:
+            self._resolving.add(name)
+            self._tasks.spawn_shared(self._add(zeroconf, service_type, name, found))
 
     async def close(self) -> None:
         """Withdraw the announcement, and close the sockets."""
@@ -108,7 +113,7 @@ class Siblings:
             return None
         if service.properties.get(_IDENTITY.encode()) == self._identity.encode():
             return None
-        address = next(filter(is_neighbour, service.parsed_addresses(IPVersion.V4Only)), None)
+        address = find_neighbour(service.parsed_addresses(IPVersion.V4Only))
         return None if address is None else f"http://{address}:{service.port}"
 
 
@@ -134,6 +139,7 @@ def own_addresses() -> list[IPv4Interface]:
     return [each for each in found if not each.is_loopback]
 
 
-def is_neighbour(address: str) -> bool:
-    """Return True if an IPv4 address is in a network that this machine is in, and not a loopback address."""
-    return any(IPv4Address(address) in each.network for each in own_addresses())
+def find_neighbour(addresses: Sequence[str]) -> str | None:
+    """Return the first IPv4 address that is in a network of this machine and not a loopback address, or None."""
+    networks = [each.network for each in own_addresses()]  # once: it takes a system call, and anyone sends addresses
+    return next((each for each in addresses if any(IPv4Address(each) in network for network in networks)), None)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
-from harmonia.upstream.siblings import is_neighbour
+from harmonia.upstream.siblings import find_neighbour
 from support.preloaded import HARMONIA
 from support.programs import NOT_ROOT, missing
 from support.running import Server, wait_until
@@ -228,5 +228,4 @@ def test_missing_zeroconf_is_one_line_with_the_remedy(tmp_path: Path, settings: 
 
 
 def test_only_addresses_in_networks_of_this_machine_are_neighbours() -> None:
-    assert not is_neighbour("127.0.0.1")
-    assert not is_neighbour("203.0.113.1")
+    assert find_neighbour(["127.0.0.1", "203.0.113.1"]) is None
