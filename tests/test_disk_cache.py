@@ -304,6 +304,20 @@ def test_file_is_sendable_for_a_while_after_all_of_it_was_verified(
         assert follow(cache, 0, None) is None
 
 
+def test_growing_file_is_not_sendable(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        file, filler = filling(cache)
+        with closing(file):
+            filler.append(b"content")
+            filler.finish()
+            for part in file.follow(0, None):
+                assert part is not None
+                all_of(part, "read")
+            assert file.sendable_name is None  # under this name, other programs would find no file
+            filler.commit()
+            assert file.sendable_name == "key"
+
+
 def test_file_is_not_sendable_after_damage_was_found(tmp_path: Path) -> None:
     with at(tmp_path, bare=True) as cache:
         path = fill(cache)

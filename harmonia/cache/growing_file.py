@@ -136,9 +136,16 @@ class CachedFile:
 
     @property
     def sendable_name(self) -> str | None:
-        """Return the name of the file, if it has only the content, and if all of it was verified a short time ago."""
-        is_sendable = self._sums_descriptor >= 0 and self._watcher is not None and self._watcher.is_intact(self)
-        return os.path.basename(self.path) if is_sendable and self.path is not None else None
+        """Return the name of the file, if it has only the content, and if all of it was verified a short time ago.
+
+        Return None for a file that does not have its name yet, or was evicted.
+        """
+        if self.path is None or self._sums_descriptor < 0 or self._watcher is None or not self._watcher.is_intact(self):
+            return None
+        with suppress(FileNotFoundError):
+            if self.is_at(self.path):
+                return os.path.basename(self.path)
+        return None
 
     def inode(self) -> int:
         """Return the inode number of the file."""
