@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -24,6 +24,7 @@ from harmonia.mirror.target import BucketTarget
 from harmonia.mirror.verify import Contents, read_contents
 from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upload.nar_files import NarFiles
@@ -345,6 +346,38 @@ def test_uploader_writes_references_again_that_a_collection_deleted(
     asyncio.run(run_uploads())
     assert len(folder.paths()) == 2
     folder.check_closed()
+
+
+def test_plan_ends_without_a_path_that_both_the_store_and_the_bucket_have_deleted(
+    store: StoreBuilder, config: str, folder: Folder
+) -> None:
+    info = store.add_text("path", b"content")
+    mirror(config, info.path)
+    settings = parse(Path(config).read_text(), config, {})
+
+    asked: list[set[StorePath]] = []
+
+    class Target(BucketTarget):
+        async def keep(self, paths: Collection[StorePath]) -> set[StorePath]:
+            asked.append({*paths})
+            assert asked in ([{info.path}], [{info.path}, set()])
+            if paths:
+                store.delete(info.path)
+                await Collector(bucket(config), "/nix/store", NONE, NONE).collect(lambda _: None, dry_run=False)
+            return await super().keep(paths)
+
+    async def plan() -> tuple[list[PathInfo], int]:
+        target = Target(settings, bucket(config))
+        with (
+            closing(NarFiles(settings, store.real_dir)) as nars,
+            closing(Uploader(Store.of(settings), target, nars, jobs=2)) as uploader,
+        ):
+            planned = await uploader.plan([info.path])
+        await target.close()
+        return planned
+
+    assert asyncio.run(plan()) == ([], 0)
+    assert folder.paths() == {}
 
 
 def test_verify_compares_a_shared_nar_with_each_narinfo(store: StoreBuilder, config: str, folder: Folder) -> None:

@@ -90,8 +90,8 @@ class Uploader:
         the closure has a malformed row in the database.
         """
         chosen = {*paths}
-        closure = await self.query(queries.closure_paths, self._store, [*chosen])
         while True:
+            closure = await self.query(queries.closure_paths, self._store, [*chosen])
             lacking = await self._lacking(closure)
             there = chosen.intersection(closure).difference(lacking)
             if await self._target.keep(there) == there:
