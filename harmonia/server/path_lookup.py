@@ -62,7 +62,7 @@ class Paths:
     def __init__(
         self, store: Store, database: str, keys: Sequence[SecretKey], policy: PublishPolicy | None, threads: Threads
     ) -> None:
-        """Create the lookup. `store` and `policy` are each used in one of the `threads`. `keys` sign all paths."""
+        """Create the lookup. `store` is used in one of the `threads`, `policy` in several. `keys` sign all paths."""
         self.policy = policy
         self._store = store
         self._keys = keys
