@@ -59,6 +59,14 @@ def test_small_files_are_kept_and_read_again(spool: Spool, tmp_path: Path) -> No
             assert file.read(10_000) == data
 
 
+def test_file_that_lost_its_content_in_a_crash_is_replaced(spool: Spool, tmp_path: Path) -> None:
+    data = FILES[1]
+    spool.store(name(data), data)
+    os.truncate(tmp_path / name(data), 0)
+    spool.store(name(data), data)
+    assert (tmp_path / name(data)).read_bytes() == data
+
+
 def test_file_with_another_hash_is_refused_and_leaves_nothing(spool: Spool, tmp_path: Path) -> None:
     with pytest.raises(PushRefusedError, match="SHA-256"):
         spool.store(name(FILES[0]), FILES[1])

@@ -116,7 +116,8 @@ class Spool:
     def _store_at_once(self, file_hash: str, data: bytes | bytearray) -> bool:
         """Store a file that gets its name, and so remains, only when it is complete.
 
-        Return False if that is impossible: not every file system has such files, and /proc may be missing.
+        Return False if that is impossible: not every file system has such files, and /proc may be missing. Or the file
+        exists, and has to be replaced, because it may have lost its content in a crash of the machine.
         Raises PushRefusedError if the disk is full.
         """
         try:
@@ -126,8 +127,6 @@ class Spool:
         try:
             _write(descriptor, data)
             os.link(f"/proc/self/fd/{descriptor}", file_hash, dst_dir_fd=self._descriptor, follow_symlinks=True)
-        except FileExistsError:
-            self.renew(file_hash)
         except OSError:
             return False
         finally:
