@@ -58,6 +58,7 @@ HEADERS = st.one_of(
 
 
 @given(HEADERS, st.integers(0, 300))
+@example(f"bytes={2**64}-{2**63}", 0)
 @example("bytes=0-1,", 10)
 @example("bytes=,0-1", 10)
 @example("bytes=--1", 10)

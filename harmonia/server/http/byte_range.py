@@ -61,10 +61,13 @@ def _parse(header: str) -> ByteRange | None:
     match = _SPEC.fullmatch(header.strip())
     if match is None:
         return None
-    first, last = (_number(digits) if digits else None for digits in match.groups())
+    texts = match.groups()
+    first, last = (_number(digits) if digits else None for digits in texts)
     if first is None and last is None:
         return None
-    return None if first is not None and last is not None and last < first else ByteRange(first, last)
+    # Compare the digits, because numbers above sys.maxsize are all read as that.
+    first_order, last_order = ((len(digits), digits) for digits in (text.lstrip("0") for text in texts))
+    return None if first is not None and last is not None and last_order < first_order else ByteRange(first, last)
 
 
 def _number(digits: str) -> int:
