@@ -800,7 +800,7 @@ def test_settings_survive_pickling(machine: Machine) -> None:
 
 # Upstreams
 
-_KEY = SecretKey.generate("cache.example.org-1").public_key
+_KEY = SecretKey.parse(SECRET).public_key
 
 
 def upstream(*lines: str) -> str:
