@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import re
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -357,6 +358,19 @@ def test_file_stays_open_while_a_cancelled_upload_still_reads_it(
     with closing(NarFiles(parse(config.read_text(), str(config), {}), store.real_dir)) as nars:
         asyncio.run(upload())
     assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o711])
+def test_cache_of_a_server_with_other_settings_keeps_its_mode(
+    store: StoreBuilder, config: Path, tmp_path: Path, mode: int
+) -> None:
+    """With `nginx_location`, nginx may read the server's cache."""
+    directory = tmp_path / "cache" / "nar"
+    directory.mkdir(parents=True)
+    directory.chmod(mode)
+    settings = parse(config.read_text(), str(config), {})
+    with closing(NarFiles(settings, store.real_dir)):
+        assert stat.S_IMODE(directory.stat().st_mode) == mode
 
 
 def test_directory_behind_nginx_takes_a_push(store: StoreBuilder, config: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _EVICTIONS_PER_LIMIT = 64  # evict each time a 64th of the limit was written, wh
 _TOUCH_INTERVAL_S = 60.0  # resolution of the time of the last use
 _USES = "user.harmonia.uses"  # extended attribute of a file
 _MAX_USES = 1 << 32
+_BARE_MODE = 0o711  # of the directory: other programs can open files whose names they know
 _UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
 _ORPHAN_AGE_S = 60.0  # of digests without a file, which may get its name in a moment
@@ -79,7 +80,7 @@ class DiskCache:
         self._intact: TTLCache[tuple[int, bytes | None], bool] = TTLCache(_MAX_INTACT, _INTACT_S)
         self._lock = threading.Lock()
         self._unusable_until = 0.0
-        _make_directory(directory, 0o711 if bare else 0o700)
+        _make_directory(directory, _BARE_MODE if bare else 0o700)
         disk = os.statvfs(directory)
         self._spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 20)
         self.limit = limit if limit is not None else min(_DEFAULT_MAX_BYTES, (self._free() + self.used()) // 2)
@@ -475,6 +476,11 @@ def open_cache(
     except OSError as error:
         _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
         return None
+
+
+def is_bare(directory: str) -> bool:
+    """Return True if the directory of a cache is one of `bare` files. Raises OSError if it cannot be read."""
+    return os.stat(directory).st_mode & 0o777 == _BARE_MODE
 
 
 def _make_directory(directory: str, mode: int) -> None:

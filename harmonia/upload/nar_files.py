@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 from harmonia.cache.compressed_files import file_key
-from harmonia.cache.disk_cache import DiskCache
+from harmonia.cache.disk_cache import DiskCache, is_bare
 from harmonia.cache.growing_file import CachedFile
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
@@ -152,6 +152,7 @@ def _server_cache(settings: Settings) -> DiskCache | None:
     try:
         if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
             return None
-        return DiskCache(directory, _NO_LIMIT, bare=settings.nginx_location is not None)
+        # Not `nginx_location`: the settings of this command may be other ones than those of the server.
+        return DiskCache(directory, _NO_LIMIT, bare=is_bare(directory))
     except OSError:
         return None
