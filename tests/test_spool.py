@@ -67,6 +67,15 @@ def test_file_that_lost_its_content_in_a_crash_is_replaced(spool: Spool, tmp_pat
     assert (tmp_path / name(data)).read_bytes() == data
 
 
+def test_only_a_damaged_file_is_removed(spool: Spool, tmp_path: Path) -> None:
+    for data in FILES[:2]:
+        spool.store(name(data), data)
+    (tmp_path / name(FILES[1])).write_bytes(b"damaged")
+    for data in FILES:
+        spool.remove_damaged(name(data))
+    assert kept(tmp_path) == [name(FILES[0])]
+
+
 def test_file_with_another_hash_is_refused_and_leaves_nothing(spool: Spool, tmp_path: Path) -> None:
     with pytest.raises(PushRefusedError, match="SHA-256"):
         spool.store(name(FILES[0]), FILES[1])

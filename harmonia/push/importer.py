@@ -188,8 +188,10 @@ class Importer:
                 chunks = small or self._unpacked(file, upload.compression)
                 if daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
                     raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
-            except (DaemonError, PushRefusedError):  # after another error, the daemon may still complete the import
+            except (DaemonError, PushRefusedError) as error:  # after others, the daemon may still complete the import
                 self._roots.drop(info.path)
+                if isinstance(error, DaemonError):
+                    self._spool.remove_damaged(upload.file_hash)
                 raise
 
     def _check(self, file: BinaryIO, info: PathInfo, upload: Upload) -> list[bytes]:
@@ -207,6 +209,7 @@ class Importer:
                 small += (part for part in check.feed(piece) if part and info.nar_size <= SMALL_NAR_BYTES)
             check.finish()
         except FormatError as error:
+            self._spool.remove_damaged(upload.file_hash or "")
             raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push it again") from None
         return small
 

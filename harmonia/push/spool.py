@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import BinaryIO
+from io import FileIO
 
 from harmonia.errors import PushRefusedError
 from harmonia.nix import base32
@@ -143,12 +143,23 @@ class Spool:
             with suppress(FileNotFoundError):
                 os.utime(path)
 
-    def open(self, file_hash: str) -> BinaryIO | None:
+    def open(self, file_hash: str) -> FileIO | None:
         """Open the file. Returns None if it is not in the spool."""
         for path in self._paths(file_hash):
             with suppress(FileNotFoundError):
                 return open(path, "rb", buffering=0)
         return None
+
+    def remove_damaged(self, file_hash: str) -> None:
+        """Remove the file if it does not have the hash that is its name, so that it can be sent again."""
+        if (file := self.open(file_hash)) is None:
+            return
+        with file:
+            actual = base32.encode(hashlib.file_digest(file, "sha256").digest())
+        if actual != file_hash:
+            for path in self._paths(file_hash):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
 
     def mark_imported(self, file_hash: str) -> None:
         """Let the file be removed in ten minutes, or at once if its space is needed."""

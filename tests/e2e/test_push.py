@@ -7,6 +7,7 @@ from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
@@ -272,6 +273,22 @@ def test_truncated_body_leaves_nothing(target: Target) -> None:
         wait_until(lambda: spooled(server))
     wait_until(lambda: not spooled(server))
     assert target.pusher(server).request("HEAD", path.nar_url).status == 404
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_nar_that_was_damaged_in_the_spool_can_be_sent_again(target: Target, compression: str) -> None:
+    server, path = target.serve(), Pushed.make("good", b"content", target.secret)
+    if compression == "zstd":
+        path = replace(path, body=zstandard.compress(path.body), compression=compression)
+    pusher = target.pusher(server)
+    with target.client.daemon():
+        assert pusher.request("PUT", path.nar_url, path.body).status == 200
+        [file] = spooled(server)
+        (server.cache_dir / "push" / file).write_bytes(path.body[:-1] + b"x")
+        narinfo_url = f"{path.info.path.hash_part}.narinfo"
+        assert 400 <= pusher.request("PUT", narinfo_url, path.narinfo).status < 500
+        assert pusher.request("HEAD", path.nar_url).status == 404
+        assert pusher.push(path).status == 200
 
 
 def test_connection_stays_open_after_each_put(target: Target) -> None:
