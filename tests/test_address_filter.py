@@ -41,6 +41,15 @@ def test_upstream_with_public_and_private_addresses_counts_as_public(order: tupl
         address_filter.connect_redirected(address("10.0.0.2"))
 
 
+def test_upstream_that_counts_as_public_leads_to_no_private_address_but_its_own() -> None:
+    address_filter = AddressFilter(is_public=True)
+    address_filter.connect_direct(address("10.0.0.1")).close()
+    address_filter.connect_redirected(address("8.8.8.8")).close()
+    for each in ("10.0.0.2", "127.0.0.1", "169.254.169.254"):
+        with pytest.raises(PrivateAddressError):
+            address_filter.connect_redirected(address(each))
+
+
 def test_private_upstream_may_redirect_to_any_address() -> None:
     address_filter = AddressFilter()
     address_filter.connect_direct(address("10.0.0.1")).close()

@@ -27,8 +27,9 @@ class AddressFilter:
     could name a private address once, and then reach all other private addresses by redirects.
     """
 
-    def __init__(self) -> None:
-        self._is_public = False
+    def __init__(self, *, is_public: bool = False) -> None:
+        """Create a filter. With `is_public`, the upstream counts as public whatever its address is."""
+        self._is_public = is_public
         self._judged = False  # for requests through a proxy
 
     def connect_direct(self, address: AddrInfoType) -> socket.socket:

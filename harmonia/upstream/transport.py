@@ -79,8 +79,14 @@ class Transport:
         proxies: ProxyRules,
         counters: UpstreamCounters,
         sign: Sign | None = None,
+        *,
+        is_public: bool = False,
     ) -> None:
-        """Create a transport. `sign` returns the URL to request instead, for URLs of the upstream itself."""
+        """Create a transport.
+
+        `sign` returns the URL to request instead, for URLs of the upstream itself. With `is_public`, the upstream leads
+        to no private address but its own (`AddressFilter`).
+        """
         self.base = settings.url.rstrip("/")
         self._sign = sign
         self.refusals = Refusals(self.base, counters)
@@ -90,7 +96,7 @@ class Transport:
         self._connect_timeout = settings.connect_timeout
         self._authorization = authorization
         self._proxies = proxies
-        self._address_filter = AddressFilter()
+        self._address_filter = AddressFilter(is_public=is_public)
         self._here = self._session(tls, self._address_filter.connect_direct)
         self._elsewhere = self._session(tls, self._address_filter.connect_redirected)
         self._proxied = self._session(tls)

@@ -114,7 +114,8 @@ class UpstreamHandlers:
         )
         without_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # no certificates are trusted: siblings use plain HTTP
         counters = self._context.metrics.own_upstream("lan").shared(self._siblings_up)
-        transport = Transport(upstream, None, without_tls, ProxyRules(os.environ, ""), counters)
+        # Anyone in the network can announce a sibling, and its redirects must not reach services of this network.
+        transport = Transport(upstream, None, without_tls, ProxyRules(os.environ, ""), counters, is_public=True)
         client = Client(upstream, transport, counters, settings.virtual_nix_store, settings.upstream_timeout)
         self._siblings.append(client)
         client.breaker.start(settings.upstream_timeout)
