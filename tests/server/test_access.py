@@ -1,23 +1,33 @@
 """Private caches: without a token every response is alike, each token grants its scopes only, secrets are not shown."""
 
 import base64
+import gc
 import math
 import os
 import re
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from harmonia.config.tokens import SCOPES, new
+from harmonia.config.settings import Settings
+from harmonia.config.tokens import SCOPES, Tokens, new
+from harmonia.metrics.shared_counters import TokenUses
 from harmonia.nix.signing import SecretKey
 from harmonia.process.preflight import load
+from harmonia.server.http.auth import Guard
 from support.contract import ROWS, Row, stock
 from support.preloaded import NOT_PRELOADED
 from support.running import Answer, Server, Session, case, patched, run, wait_until
+
+if TYPE_CHECKING:
+    from sanic import Request
 
 Start = Callable[..., Server]
 
@@ -384,3 +394,20 @@ def test_contradictory_access_settings_are_rejected(tmp_path: Path, settings: st
     assert checked.returncode == 2
     assert message in checked.stderr
     assert TOKENS["all"][0] not in checked.stderr
+
+
+def test_remembered_request_keeps_no_tokens_after_a_reload(tmp_path: Path) -> None:
+    """Otherwise each reload would keep all old tokens in memory as long as a response that is repeated."""
+    file = tmp_path / "tokens"
+    file.write_text(FILE)
+    guard = Guard(Settings(tokens_path=str(file)), TokenUses(memoryview(bytearray(8 * TokenUses.size)).cast("d")))
+    request = cast("Request", SimpleNamespace(headers=bearer("read"), ctx=SimpleNamespace()))
+    request.headers["authorization"] = request.headers.pop("Authorization")
+    guard.admit(request, "read")
+    old = [weakref.ref(each) for each in gc.get_objects() if isinstance(each, Tokens)]
+    assert request.ctx.readmit()
+    guard.load_tokens()
+    gc.collect()
+    assert old
+    assert not [tokens for each in old if (tokens := each()) is not None]
+    assert not request.ctx.readmit()

@@ -12,6 +12,7 @@ import base64
 import logging
 import math
 import time
+import weakref
 from collections.abc import Container
 from dataclasses import replace
 from functools import partial, wraps
@@ -101,7 +102,8 @@ class Guard:
                 client = access_log.client(request, self._settings.trusted_proxies)
                 _log.warning("refused %s: %s; replace it, or remove its line", client, why)
             token = None
-        request.ctx.readmit = partial(self._readmit, token, tokens)
+        # Weak, because this is remembered with the response: old tokens may take megabytes.
+        request.ctx.readmit = partial(self._readmit, token, weakref.ref(tokens))
         if token is not None:
             self._uses.record(token.number, now)
             request.ctx.token = token
@@ -118,12 +120,12 @@ class Guard:
             self._count(request)
         raise SanicException(status_code=401, headers={"WWW-Authenticate": _CHALLENGE})
 
-    def _readmit(self, token: Token | None, tokens: Tokens) -> bool:
+    def _readmit(self, token: Token | None, tokens: "weakref.ref[Tokens]") -> bool:
         """Return True if a request with the same head as one that presented a token is admitted. Count that use.
 
         A client that was admitted by its certificate is not: another one can send the same head.
         """
-        if token is None or self._tokens is not tokens or (now := time.time()) >= token.expires_at:
+        if token is None or self._tokens is not tokens() or (now := time.time()) >= token.expires_at:
             return False
         self._uses.record(token.number, now)
         return True
