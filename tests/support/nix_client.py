@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -213,11 +214,11 @@ class Client:
     @contextmanager
     def daemon(self) -> Iterator[None]:
         """Run the Nix daemon of this client, and use it for all commands."""
-        socket = self.directory / "nix/var/nix/daemon-socket/socket"
-        socket.unlink(missing_ok=True)
+        socket_path = self.directory / "nix/var/nix/daemon-socket/socket"
+        socket_path.unlink(missing_ok=True)
         with self.running("nix-daemon") as process:
             deadline = time.monotonic() + 60
-            while not socket.exists():
+            while not _accepts_connections(socket_path):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -243,6 +244,23 @@ class Client:
 
     def _inside(self, path: Path) -> Path:
         return self.directory / path.relative_to("/")
+
+
+def _accepts_connections(path: Path) -> bool:
+    """Return True if a process listens on a socket: the file exists a moment earlier."""
+    try:
+        # A path that is short enough for a socket's address.
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(f"/proc/self/fd/{directory}/{path.name}")
+    except OSError:
+        return False
+    finally:
+        os.close(directory)
+    return True
 
 
 def _readable(output: bytes) -> str:
