@@ -28,8 +28,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Use five workers for two CPUs, because many tests wait for servers, clients or timeouts."""
-    return (len(os.sched_getaffinity(0)) * 5 + 1) // 2
+    """Use three workers for two CPUs, because many tests wait for servers, clients or timeouts."""
+    return (len(os.sched_getaffinity(0)) * 3 + 1) // 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
