@@ -6,15 +6,13 @@ threads that compress have the lowest priority, so that no worker waits for it.
 
 import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from harmonia.cache.warmer import State, Warmer, lower_priority
 from harmonia.errors import ConfigError, StoreUnavailableError
-from harmonia.process.supervisor import beat_while_alive
 from harmonia.server.context import ServerContext
 from harmonia.server.resources import metrics
 from harmonia.store.backlog import Backlog
@@ -26,16 +24,11 @@ _RETRY_S = 10.0  # after an error
 _log = logging.getLogger("harmonia")
 
 
-def run(
-    context: ServerContext, place: int, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float
-) -> None:
-    """Warm the cache until SIGTERM. The arguments are those of a worker; this process serves no sockets."""
-    for each in listening:
-        each.close()
-    context.metrics.adopt_slot(place)
+def start(context: ServerContext) -> tuple[threading.Thread, Callable[[], object]]:
+    """Start the thread that warms the cache. Return it, and what to call with each heartbeat."""
     warming = _Warming(context)
     warming.start()
-    beat_while_alive(warming, lifeline, heartbeat, warming.sample)
+    return warming, warming.sample
 
 
 class _Warming(threading.Thread):

@@ -8,16 +8,14 @@ so that no worker waits for it. SIGTERM ends it at any moment, like kill -9, whi
 import asyncio
 import logging
 import os
-import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 
 from harmonia.cache.warmer import lower_priority
 from harmonia.errors import ConfigError
 from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
 from harmonia.mirror.target import BucketTarget
-from harmonia.process.supervisor import beat_while_alive
 from harmonia.server.context import ServerContext
 from harmonia.server.resources import metrics
 from harmonia.server.served_paths import ServedPaths
@@ -34,16 +32,11 @@ _SAMPLE_S = 1.0
 _log = logging.getLogger("harmonia")
 
 
-def run(
-    context: ServerContext, place: int, listening: Sequence[socket.socket], lifeline: socket.socket, heartbeat: float
-) -> None:
-    """Write paths until SIGTERM. The arguments are those of a worker; this process serves no sockets."""
-    for each in listening:
-        each.close()
-    context.metrics.adopt_slot(place)
+def start(context: ServerContext) -> tuple[threading.Thread, Callable[[], object]]:
+    """Start the thread that writes paths. Return it, and what to call with each heartbeat: nothing."""
     writing = threading.Thread(target=_run, args=[context], name="mirror", daemon=True)
     writing.start()
-    beat_while_alive(writing, lifeline, heartbeat)
+    return writing, lambda: None
 
 
 def _run(context: ServerContext) -> None:

@@ -28,6 +28,7 @@ from harmonia.metrics.shared_counters import WorkerCounters
 from harmonia.mirror.connection import open_presigner
 from harmonia.nix.signing import SecretKey
 from harmonia.process.sockets import BACKLOG, connection_limit, enable_keepalive
+from harmonia.process.supervisor import beat_while_alive
 from harmonia.server import cache_warmer, mirror_writer
 from harmonia.server.app import create_app, create_metrics, create_metrics_app
 from harmonia.server.connections import ConnectionLimiter, TlsListener, limited_connection
@@ -76,11 +77,14 @@ def run(
     The worker sends a heartbeat on `lifeline` every `heartbeat` seconds, and exits when the supervisor's end closes.
     """
     settings = context.settings
-    if place >= settings.workers:
-        warms = settings.warm == "new" and place == settings.workers
-        (cache_warmer if warms else mirror_writer).run(context, place, listening, lifeline, heartbeat)
-        return
     context.metrics.adopt_slot(place)
+    if place >= settings.workers:
+        for each in listening:
+            each.close()
+        warms = settings.warm == "new" and place == settings.workers
+        thread, sample = (cache_warmer if warms else mirror_writer).start(context)
+        beat_while_alive(thread, lifeline, heartbeat, sample)
+        return
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     _reuse_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
