@@ -354,6 +354,31 @@ let
     ProtectKernelTunables = true;
   };
 
+  # Settings of a service that uploads with the files in `credentials`.
+  uploading =
+    credentials:
+    sandbox
+    // {
+      # Builds and downloads come first.
+      CPUWeight = 20;
+      IOWeight = 20;
+
+      # The server's user, to read its cache of compressed NARs.
+      DynamicUser = true;
+      User = "harmonia";
+      Group = "harmonia";
+      LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ credentials);
+      CacheDirectory = lib.mkIf cfg.enable "harmonia";
+      CacheDirectoryMode = lib.mkIf cfg.enable "0700";
+
+      InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
+      RestrictAddressFamilies = [
+        "AF_UNIX"
+        "AF_INET"
+        "AF_INET6"
+      ];
+    };
+
   # A Harmonia between this machine's Nix and its caches.
   accelerate = cfg.client.accelerate;
   accelerateUrl = "http://127.0.0.1:${toString accelerate.port}";
@@ -891,31 +916,13 @@ in
             Restart = "on-failure";
             RestartSec = 5;
             TimeoutStopSec = 10;
-            # Builds and downloads come first.
-            CPUWeight = 20;
-            IOWeight = 20;
-
-            # The server's user, to read its cache of compressed NARs.
-            DynamicUser = true;
-            User = "harmonia";
-            Group = "harmonia";
-            LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ watch.credentials);
-            CacheDirectory = lib.mkIf cfg.enable "harmonia";
-            CacheDirectoryMode = lib.mkIf cfg.enable "0700";
             StateDirectory = "harmonia-watch";
             StateDirectoryMode = "0700";
             # The socket of the post-build hook, which only root can open, and the metrics, which everyone can read.
             RuntimeDirectory = "harmonia-watch";
             UMask = "0022";
-
-            InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
-            RestrictAddressFamilies = [
-              "AF_UNIX"
-              "AF_INET"
-              "AF_INET6"
-            ];
           }
-          // overridable sandbox;
+          // overridable (uploading watch.credentials);
       };
     })
 
@@ -951,26 +958,9 @@ in
             ExecStart =
               lib.optional (cfg.mirror.roots != [ ]) "${mirror} write ${lib.escapeShellArgs cfg.mirror.roots}"
               ++ lib.optional (cfg.mirror.keep != null) "${mirror} gc --keep ${cfg.mirror.keep}";
-            CPUWeight = 20;
-            IOWeight = 20;
-
-            # The server's user, to read its cache of compressed NARs.
-            DynamicUser = true;
-            User = "harmonia";
-            Group = "harmonia";
-            LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ mirrorJob.credentials);
-            CacheDirectory = lib.mkIf cfg.enable "harmonia";
-            CacheDirectoryMode = lib.mkIf cfg.enable "0700";
             UMask = "0077";
-
-            InaccessiblePaths = [ "-/nix/var/nix/daemon-socket" ];
-            RestrictAddressFamilies = [
-              "AF_UNIX"
-              "AF_INET"
-              "AF_INET6"
-            ];
           }
-          // overridable sandbox;
+          // overridable (uploading mirrorJob.credentials);
       };
     })
 
