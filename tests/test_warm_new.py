@@ -162,7 +162,8 @@ def test_compressed_path_is_an_event(store: StoreBuilder, serve: Start) -> None:
     server = serve("browse = true", workers=2)
     with follow(server, "?event=compressed") as client:
         info = store.add_text("new", b"new")
-        assert client.until("compressed").data["path"] == f"/nix/store/{info.path}"
+        # That of the path which `serve` has waited for may come only now.
+        assert f"/nix/store/{info.path}" in (client.until("compressed").data["path"] for _ in range(2))
 
 
 def test_damaged_path_is_counted_and_does_not_stop_the_others(store: StoreBuilder, serve: Start) -> None:
