@@ -13,8 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from benchmarks import servers
 from benchmarks.client import Downloads, ask
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.mirrors import KEY, configure, mirror
+from support.mirrors import KEY, configure, gates, mirror
 from support.nginx import nginx
 from support.running import Server, wait_until
 from support.s3_service import Folder, S3Service
@@ -44,20 +43,6 @@ def _fill(folder: Folder, directory: Path) -> tuple[list[PathInfo], list[PathInf
     config = configure(store, directory, folder.settings())
     mirror(config, *(info.path for info in (*large, *small)))
     return large, small
-
-
-@contextmanager
-def _gates(folder: Folder, directory: Path, count: int) -> Iterator[list[Server]]:
-    mirrored = folder.settings(f"public_keys = ['{KEY.public_key}']", who="reader")
-    with ExitStack() as stack:
-        gates = [Server(directory / f"gate-{number}", directory / "nothing") for number in range(count)]
-        for gate in gates:
-            gate.config.write_text(
-                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{gate.cache_dir}'\nworkers = 1\n{mirrored}"
-            )
-            gate.start()
-            stack.callback(gate.stop)
-        yield gates
 
 
 def _address(url: str) -> tuple[str, int]:
@@ -96,8 +81,8 @@ def _measure(
     folder: Folder, directory: Path, count: int, large: list[PathInfo], small: list[PathInfo]
 ) -> dict[str, float]:
     found = {}
-    with _gates(folder, directory, count) as gates:
-        pool = "".join(f"server {gate.url.removeprefix('http://')}; " for gate in gates)
+    with gates(folder, KEY.public_key, directory, count) as running:
+        pool = "".join(f"server {gate.url.removeprefix('http://')}; " for gate in running)
         proxied = (
             "proxy_pass http://gates; proxy_http_version 1.1; proxy_set_header Connection ''; proxy_buffering off;"
         )
@@ -106,7 +91,7 @@ def _measure(
             pid_file = directory / "nginx/pid"
             wait_until(lambda: pid_file.read_text().strip())
             proxy = servers.Server("nginx", _address(url), int(pid_file.read_text()))
-            measured = _Measured(gates, proxy)
+            measured = _Measured(running, proxy)
             paths = [proxy.nar(info) for info in large]
             downloads = Downloads(_address(url), paths, _CONNECTIONS)
             for name in ("first", "again"):
@@ -115,11 +100,11 @@ def _measure(
                 found[f"{name}, CPU s/GiB of the servers"] = gate_s / size * _GIB
                 found[f"{name}, CPU s/GiB of nginx"] = proxy_s / size * _GIB
                 if name == "first":
-                    found["first, bytes from the bucket for each byte sent"] = _fetched(gates) / size
-                    for gate in gates:
+                    found["first, bytes from the bucket for each byte sent"] = _fetched(running) / size
+                    for gate in running:
                         Downloads(_address(gate.url), paths, _CONNECTIONS).run()
             asked = [servers.narinfo(info) for info in small]
-            for gate in gates:
+            for gate in running:
                 Downloads(_address(gate.url), asked, _CONNECTIONS).run()
             rate, gate_s, proxy_s = measured.run(lambda: ask(_address(url), asked, 25, _ASKING_S))
             requests = rate.per_second * _ASKING_S / 1000

@@ -4,9 +4,9 @@ import http.client
 import signal
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,10 @@ import pytest
 from harmonia.nix import narinfo
 from support.closure import Closure, build_one, requisites
 from support.cutting_proxy import CuttingProxy
+from support.mirrors import gates
 from support.nginx import nginx
 from support.nix_client import Client
-from support.running import PATIENCE_S, Server, run
+from support.running import PATIENCE_S, run
 from support.s3_service import Folder, S3Service
 
 pytestmark = pytest.mark.s3
@@ -62,28 +63,13 @@ def test_closure_is_copied_from_the_bucket(
     client.run("nix-store", "--verify-path", *requisites(client, closure.top))
 
 
-@contextmanager
-def gates(closure: Closure, folder: Folder, directory: Path, count: int, more: str = "") -> Iterator[list[Server]]:
-    """Run servers without a store, each with a cache of its own."""
-    mirrored = folder.settings(f"public_keys = ['{closure.key.public.strip()}']\n{more}", who="reader")
-    servers = [Server(directory / f"gate-{number}", directory / "nothing") for number in range(count)]
-    with ExitStack() as stack:
-        for server in servers:
-            server.config.write_text(
-                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{server.cache_dir}'\nworkers = 1\n{mirrored}"
-            )
-            server.start()
-            stack.callback(server.stop)
-        yield servers
-
-
 @pytest.mark.parametrize("more", ["", "redirect = true"], ids=["proxied", "redirected"])
 def test_closure_is_substituted_through_a_gate_without_a_store(
     client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path, *, more: str
 ) -> None:
     folder = s3_service.folder(tmp_path, "private")
     mirror(closure, folder, tmp_path, closure.top)
-    with gates(closure, folder, tmp_path, 1, more) as [gate]:
+    with gates(folder, closure.key.public.strip(), tmp_path, 1, more) as [gate]:
         client.settings |= {"substituters": gate.url, "trusted-public-keys": closure.key.public}
         client.run("nix-store", "--realise", closure.top)
         client.run("nix-store", "--verify-path", *requisites(client, closure.top))
@@ -96,7 +82,7 @@ def test_cut_download_resumes_at_another_gate_while_one_is_killed(
     folder = s3_service.folder(tmp_path, "private")
     path = build_one(closure.server, "noise-3.0", "mkdir $out; head -c 12000000 /dev/urandom > $out/noise")
     mirror(closure, folder, tmp_path, path)
-    with gates(closure, folder, tmp_path, 3) as servers:
+    with gates(folder, closure.key.public.strip(), tmp_path, 3) as servers:
         pool = "".join(f"server {server.url.removeprefix('http://')}; " for server in servers)
         place = "location / { proxy_pass http://gates; proxy_http_version 1.1; proxy_buffering off; }"
         with nginx(tmp_path / "nginx", place, f"upstream gates {{ {pool} }}") as (url, log):
@@ -121,7 +107,7 @@ def test_fifty_downloads_end_whole_although_one_of_three_gates_is_killed(
     mirror(closure, folder, tmp_path, path)
     [(_, nar)] = folder.paths().values()
     expected = folder.get(nar.url)
-    with gates(closure, folder, tmp_path, 3) as servers:
+    with gates(folder, closure.key.public.strip(), tmp_path, 3) as servers:
         pool = "".join(f"server {server.url.removeprefix('http://')}; " for server in servers)
         place = "location / { proxy_pass http://gates; proxy_http_version 1.1; proxy_buffering off; }"
         with nginx(tmp_path / "nginx", place, f"upstream gates {{ {pool} }}") as (url, log):

@@ -1,12 +1,15 @@
 """Mirrors of small stores, written by `harmonia mirror`."""
 
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import run
+from support.running import Server, run
+from support.s3_service import Folder
 
 KEY = SecretKey.generate("mirror-1")
 
@@ -28,6 +31,21 @@ def mirror(config: str, *paths: str) -> str:
     answer = run("--config", config, "mirror", *paths)
     assert answer.returncode == 0, answer.stderr
     return answer.stderr
+
+
+@contextmanager
+def gates(folder: Folder, public_key: object, directory: Path, count: int, more: str = "") -> Iterator[list[Server]]:
+    """Run servers without a store in front of the bucket, each with a cache of its own."""
+    mirrored = folder.settings(f"public_keys = ['{public_key}']\n{more}", who="reader")
+    servers = [Server(directory / f"gate-{number}", directory / "nothing") for number in range(count)]
+    with ExitStack() as stack:
+        for server in servers:
+            server.config.write_text(
+                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{server.cache_dir}'\nworkers = 1\n{mirrored}"
+            )
+            server.start()
+            stack.callback(server.stop)
+        yield servers
 
 
 def chain(store: StoreBuilder, count: int, size: int = 2000) -> list[PathInfo]:
