@@ -1,4 +1,4 @@
-"""How much smaller is a new version of a package as a delta to the old one? Prints tables of real pairs.
+"""Size of new versions of packages as deltas to the old ones, for real pairs. Prints tables.
 
     python -m benchmarks.deltas DIRECTORY [PAIRS]
 

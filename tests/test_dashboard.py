@@ -22,7 +22,7 @@ from support.running import PATIENCE_S, Server, file_url, wait_until
 Start = Callable[..., Server]
 
 VARIABLES = {"$job": "harmonia", "$instance": ".+", "$__rate_interval": "1m", "$__range": "1h"}
-"""What Grafana replaces, with the values of a user who has just opened the dashboard."""
+"""Values for the variables in queries: those that Grafana fills in when the dashboard is opened."""
 
 
 class Prometheus:
