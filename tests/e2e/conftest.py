@@ -1,6 +1,7 @@
 """Fixtures with real Nix clients. Tests with a missing version of Nix are skipped, with the reason."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from support.push_target import Target
 from support.running import Server
 
 _HOST, *_NEWER = NIXES
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Return a short path, because paths of sockets have at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(

@@ -4,8 +4,7 @@ Nix 2.3 reads NARs in the compressions none, xz, bzip2 and br, and no environmen
 """
 
 import random
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,13 +33,6 @@ class OldClient(Client):
         known = {name: value for name, value in self.settings.items() if name != "experimental-features"}
         conf.write_text("".join(f"{name} = {value}\n" for name, value in known.items()))
         return super().command(*command)
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 @pytest.fixture

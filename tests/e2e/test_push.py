@@ -1,7 +1,6 @@
 """Pushes: `nix copy --to` adds paths to the store of a machine whose Nix daemon trusts no user."""
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from http.client import IncompleteRead
 from pathlib import Path
@@ -12,6 +11,7 @@ import zstandard
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from support.closure import build_one, instantiate, make_closure, requisites
+from support.lean_responses import COUNT_UPLOADS, count
 from support.nix_client import Client
 from support.push_target import Target, push, spooled
 from support.pusher import Pushed, signed
@@ -19,13 +19,6 @@ from support.running import Server, patched, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 def test_closure_is_pushed_and_substituted(target: Target, pusher: Client, make_client: MakeClient) -> None:
@@ -299,18 +292,8 @@ def test_connection_stays_open_after_each_put(target: Target) -> None:
 
 
 def test_small_paths_are_imported_without_sanic_unless_the_import_takes_long(target: Target) -> None:
-    counting = """
-import os, sys
-from harmonia.server.http import sanic_adapter, small_uploads
-store = small_uploads.SmallUpload.store
-async def counting(self):
-    response = await store(self)
-    with open(os.path.join(os.path.dirname(sys.argv[-1]), "stored"), "a") as file:
-        file.write("x")
-    return response
-small_uploads.SmallUpload.store = counting
-"""
     impatient = """
+from harmonia.server.http import sanic_adapter
 advance = sanic_adapter.Connection._advance_upload
 def advance_and_leave(self, upload):
     advance(self, upload)
@@ -319,14 +302,13 @@ def advance_and_leave(self, upload):
 sanic_adapter.Connection._advance_upload = advance_and_leave
 """
     with target.client.daemon():
-        for name, program in (("quick", counting), ("slow", counting + impatient)):
+        for name, program in (("quick", COUNT_UPLOADS), ("slow", COUNT_UPLOADS + impatient)):
             server = target.serve(program=patched(program), access_log=False)
             paths = [Pushed.make(f"{name}-{number}", b"%d" % number, target.secret) for number in range(20)]
             large = Pushed.make(f"large-{name}", bytes(5 << 20), target.secret)
             with target.pusher(server).connected() as pusher:
                 assert {pusher.push(path).status for path in (*paths, large)} == {200}
-                marker = server.directory / "stored"
-                wait_until(lambda: len(marker.read_text()) == 2 * (len(paths) - 1))  # noqa: B023 (called in the same iteration)
+                wait_until(lambda: count(server) == 2 * (len(paths) - 1))  # noqa: B023 (called in the same iteration)
             for path in (*paths, large):
                 target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
             assert not [line for line in server.log if "Traceback" in line or "ERROR" in line], server.log

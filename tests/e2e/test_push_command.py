@@ -1,6 +1,5 @@
 """Each version of Nix reads what `harmonia push` writes: to a Harmonia, to nginx, and to a plain store of files."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,13 +14,6 @@ from support.put_server import put_server
 from support.running import run
 
 MakeClient = Callable[[str], Client]
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 import os
 import random
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -26,13 +24,6 @@ from support.small_disk import mounted
 FAULTY_PUSHES = int(os.environ.get("HARMONIA_FAULTY_PUSHES", "60"))
 """Number of faulty pushes in one run of the test."""
 SEED = int(os.environ.get("HARMONIA_SEED", "1"))
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 def flipped(data: bytes, chance: random.Random) -> bytes:

@@ -1,8 +1,6 @@
 """The recipes of docs/how-to/push.md, run by a shell: what they build is in the target's store afterwards."""
 
 import re
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,6 @@ _PACKAGE = """
     derivation {
       name = "app-1.0"; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo app > $out" ];
     }"""
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import http.client
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,13 +17,6 @@ Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
 
 PLAIN, COMPRESSED = "enable_compression = false", "enable_compression = true"
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -22,13 +21,6 @@ MAX_S = 30.0
 """Bound on a busy machine. The promise is 2 s on an idle one."""
 
 MakeClient = Callable[[str], Client]
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    """Return a short path, because paths of sockets have at most 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="harmonia-", ignore_cleanup_errors=True) as directory:
-        yield Path(directory)
 
 
 @contextmanager

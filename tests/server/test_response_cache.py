@@ -14,6 +14,7 @@ from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.lean_responses import COUNT_ALL, count
 from support.running import Answer, Server, nar_url, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
@@ -23,17 +24,9 @@ LIMIT = 20_000
 # the server does not cache its next response.
 SETTINGS = "nar_compression = 'none'\ndebug_info = false"
 COUNT_HITS = f"""
-import os, sys
 from harmonia.server.http.response_cache import ResponseCache
-find, ResponseCache.__init__.__defaults__ = ResponseCache.response, ({LIMIT}, {LIMIT})
-def counting(self, head):
-    answer = find(self, head)
-    if answer is not None:
-        with open(os.path.join(os.path.dirname(sys.argv[-1]), "again"), "a") as file:
-            file.write("again")
-    return answer
-ResponseCache.response = counting
-"""
+ResponseCache.__init__.__defaults__ = {LIMIT}, {LIMIT}
+{COUNT_ALL}"""
 COUNTING = patched(COUNT_HITS)
 
 
@@ -66,12 +59,6 @@ def head(info: PathInfo, *fields: str, method: str = "GET") -> str:
     return "\r\n".join([f"{method} /{info.path.hash_part}.narinfo HTTP/1.1", "Host: cache", *fields, "", ""])
 
 
-def hits(server: Server) -> int:
-    """Return how many responses came from the cache so far."""
-    marker = server.directory / "again"
-    return marker.read_text().count("again") if marker.exists() else 0
-
-
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(
     "field", ["Accept-Encoding: zstd", "If-None-Match: *", "Range: bytes=0-3", "via: 1.1 harmonia"]
@@ -85,7 +72,7 @@ def test_identical_request_gets_the_cached_response(server: Server, info: PathIn
         def is_cached() -> bool:
             """Send the request again. The first of these may arrive before the response is cached."""
             assert client.ask(head(info, field, method=method), method=method) == first
-            return hits(server) >= 3
+            return count(server) >= 3
 
         wait_until(is_cached)
     assert server.request(method, f"/{info.path.hash_part}.narinfo", dict([field.split(": ")])).headers == {
@@ -107,7 +94,7 @@ def test_date_of_a_cached_response_is_current(server: Server, info: PathInfo) ->
         length = {len(date()) for _ in range(3)}
         wait_until(lambda: date() and len(dates) > 1)
         assert length == {len(date())}
-    assert hits(server) > 3
+    assert count(server) > 3
 
 
 def test_cached_responses_are_counted(server: Server, info: PathInfo) -> None:
@@ -152,7 +139,7 @@ def test_changed_narinfo_is_sent_at_once(start: Start, store: StoreBuilder, info
         assert text() == "Not Found\n"
         store.add(info.path, b"contents" * 1000)
         assert "FileHash" in text()
-    assert hits(server) >= 1
+    assert count(server) >= 1
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -166,7 +153,7 @@ def test_cached_404_is_used_until_the_path_exists(
         first = client.ask(asked, method=method)
         assert (first.status, first.headers["cache-control"]) == (404, "no-store")
         assert [client.ask(asked, method=method) for _ in range(3)] == [first] * 3
-        assert hits(server) == 3
+        assert count(server) == 3
         store.add(info.path, b"contents" * 1000)
         assert client.ask(asked, method=method).status == 200
     assert 'harmonia_requests_total{route="narinfo",status="404"} 4.0\n' in server.get("/metrics").text
@@ -178,9 +165,9 @@ def test_404s_evict_no_other_responses(server: Server, info: PathInfo) -> None:
         client.ask(nar_head(info))
         for number in range(100):
             assert client.ask(head(info).replace(info.path.hash_part, f"{number:032}")).status == 404
-        before = hits(server)
+        before = count(server)
         client.ask(nar_head(info))
-    assert hits(server) == before + 1
+    assert count(server) == before + 1
 
 
 @pytest.mark.parametrize("body", ["", "\r\n"])
@@ -194,7 +181,7 @@ def test_request_with_a_body_is_not_cached(server: Server, info: PathInfo, body:
                 assert connection.recv(1) == b""
             else:
                 assert client.ask(request).status == 200
-    assert hits(server) == 0
+    assert count(server) == 0
 
 
 @pytest.mark.parametrize("field", ["Connection: close", None])
@@ -206,7 +193,7 @@ def test_connection_close_is_respected(server: Server, info: PathInfo, field: st
             Client(connection, server).ask(head(info))
             assert Client(connection, server).ask(request).status == 200
             assert connection.recv(1) == b""
-    assert hits(server) >= 3
+    assert count(server) >= 3
 
 
 def test_split_and_pipelined_requests_get_correct_responses(server: Server, info: PathInfo) -> None:
@@ -233,7 +220,7 @@ def test_split_and_pipelined_requests_get_correct_responses(server: Server, info
         assert ask(request[:-2], request[-2:] + request[:10], request[10:]) == 2 * answer
         assert ask(3 * request) == 3 * answer
         assert ask(request, request, request) == 3 * answer
-    assert hits(server) == 4
+    assert count(server) == 4
 
 
 def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathInfo, tmp_path: Path) -> None:
@@ -247,13 +234,13 @@ def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathIn
         absent = asked.replace(info.path.hash_part, "0" * 32)
         assert [client.ask(asked).status for _ in range(3)] == [200] * 3
         assert [client.ask(absent).status for _ in range(3)] == [404] * 3
-        before = hits(server)
+        before = count(server)
         assert before > 0
         tokens.write_text("")
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("tokens reloaded")
         assert [client.ask(text).status for text in (asked, absent)] == [401] * 2
-    assert hits(server) == before
+    assert count(server) == before
 
 
 def test_expired_token_gets_401_not_a_cached_response(start: Start, info: PathInfo, tmp_path: Path) -> None:
@@ -272,11 +259,11 @@ auth.time = types.SimpleNamespace(time=lambda: 4e9 if os.path.exists(late) else 
         client = Client(connection, server)
         kinds = [head(info, f"Authorization: Bearer {secret}"), nar_head(info, f"Authorization: Bearer {secret}")]
         assert [client.ask(asked).status for asked in kinds * 3] == [200] * 6
-        before = hits(server)
+        before = count(server)
         assert before > 0
         (server.directory / "late").touch()
         assert [client.ask(asked).status for asked in kinds] == [401] * 2
-    assert hits(server) == before
+    assert count(server) == before
 
 
 def test_pushers_cached_narinfo_is_not_used_after_its_row_was_damaged(
@@ -294,12 +281,12 @@ def test_pushers_cached_narinfo_is_not_used_after_its_row_was_damaged(
     with server.connect() as connection:
         client = Client(connection, server)
         assert [client.ask(asked).status for asked in kinds * 3] == [200] * 6
-        before = hits(server)
+        before = count(server)
         assert before == 4
         with store.connect() as database:
             database.execute("update ValidPaths set narSize = null")
         assert [client.ask(asked).status for asked in kinds] == [404] * 2
-    assert hits(server) == before
+    assert count(server) == before
 
 
 def test_spool_is_not_read_on_the_event_loop_while_the_disk_is_slow(
@@ -321,10 +308,10 @@ LoopReads.allowed = property(lambda self: not os.path.exists(slow))
     with server.connect() as connection:
         client = Client(connection, server)
         assert [client.ask(kind, method="HEAD").status for kind in kinds * 3] == [404] * 6
-        assert hits(server) == 4
+        assert count(server) == 4
         (server.directory / "slow").touch()
         assert [client.ask(kind, method="HEAD").status for kind in kinds] == [404] * 2
-    assert hits(server) == 4
+    assert count(server) == 4
 
 
 def nar_head(info: PathInfo, *fields: str, suffix: str = "") -> str:
@@ -341,7 +328,7 @@ def test_small_nar_is_replayed_until_the_path_is_deleted(
         first = client.ask(asked)
         assert first.status == 200
         assert [client.ask(asked) for _ in range(3)] == [first] * 3
-        assert hits(server) == 3
+        assert count(server) == 3
         metrics = server.get("/metrics").text
         assert 'harmonia_requests_total{route="nar",status="200"} 4.0\n' in metrics
         labels = 'outcome="memory",route="nar"'
@@ -365,7 +352,7 @@ def test_response_is_replayed_if_it_is_short_although_its_nar_is_not(
         client = Client(connection, server)
         first = client.ask(nar_head(info, field, suffix=suffix))
         assert client.ask(nar_head(info, field, suffix=suffix)) == first
-    assert hits(server) == replays
+    assert count(server) == replays
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst"])
@@ -389,7 +376,7 @@ def test_size_of_the_cache_is_bounded(server: Server, info: PathInfo) -> None:
         for number in range(100):
             client.ask(head(info, f'If-None-Match: "{number:03}"'))
         assert client.ask(head(info, 'If-None-Match: "099"')).status == 200
-        assert hits(server) == 1
+        assert count(server) == 1
         for number in reversed(range(100)):
             client.ask(head(info, f'If-None-Match: "{number:03}"'))
-        assert 10 < hits(server) < 1 + LIMIT / 500
+        assert 10 < count(server) < 1 + LIMIT / 500

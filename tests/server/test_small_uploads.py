@@ -12,6 +12,7 @@ import pytest
 
 from harmonia.config.tokens import new
 from harmonia.tools.store_builder import StoreBuilder
+from support.lean_responses import COUNT_UPLOADS, count
 from support.push_target import spooled
 from support.pusher import Pushed, Pusher
 from support.running import PATIENCE_S, Server, case, patched, read_answer, wait_until
@@ -21,20 +22,9 @@ Start = Callable[..., Server]
 WITHOUT = patched(
     "from harmonia.server.http.small_uploads import SmallUploads\nSmallUploads.begin = lambda self, data: None"
 )
-_COUNT = """
-import os, sys
-from harmonia.server.http.small_uploads import SmallUpload
-store = SmallUpload.store
-async def counting(self):
-    response = await store(self)
-    with open(os.path.join(os.path.dirname(sys.argv[-1]), "without-sanic"), "a") as file:
-        file.write("x")
-    return response
-SmallUpload.store = counting
-"""
-COUNTING = patched(_COUNT)
+COUNTING = patched(COUNT_UPLOADS)
 QUICK = patched(
-    f"""{_COUNT}
+    f"""{COUNT_UPLOADS}
 from harmonia.server.http import sanic_adapter
 sanic_adapter._UPLOAD_TIMEOUT_S = 0.05
 leave = sanic_adapter.Connection._leave_upload_to_sanic
@@ -110,12 +100,6 @@ def response(connection: socket.socket, data: bytes) -> bytes:
                 break
             received += part
     return received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def count(server: Server) -> int:
-    """Return the number of uploads that were stored without Sanic."""
-    file = server.directory / "without-sanic"
-    return len(file.read_text()) if file.exists() else 0
 
 
 def request(pushing: Pusher, path: Pushed, *fields: str) -> bytes:
