@@ -133,7 +133,8 @@ class Compressor:
     def small_in_memory(self, sha256: bytes) -> bytes | None:
         """Return a small NAR in our own encoding, if it was compressed before and is still in memory."""
         with self._lock:
-            return self._small.get(sha256)
+            compressed: bytes | None = self._small.get(sha256)  # older cachetools have no types
+            return compressed
 
     def count_fill(self, encoding: Encoding, difference: int) -> None:
         """Add `difference` to the number of NARs now compressed into the cache, in our encoding or in others."""
