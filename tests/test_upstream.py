@@ -318,7 +318,8 @@ def test_cancelled_caller_leaves_no_task_and_no_error() -> None:
         await asyncio.sleep(0.01)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(reading, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await reading
         assert cancelled.is_set()
         gc.collect()
         assert not errors

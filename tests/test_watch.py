@@ -1,5 +1,6 @@
 """`harmonia watch`: each new path of the store reaches the target, whatever happens meanwhile."""
 
+import asyncio
 import os
 import random
 import re
@@ -17,9 +18,16 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.config.settings import Settings
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
+from harmonia.upload.http_target import HttpTarget
+from harmonia.upload.nar_files import NarFiles
+from harmonia.upload.queue import UploadQueue
+from harmonia.upload.uploader import Uploader
+from harmonia.upload.watcher import Watcher
 from support import preloaded
 from support.put_server import PutServer, put_server
 from support.running import PATIENCE_S, ServiceManager, peak_bytes, run, wait_until
@@ -383,6 +391,35 @@ class TestFilters:
 
 
 class TestService:
+    def test_cancellation_beside_a_new_path_is_not_lost(
+        self, store: StoreBuilder, cache: PutServer, tmp_path: Path
+    ) -> None:
+        """asyncio.wait_for of Python 3.11 lost it, so the process did not stop at SIGTERM."""
+        settings = Settings(real_nix_store=str(store.real_dir), nix_db_path=str(store.db_path), cache_dir=str(tmp_path))
+
+        async def run(queue: UploadQueue, nars: NarFiles) -> None:
+            target = HttpTarget(cache.url, "/nix/store", attempts=1)
+            uploader = Uploader(Store.of(settings), target, nars, jobs=1)
+            watcher = Watcher(
+                Store.of(settings), "", queue, target, uploader, wanted=lambda _: True, new_paths=False, roots=()
+            )
+            running = asyncio.create_task(watcher.run(lambda: None))
+            async with asyncio.timeout(PATIENCE_S):
+                await asyncio.to_thread(wait_until, lambda: watcher.target_answers)
+                await asyncio.sleep(0.1)  # it has looked at the queue, and waits
+                await watcher.add([store.output_path("new")])
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+            assert running.cancelled()
+            uploader.close()
+            await target.close()
+
+        with (
+            closing(UploadQueue(str(tmp_path / "queue"))) as queue,
+            closing(NarFiles(settings, str(store.real_dir), str(tmp_path))) as nars,
+        ):
+            asyncio.run(run(queue, nars))
+
     def test_it_is_ready_feeds_the_watchdog_and_stops(self, store: StoreBuilder, watch: Watch, tmp_path: Path) -> None:
         runtime = tmp_path / "run"
         runtime.mkdir()

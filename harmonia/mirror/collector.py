@@ -170,8 +170,9 @@ class Collector:
         """Renew the lease until it is lost, or the collection has ended."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), _RENEWAL_S)
-                return
+                async with asyncio.timeout(_RENEWAL_S):
+                    await ended.wait()
+                    return
             with suppress(TargetError):  # `_check_lease` stops the collection if this lasts
                 if not await self._holds_lease():
                     return

@@ -146,7 +146,8 @@ class Watcher:
                         cursor = page.cursor
                     if page.complete:
                         with suppress(TimeoutError):
-                            await asyncio.wait_for(changed.wait(), POLL_S)
+                            async with asyncio.timeout(POLL_S):
+                                await changed.wait()
             finally:
                 if descriptor is not None:
                     asyncio.get_running_loop().remove_reader(descriptor)
@@ -232,7 +233,8 @@ class Watcher:
                     due = await self._with_queue(self._queue.next_due)
                     idle = _MAX_IDLE_S if due is None else min(max(due - time.time(), 0.01), _MAX_IDLE_S)
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._settled.wait(), idle)
+                        async with asyncio.timeout(idle):
+                            await self._settled.wait()
                 for batch in [each for each in batches if each.done()]:
                     batches.remove(batch)
                     batch.result()  # raises what is a bug
