@@ -5,12 +5,14 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis.strategies import none
 
+from support.ports import ReservedPort
 from support.programs import NOT_ROOT, namespaces_forbidden, require, skips
 from support.running import Server
 from support.s3_service import Folder, S3Service
@@ -83,13 +85,20 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.stop()
 
 
+@pytest.fixture
+def new_port() -> Iterator[Callable[[], int]]:
+    """Return a function that reserves a port until the end of the test."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(ReservedPort()).number
+
+
 @pytest.fixture(scope="session")
 def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
     """Run SeaweedFS for all tests of this process."""
     service = S3Service(tmp_path_factory.mktemp("s3"))
     service.start()
     yield service
-    service.stop()
+    service.close()
 
 
 @pytest.fixture

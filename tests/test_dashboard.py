@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -28,10 +27,9 @@ VARIABLES = {"$job": "harmonia", "$instance": ".+", "$__rate_interval": "1m", "$
 class Prometheus:
     """A Prometheus that scrapes a server ten times a second."""
 
-    def __init__(self, directory: Path, server: Server) -> None:
+    def __init__(self, directory: Path, server: Server, port: int) -> None:
         require("prometheus")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = port
         target = server.url.removeprefix("http://")
         config = {
             "scrape_configs": [
@@ -68,11 +66,11 @@ def panels() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def prometheus(start: Start, tmp_path: Path) -> Iterator[tuple[Prometheus, Server, str]]:
+def prometheus(start: Start, tmp_path: Path, new_port: Callable[[], int]) -> Iterator[tuple[Prometheus, Server, str]]:
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("big"), b"compressible" * 200_000)
     server = start(store=tmp_path / "store")
-    running = Prometheus(tmp_path, server)
+    running = Prometheus(tmp_path, server, new_port())
     yield running, server, file_url(info)
     running.process.terminate()
     running.process.wait()

@@ -178,12 +178,6 @@ def reported(*arguments: str, status: int = 3, **environment: str) -> list[tuple
     return [(found.what, found.remedy) for found in problems(findings)]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize("compression", ["none", "xz", "bzip2", "gzip", "zstd"])
 def test_correct_cache_has_no_problems(cache: Cache, compression: str) -> None:
     cache.compression = compression
@@ -467,16 +461,14 @@ def test_redirects_are_followed(cache: Cache) -> None:
     assert problems(examined(cache)) == []
 
 
-def test_unreachable_server_is_one_error_with_a_remedy(tmp_path: Path) -> None:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-        (tmp_path / "harmonia.toml").write_text(f"bind = '127.0.0.1:{port}'")
-        for arguments in (["doctor", f"http://127.0.0.1:{port}"], ["doctor"]):
-            answer = run("--config", str(tmp_path / "harmonia.toml"), *arguments)
-            assert answer.returncode == 3
-            assert "Connection refused" in answer.stdout
-            assert answer.stdout.count("→") == 1
+def test_unreachable_server_is_one_error_with_a_remedy(tmp_path: Path, new_port: Callable[[], int]) -> None:
+    port = new_port()
+    (tmp_path / "harmonia.toml").write_text(f"bind = '127.0.0.1:{port}'")
+    for arguments in (["doctor", f"http://127.0.0.1:{port}"], ["doctor"]):
+        answer = run("--config", str(tmp_path / "harmonia.toml"), *arguments)
+        assert answer.returncode == 3
+        assert "Connection refused" in answer.stdout
+        assert answer.stdout.count("→") == 1
 
 
 class TestCommand:
@@ -636,11 +628,15 @@ class TestTLS:
         assert remedy.startswith("renew it, then reload the server")
 
     def test_certificate_is_checked_for_the_name_in_base_url(
-        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
+        self,
+        tmp_path: Path,
+        start: Callable[..., Server],
+        certificate: Callable[..., str],
+        new_port: Callable[[], int],
     ) -> None:
         StoreBuilder(tmp_path / "store")
         settings = certificate(90, "DNS:cache.example.org")
-        server = start(store=tmp_path / "store", bind=f"127.0.0.1:{free_port()}", settings=settings)
+        server = start(store=tmp_path / "store", bind=f"127.0.0.1:{new_port()}", settings=settings)
         trusted = {"NIX_SSL_CERT_FILE": str(tmp_path / "cert.pem")}
         answer = run("--config", str(server.config), "doctor", environment=trusted)
         assert "not valid for '127.0.0.1'" in answer.stdout
@@ -651,12 +647,16 @@ class TestTLS:
         assert "TLS: the certificate is trusted" in answer.stdout, answer.stdout
 
     def test_wrong_scheme_is_reported_with_the_right_url(
-        self, tmp_path: Path, start: Callable[..., Server], certificate: Callable[..., str]
+        self,
+        tmp_path: Path,
+        start: Callable[..., Server],
+        certificate: Callable[..., str],
+        new_port: Callable[[], int],
     ) -> None:
         StoreBuilder(tmp_path / "store")
         ours = start(store=tmp_path / "store", settings=certificate(90)).url
         pair = f"ssl_certificate {tmp_path}/cert.pem; ssl_certificate_key {tmp_path}/key.pem;"
-        port = free_port()
+        port = new_port()
         with nginx(tmp_path / "nginx", "", f"server {{ listen 127.0.0.1:{port} ssl; {pair} }}") as (plain, _):
             for url in (ours, f"https://127.0.0.1:{port}"):
                 [(_, remedy)] = reported(url.replace("https", "http"))
@@ -677,8 +677,8 @@ class TestUnusableCacheIsOneFinding:
         [(_, remedy)] = reported(url, NETRC=str(tmp_path / "netrc"))
         assert remedy.startswith("replace the token for 127.0.0.1 in the netrc")
 
-    def test_proxy_without_a_server(self, tmp_path: Path) -> None:
-        with nginx(tmp_path / "nginx", f"location / {{ proxy_pass http://127.0.0.1:{free_port()}; }}") as (url, _):
+    def test_proxy_without_a_server(self, tmp_path: Path, new_port: Callable[[], int]) -> None:
+        with nginx(tmp_path / "nginx", f"location / {{ proxy_pass http://127.0.0.1:{new_port()}; }}") as (url, _):
             [(what, remedy)] = reported(url)
         assert what.startswith("nix-cache-info returns 502")
         assert remedy.startswith("check that the server behind the proxy runs")

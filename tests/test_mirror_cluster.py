@@ -16,7 +16,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support import preloaded
 from support.mirrors import chain, configure
 from support.running import HARMONIA, run, wait_until
-from support.s3_service import S3Service, free_ports
+from support.s3_service import S3Service
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -28,7 +28,7 @@ class Cluster(S3Service):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self._masters, self._volumes = free_ports(NODES), free_ports(NODES)
+        self._masters, self._volumes = self._reserve(NODES), self._reserve(NODES)
         self.nodes = [self._start_node(number) for number in range(NODES)]
 
     def _start(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
+from support.ports import ReservedPort
 from support.programs import needs
 from support.running import Server, run
 
@@ -97,15 +97,14 @@ def test_server_and_check_config_report_the_same_error(tmp_path: Path, setting: 
 def test_overlapping_addresses_are_rejected(
     start: Start, tmp_path: Path, bind: str, metrics_bind: str, *, refused: bool
 ) -> None:
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
-    bind, metrics_bind = (each.format(port=port, directory=tmp_path) for each in (bind, metrics_bind))
-    if refused:
-        line = reported_error(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
-        expected = f"metrics_bind: {metrics_bind} overlaps with bind = '{bind}'; choose another address\n"
-        assert line == expected.replace(str(tmp_path), "ROOT")
-    else:
-        start(store=tmp_path / "store", bind=bind, settings=f"metrics_bind = '{metrics_bind}'")
+    with ReservedPort(host="") as port:
+        bind, metrics_bind = (each.format(port=port.number, directory=tmp_path) for each in (bind, metrics_bind))
+        if refused:
+            line = reported_error(tmp_path, f"bind = '{bind}'\nmetrics_bind = '{metrics_bind}'")
+            expected = f"metrics_bind: {metrics_bind} overlaps with bind = '{bind}'; choose another address\n"
+            assert line == expected.replace(str(tmp_path), "ROOT")
+        else:
+            start(store=tmp_path / "store", bind=bind, settings=f"metrics_bind = '{metrics_bind}'")
 
 
 def certificate(directory: Path, *, days: int) -> str:
@@ -199,10 +198,10 @@ def test_locked_database_gives_a_warning_only(start: Start, store: StoreBuilder,
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:{port}", "unix:{directory}/socket"])
 @pytest.mark.usefixtures("store")
-def test_check_config_does_not_disturb_a_running_server(start: Start, tmp_path: Path, bind: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = start(store=tmp_path / "store", bind=bind.format(port=port, directory=tmp_path))
+def test_check_config_does_not_disturb_a_running_server(
+    start: Start, tmp_path: Path, new_port: Callable[[], int], bind: str
+) -> None:
+    server = start(store=tmp_path / "store", bind=bind.format(port=new_port(), directory=tmp_path))
     for _ in range(3):
         checked = run("--config", str(server.config), "check-config")
         assert (checked.returncode, checked.stderr) == (0, "")

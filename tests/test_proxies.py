@@ -31,13 +31,6 @@ def snippet(language: str) -> str:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port: int = reserved.getsockname()[1]
-        return port
-
-
 @contextmanager
 def running(port: int, command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[None]:
     def listens() -> bool:
@@ -54,8 +47,7 @@ def running(port: int, command: list[str], environment: Mapping[str, str] | None
 
 
 @contextmanager
-def nginx(directory: Path) -> Iterator[str]:
-    port = free_port()
+def nginx(directory: Path, port: int) -> Iterator[str]:
     site = (
         snippet("nginx").replace(SOCKET, f"unix:{directory}/socket").replace("listen 443", f"listen 127.0.0.1:{port}")
     )
@@ -76,8 +68,7 @@ def nginx(directory: Path) -> Iterator[str]:
 
 
 @contextmanager
-def caddy(directory: Path) -> Iterator[str]:
-    port = free_port()
+def caddy(directory: Path, port: int) -> Iterator[str]:
     site = snippet("caddyfile").replace("unix//run/harmonia/socket", f"unix/{directory}/socket")
     certificate = f"tls {directory}/cert.pem {directory}/key.pem"
     site = site.replace("cache.example.org {", f"https://localhost:{port} {{\n\t{certificate}")
@@ -97,7 +88,11 @@ def certificate(tmp_path: Path) -> ssl.SSLContext:
 @needs("openssl")
 @pytest.mark.parametrize("proxy", [nginx, caddy], ids=["nginx", "caddy"])
 def test_cache_behind_a_proxy(
-    proxy: Callable[[Path], AbstractContextManager[str]], tmp_path: Path, start: Start, certificate: ssl.SSLContext
+    proxy: Callable[[Path, int], AbstractContextManager[str]],
+    tmp_path: Path,
+    start: Start,
+    certificate: ssl.SSLContext,
+    new_port: Callable[[], int],
 ) -> None:
     name = proxy.__name__
     require(name)
@@ -112,7 +107,7 @@ def test_cache_behind_a_proxy(
         bind=f"unix:{tmp_path}/socket",
         settings=f"sign_key_paths = ['{tmp_path}/key']\naccess_log = true\n{settings}",
     )
-    with proxy(tmp_path) as url:
+    with proxy(tmp_path, new_port()) as url:
 
         def get(path: str, **headers: str) -> tuple[int, Mapping[str, str], bytes]:
             named = {name.replace("_", "-"): value for name, value in headers.items()}

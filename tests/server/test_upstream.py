@@ -9,13 +9,11 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1529,12 +1527,6 @@ def test_requests_for_other_resources_end_by_the_timeout(begin: Start, upstream:
 # Several servers of Harmonia
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
-
-
 def test_chain_of_three_servers(begin: Start, start: Start, tmp_path: Path) -> None:
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": random.Random(1).randbytes(1 << 20)}, keys=[KEY])
@@ -1572,12 +1564,14 @@ def all_up(server: Server, count: int) -> bool:
 
 
 @pytest.mark.parametrize(("size", "upstreams"), [(2, 1), (3, 1), (3, 2), (4, 3)])
-def test_requests_do_not_loop(start: Start, store: StoreBuilder, tmp_path: Path, size: int, upstreams: int) -> None:
+def test_requests_do_not_loop(
+    start: Start, store: StoreBuilder, tmp_path: Path, new_port: Callable[[], int], size: int, upstreams: int
+) -> None:
     """Each server has the next servers as upstreams: one in a ring, all others in a mesh."""
     store.add_text("here", b"here\n")
     far = StoreBuilder(tmp_path / "far")
     info = far.add(far.output_path("far"), {"file": b"far"}, keys=[KEY])
-    ports = free_ports(size)
+    ports = [new_port() for _ in range(size)]
     servers = []
     for number, port in enumerate(ports):
         others = [

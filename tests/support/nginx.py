@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.ports import ReservedPort
 from support.running import wait_until
 
 
@@ -18,30 +19,30 @@ def nginx(directory: Path, server: str, http: str = "") -> Iterator[tuple[str, P
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     if not Path(program).exists():
         pytest.skip("no nginx on this machine: apt-get install nginx-light")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    directory.mkdir()
-    log = directory / "access.log"
-    (directory / "nginx.conf").write_text(
-        f"""
-        daemon off; pid {directory}/pid; error_log {directory}/error.log; user root;
-        events {{}}
-        http {{
-          access_log {log}; sendfile on;
-          client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
-          uwsgi_temp_path {directory}; scgi_temp_path {directory};
-          {http}
-          server {{ listen 127.0.0.1:{port}; {server} }}
-        }}
-        """
-    )
-    process = subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"])
-    try:
-        wait_until(lambda: _listens(port))
-        yield f"http://127.0.0.1:{port}", log
-    finally:
-        process.terminate()
-        process.wait()
+    with ReservedPort() as reserved:
+        port = reserved.number
+        directory.mkdir()
+        log = directory / "access.log"
+        (directory / "nginx.conf").write_text(
+            f"""
+            daemon off; pid {directory}/pid; error_log {directory}/error.log; user root;
+            events {{}}
+            http {{
+              access_log {log}; sendfile on;
+              client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
+              uwsgi_temp_path {directory}; scgi_temp_path {directory};
+              {http}
+              server {{ listen 127.0.0.1:{port}; {server} }}
+            }}
+            """
+        )
+        process = subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"])
+        try:
+            wait_until(lambda: _listens(port))
+            yield f"http://127.0.0.1:{port}", log
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _listens(port: int) -> bool:

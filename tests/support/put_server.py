@@ -10,17 +10,19 @@ from typing import Any
 
 from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
+from support.ports import ReservedPort
 
 Fault = Callable[[str, str], int | None]
 """A function of method and path that returns a status to fail with, 0 to close the connection, or None."""
 
 
 class PutServer:
-    """The cache in `directory`. `bulk` announces and answers questions for many narinfos."""
+    """The cache in `directory`, at a reserved port. `bulk` announces and answers questions for many narinfos."""
 
-    def __init__(self, directory: Path, *, bulk: bool = False) -> None:
+    def __init__(self, directory: Path, port: int, *, bulk: bool = False) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
+        self.port = port
         self.bulk = bulk
         self.requests: list[tuple[str, str]] = []
         """Method and path of each answered request."""
@@ -30,21 +32,18 @@ class PutServer:
         self.retry_after: str | None = None
         self._lock = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
-        self.port = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen: the first time at a free port, later at the same."""
         cache = self
 
         class Handler(_Handler):
             server_cache = cache
 
         self._server = _Server(("127.0.0.1", self.port), Handler)
-        self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
@@ -172,9 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def put_server(directory: Path, *, bulk: bool = False) -> Iterator[PutServer]:
-    server = PutServer(directory, bulk=bulk)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+    with ReservedPort() as port:
+        server = PutServer(directory, port.number, bulk=bulk)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

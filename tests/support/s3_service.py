@@ -5,11 +5,11 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from obstore.store import S3Store
 from harmonia.nix import narinfo
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
+from support.ports import ReservedPort
 
 _ACCESS, _SECRET = "testtest", "testtestsecret"
 _READER = "readonly", "readonlysecret"
@@ -55,8 +56,21 @@ class S3Service:
         (directory / "data").mkdir()
         (directory / "s3.json").write_text(json.dumps(_IDENTITIES))
         self.process: subprocess.Popen[bytes]
-        self._ports = free_ports(4)
+        self._reserved = ExitStack()
+        self._ports = self._reserve(4)
         self.url = f"http://127.0.0.1:{self._ports[3]}"
+
+    def _reserve(self, count: int) -> list[int]:
+        """Return ports that are reserved together with those of gRPC, until `close`."""
+        chosen: list[int] = []
+        while len(chosen) < count:
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            with ExitStack() as pair, suppress(OSError):
+                for each in (port, port + _GRPC_OFFSET):
+                    pair.enter_context(ReservedPort(each))
+                self._reserved.enter_context(pair.pop_all())
+                chosen.append(port)
+        return chosen
 
     def launch(self) -> "subprocess.Popen[bytes]":
         """Start the process, without waiting for success."""
@@ -98,6 +112,11 @@ class S3Service:
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         self.process.send_signal(number)
         self.process.wait(_PATIENCE_S)
+
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+        self._reserved.close()
 
     def store(self, bucket: str) -> S3Store:
         return S3Store(
@@ -174,19 +193,3 @@ class Folder:
         for info, nar in paths.values():
             assert objects.get(nar.url) == nar.file_size, info.path
             assert {reference.hash_part for reference in info.references} <= paths.keys(), info.path
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free together with the ports of gRPC."""
-    chosen: list[int] = []
-    while len(chosen) < count:
-        port = random.SystemRandom().randrange(20_000, 32_000)  # below the ports of clients on Linux
-        try:
-            for each in (port, port + _GRPC_OFFSET):
-                with socket.create_server(("127.0.0.1", each)):
-                    pass
-        except OSError:
-            continue
-        if port not in chosen:
-            chosen.append(port)
-    return chosen
