@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from time import monotonic
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from cachetools import LRUCache
 
@@ -20,6 +21,7 @@ from harmonia.process import request_trace
 from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
 from harmonia.store import queries
+from harmonia.store.new_paths import Cursor, NewPaths
 from harmonia.store.publish_policy import CLOSURE_FRESH_S, PublishPolicy
 from harmonia.store.store import PathRow, Store
 
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _MAX_PATHS = 8192  # cached paths, about 2 KiB each
+_ABSENT_MAX_AGE_S = 10.0  # for which only new rows are read to learn whether a missing path has become valid
 _CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served before the closure is refreshed
 
 _log = logging.getLogger("harmonia")
+
+_T = TypeVar("_T")
 
 
 class Unknown(Enum):
@@ -50,7 +55,8 @@ class SignedPath:
 
 @dataclass(slots=True)
 class _CachedPath:
-    path: SignedPath
+    path: SignedPath | None
+    """None if the publish policy forbids the path."""
     row: PathRow
     generation: Hashable
     """The generation of the database as of which the path has this row."""
@@ -72,9 +78,16 @@ class Paths:
         self._this_turn: Hashable = None
         self._cache: MutableMapping[str, _CachedPath] = LRUCache(_MAX_PATHS)
         self._lookups = SingleFlight()
+        self.rows_read = 0
+        """The number of rows read on the event loop that were new or had changed."""
+        self._new_paths = NewPaths(self._loop_store, database)
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
         """Hash parts without a path, as of the generation `_absent_as_of` of the database."""
+        self._absent_until = 0.0
+        """The time from which all of them are looked up again (time.monotonic)."""
+        self._newest: Cursor | None = None
+        """The newest path before all lookups of these hash parts, or None if it could not be read."""
         self._closure = policy.closure if policy is not None else None
         self._refreshing: Future[None] | None = None
 
@@ -124,7 +137,7 @@ class Paths:
         generation = self._generation()
         if self._absent_as_of != generation:
             self._absent_as_of = generation
-            self._absent.clear()
+            self._renew_absent()
         if hash_part in self._absent:
             return None
         cached: _CachedPath | None
@@ -140,7 +153,29 @@ class Paths:
             found = self._threads.loop_db.run(partial(self._look_up, self._loop_store, hash_part, cached, generation))
         except StoreUnavailableError:  # perhaps only busy: a thread waits
             return UNKNOWN
+        if found is not None and (cached is None or cached.path is not found.path):
+            self.rows_read += 1
         return self._keep(hash_part, generation, found)
+
+    def _renew_absent(self) -> None:
+        """Remove the hash parts that have become valid from those without a path. Remove all if that is not certain."""
+        page = None
+        if self._absent and self._newest is not None and monotonic() < self._absent_until:
+            page = self._new_now(partial(self._new_paths.page, self._newest))
+        if page is not None and page.complete:
+            self._absent.difference_update(new.path.hash_part for new in page.paths)
+            self._newest = page.cursor
+        else:
+            self._absent.clear()
+            self._absent_until = monotonic() + _ABSENT_MAX_AGE_S
+            self._newest = self._new_now(self._new_paths.newest)
+
+    def _new_now(self, read: Callable[[], _T]) -> _T | None:
+        """Return what is new in the database, or None if that would block."""
+        if self._threads.loop_db.allowed:
+            with suppress(StoreUnavailableError):  # perhaps only busy
+                return self._threads.loop_db.run(read)
+        return None
 
     async def _query(self, hash_part: str, generation: Hashable) -> SignedPath | None:
         """Look the path up in a thread, and cache the result as of `generation`."""
@@ -205,7 +240,7 @@ class Paths:
     def is_absent(self, hash_part: str) -> bool:
         """Return True if it is certain that no path has this hash part now. Return False if a thread must look."""
         try:
-            return self._lookup_now(hash_part) is None and hash_part in self._absent
+            return self._lookup_now(hash_part) is None
         except StoreObjectError:
             return False
 
@@ -273,7 +308,7 @@ class Paths:
             return _CachedPath(cached.path, row, generation)
         info = store.parse_row(row)
         if self.policy is not None and not self.policy.permits(info):
-            return None
+            return _CachedPath(None, row, generation)
         for sig in info.sigs:
             if not is_signature(sig):
                 _log.warning("%s: skipping a stored signature: %r is malformed; sign the path again", info.path, sig)

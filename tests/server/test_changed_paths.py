@@ -18,10 +18,11 @@ from harmonia.nix import base32, narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.process.loop_reads import LoopReads
-from harmonia.server import worker
+from harmonia.server import path_lookup, worker
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response_cache import ABSENT
 from harmonia.server.resources.narinfo import Narinfos, nar_url
+from harmonia.store.new_paths import PAGE_PATHS
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 
@@ -181,6 +182,86 @@ def test_replaced_database_is_read_in_the_next_turn_of_the_event_loop(tmp_path: 
         await asyncio.sleep(0)
         assert outcome(removed) is Outcome.NONE
         assert outcome(added) is Outcome.STORE
+
+    asyncio.run(check())
+    context.close()
+
+
+def lookups(context: ServerContext) -> float:
+    """Return the number of queries on the event loop."""
+    return sum(context.metrics.own.database.cells[:-1])
+
+
+def missing_hash_part(number: int) -> str:
+    return base32.encode((1000 + number).to_bytes(20, "little"))
+
+
+def test_missing_paths_are_not_looked_up_again_after_each_commit(tmp_path: Path) -> None:
+    builder = StoreBuilder(tmp_path / "store")
+    context = prepared(builder, str(tmp_path))
+    narinfos = Narinfos(context)
+
+    async def queries_of_a_round(added: int) -> float:
+        builder.add_text(f"added-{added}", b"")
+        await asyncio.sleep(0)
+        before = lookups(context)
+        for number in range(100):
+            assert narinfos.content_now(missing_hash_part(number)) == (ABSENT, Outcome.NONE)
+        return lookups(context) - before
+
+    async def check() -> None:
+        assert await queries_of_a_round(0) >= 100
+        assert [await queries_of_a_round(added) for added in range(1, 4)] == [1, 1, 1]
+
+    asyncio.run(check())
+    context.close()
+
+
+@pytest.mark.parametrize("added", [1, PAGE_PATHS - 1, PAGE_PATHS, 2 * PAGE_PATHS])
+def test_missing_path_is_found_among_many_new_paths(tmp_path: Path, added: int) -> None:
+    builder = StoreBuilder(tmp_path / "store")
+    context = prepared(builder, str(tmp_path))
+    narinfos = Narinfos(context)
+
+    async def check() -> None:
+        assert narinfos.content_now(missing_hash_part(added - 1)) == (ABSENT, Outcome.NONE)
+        with builder.connect() as database:
+            for number in range(added):
+                register(f"/nix/store/{missing_hash_part(number)}-path", 0, 1)(database)
+        await asyncio.sleep(0)
+        found = narinfos.content_now(missing_hash_part(added - 1))
+        assert found is not None
+        assert found[1] is Outcome.STORE
+
+    asyncio.run(check())
+    context.close()
+
+
+@pytest.mark.parametrize(("added", "wait_s"), [(0, 0.0), (5, 11.0)], ids=["lower numbers", "higher numbers"])
+def test_path_of_a_restored_backup_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: int, wait_s: float
+) -> None:
+    """A backup may have a path under a number that was used for another path. Higher ones hide that for 10 s."""
+    builder, backup = StoreBuilder(tmp_path / "store"), StoreBuilder(tmp_path / "backup")
+    for number in range(3):
+        builder.add_text(f"text-{number}", b"")
+    missing = backup.add_text("missing", b"")
+    for number in range(added):
+        backup.add_text(f"other-{number}", b"")
+    context = prepared(builder, str(tmp_path))
+    narinfos = Narinfos(context)
+    now = [0.0]
+    monkeypatch.setattr(path_lookup, "monotonic", lambda: now[0])
+
+    async def check() -> None:
+        assert narinfos.content_now(missing.path.hash_part) == (ABSENT, Outcome.NONE)
+        with sqlite3.connect(backup.db_path) as source, builder.connect() as target:
+            source.backup(target)
+        now[0] += wait_s
+        await asyncio.sleep(0)
+        found = narinfos.content_now(missing.path.hash_part)
+        assert found is not None
+        assert found[1] is Outcome.STORE
 
     asyncio.run(check())
     context.close()

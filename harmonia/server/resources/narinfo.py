@@ -90,33 +90,33 @@ class Narinfos:
 
         Does not block. For a request that another Harmonia has `forwarded`, only the handler can ask upstreams.
         """
-        context = self._context
-        cached: _Rendered | None
+        context, paths = self._context, self._context.paths
+        rows_read = paths.rows_read
         try:
-            cached = self._narinfos[hash_part]  # takes half the time of `get`
-            remembered: SignedPath | None = cached.path
-        except KeyError:
-            cached, remembered = None, context.paths.remembered(hash_part)
-        try:
-            path = context.paths.lookup_now(hash_part)
+            path = paths.lookup_now(hash_part)
         except StoreObjectError:
             return None
         if isinstance(path, Unknown):
             return None
         if context.push is not None:
             context.push.note_answer(hash_part, found=path is not None)
-        if path is None and context.upstreams is not None:
+        if path is None:
+            if context.upstreams is None:
+                return _ABSENT
             planned = None if forwarded else context.upstreams.narinfo_now(hash_part)
             return None if planned is None else (planned, _MEMORY)
-        if path is None:
-            return _ABSENT
+        cached: _Rendered | None
+        try:
+            cached = self._narinfos[hash_part]  # takes half the time of `get`
+        except KeyError:
+            cached = None
         if not (
             cached is not None
             and cached.path is path
             and _is_file_current(context, path.info, cached.compressed, cached.expires)
         ):
             cached = self._render_now(path)
-        return None if cached is None else (cached.content, _MEMORY if path is remembered else _STORE)
+        return None if cached is None else (cached.content, _MEMORY if paths.rows_read == rows_read else _STORE)
 
     def _render_now(self, path: SignedPath) -> _Rendered | None:
         """Return the narinfo and cache it, or return None if a thread has to look for the compressed file."""
