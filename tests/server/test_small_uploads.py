@@ -35,6 +35,22 @@ sanic_adapter.Connection._leave_upload_to_sanic = leaving
 """
 )
 """The same, but uploads are left to Sanic almost at once."""
+HELD = patched(
+    f"""{COUNT_UPLOADS}
+import asyncio
+from pathlib import Path
+from harmonia.server.http.small_uploads import SmallUpload
+directory = Path(sys.argv[-1]).parent
+store = SmallUpload.store
+async def holding(self):
+    await store(self)
+    (directory / "stored").touch()
+    while not (directory / "released").exists():
+        await asyncio.sleep(0.01)
+SmallUpload.store = holding
+"""
+)
+"""The same, but an upload without Sanic ends only when the file `released` exists."""
 FIELDS: Sequence[Sequence[str]] = (
     [],
     ["Expect: 100-continue"],
@@ -79,6 +95,11 @@ def pusher(server: Server) -> Pusher:
     return Pusher(server, (server.directory.parent / "token").read_text())
 
 
+def metrics_of(server: Server) -> str:
+    token = (server.directory.parent / "token").read_text()
+    return server.get("/metrics", {"Authorization": f"Bearer {token}"}).text
+
+
 @pytest.fixture
 def connected(make: Callable[..., Server]) -> Iterator[tuple[Server, Pusher, socket.socket]]:
     """Connect to a server that has already answered the first upload of the kind."""
@@ -111,6 +132,14 @@ def put(pushing: Pusher, connection: socket.socket, path: Pushed, *fields: str) 
     return read_answer(connection).status
 
 
+def successes(connection: socket.socket, number: int) -> int:
+    """Read a number of responses without bodies. Return the number of those with status 200."""
+    received = b""
+    while received.count(b"\r\n\r\n") < number:
+        received += connection.recv(1 << 16)
+    return received.count(b"HTTP/1.1 200 ")
+
+
 def test_response_is_identical_for_each_kind_of_upload(make: Callable[..., Server]) -> None:
     lean, full = make(), make(WITHOUT)
     wrong = Pushed.make("wrong", b"content")
@@ -132,9 +161,7 @@ def test_response_is_identical_for_each_kind_of_upload(make: Callable[..., Serve
     assert not [line for line in lean.log if "Traceback" in line], lean.log
 
 
-def test_uploads_are_stored_without_sanic_and_counted(
-    connected: tuple[Server, Pusher, socket.socket], tmp_path: Path
-) -> None:
+def test_uploads_are_stored_without_sanic_and_counted(connected: tuple[Server, Pusher, socket.socket]) -> None:
     server, pushing, connection = connected
     for path in PATHS[1:]:
         assert put(pushing, connection, path) == 200
@@ -142,8 +169,7 @@ def test_uploads_are_stored_without_sanic_and_counted(
     assert spooled(server) == sorted(path.file_hash for path in PATHS)
     for path in PATHS:
         assert (server.cache_dir / "push" / path.file_hash).read_bytes() == path.body
-    token = (tmp_path / "token").read_text()
-    metrics = server.get("/metrics", {"Authorization": f"Bearer {token}"}).text
+    metrics = metrics_of(server)
     assert f'harmonia_requests_total{{route="push_nar",status="200"}} {len(PATHS)}.0\n' in metrics
     assert 'harmonia_requests_in_flight{route="push_nar"} 0.0\n' in metrics
 
@@ -177,11 +203,26 @@ def test_client_that_waits_for_100_gets_it_before_it_sends_the_body(
 def test_pipelined_uploads_are_all_stored(connected: tuple[Server, Pusher, socket.socket]) -> None:
     server, pushing, connection = connected
     connection.sendall(b"".join(request(pushing, path) for path in PATHS[1:]))
-    received = b""
-    while received.count(b"\r\n\r\n") < len(PATHS[1:]):
-        received += connection.recv(1 << 16)
-    assert received.count(b"HTTP/1.1 200 ") == len(PATHS[1:])
+    assert successes(connection, len(PATHS[1:])) == len(PATHS[1:])
     assert spooled(server) == sorted(path.file_hash for path in PATHS)
+
+
+def test_upload_is_counted_once_if_the_next_request_arrives_while_it_is_stored(make: Callable[..., Server]) -> None:
+    server = make(HELD)
+    pushing = pusher(server)
+    with pushing.raw() as connection:
+        put(pushing, connection, PATHS[0])
+        connection.sendall(request(pushing, PATHS[1]))
+        wait_until((server.directory / "stored").exists)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for path in PATHS[2:]:
+            connection.sendall(request(pushing, path))
+            server.settle()
+        (server.directory / "released").touch()
+        assert successes(connection, len(PATHS[1:])) == len(PATHS[1:])
+    metrics = metrics_of(server)
+    assert f'harmonia_requests_total{{route="push_nar",status="200"}} {len(PATHS)}.0\n' in metrics
+    assert f"harmonia_pushed_bytes_total {sum(len(path.body) for path in PATHS)}.0\n" in metrics
 
 
 def test_wrong_body_gets_400_from_the_handler_and_is_not_stored(

@@ -25,13 +25,12 @@ ResponseCache.response = counting
 COUNT_UPLOADS = """
 import os, sys
 from harmonia.server.http.small_uploads import SmallUpload
-store = SmallUpload.store
-async def counting(self):
-    response = await store(self)
+respond = SmallUpload.response
+def counting(self):
     with open(os.path.join(os.path.dirname(sys.argv[-1]), "without-sanic"), "a") as file:
         file.write("x")
-    return response
-SmallUpload.store = counting
+    return respond(self)
+SmallUpload.response = counting
 """
 WITHOUT, COUNTING = patched(SEND_NONE), patched(COUNT_ALL)
 

@@ -161,8 +161,11 @@ class Upload(Protocol):
     def receive(self, data: bytes) -> None:
         """Append bytes of the body, or after it."""
 
-    async def store(self) -> bytes:
-        """Store the whole body, and return the response, which is counted. Raises any error."""
+    async def store(self) -> None:
+        """Store the whole body. Raises any error."""
+
+    def response(self) -> bytes:
+        """Return and count the response to an upload that was stored."""
 
 
 class Connection(HttpProtocol):
@@ -181,9 +184,13 @@ class Connection(HttpProtocol):
         self._upload = None
 
     def data_received(self, data: bytes) -> None:
-        if self._upload is not None:
-            self._upload.receive(data)
-            self._advance_upload(self._upload)
+        if (upload := self._upload) is not None:
+            is_being_stored = not upload.left
+            upload.receive(data)
+            if not is_being_stored:
+                self._advance_upload(upload)
+            elif self.transport is not None:
+                self.transport.pause_reading()  # the next requests wait in the kernel
             return
         if self._is_idle():
             if response := self.app.ctx.response_cache.response(data):
@@ -207,25 +214,26 @@ class Connection(HttpProtocol):
         self._advance_upload(upload)
 
     def _advance_upload(self, upload: Upload) -> None:
-        if upload.rest:
-            self._leave_upload_to_sanic()
-        elif not upload.left:
+        if not upload.left:
             self._storing = self.loop.create_task(self._store_upload(upload))
 
     async def _store_upload(self, upload: Upload) -> None:
         """Store an upload, and answer it, or leave it to Sanic if it fails. Continue if the client disconnects."""
         try:
-            response = await upload.store()
+            await upload.store()
         except Exception:  # noqa: BLE001 (the handler meets the same error, and gives it a status)
-            response = None
+            if self._upload is upload:
+                self._leave_upload_to_sanic()
+            return
         if self._upload is not upload:
             return
-        if response is None:
-            self._leave_upload_to_sanic()
-            return
         self._end_upload()
-        cast("asyncio.WriteTransport", self.transport).write(response)
+        transport = cast("asyncio.Transport", self.transport)
+        transport.write(upload.response())
         self._time = time.monotonic()
+        if upload.rest:
+            transport.resume_reading()
+            self.data_received(upload.rest)
 
     def _leave_upload_to_sanic(self) -> None:
         upload = self._upload

@@ -64,14 +64,15 @@ class SmallUpload(Upload):
     def received(self) -> bytes:
         return b"".join((_EXPECT.sub(b"", self._head), self._body, self.rest))
 
-    async def store(self) -> bytes:
-        route = self._kind.route
-        route.begin()
+    async def store(self) -> None:
+        self._kind.route.begin()
         try:
             await self._kind.store(self._name, self._body)
         finally:
-            route.end()
-        route.count(HTTPStatus.OK, Outcome.NONE, 0, time.perf_counter() - self._began, None)
+            self._kind.route.end()
+
+    def response(self) -> bytes:
+        self._kind.route.count(HTTPStatus.OK, Outcome.NONE, 0, time.perf_counter() - self._began, None)
         return b"%b%b%b" % (self._kind.before, date().encode(), self._kind.after)
 
 
