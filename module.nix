@@ -4,6 +4,7 @@
   config,
   lib,
   pkgs,
+  utils,
   ...
 }:
 let
@@ -135,8 +136,12 @@ let
     else
       [ "${host}:${toString port}" ];
 
+  # systemd replaces `%` and a letter by a value of its own in all unit files.
+  escapeSpecifiers = lib.replaceStrings [ "%" ] [ "%%" ];
+
   # Files that may be readable only to root: systemd reads them, and passes copies to the service.
   credential = credentialOf "harmonia";
+  loadCredentials = map (file: "${file.name}:${escapeSpecifiers file.path}");
   credentialOf = service: name: "/run/credentials/${service}.service/${name}";
   withCredentials = withCredentialsOf "harmonia";
   withCredentialsOf =
@@ -267,7 +272,7 @@ let
       cfg.settings.real_nix_store
     else
       cfg.settings.virtual_nix_store;
-  storePaths = map toString (
+  storePaths = map (path: escapeSpecifiers (toString path)) (
     lib.optional (store != null) (dirOf store)
     ++ lib.optional (cfg.settings.nix_db_path != null) (dirOf cfg.settings.nix_db_path)
     ++ lib.optional (cfg.settings.log_dir != null) cfg.settings.log_dir
@@ -367,7 +372,7 @@ let
       DynamicUser = true;
       User = "harmonia";
       Group = "harmonia";
-      LoadCredential = map (file: "${file.name}:${file.path}") (signKeys ++ credentials);
+      LoadCredential = loadCredentials (signKeys ++ credentials);
       CacheDirectory = lib.mkIf cfg.enable "harmonia";
       CacheDirectoryMode = lib.mkIf cfg.enable "0700";
 
@@ -687,7 +692,12 @@ in
             TimeoutStopSec = 40;
             LimitNOFILE = 65536;
             DynamicUser = true;
-            LoadCredential = lib.mkIf (accelerate.netrc != null) [ "netrc:${accelerate.netrc}" ];
+            LoadCredential = lib.mkIf (accelerate.netrc != null) (loadCredentials [
+              {
+                name = "netrc";
+                path = accelerate.netrc;
+              }
+            ]);
             CacheDirectory = "harmonia-accelerate";
             CacheDirectoryMode = "0700";
             UMask = "0077";
@@ -794,7 +804,7 @@ in
             Backlog = 4096;
             # The address may appear later than this socket, for example that of a VPN.
             FreeBind = true;
-            ListenStream = listenStreams;
+            ListenStream = map escapeSpecifiers listenStreams;
           }
           // lib.optionalAttrs onUnixSocket (
             if cfg.settings.unix_socket_mode != null then
@@ -846,7 +856,7 @@ in
           DynamicUser = true;
           User = "harmonia";
           Group = "harmonia";
-          LoadCredential = map (file: "${file.name}:${file.path}") credentials;
+          LoadCredential = loadCredentials credentials;
           CacheDirectory = "harmonia";
           CacheDirectoryMode = "0700";
           # The GC roots and logs of pushed paths.
@@ -951,13 +961,20 @@ in
         );
         serviceConfig =
           let
-            mirror = "${lib.getExe package} --config ${checked "harmonia-mirror.toml" mirrorJobSettings} mirror";
+            configFile = checked "harmonia-mirror.toml" mirrorJobSettings;
+            mirror =
+              arguments:
+              "${lib.getExe package} --config ${configFile} mirror ${utils.escapeSystemdExecArgs arguments}";
           in
           overridable {
             Type = "oneshot";
             ExecStart =
-              lib.optional (cfg.mirror.roots != [ ]) "${mirror} write ${lib.escapeShellArgs cfg.mirror.roots}"
-              ++ lib.optional (cfg.mirror.keep != null) "${mirror} gc --keep ${cfg.mirror.keep}";
+              lib.optional (cfg.mirror.roots != [ ]) (mirror ([ "write" ] ++ cfg.mirror.roots))
+              ++ lib.optional (cfg.mirror.keep != null) (mirror [
+                "gc"
+                "--keep"
+                cfg.mirror.keep
+              ]);
             UMask = "0077";
           }
           // overridable (uploading mirrorJob.credentials);

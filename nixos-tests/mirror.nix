@@ -2,6 +2,7 @@
 { lib, ... }:
 let
   key = (import ./lab/keys.nix).one;
+  deployed = "/var/lib/deployed 100%n $HOME";
   access = "mirror-key:mirror-secret-of-this-test";
   bucket = {
     endpoint = "http://s3:8333";
@@ -67,7 +68,7 @@ in
       settings.mirror = bucket // {
         write_served = true;
       };
-      mirror.roots = [ "/var/lib/deployed" ];
+      mirror.roots = [ deployed ];
       mirror.keep = "90d";
     };
   };
@@ -99,7 +100,7 @@ in
     asked = "curl --fail --silent --show-error --output /dev/null"
 
     with subtest("the roots are written, and nothing is old"):
-        builder.succeed(f"ln -s {hello} /var/lib/deployed", "systemctl start harmonia-mirror.service")
+        builder.succeed(f"ln -s {hello} '${deployed}'", "systemctl start harmonia-mirror.service")
         assert "0 narinfos" in builder.succeed("journalctl --unit=harmonia-mirror.service --output=cat")
         builder.succeed("systemctl list-timers --all | grep harmonia-mirror.timer >&2")
         client.succeed(f"{asked} http://s3:8333/cache/{hello[11:43]}.narinfo")

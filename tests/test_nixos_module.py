@@ -402,12 +402,12 @@ class TestModule:
             bucket = "cache";
             credentials_file = "/secrets/s3";
           };
-          mirror = { roots = [ "/run/current-system" "/var/lib/it's" ]; keep = "90d"; };
+          mirror = { roots = [ "/run/current-system" "/var/lib/it's" "/r/100%n \\"$HOME" ]; keep = "90d"; };
         """)
         unit = machine["mirror"]
         write, collect = directives(unit, "ExecStart")
-        assert write.endswith("mirror write /run/current-system '/var/lib/it'\\''s'")
-        assert collect.endswith("mirror gc --keep 90d")
+        assert write.endswith(r'''mirror "write" "/run/current-system" "/var/lib/it's" "/r/100%%n \"$$HOME"''')
+        assert collect.endswith('mirror "gc" "--keep" "90d"')
         assert directives(unit, "LoadCredential") == [
             "sign-key-0:/secrets/key",
             "mirror-credentials_file:/secrets/s3",
@@ -418,6 +418,27 @@ class TestModule:
 
     def test_mirror_without_a_bucket_is_an_error(self) -> None:
         assert "set settings.mirror.bucket" in configured('mirror.keep = "90d";')["failed"][0]
+
+    def test_percent_sign_in_a_path_is_no_specifier_of_systemd(self) -> None:
+        machine = configured("""
+          enable = true;
+          signKeyPaths = [ "/secrets/1%n" ];
+          settings = { bind = "unix:/run/2%n"; real_nix_store = "/home/3%n/store"; push.sign_key_path = "/4%n"; };
+          watch = { enable = true; url = "https://c.org"; };
+          client.caches."https://c.org" = [ ];
+          client.accelerate = { enable = true; netrc = "/secrets/5%n"; };
+        """)
+        assert directives(machine["socket"], "ListenStream") == ["/run/2%%n"]
+        assert directives(machine["service"], "LoadCredential") == [
+            "sign-key-0:/secrets/1%%n",
+            "push-sign_key_path:/4%%n",
+        ]
+        for unit in (machine["service"], machine["watch"]):
+            assert directives(unit, "RequiresMountsFor") == ["/home/3%%n"]
+            assert directives(unit, "BindReadOnlyPaths") == ["/home/3%%n"]
+        assert directives(machine["watch"], "LoadCredential") == ["sign-key-0:/secrets/1%%n"]
+        assert directives(machine["accelerate_service"], "LoadCredential") == ["netrc:/secrets/5%%n"]
+        assert machine["settings"]["real_nix_store"] == "/home/3%n/store"
 
     def test_service_has_a_network_for_upstreams(self) -> None:
         machine = configured("""

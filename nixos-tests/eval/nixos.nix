@@ -166,6 +166,11 @@ let
       )
     }'';
 
+  # Subset of nixpkgs' `utils`: arguments that systemd passes on as they are (systemd.service(5), "Command lines").
+  utils.escapeSystemdExecArgs = lib.concatMapStringsSep " " (
+    argument: builtins.replaceStrings [ "%" "$" ] [ "%%" "$$" ] (builtins.toJSON argument)
+  );
+
   suffixes = {
     services = "service";
     sockets = "socket";
@@ -318,7 +323,7 @@ let
     name: modules:
     lib.evalModules {
       modules = [ base ] ++ modules;
-      specialArgs = { inherit pkgs name; };
+      specialArgs = { inherit pkgs name utils; };
     };
   evalConfig = name: modules: (evaluate name modules).config;
 
