@@ -239,16 +239,24 @@ let
       sign_key_paths = map (key: credentialOf service key.name) signKeys;
     };
   watch = withCredentialsOf "harmonia-watch" "watch-" keys.watch.keys cfg.settings.watch;
-  watchSettings = uploadSettings "harmonia-watch" // {
-    watch = watch.settings;
-  };
-  mirrorJob = withCredentialsOf "harmonia-mirror" "mirror-" keys.mirror.keys cfg.settings.mirror;
-  mirrorJobSettings =
-    uploadSettings "harmonia-mirror"
-    // given { inherit (cfg.settings) publish; }
-    // {
-      mirror = mirrorJob.settings;
+  mirrorOf = service: withCredentialsOf service "mirror-" keys.mirror.keys cfg.settings.mirror;
+  # The settings of services that write to the bucket of the mirror, with the rules that they must not break.
+  mirrorSettings =
+    service:
+    given {
+      inherit (cfg.settings) publish;
+      mirror = (mirrorOf service).settings;
     };
+  watchesMirror = cfg.settings.watch.url == "mirror";
+  watchSettings =
+    uploadSettings "harmonia-watch"
+    // lib.optionalAttrs watchesMirror (mirrorSettings "harmonia-watch")
+    // {
+      watch = watch.settings;
+    };
+  mirrorJobSettings = uploadSettings "harmonia-mirror" // mirrorSettings "harmonia-mirror";
+
+  mirrorWithoutBucket = "services.harmonia: set settings.mirror.bucket and endpoint to those of the S3 service.";
 
   pushes = cfg.settings.push.enable == true;
 
@@ -515,7 +523,7 @@ in
         type = types.nullOr types.str;
         default = null;
         example = "https://cache.example.org/push";
-        description = "URL of the other cache, the same as `settings.watch.url`.";
+        description = "URL of the other cache, or `mirror`, the bucket of `settings.mirror`; the same as `settings.watch.url`.";
       };
       hook = mkOption {
         type = types.bool;
@@ -891,6 +899,10 @@ in
           assertion = cfg.settings.watch.url != null;
           message = "services.harmonia.watch: set url to that of the cache to upload to.";
         }
+        {
+          assertion = watchesMirror -> cfg.settings.mirror.bucket != null;
+          message = mirrorWithoutBucket;
+        }
       ]
       ++
         map
@@ -932,7 +944,11 @@ in
             RuntimeDirectory = "harmonia-watch";
             UMask = "0022";
           }
-          // overridable (uploading watch.credentials);
+          // overridable (
+            uploading (
+              watch.credentials ++ lib.optionals watchesMirror (mirrorOf "harmonia-watch").credentials
+            )
+          );
       };
     })
 
@@ -940,7 +956,7 @@ in
       assertions = [
         {
           assertion = cfg.settings.mirror.bucket != null;
-          message = "services.harmonia.mirror: set settings.mirror.bucket and endpoint to those of the S3 service.";
+          message = mirrorWithoutBucket;
         }
       ];
       environment.systemPackages = [ package ];
@@ -977,7 +993,7 @@ in
               ]);
             UMask = "0077";
           }
-          // overridable (uploading mirrorJob.credentials);
+          // overridable (uploading (mirrorOf "harmonia-mirror").credentials);
       };
     })
 

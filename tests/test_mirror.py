@@ -240,10 +240,12 @@ def test_missing_obstore_is_one_line_with_the_remedy(store: StoreBuilder, folder
 
 def test_watch_writes_new_paths_to_the_bucket(store: StoreBuilder, folder: Folder, tmp_path: Path) -> None:
     store.add_text("old", b"old")
-    config = configure(store, tmp_path, f"[watch]\nstate_dir = '{tmp_path}/state'\n{folder.settings()}")
-    command = [*HARMONIA, "--config", config, "watch", "mirror"]
-    for number in range(2):
-        with preloaded.popen(command, env=dict(os.environ), stderr=subprocess.PIPE, text=True) as watcher:
+    watch = f"[watch]\nurl = 'mirror'\nstate_dir = '{tmp_path}/state'\n"
+    command = [*HARMONIA, "--config", configure(store, tmp_path, watch + folder.settings()), "watch"]
+    for number, arguments in enumerate(([], ["mirror"])):
+        with preloaded.popen(
+            [*command, *arguments], env=dict(os.environ), stderr=subprocess.PIPE, text=True
+        ) as watcher:
             assert watcher.stderr is not None
             next(line for line in watcher.stderr if "uploading new paths" in line)
             dep = store.add_text(f"dep-{number}", b"dep")

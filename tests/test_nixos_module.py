@@ -283,9 +283,31 @@ class TestModule:
         assert machine["system_file"]["watch"] == {"jobs": 3, "url": "https://c.org"}
         assert "post-build-hook" not in machine["nix"]
 
+    def test_watch_of_the_mirror_gets_the_bucket_and_its_access_key(self) -> None:
+        machine = configured("""
+          watch = { enable = true; url = "mirror"; };
+          settings.mirror = { endpoint = "https://s3.org"; bucket = "cache"; credentials_file = "/secrets/s3"; };
+          settings.publish.deny = [ "secret-*" ];
+        """)
+        assert machine["failed"] == []
+        assert directives(machine["watch"], "LoadCredential") == ["mirror-credentials_file:/secrets/s3"]
+        assert machine["watch_settings"] == {
+            "mirror": {
+                "endpoint": "https://s3.org",
+                "bucket": "cache",
+                "credentials_file": "/run/credentials/harmonia-watch.service/mirror-credentials_file",
+            },
+            "publish": {"deny": ["secret-*"]},  # for which it does not start
+            "watch": {"url": "mirror"},
+        }
+
     @pytest.mark.parametrize(
         ("watch", "message"),
-        [("", "watch: set url"), ('settings.watch = { url = "http://c"; socket = "/s"; };', "watch.socket: systemd")],
+        [
+            ("", "watch: set url"),
+            ('watch.url = "mirror";', "set settings.mirror.bucket"),
+            ('settings.watch = { url = "http://c"; socket = "/s"; };', "watch.socket: systemd"),
+        ],
     )
     def test_wrong_watch_option_is_an_error(self, watch: str, message: str) -> None:
         [failed] = configured(f"watch.enable = true; {watch}")["failed"]

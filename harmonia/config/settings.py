@@ -31,6 +31,7 @@ from harmonia.config.value_types import (
     Seconds,
     Sentence,
     Size,
+    UploadTarget,
     Url,
     WholeSeconds,
     WindowLog,
@@ -386,8 +387,11 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
     """Uploads of each path that becomes valid in the store, by `harmonia watch`."""
 
     url: Annotated[
-        Url | None,
-        Meta(description="URL of the binary cache to upload to, such as the `/push` of another Harmonia."),
+        UploadTarget | None,
+        Meta(
+            description="URL of the binary cache to upload to, such as the `/push` of another Harmonia, or `mirror`,"
+            " the bucket of `[mirror]`."
+        ),
     ] = None
     netrc: Annotated[
         File | None,

@@ -34,6 +34,8 @@ _DURATION: dict[str, Any] = {
 }
 _PROXIES = 'an array of IP addresses, networks like "10.0.0.0/8", or "unix"'
 _URL = 'a string like "https://cache.example.org" or "https://example.org/nix"'
+MIRROR = "mirror"
+"""Names the bucket of [mirror] in the place of a URL to upload to."""
 _SCOPES = "an array of " + ", ".join(f'"{scope}"' for scope in tokens.SCOPES)
 
 _HOST = r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
@@ -56,6 +58,10 @@ Size = Annotated[str, Meta(extra={"expected": _SIZE, "reader": (int, str)})]
 Level = Literal["debug", "info", "warning", "error"]
 Mode = Annotated[str, Meta(pattern=r"\A[0-7]{3,4}\Z", extra={"expected": _MODE})]
 Url = Annotated[str, Meta(pattern=BASE_URL.pattern, extra={"expected": _URL})]
+UploadTarget = Annotated[
+    str,
+    Meta(pattern=rf"\A{MIRROR}\Z|{BASE_URL.pattern}", extra={"expected": f'{_URL}, or "{MIRROR}"'}),
+]
 Name = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,60}\Z", extra={"expected": "one line of 1 to 60 characters"})]
 Sentence = Annotated[
     str, Meta(pattern=r"\A[^\x00-\x1f\x7f]{1,300}\Z", extra={"expected": "one line of 1 to 300 characters"})

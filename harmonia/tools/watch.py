@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from harmonia.config import credentials
 from harmonia.config.settings import PublishRules, Settings, Watch, WrongSettingError
+from harmonia.config.value_types import MIRROR
 from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
 from harmonia.mirror.target import BucketTarget
 from harmonia.nix.path_info import PathInfo
@@ -28,8 +29,6 @@ from harmonia.upload.target import Target
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
 
-MIRROR = "mirror"
-"""Names the bucket of [mirror] in the place of a URL."""
 _ATTEMPTS = 3  # of a request; the queue repeats what fails
 _REPORT_S = 15.0  # between two writes of the metrics
 
