@@ -151,6 +151,13 @@ class TestFile:
         with pytest.raises(ConfigError, match="remove the file"):
             UploadQueue(str(tmp_path / "queue.sqlite"))
 
+    def test_file_that_is_damaged_while_it_is_open_is_an_error(self, queue: UploadQueue, tmp_path: Path) -> None:
+        queue.add(map(path, range(MANY)))
+        file = tmp_path / "queue.sqlite"
+        file.write_bytes(b"damaged " * (file.stat().st_size // 8))
+        with pytest.raises(ConfigError, match=r"cannot use the queue .*remove the file"):
+            queue.statistics()
+
     def test_file_of_a_newer_version_is_not_touched(self, tmp_path: Path) -> None:
         with closing(sqlite3.connect(tmp_path / "queue.sqlite")) as connection:
             connection.execute("pragma user_version = 2")

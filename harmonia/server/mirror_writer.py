@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 
@@ -22,6 +23,7 @@ from harmonia.server.served_paths import ServedPaths
 from harmonia.store.store import Store
 from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.queue import UploadQueue
+from harmonia.upload.task_group import task_group
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
 
@@ -46,13 +48,14 @@ def _run(context: ServerContext) -> None:
 
 
 async def _write(context: ServerContext, served: ServedPaths) -> None:
-    """Write paths. If the queue cannot be opened, the server works on without it."""
+    """Write paths. While the queue cannot be used, the server works on without it."""
     failure = ""
     while True:
+        began = time.monotonic()
         try:
             await _write_queued(context, served)
         except (ConfigError, OSError) as error:
-            if failure != str(error):
+            if failure != str(error) or time.monotonic() - began > _RETRY_S:
                 _log.error("cannot write served paths to the bucket: %s; trying again", error)
             failure = str(error)
             await asyncio.sleep(_RETRY_S)
@@ -74,7 +77,7 @@ async def _write_queued(context: ServerContext, served: ServedPaths) -> None:
         watcher = Watcher(
             store, settings.database, queue, target, uploader, wanted=lambda _: True, new_paths=False, roots=()
         )
-        async with asyncio.TaskGroup() as group:
+        async with task_group() as group:
             group.create_task(watcher.run(lambda: None))
             group.create_task(_queue(watcher, served))
             group.create_task(_sample(context, watcher, uploader))

@@ -20,6 +20,7 @@ from harmonia.nix import cache_info, narinfo
 from harmonia.nix.store_path import StorePath
 from harmonia.untrusted import excerpt
 from harmonia.upload.target import Body, TargetError, TargetRefusedError, TargetUnavailableError
+from harmonia.upload.task_group import task_group
 from harmonia.upstream.header_fields import retry_after_s
 
 ATTEMPTS = 5
@@ -139,11 +140,8 @@ class HttpTarget:
             async with self._heads:
                 return (await self._send("HEAD", f"{path.hash_part}.narinfo")).status not in _MISSING
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {path: group.create_task(has(path)) for path in paths}
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with task_group() as group:
+            tasks = {path: group.create_task(has(path)) for path in paths}
         return {path for path, task in tasks.items() if task.result()}
 
     async def _find_bulk(self, paths: Sequence[StorePath]) -> set[StorePath]:

@@ -18,7 +18,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harmonia.errors import ConfigError, HarmoniaError
 from harmonia.nix.store_path import StorePath
@@ -89,7 +89,10 @@ class Statistics(NamedTuple):
 
 
 class UploadQueue:
-    """The queue in a file. Not thread-safe; all methods block, for a few milliseconds unless the disk is slow."""
+    """The queue in a file. Not thread-safe; all methods block, for a few milliseconds unless the disk is slow.
+
+    Methods that return what is in the file raise ConfigError if it cannot be read: it is damaged, or its disk fails.
+    """
 
     def __init__(self, path: str, clock: Callable[[], float] = time.time, *, setting: str = "watch.state_dir") -> None:
         """Open the file, or create it.
@@ -98,6 +101,7 @@ class UploadQueue:
         if the file cannot be used, or another process uses it.
         """
         self._path = path
+        self._setting = setting
         self._clock = clock
         self._unwritten: dict[StorePath, tuple[int, float, str] | None] = {}
         """Changes that a full disk has refused, by path: attempts, due and error, or None for a removal."""
@@ -123,8 +127,8 @@ class UploadQueue:
 
     def cursor(self) -> Cursor | None:
         """Return the cursor of the last `add` that had one, or None."""
-        row = self._connection.execute("select database, number from Cursor").fetchone()
-        return row and Cursor(*row)
+        rows = self._read("select database, number from Cursor")
+        return Cursor(*rows[0]) if rows else None
 
     def add(self, paths: Iterable[StorePath], cursor: Cursor | None = None) -> int:
         """Queue paths, and keep the cursor, in one transaction. Return the number of new paths.
@@ -150,13 +154,13 @@ class UploadQueue:
         """Return at most `limit` paths that are due now, except `excluded`, the oldest first."""
         now = self._clock()
         most = limit + len(excluded) + len(self._unwritten)
-        rows = self._connection.execute(_DUE, (now, now + 2 * MAX_DELAY_S, most))
+        rows = self._read(_DUE, now, now + 2 * MAX_DELAY_S, most)
         items = (Item(StorePath(path), *rest) for path, *rest in rows)
         return [item for item in items if item.path not in excluded and item.path not in self._unwritten][:limit]
 
     def next_due(self) -> float | None:
         """Return the time at which the next path becomes due that is not due now, or None."""
-        [(due,)] = self._connection.execute(_NEXT, (self._clock(),))
+        [(due,)] = self._read(_NEXT, self._clock())
         return None if due is None else float(due)
 
     def remove(self, paths: Iterable[StorePath]) -> None:
@@ -174,12 +178,18 @@ class UploadQueue:
 
     def statistics(self) -> Statistics:
         """Return counts of the queued paths."""
-        [row] = self._connection.execute(_STATISTICS)
+        [row] = self._read(_STATISTICS)
         return Statistics(*row)
 
     def close(self) -> None:
         """Close the file and release its lock."""
         self._connection.close()
+
+    def _read(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        try:
+            return self._connection.execute(statement, parameters).fetchall()
+        except sqlite3.Error as error:
+            raise _unusable(self._path, error, self._setting) from None
 
     def _flush(self) -> None:
         """Write the changes. If the disk has just refused that, wait for a second, or for the next `add`."""

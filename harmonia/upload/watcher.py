@@ -24,6 +24,7 @@ from harmonia.store.new_paths import POLL_S, Cursor, DatabaseChanges, NewPaths, 
 from harmonia.store.store import Store
 from harmonia.upload.queue import Item, QueueWriteError, Statistics, UploadQueue
 from harmonia.upload.target import Target, TargetError, TargetUnavailableError
+from harmonia.upload.task_group import task_group
 from harmonia.upload.uploader import CollectedError, Outcome, ReferenceFailedError, Uploader
 
 _BATCH_ITEMS = 64  # that share a question to the target
@@ -85,9 +86,12 @@ class Watcher:
         return await self._with_queue(self._queue.statistics)
 
     async def run(self, ready: Callable[[], object]) -> None:
-        """Watch and upload. Calls `ready` when no new path can be missed any more."""
+        """Watch and upload. Calls `ready` when no new path can be missed any more.
+
+        Raises ConfigError if the queue cannot be read.
+        """
         try:
-            async with asyncio.TaskGroup() as group:
+            async with task_group() as group:
                 if self._new_paths:
                     await self._begin()
                     group.create_task(self._collect_new())

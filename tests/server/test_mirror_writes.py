@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upload.queue import UploadQueue
 from support.faulty_network import SLOW_DOWN, FaultyNetwork, refusal
 from support.mirrors import chain, configure, mirror
-from support.running import Server, file_url, run, wait_until
+from support.running import Server, file_url, patched, run, wait_until
 from support.s3_service import Folder, S3Service
 
 pytestmark = pytest.mark.s3
@@ -188,6 +189,33 @@ def test_queue_of_another_server_is_an_error_that_names_the_setting(
         server = start(store=tmp_path / "own", settings=settings, cache_dir=tmp_path / "shared")
         server.wait_for_log("another process uses the queue .*; stop that process, or set another cache_dir")
         download(server, info)
+
+
+def test_queue_that_is_damaged_is_reported_and_opened_again(
+    start: Start, store: StoreBuilder, folder: Folder, network: FaultyNetwork, tmp_path: Path
+) -> None:
+    file = tmp_path / "cache" / "mirror" / "queue.sqlite"
+    file.parent.mkdir(parents=True)
+    with closing(UploadQueue(str(file))) as queue:
+        queue.add(StorePath(f"{number:032}-path") for number in range(100_000))  # more than SQLite has in memory
+    network.down = True
+    folder.endpoint = network.url
+    server = start(
+        store=tmp_path / "own",
+        settings=folder.settings("read = false\nwrite_served = true"),
+        cache_dir=tmp_path / "cache",
+        program=patched("from harmonia.server import mirror_writer; mirror_writer._RETRY_S = 0.1"),
+    )
+    wait_until(lambda: writes(server).startswith("down, 100000 paths"))
+    file.write_bytes(b"damaged " * (file.stat().st_size // 8))
+    server.wait_for_log("ERROR cannot write served paths to the bucket: cannot use the queue .*; trying again")
+    for each in file.parent.glob("queue.sqlite*"):
+        each.unlink()
+    network.down = False
+    info = store.add_text("a", b"a")
+    download(server, info)
+    wait_until(lambda: info.path.hash_part in folder.paths())
+    assert not [line for line in server.log if "Traceback" in line or "ended" in line], server.log
 
 
 @pytest.mark.parametrize(
