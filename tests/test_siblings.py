@@ -37,3 +37,20 @@ def test_few_services_are_resolved_at_once(
     monkeypatch.setattr(Siblings, "_resolve", lambda *arguments: resolve(*arguments[-2:]))
     asyncio.run(run())
     assert resolved == [name_of(number) for number in range(count)]
+
+
+def test_unexpected_error_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def resolve(*_: object) -> str:
+        return "http://192.0.2.1:5000"
+
+    async def run() -> None:
+        siblings = Siblings("us")
+        siblings.changed(nobody, cast("Any", None), "type", "name", ADDED)
+        [task] = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait([task])
+        await siblings.close()
+
+    monkeypatch.setattr(Siblings, "_resolve", resolve)
+    asyncio.run(run())
+    assert [each.levelname for each in caplog.records if each.exc_info] == ["ERROR"]
+    assert "AssertionError: http://192.0.2.1:5000" in caplog.text

@@ -148,7 +148,7 @@ class NarFetcher:
             if opened[1] is None:
                 return False
             transfer = self._running[key] = Transfer(path, headers, opened[1], cache.limit, self._threads)
-            running = self._tasks.spawn_shared(self._run(key, transfer))
+            running = self._tasks.spawn(self._run(key, transfer))
         await asyncio.wait({running})
         if transfer.error is None:
             await self._threads.write(cache.mark_unused, key)
@@ -179,7 +179,7 @@ class NarFetcher:
         """Keep the narinfos of paths whose NAR is in the cache, or may soon be."""
         if self._narinfos is not None:
             for path in paths:
-                self._tasks.spawn_shared(self._narinfos.keep(path))
+                self._tasks.spawn(self._narinfos.keep(path))
 
     def _note_result(self, path: RemotePath, *, failed: bool) -> None:
         """Remember whether the NAR in a narinfo can be downloaded."""

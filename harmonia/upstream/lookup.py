@@ -59,13 +59,13 @@ class UpstreamPool:
         self._failed = failed
         self._narinfos = narinfos
         self._tasks = Tasks()
-        self.plans = {client: Plans(client, self._tasks.spawn_shared) for client in clients}
+        self.plans = {client: Plans(client, self._tasks.spawn) for client in clients}
         self._lookup_cache = LookupCache()
         self._running_lookups = SingleFlight()
 
     def add(self, client: Client) -> None:
         """Ask one more upstream from now on."""
-        self.plans[client] = Plans(client, self._tasks.spawn_shared)
+        self.plans[client] = Plans(client, self._tasks.spawn)
         self.clients = sorted([*self.clients, client], key=lambda client: client.settings.priority)
 
     def start(self) -> None:
@@ -126,7 +126,7 @@ class UpstreamPool:
         For a path whose NAR is cached already, because another path with the same content was downloaded.
         """
         if self._narinfos is not None:
-            self._tasks.spawn_shared(self._keep_narinfo(self._narinfos, hash_part, via))
+            self._tasks.spawn(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
         if not await narinfos.has_narinfo(hash_part) and (path := await self._lookup_remote(hash_part, via)):
@@ -254,7 +254,7 @@ class UpstreamPool:
         if path or sure:
             self._lookup_cache.remember((hash_part, Via() if path else via), path)
         if path and self._narinfos is not None and self.plans[path.client].find(hash_part) is not path:
-            self._tasks.spawn_shared(self._narinfos.keep(path))  # the narinfo may have changed
+            self._tasks.spawn(self._narinfos.keep(path))  # the narinfo may have changed
         return path
 
     async def _fetch_narinfo(self, client: Client, hash_part: str, headers: dict[str, str]) -> RemotePath | None:

@@ -69,16 +69,17 @@ class NarinfoCache:
         """Write the narinfo of a path if its NAR is in the cache, or as soon as another worker has fetched it.
 
         Does nothing if no worker fetches the NAR, or if the mode of the upstream is not `proxy`.
-        Raises TimeoutError after _MAX_WAIT_S.
+        Gives up after _MAX_WAIT_S.
         """
         hash_part = path.info.path.hash_part
         if path.client.settings.mode != "proxy" or hash_part in self._awaiting_nars:
             return
         self._awaiting_nars.add(hash_part)
         try:
-            async with asyncio.timeout(_MAX_WAIT_S):
-                while not await self._threads.write(self._save, path):  # noqa: ASYNC110 (another process fetches it)
-                    await asyncio.sleep(_CHECK_INTERVAL_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_MAX_WAIT_S):
+                    while not await self._threads.write(self._save, path):  # noqa: ASYNC110 (another process fetches it)
+                        await asyncio.sleep(_CHECK_INTERVAL_S)
         finally:
             self._awaiting_nars.remove(hash_part)
 

@@ -49,7 +49,7 @@ class Siblings:
 
         Does not wait. If the network does not allow multicast, this is logged, and the server works without siblings.
         """
-        self._tasks.spawn_shared(self._run(announced, found))
+        self._tasks.spawn(self._run(announced, found))
 
     async def _run(self, announced: tuple[Sequence[str], int] | None, found: Found | None) -> None:
         try:
@@ -71,7 +71,7 @@ class Siblings:
         is_removed = state_change is ServiceStateChange.Removed
         if not is_removed and name not in self._resolving and len(self._resolving) < _MAX_RESOLVING:
             self._resolving.add(name)
-            self._tasks.spawn_shared(self._add(zeroconf, service_type, name, found))
+            self._tasks.spawn(self._add(zeroconf, service_type, name, found))
 
     async def close(self) -> None:
         """Withdraw the announcement, and close the sockets."""

@@ -14,13 +14,14 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def spawn(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        """Spawn a task. If nobody awaits its result, asyncio logs its error."""
         task = asyncio.create_task(coroutine)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task
 
     def spawn_shared(self, coroutine: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
-        """Spawn a task whose result several callers may await. If none does, asyncio does not log its error."""
+        """Spawn a task whose result callers may await, who report its error. If none of them is left, nobody does."""
         task = self.spawn(coroutine)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
