@@ -19,10 +19,11 @@ _T = TypeVar("_T")
 
 
 class LoopReads:
-    """Reads of one kind. `observe` gets the seconds of each."""
+    """Reads of one kind, or short writes. `observe` gets the seconds of each."""
 
-    def __init__(self, observe: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(self, observe: Callable[[float], None] = lambda _: None, max_pause_s: float = _MAX_PAUSE_S) -> None:
         self._observe = observe
+        self._max_pause_s = max_pause_s
         self._resumes = 0.0
 
     @property
@@ -39,7 +40,7 @@ class LoopReads:
             seconds = monotonic() - began
             self._observe(seconds)
             if seconds > _SLOW_DISK_S and _has_waited(seconds, before, getrusage(RUSAGE_THREAD)):
-                self._resumes = monotonic() + min(_PAUSE_FACTOR * seconds, _MAX_PAUSE_S)
+                self._resumes = monotonic() + min(_PAUSE_FACTOR * seconds, self._max_pause_s)
 
 
 def advance(steps: Generator[None, None, _T]) -> tuple[_T] | None:

@@ -8,11 +8,13 @@ temporary one.
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from harmonia.errors import DaemonError, PushRefusedError, RemoteError
+from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.store.nix_daemon import Daemon
 
 HOLD_S = 60.0
@@ -20,28 +22,31 @@ HOLD_S = 60.0
 _MAX_AGE_S = 300.0  # the daemon remembers all temporary roots of a connection
 _TIMEOUT_S = 60.0
 
+_D = TypeVar("_D", Daemon, LoopDaemon)
 _log = logging.getLogger("harmonia")
 
 
 @dataclass
-class _Connection:
-    daemon: Daemon
+class _Connection(Generic[_D]):
+    daemon: _D
     opened: float = field(default_factory=time.monotonic)
     last_use: float = 0.0
 
 
-class DaemonConnections:
-    """The connections of one process. Thread-safe."""
+class DaemonConnections(Generic[_D]):
+    """The connections of all threads of a process, or of its event loop. Thread-safe."""
 
-    def __init__(self, socket: str) -> None:
+    def __init__(self, socket: str, connect: Callable[[str, float], Awaitable[_D]]) -> None:
+        """Use `connect` to connect to `socket`, with a timeout for each request."""
         self._socket = socket
+        self._connect: Callable[[str, float], Awaitable[_D]] = connect
         self._lock = threading.Lock()
-        self._idle: list[_Connection] = []
+        self._idle: list[_Connection[_D]] = []
 
-    @contextmanager
-    def borrowed(self) -> Iterator[Daemon]:
+    @asynccontextmanager
+    async def borrowed(self) -> AsyncIterator[_D]:
         """Yield a connection for one import. Raises PushRefusedError if the daemon does not answer."""
-        connection = self._take() or _Connection(self._connect())
+        connection = self._take() or _Connection(await self._open())
         try:
             yield connection.daemon
         except (DaemonError, PushRefusedError):  # unless it is lost, the daemon waits for the next request
@@ -61,7 +66,7 @@ class DaemonConnections:
         for each in unused:
             each.daemon.close()
 
-    def _take(self) -> _Connection | None:
+    def _take(self) -> _Connection[_D] | None:
         self.close_unused()
         with self._lock:
             for connection in self._idle:
@@ -70,14 +75,19 @@ class DaemonConnections:
                     return connection
         return None
 
-    def _put(self, connection: _Connection) -> None:
+    def _put(self, connection: _Connection[_D]) -> None:
         connection.last_use = time.monotonic()
         with self._lock:
             self._idle.insert(0, connection)
 
-    def _connect(self) -> Daemon:
+    async def _open(self) -> _D:
         try:
-            return Daemon(self._socket, _TIMEOUT_S)
+            return await self._connect(self._socket, _TIMEOUT_S)
         except (OSError, RemoteError) as error:
             _log.error("cannot import pushed paths: Nix daemon at %s: %s; start it", self._socket, error)
             raise PushRefusedError(409, "the server's Nix daemon does not answer; push again later") from None
+
+
+async def connect(socket: str, timeout_s: float) -> Daemon:
+    """Connect to the daemon, for threads."""
+    return Daemon(socket, timeout_s)

@@ -4,12 +4,15 @@ The daemon decides: it accepts paths that are signed by a key of its `trusted-pu
 The checks here refuse earlier, with better messages, and leave no incomplete path in the store.
 """
 
+import asyncio
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from functools import partial
+from typing import Any, BinaryIO
 
 from harmonia.errors import DaemonError, FormatError, PushRefusedError, RemoteError
 from harmonia.nix import base32, nix_conf
@@ -19,14 +22,19 @@ from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.nix.store_path import StorePath
+from harmonia.process.loop_reads import LoopReads
 from harmonia.push.connections import DaemonConnections
+from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Spool
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import Daemon, DaemonClient, finish
 
 SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
+_LOOP_BYTES = 256 << 10  # of a NAR, and of its file: to unpack and hash them takes 0.4 ms
+_LOOP_COMPRESSIONS = {"none", "zstd"}  # others take longer to unpack
+_MAX_LOOP_IMPORTS = 2  # at once, as with threads
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _UNSIGNED = re.compile("lacks a (valid )?signature")
 _MAX_NAMED = 5  # paths in a message
@@ -34,6 +42,8 @@ _SIGN = "sign it: nix copy --to '…/push?secret-key=FILE', with a key in the tr
 
 MaySign = Callable[[str], bool]
 """Returns True if the pusher may have a path with this name signed by the server."""
+
+_OnDisk = Callable[[Callable[[], Any]], Any]
 
 _log = logging.getLogger("harmonia")
 
@@ -57,11 +67,13 @@ class Signer:
 
 
 class Importer:
-    """Imports paths. Thread-safe; each import blocks its thread."""
+    """Imports paths, in several threads and on the event loop, where `loop_disk` observes how long the disk takes."""
 
     def __init__(
         self,
-        connections: DaemonConnections,
+        connections: DaemonConnections[Daemon],
+        loop_connections: DaemonConnections[LoopDaemon],
+        loop_disk: LoopReads,
         store_dir: str,
         locks: PathLocks,
         roots: PushRoots,
@@ -70,6 +82,9 @@ class Importer:
         max_nar_bytes: int,
     ) -> None:
         self._connections = connections
+        self._loop_connections = loop_connections
+        self._loop_disk = loop_disk
+        self._loop_turns = asyncio.Semaphore(_MAX_LOOP_IMPORTS)
         self._store_dir = store_dir
         self._locks = locks
         self._roots = roots
@@ -79,31 +94,59 @@ class Importer:
         self._is_stopping = False
 
     def run(self, upload: Upload, may_sign: MaySign) -> bool:
-        """Import a path and make a GC root for it. Return False if it was valid already.
+        """Import a path and make a GC root for it. Return False if it was valid already. Blocks.
 
         Raises PushRefusedError if it cannot be imported.
         """
+        return finish(self._run(upload, may_sign, self._connections.borrowed(), self._check_stop, lambda job: job()))
+
+    async def run_on_loop(self, upload: Upload, may_sign: MaySign) -> bool:
+        """Import a path like `run`, on the event loop.
+
+        A thread would compete for the interpreter at each message to the daemon, and from it.
+        Raises BlockingIOError if a thread has to import the path, because that may take long.
+        """
+        if upload.info.nar_size > _LOOP_BYTES or upload.compression not in _LOOP_COMPRESSIONS:
+            raise BlockingIOError
+        async with self._loop_turns:
+            is_large = upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
+            if is_large or not self._loop_disk.allowed:
+                raise BlockingIOError
+            borrowed = self._loop_connections.borrowed()
+            return await self._run(upload, may_sign, borrowed, _raise_blocking, self._loop_disk.run)
+
+    async def _run(
+        self,
+        upload: Upload,
+        may_sign: MaySign,
+        borrowed: AbstractAsyncContextManager[DaemonClient],
+        wait: Callable[[], None],
+        on_disk: _OnDisk,
+    ) -> bool:
+        """Import a path. `wait` is called before each wait for another import of it, and `on_disk` runs short jobs."""
         info = upload.info
         if info.nar_size > self._max_nar_bytes:
             what = f"the NAR has {info.nar_size} bytes, more than push.max_nar_size, {self._max_nar_bytes}"
             raise PushRefusedError(413, f"{what}; raise the setting")
         info = self._signed(info, may_sign)
         try:
-            with self._locks.locked(info.path, self._check_stop), self._connections.borrowed() as daemon:
-                others = [self._full(path) for path in info.references if path != info.path]
-                valid_hash, valid = daemon.protect_and_query(self._full(info.path), others)  # until long after the root
-                if missing := set(others) - valid:
-                    named = ", ".join(sorted(missing)[:_MAX_NAMED])
-                    raise PushRefusedError(409, f"its references are not in the store: {named}; push them first")
-                if valid_hash is None:
-                    self._add(daemon, info, upload)
-                else:
-                    self._renew(daemon, info, upload, valid_hash)
-                self._roots.end_soon(path for path in info.references if path != info.path)
-            if upload.file_hash is not None:
-                self._spool.mark_imported(upload.file_hash)
+            with self._locks.locked(info.path, wait):
+                async with borrowed as daemon:
+                    others = [self._full(path) for path in info.references if path != info.path]
+                    # The temporary roots last until long after the persistent one is made.
+                    valid_hash, valid = await daemon.protect_and_query(self._full(info.path), others)
+                    if missing := set(others) - valid:
+                        named = ", ".join(sorted(missing)[:_MAX_NAMED])
+                        raise PushRefusedError(409, f"its references are not in the store: {named}; push them first")
+                    if valid_hash is None:
+                        await self._add(daemon, info, upload, on_disk)
+                    else:
+                        await self._renew(daemon, info, upload, valid_hash)
+                    on_disk(partial(self._end, upload))
         except DaemonError as error:
             raise _refused(info.path, error) from None
+        except BlockingIOError:
+            raise
         except (OSError, RemoteError) as error:
             _log.error("%s: import failed: %s; the client has to push it again", info.path, error)
             raise PushRefusedError(409, "the import failed; push again, or see the server's log") from None
@@ -123,15 +166,18 @@ class Importer:
             _log.warning(what, realisation_id)
             return
         try:
-            with self._connections.borrowed() as daemon:
-                if not daemon.query_valid_paths([self._full(realisation.out_path)]):
-                    raise PushRefusedError(409, f"{realisation.out_path} is not in the store; push it first")
-                daemon.register_realisation(render_realisation(realisation_id, realisation, signers).decode())
+            finish(self._register(realisation.out_path, render_realisation(realisation_id, realisation, signers)))
         except DaemonError as error:
             raise _refused(realisation.out_path, error) from None
         except (OSError, RemoteError) as error:
             _log.error("%s: registration failed: %s; the client has to push it again", realisation_id, error)
             raise PushRefusedError(409, "the registration failed; push again, or see the server's log") from None
+
+    async def _register(self, out_path: StorePath, realisation: bytes) -> None:
+        async with self._connections.borrowed() as daemon:
+            if not daemon.query_valid_paths([self._full(out_path)]):
+                raise PushRefusedError(409, f"{out_path} is not in the store; push it first")
+            daemon.register_realisation(realisation.decode())
 
     def stop(self) -> None:
         """Let running imports fail soon, because the worker stops."""
@@ -168,31 +214,41 @@ class Importer:
         signer = self._signer
         return signer.key if signer and signer.permits(path.name) and may_sign(path.name) else None
 
-    def _renew(self, daemon: Daemon, info: PathInfo, upload: Upload, valid_hash: bytes) -> None:
+    async def _renew(self, daemon: DaemonClient, info: PathInfo, upload: Upload, valid_hash: bytes) -> None:
         """Renew the root of a path that was valid before, with the NAR hash `valid_hash`, or make one."""
         if valid_hash != info.nar_hash:
             raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; keep that one")
         if upload.file_hash is None:  # `nix store sign` or `nix store copy-sigs`
             raise PushRefusedError(409, f"{info.path} is in the store; only a trusted user of Nix can sign it there")
-        daemon.add_indirect_roots([self._roots.make(info.path)])
+        await daemon.register_roots([self._roots.make(info.path)])
 
-    def _add(self, daemon: Daemon, info: PathInfo, upload: Upload) -> None:
+    async def _add(self, daemon: DaemonClient, info: PathInfo, upload: Upload, on_disk: _OnDisk) -> None:
         """Import a path and make its root."""
-        if upload.file_hash is None or (file := self._spool.open(upload.file_hash)) is None:
-            raise PushRefusedError(409, "its NAR was not sent, or too long ago; push the path again")
-        with file:
-            small = self._check(file, info, upload)
-            file.seek(0)
-            link = self._roots.make(info.path)  # does nothing until the path is valid
+        with ExitStack() as files:
+            chunks, link = on_disk(partial(self._prepare, info, upload, files))
             try:
-                chunks = small or self._unpacked(file, upload.compression)
-                if daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
+                if await daemon.add_to_store(info, self._store_dir, chunks, link) != info.nar_hash:
                     raise PushRefusedError(409, f"the Nix daemon did not import {info.path}; see its log")
             except (DaemonError, PushRefusedError) as error:  # after others, the daemon may still complete the import
                 self._roots.drop(info.path)
-                if isinstance(error, DaemonError):
+                if isinstance(error, DaemonError) and upload.file_hash is not None:
                     self._spool.remove_damaged(upload.file_hash)
                 raise
+
+    def _prepare(self, info: PathInfo, upload: Upload, files: ExitStack) -> tuple[Iterable[bytes], str]:
+        """Return the chunks of the NAR, which was checked, and the link for its root. `files` closes its file."""
+        if upload.file_hash is None or (file := self._spool.open(upload.file_hash)) is None:
+            raise PushRefusedError(409, "its NAR was not sent, or too long ago; push the path again")
+        files.enter_context(file)
+        small = self._check(file, info, upload)
+        file.seek(0)
+        return small or self._unpacked(file, upload.compression), self._roots.make(info.path)  # no root until valid
+
+    def _end(self, upload: Upload) -> None:
+        """Note that a path was imported, or was valid already."""
+        self._roots.end_soon(path for path in upload.info.references if path != upload.info.path)
+        if upload.file_hash is not None:
+            self._spool.mark_imported(upload.file_hash)
 
     def _check(self, file: BinaryIO, info: PathInfo, upload: Upload) -> list[bytes]:
         """Raise PushRefusedError unless the file unpacks to the NAR. Return the chunks of a small NAR, or nothing."""
@@ -201,7 +257,7 @@ class Importer:
             raise PushRefusedError(400, f"cannot unpack {upload.compression}; push with ?compression= one of {known}")
         as_named = upload.compression == "none" and upload.file_hash == base32.encode(info.nar_hash)
         if as_named and os.fstat(file.fileno()).st_size == info.nar_size:  # the spool has checked the hash
-            return []
+            return [file.read()] if info.nar_size <= SMALL_NAR_BYTES else []
         check = NarCheck(info, "none")
         small: list[bytes] = []
         try:
@@ -230,3 +286,7 @@ def _refused(path: StorePath, error: DaemonError) -> PushRefusedError:
     if _UNSIGNED.search(why):
         return PushRefusedError(403, f"the server's Nix trusts no signature of {path}; {_SIGN}")
     return PushRefusedError(409, f"{why}; see the server's log")
+
+
+def _raise_blocking() -> None:
+    raise BlockingIOError

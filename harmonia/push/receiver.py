@@ -20,15 +20,19 @@ from harmonia.nix.build_trace import Realisation
 from harmonia.nix.decompress import Decoder
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
-from harmonia.push.connections import HOLD_S, DaemonConnections
+from harmonia.process.loop_reads import LoopReads
+from harmonia.push.connections import HOLD_S, DaemonConnections, connect
 from harmonia.push.importer import Importer, MaySign, Signer, Upload
 from harmonia.push.log_store import IncomingLog, LogStore
+from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Incoming, Spool
+from harmonia.store.nix_daemon import finish
 
 _SPOOL_THREADS = 4
 _IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
+_LOOP_MAX_PAUSE_S = 60.0  # of short disk accesses on the event loop, after one that waited: some of them write
 _SWEEP_INTERVAL_S = 10 * 60.0
 _RENEWAL_INTERVAL_S = 60 * 60.0  # between two renewals of one root
 _MAX_RENEWED = 4096
@@ -70,10 +74,14 @@ class PushReceiver:
         self.logs = LogStore(os.path.join(str(rules.state_dir), "push-logs"), rules.keep)
         locks = PathLocks(os.path.join(directory, ".path-locks"))
         key = credentials.push_key(settings)
-        self._connections = DaemonConnections(str(settings.daemon))
+        self._connections = DaemonConnections(str(settings.daemon), connect)
+        self._loop_connections = DaemonConnections(str(settings.daemon), LoopDaemon.open)
+        self._loop_disk = LoopReads(max_pause_s=_LOOP_MAX_PAUSE_S)
         permits = compile_patterns(rules.sign_names or ("*",)).fullmatch
         self.importer = Importer(
             self._connections,
+            self._loop_connections,
+            self._loop_disk,
             settings.virtual_nix_store,
             locks,
             self.roots,
@@ -81,6 +89,7 @@ class PushReceiver:
             Signer(key, permits) if key else None,
             max_nar_bytes,
         )
+        self._imports: set[asyncio.Task[bool]] = set()
         self._spooling = ThreadPoolExecutor(_SPOOL_THREADS, thread_name_prefix="spool")
         self._importing = ThreadPoolExecutor(_IMPORT_THREADS, thread_name_prefix="import")
         self._missed: MutableMapping[str, bool] = TTLCache(_MAX_MISSED, _MISS_TTL_S)
@@ -93,7 +102,9 @@ class PushReceiver:
 
     async def receive_small(self, file_hash: str, data: bytes | bytearray) -> None:
         """Store a NAR file like `receive`, in one step: to wake a thread takes longer than to store a small file."""
-        await self._in_spool(partial(self.spool.store, file_hash, data))
+        store_at_once = partial(self.spool.store_at_once, file_hash, data)
+        if not (self._loop_disk.allowed and self._loop_disk.run(store_at_once)):
+            await self._in_spool(partial(self.spool.store, file_hash, data))
         self.counters.pushed_bytes += len(data)
 
     async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
@@ -108,19 +119,30 @@ class PushReceiver:
         register = partial(self.importer.register, realisation_id, realisation, may_sign)
         await asyncio.get_running_loop().run_in_executor(self._importing, register)
 
-    def start_import(self, upload: Upload, may_sign: MaySign) -> "asyncio.Future[bool]":
+    def start_import(self, upload: Upload, may_sign: MaySign) -> asyncio.Task[bool]:
         """Import a path whose NAR file is in the spool. The import continues if the client disconnects.
 
         The result is False if the path was valid already; the error is PushRefusedError.
         """
-        run = partial(self.importer.run, upload, may_sign)
-        importing = asyncio.get_running_loop().run_in_executor(self._importing, run)
-        importing.add_done_callback(self._count)
+        importing = asyncio.get_running_loop().create_task(self.import_path(upload, may_sign))
+        self._imports.add(importing)
+        importing.add_done_callback(self._end_import)
         return importing
 
-    def _count(self, importing: "asyncio.Future[bool]") -> None:
-        if not importing.cancelled() and importing.exception() is None and importing.result():
-            self.counters.pushed_paths += 1
+    def _end_import(self, importing: asyncio.Task[bool]) -> None:
+        self._imports.discard(importing)
+        if not importing.cancelled():
+            importing.exception()  # the client may have disconnected, so that nobody else asks for it
+
+    async def import_path(self, upload: Upload, may_sign: MaySign) -> bool:
+        """Import a path like `start_import`, as long as the caller is not cancelled."""
+        try:
+            is_new = await self.importer.run_on_loop(upload, may_sign)
+        except BlockingIOError:
+            run = partial(self.importer.run, upload, may_sign)
+            is_new = await asyncio.get_running_loop().run_in_executor(self._importing, run)
+        self.counters.pushed_paths += is_new
+        return is_new
 
     def note_answer(self, hash_part: str, *, found: bool) -> None:
         """Note if a narinfo was found. Count one that is found after this worker answered 404 for it.
@@ -145,6 +167,7 @@ class PushReceiver:
         while True:
             try:
                 await self._in_spool(self._connections.close_unused)
+                self._loop_connections.close_unused()
                 if loop.time() >= next_sweep:
                     next_sweep += _SWEEP_INTERVAL_S
                     await self._in_spool(self._sweep)
@@ -162,8 +185,12 @@ class PushReceiver:
         for path in self.roots.expire():
             _log.info("%s: not pushed or downloaded for push.keep; Nix may collect it", path)
         if self.roots.find_all():
-            with suppress(PushRefusedError), self._connections.borrowed() as daemon:
-                self.roots.register(daemon)
+            with suppress(PushRefusedError):
+                finish(self._register_roots())
+
+    async def _register_roots(self) -> None:
+        async with self._connections.borrowed() as daemon:
+            self.roots.register(daemon)
 
     async def _write(self, opening: "Future[_I]", chunks: AsyncIterator[bytes], keep: Callable[[_I], None]) -> None:
         """Write chunks to a file that a thread is opening, and keep the file if all of them arrive."""

@@ -105,15 +105,22 @@ class Spool:
 
     def store(self, file_hash: str, data: bytes | bytearray) -> None:
         """Store a small file. Raises PushRefusedError like `receive` and `Incoming.keep`."""
-        self.check_size(len(data))
-        _check_hash(file_hash, hashlib.sha256(data).digest())
-        if self._reserve_at_once(len(data)) and self._store_at_once(file_hash, data):
+        if self.store_at_once(file_hash, data):
             return
         with closing(self.receive(len(data))) as incoming:
             incoming.write(data)
             incoming.keep(file_hash)
 
-    def _store_at_once(self, file_hash: str, data: bytes | bytearray) -> bool:
+    def store_at_once(self, file_hash: str, data: bytes | bytearray) -> bool:
+        """Store a small file like `store`, without waiting for other threads or workers.
+
+        Return False if that is impossible.
+        """
+        self.check_size(len(data))
+        _check_hash(file_hash, hashlib.sha256(data).digest())
+        return self._reserve_at_once(len(data)) and self._link(file_hash, data)
+
+    def _link(self, file_hash: str, data: bytes | bytearray) -> bool:
         """Store a file that gets its name, and so remains, only when it is complete.
 
         Return False if that is impossible: not every file system has such files, and /proc may be missing. Or the file
@@ -142,6 +149,13 @@ class Spool:
         for path in self._paths(file_hash):
             with suppress(FileNotFoundError):
                 os.utime(path)
+
+    def size(self, file_hash: str) -> int:
+        """Return the size of the file, or 0 if it is not in the spool."""
+        for path in self._paths(file_hash):
+            with suppress(FileNotFoundError):
+                return os.stat(path).st_size
+        return 0
 
     def open(self, file_hash: str) -> FileIO | None:
         """Open the file. Returns None if it is not in the spool."""

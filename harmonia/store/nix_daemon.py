@@ -4,14 +4,16 @@ Numbers have 8 bytes, little-endian; texts are encoded as in a NAR. Each side se
 used. Before a response, the daemon may send log messages, which end with `_LAST` or `_ERROR`.
 
 Nothing here needs a trusted user: the daemon itself checks the signatures of what is imported.
+
+Requests are coroutines. Those of `Daemon` never wait for an event loop: they block, and `finish` runs them.
 """
 
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 from harmonia.errors import DaemonError, RemoteError
 from harmonia.nix import nar
@@ -39,7 +41,15 @@ _RECEIVE_BYTES = 64 * 1024
 _IMPORT_TIMEOUT_S = 3600.0
 """Timeout for the daemon to take the next frame, and to register the path: it may wait for its lock or the disk."""
 
+CLOSED = "the Nix daemon closed the connection"
+
 _number = struct.Struct("<Q")
+
+_T = TypeVar("_T")
+
+
+class _IncompleteError(Exception):
+    """The rest of a message has not been received."""
 
 
 class _Request(NamedTuple):
@@ -48,55 +58,56 @@ class _Request(NamedTuple):
     """Receives the result, after the log messages."""
 
 
-class Daemon:
-    """A connection to the daemon at a unix socket. Not thread-safe.
+class DaemonClient:
+    """A connection to the daemon. Not thread-safe. Subclasses send and receive.
 
-    The constructor and each request raise OSError if the connection fails or takes longer than `timeout` seconds, and
-    RemoteError if the daemon reports an error or violates the protocol. After an error other than DaemonError, the
-    connection can only be closed.
+    Each request raises OSError if the connection fails or takes too long, and RemoteError if the daemon reports an
+    error or violates the protocol. After an error other than DaemonError, the connection can only be closed.
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
-        self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+    _version: int
+
+    def __init__(self, timeout_s: float) -> None:
+        """Create the client. The handshake, and each request, may take `timeout_s` seconds."""
+        self._timeout_s = timeout_s
+        self._restart_timeout(timeout_s)
         self._is_out_of_step = False
         self._temp_roots: set[str] = set()
         self._received = bytearray()
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(path)
-            self._version = self._agree()
-        except BaseException:
-            self.close()
-            raise
+        self._at = 0  # up to which they were parsed
 
-    def add_temp_roots(self, paths: Iterable[str]) -> None:
-        """Protect paths and their closures from garbage collection until this connection is closed, or the daemon ends.
+    async def _send(self, data: bytes) -> None:
+        raise NotImplementedError
 
-        The protection of a path that is not valid begins when it becomes valid.
-        """
-        self._ask(self._temp_root_requests(paths))
+    async def _receive_more(self) -> None:
+        """Wait for more bytes in `_received`. Raises RemoteError if the daemon has closed the connection."""
+        raise NotImplementedError
 
-    def add_indirect_roots(self, links: Iterable[str]) -> None:
+    def _restart_timeout(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+
+    def _left_s(self) -> float:
+        """Return the seconds until the timeout. Raises TimeoutError after it."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+    async def register_roots(self, links: Iterable[str]) -> None:
         """Protect the store paths that symlinks point to, and their closures, as long as the links exist."""
-        self._ask(map(self._indirect_root_request, links))
+        await self._ask(map(self._indirect_root_request, links))
 
-    def protect_and_query(self, path: str, references: Sequence[str]) -> tuple[bytes | None, set[str]]:
+    async def protect_and_query(self, path: str, references: Sequence[str]) -> tuple[bytes | None, set[str]]:
         """Return the SHA-256 of the NAR of a path, or None if it is not valid, and those references that are valid.
 
         All of them get temporary roots first. With less than 60 references, this is one round trip.
         """
         roots = self._temp_root_requests((path, *references))
-        *_, nar_hash, valid = self._ask([*roots, self._nar_hash_request(path), self._valid_paths_request(references)])
+        requests = [*roots, self._nar_hash_request(path), self._valid_paths_request(references)]
+        *_, nar_hash, valid = await self._ask(requests)
         return nar_hash, set(valid)
 
-    def query_valid_paths(self, paths: Sequence[str]) -> set[str]:
-        """Return those of the paths that are valid."""
-        (valid,) = self._ask([self._valid_paths_request(paths)])
-        return set(valid)
-
-    def add_to_store(self, info: PathInfo, store_dir: str, chunks: Iterable[bytes], link: str) -> bytes | None:
+    async def add_to_store(self, info: PathInfo, store_dir: str, chunks: Iterable[bytes], link: str) -> bytes | None:
         """Import a path with its NAR, and protect it as long as the symlink `link`, which points to it, exists.
 
         The daemon checks the hash, the size, and the signatures or the content address. It does not change a path that
@@ -115,63 +126,41 @@ class Daemon:
         for frame in _frames(chunks):
             unsent += _number.pack(len(frame))
             if len(frame) >= _FRAME_BYTES:  # sent without a copy
-                self._send_in_time(unsent)
-                self._send_in_time(frame)
+                self._restart_timeout(_IMPORT_TIMEOUT_S)
+                await self._send(unsent)
+                await self._send(frame)
                 unsent = b""
             else:
                 unsent += frame
         end = _Request(unsent + _number.pack(0), lambda: None)
         requests = end, self._nar_hash_request(path), self._indirect_root_request(link)
         nar_hash: bytes | None
-        _, nar_hash, _ = self._ask(requests, _IMPORT_TIMEOUT_S)
+        _, nar_hash, _ = await self._ask(requests, _IMPORT_TIMEOUT_S)
         return nar_hash
 
-    def register_realisation(self, realisation: str) -> None:
-        """Register a realisation, given as the JSON of Nix up to 2.34. The daemon does not check its signatures."""
-        if self._version < _TAKES_JSON:
-            raise RemoteError("the Nix daemon is older than that of Nix 2.4, and has no realisations")
-        self._ask([_Request(_number.pack(_REGISTER_DRV_OUTPUT) + _text(realisation), lambda: None)])
+    async def agree(self) -> None:
+        """Do the handshake."""
+        await self._send(_number.pack(_CLIENT_MAGIC) + _number.pack(_VERSION))
+        self._version = await self._receive(self._receive_version)
+        await self._send(_number.pack(0) + _number.pack(0))  # no CPU affinity, no reserved space
+        await self._receive(self._receive_greeting)
 
-    @property
-    def lost(self) -> bool:
-        """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
-        if self._is_out_of_step or self._received:
-            return True
-        try:
-            self._socket.setblocking(False)
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _agree(self) -> int:
-        """Do the handshake, and return the protocol version to use."""
-        self._send(_number.pack(_CLIENT_MAGIC) + _number.pack(_VERSION))
+    def _receive_version(self) -> int:
         if self._receive_number() != _DAEMON_MAGIC:
             raise RemoteError("the socket's server is not a Nix daemon")
         version = min(self._receive_number(), _VERSION)
         if version < _MIN_VERSION:
             raise RemoteError("the Nix daemon is older than that of Nix 2.3")
-        self._send(_number.pack(0) + _number.pack(0))  # no CPU affinity, no reserved space
-        if version >= _SENDS_NIX_VERSION:
-            self._receive_text()
-        if version >= _SENDS_TRUST:
-            self._receive_number()
-        self._read_log(version)
         return version
 
-    def _ask(self, requests: Iterable["_Request"], timeout: float | None = None) -> list[Any]:
+    def _receive_greeting(self) -> None:
+        if self._version >= _SENDS_NIX_VERSION:
+            self._receive_text()
+        if self._version >= _SENDS_TRUST:
+            self._receive_number()
+        self._read_log()
+
+    async def _ask(self, requests: Iterable["_Request"], timeout_s: float | None = None) -> list[Any]:
         """Send requests, several in one round trip, and return their results.
 
         If the daemon reports errors, raises the first of them after the last response.
@@ -181,13 +170,12 @@ class Daemon:
         waiting = list(requests)
         for start in range(0, len(waiting), _MAX_PIPELINED):
             part = waiting[start : start + _MAX_PIPELINED]
-            self._deadline = time.monotonic() + (timeout or self._timeout)
+            self._restart_timeout(timeout_s or self._timeout_s)
             self._is_out_of_step = True
-            self._send(b"".join(request.message for request in part))
+            await self._send(b"".join(request.message for request in part))
             for request in part:
                 try:
-                    self._read_log(self._version)
-                    results.append(request.receive())
+                    results.append(await self._receive(partial(self._receive_response, request)))
                 except DaemonError as error:
                     failure = failure or error
                 except (OSError, RemoteError) as error:
@@ -196,6 +184,10 @@ class Daemon:
         if failure is not None:
             raise failure
         return results
+
+    def _receive_response(self, request: "_Request") -> Any:  # noqa: ANN401 (depends on the request)
+        self._read_log()
+        return request.receive()
 
     def _temp_root_requests(self, paths: Iterable[str]) -> list["_Request"]:
         new = [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
@@ -233,7 +225,7 @@ class Daemon:
         except ValueError:
             raise RemoteError("the Nix daemon sent a malformed hash") from None
 
-    def _read_log(self, version: int) -> None:
+    def _read_log(self) -> None:
         """Read and drop the daemon's log messages before a response.
 
         Raises DaemonError if one of them is an error.
@@ -241,7 +233,7 @@ class Daemon:
         number, text = self._receive_number, self._receive_text
         while (kind := number()) != _LAST:
             if kind == _ERROR:
-                raise DaemonError(f"the Nix daemon reports: {self._receive_error(version)}")
+                raise DaemonError(f"the Nix daemon reports: {self._receive_error()}")
             parts: dict[int, tuple[Callable[[], object], ...]] = {
                 _NEXT: (text,),
                 _START_ACTIVITY: (number, number, number, text, self._skip_fields, number),
@@ -252,9 +244,10 @@ class Daemon:
                 raise RemoteError(f"the Nix daemon sent the unknown message {kind:#x}")
             for part in parts[kind]:
                 part()
+            self._forget_parsed()
 
-    def _receive_error(self, version: int) -> str:
-        if version < _SENDS_FULL_ERRORS:
+    def _receive_error(self) -> str:
+        if self._version < _SENDS_FULL_ERRORS:
             message = self._receive_text()
             self._receive_number()
             return message
@@ -280,41 +273,122 @@ class Daemon:
 
     def _receive_text(self) -> str:
         size = self._receive_number(_MAX_TEXT_BYTES)
-        text = self._receive(size)
-        if any(self._receive(-size % 8)):
+        text = self._receive_bytes(size)
+        if any(self._receive_bytes(-size % 8)):
             raise RemoteError("the Nix daemon sent a text with nonzero padding")
         return text.decode(errors="backslashreplace")
 
     def _receive_number(self, most: int = 2**64 - 1) -> int:
-        value: int = _number.unpack(self._receive(_number.size))[0]
+        value: int = _number.unpack(self._receive_bytes(_number.size))[0]
         if value > most:
             raise RemoteError(f"the Nix daemon sent the number {value}, more than the maximum of {most}")
         return value
 
-    def _receive(self, size: int) -> bytes:
-        while len(self._received) < size:
-            self._await()
-            part = self._socket.recv(_RECEIVE_BYTES)
-            if not part:
-                raise RemoteError("the Nix daemon closed the connection")
-            self._received += part
-        data = bytes(self._received[:size])
-        del self._received[:size]
-        return data
+    def _receive_bytes(self, size: int) -> bytearray:
+        begin, self._at = self._at, self._at + size
+        if self._at > len(self._received):
+            raise _IncompleteError
+        return self._received[begin : self._at]
 
-    def _send_in_time(self, data: bytes) -> None:
-        self._deadline = time.monotonic() + _IMPORT_TIMEOUT_S
-        self._send(data)
+    def _forget_parsed(self) -> None:
+        del self._received[: self._at]
+        self._at = 0
 
-    def _send(self, data: bytes) -> None:
-        self._await()
+    async def _receive(self, parse: "Callable[[], _T]") -> _T:
+        """Return the result of `parse`, which is called again from the start until enough has been received."""
+        while True:
+            try:
+                result = parse()
+            except _IncompleteError:
+                self._at = 0
+            except DaemonError:
+                self._forget_parsed()
+                raise
+            else:
+                self._forget_parsed()
+                return result
+            await self._receive_more()
+
+
+class Daemon(DaemonClient):
+    """A connection whose requests block: `finish` runs its coroutines."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        """Connect to the unix socket `path`. Each request may take `timeout` seconds. Raises errors like a request."""
+        super().__init__(timeout)
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(path)
+            finish(self.agree())
+        except BaseException:
+            self.close()
+            raise
+
+    def add_temp_roots(self, paths: Iterable[str]) -> None:
+        """Protect paths and their closures from garbage collection until this connection is closed, or the daemon ends.
+
+        The protection of a path that is not valid begins when it becomes valid.
+        """
+        finish(self._ask(self._temp_root_requests(paths)))
+
+    def add_indirect_roots(self, links: Iterable[str]) -> None:
+        """Protect the store paths that symlinks point to, and their closures, as long as the links exist."""
+        finish(self.register_roots(links))
+
+    def query_valid_paths(self, paths: Sequence[str]) -> set[str]:
+        """Return those of the paths that are valid."""
+        (valid,) = finish(self._ask([self._valid_paths_request(paths)]))
+        return set(valid)
+
+    def register_realisation(self, realisation: str) -> None:
+        """Register a realisation, given as the JSON of Nix up to 2.34. The daemon does not check its signatures."""
+        if self._version < _TAKES_JSON:
+            raise RemoteError("the Nix daemon is older than that of Nix 2.4, and has no realisations")
+        finish(self._ask([_Request(_number.pack(_REGISTER_DRV_OUTPUT) + _text(realisation), lambda: None)]))
+
+    @property
+    def lost(self) -> bool:
+        """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
+        if self._is_out_of_step or self._received:
+            return True
+        try:
+            self._socket.setblocking(False)
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _send(self, data: bytes) -> None:
+        self._socket.settimeout(self._left_s())
         self._socket.sendall(data)
 
-    def _await(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._socket.settimeout(left)
+    async def _receive_more(self) -> None:
+        self._socket.settimeout(self._left_s())
+        part = self._socket.recv(_RECEIVE_BYTES)
+        if not part:
+            raise RemoteError(CLOSED)
+        self._received += part
+
+
+def finish(steps: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine that never waits for an event loop, and return its result."""
+    try:
+        steps.send(None)
+    except StopIteration as ended:
+        return cast("_T", ended.value)
+    raise AssertionError("a coroutine waits without an event loop")
 
 
 def _frames(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -23,6 +23,8 @@ from support.small_disk import mounted
 
 FAULTY_PUSHES = int(os.environ.get("HARMONIA_FAULTY_PUSHES", "60"))
 """Number of faulty pushes in one run of the test."""
+SIZES = (2000, 2000, 2000, 400_000)
+"""Bounds of the sizes of their files: large ones are imported by threads."""
 SEED = int(os.environ.get("HARMONIA_SEED", "1"))
 
 
@@ -77,7 +79,7 @@ def test_no_wrong_path_of_random_faulty_pushes_becomes_valid(target: Target) -> 
     with target.client.daemon():
         for number in range(FAULTY_PUSHES):
             good, other = (
-                Pushed.make(f"{name}-{number}", chance.randbytes(chance.randrange(2000)), key)
+                Pushed.make(f"{name}-{number}", chance.randbytes(chance.randrange(chance.choice(SIZES))), key)
                 for name in ("one", "other")
             )
             right |= {f"/nix/store/{path.info.path}": path.info.nar_hash.hex() for path in (good, other)}
@@ -103,9 +105,10 @@ def registered(client: Client) -> dict[str, str]:
     }
 
 
-def test_parallel_pushes_of_one_path_all_succeed(target: Target) -> None:
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_parallel_pushes_of_one_path_all_succeed(target: Target, size: int) -> None:
     server = target.serve()
-    path = Pushed.make("twice", random.Random(SEED).randbytes(1 << 20), target.secret)
+    path = Pushed.make("twice", random.Random(SEED).randbytes(size), target.secret)
     with target.client.daemon(), ThreadPoolExecutor(8) as threads:
         pushers = [target.pusher(server) for _ in range(8)]
         assert {answer.status for answer in threads.map(lambda pusher: pusher.push(path), pushers)} == {200}
@@ -146,12 +149,12 @@ def test_imported_path_is_kept_if_the_connection_to_the_daemon_is_lost_at_its_en
     """Nix does not push it again, because the server has it."""
     lossy = """
 from harmonia.errors import RemoteError
-from harmonia.store.nix_daemon import Daemon
-add_to_store = Daemon.add_to_store
-def lose(*arguments):
-    add_to_store(*arguments)
+from harmonia.store.nix_daemon import DaemonClient
+add_to_store = DaemonClient.add_to_store
+async def lose(*arguments):
+    await add_to_store(*arguments)
     raise RemoteError("lost")
-Daemon.add_to_store = lose
+DaemonClient.add_to_store = lose
 """
     server = target.serve(program=patched(lossy))
     path = Pushed.make("good", b"content", target.secret)

@@ -1,5 +1,6 @@
 """The client of the Nix daemon speaks every protocol since Nix 2.3, and survives any reply."""
 
+import asyncio
 import socket
 import tempfile
 import threading
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from harmonia.errors import RemoteError
 from harmonia.nix import nar
+from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.store.nix_daemon import Daemon
 from support.daemon_server import LAST, DaemonServer, number
+from support.running import PATIENCE_S
 
 ROOT = "/nix/store/0000000000000000000000000000000a-näme"
 
@@ -123,6 +126,45 @@ def test_timeout_covers_the_whole_handshake(place: Path, *, drips: bool) -> None
         given_up.set()
         assert time.monotonic() - began > 0.25
     assert greeting
+
+
+@pytest.mark.parametrize("is_dripping", [False, True])
+def test_connection_on_the_event_loop_is_like_one_of_a_thread(place: Path, *, is_dripping: bool) -> None:
+    reply = number(0x6F6C6D67) + nar.encode(b"a line of the log\n") + number(LAST, 1)
+    replies = [number(0x6478696F, 0x126), nar.encode(b"2.34") + number(1, LAST), reply * 2]
+
+    def talk(connection: socket.socket) -> None:
+        for response in replies:
+            connection.recv(1 << 16)
+            for part in [bytes([byte]) for byte in response] if is_dripping else [response]:
+                connection.sendall(part)
+        connection.recv(1 << 16)
+        connection.shutdown(socket.SHUT_WR)
+
+    async def ask(path: str) -> None:
+        daemon = await LoopDaemon.open(path, PATIENCE_S)
+        assert not daemon.lost
+        await daemon.register_roots([ROOT, ROOT + "2"])
+        assert not daemon.lost
+        with pytest.raises(RemoteError, match="closed the connection"):
+            await daemon.register_roots([ROOT])
+        assert daemon.lost
+        daemon.close()
+
+    with DaemonServer(place, greet=talk) as server:
+        asyncio.run(ask(server.path))
+        daemon = Daemon(server.path, PATIENCE_S)
+        daemon.add_indirect_roots([ROOT, ROOT + "2"])
+        daemon.close()
+
+
+def test_request_on_the_event_loop_times_out(place: Path) -> None:
+    async def ask(path: str) -> None:
+        daemon = await LoopDaemon.open(path, 0.1)
+        daemon.close()
+
+    with DaemonServer(place, greet=lambda _: None) as server, pytest.raises(TimeoutError):
+        asyncio.run(ask(server.path))
 
 
 def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:

@@ -151,7 +151,7 @@ async def put_narinfo(context: ServerContext, request: Request, hash_part: str) 
     await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import continues
     if not importing.done() and request.version != "1.0":
         return _done(_Progress(importing))
-    await importing
+    await asyncio.shield(importing)
     is_plain = "content-encoding" not in request.headers
     return replace(_done(), store=partial(_import_small, context, may_sign) if is_plain else None)
 
@@ -161,7 +161,7 @@ async def _import_small(context: ServerContext, may_sign: MaySign, hash_part: st
     upload = _parse(context, hash_part, body)
     if upload.info.nar_size > SMALL_NAR_BYTES:
         raise PushRefusedError(413, "its import may take long")  # never sent
-    await _receiver(context).start_import(upload, may_sign)
+    await _receiver(context).import_path(upload, may_sign)
 
 
 async def put_log(context: ServerContext, request: Request, name: str) -> Representation:

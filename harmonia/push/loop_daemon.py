@@ -1,0 +1,64 @@
+"""Connection to the Nix daemon on the event loop."""
+
+import asyncio
+from functools import partial
+from typing import Self, cast
+
+from harmonia.errors import RemoteError
+from harmonia.store.nix_daemon import CLOSED, DaemonClient
+
+
+class LoopDaemon(DaemonClient, asyncio.Protocol):
+    """A connection whose requests wait on the event loop."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self._is_closed = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    @classmethod
+    async def open(cls, path: str, timeout_s: float) -> Self:
+        """Connect to the socket `path`. Each request may take `timeout_s` seconds. Raises errors like a request."""
+        async with asyncio.timeout(timeout_s):
+            _, daemon = await asyncio.get_running_loop().create_unix_connection(partial(cls, timeout_s), path)
+        try:
+            await daemon.agree()
+        except BaseException:
+            daemon.close()
+            raise
+        return daemon
+
+    @property
+    def lost(self) -> bool:
+        """True if the connection is closed, in the middle of a NAR, or the daemon has sent data without a request."""
+        return self._is_closed or self._is_out_of_step or bool(self._received)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        self._wake()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._is_closed = True
+        self._wake()
+
+    async def _send(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    async def _receive_more(self) -> None:
+        if self._is_closed:
+            raise RemoteError(CLOSED)
+        self._waiting = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(self._left_s()):
+            await self._waiting
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
