@@ -184,6 +184,19 @@ def test_second_collection_is_refused_while_one_runs(store: StoreBuilder, config
     assert "0 narinfos" in run("--config", config, "mirror", "gc", "--keep", "1d", "--dry-run").stderr
 
 
+@pytest.mark.parametrize("written", ["2026-01-01T00:00:00", "yesterday", 7, None])
+def test_malformed_state_of_a_collection_is_an_error_with_a_remedy(
+    config: str, store: StoreBuilder, folder: Folder, *, written: object
+) -> None:
+    state = {"run": "other", "state": "running", "host": "host:1", "written": written}
+    folder.put("harmonia/collection", json.dumps(state).encode())
+    for command in (["gc", "--keep", "1d"], [store.add_text("a", b"a").path]):
+        answer = run("--config", config, "mirror", *command)
+        assert answer.returncode == 1
+        assert "/harmonia/collection: malformed; delete it" in answer.stderr
+        assert "Traceback" not in answer.stderr
+
+
 def test_collection_that_lost_its_lease_deletes_nothing_more(store: StoreBuilder, config: str, folder: Folder) -> None:
     top = chain(store, 3)[-1].path
     mirror(config, top)

@@ -212,6 +212,8 @@ class CollectionState(NamedTuple):
         try:
             value = json.loads(text)
             written = datetime.fromisoformat(value["written"])
+            if written.tzinfo is None:
+                raise ValueError("no time zone")
             return cls(str(value["run"]), value["state"] == "running", str(value["host"]), written)
         except (ValueError, LookupError, TypeError):
             raise TargetRefusedError(f"{bucket.url}/{layout.COLLECTION}: malformed; delete it") from None
