@@ -110,7 +110,9 @@ def test_cache_that_no_client_accepts_is_named(start: Start, store: StoreBuilder
     elsewhere = start(store=tmp_path / "store", settings="virtual_nix_store = '/other/store'")
     assert "is for the store /other/store, not /nix/store" in client.cause(path, elsewhere)
     elsewhere.stop()
-    assert client.cause(path, elsewhere).startswith("connection: ")
+    assert client.cause(path, elsewhere) == "connection: Connection refused"
+    summary = client.why(path, "--cache", elsewhere.url)["summary"]
+    assert summary == f"{path} is not available: {elsewhere.url}: Connection refused."
 
 
 def test_caches_are_asked_by_priority(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

@@ -79,16 +79,16 @@ class NixClient:
         try:
             answer = cache.get("nix-cache-info")
         except RemoteError as error:
-            return Verdict(cache.url, _LAST, [_reason(connection.unreachable(cache, error))])
+            return Verdict(cache.url, _LAST, [_reason(cache, connection.unreachable(cache, error))])
         if refusal := cache_info.refusal(cache, answer, self.store_dir):
-            return Verdict(cache.url, _LAST, [_reason(refusal)])
+            return Verdict(cache.url, _LAST, [_reason(cache, refusal)])
         priority = integer(parse_cache_info(answer.body).get("Priority", "0"), _LAST) or 0
         reasons = []
         try:
             for finding in self._findings(cache, sample):
-                reasons.append(_reason(finding))  # noqa: PERF401 (keeps those before an error)
+                reasons.append(_reason(cache, finding))  # noqa: PERF401 (keeps those before an error)
         except RemoteError as error:
-            reasons.append(_reason(Finding("connection", "error", str(error), LOG)))
+            reasons.append(_reason(cache, Finding("connection", "error", str(error), LOG)))
         return Verdict(cache.url, priority, reasons)
 
     def _findings(self, cache: Client, sample: str) -> Findings:
@@ -169,7 +169,10 @@ def remembered_until(url: str, hash_part: str, ttl_s: int, environ: Mapping[str,
     return datetime.fromtimestamp(until).astimezone() if until > time.time() else None
 
 
-def _reason(finding: Finding) -> Reason:
-    """Return a finding of the doctor as a reason. Nix refuses a path whose signature it does not know."""
+def _reason(cache: Client, finding: Finding) -> Reason:
+    """Return a finding of the doctor about a cache, which the verdict names, as a reason.
+
+    Nix refuses a path whose signature it does not know.
+    """
     decides = finding.level == "error" or (finding.check == "signatures" and finding.level == "warning")
-    return Reason(finding.check, finding.what, decides, finding.remedy)
+    return Reason(finding.check, finding.what.removeprefix(f"{cache.url}: "), decides, finding.remedy)
