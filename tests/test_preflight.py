@@ -176,6 +176,11 @@ def test_empty_store_gives_a_warning(start: Start, tmp_path: Path) -> None:
     assert message.endswith("; to try Harmonia, use harmonia demo, or make demo in a clone\n")
 
 
+def test_empty_store_is_no_mistake_if_upstreams_are_asked(start: Start, tmp_path: Path) -> None:
+    StoreBuilder(tmp_path / "store")
+    assert warnings(start, tmp_path, "[[upstream]]\nurl = 'http://127.0.0.1:1'") == []
+
+
 @pytest.mark.usefixtures("store")
 def test_check_config_creates_no_cache_directory(start: Start, tmp_path: Path) -> None:
     server = start(store=tmp_path / "store", cache_dir=tmp_path / "cache/directory")
@@ -190,7 +195,7 @@ def test_locked_database_gives_a_warning_only(start: Start, store: StoreBuilder,
     with closing(sqlite3.connect(store.db_path, isolation_level=None)) as nix:
         nix.execute("pragma journal_mode = delete")
         nix.execute("begin exclusive")
-        message = f"cannot read {store.db_path}: database is locked; nothing is served until it is readable\n"
+        message = f"cannot read {store.db_path}: database is locked; the store is not served until it is readable\n"
         assert [line.partition("nix_db_path: ")[2] for line in warnings(start, tmp_path, "")] == [
             message.replace(str(tmp_path), "ROOT")
         ]

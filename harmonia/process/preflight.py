@@ -85,7 +85,7 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
     database = Store.of(settings).database
     try:
         paths = list(database.query(_SOME_PATH, store_dir, store_dir))
-        if not paths:
+        if not paths and not settings.asks_upstreams:
             what = f"{settings.database!r} has no valid paths, so nothing is served"
             yield WrongSettingError(
                 f"{what}; to try Harmonia, use harmonia demo, or make demo in a clone", "nix_db_path"
@@ -99,7 +99,7 @@ def _store(settings: Settings) -> Iterator[WrongSettingError]:
         if getattr(cause, "sqlite_errorcode", 0) & 0xFF in _NO_DATABASE:
             what = f"{settings.database!r} is not a database of Nix: {cause}; name the store's db.sqlite"
             raise WrongSettingError(what, "nix_db_path") from None
-        yield WrongSettingError(f"{error}; nothing is served until it is readable", "nix_db_path")
+        yield WrongSettingError(f"{error}; the store is not served until it is readable", "nix_db_path")
     finally:
         database.close()
     for root in settings.publish.gc_roots:
