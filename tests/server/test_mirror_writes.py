@@ -78,6 +78,14 @@ def test_closure_of_a_downloaded_path_is_written(
     assert metric(server, "written_bytes_total") > 3 * 2000
 
 
+@pytest.mark.usefixtures("store")
+def test_all_digits_of_a_long_queue_are_shown(start: Start, folder: Folder, tmp_path: Path) -> None:
+    settings = folder.settings("read = false\nwrite_served = true")
+    count = "from harmonia.upload import queue; queue._STATISTICS = 'select 1234567, 1234567, null'"
+    server = start(store=tmp_path / "own", settings=settings, program=patched(count))
+    wait_until(lambda: writes(server) == "up, 1234567 paths queued, 1234567 of them failing")
+
+
 def test_download_of_a_path_in_the_bucket_keeps_it_there(
     store: StoreBuilder, serve: Callable[[], Server], folder: Folder, tmp_path: Path
 ) -> None:

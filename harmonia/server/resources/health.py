@@ -31,7 +31,7 @@ def _states(context: ServerContext) -> Iterator[str]:
         rows = context.metrics.rows
         queued, failing = sum(row.mirror_queued for row in rows), sum(row.mirror_failing for row in rows)
         up = "up" if any(row.mirror_up for row in rows) else "down"
-        yield f"mirror writes: {up}, {queued:g} paths queued, {failing:g} of them failing"
+        yield f"mirror writes: {up}, {queued:.0f} paths queued, {failing:.0f} of them failing"
 
 
 async def get_version(_: ServerContext, __: Request) -> Representation:
