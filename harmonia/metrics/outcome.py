@@ -7,7 +7,7 @@ class Outcome(IntEnum):
     """A value of the label `outcome` in the metrics and of the field in the access log: its name in lower case."""
 
     NONE = 0
-    """There was no body of a resource: an error, 304, a redirect, or HEAD without opening the body."""
+    """Nowhere: an error, 304, a redirect, an answer to HEAD of a NAR or to an upload, or a page."""
     MEMORY = 1
     """The response, or its text, was in memory."""
     DISK = 2
