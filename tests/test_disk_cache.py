@@ -276,15 +276,19 @@ def test_sweep_keeps_the_digests_of_a_file_that_is_being_flushed(tmp_path: Path,
         assert content_of(cache) == b"content"
 
 
+def found(cache: DiskCache) -> CachedFile:
+    file = cache.find_file("key")
+    assert file is not None
+    return file
+
+
 def test_file_is_sendable_for_a_while_after_all_of_it_was_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = random.Random(1).randbytes(BLOCK_BYTES + 100)
 
     def follow(cache: DiskCache, start: int, stop: int | None) -> str | None:
-        file = cache.find_file("key")
-        assert file is not None
-        with closing(file):
+        with closing(found(cache)) as file:
             for part in file.follow(start, stop):
                 assert part is not None
                 all_of(part, "read")
@@ -321,9 +325,7 @@ def test_growing_file_is_not_sendable(tmp_path: Path) -> None:
 def test_file_is_not_sendable_after_damage_was_found(tmp_path: Path) -> None:
     with at(tmp_path, bare=True) as cache:
         path = fill(cache)
-        file = cache.find_file("key")
-        assert file is not None
-        with closing(file):
+        with closing(found(cache)) as file:
             for part in file.follow(0, None):
                 assert part is not None
                 all_of(part, "read")
@@ -332,7 +334,26 @@ def test_file_is_not_sendable_after_damage_was_found(tmp_path: Path) -> None:
             with pytest.raises(CacheFileError):
                 file.content()
             assert not os.path.exists(path)
-            assert file.sendable_name is None  # the next file may get its inode
+            assert file.sendable_name is None
+
+
+def test_file_with_the_inode_number_of_a_verified_file_is_not_sendable(tmp_path: Path) -> None:
+    with at(tmp_path, bare=True) as cache:
+        path = Path(fill(cache))
+        with closing(found(cache)) as file:
+            for part in file.follow(0, None):
+                assert part is not None
+                all_of(part, "read")
+            assert file.sendable_name == "key"
+        path.write_bytes(b"CONTENT")  # of the next file, which the disk has damaged
+        sums = Path(f"{path}.sums")
+        content, created = sums.read_bytes(), sums.stat().st_ctime_ns
+        while sums.stat().st_ctime_ns == created:  # the clock of a file system has steps of some milliseconds
+            sums.unlink()
+            sums.write_bytes(content)
+        with closing(found(cache)) as file:
+            assert file.whole
+            assert file.sendable_name is None
 
 
 def test_one_of_many_threads_fills(cache: DiskCache) -> None:

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _UNUSED_AGE_S = 86400.0  # of the LRU time of a file that nobody has used yet
 _WRITE_BYTES = 64 * 1024  # per write of small pieces
 _ORPHAN_AGE_S = 60.0  # of digests without a file, which may get its name in a moment
 _INTACT_S = 3600.0  # for which a verified file counts as intact
-_MAX_INTACT = 65536  # files that are known to be intact, some 300 bytes each
+_MAX_INTACT = 65536  # files that are known to be intact, some 430 bytes each
 _RETRY_S = 60.0  # until the next try to write to a disk that has failed
 
 _log = logging.getLogger("harmonia")
@@ -77,7 +77,7 @@ class DiskCache:
         self._directory = directory
         self._growing = growing
         self._bare = bare
-        self._intact: TTLCache[tuple[int, bytes | None], bool] = TTLCache(_MAX_INTACT, _INTACT_S)
+        self._intact: TTLCache[Hashable, bool] = TTLCache(_MAX_INTACT, _INTACT_S)
         self._lock = threading.Lock()
         self._unusable_until = 0.0
         _make_directory(directory, _BARE_MODE if bare else 0o700)
@@ -237,18 +237,18 @@ class DiskCache:
     def mark_intact(self, file: CachedFile) -> None:
         """Remember for an hour that a file was read from its first byte to its last, and each block had its digest."""
         with self._lock:
-            self._intact[file.inode(), file.sha256] = True
+            self._intact[file.identity()] = True
 
     def is_intact(self, file: CachedFile) -> bool:
         """Return True if this process called `mark_intact` for the file less than an hour ago."""
         with self._lock:
-            return (file.inode(), file.sha256) in self._intact
+            return file.identity() in self._intact
 
     def discard(self, file: CachedFile) -> None:
         """Remove a file whose content changed after it was written, unless another file has replaced it."""
         path = str(file.path)
         with self._lock:
-            self._intact.pop((file.inode(), file.sha256), None)
+            self._intact.pop(file.identity(), None)
         with suppress(OSError):
             if not file.is_at(path):
                 return

@@ -23,7 +23,7 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from contextlib import suppress
 from typing import Protocol
 
@@ -147,9 +147,16 @@ class CachedFile:
                 return os.path.basename(self.path)
         return None
 
-    def inode(self) -> int:
-        """Return the inode number of the file."""
-        return os.fstat(self._descriptor).st_ino
+    def identity(self) -> Hashable:
+        """Return a value that no later file has, even one with the same content, or None if this file is not bare.
+
+        The inode number alone may be that of a later file, too. The file with the digests does not change, so that its
+        time is that of its creation, while the times of the content change whenever it is used.
+        """
+        if self._sums_descriptor < 0:
+            return None
+        sums = os.fstat(self._sums_descriptor)
+        return os.fstat(self._descriptor).st_ino, sums.st_ino, sums.st_ctime_ns, self.sha256
 
     def _open_sums(self) -> bool:
         if self.path is not None:
