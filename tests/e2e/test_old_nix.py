@@ -44,8 +44,11 @@ def old(tmp_path: Path) -> Client:
     return client
 
 
-def serve(start: Start, closure: Closure, settings: str = "nar_compression = 'none'") -> Server:
-    return start(store=closure.server.directory, settings=f"sign_key_paths = ['{closure.key.secret_file}']\n{settings}")
+def serve(
+    start: Start, closure: Closure, settings: str = "nar_compression = 'none'", bind: str = "127.0.0.1:0"
+) -> Server:
+    keys = f"sign_key_paths = ['{closure.key.secret_file}']\n"
+    return start(store=closure.server.directory, settings=keys + settings, bind=bind)
 
 
 def trust(client: Client, server: Server, closure: Closure) -> None:
@@ -72,11 +75,19 @@ def test_closure_is_copied_and_listed(start: Start, old: Client, closure: Closur
     )
 
 
-def test_zstd_fails_with_a_message_that_names_it(start: Start, old: Client, closure: Closure) -> None:
-    trust(old, serve(start, closure, "nar_compression = 'zstd'"), closure)
+def test_zstd_fails_with_a_message_that_names_it(
+    start: Start, old: Client, closure: Closure, new_port: Callable[[], int]
+) -> None:
+    bind = f"127.0.0.1:{new_port()}"
+    server = serve(start, closure, "nar_compression = 'zstd'", bind)
+    trust(old, server, closure)
     failed = old.run("nix-store", "--realise", closure.top, check=False)
     assert failed.returncode != 0
     assert "unknown compression method 'zstd'" in failed.stderr
+    server.stop()
+    serve(start, closure, bind=bind)
+    assert old.run("nix-store", "--realise", closure.top, check=False).returncode != 0  # it keeps the narinfo
+    old.run("nix-store", "--realise", closure.top, "--option", "narinfo-cache-positive-ttl", "0")
 
 
 def test_unsigned_path_is_refused(start: Start, old: Client, closure: Closure) -> None:
