@@ -29,6 +29,7 @@ GAP = "gap"
 _MAX_UNWRITTEN = 4096
 _WRITE_INTERVAL_S = 0.1
 _BUSY_TIMEOUT_S = 2.0
+_BUSY_PAUSE_S = 0.01
 
 _SCHEMA = """
 create table if not exists events (number integer primary key autoincrement, name text not null, data text not null);
@@ -93,6 +94,17 @@ class EventLog:
                     return self._connection
             self.close()
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
+        while True:
+            try:
+                return self._open()
+            except sqlite3.OperationalError as error:
+                # If another connection creates the file at the same time, SQLite fails at once, whatever the timeout.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(_BUSY_PAUSE_S)
+
+    def _open(self) -> sqlite3.Connection:
         self._file = None
         with suppress(FileNotFoundError):
             self._file = os.stat(self._path)

@@ -6,13 +6,14 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.process.event_log import EventLog
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.event_client import EventClient, follow
@@ -422,6 +423,16 @@ def test_damaged_log_is_replaced(store: StoreBuilder, serve: Start) -> None:
                 new = store.add_text("new", b"")
                 assert client.until("valid").data["path"] == name(new)
     assert set(statuses) == {503, 200}
+
+
+def test_log_that_another_process_creates_at_the_same_time_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite3.connect(tmp_path / "log.sqlite", isolation_level=None)) as other:
+        other.execute("begin immediate")
+        monkeypatch.setattr(time, "sleep", lambda _: other.execute("rollback"))
+        with closing(EventLog(str(tmp_path))) as log:
+            assert [event.name for event in log.events(0)] == ["gap"]
 
 
 def test_event_data_is_one_line_of_json(store: StoreBuilder, serve: Start) -> None:
