@@ -33,7 +33,8 @@ class EventClient:
         return lines
 
     def next(self) -> Received | None:
-        """Return the next event, or None at the end of the stream."""
+        """Return the next event, or None at the end of the stream. Fails if the response is another one."""
+        assert self.response.status == 200, (self.response.status, self.response.read())
         while lines := self.block():
             self.comments += any(line.startswith(":") for line in lines)
             assert all(": " in line or line.startswith(":") for line in lines), lines
