@@ -15,7 +15,7 @@ from hypothesis.strategies import none
 from support.ports import ReservedPort
 from support.programs import NOT_ROOT, namespaces_forbidden, require, skips
 from support.running import Server
-from support.s3_service import Folder, S3Service
+from support.s3_service import S3, Folder, shared
 
 # Each run has the same examples, so more of them are for `make test-slow`.
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=40)
@@ -93,16 +93,15 @@ def new_port() -> Iterator[Callable[[], int]]:
 
 
 @pytest.fixture(scope="session")
-def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
-    """Run SeaweedFS for all tests of this process."""
-    service = S3Service(tmp_path_factory.mktemp("s3"))
-    service.start()
-    yield service
-    service.close()
+def s3_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """Use SeaweedFS, one for all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    with shared(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) as service:
+        yield service
 
 
 @pytest.fixture
-def folder(s3_service: S3Service, tmp_path: Path) -> Folder:
+def folder(s3_service: S3, tmp_path: Path) -> Folder:
     """Return an empty folder in a bucket that anyone may read."""
     return s3_service.folder(tmp_path)
 

@@ -18,7 +18,7 @@ from support.mirrors import gates
 from support.nginx import nginx
 from support.nix_client import Client
 from support.running import PATIENCE_S, run
-from support.s3_service import Folder, S3Service
+from support.s3_service import S3, Folder
 
 pytestmark = pytest.mark.s3
 
@@ -65,7 +65,7 @@ def test_closure_is_copied_from_the_bucket(
 
 @pytest.mark.parametrize("more", ["", "redirect = true"], ids=["proxied", "redirected"])
 def test_closure_is_substituted_through_a_gate_without_a_store(
-    client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path, *, more: str
+    client: Client, closure: Closure, s3_service: S3, tmp_path: Path, *, more: str
 ) -> None:
     folder = s3_service.folder(tmp_path, "private")
     mirror(closure, folder, tmp_path, closure.top)
@@ -77,7 +77,7 @@ def test_closure_is_substituted_through_a_gate_without_a_store(
 
 
 def test_cut_download_resumes_at_another_gate_while_one_is_killed(
-    client: Client, closure: Closure, s3_service: S3Service, tmp_path: Path
+    client: Client, closure: Closure, s3_service: S3, tmp_path: Path
 ) -> None:
     folder = s3_service.folder(tmp_path, "private")
     path = build_one(closure.server, "noise-3.0", "mkdir $out; head -c 12000000 /dev/urandom > $out/noise")
@@ -99,7 +99,7 @@ def test_cut_download_resumes_at_another_gate_while_one_is_killed(
 
 
 def test_fifty_downloads_end_whole_although_one_of_three_gates_is_killed(
-    closure: Closure, s3_service: S3Service, tmp_path: Path
+    closure: Closure, s3_service: S3, tmp_path: Path
 ) -> None:
     """A client resumes as Nix does: with the range that is missing, at whichever gate nginx chooses."""
     folder = s3_service.folder(tmp_path, "private")

@@ -16,7 +16,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from support.faulty_network import SLOW_DOWN, FaultyNetwork
 from support.preloaded import NOT_PRELOADED
 from support.running import PATIENCE_S, Server, run, wait_until
-from support.s3_service import Folder, S3Service
+from support.s3_service import S3, Folder
 from support.upstream_server import UpstreamServer
 
 pytestmark = pytest.mark.s3
@@ -27,7 +27,7 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 @pytest.fixture
-def private(s3_service: S3Service, tmp_path: Path) -> Folder:
+def private(s3_service: S3, tmp_path: Path) -> Folder:
     """Return an empty folder in a bucket that nobody may read without a key."""
     return s3_service.folder(tmp_path, "private")
 
@@ -50,7 +50,7 @@ def remote(private: Folder, tmp_path: Path) -> list[PathInfo]:
 
 
 @pytest.fixture
-def network(s3_service: S3Service) -> Iterator[FaultyNetwork]:
+def network(s3_service: S3) -> Iterator[FaultyNetwork]:
     with FaultyNetwork(int(s3_service.url.rpartition(":")[2])) as network:
         yield network
 

@@ -16,7 +16,7 @@ from harmonia.upload.queue import UploadQueue
 from support.faulty_network import SLOW_DOWN, FaultyNetwork, refusal
 from support.mirrors import chain, configure, mirror
 from support.running import Server, file_url, patched, run, wait_until
-from support.s3_service import Folder, S3Service
+from support.s3_service import S3, Folder
 
 pytestmark = pytest.mark.s3
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> StoreBuilder:
 
 
 @pytest.fixture
-def network(s3_service: S3Service) -> Iterator[FaultyNetwork]:
+def network(s3_service: S3) -> Iterator[FaultyNetwork]:
     with FaultyNetwork(int(s3_service.url.rpartition(":")[2])) as network:
         yield network
 

@@ -1,5 +1,6 @@
-"""A real S3 service: one SeaweedFS process for all tests of a session, each with a folder of its own in a bucket."""
+"""A real S3 service: one SeaweedFS process for all tests of a run, each with a folder of its own in a bucket."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 
 import obstore
 import pytest
@@ -43,8 +46,29 @@ _GRPC_OFFSET = 10_000  # SeaweedFS also listens at each of its ports plus this
 _PATIENCE_S = 120.0
 
 
-class S3Service:
-    """SeaweedFS with the buckets `public`, which anyone may read, and `private`."""
+class S3:
+    """A running service with the buckets `public`, which anyone may read, and `private`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def store(self, bucket: str) -> S3Store:
+        return S3Store(
+            bucket,
+            endpoint=self.url,
+            access_key_id=_ACCESS,
+            secret_access_key=_SECRET,
+            region="us-east-1",
+            client_options={"allow_http": True},
+        )
+
+    def folder(self, directory: Path, bucket: str = "public") -> "Folder":
+        """Return an empty folder in a bucket. Its credentials are files in `directory`."""
+        return Folder(self, directory, bucket, hashlib.sha256(os.fsencode(directory)).hexdigest()[:16])
+
+
+class S3Service(S3):
+    """The process of a service."""
 
     def __init__(self, directory: Path) -> None:
         environments = (Path(sys.prefix), Path(__file__).parents[2] / ".venv")
@@ -58,7 +82,7 @@ class S3Service:
         self.process: subprocess.Popen[bytes]
         self._reserved = ExitStack()
         self._ports = self._reserve(4)
-        self.url = f"http://127.0.0.1:{self._ports[3]}"
+        super().__init__(f"http://127.0.0.1:{self._ports[3]}")
 
     def _reserve(self, count: int) -> list[int]:
         """Return ports that are reserved together with those of gRPC, until `close`."""
@@ -118,26 +142,36 @@ class S3Service:
         self.stop()
         self._reserved.close()
 
-    def store(self, bucket: str) -> S3Store:
-        return S3Store(
-            bucket,
-            endpoint=self.url,
-            access_key_id=_ACCESS,
-            secret_access_key=_SECRET,
-            region="us-east-1",
-            client_options={"allow_http": True},
-        )
 
-    def folder(self, directory: Path, bucket: str = "public") -> "Folder":
-        """Return an empty folder in a bucket. Its credentials are files in `directory`."""
-        return Folder(self, directory, bucket, hashlib.sha256(os.fsencode(directory)).hexdigest()[:16])
+@contextmanager
+def shared(directory: Path) -> Iterator[S3]:
+    """Yield the service that all processes of a run with the same directory use. The first one starts and stops it."""
+    address = directory / "s3.url"
+    with open(directory / "s3.start", "w") as starting, open(directory / "s3.users", "w") as users:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if address.exists():
+            fcntl.flock(starting, fcntl.LOCK_UN)
+            yield S3(address.read_text())
+            return
+        service = S3Service(Path(mkdtemp(prefix="s3-", dir=directory)))
+        try:
+            service.start()
+            address.write_text(service.url)
+            fcntl.flock(starting, fcntl.LOCK_UN)
+            yield service
+            fcntl.flock(starting, fcntl.LOCK_EX)  # nobody else begins to use it
+            address.unlink()
+            fcntl.flock(users, fcntl.LOCK_EX)  # wait until the others have ended
+        finally:
+            service.close()
 
 
 @dataclass
 class Folder:
     """A folder of a bucket, in which a test has its mirror."""
 
-    service: S3Service
+    service: S3
     directory: Path
     bucket: str
     prefix: str
