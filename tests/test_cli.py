@@ -21,6 +21,7 @@ from harmonia import __version__, cli
 from harmonia.cli.man import commands
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
+from support.preloaded import popen
 from support.programs import needs, require
 from support.running import HARMONIA, PATIENCE_S, open_files, patched, run, wait_until
 
@@ -353,7 +354,7 @@ def interrupted(*command: str, begun: Callable[[int], object]) -> subprocess.Com
     """Run a command, interrupt it once it has begun, and return the result."""
     with (
         open(os.devnull, "wb") as nothing,
-        subprocess.Popen(command, stdout=nothing, stderr=subprocess.PIPE, text=True) as process,
+        popen(command, env=os.environ, stdout=nothing, stderr=subprocess.PIPE, text=True) as process,
     ):
         try:
             wait_until(lambda: begun(process.pid))

@@ -15,6 +15,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader
 from harmonia.tools.fixture_tree import Executable, Sparse, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
+from support.preloaded import popen
 from support.programs import needs
 from support.running import HARMONIA, PATIENCE_S, run, run_binary
 
@@ -192,9 +193,8 @@ def test_closed_output_ends_silently_by_sigpipe(arguments: tuple[str, ...], tmp_
     if arguments[1] == "ls":
         source = tmp_path / "nar"
         source.write_bytes(harmonia("nar", "dump", str(tree)))
-    with subprocess.Popen(
-        [*HARMONIA, *arguments, str(source)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command = [*HARMONIA, *arguments, str(source)]
+    with popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(10)

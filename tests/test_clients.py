@@ -1,21 +1,20 @@
 """Hundreds of clients that vanish, fall silent, or are slow: other clients are served, and nothing leaks."""
 
-import ctypes
 import os
 import socket
 import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
 from harmonia.nix.path_info import PathInfo
-from support.programs import PRIVILEGED, require
+from support.networks import network
+from support.programs import require
 from support.running import Sample, Server, nar_url, open_files, patched, read_answer, wait_until
 from support.unscathed import MANY, serves, unscathed
 
@@ -26,7 +25,7 @@ REQUEST = b"GET /version HTTP/1.1\r\nHost: cache\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return Sample.make(tmp_path_factory.mktemp("store"), 16 << 20)
+    return Sample.make(tmp_path_factory.mktemp("store"))
 
 
 def ask(info: PathInfo, suffix: str = "") -> bytes:
@@ -107,22 +106,6 @@ def test_slow_clients_do_not_delay_others(start: Start, sample: Sample) -> None:
             for thread in threads:
                 thread.join()
     assert not [line for line in server.log if " ERROR " in line]
-
-
-@contextmanager
-def network(name: str) -> Iterator[None]:
-    """Run the body of the `with` statement in that network namespace."""
-    with open("/proc/thread-self/ns/net", "rb") as ours, open(f"/run/netns/{name}", "rb") as other:
-        _enter(other)
-        try:
-            yield
-        finally:
-            _enter(ours)
-
-
-def _enter(namespace: BinaryIO) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0) != 0:
-        pytest.skip(f"no network namespaces here ({os.strerror(ctypes.get_errno())}): {PRIVILEGED}")
 
 
 def ip(*command: str) -> None:

@@ -8,7 +8,6 @@ import random
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from harmonia.cache.growing_file import BLOCK_BYTES, CachedFile, Filler, content
 from harmonia.errors import CacheFileError
 from harmonia.store.file_reader import OpenSlice
 from support.disk_cache import at, fill, filling, messages, no_leak, opened, read, stress, without
+from support.preloaded import PATCHED, popen
 from support.small_disk import mounted
 
 TRAILER = 72
@@ -53,6 +53,7 @@ for line in sys.stdin:
 
 STRESS = """
 import random, sys
+sys.path.append(sys.argv[4])
 from support.disk_cache import stress
 from harmonia.cache.disk_cache import DiskCache
 
@@ -64,8 +65,9 @@ class Process:
     """Another process that has opened the same key."""
 
     def __init__(self, directory: Path) -> None:
-        command = [sys.executable, "-c", PROCESS, str(directory)]
-        self.popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [*PATCHED, PROCESS, str(directory)]
+        pipe = subprocess.PIPE
+        self.popen: subprocess.Popen[str] = popen(command, env=os.environ, stdin=pipe, stdout=pipe, text=True)
         self.role = self._answer()
 
     def __call__(self, command: str) -> str:
@@ -978,15 +980,8 @@ def test_threads_in_a_race(tmp_path: Path, bare: bool) -> None:  # noqa: FBT001 
 
 @pytest.mark.parametrize("bare", ["False", "True"])
 def test_processes_in_a_race(tmp_path: Path, bare: str) -> None:
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", STRESS, str(tmp_path), str(seed), bare],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-        )
-        for seed in range(3)
-    ]
+    commands = [[*PATCHED, STRESS, str(tmp_path), str(seed), bare, os.path.dirname(__file__)] for seed in range(3)]
+    processes = [popen(command, env=os.environ, stderr=subprocess.PIPE) for command in commands]
     assert [process.communicate()[1] for process in processes] == [b"", b"", b""]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert not list(tmp_path.glob("*.growing"))

@@ -18,13 +18,13 @@ from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import PRIVILEGED
 from support.running import (
-    HARMONIA,
     Sample,
     Server,
     ServiceManager,
     download,
     nar_url,
     open_files,
+    patched,
     read_answer,
     unpacked,
     wait_until,
@@ -51,15 +51,15 @@ def evict(server: Server) -> None:
         kept.unlink()
 
 
+def limited(name: str, soft: int, hard: int) -> list[str]:
+    return patched(f"import resource\nresource.setrlimit(resource.{name}, ({soft}, {hard}))")
+
+
 # Descriptors
 
 
-def limited(descriptors: int) -> list[str]:
-    return ["prlimit", f"--nofile=64:{descriptors}", *HARMONIA]
-
-
 def test_limit_of_open_files_is_raised_and_respected(start: Start, sample: Sample) -> None:
-    server = start(store=sample.root, program=limited(560))
+    server = start(store=sample.root, program=limited("RLIMIT_NOFILE", 64, 560))
     server.wait_for_log("WARNING max_connections: the open-file limit allows only 24 per worker; raise LimitNOFILE= ")
     (worker,) = server.workers
     assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (560, 560)
@@ -136,8 +136,8 @@ def test_worker_killed_for_its_memory_is_replaced(start: Start, tmp_path: Path) 
 
 
 def test_failed_allocation_gets_503_and_the_worker_survives(start: Start, tmp_path: Path) -> None:
-    sample = Sample.make(tmp_path / "store", 64 << 20)
-    server = start(store=sample.root, settings="zstd.window_log = 26")  # frames of 64 MiB
+    sample = Sample.make(tmp_path / "store", 40 << 20)
+    server = start(store=sample.root, settings="zstd.window_log = 26")  # one frame for nearly all of it
     (worker,) = server.workers
     no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     with unscathed(server, sample.small, sample.big):
@@ -158,7 +158,7 @@ def test_file_size_limit_stops_no_download_and_is_logged_once(start: Start, tmp_
     store = StoreBuilder(tmp_path / "store")
     info = store.add(store.output_path("big"), {"file": os.urandom(12 << 20)})
     little = store.add(store.output_path("little"), {"file": os.urandom(1 << 20)})
-    server = start(store=tmp_path / "store", program=["prlimit", f"--fsize={4 << 20}", *HARMONIA])
+    server = start(store=tmp_path / "store", program=limited("RLIMIT_FSIZE", 4 << 20, 4 << 20))
     with unscathed(server, info, little):
         for _ in range(3):
             assert sha256(unpacked(server.get(nar_url(info) + ".zst").body)).digest() == info.nar_hash

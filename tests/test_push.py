@@ -316,7 +316,7 @@ class TestFailures:
 
         cache.fault = fault
         (tmp_path / "tmp").mkdir()
-        with subprocess.Popen(
+        with preloaded.popen(
             [*HARMONIA, "--config", str(config), "push", cache.url, full(large)],
             stderr=subprocess.PIPE,
             text=True,

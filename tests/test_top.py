@@ -1,5 +1,6 @@
 """`harmonia top` shows the activity of a running server, from its metrics alone."""
 
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.top import Snapshot, hit_ratio, route_activities
+from support.preloaded import popen
 from support.running import HARMONIA, NO_SMALL_NARS, PATIENCE_S, Sample, Server, download, nar_url, run, wait_until
 
 Start = Callable[..., Server]
@@ -86,7 +88,7 @@ def test_views_are_appended_without_a_terminal(tmp_path: Path, start: Start) -> 
     StoreBuilder(tmp_path / "store")
     server = start(store=tmp_path / "store")
     command = [*HARMONIA, "top", server.url, "--interval", "0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with popen(command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen: list[str] = []
         reader = threading.Thread(target=seen.extend, args=(process.stdout,))
@@ -104,7 +106,7 @@ def test_unreachable_server_is_waited_for(tmp_path: Path, start: Start) -> None:
     bind = f"unix:{tmp_path}/socket"
     server = start(store=tmp_path / "store", bind=bind)
     command = [*HARMONIA, "top", bind, "--interval", "0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with popen(command, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         seen: list[str] = []
         reader = threading.Thread(target=seen.extend, args=(process.stdout,))

@@ -18,6 +18,7 @@ from harmonia.errors import ConfigError
 from harmonia.nix.store_path import StorePath
 from harmonia.store.new_paths import Cursor
 from harmonia.upload.queue import FIRST_DELAY_S, MAX_DELAY_S, Item, QueueWriteError, UploadQueue
+from support.preloaded import PATCHED, popen
 from support.small_disk import mounted
 
 HOUR_S = 3600.0
@@ -225,7 +226,9 @@ while True:
 
 def work_until_killed(file: Path, seconds: float) -> list[str]:
     """Return what a process has uploaded until it was killed."""
-    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(file)], stdout=subprocess.PIPE, text=True)
+    worker: subprocess.Popen[str] = popen(
+        [*PATCHED, WORKER, str(file)], env=os.environ, stdout=subprocess.PIPE, text=True
+    )
     with worker:
         assert worker.stdout
         worker.stdout.readline()

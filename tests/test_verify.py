@@ -19,6 +19,7 @@ from harmonia.store.store import Store
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.verify import Journal, Result, verify
+from support.preloaded import popen
 from support.running import HARMONIA, PATIENCE_S, patched, run, wait_until
 
 Verify = Callable[..., list[Result]]
@@ -208,7 +209,7 @@ class TestCommand:
         )
         journal = tmp_path / "cache/verified"
         command = [*slow, "--config", config, "verify", "--all", "--jobs", "1"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with popen(command, env=os.environ, stderr=subprocess.PIPE, text=True) as process:
             wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 2)
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=PATIENCE_S)
@@ -226,7 +227,7 @@ class TestCommand:
 class TestProgress:
     def on_a_terminal(self, config: str, **environment: str) -> str:
         ours, theirs = pty.openpty()
-        with subprocess.Popen(
+        with popen(
             [*HARMONIA, "--config", config, "verify", "--all"],
             stderr=theirs,
             stdout=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from support.nix_client import Client
-from support.running import HARMONIA, run_binary
+from support.running import run, run_binary
 
 _TREE = """
 derivation {
@@ -71,7 +71,7 @@ def same_json(client: Client, ours: bytes, theirs: bytes) -> None:
 
 
 def test_nix_signs_with_a_key_of_keygen(client: Client) -> None:
-    subprocess.run([*HARMONIA, "keygen", "cache-1", str(client.shared)], check=True, capture_output=True)
+    assert run("keygen", "cache-1", str(client.shared)).returncode == 0
     secret = (client.shared / "cache-1.secret").read_bytes()
     public = client.run("nix", "key", "convert-secret-to-public", stdin=secret).text
     assert public == (client.shared / "cache-1.public").read_text()

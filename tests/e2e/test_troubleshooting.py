@@ -1,5 +1,6 @@
 """The messages in docs/how-to/troubleshoot.md are those of real Nix and of the server."""
 
+import os
 import re
 import shutil
 import socket
@@ -18,6 +19,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import authority
 from support.nix_client import NIXES, Client, Nix
+from support.preloaded import popen
 from support.running import HARMONIA, Server, nar_url
 
 PAGE = (Path(__file__).parents[2] / "docs/how-to/troubleshoot.md").read_text()
@@ -286,7 +288,7 @@ def test_quoted_messages_are_printed_by_the_server(symptom: str, tmp_path: Path)
         [line] = QUOTED[symptom]
         wanted = pattern(line).replace("127\\.0\\.0\\.1:5000", r"127\.0\.0\.1:\d+")
         command = [*HARMONIA, "--config", "harmonia.toml"]
-        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        with popen(command, env=os.environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             said = []
             for each in process.stderr:

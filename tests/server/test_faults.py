@@ -16,7 +16,8 @@ import pytest
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.programs import require
-from support.running import HARMONIA, Server, nar_url, read_answer, wait_until
+from support.running import Server, nar_url, read_answer, wait_until
+from support.small_disk import with_mount
 from support.unscathed import unscathed
 
 Start = Callable[..., Server]
@@ -152,8 +153,8 @@ def test_unreadable_disk_gets_404_or_breaks_off(start: Start, store: StoreBuilde
         position = content.index(mark[1000:1064])
         content[position] ^= 1
     image.write_bytes(content)
-    mount = f"mount -t squashfs -o loop,ro '{image}' '{store.real_dir}' && exec \"$@\""
-    server = start(store=tmp_path / "store", program=["unshare", "--mount", "sh", "-c", mount, "sh", *HARMONIA])
+    program = with_mount("-t", "squashfs", "-o", "loop,ro", str(image), store.real_dir)
+    server = start(store=tmp_path / "store", program=program)
     with unscathed(server, whole):
         for _ in range(3):
             assert server.get(nar_url(early)).status == server.get(nar_url(early) + ".zst").status == 404

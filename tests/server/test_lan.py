@@ -1,36 +1,30 @@
 """Siblings find each other in the local network, here two network namespaces, and cost nothing when they are gone."""
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.siblings import find_neighbour
-from support.preloaded import HARMONIA
+from support import preloaded
+from support.networks import entering, network
+from support.preloaded import HARMONIA, PATCHED
 from support.programs import NOT_ROOT, missing
-from support.running import Server, wait_until
+from support.running import PATIENCE_S, Server, patched, wait_until
 from support.upstream_paths import KEY
 
 FINDS = f"[lan]\npublic_keys = ['{KEY.public_key}']"
 ANNOUNCES = "[lan]\nannounce = true"
 ADDRESSES = ("198.51.100.1", "198.51.100.2")
-_ASK = """
-import json, sys, urllib.error, urllib.request
-try:
-    answer = urllib.request.urlopen(sys.argv[1])
-except urllib.error.HTTPError as error:
-    answer = error
-print(json.dumps([answer.status, answer.read().decode("latin-1")]))
-"""
 _FAKE = """
 import asyncio, sys
 from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
@@ -59,15 +53,16 @@ class Machine:
     name: str
     address: str
 
-    @property
-    def command(self) -> list[str]:
-        return ["ip", "netns", "exec", self.name]
-
     def get(self, url: str) -> tuple[int, str]:
         """Return status and body of a response, as seen from this machine."""
-        command = [*self.command, sys.executable, "-c", _ASK, url]
-        status, body = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=110).stdout)
-        return status, body
+        parts = urlsplit(url)
+        connection = HTTPConnection(parts.netloc, timeout=PATIENCE_S)
+        with closing(connection):
+            with network(self.name):
+                connection.connect()
+            connection.request("GET", url.removeprefix(f"http://{parts.netloc}"))
+            response = connection.getresponse()
+            return response.status, response.read().decode("latin-1")
 
 
 def _forbidden() -> str | None:
@@ -120,7 +115,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
             store,
             f"upstream_timeout = 600.0\n{settings}",
             bind=f"{machine.address}:0",
-            program=[*machine.command, *HARMONIA],
+            program=patched(entering(machine.name)),
         )
         servers.append(server)
         server.launch()
@@ -136,7 +131,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 def _answers(machine: Machine, server: Server) -> bool:
     try:
         return machine.get(f"{server.url}/version")[0] == 200
-    except subprocess.CalledProcessError:
+    except OSError:
         return False
 
 
@@ -171,8 +166,8 @@ def test_signed_paths_of_a_sibling_are_served(lan: tuple[Machine, Machine], run:
 
 @contextmanager
 def announced(machine: Machine, count: int) -> Iterator[None]:
-    command = [*machine.command, sys.executable, "-c", _FAKE, machine.address, "5000", str(count)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fake:
+    command = [*PATCHED, entering(machine.name) + _FAKE, machine.address, "5000", str(count)]
+    with preloaded.popen(command, env=os.environ, stdout=subprocess.PIPE, text=True) as fake:
         assert fake.stdout is not None
         assert fake.stdout.readline() == "announced\n"
         yield
@@ -200,7 +195,8 @@ def test_lookups_do_not_wait_for_a_sibling_that_never_answers(lan: tuple[Machine
 def test_without_settings_nothing_is_announced_or_asked(lan: tuple[Machine, Machine], run: Run) -> None:
     _, here = lan
     run(here, "")
-    sockets = subprocess.run([*here.command, "cat", "/proc/net/udp"], check=True, capture_output=True, text=True).stdout
+    with network(here.name):
+        sockets = Path("/proc/thread-self/net/udp").read_text()
     assert ":14E9 " not in sockets  # 5353
     assert len(sockets.splitlines()) == 1
 

@@ -5,26 +5,27 @@ import random
 import select
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from support.running import HARMONIA, Server
+from support.preloaded import PATCHED
+from support.running import Server
 
-# Passes the given descriptors as 3, 4, …, and executes the program that follows, so that LISTEN_PID is its own.
-ACTIVATE = """
+# Moves the given descriptors to 3, 4, …, as systemd passes them, and runs Harmonia.
+ACTIVATED = """
 import fcntl, os, sys
-given = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in sys.argv[1].split(",")]
+given = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in sys.argv.pop(1).split(",")]
 os.closerange(3, 100)
 for fd, copy in enumerate(given, 3):
     os.dup2(copy, fd)
 os.environ.setdefault("LISTEN_PID", str(os.getpid()))
 os.environ.setdefault("LISTEN_FDS", str(len(given)))
 os.environ["LISTEN_FDNAMES"] = ":".join(["harmonia"] * len(given))
-os.execv(sys.argv[2], sys.argv[2:])
+from harmonia.cli import main
+main()
 """
 _POLL_S = 0.02
 _LONGEST_LIFE_S = 1.0  # of a server that is killed at random
@@ -32,7 +33,7 @@ _LONGEST_LIFE_S = 1.0  # of a server that is killed at random
 
 def activated(*passed: int) -> dict[str, object]:
     """Return options of a Server to which systemd passes descriptors."""
-    program = [sys.executable, "-c", ACTIVATE, ",".join(map(str, passed)), *HARMONIA]
+    program = [*PATCHED, ACTIVATED, ",".join(map(str, passed))]
     return {"program": program, "pass_fds": passed}
 
 

@@ -8,6 +8,7 @@ As a program, this module is the fork server.
 import asyncio
 import atexit
 import ctypes
+import fcntl
 import gc
 import inspect
 import json
@@ -21,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -29,10 +31,12 @@ from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
-from sanic import Sanic
+from sanic import Sanic, signals
 from sanic.touchup import TouchUp
+from sanic.touchup import service as touchup
 from sanic.touchup.schemes import BaseScheme
-from sanic_routing import BaseRouter
+from sanic_routing import BaseRouter, route, router
+from sanic_routing.utils import path_to_parts
 
 import harmonia
 from harmonia.config import credentials
@@ -48,12 +52,13 @@ NOT_PRELOADED = ["env", *HARMONIA]
 _AT_START = ("PYTHON", "LD_", "MALLOC_", "GLIBC_", "LC_", "LANG", "OPENSSL_", "SSL_CERT_")
 """Prefixes of environment variables that are read only once, before a program begins or when it imports."""
 _MESSAGE_MAX_BYTES = 1 << 18
+_MAX_DESCRIPTORS = 16
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def popen(command: Sequence[str], *, env: Mapping[str, str], **options: object) -> subprocess.Popen[Any]:
     """Start a command. Use the fork server if the command is Harmonia and no option needs a new program."""
-    simple = options.keys() <= {"cwd", "start_new_session", "stdin", "stdout", "stderr", "text"}
+    simple = options.keys() <= {"cwd", "pass_fds", "start_new_session", "stdin", "stdout", "stderr", "text"}
     ours = list(command[:3]) == HARMONIA or list(command[:2]) == PATCHED
     if simple and ours and _at_start(env) == _at_start(_ENVIRONMENT):
         return _Forked(command, env=env, **options)  # type: ignore[call-overload, no-any-return]
@@ -127,9 +132,11 @@ class _Forked(subprocess.Popen[Any]):
             "environment": dict(bound["env"]),
             "directory": str(bound["cwd"] or os.getcwd()),
             "session": bound["start_new_session"],
+            "passed": bound["pass_fds"],
         }
         ends = [bound["p2cread"], bound["c2pwrite"], bound["errwrite"]]
-        self.pid = _fork_server().fork(request, [own if end == -1 else end for own, end in enumerate(ends)])
+        given = [own if end == -1 else end for own, end in enumerate(ends)]
+        self.pid = _fork_server().fork(request, [*given, *bound["pass_fds"]])
         self._child_created = True
         pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*[bound[name] for name in pipes])  # type: ignore[attr-defined]
@@ -142,12 +149,13 @@ def _serve(connection: socket.socket) -> list[str] | None:
             import_module(module.name)
     _compile_for_sanic()
     credentials.system_tls()
+    "localhost".encode("idna")  # `getaddrinfo` imports this codec
     assert len(os.listdir("/proc/self/task")) == 1, "no thread survives a fork"
     gc.collect()
     gc.freeze()  # otherwise each fork copies and frees all of this memory when it ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends this process
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_MAX_BYTES, 3)
+        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_MAX_BYTES, _MAX_DESCRIPTORS)
         if not message:
             return None
         reading, writing = os.pipe()
@@ -193,7 +201,7 @@ def _compile_methods_once() -> Callable[..., FunctionType]:
     build: Callable[..., FunctionType] = BaseScheme.build
 
     def build_once(method: FunctionType, module_globals: dict[str, object], app: "Sanic[Any, Any]") -> FunctionType:
-        signals = frozenset(route.name for route in app.signal_router.routes)
+        signals = frozenset(each.name for each in app.signal_router.routes)
         key = method, signals, frozenset(info.settings["version"] for info in app.state.server_info)
         if key not in compiled:
             compiled[key] = build(method, module_globals, app)
@@ -203,6 +211,7 @@ def _compile_methods_once() -> Callable[..., FunctionType]:
         return copy
 
     patch.object(BaseScheme, "build", staticmethod(build_once)).start()
+    patch.object(touchup, "getmembers", lambda module: vars(module).items()).start()  # the same, without sorting
     return build_once
 
 
@@ -211,20 +220,29 @@ def _compile_routes_once() -> None:
     render: Any = BaseRouter._render  # noqa: SLF001 (a private part is tested)
     compile_once = cache(lambda source: compile(source, "", "exec"))
 
-    def render_once(router: BaseRouter, *_: bool) -> None:
-        render(router, do_compile=False)
+    def render_once(self: BaseRouter, *_: bool) -> None:
+        render(self, do_compile=False)
         made: dict[str, Any] = {}
-        exec(compile_once(router.find_route_src), render.__globals__, made)
-        router._find_route, router._matchers = made["find_route"], made.get("matchers")  # noqa: SLF001 (a private part is tested)
+        exec(compile_once(self.find_route_src), render.__globals__, made)
+        self._find_route, self._matchers = made["find_route"], made.get("matchers")
 
     patch.object(BaseRouter, "_render", render_once).start()
+    split = cache(path_to_parts)
+    for module in (route, router, signals):
+        patch.object(module, "path_to_parts", split).start()
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Turn this process into a new process with the arguments of the request."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
+    numbers = [0, 1, 2, *request["passed"]]
+    free = max(*numbers, *descriptors) + 1
+    copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, free) for descriptor in descriptors]
+    for copy, number in zip(copies, numbers, strict=True):
+        os.dup2(copy, number)
+    for descriptor in {int(each) for each in os.listdir("/proc/self/fd")} - set(numbers):
+        with suppress(OSError):  # the descriptor of the list itself
+            os.close(descriptor)
     os.chdir(request["directory"])
     if request["session"]:
         os.setsid()
@@ -233,7 +251,6 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     time.tzset()
     sys.argv[:] = ["-c", *request["arguments"]]
     sys.path[0] = request["directory"]
-    os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
 
 
 def _run(program: Sequence[str]) -> None:
