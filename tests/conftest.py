@@ -18,7 +18,7 @@ from support.running import Server
 from support.s3_service import S3, Folder, shared
 
 # Each run has the same examples, so more of them are for `make test-slow`.
-settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=40)
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=25)
 settings.register_profile("few", settings.get_profile("default"), max_examples=10)
 settings.register_profile("many", settings.get_profile("default"), max_examples=300)
 settings.load_profile("default")
@@ -41,9 +41,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 gc.disable()  # what is imported and collected stays until the end, so a search for garbage would be in vain
 
 
+def pytest_collection() -> None:
+    """Run a first example: Hypothesis then looks for the owner of its random numbers, fast until tests are imported."""
+    given(none())(lambda _: None)()  # `gc.freeze` would hide the owner from older Hypothesis
+
+
 def pytest_collection_finish() -> None:
     """Exclude all modules and tests from garbage collection: later collections take a tenth of the time."""
-    given(none())(lambda _: None)()  # older Hypothesis looks for the owner of its random numbers, which `freeze` hides
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -92,7 +92,7 @@ def test_window_equals_a_slice_of_the_nar(tree: Tree, data: st.DataObject) -> No
             assert whole(view) == expected[start:stop]
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=FIXTURES)
+@settings(deadline=None, suppress_health_check=FIXTURES)
 @given(small_trees)
 def test_window_may_begin_anywhere(tree: Tree) -> None:
     expected = reference(tree)

@@ -27,7 +27,7 @@ from harmonia.tools.fixture_tree import Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import PATIENCE_S, Server, nar_url
 
-SECONDS = 0.4
+SECONDS = 0.15
 SECRET = b"SECRET"
 EXCHANGE = """
 import ctypes, os, sys

@@ -98,6 +98,7 @@ def test_cut_download_resumes_at_another_gate_while_one_is_killed(
         assert " 206 " in log.read_text()
 
 
+@pytest.mark.slow
 def test_fifty_downloads_end_whole_although_one_of_three_gates_is_killed(
     closure: Closure, s3_service: S3, tmp_path: Path
 ) -> None:

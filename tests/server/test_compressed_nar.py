@@ -47,7 +47,7 @@ BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
 def big(store: StoreBuilder, name: str = "big", contents: bytes = b"") -> PathInfo:
     """Add a path whose NAR has several frames of a megabyte each, compressed."""
-    return store.add(store.output_path(name), {"file": contents or os.urandom(MEBIBYTE) * 20})
+    return store.add(store.output_path(name), {"file": contents or os.urandom(MEBIBYTE) * 17})
 
 
 def dump(store: StoreBuilder, path: PathInfo) -> bytes:
@@ -637,16 +637,16 @@ def test_flipped_byte_in_a_cache_entry_is_detected(start: Start, store: StoreBui
 
 
 def test_cache_entry_truncated_during_a_download_breaks_it(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    path = big(store, contents=os.urandom(40 * MEBIBYTE))
+    path = big(store, contents=os.urandom(24 * MEBIBYTE))
     server = start(store=tmp_path / "store")
     warm(server, path)
     with begun(server, file_url(path), receive_buffer=4096) as download:
-        os.truncate(cached(server)[0], 30 * MEBIBYTE)
+        os.truncate(cached(server)[0], 18 * MEBIBYTE)
         assert rest(download) is None
 
 
 def test_cache_entry_evicted_during_a_download_is_sent_whole(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
-    path = big(store, contents=os.urandom(40 * MEBIBYTE))
+    path = big(store, contents=os.urandom(24 * MEBIBYTE))
     server = start(store=tmp_path / "store")
     whole = warm(server, path).body
     with begun(server, file_url(path), receive_buffer=4096) as download:
@@ -690,7 +690,7 @@ def names_in_cache(server: Server) -> list[str]:
 @pytest.mark.root
 def test_full_disk_stops_no_download_and_is_logged_once(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """The disk becomes full during a download, which continues without the cache."""
-    path, little = big(store, contents=os.urandom(MEBIBYTE) * 60), big(store, "little", os.urandom(MEBIBYTE))
+    path, little = big(store, contents=os.urandom(MEBIBYTE) * 44), big(store, "little", os.urandom(MEBIBYTE))
     cache_dir = tmp_path / "small"
     server = start(store=tmp_path / "store", program=with_small_disk(cache_dir), cache_dir=cache_dir)
     server.get(file_url(little))

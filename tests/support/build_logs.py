@@ -4,6 +4,7 @@ import bz2
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import zstandard
@@ -36,6 +37,11 @@ def zst(text: bytes) -> bytes:
 FORMS: dict[str, Callable[[bytes], bytes]] = {"": plain, ".bz2": bz2.compress, ".zst": zst}
 
 
+@cache
+def _stored(suffix: str) -> bytes:
+    return FORMS[suffix](TEXT)
+
+
 def add_log(
     store: StoreBuilder, derivation: str, text: bytes = TEXT, suffix: str = ".bz2", *, flat: bool = False
 ) -> str:
@@ -43,7 +49,7 @@ def add_log(
     name = derivation if flat else f"{derivation[:2]}/{derivation[2:]}"
     path = f"{store.log_dir}/{name}{suffix}"
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Path(path).write_bytes(FORMS[suffix](text))
+    Path(path).write_bytes(_stored(suffix) if text is TEXT else FORMS[suffix](text))
     age(path, 2 * DAY)
     return path
 

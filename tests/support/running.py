@@ -275,7 +275,7 @@ class Sample:
     big: PathInfo
 
     @classmethod
-    def make(cls, root: Path, size: int = 24 << 20) -> "Sample":
+    def make(cls, root: Path, size: int = 16 << 20) -> "Sample":
         store = StoreBuilder(root)
         big = store.add(store.output_path("big"), Sparse(size))
         return cls(root, store.add_text("small", b"small\n"), big)
