@@ -451,9 +451,9 @@ def start(store: BenchStore) -> Iterator[Figure]:
     def ready() -> Sequence[float]:
         began = time.perf_counter()
         with servers.harmonia(store, database=database) as server:
-            listens = time.perf_counter() - began
+            answers = time.perf_counter() - began
             server.get(f"/{hash_part}.narinfo")
-            return [listens, time.perf_counter() - began]
+            return [answers, time.perf_counter() - began]
 
     what = f"start with {store.form.valid_paths:,} paths"
     figures = [

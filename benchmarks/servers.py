@@ -127,7 +127,13 @@ def _harmonia(
     port = _free_port()
     config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
     with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
+        _wait_ready(server)
         yield server
+
+
+def _wait_ready(server: Server) -> None:
+    """Wait for a response: a server listens before its workers have started, and their start is a figure of its own."""
+    server.get("/nix-cache-info")
 
 
 def _config(directory: str, store: BenchStore, port: int, database: Path | None, workers: int, rest: str = "") -> Path:
@@ -175,6 +181,7 @@ def other(store: BenchStore, *, database: Path | None = None, workers: int = 1) 
         words = {"root": store.root, "store": store.real_dir, "port": port, "config": config}
         words["database"] = database or store.database
         with _running(OTHER_NAME, [word.format(**words) for word in shlex.split(OTHER)], port) as server:
+            _wait_ready(server)
             yield server
 
 
