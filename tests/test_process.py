@@ -142,6 +142,23 @@ def test_sighup_does_not_end_a_starting_worker(start: Start, sample: Sample) -> 
     assert server.workers == [starting]
 
 
+def test_garbage_collection_in_a_worker_visits_no_objects_of_the_main_process(start: Start, sample: Sample) -> None:
+    """To visit an object writes to it, so the pages that all processes share would be copied."""
+    spy = patched("""
+import gc
+import logging
+from harmonia.server import worker
+run = worker.run
+def counting(*arguments):
+    logging.getLogger("harmonia").warning("%d objects are frozen", gc.get_freeze_count())
+    run(*arguments)
+worker.run = counting
+""")
+    server = start(store=sample.root, program=["env", *spy])
+    frozen = server.wait_for_log("([0-9]+) objects are frozen")
+    assert int(frozen[1]) > 10_000
+
+
 def test_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2, settings=LONG_GRACE)
     with ExitStack() as stack:

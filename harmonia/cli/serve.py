@@ -1,5 +1,6 @@
 """`harmonia serve`, which also runs if no command is given."""
 
+import gc
 import logging
 import os
 import sys
@@ -73,6 +74,7 @@ def _serve(settings: Settings) -> int:
         if (admitted := sockets.connection_limit(settings.max_connections)) < settings.max_connections:
             what = "max_connections: the open-file limit allows only %d per worker; raise LimitNOFILE= or ulimit -Hn"
             _log.warning(what, admitted)
+        gc.freeze()  # otherwise, a full collection in a worker that starts copies 10 MiB of pages that all share
         status = supervisor.run()
     sweep_all(str(settings.cache_dir))  # removes unfinished files of the workers
     return status
