@@ -201,6 +201,28 @@ def test_waits_end_as_soon_as_their_range_is_covered() -> None:
     assert layout.wait_whole() is None
 
 
+def test_reader_is_woken_at_intervals_during_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(nar_layout, "perf_counter", lambda: now)
+    layout = Layout(b"/root")
+    growing = layout.record(many(b"/root"))
+    reader = layout.window(0, 1 << 30)
+    waiting = next(reader)
+    assert isinstance(waiting, Future)
+    for _ in range(3):
+        next(growing)
+    assert not waiting.done()
+    now = 0.2
+    next(growing)
+    assert waiting.done()
+    later = next(segment for segment in reader if isinstance(segment, Future))
+    next(growing)
+    assert not later.done()
+    for _ in growing:
+        pass
+    assert later.done()
+
+
 @pytest.mark.parametrize("error", [StoreObjectError("it is a fifo"), FileNotFoundError(2, "gone", "/root/a")])
 def test_error_of_the_walk_reaches_all_readers(error: Exception) -> None:
     layout = Layout(b"/root")

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from copy import copy
+from time import perf_counter
 from typing import Protocol, Self
 
 import msgspec
@@ -28,6 +29,7 @@ from harmonia.store import tree_reader
 
 _BLOCK_MAX_ENTRIES = 256
 _MAX_TEXT_BYTES = 32 * 1024  # of names and targets in a block, plus one entry; bounds the memory of a slow reader
+_FOLLOWERS_WAIT_S = 0.1  # a reader that runs beside the walk slows both down, because they fight for the GIL
 _SPILL_BYTES = 1 << 20  # size of the blocks in memory above which they are moved to a file
 _KEPT_MODE = stat.S_IFMT(0xFFFF) | stat.S_IXUSR  # the bits of a mode that a NAR stores
 
@@ -119,6 +121,7 @@ class Layout:
         rows: list[_Row] = []
         directory = b""
         position = offset = text = 0
+        wakes_at = perf_counter() + _FOLLOWERS_WAIT_S
         for words, entry in serialize(entries):
             position += len(words)
             if entry is None:
@@ -132,7 +135,9 @@ class Layout:
             text += len(name) + len(target)
             if len(rows) == _BLOCK_MAX_ENTRIES or text >= _MAX_TEXT_BYTES:
                 self._append(offset, position, directory, rows)
-                self._wake()
+                if is_time := perf_counter() >= wakes_at:
+                    wakes_at = perf_counter() + _FOLLOWERS_WAIT_S
+                self._wake(followers=is_time)
                 rows, text = [], 0
                 yield
         with self._lock:  # a reader that sees the last block must also see the size
@@ -300,12 +305,12 @@ class Layout:
             self._waiting.append((number, stop, future))
             return future
 
-    def _wake(self) -> None:
+    def _wake(self, *, followers: bool = True) -> None:
         with self._lock:
             if not self._waiting:
                 return
-            due = [future for number, stop, future in self._waiting if self._is_due(number, stop)]
-            self._waiting = [each for each in self._waiting if not self._is_due(*each[:2])]
-        for future in due:
+            due = [each for each in self._waiting if (followers or each[0] < 0) and self._is_due(*each[:2])]
+            self._waiting = [each for each in self._waiting if each not in due]
+        for _, _, future in due:
             if future.set_running_or_notify_cancel():
                 future.set_result(b"")
