@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import click
 
+from harmonia import cli
 from harmonia.config import amounts
 from harmonia.config.settings import Settings
 from harmonia.errors import FormatError
@@ -16,6 +18,9 @@ from harmonia.tools.http_client import Client
 from harmonia.untrusted import integer
 
 _MAX_MEBIBYTES = 1 << 43
+
+key_option = partial(click.option, "--key", "key_files", type=cli.PATH, metavar="FILE", multiple=True)
+jobs_option = partial(click.option, "--jobs", type=click.IntRange(1, 100), metavar="N")
 
 
 def parse_url(text: str) -> Client:

@@ -1,13 +1,17 @@
 """Upload of closures, with progress and failures on the terminal."""
 
 import asyncio
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, closing
 
 import click
 
+from harmonia import cli
 from harmonia.cli import progress
+from harmonia.config.settings import Settings
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store.store import Store
@@ -18,9 +22,9 @@ from harmonia.upload.uploader import Outcome, ReferenceFailedError, Uploader
 _MAX_REPORTED = 10  # paths that failed
 
 
-async def upload_closure(
+def upload_closure(
+    settings: Settings,
     store: Store,
-    nars: NarFiles,
     open_target: Callable[[], Target],
     paths: Sequence[StorePath],
     keys: Sequence[SecretKey],
@@ -29,8 +33,28 @@ async def upload_closure(
 ) -> Counter[str]:
     """Upload the closure of the paths. Return the numbers of paths by outcome: `uploaded`, `there` or `failed`.
 
-    `doing` is the label of the progress bar. Raises TargetError if the target does not answer any more.
+    `doing` is the label of the progress bar. Raises TargetError if the target does not answer any more. Ends the
+    process if the user interrupts it.
     """
+    with closing(NarFiles(settings, store.real_dir)) as nars:
+        try:
+            return asyncio.run(_upload(store, nars, open_target, paths, keys, jobs, doing))
+        except KeyboardInterrupt:
+            click.echo("harmonia: interrupted; the same command continues", err=True)
+            logging.disable()  # threads still compress NARs into the directory that is removed now
+            nars.close()
+            os._exit(cli.EXIT_INTERRUPTED)
+
+
+async def _upload(
+    store: Store,
+    nars: NarFiles,
+    open_target: Callable[[], Target],
+    paths: Sequence[StorePath],
+    keys: Sequence[SecretKey],
+    jobs: int,
+    doing: str,
+) -> Counter[str]:
     counts: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         target = open_target()

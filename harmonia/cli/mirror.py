@@ -1,15 +1,12 @@
 """`harmonia mirror`."""
 
 import asyncio
-import logging
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import click
 
@@ -30,10 +27,6 @@ from harmonia.nix.store_path import StorePath
 from harmonia.store import path_arguments
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
-from harmonia.upload.nar_files import NarFiles
-
-if TYPE_CHECKING:
-    from harmonia.mirror.bucket import Bucket
 
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
 
@@ -67,18 +60,11 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
     store = Store.of(settings)
     chosen = choose_paths(settings, store, paths, gc_roots=gc_roots)
     _check_published(settings, store, chosen)
-    credentials.secret_keys(settings)
+    keys = credentials.secret_keys(settings)
     bucket = open_bucket(settings)
     warmer.lower_priority()
     began = time.monotonic()
-    with closing(NarFiles(settings, store.real_dir)) as nars:
-        try:
-            counts = asyncio.run(_write(settings, bucket, store, nars, chosen))
-        except KeyboardInterrupt:
-            click.echo("harmonia: interrupted; the same command continues", err=True)
-            logging.disable()  # threads still compress NARs into the directory that is removed now
-            nars.close()
-            os._exit(cli.EXIT_INTERRUPTED)
+    counts = upload_closure(settings, store, lambda: BucketTarget(settings, bucket), chosen, keys, _JOBS, "writing")
     if counts["failed"] or not quiet:
         click.echo(
             f"{counts['uploaded']} written to {bucket.url} in {time.monotonic() - began:.1f} s,"
@@ -169,13 +155,6 @@ def verify(config_file: str | None, *, no_content: bool, quiet: bool) -> None:
             err=True,
         )
         sys.exit(cli.EXIT_FOUND)
-
-
-async def _write(
-    settings: Settings, bucket: "Bucket", store: Store, nars: NarFiles, paths: Sequence[StorePath]
-) -> Counter[str]:
-    keys = credentials.secret_keys(settings)
-    return await upload_closure(store, nars, lambda: BucketTarget(settings, bucket), paths, keys, _JOBS, "writing")
 
 
 def _check_published(settings: Settings, store: Store, paths: Sequence[StorePath]) -> None:

@@ -1,22 +1,18 @@
 """`harmonia push`."""
 
-import asyncio
-import logging
 import os
 import sys
-from contextlib import closing
-from functools import partial
 
 import click
 
 from harmonia import cli
+from harmonia.cli.arguments import jobs_option, key_option
 from harmonia.cli.closures import upload_closure
 from harmonia.config import credentials, loader
 from harmonia.errors import FormatError
 from harmonia.store import path_arguments
 from harmonia.store.store import Store
 from harmonia.upload.http_target import HttpTarget, check_url
-from harmonia.upload.nar_files import NarFiles
 
 DEFAULT_JOBS = 8
 
@@ -32,22 +28,8 @@ def _check_url(_: click.Context, __: click.Parameter, url: str) -> str:
 @click.command("push")
 @click.argument("url", callback=_check_url)
 @click.argument("paths", type=cli.PATH, metavar="PATH...", nargs=-1, required=True)
-@click.option(
-    "--key",
-    "key_files",
-    type=cli.PATH,
-    metavar="FILE",
-    multiple=True,
-    help="File with a secret key, which signs the pushed paths. Repeatable.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, 100),
-    metavar="N",
-    default=DEFAULT_JOBS,
-    show_default=True,
-    help="Number of NARs to upload at a time.",
-)
+@key_option(help="File with a secret key, which signs the pushed paths. Repeatable.")
+@jobs_option(default=DEFAULT_JOBS, show_default=True, help="Number of NARs to upload at a time.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing on success.")
 @click.pass_obj
 def command(
@@ -76,15 +58,7 @@ def command(
     store = Store.of(settings)
     named = [name for path in paths for name in (sys.stdin.read().split() if path == "-" else [path])]
     chosen = [path_arguments.resolve(store, name)[0].path for name in named]
-    with closing(NarFiles(settings, store.real_dir)) as nars:
-        try:
-            target = partial(HttpTarget, url, store.store_dir)
-            counts = asyncio.run(upload_closure(store, nars, target, chosen, keys, jobs, "pushing"))
-        except KeyboardInterrupt:
-            click.echo("harmonia: interrupted; the same command continues", err=True)
-            logging.disable()  # threads still compress NARs into the directory that is removed now
-            nars.close()
-            os._exit(cli.EXIT_INTERRUPTED)
+    counts = upload_closure(settings, store, lambda: HttpTarget(url, store.store_dir), chosen, keys, jobs, "pushing")
     failed = counts["failed"]
     if failed or not quiet:
         rest = f", {failed} failed" if failed else ""

@@ -5,7 +5,7 @@ import os
 
 import click
 
-from harmonia import cli
+from harmonia.cli.arguments import jobs_option, key_option
 from harmonia.config import credentials, loader
 from harmonia.config.settings import WrongSettingError
 from harmonia.errors import FormatError
@@ -15,20 +15,8 @@ from harmonia.tools import watch
 
 @click.command("watch")
 @click.argument("url", required=False)
-@click.option(
-    "--key",
-    "key_files",
-    type=cli.PATH,
-    metavar="FILE",
-    multiple=True,
-    help="File with a secret key, which signs the uploaded paths, in addition to sign_key_paths. Repeatable.",
-)
-@click.option(
-    "--jobs",
-    type=click.IntRange(1, 100),
-    metavar="N",
-    help="Number of NARs to upload at a time. Default: the setting `watch.jobs`.",
-)
+@key_option(help="File with a secret key, which signs the uploaded paths, in addition to sign_key_paths. Repeatable.")
+@jobs_option(help="Number of NARs to upload at a time. Default: the setting `watch.jobs`.")
 @click.pass_obj
 def command(config_file: str | None, url: str | None, *, key_files: tuple[str, ...], jobs: int | None) -> None:
     """Upload each store path that becomes valid to a binary cache, until it is stopped.
