@@ -114,7 +114,8 @@ def test_downloads_are_counted(start: Start, sample: Sample) -> None:
     assert found["harmonia_head_seconds_count store nar"] == 3
     assert found["harmonia_head_seconds_count none nar"] == 1  # HEAD reads nothing
     assert found["harmonia_body_seconds_count store nar"] == 2  # a whole small NAR is not streamed
-    assert found["harmonia_database_seconds_count"] == 2
+    # A lookup of each path; and the newest path, which a worker reads only if the event loop may read.
+    assert found["harmonia_database_seconds_count"] in {2, 3}
 
 
 def test_cache_and_compression_are_counted(start: Start, sample: Sample) -> None:
