@@ -159,6 +159,20 @@ worker.run = counting
     assert int(frozen[1]) > 10_000
 
 
+def test_unexpected_error_of_a_chore_of_a_worker_is_logged(start: Start, sample: Sample) -> None:
+    server = start(
+        store=sample.root,
+        program=patched("""
+from harmonia.server import worker
+async def trim_heap(context):
+    raise ZeroDivisionError("a bug")
+worker._trim_heap = trim_heap
+"""),
+    )
+    server.wait_for_log("ERROR Task exception was never retrieved.*ZeroDivisionError: a bug")
+    assert server.get("/health").status == 200
+
+
 def test_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, workers=2, settings=LONG_GRACE)
     with ExitStack() as stack:

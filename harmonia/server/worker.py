@@ -36,6 +36,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http.auth import Guard
 from harmonia.server.http.sanic_adapter import Connection
 from harmonia.server.resources import metrics
+from harmonia.upstream.tasks import Tasks
 
 # A computing thread releases the GIL after this time; Python's default is 0.005 s. The event loop acquires it again
 # for each connection that is ready: with 1 ms and four computing threads, narinfos waited for 1 s.
@@ -136,14 +137,15 @@ async def _serve(
     running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
     if context.push is not None:
         running.append(context.push.run_maintenance())
-    chores = [asyncio.create_task(chore) for chore in running]
+    chores = Tasks()
+    for chore in running:
+        chores.spawn(chore)
     await stop.wait()
     for listener in tls_listeners.values():
         listener.close()
     context.events.close()
     await _drain(servers, settings.shutdown_grace)
-    for chore in chores:
-        chore.cancel()
+    await chores.stop()
     context.close()
     await siblings.aclose()
     if context.upstreams is not None:
