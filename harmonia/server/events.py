@@ -196,9 +196,10 @@ class Events:
             await asyncio.sleep(_LOOK_INTERVAL_S if self._listeners and not failure else _IDLE_INTERVAL_S)
             try:
                 await self._look()
-            except (EventLogError, StoreUnavailableError) as error:
+            except Exception as error:  # noqa: BLE001 (a bug must not end the events of this worker either)
                 if failure != str(error):
-                    _log.error("cannot follow events for /events: %s; trying again", error)
+                    bug = None if isinstance(error, EventLogError | StoreUnavailableError) else error
+                    _log.error("cannot follow events for /events: %s; trying again", error, exc_info=bug)
                 failure = str(error)
             else:
                 failure = ""

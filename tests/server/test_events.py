@@ -425,6 +425,27 @@ def test_damaged_log_is_replaced(store: StoreBuilder, serve: Start) -> None:
     assert set(statuses) == {503, 200}
 
 
+def test_unexpected_error_is_logged_and_events_continue(store: StoreBuilder, serve: Start) -> None:
+    program = patched("""
+import os
+import sys
+from harmonia.store.path_changes import PathChanges
+poll = PathChanges.poll
+def broken(self):
+    if os.path.exists(os.path.join(os.path.dirname(sys.argv[-1]), "broken")):
+        raise ZeroDivisionError("a bug")
+    return poll(self)
+PathChanges.poll = broken
+""")
+    server = serve(program=program)
+    with follow(server) as client:
+        (server.directory / "broken").touch()
+        server.wait_for_log("ERROR cannot follow events for /events: a bug; trying again .*Traceback")
+        (server.directory / "broken").unlink()
+        new = store.add_text("new", b"")
+        assert client.until("valid").data["path"] == name(new)
+
+
 def test_log_that_another_process_creates_at_the_same_time_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
