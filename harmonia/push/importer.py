@@ -144,6 +144,7 @@ class Importer:
                         await self._renew(daemon, info, upload, valid_hash)
                     on_disk(partial(self._end, upload))
         except DaemonError as error:
+            self._check_signatures(info)
             raise _refused(info.path, error) from None
         except BlockingIOError:
             raise
@@ -193,21 +194,29 @@ class Importer:
     def _signed(self, info: PathInfo, may_sign: MaySign) -> PathInfo:
         """Return the path, with our signature if it needs one and the pusher may have one.
 
-        Raises PushRefusedError if the Nix daemon would refuse it certainly.
+        Raises PushRefusedError if the Nix daemon would refuse it certainly. It checks signatures before it takes a NAR,
+        so those of a small one are checked only by it.
         """
         if info.ca is not None:
             return info
-        message = info.fingerprint(self._store_dir)
-        keys = {key.name: key for key in reversed(trusted_keys())}  # of two keys with one name, Nix takes the first
-        if any(key.verify(message, sig) for key in keys.values() for sig in info.sigs):
-            return info
         if (signer := self._signer_of(info.path, may_sign)) is not None:
-            return replace(info, sigs=(*info.sigs, signer.sign(message)))
+            is_trusted = _is_signed(info, self._store_dir, trusted_keys())
+            return (
+                info if is_trusted else replace(info, sigs=(*info.sigs, signer.sign(info.fingerprint(self._store_dir))))
+            )
         if not info.sigs:
             raise PushRefusedError(403, f"{info.path} is not signed; {_SIGN}")
-        if all(sig.partition(":")[0] in keys for sig in info.sigs):
+        if info.nar_size > SMALL_NAR_BYTES:
+            self._check_signatures(info)
+        return info
+
+    def _check_signatures(self, info: PathInfo) -> None:
+        """Raise PushRefusedError if the Nix daemon would refuse the signatures certainly."""
+        keys = trusted_keys()
+        names = {key.name for key in keys}
+        is_known = all(sig.partition(":")[0] in names for sig in info.sigs)
+        if info.ca is None and is_known and not _is_signed(info, self._store_dir, keys):
             raise PushRefusedError(403, f"the signature of {info.path} is wrong; sign it again")
-        return info  # only the daemon knows
 
     def _signer_of(self, path: StorePath, may_sign: MaySign) -> SecretKey | None:
         """Return our key if both the settings and the pusher's token allow to sign a path with this name."""
@@ -278,6 +287,13 @@ class Importer:
 def trusted_keys() -> list[PublicKey]:
     """Return the keys that this machine's Nix trusts, as far as its nix.conf shows them."""
     return nix_conf.trusted_keys(os.environ)
+
+
+def _is_signed(info: PathInfo, store_dir: str, keys: list[PublicKey]) -> bool:
+    """Return True if one of the keys has signed the path. Of two keys with one name, Nix takes the first."""
+    message = info.fingerprint(store_dir)
+    first = {key.name: key for key in reversed(keys)}
+    return any(key.verify(message, sig) for key in first.values() for sig in info.sigs)
 
 
 def _refused(path: StorePath, error: DaemonError) -> PushRefusedError:

@@ -115,6 +115,19 @@ def test_parallel_pushes_of_one_path_all_succeed(target: Target, size: int) -> N
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
 
 
+@pytest.mark.parametrize("size", [1 << 10, 5 << 20])
+def test_wrong_signature_gets_403_with_the_remedy(target: Target, size: int) -> None:
+    """The Nix daemon finds that of a small path."""
+    server = target.serve()
+    chance = random.Random(SEED)
+    good, other = (Pushed.make(name, chance.randbytes(size), target.secret) for name in ("good", "other"))
+    pusher = target.pusher(server)
+    with target.client.daemon():
+        answer = pusher.push(replace(good, info=replace(good.info, sigs=other.info.sigs)))
+        assert (answer.status, b"wrong; sign it again" in answer.body) == (403, True)
+        assert pusher.push(good).status == 200
+
+
 def test_push_without_a_daemon_gets_409_and_succeeds_later(target: Target) -> None:
     server = target.serve()
     pusher, path = target.pusher(server), Pushed.make("good", b"content", target.secret)
