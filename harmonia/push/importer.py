@@ -34,7 +34,7 @@ SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
 _LOOP_BYTES = 256 << 10  # of a NAR, and of its file: to unpack and hash them takes 0.4 ms
 _LOOP_COMPRESSIONS = {"none", "zstd"}  # others take longer to unpack
-_MAX_LOOP_IMPORTS = 2  # at once, as with threads
+_MAX_TURN_S = 1.0  # for which an import waits for its turn on the event loop
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _UNSIGNED = re.compile("lacks a (valid )?signature")
 _MAX_NAMED = 5  # paths in a message
@@ -84,7 +84,7 @@ class Importer:
         self._connections = connections
         self._loop_connections = loop_connections
         self._loop_disk = loop_disk
-        self._loop_turns = asyncio.Semaphore(_MAX_LOOP_IMPORTS)
+        self._loop_turn = asyncio.Lock()
         self._store_dir = store_dir
         self._locks = locks
         self._roots = roots
@@ -101,19 +101,27 @@ class Importer:
         return finish(self._run(upload, may_sign, self._connections.borrowed(), self._check_stop, lambda job: job()))
 
     async def run_on_loop(self, upload: Upload, may_sign: MaySign) -> bool:
-        """Import a path like `run`, on the event loop.
+        """Import a path like `run`, on the event loop, one after the other.
 
-        A thread would compete for the interpreter at each message to the daemon, and from it.
-        Raises BlockingIOError if a thread has to import the path, because that may take long.
+        A thread would compete for the interpreter at each message to the daemon, and from it. Two imports would wait
+        for each other in the daemon, which sleeps while its database is locked.
+        Raises BlockingIOError if a thread has to import the path, because that or another import may take long.
         """
         if upload.info.nar_size > _LOOP_BYTES or upload.compression not in _LOOP_COMPRESSIONS:
             raise BlockingIOError
-        async with self._loop_turns:
+        try:
+            async with asyncio.timeout(_MAX_TURN_S):
+                await self._loop_turn.acquire()
+        except TimeoutError:
+            raise BlockingIOError from None
+        try:
             is_large = upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
             if is_large or not self._loop_disk.allowed:
                 raise BlockingIOError
             borrowed = self._loop_connections.borrowed()
             return await self._run(upload, may_sign, borrowed, _raise_blocking, self._loop_disk.run)
+        finally:
+            self._loop_turn.release()
 
     async def _run(
         self,

@@ -1,5 +1,6 @@
 """Faulty pushes: no wrong path becomes valid, no file stays in the spool, and the next push succeeds."""
 
+import fcntl
 import os
 import random
 import signal
@@ -113,6 +114,22 @@ def test_parallel_pushes_of_one_path_all_succeed(target: Target, size: int) -> N
         pushers = [target.pusher(server) for _ in range(8)]
         assert {answer.status for answer in threads.map(lambda pusher: pusher.push(path), pushers)} == {200}
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+def test_import_that_waits_in_the_daemon_does_not_delay_others_for_long(target: Target) -> None:
+    """A local build of the same path holds its lock, for example."""
+    server = target.serve()
+    first, *others = (Pushed.make(f"path-{number}", b"content", target.secret) for number in range(4))
+    lock = target.client.real_path(f"/nix/store/{first.info.path}.lock")
+    with target.client.daemon(), ThreadPoolExecutor(1) as threads:
+        with lock.open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            waiting = threads.submit(target.pusher(server).push, first)
+            pusher = target.pusher(server)
+            wait_until(lambda: os.path.lexists(target.client.shared / "state/push-roots" / first.info.path))
+            assert {pusher.push(path).status for path in others} == {200}
+            assert not waiting.done()
+        assert waiting.result().status == 200
 
 
 @pytest.mark.parametrize("size", [1 << 10, 5 << 20])
