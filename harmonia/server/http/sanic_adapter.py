@@ -193,12 +193,13 @@ class Connection(HttpProtocol):
                 self.transport.pause_reading()  # the next requests wait in the kernel
             return
         if self._is_idle():
-            if response := self.app.ctx.response_cache.response(data):
+            if data.startswith(b"PUT "):  # the cache would hash the whole body
+                if self.http is not None and (upload := self.app.ctx.small_uploads.begin(data)):
+                    self._begin_upload(upload)
+                    return
+            elif response := self.app.ctx.response_cache.response(data):
                 cast("asyncio.WriteTransport", self.transport).writelines(response)
                 self._time = time.monotonic()
-                return
-            if self.http is not None and (upload := self.app.ctx.small_uploads.begin(data)):
-                self._begin_upload(upload)
                 return
         began = self._time
         super().data_received(data)

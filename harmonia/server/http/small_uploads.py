@@ -85,8 +85,8 @@ class SmallUploads:
         self._kinds: MutableMapping[bytes, _Kind] = FIFOCache(_MAX_KINDS)
 
     def begin(self, data: bytes) -> SmallUpload | None:
-        """Return the upload that begins with these bytes, or None if Sanic has to receive it."""
-        if not data.startswith(b"PUT ") or (end := data.find(_END)) < 0:
+        """Return the upload that begins with these bytes, a PUT, or None if Sanic has to receive it."""
+        if (end := data.find(_END)) < 0:
             return None
         end += len(_END)
         key, name, size = self._parts(data[:end]) or (b"", "", 0)
