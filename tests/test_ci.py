@@ -43,9 +43,9 @@ def test_failed_steps_are_named_last_and_stop_no_other(clone: Path) -> None:
     assert done.returncode == 1
     assert "\nmake bench" in done.stdout
     assert done.stdout.splitlines()[-5:] == [
-        "",
         "== the end of: make audit",
         "make audit",
+        "",
         "FAILED: make test-slow",
         "FAILED: make audit",
     ]
