@@ -381,13 +381,14 @@ def test_large_store_is_indexed_once_in_little_time(
     index.scan_soon()
     began = time.process_time()
     index.update()
-    assert time.process_time() - began < 10
+    took = time.process_time() - began
+    assert took < 10
     assert index.look_up(ONE) == ([one.path], True)
     assert len(scanned) == MANY + 1
     again = open_index()
     began = time.process_time()
     assert lookup(again, ONE) == [one.path]
-    assert time.process_time() - began < 0.1
+    assert time.process_time() - began < took / 5
     assert len(scanned) == MANY + 1
 
 

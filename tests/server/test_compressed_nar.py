@@ -41,6 +41,7 @@ from support.small_disk import with_small_disk
 Start = Callable[..., Server]
 
 MEBIBYTE = 1 << 20
+FIRST_FRAME_BYTES = 64 << 10
 FRAMES = 4  # of the NAR of `big`
 BROKEN = (http.client.IncompleteRead, ConnectionResetError)
 
@@ -88,19 +89,18 @@ def compressions(server: Server) -> list[int]:
 
 
 class Gate:
-    """A program whose only encoder thread compresses just the first frame until the gate is open."""
+    """A program with one encoder thread that compresses only small first frames until the gate is open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.program = patched(f"""
-import itertools, os, time
+import os, time
 import harmonia.cache.zstd
 
-def compress(self, data, *, compress=harmonia.cache.zstd.Encoding.compress, count=itertools.count()):
+def compress(self, data, *, compress=harmonia.cache.zstd.Encoding.compress):
     os.write(2, b"compresses in %d\\n" % os.getpid())
-    if next(count):
-        while not os.path.exists({str(path)!r}):
-            time.sleep(0.01)
+    while len(data) > {FIRST_FRAME_BYTES} and not os.path.exists({str(path)!r}):
+        time.sleep(0.01)
     return compress(self, data)
 
 harmonia.cache.zstd.Encoding.compress = compress

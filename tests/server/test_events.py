@@ -395,14 +395,27 @@ def test_without_browse_there_are_no_events(store: StoreBuilder, start: Start, t
     assert not (server.cache_dir / "events").exists()
 
 
-def test_nothing_is_recorded_while_nobody_listens(store: StoreBuilder, serve: Start) -> None:
+def test_nothing_is_recorded_while_nobody_listens(store: StoreBuilder, serve: Start, tmp_path: Path) -> None:
     info = store.add_text("text", b"text")
-    program = patched("from harmonia.process import event_log; event_log.RECORD_S = 0.3")
+    expired = tmp_path / "expired"
+    program = patched(
+        "import os, sys\nfrom harmonia.process.event_log import Recorder\n"
+        "wanted = Recorder.is_recording.fget\n"
+        "def is_recording(self):\n"
+        f"  if os.path.exists({str(expired)!r}):\n"
+        "    self._shared[0] = 0.0\n"
+        "    print('not recording', file=sys.stderr, flush=True)\n"
+        "  return wanted(self)\n"
+        "Recorder.is_recording = property(is_recording)"
+    )
     server = serve(program=program)
     with follow(server) as client:
         server.get(nar_url(info))
         client.until("served")
-    time.sleep(1.5)
+    server.settle()
+    expired.touch()
+    server.wait_for_log("not recording")
+    expired.unlink()
     server.get(nar_url(info))
     with follow(server, headers={"Last-Event-ID": str(client.last)}) as client:
         event = client.next()

@@ -17,7 +17,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.store import queries
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Answer, Server, patched, read_answer
+from support.running import PATIENCE_S, Answer, Server, patched, read_answer
 
 Start = Callable[..., Server]
 
@@ -277,11 +277,12 @@ class TestSearch:
             )
             connection.execute("insert into ValidPaths (path, hash, registrationTime) values ('/nix/store/odd', '', 0)")
         store = Store("/nix/store", builder.real_dir, builder.db_path)
+        monkeypatch.setattr(queries, "_SEARCH_TIME_S", PATIENCE_S)
         found = queries.search(store, "n-24999", 9)
         assert ([each.path.name for each in found.shown], found.total, found.complete) == (["n-24999"], 1, True)
         monkeypatch.setattr(queries, "_SEARCH_TIME_S", 0)
         assert not queries.search(store, "n-24999", 9).complete
-        monkeypatch.undo()
+        monkeypatch.setattr(queries, "_SEARCH_TIME_S", PATIENCE_S)
         many = queries.search(store, "n", 9)
         assert (len(many.shown), many.complete) == (9, False)
         assert many.total >= 5000
