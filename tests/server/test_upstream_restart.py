@@ -15,7 +15,7 @@ from harmonia.nix.signing import PublicKey, SecretKey
 from harmonia.store import tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream.nar_name import NarName
-from support.running import Server, open_files, patched, wait_until
+from support.running import Answer, Server, case, open_files, patched, wait_until
 from support.upstream_paths import KEY, PACK, Remote, entry, fields, make_path, narinfo_path
 from support.upstream_server import UpstreamServer, hang, reset, status
 
@@ -81,18 +81,26 @@ def listing_of(path: Remote, directory: Path) -> bytes:
     return b"".join(listing.render(nar.located(tree_reader.walk(root))))
 
 
-@pytest.mark.parametrize("compression", PACK)
 def test_cached_path_is_served_after_a_restart_without_its_upstream(
-    site: Site, upstream: UpstreamServer, tmp_path: Path, compression: str
+    site: Site, upstream: UpstreamServer, tmp_path: Path
 ) -> None:
-    path = make_path(tmp_path / "remote", compression=compression)
-    upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    paths = {compression: make_path(tmp_path / compression, compression=compression) for compression in PACK}
+    for path in paths.values():
+        upstream.add(path.info, path.file, path.nar, keys=(KEY,))
     first = site()
-    (url,) = fetch(first, path)
-    before = first.get(narinfo_path(path))
+    urls = fetch(first, *paths.values())
+    before = [first.get(narinfo_path(path)) for path in paths.values()]
     first.stop()
     upstream.behaviours["."] = reset
     again = site(up=False, workers=2)
+    for (compression, path), url, narinfo in zip(paths.items(), urls, before, strict=True):
+        with case(compression):
+            check_cached(again, path, url, narinfo, tmp_path / compression)
+    assert again.stop() == 0
+    assert not [line for line in again.log if "Traceback" in line or "Unclosed" in line]
+
+
+def check_cached(again: Server, path: Remote, url: str, before: Answer, directory: Path) -> None:
     for _ in range(4):  # by both workers
         after = again.get(narinfo_path(path))
         assert (after.status, after.body) == (200, before.body)
@@ -106,12 +114,10 @@ def test_cached_path_is_served_after_a_restart_without_its_upstream(
     old = again.request("GET", url, version="1.0")
     assert (old.status, old.body) == (200, path.file)
     ls = again.get(f"/{path.info.path.hash_part}.ls")
-    assert (ls.status, ls.body) == (200, listing_of(path, tmp_path / "remote"))
+    assert (ls.status, ls.body) == (200, listing_of(path, directory))
     assert again.head(f"/{path.info.path.hash_part}.ls").headers == ls.headers
     assert again.get(f"/{path.info.path.hash_part}.ls", {"Range": "bytes=0-10"}).body == ls.body[:11]
     assert again.request("GET", f"/{path.info.path.hash_part}.ls", version="1.0").body == ls.body
-    assert again.stop() == 0
-    assert not [line for line in again.log if "Traceback" in line or "Unclosed" in line]
 
 
 @pytest.mark.parametrize("fault", [hang, reset, status(500), status(404)], ids=["hang", "reset", "500", "404"])
@@ -240,16 +246,7 @@ def test_cached_narinfo_of_an_upstream_removed_from_the_settings_gets_404(
     assert again.get(f"/{remote.info.path.hash_part}.ls").status == 404
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "garbage", "empty", "other path", "symlink", "directory"])
-def test_damaged_narinfo_file_is_ignored_and_replaced(
-    site: Site, upstream: UpstreamServer, remote: Remote, tmp_path: Path, damage: str
-) -> None:
-    other = make_path(tmp_path / "other")
-    upstream.add(other.info, other.file, other.nar, keys=(KEY,))
-    server = site()
-    fetch(server, remote, other)
-    server.stop()
-    file = server.cache_dir / "narinfo" / remote.info.path.hash_part
+def damage_file(file: Path, damage: str, other: bytes) -> None:
     content = file.read_bytes()
     file.unlink()
     match damage:
@@ -262,25 +259,43 @@ def test_damaged_narinfo_file_is_ignored_and_replaced(
         case "empty":
             file.touch()
         case "other path":
-            file.write_bytes((file.parent / other.info.path.hash_part).read_bytes())
+            file.write_bytes(other)
         case "symlink":
-            (tmp_path / "target").write_bytes(content)
-            file.symlink_to(tmp_path / "target")
+            target = file.parents[2] / "target"
+            target.write_bytes(content)
+            file.symlink_to(target)
         case "directory":
             file.mkdir()
+
+
+def test_damaged_narinfo_file_is_ignored_and_replaced(site: Site, upstream: UpstreamServer, tmp_path: Path) -> None:
+    damages = ("flip", "cut", "garbage", "empty", "other path", "symlink", "directory")
+    other, *paths = (make_path(tmp_path / name) for name in ("other", *damages))
+    for path in (other, *paths):
+        upstream.add(path.info, path.file, path.nar, keys=(KEY,))
+    server = site()
+    fetch(server, other, *paths)
+    server.stop()
+    files = {path.info.path.hash_part: server.cache_dir / "narinfo" / path.info.path.hash_part for path in paths}
+    whole = (server.cache_dir / "narinfo" / other.info.path.hash_part).read_bytes()
+    for file, damage in zip(files.values(), damages, strict=True):
+        damage_file(file, damage, whole)
     behaviours, upstream.behaviours = upstream.behaviours, {".": reset}
     again = site(up=False)
-    assert again.get(narinfo_path(remote)).status == 404
+    assert {damage: again.get(narinfo_path(path)).status for damage, path in zip(damages, paths, strict=True)} == (
+        dict.fromkeys(damages, 404)
+    )
     assert again.get(narinfo_path(other)).status == 200
     again.stop()
     assert not [line for line in again.log if "Traceback" in line]
     upstream.behaviours = behaviours
-    if damage != "directory":  # only the owner can have made a directory
-        repaired = site()
-        fetch(repaired, remote)
-        repaired.stop()
-        upstream.behaviours = {".": reset}
-        assert site(up=False).get(narinfo_path(remote)).status == 200
+    repairable = paths[:-1]  # only the owner can have made a directory
+    repaired = site()
+    fetch(repaired, *repairable)
+    repaired.stop()
+    upstream.behaviours = {".": reset}
+    last = site(up=False)
+    assert [last.get(narinfo_path(path)).status for path in repairable] == [200] * len(repairable)
 
 
 def test_narinfo_is_evicted_with_its_nar(site: Site, upstream: UpstreamServer, tmp_path: Path) -> None:

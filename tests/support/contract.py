@@ -7,7 +7,7 @@ from harmonia.cache.zstd import Encoding
 from harmonia.config.settings import Zstd
 from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
-from support.build_logs import add_log, collected
+from support.build_logs import TEXT, add_log, collected
 from support.realisations import BUILD_TRACE, HASH, REALISATIONS, create, register, trace
 from support.shared_store import BIG
 
@@ -120,7 +120,7 @@ def stock(root: Path) -> dict[str, str]:
     info = store.add(store.output_path("tree"), {"big": BIG[:200_000], "empty": b"", "lib": {"debug": debug}})
     plain, packed = collected(store, "plain"), collected(store, "packed")
     add_log(store, plain, suffix="")
-    add_log(store, packed, suffix=".bz2")
+    add_log(store, packed, TEXT[: 1 << 16], ".bz2")
     create(store, REALISATIONS + BUILD_TRACE)
     register(store, HASH, "out", info.path)
     trace(store, plain, "out", info.path)
