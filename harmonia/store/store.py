@@ -5,7 +5,7 @@ The tables are those of Nix `src/libstore/schema.sql`, from Nix 2.3 on.
 
 import os
 import sqlite3
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
@@ -95,11 +95,17 @@ class Database:
 
     def query(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
         """Return all rows of a statement."""
+        return self._query(statement, parameters)
+
+    def _query(
+        self, statement: str, parameters: Sequence[object] = (), *, looks_again: bool = True
+    ) -> list[tuple[Any, ...]]:
+        """Return all rows like `query`. With `looks_again`, they are those of the file that is there afterwards."""
         try:
             while True:
                 rows = self._connected().execute(statement, parameters).fetchall()
                 # SQLite does not lock an immutable database. The rows are consistent if no process wrote meanwhile.
-                if self._opened == self._state():
+                if not looks_again or self._opened == self._state():
                     return rows
         except (sqlite3.Error, OSError, UnicodeDecodeError, MemoryError) as error:  # damage can raise the last two
             self.close()
@@ -116,7 +122,7 @@ class Database:
 
     def generation(self) -> Hashable:
         """Return a token that changes whenever the database changes (PRAGMA data_version). No disk access."""
-        [(version,)] = self.query("pragma data_version")
+        [(version,)] = self._query("pragma data_version", looks_again=False)
         return self._openings, version  # data_version starts again with each connection
 
     def close(self) -> None:
