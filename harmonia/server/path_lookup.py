@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,8 +85,8 @@ class Paths:
         self._absent_as_of: Hashable = None
         self._absent: set[str] = set()
         """Hash parts without a path, as of the generation `_absent_as_of` of the database."""
-        self._absent_until = 0.0
-        """The time from which all of them are looked up again (time.monotonic)."""
+        self._absent_until = math.inf
+        """The time from which all of them are looked up again (time.monotonic). Finite after a commit."""
         self._newest: Cursor | None = None
         """The newest path before all lookups of these hash parts, or None if it could not be read."""
         self._closure = policy.closure if policy is not None else None
@@ -135,6 +136,9 @@ class Paths:
         The publish policy's closure is not asked.
         """
         generation = self._generation()
+        if monotonic() >= self._absent_until:
+            self._absent.clear()
+            self._absent_until = math.inf
         if self._absent_as_of != generation:
             self._absent_as_of = generation
             self._renew_absent()
@@ -160,14 +164,15 @@ class Paths:
     def _renew_absent(self) -> None:
         """Remove the hash parts that have become valid from those without a path. Remove all if that is not certain."""
         page = None
-        if self._absent and self._newest is not None and monotonic() < self._absent_until:
+        if self._absent and self._newest is not None:
             page = self._new_now(partial(self._new_paths.page, self._newest))
         if page is not None and page.complete:
             self._absent.difference_update(new.path.hash_part for new in page.paths)
             self._newest = page.cursor
+            self._absent_until = min(self._absent_until, monotonic() + _ABSENT_MAX_AGE_S)
         else:
             self._absent.clear()
-            self._absent_until = monotonic() + _ABSENT_MAX_AGE_S
+            self._absent_until = math.inf
             self._newest = self._new_now(self._new_paths.newest)
 
     def _new_now(self, read: Callable[[], _T]) -> _T | None:

@@ -257,6 +257,9 @@ def test_path_of_a_restored_backup_is_found(
         assert narinfos.content_now(missing.path.hash_part) == (ABSENT, Outcome.NONE)
         with sqlite3.connect(backup.db_path) as source, builder.connect() as target:
             source.backup(target)
+        await asyncio.sleep(0)
+        if wait_s:
+            assert narinfos.content_now(missing.path.hash_part) == (ABSENT, Outcome.NONE)
         now[0] += wait_s
         await asyncio.sleep(0)
         found = narinfos.content_now(missing.path.hash_part)
