@@ -310,7 +310,8 @@ class Layout:
             if not self._waiting:
                 return
             due = [each for each in self._waiting if (followers or each[0] < 0) and self._is_due(*each[:2])]
-            self._waiting = [each for each in self._waiting if each not in due]
+            ended = {future for _, _, future in due}
+            self._waiting = [each for each in self._waiting if each[2] not in ended]
         for _, _, future in due:
             if future.set_running_or_notify_cancel():
                 future.set_result(b"")
