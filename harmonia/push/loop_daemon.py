@@ -36,7 +36,7 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
         return self._is_closed or self._is_out_of_step or bool(self._received)
 
     def close(self) -> None:
-        self._transport.close()
+        self._transport.abort()  # `close` would wait until a daemon that hangs has read all that was sent
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)

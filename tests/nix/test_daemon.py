@@ -1,6 +1,7 @@
 """The client of the Nix daemon speaks every protocol since Nix 2.3, and survives any reply."""
 
 import asyncio
+import select
 import socket
 import tempfile
 import threading
@@ -14,12 +15,23 @@ from hypothesis import strategies as st
 
 from harmonia.errors import RemoteError
 from harmonia.nix import nar
+from harmonia.nix.path_info import PathInfo
+from harmonia.nix.store_path import StorePath
 from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.store.nix_daemon import Daemon
 from support.daemon_server import LAST, DaemonServer, number
 from support.running import PATIENCE_S
 
 ROOT = "/nix/store/0000000000000000000000000000000a-näme"
+INFO = PathInfo(
+    path=StorePath("0000000000000000000000000000000a-name"),
+    nar_hash=bytes(32),
+    nar_size=1 << 20,
+    references=(),
+    deriver=None,
+    sigs=(),
+    ca=None,
+)
 
 
 @pytest.fixture
@@ -164,6 +176,29 @@ def test_request_on_the_event_loop_times_out(place: Path) -> None:
         daemon.close()
 
     with DaemonServer(place, greet=lambda _: None) as server, pytest.raises(TimeoutError):
+        asyncio.run(ask(server.path))
+
+
+def test_connection_to_a_daemon_that_does_not_read_is_closed_at_once(place: Path) -> None:
+    ended = threading.Event()
+
+    def hang(connection: socket.socket) -> None:
+        connection.sendall(number(0x6478696F, 0x126) + nar.encode(b"2.34") + number(1, LAST))
+        poll = select.poll()
+        poll.register(connection, 0)
+        if any(events & select.POLLHUP for _, events in poll.poll(PATIENCE_S * 1000)):
+            ended.set()
+
+    async def ask(path: str) -> None:
+        daemon = await LoopDaemon.open(path, PATIENCE_S)
+        sending = asyncio.create_task(daemon.add_to_store(INFO, "/nix/store", [bytes(1 << 20)], "/link"))
+        await asyncio.sleep(0)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        daemon.close()
+        assert await asyncio.to_thread(ended.wait, PATIENCE_S)
+
+    with DaemonServer(place, greet=hang) as server:
         asyncio.run(ask(server.path))
 
 
