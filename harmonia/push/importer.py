@@ -34,7 +34,7 @@ SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
 _LOOP_BYTES = 256 << 10  # of a NAR, and of its file: to unpack and hash them takes 0.4 ms
 _LOOP_COMPRESSIONS = {"none", "zstd"}  # others take longer to unpack
-_MAX_TURN_S = 1.0  # for which an import waits for its turn on the event loop
+_MAX_TURN_S = 1.0  # of an import on the event loop: after that, others do not wait for it
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _UNSIGNED = re.compile("lacks a (valid )?signature")
 _MAX_NAMED = 5  # paths in a message
@@ -85,6 +85,7 @@ class Importer:
         self._loop_connections = loop_connections
         self._loop_disk = loop_disk
         self._loop_turn = asyncio.Lock()
+        self._turn_began = 0.0  # by the clock of the event loop
         self._store_dir = store_dir
         self._locks = locks
         self._roots = roots
@@ -110,10 +111,11 @@ class Importer:
         if upload.info.nar_size > _LOOP_BYTES or upload.compression not in _LOOP_COMPRESSIONS:
             raise BlockingIOError
         try:
-            async with asyncio.timeout(_MAX_TURN_S):
+            async with asyncio.timeout_at(self._turn_began + _MAX_TURN_S):
                 await self._loop_turn.acquire()
         except TimeoutError:
             raise BlockingIOError from None
+        self._turn_began = asyncio.get_running_loop().time()
         try:
             is_large = upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
             if is_large or not self._loop_disk.allowed:
