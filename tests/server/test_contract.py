@@ -131,7 +131,8 @@ def test_get_and_head_in_every_encoding_and_range(client: Session, row: Row) -> 
     for accepted in ENCODINGS:
         encoded = {} if accepted is None else {"Accept-Encoding": accepted}
         unranged = client.get(row.path, encoded)
-        for wanted in RANGES if accepted in CROSSED else RANGES[:2]:
+        crossed = accepted in CROSSED and not row.live  # the metrics take 20 ms each time
+        for wanted in RANGES if crossed or accepted is None else RANGES[:2]:
             given = encoded if wanted is None else {**encoded, "Range": wanted}
             with case(given):
                 response, head = client.get(row.path, given), client.head(row.path, given)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.server.http.negotiation import NotAcceptable, prefers_html, prefers_zstd
 from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Answer, Server, file_url, nar_url, read_answer, unpacked, wait_until
+from support.running import Answer, Server, case, file_url, nar_url, read_answer, unpacked, wait_until
 
 Start = Callable[..., Server]
 Weights = list[tuple[str, str | None]]
@@ -224,34 +225,35 @@ def test_every_representation_has_its_own_etag(served: Served) -> None:
             assert again.status == 200 or again.body == b""
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("suffix", [".nar", ".nar.zst", ".ls"])
-def test_head_equals_get_without_a_body(
-    start: Start, store: StoreBuilder, tmp_path: Path, *, version: str, suffix: str
-) -> None:
+def test_head_equals_get_without_a_body(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     """For responses of unknown length, Sanic would send Content-Length: 0."""
     server = start(store=tmp_path / "store")
-    for accepted in (None, NEW_NIX):
-        path, _ = big(store, f"accepts-{accepted is not None}")
+    for version, suffix, accepted in product(("1.0", "1.1"), (".nar", ".nar.zst", ".ls"), (None, NEW_NIX)):
+        path, _ = big(store, f"path-{version}{suffix}-{accepted is not None}")
         url = {".nar": nar_url(path), ".nar.zst": file_url(path), ".ls": f"/{path.path.hash_part}.ls"}[suffix]
-        ask = partial(server.request, path=url, headers=accepting(accepted), version=version)
-        head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
-        assert (head.status, head.body) == (get.status, b"")
-        if version == "1.0" and suffix == ".nar.zst":
-            # A cold NAR is sent uncompressed, because its compressed length is unknown.
-            assert unpacked(cached.body) == unpacked(get.body)
-        else:
-            assert cached.body == get.body
-        if version == "1.0":
-            # HTTP/1.0 has no chunks, and a closed connection does not prove that the body is complete. HEAD, however,
-            # compresses nothing to find the length.
-            assert "transfer-encoding" not in head.headers.keys() | get.headers.keys()
-            assert get.headers["content-length"] == str(len(get.body))
-            assert {**head.headers, "content-length": str(len(get.body))} == get.headers
-        else:
-            assert head.headers == get.headers
-            assert ("content-length" in get.headers) == ("transfer-encoding" not in get.headers)
-        wait_until(lambda ask=ask: ask("HEAD").headers == ask("GET").headers)  # type: ignore[misc]
+        with case(version, suffix, accepted):
+            check_head(server, url, version, suffix, accepted)
+
+
+def check_head(server: Server, url: str, version: str, suffix: str, accepted: str | None) -> None:
+    ask = partial(server.request, path=url, headers=accepting(accepted), version=version)
+    head, get, cached = ask("HEAD"), ask("GET"), ask("GET")
+    assert (head.status, head.body) == (get.status, b"")
+    if version == "1.0" and suffix == ".nar.zst":
+        # A cold NAR is sent uncompressed, because its compressed length is unknown.
+        assert unpacked(cached.body) == unpacked(get.body)
+    else:
+        assert cached.body == get.body
+    if version == "1.0":
+        # HTTP/1.0 has no chunks, and a closed connection does not prove that the body is complete. HEAD, however,
+        # compresses nothing to find the length.
+        assert "transfer-encoding" not in head.headers.keys() | get.headers.keys()
+        assert get.headers["content-length"] == str(len(get.body))
+        assert {**head.headers, "content-length": str(len(get.body))} == get.headers
+    else:
+        assert head.headers == get.headers
+        assert ("content-length" in get.headers) == ("transfer-encoding" not in get.headers)
+    wait_until(lambda: ask("HEAD").headers == ask("GET").headers)
 
 
 def test_connection_is_reusable_after_head_of_unknown_length(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
