@@ -1,6 +1,7 @@
 """Connection to the Nix daemon on the event loop."""
 
 import asyncio
+import socket
 from functools import partial
 from typing import Self, cast
 
@@ -13,8 +14,8 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, timeout_s: float) -> None:
-        super().__init__(timeout_s)
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__(path, timeout_s)
         self._is_closed = False
         self._waiting: asyncio.Future[None] | None = None
 
@@ -22,7 +23,7 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
     async def open(cls, path: str, timeout_s: float) -> Self:
         """Connect to the socket `path`. Each request may take `timeout_s` seconds. Raises errors like a request."""
         async with asyncio.timeout(timeout_s):
-            _, daemon = await asyncio.get_running_loop().create_unix_connection(partial(cls, timeout_s), path)
+            _, daemon = await asyncio.get_running_loop().create_unix_connection(partial(cls, path, timeout_s), path)
         try:
             await daemon.agree()
         except BaseException:
@@ -36,6 +37,7 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
         return self._is_closed or self._is_out_of_step or bool(self._received)
 
     def close(self) -> None:
+        self._leave_collector()
         self._transport.abort()  # `close` would wait until a daemon that hangs has read all that was sent
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -58,6 +60,13 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
         self._waiting = asyncio.get_running_loop().create_future()
         async with asyncio.timeout(self._left_s()):
             await self._waiting
+
+    async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
+        loop = asyncio.get_running_loop()
+        peer.setblocking(False)
+        async with asyncio.timeout(self._left_s()):
+            await loop.sock_sendall(peer, data)
+            return await loop.sock_recv(peer, 1)
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():

@@ -8,10 +8,12 @@ Nothing here needs a trusted user: the daemon itself checks the signatures of wh
 Requests are coroutines. Those of `Daemon` never wait for an event loop: they block, and `finish` runs them.
 """
 
+import os
 import socket
 import struct
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
@@ -67,8 +69,10 @@ class DaemonClient:
 
     _version: int
 
-    def __init__(self, timeout_s: float) -> None:
-        """Create the client. The handshake, and each request, may take `timeout_s` seconds."""
+    def __init__(self, path: str, timeout_s: float) -> None:
+        """Create the client of the daemon at `path`. The handshake, and each request, may take `timeout_s` seconds."""
+        self._collector: socket.socket | None = None
+        self._collector_path = os.path.join(os.path.dirname(os.path.dirname(path)), "gc-socket/socket")
         self._timeout_s = timeout_s
         self._restart_timeout(timeout_s)
         self._is_out_of_step = False
@@ -81,6 +85,10 @@ class DaemonClient:
 
     async def _receive_more(self) -> None:
         """Wait for more bytes in `_received`. Raises RemoteError if the daemon has closed the connection."""
+        raise NotImplementedError
+
+    async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
+        """Send bytes to another socket, and return the response, or nothing if it was closed."""
         raise NotImplementedError
 
     def _restart_timeout(self, seconds: float) -> None:
@@ -100,12 +108,61 @@ class DaemonClient:
     async def protect_and_query(self, path: str, references: Sequence[str]) -> tuple[bytes | None, set[str]]:
         """Return the SHA-256 of the NAR of a path, or None if it is not valid, and those references that are valid.
 
-        All of them get temporary roots first. With less than 60 references, this is one round trip.
+        All of them get temporary roots first. With less than 60 references, and unless a garbage collection runs, this
+        is one round trip.
         """
-        roots = self._temp_root_requests((path, *references))
-        requests = [*roots, self._nar_hash_request(path), self._valid_paths_request(references)]
-        *_, nar_hash, valid = await self._ask(requests)
+        new = self._without_temp_root((path, *references))
+        if new and self._connect_to_collector():
+            await self.protect(new)  # before the queries, whose results the daemon remembers
+            new = []
+        requests = [self._nar_hash_request(path), self._valid_paths_request(references)]
+        *_, nar_hash, valid = await self._ask([*map(self._temp_root_request, new), *requests])
+        await self._inform_collector(new)
         return nar_hash, set(valid)
+
+    async def protect(self, paths: Iterable[str]) -> None:
+        """Protect paths and their closures from garbage collection until this connection is closed, or the daemon ends.
+
+        The protection of a path that is not valid begins when it becomes valid.
+        """
+        new = self._without_temp_root(paths)
+        await self._ask(map(self._temp_root_request, new))
+        await self._inform_collector(new)
+
+    async def _inform_collector(self, paths: Sequence[str]) -> None:
+        """Inform a garbage collection that is running of temporary roots.
+
+        The daemon should do that. A process of that of Nix 2.8 stops doing it if it once cannot connect, because the
+        collection is just starting. Collections that begin later read the roots from a file.
+        """
+        while paths and (collector := self._connect_to_collector()):
+            self._restart_timeout(self._timeout_s)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                answers = [await self._converse(collector, path.encode() + b"\n") for path in paths]
+                if all(answers):
+                    return
+            self._leave_collector()  # it has ended; perhaps the next one has begun
+
+    def _connect_to_collector(self) -> socket.socket | None:
+        """Return a connection to the garbage collection that is running, or None if there is none.
+
+        It stays open, because that of Nix 2.8 may crash after one that is closed at once.
+        """
+        if self._collector is None:
+            collector = socket.socket(socket.AF_UNIX)
+            try:
+                collector.setblocking(False)
+                collector.connect(self._collector_path)
+            except OSError:
+                collector.close()
+            else:
+                self._collector = collector
+        return self._collector
+
+    def _leave_collector(self) -> None:
+        if self._collector is not None:
+            self._collector.close()
+            self._collector = None
 
     async def add_to_store(self, info: PathInfo, store_dir: str, chunks: Iterable[bytes], link: str) -> bytes | None:
         """Import a path with its NAR, and protect it as long as the symlink `link`, which points to it, exists.
@@ -189,11 +246,11 @@ class DaemonClient:
         self._read_log()
         return request.receive()
 
-    def _temp_root_requests(self, paths: Iterable[str]) -> list["_Request"]:
-        new = [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
-        return [
-            _Request(_number.pack(_ADD_TEMP_ROOT) + _text(path), partial(self._receive_temp_root, path)) for path in new
-        ]
+    def _without_temp_root(self, paths: Iterable[str]) -> list[str]:
+        return [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
+
+    def _temp_root_request(self, path: str) -> "_Request":
+        return _Request(_number.pack(_ADD_TEMP_ROOT) + _text(path), partial(self._receive_temp_root, path))
 
     def _receive_temp_root(self, path: str) -> None:
         self._receive_number()
@@ -315,7 +372,7 @@ class Daemon(DaemonClient):
 
     def __init__(self, path: str, timeout: float) -> None:
         """Connect to the unix socket `path`. Each request may take `timeout` seconds. Raises errors like a request."""
-        super().__init__(timeout)
+        super().__init__(path, timeout)
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(timeout)
@@ -326,11 +383,8 @@ class Daemon(DaemonClient):
             raise
 
     def add_temp_roots(self, paths: Iterable[str]) -> None:
-        """Protect paths and their closures from garbage collection until this connection is closed, or the daemon ends.
-
-        The protection of a path that is not valid begins when it becomes valid.
-        """
-        finish(self._ask(self._temp_root_requests(paths)))
+        """Like `protect`."""
+        finish(self.protect(paths))
 
     def add_indirect_roots(self, links: Iterable[str]) -> None:
         """Protect the store paths that symlinks point to, and their closures, as long as the links exist."""
@@ -362,6 +416,7 @@ class Daemon(DaemonClient):
         return True
 
     def close(self) -> None:
+        self._leave_collector()
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -380,6 +435,11 @@ class Daemon(DaemonClient):
         if not part:
             raise RemoteError(CLOSED)
         self._received += part
+
+    async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
+        peer.settimeout(self._left_s())
+        peer.sendall(data)
+        return peer.recv(1)
 
 
 def finish(steps: Coroutine[Any, Any, _T]) -> _T:

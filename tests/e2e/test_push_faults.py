@@ -4,9 +4,11 @@ import fcntl
 import os
 import random
 import signal
+import socketserver
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
@@ -74,7 +76,7 @@ def narinfo_of(path: Pushed) -> tuple[str, bytes, int]:
 
 def test_no_wrong_path_of_random_faulty_pushes_becomes_valid(target: Target) -> None:
     chance = random.Random(SEED)
-    server = target.serve("max_nar_size = '1M'\nspool_size = '16M'\n")
+    server = target.serve("max_nar_size = '1M'\nspool_size = '2G'\n")
     pusher, key = target.pusher(server), target.secret
     right: dict[str, str] = {}
     with target.client.daemon():
@@ -305,6 +307,44 @@ def test_garbage_collections_during_a_push_keep_its_closure(target: Target, push
         collecting.result()
         target.client.run("nix-store", "--gc")
     target.client.run("nix-store", "--verify-path", *requisites(pusher, closure.top))
+
+
+@contextmanager
+def collector(state: Path) -> Iterator[list[str]]:
+    """Listen at the socket of a garbage collection, and yield the roots that it receives."""
+    roots: list[str] = []
+    (state / "gc-socket").mkdir(exist_ok=True)
+    descriptor = os.open(state / "gc-socket", os.O_PATH)
+
+    class Receive(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while line := self.rfile.readline():
+                roots.append(line.decode().strip())
+                self.wfile.write(b"1")
+
+    with socketserver.ThreadingUnixStreamServer(f"/proc/self/fd/{descriptor}/socket", Receive) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever).start()
+        yield roots
+        server.shutdown()
+    os.close(descriptor)
+
+
+def test_collection_learns_the_roots_of_a_daemon_that_missed_its_start(target: Target) -> None:
+    """A process of the daemon of Nix 2.8 that could not connect to a collection informs no other one."""
+    server = target.serve()
+    first, second = (Pushed.make(name, b"content", target.secret) for name in ("first", "second"))
+    state = target.client.directory / "nix/var/nix"
+    with target.client.daemon(), (state / "gc.lock").open("ab") as lock, ThreadPoolExecutor(1) as threads:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a collection begins
+        pushing = threads.submit(target.pusher(server).push, first)
+        if target.client.nix.version < (2, 15):
+            assert pushing.result().status == 200
+        with collector(state) as roots:
+            assert pushing.result().status == 200  # newer daemons wait until they can connect
+            assert target.pusher(server).push(second).status == 200
+            assert f"/nix/store/{second.info.path}" in roots
+        fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def test_unused_and_dropped_roots_end_and_used_and_pinned_ones_stay(target: Target) -> None:
