@@ -1,4 +1,4 @@
-"""Imports on the event loop take turns, and none of them waits long for an import that hangs in the Nix daemon."""
+"""Imports on the event loop take turns, and wait neither long for one that hangs nor for a slow disk."""
 
 import asyncio
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from harmonia.config.settings import Push, Settings
 from harmonia.nix.signing import SecretKey
+from harmonia.process.loop_reads import LoopReads
 from harmonia.push.importer import Upload
 from harmonia.push.receiver import PushReceiver
 from support.daemon_server import DaemonServer
@@ -16,23 +17,25 @@ from support.running import wait_until
 KEY = SecretKey.generate("key-1")
 
 
-def test_only_the_first_import_waits_a_second_for_one_that_hangs(tmp_path: Path) -> None:
-    settings = Settings(
-        cache_dir=str(tmp_path), daemon_socket=str(tmp_path / "socket"), push=Push(state_dir=str(tmp_path))
-    )
-    receiver = PushReceiver(settings)
+@pytest.fixture
+def receiver(tmp_path: Path) -> PushReceiver:
+    push = Push(state_dir=str(tmp_path))
+    return PushReceiver(Settings(cache_dir=str(tmp_path), daemon_socket=str(tmp_path / "socket"), push=push))
 
-    def start(number: int) -> "asyncio.Task[bool]":
-        path = Pushed.make(f"path-{number}", b"content", KEY)
-        upload = Upload(path.info, "none", path.file_hash)
-        return asyncio.create_task(receiver.importer.run_on_loop(upload, lambda _: False))
 
+def start(receiver: PushReceiver, number: int) -> "asyncio.Task[bool]":
+    path = Pushed.make(f"path-{number}", b"content", KEY)
+    upload = Upload(path.info, "none", path.file_hash)
+    return asyncio.create_task(receiver.importer.run_on_loop(upload, lambda _: False))
+
+
+def test_only_the_first_import_waits_a_second_for_one_that_hangs(receiver: PushReceiver, tmp_path: Path) -> None:
     async def run(daemon: DaemonServer) -> None:
-        hanging = start(0)
+        hanging = start(receiver, 0)
         await asyncio.to_thread(wait_until, lambda: daemon.open)
         with pytest.raises(BlockingIOError):
-            await start(1)
-        next_one = start(2)
+            await start(receiver, 1)
+        next_one = start(receiver, 2)
         for _ in range(5):
             await asyncio.sleep(0)
         assert isinstance(next_one.exception(), BlockingIOError)
@@ -42,3 +45,18 @@ def test_only_the_first_import_waits_a_second_for_one_that_hangs(tmp_path: Path)
 
     with DaemonServer(tmp_path / "socket", greet=lambda _: None) as daemon:
         asyncio.run(run(daemon))
+
+
+def test_spool_on_a_slow_disk_is_not_read_on_the_event_loop(
+    receiver: PushReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    monkeypatch.setattr(LoopReads, "allowed", property(lambda _: False))
+    monkeypatch.setattr(receiver.spool, "size", reads.append)
+
+    async def run() -> None:
+        with pytest.raises(BlockingIOError):
+            await start(receiver, 0)
+
+    asyncio.run(run())
+    assert not reads

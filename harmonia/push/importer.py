@@ -117,13 +117,15 @@ class Importer:
             raise BlockingIOError from None
         self._turn_began = asyncio.get_running_loop().time()
         try:
-            is_large = upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
-            if is_large or not self._loop_disk.allowed:
+            if not self._loop_disk.allowed or self._loop_disk.run(partial(self._is_large, upload)):
                 raise BlockingIOError
             borrowed = self._loop_connections.borrowed()
             return await self._run(upload, may_sign, borrowed, _raise_blocking, self._loop_disk.run)
         finally:
             self._loop_turn.release()
+
+    def _is_large(self, upload: Upload) -> bool:
+        return upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
 
     async def _run(
         self,
@@ -151,7 +153,7 @@ class Importer:
                     if valid_hash is None:
                         await self._add(daemon, info, upload, on_disk)
                     else:
-                        await self._renew(daemon, info, upload, valid_hash)
+                        await self._renew(daemon, info, upload, valid_hash, on_disk)
                     on_disk(partial(self._end, upload))
         except DaemonError as error:
             self._check_signatures(info)
@@ -233,13 +235,15 @@ class Importer:
         signer = self._signer
         return signer.key if signer and signer.permits(path.name) and may_sign(path.name) else None
 
-    async def _renew(self, daemon: DaemonClient, info: PathInfo, upload: Upload, valid_hash: bytes) -> None:
+    async def _renew(
+        self, daemon: DaemonClient, info: PathInfo, upload: Upload, valid_hash: bytes, on_disk: _OnDisk
+    ) -> None:
         """Renew the root of a path that was valid before, with the NAR hash `valid_hash`, or make one."""
         if valid_hash != info.nar_hash:
             raise PushRefusedError(409, f"{info.path} is in the store with another NarHash; keep that one")
         if upload.file_hash is None:  # `nix store sign` or `nix store copy-sigs`
             raise PushRefusedError(409, f"{info.path} is in the store; only a trusted user of Nix can sign it there")
-        await daemon.register_roots([self._roots.make(info.path)])
+        await daemon.register_roots([on_disk(partial(self._roots.make, info.path))])
 
     async def _add(self, daemon: DaemonClient, info: PathInfo, upload: Upload, on_disk: _OnDisk) -> None:
         """Import a path and make its root."""
