@@ -135,8 +135,8 @@ class DaemonClient:
         The daemon should do that. A process of that of Nix 2.8 stops doing it if it once cannot connect, because the
         collection is just starting. Collections that begin later read the roots from a file.
         """
+        self._restart_timeout(self._timeout_s)
         while paths and (collector := self._connect_to_collector()):
-            self._restart_timeout(self._timeout_s)
             with suppress(BrokenPipeError, ConnectionResetError):
                 answers = [await self._converse(collector, path.encode() + b"\n") for path in paths]
                 if all(answers):

@@ -3,10 +3,12 @@
 import asyncio
 import select
 import socket
+import socketserver
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,26 @@ def test_connection_to_a_daemon_that_does_not_read_is_closed_at_once(place: Path
 
     with DaemonServer(place, greet=hang) as server:
         asyncio.run(ask(server.path))
+
+
+def test_collector_that_closes_each_connection_delays_no_longer_than_the_timeout(place: Path) -> None:
+    class Close(socketserver.BaseRequestHandler):
+        pass
+
+    daemon_path, collector_path = (place.with_name(name) / "socket" for name in ("daemon-socket", "gc-socket"))
+    for path in (daemon_path, collector_path):
+        path.parent.mkdir()
+    with (
+        DaemonServer(daemon_path) as server,
+        socketserver.ThreadingUnixStreamServer(str(collector_path), Close) as collector,
+        ThreadPoolExecutor(1) as threads,
+        Daemon(server.path, 1) as daemon,
+    ):
+        serving = threads.submit(collector.serve_forever, 0.02)
+        with pytest.raises(TimeoutError):
+            daemon.add_temp_roots([ROOT])
+        collector.shutdown()
+        serving.result()
 
 
 def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:
