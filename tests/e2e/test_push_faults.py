@@ -76,7 +76,7 @@ def narinfo_of(path: Pushed) -> tuple[str, bytes, int]:
 
 def test_no_wrong_path_of_random_faulty_pushes_becomes_valid(target: Target) -> None:
     chance = random.Random(SEED)
-    # What was pushed without a valid narinfo stays for an hour.
+    # NARs without a narinfo stay for six hours.
     server = target.serve("max_nar_size = '1M'\nspool_size = '2G'\n")
     pusher, key = target.pusher(server), target.secret
     right: dict[str, str] = {}
