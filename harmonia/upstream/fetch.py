@@ -113,10 +113,12 @@ class NarFetcher:
         if opened is None:
             return self._passthrough_body(path, headers, await path.request_nar(headers, WHOLE))
         running = self._running.get(key)
-        if running is None:  # complete, or fetched by another worker, and only that one knows the length
-            self._keep_narinfos([path])
-            return CachedBody(opened[0], submit, path.file_size, None, self._passthrough_body(path, headers))
         with closed_on_error(opened[0]) as reader:
+            if running is None:  # complete, or fetched by another worker, and only that one knows the length
+                if not reader.whole:
+                    await self._threads.write(reader.refresh)  # perhaps it has become complete just now
+                self._keep_narinfos([path])
+                return CachedBody(reader, submit, path.file_size, None, self._passthrough_body(path, headers))
             running.paths[path.info.path] = path
             await running.started.wait()
             if running.error is not None:

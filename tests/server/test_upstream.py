@@ -666,6 +666,44 @@ def test_idle_connection_to_an_upstream_is_reused_or_replaced(
         time.sleep((1 - number) * 2.5)
 
 
+def test_nar_whose_fetch_ends_while_it_is_opened_has_a_length(
+    begin: Start, upstream: UpstreamServer, there: Remote
+) -> None:
+    upstream.add(there.info, there.file, there.nar, keys=(KEY,))
+    wait_for_end = """
+import sys, time
+from harmonia.cache.disk_cache import DiskCache
+open_file = DiskCache.open_file
+def open_and_wait(self, key):
+    opened = open_file(self, key)
+    if opened[1] is None:
+        print("opened a growing file", file=sys.stderr, flush=True)
+        while (complete := self.find_file(key)) is None:
+            time.sleep(0.01)
+        complete.close()
+        time.sleep(0.1)  # the fetch ends
+    return opened
+DiskCache.open_file = open_and_wait
+"""
+    is_open = Event()
+
+    def wait(handler: upstream_server.Handler) -> None:
+        is_open.wait()
+        handler.serve()
+
+    upstream.behaviours["nar/"] = wait
+    server = begin(entry(upstream), program=patched(wait_for_end))
+    url = "/" + fields(server.get(narinfo_path(there)))["URL"]
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(server.get, url)
+        wait_until(lambda: upstream.asked[f"GET /{there.nar.url}"])
+        second = threads.submit(server.get, url)
+        server.wait_for_log("opened a growing file")
+        is_open.set()
+        assert first.result().body == second.result().body == there.file
+    assert second.result().headers["content-length"] == str(len(there.file))
+
+
 def test_two_paths_with_the_same_content_cause_one_fetch(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
     alike = replace(there.info, path=StorePath("9" + there.info.path[1:]))
     for info in (there.info, alike):
