@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -236,6 +237,19 @@ def test_missing_obstore_is_one_line_with_the_remedy(store: StoreBuilder, folder
     assert answer.returncode == 2
     assert "mirror.bucket: needs the Python package obstore; install harmonia[s3]" in answer.stderr
     assert answer.stderr.count("\n") == 1
+
+
+def test_interpreter_is_not_finalized_beside_threads_of_obstore(
+    store: StoreBuilder, folder: Folder, tmp_path: Path
+) -> None:
+    """One of these threads may abort the process then, after the command has succeeded."""
+    config = configure(store, tmp_path, folder.settings())
+    program = "import atexit; atexit.register(print, 'finalized'); from harmonia.cli import main; main()"
+    path = str(chain(store, 1)[0].path)
+    for arguments, status in ((["-q", path], 0), (["verify"], 0), (["-q", "none"], 1)):
+        command = [sys.executable, "-c", program, "--config", config, "mirror", *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (answer.returncode, answer.stdout) == (status, ""), answer.stderr
 
 
 def test_watch_writes_new_paths_to_the_bucket(store: StoreBuilder, folder: Folder, tmp_path: Path) -> None:

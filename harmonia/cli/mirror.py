@@ -31,7 +31,13 @@ from harmonia.store.store import Store
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
 
 
-@click.group("mirror", cls=DefaultGroup, default="write", no_args_is_help=True)
+class _MirrorCommands(DefaultGroup):
+    def invoke(self, ctx: click.Context) -> object:
+        with cli.exit_at_once():
+            return super().invoke(ctx)
+
+
+@click.group("mirror", cls=_MirrorCommands, default="write", no_args_is_help=True)
 def command() -> None:
     """Write store paths to the bucket of [mirror], check it, and delete old paths from it.
 
