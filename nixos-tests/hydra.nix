@@ -74,7 +74,10 @@
     with subtest("a build that Hydra finishes later is served without a restart"):
         finish(names, "zstd --rm --quiet")
         client.wait_until_succeeds(f"nix-store --realise {names} --option narinfo-cache-negative-ttl 0 >&2")
-        log = client.succeed(f"curl --fail --silent http://server:5000/log/{derivation[names]}")
+        # Each worker looks at the roots again within some seconds.
+        log = client.wait_until_succeeds(
+            f"curl --fail --silent http://server:5000/log/{derivation[names]} | grep Hydra"
+        )
         assert log == f"Hydra built {derivation[names]}\n", log
   '';
 }
