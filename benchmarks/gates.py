@@ -131,7 +131,7 @@ def main(rounds: int) -> None:
                         samples[what][count].append(value)
                 print(f"round {number + 1} of {rounds}", file=sys.stderr)
         finally:
-            service.stop()
+            service.close()
     print("| | one | two | three |\n|---|---|---|---|")
     for what, values in samples.items():
         print(f"| {what} | {' | '.join(f'{statistics.median(values[count]):.3g}' for count in (1, 2, 3))} |")

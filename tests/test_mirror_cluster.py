@@ -52,6 +52,12 @@ class Cluster(S3Service):
     def restart_node(self, number: int) -> None:
         self.nodes[number] = self._start_node(number)
 
+    def close(self) -> None:
+        for node in self.nodes:
+            node.kill()
+            node.wait()
+        super().close()
+
     def launch(self) -> "subprocess.Popen[bytes]":
         _, _, filer, s3 = self._ports
         wait_until(self._is_complete)
@@ -88,9 +94,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cluster.start()
         yield cluster
     finally:
-        for process in (*cluster.nodes, cluster.process):
-            process.kill()
-            process.wait()
+        cluster.close()
 
 
 def test_bucket_stays_whole_while_a_node_is_killed_and_one_does_not_answer(cluster: Cluster, tmp_path: Path) -> None:
