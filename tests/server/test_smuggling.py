@@ -5,6 +5,7 @@ Ambiguous requests are rejected, and nothing after them is read. h11 and nginx s
 
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import h11
@@ -19,6 +20,7 @@ from support.running import Server, wait_until
 
 NEXT = b"GET /nix-cache-info HTTP/1.1\r\nHost: cache\r\nConnection: close\r\n\r\n"
 """The request that an attacker smuggles, or that a proxy sends for another client."""
+_numbers = count()
 REFUSALS = {400, 408, 411, 413, 414, 417, 431, 501, 505}
 BODIES = {"/version": f"harmonia {__version__}\n", "/health": "OK\n", "/nix-cache-info": "StoreDir: "}
 
@@ -288,13 +290,12 @@ def test_server_logs_the_same_requests_as_nginx(behind: tuple[Server, str, Path]
     server, url, log = behind
     mine, theirs = len(logged_requests(server)), len(log.read_text().splitlines()) if log.exists() else 0
     raw_response(url, payload)
-    raw_response(url, NEXT)
+    last = f"/nix-cache-info?{next(_numbers)}"  # both log a request after its response
+    raw_response(url, NEXT.replace(b"/nix-cache-info", last.encode()))
 
     def settled() -> bool:
         lines = log.read_text().splitlines()[theirs:]
         passed = [line for line in lines if not line.endswith(" -")]
-        return (
-            passed != [] and passed[-1].startswith("GET /nix-cache-info") and logged_requests(server)[mine:] == passed
-        )
+        return passed != [] and passed[-1] == f"GET {last} 200" and logged_requests(server)[mine:] == passed
 
     wait_until(settled)
