@@ -408,7 +408,7 @@ def wait_until_refused(server: Server) -> None:
             server.get("/version")
         except ConnectionRefusedError:
             return True
-        except (ConnectionResetError, ssl.SSLEOFError):  # accepted just before the end
+        except (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError):  # accepted just before the end
             return False
         return False
 
