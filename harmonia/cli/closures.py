@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, closing
+from functools import partial
 
 import click
 
@@ -38,7 +39,8 @@ def upload_closure(
     """
     with closing(NarFiles(settings, store.real_dir)) as nars:
         try:
-            return asyncio.run(_upload(store, nars, open_target, paths, keys, jobs, doing))
+            open_uploader = partial(Uploader, store, nars=nars, jobs=jobs, keys=keys)
+            return asyncio.run(_upload(open_uploader, open_target, paths, store.store_dir, doing))
         except KeyboardInterrupt:
             click.echo("harmonia: interrupted; the same command continues", err=True)
             logging.disable()  # threads still compress NARs into the directory that is removed now
@@ -47,19 +49,17 @@ def upload_closure(
 
 
 async def _upload(
-    store: Store,
-    nars: NarFiles,
+    open_uploader: Callable[[Target], Uploader],
     open_target: Callable[[], Target],
     paths: Sequence[StorePath],
-    keys: Sequence[SecretKey],
-    jobs: int,
+    store_dir: str,
     doing: str,
 ) -> Counter[str]:
     counts: Counter[str] = Counter()
     async with AsyncExitStack() as stack:
         target = open_target()
         stack.push_async_callback(target.close)
-        uploader = stack.enter_context(closing(Uploader(store, target, nars, jobs=jobs, keys=keys)))
+        uploader = stack.enter_context(closing(open_uploader(target)))
         await target.check()
         infos, counts["there"] = await uploader.plan(paths)
         advance = stack.enter_context(progress.bar(doing, sum(info.nar_size for info in infos)))
@@ -71,7 +71,7 @@ async def _upload(
                 unavailable.append(outcome)
                 uploading.cancel()
             elif outcome and not isinstance(outcome, ReferenceFailedError) and counts["failed"] <= _MAX_REPORTED:
-                click.echo(f"failed: {store.store_dir}/{path}: {outcome}", err=True)
+                click.echo(f"failed: {store_dir}/{path}: {outcome}", err=True)
 
         uploading = asyncio.create_task(uploader.upload(infos, finished, advance))
         try:
