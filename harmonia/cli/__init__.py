@@ -199,10 +199,11 @@ def _exit_on_error() -> Iterator[None]:
 
 @contextmanager
 def exit_at_once() -> Iterator[None]:
-    """Run a command that uses obstore, and end this process without the usual clean-up of the interpreter.
+    """Run a command that uploads, and end this process without the usual clean-up of the interpreter.
 
-    A thread of obstore may still release the last results. It aborts the process if the interpreter is ending then
-    (PyO3/pyo3-async-runtimes#40), so 1 of 120 commands that had succeeded ended with SIGABRT.
+    That would wait for threads that still compress a large NAR. Also, a thread of obstore may still release the last
+    results. It aborts the process if the interpreter is ending then (PyO3/pyo3-async-runtimes#40), so 1 of 120 commands
+    that had succeeded ended with SIGABRT.
     """
     status: object = 0
     try:

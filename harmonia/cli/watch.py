@@ -5,6 +5,7 @@ import os
 
 import click
 
+from harmonia import cli
 from harmonia.cli.arguments import jobs_option, key_option
 from harmonia.config import credentials, loader
 from harmonia.config.settings import WrongSettingError
@@ -33,11 +34,11 @@ def command(config_file: str | None, url: str | None, *, key_files: tuple[str, .
     if url is None:
         raise click.UsageError("give a URL, or set watch.url")
     log_setup.to_stderr(settings)
-    try:
-        keys = [*credentials.secret_keys(settings), *map(credentials.load_secret_key, key_files)]
-        asyncio.run(watch.serve(settings, url, keys, jobs or settings.watch.jobs))
-    except WrongSettingError as error:
-        raise source.located(error) from None
-    except FormatError as error:
-        raise click.BadParameter(str(error)) from error
-    os._exit(0)  # do not wait for threads that compress a large NAR
+    with cli.exit_at_once():
+        try:
+            keys = [*credentials.secret_keys(settings), *map(credentials.load_secret_key, key_files)]
+            asyncio.run(watch.serve(settings, url, keys, jobs or settings.watch.jobs))
+        except WrongSettingError as error:
+            raise source.located(error) from None
+        except FormatError as error:
+            raise click.BadParameter(str(error)) from error
