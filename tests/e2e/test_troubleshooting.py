@@ -19,6 +19,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.certificates import authority
 from support.nix_client import NIXES, Client, Nix
+from support.ports import ReservedPort
 from support.preloaded import popen
 from support.running import HARMONIA, Server, nar_url
 
@@ -112,9 +113,8 @@ def another_url(world: World) -> None:
 
 
 def nobody(world: World) -> None:
-    with closing(socket.socket()) as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        client = world.client(f"http://127.0.0.1:{reserved.getsockname()[1]}")
+    with ReservedPort() as port:
+        client = world.client(f"http://127.0.0.1:{port.number}")
         world.realise(client)
 
 
