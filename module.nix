@@ -1,5 +1,5 @@
 # NixOS module services.harmonia. It replaces the module of that name in nixpkgs, and accepts its configurations.
-# The options below `settings` come from nix/module-settings.json, which is generated from harmonia/config/settings.py.
+# The options below `settings` come from nix/module-settings.json, which is generated from harmonia/config.
 {
   config,
   lib,

@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.server.resources.narinfo import file_url, nar_url

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import zstandard
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.store import file_reader, tree_reader
 
 DIRECTORIES = ["/usr/lib/python3", "/usr/sbin"]

@@ -13,7 +13,7 @@ import time
 import zstandard
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.store import file_reader, tree_reader
 
 DIRECTORIES = ["/usr/lib/python3", "/usr/share/locale", "/usr/lib/gcc", "/usr/share/perl", "/usr/bin"]

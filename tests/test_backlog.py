@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmonia.config.settings import PublishRules
+from harmonia.config.tables.publish import PublishRules
 from harmonia.store.backlog import Backlog
 from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store

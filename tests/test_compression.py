@@ -29,7 +29,7 @@ from harmonia.cache.growing_file import Filler
 from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Compressed
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.errors import CacheFileError, StoreObjectError
 from harmonia.nix import base32
 from harmonia.store.file_reader import END
@@ -124,7 +124,7 @@ def test_zstd_command_decompresses_the_file() -> None:
 def test_another_process_makes_the_same_bytes() -> None:
     code = """
 import hashlib, random
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.cache.zstd import Encoding
 data = random.Random(2).randbytes(5000) * 3
 print(hashlib.sha256(Encoding.of(Zstd()).compress(data)).hexdigest())
@@ -702,7 +702,7 @@ def test_number_of_threads(cpus: int, options: Zstd, threads: int) -> None:
 def test_encoder_threads_are_nicer_than_their_process(niceness: int) -> None:
     """A process of its own checks it, because lowering the niceness needs privileges."""
     program = (
-        "import os; from harmonia.cache import zstd; from harmonia.config.settings import Zstd\n"
+        "import os; from harmonia.cache import zstd; from harmonia.config.tables.zstd import Zstd\n"
         f"ours = os.nice({niceness})\n"
         "_, pool = zstd.encoders(Zstd())\n"
         "print(ours, pool.submit(os.getpriority, os.PRIO_PROCESS, 0).result())"

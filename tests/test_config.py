@@ -22,7 +22,11 @@ from nacl.signing import SigningKey
 
 from harmonia.config.credentials import authorization, secret_keys, tls_context
 from harmonia.config.loader import Source, parse, read
-from harmonia.config.settings import PublishRules, Push, Settings, Upstream, Zstd
+from harmonia.config.settings import Settings
+from harmonia.config.tables.publish import PublishRules
+from harmonia.config.tables.push import Push
+from harmonia.config.tables.upstream import Upstream
+from harmonia.config.tables.zstd import Zstd
 from harmonia.errors import ConfigError
 from harmonia.nix.signing import SecretKey
 from harmonia.process import preflight

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.config.settings import PublishRules
+from harmonia.config.tables.publish import PublishRules
 from harmonia.errors import StoreUnavailableError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from harmonia.config.settings import Push, Settings
+from harmonia.config.settings import Settings
+from harmonia.config.tables.push import Push
 from harmonia.nix.signing import SecretKey
 from harmonia.process.loop_reads import LoopReads
 from harmonia.push.importer import Upload

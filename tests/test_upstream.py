@@ -17,7 +17,7 @@ import pytest
 
 from harmonia.cache.disk_cache import DiskCache
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Upstream
+from harmonia.config.tables.upstream import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.narinfo import NarFile

@@ -22,7 +22,7 @@ from harmonia.cache.frame_index import FrameIndex, frame_entry
 from harmonia.cache.growing_file import CachedFile, Filler
 from harmonia.cache.zstd import Encoding
 from harmonia.cache.zstd_frames import Frame, FrameEncoder, Source, check
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.ownership import closed_on_error
 from harmonia.process.fair_executor import FairExecutor

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import zstandard
 
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.process.threads import lower_priority
 from harmonia.untrusted import integer
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checka
 
 from harmonia.cache.frame_index import FrameIndex
 from harmonia.cache.zstd import Encoding, encoders, first_encoder, foreign_encoder
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.errors import StoreObjectError
 from harmonia.nix import base32
 from harmonia.store import file_reader

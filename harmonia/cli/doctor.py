@@ -15,7 +15,8 @@ from harmonia import cli
 from harmonia.cli import progress
 from harmonia.cli.arguments import Mebibytes, parse_url
 from harmonia.config import credentials, loader
-from harmonia.config.settings import PublishRules, Settings
+from harmonia.config.settings import Settings
+from harmonia.config.tables.publish import PublishRules
 from harmonia.errors import ConfigError, FormatError, StoreUnavailableError
 from harmonia.nix import nix_conf
 from harmonia.nix.base32 import ALPHABET

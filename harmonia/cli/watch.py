@@ -8,7 +8,7 @@ import click
 from harmonia import cli
 from harmonia.cli.arguments import jobs_option, key_option
 from harmonia.config import credentials, loader
-from harmonia.config.settings import WrongSettingError
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import FormatError
 from harmonia.process import log_setup
 from harmonia.tools import watch

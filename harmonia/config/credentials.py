@@ -12,8 +12,9 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from harmonia.config import netrc, tokens
-from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.settings import Settings
 from harmonia.config.tokens import Token
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import ConfigError, FormatError, HarmoniaError
 from harmonia.nix.signing import SecretKey
 

@@ -17,22 +17,13 @@ from typing import Any, Self
 import msgspec
 
 from harmonia.config import setting_places
-from harmonia.config.settings import (
-    TABLES,
-    Lan,
-    Mirror,
-    PublishRules,
-    Push,
-    Settings,
-    Upstream,
-    Watch,
-    WrongSettingError,
-    Zstd,
-    default_cache_dir,
-    default_runtime_file,
-    default_state_dir,
-)
+from harmonia.config.default_directories import default_cache_dir, default_runtime_file, default_state_dir
+from harmonia.config.settings import TABLES, Settings
+from harmonia.config.tables.push import Push
+from harmonia.config.tables.upstream import Upstream
+from harmonia.config.tables.watch import Watch
 from harmonia.config.value_types import expected, plain
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import ConfigError
 
 SYSTEM_FILE = "/etc/harmonia/harmonia.toml"
@@ -177,11 +168,7 @@ def _effective(given: Mapping[str, Any], text: str, name: str, environ: Mapping[
     return values
 
 
-def _values(
-    struct: type[Settings | Zstd | PublishRules | Push | Mirror | Lan | Watch | Upstream],
-    given: Mapping[str, Any],
-    *table: str,
-) -> dict[str, Any]:
+def _values(struct: type[msgspec.Struct], given: Mapping[str, Any], *table: str) -> dict[str, Any]:
     """Return the arguments for `struct` from a TOML table.
 
     Raises WrongSettingError if a key is unknown, or its value has the wrong type or is out of range.
@@ -221,8 +208,10 @@ def _upstream(given: Mapping[str, Any], number: str) -> Upstream:
     return Upstream(**values)
 
 
-_KEYS = {field.name: field.name for field in msgspec.structs.fields(Settings)}
-_KEYS |= {field.name: f"{name}.{field.name}" for name, part in TABLES.items() for field in msgspec.structs.fields(part)}
-_UPSTREAM_KEYS = {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)}
-_KEYS = _KEYS | _UPSTREAM_KEYS | {field.name: field.name for field in msgspec.structs.fields(Settings)}
+_KEYS = (
+    {field.name: f"{table}.{field.name}" for table, part in TABLES.items() for field in msgspec.structs.fields(part)}
+    | {field.name: f"[[upstream]] {field.name}" for field in msgspec.structs.fields(Upstream)}
+    | {field.name: field.name for field in msgspec.structs.fields(Settings)}
+)
+"""The key to suggest for each name. Names of the top level precede those of tables."""
 _TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}

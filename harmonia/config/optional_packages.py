@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.settings import Settings
+from harmonia.config.wrong_setting import WrongSettingError
 
 
 def require_all(settings: Settings) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import msgspec
 
 from harmonia.config import rust_log
-from harmonia.config.settings import TABLES, Settings, WrongSettingError
+from harmonia.config.settings import TABLES, Settings
 from harmonia.config.value_types import Level
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import ConfigError
 
 _CACHE_DIR = ["CACHE_DIRECTORY", "XDG_CACHE_HOME", "HOME"]  # the first of these variables that is set counts

@@ -1,26 +1,29 @@
 """Settings as one frozen value, with the keys and meanings of upstream Harmonia 3.
 
 The constructors check the relations between settings, so settings that contradict each other cannot be built.
-value_types.py has the types of the values; loader.py reads them from a file. `make docs` generates the tables in
-docs/reference/configuration.md from the descriptions below.
+`tables` has the settings in tables of the file, value_types.py the types of all values; loader.py reads the file.
+`make docs` generates the tables in docs/reference/configuration.md from the descriptions.
 """
 
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from harmonia.config import amounts, name_patterns, value_types
-from harmonia.config.proxy import Proxy
+from harmonia.config import amounts, value_types
+from harmonia.config.tables.lan import Lan
+from harmonia.config.tables.mirror import Mirror
+from harmonia.config.tables.publish import PublishRules
+from harmonia.config.tables.push import Push
+from harmonia.config.tables.upstream import Upstream, check_upstreams
+from harmonia.config.tables.watch import Watch
+from harmonia.config.tables.zstd import Zstd
 from harmonia.config.value_types import (
     AbsolutePath,
     Address,
     Bytes,
     Count,
-    Days,
     File,
     Level,
     Location,
@@ -31,21 +34,21 @@ from harmonia.config.value_types import (
     Seconds,
     Sentence,
     Size,
-    UploadTarget,
     Url,
     WholeSeconds,
-    WindowLog,
 )
-from harmonia.errors import ConfigError, FormatError
-from harmonia.nix.signing import PublicKey
+from harmonia.config.wrong_setting import WrongSettingError, check_values
+from harmonia.errors import FormatError
 
 NO_DATABASE = ":memory:"
 """The path of the database if there is no local store."""
 _DATABASE = "var/nix/db/db.sqlite"  # relative to the parent of the store directory, in Nix's layout
 _LOGS = "../../log/nix"  # relative to the directory of the database, as is _DAEMON
 _DAEMON = "../daemon-socket/socket"
-_PATHS = ("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir")
-_FILES = ("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path")
+_PATHS = (
+    *("virtual_nix_store", "real_nix_store", "nix_db_path", "log_dir", "cache_dir"),
+    *("tls_cert_path", "tls_key_path", "tls_client_ca_path", "tokens_path"),
+)
 _PORT = 5000
 _PUSH_SCOPES = {"push", "sign"}
 MAX_BULK_PATHS = 10_000
@@ -56,409 +59,6 @@ _NEEDS = (
     ("tls_client_ca_path", "tls_cert_path", "client certificates need TLS; set both or none"),
     ("anonymous_scopes", "tokens_path", "without it, no client needs a token; remove this, or set both"),
 )
-
-
-class WrongSettingError(ConfigError):
-    """The value of a key, such as `("zstd", "level")` or `("upstream", "0", "url")`, is wrong."""
-
-    def __init__(self, what: str, *key: str, key_file: str | None = None) -> None:
-        table, part = (f"[[upstream]] {int(key[1]) + 1}: ", key[2:]) if key[0] == "upstream" and key[1:] else ("", key)
-        name = ".".join(word if re.fullmatch(r"[A-Za-z0-9_-]+", word) else repr(word) for word in part)
-        super().__init__(f"{table}{name}: {what}")
-        self.key = key
-        self.key_file = key_file
-        """The wrong file, if the key names several files."""
-
-
-def _check(check: Callable[[Any], object], values: Iterable[object], *key: str) -> None:
-    """Raise WrongSettingError for `key` if `check` raises FormatError for one of its values. Skip values of None."""
-    for value in values:
-        if value is not None:
-            try:
-                check(value)
-            except FormatError as error:
-                raise WrongSettingError(str(error), *key, key_file=str(value)) from None
-
-
-class Zstd(msgspec.Struct, frozen=True, kw_only=True):
-    level: Annotated[
-        int, Meta(ge=-7, le=22, description="Higher levels are slower and compress more; 0 is libzstd's default (3).")
-    ] = 3
-    long_distance_matching: Annotated[
-        bool, Meta(description="Find repetitions that are far apart. Needs four times the memory.")
-    ] = False
-    window_log: Annotated[
-        WindowLog,
-        Meta(
-            description="log2 of the match window in bytes; 0 is the default of the level, or 25 (32 MiB) with"
-            " `long_distance_matching`. NARs are compressed in pieces of this size, but at least 8 MiB."
-        ),
-    ] = 0
-    max_ldm_encoders_per_worker: Annotated[
-        Count, Meta(description="Threads of each worker that compress with `long_distance_matching`; 0 is one per CPU.")
-    ] = 16
-
-    def __post_init__(self) -> None:
-        _check(value_types.check_window_log, [self.window_log], "zstd", "window_log")
-
-
-class Upstream(msgspec.Struct, frozen=True, kw_only=True):
-    """An upstream cache, which is asked for paths that are not in the store."""
-
-    url: Annotated[Url, Meta(description="URL of the upstream, as in the setting `substituters` of Nix.")]
-    public_keys: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Public keys like `name:base64`. Only paths signed by one of them are passed on; with `[]`, all"
-            " paths."
-        ),
-    ] = ()
-    mode: Annotated[
-        Literal["proxy", "redirect"],
-        Meta(
-            description="`proxy` fetches NARs through this server and caches them; `redirect` sends clients to the"
-            " upstream."
-        ),
-    ] = "proxy"
-    priority: Annotated[
-        int,
-        Meta(
-            ge=0,
-            le=2**31 - 1,
-            description="The upstream with the lowest number is asked first, those with equal numbers together.",
-        ),
-    ] = 50
-    sign: Annotated[
-        bool,
-        Meta(
-            description="Also sign its paths with our keys, if one of `public_keys` signed them. Needs `public_keys`."
-        ),
-    ] = False
-    connect_timeout: Annotated[Seconds, Meta(description="Timeout for a connection to the upstream.")] = 2.0
-    timeout: Annotated[
-        Seconds, Meta(description="Timeout for the first byte of a response, and for each pause between its bytes.")
-    ] = 10.0
-    proxy: Annotated[
-        str | None,
-        Meta(
-            extra={"default": "from the environment"},
-            description="The HTTP proxy for this upstream: `http://host:port` or `http://user:password@host:port`;"
-            ' `""` is a direct connection.',
-        ),
-    ] = None
-    fetch_ahead: Annotated[
-        Size,
-        Meta(
-            description="Maximum size of the NARs that are fetched before a client requests them, if the upstream is"
-            " also a Harmonia and `mode` is `proxy`; 0 fetches none ahead."
-        ),
-    ] = "256M"
-    netrc: Annotated[
-        File | None,
-        Meta(description="netrc(5) file with user and password for the upstream's host, parsed as by curl."),
-    ] = None
-    credentials_file: Annotated[
-        File | None, Meta(description="File with `user:password` or `:token` for the upstream, instead of `netrc`.")
-    ] = None
-    ca_file: Annotated[
-        File | None,
-        Meta(
-            extra={"default": "the system's"},
-            description="File with CA certificates in PEM form. The upstream's certificate must chain to one of them.",
-        ),
-    ] = None
-
-
-class PublishRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Publish policy: the rules for which store paths are served. Without rules, all valid paths are."""
-
-    signed_by: Annotated[
-        tuple[str, ...],
-        Meta(description="Public keys like `name:base64`: serve only paths with a stored signature by one of them."),
-    ] = ()
-    allow: Annotated[
-        tuple[str, ...], Meta(description='Patterns like "hello-*": serve only paths whose name matches one of them.')
-    ] = ()
-    deny: Annotated[
-        tuple[str, ...], Meta(description="Patterns: do not serve paths whose name matches one of them.")
-    ] = ()
-    gc_roots: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Store paths, symlinks to them, or directories with such symlinks: serve only these paths and"
-            " their closures."
-        ),
-    ] = ()
-
-    def __post_init__(self) -> None:
-        _check(value_types.check_public_key, self.signed_by, "publish", "signed_by")
-        _check(name_patterns.check_pattern, self.allow, "publish", "allow")
-        _check(name_patterns.check_pattern, self.deny, "publish", "deny")
-        _check(value_types.check_absolute, self.gc_roots, "publish", "gc_roots")
-
-    @property
-    def public_keys(self) -> tuple[PublicKey, ...]:
-        """Return the keys in `signed_by`."""
-        return tuple(map(PublicKey.parse, self.signed_by))
-
-
-class Push(msgspec.Struct, frozen=True, kw_only=True):
-    """Uploads: `nix copy --to` the URL of the cache with `/push`."""
-
-    enable: Annotated[
-        bool,
-        Meta(
-            description="Accept store paths at `/push`. Needs `tokens_path` or `client_certificates`, and the Nix"
-            " daemon, which checks the signatures."
-        ),
-    ] = False
-    allow_without_tls: Annotated[
-        bool,
-        Meta(
-            description="Accept pushes over plain HTTP on TCP, where others on the network can read the tokens and use"
-            " them. For a proxy on this machine that does TLS, a unix socket is better."
-        ),
-    ] = False
-    client_certificates: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Common names of client certificates that may push without a token. Needs `tls_client_ca_path`."
-        ),
-    ] = ()
-    max_nar_size: Annotated[Size, Meta(description="Maximum size of a pushed NAR, as sent and unpacked.")] = "16G"
-    spool_size: Annotated[
-        Size,
-        Meta(
-            description="Maximum size of all NARs that wait for their narinfo, in `cache_dir`. Nix 2.35 and newer send"
-            " all NARs of a closure first."
-        ),
-    ] = "32G"
-    keep: Annotated[
-        Days,
-        Meta(ge=60, description="Seconds after the last push or download for which a pushed path is a GC root."),
-    ] = 30 * 86400
-    state_dir: Annotated[
-        str | None,
-        Meta(
-            extra={"default": "`$STATE_DIRECTORY`, `$XDG_STATE_HOME/harmonia` or `~/.local/state/harmonia`"},
-            description="Directory of the GC roots and build logs of pushed paths.",
-        ),
-    ] = None
-    sign_key_path: Annotated[
-        File | None,
-        Meta(
-            description="File with a secret key that the Nix daemon trusts. It signs unsigned paths of pushers whose"
-            " token has the scope `sign`: they can then push anything. With `sign:PATTERN`, it signs only paths whose"
-            " name matches."
-        ),
-    ] = None
-    sign_names: Annotated[
-        tuple[str, ...],
-        Meta(
-            description='Patterns like "hello-*": sign only paths whose name matches one of them, whatever the token'
-            " allows. Default: all."
-        ),
-    ] = ()
-
-    def __post_init__(self) -> None:
-        for key in ("max_nar_size", "spool_size"):
-            _check(value_types.check_size, [getattr(self, key)], "push", key)
-        if amounts.size(self.max_nar_size) > amounts.size(self.spool_size):
-            raise WrongSettingError("more than spool_size; lower it, or raise spool_size", "push", "max_nar_size")
-        _check(name_patterns.check_pattern, self.sign_names, "push", "sign_names")
-        for key in ("state_dir", "sign_key_path"):
-            _check(value_types.check_path, [getattr(self, key)], "push", key)
-
-
-class Lan(msgspec.Struct, frozen=True, kw_only=True):
-    """Siblings: binary caches in the local network, which announce themselves by multicast DNS (UDP port 5353)."""
-
-    announce: Annotated[
-        bool,
-        Meta(
-            description="Announce this server in the local network as `_nix_binary_cache._tcp`. Needs the Python"
-            " package zeroconf (`harmonia[lan]`)."
-        ),
-    ] = False
-    public_keys: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Public keys like `name:base64`. With at least one, servers that announce themselves become"
-            " upstreams for paths that one of these keys signed. They learn which paths are asked for. Needs zeroconf,"
-            " too."
-        ),
-    ] = ()
-    priority: Annotated[
-        int, Meta(ge=0, le=2**31 - 1, description="Priority of the siblings among the upstreams (`upstream.priority`).")
-    ] = 60
-
-
-class Mirror(msgspec.Struct, frozen=True, kw_only=True):
-    """A bucket of an S3 service that has a plain Nix binary cache, shared by several servers."""
-
-    bucket: Annotated[
-        str | None,
-        Meta(
-            description="Name of the bucket. `harmonia mirror` writes store paths to it. Needs `endpoint`, and the"
-            " Python package obstore (`harmonia[s3]`)."
-        ),
-    ] = None
-    endpoint: Annotated[
-        Url | None,
-        Meta(description="URL of the S3 service. The bucket's name follows it as the first part of the path."),
-    ] = None
-    region: Annotated[str, Meta(description="Region of the S3 service, for signatures.")] = "us-east-1"
-    prefix: Annotated[str, Meta(description="Folder of the cache in the bucket. Default: the whole bucket.")] = ""
-    credentials_file: Annotated[
-        File | None,
-        Meta(
-            description="File with `ACCESS_KEY_ID:SECRET_ACCESS_KEY`. Without it, requests are anonymous, enough to"
-            " read a public bucket."
-        ),
-    ] = None
-    read: Annotated[
-        bool,
-        Meta(description="Serve paths of the bucket that the store does not have. The bucket precedes `upstream`."),
-    ] = True
-    redirect: Annotated[
-        bool,
-        Meta(
-            description="Send clients to the bucket for NARs, with a URL that is signed for 15 minutes, instead of"
-            " fetching NARs through this server."
-        ),
-    ] = False
-    write_served: Annotated[
-        bool,
-        Meta(
-            description="Write the closure of each store path that a client downloads to the bucket. Downloads never"
-            " wait for this: paths wait in a queue below `cache_dir`."
-        ),
-    ] = False
-    public_keys: Annotated[
-        tuple[str, ...],
-        Meta(
-            extra={"default": "those of `sign_key_paths`"},
-            description="Public keys like `name:base64`. Only paths of the bucket that are signed by one of them are"
-            " served; without any keys, all paths.",
-        ),
-    ] = ()
-    connect_timeout: Annotated[Seconds, Meta(description="Timeout for a connection to the S3 service, to read.")] = 2.0
-    timeout: Annotated[
-        Seconds, Meta(description="Timeout for the first byte of a response, and for each pause between its bytes.")
-    ] = 10.0
-
-    def __post_init__(self) -> None:
-        _check(value_types.check_bucket, [self.bucket], "mirror", "bucket")
-        _check(value_types.check_public_key, self.public_keys, "mirror", "public_keys")
-        _check(value_types.check_prefix, [self.prefix or None], "mirror", "prefix")
-        _check(value_types.check_path, [self.credentials_file], "mirror", "credentials_file")
-        for given, needed in (("bucket", "endpoint"), ("endpoint", "bucket")):
-            if getattr(self, given) is not None and getattr(self, needed) is None:
-                raise WrongSettingError(f"set without {needed}; set both or none", "mirror", given)
-        if self.write_served and self.bucket is None:
-            raise WrongSettingError("set without bucket; set both or none", "mirror", "write_served")
-        if self.redirect and self.credentials_file is None:
-            what = "set without credentials_file, whose key signs the URLs; set both, or use the bucket as [[upstream]]"
-            raise WrongSettingError(what, "mirror", "redirect")
-
-    @property
-    def is_read(self) -> bool:
-        """Return True if paths of the bucket are served."""
-        return self.read and self.bucket is not None
-
-    @property
-    def source(self) -> Upstream:
-        """Return the bucket as an upstream, which is asked before all others."""
-        return Upstream(
-            url=self.url,
-            public_keys=self.public_keys,
-            priority=-1,
-            connect_timeout=self.connect_timeout,
-            timeout=self.timeout,
-        )
-
-    @property
-    def url(self) -> str:
-        """Return the URL of the cache in the bucket."""
-        return "/".join(filter(None, ((self.endpoint or "").rstrip("/"), self.bucket, self.prefix)))
-
-
-class Watch(msgspec.Struct, frozen=True, kw_only=True):
-    """Uploads of each path that becomes valid in the store, by `harmonia watch`."""
-
-    url: Annotated[
-        UploadTarget | None,
-        Meta(
-            description="URL of the binary cache to upload to, such as the `/push` of another Harmonia, or `mirror`,"
-            " the bucket of `[mirror]`."
-        ),
-    ] = None
-    netrc: Annotated[
-        File | None,
-        Meta(
-            extra={"default": "`$NETRC`, `/etc/nix/netrc` or `~/.netrc`"},
-            description="netrc(5) file with user and password for the host of `url`.",
-        ),
-    ] = None
-    jobs: Annotated[int, Meta(ge=1, le=100, description="Number of NARs to upload at a time.")] = 8
-    new_paths: Annotated[
-        bool,
-        Meta(
-            description="Upload each path that becomes valid, except derivations. If false, only those of `gc_roots`"
-            " and of the post-build hook."
-        ),
-    ] = True
-    allow: Annotated[
-        tuple[str, ...],
-        Meta(description='Patterns like "hello-*": upload only those new paths and `gc_roots` whose name matches one.'),
-    ] = ()
-    deny: Annotated[
-        tuple[str, ...],
-        Meta(description="Patterns: do not upload those new paths and `gc_roots` whose name matches one."),
-    ] = ()
-    not_signed_by: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Public keys like `name:base64`: do not upload paths with a stored signature by one of them,"
-            " not even as references, because clients get these from another cache."
-        ),
-    ] = ()
-    gc_roots: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Store paths, symlinks to them, or directories with such symlinks: upload these paths, and each"
-            " path that one of them leads to later."
-        ),
-    ] = ()
-    state_dir: Annotated[
-        str | None,
-        Meta(
-            extra={"default": "`$STATE_DIRECTORY`, `$XDG_STATE_HOME/harmonia` or `~/.local/state/harmonia`"},
-            description="Directory of the queue and of NARs that are being compressed.",
-        ),
-    ] = None
-    socket: Annotated[
-        str | None,
-        Meta(
-            extra={"default": "`$RUNTIME_DIRECTORY/socket`, if that variable is set"},
-            description="Unix socket at which the post-build hook `harmonia-hook` hands over paths.",
-        ),
-    ] = None
-    metrics_file: Annotated[
-        str | None,
-        Meta(
-            extra={"default": "`$RUNTIME_DIRECTORY/metrics.prom`, if that variable is set"},
-            description="File with metrics, for the textfile collector of Prometheus' node exporter.",
-        ),
-    ] = None
-
-    def __post_init__(self) -> None:
-        _check(name_patterns.check_pattern, self.allow, "watch", "allow")
-        _check(name_patterns.check_pattern, self.deny, "watch", "deny")
-        _check(value_types.check_public_key, self.not_signed_by, "watch", "not_signed_by")
-        _check(value_types.check_absolute, self.gc_roots, "watch", "gc_roots")
-        for key in ("netrc", "state_dir", "socket", "metrics_file"):
-            _check(value_types.check_path, [getattr(self, key)], "watch", key)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -725,11 +325,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             raise WrongSettingError(
                 "TLS needs TCP, not a unix socket; bind to host:port or remove this", "tls_cert_path"
             )
-        _check(value_types.check_size, [self.cache_size], "cache_size")
-        _check(value_types.check_trusted_proxy, self.trusted_proxies, "trusted_proxies")
-        _check_upstreams(self.upstream, self.publish)
+        check_values(value_types.check_size, [self.cache_size], "cache_size")
+        check_values(value_types.check_trusted_proxy, self.trusted_proxies, "trusted_proxies")
+        check_upstreams(self.upstream)
+        _check_publish(self)
         _check_push(self)
-        _check_sources(self)
+        _check_local_store(self)
         _check_lan(self)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
@@ -800,32 +401,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _check_paths(settings: Settings) -> None:
-    for key in (*_PATHS, *_FILES):
-        _check(value_types.check_path, [getattr(settings, key)], key)
-    _check(value_types.check_path, settings.sign_key_paths, "sign_key_paths")
-    _check(value_types.check_absolute, [settings.virtual_nix_store], "virtual_nix_store")
-
-
-def _check_upstreams(upstreams: tuple[Upstream, ...], rules: PublishRules) -> None:
-    if upstreams and rules != PublishRules():
-        raise WrongSettingError(
-            "publish rules do not apply to paths from an [[upstream]]; set one or the other", "publish"
-        )
-    urls = [upstream.url.rstrip("/") for upstream in upstreams]
-    for number, upstream in enumerate(upstreams):
-        table = ("upstream", str(number))
-        for key in ("netrc", "credentials_file", "ca_file"):
-            _check(value_types.check_path, [getattr(upstream, key)], *table, key)
-        _check(value_types.check_public_key, upstream.public_keys, *table, "public_keys")
-        _check(Proxy.parse, [upstream.proxy or None], *table, "proxy")
-        _check(value_types.check_size, [upstream.fetch_ahead], *table, "fetch_ahead")
-        if upstream.sign and not upstream.public_keys:
-            what = "set without public_keys; only paths that they signed are signed again, so set them or remove this"
-            raise WrongSettingError(what, *table, "sign")
-        if upstream.netrc is not None and upstream.credentials_file is not None:
-            raise WrongSettingError("set together with netrc; keep one of them", *table, "credentials_file")
-        if urls.index(urls[number]) != number:
-            raise WrongSettingError("given twice; keep one of them", *table, "url")
+    for key in _PATHS:
+        check_values(value_types.check_path, [getattr(settings, key)], key)
+    check_values(value_types.check_path, settings.sign_key_paths, "sign_key_paths")
+    check_values(value_types.check_absolute, [settings.virtual_nix_store], "virtual_nix_store")
 
 
 def _check_push(settings: Settings) -> None:
@@ -848,26 +427,37 @@ def _check_push(settings: Settings) -> None:
         raise WrongSettingError(f"{what} or set push.allow_without_tls = true", "push", "enable")
 
 
-def _check_sources(settings: Settings) -> None:
-    if settings.mirror.is_read and settings.publish != PublishRules():
-        what = "publish rules do not apply to paths from the bucket of [mirror]; set mirror.read = false, or no rules"
-        raise WrongSettingError(what, "publish")
-    if settings.mirror.write_served and not settings.local_store:
+def _check_publish(settings: Settings) -> None:
+    """Raise WrongSettingError if there are publish rules, and paths would be served that they do not apply to."""
+    if settings.publish == PublishRules():
+        return
+    what = None
+    if settings.upstream:
+        what = "paths from an [[upstream]]; set one or the other"
+    elif settings.mirror.is_read:
+        what = "paths from the bucket of [mirror]; set mirror.read = false, or no rules"
+    elif settings.mirror.write_served:
+        what = "the bucket of [mirror]; remove them, or set mirror.write_served = false"
+    elif settings.lan.public_keys:
+        what = "paths from siblings; set one or the other"
+    if what is not None:
+        raise WrongSettingError(f"publish rules do not apply to {what}", "publish")
+
+
+def _check_local_store(settings: Settings) -> None:
+    """Raise WrongSettingError if there is no local store, and another setting needs it."""
+    if settings.local_store:
+        return
+    if settings.mirror.write_served:
         raise WrongSettingError("set together with local_store = false; remove one of them", "mirror", "write_served")
-    if settings.mirror.write_served and settings.publish != PublishRules():
-        what = "publish rules do not apply to the bucket of [mirror]; remove them, or set mirror.write_served = false"
-        raise WrongSettingError(what, "publish")
-    if not settings.local_store and not settings.asks_upstreams:
+    if not settings.asks_upstreams:
         what = "false without a [mirror] to read and without any [[upstream]], so nothing could be served; set one"
         raise WrongSettingError(what, "local_store")
-    if not settings.local_store and settings.push.enable:
+    if settings.push.enable:
         raise WrongSettingError("set together with local_store = false; remove one of them", "push", "enable")
 
 
 def _check_lan(settings: Settings) -> None:
-    _check(value_types.check_public_key, settings.lan.public_keys, "lan", "public_keys")
-    if settings.lan.public_keys and settings.publish != PublishRules():
-        raise WrongSettingError("publish rules do not apply to paths from siblings; set one or the other", "publish")
     if not settings.lan.announce:
         return
     if settings.tls_cert_path is not None:
@@ -876,25 +466,7 @@ def _check_lan(settings: Settings) -> None:
         raise WrongSettingError("siblings send no token; remove this, or tokens_path", "lan", "announce")
 
 
-def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return the first directory in systemd's `$STATE_DIRECTORY`, or `harmonia` in the user's state directory."""
-    home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".local/state")
-    return environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
-
-
-def default_runtime_file(environ: Mapping[str, str], name: str) -> str | None:
-    """Return the path of a file in the first directory in systemd's `$RUNTIME_DIRECTORY`, or None without it."""
-    directory = environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
-    return os.path.join(directory, name) if directory else None
-
-
-def default_cache_dir(environ: Mapping[str, str]) -> str:
-    """Return the first directory in systemd's `$CACHE_DIRECTORY`, or `harmonia` in the user's cache directory."""
-    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
-    return environ.get("CACHE_DIRECTORY", "").split(":")[0] or os.path.join(home, "harmonia")
-
-
-TABLES: dict[str, type[Zstd | PublishRules | Push | Mirror | Lan | Watch]] = {
+TABLES: dict[str, type[msgspec.Struct]] = {
     "zstd": Zstd,
     "publish": PublishRules,
     "push": Push,

@@ -13,7 +13,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from harmonia.config.settings import Mirror
+from harmonia.config.tables.mirror import Mirror
 from harmonia.upload.target import TargetError, TargetRefusedError, TargetUnavailableError
 
 _PART_BYTES = 8 << 20  # in memory at once: _PARTS_AT_ONCE of them for each upload

@@ -7,7 +7,8 @@ from urllib.parse import unquote
 
 from harmonia.config import credentials
 from harmonia.config.optional_packages import require_obstore
-from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.settings import Settings
+from harmonia.config.wrong_setting import WrongSettingError
 
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket

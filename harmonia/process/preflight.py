@@ -13,11 +13,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from harmonia.config import credentials, tokens
+from harmonia.config.default_directories import default_cache_dir
 from harmonia.config.loader import Source
 from harmonia.config.optional_packages import require_all
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Settings, WrongSettingError, default_cache_dir
+from harmonia.config.settings import Settings
 from harmonia.config.value_types import HostAndPort
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import FormatError, StoreUnavailableError
 from harmonia.process import sockets, systemd
 from harmonia.store.store import Store

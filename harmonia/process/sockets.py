@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal
 
-from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.settings import Settings
 from harmonia.config.value_types import HostAndPort
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.untrusted import integer
 
 BACKLOG = 4096

@@ -20,8 +20,9 @@ from harmonia.cache.frame_index import index_files
 from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import Compressor
 from harmonia.cache.zstd_frames import Compressed, Source
-from harmonia.config.settings import Settings, WrongSettingError
+from harmonia.config.settings import Settings
 from harmonia.config.tokens import SCOPES, Scope
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.errors import StoreUnavailableError
 from harmonia.metrics.shared_counters import Metrics
 from harmonia.nix.path_info import PathInfo

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from harmonia.config.name_patterns import compile_patterns
-from harmonia.config.settings import PublishRules, Settings
+from harmonia.config.settings import Settings
+from harmonia.config.tables.publish import PublishRules
 from harmonia.errors import StoreObjectError
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath

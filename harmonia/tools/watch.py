@@ -13,8 +13,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from harmonia.config import credentials
-from harmonia.config.settings import PublishRules, Settings, Watch, WrongSettingError
+from harmonia.config.settings import Settings
+from harmonia.config.tables.publish import PublishRules
+from harmonia.config.tables.watch import Watch
 from harmonia.config.value_types import MIRROR
+from harmonia.config.wrong_setting import WrongSettingError
 from harmonia.mirror.connection import QUEUED_RETRY, open_bucket
 from harmonia.mirror.target import BucketTarget
 from harmonia.nix.path_info import PathInfo

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 from urllib.parse import quote, urljoin, urlsplit
 
-from harmonia.config.settings import Upstream
+from harmonia.config.tables.upstream import Upstream
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.nix import base32, cache_info
 from harmonia.nix.signing import PublicKey

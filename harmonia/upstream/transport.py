@@ -14,7 +14,7 @@ from yarl import URL
 
 from harmonia import __version__
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Upstream
+from harmonia.config.tables.upstream import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.shared_counters import UpstreamCounters
 from harmonia.upstream import redirects

@@ -26,7 +26,7 @@ from harmonia.cache.layout_cache import Layouts
 from harmonia.cache.nar_compressor import CachedNar, CompressedNar, Compressor
 from harmonia.cache.zstd_frames import Compressed
 from harmonia.cache.zstd_stored import StoredNar
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.process.loop_reads import LoopReads

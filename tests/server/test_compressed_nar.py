@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store import file_reader, tree_reader

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix import base32
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import add_log
 from support.held_compression import held_by

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from harmonia.cache.disk_cache import DiskCache
 from harmonia.cache.nar_compressor import CompressedNar, Compressor
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.store.file_reader import OpenSlice, Step
 from support.running import wait_until
 

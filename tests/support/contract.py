@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix import base32
 from harmonia.tools.store_builder import StoreBuilder
 from support.build_logs import TEXT, add_log, collected

@@ -12,7 +12,8 @@ import msgspec
 
 from harmonia import cli
 from harmonia.cli.man import commands, options, paragraphs
-from harmonia.config.settings import Lan, Mirror, PublishRules, Push, Settings, Upstream, Watch, Zstd
+from harmonia.config.settings import TABLES, Settings
+from harmonia.config.tables.upstream import Upstream
 from harmonia.config.value_types import expected
 from support import slow_network
 from support.nixos_machine import Machine, configured, evaluate
@@ -54,7 +55,7 @@ def _settings_table(struct: type[msgspec.Struct]) -> str:
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     for item, info in zip(msgspec.structs.fields(struct), msgspec.inspect.type_info(struct).fields, strict=True):  # type: ignore[attr-defined]
         schema, extra = info.type.extra_json_schema, info.type.extra or {}
-        if item.name in {"zstd", "upstream", "publish", "push", "mirror", "lan", "watch"}:
+        if item.name in {*TABLES, "upstream"}:
             continue  # has its own table
         if item.required:
             rows.append(f"| `{item.name}` | {expected(item.type)} | | {schema['description']} |")
@@ -188,17 +189,8 @@ def cli_reference() -> str:
 
 def configuration() -> str:
     text = (ROOT / "docs/reference/configuration.md").read_text()
-    structs = (
-        ("keys", Settings),
-        ("zstd", Zstd),
-        ("upstream", Upstream),
-        ("publish", PublishRules),
-        ("push", Push),
-        ("mirror", Mirror),
-        ("lan", Lan),
-        ("watch", Watch),
-    )
-    for mark, struct in structs:
+    structs: dict[str, type[msgspec.Struct]] = {"keys": Settings, "upstream": Upstream, **TABLES}
+    for mark, struct in structs.items():
         text = _between(text, mark, _settings_table(struct))
     return text
 

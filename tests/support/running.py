@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import zstandard
 
 from harmonia.cache.zstd import Encoding
-from harmonia.config.settings import Zstd
+from harmonia.config.tables.zstd import Zstd
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.fixture_tree import Sparse

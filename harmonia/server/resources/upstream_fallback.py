@@ -19,7 +19,7 @@ from sanic.exceptions import NotFound
 
 from harmonia.config import credentials
 from harmonia.config.proxy import ProxyRules
-from harmonia.config.settings import Upstream
+from harmonia.config.tables.upstream import Upstream
 from harmonia.errors import FormatError, UpstreamError
 from harmonia.metrics.outcome import Outcome
 from harmonia.mirror.connection import open_presigner

@@ -1,0 +1,1 @@
+"""Tables of the configuration file: one module each, with its keys and the checks of their values."""
