@@ -1010,6 +1010,10 @@ PUSH = "[push]\nenable = true\n"
         (PUSH, "h.toml:2: push.enable: set without tokens_path; "),
         (f"tokens_path = '/t'\n{PUSH}", "h.toml:3: push.enable: tokens would be sent without TLS; "),
         (f"tokens_path = '/t'\nbind = 'unix:/s'\ndaemon_socket = ''\n{PUSH}", "h.toml:5: push.enable: daemon_socket "),
+        (
+            f"local_store = false\n{PUSH}\n[[upstream]]\nurl = 'http://x'",
+            "h.toml:3: push.enable: set together with local_store = false; ",
+        ),
         ("tokens_path = '/t'\nanonymous_scopes = ['push']", 'h.toml:2: anonymous_scopes: "push" would let everyone'),
         ("[lan]\npublic_keys = ['cache-1:x']", "h.toml:2: lan.public_keys: "),
         (

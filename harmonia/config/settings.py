@@ -329,8 +329,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         check_values(value_types.check_trusted_proxy, self.trusted_proxies, "trusted_proxies")
         check_upstreams(self.upstream)
         _check_publish(self)
+        _check_local_store(self)  # before `_check_push`, which would blame daemon_socket
         _check_push(self)
-        _check_local_store(self)
         _check_lan(self)
 
     def address(self, key: Literal["bind", "metrics_bind"]) -> value_types.HostAndPort | str | None:
