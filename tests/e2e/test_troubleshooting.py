@@ -165,16 +165,13 @@ def unsigned(world: World) -> None:
 def untrusted_user(world: World) -> None:
     server = world.serve()
     client = world.client("", allowed_users="*", trusted_users="root")
-    (client.directory / "nix/var/nix/daemon-socket").mkdir(parents=True, exist_ok=True)
     script = f"""
-    nix-daemon & daemon=$!
-    until [ -S /nix/var/nix/daemon-socket/socket ]; do sleep 0.05; done
     chmod -R a+rX /nix/var/nix
-    chroot --userspec=65534:65534 / env -u NIX_CONFIG HOME=/tmp NIX_REMOTE=daemon nix-store \
+    exec chroot --userspec=65534:65534 / env -u NIX_CONFIG HOME=/tmp NIX_REMOTE=daemon nix-store \
       --option trusted-public-keys {world.key.public_key} --option substituters {server.url} --realise {world.path}
-    status=$?; kill $daemon; exit $status
     """
-    world.run(client, "sh", "-c", textwrap.dedent(script))
+    with client.daemon():
+        world.run(client, "sh", "-c", textwrap.dedent(script))
 
 
 def missing_before(world: World) -> None:
