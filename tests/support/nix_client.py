@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -62,6 +63,9 @@ _SETTINGS = {
     "build-users-group": "",
     "sandbox": "false",
 }
+
+# The client's first words: a constant, and version 1.37 of the protocol.
+_HELLO = struct.pack("<QQ", 0x6E697863, 0x125)
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class Client:
         socket_path.unlink(missing_ok=True)
         with self.running("nix-daemon") as process:
             deadline = time.monotonic() + 60
-            while not _accepts_connections(socket_path):
+            while not _answers(socket_path):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -246,8 +250,12 @@ class Client:
         return self.directory / path.relative_to("/")
 
 
-def _accepts_connections(path: Path) -> bool:
-    """Return True if a process listens on a socket: the file exists a moment earlier."""
+def _answers(path: Path) -> bool:
+    """Return True if a daemon answers at a socket. Then the tables of its store exist.
+
+    Two processes that use a new store first, both create its tables, and one fails: "UNIQUE constraint failed:
+    SchemaMigrations.migration". So no client may be there beside the first.
+    """
     try:
         # A path that is short enough for a socket's address.
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
@@ -255,12 +263,14 @@ def _accepts_connections(path: Path) -> bool:
         return False
     try:
         with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(60)
             probe.connect(f"/proc/self/fd/{directory}/{path.name}")
+            probe.sendall(_HELLO)
+            return bool(probe.recv(1))  # a process of the daemon opens the store before it answers
     except OSError:
         return False
     finally:
         os.close(directory)
-    return True
 
 
 def _readable(output: bytes) -> str:
