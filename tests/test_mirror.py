@@ -23,6 +23,7 @@ from harmonia.nix.narinfo import NarFile
 from harmonia.store.store import Store
 from harmonia.tools.store_builder import StoreBuilder
 from support import debug_info, preloaded, realisations
+from support.faulty_network import FaultyNetwork, refusal
 from support.mirrors import KEY, chain, configure, mirror
 from support.running import HARMONIA, PATIENCE_S, Server, file_url, run, unpacked, wait_until
 from support.s3_service import Folder
@@ -195,6 +196,30 @@ def test_refused_access_key_is_one_line_without_the_secret(
     assert expected in answer.stderr
     assert answer.stderr.count("\n") == 1
     assert "s3cr3t" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (refusal(404, "NoSuchBucket"), "status 404 (NoSuchBucket); create the bucket"),
+        (refusal(400, "AuthorizationHeaderMalformed"), "(AuthorizationHeaderMalformed); set mirror.region"),
+        (refusal(301, "PermanentRedirect"), "redirects to another region; set mirror.region"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello", "not an answer of an S3 service"),
+    ],
+    ids=["no bucket", "wrong region", "redirect", "no S3"],
+)
+def test_wrong_bucket_is_one_line_with_the_remedy(
+    store: StoreBuilder, folder: Folder, tmp_path: Path, *, answer: bytes, expected: str
+) -> None:
+    top = chain(store, 1)[-1].path
+    with FaultyNetwork(int(folder.endpoint.rpartition(":")[2])) as network:
+        network.answer, folder.endpoint = answer, network.url
+        config = configure(store, tmp_path, folder.settings())
+        for command in ([str(top)], ["gc", "--keep", "1d"], ["verify"]):
+            ended = run("--config", config, "mirror", *command)
+            assert ended.returncode == 1
+            assert ended.stderr.count("\n") == 1, ended.stderr
+            assert expected in ended.stderr or (command[0] != str(top) and b"200 OK" in answer), ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,14 @@ _RETRIES_MAX = 10
 
 _CODE = re.compile(r"<Code>([A-Za-z]+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+_NO_REGION = re.compile("redirect without LOCATION")
+_NO_S3 = re.compile("invalid [A-Za-z ]*response|metadata from headers")
+_REGION = "set mirror.region to that of the bucket"
 _REMEDIES = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "SignatureDoesNotMatch": "check the secret in mirror.credentials_file",
     "InvalidAccessKeyId": "check the access key in mirror.credentials_file",
+    "AuthorizationHeaderMalformed": _REGION,
     "NoSuchBucket": "create the bucket, or check mirror.bucket",
     "QuotaExceeded": "the bucket is full: raise its quota, or run harmonia mirror gc",
 }
@@ -157,15 +161,19 @@ class Bucket:
         """Raise TargetError for an error of obstore, with its cause and remedy in one line."""
         try:
             yield
-        except BaseError as error:
+        except (BaseError, FileNotFoundError) as error:
+            if isinstance(error, FileNotFoundError) and error.errno is not None:
+                raise  # of what is written: those of obstore have no number, and mean that there is no bucket
             raise _error(f"{self.url}/{key}", str(error)) from None
 
 
 def _error(url: str, message: str) -> TargetError:
     code, status = _CODE.search(message), _STATUS.search(message)
     if status is None:
-        what = "the S3 service does not answer; check mirror.endpoint, and that the service runs"
-        return TargetUnavailableError(f"{url}: {what}")
+        if _NO_REGION.search(message):
+            return TargetRefusedError(f"{url}: the service redirects to another region; {_REGION}")
+        what = "this is not an answer of an S3 service" if _NO_S3.search(message) else "the S3 service does not answer"
+        return TargetUnavailableError(f"{url}: {what}; check mirror.endpoint, and that the service runs")
     cause = f"status {status[1]}{f' ({code[1]})' if code else ''}"
     remedy = (code and _REMEDIES.get(code[1])) or _REMEDY_BY_STATUS.get(status[1])
     kind = TargetRefusedError if status[1].startswith("4") else TargetUnavailableError

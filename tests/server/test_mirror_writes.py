@@ -116,6 +116,7 @@ def answering(answer: bytes) -> Callable[[FaultyNetwork], None]:
         pytest.param(answering(SLOW_DOWN), "down", r"status 503 \(SlowDown\)", id="throttled"),
         pytest.param(answering(refusal(403, "AccessDenied")), "down", "give the access key permission", id="denied"),
         pytest.param(answering(refusal(403, "RequestTimeTooSkewed")), "down", "machine's clock", id="wrong clock"),
+        pytest.param(answering(refusal(404, "NoSuchBucket")), "down", "create the bucket", id="no bucket"),
         pytest.param(answering(refusal(507, "QuotaExceeded")), "down", "the bucket is full", id="full"),
     ],
 )
