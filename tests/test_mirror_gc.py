@@ -434,3 +434,32 @@ def test_verify_finds_each_kind_of_damage(store: StoreBuilder, config: str, fold
     ):
         assert expected in found, found
     assert f"wrong: {nars[1]}: " not in verify(config, 3, "--no-content")
+
+
+def test_verify_finds_damage_beside_narinfos(store: StoreBuilder, config: str, folder: Folder) -> None:
+    info = store.add_text("one", b"one")
+    mirror(config, info.path)
+    cache_info, listing = folder.get("nix-cache-info"), f"{info.path.hash_part}.ls"
+    absent = "0" * 32 + "-absent"
+    damaged = {
+        listing: b'{"version":1,"root":',
+        f"realisations/sha256:{'0' * 64}!out.doi": b"[]",
+        f"realisations/sha256:{'1' * 64}!out.doi": f'{{"id":"","outPath":"{absent}"}}'.encode(),
+        f"build-trace-v2/{absent}.drv/out.doi": b"",
+        f"build-trace-v2/{absent}.drv/dev.doi": f'{{"outPath":"{absent}","signatures":[]}}'.encode(),
+        f"debuginfo/{'0' * 40}.debug": b'{"archive":"../nar/0.nar.zst","member":"x"}',
+    }
+    for key, text in damaged.items():
+        folder.put(key, text)
+    found = verify(config, 3).splitlines()
+    keys = [line.split(": ")[1] for line in found]
+    assert sorted(keys) == sorted(key.partition(": ")[0] for key in damaged), found
+    assert f"wrong: {listing}" not in verify(config, 3, "--no-content")
+    for key in damaged:
+        folder.delete(key)
+    folder.delete("nix-cache-info")
+    assert "wrong: nix-cache-info: missing" in verify(config, 3)
+    folder.put("nix-cache-info", b"StoreDir: /gnu/store\n")
+    assert "wrong: nix-cache-info: its StoreDir is /gnu/store" in verify(config, 3)
+    folder.put("nix-cache-info", cache_info)
+    assert verify(config) == ""

@@ -126,15 +126,18 @@ def collect(config_file: str | None, *, keep: float, keep_nars: float, dry_run: 
 
 
 @command.command("verify")
-@click.option("--no-content", is_flag=True, help="Do not read the NARs: check only that they exist, and their length.")
+@click.option(
+    "--no-content", is_flag=True, help="Do not read NARs and listings: check only that NARs exist, and their length."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing if nothing is wrong.")
 @click.pass_obj
 def verify(config_file: str | None, *, no_content: bool, quiet: bool) -> None:
     """Check the bucket.
 
     Checks that each narinfo has its NAR, with the right length and hashes, all its references, and a signature by one
-    of `mirror.public_keys` (default: those of `sign_key_paths`). Prints one line on stdout for each wrong object, and
-    exits with status 3 if there is one.
+    of `mirror.public_keys` (default: those of `sign_key_paths`); that `nix-cache-info` is there and right; and that
+    realisations, build traces, debug info and listings are well-formed, and what they name is there. Prints one line on
+    stdout for each wrong object, and exits with status 3 if there is one.
     """
     settings = loader.read(config_file, os.environ)
     bucket = open_bucket(settings)

@@ -1,20 +1,23 @@
-"""Check of the bucket: each narinfo has its whole NAR, with the right hashes, and all its references."""
+"""Check of the bucket: each narinfo has its whole NAR, with the right hashes, and all its references.
+
+Other objects must be well-formed, and what they name must be in the bucket.
+"""
 
 import asyncio
 import hashlib
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from harmonia.errors import FormatError
 from harmonia.mirror import layout
-from harmonia.nix import narinfo
-from harmonia.nix.build_trace import parse_realisation
+from harmonia.nix import cache_info, narinfo
 from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey
+from harmonia.nix.store_path import StorePath
 
 if TYPE_CHECKING:
     from harmonia.mirror.bucket import Bucket, Object
@@ -23,6 +26,8 @@ _T = TypeVar("_T")
 
 MAX_READS = 16
 """Objects that are read at once."""
+_MAX_LISTING_BYTES = 4 << 20
+"""Length up to which listings are parsed, each in ten times the memory."""
 
 
 class Finding(NamedTuple):
@@ -77,24 +82,12 @@ async def verify(
         fingerprint = info.fingerprint(store_dir)
         if keys and info.ca is None and not any(key.verify(fingerprint, sig) for key in keys for sig in info.sigs):
             yield Finding(layout.narinfo_key(info.path), "no signature by any of the public keys")
-    async for finding in _wrong_realisations(bucket, contents):
+    if (mistake := _cache_info_mistake(await bucket.get(layout.CACHE_INFO), store_dir)) is not None:
+        yield Finding(layout.CACHE_INFO, mistake)
+    for finding in await _wrong_others(bucket, contents, listings=content):
         yield finding
-    if content:
-        found: list[Finding] = []
-
-        async def check(path: tuple[PathInfo, NarFile]) -> None:
-            info, nar = path
-            try:
-                await _check_content(bucket, info, nar)
-            except FormatError as error:
-                found.append(Finding(nar.url, f"{error}, by the narinfo of {info.path}"))
-
-        present = [(info, nar) for info, nar in contents.paths.values() if nar.url in contents.objects]
-        # Paths with the same content share a NAR, which is read once unless their narinfos describe it differently.
-        described = {(nar, info.nar_hash, info.nar_size): (info, nar) for info, nar in present}
-        await for_each(check, described.values())
-        for finding in found:
-            yield finding
+    for finding in await _wrong_nars(bucket, contents) if content else ():
+        yield finding
 
 
 def _mistakes(contents: Contents, info: PathInfo, nar: NarFile) -> Sequence[str]:
@@ -108,6 +101,24 @@ def _mistakes(contents: Contents, info: PathInfo, nar: NarFile) -> Sequence[str]
     return mistakes
 
 
+async def _wrong_nars(bucket: "Bucket", contents: Contents) -> list[Finding]:
+    """Read all NARs. Return those that do not have their hashes."""
+    found: list[Finding] = []
+
+    async def check(path: tuple[PathInfo, NarFile]) -> None:
+        info, nar = path
+        try:
+            await _check_content(bucket, info, nar)
+        except FormatError as error:
+            found.append(Finding(nar.url, f"{error}, by the narinfo of {info.path}"))
+
+    present = [(info, nar) for info, nar in contents.paths.values() if nar.url in contents.objects]
+    # Paths with the same content share a NAR, which is read once unless their narinfos describe it differently.
+    described = {(nar, info.nar_hash, info.nar_size): (info, nar) for info, nar in present}
+    await for_each(check, described.values())
+    return found
+
+
 async def _check_content(bucket: "Bucket", info: PathInfo, nar: NarFile) -> None:
     """Raise FormatError if a NAR does not have its hashes."""
     check, file_hash = NarCheck(info, nar.compression), hashlib.sha256()
@@ -119,12 +130,49 @@ async def _check_content(bucket: "Bucket", info: PathInfo, nar: NarFile) -> None
         raise FormatError("the file has another FileHash")
 
 
-async def _wrong_realisations(bucket: "Bucket", contents: Contents) -> AsyncIterator[Finding]:
-    for key in [key for key in contents.objects if key.startswith("realisations/")]:
-        with suppress(FormatError):
-            _, realisation = parse_realisation(await bucket.get(key) or b"{}")
-            if realisation.out_path.hash_part not in contents.paths:
-                yield Finding(key, f"its path {realisation.out_path} is missing")
+def _cache_info_mistake(text: bytes | None, store_dir: str) -> str | None:
+    """Return why Nix does not take the bucket for a cache of the store directory, or None if it does."""
+    if text is None:
+        return "missing, so Nix cannot use the bucket; check mirror.prefix, or write any path again"
+    found = cache_info.parse(text).get("StoreDir")
+    return (
+        None if found == store_dir else f"its StoreDir is {found}, not {store_dir}; delete it, and write a path again"
+    )
+
+
+async def _wrong_others(bucket: "Bucket", contents: Contents, *, listings: bool) -> list[Finding]:
+    """Read the objects beside narinfos and NARs. Return those that are malformed, or name what is missing."""
+    found: list[Finding] = []
+
+    async def check(key: str) -> None:
+        text = await bucket.get(key)
+        if text is not None and (what := _mistake(contents, key, text)) is not None:  # None: deleted meanwhile
+            found.append(Finding(key, what))
+
+    objects = contents.objects.items()
+    keys = [key for key, _ in objects if key.startswith(("realisations/", "build-trace-v2/", "debuginfo/"))]
+    if listings:
+        small = (key for key, each in objects if each.size <= _MAX_LISTING_BYTES)
+        keys += [key for key in small if key.endswith(".ls") and "/" not in key]
+    await for_each(check, keys)
+    return found
+
+
+def _mistake(contents: Contents, key: str, text: bytes) -> str | None:
+    """Return what is wrong with an object beside narinfos and NARs, or None."""
+    try:
+        value = json.loads(text)
+        if key.endswith(".ls"):
+            name, is_right = "version or root", value["version"] == 1 and "type" in value["root"]
+        elif key.startswith("debuginfo/"):
+            name = value["archive"].removeprefix("../")
+            is_right = name in contents.objects
+        else:
+            name = StorePath(value["outPath"])
+            is_right = name.hash_part in contents.paths
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FormatError):
+        return "malformed"
+    return None if is_right else f"its {name} is missing"
 
 
 async def for_each(function: Callable[[_T], Awaitable[None]], arguments: Iterable[_T]) -> None:
