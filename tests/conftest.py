@@ -23,9 +23,11 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=1
 settings.register_profile("many", settings.get_profile("default"), max_examples=300)
 settings.load_profile("default")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell script starts background commands with SIGINT ignored, and all our child processes would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell script starts background commands with SIGINT ignored, and nohup with SIGHUP ignored. All our child processes
+# would inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(optionalhook=True)
