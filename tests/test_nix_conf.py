@@ -1,12 +1,14 @@
-"""The trusted public keys are read from the same files as by Nix."""
+"""The settings of Nix are read from the same files as by Nix, and count as far as its daemon obeys them."""
 
+import grp
 import os
+import pwd
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from harmonia.nix.nix_conf import trusted_keys
+from harmonia.nix.nix_conf import NixConf, asks_daemon, trusted_keys
 from harmonia.nix.signing import SecretKey
 from support.programs import needs
 
@@ -34,6 +36,45 @@ def test_included_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "nix.conf").write_text("include more.conf\n!include none.conf\n")
     (tmp_path / "more.conf").write_text(f"extra-trusted-public-keys = {ONE}\ninclude nix.conf\n")
     assert names(tmp_path) == ["cache.nixos.org-1", "one"]
+
+
+USER, GROUP = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+
+
+@pytest.mark.parametrize(
+    ("trusted_users", "obeyed"),
+    [("alice", False), ("", False), ("@nobody-has-this-group", False), (USER, True), (f"@{GROUP}", True), ("*", True)],
+)
+def test_daemon_obeys_only_trusted_users(tmp_path: Path, trusted_users: str, *, obeyed: bool) -> None:
+    system = "substituters = http://one\ntrusted-substituters = http://two/\n"
+    (tmp_path / "nix.conf").write_text(f"{system}trusted-public-keys = {ONE}\ntrusted-users = {trusted_users}\n")
+    own = f"extra-substituters = http://two http://three\nextra-trusted-public-keys = {TWO}\nsubstitute = false"
+    environ = {"NIX_CONF_DIR": str(tmp_path), "NIX_CONFIG": own, "NIX_REMOTE": "daemon"}
+    conf = NixConf(environ, by_daemon=True)
+    assert [key.name for key in conf.trusted_keys()] == (["one", "two"] if obeyed else ["one"])
+    assert conf.words("substituters") == ["http://one", "http://two", *["http://three"] * obeyed]
+    assert conf.ignored_substituters == ([] if obeyed else ["http://three"])
+    assert conf.words("substitute") == ["false"]
+    for direct in (NixConf(environ), NixConf(environ | {"NIX_REMOTE": "local"}, by_daemon=True)):
+        assert [key.name for key in direct.trusted_keys()] == ["one", "two"]
+        assert direct.ignored_substituters == []
+
+
+def test_daemon_is_asked_if_the_store_cannot_be_written(tmp_path: Path) -> None:
+    assert not asks_daemon({"NIX_STATE_DIR": str(tmp_path)})  # this user can write there
+    assert not asks_daemon({"NIX_STATE_DIR": str(tmp_path / "none")})  # and without a daemon, there is none to ask
+    (tmp_path / "socket").touch()
+    unwritable = {"NIX_STATE_DIR": str(tmp_path / "none"), "NIX_DAEMON_SOCKET_PATH": str(tmp_path / "socket")}
+    assert asks_daemon(unwritable)
+    assert not asks_daemon(unwritable | {"NIX_REMOTE": "local"})
+    assert asks_daemon({"NIX_REMOTE": "unix:///run/nix"})
+
+
+def test_netrc_file_is_that_of_nix(tmp_path: Path) -> None:
+    environ = {"NIX_CONF_DIR": str(tmp_path)}
+    assert NixConf(environ).netrc_file == f"{tmp_path}/netrc"
+    (tmp_path / "nix.conf").write_text("netrc-file = /run/netrc\n")
+    assert NixConf(environ).netrc_file == "/run/netrc"
 
 
 @pytest.mark.nix

@@ -6,12 +6,16 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from harmonia.cli import EXIT_FOUND
+from harmonia.config.tokens import new
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.fixture_tree import remove_tree
@@ -65,7 +69,8 @@ def test_available_path_names_its_cache(start: Start, store: StoreBuilder, tmp_p
     program = signed(store, "program", library)
     server = start(store=tmp_path / "store")
     value = Asking(tmp_path / "client", KEY).why(program.path, "--cache", server.url, status=0)
-    assert value["summary"] == f"{program.path} is available from {server.url}."
+    but = f"nix.conf does not have {server.url} in substituters, so Nix does not ask it"
+    assert value["summary"] == f"{program.path} is available from {server.url}, but {but}."
     assert value["sources"][0]["reasons"][-1]["text"].endswith("all in the cache: 2")
 
 
@@ -84,8 +89,10 @@ def test_cause_at_a_cache_is_named(start: Start, store: StoreBuilder, tmp_path: 
     assert client.cause(program.path, server).startswith(f"closure: of its closure, {library.path} cannot")
     assert client.cause(gone.path, server).startswith("NAR: its NAR nar/")
     stranger = Asking(tmp_path / "stranger")
-    [source] = stranger.why(program.path, "--cache", server.url)["sources"]
-    unknown = next(reason for reason in source["reasons"] if reason["decides"])
+    other = signed(store, "tool", signed(store, "tool-data"))
+    [source] = stranger.why(other.path, "--cache", server.url)["sources"]
+    [unknown] = [reason for reason in source["reasons"] if reason["decides"]]  # and not the closure, for the same cause
+    assert {"code": "keys", "text": "this client trusts no key"}.items() <= source["reasons"][-2].items()
     assert unknown["text"].endswith("signed by site-1, whose public key is unknown here")
     assert unknown["remedy"].startswith("add the key to extra-trusted-public-keys in nix.conf")
 
@@ -123,9 +130,157 @@ def test_caches_are_asked_by_priority(start: Start, store: StoreBuilder, tmp_pat
     value = client.why(path, "--cache", late.url, "--cache", early.url, status=0)
     assert [source["source"] for source in value["sources"]] == [early.url, late.url]
     assert [source["available"] for source in value["sources"]] == [False, True]
-    client.conf.write_text(f"substituters = {late.url}?trusted=0 daemon\nextra-substituters = {early.url}\n")
+    client.conf.write_text(f"substituters = {late.url}?priority=5 s3://bucket\nextra-substituters = {early.url}\n")
     value = client.why(path, "--substituters")
-    assert [source["source"] for source in value["sources"]] == [early.url, late.url]
+    assert [source["source"] for source in value["sources"]] == [late.url, early.url, "s3://bucket"]
+    assert value["summary"].startswith(
+        f"{path} is not available: of 3 sources, none provides it; the first is {late.url}"
+    )
+    [reason] = value["sources"][-1]["reasons"]
+    assert reason["text"].startswith("this command cannot ask it: ")
+    assert reason["remedy"] == f"nix path-info --store s3://bucket /nix/store/{path}"
+
+
+@pytest.mark.parametrize(
+    ("conf", "options", "status"),
+    [("require-sigs = false", "", 0), ("require-sigs = true", "", 3), ("", "?trusted=1", 0), ("", "?trusted=0", 3)],
+)
+def test_signatures_count_only_if_nix_demands_them(
+    start: Start, store: StoreBuilder, tmp_path: Path, conf: str, options: str, status: int
+) -> None:
+    library = signed(store, "library")
+    path = signed(store, "program", library).path
+    client = Asking(tmp_path / "client")
+    client.conf.write_text(f"{conf}\nsubstituters = {start(store=tmp_path / 'store').url}{options}\n")
+    value = client.why(path, "--substituters", status=status)
+    demands_none = f"{path}: nix.conf demands no signature for this cache"
+    assert (demands_none in [reason["text"] for reason in value["sources"][0]["reasons"]]) is (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("conf", "text"),
+    [
+        ("substituters = {url}/", None),
+        ("substituters = {url}?priority=3", None),
+        ("substituters =\ntrusted-substituters = {url}", "nix.conf has {url} only in trusted-substituters"),
+        ("substituters = http://other.example.org", "nix.conf does not have {url} in substituters"),
+    ],
+)
+def test_cache_that_nix_does_not_ask_is_named(
+    start: Start, store: StoreBuilder, tmp_path: Path, conf: str, text: str | None
+) -> None:
+    path = signed(store, "program").path
+    url = start(store=tmp_path / "store").url
+    client = Asking(tmp_path / "client", KEY)
+    with client.conf.open("a") as file:
+        file.write(conf.format(url=url))
+    value = client.why(path, "--cache", url, status=0)
+    reasons = [reason for reason in value["sources"][0]["reasons"] if reason["code"] == "not_asked"]
+    assert [reason["text"].partition(",")[0] for reason in reasons] == ([text.format(url=url)] if text else [])
+    assert (", but nix.conf " in value["summary"]) is bool(text)
+
+
+def test_cache_that_the_daemon_ignores_is_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program").path
+    url = start(store=tmp_path / "store").url
+    client = Asking(tmp_path / "client", KEY)
+    with client.conf.open("a") as conf:
+        conf.write("substituters =\ntrusted-users = alice\n")
+    environment = {
+        "NIX_CONF_DIR": str(client.home), "NIX_CONFIG": f"extra-substituters = {url}", "NIX_REMOTE": "daemon",
+    }  # fmt: skip
+    for options in (["--substituters"], ["--cache", url]):
+        done = run("--config", str(client.config), "why", *options, path, environment=environment)
+        assert f"is available from {url}, but the Nix daemon ignores {url}, because this user has set it" in done.stdout
+
+
+def test_token_comes_from_the_file_of_nix(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    path = signed(store, "program").path
+    token, line = new("ci", ["read"])
+    (tmp_path / "tokens").write_text(str(line))
+    url = start(store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'").url
+    client = Asking(tmp_path / "client", KEY)
+    login = f"machine 127.0.0.1 login x password {token}\n"
+    (client.home / ".netrc").write_text(login)  # Nix does not read it
+    with client.conf.open("a") as conf:
+        conf.write(f"substituters = {url}\nnetrc-file = {client.home}/netrc\n")
+    value = client.why(path, "--substituters")
+    assert "nix-cache-info returns 401" in value["summary"]
+    (client.home / "netrc").write_text(login)
+    assert client.why(path, "--substituters", status=0)["summary"] == f"{path} is available from {url}."
+
+
+def test_upstream_is_asked_with_its_token(start: Start, tmp_path: Path) -> None:
+    remote = StoreBuilder(tmp_path / "remote")
+    path = signed(remote, "program").path
+    token, line = new("ci", ["read"])
+    (tmp_path / "tokens").write_text(str(line))
+    upstream = start(store=tmp_path / "remote", settings=f"tokens_path = '{tmp_path}/tokens'")
+    local = Asking(tmp_path / "server", KEY)
+    with local.config.open("a") as file:
+        file.write(f"[[upstream]]\nurl = '{upstream.url}'\ncredentials_file = '{tmp_path}/token'\n")
+    assert "name a readable file" in local.why(path)["sources"][-1]["reasons"][0]["text"]
+    (tmp_path / "token").write_text(f":{token}")
+    assert local.why(path, status=0)["summary"] == f"{path} is available from upstream {upstream.url}."
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A cache that is open, except for narinfos."""
+
+    status = HTTPStatus.UNAUTHORIZED
+
+    def do_GET(self) -> None:
+        is_open = self.path == "/nix-cache-info"
+        self.send_response(HTTPStatus.OK if is_open else self.status)
+        self.end_headers()
+        self.wfile.write(b"StoreDir: /nix/store\n" if is_open else b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "remedy"),
+    [
+        (HTTPStatus.UNAUTHORIZED, "returns 401: the cache needs a token", "add a token to /etc/nix/netrc"),
+        (HTTPStatus.FORBIDDEN, "or does not let this client read it", "run `harmonia why` on the server"),
+    ],
+)
+def test_narinfo_that_is_refused_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: HTTPStatus, text: str, remedy: str
+) -> None:
+    monkeypatch.setattr(Refusing, "status", status)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        [source] = Asking(tmp_path / "client").why("0" * 32, "--cache", url)["sources"]
+        server.shutdown()
+        thread.join()
+    assert text in source["reasons"][-1]["text"]
+    assert source["reasons"][-1]["remedy"].startswith(remedy)
+
+
+@pytest.mark.parametrize("suffix", ["", "^out", "!out", "^*"])
+def test_derivation_stands_for_its_output(store: StoreBuilder, tmp_path: Path, suffix: str) -> None:
+    info, output = store.add_derivation("app", "/bin/sh")
+    local = Asking(tmp_path / "server", KEY)
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    value = local.why(f"/nix/store/{info.path}{suffix}")
+    assert value["path"] == output
+    assert f"/nix/store/{output} was never built here" in value["summary"]
+
+
+def test_unknown_output_of_a_derivation_is_an_error(store: StoreBuilder, tmp_path: Path) -> None:
+    info, _ = store.add_derivation("app", "/bin/sh")
+    local = Asking(tmp_path / "server", KEY)
+    elsewhere = run("--config", str(local.config), "why", f"/nix/store/{info.path}")
+    assert elsewhere.returncode == 2
+    assert "is a derivation whose outputs are not known here" in elsewhere.stderr
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    other = run("--config", str(local.config), "why", f"/nix/store/{info.path}^dev")
+    assert other.returncode == 2
+    assert "has no output 'dev'; it has out" in other.stderr
 
 
 def test_memory_of_the_client_is_named_until_it_expires(tmp_path: Path) -> None:
@@ -206,6 +361,8 @@ def test_setting_for_which_nix_asks_no_cache_is_named(
     with client.conf.open("a") as conf:
         conf.write(f"{setting}\n")
     url = start(store=tmp_path / "store").url
+    with client.conf.open("a") as conf:
+        conf.write(f"substituters = {url}\n")
     value = client.why(f"/nix/store/{path}", "--cache", url, status=0)
     reason = ", but nix.conf sets substitute = false, so Nix asks no cache" if named else ""
     assert value["summary"] == f"{path} is available from {url}{reason}."

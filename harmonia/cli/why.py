@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import click
@@ -25,10 +26,17 @@ from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 from harmonia.tools import installable, verify
 from harmonia.tools.http_client import Client
-from harmonia.tools.why import NixClient, Verdict
+from harmonia.tools.why import LAST, Cache, NixClient, Verdict, why_unlisted
 
+_DERIVED = re.compile(r"([^#]+\.drv)(?:[!^](?:\*|(.*)))?")  # as Nix prints what it will build, and its outputs
 _MAX_NAMED = 20
 """Paths with a name that are found, and listed if there are several."""
+
+
+def _cache_url(url: str) -> str:
+    """Return the URL of a cache, with options as in nix.conf. Raises BadParameter if it is malformed."""
+    parse_url(url.partition("?")[0])
+    return url
 
 
 @click.command("why")
@@ -36,7 +44,7 @@ _MAX_NAMED = 20
 @click.option(
     "--cache",
     "caches",
-    type=parse_url,
+    type=_cache_url,
     metavar="URL",
     multiple=True,
     help="Binary cache to ask, as a client does, instead of the local server. Repeatable.",
@@ -60,14 +68,15 @@ def command(
     config_file: str | None,
     path: str,
     *,
-    caches: tuple[Client, ...],
+    caches: tuple[str, ...],
     substituters: bool,
     conf_file: str | None,
     as_json: bool,
 ) -> None:
     """Explain why a path is not substituted.
 
-    PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12 or hello.
+    PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12 or hello. A
+    derivation, like /nix/store/….drv or /nix/store/….drv^dev, stands for its output.
     INSTALLABLE is a flake reference with an attribute, like nixpkgs#hello or .#app^dev: Nix on this machine evaluates
     it, and builds nothing.
 
@@ -75,9 +84,10 @@ def command(
     back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams,
     but not the bucket of [mirror].
 
-    With them, asks those caches as Nix does: reachability, store directory, priority, what Nix on this machine
-    remembers, narinfo, signature and trusted keys, NAR, and closure. Also shows settings of nix.conf and of the
-    derivation for which Nix builds the path even if a cache has it.
+    With them, asks those caches as Nix does, with the tokens of netrc-file: reachability, store directory, priority,
+    what Nix on this machine remembers, narinfo, signature and trusted keys, NAR, and closure. Also shows if Nix does
+    not ask the cache, because nix.conf does not list it or the Nix daemon does not trust this user, and settings of
+    nix.conf and of the derivation for which Nix builds the path even if a cache has it.
 
     Exits with status 3 if the path is not available.
 
@@ -87,16 +97,20 @@ def command(
     For one cache:  harmonia why --cache https://cache.example.org nixpkgs#hello
     """  # noqa: D301 (click keeps the line breaks after \b)
     settings = loader.read(config_file, os.environ)
-    conf = NixConf(os.environ, conf_file)
+    conf = NixConf(os.environ, conf_file, by_daemon=True)
     sample = _sample(settings, path)
     client = NixClient.of(conf, settings.virtual_nix_store, _valid(settings))
-    chosen = [*caches, *(_substituters(conf) if substituters else [])]
-    if chosen:
-        verdicts = client.ask(chosen, sample)
+    asks = bool(caches or substituters)
+    if asks:
+        listed = [*conf.words("substituters"), *conf.ignored_substituters] if substituters else []
+        if substituters and not listed:
+            raise click.UsageError("nix.conf has no substituters; use --cache URL")
+        verdicts = sorted(_ask(conf, client, [*caches, *listed], sample), key=lambda verdict: verdict.priority)
     else:
-        verdicts = [_local(settings, sample), *_upstreams(settings, client, sample)]
+        upstreams = (_upstream(settings, number, client, sample) for number in range(len(settings.upstream)))
+        verdicts = [_local(settings, sample), *upstreams]
     available = any(decisive(verdict.reasons) is None for verdict in verdicts)
-    own = _own(settings, conf, sample, asks=bool(chosen))
+    own = _own(settings, conf, sample, asks=asks)
     (_print_json if as_json else _print)(sample, verdicts, own)
     sys.exit(0 if available else cli.EXIT_FOUND)
 
@@ -104,6 +118,8 @@ def command(
 def _sample(settings: Settings, text: str) -> str:
     """Return the base name or hash part of the path that `text` names."""
     store = Store.of(settings)
+    if derived := _DERIVED.fullmatch(text):
+        return _output(store, *derived.groups())
     try:
         return path_arguments.resolve(store, text)[0].path
     except (InvalidPathError, StoreUnavailableError):
@@ -117,6 +133,24 @@ def _sample(settings: Settings, text: str) -> str:
     if installable.is_flake_reference(text):
         return installable.evaluate(text, store.store_dir)
     return _named(store, text)
+
+
+def _output(store: Store, derivation: str, name: str | None) -> StorePath:
+    """Return the path of an output of a valid derivation: `name`, otherwise `out`, otherwise the first.
+
+    Raises UsageError if it is unknown.
+    """
+    try:
+        outputs = queries.named_outputs(store, path_arguments.resolve(store, derivation)[0].path)
+    except (InvalidPathError, StoreUnavailableError):
+        outputs = {}
+    if not outputs:
+        what = f"PATH {derivation!r} is a derivation whose outputs are not known here, and caches have outputs"
+        raise click.UsageError(f"{what}; give the path of an output")
+    chosen = name or ("out" if "out" in outputs else next(iter(outputs)))
+    if chosen not in outputs:
+        raise click.UsageError(f"PATH: {derivation!r} has no output {chosen!r}; it has {', '.join(outputs)}")
+    return outputs[chosen]
 
 
 def _named(store: Store, name: str) -> StorePath:
@@ -146,11 +180,18 @@ def _valid(settings: Settings) -> frozenset[str]:
         return frozenset()
 
 
-def _substituters(conf: NixConf) -> list[Client]:
-    found = [Client(url.partition("?")[0]) for url in conf.words("substituters") if url.startswith("http")]
-    if not found:
-        raise click.UsageError("nix.conf has no substituter with an http or https URL; use --cache URL")
-    return found
+def _ask(conf: NixConf, client: NixClient, urls: Iterable[str], sample: str) -> Iterator[Verdict]:
+    """Yield the verdicts of the caches at `urls`, and whether Nix asks each of them."""
+    for url in dict.fromkeys(urls):
+        try:
+            cache = Cache.parse(url, os.environ.get("NETRC") or conf.netrc_file)
+        except FormatError as error:
+            remedy = f"nix path-info --store {url} {client.store_dir}/{sample}"
+            yield Verdict(url, LAST, [Reason("connection", f"this command cannot ask it: {error}", True, remedy)])
+            continue
+        verdict = client.ask(cache, sample)
+        unlisted = why_unlisted(conf, verdict.url)
+        yield verdict._replace(reasons=[*([unlisted] if unlisted else []), *verdict.reasons])
 
 
 def _local(settings: Settings, sample: str) -> Verdict:
@@ -184,11 +225,17 @@ def _own(settings: Settings, conf: NixConf, sample: str, *, asks: bool) -> list[
     return reasons
 
 
-def _upstreams(settings: Settings, client: NixClient, sample: str) -> Iterable[Verdict]:
-    for upstream in settings.upstream:
-        keys = [PublicKey.parse(key) for key in upstream.public_keys]
-        [verdict] = client.trusting(keys).ask([Client(upstream.url)], sample)
-        yield verdict._replace(url=f"upstream {upstream.url}")
+def _upstream(settings: Settings, number: int, client: NixClient, sample: str) -> Verdict:
+    """Ask an upstream as the server does."""
+    upstream = settings.upstream[number]
+    source = f"upstream {upstream.url}"
+    try:
+        authorization = credentials.authorization(settings, number)
+    except ConfigError as error:  # only some users may read the file
+        return Verdict(source, LAST, [Reason("connection", str(error), True, "run this command as root")])
+    keys = [PublicKey.parse(key) for key in upstream.public_keys]
+    cache = Cache(Client(upstream.url, find_authorization=lambda _: authorization))
+    return client.trusting(keys).ask(cache, sample)._replace(url=source)
 
 
 def _print(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> None:
@@ -207,9 +254,11 @@ def _summary(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) ->
     """Return one sentence: the source of the path, or why there is none, or why Nix does not use it."""
     for verdict in verdicts:
         if decisive(verdict.reasons) is None:
-            return f"{sample} is available from {verdict.url}{f', but {own[0].text}' if own else ''}."
+            but = [reason for reason in (*own, *verdict.reasons) if reason.code in (Code.BUILT_INSTEAD, Code.NOT_ASKED)]
+            return f"{sample} is available from {verdict.url}{f', but {but[0].text}' if but else ''}."
     causes = [f"{verdict.url}: {reason.text}" for verdict in verdicts if (reason := decisive(verdict.reasons))]
-    return f"{sample} is not available: {causes[0] if len(causes) == 1 else f'{len(causes)} sources lack it'}."
+    which = f"of {len(causes)} sources, none provides it; the first is " if len(causes) > 1 else ""
+    return f"{sample} is not available: {which}{causes[0]}."
 
 
 def _print_json(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> None:

@@ -47,6 +47,7 @@ class Code(StrEnum):
     SIGNED = "signed"
     NOT_SIGNED = "not_signed"
     BUILT_INSTEAD = "built_instead"
+    NOT_ASKED = "not_asked"
     UPSTREAM_HAS = "upstream_has"
     UPSTREAM_LACKS = "upstream_lacks"
 

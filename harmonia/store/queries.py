@@ -70,6 +70,10 @@ select referrer, reference from closure join Refs on referrer = closure.id where
 
 # No index covers this query. It runs only if there is a publish policy.
 _OUTPUTS = "select cast(path as text) from ValidPaths where deriver = ? limit ?"
+_NAMED_OUTPUTS = """
+select cast(DerivationOutputs.id as text), cast(DerivationOutputs.path as text)
+from DerivationOutputs join ValidPaths on ValidPaths.id = drv where ValidPaths.path = ? limit ?
+"""
 _MAX_OUTPUTS = 100
 
 _NUMBER = re.compile("([0-9]+)")
@@ -215,6 +219,13 @@ def outputs(store: Store, derivation: StorePath) -> list[StorePath]:
     rows = store.database.query(_OUTPUTS, f"{store.store_dir}/{derivation}", _MAX_OUTPUTS)
     names = (path.removeprefix(f"{store.store_dir}/") for (path,) in rows)
     return list(filter(None, map(_store_path, names)))
+
+
+def named_outputs(store: Store, derivation: StorePath) -> dict[str, StorePath]:
+    """Return the paths of the outputs of a valid derivation by their names, as far as they are known."""
+    rows = store.database.query(_NAMED_OUTPUTS, f"{store.store_dir}/{derivation}", _MAX_OUTPUTS)
+    paths = {name: _store_path(path.removeprefix(f"{store.store_dir}/")) for name, path in rows}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def by_name(path: StorePath) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import re
 import socket
 import ssl
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -72,12 +72,20 @@ class _Connection(http.client.HTTPConnection):
 class Client:
     """Client of the server at `url`: http://, https://, unix:/path/of/socket, or a short form (see `_completed`)."""
 
-    def __init__(self, url: str, host: str | None = None, *, direct: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        host: str | None = None,
+        *,
+        direct: bool = False,
+        find_authorization: Callable[[str], str | None] = lambda host: netrc.find_authorization(host, os.environ),
+    ) -> None:
         """Prepare requests to `url`. Does not connect.
 
         `host` is the public name of the server if `url` has another one: certificate and netrc have the public name.
-        Unless `direct`, requests go through the proxy of the environment, as with curl. Raises FormatError if `url` is
-        malformed. Raises RemoteError if the netrc file is malformed.
+        Unless `direct`, requests go through the proxy of the environment, as with curl. `find_authorization` returns
+        the value of Authorization for a host; the default is that of the user's netrc file. Raises FormatError if `url`
+        is malformed. Raises RemoteError if the netrc file is malformed.
         """
         self.url = self._base = _completed(url).rstrip("/")
         self.is_direct = direct or self.url.startswith("unix:")
@@ -100,7 +108,7 @@ class Client:
             )
         elif host and port:
             self._base, self._place = f"{parts.scheme}://{_in_url(host)}:{port}", (name, port)
-        authorization = netrc.find_authorization(self.host, os.environ)
+        authorization = find_authorization(self.host)
         self._own_headers = {"Authorization": authorization} if authorization else {}
 
     @property

@@ -3,15 +3,16 @@
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
+from harmonia.config import netrc
 from harmonia.errors import FormatError, RemoteError
 from harmonia.nix.cache_info import parse as parse_cache_info
 from harmonia.nix.narinfo import parse
@@ -19,7 +20,7 @@ from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath
-from harmonia.store.explain import Reason
+from harmonia.store.explain import Code, Reason
 from harmonia.tools.doctor import cache_info, connection, narinfo
 from harmonia.tools.doctor.finding import LOG, Finding, Findings
 from harmonia.tools.http_client import Client
@@ -28,8 +29,17 @@ from harmonia.untrusted import integer
 MAX_CLOSURE_PATHS = 2000
 """Paths of a closure that a cache is asked for."""
 _OK = 200
-_ABSENT = (401, 403, 404, 407, 410)  # Nix treats these as "not in this cache"; 2.35 and newer not 401 and 407
-_LAST = (1 << 31) - 1
+_NEED_CREDENTIALS = (401, 407)
+_LACKS = "the cache does not have the path"
+_ABSENCES = {  # Nix treats these as "not in this cache"; 2.35 and newer not 401 and 407
+    401: "the cache needs a token",
+    403: f"{_LACKS}, or does not let this client read it",
+    404: _LACKS,
+    407: "the proxy needs a user name and a password",
+    410: _LACKS,
+}
+_TRUE = ("true", "yes", "1")
+LAST = (1 << 31) - 1
 """The lowest priority: the largest number that Nix reads."""
 _JOBS = 8
 _NEGATIVE_TTL_S = 3600  # narinfo-cache-negative-ttl, the default of Nix
@@ -42,6 +52,28 @@ where rtrim(BinaryCaches.url, '/') = ? and hashPart = ? and not present
 """
 
 
+class Cache(NamedTuple):
+    """A binary cache as it is given to Nix: a URL with options, like `https://cache.example.org?priority=10`."""
+
+    client: Client
+    priority: int | None = None
+    """Replaces the priority of the cache."""
+    is_trusted: bool = False
+    """True if its paths need no signature (`trusted`)."""
+
+    @classmethod
+    def parse(cls, url: str, netrc_file: str) -> "Cache":
+        """Return the cache, to which requests have the token in `netrc_file`.
+
+        Raises FormatError if the URL is malformed. Raises RemoteError if the netrc file is malformed.
+        """
+        base, _, query = url.partition("?")
+        options = dict(parse_qsl(query))
+        find_authorization = partial(netrc.find_authorization, environ={"NETRC": netrc_file})
+        client = Client(base, find_authorization=find_authorization)
+        return cls(client, integer(options.get("priority", ""), LAST), options.get("trusted") in _TRUE)
+
+
 class Verdict(NamedTuple):
     """Reasons of one cache, in the order in which a client meets them."""
 
@@ -52,11 +84,14 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class NixClient:
-    """A Nix client: the keys that it trusts, its store directory, and the paths that it has already."""
+    """A Nix client: its settings, and the paths that it has already."""
 
     keys: Sequence[PublicKey]
     store_dir: str
     negative_ttl_s: int
+    netrc_file: str
+    """The file from which Nix takes the tokens that it sends."""
+    needs_signatures: bool
     valid: frozenset[str]
     """Hash parts of the paths in its store."""
 
@@ -64,34 +99,45 @@ class NixClient:
     def of(cls, conf: NixConf, store_dir: str, valid: frozenset[str]) -> "NixClient":
         """Return the client with these settings of Nix, and these valid paths."""
         ttl = integer("".join(conf.words("narinfo-cache-negative-ttl")), _MAX_TTL_S)
-        return cls(conf.trusted_keys(), store_dir, _NEGATIVE_TTL_S if ttl is None else ttl, valid)
+        ttl = _NEGATIVE_TTL_S if ttl is None else ttl
+        needs_signatures = conf.words("require-sigs") != ["false"]
+        return cls(conf.trusted_keys(), store_dir, ttl, conf.netrc_file, needs_signatures, valid)
 
     def trusting(self, keys: Sequence[PublicKey]) -> "NixClient":
         """Return a client that trusts these keys instead, unless there are none."""
         return replace(self, keys=keys) if keys else self
 
-    def ask(self, caches: Sequence[Client], sample: str) -> list[Verdict]:
-        """Ask each cache for a path, a base name or a hash part. Return the verdicts in the order of Nix's requests."""
-        verdicts = [self._verdict(cache, sample) for cache in caches]
-        return sorted(verdicts, key=lambda verdict: verdict.priority)
-
-    def _verdict(self, cache: Client, sample: str) -> Verdict:
+    def ask(self, given: Cache, sample: str) -> Verdict:
+        """Ask a cache for a path, a base name or a hash part."""
+        cache = given.client
         try:
             answer = cache.get("nix-cache-info")
         except RemoteError as error:
-            return Verdict(cache.url, _LAST, [_reason(cache, connection.unreachable(cache, error))])
+            return Verdict(cache.url, LAST, [_reason(cache, connection.unreachable(cache, error))])
         if refusal := cache_info.refusal(cache, answer, self.store_dir):
-            return Verdict(cache.url, _LAST, [_reason(cache, refusal)])
-        priority = integer(parse_cache_info(answer.body).get("Priority", "0"), _LAST) or 0
+            return Verdict(cache.url, LAST, [_reason(cache, self._with_netrc(answer.status, refusal))])
+        stated = integer(parse_cache_info(answer.body).get("Priority", "0"), LAST) or 0
+        client = replace(self, needs_signatures=False) if given.is_trusted else self
         reasons = []
         try:
-            for finding in self._findings(cache, sample):
+            for finding in client.findings(cache, sample):
                 reasons.append(_reason(cache, finding))  # noqa: PERF401 (keeps those before an error)
         except RemoteError as error:
             reasons.append(_reason(cache, Finding("connection", "error", str(error), LOG)))
-        return Verdict(cache.url, priority, reasons)
+        return Verdict(cache.url, stated if given.priority is None else given.priority, reasons)
 
-    def _findings(self, cache: Client, sample: str) -> Findings:
+    def _with_netrc(self, status: int, refusal: Finding) -> Finding:
+        """Return the finding that a token is needed, with the remedy if this user may not read the file that has it."""
+        if (
+            status not in _NEED_CREDENTIALS
+            or not os.path.exists(self.netrc_file)
+            or os.access(self.netrc_file, os.R_OK)
+        ):
+            return refusal
+        remedy = f"this user cannot read {self.netrc_file}, from which Nix takes its token: run this command as root"
+        return refusal._replace(remedy=remedy)
+
+    def findings(self, cache: Client, sample: str) -> Findings:
         """Yield what a client finds, up to the first fault for which it gives up. Raises RemoteError."""
         name = f"{sample[:32]}.narinfo"
         if (until := remembered_until(cache.url, sample[:32], self.negative_ttl_s, os.environ)) is not None:
@@ -99,10 +145,10 @@ class NixClient:
             remedy = "wait, or add --refresh or `--option narinfo-cache-negative-ttl 0` to the Nix command"
             yield Finding("client's memory", "error", what, remedy)
         answer = cache.get(name)
-        if answer.status in _ABSENT:
-            yield Finding(
-                "narinfo", "error", f"{name} returns {answer.status}: the cache does not have the path", _ON_SERVER
-            )
+        if answer.status in _ABSENCES:
+            what = f"{name} returns {answer.status}: {_ABSENCES[answer.status]}"
+            remedy = cache_info.remedy_of(cache, answer.status) if answer.status in _NEED_CREDENTIALS else _ON_SERVER
+            yield self._with_netrc(answer.status, Finding("narinfo", "error", what, remedy))
             return
         if answer.status != _OK:
             what = f"{name} returns {answer.status}: Nix up to 2.31 then ends the whole operation"
@@ -112,13 +158,26 @@ class NixClient:
         if parts is None:
             return
         info, file = parts
-        yield narinfo.signatures(info, self.keys, self.store_dir)
+        trusts = yield from self._signatures(info)
         if (status := cache.get(file.url, stop=1).status) != _OK:
             what = f"its NAR {file.url} returns {status}, although its narinfo is there"
             yield Finding("NAR", "error", what, "upload the path again, or check the server's log")
-        yield from self._closure(cache, info)
+        yield from (self if trusts else replace(self, needs_signatures=False)).closure(cache, info)
 
-    def _closure(self, cache: Client, info: PathInfo) -> Findings:
+    def _signatures(self, info: PathInfo) -> Generator[Finding, None, bool]:
+        """Check the signatures as Nix does. Return True if this client accepts the path."""
+        if not self.needs_signatures:
+            yield Finding("signatures", "ok", f"{info.path}: nix.conf demands no signature for this cache")
+            return True
+        finding = narinfo.signatures(info, self.keys, self.store_dir)
+        yield finding
+        if finding.level == "ok":
+            return True
+        names = ", ".join(dict.fromkeys(key.name for key in self.keys))
+        yield Finding("keys", "ok", f"this client trusts {names}" if names else "this client trusts no key")
+        return False
+
+    def closure(self, cache: Client, info: PathInfo) -> Findings:
         """Check that the cache or the client has each path of the closure. Nix gives up if one is missing."""
         seen, layer = {info.path.hash_part}, [info]
         missing: list[str] = []
@@ -151,8 +210,30 @@ class NixClient:
             info, _ = parse(answer.body.decode(errors="surrogateescape"), self.store_dir)
         except FormatError:
             return None
-        accepted = info.path == path and narinfo.signatures(info, self.keys, self.store_dir).level == "ok"
-        return info if accepted else None
+        if self.needs_signatures and narinfo.signatures(info, self.keys, self.store_dir).level != "ok":
+            return None
+        return info if info.path == path else None
+
+
+def why_unlisted(conf: NixConf, url: str) -> Reason | None:
+    """Return why Nix does not ask the cache at `url`, or None if nix.conf lists it."""
+
+    def has(words: Iterable[str]) -> bool:
+        return url in (word.partition("?")[0].rstrip("/") for word in words)
+
+    if has(conf.words("substituters")):
+        return None
+    remedy = f"add {url} to substituters in /etc/nix/nix.conf"
+    if has(conf.ignored_substituters):
+        text = f"the Nix daemon ignores {url}, because this user has set it, but is not in trusted-users"
+        remedy += ", or to trusted-substituters"
+    elif has(conf.words("trusted-substituters")):
+        text = f"nix.conf has {url} only in trusted-substituters, so Nix asks it only if a command names it"
+        remedy += f", or use --option extra-substituters {url}"
+    else:
+        text = f"nix.conf does not have {url} in substituters, so Nix does not ask it"
+        remedy += f"; users in trusted-users may also use --option extra-substituters {url}"
+    return Reason(Code.NOT_ASKED, text, remedy=remedy)
 
 
 def remembered_until(url: str, hash_part: str, ttl_s: int, environ: Mapping[str, str]) -> datetime | None:

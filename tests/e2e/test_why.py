@@ -1,8 +1,11 @@
-"""`harmonia why` names what a real Nix remembers."""
+"""`harmonia why` names what a real Nix remembers, and what its daemon ignores."""
 
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.signing import SecretKey
 from harmonia.tools.store_builder import StoreBuilder
 from support.nix_client import Client
@@ -30,3 +33,28 @@ def test_negative_cache_of_nix_is_named(start: Start, make_client: Callable[[str
     assert "Nix on this machine remembers that the cache does not have the path" in done.stdout
     assert "--refresh" in done.stdout
     client.run("nix-store", "--realise", path, "--option", "narinfo-cache-negative-ttl", "0")
+
+
+def test_daemon_ignores_the_same_substituters(make_client: Callable[[str], Client]) -> None:
+    client = make_client("client")
+    listed, allowed, other = (f"http://127.0.0.1:1/{name}" for name in ("listed", "allowed", "other"))
+    client.settings |= {
+        "substituters": f"{listed}/", "trusted-substituters": allowed, "allowed-users": "*", "trusted-users": "alice",
+    }  # fmt: skip
+    system = client.environment["NIX_CONFIG"]
+    (client.directory / "nix/var/nix/daemon-socket").mkdir(parents=True)
+    own = f"substituters = {listed} {allowed} {other}"
+    script = f"""
+    nix-daemon & daemon=$!
+    until [ -S /nix/var/nix/daemon-socket/socket ]; do sleep 0.05; done
+    chmod -R a+rX /nix/var/nix
+    export NIX_CONFIG='{own}' HOME=/tmp NIX_REMOTE=daemon
+    chroot --userspec=65534:65534 / nix-store --realise /nix/store/{"0" * 32}-none
+    kill $daemon
+    """
+    done = client.run("sh", "-c", textwrap.dedent(script))
+    ignored = re.findall(r"ignoring untrusted substituter '(.*?)'", done.stderr)
+    assert set(ignored) == {other}, done.stderr
+    (client.directory / "nix.conf").write_text(system)
+    environ = {"NIX_CONF_DIR": str(client.directory), "NIX_CONFIG": own, "NIX_REMOTE": "daemon"}
+    assert NixConf(environ, by_daemon=True).ignored_substituters == [other]

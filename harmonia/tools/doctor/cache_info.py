@@ -26,7 +26,7 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
     """Return why clients do not accept this URL as a cache, or None. No other check makes sense then."""
     if answer.status != _OK:
         what = f"nix-cache-info returns {answer.status}: clients do not accept this as a binary cache"
-        remedy = _remedy(client, answer.status)
+        remedy = remedy_of(client, answer.status)
     elif answer.body.lstrip().startswith(b"<"):
         what = "nix-cache-info is a web page: of another site, or of a login in front of the cache"
         remedy = "check the URL; a login page must not intercept requests of Nix clients"
@@ -38,7 +38,8 @@ def refusal(client: Client, answer: Answer, store_dir: str) -> Finding | None:
     return Finding("cache info", "error", what, remedy)
 
 
-def _remedy(client: Client, status: int) -> str:
+def remedy_of(client: Client, status: int) -> str:
+    """Return the remedy for a cache that answers with an error."""
     if status == _BAD_REQUEST and (remedy := https_remedy(client)):
         return remedy
     if status == _UNAUTHORIZED and client.has_credentials:
