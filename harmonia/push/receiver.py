@@ -98,14 +98,20 @@ class PushReceiver:
     async def receive(self, file_hash: str, size: int, chunks: AsyncIterator[bytes]) -> None:
         """Store a NAR file in the spool. Raises PushRefusedError without space, or if its hash is not `file_hash`."""
         await self._write(self._spooling.submit(self.spool.receive, size), chunks, lambda nar: nar.keep(file_hash))
-        self.counters.pushed_bytes += size
+        self._count(size)
 
-    async def receive_small(self, file_hash: str, data: bytes | bytearray) -> None:
-        """Store a NAR file like `receive`, in one step: to wake a thread takes longer than to store a small file."""
+    async def receive_small(self, file_hash: str, data: bytes | bytearray) -> Callable[[], None]:
+        """Store a NAR file like `receive`, in one step: to wake a thread takes longer than to store a small file.
+
+        Return a function that counts its bytes.
+        """
         store_at_once = partial(self.spool.store_at_once, file_hash, data)
         if not (self._loop_disk.allowed and self._loop_disk.run(store_at_once)):
             await self._in_spool(partial(self.spool.store, file_hash, data))
-        self.counters.pushed_bytes += len(data)
+        return partial(self._count, len(data))
+
+    def _count(self, size: int) -> None:
+        self.counters.pushed_bytes += size
 
     async def receive_log(self, derivation: StorePath, decoder: Decoder | None, chunks: AsyncIterator[bytes]) -> None:
         """Store a build log. Raises PushRefusedError if it is malformed or too long."""

@@ -51,6 +51,24 @@ SmallUpload.store = holding
 """
 )
 """The same, but an upload without Sanic ends only when the file `released` exists."""
+SLOW = patched(
+    f"""{COUNT_UPLOADS}
+import asyncio
+from pathlib import Path
+from harmonia.server.http import sanic_adapter, small_uploads
+sanic_adapter._UPLOAD_TIMEOUT_S = 0.05
+directory = Path(sys.argv[-1]).parent
+store = small_uploads.SmallUpload.store
+async def slow(self):
+    (directory / "storing").touch()
+    while not (directory / "released").exists():
+        await asyncio.sleep(0.01)
+    await store(self)
+    (directory / "stored").touch()
+small_uploads.SmallUpload.store = slow
+"""
+)
+"""The same, but an upload without Sanic is left to Sanic while it is stored, and ends when `released` exists."""
 FIELDS: Sequence[Sequence[str]] = (
     [],
     ["Expect: 100-continue"],
@@ -223,6 +241,20 @@ def test_upload_is_counted_once_if_the_next_request_arrives_while_it_is_stored(m
     metrics = metrics_of(server)
     assert f'harmonia_requests_total{{route="push_nar",status="200"}} {len(PATHS)}.0\n' in metrics
     assert f"harmonia_pushed_bytes_total {sum(len(path.body) for path in PATHS)}.0\n" in metrics
+
+
+def test_upload_that_takes_long_to_store_is_counted_once(make: Callable[..., Server]) -> None:
+    server = make(SLOW)
+    pushing = pusher(server)
+    with pushing.raw() as connection:
+        put(pushing, connection, PATHS[0])
+        connection.sendall(request(pushing, PATHS[1]))
+        wait_until((server.directory / "storing").exists)
+        assert read_answer(connection).status == 200  # of Sanic, which has stored it again
+        (server.directory / "released").touch()
+        wait_until((server.directory / "stored").exists)
+        assert count(server) == 0
+    assert f"harmonia_pushed_bytes_total {sum(len(path.body) for path in PATHS[:2])}.0\n" in metrics_of(server)
 
 
 def test_wrong_body_gets_400_from_the_handler_and_is_not_stored(

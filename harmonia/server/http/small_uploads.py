@@ -27,8 +27,11 @@ _END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,6})(?=\r\n)", re.IGNORECASE)
 _EXPECT = re.compile(rb"\r\nexpect:[ \t]*100-continue(?=\r\n)", re.IGNORECASE)
 
-Store = Callable[[str, bytes | bytearray], Awaitable[None]]
-"""Stores the body of an upload under the name of its resource. After any error, Sanic has to handle the upload."""
+Store = Callable[[str, bytes | bytearray], Awaitable[Callable[[], object]]]
+"""Stores the body of an upload under the name of its resource. After any error, Sanic has to handle the upload.
+
+Returns a function that counts the upload: if storing took long, Sanic has stored it again, and counts it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class SmallUpload(Upload):
     rest: bytes = b""
     _body: bytearray = field(default_factory=bytearray)
     _began: float = field(default_factory=time.perf_counter)
+    _count: Callable[[], object] | None = None
 
     def receive(self, data: bytes) -> None:
         if self.left:  # otherwise, a thread may be reading the body, whose length must not change
@@ -67,11 +71,13 @@ class SmallUpload(Upload):
     async def store(self) -> None:
         self._kind.route.begin()
         try:
-            await self._kind.store(self._name, self._body)
+            self._count = await self._kind.store(self._name, self._body)
         finally:
             self._kind.route.end()
 
     def response(self) -> bytes:
+        if self._count is not None:
+            self._count()
         self._kind.route.count(HTTPStatus.OK, Outcome.NONE, 0, time.perf_counter() - self._began, None)
         return b"%b%b%b" % (self._kind.before, date().encode(), self._kind.after)
 

@@ -11,7 +11,7 @@ body, and aborts a request after 300 s without a byte.
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -141,7 +141,8 @@ async def put_nar(context: ServerContext, request: Request, name: str) -> Repres
         await receiver.receive(match["file_hash"], size, _gathered(sanic_adapter.body_of(request, STALL_S)))
         return _done()
     body = b"".join([data async for data in sanic_adapter.body_of(request, STALL_S)])
-    await receiver.receive_small(match["file_hash"], body)
+    count = await receiver.receive_small(match["file_hash"], body)
+    count()
     return replace(_done(), store=receiver.receive_small)
 
 
@@ -156,12 +157,16 @@ async def put_narinfo(context: ServerContext, request: Request, hash_part: str) 
     return replace(_done(), store=partial(_import_small, context, may_sign) if is_plain else None)
 
 
-async def _import_small(context: ServerContext, may_sign: MaySign, hash_part: str, body: bytes) -> None:
-    """Import a path with a small NAR. Raises any error if it is large, or cannot be imported."""
+async def _import_small(context: ServerContext, may_sign: MaySign, hash_part: str, body: bytes) -> Callable[[], None]:
+    """Import a path with a small NAR. Raises any error if it is large, or cannot be imported.
+
+    Return a function that counts nothing more: each valid path was counted once.
+    """
     upload = _parse(context, hash_part, body)
     if upload.info.nar_size > SMALL_NAR_BYTES:
         raise PushRefusedError(413, "its import may take long")  # never sent
     await _receiver(context).import_path(upload, may_sign)
+    return lambda: None
 
 
 async def put_log(context: ServerContext, request: Request, name: str) -> Representation:
