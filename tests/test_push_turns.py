@@ -7,7 +7,10 @@ import pytest
 
 from harmonia.config.settings import Settings
 from harmonia.config.tables.push import Push
+from harmonia.errors import PushRefusedError
+from harmonia.nix import base32
 from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
 from harmonia.process.loop_reads import LoopReads
 from harmonia.push.importer import Upload
 from harmonia.push.receiver import PushReceiver
@@ -24,8 +27,9 @@ def receiver(tmp_path: Path) -> PushReceiver:
     return PushReceiver(Settings(cache_dir=str(tmp_path), daemon_socket=str(tmp_path / "socket"), push=push))
 
 
-def start(receiver: PushReceiver, number: int) -> "asyncio.Task[bool]":
-    path = Pushed.make(f"path-{number}", b"content", KEY)
+def start(receiver: PushReceiver, number: int, references: int = 0) -> "asyncio.Task[bool]":
+    names = [StorePath(f"{base32.encode(bytes(16) + each.to_bytes(4))}-name") for each in range(references)]
+    path = Pushed.make(f"path-{number}", b"content", KEY, tuple(names))
     upload = Upload(path.info, "none", path.file_hash)
     return asyncio.create_task(receiver.importer.run_on_loop(upload, lambda _: False))
 
@@ -46,6 +50,16 @@ def test_only_the_first_import_waits_a_second_for_one_that_hangs(receiver: PushR
 
     with DaemonServer(tmp_path / "socket", greet=lambda _: None) as daemon:
         asyncio.run(run(daemon))
+
+
+def test_path_with_many_references_is_not_imported_on_the_event_loop(receiver: PushReceiver) -> None:
+    async def run() -> None:
+        with pytest.raises(PushRefusedError):  # it gets as far as the daemon, which is missing
+            await start(receiver, 0, references=100)
+        with pytest.raises(BlockingIOError):
+            await start(receiver, 1, references=1000)
+
+    asyncio.run(run())
 
 
 def test_spool_on_a_slow_disk_is_not_read_on_the_event_loop(

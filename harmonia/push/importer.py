@@ -33,6 +33,7 @@ from harmonia.store.nix_daemon import Daemon, DaemonClient, finish
 SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
 _LOOP_BYTES = 256 << 10  # of a NAR, and of its file: to unpack and hash them takes 0.4 ms
+_LOOP_REFERENCES = 256  # to ask the daemon for them takes 3 ms
 _LOOP_COMPRESSIONS = {"none", "zstd"}  # others take longer to unpack
 _MAX_TURN_S = 1.0  # of an import on the event loop: after that, others do not wait for it
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -108,7 +109,10 @@ class Importer:
         for each other in the daemon, which sleeps while its database is locked.
         Raises BlockingIOError if a thread has to import the path, because that or another import may take long.
         """
-        if upload.info.nar_size > _LOOP_BYTES or upload.compression not in _LOOP_COMPRESSIONS:
+        info = upload.info
+        if info.nar_size > _LOOP_BYTES or len(info.references) > _LOOP_REFERENCES:
+            raise BlockingIOError
+        if upload.compression not in _LOOP_COMPRESSIONS:
             raise BlockingIOError
         try:
             async with asyncio.timeout_at(self._turn_began + _MAX_TURN_S):

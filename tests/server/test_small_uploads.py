@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from harmonia.config.tokens import new
+from harmonia.nix import base32
+from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from support.lean_responses import COUNT_UPLOADS, count
 from support.push_target import spooled
@@ -255,6 +257,25 @@ def test_upload_that_takes_long_to_store_is_counted_once(make: Callable[..., Ser
         wait_until((server.directory / "stored").exists)
         assert count(server) == 0
     assert f"harmonia_pushed_bytes_total {sum(len(path.body) for path in PATHS[:2])}.0\n" in metrics_of(server)
+
+
+def test_long_narinfo_is_parsed_in_a_thread(make: Callable[..., Server]) -> None:
+    server = make(
+        patched(
+            "import os, sys, threading\n"
+            "from harmonia.nix import narinfo\n"
+            "parse = narinfo.parse\n"
+            "def noting(*arguments):\n"
+            "    with open(os.path.join(os.path.dirname(sys.argv[-1]), 'threads'), 'a') as file:\n"
+            "        print(threading.current_thread() is threading.main_thread(), file=file)\n"
+            "    return parse(*arguments)\n"
+            "narinfo.parse = noting"
+        )
+    )
+    names = [StorePath(f"{base32.encode(bytes(16) + number.to_bytes(4))}-name") for number in range(1000)]
+    for references in (names[:10], names):
+        assert pusher(server).put_narinfo(Pushed.make("path", b"", references=tuple(references))).status == 403
+    assert (server.directory / "threads").read_text().split() == ["True", "False"]
 
 
 def test_wrong_body_gets_400_from_the_handler_and_is_not_stored(

@@ -47,6 +47,7 @@ UPLOAD = re.compile(_NARINFO + b"|" + _NAR)
 """Uploads that can be stored without Sanic. The only group that matches is the name of the resource."""
 _SPOOLED = re.compile(rf"(?:nar/)?(?P<file_hash>[{base32.ALPHABET}]{{52}})\.nar(?:\.[a-z0-9]+)?")
 _MAX_NARINFO_BYTES = 1 << 20
+_LOOP_NARINFO_BYTES = 16 << 10  # of some 400 references: to parse them takes 0.5 ms
 _MAX_REALISATION_BYTES = 256 << 10
 _CHUNK_BYTES = 256 * 1024
 _SILENCE_S = 60.0  # until the first byte of a response, and between two bytes of it
@@ -148,7 +149,7 @@ async def put_nar(context: ServerContext, request: Request, name: str) -> Repres
 
 async def put_narinfo(context: ServerContext, request: Request, hash_part: str) -> Representation:
     body, may_sign = await read_small(request, _MAX_NARINFO_BYTES), _may_sign(request)
-    importing = _receiver(context).start_import(_parse(context, hash_part, body), may_sign)
+    importing = _receiver(context).start_import(await _parsed(context, hash_part, body), may_sign)
     await asyncio.wait([importing], timeout=_SILENCE_S)  # if the client disconnects, the import continues
     if not importing.done() and request.version != "1.0":
         return _done(_Progress(importing))
@@ -162,7 +163,7 @@ async def _import_small(context: ServerContext, may_sign: MaySign, hash_part: st
 
     Return a function that counts nothing more: each valid path was counted once.
     """
-    upload = _parse(context, hash_part, body)
+    upload = await _parsed(context, hash_part, body)
     if upload.info.nar_size > SMALL_NAR_BYTES:
         raise PushRefusedError(413, "its import may take long")  # never sent
     await _receiver(context).import_path(upload, may_sign)
@@ -253,6 +254,12 @@ async def _gathered(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
             chunk.clear()
     if chunk:
         yield bytes(chunk)
+
+
+async def _parsed(context: ServerContext, hash_part: str, body: bytes) -> Upload:
+    """Return what a narinfo uploads, as `_parse`, which a thread runs if the narinfo is long."""
+    parse = partial(_parse, context, hash_part, body)
+    return parse() if len(body) <= _LOOP_NARINFO_BYTES else await context.threads.run_io(parse)
 
 
 def _parse(context: ServerContext, hash_part: str, body: bytes) -> Upload:
