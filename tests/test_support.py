@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from support.preloaded import HARMONIA, NOT_PRELOADED, popen
 from support.programs import skips
-from support.running import Sample, Server, open_files, patched
+from support.running import PATIENCE_S, Sample, Server, open_files, patched
 
 TESTS = Path(__file__).parent
 
@@ -49,6 +50,18 @@ def test_patch_of_an_existing_name_changes_the_program(*, is_preloaded: bool) ->
         stdout, _ = process.communicate()
     assert (process.returncode, "another help" in stdout) == (0, True)
     assert (type(process) is not subprocess.Popen) == is_preloaded
+
+
+def test_log_has_all_that_the_server_wrote_although_the_thread_that_reads_it_is_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path / "server", Sample.make(tmp_path / "store").root, "unknown = 1")
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    monkeypatch.setattr(threading.Thread, "join", lambda _: None)
+    server.launch()
+    assert server.process.wait(PATIENCE_S) == 2
+    assert server.wait_for_log("unknown key")
+    server.wait()
 
 
 def test_skipped_tests_are_summarized_in_one_line() -> None:

@@ -4,6 +4,7 @@ import ast
 import http.client
 import os
 import re
+import select
 import signal
 import socket
 import ssl
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import zstandard
@@ -85,7 +86,11 @@ class Server:
         self.environment = {**os.environ, **(environment or {})}
         self._workers = workers
         self._options = process
-        self.log: list[str] = []
+        self._log: list[str] = []
+        self._unfinished = b""
+        """The beginning of the next line."""
+        self._stderr: int | None = None
+        self._reading = threading.Lock()
         self.process: subprocess.Popen[str]
 
     def start(self) -> None:
@@ -113,7 +118,8 @@ class Server:
             command, env=self.environment, stderr=subprocess.PIPE, text=True, **self._options
         )
         assert self.process.stderr is not None
-        self._reader = threading.Thread(target=self._read, args=(self.process.stderr,))
+        self._stderr = self.process.stderr.fileno()
+        self._reader = threading.Thread(target=self._read_to_end, args=(self._stderr,))
         self._reader.start()
 
     def _answers(self) -> bool:
@@ -123,17 +129,38 @@ class Server:
             assert self.process.poll() is None, self.log
             return False
 
-    def _read(self, stderr: IO[str]) -> None:
-        self.log.extend(iter(stderr.readline, ""))
+    @property
+    def log(self) -> list[str]:
+        """Return the lines of the log, with all that the server wrote before this call."""
+        with self._reading:
+            self._read_log()
+        return self._log
+
+    def _read_to_end(self, stderr: int) -> None:
+        """Read the log as it is written, so that the pipe never becomes full."""
+        while self._stderr is not None:
+            select.select([stderr], [], [])
+            with self._reading:
+                self._read_log()
+
+    def _read_log(self) -> None:
+        """Read what is in the pipe now."""
+        while self._stderr is not None and select.select([self._stderr], [], [], 0)[0]:
+            data = os.read(self._stderr, 1 << 16)
+            if not data:
+                self._stderr, data = None, b"\n" if self._unfinished else b""
+            *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+            self._log += [f"{line.decode()}\n" for line in lines]
 
     def wait_for_log(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """Wait for a log line that matches; return the match."""
         missing = f"no {pattern!r} in"
-        for _ in pauses(missing, self.log, seconds=seconds):
+        for _ in pauses(missing, self._log, seconds=seconds):
+            has_ended = self.process.poll() is not None  # before its last lines are read
             for line in list(self.log):
                 if match := re.search(pattern, line):
                     return match
-            assert self.process.poll() is None, f"ended with {missing} {self.log}"
+            assert not has_ended, f"ended with {missing} {self._log}"
         raise AssertionError
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = PATIENCE_S) -> int:
