@@ -35,6 +35,16 @@ _EXPLANATIONS = {
 }
 """Texts for people. Other statuses show Python's description of the status."""
 
+_PUSH_REMEDIES = {
+    HTTPStatus.UNAUTHORIZED: "no valid token; put one with the scope push into the netrc-file of your Nix",
+    HTTPStatus.FORBIDDEN: "the token lacks the scope push; make another with `harmonia token NAME --scope push`",
+    HTTPStatus.NOT_FOUND: "no such upload in a binary cache; push with `nix copy` or `harmonia push`",
+    HTTPStatus.METHOD_NOT_ALLOWED: "no such method here; push with `nix copy` or `harmonia push`",
+    HTTPStatus.LENGTH_REQUIRED: "send Content-Length; a proxy in front of the server must not remove it",
+    HTTPStatus.TOO_MANY_REQUESTS: "too many invalid tokens; correct the token, and push again later",
+}
+"""Remedies for pushers, to whom Nix shows the text."""
+
 _log = logging.getLogger("harmonia")
 
 
@@ -60,7 +70,9 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
     if prefers_html(",".join(request.headers.getall("accept", []))):
         html = _page(context, request, status)
         return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
-    return HTTPResponse(f"{status.phrase}\n", status, headers, content_type="text/plain; charset=utf-8")
+    is_push = request.path.startswith("/push/") and (status is not HTTPStatus.NOT_FOUND or request.method == "PUT")
+    remedy = f": {_PUSH_REMEDIES[status]}" if is_push and status in _PUSH_REMEDIES else ""
+    return HTTPResponse(f"{status.phrase}{remedy}\n", status, headers, content_type="text/plain; charset=utf-8")
 
 
 def _status(error: Exception) -> HTTPStatus:

@@ -14,8 +14,8 @@ from support.closure import build_one, instantiate, make_closure, requisites
 from support.lean_responses import COUNT_UPLOADS, count
 from support.nix_client import Client
 from support.push_target import Target, push, spooled
-from support.pusher import Pushed, signed
-from support.running import Server, patched, wait_until
+from support.pusher import Pushed, Pusher, signed
+from support.running import Server, patched, read_answer, wait_until
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -252,6 +252,29 @@ def test_token_without_the_scope_is_refused_before_the_body(target: Target) -> N
             connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
             assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
     assert not spooled(server)
+
+
+def test_refusal_by_status_has_a_remedy(target: Target) -> None:
+    server = target.serve(scopes=("read",))
+    reader, nobody = target.pusher(server), Pusher(server, "wrong")
+    nar = f"nar/{'0' * 52}.nar"
+    refused = {nobody.request("PUT", nar, b"x").text, reader.request("PUT", nar, b"x").text}
+    refused |= {reader.request("GET", "nix-cache-info").text, reader.request("POST", nar).text}
+    server = target.serve()
+    pusher = target.pusher(server)
+    refused |= {pusher.request("PUT", "unknown", b"x").text}
+    with pusher.raw() as connection:
+        head = pusher.head("PUT", nar, 0, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+        connection.sendall(head + b"0\r\n\r\n")
+        refused |= {read_answer(connection).text}
+    assert refused == {
+        "Unauthorized: no valid token; put one with the scope push into the netrc-file of your Nix\n",
+        "Forbidden: the token lacks the scope push; make another with `harmonia token NAME --scope push`\n",
+        "Method Not Allowed: no such method here; push with `nix copy` or `harmonia push`\n",
+        "Not Found: no such upload in a binary cache; push with `nix copy` or `harmonia push`\n",
+        "Length Required: send Content-Length; a proxy in front of the server must not remove it\n",
+    }
+    assert pusher.request("GET", f"{'0' * 32}.narinfo").text == "Not Found\n"
 
 
 def test_truncated_body_leaves_nothing(target: Target) -> None:
