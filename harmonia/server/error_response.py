@@ -1,6 +1,7 @@
 """Error responses: the only place that maps errors to HTTP status codes. Details go to the log, not to the client."""
 
 import logging
+import re
 from http import HTTPStatus
 from typing import cast
 
@@ -16,6 +17,8 @@ from harmonia.errors import (
     StoreUnavailableError,
     UpstreamError,
 )
+from harmonia.nix.base32 import ALPHABET
+from harmonia.nix.store_path import HASH_PART_LENGTH
 from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
@@ -24,6 +27,8 @@ from harmonia.server.http.response import Representation
 _NO_THREAD = "can't start new thread"  # Python's message if memory or tasks are exhausted
 
 _MAX_REFUSAL_CHARS = 800
+
+_OF_PATH = re.compile(f"/([{ALPHABET}]{{{HASH_PART_LENGTH}}})(?:[.]narinfo|[.]ls)?$")  # also of /path and /serve
 
 _EXPLANATIONS = {
     HTTPStatus.UNAUTHORIZED: "Sign in with a token: any user name, the token as password.",
@@ -101,6 +106,8 @@ def _page(context: ServerContext, request: Request, status: HTTPStatus) -> Repre
         links = {"How to use this cache": top} if context.settings.landing else {}
         if context.may_browse(request):
             links["Search the store"] = f"{top}search"
+            if status is HTTPStatus.NOT_FOUND and (asked := _OF_PATH.search(request.path)):
+                links["Why?"] = f"{top}explain/{asked[1]}"
         if links:
             with document.nav(class_="actions", aria_label="Other pages"):
                 for text, reference in links.items():

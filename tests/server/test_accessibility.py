@@ -70,6 +70,8 @@ PAGES = {
     "compare": "/search?q=hello&compare={hello-2.12.1}",
     "path": "/path/{demo-environment}",
     "diff": "/diff/{hello-2.12.1}/{hello-2.13.0}",
+    "why": "/explain/{hello-2.13.0}",
+    "why not": f"/explain/{NONE}",
     "directory": "/serve/{source}/",
     "text": "/serve/{source}/long.py?view",
     "empty": "/serve/{source}/empty?view",

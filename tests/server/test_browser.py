@@ -295,7 +295,7 @@ def test_error_page_links_to_the_landing_page_and_the_search(page: Page, urls: d
     assert page.run("document.querySelector('header a').href") == f"{server.url}/"
     assert page.run("document.querySelector('form').action") == f"{server.url}/search"
     links = page.run("[...document.querySelectorAll('main a')].map((link) => link.href)")
-    assert links == [f"{server.url}/", f"{server.url}/search"]
+    assert links[:2] == [f"{server.url}/", f"{server.url}/search"]
 
 
 def test_build_log_is_displayed_instead_of_downloaded(page: Page, urls: dict[str, str]) -> None:

@@ -1,9 +1,11 @@
 """`/explain/<hash>` gives the reason why a path is served or not, and shows nothing that the publish policy hides."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urljoin
 
 from harmonia.config.tokens import new
 from harmonia.nix.path_info import PathInfo
@@ -44,6 +46,42 @@ def test_served_path_is_explained_in_text_and_json(start: Start, store: StoreBui
     text = server.get(f"/explain/{hash_part}").text
     assert text.startswith("yes: this server has the path\n\n- /nix/store/")
     assert "signed by stored-1" in text
+
+
+ABSENT = "0" * 32
+HTML = {"Accept": "text/html,*/*;q=0.8"}
+
+
+def test_browsers_get_a_page_with_the_remedy(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
+    served = signed(store, "served").path.hash_part
+    unsigned = store.add(store.output_path("unsigned"), b"").path.hash_part
+    server = start(store=tmp_path / "store", settings=BROWSE)
+    answer = server.get(f"/explain/{unsigned}", HTML)
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-store"
+    assert "<h1>Not available</h1><p class=lead>No key has signed it, so clients refuse it." in answer.text
+    assert "Remedy: create a key with `harmonia keygen NAME`" in answer.text
+    assert f'href="../path/{unsigned}"' in answer.text
+    page = server.get(f"/explain/{served}", HTML).text
+    assert "<h1>Available</h1><p class=lead>This server has the path.<" in page
+
+
+def test_pages_of_a_path_and_of_a_missing_one_link_to_the_reason(
+    start: Start, store: StoreBuilder, tmp_path: Path
+) -> None:
+    served = signed(store, "served").path.hash_part
+    server = start(store=tmp_path / "store", settings=BROWSE)
+    closed = start(store=tmp_path / "store")
+    assert f'href="../explain/{served}"' in server.get(f"/path/{served}", HTML).text
+    for url in (f"/path/{ABSENT}", f"/{ABSENT}.narinfo", f"/{ABSENT}.ls", f"/serve/{ABSENT}"):
+        answer = server.get(url, HTML)
+        assert answer.status == 404
+        [link] = re.findall(rf'href="([./]*explain/{ABSENT})"', answer.text)
+        assert urljoin(url, link) == f"/explain/{ABSENT}"
+        assert "explain" not in closed.get(url, HTML).text
+    assert "explain" not in server.get("/other", HTML).text
+    search = f"/search?q={quote(f'/nix/store/{ABSENT}-app')}"
+    assert f'href="explain/{ABSENT}"' in server.get(search, HTML).text
 
 
 def test_cause_of_each_fault_is_named(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

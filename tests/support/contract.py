@@ -28,6 +28,8 @@ class Row(NamedTuple):
     status: int = 200
     live: bool = False
     """True if each response differs."""
+    has_page: bool = False
+    """True if browsers get a page instead."""
     endless: bool = False
     """True if the response to GET does not end."""
 
@@ -93,7 +95,7 @@ ROWS: dict[str, list[Row]] = {
         Row(f"/diff/{{hash}}/{_NONE}", status=404),
     ],
     "sbom": [Row("/sbom/{hash}", negotiable=True), Row(f"/sbom/{_NONE}", status=404)],
-    "explain": [Row(f"/explain/{_NONE}", etag=False), Row(f"/explain/{_NONE}?json", etag=False)],
+    "explain": [Row(f"/explain/{_NONE}", etag=False, has_page=True), Row(f"/explain/{_NONE}?json", etag=False)],
     "/events": [Row("/events?event=none", status=400), Row("/events", endless=True)],
     "/robots.txt": [Row("/robots.txt")],
     "/favicon.ico": [Row("/favicon.ico")],

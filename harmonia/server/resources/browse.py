@@ -65,6 +65,9 @@ async def search(context: ServerContext, request: Request) -> Representation:
             document.p("Choose a path to compare the closure of ").a(before.name, href=f"path/{before.hash_part}")
             document._(" with.")
         document.p(_summary(asked, result), class_="dim", role="status")
+        if hash_part:
+            with document.nav(class_="actions", aria_label="Reasons"):
+                document.a("Why?", href=f"explain/{hash_part[0]}")
         if result.shown:
             with document.section, document.table(class_="paths"):
                 _head(document)
@@ -235,6 +238,7 @@ def _links(context: ServerContext, document: Builder, info: PathInfo, logged: St
         package = PackageName.parse(info.path.name.removesuffix(".drv")).name
         other = urlencode({"q": package, "compare": info.path.hash_part})
         document.a("Compare", href=f"../search?{other}", title="Compare with another version")
+        document.a("Why", href=f"../explain/{info.path.hash_part}", title="Why clients can use this path, or cannot")
         document.a("SBOM", href=f"../sbom/{info.path.hash_part}")
         document.a("narinfo", href=f"../{info.path.hash_part}.narinfo")
         if logged:

@@ -1,15 +1,21 @@
-"""`/explain/<hash>`: why this server serves a path or does not. With `?json`, in JSON. Only if `browse` is set.
+"""`/explain/<hash>`: why this server serves a path or does not. Only if `browse` is set.
+
+A page for browsers, text for other clients, and JSON with `?json`.
 
 Paths that the publish policy forbids look like missing ones, and upstreams are not shown, unless the server has tokens
 and has checked one: `browse` may be public.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 from sanic import Request
 from sanic.exceptions import NotFound
 
+from harmonia.server import page
 from harmonia.server.context import ServerContext
+from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
 from harmonia.store.explain import Code, Explainer, Reason, decisive
 from harmonia.store.store import Store
@@ -32,6 +38,8 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
         rows = [reason._asdict() for reason in reasons]
         value = {"hash": hash_part, "available": available, "summary": summary, "reasons": rows}
         content_type, text = "application/json", json.dumps(value, ensure_ascii=False, indent=2)
+    elif prefers_html(",".join(request.headers.getall("accept", []))):
+        return _page(context, request, hash_part, summary, reasons, available=available)
     else:
         lines = [f"{'yes' if available else 'no'}: {summary}", "", *map(_line, reasons)]
         content_type, text = "text/plain; charset=utf-8", "\n".join(lines)
@@ -49,6 +57,35 @@ async def _reasons(context: ServerContext, hash_part: str, *, is_trusted: bool) 
         return list(explainer.explain(hash_part, closure=policy is None or is_trusted))
 
     return await context.threads.run_slow_db(explain)
+
+
+def _page(
+    context: ServerContext,
+    request: Request,
+    hash_part: str,
+    summary: str,
+    reasons: Sequence[Reason],
+    *,
+    available: bool,
+) -> Representation:
+    verdict = "Available" if available else "Not available"
+    document = page.begin(context, request, verdict, "../")
+    with document.main:
+        document.h1(verdict)
+        document.p(f"{summary[:1].upper()}{summary[1:]}.", class_="lead")
+        with document.section:
+            document.h2("Reasons")
+            with document.ul(class_="reasons"):
+                for reason in reasons:
+                    document.li(reason.text)
+                    if reason.remedy:
+                        document.p(f"Remedy: {reason.remedy}", class_="dim")
+        with document.nav(class_="actions", aria_label="Other pages"):
+            if any(reason.code == Code.VALID for reason in reasons):
+                document.a("Path", href=f"../path/{hash_part}")
+            document.a("JSON", href="?json")
+    made = page.end(context, document)
+    return replace(made, cache_control="no-store", etag=None, zstd=None)  # like the text
 
 
 def _line(reason: Reason) -> str:
