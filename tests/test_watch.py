@@ -29,6 +29,7 @@ from harmonia.upload.queue import UploadQueue
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
 from support import preloaded
+from support.pages import ROOT
 from support.put_server import PutServer, put_server
 from support.running import PATIENCE_S, ServiceManager, peak_bytes, run, wait_until
 from support.small_disk import mounted
@@ -199,6 +200,21 @@ def statistics(watch: Watch) -> dict[str, float]:
     text = file.read_text() if file.exists() else ""
     lines = (line.partition(" ") for line in text.splitlines() if line.startswith("harmonia_watch_"))
     return {"queued_paths": -1.0} | {name.removeprefix("harmonia_watch_"): float(value) for name, _, value in lines}
+
+
+def test_every_metric_is_documented_and_on_the_dashboard(store: StoreBuilder, watch: Watch) -> None:
+    (watch.directory / "run").mkdir()
+    watch.environment = {"RUNTIME_DIRECTORY": str(watch.directory / "run")}
+    watch.start()
+    watch.wait_for(add(store, "path"))
+    wait_until(lambda: len(statistics(watch)) > 1)
+    names = {f"harmonia_watch_{name}" for name in statistics(watch) if not name.endswith("_created")}
+    dashboard, alerts, page = (
+        set(re.findall(r"\bharmonia_watch_\w+", (ROOT / "docs" / file).read_text()))
+        for file in ("grafana-dashboard.json", "alerts.yml", "how-to/publish-builds.md")
+    )
+    assert dashboard == page == names
+    assert {"harmonia_watch_target_up", "harmonia_watch_oldest_seconds"} == alerts
 
 
 class TestFaults:
