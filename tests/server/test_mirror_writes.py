@@ -162,6 +162,7 @@ def test_path_that_the_full_bucket_refuses_waits_longer_each_time(
     network.refused_above = 100_000, refusal(507, "QuotaExceeded")
     download(server, large)
     download(server, small)
+    wait_until(lambda: folder.paths().keys() == {small.path.hash_part})  # the state is that of a second ago, at most
     wait_until(lambda: writes(server) == "up, 1 paths queued, 1 of them failing")
     assert folder.paths().keys() == {small.path.hash_part}
     server.wait_for_log(f"cannot upload {large.path}: .*the bucket is full.*; trying again in")
@@ -218,7 +219,8 @@ def test_queue_that_is_damaged_is_reported_and_opened_again(
     wait_until(lambda: writes(server).startswith("down, 100000 paths"))
     file.write_bytes(b"damaged " * (file.stat().st_size // 8))
     server.wait_for_log("ERROR cannot write served paths to the bucket: cannot use the queue .*; trying again")
-    for each in file.parent.glob("queue.sqlite*"):
+    # The damaged file is last: otherwise, a new one could be opened with the journal of the old one.
+    for each in sorted(file.parent.glob("queue.sqlite*"), reverse=True):
         each.unlink(missing_ok=True)  # the server tries again meanwhile, and removes its journal
     network.down = False
     info = store.add_text("a", b"a")

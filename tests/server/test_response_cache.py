@@ -134,7 +134,8 @@ def test_changed_narinfo_is_sent_at_once(start: Start, store: StoreBuilder, info
             database.execute("update ValidPaths set sigs = ?", (signature,))
         assert text() == f"{before}Sig: {signature}\n"
         server.get(nar_url(info) + ".zst")
-        wait_until(lambda: "FileHash" in text())
+        wait_until(lambda: "FileHash" in client.ask(head(info)).text)
+        assert "FileHash" in text()
         store.delete(info.path)
         assert text() == "Not Found\n"
         store.add(info.path, b"contents" * 1000)
