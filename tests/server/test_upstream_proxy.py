@@ -131,10 +131,8 @@ def test_proxy_error_is_logged_without_the_password(begin: Start, proxy: ProxySe
     assert "wrong-password" not in checked.stdout + checked.stderr + "".join(server.log)
 
 
-def test_dead_proxy_marks_the_upstream_as_down(begin: Start, narinfo: str) -> None:
-    with ProxyServer() as dead:
-        pass
-    server = begin(http_proxy=dead.url)
+def test_dead_proxy_marks_the_upstream_as_down(begin: Start, narinfo: str, new_port: Callable[[], int]) -> None:
+    server = begin(http_proxy=f"http://127.0.0.1:{new_port()}")
     server.wait_for_log("cannot be used: cannot connect to the proxy")
     assert server.get(narinfo).status == 404
     assert f"upstream http://{CACHE}: down" in server.get("/health?verbose").text

@@ -121,8 +121,8 @@ def assert_noted(server: Server, reason: Reason, times: int, cause: str) -> None
 
 def assert_last_noted(server: Server, reason: Reason, times: int, cause: str) -> None:
     """Check that a refusal was counted and logged, by a server that logs every refusal."""
-    server.wait_for_log(f"{cause}.*; {re.escape(f'{reason.remedy} ({reason})')}", 30)
-    wait_until(lambda: count(server, reason) == times, 30)
+    server.wait_for_log(f"{cause}.*; {re.escape(f'{reason.remedy} ({reason})')}")
+    wait_until(lambda: count(server, reason) == times)
 
 
 # Narinfos
