@@ -268,6 +268,15 @@ def test_dry_run_prints_what_and_why(store: StoreBuilder, config: str, folder: F
     assert len(folder.paths()) == 1
 
 
+@pytest.mark.parametrize("option", ["--keep", "--keep-nars"])
+def test_wrong_time_to_keep_is_one_line(config: str, option: str) -> None:
+    for value in ("1x", "-1d", "99999999999999d"):
+        answer = run("--config", config, "mirror", "gc", "--keep", "1d", option, value)
+        assert answer.returncode == 2
+        assert answer.stderr.startswith(f"harmonia: Invalid value for '{option}': ")
+        assert answer.stderr.count("\n") == 1
+
+
 def test_malformed_narinfo_stops_the_collection(store: StoreBuilder, config: str, folder: Folder) -> None:
     """Its references are unknown, so nothing is known to be unused."""
     infos = chain(store, 2)

@@ -29,6 +29,7 @@ from harmonia.store.publish_policy import PublishPolicy
 from harmonia.store.store import Store
 
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
+_MAX_KEEP_S = 100 * 365 * 86400
 
 
 class _MirrorCommands(DefaultGroup):
@@ -84,14 +85,14 @@ def write(config_file: str | None, paths: Sequence[str], *, gc_roots: bool, quie
 @command.command("gc")
 @click.option(
     "--keep",
-    type=Duration(min=0),
+    type=Duration(0, _MAX_KEEP_S),
     metavar="TIME",
     required=True,
     help="Keep paths that were written, or named in `harmonia mirror PATH`, within this time, like 90d.",
 )
 @click.option(
     "--keep-nars",
-    type=Duration(min=0),
+    type=Duration(0, _MAX_KEEP_S),
     metavar="TIME",
     default="30d",
     show_default=True,
