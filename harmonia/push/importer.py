@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from harmonia.errors import DaemonError, FormatError, PushRefusedError, RemoteError
 from harmonia.nix import base32, nix_conf
 from harmonia.nix.build_trace import Realisation, is_signed, render_realisation
-from harmonia.nix.decompress import COMPRESSIONS, unpack_file
+from harmonia.nix.decompress import COMPRESSIONS, WindowError, unpack_file
 from harmonia.nix.nar_check import NarCheck
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey, SecretKey
@@ -291,6 +291,8 @@ class Importer:
             for piece in self._unpacked(file, upload.compression):
                 small += (part for part in check.feed(piece) if part and info.nar_size <= SMALL_NAR_BYTES)
             check.finish()
+        except WindowError as error:
+            raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push with ?compression=zstd") from None
         except FormatError as error:
             self._spool.remove_damaged(upload.file_hash or "")
             raise PushRefusedError(400, f"the NAR of {info.path}: {error}; push it again") from None

@@ -15,6 +15,8 @@ MAX_LOG_BYTES = 256 << 20
 """Maximum length of a log, as text."""
 
 _PREFIX_LENGTH = 2
+_PART = ".part"
+_PART_MAX_AGE_S = 6 * 60 * 60  # without a write
 
 
 class IncomingLog:
@@ -27,7 +29,7 @@ class IncomingLog:
         self._decoder = decoder
         self._compressor = zstandard.ZstdCompressor().compressobj()
         self._size = 0
-        descriptor, self._temporary = tempfile.mkstemp(".part", dir=os.path.dirname(path))
+        descriptor, self._temporary = tempfile.mkstemp(_PART, dir=os.path.dirname(path))
         self._file = open(descriptor, "wb")  # noqa: SIM115 (`close` closes it)
 
     def write(self, data: bytes) -> None:
@@ -68,10 +70,10 @@ class LogStore:
         return IncomingLog(os.path.join(self.directory, "drvs", prefix, f"{rest}.zst"), decoder)
 
     def expire(self) -> None:
-        """Remove logs that were pushed longer ago than `push.keep`, and partial files of that age."""
-        oldest = time.time() - self._keep_s
+        """Remove logs that were pushed longer ago than `push.keep`, and partial files of workers that died."""
+        now = time.time()
         for folder, _, names in os.walk(os.path.join(self.directory, "drvs")):
             for path in (os.path.join(folder, name) for name in names):
                 with suppress(FileNotFoundError):
-                    if os.stat(path).st_mtime < oldest:
+                    if now - os.stat(path).st_mtime > (_PART_MAX_AGE_S if path.endswith(_PART) else self._keep_s):
                         os.unlink(path)

@@ -1,6 +1,7 @@
 """Faulty pushes: no wrong path becomes valid, no file stays in the spool, and the next push succeeds."""
 
 import fcntl
+import lzma
 import os
 import random
 import signal
@@ -220,6 +221,17 @@ def test_decompression_bomb_is_refused_in_little_memory(target: Target) -> None:
         assert pusher.request("PUT", bomb.nar_url, headers={"Content-Length": str(1 << 30)}).status == 413
     assert peak_bytes(server.workers[0]) < before + (8 << 20)
     assert not target.client.real_path(f"/nix/store/{bomb.info.path}").exists()
+
+
+def test_file_with_a_too_large_window_gets_the_remedy(target: Target) -> None:
+    server = target.serve()
+    path = Pushed.make("window", b"content", target.secret)
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}]
+    packed = replace(path, body=lzma.compress(path.body, filters=filters), compression="xz")
+    with target.client.daemon():
+        answer = target.pusher(server).push(packed)
+    assert answer.status == 400
+    assert answer.text.endswith("a window of this xz file is too large; push with ?compression=zstd\n")
 
 
 def test_push_beyond_the_spool_size_gets_413(target: Target) -> None:
