@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from cachetools import LRUCache
 
@@ -21,8 +20,9 @@ from harmonia.nix.store_path import StorePath
 from harmonia.process import request_trace
 from harmonia.process.single_flight import SingleFlight
 from harmonia.process.threads import Threads
+from harmonia.server.absent_paths import AbsentPaths
 from harmonia.store import queries
-from harmonia.store.new_paths import Cursor, NewPaths
+from harmonia.store.new_paths import NewPaths
 from harmonia.store.publish_policy import CLOSURE_FRESH_S, PublishPolicy
 from harmonia.store.store import PathRow, Store
 
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 _MAX_PATHS = 8192  # cached paths, about 2 KiB each
-_ABSENT_MAX_AGE_S = 10.0  # for which only new rows are read to learn whether a missing path has become valid
 _CLOSURE_MAX_AGE_S = 10.0  # age up to which a path of the closure may be served before the closure is refreshed
 
 _log = logging.getLogger("harmonia")
-
-_T = TypeVar("_T")
 
 
 class Unknown(Enum):
@@ -81,14 +78,7 @@ class Paths:
         self._lookups = SingleFlight()
         self.rows_read = 0
         """The number of rows read on the event loop that were new or had changed."""
-        self._new_paths = NewPaths(self._loop_store, database)
-        self._absent_as_of: Hashable = None
-        self._absent: set[str] = set()
-        """Hash parts without a path, as of the generation `_absent_as_of` of the database."""
-        self._absent_until = math.inf
-        """The time from which all of them are looked up again (time.monotonic). Finite after a commit."""
-        self._newest: Cursor | None = None
-        """The newest path before all lookups of these hash parts, or None if it could not be read."""
+        self._absent = AbsentPaths(NewPaths(self._loop_store, database), threads.loop_db)
         self._closure = policy.closure if policy is not None else None
         self._refreshing: Future[None] | None = None
 
@@ -136,13 +126,10 @@ class Paths:
         The publish policy's closure is not asked.
         """
         generation = self._generation()
-        if monotonic() >= self._absent_until:
-            self._absent.clear()
-            self._absent_until = math.inf
-        if self._absent_as_of != generation:
-            self._absent_as_of = generation
-            self._renew_absent()
-        if hash_part in self._absent:
+        absent = self._absent
+        if absent.generation != generation or monotonic() >= absent.expires:
+            absent.renew(generation)
+        if hash_part in absent.hash_parts:
             return None
         cached: _CachedPath | None
         try:
@@ -161,27 +148,6 @@ class Paths:
             self.rows_read += 1
         return self._keep(hash_part, generation, found)
 
-    def _renew_absent(self) -> None:
-        """Remove the hash parts that have become valid from those without a path. Remove all if that is not certain."""
-        page = None
-        if self._absent and self._newest is not None:
-            page = self._new_now(partial(self._new_paths.page, self._newest))
-        if page is not None and page.complete:
-            self._absent.difference_update(new.path.hash_part for new in page.paths)
-            self._newest = page.cursor
-            self._absent_until = min(self._absent_until, monotonic() + _ABSENT_MAX_AGE_S)
-        else:
-            self._absent.clear()
-            self._absent_until = math.inf
-            self._newest = self._new_now(self._new_paths.newest)
-
-    def _new_now(self, read: Callable[[], _T]) -> _T | None:
-        """Return what is new in the database, or None if that would block."""
-        if self._threads.loop_db.allowed:
-            with suppress(StoreUnavailableError):  # perhaps only busy
-                return self._threads.loop_db.run(read)
-        return None
-
     async def _query(self, hash_part: str, generation: Hashable) -> SignedPath | None:
         """Look the path up in a thread, and cache the result as of `generation`."""
         cached = self._cache.get(hash_part)
@@ -197,8 +163,7 @@ class Paths:
             self._cache[hash_part] = found
             return found.path
         self._cache.pop(hash_part, None)
-        if self._absent_as_of == generation and len(self._absent) < _MAX_PATHS:
-            self._absent.add(hash_part)
+        self._absent.add(hash_part, generation)
         return None
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:

@@ -18,7 +18,7 @@ from harmonia.nix import base32, narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
 from harmonia.process.loop_reads import LoopReads
-from harmonia.server import path_lookup, worker
+from harmonia.server import absent_paths, path_lookup, worker
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response_cache import ABSENT
 from harmonia.server.resources.narinfo import Narinfos, nar_url
@@ -251,7 +251,8 @@ def test_path_of_a_restored_backup_is_found(
     context = prepared(builder, str(tmp_path))
     narinfos = Narinfos(context)
     now = [0.0]
-    monkeypatch.setattr(path_lookup, "monotonic", lambda: now[0])
+    for module in (path_lookup, absent_paths):
+        monkeypatch.setattr(module, "monotonic", lambda: now[0])
 
     async def check() -> None:
         assert narinfos.content_now(missing.path.hash_part) == (ABSENT, Outcome.NONE)
