@@ -174,17 +174,17 @@ def test_path_registered_during_a_lookup_is_found_by_the_next_request(
         loop = asyncio.get_running_loop()
 
         def lookup(*arguments: Any) -> object:
-            found = look_up(*arguments)  # before the path is registered
+            found = read_path(*arguments)  # before the path is registered
             loop.call_soon_threadsafe(busy.set)
             asyncio.run_coroutine_threadsafe(go.wait(), loop).result(PATIENCE_S)
             return found
 
         go = asyncio.Event()
-        look_up = paths._look_up  # noqa: SLF001 (replaced by a slow lookup)
-        monkeypatch.setattr(paths, "_look_up", lookup)
+        read_path = paths._read_path  # noqa: SLF001 (replaced by a slow lookup)
+        monkeypatch.setattr(paths, "_read_path", lookup)
         early = asyncio.create_task(paths.lookup_path(late.hash_part))
         await busy.wait()
-        monkeypatch.setattr(paths, "_look_up", look_up)
+        monkeypatch.setattr(paths, "_read_path", read_path)
         builder.add(late, b"contents")
         following = asyncio.create_task(paths.lookup_path(late.hash_part))
         await asyncio.sleep(0)

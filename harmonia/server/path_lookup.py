@@ -88,12 +88,14 @@ class Paths:
         Every resource must look paths up here. Raises StoreObjectError if the path's row in the database is malformed,
         StoreUnavailableError if the database does not answer in time.
         """
-        path = self._lookup_now(hash_part)
+        path = self._lookup_ignoring_closure(hash_part)
         if isinstance(path, Unknown):
             generation = self._generation()
             # A lookup that began before the last change of the database may have missed it: start a new one.
-            path = await self._lookups.run((hash_part, generation), partial(self._query, hash_part, generation))
-        if path is not None and self._closure is not None and not await self._is_needed(path.info.path):
+            path = await self._lookups.run(
+                (hash_part, generation), partial(self._lookup_in_thread, hash_part, generation)
+            )
+        if path is not None and self._closure is not None and not await self._is_in_closure(path.info.path):
             path = None
         if request_trace.is_on():
             await self._trace(hash_part, path)
@@ -117,14 +119,11 @@ class Paths:
         Returns the same object until the row of the path changes, as long as the path is cached.
         Raises StoreObjectError like `lookup_path`.
         """
-        path = self._lookup_now(hash_part)
+        path = self._lookup_ignoring_closure(hash_part)
         return path if path is None or self._closure is None else UNKNOWN
 
-    def _lookup_now(self, hash_part: str) -> SignedPath | Unknown | None:
-        """Return the path, from memory or looked up on the event loop. Return UNKNOWN if a thread has to look it up.
-
-        The publish policy's closure is not asked.
-        """
+    def _lookup_ignoring_closure(self, hash_part: str) -> SignedPath | Unknown | None:
+        """Return the result of `lookup_now` as if the publish policy had no closure."""
         generation = self._generation()
         absent = self._absent
         if absent.generation != generation or monotonic() >= absent.expires:
@@ -141,20 +140,20 @@ class Paths:
         if not self._threads.loop_db.allowed:
             return UNKNOWN
         try:
-            found = self._threads.loop_db.run(partial(self._look_up, self._loop_store, hash_part, cached, generation))
+            found = self._threads.loop_db.run(partial(self._read_path, self._loop_store, hash_part, cached, generation))
         except StoreUnavailableError:  # perhaps only busy: a thread waits
             return UNKNOWN
         if found is not None and (cached is None or cached.path is not found.path):
             self.rows_read += 1
-        return self._keep(hash_part, generation, found)
+        return self._cache_result(hash_part, generation, found)
 
-    async def _query(self, hash_part: str, generation: Hashable) -> SignedPath | None:
+    async def _lookup_in_thread(self, hash_part: str, generation: Hashable) -> SignedPath | None:
         """Look the path up in a thread, and cache the result as of `generation`."""
         cached = self._cache.get(hash_part)
-        found = await self._threads.run_db(partial(self._look_up, self._store, hash_part, cached, generation))
-        return self._keep(hash_part, generation, found)
+        found = await self._threads.run_db(partial(self._read_path, self._store, hash_part, cached, generation))
+        return self._cache_result(hash_part, generation, found)
 
-    def _keep(self, hash_part: str, generation: Hashable, found: _CachedPath | None) -> SignedPath | None:
+    def _cache_result(self, hash_part: str, generation: Hashable, found: _CachedPath | None) -> SignedPath | None:
         """Cache the result of a lookup. Return its path.
 
         `generation` was read before the path: after a change in between, the next request looks the path up again.
@@ -165,6 +164,24 @@ class Paths:
         self._cache.pop(hash_part, None)
         self._absent.add(hash_part, generation)
         return None
+
+    def _read_path(
+        self, store: Store, hash_part: str, cached: _CachedPath | None, generation: Hashable
+    ) -> _CachedPath | None:
+        """Read the path from `store`, as of `generation`. Keep the path of `cached` if its row is the same."""
+        row = store.path_row(hash_part, as_of_generation=store is self._loop_store)
+        if row is None:
+            return None
+        if cached is not None and cached.row == row:
+            return _CachedPath(cached.path, row, generation)
+        info = store.parse_row(row)
+        if self.policy is not None and not self.policy.permits(info):
+            return _CachedPath(None, row, generation)
+        for sig in info.sigs:
+            if not is_signature(sig):
+                _log.warning("%s: skipping a stored signature: %r is malformed; sign the path again", info.path, sig)
+        path = SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))
+        return _CachedPath(path, row, generation)
 
     async def lookup_usable_path(self, hash_part: str) -> SignedPath | None:
         """Like `lookup_path`, but return None if the row is malformed. For paths that the response only mentions."""
@@ -210,7 +227,7 @@ class Paths:
     def is_absent(self, hash_part: str) -> bool:
         """Return True if it is certain that no path has this hash part now. Return False if a thread must look."""
         try:
-            return self._lookup_now(hash_part) is None
+            return self._lookup_ignoring_closure(hash_part) is None
         except StoreObjectError:
             return False
 
@@ -255,7 +272,7 @@ class Paths:
         """
         return self.policy.published_filter(store) if self.policy is not None else None
 
-    async def _is_needed(self, path: StorePath) -> bool:
+    async def _is_in_closure(self, path: StorePath) -> bool:
         """Return True if the path is in the closure of the policy's roots."""
         closure = self._closure
         assert closure is not None  # noqa: S101 (callers check this)
@@ -266,21 +283,3 @@ class Paths:
         # The path may be new. Nix caches a 404 for an hour, so refresh the closure first.
         await self._threads.run_with_timeout(self._threads.closure, partial(closure.refresh, CLOSURE_FRESH_S))
         return path in closure
-
-    def _look_up(
-        self, store: Store, hash_part: str, cached: _CachedPath | None, generation: Hashable
-    ) -> _CachedPath | None:
-        """Look the path up in `store`, as of `generation`. Keep the path of `cached` if its row is the same."""
-        row = store.path_row(hash_part, as_of_generation=store is self._loop_store)
-        if row is None:
-            return None
-        if cached is not None and cached.row == row:
-            return _CachedPath(cached.path, row, generation)
-        info = store.parse_row(row)
-        if self.policy is not None and not self.policy.permits(info):
-            return _CachedPath(None, row, generation)
-        for sig in info.sigs:
-            if not is_signature(sig):
-                _log.warning("%s: skipping a stored signature: %r is malformed; sign the path again", info.path, sig)
-        path = SignedPath(info, tuple(narinfo.signatures(info, self._store.store_dir, self._keys)))
-        return _CachedPath(path, row, generation)
