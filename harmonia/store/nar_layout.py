@@ -14,11 +14,12 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from copy import copy
+from functools import partial
 from time import perf_counter
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import msgspec
 
@@ -53,6 +54,15 @@ class BlockFile(Protocol):
     def close(self) -> None: ...
 
 
+class _Waiter(NamedTuple):
+    """A reader that waits until `is_due` returns True, or until the layout is complete or has failed."""
+
+    is_due: Callable[[], bool]
+    is_follower: bool
+    """True if the reader needs the next block. It may wait a little longer, see _FOLLOWERS_WAIT_S."""
+    future: Future[bytes]
+
+
 class Layout:
     """The layout of the archive of the tree at `root`, complete or still growing. Each of its owners closes it."""
 
@@ -73,8 +83,8 @@ class Layout:
         self._memory_bytes = 0
         self._file: BlockFile | None = None
         self._owners = 1
-        self._lock = threading.Lock()  # for _waiting, for _owners, and for the step to a complete layout
-        self._waiting: list[tuple[int, int | None, Future[bytes]]] = []
+        self._lock = threading.Lock()  # for _waiters, for _owners, and for the step to a complete layout
+        self._waiters: list[_Waiter] = []
 
     @classmethod
     def of(cls, root: bytes) -> "Layout":
@@ -135,9 +145,9 @@ class Layout:
             text += len(name) + len(target)
             if len(rows) == _BLOCK_MAX_ENTRIES or text >= _MAX_TEXT_BYTES:
                 self._append(offset, position, directory, rows)
-                if is_time := perf_counter() >= wakes_at:
+                if wakes_followers := perf_counter() >= wakes_at:
                     wakes_at = perf_counter() + _FOLLOWERS_WAIT_S
-                self._wake(followers=is_time)
+                self._wake(followers=wakes_followers)
                 rows, text = [], 0
                 yield
         with self._lock:  # a reader that sees the last block must also see the size
@@ -194,14 +204,14 @@ class Layout:
 
     def wait_whole(self) -> Future[bytes] | None:
         """Return a future that completes when the layout is complete or has failed, or None if it already is or has."""
-        return self._wait(-1, None)
+        return self._wait(lambda: False)
 
     def wait_covered(self, stop: int) -> Future[bytes] | None:
         """Return a future that completes when the archive is described up to `stop`, or None if it already is.
 
         The future also completes when the layout is complete or has failed.
         """
-        return self._wait(-1, stop)
+        return self._wait(lambda: stop <= self._covered)
 
     def located(self) -> Iterator[tuple[int, Entry]]:
         """Yield the entries of a complete layout, each with the offset in bytes of its contents in the archive."""
@@ -245,9 +255,9 @@ class Layout:
     def _follow(self, number: int) -> Iterator[_Block | Future[bytes]]:
         """Yield the blocks from `number` on. Yield a future if the next block does not exist yet."""
         while True:
-            if waiting := self._wait(number, None):
+            if waiting := self._wait(partial(self._has_block, number), is_follower=True):
                 yield waiting
-            elif number < len(self._checksums):
+            elif self._has_block(number):
                 yield self._read(number)
                 number += 1
             elif self.error is not None:
@@ -291,27 +301,29 @@ class Layout:
         self._checksums.append(zlib.crc32(block))  # last, because readers count the blocks by the checksums
         self._covered = position
 
-    def _is_due(self, number: int, stop: int | None) -> bool:
-        if self.size is not None or self.error is not None:
-            return True
-        return number >= 0 and number < len(self._checksums) if stop is None else stop <= self._covered
+    def _has_block(self, number: int) -> bool:
+        return number < len(self._checksums)
 
-    def _wait(self, number: int, stop: int | None) -> Future[bytes] | None:
-        """Return a future for block `number` or for the bytes up to `stop`, or None if they exist."""
+    def _has_ended(self) -> bool:
+        return self.size is not None or self.error is not None
+
+    def _wait(self, is_due: Callable[[], bool], *, is_follower: bool = False) -> Future[bytes] | None:
+        """Return a future that completes when `is_due` returns True or the layout has ended, or None if that is now."""
         with self._lock:
-            if self._is_due(number, stop):
+            if self._has_ended() or is_due():
                 return None
-            future: Future[bytes] = Future()
-            self._waiting.append((number, stop, future))
-            return future
+            waiter = _Waiter(is_due, is_follower, Future())
+            self._waiters.append(waiter)
+            return waiter.future
 
     def _wake(self, *, followers: bool = True) -> None:
+        """Complete the futures of the readers that need not wait any more: of all, or only if they do not follow."""
         with self._lock:
-            if not self._waiting:
-                return
-            due = [each for each in self._waiting if (followers or each[0] < 0) and self._is_due(*each[:2])]
-            ended = {future for _, _, future in due}
-            self._waiting = [each for each in self._waiting if each[2] not in ended]
-        for _, _, future in due:
-            if future.set_running_or_notify_cancel():
-                future.set_result(b"")
+            waiters, self._waiters = self._waiters, []
+            due: list[_Waiter] = []
+            for waiter in waiters:
+                is_woken = (followers or not waiter.is_follower) and (self._has_ended() or waiter.is_due())
+                (due if is_woken else self._waiters).append(waiter)
+        for waiter in due:
+            if waiter.future.set_running_or_notify_cancel():
+                waiter.future.set_result(b"")
