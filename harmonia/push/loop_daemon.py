@@ -44,7 +44,7 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
+        self._received.append(data)
         self._wake()
 
     def connection_lost(self, _: Exception | None) -> None:

@@ -1,7 +1,6 @@
 """Client for the worker protocol of the Nix daemon: GC roots, and imports (Nix `src/libstore/worker-protocol.hh`).
 
-Numbers have 8 bytes, little-endian; texts are encoded as in a NAR. Each side sends its version, and the lower one is
-used. Before a response, the daemon may send log messages, which end with `_LAST` or `_ERROR`.
+Each side sends its version, and the lower one is used. daemon_messages.py encodes and parses the messages.
 
 Nothing here needs a trusted user: the daemon itself checks the signatures of what is imported.
 
@@ -10,33 +9,24 @@ Requests are coroutines. Those of `Daemon` never wait for an event loop: they bl
 
 import os
 import socket
-import struct
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 from harmonia.errors import DaemonError, RemoteError
-from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from harmonia.store.daemon_messages import IncompleteError, Received, numbers, text, texts
 
 _CLIENT_MAGIC, _DAEMON_MAGIC = 0x6E697863, 0x6478696F
 _VERSION = 0x125  # 1.37, that of Nix 2.20, the last one without a negotiation of features
 _MIN_VERSION = 0x115  # Nix 2.3
-_SENDS_NIX_VERSION, _SENDS_TRUST, _SENDS_FULL_ERRORS = 0x121, 0x123, 0x11A
+_SENDS_NIX_VERSION, _SENDS_TRUST = 0x121, 0x123
 _TAKES_FRAMES, _TAKES_JSON = 0x117, 0x11F  # for NARs, since Nix 2.4; for realisations, since Nix 2.4
 _ADD_TEMP_ROOT, _ADD_INDIRECT_ROOT = 11, 12
 _QUERY_PATH_INFO, _QUERY_VALID_PATHS = 26, 31
 _ADD_TO_STORE_NAR, _REGISTER_DRV_OUTPUT = 39, 42
-_NEXT, _LAST, _ERROR = 0x6F6C6D67, 0x616C7473, 0x63787470
-_START_ACTIVITY, _STOP_ACTIVITY, _RESULT = 0x53545254, 0x53544F50, 0x52534C54
-_MAX_TEXT_BYTES = 64 * 1024
-_MAX_FIELDS = 1024  # of a log message
-_MAX_ITEMS = 1 << 20  # of a list
 _MAX_PIPELINED = 64  # requests, so that the daemon can write all responses before the first is read
 _FRAME_BYTES = 64 * 1024  # minimum, except for the last frame
 _RECEIVE_BYTES = 64 * 1024
@@ -45,18 +35,12 @@ _IMPORT_TIMEOUT_S = 3600.0
 
 CLOSED = "the Nix daemon closed the connection"
 
-_number = struct.Struct("<Q")
-
 _T = TypeVar("_T")
-
-
-class _IncompleteError(Exception):
-    """The rest of a message has not been received."""
 
 
 class _Request(NamedTuple):
     message: bytes
-    receive: "Callable[[], Any]"
+    receive: Callable[[], Any]
     """Receives the result, after the log messages."""
 
 
@@ -77,14 +61,13 @@ class DaemonClient:
         self._restart_timeout(timeout_s)
         self._is_out_of_step = False
         self._temp_roots: set[str] = set()
-        self._received = bytearray()
-        self._at = 0  # up to which they were parsed
+        self._received = Received()
 
     async def _send(self, data: bytes) -> None:
         raise NotImplementedError
 
     async def _receive_more(self) -> None:
-        """Wait for more bytes in `_received`. Raises RemoteError if the daemon has closed the connection."""
+        """Wait for more bytes, and append them to `_received`. Raises RemoteError if the daemon has disconnected."""
         raise NotImplementedError
 
     async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
@@ -174,14 +157,14 @@ class DaemonClient:
         if self._version < _TAKES_FRAMES:
             raise RemoteError("the Nix daemon is older than that of Nix 2.4, and cannot import paths from a push")
         path = f"{store_dir}/{info.path}"
-        head = _text(path) + _text(f"{store_dir}/{info.deriver}" if info.deriver else "")
-        head += _text(info.nar_hash.hex()) + _texts(f"{store_dir}/{reference}" for reference in info.references)
-        head += _number.pack(0) + _number.pack(info.nar_size) + _number.pack(0)  # registration time now; not ultimate
-        head += _texts(info.sigs) + _text(info.ca or "") + _number.pack(0) + _number.pack(0)  # no repair; check sigs
+        head = text(path) + text(f"{store_dir}/{info.deriver}" if info.deriver else "")
+        head += text(info.nar_hash.hex()) + texts(f"{store_dir}/{reference}" for reference in info.references)
+        head += numbers(0, info.nar_size, 0)  # registration time now; not ultimate
+        head += texts(info.sigs) + text(info.ca or "") + numbers(0, 0)  # no repair; check signatures
         self._is_out_of_step = True  # until the last response, even if `chunks` raises an error
-        unsent = _number.pack(_ADD_TO_STORE_NAR) + head
+        unsent = numbers(_ADD_TO_STORE_NAR) + head
         for frame in _frames(chunks):
-            unsent += _number.pack(len(frame))
+            unsent += numbers(len(frame))
             if len(frame) >= _FRAME_BYTES:  # sent without a copy
                 self._restart_timeout(_IMPORT_TIMEOUT_S)
                 await self._send(unsent)
@@ -189,7 +172,7 @@ class DaemonClient:
                 unsent = b""
             else:
                 unsent += frame
-        end = _Request(unsent + _number.pack(0), lambda: None)
+        end = _Request(unsent + numbers(0), lambda: None)
         requests = end, self._nar_hash_request(path), self._indirect_root_request(link)
         nar_hash: bytes | None
         _, nar_hash, _ = await self._ask(requests, _IMPORT_TIMEOUT_S)
@@ -197,27 +180,27 @@ class DaemonClient:
 
     async def agree(self) -> None:
         """Do the handshake."""
-        await self._send(_number.pack(_CLIENT_MAGIC) + _number.pack(_VERSION))
+        await self._send(numbers(_CLIENT_MAGIC, _VERSION))
         self._version = await self._receive(self._receive_version)
-        await self._send(_number.pack(0) + _number.pack(0))  # no CPU affinity, no reserved space
+        await self._send(numbers(0, 0))  # no CPU affinity, no reserved space
         await self._receive(self._receive_greeting)
 
     def _receive_version(self) -> int:
-        if self._receive_number() != _DAEMON_MAGIC:
+        if self._received.number() != _DAEMON_MAGIC:
             raise RemoteError("the socket's server is not a Nix daemon")
-        version = min(self._receive_number(), _VERSION)
+        version = min(self._received.number(), _VERSION)
         if version < _MIN_VERSION:
             raise RemoteError("the Nix daemon is older than that of Nix 2.3")
         return version
 
     def _receive_greeting(self) -> None:
         if self._version >= _SENDS_NIX_VERSION:
-            self._receive_text()
+            self._received.text()
         if self._version >= _SENDS_TRUST:
-            self._receive_number()
-        self._read_log()
+            self._received.number()
+        self._received.log(self._version)
 
-    async def _ask(self, requests: Iterable["_Request"], timeout_s: float | None = None) -> list[Any]:
+    async def _ask(self, requests: Iterable[_Request], timeout_s: float | None = None) -> list[Any]:
         """Send requests, several in one round trip, and return their results.
 
         If the daemon reports errors, raises the first of them after the last response.
@@ -242,127 +225,58 @@ class DaemonClient:
             raise failure
         return results
 
-    def _receive_response(self, request: "_Request") -> Any:  # noqa: ANN401 (depends on the request)
-        self._read_log()
+    def _receive_response(self, request: _Request) -> Any:  # noqa: ANN401 (depends on the request)
+        self._received.log(self._version)
         return request.receive()
 
     def _without_temp_root(self, paths: Iterable[str]) -> list[str]:
         return [path for path in dict.fromkeys(paths) if path not in self._temp_roots]
 
-    def _temp_root_request(self, path: str) -> "_Request":
-        return _Request(_number.pack(_ADD_TEMP_ROOT) + _text(path), partial(self._receive_temp_root, path))
+    def _temp_root_request(self, path: str) -> _Request:
+        return _Request(numbers(_ADD_TEMP_ROOT) + text(path), partial(self._receive_temp_root, path))
 
     def _receive_temp_root(self, path: str) -> None:
-        self._receive_number()
+        self._received.number()
         self._temp_roots.add(path)
 
-    def _indirect_root_request(self, link: str) -> "_Request":
-        return _Request(_number.pack(_ADD_INDIRECT_ROOT) + _text(link), self._receive_number)
+    def _indirect_root_request(self, link: str) -> _Request:
+        return _Request(numbers(_ADD_INDIRECT_ROOT) + text(link), self._received.number)
 
-    def _valid_paths_request(self, paths: Iterable[str]) -> "_Request":
-        message = _number.pack(_QUERY_VALID_PATHS) + _texts(paths) + _number.pack(0)  # without substitution
-        return _Request(message, self._receive_texts)
+    def _valid_paths_request(self, paths: Iterable[str]) -> _Request:
+        message = numbers(_QUERY_VALID_PATHS) + texts(paths) + numbers(0)  # without substitution
+        return _Request(message, self._received.texts)
 
-    def _nar_hash_request(self, path: str) -> "_Request":
-        return _Request(_number.pack(_QUERY_PATH_INFO) + _text(path), self._receive_nar_hash)
+    def _nar_hash_request(self, path: str) -> _Request:
+        return _Request(numbers(_QUERY_PATH_INFO) + text(path), self._receive_nar_hash)
 
     def _receive_nar_hash(self) -> bytes | None:
         """Receive the info of a path, and return the SHA-256 of its NAR, or None if the path is not valid."""
-        if not self._receive_number(1):
+        if not self._received.number(1):
             return None
-        self._receive_text()  # deriver
-        digest = self._receive_text()
-        self._receive_texts()  # references
+        self._received.text()  # deriver
+        digest = self._received.text()
+        self._received.texts()  # references
         for _ in ("registration time", "size", "ultimate"):
-            self._receive_number()
-        self._receive_texts()  # signatures
-        self._receive_text()  # content address
+            self._received.number()
+        self._received.texts()  # signatures
+        self._received.text()  # content address
         try:
             return bytes.fromhex(digest)
         except ValueError:
             raise RemoteError("the Nix daemon sent a malformed hash") from None
 
-    def _read_log(self) -> None:
-        """Read and drop the daemon's log messages before a response.
-
-        Raises DaemonError if one of them is an error.
-        """
-        number, text = self._receive_number, self._receive_text
-        while (kind := number()) != _LAST:
-            if kind == _ERROR:
-                raise DaemonError(f"the Nix daemon reports: {self._receive_error()}")
-            parts: dict[int, tuple[Callable[[], object], ...]] = {
-                _NEXT: (text,),
-                _START_ACTIVITY: (number, number, number, text, self._skip_fields, number),
-                _STOP_ACTIVITY: (number,),
-                _RESULT: (number, number, self._skip_fields),
-            }
-            if kind not in parts:
-                raise RemoteError(f"the Nix daemon sent the unknown message {kind:#x}")
-            for part in parts[kind]:
-                part()
-            self._forget_parsed()
-
-    def _receive_error(self) -> str:
-        if self._version < _SENDS_FULL_ERRORS:
-            message = self._receive_text()
-            self._receive_number()
-            return message
-        self._receive_text()
-        self._receive_number()
-        self._receive_text()
-        message = self._receive_text()
-        self._receive_number()  # whether a position follows: never
-        for _ in range(self._receive_number(_MAX_ITEMS)):  # traces
-            self._receive_number()
-            self._receive_text()
-        return message
-
-    def _skip_fields(self) -> None:
-        for _ in range(self._receive_number(_MAX_FIELDS)):
-            if self._receive_number(1):
-                self._receive_text()
-            else:
-                self._receive_number()
-
-    def _receive_texts(self) -> list[str]:
-        return [self._receive_text() for _ in range(self._receive_number(_MAX_ITEMS))]
-
-    def _receive_text(self) -> str:
-        size = self._receive_number(_MAX_TEXT_BYTES)
-        text = self._receive_bytes(size)
-        if any(self._receive_bytes(-size % 8)):
-            raise RemoteError("the Nix daemon sent a text with nonzero padding")
-        return text.decode(errors="backslashreplace")
-
-    def _receive_number(self, most: int = 2**64 - 1) -> int:
-        value: int = _number.unpack(self._receive_bytes(_number.size))[0]
-        if value > most:
-            raise RemoteError(f"the Nix daemon sent the number {value}, more than the maximum of {most}")
-        return value
-
-    def _receive_bytes(self, size: int) -> bytearray:
-        begin, self._at = self._at, self._at + size
-        if self._at > len(self._received):
-            raise _IncompleteError
-        return self._received[begin : self._at]
-
-    def _forget_parsed(self) -> None:
-        del self._received[: self._at]
-        self._at = 0
-
-    async def _receive(self, parse: "Callable[[], _T]") -> _T:
+    async def _receive(self, parse: Callable[[], _T]) -> _T:
         """Return the result of `parse`, which is called again from the start until enough has been received."""
         while True:
             try:
                 result = parse()
-            except _IncompleteError:
-                self._at = 0
+            except IncompleteError:
+                self._received.parse_again()
             except DaemonError:
-                self._forget_parsed()
+                self._received.drop_parsed()
                 raise
             else:
-                self._forget_parsed()
+                self._received.drop_parsed()
                 return result
             await self._receive_more()
 
@@ -399,7 +313,7 @@ class Daemon(DaemonClient):
         """Register a realisation, given as the JSON of Nix up to 2.34. The daemon does not check its signatures."""
         if self._version < _TAKES_JSON:
             raise RemoteError("the Nix daemon is older than that of Nix 2.4, and has no realisations")
-        finish(self._ask([_Request(_number.pack(_REGISTER_DRV_OUTPUT) + _text(realisation), lambda: None)]))
+        finish(self._ask([_Request(numbers(_REGISTER_DRV_OUTPUT) + text(realisation), lambda: None)]))
 
     @property
     def lost(self) -> bool:
@@ -434,7 +348,7 @@ class Daemon(DaemonClient):
         part = self._socket.recv(_RECEIVE_BYTES)
         if not part:
             raise RemoteError(CLOSED)
-        self._received += part
+        self._received.append(part)
 
     async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
         peer.settimeout(self._left_s())
@@ -464,12 +378,3 @@ def _frames(chunks: Iterable[bytes]) -> Iterator[bytes]:
             frame.clear()
     if frame:
         yield bytes(frame)
-
-
-def _text(text: str) -> bytes:
-    return nar.encode(text.encode())
-
-
-def _texts(texts: Iterable[str]) -> bytes:
-    encoded = [_text(text) for text in texts]
-    return _number.pack(len(encoded)) + b"".join(encoded)
