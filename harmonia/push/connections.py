@@ -15,14 +15,14 @@ from typing import Generic, TypeVar
 
 from harmonia.errors import DaemonError, PushRefusedError, RemoteError
 from harmonia.push.loop_daemon import LoopDaemon
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import BlockingDaemon
 
 HOLD_S = 60.0
 """Seconds for which temporary roots outlast the import: more than Nix needs to read its roots."""
 _MAX_AGE_S = 300.0  # the daemon remembers all temporary roots of a connection
 _TIMEOUT_S = 60.0
 
-_D = TypeVar("_D", Daemon, LoopDaemon)
+_D = TypeVar("_D", BlockingDaemon, LoopDaemon)
 _log = logging.getLogger("harmonia")
 
 
@@ -88,6 +88,6 @@ class DaemonConnections(Generic[_D]):
             raise PushRefusedError(409, "the server's Nix daemon does not answer; push again later") from None
 
 
-async def connect(socket: str, timeout_s: float) -> Daemon:
+async def connect(socket: str, timeout_s: float) -> BlockingDaemon:
     """Connect to the daemon, for threads."""
-    return Daemon(socket, timeout_s)
+    return BlockingDaemon(socket, timeout_s)

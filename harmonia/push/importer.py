@@ -28,7 +28,7 @@ from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Spool
-from harmonia.store.nix_daemon import Daemon, DaemonClient, finish
+from harmonia.store.nix_daemon import BlockingDaemon, DaemonClient, run_blocking
 
 SMALL_NAR_BYTES = 4 << 20
 """Size up to which an unpacked NAR stays in memory between its check and its import. Others are unpacked twice."""
@@ -72,7 +72,7 @@ class Importer:
 
     def __init__(
         self,
-        connections: DaemonConnections[Daemon],
+        connections: DaemonConnections[BlockingDaemon],
         loop_connections: DaemonConnections[LoopDaemon],
         loop_disk: LoopReads,
         store_dir: str,
@@ -100,7 +100,9 @@ class Importer:
 
         Raises PushRefusedError if it cannot be imported.
         """
-        return finish(self._run(upload, may_sign, self._connections.borrowed(), self._check_stop, lambda job: job()))
+        return run_blocking(
+            self._run(upload, may_sign, self._connections.borrowed(), self._check_stop, lambda job: job())
+        )
 
     async def run_on_loop(self, upload: Upload, may_sign: MaySign) -> bool:
         """Import a path like `run`, on the event loop, one after the other.
@@ -183,7 +185,7 @@ class Importer:
             _log.warning(what, realisation_id)
             return
         try:
-            finish(self._register(realisation.out_path, render_realisation(realisation_id, realisation, signers)))
+            run_blocking(self._register(realisation.out_path, render_realisation(realisation_id, realisation, signers)))
         except DaemonError as error:
             raise _refused(realisation.out_path, error) from None
         except (OSError, RemoteError) as error:

@@ -28,7 +28,7 @@ from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.push.path_locks import PathLocks
 from harmonia.push.roots import PushRoots
 from harmonia.push.spool import Incoming, Spool
-from harmonia.store.nix_daemon import finish
+from harmonia.store.nix_daemon import run_blocking
 
 _SPOOL_THREADS = 4
 _IMPORT_THREADS = 2  # each unpacks a NAR, in the worst case with a window of 128 MiB
@@ -192,7 +192,7 @@ class PushReceiver:
             _log.info("%s: not pushed or downloaded for push.keep; Nix may collect it", path)
         if self.roots.find_all():
             with suppress(PushRefusedError):
-                finish(self._register_roots())
+                run_blocking(self._register_roots())
 
     async def _register_roots(self) -> None:
         async with self._connections.borrowed() as daemon:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from harmonia.errors import FormatError
 from harmonia.nix.store_path import StorePath
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import BlockingDaemon
 
 _SAME_PUSH_S = 60 * 60.0
 """Age up to which the root of a reference counts as part of the same push, and ends soon: its referrer has a root.
@@ -103,7 +103,7 @@ class PushRoots:
             self.drop(path)
         return expired
 
-    def register(self, daemon: Daemon) -> None:
+    def register(self, daemon: BlockingDaemon) -> None:
         """Register all roots again: a worker may have died before it registered one, or Nix may have lost one."""
         daemon.add_indirect_roots(self._link(root.path) for root in self.find_all())
 

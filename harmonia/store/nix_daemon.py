@@ -4,7 +4,7 @@ Each side sends its version, and the lower one is used. daemon_messages.py encod
 
 Nothing here needs a trusted user: the daemon itself checks the signatures of what is imported.
 
-Requests are coroutines. Those of `Daemon` never wait for an event loop: they block, and `finish` runs them.
+Requests are coroutines. Those of `BlockingDaemon` block instead of waiting for an event loop; `run_blocking` runs them.
 """
 
 import os
@@ -281,8 +281,8 @@ class DaemonClient:
             await self._receive_more()
 
 
-class Daemon(DaemonClient):
-    """A connection whose requests block: `finish` runs its coroutines."""
+class BlockingDaemon(DaemonClient):
+    """A connection whose requests block: `run_blocking` runs its coroutines."""
 
     def __init__(self, path: str, timeout: float) -> None:
         """Connect to the unix socket `path`. Each request may take `timeout` seconds. Raises errors like a request."""
@@ -291,29 +291,29 @@ class Daemon(DaemonClient):
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(path)
-            finish(self.agree())
+            run_blocking(self.agree())
         except BaseException:
             self.close()
             raise
 
     def add_temp_roots(self, paths: Iterable[str]) -> None:
         """Like `protect`."""
-        finish(self.protect(paths))
+        run_blocking(self.protect(paths))
 
     def add_indirect_roots(self, links: Iterable[str]) -> None:
         """Protect the store paths that symlinks point to, and their closures, as long as the links exist."""
-        finish(self.register_roots(links))
+        run_blocking(self.register_roots(links))
 
     def query_valid_paths(self, paths: Sequence[str]) -> set[str]:
         """Return those of the paths that are valid."""
-        (valid,) = finish(self._ask([self._valid_paths_request(paths)]))
+        (valid,) = run_blocking(self._ask([self._valid_paths_request(paths)]))
         return set(valid)
 
     def register_realisation(self, realisation: str) -> None:
         """Register a realisation, given as the JSON of Nix up to 2.34. The daemon does not check its signatures."""
         if self._version < _TAKES_JSON:
             raise RemoteError("the Nix daemon is older than that of Nix 2.4, and has no realisations")
-        finish(self._ask([_Request(numbers(_REGISTER_DRV_OUTPUT) + text(realisation), lambda: None)]))
+        run_blocking(self._ask([_Request(numbers(_REGISTER_DRV_OUTPUT) + text(realisation), lambda: None)]))
 
     @property
     def lost(self) -> bool:
@@ -356,7 +356,7 @@ class Daemon(DaemonClient):
         return peer.recv(1)
 
 
-def finish(steps: Coroutine[Any, Any, _T]) -> _T:
+def run_blocking(steps: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine that never waits for an event loop, and return its result."""
     try:
         steps.send(None)

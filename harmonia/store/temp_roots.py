@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 
 from harmonia.errors import RemoteError
 from harmonia.nix.store_path import StorePath
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import BlockingDaemon
 
 _TIMEOUT_S = 5.0  # for a response of the daemon
 _RETRY_S = 2.0  # until the next try after a failure
@@ -45,7 +45,7 @@ class TempRootLease:
 
 
 class _Connection:
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: BlockingDaemon) -> None:
         self.daemon = daemon
         self.opened = time.monotonic()
         self.leases: list[TempRootLease] = []
@@ -140,7 +140,7 @@ class TempRoots:
         usable = [connection for connection in self._connections if not connection.daemon.lost]
         if usable and (time.monotonic() - usable[-1].opened < _CONNECTION_AGE_S or len(usable) >= _MAX_CONNECTIONS):
             return usable[-1]
-        self._connections.append(_Connection(Daemon(self._socket, _TIMEOUT_S)))
+        self._connections.append(_Connection(BlockingDaemon(self._socket, _TIMEOUT_S)))
         return self._connections[-1]
 
     def _failed(self, error: Exception) -> None:

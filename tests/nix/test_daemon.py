@@ -20,7 +20,7 @@ from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.push.loop_daemon import LoopDaemon
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import BlockingDaemon
 from support.daemon_server import LAST, DaemonServer, number
 from support.running import PATIENCE_S
 
@@ -44,7 +44,7 @@ def place() -> Iterator[Path]:
 
 @pytest.mark.parametrize("version", [0x115, 0x11A, 0x121, 0x122, 0x123, 0x126, 0x140])
 def test_all_protocol_versions_since_nix_2_3_work(place: Path, version: int) -> None:
-    with DaemonServer(place, version) as server, Daemon(server.path, 5) as daemon:
+    with DaemonServer(place, version) as server, BlockingDaemon(server.path, 5) as daemon:
         daemon.add_temp_roots([ROOT])
         daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert server.roots == [ROOT, ROOT + "2"]
@@ -58,7 +58,7 @@ def test_log_messages_before_the_reply_are_skipped(place: Path) -> None:
         + number(0x53545254, 1, 3, 0) + nar.encode(b"begins") + fields + number(0)
         + number(0x52534C54, 1, 105) + fields + number(0x53544F50, 1)
     )  # fmt: skip
-    with DaemonServer(place, answer=reply + number(LAST, 1)) as server, Daemon(server.path, 5) as daemon:
+    with DaemonServer(place, answer=reply + number(LAST, 1)) as server, BlockingDaemon(server.path, 5) as daemon:
         daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert not daemon.lost
 
@@ -73,7 +73,7 @@ def test_log_messages_before_the_reply_are_skipped(place: Path) -> None:
 def test_error_of_the_daemon_is_raised_with_its_message(place: Path, version: int, error: bytes) -> None:
     with (
         DaemonServer(place, version, number(0x63787470) + error) as server,
-        Daemon(server.path, 5) as daemon,
+        BlockingDaemon(server.path, 5) as daemon,
         pytest.raises(RemoteError, match="the Nix daemon reports: no luck"),
     ):
         daemon.add_temp_roots([ROOT])
@@ -81,7 +81,7 @@ def test_error_of_the_daemon_is_raised_with_its_message(place: Path, version: in
 
 def test_connection_is_usable_after_errors_in_one_round_trip(place: Path) -> None:
     error = number(0x63787470) + nar.encode(b"Error") + number(0) + nar.encode(b"Error", b"no luck") + number(0, 0)
-    with DaemonServer(place, answer=error) as server, Daemon(server.path, 5) as daemon:
+    with DaemonServer(place, answer=error) as server, BlockingDaemon(server.path, 5) as daemon:
         with pytest.raises(RemoteError, match="no luck"):
             daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert not daemon.lost
@@ -106,7 +106,7 @@ def test_malformed_reply_raises_remote_error(place: Path, reply: bytes, message:
         DaemonServer(place, greet=lambda connection: connection.sendall(reply)) as server,
         pytest.raises(RemoteError, match=message),
     ):
-        Daemon(server.path, 5)
+        BlockingDaemon(server.path, 5)
 
 
 @given(st.binary(max_size=300).map(lambda reply: number(0x6478696F, 0x125) + reply) | st.binary(max_size=100))
@@ -118,7 +118,7 @@ def test_arbitrary_replies_raise_only_oserror_or_remote_error(reply: bytes) -> N
 
     with tempfile.TemporaryDirectory() as directory, DaemonServer(Path(directory, "s"), greet=greet) as server:
         try:
-            Daemon(server.path, 5).close()
+            BlockingDaemon(server.path, 5).close()
         except (OSError, RemoteError):
             return
         assert number(LAST) in reply
@@ -136,7 +136,7 @@ def test_timeout_covers_the_whole_handshake(place: Path, *, drips: bool) -> None
     with DaemonServer(place, greet=drip) as server:
         began = time.monotonic()
         with pytest.raises(TimeoutError):
-            Daemon(server.path, 0.3)
+            BlockingDaemon(server.path, 0.3)
         given_up.set()
         assert time.monotonic() - began > 0.25
     assert greeting
@@ -167,7 +167,7 @@ def test_connection_on_the_event_loop_is_like_one_of_a_thread(place: Path, *, is
 
     with DaemonServer(place, greet=talk) as server:
         asyncio.run(ask(server.path))
-        daemon = Daemon(server.path, PATIENCE_S)
+        daemon = BlockingDaemon(server.path, PATIENCE_S)
         daemon.add_indirect_roots([ROOT, ROOT + "2"])
         daemon.close()
 
@@ -215,7 +215,7 @@ def test_collector_that_closes_each_connection_delays_no_longer_than_the_timeout
         DaemonServer(daemon_path) as server,
         socketserver.ThreadingUnixStreamServer(str(collector_path), Close) as collector,
         ThreadPoolExecutor(1) as threads,
-        Daemon(server.path, 1) as daemon,
+        BlockingDaemon(server.path, 1) as daemon,
     ):
         serving = threads.submit(collector.serve_forever, 0.02)
         with pytest.raises(TimeoutError):
@@ -226,7 +226,7 @@ def test_collector_that_closes_each_connection_delays_no_longer_than_the_timeout
 
 def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:
     with DaemonServer(place) as server:
-        daemon = Daemon(server.path, 5)
+        daemon = BlockingDaemon(server.path, 5)
         daemon.add_temp_roots([ROOT])
         assert not daemon.lost
     assert daemon.lost
@@ -234,4 +234,4 @@ def test_lost_is_true_after_the_daemon_ended(place: Path) -> None:
         daemon.add_temp_roots([ROOT + "2"])
     daemon.close()
     with pytest.raises(FileNotFoundError):
-        Daemon(server.path, 5)
+        BlockingDaemon(server.path, 5)

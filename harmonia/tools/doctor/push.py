@@ -4,7 +4,7 @@ from harmonia.config import credentials
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, RemoteError
 from harmonia.nix.signing import PublicKey
-from harmonia.store.nix_daemon import Daemon
+from harmonia.store.nix_daemon import BlockingDaemon
 from harmonia.tools.doctor.finding import Finding, Findings
 
 _TIMEOUT_S = 5.0
@@ -15,7 +15,7 @@ def check(settings: Settings, trusted: list[PublicKey]) -> Findings:
     if not settings.push.enable:
         return
     try:
-        Daemon(str(settings.daemon), _TIMEOUT_S).close()
+        BlockingDaemon(str(settings.daemon), _TIMEOUT_S).close()
     except (OSError, RemoteError) as error:
         what = f"every push will fail: the Nix daemon at {settings.daemon} does not answer: {error}"
         yield Finding("push", "error", what, "start it (systemctl start nix-daemon), or set daemon_socket")
