@@ -12,7 +12,7 @@ from harmonia.nix import base32
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.process.loop_reads import LoopReads
-from harmonia.push.importer import Upload
+from harmonia.push.importer import NeedsThreadError, Upload
 from harmonia.push.receiver import PushReceiver
 from support.daemon_server import DaemonServer
 from support.pusher import Pushed
@@ -38,12 +38,12 @@ def test_only_the_first_import_waits_a_second_for_one_that_hangs(receiver: PushR
     async def run(daemon: DaemonServer) -> None:
         hanging = start(receiver, 0)
         await asyncio.to_thread(wait_until, lambda: daemon.open)
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(NeedsThreadError):
             await start(receiver, 1)
         next_one = start(receiver, 2)
         for _ in range(5):
             await asyncio.sleep(0)
-        assert isinstance(next_one.exception(), BlockingIOError)
+        assert isinstance(next_one.exception(), NeedsThreadError)
         assert not hanging.done()
         hanging.cancel()
         await asyncio.gather(hanging, return_exceptions=True)
@@ -56,7 +56,7 @@ def test_path_with_many_references_is_not_imported_on_the_event_loop(receiver: P
     async def run() -> None:
         with pytest.raises(PushRefusedError):  # it gets as far as the daemon, which is missing
             await start(receiver, 0, references=100)
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(NeedsThreadError):
             await start(receiver, 1, references=1000)
 
     asyncio.run(run())
@@ -70,7 +70,7 @@ def test_spool_on_a_slow_disk_is_not_read_on_the_event_loop(
     monkeypatch.setattr(receiver.spool, "size", reads.append)
 
     async def run() -> None:
-        with pytest.raises(BlockingIOError):
+        with pytest.raises(NeedsThreadError):
             await start(receiver, 0)
 
     asyncio.run(run())

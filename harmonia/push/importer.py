@@ -6,6 +6,7 @@ The checks here refuse earlier, with better messages, and leave no incomplete pa
 
 import asyncio
 import logging
+import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +46,7 @@ MaySign = Callable[[str], bool]
 """Returns True if the pusher may have a path with this name signed by the server."""
 
 _OnDisk = Callable[[Callable[[], Any]], Any]
+"""Runs a short job that uses the disk, and returns its result."""
 
 _log = logging.getLogger("harmonia")
 
@@ -65,6 +67,10 @@ class Signer:
 
     key: SecretKey
     permits: Callable[[str], object]
+
+
+class NeedsThreadError(Exception):
+    """An import may take long, so that a thread has to do it instead of the event loop."""
 
 
 class Importer:
@@ -100,55 +106,54 @@ class Importer:
 
         Raises PushRefusedError if it cannot be imported.
         """
-        return run_blocking(
-            self._run(upload, may_sign, self._connections.borrowed(), self._check_stop, lambda job: job())
-        )
+        borrowed = self._connections.borrowed()
+        return run_blocking(self._import(upload, may_sign, borrowed, self._check_stop, operator.call))
 
     async def run_on_loop(self, upload: Upload, may_sign: MaySign) -> bool:
         """Import a path like `run`, on the event loop, one after the other.
 
         A thread would compete for the interpreter at each message to the daemon, and from it. Two imports would wait
         for each other in the daemon, which sleeps while its database is locked.
-        Raises BlockingIOError if a thread has to import the path, because that or another import may take long.
+        Raises NeedsThreadError if a thread has to import the path, because that or another import may take long.
         """
         info = upload.info
         if info.nar_size > _LOOP_BYTES or len(info.references) > _LOOP_REFERENCES:
-            raise BlockingIOError
+            raise NeedsThreadError
         if upload.compression not in _LOOP_COMPRESSIONS:
-            raise BlockingIOError
+            raise NeedsThreadError
         try:
             async with asyncio.timeout_at(self._turn_began + _MAX_TURN_S):
                 await self._loop_turn.acquire()
         except TimeoutError:
-            raise BlockingIOError from None
+            raise NeedsThreadError from None
         self._turn_began = asyncio.get_running_loop().time()
         try:
             if not self._loop_disk.allowed or self._loop_disk.run(partial(self._is_large, upload)):
-                raise BlockingIOError
+                raise NeedsThreadError
             borrowed = self._loop_connections.borrowed()
-            return await self._run(upload, may_sign, borrowed, _raise_blocking, self._loop_disk.run)
+            return await self._import(upload, may_sign, borrowed, _need_thread, self._loop_disk.run)
         finally:
             self._loop_turn.release()
 
     def _is_large(self, upload: Upload) -> bool:
         return upload.file_hash is not None and self._spool.size(upload.file_hash) > _LOOP_BYTES
 
-    async def _run(
+    async def _import(
         self,
         upload: Upload,
         may_sign: MaySign,
         borrowed: AbstractAsyncContextManager[DaemonClient],
-        wait: Callable[[], None],
+        before_wait: Callable[[], None],
         on_disk: _OnDisk,
     ) -> bool:
-        """Import a path. `wait` is called before each wait for another import of it, and `on_disk` runs short jobs."""
+        """Import a path. Call `before_wait` before each wait for another import of it. `on_disk` runs short jobs."""
         info = upload.info
         if info.nar_size > self._max_nar_bytes:
             what = f"the NAR has {info.nar_size} bytes, more than push.max_nar_size, {self._max_nar_bytes}"
             raise PushRefusedError(413, f"{what}; raise the setting")
         info = self._signed(info, may_sign)
         try:
-            with self._locks.locked(info.path, wait):
+            with self._locks.locked(info.path, before_wait):
                 async with borrowed as daemon:
                     others = [self._full(path) for path in info.references if path != info.path]
                     # The temporary roots last until long after the persistent one is made.
@@ -164,8 +169,6 @@ class Importer:
         except DaemonError as error:
             self._check_signatures(info)
             raise _refused(info.path, error) from None
-        except BlockingIOError:
-            raise
         except (OSError, RemoteError) as error:
             _log.error("%s: import failed: %s; the client has to push it again", info.path, error)
             raise PushRefusedError(409, "the import failed; push again, or see the server's log") from None
@@ -326,5 +329,5 @@ def _refused(path: StorePath, error: DaemonError) -> PushRefusedError:
     return PushRefusedError(409, f"{why}; see the server's log")
 
 
-def _raise_blocking() -> None:
-    raise BlockingIOError
+def _need_thread() -> None:
+    raise NeedsThreadError

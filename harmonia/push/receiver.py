@@ -22,7 +22,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.process.loop_reads import LoopReads
 from harmonia.push.connections import HOLD_S, DaemonConnections, connect
-from harmonia.push.importer import Importer, MaySign, Signer, Upload
+from harmonia.push.importer import Importer, MaySign, NeedsThreadError, Signer, Upload
 from harmonia.push.log_store import IncomingLog, LogStore
 from harmonia.push.loop_daemon import LoopDaemon
 from harmonia.push.path_locks import PathLocks
@@ -144,7 +144,7 @@ class PushReceiver:
         """Import a path like `start_import`, as long as the caller is not cancelled."""
         try:
             is_new = await self.importer.run_on_loop(upload, may_sign)
-        except BlockingIOError:
+        except NeedsThreadError:
             run = partial(self.importer.run, upload, may_sign)
             is_new = await asyncio.get_running_loop().run_in_executor(self._importing, run)
         self.counters.pushed_paths += is_new
