@@ -26,8 +26,8 @@ from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upload.http_target import HttpTarget
 from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.queue import UploadQueue
+from harmonia.upload.queue_uploader import QueueUploader
 from harmonia.upload.uploader import Uploader
-from harmonia.upload.watcher import Watcher
 from support import preloaded
 from support.pages import ROOT
 from support.put_server import PutServer, put_server
@@ -417,17 +417,16 @@ class TestService:
         async def run(queue: UploadQueue, nars: NarFiles) -> None:
             target = HttpTarget(cache.url, "/nix/store", attempts=1)
             uploader = Uploader(Store.of(settings), target, nars, jobs=1)
-            watcher = Watcher(
-                Store.of(settings), "", queue, target, uploader, wanted=lambda _: True, new_paths=False, roots=()
-            )
-            running = asyncio.create_task(watcher.run(lambda: None))
+            uploads = QueueUploader(Store.of(settings), queue, target, uploader)
+            running = asyncio.create_task(uploads.run())
             async with asyncio.timeout(PATIENCE_S):
-                await asyncio.to_thread(wait_until, lambda: watcher.target_answers)
+                await asyncio.to_thread(wait_until, lambda: uploads.target_answers)
                 await asyncio.sleep(0.1)  # it has looked at the queue, and waits
-                await watcher.add([store.output_path("new")])
+                await uploads.add([store.output_path("new")])
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
             assert running.cancelled()
+            uploads.close()
             uploader.close()
             await target.close()
 

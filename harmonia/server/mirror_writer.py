@@ -23,9 +23,9 @@ from harmonia.server.served_paths import ServedPaths
 from harmonia.store.store import Store
 from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.queue import UploadQueue
+from harmonia.upload.queue_uploader import QueueUploader
 from harmonia.upload.task_group import task_group
 from harmonia.upload.uploader import Uploader
-from harmonia.upload.watcher import Watcher
 
 _JOBS = 4  # NARs at once: 16 MiB of memory for each
 _RETRY_S = 10.0  # after an error of the queue's disk
@@ -74,22 +74,20 @@ async def _write_queued(context: ServerContext, served: ServedPaths) -> None:
         nars = stack.enter_context(closing(NarFiles(settings, store.real_dir, directory)))
         uploader = Uploader(store, target, nars, jobs=_JOBS, keys=context.keys)
         stack.enter_context(closing(uploader))
-        watcher = Watcher(
-            store, settings.database, queue, target, uploader, wanted=lambda _: True, new_paths=False, roots=()
-        )
+        uploads = stack.enter_context(closing(QueueUploader(store, queue, target, uploader)))
         async with task_group() as group:
-            group.create_task(watcher.run(lambda: None))
-            group.create_task(_queue(watcher, served))
-            group.create_task(_sample(context, watcher, uploader))
+            group.create_task(uploads.run())
+            group.create_task(_queue(uploads, served))
+            group.create_task(_sample(context, uploads, uploader))
 
 
-async def _queue(watcher: Watcher, served: ServedPaths) -> None:
+async def _queue(uploads: QueueUploader, served: ServedPaths) -> None:
     while True:
-        await watcher.add(await served.take())
+        await uploads.add(await served.take())
 
 
-async def _sample(context: ServerContext, watcher: Watcher, uploader: Uploader) -> None:
+async def _sample(context: ServerContext, uploads: QueueUploader, uploader: Uploader) -> None:
     """Copy the counters into shared memory, where the workers read them."""
     while True:
-        metrics.sample_mirror(context, watcher, uploader, await watcher.statistics())
+        metrics.sample_mirror(context, uploads, uploader, await uploads.statistics())
         await asyncio.sleep(_SAMPLE_S)

@@ -28,6 +28,7 @@ from harmonia.store.store import Store
 from harmonia.upload.http_target import HttpTarget
 from harmonia.upload.nar_files import NarFiles
 from harmonia.upload.queue import Statistics, UploadQueue
+from harmonia.upload.queue_uploader import QueueUploader
 from harmonia.upload.target import Target
 from harmonia.upload.uploader import Uploader
 from harmonia.upload.watcher import Watcher
@@ -58,12 +59,12 @@ async def serve(settings: Settings, url: str, keys: Sequence[SecretKey], jobs: i
         wanted, excluded = filters(watch, store)
         uploader = Uploader(store, target, nars, jobs=jobs, keys=keys, excluded=excluded)
         stack.enter_context(closing(uploader))
+        uploads = stack.enter_context(closing(QueueUploader(store, queue, target, uploader)))
         watcher = Watcher(
             store,
             settings.database,
-            queue,
-            target,
             uploader,
+            uploads,
             wanted=wanted,
             new_paths=watch.new_paths,
             roots=watch.gc_roots,
@@ -77,7 +78,7 @@ async def serve(settings: Settings, url: str, keys: Sequence[SecretKey], jobs: i
 
         running = [
             asyncio.create_task(watcher.run(ready)),
-            asyncio.create_task(_report(watcher, uploader, watch.metrics_file)),
+            asyncio.create_task(_report(uploads, uploader, watch.metrics_file)),
             asyncio.create_task(stop.wait()),
         ]
         try:
@@ -120,18 +121,18 @@ def filters(watch: Watch, store: Store) -> tuple[Callable[[PathInfo], bool], Cal
     return wanted, excluded
 
 
-async def _report(watcher: Watcher, uploader: Uploader, metrics_file: str | None) -> None:
+async def _report(uploads: QueueUploader, uploader: Uploader, metrics_file: str | None) -> None:
     """Write the metrics, and feed the watchdog, as long as the event loop and the thread of the queue work."""
     watchdog = systemd.watchdog_interval()
     pause = min(_REPORT_S, watchdog / 2) if watchdog else _REPORT_S
     is_failing = False
     while True:
-        statistics = await watcher.statistics()
+        statistics = await uploads.statistics()
         if watchdog:
             systemd.notify("WATCHDOG=1")
         if metrics_file is not None:
             try:
-                await asyncio.to_thread(write_metrics, metrics_file, watcher, uploader, statistics)
+                await asyncio.to_thread(write_metrics, metrics_file, uploads, uploader, statistics)
                 is_failing = False
             except OSError as error:
                 if not is_failing:
@@ -140,23 +141,23 @@ async def _report(watcher: Watcher, uploader: Uploader, metrics_file: str | None
         await asyncio.sleep(pause)
 
 
-def write_metrics(path: str, watcher: Watcher, uploader: Uploader, statistics: Statistics) -> None:
+def write_metrics(path: str, uploads: QueueUploader, uploader: Uploader, statistics: Statistics) -> None:
     """Write the metrics to a file, atomically. Raises OSError if that fails."""
     registry = CollectorRegistry()
-    registry.register(_Families(watcher, uploader, statistics))
+    registry.register(_Families(uploads, uploader, statistics))
     write_to_textfile(path, registry)
 
 
 class _Families(Collector):
-    def __init__(self, watcher: Watcher, uploader: Uploader, statistics: Statistics) -> None:
-        self._watcher = watcher
+    def __init__(self, uploads: QueueUploader, uploader: Uploader, statistics: Statistics) -> None:
+        self._uploads = uploads
         self._uploader = uploader
         self._statistics = statistics
 
     def collect(self) -> list[Metric]:
-        counts, (items, failing, oldest) = self._watcher.counts, self._statistics
+        counts, (items, failing, oldest) = self._uploads.counts, self._statistics
         age = 0.0 if oldest is None else max(time.time() - oldest, 0.0)
-        answers = float(self._watcher.target_answers)
+        answers = float(self._uploads.target_answers)
         return [
             GaugeMetricFamily("harmonia_watch_queued_paths", "Store paths in the queue.", items),
             GaugeMetricFamily("harmonia_watch_failing_paths", "Queued paths that failed at least once.", failing),

@@ -13,8 +13,8 @@ from harmonia.push.receiver import Counters as PushCounters
 from harmonia.server.context import ServerContext
 from harmonia.server.http.response import Representation
 from harmonia.upload.queue import Statistics
+from harmonia.upload.queue_uploader import QueueUploader
 from harmonia.upload.uploader import Uploader
-from harmonia.upload.watcher import Watcher
 
 TOTALS = (
     *(f"cache_{counter.name}" for counter in fields(Counters)),
@@ -47,14 +47,14 @@ def sample_warmer(context: ServerContext, compressor: Compressor, counts: Mappin
     _sample(context, compressor, (*pushed, *warmed))
 
 
-def sample_mirror(context: ServerContext, watcher: Watcher, uploader: Uploader, queued: Statistics) -> None:
+def sample_mirror(context: ServerContext, uploads: QueueUploader, uploader: Uploader, queued: Statistics) -> None:
     """Copy the counters of the process that writes to the mirror."""
     others = (0,) * (len(context.metrics.totals) - len(MIRROR_TOTALS))
     own = context.metrics.own
-    own.sample((*others, watcher.counts["uploaded"], watcher.counts["failed"], uploader.uploaded_bytes), 0)
+    own.sample((*others, uploads.counts["uploaded"], uploads.counts["failed"], uploader.uploaded_bytes), 0)
     own.mirror_queued, own.mirror_failing = queued.items, queued.failing
     own.mirror_oldest = queued.oldest or 0
-    own.mirror_up = watcher.target_answers
+    own.mirror_up = uploads.target_answers
 
 
 def _sample(context: ServerContext, compressor: Compressor, more: Iterable[int]) -> None:
