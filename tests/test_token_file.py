@@ -167,6 +167,13 @@ def test_create_with_a_duration_prints_a_line_that_expires(tmp_path: Path) -> No
     assert before - 1 <= ends - 90 * DAY_S <= time.time()
 
 
+@pytest.mark.parametrize("end", ["2025-01-01", "2025-01-01T12:00:00Z", time.strftime("%Y-%m-%dT00:00:00Z")])
+def test_create_with_a_past_end_is_an_error(end: str) -> None:
+    made = run("token", "create", "ci", "--until", end)
+    assert (made.returncode, made.stdout) == (2, "")
+    assert f"{end!r} is past; give a later end" in made.stderr
+
+
 def test_token_called_like_a_command_can_be_created() -> None:
     made = run("token", "create", "list")
     assert made.returncode == 0

@@ -40,12 +40,16 @@ class _Scope(click.Choice[str]):
 def _parse_end(text: str) -> float:
     """Return the end of a token in seconds since 1970: a day, a time with zone, or a duration from now.
 
-    Raises BadParameter if `text` is none of these.
+    Raises BadParameter if `text` is none of these, or is past.
     """
+    now = time.time()
     with suppress(FormatError):
-        return tokens.parse_end(text)
+        end = tokens.parse_end(text)
+        if end <= now:
+            raise click.BadParameter(f"{text!r} is past; give a later end, or a duration like 90d")
+        return end
     with suppress(FormatError):
-        end = float(int(time.time() + amounts.duration(text)))
+        end = float(int(now + amounts.duration(text)))
         if end <= tokens.LAST_END_S:
             return end
     raise click.BadParameter(
