@@ -97,6 +97,8 @@ def test_details_of_a_path_are_shown(start: Start, store: StoreBuilder, tmp_path
     lines = cache(server, "show", f"/nix/store/{info.path}").splitlines()
     assert f"fileSize: {len(body)}" in lines
     assert f"paths: /nix/store/{info.path}" in lines
+    used_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(shown["lastUsed"]))
+    assert f"lastUsed: {used_at}" in lines
 
 
 def test_nar_of_a_collected_path_is_known_by_its_file(start: Start, store: StoreBuilder, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def show(config_file: str | None, paths: Sequence[str], *, as_json: bool) -> Non
         _print_json(store, found, nars)
         return
     for nar in found:
-        for name, value in _fields(store, nar, nars).items():
+        used_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(nar.used_at))
+        for name, value in (_fields(store, nar, nars) | {"lastUsed": used_at}).items():
             for text in value if isinstance(value, list) else [value]:
                 click.echo(f"{name}: {'unknown' if text is None else text}")
         click.echo()
