@@ -153,7 +153,7 @@ def test_signatures_count_only_if_nix_demands_them(
     client = Asking(tmp_path / "client")
     client.conf.write_text(f"{conf}\nsubstituters = {start(store=tmp_path / 'store').url}{options}\n")
     value = client.why(path, "--substituters", status=status)
-    demands_none = f"{path}: nix.conf demands no signature for this cache"
+    demands_none = f"{path}: signed by site-1, which is not checked here"
     assert (demands_none in [reason["text"] for reason in value["sources"][0]["reasons"]]) is (status == 0)
 
 
@@ -313,6 +313,12 @@ def test_server_explains_its_own_store_and_its_upstreams(start: Start, tmp_path:
         file.write(f"[[upstream]]\nurl = '{upstream.url}'\npublic_keys = ['{KEY.public_key}']\n")
     value = local.why(path, status=0)
     assert [source["source"] for source in value["sources"]] == ["this server", f"upstream {upstream.url}"]
+    named = f"public_keys = ['{KEY.public_key}']"
+    text = local.config.read_text()
+    local.config.write_text(text.replace(named, f"public_keys = ['{SecretKey.generate('other-1').public_key}']"))
+    assert local.why(path)["sources"][1]["reasons"][-1]["code"] == "closure"
+    local.config.write_text(text.replace(named, ""))  # without keys, the server passes on all paths
+    assert local.why(path, status=0)["summary"] == f"{path} is available from upstream {upstream.url}."
 
 
 def test_damaged_files_are_named(store: StoreBuilder, tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def test_each_upstream_is_asked_for_a_missing_path(start: Start, tmp_path: Path)
     value = explained(start(store=tmp_path / "store", settings=f"{BROWSE}{near}{far}"), path)
     assert codes(value) == ["not_valid", "upstream_has", "upstream_lacks"]
     assert value["available"]
+    assert value["reasons"][-1]["text"].startswith(f"the upstream {dead} gives no usable answer: ")
+    assert value["reasons"][-1]["text"].count(dead) == 1
     assert value["summary"] == f"the upstream {upstream.url} has it, signed by stored-1"
     refused = explained(start(store=tmp_path / "store", settings=f"{BROWSE}{strict}"), path)
     assert not refused["available"]

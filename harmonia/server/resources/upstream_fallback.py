@@ -325,7 +325,8 @@ def _present(response: RemoteAnswer | None) -> RemoteAnswer:
 def _reason(base: str, answer: RemotePath | UpstreamError | None) -> explain.Reason:
     """Return what an upstream answers for a path, in words."""
     if isinstance(answer, UpstreamError):
-        return explain.Reason(explain.Code.UPSTREAM_LACKS, f"the upstream {base} is asked in vain: {answer}")
+        cause = str(answer).removeprefix(f"{base}: ")
+        return explain.Reason(explain.Code.UPSTREAM_LACKS, f"the upstream {base} gives no usable answer: {cause}")
     if answer is None:
         return explain.Reason(explain.Code.UPSTREAM_LACKS, f"the upstream {base} does not have it")
     signers = ", ".join(dict.fromkeys(sig.partition(":")[0] for sig in answer.info.sigs)) or "nobody"
