@@ -26,7 +26,7 @@ def command(config_file: str | None, *, text_only: bool) -> None:
     """Check the settings, and show where each value comes from.
 
     The settings are checked against this machine, as when the server starts. Two problems only show when the server
-    starts: the port is in use, or the cache directory is not writable.
+    starts: the port is in use, or the cache directory or `push.state_dir` is not writable.
 
     The output is an equivalent configuration file. Each line sets one value, followed by its source: file and line,
     environment variable, or default.

@@ -71,6 +71,7 @@ class PushReceiver:
         self.counters = Counters()
         self.spool = Spool(directory, amounts.size(rules.spool_size), max_nar_bytes)
         self.roots = open_roots(settings)
+        self.roots.create()
         self.logs = LogStore(os.path.join(str(rules.state_dir), "push-logs"), rules.keep)
         locks = PathLocks(os.path.join(directory, ".path-locks"))
         key = credentials.push_key(settings)

@@ -4,6 +4,7 @@ A root lasts for `push.keep` after the last push or download of its path, which 
 A pinned root lasts until it is dropped. The Nix daemon forgets a root whose symlink is gone.
 """
 
+import errno
 import os
 import time
 from collections.abc import Iterable
@@ -37,6 +38,12 @@ class PushRoots:
         self._directory = directory
         self._store_dir = store_dir
         self._keep_s = keep_s
+
+    def create(self) -> None:
+        """Create the directory. Raises OSError if it cannot be created or written to."""
+        os.makedirs(self._directory, 0o700, exist_ok=True)
+        if not os.access(self._directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self._directory)
 
     def make(self, path: StorePath) -> str:
         """Make the symlink of a root, or renew it, and return it. The daemon must learn it, and the path be valid.
