@@ -295,6 +295,13 @@ def test_newest_paths_appear_and_vanish_without_a_reload(
     assert page.run("document.querySelector('#newest a').href") == f"{server.url}/path/{new.path.hash_part}"
 
 
+def test_path_does_not_need_itself(page: Page, urls: dict[str, str]) -> None:
+    page.open(urls["path"])  # of hello, which refers to itself and to its library
+    assert "This path needs 1 path." in page.run("document.querySelector('main').innerText")
+    links = page.run("[...document.querySelectorAll('.columns a')].map((link) => link.innerText)")
+    assert links == ["libgreet-1.3.0", "demo-environment"]
+
+
 def test_error_page_links_to_the_landing_page_and_the_search(page: Page, urls: dict[str, str], server: Server) -> None:
     page.open(urls["error"])
     assert page.run("document.querySelector('h1').innerText") == "Not Found"

@@ -171,7 +171,7 @@ async def path(context: ServerContext, request: Request, hash_part: str) -> Repr
     command = landing.command(
         f"nix-store --realise {full_path}", origin.base_url(request, context.settings), context.trusted_keys
     )
-    references = sorted(info.references, key=queries.by_name)
+    references = sorted(set(info.references) - {info.path}, key=queries.by_name)
     unpublished = {path for path in references[:_MAX_SHOWN] if not await context.paths.is_published(path)}
 
     document = page.begin(context, request, info.path.name, "../")
