@@ -49,13 +49,18 @@ class _JsonFormatter(logging.Formatter):
         event |= {"message": _cut(super().format(record))} if fields is None else fields
         if (request_id := getattr(record, "request_id", None)) is not None:
             event["request_id"] = request_id
-        line = json.dumps(event)
+        line = json.dumps({name: _valid(value) if isinstance(value, str) else value for name, value in event.items()})
         return f"<{_PRIORITIES[record.levelno]}>{line}" if self._journal else line
 
 
 def _iso_time(record: logging.LogRecord) -> str:
     """Return the local time of an event with its UTC offset, like 2026-11-29T17:32:25.123+01:00."""
     return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
+def _valid(text: str) -> str:
+    """Return the text with each byte that is not UTF-8 escaped: some parsers reject JSON with lone surrogates."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _cut(line: str) -> str:
