@@ -79,13 +79,26 @@ def test_netrc_file_is_that_of_nix(tmp_path: Path) -> None:
 
 @pytest.mark.nix
 @needs("nix")
-def test_nix_trusts_the_same_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "trusted"),
+    [
+        ({}, ["one", "two"]),
+        ({"XDG_CONFIG_DIRS": "{}/xdg"}, ["three", "two"]),
+        ({"NIX_USER_CONF_FILES": "{}/xdg/nix/nix.conf:{}/.config/nix/nix.conf"}, ["three"]),
+        ({"NIX_USER_CONF_FILES": "{}/.config/nix/nix.conf:{}/xdg/nix/nix.conf"}, ["three", "two"]),
+    ],
+)
+def test_nix_trusts_the_same_keys(tmp_path: Path, variables: dict[str, str], trusted: list[str]) -> None:
     (tmp_path / ".config/nix").mkdir(parents=True)
+    (tmp_path / "xdg/nix").mkdir(parents=True)
+    (tmp_path / "xdg/nix/nix.conf").write_text(f"trusted-public-keys = {THREE}\n")
     (tmp_path / ".config/nix/nix.conf").write_text("include more.conf\n")
     (tmp_path / ".config/nix/more.conf").write_text(f"extra-trusted-public-keys = {TWO}\n")
     (tmp_path / "nix.conf").write_text(f"trusted-public-keys = {ONE} # one\n")
     environment = {"NIX_CONF_DIR": str(tmp_path), "HOME": str(tmp_path)}
+    environment |= {name: value.format(tmp_path, tmp_path) for name, value in variables.items()}
     command = ["nix", "--extra-experimental-features", "nix-command", "show-config"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=True)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("trusted-public-keys = ")]
     assert line.split()[2:] == [str(key) for key in trusted_keys(environment)]
+    assert [key.name for key in trusted_keys(environment)] == trusted

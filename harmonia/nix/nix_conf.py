@@ -32,12 +32,11 @@ class NixConf:
         With `by_daemon`, the settings of this user's own file and of NIX_CONFIG count as far as the Nix daemon obeys
         them, if this user has to ask it: it obeys only `trusted-users`.
         """
-        home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".config")
         directory = environ.get("NIX_CONF_DIR") or "/etc/nix"
         self._of_system = list(_file(file or os.path.join(directory, "nix.conf"), 0))
         self._of_user: list[tuple[str, str]] = []
         if file is None:
-            self._of_user += _file(os.path.join(home, "nix/nix.conf"), 0)
+            self._of_user += (setting for each in _user_files(environ) for setting in _file(each, 0))
             self._of_user += _settings(environ.get("NIX_CONFIG", ""), "/", 0)
         self._netrc = os.path.join(directory, "netrc")
         self._is_restricted = by_daemon and file is None and asks_daemon(environ) and not self._trusts_this_user()
@@ -104,6 +103,15 @@ def asks_daemon(environ: Mapping[str, str]) -> bool:
     state = environ.get("NIX_STATE_DIR") or "/nix/var/nix"
     socket = environ.get("NIX_DAEMON_SOCKET_PATH") or os.path.join(state, "daemon-socket/socket")
     return not os.access(state, os.R_OK | os.W_OK) and os.path.exists(socket)
+
+
+def _user_files(environ: Mapping[str, str]) -> list[str]:
+    """Return the files with settings of this user. Later ones override earlier ones (Nix `getUserConfigFiles`)."""
+    if names := environ.get("NIX_USER_CONF_FILES"):
+        return names.split(":")[::-1]
+    home = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".config")
+    directories = [home, *(environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(":")]
+    return [os.path.join(directory, "nix/nix.conf") for directory in reversed(directories)]
 
 
 def _file(path: str, depth: int) -> Iterator[tuple[str, str]]:
