@@ -396,5 +396,5 @@ def test_text_begins_with_one_sentence(store: StoreBuilder, tmp_path: Path) -> N
     first, _, rest = done.stdout.partition("\n")
     cause = f"no path with the hash {'0' * 32} is valid in the store of this server"
     assert first == f"{'0' * 32} is not available: this server: {cause}."
-    assert "  ✗ no path" in rest
+    assert rest.startswith("this server, priority 30\n  ✗ no path")
     assert "      → build it" in rest

@@ -241,8 +241,8 @@ def _upstream(settings: Settings, number: int, client: NixClient, sample: str) -
 def _print(sample: str, verdicts: Sequence[Verdict], own: Sequence[Reason]) -> None:
     console = progress.console()
     console.print(Text(_summary(sample, verdicts, own)), style="bold")
-    for verdict in (*verdicts, *([Verdict("the client's Nix", 0, own)] if own else [])):
-        console.print(Text(verdict.url))
+    for verdict in (*verdicts, *([Verdict("the client's Nix", LAST, own)] if own else [])):
+        console.print(Text(verdict.url + (f", priority {verdict.priority}" if verdict.priority < LAST else "")))
         for reason in verdict.reasons:
             mark, style = ("✗", "red") if reason.decides else ("·", "")
             console.print(Text(f"  {mark} {reason.text}"), style=style)
