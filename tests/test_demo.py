@@ -147,15 +147,16 @@ class TestNixAgrees:
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'copied').add_source('source-1.0', source).path}"
         assert added == f"/nix/store/{StoreBuilder(tmp_path / 'described').add_source('source-1.0', tree).path}"
 
-    def test_printed_copy_command_works_for_two_demo_stores_with_different_keys(self, nix: Nix, tmp_path: Path) -> None:
-        bind = "127.0.0.1:0"
+    def test_printed_copy_command_works_for_two_demo_stores_with_different_keys(
+        self, nix: Nix, tmp_path: Path, new_port: Callable[[], int]
+    ) -> None:
+        bind = f"127.0.0.1:{new_port()}"  # the same URL, because Nix remembers what it fetched from there
         for number in (1, 2):
             copy, directory = tmp_path / f"copy-{number}", tmp_path / f"demo-{number}"
             printed = re.search(r"(?m)^  (nix (?:.*\\\n)*.*)", run("demo", str(directory)).stdout)
             assert printed
             server = Server(tmp_path / f"server-{number}", directory, bind=bind)
             server.start()
-            bind = server.url.removeprefix("http://")  # the same URL, because Nix remembers what it fetched from there
             command = printed[1].replace("http://localhost:5000", server.url).replace("/tmp/demo-copy", str(copy))
             copied = nix("sh", "-c", command)
             assert server.stop() == 0

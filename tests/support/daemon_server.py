@@ -32,12 +32,16 @@ class DaemonServer:
     ) -> None:
         self.path = str(path)
         self.roots: list[str] = []
-        self.open: list[list[str]] = []
-        """The roots of each open connection."""
+        self._open: dict[int, list[str]] = {}
         self._version = version
         self.answer = answer
         self._greet = greet
         self._connections: list[socket.socket] = []
+
+    @property
+    def open(self) -> list[list[str]]:
+        """Return the roots of each open connection, in the order in which the connections began."""
+        return list(self._open.values())
 
     def __enter__(self) -> Self:
         self._listening = socket.socket(socket.AF_UNIX)
@@ -68,7 +72,7 @@ class DaemonServer:
 
     def _serve(self, connection: socket.socket) -> None:
         roots: list[str] = []
-        self.open.append(roots)
+        self._open[id(roots)] = roots
         with connection, suppress(OSError, EOFError):
             if self._greet is not None:
                 self._greet(connection)
@@ -76,7 +80,7 @@ class DaemonServer:
                     pass
             else:
                 self._talk(connection, roots)
-        self.open[:] = [each for each in self.open if each is not roots]
+        del self._open[id(roots)]
 
     def _talk(self, connection: socket.socket, roots: list[str]) -> None:
         self._agree(connection)

@@ -214,11 +214,15 @@ class Folder:
         obstore.delete(self.store, f"{self.prefix}/{key}")
 
     def paths(self) -> dict[str, tuple[PathInfo, NarFile]]:
-        """Return the parsed narinfos by hash part."""
+        """Return the parsed narinfos by hash part, without those that are deleted meanwhile.
+
+        The service may execute the last request of a killed process after that process has ended.
+        """
         found = {}
         for key in self.objects():
             if key.endswith(".narinfo"):
-                found[key.removesuffix(".narinfo")] = narinfo.parse(self.get(key).decode(), "/nix/store")
+                with suppress(FileNotFoundError):
+                    found[key.removesuffix(".narinfo")] = narinfo.parse(self.get(key).decode(), "/nix/store")
         return found
 
     def check_closed(self) -> None:
