@@ -16,7 +16,7 @@ from harmonia.metrics.outcome import Outcome
 from harmonia.tools.store_builder import StoreBuilder
 from support.pages import ROOT
 from support.programs import require
-from support.running import PATIENCE_S, Server, file_url, wait_until
+from support.running import PATIENCE_S, Server, file_url, pauses, wait_until
 
 Start = Callable[..., Server]
 
@@ -78,8 +78,10 @@ def prometheus(start: Start, tmp_path: Path, new_port: Callable[[], int]) -> Ite
 
 def eventually(running: Prometheus, expression: str) -> list[Any]:
     """Return the result of a query as soon as it has one."""
-    wait_until(lambda: running.query(expression))
-    return running.query(expression)
+    for _ in pauses(expression):
+        if found := running.query(expression):
+            return found
+    raise AssertionError
 
 
 def test_four_numbers_come_first_and_every_query_is_valid(prometheus: tuple[Prometheus, Server, str]) -> None:

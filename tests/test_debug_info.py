@@ -76,6 +76,17 @@ def lookup(index: DebugInfo, build_id: str) -> list[StorePath]:
     return paths
 
 
+def never_done_with(last: bytes) -> Callable[[bytes], Iterator[str]]:
+    """Return a function that finds build ids, and waits until its process is killed at the path `last`."""
+
+    def halting(root: bytes) -> Iterator[str]:
+        while root == last:
+            time.sleep(1)
+        return build_ids(root)
+
+    return halting
+
+
 def index_file(directory: Path) -> Path:
     [path] = directory.glob("*.sqlite")
     return path
@@ -352,13 +363,20 @@ class TestDamage:
         assert lookup(index, ONE) == [good.path]
 
     def test_process_killed_while_it_writes_leaves_a_valid_index(
-        self, builder: StoreBuilder, open_index: Open, directory: Path, scanned: list[bytes]
+        self,
+        builder: StoreBuilder,
+        open_index: Open,
+        directory: Path,
+        scanned: list[bytes],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         one = add(builder, "one-debug", ONE)
         add_rows(builder, 20_000)
         two = add(builder, "two-debug", TWO)
-        process = multiprocessing.get_context("fork").Process(target=open_index().update)
-        process.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(debug_index, "build_ids", never_done_with(builder.real_path(two.path)))
+            process = multiprocessing.get_context("fork").Process(target=open_index().update)
+            process.start()
         reader = open_index()
         while not reader.look_up(ONE)[0]:
             assert process.is_alive()

@@ -124,10 +124,12 @@ for line in sys.stdin:
 
 class TestChanges:
     def test_new_path_ends_the_wait(self, builder: StoreBuilder, changes: DatabaseChanges) -> None:
-        threading.Timer(0.05, add, (builder, "new")).start()
+        adding = threading.Timer(0.05, add, (builder, "new"))
+        adding.start()
         began = time.monotonic()
         assert changes.wait(LONG_S)
         assert time.monotonic() - began < LONG_S / 2
+        adding.join()
 
     def test_commit_into_an_open_log_is_noticed(self, builder: StoreBuilder, new: NewPaths) -> None:
         """Nix keeps the database and its log open, so a commit creates no file."""

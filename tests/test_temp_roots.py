@@ -229,7 +229,7 @@ def test_silent_daemon_delays_no_download(start: Start, sample: Sample, socket_p
         server = start(store=sample.root, settings=f"daemon_socket = '{socket_path}'", program=patient)
         for _ in range(3):  # a client that waits for the daemon fails after PATIENCE_S
             assert sha256(server.get(nar_url(sample.big)).body).digest() == sample.big.nar_hash
-        assert daemon.open == [[]]
+        wait_until(lambda: daemon.open == [[]])
 
 
 def test_empty_daemon_socket_disables_roots(start: Start, socket_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_create_with_a_duration_prints_a_line_that_expires(tmp_path: Path) -> No
     file = tmp_path / "tokens"
     file.write_text(next(line for line in made.stdout.splitlines() if " until:" in line))
     [row] = json.loads(harmonia(file, "list", "--json").stdout)
-    ends = time.mktime(time.strptime(row["expires"], "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
+    ends = datetime.fromisoformat(row["expires"]).timestamp()
     assert before - 1 <= ends - 90 * DAY_S <= time.time()
 
 

@@ -224,24 +224,26 @@ while True:
 """
 
 
-def work_until_killed(file: Path, seconds: float) -> list[str]:
-    """Return what a process has uploaded until it was killed."""
+def work_until_killed(file: Path, seconds: float, *, least: int = 0) -> list[str]:
+    """Return what a process has uploaded until it was killed, so many seconds after its upload of `least` paths."""
     worker: subprocess.Popen[str] = popen(
         [*PATCHED, WORKER, str(file)], env=os.environ, stdout=subprocess.PIPE, text=True
     )
     with worker:
         assert worker.stdout
         worker.stdout.readline()
+        uploaded = [worker.stdout.readline().strip() for _ in range(least)]
         time.sleep(seconds)
         os.kill(worker.pid, signal.SIGKILL)
-        return worker.stdout.read().split()
+        return uploaded + worker.stdout.read().split()
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_process_loses_no_path(tmp_path: Path, kills: int) -> None:
     file = tmp_path / "queue.sqlite"
     chance = random.Random(1)
-    uploaded = [name for _ in range(kills) for name in work_until_killed(file, chance.uniform(0, 0.06))]
+    uploaded = [name for _ in range(kills - 1) for name in work_until_killed(file, chance.uniform(0, 0.06))]
+    uploaded += work_until_killed(file, chance.uniform(0, 0.06), least=1)  # some are, also on a slow disk
     with closing(UploadQueue(str(file))) as queue:
         cursor = queue.cursor()
         assert cursor

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import socket
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -76,6 +75,11 @@ class Watch:
             )
         wait_until(lambda: self.text().count("uploading new paths") > before or process.poll() is not None)
         assert process.poll() is None, self.text()
+
+    def record_statistics(self) -> None:
+        """Let the next process write its metrics often, for `statistics`."""
+        (self.directory / "run").mkdir()
+        self.environment |= {"RUNTIME_DIRECTORY": str(self.directory / "run"), "WATCHDOG_USEC": "500000"}
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -156,7 +160,7 @@ class TestNewPaths:
 
         cache.fault = fault
         large = add(store, "large", os.urandom(3 << 20))
-        wait_until(lambda: any((watch.state / "upload" / "nar").iterdir()) or held)
+        wait_until(lambda: any((watch.state / "upload" / "nar").iterdir()))
         small = [add(store, f"small-{number}") for number in range(20)]
         watch.wait_for(*small)
         assert not (cache.directory / f"{large.path.hash_part}.narinfo").exists()
@@ -169,11 +173,11 @@ class TestNewPaths:
         self, store: StoreBuilder, cache: PutServer, watch: Watch, count: int
     ) -> None:
         """The target is down meanwhile, so that all of them wait in the queue."""
-        (watch.directory / "run").mkdir()
-        watch.environment = {"RUNTIME_DIRECTORY": str(watch.directory / "run"), "WATCHDOG_USEC": "500000"}
+        watch.record_statistics()
         watch.start()
         first = add(store, "first")
         watch.wait_for(first)
+        wait_until(lambda: statistics(watch).items() >= {"uploaded_paths_total": 1, "queued_paths": 0}.items())
         assert watch.process
         before = peak_bytes(watch.process.pid)
         cache.stop()
@@ -529,11 +533,12 @@ class TestHook:
     def test_handed_over_paths_survive_a_kill(self, store: StoreBuilder, watch: Watch, tmp_path: Path) -> None:
         address = tmp_path / "socket"
         watch.settings = f"new_paths = false\nsocket = '{address}'"
+        watch.record_statistics()
         watch.cache.fault = lambda _method, _path: 503
         watch.start()
         built = add(store, "built")
         self.run_hook(address, built)
-        wait_until(lambda: queued(watch.state) == [built.path])
+        wait_until(lambda: statistics(watch)["queued_paths"] == 1)
         watch.stop(signal.SIGKILL)
         watch.cache.fault = lambda _method, _path: None
         watch.start()
@@ -571,12 +576,3 @@ class TestHook:
             deaf.listen(0)
             for _ in range(3):  # the backlog is full after two
                 self.run_hook(tmp_path / "deaf", info)
-
-
-def queued(state: Path) -> list[str]:
-    """Wait for the end of a transaction, and return the paths in the queue, without its writer's lock."""
-    with closing(sqlite3.connect(f"file:{state}/watch.sqlite?immutable=1", uri=True)) as connection:
-        paths = [path for (path,) in connection.execute("select path from Items")]
-    # Until a transaction ends, its pages may be in the file already, and the journal would undo them.
-    wait_until(lambda: not (state / "watch.sqlite-journal").read_bytes()[:8].strip(b"\0"))
-    return paths
