@@ -36,19 +36,27 @@ in
         "nix-build --no-out-link /etc/contents.nix -A hello -A names -A greeting"
     ).split()
 
+    log = "journalctl --unit=harmonia.service --output=cat"
+
+
     def asked(what):
-        return server.succeed(f"journalctl --unit=harmonia.service --output=cat | grep 'GET {what}' || true").splitlines()
+        return server.succeed(f"{log} | grep 'GET {what}' || true").splitlines()
+
+
+    def wait_until_asked(*what):
+        """Wait for one of the requests: lines reach the journal late, and those of two workers in any order."""
+        patterns = "".join(f" --regexp='GET {each}'" for each in what)
+        server.wait_until_succeeds(f"{log} | grep{patterns} >&2", timeout=60)
 
     with subtest("the service does not run yet"):
         client.require_unit_state("harmonia-accelerate.service", "inactive")
 
     with subtest("the first substitution starts it, and takes one narinfo and one closure from the cache"):
         client.succeed(f"nix-store --realise {hello} >&2")
+        client.wait_for_unit("harmonia-accelerate.service")
         client.succeed(f"nix-store --verify-path {hello} {greeting}")
-        client.require_unit_state("harmonia-accelerate.service", "active")
-        server.wait_until_succeeds(
-            f"journalctl --unit=harmonia.service --output=cat | grep 'GET /{hello[11:43]}.closure' >&2", timeout=60
-        )
+        wait_until_asked(f"/{hello[11:43]}.closure")
+        wait_until_asked(f"/{hello[11:43]}.narinfo")
         assert len(asked(f"/{hello[11:43]}.narinfo")) == 1, asked("/")
         assert asked(f"/{greeting[11:43]}.narinfo") == [], asked("/")
 
@@ -61,12 +69,12 @@ in
         client.succeed("systemctl kill --signal=KILL harmonia-accelerate.service")
         client.succeed(f"nix-store --realise {names} >&2")
         client.succeed(f"nix-store --verify-path {names}")
-        assert asked(f"/{names[11:43]}.closure") or asked(f"/{names[11:43]}.narinfo"), asked("/")
+        wait_until_asked(f"/{names[11:43]}.closure", f"/{names[11:43]}.narinfo")
 
     with subtest("it ends when it is idle, without a failure, and its socket stays"):
         client.wait_until_succeeds("test $(systemctl is-active harmonia-accelerate.service) = inactive", timeout=120)
         client.require_unit_state("harmonia-accelerate.socket", "active")
         client.succeed("curl --fail --silent --show-error http://127.0.0.1:5017/nix-cache-info >&2")
-        client.require_unit_state("harmonia-accelerate.service", "active")
+        client.wait_for_unit("harmonia-accelerate.service")
   '';
 }

@@ -27,6 +27,12 @@
         return float(found[1])
 
 
+    def wait_for_metric(name: str, value: float) -> None:
+        server.wait_until_succeeds(
+            f"curl --fail --silent http://localhost:5000/metrics | grep --extended-regexp '^{name} {value}$'", timeout=60
+        )
+
+
     start_all()
     server.wait_for_unit("harmonia.service")
     server.wait_for_open_port(5000)
@@ -39,9 +45,13 @@
     with subtest("a client downloads the compressed NAR"):
         client.succeed(f"nix-store --realise {text} >&2")
         client.succeed(f"nix-store --verify-path {text}")
-        narinfo = dict(
-            line.split(": ", 1) for line in client.succeed(f"curl --fail --silent {narinfo_url}").splitlines()
+        # The client has the NAR before the file is on the disk, where each worker finds its size.
+        shown = client.wait_until_succeeds(
+            f"curl --fail --silent {narinfo_url} >/tmp/narinfo && grep --quiet '^FileSize: ' /tmp/narinfo"
+            " && cat /tmp/narinfo",
+            timeout=60,
         )
+        narinfo = dict(line.split(": ", 1) for line in shown.splitlines())
         assert narinfo["Compression"] == "zstd"
         assert narinfo["URL"].endswith(".nar.zst")
         file_size = int(narinfo["FileSize"])
@@ -52,7 +62,7 @@
             f"journalctl --unit=harmonia.service | grep --fixed-strings 'GET /{narinfo['URL']}'", timeout=60
         )
         assert f" 200 {file_size} " in sent, sent
-        assert metric("harmonia_cache_fills_total") == 1
+        wait_for_metric("harmonia_cache_fills_total", 1.0)
 
     with subtest("the next download comes from the cache, unchanged"):
         hits = metric("harmonia_cache_hits_total")
@@ -61,11 +71,7 @@
         assert client.succeed("zstd --decompress --stdout /tmp/text.nar.zst | sha256sum") == server.succeed(
             f"nix-store --dump {text} | sha256sum"
         )
-        server.wait_until_succeeds(
-            "curl --fail --silent http://localhost:5000/metrics"
-            f" | grep --extended-regexp '^harmonia_cache_hits_total {hits + 1}$'",
-            timeout=60,
-        )
+        wait_for_metric("harmonia_cache_hits_total", hits + 1)
         assert metric("harmonia_cache_fills_total") == 1
   '';
 }

@@ -18,14 +18,17 @@
     nar_size = int(server.succeed(f"nix-store --query --size {noise}"))
 
     with subtest("a path is not collected while it is sent"):
+        # The client reads the end only when the test says so, so most of the NAR waits at the server.
         client.succeed(
-            f"curl --fail --silent --limit-rate 4M --output /tmp/nar http://server:5000/nar/{hash_part}.nar"
-            " >/dev/null 2>&1 & echo $! >/tmp/pid"
+            f"(curl --fail --silent http://server:5000/nar/{hash_part}.nar"
+            " | (head --bytes=1000000; until test -e /tmp/go; do sleep 0.1; done; cat)"
+            " >/tmp/nar) >/dev/null 2>&1 &"
         )
-        client.wait_until_succeeds("test -s /tmp/nar", timeout=10)
-        server.wait_until_succeeds(f"grep --text --quiet {noise} /nix/var/nix/temproots/*", timeout=10)
+        client.wait_until_succeeds("test -s /tmp/nar", timeout=60)
+        server.wait_until_succeeds(f"grep --text --quiet {noise} /nix/var/nix/temproots/*", timeout=60)
         server.succeed("nix-store --gc >&2")
         server.succeed(f"nix-store --check-validity {noise}")
+        client.succeed("touch /tmp/go")
         client.wait_until_succeeds(f"test $(stat --format=%s /tmp/nar) = {nar_size}", timeout=60)
 
     with subtest("after the download, the path is collected"):

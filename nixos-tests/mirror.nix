@@ -101,7 +101,9 @@ in
 
     with subtest("the roots are written, and nothing is old"):
         builder.succeed(f"ln -s {hello} '${deployed}'", "systemctl start harmonia-mirror.service")
-        assert "0 narinfos" in builder.succeed("journalctl --unit=harmonia-mirror.service --output=cat")
+        builder.wait_until_succeeds(
+            "journalctl --unit=harmonia-mirror.service --output=cat | grep '0 narinfos' >&2", timeout=60
+        )
         builder.succeed("systemctl list-timers --all | grep harmonia-mirror.timer >&2")
         client.succeed(f"{asked} http://s3:8333/cache/{hello[11:43]}.narinfo")
         client.fail(f"{asked} http://s3:8333/cache/{noise[11:43]}.narinfo")
@@ -110,7 +112,9 @@ in
         url = builder.succeed(f"curl --fail --silent http://localhost:5000/{noise[11:43]}.narinfo | grep '^URL: '")
         client.succeed(f"{asked} http://builder:5000/{url.split()[1]}")
         client.wait_until_succeeds(f"{asked} http://s3:8333/cache/{noise[11:43]}.narinfo")
-        assert "mirror writes: up" in builder.succeed("curl --fail --silent 'http://localhost:5000/health?verbose'")
+        builder.wait_until_succeeds(
+            "curl --fail --silent 'http://localhost:5000/health?verbose' | grep 'mirror writes: up' >&2", timeout=60
+        )
 
     with subtest("a server without a store serves the closure after the builder has stopped"):
         builder.succeed("systemctl stop harmonia.socket harmonia.service")
