@@ -79,7 +79,7 @@ audit: .venv/ready  ## Check the dependencies for known vulnerabilities
 # Options and measurements of `make bench`; default: all. `--short` takes two minutes, `--docs` writes into docs.
 BENCH ?=
 bench: .venv/ready  ## Compare the speed with nginx and Nix, if installed (docs/explanation/benchmarks.md)
-	$(BIN)/python -m benchmarks $(BENCH)
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(BENCH)
 
 soak: MINUTES ?= 5
 soak: .venv/ready  ## Run 1,000 clients with builds, garbage collections and killed workers, for MINUTES=5 (root, Nix)

@@ -1,5 +1,6 @@
 """Benchmarks with a table and JSON: `make bench`, or python -m benchmarks [--short] [--docs] [QUESTION…].
 
+Needs `PYTHONPATH=tests`.
 The store is created once and kept in $XDG_CACHE_HOME/harmonia/bench or ~/.cache/harmonia/bench. The short form takes
 two minutes, and fails if a ratio has collapsed. QUESTION is the name of a function in measure.py.
 """

@@ -24,6 +24,7 @@ from benchmarks.client import Address
 from benchmarks.store import BenchStore
 from harmonia.nix.path_info import PathInfo
 from harmonia.server.resources.narinfo import nar_url
+from support.ports import ReservedPort
 
 OTHER = os.environ.get("BENCH_OTHER")
 OTHER_NAME = os.environ.get("BENCH_OTHER_NAME", "other")
@@ -124,11 +125,12 @@ def behind_nginx(store: BenchStore) -> Iterator[Server]:
 def _harmonia(
     directory: str, store: BenchStore, settings: str, database: Path | None = None, workers: int = 1
 ) -> Iterator[Server]:
-    port = _free_port()
-    config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
-    with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
-        _wait_ready(server)
-        yield server
+    with ReservedPort() as reserved:
+        port = reserved.number
+        config = _config(directory, store, port, database, workers, f"cache_dir = '{directory}'\n{settings}\n")
+        with _running(HARMONIA, [sys.executable, "-m", "harmonia", "--config", str(config)], port) as server:
+            _wait_ready(server)
+            yield server
 
 
 def _wait_ready(server: Server) -> None:
@@ -155,8 +157,8 @@ def nginx(files: Path, workers: int = 1) -> Iterator[Server]:
 @contextmanager
 def _nginx(server: str, workers: int, http: str = "") -> Iterator[Server]:
     """Start nginx with these lines in its only `server`, and `http` around it."""
-    port = _free_port()
-    with tempfile.TemporaryDirectory() as directory:
+    with ReservedPort() as reserved, tempfile.TemporaryDirectory() as directory:
+        port = reserved.number
         temporary = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         config = Path(directory, "nginx.conf")
         config.write_text(
@@ -175,8 +177,8 @@ def _nginx(server: str, workers: int, http: str = "") -> Iterator[Server]:
 @contextmanager
 def other(store: BenchStore, *, database: Path | None = None, workers: int = 1) -> Iterator[Server]:
     assert OTHER
-    port = _free_port()
-    with tempfile.TemporaryDirectory() as directory:
+    with ReservedPort() as reserved, tempfile.TemporaryDirectory() as directory:
+        port = reserved.number
         config = _config(directory, store, port, database, workers)
         words = {"root": store.root, "store": store.real_dir, "port": port, "config": config}
         words["database"] = database or store.database
@@ -188,9 +190,10 @@ def other(store: BenchStore, *, database: Path | None = None, workers: int = 1) 
 @contextmanager
 def plain_socket(file: str) -> Iterator[Server]:
     """Start the upper limit of speed: a socket that sends the file by sendfile(2) to every client."""
-    port = _free_port()
-    with _running("plain socket", [sys.executable, "-m", "benchmarks.servers", str(port), file], port) as server:
-        yield server
+    with ReservedPort() as reserved:
+        port = reserved.number
+        with _running("plain socket", [sys.executable, "-m", "benchmarks.servers", str(port), file], port) as server:
+            yield server
 
 
 @contextmanager
@@ -215,13 +218,6 @@ def _listens(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def copied(store: BenchStore, suffix: str) -> Path:

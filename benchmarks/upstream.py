@@ -1,6 +1,6 @@
 """Speed of NARs from an upstream, compared with the upstream itself: nginx with a static cache, on this machine.
 
-    python benchmarks/upstream.py [DIRECTORY]
+    PYTHONPATH=tests python benchmarks/upstream.py [DIRECTORY]
 
 The NAR is that of the directory. "First" is sent while it is fetched, and cached; "second" comes from the cache on
 disk; "passed on" cannot be cached. Each is measured on a new server with one worker, five times in sequence; the table
@@ -32,6 +32,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
+from support.ports import ReservedPort
 
 ROUNDS = 5
 KEY = SecretKey.generate("upstream-1")
@@ -59,23 +60,24 @@ def static_cache(root: Path, content: bytes, compression: str) -> tuple[PathInfo
 @contextmanager
 def nginx(directory: Path, root: Path) -> Iterator[tuple[int, str]]:
     """Start nginx. Yield its process and its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     temporary = "".join(f"{kind}_temp_path {directory};" for kind in ("proxy", "fastcgi", "uwsgi", "scgi"))
-    (directory / "nginx.conf").write_text(
-        f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log; events {{}}"
-        f"http {{ access_log off; sendfile on; client_body_temp_path {directory}; {temporary}"
-        f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}"
-    )
     program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     assert program, "nginx is not installed"
-    with subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"]) as process:
-        while not listens(port):
-            time.sleep(0.01)
-        try:
-            yield process.pid, f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    with ReservedPort() as reserved:
+        port = reserved.number
+        (directory / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log; events {{}}"
+            f"http {{ access_log off; sendfile on; client_body_temp_path {directory}; {temporary}"
+            f"server {{ listen 127.0.0.1:{port}; root {root}; }} }}"
+        )
+        with subprocess.Popen([program, "-e", directory / "error.log", "-c", directory / "nginx.conf"]) as process:
+            while not listens(port):
+                assert process.poll() is None, (directory / "error.log").read_text()
+                time.sleep(0.01)
+            try:
+                yield process.pid, f"127.0.0.1:{port}"
+            finally:
+                process.terminate()
 
 
 def listens(port: int) -> bool:

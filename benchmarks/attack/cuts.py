@@ -30,8 +30,9 @@ _SIZES = (*[1000] * 8, *[200_000] * 8, *[2_000_000] * 4)  # bytes of one file in
 _CLIENTS = 32
 _LARGEST_CUT = 100_000  # bytes of responses on one connection
 _RETRY_S = 0.02
-_CUTS_PER_S = 10  # minimum, otherwise the attack ends with too few cuts
-_KILL_S = 2.0
+_PATIENCE_S = 180.0
+"""Only a bound against hangs: the attack ends with the last wanted cut."""
+_CUTS_PER_S = 10  # minimum, in addition
 _SMALL_DISK = "4m"
 
 
@@ -175,7 +176,7 @@ def _attack(
         CuttingProxy(urlsplit(server.url).port or 0, 1, _LARGEST_CUT) as proxy,
     ):
         began = time.monotonic()
-        until = began + wanted / _CUTS_PER_S + least_disturbed * _KILL_S
+        until = began + _PATIENCE_S + wanted / _CUTS_PER_S
         cuts = _Cuts(proxy, infos, wanted, least_disturbed, until, outcome)
         asyncio.run(cuts.run(disturb(server, builder, infos, cuts, random.Random(1))))
         outcome.counts.update({"cuts": cuts.cuts, "seconds": round(time.monotonic() - began)})

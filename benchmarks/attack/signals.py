@@ -89,7 +89,7 @@ def main_process_killed(arena: Arena) -> None:
             restart(server)
             serves(server, sample.small, sample.big)
             for file in (server.cache_dir / "nar").iterdir():
-                file.unlink()
+                file.unlink(missing_ok=True)  # the new server removes what the killed one has left
 
 
 ALL = [token_storm, terminated, main_process_killed]

@@ -20,7 +20,7 @@ from harmonia.nix.signing import SecretKey
 from harmonia.store import file_reader, tree_reader
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import Server, nar_url, patched, wait_until
-from support.upstream_server import Behaviour, Handler, UpstreamServer, drip, file_url, status
+from support.upstream_server import Behaviour, Handler, UpstreamServer, file_url, half, status
 
 _KEY = SecretKey.generate("upstream-1")
 _CLIENTS = 16
@@ -139,7 +139,7 @@ def worker_killed_amid_a_fetch(arena: Arena) -> None:
             wait_until(lambda: len(_urls(server, info)) == 3)
             url = _urls(server, info)[1]
             for _ in range(3):
-                upstream.behaviours = {"^/nar/": drip(65536, 0.05)}
+                upstream.behaviours = {"^/nar/": half}
                 with server.connect() as connection:
                     connection.sendall(f"GET {url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
                     received = connection.recv(65536)

@@ -177,5 +177,16 @@ def drip(size: int, pause: float) -> Behaviour:
     return behave
 
 
+def half(handler: Handler) -> None:
+    """Send the first half of the file, and nothing more."""
+    content = handler.server.files[handler.path]
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.wfile.flush()
+    hang(handler)
+
+
 def file_url(file_hash: bytes, extension: str) -> str:
     return f"nar/{base32.encode(file_hash)}.nar{extension}"
