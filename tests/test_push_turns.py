@@ -52,6 +52,20 @@ def test_only_the_first_import_waits_a_second_for_one_that_hangs(receiver: PushR
         asyncio.run(run(daemon))
 
 
+def test_timeout_of_the_daemon_is_logged(
+    receiver: PushReceiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("harmonia.push.connections._TIMEOUT_S", 0.01)
+
+    async def run() -> None:
+        with pytest.raises(PushRefusedError):
+            await start(receiver, 0)
+
+    with DaemonServer(tmp_path / "socket", greet=lambda _: None):
+        asyncio.run(run())
+    assert f"Nix daemon at {tmp_path}/socket: timed out; start it" in caplog.text
+
+
 def test_path_with_many_references_is_not_imported_on_the_event_loop(receiver: PushReceiver) -> None:
     async def run() -> None:
         with pytest.raises(PushRefusedError):  # it gets as far as the daemon, which is missing

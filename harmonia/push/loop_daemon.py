@@ -2,11 +2,23 @@
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Self, cast
 
 from harmonia.errors import RemoteError
 from harmonia.store.nix_daemon import CLOSED, DaemonClient
+
+
+@asynccontextmanager
+async def _timeout(seconds: float) -> AsyncIterator[None]:
+    """Raise TimeoutError after so many seconds, with the message that a socket's has."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimeoutError("timed out") from None
 
 
 class LoopDaemon(DaemonClient, asyncio.Protocol):
@@ -22,7 +34,7 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
     @classmethod
     async def open(cls, path: str, timeout_s: float) -> Self:
         """Connect to the socket `path`. Each request may take `timeout_s` seconds. Raises errors like a request."""
-        async with asyncio.timeout(timeout_s):
+        async with _timeout(timeout_s):
             _, daemon = await asyncio.get_running_loop().create_unix_connection(partial(cls, path, timeout_s), path)
         try:
             await daemon.agree()
@@ -58,13 +70,13 @@ class LoopDaemon(DaemonClient, asyncio.Protocol):
         if self._is_closed:
             raise RemoteError(CLOSED)
         self._waiting = asyncio.get_running_loop().create_future()
-        async with asyncio.timeout(self._left_s()):
+        async with _timeout(self._left_s()):
             await self._waiting
 
     async def _converse(self, peer: socket.socket, data: bytes) -> bytes:
         loop = asyncio.get_running_loop()
         peer.setblocking(False)
-        async with asyncio.timeout(self._left_s()):
+        async with _timeout(self._left_s()):
             await loop.sock_sendall(peer, data)
             return await loop.sock_recv(peer, 1)
 
