@@ -7,7 +7,6 @@ after the upload, so that uploads never evict files that clients of the server u
 import asyncio
 import hashlib
 import os
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
@@ -25,6 +24,7 @@ from harmonia.ownership import closed_on_error
 from harmonia.process.loop_reads import finish
 from harmonia.store.file_reader import CHUNK_BYTES
 from harmonia.store.store_nar import StoreNar
+from harmonia.upload import scratch
 
 _SMALL_NAR_BYTES = 1 << 20
 """Size up to which a NAR is compressed in memory."""
@@ -87,7 +87,7 @@ class NarFiles:
         self._layouts = Layouts()
         with ExitStack() as stack:
             if directory is None:
-                directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="harmonia-upload-"))
+                directory = stack.enter_context(scratch.directory())
             self._scratch = DiskCache(os.path.join(directory, "nar"), _NO_LIMIT)
             self._stack = stack.pop_all()
         for key in self._scratch.keys():  # noqa: SIM118 (not a dictionary): of interrupted uploads
