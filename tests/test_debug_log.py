@@ -67,7 +67,7 @@ def test_rule_that_forbids_a_path_is_logged(start: Start, store: StoreBuilder, t
     server = start(store=tmp_path / "store", settings=f"{DEBUG}\n[publish]\ndeny = ['secret*']")
     assert server.get(f"/{info.path.hash_part}.narinfo").status == 404
     assert decisions(server, f"GET /{info.path.hash_part}.narinfo")[1:-1] == [
-        f"{info.path} may not be served: the rules publish.deny and publish.allow forbid its name"
+        f'{info.path} may not be served: "secret*" of publish.deny matches its name'
     ]
     absent = "0" * 32
     assert server.get(f"/{absent}.narinfo").status == 404

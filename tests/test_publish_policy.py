@@ -56,6 +56,21 @@ def test_allow_and_deny_patterns_match_names(
     assert rules.permits(info(name)) == rules.permits_name(info(name).path) == permitted
 
 
+@pytest.mark.parametrize(
+    ("name", "denial"),
+    [
+        ("hello-1.0", None),
+        ("hello.drv", None),
+        ("other", "no pattern of publish.allow matches its name"),
+        ("hello-secret-1", '"*secret*" of publish.deny matches its name'),
+        ("hello-tmp.drv", '"*-tmp" of publish.deny matches its name'),
+        ("other-tmp", '"*-tmp" of publish.deny matches its name'),
+    ],
+)
+def test_denial_names_the_rule(name: str, denial: str | None) -> None:
+    assert policy(allow=("hello*",), deny=("*secret*", "*-tmp")).denial(info(name)) == denial
+
+
 def test_stored_valid_signature_permits() -> None:
     rules = policy(signed_by=(str(KEY.public_key),))
     assert rules.permits(info("a", KEY))

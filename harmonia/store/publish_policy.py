@@ -40,6 +40,7 @@ class PublishPolicy:
     def __init__(self, rules: PublishRules, store: Store) -> None:
         """Open nothing yet, so that the process may still fork. No other code may use `store`."""
         self._store_dir = store.store_dir
+        self._rules = rules
         self._keys = rules.public_keys
         self._allow = compile_patterns(rules.allow) if rules.allow else None
         self._deny = compile_patterns(rules.deny) if rules.deny else None
@@ -48,7 +49,7 @@ class PublishPolicy:
 
     def permits_name(self, path: StorePath) -> bool:
         """Return True if the rules for names allow a path. A derivation is also matched without its suffix .drv."""
-        names = {path.name, path.name.removesuffix(".drv")}
+        names = _names(path)
         if self._deny is not None and any(map(self._deny.fullmatch, names)):
             return False
         return self._allow is None or any(map(self._allow.fullmatch, names))
@@ -60,7 +61,11 @@ class PublishPolicy:
     def denial(self, info: PathInfo) -> str | None:
         """Return the rule that forbids a path, in words, or None if all rules allow it. Refreshes the closure."""
         if not self.permits_name(info.path):
-            return "the rules publish.deny and publish.allow forbid its name"
+            names = _names(info.path)
+            denied = [rule for rule in self._rules.deny if any(map(compile_patterns([rule]).fullmatch, names))]
+            if denied:
+                return f'"{denied[0]}" of publish.deny matches its name'
+            return "no pattern of publish.allow matches its name"
         if self._keys and not self._is_signed(info):
             return "publish.signed_by requires a signature that it does not have in the database"
         if self.closure is not None:
@@ -93,6 +98,11 @@ class PublishPolicy:
         """Return True if a signature in the database is by one of the keys. Our own signatures are not in it."""
         fingerprint = info.fingerprint(self._store_dir)
         return any(key.verify(fingerprint, sig) for key in self._keys for sig in info.sigs)
+
+
+def _names(path: StorePath) -> set[str]:
+    """Return the names that the patterns may match."""
+    return {path.name, path.name.removesuffix(".drv")}
 
 
 class Closure:
