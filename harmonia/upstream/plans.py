@@ -7,10 +7,11 @@ lacks a reference of its paths, the upstream does not have that path.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cachetools import TLRUCache, TTLCache
 
@@ -29,9 +30,12 @@ _MISS_TTL_S = 30.0
 _MAX_BYTES = 32 << 20  # about: 8,000 paths
 _MAX_MISSES = 20_000
 _MAX_TEXT_BYTES = 32 << 20  # of a plan: 10,000 narinfos
+BATCH = 200  # paths or misses that are remembered in one turn of the event loop
 _MAX_HAVE = 32  # earlier plans that a request names, so that their paths are not sent again
 _PAUSE_S = 30.0  # after a plan that failed
 _MAX_WITHOUT_PLAN = 1000  # remembered paths for which the upstream has no plan, because it would be too long
+
+_T = TypeVar("_T")
 
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
@@ -44,7 +48,17 @@ class _Known:
     def __init__(self, path: RemotePath, position: int) -> None:
         self.path = path
         self.position = position
-        self.size = 1000 + 3 * path.narinfo_size  # about: Python objects take more memory than the text
+        self.size = _memory_bytes(path.narinfo_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A plan whose narinfos are accepted, as far as there is memory for it."""
+
+    paths: list[RemotePath]
+    """References come first."""
+    missing: list[str]
+    """Hash parts of references that the plan lacks."""
 
 
 class Plans:
@@ -112,8 +126,8 @@ class Plans:
         own = path.info.path.hash_part
         if own in self._without_plan or asyncio.get_running_loop().time() < self._not_before:
             return False
-        hash_parts = {reference.hash_part for reference in path.info.references} - {own}
-        return any(each not in self._known and each not in self._missing for each in hash_parts)
+        hash_parts = (reference.hash_part for reference in path.info.references)
+        return any(each not in self._known and each not in self._missing for each in hash_parts if each != own)
 
     async def _fetch(self, path: RemotePath, headers: Mapping[str, str]) -> None:
         root = path.info.path.hash_part
@@ -121,30 +135,58 @@ class Plans:
         url = f"{root}{self._client.closure_suffix}" + (f"?have={','.join(have)}" if have else "")
         sent = {**headers, "Accept-Encoding": "zstd"}
         try:
-            paths = await self._client.request_long(url, sent, partial(_parse_all, self._client), _MAX_TEXT_BYTES)
+            plan = await self._client.request_long(url, sent, partial(_parse, self._client), _MAX_TEXT_BYTES)
         except UpstreamError:
             self._not_before = asyncio.get_running_loop().time() + _PAUSE_S
             return
-        if paths is None:
+        if plan is None:
             self._without_plan[root] = True
             return
-        for each in paths:
+        async for each in in_turns(plan.paths):
             self._remember(each)
         self._roots.append(root)
         if not have:  # otherwise, a path that is not there may be known from an earlier plan, and be evicted
-            found = {each.info.path.hash_part for each in paths}
-            named = {reference.hash_part for each in paths for reference in each.info.references}
-            self._missing.update(dict.fromkeys(named - found, True))
+            async for hash_part in in_turns(plan.missing):
+                self._missing[hash_part] = True
 
 
-def _parse_all(client: Client, text: bytes) -> list[RemotePath]:
-    """Return the paths of a closure whose narinfos are accepted, in any thread. The others are logged and counted."""
-    paths = []
+def _memory_bytes(narinfo_size: int) -> int:
+    return 1000 + 3 * narinfo_size  # about: Python objects take more memory than the text
+
+
+async def in_turns(values: Sequence[_T]) -> AsyncGenerator[_T]:
+    """Yield the values, and let other tasks of the event loop run in between."""
+    for number, value in enumerate(values, 1):
+        yield value
+        if number % BATCH == 0:
+            await asyncio.sleep(0)
+
+
+def _parse(client: Client, text: bytes) -> _Plan:
+    """Return the plan in a response, in any thread. Narinfos that are refused are logged and counted.
+
+    If the response is too long for `_MAX_BYTES`, its last narinfos count, because Nix asks for them first.
+    """
     start = f"StorePath: {client.store_dir}/"
-    for each in narinfo.split(text.decode(errors="surrogateescape")):
-        hash_part = each.removeprefix(start)[:HASH_PART_LENGTH]
+    narinfos = {
+        each.removeprefix(start)[:HASH_PART_LENGTH]: each
+        for each in narinfo.split(text.decode(errors="surrogateescape"))
+    }
+    paths: deque[RemotePath] = deque()
+    refused: set[str] = set()
+    memory = 0
+    for hash_part, each in reversed(narinfos.items()):
+        memory += _memory_bytes(len(each))
+        if memory > _MAX_BYTES:
+            break
         try:
-            paths.append(parse_now(client, hash_part, each.encode(errors="surrogateescape")))
+            paths.appendleft(parse_now(client, hash_part, each.encode(errors="surrogateescape")))
         except UpstreamMismatchError:  # logged
-            continue
-    return paths
+            refused.add(hash_part)
+    missing: dict[str, None] = {}
+    for hash_part in (reference.hash_part for path in paths for reference in path.info.references):
+        if hash_part not in narinfos or hash_part in refused:
+            missing[hash_part] = None
+        if len(missing) == _MAX_MISSES:
+            break
+    return _Plan(list(paths), list(missing))

@@ -1,5 +1,6 @@
 """Two Harmonias: the narinfos of a closure take two requests, and NARs are fetched before a client asks for them."""
 
+import asyncio
 import random
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +12,10 @@ import pytest
 from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import SecretKey
+from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Server, patched, wait_until
+from harmonia.upstream import plans
+from support.running import Server, patched, peak_bytes, wait_until
 from support.upstream_paths import KEY, entry, fields
 from support.upstream_server import Behaviour, UpstreamServer, chunked, hang, status
 
@@ -156,6 +159,50 @@ def test_plan_that_hangs_delays_the_narinfo_by_less_than_upstream_timeout(
         upstream.behaviours[r"\.closure"] = hang
         server = here(entry(upstream, timeout=600.0), settings="upstream_timeout = 5.0")
         assert [get(server, info) for info in (there[1], there[0])] == [200, 200]
+
+
+def test_long_plan_takes_little_memory(here: Callable[..., Server]) -> None:
+    """Without a limit, the references of these narinfos took 11 times as much memory as their text."""
+
+    def text(number: int, references: int) -> str:
+        first = number * references
+        info = PathInfo(
+            path=StorePath(f"{number:032d}-path"),
+            nar_hash=bytes(32),
+            nar_size=100,
+            references=tuple(StorePath(f"{each:032d}-x") for each in range(first, first + references)),
+        )
+        return narinfo.render(info, "/nix/store", narinfo.NarFile("nar/x.nar"), ())
+
+    plan = "\n".join([*(text(number, 25_000) for number in range(1, 35)), text(0, 1)]).encode()
+    root = "0" * 32
+    with UpstreamServer() as upstream:
+        upstream.files["/nix-cache-info"] += b"ClosureV1: .closure\n"
+        upstream.files[f"/{root}.narinfo"] = text(0, 1).replace(f"{root}-x", f"{1:032d}-x").encode()
+        upstream.files[f"/{root}.closure"] = plan
+        server = here(entry(upstream, verify=False))
+        [worker] = server.workers
+        before = peak_bytes(worker)
+        assert server.get(f"/{root}.narinfo").status == 200
+        assert peak_bytes(worker) - before < 7 * len(plan)
+
+
+def test_other_tasks_run_while_a_plan_is_remembered() -> None:
+    async def other_turns() -> int:
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(take_turns())
+        assert [each async for each in plans.in_turns(range(1000))] == list(range(1000))
+        other.cancel()
+        return turns
+
+    assert asyncio.run(other_turns()) >= 1000 // plans.BATCH
 
 
 def test_upstream_without_the_announcement_is_not_asked_for_plans(
