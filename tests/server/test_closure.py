@@ -148,13 +148,29 @@ def test_cycle_in_the_database_ends(start: Start, tmp_path: Path) -> None:
     assert paths(start(store=tmp_path / "store").get(f"/{root.hash_part}.closure"))[-1] == root
 
 
+def test_closure_is_whole_if_those_in_have_make_it_too_long(start: Start, graph: Graph) -> None:
+    """A client names what it got within the last hour, which must not make a short closure a 404."""
+    root, *had = (info.path for info in graph.infos[COUNT // 2 :])
+    size = len(graph.closure(root))
+    assert len(graph.closure(root, *had)) > size
+    limited = patched(f"from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size}")
+    server = start(store=graph.root, program=limited)
+    have = ",".join(path.hash_part for path in had)
+    assert set(paths(server.get(f"/{root.hash_part}.closure?have={have}"))) == graph.closure(root)
+
+
 def test_closure_with_too_many_paths_gets_404_and_each_path_counts(start: Start, graph: Graph) -> None:
     root = graph.infos[-1].path
     size = len(graph.closure(root))
     small = patched(f"from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
     assert start(store=graph.root, program=small).get(f"/{root.hash_part}.closure").status == 404
-    frozen = patched("from harmonia.server.http.rate_limit import Rate\nRate.__init__.__defaults__ = (lambda: 1000.0,)")
-    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=frozen)
+    stopped_clock = "from harmonia.server.http.rate_limit import Rate\nRate.__init__.__defaults__ = (lambda: 1000.0,)"
+    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=patched(stopped_clock))
     lines = "\n".join(f"{number:032}" for number in range(10_000))
     assert server.post("/get-narinfos-v1", lines.encode()).status == 200
     assert server.get(f"/{root.hash_part}.closure").status == 429
+    both = patched(f"{stopped_clock}\nfrom harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
+    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=both)
+    served = 10_000 // size
+    statuses = [server.get(f"/{root.hash_part}.closure").status for _ in range(served + 1)]
+    assert statuses == [404] * served + [429]

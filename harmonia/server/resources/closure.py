@@ -2,7 +2,8 @@
 
 References come first, so the path itself is last. A path that the publish policy forbids is left out, and so is what
 only this path refers to. With `?have=`, the closures of the paths with these hash parts are left out too: in a store, a
-valid path has its whole closure, so a few hash parts name all that a client has.
+valid path has its whole closure, so a few hash parts name all that a client has. They have no effect if their closures
+make more than MAX_BULK_PATHS paths, together with that of the path.
 """
 
 import asyncio
@@ -59,13 +60,12 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     root, *had = [await context.paths.lookup_path(each) for each in (hash_part, *have)]
     if root is None:
         raise AbsentError
-    roots = [path.info.path for path in (root, *had) if path]
-    hash_parts = await context.threads.run_slow_db(
-        lambda store: queries.closure_hash_parts(store, roots, MAX_BULK_PATHS + 1)
-    )
+    hash_parts = await _hash_parts(context, request, [root, *had])
+    if len(hash_parts) > MAX_BULK_PATHS and had:
+        had = []
+        hash_parts = await _hash_parts(context, request, [root])
     if len(hash_parts) > MAX_BULK_PATHS:
         raise NotFound
-    check_bulk_rate(context, request, len(hash_parts) - 1)
     published: dict[str, SignedPath] = {}
     for number, each in enumerate(hash_parts):
         if path := await context.paths.lookup_usable_path(each):
@@ -75,6 +75,16 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     left_out = {path.info.path.hash_part for each in had if each for path in references_first(each, published)}
     paths = [path for path in references_first(root, published) if path.info.path.hash_part not in left_out]
     return await _representation(context, paths)
+
+
+async def _hash_parts(context: ServerContext, request: Request, roots: Sequence[SignedPath | None]) -> frozenset[str]:
+    """Return the hash parts of the closure of `roots`, or more than MAX_BULK_PATHS of them if it has more."""
+    paths = [path.info.path for path in roots if path]
+    hash_parts = await context.threads.run_slow_db(
+        lambda store: queries.closure_hash_parts(store, paths, MAX_BULK_PATHS + 1)
+    )
+    check_bulk_rate(context, request, len(hash_parts) - 1)
+    return hash_parts
 
 
 def references_first(root: SignedPath, paths: Mapping[str, SignedPath]) -> Iterator[SignedPath]:
