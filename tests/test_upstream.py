@@ -365,7 +365,7 @@ def test_nar_that_two_paths_share_is_fetched_ahead_once(
     if disk == "slow":
         monkeypatch.setattr(loop_reads, "monotonic", lambda: -math.inf)  # no read may run on the event loop yet
 
-    async def run(url: str) -> list[bool | None]:
+    async def run(url: str) -> list[int | None]:
         threads = Threads(cast("Any", None), cast("Any", None))
         client = real_client(url)
         client.breaker.start(PATIENCE_S)
@@ -379,5 +379,5 @@ def test_nar_that_two_paths_share_is_fetched_ahead_once(
 
     with UpstreamServer() as server:
         server.files["/x.nar"] = content
-        assert asyncio.run(run(server.url)) == [True, False]
+        assert asyncio.run(run(server.url)) == [len(content), 0]
         assert server.asked["GET /x.nar"] == 1

@@ -125,36 +125,40 @@ class NarFetcher:
                 raise running.error
             return CachedBody(reader, submit, running.size, running, self._passthrough_body(path, headers))
 
-    async def fetch_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> bool:
-        """Fetch a NAR into the cache, and wait for the end. Return False if it was there, or could not be fetched."""
+    async def fetch_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> int:
+        """Fetch a NAR into the cache, and wait for the end. Return the length of its file in bytes.
+
+        Returns 0 if it was there, or could not be fetched.
+        """
         if self._small is None or path.name.key in self._running:
-            return False
+            return 0
         try:
             fetched = await self._small.fetch(path, headers)
         except UpstreamMismatchError:  # logged
             self._note_result(path, failed=True)
-            return False
+            return 0
         return await self._transfer_ahead(path, headers) if fetched is None else fetched
 
-    async def _transfer_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> bool:
+    async def _transfer_ahead(self, path: RemotePath, headers: Mapping[str, str]) -> int:
         cache, key = self._cache, path.name.key
         if cache is None or (path.nar.file_size or 0) > cache.limit:
-            return False
+            return 0
         async with self._opening:
             if key in self._running or len(self._running) >= _MAX_FETCHES_AHEAD:
-                return False
+                return 0
             opened = await self._threads.write(cache.open_file, key)
             if opened is None:
-                return False
+                return 0
             opened[0].close()
             if opened[1] is None:
-                return False
+                return 0
             transfer = self._running[key] = Transfer(path, headers, opened[1], cache.limit, self._threads)
             running = self._tasks.spawn(self._run(key, transfer))
         await asyncio.wait({running})
-        if transfer.error is None:
-            await self._threads.write(cache.mark_unused, key)
-        return transfer.error is None
+        if transfer.error is not None:
+            return 0
+        await self._threads.write(cache.mark_unused, key)
+        return transfer.received
 
     async def drop(self, keys: Sequence[str]) -> None:
         """Remove NARs that were fetched ahead from the cache, except those that a client of any worker has used."""

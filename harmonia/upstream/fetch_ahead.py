@@ -65,6 +65,10 @@ class FetchAhead:
         self._last_request = asyncio.get_running_loop().time()
         self._fill()
 
+    def _claim(self, path: RemotePath, size: int) -> None:
+        self._unclaimed[path.info.path.hash_part] = path.name.key, size
+        self._unclaimed_bytes += size
+
     def _release(self, hash_part: str) -> None:
         self._unclaimed_bytes -= self._unclaimed.pop(hash_part, ("", 0))[1]
 
@@ -90,19 +94,21 @@ class FetchAhead:
             heapq.heappop(self._queue)
             self._wanted.discard(hash_part)
             if path is not None and size <= self._budget:
-                self._unclaimed[hash_part] = path.name.key, size
-                self._unclaimed_bytes += size
+                self._claim(path, size)
                 return path
         return None
 
     async def _fetch(self, path: RemotePath) -> None:
-        fetched = False
+        hash_part = path.info.path.hash_part
+        size = 0
         try:
-            fetched = await self._fetcher.fetch_ahead(path, self._headers())
+            size = await self._fetcher.fetch_ahead(path, self._headers())
         finally:
             self._fetching -= 1
-            if not fetched:
-                self._release(path.info.path.hash_part)
+            if hash_part in self._unclaimed:  # by its real size: FileSize is not signed
+                self._release(hash_part)
+                if size:
+                    self._claim(path, size)
         if self._is_active():
             self._fill()
 

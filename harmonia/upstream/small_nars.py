@@ -61,8 +61,8 @@ class SmallNars:
         """Remove a NAR from memory."""
         self._held.pop(key, None)
 
-    async def fetch(self, path: RemotePath, headers: Mapping[str, str]) -> bool | None:
-        """Fetch the NAR of a path into memory and the cache. Return False if it was there, or is being fetched.
+    async def fetch(self, path: RemotePath, headers: Mapping[str, str]) -> int | None:
+        """Fetch the NAR of a path into memory and the cache. Return its length, or 0 if it is there or coming.
 
         Returns None if only a transfer can fetch it: the file is too long, unpacking takes much memory, or the download
         broke off. Raises UpstreamMismatchError if the upstream sends another NAR, or does not have it.
@@ -71,11 +71,11 @@ class SmallNars:
         if (path.nar.file_size or path.info.nar_size) > _SMALL_BYTES:
             return None
         if key in self._running:
-            return False
+            return 0
         running = self._running[key] = asyncio.get_running_loop().create_future()
         try:
             if await self._threads.run_short_io(partial(self._cache.has, key)):
-                return False
+                return 0
             content = await _download(path, headers)
             if content is None or not await self._threads.unpack(self._keep, path, content):
                 return None
@@ -87,7 +87,7 @@ class SmallNars:
         except FormatError as error:
             raise path.refuse_nar(error) from None
         else:
-            return True
+            return len(content)
         finally:
             del self._running[key]
             running.set_result(None)

@@ -50,6 +50,11 @@ class Transfer:
         self._threads = threads
         self._given_up = False
 
+    @property
+    def received(self) -> int:
+        """Return the bytes of the file so far."""
+        return self._filler.size
+
     async def run(self) -> None:
         write = self._threads.write
         try:

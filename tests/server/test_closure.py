@@ -169,7 +169,9 @@ def test_closure_with_too_many_paths_gets_404_and_each_path_counts(start: Start,
     lines = "\n".join(f"{number:032}" for number in range(10_000))
     assert server.post("/get-narinfos-v1", lines.encode()).status == 200
     assert server.get(f"/{root.hash_part}.closure").status == 429
-    both = patched(f"{stopped_clock}\nfrom harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
+    both = patched(
+        f"{stopped_clock}\nfrom harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}"
+    )
     server = start(store=graph.root, settings="max_bulk_rate = 10000", program=both)
     served = 10_000 // size
     statuses = [server.get(f"/{root.hash_part}.closure").status for _ in range(served + 1)]

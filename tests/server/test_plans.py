@@ -1,6 +1,7 @@
 """Two Harmonias: the narinfos of a closure take two requests, and NARs are fetched before a client asks for them."""
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from harmonia.nix import narinfo
 from harmonia.nix.path_info import PathInfo
@@ -16,6 +18,7 @@ from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream import plans
 from support.running import Server, patched, peak_bytes, wait_until
+from support.shared_store import dump
 from support.upstream_paths import KEY, entry, fields
 from support.upstream_server import Behaviour, UpstreamServer, chunked, hang, status
 
@@ -248,6 +251,27 @@ def test_fetching_ahead_stays_within_its_budget(
         get_nar(server, info)
         assert len(nars(upstream)) <= number + 3
         wait_until(partial(is_count, min(number + 3, COUNT)))
+
+
+def test_wrong_file_sizes_do_not_extend_the_budget(here: Callable[..., Server], tmp_path: Path) -> None:
+    """FileSize is not signed. An upstream that made it 1 for each NAR had all of them fetched ahead."""
+    infos = chain(tmp_path / "upstream", 40)
+    with UpstreamServer() as upstream:
+        for info in infos:
+            file = zstandard.ZstdCompressor(1).compress(dump(StoreBuilder(tmp_path / "upstream"), info.path.name))
+            nar_file = narinfo.NarFile(f"nar/{info.path}.zst", "zstd", hashlib.sha256(file).digest(), 1)
+            upstream.add(info, file, nar_file, (KEY,))
+        upstream.files["/nix-cache-info"] += b"ClosureV1: .closure\n"
+        narinfos = [upstream.files[f"/{info.path.hash_part}.narinfo"] for info in infos]
+        upstream.files[f"/{infos[-1].path.hash_part}.closure"] = b"\n".join(narinfos)
+        server = here(entry(upstream, fetch_ahead="160K"))  # three NARs, but 16 connections
+        for info in reversed(infos):
+            assert get(server, info) == 200
+        for number, info in enumerate(infos[:10], 1):
+            get_nar(server, info)
+            wait_until(lambda: sum("/nar/" in path for path in upstream.asked) > 16)
+            server.settle()
+            assert sum("/nar/" in path for path in upstream.asked) <= number + 16 + 4
 
 
 @pytest.mark.parametrize("option", [{"fetch_ahead": "0"}, {"mode": "redirect"}])
