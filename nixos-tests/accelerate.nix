@@ -19,6 +19,7 @@ in
         idleExit = 10;
       };
     };
+    systemd.services.harmonia-accelerate.serviceConfig.WatchdogSec = 5;
     # Without cache.nixos.org, which is not there.
     nix.settings.substituters = lib.mkForce [
       "http://127.0.0.1:5017"
@@ -70,6 +71,15 @@ in
         client.succeed(f"nix-store --realise {names} >&2")
         client.succeed(f"nix-store --verify-path {names}")
         wait_until_asked(f"/{names[11:43]}.closure", f"/{names[11:43]}.narinfo")
+
+    with subtest("if it hangs, its watchdog ends it, and Nix waits so long"):
+        client.succeed(f"nix-store --delete {names}")
+        running = "systemctl show --property=MainPID --value harmonia-accelerate.service"
+        hanging = client.succeed(running)
+        client.succeed("systemctl kill --signal=STOP harmonia-accelerate.service")
+        client.succeed(f"nix-store --realise {names} >&2")
+        client.succeed(f"nix-store --verify-path {names}")
+        assert client.succeed(running) != hanging
 
     with subtest("it ends when it is idle, without a failure, and its socket stays"):
         client.wait_until_succeeds("test $(systemctl is-active harmonia-accelerate.service) = inactive", timeout=120)
