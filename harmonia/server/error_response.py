@@ -50,6 +50,9 @@ _PUSH_REMEDIES = {
 }
 """Remedies for pushers, to whom Nix shows the text."""
 
+_REFUSED = {HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.HTTP_VERSION_NOT_SUPPORTED}
+"""Statuses from 500 that say that the request is wrong. Anyone could fill the log with them."""
+
 _log = logging.getLogger("harmonia")
 
 
@@ -68,7 +71,8 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
         headers["retry-after"] = "1"
     # Sanic raises errors of its own if the client disconnects during a response.
     disconnected = request.transport is None or request.transport.is_closing()
-    if not isinstance(error, SanicException) or (status >= HTTPStatus.INTERNAL_SERVER_ERROR and not disconnected):
+    is_ours = status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _REFUSED
+    if not isinstance(error, SanicException) or (is_ours and not disconnected):
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         cause = str(error) or type(error).__name__
         _log.error("%s %s: %d, %s", request.method, request.path, status, cause, exc_info=unexpected)

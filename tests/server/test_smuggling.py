@@ -4,7 +4,7 @@ Ambiguous requests are rejected, and nothing after them is read. h11 and nginx s
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmonia import __version__
+from harmonia.tools.store_builder import StoreBuilder
 from support.nginx import nginx
 from support.raw_http import exchange, raw_response
 from support.running import Server, wait_until
@@ -106,6 +107,16 @@ def test_ambiguous_request_is_rejected_and_closes_the_connection(server: Server,
     (seen,) = exchange(server.url, payload + NEXT * 3)
     assert seen == (status, seen.body, True)
     assert re.fullmatch("[A-Z][A-Za-z ]+\n", seen.body)
+
+
+def test_rejected_requests_are_no_errors_in_the_log(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Anyone could fill the log with them."""
+    StoreBuilder(tmp_path / "store").add_text("path", b"")
+    server = start(store=tmp_path / "store")
+    for payload, status in REJECTED.values():
+        assert exchange(server.url, payload + NEXT)[0].status == status
+    assert server.stop() == 0
+    assert not [line for line in server.log if "ERROR" in line]
 
 
 ACCEPTED = {
