@@ -334,6 +334,14 @@ def test_damaged_files_are_named(store: StoreBuilder, tmp_path: Path) -> None:
     assert value["sources"][0]["reasons"][-1]["remedy"] == f"nix-store --repair-path /nix/store/{info.path}"
 
 
+@pytest.mark.parametrize("form", ["{}.narinfo", "https://cache.example.org/{}.narinfo"])
+def test_name_of_a_narinfo_stands_for_its_path(store: StoreBuilder, tmp_path: Path, form: str) -> None:
+    path = signed(store, "program").path
+    local = Asking(tmp_path / "server", KEY)
+    local.config.write_text(f"real_nix_store = '{store.real_dir}'\n")
+    assert local.why(form.format(path.hash_part), status=0)["path"] == path.hash_part
+
+
 def test_name_of_a_valid_path_is_enough(store: StoreBuilder, tmp_path: Path) -> None:
     path = signed(store, "program-1.0").path
     local = Asking(tmp_path / "server", KEY)

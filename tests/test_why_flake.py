@@ -1,6 +1,7 @@
 """`harmonia why` takes a flake reference, which this machine's Nix evaluates."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +78,7 @@ def machine(tmp_path: Path) -> Machine:
 @pytest.mark.nix
 @pytest.mark.parametrize(
     ("installable", "attribute"),
-    [("#app", "app"), ("#", "default"), ("#app^dev", "app.dev"), ("#app.dev", "app.dev")],
+    [("#app", "app"), ("#", "default"), ("", "default"), ("#app^dev", "app.dev"), ("#app.dev", "app.dev")],
 )
 def test_flake_reference_stands_for_its_output_path(machine: Machine, installable: str, attribute: str) -> None:
     done = machine.why(f"path:{machine.flake}{installable}")
@@ -111,6 +112,13 @@ def test_other_value_than_a_store_path_is_an_error(machine: Machine) -> None:
     done = machine.why(f"path:{machine.flake}#text")
     assert (done.returncode, done.stdout) == (EXIT_CONFIG, "")
     assert "#text' evaluates to '/etc/passwd', which is not a path in " in done.stderr
+
+
+@pytest.mark.nix
+def test_directory_of_a_flake_stands_for_its_default(machine: Machine) -> None:
+    for name in (str(machine.flake), os.path.relpath(machine.flake)):
+        value = json.loads(machine.why(name).stdout)
+        assert f"{machine.directory}/nix/store/{value['path']}" == machine.output("default")
 
 
 def test_missing_nix_is_an_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from harmonia.cli.arguments import parse_url
 from harmonia.config import credentials, loader
 from harmonia.config.settings import Settings
 from harmonia.errors import ConfigError, FormatError, InvalidPathError, StoreUnavailableError
+from harmonia.nix.base32 import ALPHABET
 from harmonia.nix.nix_conf import NixConf
 from harmonia.nix.package_name import PackageName
 from harmonia.nix.signing import PublicKey
@@ -29,6 +30,7 @@ from harmonia.tools.http_client import Client
 from harmonia.tools.why import LAST, Cache, NixClient, Verdict, why_unlisted
 
 _DERIVED = re.compile(r"([^#]+\.drv)(?:[!^](?:\*|(.*)))?")  # as Nix prints what it will build, and its outputs
+_NARINFO = re.compile(f"(?:^|/)([{ALPHABET}]{{{HASH_PART_LENGTH}}})[.]narinfo$")  # as Nix names it in errors
 _MAX_NAMED = 20
 """Paths with a name that are found, and listed if there are several."""
 
@@ -77,8 +79,8 @@ def command(
 
     PATH is a store path, its hash part, a symlink to it, or the name of a valid path, like hello-2.12 or hello. A
     derivation, like /nix/store/….drv or /nix/store/….drv^dev, stands for its output.
-    INSTALLABLE is a flake reference with an attribute, like nixpkgs#hello or .#app^dev: Nix on this machine evaluates
-    it, and builds nothing.
+    INSTALLABLE is a flake reference, like nixpkgs#hello, .#app^dev or .: Nix on this machine evaluates it, and builds
+    nothing.
 
     Without --cache and --substituters, explains whether the local server serves the path: not valid, built before, kept
     back by a publish rule, files missing or damaged, not signed, or its closure is incomplete. Also asks its upstreams,
@@ -120,6 +122,8 @@ def _sample(settings: Settings, text: str) -> str:
     store = Store.of(settings)
     if derived := _DERIVED.fullmatch(text):
         return _output(store, *derived.groups())
+    if narinfo := _NARINFO.search(text):
+        return narinfo[1]
     try:
         return path_arguments.resolve(store, text)[0].path
     except (InvalidPathError, StoreUnavailableError):

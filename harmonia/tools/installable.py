@@ -1,5 +1,7 @@
 """Store paths of flake references, evaluated by the machine's own Nix."""
 
+import os
+import re
 import shutil
 import subprocess
 
@@ -7,12 +9,13 @@ from harmonia.errors import ConfigError, FormatError
 from harmonia.nix.store_path import StorePath
 from harmonia.untrusted import excerpt
 
+_WITH_TYPE = re.compile(r"(?:flake|github|gitlab|path|sourcehut|(?:git|hg|tarball)\+[a-z]+):")
 _FEATURES = ("--extra-experimental-features", "nix-command flakes")
 
 
 def is_flake_reference(text: str) -> bool:
-    """Return True if `text` is an installable like `nixpkgs#hello`. No store path has this character."""
-    return "#" in text
+    """Return True if `text` is an installable like `nixpkgs#hello`, `github:owner/repository` or `.`."""
+    return "#" in text or _WITH_TYPE.match(text) is not None or os.path.isfile(os.path.join(text, "flake.nix"))
 
 
 def evaluate(installable: str, store_dir: str) -> StorePath:
@@ -25,6 +28,8 @@ def evaluate(installable: str, store_dir: str) -> StorePath:
     if nix is None:
         raise ConfigError(f"cannot evaluate {installable!r}: there is no program nix on PATH; give a store path")
     flake, _, attribute = installable.partition("#")
+    if os.path.isfile(os.path.join(flake, "flake.nix")):
+        flake = os.path.abspath(flake)  # Nix takes a bare name for one of its registry
     attribute, _, output = attribute.partition("^")
     name = f"{flake}#{attribute}.{output}" if output else f"{flake}#{attribute}"  # outputs are attributes
     command = [nix, *_FEATURES, "eval", "--raw", "--", name]
