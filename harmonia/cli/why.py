@@ -30,7 +30,7 @@ from harmonia.tools.http_client import Client
 from harmonia.tools.why import LAST, Cache, NixClient, Verdict, why_unlisted
 
 _DERIVED = re.compile(r"([^#]+\.drv)(?:[!^](?:\*|(.*)))?")  # as Nix prints what it will build, and its outputs
-_NARINFO = re.compile(f"(?:^|/)([{ALPHABET}]{{{HASH_PART_LENGTH}}})[.]narinfo$")  # as Nix names it in errors
+_NARINFO = re.compile(f"(?:^|.*/)([{ALPHABET}]{{{HASH_PART_LENGTH}}})[.]narinfo$")  # as Nix names it in errors
 _MAX_NAMED = 20
 """Paths with a name that are found, and listed if there are several."""
 
@@ -122,8 +122,7 @@ def _sample(settings: Settings, text: str) -> str:
     store = Store.of(settings)
     if derived := _DERIVED.fullmatch(text):
         return _output(store, *derived.groups())
-    if narinfo := _NARINFO.search(text):
-        return narinfo[1]
+    text = _NARINFO.sub(r"\1", text)
     try:
         return path_arguments.resolve(store, text)[0].path
     except (InvalidPathError, StoreUnavailableError):
