@@ -160,7 +160,9 @@ class _Families(Collector):
         yield GaugeMetricFamily("harmonia_mirror_failing_paths", "Queued paths that failed at least once.", failing)
         age = max(time.time() - oldest, 0) if oldest else 0.0
         yield GaugeMetricFamily("harmonia_mirror_oldest_seconds", "Age of the oldest queued path.", age)
-        yield GaugeMetricFamily("harmonia_mirror_write_up", "1 if the bucket takes uploads, otherwise 0.", is_up)
+        yield GaugeMetricFamily(
+            "harmonia_mirror_write_up", "1 if the bucket and its queue take paths, otherwise 0.", is_up
+        )
 
     def _workers(self) -> Iterator[Metric]:
         yield HistogramMetricFamily(

@@ -133,7 +133,7 @@ class WorkerCounters:
     mirror_queued = _cell(7, "The number of store paths that wait to be written to the mirror.")
     mirror_failing = _cell(8, "The number of these that failed at least once.")
     mirror_oldest = _cell(9, "The time since when the first of them waits, in seconds since 1970, or 0.")
-    mirror_up = _cell(10, "1 if the mirror's bucket could be written when it was last tried, otherwise 0.")
+    mirror_up = _cell(10, "1 if the mirror's bucket took uploads when last tried, and its queue works, otherwise 0.")
     cells = 11
 
     def __init__(self, cells: "memoryview[float]", routes: Sequence[str], totals: Sequence[str]) -> None:

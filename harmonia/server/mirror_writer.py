@@ -55,6 +55,7 @@ async def _write(context: ServerContext, served: ServedPaths) -> None:
         try:
             await _write_queued(context, served)
         except (ConfigError, OSError) as error:
+            context.metrics.own.mirror_up = 0
             if failure != str(error) or time.monotonic() - began > _RETRY_S:
                 _log.error("cannot write served paths to the bucket: %s; trying again", error)
             failure = str(error)

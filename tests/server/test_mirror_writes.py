@@ -229,6 +229,29 @@ def test_queue_that_is_damaged_is_reported_and_opened_again(
     assert not [line for line in server.log if "Traceback" in line or "ended" in line], server.log
 
 
+def test_queue_that_cannot_be_used_is_shown_as_down(start: Start, folder: Folder, tmp_path: Path) -> None:
+    StoreBuilder(tmp_path / "own")
+    server = start(
+        store=tmp_path / "own",
+        settings=folder.settings("read = false\nwrite_served = true"),
+        program=patched(
+            "import os, sys\n"
+            "from harmonia.errors import ConfigError\n"
+            "from harmonia.upload.queue import UploadQueue\n"
+            "read = UploadQueue.statistics\n"
+            "def statistics(self):\n"
+            "    if os.path.exists(os.path.join(os.path.dirname(sys.argv[-1]), 'broken')):\n"
+            "        raise ConfigError('the disk is broken')\n"
+            "    return read(self)\n"
+            "UploadQueue.statistics = statistics\n"
+        ),
+    )
+    wait_until(lambda: writes(server).startswith("up"))
+    (server.directory / "broken").touch()
+    wait_until(lambda: writes(server).startswith("down"))
+    assert metric(server, "write_up") == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
