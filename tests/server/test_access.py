@@ -24,7 +24,7 @@ from harmonia.process.preflight import load
 from harmonia.server.http.auth import Guard
 from support.contract import ROWS, Row, stock
 from support.preloaded import NOT_PRELOADED
-from support.running import Answer, Server, Session, case, patched, run, wait_until
+from support.running import FROZEN_RATES, Answer, Server, Session, case, patched, run, wait_until
 
 if TYPE_CHECKING:
     from sanic import Request
@@ -353,7 +353,7 @@ def test_invalid_tokens_are_rate_limited_and_valid_ones_are_not(
     start: Start, stocked: tuple[Path, dict[str, str]]
 ) -> None:
     settings = f"tokens_path = '{stocked[0]}/tokens'\nmax_failed_auth_rate = 5\ntrusted_proxies = ['127.0.0.1']"
-    server = start(store=stocked[0] / "store", settings=settings)
+    server = start(store=stocked[0] / "store", settings=settings, program=patched(FROZEN_RATES))
 
     def get(client: str, headers: dict[str, str]) -> Answer:
         return server.get("/nix-cache-info", {**headers, "X-Forwarded-For": client})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harmonia.config.tokens import new
 from harmonia.tools.store_builder import StoreBuilder
 from support.raw_http import exchange
-from support.running import Answer, Server, patched, unpacked, wait_until
+from support.running import FROZEN_RATES, Answer, Server, patched, unpacked, wait_until
 from support.upstream_paths import KEY, entry, make_path
 from support.upstream_server import UpstreamServer
 
@@ -129,7 +129,8 @@ def test_body_without_length_gets_411(many: tuple[Server, list[str]]) -> None:
 
 
 def test_each_path_counts_for_max_bulk_rate(start: Start, paths: tuple[Path, list[str]]) -> None:
-    server = start(store=paths[0], settings="max_bulk_rate = 10000\ntrusted_proxies = ['127.0.0.1']")
+    settings = "max_bulk_rate = 10000\ntrusted_proxies = ['127.0.0.1']"
+    server = start(store=paths[0], settings=settings, program=patched(FROZEN_RATES))
     client = {"X_Forwarded_For": "10.0.0.1"}
     lines = [f"{number:032}" for number in range(10_000)]
     assert ask(server, *lines[:5000], **client).status == 200

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from harmonia.nix import narinfo
 from harmonia.nix.store_path import StorePath
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Answer, Server, patched, unpacked
+from support.running import FROZEN_RATES, Answer, Server, patched, unpacked
 
 if TYPE_CHECKING:
     from harmonia.nix.path_info import PathInfo
@@ -164,14 +164,11 @@ def test_closure_with_too_many_paths_gets_404_and_each_path_counts(start: Start,
     size = len(graph.closure(root))
     small = patched(f"from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
     assert start(store=graph.root, program=small).get(f"/{root.hash_part}.closure").status == 404
-    stopped_clock = "from harmonia.server.http.rate_limit import Rate\nRate.__init__.__defaults__ = (lambda: 1000.0,)"
-    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=patched(stopped_clock))
+    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=patched(FROZEN_RATES))
     lines = "\n".join(f"{number:032}" for number in range(10_000))
     assert server.post("/get-narinfos-v1", lines.encode()).status == 200
     assert server.get(f"/{root.hash_part}.closure").status == 429
-    both = patched(
-        f"{stopped_clock}\nfrom harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}"
-    )
+    both = patched(f"{FROZEN_RATES}from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
     server = start(store=graph.root, settings="max_bulk_rate = 10000", program=both)
     served = 10_000 // size
     statuses = [server.get(f"/{root.hash_part}.closure").status for _ in range(served + 1)]

@@ -17,7 +17,7 @@ from harmonia.process.event_log import EventLog
 from harmonia.tools.fixture_tree import Sparse
 from harmonia.tools.store_builder import StoreBuilder
 from support.event_client import EventClient, follow
-from support.running import LONG_GRACE, Server, file_url, nar_url, patched, wait_until
+from support.running import LONG_GRACE, Server, file_url, lock_holders, nar_url, patched, wait_until
 
 Start = Callable[..., Server]
 
@@ -276,9 +276,7 @@ def test_another_worker_takes_over_if_the_leader_is_killed(store: StoreBuilder, 
     server = serve(workers=2)
     with ExitStack() as stack:
         clients = [stack.enter_context(follow(server)) for _ in range(6)]
-        inode = (server.cache_dir / "events/leader").stat().st_ino
-        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-        [leader] = {int(pid) for *_, pid, file, _, _ in locks if file.endswith(f":{inode}")}
+        [leader] = lock_holders(server.cache_dir / "events/leader")
         store.add_text("one", b"")
         for client in clients:
             client.until("valid")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from harmonia.config.settings import Settings
-from support.running import PATIENCE_S, Answer, Sample, Server, read_answer
+from support.running import FROZEN_RATES, PATIENCE_S, Answer, Sample, Server, patched, read_answer
 
 Start = Callable[..., Server]
 
@@ -65,7 +65,7 @@ def test_keep_alive_timeout_closes_an_idle_connection(start: Start, sample: Samp
 @pytest.fixture
 def limited(start: Start, sample: Sample) -> Callable[[str, str], Answer]:
     settings = "browse = true\nmax_query_rate = 5\ntrusted_proxies = ['127.0.0.1']"
-    server = start(store=sample.root, settings=settings)
+    server = start(store=sample.root, settings=settings, program=patched(FROZEN_RATES))
     return lambda path, client: server.get(path, {"X-Forwarded-For": client})
 
 

@@ -11,7 +11,7 @@ import zstandard
 
 from harmonia.nix.path_info import PathInfo
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import KNOWN_LENGTHS, NO_CACHE, Server, patched
+from support.running import FROZEN_RATES, KNOWN_LENGTHS, NO_CACHE, Server, patched
 from support.shared_store import dump, info, url
 
 Start = Callable[..., Server]
@@ -170,7 +170,8 @@ def test_damaged_listing_file_is_rendered_again(start: Start, stock: Stock, tmp_
 
 
 def test_max_query_rate_limits_long_listings_only(start: Start, stock: Stock) -> None:
-    server = start(store=stock.root, settings="max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']")
+    settings = "max_query_rate = 3\ntrusted_proxies = ['127.0.0.1']"
+    server = start(store=stock.root, settings=settings, program=patched(FROZEN_RATES))
     path_of_listing = f"/{stock.large.path.hash_part}.ls"
     answers = [server.get(path_of_listing, {"Range": "bytes=-1"}) for _ in range(5)]
     assert [answer.status for answer in answers] == [206] * 3 + [429] * 2

@@ -11,7 +11,7 @@ import pytest
 from harmonia.server.resources import text_file
 from harmonia.tools.fixture_tree import Executable, Symlink, Tree
 from harmonia.tools.store_builder import StoreBuilder
-from support.running import Answer, Server
+from support.running import FROZEN_RATES, Answer, Server, patched
 
 Start = Callable[..., Server]
 
@@ -107,7 +107,7 @@ def test_directory_is_no_text(start: Start, tmp_path: Path, base: str) -> None:
 
 
 def test_text_pages_count_towards_the_query_rate(start: Start, tmp_path: Path, base: str) -> None:
-    server = start(store=tmp_path / "store", settings="max_query_rate = 2")
+    server = start(store=tmp_path / "store", settings="max_query_rate = 2", program=patched(FROZEN_RATES))
     assert [server.get(f"{base}evil?view").status for _ in range(3)] == [200, 200, 429]
     assert server.get(f"{base}evil").status == 200
 

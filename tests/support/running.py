@@ -381,6 +381,10 @@ NO_SMALL_NARS = patched("from harmonia.cache import nar_compressor\nnar_compress
 """A server that keeps no small compressed NARs in memory, so that it compresses them again, and then has files."""
 
 
+FROZEN_RATES = "from harmonia.server.http.rate_limit import Rate\nRate.__init__.__defaults__ = (lambda: 1000.0,)\n"
+"""Statements for `patched`: rate limits permit nothing more later, however long a test takes."""
+
+
 def file_url(info: PathInfo, name: str = Encoding.of(Zstd()).name) -> str:
     """Return the URL path of the NAR in a zstd encoding: by default, that of the default settings."""
     return f"{nar_url(info).removesuffix('.nar')}-{name}.nar.zst"
@@ -403,6 +407,13 @@ def open_files(pid: int) -> list[str]:
         with suppress(FileNotFoundError):
             names.append(os.readlink(descriptor))
     return names
+
+
+def lock_holders(file: Path) -> set[int]:
+    """Return the processes that hold a lock of a file (proc_locks(5))."""
+    inode = file.stat().st_ino
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return {int(pid) for *_, pid, locked, _, _ in locks if locked.endswith(f":{inode}")}
 
 
 def peak_bytes(pid: int) -> int:
