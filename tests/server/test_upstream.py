@@ -39,6 +39,7 @@ from support.running import (
     Answer,
     Server,
     case,
+    lock_holders,
     open_files,
     patched,
     peak_bytes,
@@ -113,6 +114,21 @@ def cached(server: Server, path: Remote) -> list[str]:
     directory = server.cache_dir / "nar"
     nar_hash = base32.encode(path.info.nar_hash)
     return [found.name for found in directory.iterdir() if nar_hash in found.name] if directory.is_dir() else []
+
+
+def held(rest: Event) -> upstream_server.Behaviour:
+    """Send half of the file, and the rest when the event is set."""
+
+    def behave(handler: upstream_server.Handler) -> None:
+        content = handler.server.files[handler.path]
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content[: len(content) // 2])
+        rest.wait(PATIENCE_S)
+        handler.wfile.write(content[len(content) // 2 :])
+
+    return behave
 
 
 def evict(server: Server, path: Remote) -> None:
@@ -344,17 +360,30 @@ def test_concurrent_lookups_cause_one_request(begin: Start, upstream: UpstreamSe
     assert upstream.asked[f"GET {narinfo_path(there)}"] == 1
 
 
-def test_hits_and_misses_are_cached_for_a_while(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
-    brief = "from harmonia.upstream import lookup\nlookup._NEGATIVE_TTL_S = lookup.POSITIVE_TTL_S = 1.0"
-    server = begin(entry(upstream), program=patched(brief))
+def test_hits_are_cached_for_an_hour_and_misses_for_30_s(
+    begin: Start, upstream: UpstreamServer, there: Remote, tmp_path: Path
+) -> None:
+    later = tmp_path / "seconds"
+    clock = f"""
+from pathlib import Path
+from cachetools import TLRUCache
+from harmonia.upstream import lookup
+def cache(*arguments, **options):
+    return TLRUCache(*arguments, timer=lambda: float(Path({str(later)!r}).read_text()), **options)
+lookup.TLRUCache = cache
+"""
+    later.write_text("0")
+    server = begin(entry(upstream), program=patched(clock))
     where = narinfo_path(there)
     assert server.get(where).status == 404
     upstream.add(there.info, there.file, there.nar, keys=(KEY,))
-    assert server.get(where).status == 404
-    wait_until(lambda: server.get(where).status == 200)
+    for seconds, expected in ((29, 404), (31, 200)):
+        later.write_text(f"{seconds}")
+        assert server.get(where).status == expected
     del upstream.files[where]
-    assert server.get(where).status == 200
-    wait_until(lambda: server.get(where).status == 404)
+    for seconds, expected in ((3600, 200), (3632, 404)):
+        later.write_text(f"{seconds}")
+        assert server.get(where).status == expected
     assert upstream.asked[f"GET {where}"] == 3
 
 
@@ -588,19 +617,20 @@ def test_nar_url_without_a_file_hash_is_not_resumable(begin: Start, upstream: Up
 
 
 def test_number_of_concurrent_fetches_is_bounded(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
-    paths = [make_path(tmp_path / f"elsewhere-{n}", size=64 << 10, compression="none") for n in range(6)]
+    paths = [make_path(tmp_path / f"elsewhere-{n}", size=2 << 20, compression="none") for n in range(6)]
     for path in paths:
         upstream.add(path.info, path.file, path.nar, keys=(KEY,))
-    upstream.behaviours["^/nar/"] = drip(8192, 0.2)
-    server = begin(
-        entry(upstream), workers=1, program=patched("from harmonia.upstream import fetch; fetch._MAX_FETCHES = 2")
-    )
+    rest = Event()
+    upstream.behaviours["^/nar/"] = held(rest)
+    two = patched("from harmonia.upstream import fetch; fetch._MAX_FETCHES = 2")
+    server = begin(entry(upstream, **SLOW), workers=1, program=two)
     urls = [fields(server.get(narinfo_path(path)))["URL"] for path in paths]
     for url in urls:
         with server.connect() as connection:
             connection.sendall(f"GET /{url} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
     assert sum(bool(cached(server, path)) for path in paths) == 2
+    rest.set()
     assert server.get(f"/{urls[0]}").body == paths[0].file  # joins the running fetch
     assert server.get(f"/{urls[-1]}").body == paths[-1].file
 
@@ -625,10 +655,10 @@ def test_malformed_via_of_an_upstream_does_not_affect_other_upstreams(
 def test_killed_worker_breaks_only_its_own_downloads(begin: Start, upstream: UpstreamServer, tmp_path: Path) -> None:
     path = make_path(tmp_path / "elsewhere", size=8 << 20, compression="none")
     upstream.add(path.info, path.file, path.nar, keys=(KEY,))
-    upstream.behaviours["/nar/"] = drip(1 << 18, 0.2)
-    server = begin(entry(upstream), workers=2)
+    rest = Event()
+    upstream.behaviours["/nar/"] = held(rest)
+    server = begin(entry(upstream, **SLOW), workers=2)
     url = "/" + fields(server.get(narinfo_path(path)))["URL"]
-    filler = None
 
     def fetch() -> bool:
         return not aborted(server, url)
@@ -641,14 +671,10 @@ def test_killed_worker_breaks_only_its_own_downloads(begin: Start, upstream: Ups
         while not all(map(reads_it, server.workers)):
             downloads.append(threads.submit(fetch))
             time.sleep(0.03)
-        growing = (server.cache_dir / "nar" / cached(server, path)[0]).stat()
-        for worker in server.workers:
-            held = [f.read_text() for f in Path(f"/proc/{worker}/fdinfo").iterdir()]
-            if any("FLOCK" in text and f":{growing.st_ino} " in text for text in held):
-                filler = worker
-        assert filler is not None
+        [filler] = lock_holders(server.cache_dir / "nar" / cached(server, path)[0])
         upstream.behaviours.clear()
         os.kill(filler, signal.SIGKILL)
+        rest.set()
         outcomes = [download.result() for download in downloads]
     assert True in outcomes  # those of the other worker
     assert server.get(url).body == path.file
@@ -978,7 +1004,7 @@ def test_missing_nar_gets_404(begin: Start, upstream: UpstreamServer, there: Rem
     server = begin(entry(upstream))
     answer = server.get("/" + fields(server.get(narinfo_path(there)))["URL"])
     assert (answer.status, answer.headers["cache-control"]) == (404, "no-store")
-    assert cached(server, there) == []
+    wait_until(lambda: cached(server, there) == [])
 
 
 @pytest.mark.parametrize("fault", ["hang", "reset", "loop", "nowhere"])
@@ -1364,7 +1390,7 @@ def test_failed_fetch_leaves_no_file_open(begin: Start, upstream: UpstreamServer
     url = "/" + fields(server.get(narinfo_path(there)))["URL"]
     with ThreadPoolExecutor(30) as threads:
         assert {answer.status for answer in threads.map(server.get, [url] * 30)} == {404}
-    assert not [name for name in open_files(server.workers[0]) if ".growing" in name]
+    wait_until(lambda: not [name for name in open_files(server.workers[0]) if ".growing" in name])
 
 
 def test_nar_url_is_independent_of_the_upstream(begin: Start, upstream: UpstreamServer, there: Remote) -> None:
