@@ -83,6 +83,7 @@ def test_narinfos_of_a_closure_take_two_requests(
     for info in reversed(there):
         answer = server.get(f"/{info.path.hash_part}.narinfo")
         assert narinfo.parse(answer.text, "/nix/store")[0] == info
+    upstream.stop()  # so that its log is complete
     assert len(asked(upstream, ".narinfo")) == 1
     assert len(asked(upstream, ".closure")) == 1
 
@@ -111,6 +112,7 @@ def test_what_a_plan_lacks_is_a_miss_without_a_request(
     server = here(entry(upstream))
     assert get(server, infos[-1]) == 200
     assert get(server, infos[5]) == 404
+    upstream.stop()
     assert not asked(upstream, f"{infos[5].path.hash_part}.narinfo")
 
 
@@ -124,6 +126,7 @@ def test_plan_of_another_path_does_not_repeat_earlier_plans(
     upstream = start(store=tmp_path / "upstream", settings=AT_UPSTREAM)
     server = here(entry(upstream))
     assert [get(server, info) for info in (infos[-1], top, middle, infos[3])] == [200] * 4
+    upstream.stop()
     assert [f"?have={infos[-1].path.hash_part}" in line for line in asked(upstream, ".closure")] == [False, True]
     assert len(asked(upstream, ".narinfo")) == 2
 
@@ -283,19 +286,33 @@ def test_no_nar_is_fetched_ahead_without_a_budget_or_cache(
         assert get(server, info) == 200
     if "mode" not in option:
         get_nar(server, there[0])
-    server.settle()
+    server.stop()
+    upstream.stop()
     assert len(nars(upstream)) == (0 if "mode" in option else 1)
 
 
 def test_nars_that_no_client_requests_are_removed(
-    upstream: Server, here: Callable[..., Server], there: list[PathInfo]
+    upstream: Server, here: Callable[..., Server], there: list[PathInfo], tmp_path: Path
 ) -> None:
-    server = here(
-        entry(upstream), program=patched("from harmonia.upstream import fetch_ahead; fetch_ahead._UNCLAIMED_S = 1.0")
-    )
+    left = tmp_path / "left"  # exists when the client has left for long
+    waiting = f"""
+import asyncio, os
+from harmonia.upstream import fetch_ahead
+from harmonia.upstream.fetch_ahead import FetchAhead
+clean = FetchAhead._clean
+async def clean_later(self):
+    while not os.path.exists({str(left)!r}):
+        await asyncio.sleep(0.01)
+    await clean(self)
+FetchAhead._clean = clean_later
+fetch_ahead._UNCLAIMED_S = 0.0
+"""
+    server = here(entry(upstream), program=patched(waiting))
     for info in reversed(there):
         assert get(server, info) == 200
     get_nar(server, there[0])
-    wait_until(lambda: len(nars(upstream)) == COUNT)
-    wait_until(lambda: len(list((server.cache_dir / "nar").iterdir())) == 1)
+    cached = server.cache_dir / "nar"
+    wait_until(lambda: sum(file.suffix != ".growing" for file in cached.iterdir()) == COUNT)
+    left.touch()
+    wait_until(lambda: len(list(cached.iterdir())) == 1)
     assert [get_nar(server, info) for info in there] == [get_nar(upstream, info) for info in there]
