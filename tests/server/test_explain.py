@@ -156,13 +156,14 @@ def test_each_upstream_is_asked_for_a_missing_path(start: Start, tmp_path: Path)
     near = f"[[upstream]]\nurl = '{upstream.url}'\npublic_keys = ['{KEY.public_key}']\n"
     strict = f"[[upstream]]\nurl = '{upstream.url}/'\npublic_keys = ['{other}']\n"
     far = f"[[upstream]]\nurl = '{dead}'\n"
-    value = explained(start(store=tmp_path / "store", settings=f"{BROWSE}{near}{far}"), path)
+    patient = f"{BROWSE}upstream_timeout = 60.0\n"
+    value = explained(start(store=tmp_path / "store", settings=f"{patient}{near}{far}"), path)
     assert codes(value) == ["not_valid", "upstream_has", "upstream_lacks"]
     assert value["available"]
     assert value["reasons"][-1]["text"].startswith(f"the upstream {dead} gives no usable answer: ")
     assert value["reasons"][-1]["text"].count(dead) == 1
     assert value["summary"] == f"the upstream {upstream.url} has it, signed by stored-1"
-    refused = explained(start(store=tmp_path / "store", settings=f"{BROWSE}{strict}"), path)
+    refused = explained(start(store=tmp_path / "store", settings=f"{patient}{strict}"), path)
     assert not refused["available"]
     assert "no signature by any of public_keys" in refused["reasons"][1]["text"]
 

@@ -72,7 +72,7 @@ class Reader:
         self.own = StoreBuilder(directory / "own").add_text("own", b"own")
 
     def start(
-        self, more: str = "", settings: str = "", *, who: str = "reader", timeout: float = 5.0, **options: object
+        self, more: str = "", settings: str = "", *, who: str = "reader", timeout: float = 60.0, **options: object
     ) -> Server:
         keys = f"sign_key_paths = ['{key_file(self._directory)}']"
         mirror = self._folder.settings(more, who=who)
@@ -162,7 +162,7 @@ def test_server_without_a_store_is_a_gate(tmp_path: Path, private: Folder, remot
     server = Server(tmp_path / "gate", tmp_path / "nothing")
     settings = server.config.read_text().splitlines()
     kept = [line for line in settings if not line.startswith(("real_nix_store", "nix_db_path", "daemon_socket"))]
-    keys = f"sign_key_paths = ['{key_file(tmp_path)}']"
+    keys = f"upstream_timeout = 60.0\nsign_key_paths = ['{key_file(tmp_path)}']"
     server.config.write_text("\n".join((*kept, "local_store = false", keys, private.settings(who="reader"))))
     server.start()
     try:

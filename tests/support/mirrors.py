@@ -41,7 +41,8 @@ def gates(folder: Folder, public_key: object, directory: Path, count: int, more:
     with ExitStack() as stack:
         for server in servers:
             server.config.write_text(
-                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{server.cache_dir}'\nworkers = 1\n{mirrored}"
+                f"bind = '127.0.0.1:0'\nlocal_store = false\ncache_dir = '{server.cache_dir}'\nworkers = 1\n"
+                f"upstream_timeout = 60.0\n{mirrored}"
             )
             server.start()
             stack.callback(server.stop)
