@@ -1,6 +1,8 @@
 """`/<hash>.narinfo`: exact bytes, all signatures, never outdated."""
 
 import json
+import os
+import signal
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -213,8 +215,11 @@ def test_concurrent_requests_to_a_locked_database_wait_no_longer_than_one(
     locking = sqlite3.connect(store.db_path, isolation_level=None)
     locking.execute("begin exclusive")
     with server.connect() as one, server.connect() as two, server.connect() as three, server.connect() as four:
+        (worker,) = server.workers
+        os.kill(worker, signal.SIGSTOP)  # until all have been sent: each request waits for a time of its own
         for number, connection_ in enumerate((one, two, three, four)):
             connection_.sendall(f"GET /{str(number) * 32}.narinfo HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        os.kill(worker, signal.SIGCONT)
         for connection_ in (one, two, three, four):
             assert connection_.recv(100).startswith(b"HTTP/1.1 503 ")
         assert (
