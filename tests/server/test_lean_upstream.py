@@ -23,7 +23,7 @@ Start = Callable[..., Server]
 
 COUNT = 6
 NAR_BYTES = 30_000
-SETTINGS = "upstream_timeout = 60.0"
+SETTINGS = "upstream_timeout = 60.0\ndebug_info = false"
 NIX = ["User-Agent: curl/8.5.0 Nix/2.34.1", "Accept: */*", "Accept-Encoding: zstd, br, gzip, deflate"]
 
 

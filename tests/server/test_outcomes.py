@@ -20,7 +20,7 @@ from support.upstream_server import UpstreamServer
 
 Start = Callable[..., Server]
 
-LOGGED = "access_log = true\nlog_format = 'json'"
+LOGGED = "access_log = true\nlog_format = 'json'\ndebug_info = false"
 """Settings with which no response is repeated from memory, because each is logged."""
 
 
@@ -134,7 +134,7 @@ def test_files_logs_and_closures_come_from_the_store(start: Start, store: StoreB
 
 def test_repeated_response_comes_from_memory(start: Start, store: StoreBuilder, tmp_path: Path) -> None:
     small = store.add_text("small", b"small\n")
-    server = start(store=tmp_path / "store")
+    server = start(store=tmp_path / "store", settings="debug_info = false")
     with Session(server) as session:
         size = {len(session.get(nar_url(small)).body) for _ in range(4)}
     labels = 'outcome="memory",route="nar"'

@@ -110,7 +110,7 @@ def test_cached_responses_are_counted(server: Server, info: PathInfo) -> None:
 
 
 def test_cached_responses_are_logged(start: Start, info: PathInfo, tmp_path: Path) -> None:
-    server = start(store=tmp_path / "store", settings="access_log = true", program=COUNTING)
+    server = start(store=tmp_path / "store", settings=f"access_log = true\n{SETTINGS}", program=COUNTING)
     with server.connect() as connection:
         for _ in range(3):
             Client(connection, server).ask(head(info))
@@ -118,7 +118,7 @@ def test_cached_responses_are_logged(start: Start, info: PathInfo, tmp_path: Pat
 
 
 def test_changed_narinfo_is_sent_at_once(start: Start, store: StoreBuilder, info: PathInfo, tmp_path: Path) -> None:
-    server = start(store=tmp_path / "store", program=COUNTING)
+    server = start(store=tmp_path / "store", settings="debug_info = false", program=COUNTING)
     signature = SecretKey.generate("late-1").sign(b"")
     with server.connect() as connection:
         client = Client(connection, server)
@@ -228,7 +228,8 @@ def test_revoked_token_gets_401_not_a_cached_response(start: Start, info: PathIn
     secret, token = new("reader", ["read"])
     tokens = tmp_path / "tokens"
     tokens.write_text(str(token))
-    server = start(store=tmp_path / "store", settings=f"tokens_path = '{tokens}'", program=COUNTING)
+    settings = f"tokens_path = '{tokens}'\n{SETTINGS}"
+    server = start(store=tmp_path / "store", settings=settings, program=COUNTING)
     with server.connect() as connection:
         client = Client(connection, server)
         asked = head(info, f"Authorization: Bearer {secret}")
@@ -253,9 +254,8 @@ auth.time = types.SimpleNamespace(time=lambda: 4e9 if os.path.exists(late) else 
 """
     secret, token = new("reader", ["read"], 3e9)
     (tmp_path / "tokens").write_text(str(token))
-    server = start(
-        store=tmp_path / "store", settings=f"tokens_path = '{tmp_path}/tokens'", program=patched(COUNT_HITS + clock)
-    )
+    settings = f"tokens_path = '{tmp_path}/tokens'\n{SETTINGS}"
+    server = start(store=tmp_path / "store", settings=settings, program=patched(COUNT_HITS + clock))
     with server.connect() as connection:
         client = Client(connection, server)
         kinds = [head(info, f"Authorization: Bearer {secret}"), nar_head(info, f"Authorization: Bearer {secret}")]
@@ -273,7 +273,7 @@ def test_pushers_cached_narinfo_is_not_used_after_its_row_was_damaged(
     secret, token = new("pusher", ["push"])
     (tmp_path / "tokens").write_text(str(token))
     push = f"[push]\nenable = true\nallow_without_tls = true\nstate_dir = '{tmp_path}/state'\n"
-    settings = f"tokens_path = '{tmp_path}/tokens'\ndaemon_socket = '{tmp_path}/none'\n{push}"
+    settings = f"tokens_path = '{tmp_path}/tokens'\ndaemon_socket = '{tmp_path}/none'\n{SETTINGS}\n{push}"
     server = start(store=tmp_path / "store", settings=settings, program=COUNTING)
     kinds = [
         head(info, f"Authorization: Bearer {secret}", *fields).replace("GET /", "GET /push/")

@@ -12,6 +12,8 @@ ResponseCache.response = lambda self, head: None
 """
 COUNT_ALL = """
 import os, sys
+from harmonia.process.loop_reads import LoopReads
+LoopReads.allowed = True  # after a read that waits for a busy machine, the handler would get the next requests
 from harmonia.server.http.response_cache import ResponseCache
 respond = ResponseCache.response
 def counting(self, head):
