@@ -13,7 +13,7 @@ from harmonia import nix
 
 PAGES = sorted((Path(__file__).parents[1] / "docs/reference/library").glob("*.md"))
 MODULES = {module.name for module in pkgutil.iter_modules(nix.__path__, "harmonia.nix.")}
-DECOMPRESSION = {"harmonia.nix.decompress", "harmonia.nix.nar_check"}
+DECOMPRESSION = {f"harmonia.nix.{name}" for name in ("content_coding", "decompress", "nar_check")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

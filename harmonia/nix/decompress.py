@@ -1,4 +1,4 @@
-"""Decompressors for NARs and HTTP bodies: every valid file of each format, in pieces, in bounded memory.
+"""Decompressors for NARs: every valid file of each format, in pieces, in bounded memory.
 
 In most formats, a file may have several streams (members, frames) and padding. After the last stream of gzip, bzip2,
 lzip and lzma, other bytes are ignored, because libarchive, which decompresses for Nix, ignores them.
@@ -8,24 +8,20 @@ import bz2
 import lzma
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 import brotli
 import zstandard
 
 from harmonia.errors import FormatError
-from harmonia.untrusted import excerpt
 
 MEMORY_BYTES = 128 << 20
 """Maximum memory for the window of an xz, lzma, lzip or zstd file. Nix's libzstd and xz's presets need no more."""
 LARGE_MEMORY_BYTES = (1536 << 20) + MEMORY_BYTES
 """Memory that xz needs with its largest dictionary. Allow this to one decompressor at a time."""
-MAX_CODINGS = 5
-"""Maximum number of content codings of an HTTP body, as in curl."""
-
-_MAX_PIECES = 1 << 12
-"""Maximum number of pieces of a small body in each decoding step, including empty pieces. Each stream makes one."""
+DEFLATE = "deflate"
+"""A compression of HTTP bodies that Nix does not use for NARs."""
 _READ_BYTES = 256 * 1024
 _PIECE_BYTES = 1 << 20  # maximum of a piece of output
 _INPUT_BYTES = 4096  # the rest of the input is copied for each stream that ends in it
@@ -35,10 +31,6 @@ _XZ_ALIGNMENT = 4  # streams are padded with zeros to a multiple of this, in byt
 
 class WindowError(FormatError):
     """A file needs more memory than is allowed. The caller may retry with LARGE_MEMORY_BYTES."""
-
-
-class SizeError(FormatError):
-    """A decoded body is longer than allowed, or has too many pieces."""
 
 
 class Decompressor(Protocol):
@@ -207,7 +199,7 @@ class _Lzip:
         return _Stepwise(lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[lzma1]))
 
 
-class _Single:
+class _OneStream:
     """A file of one stream. Bytes after the stream are ignored."""
 
     def __init__(self, begin: Callable[[], _Stream], input_bytes: int = _INPUT_BYTES) -> None:
@@ -223,17 +215,17 @@ class _Single:
         for start in range(0, len(data), self._input_bytes):
             part = data[start : start + self._input_bytes]
             while part:
-                if self._stream.eof and not (part := self._next(part)):
+                if self._stream.eof and not (part := self._begin_next(part)):
                     break
                 yield from self._stream.pieces(part)
                 part = self._stream.unused_data if self._stream.eof else b""
 
-    def _next(self, _data: bytes) -> bytes:
+    def _begin_next(self, data: bytes) -> bytes:  # noqa: ARG002 (for subclasses)
         """Start the next stream, and return the input for it. Return `b""` if no stream starts here."""
         return b""
 
 
-class _Members(_Single):
+class _Members(_OneStream):
     """A file of streams that each begin with `magic`. Other bytes after a stream are ignored."""
 
     def __init__(self, begin: Callable[[], _Stream], magic: bytes) -> None:
@@ -242,10 +234,10 @@ class _Members(_Single):
         self._held: bytes | None = b""
         """The first bytes after a stream if they can begin another one, or None if they cannot."""
 
-    def _next(self, _data: bytes) -> bytes:
+    def _begin_next(self, data: bytes) -> bytes:
         if self._held is None:
             return b""
-        held = self._held + _data
+        held = self._held + data
         if held.startswith(self._magic):
             self._stream, self._held = self._begin(), b""
             return held
@@ -253,7 +245,7 @@ class _Members(_Single):
         return b""
 
 
-class _Frames(_Single):
+class _Frames(_OneStream):
     """A file that consists of streams only. Each may be padded with zeros to a multiple of `alignment` bytes."""
 
     def __init__(
@@ -267,9 +259,9 @@ class _Frames(_Single):
     def whole(self) -> bool:
         return self._stream.eof and self._zeros % (self._alignment or 1) == 0
 
-    def _next(self, _data: bytes) -> bytes:
-        rest = _data.lstrip(b"\0") if self._alignment else _data
-        self._zeros += len(_data) - len(rest)
+    def _begin_next(self, data: bytes) -> bytes:
+        rest = data.lstrip(b"\0") if self._alignment else data
+        self._zeros += len(data) - len(rest)
         if rest:
             if not self.whole:
                 raise FormatError("the length of the padding is not a multiple of four bytes")
@@ -292,17 +284,16 @@ _FORMATS: dict[str, Callable[[int], Decompressor]] = {
     "bzip2": lambda _: _Members(lambda: _Stepwise(bz2.BZ2Decompressor()), b"BZh"),
     "gzip": lambda _: _Members(lambda: _Zlib(16 + zlib.MAX_WBITS), b"\x1f\x8b\x08"),
     "zstd": lambda _: _zstd(),
-    "br": lambda _: _Single(_Brotli),
-    "lzma": lambda memory: _Single(lambda: _xz(lzma.FORMAT_ALONE, memory)),
+    "br": lambda _: _OneStream(_Brotli),
+    "lzma": lambda memory: _OneStream(lambda: _xz(lzma.FORMAT_ALONE, memory)),
     "lzip": lambda memory: _Members(lambda: _Lzip(memory), b"LZIP"),
+    DEFLATE: lambda _: _OneStream(_Deflate),
 }
-COMPRESSIONS = frozenset(_FORMATS)
+COMPRESSIONS = frozenset(_FORMATS) - {DEFLATE}
 """The supported values of a narinfo's `Compression`. Nix's others are rare, and some need an external program."""
 
-_CODINGS = {name: name for name in COMPRESSIONS - {"none"}} | {f"x-{name}": name for name in ("gzip", "bzip2", "xz")}
 
-
-class _Failures:
+class _WithFormatErrors:
     """A decompressor that turns all errors of its library into FormatErrors."""
 
     def __init__(self, name: str, inner: Decompressor) -> None:
@@ -324,60 +315,12 @@ class _Failures:
             raise FormatError(f"not {self._name} data") from None
 
 
-class Decoder:
-    """The decompressor of a body with several content codings. `steps` are in the order of decoding."""
-
-    def __init__(self, steps: list[Decompressor]) -> None:
-        self._steps = steps
-        self._empty = True
-
-    @property
-    def whole(self) -> bool:
-        # Servers send an empty body without encoding it, whatever their Content-Encoding says.
-        return self._empty or all(step.whole for step in self._steps)
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        self._empty = self._empty and not data
-        pieces: Iterable[bytes] = [data]
-        for step in self._steps:
-            pieces = _fed(step, pieces)
-        yield from pieces
-
-    def decode(self, body: bytes, most: int) -> bytes:
-        """Return a complete body, decoded.
-
-        Raises SizeError if any step outputs more than `most` bytes, or too many pieces.
-        Raises FormatError if the body is malformed or cut short.
-        """
-        for step in self._steps if body else []:
-            body = _joined(step.feed(body), most)
-            if not step.whole:
-                raise FormatError("it is cut short")
-        return body
-
-
-def _joined(pieces: Iterable[bytes], most: int) -> bytes:
-    body = bytearray()
-    for count, piece in enumerate(pieces, 1):
-        body += piece
-        if len(body) > most:
-            raise SizeError(f"it is longer than {most} bytes")
-        if count > _MAX_PIECES:
-            raise SizeError(f"it has more than {_MAX_PIECES} pieces")
-    return bytes(body)
-
-
-def _fed(step: Decompressor, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    for piece in pieces:
-        yield from step.feed(piece)
-
-
-def decompressor(compression: str, memory: int = MEMORY_BYTES) -> _Failures:
-    """Return a decompressor for a file with this compression, one of COMPRESSIONS.
+def decompressor(compression: str, memory: int = MEMORY_BYTES) -> Decompressor:
+    """Return a decompressor for a file with this compression, one of COMPRESSIONS or DEFLATE.
 
     It raises WindowError if the file needs more than `memory` bytes for its window, if it is xz, lzma or lzip.
     """
-    return _Failures(compression, _FORMATS[compression](memory))
+    return _WithFormatErrors(compression, _FORMATS[compression](memory))
 
 
 def unpack_file(file: BinaryIO, compression: str) -> Iterator[bytes]:
@@ -399,22 +342,3 @@ def unpack_file(file: BinaryIO, compression: str) -> Iterator[bytes]:
         yield from unpacking.feed(data)
     if not unpacking.whole:
         raise FormatError("the file is truncated")
-
-
-def decoder(codings: Iterable[str]) -> Decoder | None:
-    """Return a decompressor for an HTTP body with these content codings, or None if the body is not encoded.
-
-    Raises FormatError if a coding is unknown, or if there are more than MAX_CODINGS.
-    """
-    names = [name for name in map(str.lower, codings) if name not in {"", "identity", "none"}]
-    if len(names) > MAX_CODINGS:
-        raise FormatError(f"its Content-Encoding has {len(names)} codings, more than the maximum of {MAX_CODINGS}")
-    steps: list[Decompressor] = []
-    for name in reversed(names):
-        if name == "deflate":
-            steps.append(_Failures(name, _Single(_Deflate)))
-        elif name in _CODINGS:
-            steps.append(decompressor(_CODINGS[name]))
-        else:
-            raise FormatError(f"its Content-Encoding {excerpt(name)} is unknown")
-    return Decoder(steps) if steps else None

@@ -8,7 +8,7 @@ from contextlib import suppress
 import zstandard
 
 from harmonia.errors import FormatError, PushRefusedError
-from harmonia.nix.decompress import Decoder
+from harmonia.nix.content_coding import Decoder
 from harmonia.nix.store_path import StorePath
 
 MAX_LOG_BYTES = 256 << 20

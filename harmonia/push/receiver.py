@@ -17,7 +17,7 @@ from harmonia.config.name_patterns import compile_patterns
 from harmonia.config.settings import Settings
 from harmonia.errors import PushRefusedError
 from harmonia.nix.build_trace import Realisation
-from harmonia.nix.decompress import Decoder
+from harmonia.nix.content_coding import Decoder
 from harmonia.nix.store_path import StorePath
 from harmonia.ownership import hand_over
 from harmonia.process.loop_reads import LoopReads

@@ -11,7 +11,7 @@ from typing import Self, cast
 import aiohttp
 
 from harmonia.errors import FormatError
-from harmonia.nix.decompress import SizeError, decoder
+from harmonia.nix.content_coding import SizeError, decoder
 from harmonia.upstream.header_fields import Headers, elements
 from harmonia.upstream.refusals import Reason, UpstreamMismatchError
 from harmonia.upstream.transport import Transport

@@ -8,10 +8,9 @@ import subprocess
 import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
 
 import brotli
 import pytest
@@ -23,15 +22,11 @@ from harmonia.errors import FormatError
 from harmonia.nix.decompress import (
     COMPRESSIONS,
     LARGE_MEMORY_BYTES,
-    MAX_CODINGS,
-    Decompressor,
-    SizeError,
     WindowError,
-    decoder,
     decompressor,
     unpack_file,
 )
-from support.packing import PACK, lzip
+from support.packing import PACK, deflate, lzip, unpacked
 
 
 def tool(*command: str) -> Callable[[bytes], bytes]:
@@ -42,11 +37,6 @@ def skippable(content: bytes) -> bytes:
     return b"\x5a\x2a\x4d\x18" + len(content).to_bytes(4, "little") + content
 
 
-def deflate(content: bytes) -> bytes:
-    stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
-    return stream.compress(content) + stream.flush()
-
-
 def xz(check: int) -> Callable[[bytes], bytes]:
     return lambda content: lzma.compress(content, check=check)
 
@@ -55,16 +45,6 @@ SINGLE = {"br", "lzma"}
 """Formats that do not allow concatenated streams."""
 
 contents = st.binary(max_size=300) | st.binary(min_size=1, max_size=9).map(lambda data: data * 50_000)
-
-
-def unpacked(inner: Decompressor | None, data: bytes, cuts: Sequence[int] = ()) -> bytes | None:
-    """Return the content of the data, fed in pieces that end at `cuts`, or None if the data is incomplete."""
-    assert inner is not None
-    places = sorted({min(cut, len(data)) for cut in cuts})
-    content = b"".join(
-        piece for start, stop in pairwise([0, *places, len(data)]) for piece in inner.feed(data[start:stop])
-    )
-    return content if inner.whole else None
 
 
 def test_every_compression_of_nix_is_tested() -> None:
@@ -214,52 +194,6 @@ def test_huge_window_raises_window_error_instead_of_format_error() -> None:
     assert unpacked(decompressor("xz", LARGE_MEMORY_BYTES), file) == b"x" * 1000
 
 
-CODE: dict[str, Callable[[bytes], bytes]] = {
-    **{name: pack for name, pack in PACK.items() if name != "none"},
-    "GZip": gzip.compress,
-    "x-gzip": gzip.compress,
-    "deflate": zlib.compress,
-    "Deflate": deflate,
-    "identity": bytes,
-    "none": bytes,
-    "": bytes,
-}
-
-
-@given(st.lists(st.sampled_from(sorted(CODE)), max_size=MAX_CODINGS), st.binary(max_size=3000), st.data())
-def test_content_codings_are_decoded_in_reverse_order(codings: list[str], body: bytes, data: st.DataObject) -> None:
-    encoded = body
-    for coding in codings:
-        encoded = CODE[coding](encoded)
-    inner = decoder(codings)
-    if inner is None:
-        assert encoded == body
-    else:
-        assert unpacked(inner, encoded, data.draw(st.lists(st.integers(0, 3000), max_size=5))) == body
-
-
-@given(st.binary(max_size=3000), st.integers(0, 9), st.lists(st.integers(0, 200), max_size=5))
-def test_deflate_is_accepted_with_and_without_zlib_header(body: bytes, level: int, cuts: list[int]) -> None:
-    stream = zlib.compressobj(level, wbits=-zlib.MAX_WBITS)
-    raw = stream.compress(body) + stream.flush()
-    assert unpacked(decoder(["deflate"]), raw, cuts) == body
-    assert unpacked(decoder(["deflate"]), zlib.compress(body, level), cuts) == body
-
-
-@pytest.mark.parametrize("codings", [["rot13"], ["gzip"] * (MAX_CODINGS + 1), ["br", "\x00" * 10_000]])
-def test_unknown_content_codings_raise_a_short_error(codings: list[str]) -> None:
-    with pytest.raises(FormatError) as caught:
-        decoder(codings)
-    assert len(str(caught.value)) < 600
-
-
-@pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
-def test_empty_body_is_whole_in_every_coding(coding: str) -> None:
-    inner = decoder([coding])
-    assert inner is not None
-    assert inner.whole
-
-
 @pytest.mark.parametrize("compression", sorted(PACK.keys() - SINGLE - {"none"}))
 def test_many_empty_streams_take_linear_time(compression: str) -> None:
     """Each stream copies the rest of its piece of input: without a bound on the piece, this takes a minute."""
@@ -269,11 +203,3 @@ def test_many_empty_streams_take_linear_time(compression: str) -> None:
     assert b"".join(inner.feed(file)) == b""
     assert time.process_time() - began < 20
     assert inner.whole
-
-
-@pytest.mark.parametrize("coding", ["gzip", "zstd", "xz", "bzip2"])
-def test_decode_stops_at_its_limit_for_many_empty_streams(coding: str) -> None:
-    inner = decoder([coding])
-    assert inner
-    with pytest.raises(SizeError):
-        inner.decode(PACK[coding](b"") * 5_000, 2 << 20)

@@ -29,7 +29,15 @@ from support.upstream_server import UpstreamServer
 
 VOCABULARY = {
     *("ownership", "untrusted", "metrics.shared_counters", "config.proxy"),
-    *("nix.base32", "nix.content_address", "nix.decompress", "nix.hashes", "nix.path_info", "nix.signing"),
+    *(
+        "nix.base32",
+        "nix.content_address",
+        "nix.content_coding",
+        "nix.decompress",
+        "nix.hashes",
+        "nix.path_info",
+        "nix.signing",
+    ),
     *("nix.store_path", "process.event_log"),
     *("process.fair_executor", "process.loop_reads", "process.loop_turns", "process.single_flight", "process.threads"),
     "process.request_trace",

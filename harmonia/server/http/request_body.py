@@ -7,7 +7,7 @@ from sanic import Request
 from sanic.exceptions import SanicException
 
 from harmonia.errors import FormatError, RequestRefusedError
-from harmonia.nix.decompress import Decoder, decoder
+from harmonia.nix.content_coding import Decoder, decoder
 from harmonia.server.http import sanic_adapter
 from harmonia.server.http.response import Handler, Representation
 from harmonia.untrusted import integer

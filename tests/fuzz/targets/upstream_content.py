@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import replace
 
 from harmonia.errors import FormatError
-from harmonia.nix.decompress import decoder
+from harmonia.nix.content_coding import decoder
 from harmonia.nix.narinfo import NarFile
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
