@@ -104,6 +104,12 @@ def cache(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DiskCache]
         yield cache
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> None:
+    """Start the fork server before `_no_leak` counts: from its first process on, it keeps descriptors open."""
+    popen([*PATCHED, ""], env=os.environ).wait()
+
+
 @pytest.fixture(autouse=True)
 def _no_leak() -> Iterator[None]:
     with no_leak():
