@@ -125,11 +125,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def settle(cache: DiskCache) -> None:
-    """Wait for the housekeeping thread."""
-    cache.housekeeping.submit(int).result()
-
-
 def content_of(cache: DiskCache, key: str = "key") -> bytes | None:
     """Return the content of a key, or None if it is not complete."""
     if (file := cache.find_file(key)) is None:
@@ -273,15 +268,14 @@ def test_eviction_while_a_file_is_opened_is_not_damage(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("growing", [".growing", ".warm.growing"])
 def test_sweep_keeps_the_digests_of_a_file_that_is_being_flushed(tmp_path: Path, growing: str) -> None:
     cache = DiskCache(str(tmp_path), growing=growing, bare=True)
-    with cache.housekeeping:
-        file, filler = filling(cache)
-        with closing(file):
-            filler.append(b"content")
-            filler.finish()
-            os.utime(tmp_path / "key.sums", (0, 0))
-            cache.sweep()
-            filler.commit()
-        assert content_of(cache) == b"content"
+    file, filler = filling(cache)
+    with closing(file):
+        filler.append(b"content")
+        filler.finish()
+        os.utime(tmp_path / "key.sums", (0, 0))
+        cache.sweep()
+        filler.commit()
+    assert content_of(cache) == b"content"
 
 
 def found(cache: DiskCache) -> CachedFile:
@@ -493,21 +487,15 @@ def test_files_survive_a_restart(tmp_path: Path) -> None:
         file, filler = opened(cache)
         assert (filler, read(file), cache.counters.hits) == (None, b"content", 1)
         file.close()
-        settle(cache)
         assert content_of(cache) == b"content"
         assert cache.counters.corrupt == 0
 
 
 def test_filling_many_files_leaves_no_descriptors_open(cache: DiskCache) -> None:
-    """The housekeeping thread may be busy meanwhile."""
-    busy = threading.Event()
-    cache.housekeeping.submit(busy.wait)
     before = len(os.listdir("/proc/self/fd"))
     for number in range(50):
         fill(cache, str(number))
-    after = len(os.listdir("/proc/self/fd"))
-    busy.set()
-    assert after == before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Damage
@@ -976,7 +964,6 @@ def test_threads_in_a_race(tmp_path: Path, bare: bool) -> None:  # noqa: FBT001 
             thread.start()
         for thread in threads:
             thread.join()
-        settle(cache)
         assert not failures
         assert cache.counters.corrupt == 0
         assert cache.counters.fills > 3

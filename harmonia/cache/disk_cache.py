@@ -13,7 +13,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
@@ -72,7 +71,6 @@ class DiskCache:
         Raises OSError if the directory cannot be created or written to.
         """
         self.counters = Counters()
-        self.housekeeping = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self.removed = _nothing
         self._directory = directory
         self._growing = growing

@@ -8,6 +8,7 @@ narinfo that has just arrived, with the current settings.
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 
@@ -38,6 +39,7 @@ class NarinfoCache:
         self._by_id = {client.id: client for client in clients}
         self._threads = threads
         self._awaiting_nars: set[str] = set()
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._is_sweep_due = False
         nars.removed = self._sweep_soon
         self._sweep_soon()  # a killed process may have left narinfos without NARs
@@ -113,7 +115,7 @@ class NarinfoCache:
         if not self._is_sweep_due:
             self._is_sweep_due = True
             with suppress(RuntimeError):  # the process is ending
-                self._nars.housekeeping.submit(self._sweep)
+                self._sweeper.submit(self._sweep)
 
     def _sweep(self) -> None:
         """Remove the narinfos whose NARs were evicted."""

@@ -18,9 +18,7 @@ from support.running import wait_until
 
 @contextmanager
 def at(directory: object, limit: int | None = None, *, bare: bool = False) -> Iterator[DiskCache]:
-    cache = DiskCache(str(directory), limit, bare=bare)
-    yield cache
-    cache.housekeeping.shutdown()
+    yield DiskCache(str(directory), limit, bare=bare)
 
 
 @contextmanager
