@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harmonia.cache.disk_cache import CacheEntry
 from harmonia.nix import base32
 from harmonia.nix.path_info import PathInfo
 from harmonia.store.store import Store
@@ -178,7 +179,7 @@ def test_file_completed_during_the_count_does_not_count_as_growing(store: StoreB
     with at(tmp_path / "cache") as cache_on_disk:
         scan = cache_on_disk.entries
 
-        def scan_before_completion(*, growing: bool = False) -> list[tuple[float, int, str]]:
+        def scan_before_completion(*, growing: bool = False) -> list[CacheEntry]:
             found = scan(growing=growing)
             Path(cache_on_disk.path("key")).touch()
             return found

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cachetools import TTLCache
 
@@ -52,10 +53,20 @@ class Counters:
     corrupt: int = 0
 
 
+class CacheEntry(NamedTuple):
+    """A file of the cache. Entries compare by the time of their last use."""
+
+    used_at: float
+    """In seconds since 1970."""
+    size: int
+    """Bytes of disk space."""
+    path: str
+
+
 class DiskCache:
     """The files in `directory`, by key. Thread-safe."""
 
-    removed: Callable[[], object]
+    on_removal: Callable[[], object]
     """Callback after files were evicted or discarded. It must return quickly."""
 
     def __init__(self, directory: str, limit: int | None = None, growing: str = GROWING, *, bare: bool = False) -> None:
@@ -71,7 +82,7 @@ class DiskCache:
         Raises OSError if the directory cannot be created or written to.
         """
         self.counters = Counters()
-        self.removed = _nothing
+        self.on_removal = _nothing
         self._directory = directory
         self._growing = growing
         self._bare = bare
@@ -82,16 +93,17 @@ class DiskCache:
         disk = os.statvfs(directory)
         self._spare = min(_SPARE_BYTES, disk.f_blocks * disk.f_frsize // 20)
         self.limit = limit if limit is not None else min(_DEFAULT_MAX_BYTES, (self._free() + self.used()) // 2)
-        self._unchecked = self.limit  # makes the first added file start an eviction
+        self._added_bytes = self.limit
+        """Bytes added since the last eviction. At first as many as the limit, so that the first file starts one."""
 
     def path(self, key: str) -> str:
         """Return the path of the file with this key."""
         return f"{self._directory}/{key}"
 
-    def entries(self, *, growing: bool = False) -> list[tuple[float, int, str]]:
-        """Return the time of the last use, the disk space in bytes and the path of each complete file.
+    def entries(self, *, growing: bool = False) -> list[CacheEntry]:
+        """Return an entry for each complete file and, with `growing`, for each growing one.
 
-        With `growing`, also of each growing file. Raises OSError if the directory cannot be read.
+        Raises OSError if the directory cannot be read.
         """
         files = []
         with os.scandir(self._directory) as entries:
@@ -99,7 +111,7 @@ class DiskCache:
                 with suppress(FileNotFoundError):
                     if not entry.name.endswith(SUMS) and (growing or not entry.name.endswith(GROWING)):
                         status = entry.stat(follow_symlinks=False)
-                        files.append((status.st_mtime, status.st_blocks * 512, entry.path))
+                        files.append(CacheEntry(status.st_mtime, status.st_blocks * 512, entry.path))
         return files
 
     def keys(self) -> list[str]:
@@ -107,7 +119,7 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        return [os.path.basename(path) for _, _, path in self.entries()]
+        return [os.path.basename(entry.path) for entry in self.entries()]
 
     def has(self, key: str) -> bool:
         """Return True if the cache has the complete file."""
@@ -253,7 +265,7 @@ class DiskCache:
             _unlink(path)
         self.counters.corrupt += 1
         _log.error("removed a damaged file from the cache: %s; check the disk for faults if this repeats", path)
-        self.removed()
+        self.on_removal()
 
     def failed(self, error: OSError) -> None:
         """Stop adding files to the cache for a minute, and log the error once."""
@@ -265,9 +277,9 @@ class DiskCache:
         """Count a completed file of `size` bytes, and evict others if necessary."""
         self.counters.fills += 1
         self.counters.filled_bytes += size
-        self._unchecked += size
-        if self._unchecked * _EVICTIONS_PER_LIMIT > self.limit:
-            self._unchecked = 0
+        self._added_bytes += size
+        if self._added_bytes * _EVICTIONS_PER_LIMIT > self.limit:
+            self._added_bytes = 0
             with suppress(OSError):
                 self.evict()
 
@@ -276,7 +288,7 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        used = sum(size for _, size, _ in self.entries(growing=True))
+        used = sum(entry.size for entry in self.entries(growing=True))
         return min(self.limit - used, self._free() - self._spare)
 
     def used(self) -> int:
@@ -291,8 +303,8 @@ class DiskCache:
 
         Raises OSError if the directory cannot be read.
         """
-        files = self.entries()
-        return sum(size for _, size, _ in files), min((used_at for used_at, _, _ in files), default=0.0)
+        entries = self.entries()
+        return sum(entry.size for entry in entries), min((entry.used_at for entry in entries), default=0.0)
 
     def evict(self) -> None:
         """Remove the least recently used files, until the cache is within its limit and the disk has its spare space.
@@ -300,19 +312,20 @@ class DiskCache:
         Raises OSError if the directory cannot be read.
         """
         self.sweep()
-        files = self.entries()
-        excess = max(sum(size for _, size, _ in files) - self.limit, self._spare - self._free())
+        entries = self.entries()
+        excess = max(sum(entry.size for entry in entries) - self.limit, self._spare - self._free())
         before = self.counters.evictions
-        # First remove files that alone exceed the limit.
-        for _, size, path in sorted(files, key=lambda it: (it[1] <= self.limit, it)):
+        too_large = [entry for entry in entries if entry.size > self.limit]
+        others = [entry for entry in entries if entry.size <= self.limit]
+        for entry in sorted(too_large) + sorted(others):  # the least recently used first
             if excess <= 0:
                 break
             with suppress(FileNotFoundError):
-                _unlink(path)
+                _unlink(entry.path)
                 self.counters.evictions += 1
-            excess -= size  # also if another process has removed the file
+            excess -= entry.size  # also if another process has removed the file
         if self.counters.evictions > before:
-            self.removed()
+            self.on_removal()
 
     def sweep(self) -> None:
         """Remove growing files whose fillers died.
@@ -382,17 +395,44 @@ class DiskCache:
                     file.refresh()
                     # A complete file may have readers, although its filler died before the rename.
                     if not file.whole and not os.path.exists(path):
-                        # Truncate what an earlier filler has left. Without the check, ext4 would flush at each close.
-                        if os.fstat(descriptor).st_size:
-                            os.ftruncate(descriptor, 0)
-                        with suppress(FileNotFoundError):  # of an earlier filler
-                            os.unlink(path + SUMS)
-                        reader = CachedFile(os.open(growing, READ_FLAGS), path, self)
-                        descriptor = file.detach()
-                        return reader, Filler(path, growing, descriptor, self.filled, self.failed, bare=self._bare)
+                        return self._begin_fill(file, path, growing)
                     os.unlink(growing)
         file.close()
         return None
+
+    def _begin_fill(self, file: CachedFile, path: str, growing: str) -> tuple[CachedFile, Filler]:
+        """Remove what an earlier filler has left, and return a reader and a filler, which takes over `file`."""
+        file.empty()
+        with suppress(FileNotFoundError):
+            os.unlink(path + SUMS)
+        reader = CachedFile(os.open(growing, READ_FLAGS), path, self)
+        return reader, Filler(path, growing, file.detach(), self.filled, self.failed, bare=self._bare)
+
+
+def open_cache(
+    settings: Settings,
+    name: str,
+    what: str,
+    max_bytes: int | None = None,
+    level: int = logging.DEBUG,
+    *,
+    bare: bool = False,
+) -> DiskCache | None:
+    """Return the cache in the folder `name` of `cache_dir`, or None if the folder cannot be written.
+
+    In that case, log at this `level` that `what` cannot be kept. `bare` is that of DiskCache.
+    """
+    limits = [limit for limit in (settings.cache_bytes, max_bytes) if limit is not None]
+    try:
+        return DiskCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None), bare=bare)
+    except OSError as error:
+        _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
+        return None
+
+
+def is_bare(directory: str) -> bool:
+    """Return True if the directory of a cache is one of `bare` files. Raises OSError if it cannot be read."""
+    return os.stat(directory).st_mode & 0o777 == _BARE_MODE
 
 
 def sweep_all(parent: str) -> None:
@@ -453,32 +493,6 @@ def _create_private(path: str, flags: int) -> int:
 
 def _nothing() -> None:
     pass
-
-
-def open_cache(
-    settings: Settings,
-    name: str,
-    what: str,
-    max_bytes: int | None = None,
-    level: int = logging.DEBUG,
-    *,
-    bare: bool = False,
-) -> DiskCache | None:
-    """Return the cache in the folder `name` of `cache_dir`, or None if the folder cannot be written.
-
-    In that case, log at this `level` that `what` cannot be kept. `bare` is that of DiskCache.
-    """
-    limits = [limit for limit in (settings.cache_bytes, max_bytes) if limit is not None]
-    try:
-        return DiskCache(os.path.join(str(settings.cache_dir), name), min(limits, default=None), bare=bare)
-    except OSError as error:
-        _log.log(level, "cannot keep %s: %s: %s; make cache_dir writable", what, error.filename, error.strerror)
-        return None
-
-
-def is_bare(directory: str) -> bool:
-    """Return True if the directory of a cache is one of `bare` files. Raises OSError if it cannot be read."""
-    return os.stat(directory).st_mode & 0o777 == _BARE_MODE
 
 
 def _make_directory(directory: str, mode: int) -> None:

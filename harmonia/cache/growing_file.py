@@ -107,7 +107,8 @@ class CachedFile:
         self._descriptor = descriptor
         self.path = path
         self._watcher = watcher
-        self._sums_descriptor = -1  # of the file with the digests, if this file is complete and bare
+        self._sums_descriptor: int | None = None
+        """Of the file with the digests, if this file is complete and bare."""
         self.size = 0
         """The number of bytes of content at the last `refresh`."""
         self.sha256: bytes | None = None
@@ -126,8 +127,8 @@ class CachedFile:
         size = content_size(file_size)
         if size + _digests_size(size) + _TRAILER.size == file_size:
             self.sha256 = _sha256_in_trailer(self._descriptor, size, size)
-        if self.sha256 is None and self._open_sums():
-            self.sha256 = _sha256_in_trailer(self._sums_descriptor, 0, file_size)
+        if self.sha256 is None and (sums := self._open_sums()) is not None:
+            self.sha256 = _sha256_in_trailer(sums, 0, file_size)
             if self.sha256 is None:  # of an earlier file
                 self._close_sums()
             else:
@@ -140,7 +141,9 @@ class CachedFile:
 
         Return None for a file that does not have its name yet, or was evicted.
         """
-        if self.path is None or self._sums_descriptor < 0 or self._watcher is None or not self._watcher.is_intact(self):
+        if self._sums_descriptor is None or self.path is None:
+            return None
+        if self._watcher is None or not self._watcher.is_intact(self):
             return None
         with suppress(FileNotFoundError):
             if self.is_at(self.path):
@@ -153,27 +156,28 @@ class CachedFile:
         The inode number alone may be that of a later file, too. The file with the digests does not change, so that its
         time is that of its creation, while the times of the content change whenever it is used.
         """
-        if self._sums_descriptor < 0:
+        if self._sums_descriptor is None:
             return None
         sums = os.fstat(self._sums_descriptor)
         return os.fstat(self._descriptor).st_ino, sums.st_ino, sums.st_ctime_ns, self.sha256
 
-    def _open_sums(self) -> bool:
+    def _open_sums(self) -> int | None:
+        """Open the file with the digests. Return its descriptor, or None if it does not exist."""
         if self.path is not None:
             with suppress(FileNotFoundError):
                 self._sums_descriptor = os.open(self.path + SUMS, READ_FLAGS)
-        return self._sums_descriptor >= 0
+        return self._sums_descriptor
 
     def _close_sums(self) -> None:
-        descriptor, self._sums_descriptor = self._sums_descriptor, -1
-        if descriptor >= 0:
+        descriptor, self._sums_descriptor = self._sums_descriptor, None
+        if descriptor is not None:
             os.close(descriptor)
 
     def slice(self, start: int, stop: int) -> OpenSlice:
         """Return a part of the content. Its reads raise CacheFileError if a complete file is damaged."""
         if not self.whole:
             return OpenSlice(self._descriptor, start, stop)
-        digests = (self._descriptor, self.size) if self._sums_descriptor < 0 else (self._sums_descriptor, 0)
+        digests = (self._descriptor, self.size) if self._sums_descriptor is None else (self._sums_descriptor, 0)
         return _VerifiedSlice(self._descriptor, start, stop, self.size, digests, self._found_damaged)
 
     def content(self) -> bytes:
@@ -192,7 +196,7 @@ class CachedFile:
         """
         position = start
         self.refresh()
-        is_verified = start == 0 and self._sums_descriptor >= 0  # only such a file can be sent by another program
+        verifies_all = start == 0 and self._sums_descriptor is not None  # other programs can send only such a file
         while True:
             self.refresh()
             end = self.size if stop is None else min(stop, self.size)
@@ -202,7 +206,7 @@ class CachedFile:
                 position = part.position
             if self.whole and position < end:
                 raise CacheFileError("the file in the cache was cut short")
-            if is_verified and position == self.size and self._watcher is not None:
+            if verifies_all and position == self.size and self._watcher is not None:
                 self._watcher.mark_intact(self)
             if self.whole or position == stop:
                 return position
@@ -230,6 +234,11 @@ class CachedFile:
         Raises OSError if `path` does not exist.
         """
         return os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+
+    def empty(self) -> None:
+        """Remove the content of a file that is open for writing."""
+        if os.fstat(self._descriptor).st_size:  # without this check, ext4 would flush an empty file at each close
+            os.ftruncate(self._descriptor, 0)
 
     def detach(self) -> int:
         """Return the descriptor, which the caller then closes."""

@@ -84,14 +84,14 @@ class CachedNars:
         """
         paths = self._paths()
         found = []
-        for used_at, size, path in sorted(self.cache.entries()):
-            key = os.path.basename(path)
+        for entry in sorted(self.cache.entries()):
+            key = os.path.basename(entry.path)
             match = _KEY.fullmatch(key)
             nar_hash, own, compression = match.groups() if match else ("", None, None)
             nar = CachedNar(
                 key=key,
-                size=size,
-                used_at=used_at,
+                size=entry.size,
+                used_at=entry.used_at,
                 uses=self.cache.uses(key),
                 nar_hash=nar_hash,
                 encoding=own or compression or "",
@@ -103,7 +103,7 @@ class CachedNars:
 
     def growing(self) -> int:
         """Return the number of files that are being filled, or whose fillers died."""
-        return sum(path.endswith(GROWING) for _, _, path in self.cache.entries(growing=True))
+        return sum(entry.path.endswith(GROWING) for entry in self.cache.entries(growing=True))
 
     def file_info(self, nar: CachedNar) -> CompressedFile | None:
         """Return hash and size of the content of a file, or None if it was evicted meanwhile."""

@@ -41,7 +41,7 @@ class NarinfoCache:
         self._awaiting_nars: set[str] = set()
         self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._is_sweep_due = False
-        nars.removed = self._sweep_soon
+        nars.on_removal = self._sweep_soon
         self._sweep_soon()  # a killed process may have left narinfos without NARs
 
     def add_client(self, client: Client) -> None:
