@@ -42,14 +42,13 @@ def _parse_end(text: str) -> float:
 
     Raises BadParameter if `text` is none of these, or is past.
     """
-    now = time.time()
     with suppress(FormatError):
         end = tokens.parse_end(text)
-        if end <= now:
+        if end <= time.time():
             raise click.BadParameter(f"{text!r} is past; give a later end, or a duration like 90d")
         return end
     with suppress(FormatError):
-        end = float(int(now + amounts.duration(text)))
+        end = float(int(time.time() + amounts.duration(text)))
         if end <= tokens.LAST_END_S:
             return end
     raise click.BadParameter(
