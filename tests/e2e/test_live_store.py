@@ -14,7 +14,7 @@ import pytest
 
 from support.closure import Closure, build_one, instantiate
 from support.nix_client import Client
-from support.running import HARMONIA, PATIENCE_S, Server, open_files
+from support.running import HARMONIA, PATIENCE_S, Server, patched
 
 Start = Callable[..., Server]
 MakeClient = Callable[[str], Client]
@@ -131,18 +131,32 @@ def big(store: Client) -> str:
     return build_one(store, "big-1.0", "mkdir $out; truncate --size 128M $out/a; echo end > $out/b")
 
 
+HALTING = patched("""
+import os, signal, sys
+from harmonia.store.file_reader import OpenSlice
+read_cached = OpenSlice.read_cached
+def halting(self, *size):
+    if self.position > 1 << 20 and os.path.exists(halt):
+        os.unlink(halt)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return read_cached(self, *size)
+halt = os.path.join(os.path.dirname(sys.argv[-1]), "halt")
+OpenSlice.read_cached = halting
+""")
+"""A server whose worker halts itself within a large file, once, if the file `halt` exists."""
+
+
 @contextmanager
-def halfway(server: Server, store: Client, client: Client, path: str) -> Iterator[subprocess.Popen[bytes]]:
+def halfway(server: Server, client: Client, path: str) -> Iterator[subprocess.Popen[bytes]]:
     """Start a client that copies the path, and halt the server's worker during the `with`."""
     (worker,) = server.workers
-    file = str(store.real_path(path) / "a")
+    (server.directory / "halt").touch()
 
-    def is_read() -> bool:
-        return file in open_files(worker)
+    def is_halted() -> bool:
+        return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     with client.running(*copying(server, path)) as copy:
-        wait_until(is_read, copy)
-        os.kill(worker, signal.SIGSTOP)
+        wait_until(is_halted, copy)
         yield copy
         if worker in server.workers:
             os.kill(worker, signal.SIGCONT)
@@ -169,9 +183,9 @@ def lengthen(path: Path) -> None:
 def test_path_damaged_during_a_download_breaks_it(
     start: Start, store: Client, client: Client, big: str, damage: Callable[[Path], None]
 ) -> None:
-    server = start(store=store.directory, settings=PLAIN)
+    server = start(store=store.directory, settings=PLAIN, program=HALTING)
     url = nar(server, big)
-    with halfway(server, store, client, big) as copy:
+    with halfway(server, client, big) as copy:
         damage(store.real_path(big))
     assert copy.returncode != 0
     assert not holds(client, big)
@@ -180,8 +194,7 @@ def test_path_damaged_during_a_download_breaks_it(
 
 
 def restart(server: Server) -> None:
-    """Restart the server as after a crash: running responses break off, and the address stays the same."""
-    server.config.write_text(server.config.read_text().replace("127.0.0.1:0", server.url.removeprefix("http://")))
+    """Restart the server as after a crash: running responses break off."""
     workers = server.workers
     server.process.kill()
     for worker in workers:
@@ -190,9 +203,12 @@ def restart(server: Server) -> None:
     server.start()
 
 
-def test_download_is_resumed_after_a_restart(start: Start, store: Client, client: Client, big: str) -> None:
-    server = start(store=store.directory, settings=PLAIN)
-    with halfway(server, store, client, big) as copy:
+def test_download_is_resumed_after_a_restart(
+    start: Start, store: Client, client: Client, big: str, new_port: Callable[[], int]
+) -> None:
+    bind = f"127.0.0.1:{new_port()}"
+    server = start(store=store.directory, settings=PLAIN, program=HALTING, bind=bind)
+    with halfway(server, client, big) as copy:
         restart(server)
     assert holds(client, big) == (copy.returncode == 0)
     client.run("nix-store", "--verify", "--check-contents")
@@ -200,11 +216,13 @@ def test_download_is_resumed_after_a_restart(start: Start, store: Client, client
     client.run("nix-store", "--verify-path", big)
 
 
-def test_request_is_repeated_after_a_restart(start: Start, client: Client, closure: Closure) -> None:
-    server = start(store=closure.server.directory, settings=PLAIN)
+def test_request_is_repeated_after_a_restart(
+    start: Start, client: Client, closure: Closure, new_port: Callable[[], int]
+) -> None:
+    port = new_port()
+    server = start(store=closure.server.directory, settings=PLAIN, bind=f"127.0.0.1:{port}")
     (worker,) = server.workers
     os.kill(worker, signal.SIGSTOP)
-    port = int(server.url.rpartition(":")[2])
     with client.running(*copying(server, closure.top)) as copy:
         # Linux Documentation/networking/proc_net_tcp.rst: the local address in hexadecimal, and 01 is "established".
         wait_until(lambda: has_connection(port), copy)
