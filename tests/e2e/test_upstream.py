@@ -50,7 +50,7 @@ def serve(start: Start, tmp_path: Path, url: str, public_key: str, settings: str
     if not (tmp_path / "empty").exists():
         StoreBuilder(tmp_path / "empty").add_text("here", b"here\n")
     entry = f"[[upstream]]\nurl = '{url}'\npublic_keys = ['{public_key}']\n{settings}"
-    server = start(store=tmp_path / "empty", settings=f"upstream_timeout = 5.0\n{entry}")
+    server = start(store=tmp_path / "empty", settings=f"upstream_timeout = 60.0\n{entry}")
     wait_until(lambda: ": up\n" in server.get("/health?verbose").text)
     return server
 
@@ -87,10 +87,15 @@ def test_closure_is_substituted_from_a_static_cache(
 
 
 def test_closure_is_substituted_after_a_restart_without_the_upstream(
-    start: Start, make_client: Callable[[str], Client], closure: Closure, static: Static, tmp_path: Path
+    start: Start,
+    make_client: Callable[[str], Client],
+    closure: Closure,
+    static: Static,
+    tmp_path: Path,
+    new_port: Callable[[], int],
 ) -> None:
     key = closure.key.public.strip()
-    with nginx(tmp_path / "nginx", f"root {static('xz')};") as (url, _):
+    with nginx(tmp_path / "nginx", f"root {static('xz')};", port=new_port()) as (url, _):
         server = serve(start, tmp_path, url, key)
         fetch(make_client("one"), server.url, closure.key.public, closure.top)
         paths = len(list(static("xz").glob("*.narinfo")))

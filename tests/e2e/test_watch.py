@@ -3,7 +3,6 @@
 import os
 import shutil
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,9 +15,6 @@ from support.closure import build_one
 from support.nix_client import Client
 from support.push_target import Target
 from support.running import wait_until
-
-MAX_S = 30.0
-"""Bound on a busy machine. The promise is 2 s on an idle one."""
 
 MakeClient = Callable[[str], Client]
 
@@ -63,12 +59,9 @@ def test_build_is_substitutable_from_another_machine(
     with target.client.daemon(), watching(pusher, f"{server.url}/push", settings, target.key.secret_file) as log:
         library = build_one(pusher, "library-1.0", "echo library > $out")
         path = build_one(pusher, "app-1.0", f"echo {library} > $out; head -c 1000000 /dev/urandom >> $out")
-        ended = time.monotonic()
         wait_until(lambda: is_valid(target.client, path))
-        took = time.monotonic() - ended
         consumer.run("nix-store", "--realise", path)
         consumer.run("nix-store", "--verify", "--check-contents")
-    assert took < MAX_S
     assert "ERROR" not in log.read_text()
     assert not [line for line in server.log if "Traceback" in line or "ERROR" in line], server.log
 

@@ -4,7 +4,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,16 @@ from support.running import wait_until
 
 
 @contextmanager
-def nginx(directory: Path, server: str, http: str = "") -> Iterator[tuple[str, Path]]:
-    """Run nginx with these lines in its only `server`, and `http` around it; yield its URL and its access log."""
+def nginx(directory: Path, server: str, http: str = "", *, port: int = 0) -> Iterator[tuple[str, Path]]:
+    """Run nginx with these lines in its only `server`, and `http` around it; yield its URL and its access log.
+
+    `port` is a reserved port, for a test that must know that nobody else gets it after the end.
+    """
     program = shutil.which("nginx") or "/usr/sbin/nginx"
     if not Path(program).exists():
         pytest.skip("no nginx on this machine: apt-get install nginx-light")
-    with ReservedPort() as reserved:
-        port = reserved.number
+    with ExitStack() as stack:
+        port = port or stack.enter_context(ReservedPort()).number
         directory.mkdir()
         log = directory / "access.log"
         (directory / "nginx.conf").write_text(
