@@ -152,9 +152,9 @@ PUSH_ROUTES = (
         for uri, metric, get, put in (
             ("/nix-cache-info", "cache_info", cache_info.get_for_push, push.drop),
             (rf"/<hash_part:{_HASH_PART}\.narinfo>", "narinfo", push.get_narinfo, push.put_narinfo),
-            (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", listing.get, push.drop),
-            ("/nar/<name:str>", "nar", push.get_nar, push.put_nar),
-            ("/log/<name:str>", "log", build_log.get_local, push.put_log),
+            (rf"/<hash_part:{_HASH_PART}\.ls>", "listing", push.for_readers(listing.get), push.drop),
+            ("/nar/<name:str>", "nar", push.for_readers(push.get_nar), push.put_nar),
+            ("/log/<name:str>", "log", push.for_readers(build_log.get_local), push.put_log),
             ("/realisations/<name:str>", "realisation", build_trace.get_realisation, push.put_realisation),
             ("/build-trace-v2/<derivation:str>/<name:str>", "build_trace", build_trace.get, push.drop),
             ("/debuginfo/<name:str>", "debuginfo", debuginfo.get, push.drop),

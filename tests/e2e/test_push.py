@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from harmonia.nix import base32
 from harmonia.nix.signing import SecretKey
 from harmonia.nix.store_path import StorePath
 from support.closure import build_one, instantiate, make_closure, requisites
@@ -54,7 +55,7 @@ def test_options_of_the_store_url_work(target: Target, pusher: Client, query: st
     path = build_one(
         pusher, "one-1.0", "mkdir -p $out/lib/debug/.build-id/ab; echo one > $out/lib/debug/.build-id/ab/c.debug"
     )
-    server = target.serve()
+    server = target.serve(scopes=("push",))
     with target.client.daemon():
         push(pusher, server, path, query=f"{query}&secret-key={target.key.secret_file}")
     target.client.run("nix-store", "--verify-path", path)
@@ -63,7 +64,7 @@ def test_options_of_the_store_url_work(target: Target, pusher: Client, query: st
 def test_path_that_was_signed_before_needs_no_key_during_the_push(target: Target, pusher: Client) -> None:
     path = build_one(pusher, "one-1.0", "echo one > $out")
     pusher.run("nix", "store", "sign", "--key-file", target.key.secret_file, path)
-    server = target.serve()
+    server = target.serve(scopes=("push",))
     with target.client.daemon():
         push(pusher, server, path)
     assert "pusher-1:" in target.client.run("nix", "path-info", "--sigs", path).text
@@ -275,6 +276,23 @@ def test_refusal_by_status_has_a_remedy(target: Target) -> None:
         "Length Required: send Content-Length; a proxy in front of the server must not remove it\n",
     }
     assert pusher.request("GET", f"{'0' * 32}.narinfo").text == "Not Found\n"
+
+
+def test_token_that_may_only_push_cannot_download(target: Target) -> None:
+    server = target.serve(scopes=("push",))
+    path = Pushed.make("secret", b"content", target.secret)
+    pusher = target.pusher(server)
+    hash_part = path.info.path.hash_part
+    with target.client.daemon():
+        assert pusher.push(path).status == 200
+    url = f"nar/{hash_part}-{base32.encode(path.info.nar_hash)}.nar"
+    assert url in pusher.request("GET", f"{hash_part}.narinfo").text
+    for name in (url, f"{hash_part}.ls", f"log/{hash_part}-name.drv"):
+        answer = pusher.request("GET", name)
+        assert (answer.status, "the token lacks the scope read" in answer.text) == (403, True)
+    assert pusher.request("HEAD", url).status == 200
+    server = target.serve(scopes=("push", "read"))
+    assert target.pusher(server).request("GET", url).body == path.body
 
 
 def test_truncated_body_leaves_nothing(target: Target) -> None:

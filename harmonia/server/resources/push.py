@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING
 
 from sanic import Request
@@ -202,6 +202,19 @@ async def drop(context: ServerContext, request: Request, **_: str) -> Representa
     async for _data in sanic_adapter.body_of(request, STALL_S):
         pass
     return _done()
+
+
+def for_readers(handler: Handler) -> Handler:
+    """Return a handler whose content needs the scope `read`, too. HEAD, by which Nix looks for files, does not."""
+
+    @wraps(handler)
+    async def get(context: ServerContext, request: Request, **parameters: str) -> Representation:
+        if request.method != "HEAD" and "read" not in context.scopes(request):
+            what = "the token lacks the scope read; make another with `harmonia token NAME --scope push --scope read`"
+            raise RequestRefusedError(403, what)
+        return await handler(context, request, **parameters)
+
+    return get
 
 
 def receiving(handler: Handler) -> Handler:
