@@ -99,6 +99,28 @@ def test_hanging_worker_is_killed_and_replaced(start: Start, sample: Sample) -> 
     server.wait_for_log(f"ERROR worker {hanging} ended by SIGKILL; replacing it")
 
 
+def test_workers_are_not_killed_after_a_pause_of_the_machine(start: Start, sample: Sample) -> None:
+    server = start(store=sample.root, program=SHORT_TIMEOUT)
+    (worker,) = server.workers
+    for pid in (server.process.pid, worker):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(3.5)
+    os.kill(server.process.pid, signal.SIGCONT)  # the processes do not go on at the same moment
+    before = switches(server.process.pid)
+    wait_until(lambda: switches(server.process.pid) > before + 5)
+    os.kill(worker, signal.SIGCONT)
+    assert server.get("/version").status == 200
+    assert server.workers == [worker]
+    assert not [line for line in server.log if "hangs" in line]
+
+
+def switches(pid: int) -> int:
+    """Return how often a process has waited for something."""
+    found = re.search(r"(?m)^voluntary_ctxt_switches:\s+(\d+)$", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
 def test_workers_that_cannot_start_end_the_service(sample: Sample, tmp_path: Path) -> None:
     broken = patched(
         "from harmonia.server import worker\ndef fail(*_): raise RuntimeError('no\\nluck')\nworker.run = fail"

@@ -88,6 +88,7 @@ class Supervisor:
         self._failed = False
         self._idle = idle
         self._last_activity: tuple[float, object] = time.monotonic(), None
+        self._looked_at = time.monotonic()
 
     def run(self) -> int:
         """Run the workers until a signal stops them, and return the exit status.
@@ -243,7 +244,10 @@ class Supervisor:
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
+        halted = max(now - self._looked_at - self._heartbeat, 0)
+        self._looked_at = now
         for worker in self._workers.values():
+            worker.beat += halted  # a machine that was paused has halted the workers, too
             if self._stop_at is not None and now >= self._stop_at:
                 os.kill(worker.pid, signal.SIGKILL)
             elif now - worker.beat > _HANG_TIMEOUT_S:
