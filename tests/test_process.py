@@ -220,7 +220,7 @@ def test_idle_service_stops_at_once(start: Start, sample: Sample) -> None:
 def test_sigterm_to_the_whole_group_stops_without_errors(start: Start, sample: Sample) -> None:
     slow = patched(
         "import time\nfrom harmonia.process.supervisor import Supervisor\nreap = Supervisor._reap\n"
-        "Supervisor._reap = lambda self: (time.sleep(1), reap(self))"
+        "Supervisor._reap = lambda self: (time.sleep(0.3), reap(self))"
     )
     server = start(store=sample.root, workers=2, program=slow, start_new_session=True)
     os.killpg(server.process.pid, signal.SIGTERM)
