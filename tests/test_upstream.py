@@ -25,7 +25,7 @@ from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.process import loop_reads
 from harmonia.process.threads import Threads
-from harmonia.upstream import breaker, failed_nars, lookup, nar_verifier
+from harmonia.upstream import breaker, failed_nars, lookup_cache, nar_verifier
 from harmonia.upstream.answer import Answer
 from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.breaker import Breaker
@@ -248,7 +248,7 @@ def test_received_via_is_bounded() -> None:
 
 
 def test_lookup_cache_is_bounded_and_evicts_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "_LOOKUPS_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(lookup_cache, "_LOOKUPS_MAX_BYTES", 1 << 20)
 
     async def run() -> None:
         upstreams = UpstreamPool([], "us", 1, FailedNars())

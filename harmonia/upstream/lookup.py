@@ -3,13 +3,9 @@
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from cachetools import TLRUCache
+from typing import Any, TypeVar
 
 from harmonia.errors import UpstreamError
 from harmonia.metrics.outcome import Outcome
@@ -17,6 +13,7 @@ from harmonia.process.request_trace import log
 from harmonia.process.single_flight import SingleFlight
 from harmonia.upstream.client import Client
 from harmonia.upstream.failed_nars import FailedNars
+from harmonia.upstream.lookup_cache import CachedLookup, LookupCache
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
@@ -24,17 +21,7 @@ from harmonia.upstream.plans import Plans
 from harmonia.upstream.remote_path import RemotePath, fetch_narinfo, request_narinfo
 from harmonia.upstream.tasks import Tasks
 
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
-POSITIVE_TTL_S = 3600.0  # a narinfo stays true, unless a signature is withdrawn
-_NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
-_LOOKUPS_MAX_BYTES = 32 << 20  # about: some 20,000 paths, or 60,000 misses
-
 _PLAN_SHARE = 0.4  # of the bound that a lookup waits for the plan of its path, so that its own answer is not late
-
-LookupKey = tuple[str, Via]
-"""A hash part, and the Via of the request for it."""
 
 _T = TypeVar("_T")
 Ask = Callable[[Client, dict[str, str]], Coroutine[Any, Any, _T | None]]
@@ -83,9 +70,9 @@ class UpstreamPool:
         An upstream must answer within `bound` seconds; a later response is cached for the next lookup.
         The cache has a path if both its narinfo and its NAR are there. Returns None for a request in a loop.
         """
-        return (await self.find_path(hash_part, via))[0]
+        return (await self.lookup_path_with_outcome(hash_part, via))[0]
 
-    async def find_path(self, hash_part: str, via: Via) -> tuple[RemotePath | None, Outcome]:
+    async def lookup_path_with_outcome(self, hash_part: str, via: Via) -> tuple[RemotePath | None, Outcome]:
         """Return the path like `lookup_path`, and where its narinfo comes from."""
         if via.is_loop(self.identity):
             log.debug("the request has passed this server before: upstreams are not asked")
@@ -94,7 +81,7 @@ class UpstreamPool:
             log.debug("upstreams: remembered that %s", "one has it" if remembered.path else "none has it")
             path, outcome = remembered.path, Outcome.MEMORY
         else:
-            path, outcome = await self._ask_remote(hash_part, via), Outcome.UPSTREAM
+            path, outcome = await self._ask_within_bound(hash_part, via), Outcome.UPSTREAM
         if path is None and (path := await self.lookup_cached_path(hash_part)) is not None:
             log.debug("the cache has the narinfo and the NAR of an upstream that does not answer")
             outcome = Outcome.DISK
@@ -129,14 +116,14 @@ class UpstreamPool:
             self._tasks.spawn(self._keep_narinfo(self._narinfos, hash_part, via))
 
     async def _keep_narinfo(self, narinfos: NarinfoCache, hash_part: str, via: Via) -> None:
-        if not await narinfos.has_narinfo(hash_part) and (path := await self._lookup_remote(hash_part, via)):
+        if await narinfos.has_narinfo(hash_part):
+            return
+        remembered = self._remembered(hash_part, via)
+        path = await self._ask_within_bound(hash_part, via) if remembered is None else remembered.path
+        if path is not None:
             await narinfos.keep(path)
 
-    async def _lookup_remote(self, hash_part: str, via: Via) -> RemotePath | None:
-        remembered = self._remembered(hash_part, via)
-        return await self._ask_remote(hash_part, via) if remembered is None else remembered.path
-
-    def _remembered(self, hash_part: str, via: Via) -> "CachedLookup | None":
+    def _remembered(self, hash_part: str, via: Via) -> CachedLookup | None:
         """Return an earlier lookup that is still valid, or None."""
         # A hit is valid for all requests. A miss is valid only for the same Via, which excludes some upstreams.
         for key in ((hash_part, Via()), (hash_part, via)):
@@ -145,7 +132,8 @@ class UpstreamPool:
                 return cached
         return None
 
-    async def _ask_remote(self, hash_part: str, via: Via) -> RemotePath | None:
+    async def _ask_within_bound(self, hash_part: str, via: Via) -> RemotePath | None:
+        """Ask the upstreams for a path. Return None after `bound` seconds: the result is cached when it arrives."""
         task = self._once((hash_part, via), lambda: self._ask_for_path(hash_part, via))
         done, _ = await asyncio.wait({task}, timeout=self._bound)
         if not done:
@@ -199,7 +187,7 @@ class UpstreamPool:
             return None
 
         async def first() -> _T | None:
-            return (await self._first(ask, via, discard))[0]
+            return (await self._first_result(ask, via, discard))[0]
 
         task = self._tasks.spawn(first())
         done: set[asyncio.Task[_T | None]] = set()
@@ -210,10 +198,10 @@ class UpstreamPool:
             if not done:
                 task.add_done_callback(partial(_discard, discard))
 
-    async def _first(
+    async def _first_result(
         self, ask: Ask[_T], via: Via, discard: Callable[[_T], object] = lambda _: None
     ) -> tuple[_T | None, bool]:
-        """Return the first result other than None, and whether the result is certain: a hit, or all upstreams answered.
+        """Return the first result other than None, and True if it is certain: a hit, or a miss of all upstreams.
 
         Upstreams with the lowest priority number are asked first, all at once. The next ones are asked when these have
         no result, or after a share of the bound. Requests to slower upstreams are not cancelled: a cancelled request
@@ -223,7 +211,7 @@ class UpstreamPool:
         headers = via.headers(self.identity, [client.identity for client in clients])
         tiers = [list(tier) for _, tier in groupby(clients, lambda client: client.settings.priority)]
         running: set[asyncio.Task[_T | None]] = set()
-        sure = len(clients) == len(self.clients)
+        all_answer = len(clients) == len(self.clients)
         try:
             for tier in tiers:
                 running |= {self._tasks.spawn(ask(client, headers)) for client in tier}
@@ -235,30 +223,30 @@ class UpstreamPool:
                             failed = {task for task in done if isinstance(task.exception(), UpstreamError)}
                             for task in failed:
                                 log.debug("an upstream failed: %s", task.exception())
-                            sure = sure and not failed
+                            all_answer = all_answer and not failed
                             answers = [task for task in done - failed if task.result() is not None]
                             running |= set(answers[1:])  # discarded below
                             if answers:
                                 return answers[0].result(), True
-            return None, sure
+            return None, all_answer
         finally:
             for task in running:
                 task.add_done_callback(partial(_discard, discard))
 
     async def _ask_for_path(self, hash_part: str, via: Via) -> RemotePath | None:
         async def ask(client: Client, headers: dict[str, str]) -> RemotePath | None:
-            path = await self._fetch_narinfo(client, hash_part, headers)
+            path = await self._lookup_at(client, hash_part, headers)
             return None if path and self._failed.has(client.id, path.name.key) else path
 
-        path, sure = await self._first(ask, via)
-        if path or sure:
+        path, is_certain = await self._first_result(ask, via)
+        if is_certain:
             self._lookup_cache.remember((hash_part, Via() if path else via), path)
         if path and self._narinfos is not None and self.plans[path.client].find(hash_part) is not path:
             self._tasks.spawn(self._narinfos.keep(path))  # the narinfo may have changed
         return path
 
-    async def _fetch_narinfo(self, client: Client, hash_part: str, headers: dict[str, str]) -> RemotePath | None:
-        """Return a path from a plan of the upstream, or fetch its narinfo and then its plan."""
+    async def _lookup_at(self, client: Client, hash_part: str, headers: dict[str, str]) -> RemotePath | None:
+        """Return the path at one upstream: from a plan, or else from its narinfo, after which its plan is fetched."""
         plans = self.plans[client]
         path = plans.find(hash_part)
         if path is not None:
@@ -289,7 +277,7 @@ class UpstreamPool:
                     alike.append(path)
             return None
 
-        path, _ = await self._first(ask, via)
+        path, _ = await self._first_result(ask, via)
         return path or next(iter(alike + failed_before), None)
 
     def _once(
@@ -302,34 +290,3 @@ class UpstreamPool:
 def _discard(discard: Callable[[_T], object], task: "asyncio.Task[_T | None]") -> None:
     if not task.cancelled() and task.exception() is None and (answer := task.result()) is not None:
         discard(answer)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedLookup:
-    path: RemotePath | None
-    size: int
-    """Approximate bytes of memory."""
-
-
-class LookupCache:
-    """Lookups in at most _LOOKUPS_MAX_BYTES of memory. The least recently used one is evicted first."""
-
-    def __init__(self) -> None:
-        self._entries: MutableMapping[LookupKey, CachedLookup] = TLRUCache(
-            _LOOKUPS_MAX_BYTES, _expires_at, getsizeof=attrgetter("size")
-        )
-
-    def get(self, key: LookupKey) -> CachedLookup | None:
-        return self._entries.get(key)
-
-    def remember(self, key: LookupKey, path: RemotePath | None) -> None:
-        # Python objects take more memory than the text that they were parsed from.
-        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * path.narinfo_size if path else 0)
-        self._entries[key] = CachedLookup(path, size)
-
-    def forget(self, key: LookupKey) -> None:
-        self._entries.pop(key, None)
-
-
-def _expires_at(_: LookupKey, lookup: CachedLookup, now: float) -> float:
-    return now + (POSITIVE_TTL_S if lookup.path else _NEGATIVE_TTL_S)

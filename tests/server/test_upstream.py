@@ -367,10 +367,10 @@ def test_hits_are_cached_for_an_hour_and_misses_for_30_s(
     clock = f"""
 from pathlib import Path
 from cachetools import TLRUCache
-from harmonia.upstream import lookup
+from harmonia.upstream import lookup_cache
 def cache(*arguments, **options):
     return TLRUCache(*arguments, timer=lambda: float(Path({str(later)!r}).read_text()), **options)
-lookup.TLRUCache = cache
+lookup_cache.TLRUCache = cache
 """
     later.write_text("0")
     server = begin(entry(upstream), program=patched(clock))

@@ -45,7 +45,7 @@ VOCABULARY = {
     *("server.absent_paths", "server.connections", "server.events", "server.routes"),
     *("server.http.access_log", "server.http.byte_range", "server.http.negotiation", "server.http.rate_limit"),
     *("server.http.outcome", "server.http.small_uploads"),
-    *("upstream.failed_nars", "upstream.header_fields", "upstream.tasks"),
+    *("upstream.failed_nars", "upstream.header_fields", "upstream.lookup_cache", "upstream.tasks"),
 }
 """Modules whose calls are understood without their code: `base32.encode`, `threads.run_db`, `limiter.admit`."""
 _PERIODIC = {worker._heartbeat.__code__, worker._trim_heap.__code__}  # noqa: SLF001 (a private part is tested)

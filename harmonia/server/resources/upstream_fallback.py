@@ -38,7 +38,8 @@ from harmonia.upstream.bodies import PassthroughBody
 from harmonia.upstream.client import Client
 from harmonia.upstream.fetch import NarFetcher
 from harmonia.upstream.fetch_ahead import FetchAhead
-from harmonia.upstream.lookup import POSITIVE_TTL_S, Ask, UpstreamPool
+from harmonia.upstream.lookup import Ask, UpstreamPool
+from harmonia.upstream.lookup_cache import POSITIVE_TTL_S
 from harmonia.upstream.loop_guard import VIA, Via
 from harmonia.upstream.narinfo_cache import open_narinfo_cache
 from harmonia.upstream.refusals import Reason
@@ -277,7 +278,7 @@ class UpstreamHandlers:
         return await self._small_json(request, ask)
 
     async def _lookup_path(self, request: Request, hash_part: str) -> RemotePath:
-        path, found = await self._upstreams.find_path(hash_part, _via(request))
+        path, found = await self._upstreams.lookup_path_with_outcome(hash_part, _via(request))
         if path is None:
             raise NotFound
         outcome.decide(request, found, "the narinfo of %s", path.client.base)
