@@ -39,6 +39,7 @@ _LOOP_COMPRESSIONS = {"none", "zstd"}  # others take longer to unpack
 _MAX_TURN_S = 1.0  # of an import on the event loop: after that, others do not wait for it
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _UNSIGNED = re.compile("lacks a (valid )?signature")
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full")
 _MAX_NAMED = 5  # paths in a message
 _SIGN = "sign it: nix copy --to '…/push?secret-key=FILE', with a key in the trusted-public-keys of the server's Nix"
 
@@ -326,6 +327,8 @@ def _refused(path: StorePath, error: DaemonError) -> PushRefusedError:
     _log.warning("%s: push refused: %s", path, why)
     if _UNSIGNED.search(why):
         return PushRefusedError(403, f"the server's Nix trusts no signature of {path}; {_SIGN}")
+    if _DISK_FULL.search(why):
+        return PushRefusedError(413, "the disk of the server's store is full; free space there, then push again")
     return PushRefusedError(409, f"{why}; see the server's log")
 
 

@@ -4,8 +4,10 @@ import fcntl
 import lzma
 import os
 import random
+import shutil
 import signal
 import socketserver
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +284,22 @@ def test_disk_that_fills_up_during_a_push_refuses_it_and_takes_it_later(target: 
             assert pusher.push(path).status == 200
         server.stop()
     target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+
+
+@pytest.mark.root
+def test_push_into_a_full_store_gets_413_and_succeeds_later(target: Target) -> None:
+    shutil.rmtree(target.client.store_dir)
+    with mounted(target.client.store_dir, "1m") as disk:
+        server = target.serve()
+        pusher = target.pusher(server)
+        path = Pushed.make("large", random.Random(SEED).randbytes(2 << 20), target.secret)
+        with target.client.daemon():
+            answer = pusher.push(path)
+            assert (answer.status, answer.text.partition(";")[0]) == (413, "the disk of the server's store is full")
+            subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+            assert pusher.put_narinfo(path).status == 200  # the NAR is still in the spool
+        target.client.run("nix-store", "--verify-path", f"/nix/store/{path.info.path}")
+        server.stop()
 
 
 def allocated(server: Server) -> int:
