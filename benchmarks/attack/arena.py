@@ -21,6 +21,8 @@ from support.unscathed import unscathed
 _NOISE = 4
 """On a busy machine, the p99 may be this many times that before the attack."""
 _SETTLES_S = 60.0
+_LEAST_ASKED = 20
+"""Requests of the bystander, before and during an attack."""
 
 
 @dataclass
@@ -144,6 +146,9 @@ class Arena:
 def _judge(outcome: Outcome, asked: Sequence[Asked], began: float, ended: float, max_wait_ms: float) -> None:
     quiet = [each.seconds * 1e3 for each in asked if each.due < began]
     during = [each for each in asked if began <= each.due <= ended]
+    if min(len(quiet), len(during)) < _LEAST_ASKED:
+        outcome.broken.append("the machine was paused for most of the time")
+        return
     waits = [each.seconds * 1e3 for each in during]
     outcome.quiet_ms, outcome.p50_ms, outcome.p99_ms = _p99(quiet), statistics.median(waits), _p99(waits)
     bound = max(max_wait_ms, _NOISE * outcome.quiet_ms)

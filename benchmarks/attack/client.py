@@ -2,6 +2,7 @@
 
 The bystander has its own address, 127.0.0.2. It sends requests at fixed times, on several connections, and waiting
 counts from the time when a request was due: a server that hangs for a second delays a hundred responses, not one.
+Requests during a pause of the whole machine do not count. In a pause, a thread that only sleeps does not wake.
 """
 
 import http.client
@@ -25,6 +26,7 @@ from urllib.parse import urlsplit
 _PROCESSES = multiprocessing.get_context("spawn")
 _INTERVAL_S = 0.01  # between requests of the bystander
 _CONNECTIONS = 16  # of the bystander, so that a response of 100 ms delays no other request
+_PAUSE_S = 0.2  # a sleeping thread that wakes so late was halted; a busy machine delays it by some 10 ms
 _PATIENCE_S = 120.0  # timeout of one response
 _BYSTANDER = "127.0.0.2"
 _PROBE_S = 0.5
@@ -73,6 +75,10 @@ class Asked:
     outcome: str
     """Status, or name of the error."""
 
+    def overlaps(self, begin: float, end: float) -> bool:
+        """Return True if the request was due or in progress at any time between `begin` and `end`."""
+        return self.due < end and begin < self.due + self.seconds
+
 
 @dataclass
 class Bystander:
@@ -82,7 +88,7 @@ class Bystander:
     paths: Sequence[str]
     headers: Mapping[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
-    """All requests. Filled when `asking` ends."""
+    """All requests, except those during a pause of the machine. Filled when `asking` ends."""
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -105,7 +111,17 @@ def _ask(
     target: Target, paths: Sequence[str], headers: Mapping[str, str], stop: Event, ready: Event, sender: Connection
 ) -> None:
     asked: list[Asked] = []
+    pauses: list[tuple[float, float]] = []
     began = time.monotonic()
+
+    def watch() -> None:
+        last = began
+        while not stop.is_set():
+            time.sleep(_INTERVAL_S)
+            now = time.monotonic()
+            if now - last > _PAUSE_S:
+                pauses.append((last, 2 * now - last))  # and as long again, for the requests that were due meanwhile
+            last = now
 
     def work(number: int) -> None:
         connection = target.http(_BYSTANDER)
@@ -120,10 +136,10 @@ def _ask(
                 ready.set()
         connection.close()
 
-    with ThreadPoolExecutor(_CONNECTIONS) as threads:
-        for worker in [threads.submit(work, number) for number in range(_CONNECTIONS)]:
+    with ThreadPoolExecutor(_CONNECTIONS + 1) as threads:
+        for worker in [threads.submit(watch), *(threads.submit(work, number) for number in range(_CONNECTIONS))]:
             worker.result()
-    sender.send(asked)
+    sender.send([each for each in asked if not any(each.overlaps(*pause) for pause in pauses)])
 
 
 def _outcome(connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]) -> str:
