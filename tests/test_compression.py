@@ -530,8 +530,7 @@ def test_few_frames_wait_for_a_slow_frame(tmp_path: Path, *, cached: bool) -> No
     with at(tmp_path) as cache, compressing(cache if cached else None, threads=4) as compressor:
         chunks = reading(CompressedNar(compressor, source))
         assert next(chunks) is None
-        wait_until(lambda: len(source.reads) == (5 if cached else 1))
-        time.sleep(0.05)
+        wait_until(lambda: compressor.encoder.waiting == 1)  # only the slow frame
         assert next(chunks) is None
         assert len(source.reads) == (5 if cached else 1)
         begin.set()
@@ -542,7 +541,7 @@ def test_few_frames_wait_for_a_slow_client_without_a_cache() -> None:
     source = nar()
     with compressing(threads=4) as compressor, closing(reading(CompressedNar(compressor, source))) as chunks:
         beginning = everything(up_to_first_data(chunks))
-        time.sleep(0.05)
+        wait_until(lambda: compressor.encoder.waiting == 0)
         assert len(source.reads) == 1
         assert beginning + everything(chunks) == reference(source)
 
