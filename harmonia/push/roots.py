@@ -20,6 +20,7 @@ _SAME_PUSH_S = 60 * 60.0
 
 It does not end at once, because a garbage collection that reads the roots meanwhile could find neither.
 """
+_INVALID_MAX_AGE_S = 24 * 60 * 60.0
 _PIN = ".pin"
 
 
@@ -111,8 +112,18 @@ class PushRoots:
         return expired
 
     def register(self, daemon: BlockingDaemon) -> None:
-        """Register all roots again: a worker may have died before it registered one, or Nix may have lost one."""
-        daemon.add_indirect_roots(self._link(root.path) for root in self.find_all())
+        """Register all roots again: a worker may have died before it registered one, or Nix may have lost one.
+
+        Drop those whose path has not become valid within a day: its worker died, and it was not pushed again. Each
+        garbage collection of Nix would mention them.
+        """
+        roots = {f"{self._store_dir}/{root.path}": root for root in self.find_all()}
+        valid = daemon.query_valid_paths([*roots])
+        daemon.add_indirect_roots(self._link(roots[path].path) for path in valid)
+        oldest = time.time() - _INVALID_MAX_AGE_S
+        for path, root in roots.items():
+            if path not in valid and root.last_use < oldest:
+                self.drop(root.path)
 
     def _link(self, path: StorePath) -> str:
         return os.path.join(self._directory, path)

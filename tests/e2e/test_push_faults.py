@@ -9,6 +9,7 @@ import signal
 import socketserver
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -412,6 +413,24 @@ def test_unused_and_dropped_roots_end_and_used_and_pinned_ones_stay(target: Targ
         if target.client.real_path(f"/nix/store/{path.info.path}").exists()
     }
     assert kept == {used, pinned}
+
+
+def test_root_of_a_path_that_was_never_imported_is_dropped(target: Target) -> None:
+    server = target.serve()
+    valid, given_up, running = (Pushed.make(name, b"", target.secret) for name in ("valid", "given-up", "running"))
+    roots = target.client.shared / "state/push-roots"
+    with target.client.daemon():
+        assert target.pusher(server).push(valid).status == 200
+        for path in (given_up, running):  # of workers that died during the import
+            (roots / path.info.path).symlink_to(f"/nix/store/{path.info.path}")
+        two_days_ago = time.time() - 48 * 3600
+        for path in (valid, given_up):
+            os.utime(roots / path.info.path, (two_days_ago, two_days_ago), follow_symlinks=False)
+        kill_worker(server)  # the next one registers all roots
+        wait_until(lambda: not os.path.lexists(roots / given_up.info.path))
+        assert "skipping invalid root" not in target.client.run("nix-store", "--gc").stderr
+    assert {path.name for path in roots.iterdir()} == {valid.info.path, running.info.path}
+    target.client.run("nix-store", "--verify-path", f"/nix/store/{valid.info.path}")
 
 
 def roots_command(server: Server, *arguments: str) -> str:
