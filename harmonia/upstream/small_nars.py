@@ -77,8 +77,9 @@ class SmallNars:
             if await self._threads.run_short_io(partial(self._cache.has, key)):
                 return 0
             content = await _download(path, headers)
-            if content is None or not await self._threads.unpack(self._keep, path, content):
+            if content is None:
                 return None
+            await self._threads.unpack(self._keep, path, content)
             self._held[key] = SmallNar(path, content)
         except UpstreamMismatchError:
             raise
@@ -92,20 +93,18 @@ class SmallNars:
             del self._running[key]
             running.set_result(None)
 
-    def _keep(self, path: RemotePath, content: bytes) -> bool:
-        """Verify a NAR file, and add it and its narinfo to the caches. Return False if the disk fails.
+    def _keep(self, path: RemotePath, content: bytes) -> None:
+        """Verify a NAR file, and add it and its narinfo to the caches, unless the disk fails.
 
         Raises FormatError if the file does not contain the NAR, WindowError if unpacking takes much memory.
         """
         sha256 = hashlib.sha256(content).digest()
         if path.nar.compression != "none" or not nar_verifier.has_file_hash(path.info, path.nar, sha256):
             nar_verifier.check_content(path.info, path.nar, [content])
-        if not self._cache.add(path.name.key, content, sha256):
-            return False
-        self._cache.mark_unused(path.name.key)
-        if self._narinfos is not None:
-            self._narinfos.save(path)
-        return True
+        if self._cache.add(path.name.key, content, sha256):
+            self._cache.mark_unused(path.name.key)
+            if self._narinfos is not None:
+                self._narinfos.save(path)
 
 
 async def _download(path: RemotePath, headers: Mapping[str, str]) -> bytes | None:

@@ -19,6 +19,7 @@ from harmonia.tools.store_builder import StoreBuilder
 from harmonia.upstream import plans
 from support.running import Server, patched, peak_bytes, wait_until
 from support.shared_store import dump
+from support.small_disk import with_small_disk
 from support.upstream_paths import KEY, entry, fields
 from support.upstream_server import Behaviour, UpstreamServer, chunked, hang, status
 
@@ -254,6 +255,21 @@ def test_fetching_ahead_stays_within_its_budget(
         get_nar(server, info)
         assert len(nars(upstream)) <= number + 3
         wait_until(partial(is_count, min(number + 3, COUNT)))
+
+
+@pytest.mark.root
+def test_nars_fetched_ahead_are_downloaded_once_although_the_disk_is_full(
+    upstream: Server, here: Callable[..., Server], there: list[PathInfo], tmp_path: Path
+) -> None:
+    cache_dir = tmp_path / "small"
+    program = with_small_disk(cache_dir, "128k")  # two NARs
+    server = here(entry(upstream), settings=f"{PATIENT}\ncache_size = '1G'", cache_dir=cache_dir, program=program)
+    for info in reversed(there):
+        assert get(server, info) == 200
+    got = [get_nar(server, info) for info in there]
+    assert len(nars(upstream)) <= COUNT + 1  # a NAR whose file breaks off is requested again
+    assert got == [get_nar(upstream, info) for info in there]
+    server.wait_for_log("cannot write to the cache")
 
 
 def test_wrong_file_sizes_do_not_extend_the_budget(here: Callable[..., Server], tmp_path: Path) -> None:
