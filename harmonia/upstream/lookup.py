@@ -17,7 +17,7 @@ from harmonia.upstream.lookup_cache import CachedLookup, LookupCache
 from harmonia.upstream.loop_guard import Via
 from harmonia.upstream.nar_name import NarName
 from harmonia.upstream.narinfo_cache import NarinfoCache
-from harmonia.upstream.plans import Plans
+from harmonia.upstream.plans import Plans, new_memory
 from harmonia.upstream.remote_path import RemotePath, fetch_narinfo, request_narinfo
 from harmonia.upstream.tasks import Tasks
 
@@ -46,14 +46,18 @@ class UpstreamPool:
         self._failed = failed
         self._narinfos = narinfos
         self._tasks = Tasks()
-        self.plans = {client: Plans(client, self._tasks.spawn) for client in clients}
+        self._plan_memory = new_memory()
+        self.plans = {client: self._new_plans(client) for client in clients}
         self._lookup_cache = LookupCache()
         self._running_lookups = SingleFlight()
 
     def add(self, client: Client) -> None:
         """Ask one more upstream from now on."""
-        self.plans[client] = Plans(client, self._tasks.spawn)
+        self.plans[client] = self._new_plans(client)
         self.clients = sorted([*self.clients, client], key=lambda client: client.settings.priority)
+
+    def _new_plans(self, client: Client) -> Plans:
+        return Plans(client, self._tasks.spawn, self._plan_memory)
 
     def start(self) -> None:
         for client in self.clients:

@@ -7,11 +7,11 @@ lacks a reference of its paths, the upstream does not have that path.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from cachetools import TLRUCache, TTLCache
 
@@ -21,9 +21,6 @@ from harmonia.nix.store_path import HASH_PART_LENGTH
 from harmonia.upstream.client import Client
 from harmonia.upstream.refusals import UpstreamMismatchError
 from harmonia.upstream.remote_path import RemotePath, parse_now
-
-if TYPE_CHECKING:
-    from collections.abc import MutableMapping
 
 _HIT_TTL_S = 3600.0  # like narinfos of single requests
 _MISS_TTL_S = 30.0
@@ -51,6 +48,14 @@ class _Known:
         self.size = _memory_bytes(path.narinfo_size)
 
 
+PlanMemory = MutableMapping[tuple[Client, str], _Known]
+"""The paths in the plans of all upstreams, by upstream and hash part."""
+
+
+def new_memory() -> PlanMemory:
+    return TLRUCache(_MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size"))
+
+
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """A plan whose narinfos are accepted, as far as there is memory for it."""
@@ -64,13 +69,11 @@ class _Plan:
 class Plans:
     """The plans of one upstream, on one event loop."""
 
-    def __init__(self, client: Client, spawn: Spawn) -> None:
-        """Create an empty memory. `spawn` starts a task that outlives the request."""
+    def __init__(self, client: Client, spawn: Spawn, memory: PlanMemory) -> None:
+        """Create it without plans. `spawn` starts a task that outlives the request."""
         self._client = client
         self._spawn = spawn
-        self._known: MutableMapping[str, _Known] = TLRUCache(
-            _MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size")
-        )
+        self._memory = memory
         self._missing: MutableMapping[str, bool] = TTLCache(_MAX_MISSES, _MISS_TTL_S)
         self._roots: deque[str] = deque(maxlen=_MAX_HAVE)
         self._without_plan: MutableMapping[str, bool] = TTLCache(_MAX_WITHOUT_PLAN, _HIT_TTL_S)
@@ -80,16 +83,16 @@ class Plans:
 
     def find(self, hash_part: str) -> RemotePath | None:
         """Return the path with this hash part if a plan has it."""
-        known = self._known.get(hash_part)
+        known = self._memory.get((self._client, hash_part))
         return None if known is None else known.path
 
     def forget(self, hash_part: str) -> None:
         """Forget a path, because its NAR could not be downloaded: its narinfo is requested again."""
-        self._known.pop(hash_part, None)
+        self._memory.pop((self._client, hash_part), None)
 
     def position(self, hash_part: str) -> int | None:
         """Return the position of a path in the order of all plans, in which references come first."""
-        known = self._known.get(hash_part)
+        known = self._memory.get((self._client, hash_part))
         return None if known is None else known.position
 
     def is_missing(self, hash_part: str) -> bool:
@@ -114,12 +117,15 @@ class Plans:
             await asyncio.wait({self._running}, timeout=deadline - loop.time())
             if is_ours:
                 break
-        if path.info.path.hash_part not in self._known:  # its references are known, or there is no plan
+        if not self._knows(path.info.path.hash_part):  # its references are known, or there is no plan
             self._remember(path)
+
+    def _knows(self, hash_part: str) -> bool:
+        return (self._client, hash_part) in self._memory
 
     def _remember(self, path: RemotePath) -> None:
         self._positions += 1
-        self._known[path.info.path.hash_part] = _Known(path, self._positions)
+        self._memory[self._client, path.info.path.hash_part] = _Known(path, self._positions)
         self._missing.pop(path.info.path.hash_part, None)
 
     def _is_needed(self, path: RemotePath) -> bool:
@@ -127,11 +133,11 @@ class Plans:
         if own in self._without_plan or asyncio.get_running_loop().time() < self._not_before:
             return False
         hash_parts = (reference.hash_part for reference in path.info.references)
-        return any(each not in self._known and each not in self._missing for each in hash_parts if each != own)
+        return any(not self._knows(each) and each not in self._missing for each in hash_parts if each != own)
 
     async def _fetch(self, path: RemotePath, headers: Mapping[str, str]) -> None:
         root = path.info.path.hash_part
-        have = [each for each in self._roots if each in self._known]
+        have = [each for each in self._roots if self._knows(each)]
         url = f"{root}{self._client.closure_suffix}" + (f"?have={','.join(have)}" if have else "")
         sent = {**headers, "Accept-Encoding": "zstd"}
         try:

@@ -194,6 +194,20 @@ def test_long_plan_takes_little_memory(here: Callable[..., Server]) -> None:
         assert peak_bytes(worker) - before < 7 * len(plan)
 
 
+def test_plans_of_all_upstreams_share_their_memory(
+    start: Start, here: Callable[..., Server], tmp_path: Path, there: list[PathInfo]
+) -> None:
+    others = StoreBuilder(tmp_path / "other")
+    leaf = others.add(others.output_path("leaf"), b"leaf", keys=[KEY])
+    root = others.add(others.output_path("root"), b"root", references=[leaf.path], keys=[KEY])
+    first, second = (start(store=tmp_path / name, settings=AT_UPSTREAM) for name in ("upstream", "other"))
+    little = patched("from harmonia.upstream import plans\nplans._MAX_BYTES = 5000")  # two paths of a plan
+    server = here(entry(first), entry(second), program=little)
+    assert [get(server, info) for info in (root, there[-1], leaf)] == [200] * 3
+    assert len(asked(second, f"{root.path.hash_part}.closure")) == 1
+    assert asked(second, f"{leaf.path.hash_part}.narinfo")  # the plan of another upstream has evicted it
+
+
 def test_other_tasks_run_while_a_plan_is_remembered() -> None:
     async def other_turns() -> int:
         turns = 0
