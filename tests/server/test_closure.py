@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from harmonia.nix import narinfo
 from harmonia.nix.store_path import StorePath
+from harmonia.server.path_lookup import SignedPath
+from harmonia.server.resources.closure import references_first
 from harmonia.tools.store_builder import StoreBuilder
 from support.running import FROZEN_RATES, Answer, Server, patched, unpacked
 
@@ -90,6 +92,25 @@ def test_closures_of_paths_in_have_are_left_out(server: Server, graph: Graph, da
     have = ",".join([*(info.path.hash_part for info in had), ABSENT])
     expected = graph.closure(root) - graph.closure(*(info.path for info in had))
     assert set(paths(server.get(f"/{root.hash_part}.closure?have={have}"))) == expected
+
+
+class Counting(dict[str, SignedPath]):
+    """A dictionary that counts how often it is searched."""
+
+    searched = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.searched += 1
+        return super().__contains__(key)
+
+
+def test_closures_of_paths_in_have_are_walked_once(graph: Graph) -> None:
+    """With a walk for each, 64 of them that had 10,000 paths took 21 s of the event loop."""
+    published = Counting({info.path.hash_part: SignedPath(info, ()) for info in graph.infos})
+    root, *had = (SignedPath(info, ()) for info in reversed(graph.infos))
+    left = references_first(root, had, published)
+    assert [path.info.path for path in left] == [graph.infos[-1].path]
+    assert published.searched <= len(had) + sum(1 + len(info.references) for info in graph.infos)
 
 
 @pytest.mark.parametrize("have", ["x", f"{ABSENT},x", "e" * 32, ",".join([ABSENT] * 65)])

@@ -12,6 +12,7 @@ import io
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import zstandard
@@ -72,8 +73,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
             published[each] = path
         if number % BATCH_PATHS == 0:
             await asyncio.sleep(0)  # other requests take their turn
-    left_out = {path.info.path.hash_part for each in had if each for path in references_first(each, published)}
-    paths = [path for path in references_first(root, published) if path.info.path.hash_part not in left_out]
+    paths = await context.threads.run_io(partial(references_first, root, had, published))
     return await _representation(context, paths)
 
 
@@ -87,22 +87,35 @@ async def _hash_parts(context: ServerContext, request: Request, roots: Sequence[
     return hash_parts
 
 
-def references_first(root: SignedPath, paths: Mapping[str, SignedPath]) -> Iterator[SignedPath]:
-    """Yield the closure of `root` within `paths`, which are named by hash part, each path after its references."""
-    begun: set[str] = set()
+def references_first(
+    root: SignedPath, had: Sequence[SignedPath | None], paths: Mapping[str, SignedPath]
+) -> list[SignedPath]:
+    """Return the closure of `root` without those of the paths in `had`, each path after its references.
+
+    All within `paths`, which are named by hash part. Takes 0.2 s for 10,000 paths.
+    """
+    begun: set[str] = set()  # first those to leave out, then those of the closure, too
+    waiting = [path.info.path.hash_part for path in had if path]
+    while waiting:
+        hash_part = waiting.pop()
+        if hash_part in paths and hash_part not in begun:
+            begun.add(hash_part)
+            waiting += [each.hash_part for each in paths[hash_part].info.references]
+    ordered: list[SignedPath] = []
     pending: list[tuple[SignedPath | None, Iterator[StorePath]]] = [(None, iter([root.info.path]))]
     while pending:
         path, references = pending[-1]
-        following = next(
-            (each.hash_part for each in references if each.hash_part in paths and each.hash_part not in begun), None
-        )
-        if following is not None:
-            begun.add(following)
-            pending.append((paths[following], iter(paths[following].info.references)))
+        for reference in references:
+            hash_part = reference.hash_part
+            if hash_part in paths and hash_part not in begun:
+                begun.add(hash_part)
+                pending.append((paths[hash_part], iter(paths[hash_part].info.references)))
+                break
         else:
             pending.pop()
             if path is not None:
-                yield path
+                ordered.append(path)
+    return ordered
 
 
 def _have(request: Request) -> Sequence[str]:
