@@ -262,7 +262,7 @@ class Metrics:
         cells = memoryview(mmap.mmap(-1, workers * size * _CELL_BYTES)).cast("d")
         self.rows = [WorkerCounters(row, routes, totals) for row in _cut(cells, *[size] * workers)]
         self.own = self.rows[0]
-        self._place = 0
+        self._slot = 0
         self.reasons = reasons
         self.upstreams = {url: _upstream(workers, reasons) for url in upstreams}
         """By URL, the counters of each worker."""
@@ -273,17 +273,17 @@ class Metrics:
         heads = [outcome.head for route in routes for outcome in route.outcomes]
         return sum(sum(head.cells[:-1]) for head in heads), any(route.in_flight for route in routes)
 
-    def adopt_slot(self, place: int) -> None:
-        """Make the row with index `place` the row of this process."""
-        self.own = self.rows[place]
+    def adopt_slot(self, slot: int) -> None:
+        """Make the row with index `slot` the row of this process."""
+        self.own = self.rows[slot]
         self.own.adopt_slot()
-        self._place = place
+        self._slot = slot
         for workers in self.upstreams.values():
-            workers[place].set_up(False)
+            workers[slot].set_up(False)
 
     def own_upstream(self, url: str) -> UpstreamCounters:
         """Return this process's counters for an upstream."""
-        return self.upstreams[url][self._place]
+        return self.upstreams[url][self._slot]
 
 
 def _upstream(workers: int, reasons: Sequence[str]) -> list[UpstreamCounters]:

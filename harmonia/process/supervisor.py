@@ -46,7 +46,7 @@ Activity = Callable[[], tuple[float, bool]]
 @dataclass
 class _Worker:
     pid: int
-    place: int
+    slot: int
     lifeline: socket.socket
     beat: float
     ready: bool = False
@@ -81,7 +81,7 @@ class Supervisor:
         for number in _SIGNALS:
             signal.signal(number, lambda *_: None)  # needed for the wakeup socket
         self._watchdog = systemd.watchdog_interval()
-        self._heartbeat = min(_HEARTBEAT_S, (self._watchdog or _HEARTBEAT_S) / 2)
+        self._heartbeat_s = min(_HEARTBEAT_S, (self._watchdog or _HEARTBEAT_S) / 2)
         self._announced = False
         self._next_start = 0.0
         self._stop_at: float | None = None
@@ -99,7 +99,7 @@ class Supervisor:
         while self._stop_at is None or self._workers:
             if self._stop_at is None:
                 self._fill()
-            for key, _ in self._selector.select(timeout=self._heartbeat):
+            for key, _ in self._selector.select(timeout=self._heartbeat_s):
                 if key.data is None:
                     self._handle(self._signals.recv(64))
                 else:
@@ -114,7 +114,7 @@ class Supervisor:
 
     def _fill(self) -> None:
         while len(self._workers) < self._count and time.monotonic() >= self._next_start:
-            place = min(set(range(self._count)) - {worker.place for worker in self._workers.values()})
+            slot = min(set(range(self._count)) - {worker.slot for worker in self._workers.values()})
             try:
                 ours, theirs = socket.socketpair()
             except OSError as error:
@@ -124,7 +124,7 @@ class Supervisor:
             try:
                 pid = os.fork()
                 if pid == 0:
-                    self._become_worker(place, ours, theirs)
+                    self._become_worker(slot, ours, theirs)
             except OSError as error:
                 self._retry_later(error)
                 ours.close()
@@ -133,7 +133,7 @@ class Supervisor:
                 theirs.close()
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             ours.setblocking(False)
-            worker = _Worker(pid, place, ours, time.monotonic())
+            worker = _Worker(pid, slot, ours, time.monotonic())
             self._workers[pid] = worker
             self._selector.register(ours, selectors.EVENT_READ, worker)
 
@@ -141,7 +141,7 @@ class Supervisor:
         _log.error("cannot start a worker: %s; trying again in %g s", error, _RETRY_DELAY_S)
         self._next_start = time.monotonic() + _RETRY_DELAY_S
 
-    def _become_worker(self, place: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
+    def _become_worker(self, slot: int, ours: socket.socket, theirs: socket.socket) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -155,7 +155,7 @@ class Supervisor:
             lifelines = [worker.lifeline for worker in self._workers.values()]
             for inherited in (ours, self._signals, self._wakeup, *lifelines):
                 inherited.close()
-            self._work(place, self._listening, theirs, self._heartbeat)
+            self._work(slot, self._listening, theirs, self._heartbeat_s)
             status = 0
         except BaseException:  # noqa: BLE001 (nothing else reports an error of this process)
             _log.critical("worker failed: %s", traceback.format_exc())
@@ -244,7 +244,7 @@ class Supervisor:
 
     def _kill_overdue(self) -> None:
         now = time.monotonic()
-        halted = max(now - self._looked_at - self._heartbeat, 0)
+        halted = max(now - self._looked_at - self._heartbeat_s, 0)
         self._looked_at = now
         for worker in self._workers.values():
             worker.beat += halted  # a machine that was paused has halted the workers, too
@@ -257,7 +257,7 @@ class Supervisor:
 
 
 def beat_while_alive(
-    thread: threading.Thread, lifeline: socket.socket, heartbeat: float, each: Callable[[], object] = lambda: None
+    thread: threading.Thread, lifeline: socket.socket, heartbeat_s: float, each: Callable[[], object] = lambda: None
 ) -> None:
     """Send heartbeats, and call `each` with every one, until the thread ends. Exit if the supervisor ends.
 
@@ -268,5 +268,5 @@ def beat_while_alive(
         with suppress(BlockingIOError):  # the supervisor has unread heartbeats
             lifeline.send(b".")
         each()
-        if select.select([lifeline], [], [], heartbeat)[0]:  # the supervisor has ended
+        if select.select([lifeline], [], [], heartbeat_s)[0]:  # the supervisor has ended
             os._exit(1)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
+from threading import Thread
 
 import uvloop
 from sanic.models.server_types import Signal
@@ -49,6 +50,9 @@ _GC_OBJECTS = 10_000
 _TRIM_INTERVAL_S = 10.0  # between two returns of freed heap to the OS
 _DRAIN_POLL_S = 0.05  # between two checks for idle connections during the shutdown
 
+_Start = Callable[[ServerContext], tuple[Thread, Callable[[], object]]]
+"""Starts a thread for the work of a process. Returns it, and a function to call with each heartbeat."""
+
 _log = logging.getLogger("harmonia")
 
 
@@ -67,38 +71,48 @@ def prepare(settings: Settings, keys: Sequence[SecretKey]) -> ServerContext:
 def run(
     context: ServerContext,
     for_metrics: Sequence[socket.socket],
-    place: int,
+    slot: int,
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
-    heartbeat: float,
+    heartbeat_s: float,
 ) -> None:
-    """Run a worker until SIGTERM. If `place` is after those of the workers, run one of the other processes.
+    """Run the process of a slot in the shared metrics until SIGTERM: a worker, or in a later slot a side process.
 
-    `place` is its slot in the shared metrics. The sockets in `for_metrics`, a part of `listening`, serve only metrics.
-    The worker sends a heartbeat on `lifeline` every `heartbeat` seconds, and exits when the supervisor's end closes.
+    The sockets in `for_metrics`, a part of `listening`, serve only metrics. The process sends a heartbeat on `lifeline`
+    every `heartbeat_s` seconds, and exits when the supervisor's end closes.
     """
     settings = context.settings
-    context.metrics.adopt_slot(place)
-    if place >= settings.workers:
+    context.metrics.adopt_slot(slot)
+    if slot >= settings.workers:
         for each in listening:
             each.close()
-        warms = settings.warm == "new" and place == settings.workers
-        thread, sample = (cache_warmer if warms else mirror_writer).start(context)
-        beat_while_alive(thread, lifeline, heartbeat, sample)
+        start = _side_processes(settings)[slot - settings.workers]
+        thread, sample = start(context)
+        beat_while_alive(thread, lifeline, heartbeat_s, sample)
         return
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     _reuse_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(context, for_metrics, place, listening, lifeline, heartbeat))
+        runner.run(_serve(context, for_metrics, slot, listening, lifeline, heartbeat_s))
+
+
+def _side_processes(settings: Settings) -> list[_Start]:
+    """Return the functions that start the work of the processes after the workers (see `Settings.processes`)."""
+    starts: list[_Start] = []
+    if settings.warm == "new":
+        starts.append(cache_warmer.start)
+    if settings.mirror.write_served:
+        starts.append(mirror_writer.start)
+    return starts
 
 
 async def _serve(
     context: ServerContext,
     for_metrics: Sequence[socket.socket],
-    place: int,
+    slot: int,
     listening: Sequence[socket.socket],
     lifeline: socket.socket,
-    heartbeat: float,
+    heartbeat_s: float,
 ) -> None:
     settings = context.settings
     loop = asyncio.get_running_loop()
@@ -130,11 +144,11 @@ async def _serve(
     if context.debug_info is not None:
         context.debug_info.start()
     siblings = AsyncExitStack()
-    _start_siblings(context, place, [each for each in listening if each not in for_metrics], siblings)
+    _start_siblings(context, slot, [each for each in listening if each not in for_metrics], siblings)
     context.threads.readers.submit(sweep_all, str(settings.cache_dir))  # removes the temporary files of killed workers
     reload = partial(_reload, context, tls_listeners.values(), guard)
     reloading = _reload_when(reload_wanted, reload, context.events.end_streams)
-    running = [_heartbeat(context, lifeline, heartbeat), _trim_heap(context), reloading]
+    running = [_heartbeat(context, lifeline, heartbeat_s), _trim_heap(context), reloading]
     if context.push is not None:
         running.append(context.push.run_maintenance())
     chores = Tasks()
@@ -158,7 +172,7 @@ def _guard(context: ServerContext) -> Guard | None:
 
 
 def _start_siblings(
-    context: ServerContext, place: int, listening: Sequence[socket.socket], closing: AsyncExitStack
+    context: ServerContext, slot: int, listening: Sequence[socket.socket], closing: AsyncExitStack
 ) -> None:
     """Announce this server, in its first worker, and ask siblings, as far as the settings say so."""
     lan = context.settings.lan
@@ -168,7 +182,7 @@ def _start_siblings(
 
     siblings = Siblings(context.identity)
     closing.push_async_callback(siblings.close)
-    announced = addresses_of(listening) if lan.announce and place == 0 else None
+    announced = addresses_of(listening) if lan.announce and slot == 0 else None
     siblings.start(announced, context.upstreams.add_sibling if context.upstreams and lan.public_keys else None)
 
 
@@ -209,12 +223,12 @@ async def _create_servers(
     return servers, tls_listeners
 
 
-async def _heartbeat(context: ServerContext, lifeline: socket.socket, heartbeat: float) -> None:
+async def _heartbeat(context: ServerContext, lifeline: socket.socket, heartbeat_s: float) -> None:
     while True:
         metrics.sample(context)
         with suppress(BlockingIOError):  # the supervisor has unread heartbeats
             lifeline.send(b".")
-        await asyncio.sleep(heartbeat)
+        await asyncio.sleep(heartbeat_s)
 
 
 def _reuse_freed_memory() -> None:
