@@ -46,7 +46,7 @@ _PUSH_REMEDIES = {
     HTTPStatus.NOT_FOUND: "no such upload in a binary cache; push with `nix copy` or `harmonia push`",
     HTTPStatus.METHOD_NOT_ALLOWED: "no such method here; push with `nix copy` or `harmonia push`",
     HTTPStatus.LENGTH_REQUIRED: "send Content-Length; a proxy in front of the server must not remove it",
-    HTTPStatus.TOO_MANY_REQUESTS: "too many invalid tokens; correct the token, and push again later",
+    HTTPStatus.TOO_MANY_REQUESTS: "too many requests or invalid tokens; push again after Retry-After",
 }
 """Remedies for pushers, to whom Nix shows the text."""
 
