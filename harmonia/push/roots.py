@@ -121,9 +121,10 @@ class PushRoots:
         valid = daemon.query_valid_paths([*roots])
         daemon.add_indirect_roots(self._link(roots[path].path) for path in valid)
         oldest = time.time() - _INVALID_MAX_AGE_S
-        for path, root in roots.items():
-            if path not in valid and root.last_use < oldest:
-                self.drop(root.path)
+        for root in (root for path, root in roots.items() if path not in valid and not root.pinned):
+            with suppress(FileNotFoundError):
+                if os.lstat(self._link(root.path)).st_mtime < oldest:  # unless it was pushed again meanwhile
+                    self.drop(root.path)
 
     def _link(self, path: StorePath) -> str:
         return os.path.join(self._directory, path)
