@@ -73,7 +73,10 @@ in
         wait_until_asked(f"/{names[11:43]}.closure", f"/{names[11:43]}.narinfo")
 
     with subtest("if it hangs, its watchdog ends it, and Nix waits so long"):
-        client.succeed(f"nix-store --delete {names}")
+        # The daemon may keep the temporary roots of the substitution for a moment longer.
+        client.wait_until_succeeds(f"nix-store --delete {names} >&2", timeout=60)
+        client.succeed("curl --fail --silent --show-error http://127.0.0.1:5017/nix-cache-info >&2")
+        client.wait_for_unit("harmonia-accelerate.service")
         running = "systemctl show --property=MainPID --value harmonia-accelerate.service"
         hanging = client.succeed(running)
         client.succeed("systemctl kill --signal=STOP harmonia-accelerate.service")
