@@ -16,7 +16,7 @@ ORDER = (
 """Each unit imports only from itself and from units to the right. Units between two `>` do not import each other."""
 SERVER_ORDER = (
     "worker > app cache_warmer mirror_writer > routes error_response > resources > page connections > context"
-    " > events served_paths > made_once path_lookup > absent_paths > http"
+    " > events served_paths > made_once path_lookup store_events > absent_paths > http"
 )
 
 

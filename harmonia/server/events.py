@@ -1,7 +1,7 @@
 """Events of the store and of all workers, as server-sent events for clients of `/events`.
 
-Each worker records its own events (process/event_log.py). Of the workers with clients, one is the leader: it looks at
-the store's database for all. Each worker reads the log into memory, once for all of its clients. A client holds only
+Each worker records its own events (process/event_log.py). Of the workers with clients, one records those of the store
+for all (store_events.py). Each worker reads the log into memory, once for all of its clients. A client holds only
 the number of its last event, so a slow one takes no memory.
 """
 
@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from itertools import takewhile
@@ -23,15 +23,13 @@ from harmonia.cache.zstd_frames import Source
 from harmonia.config.settings import Settings
 from harmonia.errors import EventLogError, StoreUnavailableError
 from harmonia.nix.store_path import StorePath
-from harmonia.process.event_log import GAP, MAX_EVENTS, Event, EventLog, Leadership, Recorder, encode
+from harmonia.process.event_log import GAP, MAX_EVENTS, Event, EventLog, Leadership, Recorder
 from harmonia.server.http.auth import too_many
 from harmonia.server.http.rate_limit import network
 from harmonia.server.path_lookup import Paths
-from harmonia.store.new_paths import Cursor
-from harmonia.store.path_changes import Changes, PathChanges
-from harmonia.store.store import Store
+from harmonia.server.store_events import COLLECTED, VALID, StoreEvents
 
-VALID, COLLECTED, SERVED, COMPRESSED = "valid", "collected", "served", "compressed"
+SERVED, COMPRESSED = "served", "compressed"
 NAMES = (VALID, COLLECTED, SERVED, COMPRESSED)
 """Names of events that a client may select. It gets GAP in any case."""
 _MAX_LISTENERS = 256
@@ -88,14 +86,10 @@ class Events:
         self._starting = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
 
-        self._leadership = Leadership(directory)
-        self._leader_log = EventLog(directory)
-        self._changes = PathChanges(Store.of(settings), settings.database, paths.policy)
-        self._leader = ThreadPoolExecutor(1, thread_name_prefix="path-changes")
-        self._leading: asyncio.Future[None] | None = None
-        self._has_begun = False
-        self._continues = False
-        """True if the next leader continues at the cursor of the log, False if nobody has recorded events meanwhile."""
+        self._store_events = StoreEvents(settings, EventLog(directory), Leadership(directory), paths.policy)
+        self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="path-changes")
+        self._recording: asyncio.Future[None] | None = None
+        """The last run of `_record_store_events` in its thread."""
 
     def served(self, path: StorePath, sent: int, *, complete: bool = True) -> None:
         """Record a response with the NAR of a path, or a part of it. Thread-safe."""
@@ -178,14 +172,14 @@ class Events:
         """Begin to follow the events, if this worker has had no client before."""
         async with self._starting:
             if self._following is None:
-                if self._leading is not None and self._leading.done():
-                    self._leading.exception()  # of an earlier attempt
-                    self._leading = None
-                self._continues = self.recorder.is_recording
+                if self._recording is not None and self._recording.done():
+                    self._recording.exception()  # of an earlier attempt
+                    self._recording = None
+                self._store_events.continues = self.recorder.is_recording
                 self.recorder.want()
                 await self._look()
-                if self._leading is not None:
-                    await self._leading
+                if self._recording is not None:
+                    await self._recording
                 await self._look()
                 self._following = asyncio.create_task(self._follow())
 
@@ -212,50 +206,31 @@ class Events:
                 self.recorder.want()
             if self.recorder.is_recording:
                 return True
-            if self._leading is not None:
-                await asyncio.wait([self._leading])
-            self._leading, self._has_begun = None, False
-            self._leadership.release()
+            if self._recording is not None:
+                await asyncio.wait([self._recording])
+            self._recording = None
+            self._store_events.stop()
             self._recent.clear()
             self._following = None
             return False
 
     async def _look(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._leading is None or self._leading.done():
-            leading, self._leading = self._leading, None
-            if leading is not None:
-                leading.result()  # raises its error
-            self._leading = loop.run_in_executor(self._leader, self._lead)
+        if self._recording is None or self._recording.done():
+            recording, self._recording = self._recording, None
+            if recording is not None:
+                recording.result()  # raises its error
+            self._recording = loop.run_in_executor(self._store_thread, self._record_store_events)
         after = self._recent[-1].number if self._recent else 0
         if events := await loop.run_in_executor(self._reader, self._log.events, after):
             self._recent.extend(events)
             self._news.set()
             self._news = asyncio.Event()
 
-    def _lead(self) -> None:
-        """Record changes of the store, if no other worker does. Runs in a thread of its own."""
-        if not self._leadership.take():
-            return
-        try:
-            if not self._has_begun:
-                text = self._leader_log.cursor() if self._continues else None
-                cursor = self._changes.begin(Cursor(*json.loads(text)) if text else None)
-                self._leader_log.append([(GAP, "{}")], encode(cursor))  # collected paths may be missing
-                self._has_begun = self._continues = True
-            if (changes := self._changes.poll()) is not None:
-                events = [*self._events_of(changes)]
-                self._leader_log.append(events, encode(changes.cursor))
-                self.recorder.recorded += len(events)
-        except BaseException:
-            self._has_begun = False
-            raise
-
-    def _events_of(self, changes: Changes) -> Iterator[tuple[str, str]]:
-        for path in changes.collected:
-            yield COLLECTED, encode({"path": f"{self._store_dir}/{path}"})
-        for path, nar_size, _ in changes.valid:
-            yield VALID, encode({"path": f"{self._store_dir}/{path}", "narSize": nar_size})
+    def _record_store_events(self) -> None:
+        """Record the events of the store, if no other worker does. Runs in a thread of its own."""
+        count = self._store_events.record()
+        self.recorder.recorded += count  # not in one statement, which would overwrite what others count meanwhile
 
     def _disconnect_slow_clients(self, patience: float) -> None:
         for listener in list(self._listeners):
