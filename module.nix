@@ -689,6 +689,12 @@ in
           "network.target"
         ];
         stopIfChanged = false;
+        unitConfig = overridable {
+          # If it cannot start, it and its socket fail, and Nix uses its next cache. The default limit, 5 starts in 10 s,
+          # is reached if it is killed a few times.
+          StartLimitIntervalSec = 120;
+          StartLimitBurst = 20;
+        };
         serviceConfig =
           overridable {
             Type = "notify";

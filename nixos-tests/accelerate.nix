@@ -72,6 +72,12 @@ in
         client.succeed(f"nix-store --verify-path {names}")
         wait_until_asked(f"/{names[11:43]}.closure", f"/{names[11:43]}.narinfo")
 
+    with subtest("its socket survives a series of kills"):
+        for _ in range(8):
+            client.succeed("curl --fail --silent --show-error http://127.0.0.1:5017/nix-cache-info >&2")
+            client.succeed("systemctl kill --signal=KILL harmonia-accelerate.service")
+        client.succeed("curl --fail --silent --show-error --retry 5 http://127.0.0.1:5017/nix-cache-info >&2")
+
     with subtest("if it hangs, its watchdog ends it, and Nix waits so long"):
         # The daemon may keep the temporary roots of the substitution for a moment longer.
         client.wait_until_succeeds(f"nix-store --delete {names} >&2", timeout=60)

@@ -361,6 +361,8 @@ class TestModule:
         assert directives(service, "LoadCredential") == ["netrc:/etc/nix/netrc"]
         assert directives(service, "RestrictAddressFamilies") == ["AF_UNIX", "AF_INET", "AF_INET6"]
         assert directives(service, "WantedBy") == []
+        assert directives(service, "WatchdogSec") == ["30"]
+        assert [directives(service, f"StartLimit{each}") for each in ("IntervalSec", "Burst")] == [["120"], ["20"]]
         settings = msgspec.convert(machine["read"], Settings)
         assert settings.idle_exit == 60
         assert [(each.url, each.public_keys) for each in settings.upstream] == [("https://cache.example.org", (key,))]
