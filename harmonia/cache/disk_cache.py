@@ -188,7 +188,7 @@ class DiskCache:
                     self.counters.misses += 1
                     return opened
         except OSError as error:
-            self.failed(error)
+            self.note_failure(error)
             return None
 
     def add(self, key: str, content: bytes, sha256: bytes | None = None) -> bool:
@@ -214,10 +214,10 @@ class DiskCache:
         except OSError as error:
             with suppress(OSError):
                 os.unlink(unfinished)
-            self.failed(error)
+            self.note_failure(error)
             return False
         self.counters.misses += 1
-        self.filled(len(content))
+        self.note_filled(len(content))
         return True
 
     def write_file(self, key: str, make: Callable[[], Iterable[bytes]]) -> bool:
@@ -267,13 +267,13 @@ class DiskCache:
         _log.error("removed a damaged file from the cache: %s; check the disk for faults if this repeats", path)
         self.on_removal()
 
-    def failed(self, error: OSError) -> None:
+    def note_failure(self, error: OSError) -> None:
         """Stop adding files to the cache for a minute, and log the error once."""
         is_logged, self._unusable_until = time.monotonic() < self._unusable_until, time.monotonic() + _RETRY_S
         if not is_logged:
             _log.error("cannot write to the cache %s: %s; serving without it", self._directory, error.strerror)
 
-    def filled(self, size: int) -> None:
+    def note_filled(self, size: int) -> None:
         """Count a completed file of `size` bytes, and evict others if necessary."""
         self.counters.fills += 1
         self.counters.filled_bytes += size
@@ -406,7 +406,7 @@ class DiskCache:
         with suppress(FileNotFoundError):
             os.unlink(path + SUMS)
         reader = CachedFile(os.open(growing, READ_FLAGS), path, self)
-        return reader, Filler(path, growing, file.detach(), self.filled, self.failed, bare=self._bare)
+        return reader, Filler(path, growing, file.detach(), self.note_filled, self.note_failure, bare=self._bare)
 
 
 def open_cache(

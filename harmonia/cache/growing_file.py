@@ -355,8 +355,8 @@ class Filler:
         path: str,
         growing: str,
         descriptor: int,
-        filled: Callable[[int], None],
-        failed: Callable[[OSError], None],
+        on_filled: Callable[[int], None],
+        on_failed: Callable[[OSError], None],
         *,
         bare: bool = False,
     ) -> None:
@@ -364,13 +364,13 @@ class Filler:
 
         A `bare` file can be read by all users that can enter its directory.
 
-        `filled` is called with the size of the complete file, `failed` with an error of the disk.
+        `on_filled` is called with the size of the complete file, `on_failed` with an error of the disk.
         """
         self._path = path
         self._growing = growing
         self._descriptor = descriptor
-        self._filled = filled
-        self._failed = failed
+        self._on_filled = on_filled
+        self._on_failed = on_failed
         self._bare = bare
         self._sha256 = hashlib.sha256()
         self._block = xxhash.xxh3_64()
@@ -437,7 +437,7 @@ class Filler:
         except OSError as error:
             with suppress(OSError):
                 os.unlink(unfinished)
-            self._failed(error)
+            self._on_failed(error)
             raise
 
     def commit(self) -> None:
@@ -451,10 +451,10 @@ class Filler:
             os.fdatasync(self._descriptor)
             os.rename(self._growing, self._path)
         except OSError as error:
-            self._failed(error)
+            self._on_failed(error)
             raise
         self._close()
-        self._filled(self.size)
+        self._on_filled(self.size)
 
     def withdraw(self) -> None:
         """Discard wrong content. The file becomes empty for its readers, too."""
@@ -483,5 +483,5 @@ class Filler:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
-            self._failed(error)
+            self._on_failed(error)
             raise

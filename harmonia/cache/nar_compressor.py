@@ -69,7 +69,7 @@ class Compressor:
         self.files = CompressedFiles(self.encoder.encoding, cache, indexes)
         self._small: RRCache[bytes, bytes] = RRCache(_MAX_SMALL_BYTES, getsizeof=len)
         """Small compressed NARs by NAR hash. A random one is evicted: clients request closures in the same order."""
-        self.compressed: Callable[[Source, int], object] = lambda source, size: None  # noqa: ARG005 (names for readers)
+        self.on_compressed: Callable[[Source, int], object] = lambda source, size: None  # noqa: ARG005 (names for readers)
         """Callback after a NAR was compressed, with the bytes of its file. It must return quickly."""
         self.damaged_nars = 0
         """The number of times that a NAR did not have its registered hash or size."""
@@ -127,7 +127,7 @@ class Compressor:
         with self._lock, suppress(ValueError):  # larger than the limit
             self._small[sha256] = compressed
         if is_first:
-            self.compressed(source, len(compressed))
+            self.on_compressed(source, len(compressed))
         return compressed
 
     def small_in_memory(self, sha256: bytes) -> bytes | None:
@@ -357,7 +357,7 @@ class _Fill:
             assert self._source.sha256 is not None  # noqa: S101 (the key of the file contains it)
             index = FrameIndex(self._filler.sha256, self._entries)
             self._compressor.files.keep_frame_index(self._source.sha256, self._encoding, index)
-            self._compressor.compressed(self._source, self._filler.size)
+            self._compressor.on_compressed(self._source, self._filler.size)
             self._end()
 
     def _give_up(self, error: BaseException) -> None:

@@ -53,7 +53,7 @@ class _Warming(threading.Thread):
             try:
                 if self._warmer is None:
                     self._warmer = Warmer(settings, store)
-                    self._warmer.compressor.compressed = self._context.events.compressed
+                    self._warmer.compressor.on_compressed = self._context.events.compressed
                 for result in self._warmer.warm(backlog.paths()):
                     self._counts[result.state] += 1
                 backlog.save()

@@ -163,7 +163,7 @@ class ServerContext:
         prefers_zstd = settings.nar_compression == "zstd" or (
             settings.nar_compression == "auto" and nar_cache is not None
         )
-        self.compressor.compressed = self.events.compressed
+        self.compressor.on_compressed = self.events.compressed
         self.offers_zstd = settings.enable_compression and prefers_zstd
         """True if narinfos name compressed NARs."""
         self.debug_info = _debug_info(settings)
