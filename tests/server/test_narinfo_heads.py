@@ -125,9 +125,16 @@ def test_requests_that_need_a_check_go_to_the_handler(start: Start, store: Store
         client.close()
 
 
-@pytest.mark.parametrize("form", ["/{}.narinfo", "/push/{}.narinfo", "/push/nar/{}0123456789abcdfghijk.nar.zst"])
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("GET", "/{}.narinfo"),
+        ("GET", "/push/{}.narinfo"),
+        ("HEAD", "/push/nar/{}0123456789abcdfghijk.nar.zst"),  # by which Nix looks for a file that it may upload
+    ],
+)
 def test_requests_with_a_valid_token_are_answered_without_sanic_until_tokens_are_reloaded(
-    start: Start, store: StoreBuilder, tmp_path: Path, form: str
+    start: Start, store: StoreBuilder, tmp_path: Path, method: str, form: str
 ) -> None:
     scopes = ("push",) if "push" in form else ("read",)
     tokens = [new(name, scopes) for name in ("one", "two")]
@@ -146,7 +153,7 @@ def test_requests_with_a_valid_token_are_answered_without_sanic_until_tokens_are
         """Return the responses, which are the same with and without Sanic."""
         responses = []
         for hash_part in asked:
-            request = text("GET", form.format(hash_part), [f"Authorization: Bearer {secret}", *fields])
+            request = text(method, form.format(hash_part), [f"Authorization: Bearer {secret}", *fields])
             response, expected = (client.ask(request) for client in clients)
             assert response == expected
             responses.append(response)
