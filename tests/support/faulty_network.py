@@ -51,16 +51,25 @@ class _Connection(socketserver.BaseRequestHandler):
             origin.connect(("127.0.0.1", self.server.port))
             responses = threading.Thread(target=_copy, args=(origin, self.request), daemon=True)
             responses.start()
-            while data := self.request.recv(_BUFFER_BYTES):
-                self.server.lookups += b".narinfo HTTP/1.1\r\n" in data
-                self.server.released.wait(self.server.delay)
-                if self.server.down:
-                    return
-                if (answer := self._refusal(data)) is not None:
-                    self.request.sendall(answer)
-                    return
-                origin.sendall(data)
-            origin.shutdown(socket.SHUT_RDWR)
+            try:
+                self._forward(origin)
+            finally:
+                for end in (self.request, origin):
+                    with suppress(OSError):
+                        end.shutdown(socket.SHUT_RDWR)  # wakes the other thread
+                # Otherwise, it could read from the descriptor when that is already the one of another connection.
+                responses.join()
+
+    def _forward(self, origin: socket.socket) -> None:
+        while data := self.request.recv(_BUFFER_BYTES):
+            self.server.lookups += b".narinfo HTTP/1.1\r\n" in data
+            self.server.released.wait(self.server.delay)
+            if self.server.down:
+                return
+            if (answer := self._refusal(data)) is not None:
+                self.request.sendall(answer)
+                return
+            origin.sendall(data)
 
     def _refusal(self, data: bytes) -> bytes | None:
         if self.server.answer is not None or self.server.refused_above is None:
