@@ -32,7 +32,7 @@ def check(data: bytes) -> bool:
     kind, body = _KINDS[(data[:1] or b"0")[0] % 48 % len(_KINDS)], data[1:]
     content = _decoded(body, kind, len(body) or 1)
     assert kind in {"xz", "zstd", "br"} or _decoded(body, kind, 7) == content  # these may find garbage sooner or later
-    if content is None or len(content) > _LIMIT:
+    if content is None:
         return False
     info = replace(_INFO, nar_size=len(content), nar_hash=hashlib.sha256(content).digest())
     # An empty body is valid in some codings, but is no NAR. libzstd accepts any blocks in an empty frame.
@@ -42,7 +42,7 @@ def check(data: bytes) -> bool:
 
 
 def _decoded(body: bytes, kind: str, step: int) -> bytes | None:
-    """Return the decoded body up to a limit, or None if it is malformed."""
+    """Return the decoded body, or None if it is malformed or too long: small steps may reach the limit first."""
     inner = decoder([kind])
     if inner is None:
         return body
@@ -52,7 +52,7 @@ def _decoded(body: bytes, kind: str, step: int) -> bytes | None:
             for piece in inner.feed(body[start : start + step]):
                 content += piece
                 if len(content) > _LIMIT:
-                    return bytes(content[: _LIMIT + 1])
+                    return None
     except FormatError:
         return None
     return bytes(content) if inner.whole else None
