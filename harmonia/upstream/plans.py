@@ -53,7 +53,10 @@ PlanMemory = MutableMapping[tuple[Client, str], _Known]
 
 
 def new_memory() -> PlanMemory:
-    return TLRUCache(_MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size"))
+    memory: PlanMemory = TLRUCache(  # older cachetools have no types
+        _MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size")
+    )
+    return memory
 
 
 @dataclass(frozen=True, slots=True)
