@@ -6,10 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -22,6 +19,7 @@ from harmonia.tools.fixture_tree import remove_tree
 from harmonia.tools.store_builder import StoreBuilder
 from harmonia.tools.why import remembered_until
 from support.running import Server, run
+from support.upstream_server import UpstreamServer, status
 
 Start = Callable[..., Server]
 
@@ -224,39 +222,17 @@ def test_upstream_is_asked_with_its_token(start: Start, tmp_path: Path) -> None:
     assert local.why(path, status=0)["summary"] == f"{path} is available from upstream {upstream.url}."
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A cache that is open, except for narinfos."""
-
-    status = HTTPStatus.UNAUTHORIZED
-
-    def do_GET(self) -> None:
-        is_open = self.path == "/nix-cache-info"
-        self.send_response(HTTPStatus.OK if is_open else self.status)
-        self.end_headers()
-        self.wfile.write(b"StoreDir: /nix/store\n" if is_open else b"")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
-    ("status", "text", "remedy"),
+    ("number", "text", "remedy"),
     [
-        (HTTPStatus.UNAUTHORIZED, "returns 401: the cache needs a token", "add a token to /etc/nix/netrc"),
-        (HTTPStatus.FORBIDDEN, "or does not let this client read it", "run `harmonia why` on the server"),
+        (401, "returns 401: the cache needs a token", "add a token to /etc/nix/netrc"),
+        (403, "or does not let this client read it", "run `harmonia why` on the server"),
     ],
 )
-def test_narinfo_that_is_refused_is_not_called_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: HTTPStatus, text: str, remedy: str
-) -> None:
-    monkeypatch.setattr(Refusing, "status", status)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        [source] = Asking(tmp_path / "client").why("0" * 32, "--cache", url)["sources"]
-        server.shutdown()
-        thread.join()
+def test_narinfo_that_is_refused_is_not_called_missing(tmp_path: Path, number: int, text: str, remedy: str) -> None:
+    with UpstreamServer() as server:
+        server.behaviours["narinfo"] = status(number)
+        [source] = Asking(tmp_path / "client").why("0" * 32, "--cache", server.url)["sources"]
     assert text in source["reasons"][-1]["text"]
     assert source["reasons"][-1]["remedy"].startswith(remedy)
 

@@ -42,17 +42,14 @@ def test_daemon_ignores_the_same_substituters(make_client: Callable[[str], Clien
         "substituters": f"{listed}/", "trusted-substituters": allowed, "allowed-users": "*", "trusted-users": "alice",
     }  # fmt: skip
     system = client.environment["NIX_CONFIG"]
-    (client.directory / "nix/var/nix/daemon-socket").mkdir(parents=True)
     own = f"substituters = {listed} {allowed} {other}"
     script = f"""
-    nix-daemon & daemon=$!
-    until [ -S /nix/var/nix/daemon-socket/socket ]; do sleep 0.05; done
     chmod -R a+rX /nix/var/nix
     export NIX_CONFIG='{own}' HOME=/tmp NIX_REMOTE=daemon
-    chroot --userspec=65534:65534 / nix-store --realise /nix/store/{"0" * 32}-none
-    kill $daemon
+    exec chroot --userspec=65534:65534 / nix-store --realise /nix/store/{"0" * 32}-none
     """
-    done = client.run("sh", "-c", textwrap.dedent(script))
+    with client.daemon():
+        done = client.run("sh", "-c", textwrap.dedent(script), check=False)
     ignored = re.findall(r"ignoring untrusted substituter '(.*?)'", done.stderr)
     assert set(ignored) == {other}, done.stderr
     (client.directory / "nix.conf").write_text(system)
