@@ -204,6 +204,7 @@ def test_plans_of_all_upstreams_share_their_memory(
     little = patched("from harmonia.upstream import plans\nplans._MAX_BYTES = 5000")  # two paths of a plan
     server = here(entry(first), entry(second), program=little)
     assert [get(server, info) for info in (root, there[-1], leaf)] == [200] * 3
+    second.stop()  # so that its log is complete
     assert len(asked(second, f"{root.path.hash_part}.closure")) == 1
     assert asked(second, f"{leaf.path.hash_part}.narinfo")  # the plan of another upstream has evicted it
 
@@ -302,9 +303,9 @@ def test_wrong_file_sizes_do_not_extend_the_budget(here: Callable[..., Server], 
             assert get(server, info) == 200
         for number, info in enumerate(infos[:10], 1):
             get_nar(server, info)
-            wait_until(lambda: sum("/nar/" in path for path in upstream.asked) > 16)
+            wait_until(lambda: sum("/nar/" in path for path in list(upstream.asked)) > 16)
             server.settle()
-            assert sum("/nar/" in path for path in upstream.asked) <= number + 16 + 4
+            assert sum("/nar/" in path for path in list(upstream.asked)) <= number + 16 + 4
 
 
 @pytest.mark.parametrize("option", [{"fetch_ahead": "0"}, {"mode": "redirect"}])
@@ -316,6 +317,7 @@ def test_no_nar_is_fetched_ahead_without_a_budget_or_cache(
         assert get(server, info) == 200
     if "mode" not in option:
         get_nar(server, there[0])
+    server.settle()
     server.stop()
     upstream.stop()
     assert len(nars(upstream)) == (0 if "mode" in option else 1)
