@@ -168,8 +168,9 @@ def test_create_with_a_duration_prints_a_line_that_expires(tmp_path: Path) -> No
     assert before - 1 <= ends - 90 * DAY_S <= time.time()
 
 
-@pytest.mark.parametrize("end", ["2025-01-01", "2025-01-01T12:00:00Z", time.strftime("%Y-%m-%dT00:00:00Z")])
-def test_create_with_a_past_end_is_an_error(end: str) -> None:
+@pytest.mark.parametrize("form", ["2025-01-01", "2025-01-01T12:00:00Z", "%Y-%m-%dT00:00:00Z"])
+def test_create_with_a_past_end_is_an_error(form: str) -> None:
+    end = time.strftime(form, time.gmtime())
     made = run("token", "create", "ci", "--until", end)
     assert (made.returncode, made.stdout) == (2, "")
     assert f"{end!r} is past; give a later end" in made.stderr

@@ -207,8 +207,7 @@ def statistics(watch: Watch) -> dict[str, float]:
 
 
 def test_every_metric_is_documented_and_on_the_dashboard(store: StoreBuilder, watch: Watch) -> None:
-    (watch.directory / "run").mkdir()
-    watch.environment = {"RUNTIME_DIRECTORY": str(watch.directory / "run")}
+    watch.record_statistics()
     watch.start()
     watch.wait_for(add(store, "path"))
     wait_until(lambda: len(statistics(watch)) > 1)

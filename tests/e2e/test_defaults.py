@@ -13,7 +13,7 @@ _SCRIPT = """
 mkdir -p /nix && mount --bind "$1" /nix && ip link set lo up
 shift
 "$@" 2> "$LOG" &
-until curl --silent --fail http://localhost:5000/health > /dev/null; do sleep 0.1; done
+until curl --silent --fail http://localhost:5000/health > /dev/null; do kill -0 $! || exit; sleep 0.1; done
 curl --silent --fail "http://localhost:5000/$HASH.narinfo"
 kill $! && wait $!
 """
