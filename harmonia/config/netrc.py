@@ -79,7 +79,10 @@ def _entries(content: bytes, host: bytes) -> Iterator[dict[bytes, bytes]]:
     for word in words:
         keyword = word.lower()
         if keyword in (b"login", b"password"):
-            entry[keyword] = next(words, b"")
+            value = next(words, None)
+            if value is None:
+                break
+            entry[keyword] = value
             if is_ours and len(entry) == len((b"login", b"password")):
                 yield entry
         elif keyword in (b"machine", b"default", b"macdef"):
