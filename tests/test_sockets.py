@@ -127,10 +127,11 @@ def test_head_and_small_body_are_sent_in_one_packet(start: Start, sample: Sample
 def test_idle_connection_stays_open(start: Start, sample: Sample) -> None:
     assert Settings().keep_alive_timeout >= 90
     server = start(store=sample.root, settings="header_timeout = 1")
-    with server.connect() as idle, server.connect() as unfinished:
+    with server.connect() as idle:
         assert ask(idle) == 200
-        unfinished.sendall(REQUEST[:-1])
-        assert read_answer(unfinished).status == 408  # so header_timeout has passed, and closes no idle connection
+        with server.connect() as unfinished:
+            unfinished.sendall(REQUEST[:-1])
+            assert read_answer(unfinished).status == 408  # so header_timeout has passed, and closes no idle connection
         assert ask(idle) == 200
 
 
@@ -233,10 +234,11 @@ def test_file_at_the_socket_path_is_never_removed(sample: Sample, tmp_path: Path
 
 def test_client_that_pauses_reading_gets_the_whole_body(start: Start, sample: Sample) -> None:
     server = start(store=sample.root, settings="header_timeout = 1\nkeep_alive_timeout = 1")
-    with download(server, sample.big) as response, server.connect() as idle:
+    with download(server, sample.big) as response:
         digest = sha256(response.read(100_000))
-        assert ask(idle) == 200
-        assert idle.recv(1) == b""  # so the pause is longer than both timeouts
+        with server.connect() as idle:
+            assert ask(idle) == 200
+            assert idle.recv(1) == b""  # so the pause is longer than both timeouts
         digest.update(response.read())
     assert digest.digest() == sample.big.nar_hash
 
