@@ -79,7 +79,8 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
     if prefers_html(",".join(request.headers.getall("accept", []))):
         html = _page(context, request, status)
         return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
-    is_push = request.path.startswith("/push/") and (status is not HTTPStatus.NOT_FOUND or request.method == "PUT")
+    is_push = context.settings.push.enable and request.path.startswith("/push/")
+    is_push = is_push and (status is not HTTPStatus.NOT_FOUND or request.method == "PUT")
     remedy = f": {_PUSH_REMEDIES[status]}" if is_push and status in _PUSH_REMEDIES else ""
     return HTTPResponse(f"{status.phrase}{remedy}\n", status, headers, content_type="text/plain; charset=utf-8")
 

@@ -61,6 +61,11 @@ def test_connection_is_reusable_after_head(server: Server, resource: str) -> Non
         assert read_answer(connection).text == f"harmonia {__version__}\n"
 
 
+def test_upload_to_a_server_without_pushes_gets_no_remedy_for_pushers(server: Server) -> None:
+    answer = server.request("PUT", f"/push/{'0' * 32}.narinfo")
+    assert (answer.status, answer.text) == (404, "Not Found\n")
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
 def test_other_methods_get_405(server: Server, resource: str, method: str) -> None:
     answer = server.request(method, resource)
