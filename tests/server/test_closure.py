@@ -180,6 +180,19 @@ def test_closure_is_whole_if_those_in_have_make_it_too_long(start: Start, graph:
     assert set(paths(server.get(f"/{root.hash_part}.closure?have={have}"))) == graph.closure(root)
 
 
+def test_closure_without_those_in_have_counts_once(start: Start, graph: Graph) -> None:
+    """Otherwise, it could need more than `max_bulk_rate`: the client would get 429 whenever it asks."""
+    root, *had = (info.path for info in graph.infos[COUNT // 2 :])
+    size = len(graph.closure(root))
+    limit = f"from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size}"
+    server = start(store=graph.root, settings="max_bulk_rate = 10000", program=patched(f"{FROZEN_RATES}\n{limit}"))
+    lines = "\n".join(f"{number:032}" for number in range(10_000 - size))
+    assert server.post("/get-narinfos-v1", lines.encode()).status == 200
+    have = ",".join(path.hash_part for path in had)
+    assert set(paths(server.get(f"/{root.hash_part}.closure?have={have}"))) == graph.closure(root)
+    assert server.get(f"/{root.hash_part}.closure").status == 429
+
+
 def test_closure_with_too_many_paths_gets_404_and_each_path_counts(start: Start, graph: Graph) -> None:
     root = graph.infos[-1].path
     size = len(graph.closure(root))
@@ -191,6 +204,6 @@ def test_closure_with_too_many_paths_gets_404_and_each_path_counts(start: Start,
     assert server.get(f"/{root.hash_part}.closure").status == 429
     both = patched(f"{FROZEN_RATES}from harmonia.server.resources import closure\nclosure.MAX_BULK_PATHS = {size - 1}")
     server = start(store=graph.root, settings="max_bulk_rate = 10000", program=both)
-    served = 10_000 // size
+    served = 10_000 // (size - 1)
     statuses = [server.get(f"/{root.hash_part}.closure").status for _ in range(served + 1)]
     assert statuses == [404] * served + [429]

@@ -61,10 +61,11 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     root, *had = [await context.paths.lookup_path(each) for each in (hash_part, *have)]
     if root is None:
         raise AbsentError
-    hash_parts = await _hash_parts(context, request, [root, *had])
+    hash_parts = await _hash_parts(context, [root, *had])
+    check_bulk_rate(context, request, min(len(hash_parts), MAX_BULK_PATHS) - 1)  # never more than the least rate
     if len(hash_parts) > MAX_BULK_PATHS and had:
         had = []
-        hash_parts = await _hash_parts(context, request, [root])
+        hash_parts = await _hash_parts(context, [root])  # part of those that were counted
     if len(hash_parts) > MAX_BULK_PATHS:
         raise NotFound
     published: dict[str, SignedPath] = {}
@@ -77,14 +78,10 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
     return await _representation(context, paths)
 
 
-async def _hash_parts(context: ServerContext, request: Request, roots: Sequence[SignedPath | None]) -> frozenset[str]:
+async def _hash_parts(context: ServerContext, roots: Sequence[SignedPath | None]) -> frozenset[str]:
     """Return the hash parts of the closure of `roots`, or more than MAX_BULK_PATHS of them if it has more."""
     paths = [path.info.path for path in roots if path]
-    hash_parts = await context.threads.run_slow_db(
-        lambda store: queries.closure_hash_parts(store, paths, MAX_BULK_PATHS + 1)
-    )
-    check_bulk_rate(context, request, len(hash_parts) - 1)
-    return hash_parts
+    return await context.threads.run_slow_db(lambda store: queries.closure_hash_parts(store, paths, MAX_BULK_PATHS + 1))
 
 
 def references_first(
