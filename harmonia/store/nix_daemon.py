@@ -184,6 +184,7 @@ class DaemonClient:
         self._version = await self._receive(self._receive_version)
         await self._send(numbers(0, 0))  # no CPU affinity, no reserved space
         await self._receive(self._receive_greeting)
+        await self._receive(partial(self._received.log, self._version))
 
     def _receive_version(self) -> int:
         if self._received.number() != _DAEMON_MAGIC:
@@ -198,7 +199,6 @@ class DaemonClient:
             self._received.text()
         if self._version >= _SENDS_TRUST:
             self._received.number()
-        self._received.log(self._version)
 
     async def _ask(self, requests: Iterable[_Request], timeout_s: float | None = None) -> list[Any]:
         """Send requests, several in one round trip, and return their results.

@@ -20,6 +20,7 @@ from harmonia.nix import nar
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.store_path import StorePath
 from harmonia.push.loop_daemon import LoopDaemon
+from harmonia.store import nix_daemon
 from harmonia.store.nix_daemon import BlockingDaemon
 from support.daemon_server import LAST, DaemonServer, number
 from support.running import PATIENCE_S
@@ -61,6 +62,18 @@ def test_log_messages_before_the_reply_are_skipped(place: Path) -> None:
     with DaemonServer(place, answer=reply + number(LAST, 1)) as server, BlockingDaemon(server.path, 5) as daemon:
         daemon.add_temp_roots([ROOT, ROOT + "2"])
         assert not daemon.lost
+
+
+def test_log_messages_of_a_greeting_are_skipped_if_it_comes_in_pieces(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nix_daemon, "_RECEIVE_BYTES", 1)
+    log = number(0x6F6C6D67) + nar.encode(b"a line of the log\n")
+    greeting = number(0x6478696F, 0x125) + nar.encode(b"2.34") + number(1) + log * 2 + number(LAST)
+    with DaemonServer(place, greet=lambda connection: connection.sendall(greeting)) as server:
+        daemon = BlockingDaemon(server.path, PATIENCE_S)
+        assert not daemon.lost
+        daemon.close()
 
 
 @pytest.mark.parametrize(
