@@ -1,5 +1,7 @@
 """Temporary directories of uploads: those of killed commands are removed by the next one, and no others."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -43,6 +45,20 @@ def test_directory_of_a_killed_process_is_removed_by_the_next_one(temporary: Pat
         holder.wait()
     with scratch.directory() as path:
         assert [str(each) for each in temporary.iterdir()] == [path]
+
+
+def test_directory_is_made_once_on_a_file_system_without_locks(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    abandoned = temporary / "harmonia-nars-1"
+    abandoned.mkdir()
+    with scratch.directory() as path:
+        assert {*temporary.iterdir()} == {abandoned, Path(path)}
+    assert [*temporary.iterdir()] == [abandoned]
 
 
 @pytest.mark.root

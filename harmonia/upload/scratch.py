@@ -25,6 +25,7 @@ def directory() -> Iterator[str]:
             descriptor = _locked(path, fcntl.LOCK_EX)
             if descriptor is not None:
                 stack.callback(os.close, descriptor)
+            if os.path.exists(path):  # also on a file system without locks, where no command removes directories
                 break
         yield path
 
