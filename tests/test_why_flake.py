@@ -121,6 +121,15 @@ def test_directory_of_a_flake_stands_for_its_default(machine: Machine) -> None:
         assert f"{machine.directory}/nix/store/{value['path']}" == machine.output("default")
 
 
+@pytest.mark.nix
+def test_name_with_an_attribute_is_that_of_the_registry(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like Nix, which does not look for a directory of that name."""
+    monkeypatch.chdir(machine.directory)
+    done = machine.why(f"{machine.flake.name}#app")
+    assert (done.returncode, done.stdout) == (EXIT_CONFIG, "")
+    assert "harmonia: cannot evaluate 'flake#app'" in done.stderr
+
+
 def test_missing_nix_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "harmonia.toml").write_text(f"nix_db_path = '{tmp_path}/none'\n")
     done = run("--config", str(tmp_path / "harmonia.toml"), "why", "nixpkgs#hello", environment={"PATH": str(tmp_path)})

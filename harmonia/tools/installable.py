@@ -27,9 +27,9 @@ def evaluate(installable: str, store_dir: str) -> StorePath:
     nix = shutil.which("nix")
     if nix is None:
         raise ConfigError(f"cannot evaluate {installable!r}: there is no program nix on PATH; give a store path")
-    flake, _, attribute = installable.partition("#")
-    if os.path.isfile(os.path.join(flake, "flake.nix")):
-        flake = os.path.abspath(flake)  # Nix takes a bare name for one of its registry
+    flake, hash_sign, attribute = installable.partition("#")
+    if not hash_sign and os.path.isfile(os.path.join(flake, "flake.nix")):
+        flake = os.path.abspath(flake)  # Nix looks up a bare name in its registry, also if such a directory exists
     attribute, _, output = attribute.partition("^")
     name = f"{flake}#{attribute}.{output}" if output else f"{flake}#{attribute}"  # outputs are attributes
     command = [nix, *_FEATURES, "eval", "--raw", "--", name]
