@@ -70,6 +70,17 @@ def test_daemon_is_asked_if_the_store_cannot_be_written(tmp_path: Path) -> None:
     assert asks_daemon({"NIX_REMOTE": "unix:///run/nix"})
 
 
+@pytest.mark.parametrize(
+    ("value", "is_on"), [("true", True), ("yes", True), ("1", True), ("false", False), ("no", False), ("0", False)]
+)
+def test_true_and_false_have_all_forms_of_nix(tmp_path: Path, value: str, *, is_on: bool) -> None:
+    (tmp_path / "nix.conf").write_text(f"substitute = {value}\n")
+    conf = NixConf({"NIX_CONF_DIR": str(tmp_path)})
+    for default in (True, False):
+        assert conf.is_on("substitute", default=default) is is_on
+        assert conf.is_on("require-sigs", default=default) is default
+
+
 def test_netrc_file_is_that_of_nix(tmp_path: Path) -> None:
     environ = {"NIX_CONF_DIR": str(tmp_path)}
     assert NixConf(environ).netrc_file == f"{tmp_path}/netrc"

@@ -141,7 +141,7 @@ def test_caches_are_asked_by_priority(start: Start, store: StoreBuilder, tmp_pat
 
 @pytest.mark.parametrize(
     ("conf", "options", "status"),
-    [("require-sigs = false", "", 0), ("require-sigs = true", "", 3), ("", "?trusted=1", 0), ("", "?trusted=0", 3)],
+    [("require-sigs = no", "", 0), ("require-sigs = true", "", 3), ("", "?trusted=1", 0), ("", "?trusted=0", 3)],
 )
 def test_signatures_count_only_if_nix_demands_them(
     start: Start, store: StoreBuilder, tmp_path: Path, conf: str, options: str, status: int
@@ -216,10 +216,12 @@ def test_upstream_is_asked_with_its_token(start: Start, tmp_path: Path) -> None:
     upstream = start(store=tmp_path / "remote", settings=f"tokens_path = '{tmp_path}/tokens'")
     local = Asking(tmp_path / "server", KEY)
     with local.config.open("a") as file:
-        file.write(f"[[upstream]]\nurl = '{upstream.url}'\ncredentials_file = '{tmp_path}/token'\n")
+        file.write(f"[[upstream]]\nurl = '{upstream.url}'\npriority = 7\ncredentials_file = '{tmp_path}/token'\n")
     assert "name a readable file" in local.why(path)["sources"][-1]["reasons"][0]["text"]
     (tmp_path / "token").write_text(f":{token}")
-    assert local.why(path, status=0)["summary"] == f"{path} is available from upstream {upstream.url}."
+    value = local.why(path, status=0)
+    assert value["summary"] == f"{path} is available from upstream {upstream.url}."
+    assert value["sources"][-1]["priority"] == 7
 
 
 @pytest.mark.parametrize(

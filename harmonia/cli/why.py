@@ -219,10 +219,10 @@ def _own(settings: Settings, conf: NixConf, sample: str, *, asks: bool) -> list[
     `asks` is whether this machine is the client. Otherwise, only reasons in the derivation are found.
     """
     reasons = []
-    if asks and conf.words("substitute") == ["false"]:
+    if asks and not conf.is_on("substitute", default=True):
         text = "nix.conf sets substitute = false, so Nix asks no cache"
         reasons.append(Reason(Code.BUILT_INSTEAD, text, remedy="remove that line, or use --option substitute true"))
-    if not (asks and conf.words("always-allow-substitutes") == ["true"]):
+    if not (asks and conf.is_on("always-allow-substitutes", default=False)):
         with suppress(StoreUnavailableError):
             reasons += filter(None, [built_instead(Store.of(settings), sample[:32])])
     return reasons
@@ -237,7 +237,7 @@ def _upstream(settings: Settings, number: int, client: NixClient, sample: str) -
     except ConfigError as error:  # only some users may read the file
         return Verdict(source, LAST, [Reason("connection", str(error), True, "run this command as root")])
     keys = [PublicKey.parse(key) for key in upstream.public_keys]
-    cache = Cache(Client(upstream.url, find_authorization=lambda _: authorization))
+    cache = Cache(Client(upstream.url, find_authorization=lambda _: authorization), upstream.priority)
     return client.trusting(keys).ask(cache, sample)._replace(url=source)
 
 

@@ -17,6 +17,8 @@ _DEFAULTS = {
 _OLD_NAMES = {"binary-cache-public-keys": "trusted-public-keys", "binary-caches": "substituters"}
 _ALLOWED = ("substituters", "trusted-substituters")  # of root, which the daemon asks for any user
 _OF_ANY_USER = ("substitute",)  # a user's setting that the daemon always obeys
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Values of settings that are true or false."""
 _MAX_INCLUDES = 20  # maximum depth of nested includes
 
 
@@ -46,6 +48,10 @@ class NixConf:
         if name == "substituters" and self._is_restricted:
             return [url for url in self._words(name) if url not in self.ignored_substituters]
         return self._words(name, of_user=not self._is_restricted or name in _OF_ANY_USER)
+
+    def is_on(self, name: str, *, default: bool) -> bool:
+        """Return the value of a setting that is true or false."""
+        return BOOLEANS.get("".join(self.words(name)), default)
 
     @property
     def ignored_substituters(self) -> list[str]:

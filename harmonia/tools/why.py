@@ -16,7 +16,7 @@ from harmonia.config import netrc
 from harmonia.errors import FormatError, RemoteError
 from harmonia.nix.cache_info import parse as parse_cache_info
 from harmonia.nix.narinfo import parse
-from harmonia.nix.nix_conf import NixConf
+from harmonia.nix.nix_conf import BOOLEANS, NixConf
 from harmonia.nix.path_info import PathInfo
 from harmonia.nix.signing import PublicKey
 from harmonia.nix.store_path import StorePath
@@ -38,7 +38,6 @@ _ABSENCES = {  # Nix treats these as "not in this cache"; 2.35 and newer not 401
     407: "the proxy needs a user name and a password",
     410: _LACKS,
 }
-_TRUE = ("true", "yes", "1")
 LAST = (1 << 31) - 1
 """The lowest priority: the largest number that Nix reads."""
 _JOBS = 8
@@ -71,7 +70,7 @@ class Cache(NamedTuple):
         options = dict(parse_qsl(query))
         find_authorization = partial(netrc.find_authorization, environ={"NETRC": netrc_file})
         client = Client(base, find_authorization=find_authorization)
-        return cls(client, integer(options.get("priority", ""), LAST), options.get("trusted") in _TRUE)
+        return cls(client, integer(options.get("priority", ""), LAST), BOOLEANS.get(options.get("trusted", ""), False))
 
 
 class Verdict(NamedTuple):
@@ -100,7 +99,7 @@ class NixClient:
         """Return the client with these settings of Nix, and these valid paths."""
         ttl = integer("".join(conf.words("narinfo-cache-negative-ttl")), _MAX_TTL_S)
         ttl = _NEGATIVE_TTL_S if ttl is None else ttl
-        needs_signatures = conf.words("require-sigs") != ["false"]
+        needs_signatures = conf.is_on("require-sigs", default=True)
         return cls(conf.trusted_keys(), store_dir, ttl, conf.netrc_file, needs_signatures, valid)
 
     def trusting(self, keys: Sequence[PublicKey]) -> "NixClient":
