@@ -152,19 +152,20 @@ class TestNewPaths:
 
     def test_large_path_delays_no_small_one(self, store: StoreBuilder, cache: PutServer, watch: Watch) -> None:
         watch.start()
-        held = [True]
+        asked, released = threading.Event(), threading.Event()
 
         def fault(method: str, path: str) -> None:
-            while held[0] and method == "HEAD" and "/nar/" in path:
-                time.sleep(0.01)
+            if method == "HEAD" and "/nar/" in path:
+                asked.set()
+                released.wait(PATIENCE_S)
 
         cache.fault = fault
         large = add(store, "large", os.urandom(3 << 20))
-        wait_until(lambda: any((watch.state / "upload" / "nar").iterdir()))
+        assert asked.wait(PATIENCE_S)
         small = [add(store, f"small-{number}") for number in range(20)]
         watch.wait_for(*small)
         assert not (cache.directory / f"{large.path.hash_part}.narinfo").exists()
-        held[0] = False
+        released.set()
         watch.wait_for(large)
         assert not any((watch.state / "upload" / "nar").iterdir())
 
