@@ -23,6 +23,7 @@ from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
+from harmonia.server.http.sanic_adapter import field_value
 
 _NO_THREAD = "can't start new thread"  # Python's message if memory or tasks are exhausted
 
@@ -76,7 +77,7 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
         unexpected = error if status is HTTPStatus.INTERNAL_SERVER_ERROR else None
         cause = str(error) or type(error).__name__
         _log.error("%s %s: %d, %s", request.method, request.path, status, cause, exc_info=unexpected)
-    if prefers_html(",".join(request.headers.getall("accept", []))):
+    if prefers_html(field_value(request, "accept")):
         html = _page(context, request, status)
         return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
     is_push = context.settings.push.enable and request.path.startswith("/push/")

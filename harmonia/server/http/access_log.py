@@ -28,7 +28,7 @@ def client(request: Request, trusted: Sequence[str]) -> str:
     """
     address = _peer(request)
     is_proxy = _is_proxy(address, trusted)
-    for hop in reversed(",".join(request.headers.getall("x-forwarded-for", [])).split(",")):
+    for hop in reversed(sanic_adapter.field_value(request, "x-forwarded-for").split(",")):
         if not is_proxy or (forwarded := _ip(hop)) is None:
             break
         address = forwarded

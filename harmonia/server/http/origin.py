@@ -31,4 +31,4 @@ def _url(scheme: str, host: str, path: str = "") -> str | None:
 
 def _last(request: Request, header: str) -> str:
     """Return the last element of a field: the nearest proxy added it. Earlier ones can be forged by clients."""
-    return ",".join(request.headers.getall(header, [])).rpartition(",")[2].strip()
+    return sanic_adapter.field_value(request, header).rpartition(",")[2].strip()

@@ -44,7 +44,7 @@ async def read_small(request: Request, most: int) -> bytes:
 
 def decoder_of(request: Request) -> Decoder | None:
     """Return the decoder of the body, or None if it is not encoded. Raises FormatError if a coding is unknown."""
-    codings = ",".join(request.headers.getall("content-encoding", [])).split(",")
+    codings = sanic_adapter.field_value(request, "content-encoding").split(",")
     return decoder(coding.strip() for coding in codings)
 
 

@@ -25,6 +25,7 @@ from harmonia.process.thread_reader import Submit, read_bytes, read_in_threads
 from harmonia.server.http import byte_range
 from harmonia.server.http.negotiation import prefers_zstd
 from harmonia.server.http.response_cache import StillValid
+from harmonia.server.http.sanic_adapter import field_value
 from harmonia.server.http.small_uploads import Store
 from harmonia.store.file_reader import END, Chunk, Step
 
@@ -219,7 +220,9 @@ def _response_for_nginx(request: Request, body: Body, headers: dict[str, str]) -
     location: str | None = request.app.ctx.nginx_location(request)
     if location is None or any(field.startswith("if-") for field in request.headers):
         return None
-    if "range" in request.headers and not (wants_part(request) and _PLAIN_RANGE.fullmatch(_field(request, "range"))):
+    if "range" in request.headers and not (
+        wants_part(request) and _PLAIN_RANGE.fullmatch(field_value(request, "range"))
+    ):
         return None
     part = _requested_range(request, headers)
     start, stop = (0, body.size) if part is None else _bounds(part, body.size)
@@ -298,24 +301,19 @@ def _is_encoded(request: Request, representation: Representation) -> bool:
     size = len(plain) if isinstance(plain, bytes) else None if isinstance(plain, Deferred) else plain.size
     worthwhile = representation.worthwhile and (size is None or size > PACKET_BYTES)
     sendable = not wants_part(request) and request.version != "1.0"
-    return prefers_zstd(_field(request, "accept-encoding"), worthwhile=worthwhile and sendable)
+    return prefers_zstd(field_value(request, "accept-encoding"), worthwhile=worthwhile and sendable)
 
 
 def wants_part(request: Request) -> bool:
     """Return True if the request has a valid Range, which only counts for GET (RFC 9110 section 14.2)."""
-    return request.method == "GET" and byte_range.is_single(_field(request, "range"))
-
-
-def _field(request: Request, name: str) -> str:
-    """Return the value of a field, with all its lines joined (RFC 9110 section 5.3). Empty if it is missing."""
-    return ",".join(request.headers.getall(name, []))
+    return request.method == "GET" and byte_range.is_single(field_value(request, "range"))
 
 
 def _requested_range(request: Request, headers: Mapping[str, str]) -> byte_range.ByteRange | None:
     """Return the range to send, or None for the whole body."""
     if request.method != "GET" or "content-encoding" in headers:
         return None
-    return byte_range.requested(_field(request, "range"), request.headers.get("if-range"), headers.get("etag"))
+    return byte_range.requested(field_value(request, "range"), request.headers.get("if-range"), headers.get("etag"))
 
 
 def _is_unmodified(request: Request, etag: str | None) -> bool:
@@ -323,9 +321,9 @@ def _is_unmodified(request: Request, etag: str | None) -> bool:
 
     Conditions on dates are ignored, because no resource has Last-Modified (sections 13.1.3 and 13.1.4).
     """
-    if "if-match" in request.headers and not _names(_field(request, "if-match"), etag, weakly=False):
+    if "if-match" in request.headers and not _names(field_value(request, "if-match"), etag, weakly=False):
         raise SanicException(status_code=HTTPStatus.PRECONDITION_FAILED)
-    return "if-none-match" in request.headers and _names(_field(request, "if-none-match"), etag, weakly=True)
+    return "if-none-match" in request.headers and _names(field_value(request, "if-none-match"), etag, weakly=True)
 
 
 def _names(condition: str, etag: str | None, *, weakly: bool) -> bool:

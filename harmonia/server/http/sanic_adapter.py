@@ -89,6 +89,11 @@ def began_at(request: Request) -> float | None:
     return cast("float | None", reader_of(request).perft0)
 
 
+def field_value(request: Request, name: str) -> str:
+    """Return the value of a field, with all its lines joined (RFC 9110 section 5.3). Empty if it is missing."""
+    return ",".join(request.headers.getall(name, []))
+
+
 async def body_of(request: Request, stall_s: float) -> AsyncGenerator[bytes]:
     """Yield the body of a request to a route for streams, as it arrives.
 

@@ -11,6 +11,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.events import NAMES, Events, Listener
 from harmonia.server.http.negotiation import NotAcceptable, accepts
 from harmonia.server.http.response import Representation
+from harmonia.server.http.sanic_adapter import field_value
 from harmonia.store.file_reader import ReadOnly
 from harmonia.untrusted import integer
 
@@ -42,7 +43,7 @@ async def get(context: ServerContext, request: Request) -> Representation:
     names = request.args.getlist("event", NAMES)
     if not set(names) <= set(NAMES):
         raise BadRequest
-    if request.version == "1.0" or not accepts(",".join(request.headers.getall("accept", [])), _CONTENT_TYPE):
+    if request.version == "1.0" or not accepts(field_value(request, "accept"), _CONTENT_TYPE):
         raise NotAcceptable  # HTTP/1.0 has no chunked coding
 
     def abort() -> None:

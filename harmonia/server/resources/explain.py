@@ -17,6 +17,7 @@ from harmonia.server import page
 from harmonia.server.context import ServerContext
 from harmonia.server.http.negotiation import prefers_html
 from harmonia.server.http.response import Representation
+from harmonia.server.http.sanic_adapter import field_value
 from harmonia.store.explain import Code, Explainer, Reason, decisive
 from harmonia.store.store import Store
 
@@ -38,7 +39,7 @@ async def get(context: ServerContext, request: Request, hash_part: str) -> Repre
         rows = [reason._asdict() for reason in reasons]
         value = {"hash": hash_part, "available": available, "summary": summary, "reasons": rows}
         content_type, text = "application/json", json.dumps(value, ensure_ascii=False, indent=2)
-    elif prefers_html(",".join(request.headers.getall("accept", []))):
+    elif prefers_html(field_value(request, "accept")):
         return _page(context, request, hash_part, summary, reasons, available=available)
     else:
         lines = [f"{'yes' if available else 'no'}: {summary}", "", *map(_line, reasons)]

@@ -29,6 +29,7 @@ from harmonia.server.context import ServerContext
 from harmonia.server.http import outcome
 from harmonia.server.http.response import IMMUTABLE, Representation
 from harmonia.server.http.response_cache import Content
+from harmonia.server.http.sanic_adapter import field_value
 from harmonia.server.resources import build_log, build_trace, cached_listing, debuginfo, narinfo
 from harmonia.server.resources.upstream_nar import Nars, is_debug_nar
 from harmonia.store import explain
@@ -335,4 +336,4 @@ def _reason(base: str, answer: RemotePath | UpstreamError | None) -> explain.Rea
 
 
 def _via(request: Request) -> Via:
-    return Via.parse(",".join(request.headers.getall(VIA, [])))
+    return Via.parse(field_value(request, VIA))
