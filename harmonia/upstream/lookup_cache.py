@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from cachetools import TLRUCache
 
 from harmonia.upstream.loop_guard import Via
-from harmonia.upstream.remote_path import RemotePath
+from harmonia.upstream.remote_path import RemotePath, memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 POSITIVE_TTL_S = 3600.0  # a narinfo stays true, unless a signature is withdrawn
-_NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
+NEGATIVE_TTL_S = 30.0  # long enough for a client that asks twice, short for a client that waits for a build
 _LOOKUPS_MAX_BYTES = 32 << 20  # about: some 20,000 paths, or 60,000 misses
 
 LookupKey = tuple[str, Via]
@@ -42,8 +42,8 @@ class LookupCache:
 
     def remember(self, key: LookupKey, path: RemotePath | None) -> None:
         """Remember the path of a lookup, or that no upstream has it."""
-        # Python objects take more memory than the text that they were parsed from.
-        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + (1000 + 3 * path.narinfo_size if path else 0)
+        of_path = memory_bytes(path.narinfo_size) if path else 0
+        size = 500 + 100 * (len(key[1].through) + len(key[1].asked)) + of_path
         self._entries[key] = CachedLookup(path, size)
 
     def forget(self, key: LookupKey) -> None:
@@ -51,4 +51,4 @@ class LookupCache:
 
 
 def _expires_at(_: LookupKey, lookup: CachedLookup, now: float) -> float:
-    return now + (POSITIVE_TTL_S if lookup.path else _NEGATIVE_TTL_S)
+    return now + (POSITIVE_TTL_S if lookup.path else NEGATIVE_TTL_S)

@@ -19,11 +19,10 @@ from harmonia.errors import UpstreamError
 from harmonia.nix import narinfo
 from harmonia.nix.store_path import HASH_PART_LENGTH
 from harmonia.upstream.client import Client
+from harmonia.upstream.lookup_cache import NEGATIVE_TTL_S, POSITIVE_TTL_S
 from harmonia.upstream.refusals import UpstreamMismatchError
-from harmonia.upstream.remote_path import RemotePath, parse_now
+from harmonia.upstream.remote_path import RemotePath, memory_bytes, parse_now
 
-_HIT_TTL_S = 3600.0  # like narinfos of single requests
-_MISS_TTL_S = 30.0
 _MAX_BYTES = 32 << 20  # about: 8,000 paths
 _MAX_MISSES = 20_000
 _MAX_TEXT_BYTES = 32 << 20  # of a plan: 10,000 narinfos
@@ -45,7 +44,7 @@ class _Known:
     def __init__(self, path: RemotePath, position: int) -> None:
         self.path = path
         self.position = position
-        self.size = _memory_bytes(path.narinfo_size)
+        self.size = memory_bytes(path.narinfo_size)
 
 
 PlanMemory = MutableMapping[tuple[Client, str], _Known]
@@ -54,7 +53,7 @@ PlanMemory = MutableMapping[tuple[Client, str], _Known]
 
 def new_memory() -> PlanMemory:
     memory: PlanMemory = TLRUCache(  # older cachetools have no types
-        _MAX_BYTES, lambda _key, _value, now: now + _HIT_TTL_S, getsizeof=attrgetter("size")
+        _MAX_BYTES, lambda _key, _value, now: now + POSITIVE_TTL_S, getsizeof=attrgetter("size")
     )
     return memory
 
@@ -77,9 +76,9 @@ class Plans:
         self._client = client
         self._spawn = spawn
         self._memory = memory
-        self._missing: MutableMapping[str, bool] = TTLCache(_MAX_MISSES, _MISS_TTL_S)
+        self._missing: MutableMapping[str, bool] = TTLCache(_MAX_MISSES, NEGATIVE_TTL_S)
         self._roots: deque[str] = deque(maxlen=_MAX_HAVE)
-        self._without_plan: MutableMapping[str, bool] = TTLCache(_MAX_WITHOUT_PLAN, _HIT_TTL_S)
+        self._without_plan: MutableMapping[str, bool] = TTLCache(_MAX_WITHOUT_PLAN, POSITIVE_TTL_S)
         self._positions = 0
         self._running: asyncio.Task[None] | None = None
         self._not_before = 0.0
@@ -159,10 +158,6 @@ class Plans:
                 self._missing[hash_part] = True
 
 
-def _memory_bytes(narinfo_size: int) -> int:
-    return 1000 + 3 * narinfo_size  # about: Python objects take more memory than the text
-
-
 async def in_turns(values: Sequence[_T]) -> AsyncGenerator[_T]:
     """Yield the values, and let other tasks of the event loop run in between."""
     for number, value in enumerate(values, 1):
@@ -185,7 +180,7 @@ def _parse(client: Client, text: bytes) -> _Plan:
     refused: set[str] = set()
     memory = 0
     for hash_part, each in reversed(narinfos.items()):
-        memory += _memory_bytes(len(each))
+        memory += memory_bytes(len(each))
         if memory > _MAX_BYTES:
             break
         try:
