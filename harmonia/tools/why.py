@@ -13,6 +13,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, quote
 
 from harmonia.config import netrc
+from harmonia.config.default_directories import user_cache_dir
 from harmonia.errors import FormatError, RemoteError
 from harmonia.nix.cache_info import parse as parse_cache_info
 from harmonia.nix.narinfo import parse
@@ -241,9 +242,9 @@ def remembered_until(url: str, hash_part: str, ttl_s: int, environ: Mapping[str,
 
     Reads the caches of this user and of root, for whom the Nix daemon asks. Unreadable ones are skipped.
     """
-    home = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or "/nonexistent", ".cache")
+    directories = (user_cache_dir(environ), "/root/.cache")
     times: list[float] = []
-    for file in {os.path.join(where, "nix", name) for where in (home, "/root/.cache") for name in _MEMORIES}:
+    for file in {os.path.join(directory, "nix", name) for directory in directories for name in _MEMORIES}:
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(file)}?mode=ro", uri=True)) as database:
             times += [row[0] for row in database.execute(_REMEMBERED, (url, hash_part))]
     until = max(times, default=0) + ttl_s
