@@ -12,7 +12,7 @@ from harmonia import cli
 from harmonia.cache.owner import become_owner
 from harmonia.cli.arguments import Duration
 from harmonia.cli.progress import byte_size
-from harmonia.config import loader
+from harmonia.config import loader, tokens
 from harmonia.errors import InvalidPathError
 from harmonia.nix import base32
 from harmonia.nix.store_path import StorePath
@@ -73,8 +73,8 @@ def show(config_file: str | None, paths: Sequence[str], *, as_json: bool) -> Non
         _print_json(store, found, nars)
         return
     for nar in found:
-        used_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(nar.used_at))
-        for name, value in (_fields(store, nar, nars) | {"lastUsed": used_at}).items():
+        fields = _fields(store, nar, nars) | {"lastUsed": tokens.format_time(nar.used_at)}
+        for name, value in fields.items():
             for text in value if isinstance(value, list) else [value]:
                 click.echo(f"{name}: {'unknown' if text is None else text}")
         click.echo()
