@@ -80,10 +80,17 @@ def response(context: ServerContext, request: Request, error: Exception) -> HTTP
     if prefers_html(field_value(request, "accept")):
         html = _page(context, request, status)
         return HTTPResponse(cast("bytes", html.body), status, {**headers, **html.headers}, html.content_type)
-    is_push = context.settings.push.enable and request.path.startswith("/push/")
-    is_push = is_push and (status is not HTTPStatus.NOT_FOUND or request.method == "PUT")
-    remedy = f": {_PUSH_REMEDIES[status]}" if is_push and status in _PUSH_REMEDIES else ""
-    return HTTPResponse(f"{status.phrase}{remedy}\n", status, headers, content_type="text/plain; charset=utf-8")
+    text = ": ".join(filter(None, (status.phrase, _push_remedy(context, request, status))))
+    return HTTPResponse(f"{text}\n", status, headers, content_type="text/plain; charset=utf-8")
+
+
+def _push_remedy(context: ServerContext, request: Request, status: HTTPStatus) -> str | None:
+    """Return what a pusher should do, or None if the request is not one of a pusher, or there is nothing to say."""
+    if not (context.settings.push.enable and request.path.startswith("/push/")):
+        return None
+    if status is HTTPStatus.NOT_FOUND and request.method != "PUT":  # Nix looks for what it may upload
+        return None
+    return _PUSH_REMEDIES.get(status)
 
 
 def _status(error: Exception) -> HTTPStatus:
