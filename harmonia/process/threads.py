@@ -132,15 +132,9 @@ async def _finished(
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        running.add_done_callback(_ignore_error)
+        running.add_done_callback(lambda job: job.cancelled() or job.exception())  # otherwise asyncio logs the error
         await asyncio.wait({running})
         raise
-
-
-def _ignore_error(job: "asyncio.Future[_T]") -> None:
-    """Ask for the error of a job. Otherwise, asyncio logs that nobody did."""
-    if not job.cancelled():
-        job.exception()
 
 
 def lower_priority() -> None:
