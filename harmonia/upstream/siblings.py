@@ -125,7 +125,7 @@ def addresses_of(listening: Sequence[socket.socket]) -> tuple[list[str], int] | 
     for each in listening:
         if each.family in {socket.AF_INET, socket.AF_INET6}:
             host, port = each.getsockname()[:2]
-            addresses = [str(own.ip) for own in own_addresses() if host in {str(own.ip), "0.0.0.0", "::"}]  # noqa: S104
+            addresses = [str(own.ip) for own in own_addresses() if host in {str(own.ip), "0.0.0.0", "::"}]  # noqa: S104 (binds nothing)
             if addresses:
                 return addresses, port
     _log.warning("lan.announce: no neighbour can reach the address in `bind`; nothing is announced")
