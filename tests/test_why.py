@@ -216,8 +216,14 @@ def test_upstream_is_asked_with_its_token(start: Start, tmp_path: Path) -> None:
     upstream = start(store=tmp_path / "remote", settings=f"tokens_path = '{tmp_path}/tokens'")
     local = Asking(tmp_path / "server", KEY)
     with local.config.open("a") as file:
-        file.write(f"[[upstream]]\nurl = '{upstream.url}'\npriority = 7\ncredentials_file = '{tmp_path}/token'\n")
+        file.write(f"[[upstream]]\nurl = '{upstream.url}'\npriority = 7\n")
+    refused = local.why(path)["sources"][-1]["reasons"][-1]
+    assert refused["remedy"] == "set credentials_file for this upstream"
+    with local.config.open("a") as file:
+        file.write(f"credentials_file = '{tmp_path}/token'\n")
     assert "name a readable file" in local.why(path)["sources"][-1]["reasons"][0]["text"]
+    (tmp_path / "token").write_text(":wrong")
+    assert local.why(path)["sources"][-1]["reasons"][-1]["remedy"] == f"put a valid token for it into {tmp_path}/token"
     (tmp_path / "token").write_text(f":{token}")
     value = local.why(path, status=0)
     assert value["summary"] == f"{path} is available from upstream {upstream.url}."

@@ -237,7 +237,10 @@ def _upstream(settings: Settings, number: int, client: NixClient, sample: str) -
     except ConfigError as error:  # only some users may read the file
         return Verdict(source, LAST, [Reason("connection", str(error), True, "run this command as root")])
     keys = [PublicKey.parse(key) for key in upstream.public_keys]
-    cache = Cache(Client(upstream.url, find_authorization=lambda _: authorization), upstream.priority)
+    file = upstream.netrc or upstream.credentials_file
+    remedy = f"put a valid token for it into {file}" if file else "set credentials_file for this upstream"
+    asking = Client(upstream.url, find_authorization=lambda _: authorization)
+    cache = Cache(asking, upstream.priority, token_remedy=remedy)
     return client.trusting(keys).ask(cache, sample)._replace(url=source)
 
 

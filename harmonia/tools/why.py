@@ -60,10 +60,12 @@ class Cache(NamedTuple):
     """Replaces the priority of the cache."""
     is_trusted: bool = False
     """True if its paths need no signature (`trusted`)."""
+    token_remedy: str | None = None
+    """What to do if the cache wants another token. By default, what `doctor` says."""
 
     @classmethod
     def parse(cls, url: str, netrc_file: str) -> "Cache":
-        """Return the cache, to which requests have the token in `netrc_file`.
+        """Return the cache, to which requests have the token in `netrc_file`, from which Nix takes it.
 
         Raises FormatError if the URL is malformed. Raises RemoteError if the netrc file is malformed.
         """
@@ -71,7 +73,11 @@ class Cache(NamedTuple):
         options = dict(parse_qsl(query))
         find_authorization = partial(netrc.find_authorization, environ={"NETRC": netrc_file})
         client = Client(base, find_authorization=find_authorization)
-        return cls(client, integer(options.get("priority", ""), LAST), BOOLEANS.get(options.get("trusted", ""), False))
+        priority = integer(options.get("priority", ""), LAST)
+        remedy = None
+        if os.path.exists(netrc_file) and not os.access(netrc_file, os.R_OK):
+            remedy = f"this user cannot read {netrc_file}, from which Nix takes its token: run this command as root"
+        return cls(client, priority, BOOLEANS.get(options.get("trusted", ""), False), remedy)
 
 
 class Verdict(NamedTuple):
@@ -89,8 +95,6 @@ class NixClient:
     keys: Sequence[PublicKey]
     store_dir: str
     negative_ttl_s: int
-    netrc_file: str
-    """The file from which Nix takes the tokens that it sends."""
     needs_signatures: bool
     valid: frozenset[str]
     """Hash parts of the paths in its store."""
@@ -101,7 +105,7 @@ class NixClient:
         ttl = integer("".join(conf.words("narinfo-cache-negative-ttl")), _MAX_TTL_S)
         ttl = _NEGATIVE_TTL_S if ttl is None else ttl
         needs_signatures = conf.is_on("require-sigs", default=True)
-        return cls(conf.trusted_keys(), store_dir, ttl, conf.netrc_file, needs_signatures, valid)
+        return cls(conf.trusted_keys(), store_dir, ttl, needs_signatures, valid)
 
     def trusting(self, keys: Sequence[PublicKey]) -> "NixClient":
         """Return a client that trusts these keys instead, or needs no signatures if there are none."""
@@ -115,30 +119,20 @@ class NixClient:
         except RemoteError as error:
             return Verdict(cache.url, LAST, [_reason(cache, connection.unreachable(cache, error))])
         if refusal := cache_info.refusal(cache, answer, self.store_dir):
-            return Verdict(cache.url, LAST, [_reason(cache, self._with_netrc(answer.status, refusal))])
+            return Verdict(cache.url, LAST, [_reason(cache, _with_remedy(given, answer.status, refusal))])
         stated = integer(parse_cache_info(answer.body).get("Priority", "0"), LAST) or 0
         client = replace(self, needs_signatures=False) if given.is_trusted else self
         reasons = []
         try:
-            for finding in client.findings(cache, sample):
+            for finding in client.findings(given, sample):
                 reasons.append(_reason(cache, finding))  # noqa: PERF401 (keeps those before an error)
         except RemoteError as error:
             reasons.append(_reason(cache, Finding("connection", "error", str(error), LOG)))
         return Verdict(cache.url, stated if given.priority is None else given.priority, reasons)
 
-    def _with_netrc(self, status: int, refusal: Finding) -> Finding:
-        """Return the finding that a token is needed, with the remedy if this user may not read the file that has it."""
-        if (
-            status not in _NEED_CREDENTIALS
-            or not os.path.exists(self.netrc_file)
-            or os.access(self.netrc_file, os.R_OK)
-        ):
-            return refusal
-        remedy = f"this user cannot read {self.netrc_file}, from which Nix takes its token: run this command as root"
-        return refusal._replace(remedy=remedy)
-
-    def findings(self, cache: Client, sample: str) -> Findings:
+    def findings(self, given: Cache, sample: str) -> Findings:
         """Yield what a client finds, up to the first fault for which it gives up. Raises RemoteError."""
+        cache = given.client
         name = f"{sample[:32]}.narinfo"
         if (until := remembered_until(cache.url, sample[:32], self.negative_ttl_s, os.environ)) is not None:
             what = f"until {until:%H:%M}, Nix on this machine remembers that the cache does not have the path"
@@ -148,7 +142,7 @@ class NixClient:
         if answer.status in _ABSENCES:
             what = f"{name} returns {answer.status}: {_ABSENCES[answer.status]}"
             remedy = cache_info.remedy_of(cache, answer.status) if answer.status in _NEED_CREDENTIALS else _ON_SERVER
-            yield self._with_netrc(answer.status, Finding("narinfo", "error", what, remedy))
+            yield _with_remedy(given, answer.status, Finding("narinfo", "error", what, remedy))
             return
         if answer.status != _OK:
             what = f"{name} returns {answer.status}: Nix up to 2.31 then ends the whole operation"
@@ -249,6 +243,13 @@ def remembered_until(url: str, hash_part: str, ttl_s: int, environ: Mapping[str,
             times += [row[0] for row in database.execute(_REMEMBERED, (url, hash_part))]
     until = max(times, default=0) + ttl_s
     return datetime.fromtimestamp(until).astimezone() if until > time.time() else None
+
+
+def _with_remedy(cache: Cache, status: int, refusal: Finding) -> Finding:
+    """Return the refusal with the remedy of this cache, if it is for want of a token."""
+    if status not in _NEED_CREDENTIALS or cache.token_remedy is None:
+        return refusal
+    return refusal._replace(remedy=cache.token_remedy)
 
 
 def _reason(cache: Client, finding: Finding) -> Reason:
