@@ -4,7 +4,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 
@@ -227,13 +227,20 @@ def test_pipelined_uploads_are_all_stored(connected: tuple[Server, Pusher, socke
     assert spooled(server) == sorted(path.file_hash for path in PATHS)
 
 
-def test_upload_is_counted_once_if_the_next_request_arrives_while_it_is_stored(make: Callable[..., Server]) -> None:
-    server = make(HELD)
+@contextmanager
+def uploading_second(server: Server, until: str) -> Iterator[tuple[Pusher, socket.socket]]:
+    """Upload the first path, and send the second one, which is stored without Sanic. Wait for the file `until`."""
     pushing = pusher(server)
     with pushing.raw() as connection:
         put(pushing, connection, PATHS[0])
         connection.sendall(request(pushing, PATHS[1]))
-        wait_until((server.directory / "stored").exists)
+        wait_until((server.directory / until).exists)
+        yield pushing, connection
+
+
+def test_upload_is_counted_once_if_the_next_request_arrives_while_it_is_stored(make: Callable[..., Server]) -> None:
+    server = make(HELD)
+    with uploading_second(server, "stored") as (pushing, connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for path in PATHS[2:]:
             connection.sendall(request(pushing, path))
@@ -247,11 +254,7 @@ def test_upload_is_counted_once_if_the_next_request_arrives_while_it_is_stored(m
 
 def test_upload_that_takes_long_to_store_is_counted_once(make: Callable[..., Server]) -> None:
     server = make(SLOW)
-    pushing = pusher(server)
-    with pushing.raw() as connection:
-        put(pushing, connection, PATHS[0])
-        connection.sendall(request(pushing, PATHS[1]))
-        wait_until((server.directory / "storing").exists)
+    with uploading_second(server, "storing") as (_, connection):
         assert read_answer(connection).status == 200  # of Sanic, which has stored it again
         (server.directory / "released").touch()
         wait_until((server.directory / "stored").exists)
