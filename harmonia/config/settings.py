@@ -315,12 +315,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if 0 < self.max_bulk_rate < MAX_BULK_PATHS:
             what = f"less than one request, which may have {MAX_BULK_PATHS} paths; set it to that or more, or to 0"
             raise WrongSettingError(what, "max_bulk_rate")
-        if self.nar_compression == "zstd" and not self.enable_compression:
-            what = 'enable_compression = false disables compression; set that to true, or this to "none"'
-            raise WrongSettingError(what, "nar_compression")
-        if self.warm == "new" and not self.enable_compression:
-            what = 'enable_compression = false disables compression; set that to true, or this to "none"'
-            raise WrongSettingError(what, "warm")
+        for key, compressing in (("nar_compression", "zstd"), ("warm", "new")):
+            if getattr(self, key) == compressing and not self.enable_compression:
+                what = 'enable_compression = false disables compression; set that to true, or this to "none"'
+                raise WrongSettingError(what, key)
         if isinstance(self.address("bind"), str) and self.tls_cert_path is not None:
             raise WrongSettingError(
                 "TLS needs TCP, not a unix socket; bind to host:port or remove this", "tls_cert_path"
